@@ -1,0 +1,131 @@
+"""[Note: Payload] The bytes that one rank sends for one group: arithmetic only, no tensors.
+
+    header   32 bytes, four little-endian int64: (version << 32 | sender), key step,
+             payload bytes, plan hash
+    metadata 8 bytes a bucket, segment after segment: fp32 min, fp32 scale
+    raw      the uncoded segments, wider elements first
+    codes    from a 16-byte boundary on, segment after segment, each ceil(numel * bits / 8) bytes:
+             a little-endian bit stream, value i at bits [i * bits, (i + 1) * bits)
+
+A payload's size is a multiple of 16 bytes, so that the next rank's payload is aligned too. Offsets
+follow from the padded sizes and are the same on every rank; how many values of a segment are valid
+is the sender's own (an uneven shard's padding is neither measured nor coded).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from hashlib import blake2b
+
+VERSION = 1
+HEADER_BYTES = 32
+META_BYTES = 8
+ALIGN_BYTES = 16
+
+
+class DType(IntEnum):
+    """Element types of a flat buffer or of a raw segment; OPAQUE counts bytes."""
+
+    FP32 = 0
+    BF16 = 1
+    FP16 = 2
+    OPAQUE = 3
+
+
+ITEM_BYTES = {DType.FP32: 4, DType.BF16: 2, DType.FP16: 2, DType.OPAQUE: 1}
+
+
+class Field(IntEnum):
+    """Columns of the int64 segment table that one codec call works through."""
+
+    BITS = 0  # 2 to 8: coded; 0: raw
+    DTYPE = 1  # of the flat buffer's elements
+    WIRE = 2  # dtype of a raw segment on the wire
+    BUFFER_BYTE = 3  # where the segment starts in the flat buffer
+    NUMEL = 4  # valid values
+    PADDED = 5  # values that the buffer reserves; decode zeroes the rest
+    BUCKET = 6  # values a bucket
+    ROUNDING = 7  # index into config.ROUNDINGS
+    META_BYTE = 8  # where the bucket metadata starts in the payload
+    DATA_BYTE = 9  # where codes or raw values start in the payload
+    PARAMETER = 10  # third counter word of the generator
+    GROUP = 11  # fourth counter word of the generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One parameter's stretch of a flat buffer. ``bits`` 0 is raw, travelling as ``wire``."""
+
+    bits: int
+    dtype: DType
+    padded: int
+    parameter: int
+    wire: DType = DType.FP32
+    bucket: int = 1024
+    rounding: int = 0
+
+    @property
+    def num_buckets(self) -> int:
+        return -(-self.padded // self.bucket) if self.bits else 0
+
+    @property
+    def data_bytes(self) -> int:
+        if self.bits:
+            return -(-self.padded * self.bits // 8)
+        return self.padded * ITEM_BYTES[self.wire]
+
+
+class Layout:
+    """Where each segment of a group lies in the flat buffer and in the payload.
+
+    ``segments`` are in buffer order; ``group`` numbers the group for the random generator.
+    """
+
+    def __init__(self, segments: Sequence[Segment], group: int) -> None:
+        self.segments = tuple(segments)
+        self.group = group
+        self.num_values = sum(segment.padded for segment in segments)
+        self.buffer_bytes = sum(s.padded * ITEM_BYTES[s.dtype] for s in segments)
+        end = HEADER_BYTES
+        meta_starts = []
+        for segment in segments:
+            meta_starts.append(end)
+            end += META_BYTES * segment.num_buckets
+        data_starts = [0] * len(segments)
+        raw = [i for i, segment in enumerate(segments) if not segment.bits]
+        for i in sorted(raw, key=lambda i: -ITEM_BYTES[segments[i].wire]):
+            data_starts[i] = end
+            end += segments[i].data_bytes
+        end = _align(end)
+        for i, segment in enumerate(segments):
+            if segment.bits:
+                data_starts[i] = end
+                end += segment.data_bytes
+        self.payload_bytes = _align(end)
+        self._starts = tuple(zip(meta_starts, data_starts, strict=True))
+        described = repr((VERSION, group, self.segments)).encode()
+        self.hash = int.from_bytes(
+            blake2b(described, digest_size=8).digest(), "little", signed=True
+        )
+
+    def table(self, numels: Sequence[int], dtype: DType | None = None) -> list[list[int]]:
+        """Rows (see `Field`) for one sender whose segments hold ``numels`` valid values.
+
+        ``dtype`` replaces the buffer's own dtype: a bf16 gradient is decoded into fp32.
+        """
+        rows, buffer_byte = [], 0
+        for segment, numel, (meta, data) in zip(self.segments, numels, self._starts, strict=True):
+            own = segment.dtype if dtype is None else dtype
+            row = [segment.bits, own, segment.wire, buffer_byte, numel, segment.padded]
+            row += [segment.bucket, segment.rounding, meta, data, segment.parameter, self.group]
+            rows.append([int(entry) for entry in row])
+            buffer_byte += segment.padded * ITEM_BYTES[own]
+        return rows
+
+    def header(self, sender: int, step: int) -> list[int]:
+        """The four int64 words that open a payload of this layout."""
+        return [VERSION << 32 | sender, step, self.payload_bytes, self.hash]
+
+
+def _align(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGN_BYTES) * ALIGN_BYTES

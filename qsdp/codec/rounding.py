@@ -1,0 +1,72 @@
+"""The random numbers of the codec: pure functions of a key, the same on every machine.
+
+[Note: Keys] A `Key` names one payload; it is folded into 64 bits. Within the payload the
+generator's 128-bit counter is (block, parameter, group): value or bucket number i takes 16-bit half
+word i % 8 of block i // 8. No generator state exists, so resume and replay are exact.
+
+Philox4x32-7 is the generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
+1, 2, 3" (SC 2011), with seven rounds, the fewest that pass BigCrush.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SHIFT, DITHER, STOCHASTIC, NEAREST = range(4)
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 7
+_MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+class Key(NamedTuple):
+    """What one payload's randomness depends on, besides the parameter and its group."""
+
+    seed: int
+    step: int
+    direction: int  # 0 gather, 1 reduce
+    hop: int  # stage of a reduce
+    occurrence: int  # how many payloads of this kind the group sent before in this step
+    sender: int  # a gather: rank in the shard group; a reduce: global rank
+    receiver: int = 0  # a reduce: the destination's rank in the group
+
+    def fold(self) -> int:
+        """The 64-bit key of the generator, as a signed integer.
+
+        Each field is mixed in by the finaliser of splitmix64 (Steele, Lea and Flood, 2014).
+        """
+        state = 0
+        for field in self:
+            state = (state ^ field) + 0x9E3779B97F4A7C15 & _MASK64
+            state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
+            state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK64
+            state ^= state >> 31
+        return state - (state >> 63 << 64)
+
+
+def philox(block: Tensor, parameter: int, group: int, key: int) -> Tensor:
+    """Philox4x32-7 of ``block`` (int64 [N]) as 32-bit words in an int64 tensor [N, 4]."""
+    c0, c1 = block & _MASK32, block >> 32 & _MASK32
+    c2, c3 = torch.full_like(block, parameter & _MASK32), torch.full_like(block, group & _MASK32)
+    k0, k1 = key & _MASK32, key >> 32 & _MASK32
+    for _ in range(ROUNDS):
+        # int64 products wrap, yet their 64 bits are those of the unsigned product.
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (product1 >> 32 & _MASK32) ^ c1 ^ k0,
+            product1 & _MASK32,
+            (product0 >> 32 & _MASK32) ^ c3 ^ k1,
+            product0 & _MASK32,
+        )
+        k0, k1 = k0 + WEYL[0] & _MASK32, k1 + WEYL[1] & _MASK32
+    return torch.stack((c0, c1, c2, c3), dim=1)
+
+
+def uniform(num: int, parameter: int, group: int, key: int, device: torch.device) -> Tensor:
+    """``num`` values (k + 1/2) / 2**16 - 1/2 in (-1/2, 1/2), fp32 [num], k uniform in 16 bits."""
+    words = philox(torch.arange(-(-num // 8), device=device), parameter, group, key)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[:num]
+    return (halves.to(torch.float32) + 0.5) / 65536 - 0.5
