@@ -1,0 +1,20 @@
+"""The `run` fixture: call a function on every rank of a small gloo world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests_distributed.pool import Pools
+
+Run = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """`run(world_size, function, *args, timeout=90)`: see `Pools.run`."""
+    pools = Pools(tmp_path_factory.mktemp("pools"))
+    yield pools.run
+    pools.close()

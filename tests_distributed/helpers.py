@@ -1,0 +1,186 @@
+"""A small model with the shapes that are hard to shard, and what tests do with it.
+
+At 2 to 4 ranks its parameters give even, uneven and empty shards: width 10 over 4 ranks is
+3, 3, 3, 1; the 5 hidden units are 2, 2, 1, 0; the single gain is 1, 0, 0, 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+# Legend: B sequences, T tokens, C width, V vocabulary.
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig:
+    """Sizes and peculiarities of a `Toy`."""
+
+    vocab_size: int = 13
+    num_layers: int = 2
+    width: int = 10
+    num_heads: int = 2
+    hidden: int = 5
+    context: int = 8
+    tied: bool = False
+    """The head uses the token embedding's weight."""
+    frozen: bool = False
+    """The first block's attention output, and one of its norms, need no gradient."""
+    unused: bool = False
+    """Every block has a linear layer that the forward pass does not use."""
+    checkpointing: bool = False
+    """Blocks are recomputed in the backward pass."""
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear, times one learned gain."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, config.hidden)
+        self.down = nn.Linear(config.hidden, config.width)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        y_BTC: Tensor = self.gain * self.down(F.gelu(self.up(x_BTC)))
+        return y_BTC
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.norm1 = nn.LayerNorm(config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.mlp = Mlp(config)
+        if config.unused:
+            self.unused = nn.Linear(config.width, 3)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        q, k, v = [
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.qkv(self.norm1(x_BTC)).chunk(3, dim=-1)
+        ]
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x_BTC = x_BTC + self.out(mixed.transpose(1, 2).flatten(2))
+        x_BTC = x_BTC + self.mlp(self.norm2(x_BTC))
+        return x_BTC
+
+
+class Toy(nn.Module):
+    """A GPT of a few thousand parameters."""
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.position = nn.Embedding(config.context, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+        if config.frozen:
+            first = self.blocks[0]
+            assert isinstance(first, Block)
+            for parameter in [*first.out.parameters(), first.norm1.weight]:
+                parameter.requires_grad_(False)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return the mean cross-entropy of `targets_BT` (int64) in nats, a scalar."""
+        positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        x_BTC = self.embed(tokens_BT) + self.position(positions_T)
+        for block in self.blocks:
+            if self.config.checkpointing:
+                x_BTC = checkpoint(block, x_BTC, use_reentrant=False)
+            else:
+                x_BTC = block(x_BTC)
+        logits_BTV = self.head(self.norm(x_BTC))
+        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+
+
+def make_model(seed: int = 0, **options: Any) -> Toy:
+    """A `Toy` of `ToyConfig(**options)` whose weights, biases and norms are all random.
+
+    The weights are a function of `seed` alone; the caller's random generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Toy(ToyConfig(**options))
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("gain"):
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def make_batch(model: Toy, seed: int, rank: int | None = None, batch_size: int = 3) -> list[Tensor]:
+    """Tokens and targets, both int64 [batch_size, context], a function of (seed, rank).
+
+    `rank` is the calling process's own if it is not given.
+    """
+    rank = dist.get_rank() if rank is None else rank
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    shape = (2, batch_size, model.config.context)
+    return list(torch.randint(model.config.vocab_size, shape, generator=generator))
+
+
+def shard(
+    model: ModelT,
+    *,
+    reshard: bool | None = True,
+    nested: bool = True,
+    mesh: DeviceMesh | None = None,
+    **options: Any,
+) -> ModelT:
+    """Apply `fully_shard` to the MLPs (if `nested`), the blocks and the root, in place.
+
+    Args:
+        model: A `Toy`, or any model with `blocks`, each with an `mlp`.
+        reshard: `reshard_after_forward` of every group.
+        nested: Give each MLP a group of its own inside its block's.
+        mesh: Defaults to a CPU mesh over all ranks.
+        options: More options of `fully_shard`, for instance `mp_policy`.
+    """
+    if mesh is None:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    blocks = list(model.get_submodule("blocks").children())
+    groups: list[nn.Module] = []
+    for block in blocks:
+        groups += [block.get_submodule("mlp"), block] if nested else [block]
+    groups.append(model)
+    for module in groups:
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, **options)
+    return model
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter, tied ones once, gathered exactly from its shards (a collective)."""
+    return {name: _full(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+def full_grads(model: nn.Module) -> dict[str, Tensor]:
+    """Every gradient that exists, gathered exactly from its shards (a collective)."""
+    return {
+        name: _full(parameter.grad)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
