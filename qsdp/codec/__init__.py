@@ -1,0 +1,3 @@
+"""Floats to bytes and back. Importing it registers the operators."""
+
+from qsdp.codec import ops as ops

@@ -1,0 +1,1 @@
+"""Collectives over payloads. Knows process groups, not FSDP."""

@@ -1,0 +1,51 @@
+"""The step in the random keys: nobody has to advance it by hand."""
+
+from collections import Counter
+
+from qsdp.codec.rounding import Key
+
+GATHER, REDUCE = range(2)
+
+
+class Clock:
+    """Counts synchronised backward passes.
+
+    The step advances at the first gather outside a backward pass that follows a reduce. Forward,
+    recomputation and backward of one pass therefore share a step, and so do the micro-batches that
+    are accumulated before one reduce: all of them see the same decoded weights.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.step = 0
+        self._reduced = False
+        self._occurrences: Counter[int] = Counter()
+
+    def before_gather(self, in_backward: bool) -> None:
+        """Advance the step if this gather opens a new pass."""
+        if self._reduced and not in_backward:
+            self.step += 1
+            self._reduced = False
+            self._occurrences.clear()
+
+    def before_reduce(self, group: int) -> int:
+        """How many reduces the group had in this step: reduces differ even within a step."""
+        self._reduced = True
+        self._occurrences[group] += 1
+        return self._occurrences[group] - 1
+
+    def gather_key(self, sender: int) -> int:
+        """``sender`` is the rank in the shard group: replicas decode the same weights."""
+        return Key(self.seed, self.step, GATHER, 0, 0, sender).fold()
+
+    def reduce_key(self, occurrence: int, sender: int, receiver: int) -> int:
+        """``sender`` is the global rank: every replica rounds for itself."""
+        return Key(self.seed, self.step, REDUCE, 0, occurrence, sender, receiver).fold()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seed": self.seed, "step": self.step, "reduced": int(self._reduced)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.seed, self.step = int(state["seed"]), int(state["step"])
+        self._reduced = bool(state["reduced"])
+        self._occurrences.clear()

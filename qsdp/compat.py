@@ -1,0 +1,156 @@
+"""The only file that touches private names of torch, for torch 2.11 to 2.13.
+
+Everything here reads; nothing patches. What is read is what the public seam
+(`FSDPModule.set_custom_all_gather`, `set_custom_reduce_scatter`) does not say: which parameters a
+group holds and in which order, and the objects to restore when the hooks are removed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+
+
+@dataclass(frozen=True)
+class ShardedParameter:
+    """What FSDP2's own tables say of one parameter of a group."""
+
+    parameter: nn.Parameter
+    """The sharded DTensor that `module.parameters()` shows while the group is sharded."""
+    dtype: torch.dtype
+    """Element type in the all-gather buffer, `param_dtype` applied."""
+    shard_dim: int
+    padded_numel: int
+    """Values that every rank's slice takes in the flat buffer."""
+    is_extension: bool
+    """Whether the tensor brings its own all-gather (fsdp_pre_all_gather), as float8 does."""
+    mesh_ndim: int
+    """Dimensions of its DTensor mesh: more than the group's under tensor parallelism."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """One `fully_shard` call: the parameters that travel together."""
+
+    module: FSDPModule
+    """The first of its modules: setters on it act on the group."""
+    modules: tuple[nn.Module, ...]
+    state: Any
+    num_groups: int
+    """More than one with per-parameter meshes."""
+
+    @property
+    def _group(self) -> Any:
+        return _param_groups(self.state)[0]
+
+    def parameters(self) -> list[ShardedParameter]:
+        """The group's parameters in buffer order."""
+        return [
+            ShardedParameter(
+                parameter=p.sharded_param,
+                dtype=_wire_dtype(p.sharded_param.dtype, self._group.mp_policy.param_dtype),
+                shard_dim=p.fsdp_placement.dim,
+                padded_numel=p.padded_sharded_param_size.numel(),
+                is_extension=hasattr(p._sharded_local_tensor, "fsdp_pre_all_gather"),
+                mesh_ndim=p.sharded_param.device_mesh.ndim,
+            )
+            for p in self._group.fsdp_params
+        ]
+
+    def unsharded_parameters(self) -> list[Tensor | None]:
+        """The tensors that autograd sees, in buffer order; None before the first gather."""
+        return [getattr(p, "_unsharded_param", None) for p in self._group.fsdp_params]
+
+    @property
+    def shard_group(self) -> dist.ProcessGroup | None:
+        """The process group of the all-gather; None when the mesh has no shard axis."""
+        return getattr(self._group.mesh_info, "shard_process_group", None)
+
+    @property
+    def mesh_ndim(self) -> int:
+        return self._group.mesh_info.mesh.ndim
+
+    @property
+    def replicas(self) -> int:
+        """Size of the replicate axis (HSDP), else 1."""
+        return getattr(self._group.mesh_info, "replicate_mesh_size", 1)
+
+    @property
+    def regather_world_size(self) -> int | None:
+        """Ranks of the second gather under `reshard_after_forward=<int>`, else None."""
+        info = self._group.post_forward_mesh_info
+        if info is None or info is self._group.mesh_info:
+            return None
+        return info.shard_mesh_size
+
+    @property
+    def offloads_to_cpu(self) -> bool:
+        return isinstance(self._group.offload_policy, CPUOffloadPolicy)
+
+    @property
+    def reduces_unused(self) -> bool:
+        """Whether parameters without a gradient are reduced as zeros (torch 2.13)."""
+        return getattr(self._group, "reduce_scatter_unused_params", False)
+
+    def comms(self) -> tuple[Any, Any, bool]:
+        """The all-gather object, the reduce-scatter object, and whether SUM is forced."""
+        group = self._group
+        return (
+            group._all_gather_comm,
+            group._reduce_scatter_comm,
+            group.force_sum_reduction_for_comms,
+        )
+
+
+def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
+    """The groups of all FSDPModules in ``model``, in module order, those without parameters out."""
+    groups: dict[int, ParameterGroup] = {}
+    modules: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state = module._get_fsdp_state()
+        modules.setdefault(id(state), []).append(module)
+        if id(state) not in groups and _param_groups(state):
+            members = tuple(_param_groups(state)[0].modules)
+            num_groups = len(_param_groups(state))
+            groups[id(state)] = ParameterGroup(module, members, state, num_groups)
+    return list(groups.values())
+
+
+def reshards_after_backward(model: nn.Module) -> bool:
+    """Whether every group of ``model`` frees its gathered weights after the backward pass.
+
+    True for a model without FSDP: there is nothing that could go stale.
+    """
+    return all(
+        group.reshard_after_backward
+        for parameters in parameter_groups(model)
+        for group in _param_groups(parameters.state)
+    )
+
+
+def in_backward() -> bool:
+    """Whether the calling thread runs inside an autograd backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
+    """All-gather 1-D ``input`` into ``output`` (renamed in torch 2.13)."""
+    single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    single(output, input, group=group)
+
+
+def _param_groups(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13
+    if groups is not None:
+        return list(groups)
+    group = state._fsdp_param_group  # torch 2.11
+    return [] if group is None else [group]
+
+
+def _wire_dtype(dtype: torch.dtype, param_dtype: torch.dtype | None) -> torch.dtype:
+    return param_dtype if param_dtype is not None and dtype.is_floating_point else dtype

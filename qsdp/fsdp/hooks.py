@@ -1,0 +1,151 @@
+"""The two objects that FSDP2 calls instead of its own collectives."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from qsdp import compat
+from qsdp.comm.clock import Clock
+from qsdp.comm.gather import gather, regather
+from qsdp.comm.plan import Plan
+from qsdp.comm.reduce import reduce
+from qsdp.comm.scratch import Scratch
+from qsdp.comm.traffic import Traffic
+
+
+class Wire:
+    """What all groups of one handle share."""
+
+    def __init__(self, clock: Clock, traffic: Traffic) -> None:
+        self.clock = clock
+        self.traffic = traffic
+        self.scratch = Scratch()
+        self.is_exact = False
+
+
+class _Comm:
+    """What FSDP2 asks of both objects besides the collective itself."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class AllGather(_Comm):
+    """The all-gather of one group."""
+
+    def __init__(self, plan: Plan, wire: Wire, regather_world_size: int | None) -> None:
+        self._plan, self._wire = plan, wire
+        self._regather_world_size = regather_world_size
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> None:
+        """Gather on the current stream. Returning None tells FSDP2 that there is no Work to wait
+        for: its own event, recorded right after this call, orders what follows."""
+        plan, wire = self._plan, self._wire
+        if group.size() == self._regather_world_size and group is not plan.group:
+            regather(output_tensor, input_tensor, group, wire.traffic)
+            return
+        side = plan.exact_gather if wire.is_exact else plan.gather
+        given = input_tensor.numel() * input_tensor.element_size()
+        if group.size() != plan.world_size or given != side.layout.buffer_bytes:
+            raise RuntimeError(
+                f"FSDP2 gathers {given} bytes over {group.size()} ranks for the group of "
+                f"{plan.name}, but its plan has {side.layout.buffer_bytes} over {plan.world_size}: "
+                "install qsdp after the model has its final parameters, dtypes and sharding"
+            )
+        if not wire.is_exact:
+            wire.clock.before_gather(compat.in_backward())
+        gather(plan, side, output_tensor, input_tensor, wire.clock, wire.traffic, wire.scratch)
+
+
+class ReduceScatter(_Comm):
+    """The reduce-scatter of one group."""
+
+    def __init__(self, plan: Plan, wire: Wire, recorder: "GradRecorder") -> None:
+        self._plan, self._wire, self._recorder = plan, wire, recorder
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        """Reduce on the current stream, complete in stream order on return."""
+        plan, wire = self._plan, self._wire
+        if op != dist.ReduceOp.SUM:
+            raise RuntimeError(
+                f"FSDP2 asks the group of {plan.name} for {op}; qsdp sums: leave "
+                "set_force_sum_reduction_for_comms on"
+            )
+        numel = input_tensor.numel() // plan.world_size
+        side = plan.reduce(self._recorder.take(numel), input_tensor.dtype)
+        reduce(plan, side, output_tensor, input_tensor, wire.clock, wire.traffic, wire.scratch)
+
+
+class GradRecorder:
+    """Records which parameters of a group got a gradient since its last reduce.
+
+    FSDP2's reduce buffer holds only those, without names, and a size can be ambiguous. So each
+    parameter says so itself, by a hook on the tensor that autograd accumulates into.
+    """
+
+    def __init__(self, plan: Plan, group: compat.ParameterGroup) -> None:
+        self._plan, self._group = plan, group
+        self._padded = [p.padded_numel(plan.world_size) for p in plan.parameters]
+        self._got_grad: set[int] = set()
+        self._watched: dict[int, RemovableHandle] = {}
+        self._handles = [
+            module.register_forward_pre_hook(self._watch, with_kwargs=True)
+            for module in group.modules
+        ]
+
+    def take(self, numel: int) -> tuple[int, ...]:
+        """Places of the parameters in a reduce buffer of ``numel`` values a rank.
+
+        Raises RuntimeError when what was recorded does not fill the buffer.
+        """
+        trainable = self._plan.trainable
+        found = trainable if self._group.reduces_unused else tuple(sorted(self._got_grad))
+        if numel != self._numel(found) and numel == self._numel(trainable):
+            # Entered through a method of the user's own: nothing was watched. A full buffer is
+            # unambiguous all the same, since every strict subset is smaller.
+            found = trainable
+        if numel != self._numel(found):
+            names = [self._plan.parameters[i].name for i in found]
+            raise RuntimeError(
+                f"FSDP2 reduces {numel} values a rank for the group of {self._plan.name}, but "
+                f"{self._numel(found)} belong to the parameters seen to get a gradient "
+                f"({', '.join(names) or 'none'}): call the model through forward()"
+            )
+        self._got_grad.clear()
+        return found
+
+    def remove(self) -> None:
+        for handle in (*self._handles, *self._watched.values()):
+            handle.remove()
+
+    def _numel(self, places: Sequence[int]) -> int:
+        return sum(self._padded[i] for i in places)
+
+    def _watch(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if len(self._watched) == len(self._plan.trainable):
+            return
+        for i, tensor in enumerate(self._group.unsharded_parameters()):
+            if tensor is not None and tensor.requires_grad and i not in self._watched:
+                hook = partial(self._record, i)
+                self._watched[i] = tensor.register_post_accumulate_grad_hook(hook)
+
+    def _record(self, place: int, _: Tensor) -> None:
+        self._got_grad.add(place)
