@@ -1,0 +1,74 @@
+"""Encode text files into a folder of memory-mapped token shards, which --data takes.
+
+python launch/prepare_data.py --texts a.txt b.txt --out shards --tokenizer tokenizer.json
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from qsdp.data.corpus import TRAIN_FRACTION
+from qsdp.data.prepare import prepare_shards
+
+
+@dataclass(frozen=True)
+class Options:
+    texts: tuple[Path, ...]
+    """UTF-8 text files, encoded in this order."""
+    out: Path
+    """The folder to make."""
+    tokenizer: str = "byte"
+    """char, byte, or the path of a tokenizers JSON file."""
+    val_fraction: float = round(1 - TRAIN_FRACTION, 6)
+    """How much of the text, at its end, is for validation."""
+    shard_tokens: int = 100_000_000
+    """The most tokens in one file."""
+    document_end: str = ""
+    """Text appended to each file, <|endoftext|> for GPT-2's tokenizer."""
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    columns = (
+        TextColumn("encoding"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    try:
+        total = sum(path.stat().st_size for path in options.texts if path.is_file())
+        with Progress(*columns) as progress:
+            task = progress.add_task("encoding", total=total)
+            num_tokens = prepare_shards(
+                options.texts,
+                options.out,
+                options.tokenizer,
+                val_fraction=options.val_fraction,
+                shard_tokens=options.shard_tokens,
+                document_end=options.document_end,
+                progress=lambda num_bytes: progress.advance(task, num_bytes),
+            )
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(
+        f"{options.out}: {num_tokens['train']:,} tokens to train on, "
+        f"{num_tokens['val']:,} to validate on"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""Data: text to tokens, tokens to files, files to batches."""
+
+from qsdp.data.batches import Batches, eval_batches
+from qsdp.data.corpus import Corpus, load_corpus
+from qsdp.data.prepare import prepare_shards
+from qsdp.data.shards import Tokens, TokenShards
+from qsdp.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
+
+__all__ = [
+    "Batches",
+    "Corpus",
+    "TokenShards",
+    "Tokenizer",
+    "Tokens",
+    "eval_batches",
+    "load_corpus",
+    "load_tokenizer",
+    "prepare_shards",
+    "tokenizer_from_json",
+]

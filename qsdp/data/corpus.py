@@ -1,0 +1,131 @@
+"""Where the tokens of a run come from: a text file, the standard library, or token shards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from qsdp.data.shards import Tokens, read_shards
+from qsdp.data.tokenizer import Tokenizer, load_tokenizer
+
+TRAIN_FRACTION = 0.9
+STDLIB_BYTES = 8_000_000  # loads in about a second
+# Tests and generated tables are no prose of programmers; lib2to3 left with Python 3.13.
+_STDLIB_LEFT_OUT = {
+    *("dist-packages", "site-packages", "test", "tests", "idle_test"),
+    *("__phello__", "__pycache__", "encodings", "lib2to3", "pydoc_data"),
+}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens to train on and to validate on, and the tokenizer that made them."""
+
+    train: Tokens
+    """The training split: an array or a memory map of ids."""
+    val: Tokens
+    """The validation split, which the training split does not overlap."""
+    tokenizer: Tokenizer | None
+    """None for a folder of token shards that states none: such a corpus cannot be decoded."""
+    vocab_size: int
+    """Every id is below it."""
+
+
+def load_corpus(
+    spec: str | Path, tokenizer_spec: str | Path | None = None, stdlib_bytes: int = STDLIB_BYTES
+) -> Corpus:
+    """The corpus that `spec` names.
+
+    Args:
+        spec: "stdlib", a UTF-8 text file, or a folder of token shards. The first 90 % of a text's
+            tokens are the training split, the rest validate.
+        tokenizer_spec: as `load_tokenizer` takes it; None is "char" for a text, and for a folder
+            the tokenizer that it was made with, from which no other may be chosen.
+        stdlib_bytes: the most bytes of sources that "stdlib" reads.
+
+    Raises: ValueError for a file that is missing, empty or not UTF-8, a damaged folder, and a
+        tokenizer that cannot encode the text or is not the folder's.
+    """
+    path = Path(spec)
+    if spec != "stdlib" and path.is_dir():
+        return _load_folder(path, tokenizer_spec)
+    if spec == "stdlib":
+        text, origin = _stdlib_text(stdlib_bytes), "The standard library"
+    else:
+        text, origin = read_text(path), str(path)
+    if not text:
+        raise ValueError(f"{origin} holds no text: choose another --data.")
+    tokenizer = load_tokenizer("char" if tokenizer_spec is None else tokenizer_spec, text)
+    ids = tokenizer.encode(text)
+    num_train = int(len(ids) * TRAIN_FRACTION)
+    return Corpus(ids[:num_train], ids[num_train:], tokenizer, tokenizer.vocab_size)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, its line ends untouched. Raises ValueError if it cannot be read."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}): convert it, or choose another file."
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): choose 'stdlib', a text file, or a folder "
+            "of token shards."
+        ) from None
+
+
+def _load_folder(folder: Path, tokenizer_spec: str | Path | None) -> Corpus:
+    train, val, tokenizer, vocab_size = read_shards(folder)
+    if tokenizer_spec is not None and not _is_the_tokenizer(tokenizer, vocab_size, tokenizer_spec):
+        raise ValueError(
+            f"The tokenizer {str(tokenizer_spec)!r} is not the one that {folder} was made with: "
+            "leave --tokenizer unset, or prepare the folder again."
+        )
+    if tokenizer is None and tokenizer_spec is not None:
+        tokenizer = load_tokenizer(tokenizer_spec)
+    return Corpus(train, val, tokenizer, vocab_size)
+
+
+def _is_the_tokenizer(stored: Tokenizer | None, vocab_size: int, spec: str | Path) -> bool:
+    """Whether `spec` names the stored tokenizer, or one that fits where none is stored."""
+    # A char tokenizer is made from the text, which a folder no longer has: its kind must do.
+    if spec == "char":
+        return stored is not None and '"kind": "char"' in stored.to_json()
+    chosen = load_tokenizer(spec)
+    if stored is None:
+        return chosen.vocab_size <= vocab_size
+    return chosen.to_json() == stored.to_json()
+
+
+def _stdlib_text(max_bytes: int) -> str:
+    """Sources of the running Python's standard library, as many whole files as fit.
+
+    The files are ordered by a hash of their path, so that what fits, and each split, is a fair
+    sample of the library and not its first letters. The same on every run with one Python.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    names = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _STDLIB_LEFT_OUT]
+        names += [
+            Path(folder, file).relative_to(root).as_posix()
+            for file in files
+            if file.endswith(".py")
+        ]
+    texts = []
+    left = max_bytes
+    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        data = (root / name).read_bytes()
+        if len(data) > left:
+            continue
+        try:
+            texts.append(data.decode("utf-8"))
+        except UnicodeDecodeError:  # a source may declare another encoding
+            continue
+        left -= len(data)
+    return "".join(texts)

@@ -1,0 +1,160 @@
+"""Promises of the way from and to Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qsdp.models import (
+    GPT,
+    GPTConfig,
+    config_from_huggingface,
+    export_huggingface,
+    init_weights,
+    load_huggingface,
+    load_huggingface_weights,
+)
+
+SIZE: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 13, "n_positions": 6}
+
+
+def their_model(**options: Any) -> Any:
+    """A small GPT2LMHeadModel whose every parameter, biases and norms too, is random."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**(SIZE | options)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def our_model(**changes: Any) -> GPT:
+    fields = {"vocab_size": 13, "num_layers": 2, "num_heads": 2, "width": 8, "context": 6}
+    model = GPT(GPTConfig(**(fields | changes)))
+    init_weights(model, 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A complete checkpoint, for tests to damage."""
+    export_huggingface(our_model(), tmp_path)
+    return tmp_path
+
+
+def edit_config(folder: Path, **settings: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_loaded_checkpoint_computes_the_same_logits(tmp_path: Path, tied: bool) -> None:
+    theirs = their_model(tie_word_embeddings=tied)
+    theirs.save_pretrained(tmp_path)
+    ours = load_huggingface(tmp_path)
+    assert ours.config.tie_weights == tied
+    tokens = torch.randint(13, (4, 6))
+    torch.testing.assert_close(ours(tokens)[0], theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_in_several_files_loads(tmp_path: Path) -> None:
+    theirs = their_model()
+    theirs.save_pretrained(tmp_path, max_shard_size="2KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    tokens = torch.randint(13, (4, 6))
+    ours = load_huggingface(tmp_path)
+    torch.testing.assert_close(ours(tokens)[0], theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_of_the_bare_model_loads(tmp_path: Path) -> None:
+    theirs = their_model()
+    theirs.transformer.save_pretrained(tmp_path)
+    tokens = torch.randint(13, (4, 6))
+    ours = load_huggingface(tmp_path)
+    torch.testing.assert_close(ours(tokens)[0], theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_an_exported_model_computes_the_same_logits_there(
+    tmp_path: Path, bias: bool, tie_weights: bool
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = our_model(bias=bias, tie_weights=tie_weights)
+    export_huggingface(ours, tmp_path)
+    theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), "every tensor is known and none is missing"
+    tokens = torch.randint(13, (4, 6))
+    torch.testing.assert_close(ours(tokens)[0], theirs.eval()(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_export_and_load_give_back_every_bit(tmp_path: Path, tie_weights: bool) -> None:
+    ours = our_model(tie_weights=tie_weights)
+    export_huggingface(ours, tmp_path / "new" / "folder")
+    again = load_huggingface(tmp_path / "new" / "folder")
+    assert again.config == ours.config
+    torch.testing.assert_close(again.state_dict(), ours.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "llama"}, "type 'llama', but only 'gpt2'"),
+        ({"activation_function": "relu"}, "activation_function to 'relu'"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon to 1e-06"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx to True"),
+        ({"n_inner": 24}, "n_inner to 24"),
+    ],
+)
+def test_a_model_of_another_function_is_refused(
+    folder: Path, settings: dict[str, Any], message: str
+) -> None:
+    edit_config(folder, **settings)
+    with pytest.raises(ValueError, match=message):
+        config_from_huggingface(folder)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"There is no .*config\.json"):
+        load_huggingface(tmp_path / "absent")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not readable JSON"):
+        load_huggingface(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="lacks the setting 'n_embd'"):
+        load_huggingface(tmp_path)
+
+
+def test_missing_damaged_and_incomplete_weights_are_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["transformer.h.1.mlp.c_fc.bias"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"no tensor for parameter blocks\.1\.mlp\.up\.bias"):
+        load_huggingface(folder)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="no readable safetensors file"):
+        load_huggingface(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"There is no .*model\.safetensors"):
+        load_huggingface(folder)
+
+
+def test_weights_of_another_size_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"wte.weight.* has shape \[13, 8\].* needs \[14, 8\]"):
+        load_huggingface_weights(our_model(vocab_size=14), folder)
+
+
+def test_export_onto_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match="is a file: choose a folder"):
+        export_huggingface(our_model(), tmp_path / "taken")
