@@ -1,0 +1,120 @@
+"""The folders of checkpoints: which there are, and how one comes and goes in one instant.
+
+step-00000500/             whole: made under another name and renamed when all is on disk
+    .metadata  *.distcp    torch.distributed.checkpoint: model and optimizer
+    meta.json              the step, and what the run adds
+tmp-.../                   being written or removed; whoever finds one may delete it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+META = "meta.json"
+_COMPLETE = re.compile(r"step-(\d{8,})")
+
+
+def steps(root: Path) -> dict[int, Path]:
+    """The whole checkpoints in `root` by their step, oldest first."""
+    if not root.is_dir():
+        return {}
+    found = {
+        int(match[1]): path
+        for path in root.iterdir()
+        if path.is_dir() and (match := _COMPLETE.fullmatch(path.name))
+    }
+    return dict(sorted(found.items()))
+
+
+def latest(root: Path) -> Path | None:
+    """The newest whole checkpoint in `root`, if any."""
+    return next(reversed(steps(root).values()), None)
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint that a user means by `path`: itself, or the newest one in that folder.
+
+    Raises ValueError if there is none.
+    """
+    if (path / META).is_file():
+        return path
+    found = latest(path) or latest(path / "checkpoints")
+    if found is None:
+        raise ValueError(f"{path} holds no complete checkpoint; give a folder named step-...")
+    return found
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What `save` was given as `meta`, and `step`. Raises ValueError if it cannot be read."""
+    try:
+        meta = json.loads((path / META).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path / META} cannot be read ({error}); resume from another checkpoint."
+        ) from None
+    if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
+        raise ValueError(f"{path / META} states no step; resume from another checkpoint.")
+    return meta
+
+
+def begin(root: Path, step: int) -> Path:
+    """An empty folder to write the checkpoint of `step` into; clears what crashes left behind."""
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob("tmp-*"):
+        shutil.rmtree(leftover)
+    folder = _temporary(root, step)
+    folder.mkdir()
+    return folder
+
+
+def publish(root: Path, step: int, files: Mapping[str, str], keep: int) -> Path:
+    """Add the text `files` to what `begin` made and let it take its name, all or nothing.
+
+    Afterwards the oldest checkpoints go, until `keep` are left.
+    """
+    folder, final = _temporary(root, step), root / f"step-{step:08d}"
+    for name, text in files.items():
+        with (folder / name).open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    _sync_folder(folder)
+    if final.exists():
+        remove(final)
+    folder.rename(final)
+    _sync_folder(root)
+    for path in list(steps(root).values())[:-keep]:
+        remove(path)
+    return final
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint so that no instant shows half of it under its name."""
+    path = path.rename(path.with_name(f"tmp-old-{path.name}"))
+    shutil.rmtree(path)
+
+
+def clear_after(root: Path, step: int) -> None:
+    """Delete the checkpoints of steps after `step`, which a run that goes on there will rewrite."""
+    for number, path in steps(root).items():
+        if number > step:
+            remove(path)
+
+
+def _temporary(root: Path, step: int) -> Path:
+    return root / f"tmp-step-{step:08d}"
+
+
+def _sync_folder(path: Path) -> None:
+    """Put the names in a folder on disk: without this a rename may be lost with the power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,96 @@
+"""metrics.jsonl: one JSON object a step, whatever crashes in between."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class MetricsWriter:
+    """Appends lines to `path` and, if asked, TensorBoard events to a folder.
+
+    A run that goes on after `last_step` drops the lines of later steps first, so that each step has
+    one line; a line that a crash tore is dropped as well.
+    """
+
+    def __init__(self, path: Path, last_step: int = 0, tensorboard: Path | None = None) -> None:
+        """
+        Args:
+            path: the file, made if missing.
+            last_step: the last step that is done; 0 begins anew.
+            tensorboard: folder of the events; None writes none.
+
+        Raises: ValueError if TensorBoard is asked for but not installed, OSError if `path` cannot
+            be written.
+        """
+        self.history = [line for line in read_metrics(path) if line["step"] <= last_step]
+        """All lines of the run so far, those before a resume included."""
+        replacement = path.with_name(path.name + ".tmp")
+        with replacement.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.history)
+            file.flush()
+            os.fsync(file.fileno())
+        replacement.rename(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._events = None if tensorboard is None else _event_writer(tensorboard, last_step)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Write one step's `line`, which has a `step`; a value that is not finite becomes null."""
+        line = {name: _finite(value) for name, value in line.items()}
+        self.history.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in line.items():
+                if name != "step" and value is not None:
+                    self._events.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file, none if there is no file."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _event_writer(folder: Path, last_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "--tensorboard needs the tensorboard package; run 'pip install tensorboard', or leave "
+            "the flag out."
+        ) from None
+    return SummaryWriter(str(folder), purge_step=last_step + 1)

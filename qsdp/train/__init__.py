@@ -1,0 +1,1 @@
+"""The training job: configuration, set-up, loop, evaluation, report."""

@@ -1,0 +1,161 @@
+"""The command line of launch/train_gpt.py: flags over a TOML file over the model's preset."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from qsdp.train.config import RECIPES, TrainConfig
+from qsdp.train.errors import UserError, leave
+
+_FILE_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "an integer"),
+    int | None: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a string"),
+    str | None: ((str,), "a string"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLine(TrainConfig):
+    """Train a GPT with FSDP2, optionally with a quantized wire (QSDP) and CrAM.
+
+    Runs under torchrun, or alone as a world of one."""
+
+    config: Path | None = None
+    """TOML file of these settings, as written to OUT/config.toml; flags win over it."""
+
+    def __post_init__(self) -> None:
+        """Nothing: `parse` validates once all sources are merged."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as `argv` says. On a user's mistake exits with status 2, rank 0 with one sentence."""
+    try:
+        config = parse(argv)
+        from qsdp.train.loop import train  # loads torch: only after the flags have been checked
+
+        train(config)
+    except UserError as error:
+        leave(error)
+
+
+def parse(argv: Sequence[str] | None = None) -> TrainConfig:
+    """The configuration that `argv` (sys.argv without the program's name) asks for.
+
+    Raises UserError for what cannot be read, SystemExit(0) after `--help`.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--model", nargs="?")
+    first.add_argument("--config", nargs="?")
+    known, _ = first.parse_known_args(argv)
+    from_file = {} if known.config is None else read_config_file(Path(known.config))
+    model = known.model or from_file.get("model", TrainConfig.model)
+    # An unknown model has no recipe; the check comes below, with all other checks.
+    defaults = CommandLine(**{"model": model} | RECIPES.get(model, {}) | from_file)
+    arguments = _parse_flags(argv, defaults)
+    values = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig)}
+    try:
+        config = TrainConfig(**values)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    _check_files(config)
+    return config
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file. Raises UserError for an unreadable file, key or value."""
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise UserError(f"--config {path} is not a TOML file: {error}.") from None
+    hints = get_type_hints(TrainConfig)
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            raise UserError(f"{path} sets {key!r}, which is not a setting; --help lists them all.")
+        if hints[name] == tuple[float, ...]:
+            if not isinstance(value, list) or not all(_is_a(v, (int, float)) for v in value):
+                raise UserError(f"{path} sets {key} to {value!r}; give a list of numbers.")
+            values[name] = tuple(float(v) for v in value)
+            continue
+        types, description = _FILE_TYPES[hints[name]]
+        if not _is_a(value, types):
+            raise UserError(f"{path} sets {key} to {value!r}; give {description}.")
+        values[name] = float(value) if hints[name] is float else value
+    return values
+
+
+def _is_a(value: object, types: tuple[type, ...]) -> bool:
+    # To Python, true is an int: not to a user.
+    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
+
+
+def _parse_flags(argv: Sequence[str] | None, defaults: CommandLine) -> CommandLine:
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def comma_list(
+        info: tyro.constructors.PrimitiveTypeInfo,
+    ) -> tyro.constructors.PrimitiveConstructorSpec[tuple[float, ...]] | None:
+        if info.type != tuple[float, ...]:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="S,S,...",
+            instance_from_str=lambda texts: tuple(float(s) for s in texts[0].split(",")),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda value: [",".join(f"{s:g}" for s in value)],
+        )
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(CommandLine, args=argv, default=defaults, registry=registry)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_first_paragraph(complaint.getvalue())) from None
+
+
+def _first_paragraph(boxed: str) -> str:
+    """The sentence at the top of a box that tyro draws."""
+    lines = [line.strip("│ \n") for line in boxed.splitlines()[1:]]
+    is_end = [not line or re.fullmatch("[─╰╯]+", line) is not None for line in lines]
+    text = " ".join(lines[: is_end.index(True)] if True in is_end else lines)
+    return f"{text.rstrip('.') or 'The command line cannot be read'}; --help explains each flag."
+
+
+def _check_files(config: TrainConfig) -> None:
+    """Raise UserError for inputs that are not there, before anything is loaded."""
+    if config.data != "stdlib" and not Path(config.data).exists():
+        raise UserError(
+            f"--data {config.data} does not exist; give stdlib, a text file or a folder of token "
+            "shards."
+        )
+    tokenizer = config.tokenizer
+    if tokenizer not in (None, "char", "byte") and not Path(str(tokenizer)).is_file():
+        raise UserError(
+            f"--tokenizer {tokenizer} does not exist; choose char, byte or a JSON file of the "
+            "tokenizers library."
+        )
+    if config.resume not in ("auto", "none") and not Path(config.resume).is_dir():
+        raise UserError(
+            f"--resume {config.resume} does not exist; choose auto, none or a checkpoint's folder."
+        )
+    if config.out_dir.exists() and not config.out_dir.is_dir():
+        raise UserError(f"--out {config.out_dir} is a file; give a folder.")

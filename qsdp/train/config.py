@@ -1,0 +1,235 @@
+"""What a training run is told: one dataclass, whose fields are the flags of launch/train_gpt.py.
+
+No torch here: a mistake on the command line is answered before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qsdp.config import QSDPConfig, check_bits
+
+PRECISIONS = ("fp32", "bf16")
+
+# Training defaults of each model preset, where they differ from nano's, which are the field
+# defaults below. Learning rates are those of GPT-3's models of the same size (arXiv 2005.14165,
+# table 2.1); the global batch of about half a million tokens is left to --grad-accum, because it
+# depends on the number of ranks.
+_LARGE = {
+    "steps": 100_000,
+    "batch_size": 8,
+    "seq_len": 1024,
+    "warmup_steps": 2000,
+    "beta2": 0.95,
+    "precision": "bf16",
+    "eval_every": 1000,
+    "eval_batches": 50,
+    "save_every": 1000,
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "nano": {},
+    "gpt2": _LARGE | {"lr": 6e-4, "min_lr": 6e-5},
+    "gpt2-medium": _LARGE | {"lr": 3e-4, "min_lr": 3e-5},
+    "gpt2-large": _LARGE | {"lr": 2.5e-4, "min_lr": 2.5e-5, "batch_size": 4},
+    "gpt2-xl": _LARGE | {"lr": 2e-4, "min_lr": 2e-5, "batch_size": 4},
+    "gpt-1.3b": _LARGE | {"lr": 2e-4, "min_lr": 2e-5, "batch_size": 4, "seq_len": 2048},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a GPT with FSDP2, optionally with a quantized wire (QSDP) and CrAM.
+
+    Raises ValueError, in one sentence, for a value that no run can have.
+    """
+
+    model: str = "nano"
+    """Model preset: nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt-1.3b. The other flags'
+    defaults depend on it."""
+
+    data: str = "stdlib"
+    """What to train on: `stdlib` (the sources of the Python standard library), a text file, or a
+    folder of token shards (train-*.bin, val-*.bin, meta.json)."""
+
+    tokenizer: str | None = None
+    """`char`, `byte`, or a JSON file of the `tokenizers` library. Unset: byte for stdlib, char for
+    a text file, and the folder's own for token shards."""
+
+    steps: int = 2000
+    """Optimizer steps in all, those before a resume included."""
+
+    batch_size: int = 6
+    """Sequences a rank and micro-batch."""
+
+    grad_accum: int = 1
+    """Micro-batches whose gradients are added up before one optimizer step."""
+
+    seq_len: int = 64
+    """Tokens a sequence, at most the model's context."""
+
+    lr: float = 1e-3
+    """Learning rate after the warm-up."""
+
+    min_lr: float = 1e-4
+    """Learning rate at the end of the cosine."""
+
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly; may exceed --steps."""
+
+    weight_decay: float = 0.1
+    """AdamW's weight decay, on matrices only: norms and biases have none."""
+
+    beta2: float = 0.99
+    """AdamW's second beta (the first is 0.9)."""
+
+    clip_grad: float = 1.0
+    """Largest global gradient norm, 0 for no clipping. CrAM+ adds two gradients, so it is clipped
+    at twice this."""
+
+    seed: int = 0
+    """Seed of the weights, the data order, the wire's rounding and CrAM's draws."""
+
+    precision: str = "fp32"
+    """`fp32`, or `bf16` for bf16 weights and activations with fp32 master weights and gradient
+    sums."""
+
+    out: str | None = None
+    """Folder for all results, seen by every node; out/MODEL-DATA-... unless given."""
+
+    eval_every: int = 250
+    """Steps between validations, 0 for one at the end only."""
+
+    eval_batches: int = 20
+    """Validation batches of --batch-size a rank, fewer where the validation split ends."""
+
+    save_every: int = 500
+    """Steps between checkpoints, 0 for one at the end only."""
+
+    keep: int = 2
+    """How many of the newest checkpoints stay on disk."""
+
+    resume: str = "auto"
+    """`auto` goes on from the newest checkpoint in --out, if any; `none` begins anew and removes
+    the checkpoints and metrics there; a path names a checkpoint or a folder of them."""
+
+    qsdp_bits: int | None = None
+    """Bits a value on the wire for weights and gradients, 2 to 8; 16 (bf16) and 32 (fp32) are
+    baselines through the same collectives. Unset: stock FSDP2."""
+
+    qsdp_weight_bits: int | None = None
+    """Bits a weight in the all-gather, in place of --qsdp-bits; 32 if only the gradients' are
+    given."""
+
+    qsdp_grad_bits: int | None = None
+    """Bits a gradient value in the reduce-scatter, in place of --qsdp-bits; 32 if only the
+    weights' are given."""
+
+    qsdp_bucket_size: int = 1024
+    """Values that share one minimum and scale, a multiple of 8."""
+
+    qsdp_rounding: str = "shift"
+    """`shift`, `dither`, `stochastic` or `nearest`; all but nearest are unbiased."""
+
+    cram: bool = False
+    """Train with CrAM+ (two passes a step), which makes the model prunable in one shot."""
+
+    cram_sparsity: tuple[float, ...] = (0.5, 0.7, 0.9)
+    """Sparsities, one of which is drawn each step: a list with commas, each from 0 to below 1."""
+
+    cram_rho: float = 0.05
+    """Length of CrAM's ascent step, in gradients."""
+
+    cram_plus: bool = True
+    """Add the dense gradient to the compressed model's; --no-cram-plus is CrAM without it."""
+
+    tensorboard: bool = False
+    """Also write TensorBoard events to OUT/tensorboard."""
+
+    def __post_init__(self) -> None:
+        if self.model not in RECIPES:
+            raise ValueError(f"--model is {self.model!r}; choose one of {', '.join(RECIPES)}.")
+        for name in ("steps", "batch_size", "grad_accum", "seq_len", "eval_batches", "keep"):
+            self._require(name, getattr(self, name) >= 1, "choose 1 or more")
+        for name in ("warmup_steps", "eval_every", "save_every"):
+            self._require(name, getattr(self, name) >= 0, "choose 0 or more")
+        for name in ("weight_decay", "clip_grad", "cram_rho"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "choose a number from 0")
+        self._require("lr", 0 < self.lr < math.inf, "choose a number above 0")
+        self._require("min_lr", 0 <= self.min_lr <= self.lr, f"choose 0 to --lr, {self.lr:g}")
+        self._require("beta2", 0 <= self.beta2 < 1, "choose a number from 0 to below 1")
+        self._require("seed", 0 <= self.seed < 1 << 63, "choose an integer from 0 to 2**63 - 1")
+        self._require("precision", self.precision in PRECISIONS, "choose fp32 or bf16")
+        self._require("out", self.out != "", "give a folder")
+        self._require("resume", self.resume != "", "choose auto, none or a checkpoint's path")
+        self._require(
+            "cram_sparsity",
+            bool(self.cram_sparsity) and all(0 <= s < 1 for s in self.cram_sparsity),
+            "give numbers from 0 to below 1, with commas between",
+        )
+        for name in ("qsdp_bits", "qsdp_weight_bits", "qsdp_grad_bits"):
+            if getattr(self, name) is not None:
+                check_bits(_flag(name), getattr(self, name))
+        try:
+            QSDPConfig(bucket_size=self.qsdp_bucket_size, rounding=self.qsdp_rounding)
+        except ValueError as error:
+            message = str(error).replace("bucket_size", _flag("qsdp_bucket_size"))
+            raise ValueError(message.replace("rounding is", "--qsdp-rounding is")) from None
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"{_flag(name)} is {getattr(self, name)!r}; {allowed}.")
+
+    @classmethod
+    def for_model(cls, model: str, **changes: Any) -> TrainConfig:
+        """The configuration of a model preset, with `changes` to its fields."""
+        return cls(**{"model": model} | RECIPES.get(model, {}) | changes)
+
+    @property
+    def wire(self) -> QSDPConfig | None:
+        """What crosses the wire, None for stock FSDP2."""
+        chosen = (self.qsdp_bits, self.qsdp_weight_bits, self.qsdp_grad_bits)
+        if all(bits is None for bits in chosen):
+            return None
+        both, weights, grads = chosen
+        fallback = 32 if both is None else both
+        return QSDPConfig(
+            weight_bits=fallback if weights is None else weights,
+            grad_bits=fallback if grads is None else grads,
+            bucket_size=self.qsdp_bucket_size,
+            rounding=self.qsdp_rounding,
+            seed=self.seed,
+        )
+
+    @property
+    def out_dir(self) -> Path:
+        """Where results go: `out`, or a folder named after what sets the run apart."""
+        if self.out is not None:
+            return Path(self.out)
+        wire = self.wire
+        parts = [
+            self.model,
+            Path(self.data).stem or "data",
+            "fsdp2" if wire is None else f"w{wire.weight_bits}g{wire.grad_bits}",
+            *(["cram"] if self.cram else []),
+            f"seed{self.seed}",
+        ]
+        return Path("out", "-".join(parts))
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields, `out` resolved, as JSON and TOML can hold them; unset ones are left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {"out": str(self.out_dir), "cram_sparsity": list(self.cram_sparsity)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def to_toml(self) -> str:
+        """A file that --config reads back as this very configuration."""
+        # JSON's strings, numbers, booleans and lists are TOML's too.
+        return "".join(f"{name} = {json.dumps(v)}\n" for name, v in self.as_dict().items())
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,44 @@
+"""How a run ends on a user's mistake: one sentence, on rank 0, and exit status 2 on every rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import NoReturn
+
+EXIT_STATUS = 2
+_PATIENCE_S = 10.0
+
+
+class UserError(Exception):
+    """A mistake that its message, one sentence, lets the user correct."""
+
+
+def sentence(error: BaseException) -> str:
+    """The message of `error` on one line; of an OSError, what failed on which file."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def leave(error: BaseException) -> NoReturn:
+    """End this rank with exit status 2, after rank 0 has had the time to say why.
+
+    A launcher that sees one rank fail ends the others at once. So the others hold still, up to 10
+    seconds, and leave with the same status when the launcher's SIGTERM comes.
+    """
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+    else:
+        signal.signal(signal.SIGTERM, _leave_now)
+        time.sleep(_PATIENCE_S)
+    raise SystemExit(EXIT_STATUS)
+
+
+def _leave_now(signum: int, frame: FrameType | None) -> NoReturn:
+    os._exit(EXIT_STATUS)

@@ -1,0 +1,96 @@
+"""Validation: the loss of the model as it is, and after pruning it in one shot."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from qsdp.data import Corpus, eval_batches
+from qsdp.models import GPT, generate
+from qsdp.sparsity.masks import pruned
+from qsdp.train.config import TrainConfig
+from qsdp.train.wire import Wire
+from qsdp.train.world import World
+
+ONE_SHOT_SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+_PROMPT_TOKENS = 16
+_GATHERED_BYTES = 2 << 30  # what a sample may hold on every rank, beside the shards
+
+
+class Evaluator:
+    """Evaluates one model on the validation split; every method is called on all ranks alike."""
+
+    def __init__(
+        self, config: TrainConfig, world: World, corpus: Corpus, model: GPT, wire: Wire
+    ) -> None:
+        self._config = config
+        self._world = world
+        self._corpus = corpus
+        self._model = model
+        self._wire = wire
+
+    def loss(self, *, exact: bool = True) -> float:
+        """Mean cross-entropy in nats a token, of the exact weights or of those off the wire."""
+        config, world = self._config, self._world
+        batches = eval_batches(
+            self._corpus.val,
+            config.batch_size,
+            config.seq_len,
+            config.eval_batches,
+            world.rank,
+            world.size,
+        )
+        loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        num_tokens = 0
+        self._model.eval()
+        with torch.no_grad(), self._wire.evaluation(exact):
+            for inputs_BT, targets_BT, count in batches:
+                _, loss = self._model(inputs_BT.to(world.device), targets_BT.to(world.device))
+                loss_sum += count * loss.double()
+                num_tokens += count
+            self._reshard()
+        self._model.train()
+        total, total_tokens = world.sum(loss_sum, num_tokens)
+        return total / total_tokens
+
+    def one_shot(self) -> dict[str, float]:
+        """The exact weights' loss after magnitude pruning, by sparsity; weights are put back."""
+        losses = {}
+        for sparsity in ONE_SHOT_SPARSITIES:
+            with pruned(self._model, sparsity):
+                losses[str(sparsity)] = self.loss()
+        return losses
+
+    def sample(self) -> str | None:
+        """A validation prompt, continued by the exact weights; None if it cannot be decoded.
+
+        A model that fits stays gathered from token to token; a large one would cross the wire
+        whole for each, so its sample is short.
+        """
+        tokenizer = self._corpus.tokenizer
+        if tokenizer is None:
+            return None
+        model = self._model
+        fits = sum(4 * p.numel() for p in model.parameters()) <= _GATHERED_BYTES
+        prompt = [int(i) for i in self._corpus.val[:_PROMPT_TOKENS]]
+        tokens_1T = torch.tensor([prompt], device=self._world.device)
+        with self._wire.evaluation(exact=True):
+            self._reshard_after_forward(not fits)
+            num_tokens = 200 if fits else 20
+            ids_1T = generate(model, tokens_1T, num_tokens, 0.8, 50, self._config.seed)
+            self._reshard_after_forward(True)
+            self._reshard()
+        return tokenizer.decode(ids_1T[0].tolist())
+
+    def _reshard_after_forward(self, is_on: bool) -> None:
+        for block in self._model.blocks:
+            cast(FSDPModule, block).set_reshard_after_forward(is_on)
+
+    def _reshard(self) -> None:
+        # After a forward without backward the root stays gathered, and the next training pass would
+        # compute with these weights and not with those that its own gather brings.
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

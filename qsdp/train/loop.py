@@ -1,0 +1,145 @@
+"""The training loop: steps, validations, checkpoints, and the summary at the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from qsdp.optim import CrAM, clip_grad_norm_, global_grad_norm
+from qsdp.train.config import TrainConfig
+from qsdp.train.errors import UserError
+from qsdp.train.progress import RunProgress
+from qsdp.train.report import finish
+from qsdp.train.setup import Job, set_up
+from qsdp.train.world import open_world
+
+
+def train(config: TrainConfig) -> None:
+    """Run the job that `config` describes, from the step where it was left, to its summary.
+
+    Called on every rank, under torchrun or alone.
+    Raises UserError, on every rank, for whatever the user can correct.
+    """
+    with open_world() as world:
+        job = set_up(config, world)
+        if job is None:
+            return
+        metrics = job.open_metrics()
+        progress = RunProgress(job.steps_done, config.steps, is_shown=world.is_main)
+        with metrics or nullcontext(), progress:
+            while job.steps_done < config.steps:
+                line = train_step(job)
+                if _is_due(config.eval_every, job, at_end=False):
+                    line |= evaluate(job, progress)
+                if metrics is not None:
+                    metrics.log(line)
+                progress.show(line)
+                if _is_due(config.save_every, job, at_end=True):
+                    save(job)
+        finish(job, [] if metrics is None else metrics.history)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of optimizer step number `step`, the first being 0: linear warm-up, then a cosine.
+
+    The cosine ends in `min_lr` at the last step; a warm-up as long as the run has none.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    span = max(1, config.steps - 1 - config.warmup_steps)
+    done = min(1.0, (step - config.warmup_steps) / span)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def train_step(job: Job) -> dict[str, Any]:
+    """Take one optimizer step and return its metrics; a step without a finite gradient is skipped.
+
+    Bytes are the mean over ranks of what one rank sent.
+    """
+    config, world, optimizer = job.config, job.world, job.optimizer
+    lr = learning_rate(config, job.steps_done)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    before = job.wire.total()
+    started = time.perf_counter()
+    if isinstance(optimizer, CrAM):
+        loss = optimizer.step(lambda: forward_backward(job))
+        grad_norm = optimizer.last_grad_norm or 0.0
+    else:
+        optimizer.zero_grad()
+        loss = forward_backward(job)
+        grad_norm = _clip(job)
+        if math.isfinite(grad_norm):
+            optimizer.step()
+    job.steps_done += 1
+    wire = job.wire.total().since(before)
+    # The sum waits for the device, so the time that follows is the whole step's.
+    sums = world.sum(loss, wire.sent, wire.other, wire.fp32)
+    step_s = time.perf_counter() - started
+    loss_mean, sent, other, fp32 = (value / world.size for value in sums)
+    step_tokens = world.size * config.grad_accum * config.batch_size * config.seq_len
+    return {
+        "step": job.steps_done,
+        "loss": loss_mean,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens_per_s": step_tokens / step_s,
+        "step_s": step_s,
+        "tokens": job.steps_done * step_tokens,
+        "wire_bytes_sent": sent,
+        "wire_bytes_other": other,
+        "wire_bytes_fp32": fp32,
+    }
+
+
+def forward_backward(job: Job) -> Tensor:
+    """Run all micro-batches of the step, leave the mean gradient, return this rank's mean loss."""
+    config, device = job.config, job.world.device
+    total = torch.zeros((), device=device)
+    for micro in range(config.grad_accum):
+        cast(FSDPModule, job.model).set_requires_gradient_sync(micro == config.grad_accum - 1)
+        inputs_BT, targets_BT = job.batches.get(job.steps_done, micro)
+        _, loss = job.model(inputs_BT.to(device), targets_BT.to(device))
+        (loss / config.grad_accum).backward()
+        total += loss.detach() / config.grad_accum
+    job.wire.reduced()
+    return total
+
+
+def evaluate(job: Job, progress: RunProgress) -> dict[str, float]:
+    """Validate with exact weights, and with those off the wire if it is quantized."""
+    before = job.wire.total()
+    losses = {"val_loss": job.evaluator.loss()}
+    text = f"step {job.steps_done}: validation loss {losses['val_loss']:.4f}"
+    if job.handle is not None:
+        losses["val_loss_quantized"] = job.evaluator.loss(exact=False)
+        text += f", with quantized weights {losses['val_loss_quantized']:.4f}"
+    progress.note(text)
+    spent = job.wire.total().since(before)
+    return losses | {"eval_bytes_sent": float(spent.other)}
+
+
+def save(job: Job) -> None:
+    """Write a checkpoint. Raises UserError, on every rank, if that fails."""
+    try:
+        job.save()
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+
+
+def _clip(job: Job) -> float:
+    parameters = list(job.model.parameters())
+    if job.config.clip_grad:
+        return clip_grad_norm_(parameters, job.config.clip_grad)
+    return global_grad_norm(parameters)
+
+
+def _is_due(every: int, job: Job, *, at_end: bool) -> bool:
+    is_end = job.steps_done == job.config.steps
+    return (at_end if is_end else bool(every)) and (is_end or job.steps_done % every == 0)

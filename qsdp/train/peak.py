@@ -1,0 +1,35 @@
+"""What a device can do at best, to which a run's speed is compared."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+_SECONDS = 0.3
+
+
+def matmul_flops_per_s(device: torch.device, precision: str) -> float:
+    """Floating-point operations a second of square matrix products on `device`, measured.
+
+    A data sheet's peak would need a table of devices and would be out of reach; this is what the
+    same torch gets out of the same cores, so it is called on all ranks at the same time.
+    """
+    size = 8192 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    b = torch.ones(size, size, dtype=dtype, device=device)
+    torch.mm(a, b)
+    count = 0
+    _wait(device)
+    started = time.perf_counter()
+    while time.perf_counter() - started < _SECONDS:
+        torch.mm(a, b)
+        _wait(device)
+        count += 1
+    return count * 2 * size**3 / (time.perf_counter() - started)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,97 @@
+"""The plots of a run: loss, one-shot pruning, bytes on the wire, step time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+History = list[dict[str, Any]]
+
+
+def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list[Path]:
+    """Write the plots as PNG files into `folder`; their paths, none without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    draw: dict[str, Callable[[Any], None]] = {
+        "loss": lambda axes: _plot_loss(axes, history),
+        "one_shot": lambda axes: _plot_one_shot(axes, summary),
+        "wire": lambda axes: _plot_wire(axes, history),
+        "step_time": lambda axes: _plot_step_time(axes, history),
+    }
+    paths = []
+    for name, plot in draw.items():
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        plot(axes)
+        axes.grid(alpha=0.3)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=130)
+    return paths
+
+
+def _plot_loss(axes: Any, history: History) -> None:
+    steps, losses = _series(history, "loss")
+    axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
+    axes.plot(steps, list(_smoothed(losses)), color="C0", label="training, smoothed")
+    for name, label, color in (
+        ("val_loss", "validation", "C1"),
+        ("val_loss_quantized", "validation off the wire", "C2"),
+    ):
+        if any(name in line for line in history):
+            axes.plot(*_series(history, name), "o-", color=color, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel="nats a token", title="Loss")
+    axes.legend()
+
+
+def _plot_one_shot(axes: Any, summary: dict[str, Any]) -> None:
+    sparsities = [0.0, *(float(s) for s in summary["one_shot"])]
+    losses = [summary["val_loss"], *summary["one_shot"].values()]
+    axes.plot([100 * s for s in sparsities], losses, "o-")
+    axes.set(
+        xlabel="block weights pruned in one shot, %",
+        ylabel="validation loss, nats a token",
+        title="Loss after one-shot pruning",
+    )
+
+
+def _plot_wire(axes: Any, history: History) -> None:
+    for name, label in (("wire_bytes_sent", "sent"), ("wire_bytes_fp32", "the same in fp32")):
+        steps, counts = _series(history, name)
+        axes.plot(steps, [count / 1e6 for count in counts], label=label)
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="step", ylabel="MB a rank and step", title="Weights and gradients on the wire")
+    axes.legend()
+
+
+def _plot_step_time(axes: Any, history: History) -> None:
+    steps, seconds = _series(history, "step_s")
+    milliseconds = [1e3 * s for s in seconds]
+    axes.plot(steps, milliseconds, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, list(_smoothed(milliseconds)), color="C0")
+    if milliseconds:
+        # A first step, or one beside a busy neighbour, must not flatten all others.
+        axes.set_ylim(0, 1.5 * sorted(milliseconds)[int(0.98 * (len(milliseconds) - 1))])
+    axes.set(xlabel="step", ylabel="ms", title="Time a step")
+
+
+def _series(history: History, name: str) -> tuple[list[int], list[float]]:
+    points = [(line["step"], line[name]) for line in history if line.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _smoothed(values: list[float], decay: float = 0.95) -> Iterator[float]:
+    """An exponential mean, without the bias of its start."""
+    mean = 0.0
+    for count, value in zip(itertools.count(1), values, strict=False):
+        mean = decay * mean + (1 - decay) * value
+        yield mean / (1 - decay**count)

@@ -1,0 +1,149 @@
+"""The end of a run: last evaluation, summary.json, plots, and tables on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+import qsdp
+from qsdp.models import flops_per_token
+from qsdp.train.peak import matmul_flops_per_s
+from qsdp.train.plots import write_plots
+from qsdp.train.progress import format_bytes
+from qsdp.train.setup import Job
+
+
+def finish(job: Job, history: list[dict[str, Any]]) -> None:
+    """Evaluate, then write and print what the run came to; called on all ranks alike.
+
+    `history` holds the metrics of all steps, on rank 0.
+    """
+    before = job.wire.total()
+    val_loss = job.evaluator.loss()
+    quantized = None if job.handle is None else job.evaluator.loss(exact=False)
+    one_shot = job.evaluator.one_shot()
+    sample = job.evaluator.sample()
+    last_other = job.world.sum(job.wire.total().since(before).other)[0] / job.world.size
+    peak = job.world.sum(matmul_flops_per_s(job.world.device, job.config.precision))[0]
+    if not job.world.is_main:
+        return
+    steps = max(1, len(history))
+    step_s = statistics.median([line["step_s"] for line in history]) if history else None
+    config = job.config
+    step_tokens = job.world.size * config.grad_accum * config.batch_size * config.seq_len
+    tokens_per_s = None if step_s is None else step_tokens / step_s
+    passes = 2 if config.cram else 1
+    flops_per_s = passes * flops_per_token(job.model.config, config.seq_len) * (tokens_per_s or 0)
+    summary = {
+        "val_loss": val_loss,
+        "val_loss_quantized": quantized,
+        "one_shot": one_shot,
+        "steps": job.steps_done,
+        "step_s_median": step_s,
+        "tokens_per_s": tokens_per_s,
+        "mfu": None if tokens_per_s is None else flops_per_s / peak,
+        "mfu_peak_flops_per_s": peak,
+        "mfu_peak_source": "a square matmul in the run's precision, timed on all ranks at once",
+        "wire": {
+            "sent_bytes_per_step": _mean(history, "wire_bytes_sent"),
+            "other_bytes_per_step": _mean(history, "wire_bytes_other")
+            + _mean(history, "eval_bytes_sent", len(history))
+            + last_other / steps,
+            "fp32_bytes_per_step": _mean(history, "wire_bytes_fp32"),
+            "source": "counted by qsdp"
+            if job.handle is not None
+            else f"computed from stock FSDP2's plan over {job.world.backend}",
+        },
+        "world_size": job.world.size,
+        "sample": sample,
+        "versions": {
+            "qsdp": qsdp.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        "config": config.as_dict(),
+    }
+    plots = write_plots(job.out / "plots", history, summary)
+    _write_json(job.out / "summary.json", summary)
+    print_summary(Console(), summary, plots)
+    print(f"Results are in {job.out}", flush=True)
+
+
+def print_summary(console: Console, summary: dict[str, Any], plots: list[Path]) -> None:
+    """Print the tables and the sample of a `summary.json`."""
+    losses = Table(title="Validation loss, nats a token")
+    losses.add_column("weights")
+    losses.add_column("loss", justify="right")
+    losses.add_row("dense, exact", f"{summary['val_loss']:.4f}")
+    if summary["val_loss_quantized"] is not None:
+        losses.add_row("dense, off the wire", f"{summary['val_loss_quantized']:.4f}")
+    for sparsity, loss in summary["one_shot"].items():
+        losses.add_row(f"{float(sparsity):.0%} pruned in one shot", f"{loss:.4f}")
+    console.print(losses)
+    console.print(_wire_table(summary))
+    if summary["step_s_median"] is not None:
+        console.print(
+            f"{summary['step_s_median'] * 1e3:,.0f} ms a step (median), "
+            f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['mfu']:.1%} of the matmul rate",
+            highlight=False,
+        )
+    if summary["sample"] is not None:
+        # The model may well write what looks like markup or a control sequence.
+        printable = "".join(
+            c if c.isprintable() or c == "\n" else "\ufffd" for c in summary["sample"]
+        )
+        console.print(Panel(Text(printable), title="Sample"))
+    if plots:
+        console.print(f"Plots: {', '.join(str(path) for path in plots)}", highlight=False)
+    else:
+        console.print("No plots: matplotlib is not installed.", highlight=False)
+
+
+def _wire_table(summary: dict[str, Any]) -> Table:
+    wire, steps = summary["wire"], summary["steps"]
+    sent, fp32 = wire["sent_bytes_per_step"], wire["fp32_bytes_per_step"]
+    table = Table(title=f"Bytes that a rank sends, {wire['source']}")
+    table.add_column("")
+    table.add_column("a step", justify="right")
+    table.add_column(f"{steps} steps", justify="right")
+    rows = [
+        ("weights and gradients", sent),
+        ("the same in fp32", fp32),
+        ("saved", fp32 - sent),
+        ("everything else", wire["other_bytes_per_step"]),
+    ]
+    for name, count in rows:
+        share = (
+            f" ({count / fp32:.1%})" if fp32 and name in ("weights and gradients", "saved") else ""
+        )
+        table.add_row(name, _signed(count) + share, _signed(count * steps))
+    return table
+
+
+def _signed(count: float) -> str:
+    return format_bytes(count) if count >= 0 else f"-{format_bytes(-count)}"
+
+
+def _mean(history: list[dict[str, Any]], name: str, over: int = 0) -> float:
+    """The mean of a metric over the steps that have it, or its sum over `over` steps."""
+    values = [line[name] for line in history if line.get(name) is not None]
+    return sum(values) / max(1, over or len(values))
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    replacement = path.with_name(path.name + ".tmp")
+    with replacement.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    replacement.rename(path)

@@ -1,0 +1,288 @@
+"""Everything before the first step: data, model, optimizer, and the checkpoint to go on from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qsdp
+from qsdp import checkpoint
+from qsdp.data import Batches, Corpus, eval_batches, load_corpus
+from qsdp.metrics import MetricsWriter
+from qsdp.models import GPT, GPTConfig
+from qsdp.optim import CrAM
+from qsdp.train.config import TrainConfig
+from qsdp.train.evaluate import Evaluator
+from qsdp.train.parallelize import build, make_optimizer, model_config
+from qsdp.train.wire import QuantizedWire, StockWire, Wire
+from qsdp.train.world import World
+
+_SHARED_FOLDER_S = 10.0  # how long a network file system may take to show a new file
+
+
+@dataclass
+class Job:
+    """A run that is ready to take its next step."""
+
+    config: TrainConfig
+    world: World
+    corpus: Corpus
+    batches: Batches
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    handle: qsdp.Handle | None
+    wire: Wire
+    evaluator: Evaluator
+    fingerprint: dict[str, Any]
+    """What a checkpoint must share with the run that goes on from it."""
+    steps_done: int
+
+    @property
+    def out(self) -> Path:
+        return self.config.out_dir
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.world.is_main:
+            print(text, flush=True)
+
+    def open_metrics(self) -> MetricsWriter | None:
+        """The metrics file, on rank 0. Raises UserError everywhere if it cannot be written."""
+        folder = self.out / "tensorboard" if self.config.tensorboard else None
+        path = self.out / "metrics.jsonl"
+        return self.world.together(
+            lambda: MetricsWriter(path, self.steps_done, folder) if self.world.is_main else None
+        )
+
+    def save(self) -> None:
+        """Write the checkpoint of the steps done."""
+        tokenizer = self.corpus.tokenizer
+        checkpoint.save(
+            self.out / "checkpoints",
+            self.steps_done,
+            self.model,
+            self.optimizer,
+            {
+                "fingerprint": self.fingerprint,
+                "config": self.config.as_dict(),
+                "wire": None if self.handle is None else self.handle.state_dict(),
+                "world_size": self.world.size,
+            },
+            files={} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()},
+            keep=self.config.keep,
+        )
+
+
+def set_up(config: TrainConfig, world: World) -> Job | None:
+    """Build the job of `config` on all ranks; None if it is finished already, which is said.
+
+    Raises UserError, on every rank, for whatever the user can correct.
+    """
+    _make_shared_folder(config.out_dir, world)
+    corpus = world.together(lambda: _load_corpus(config))
+    size = world.together(lambda: model_config(config, corpus.vocab_size))
+    batches = world.together(lambda: _make_batches(config, world, corpus))
+    fingerprint = _fingerprint(config, size, corpus)
+    source = world.on_main(lambda: _find_checkpoint(config, fingerprint))
+    meta = None if source is None else world.together(lambda: checkpoint.read_meta(source))
+    if meta is not None and config.resume == "auto" and _is_finished(config, meta["step"]):
+        if world.is_main:
+            print(
+                f"{config.out_dir} holds a finished run of {meta['step']} steps: nothing to train. "
+                "Raise --steps, choose another --out, or begin anew with --resume none."
+            )
+        return None
+
+    sharded = world.together(lambda: build(config, size, world))
+    model, handle = sharded.model, sharded.handle
+    wire = StockWire(model, world) if handle is None else QuantizedWire(handle)
+    optimizer: torch.optim.Optimizer = make_optimizer(config, model)
+    if config.cram:
+        optimizer = CrAM(
+            model,
+            optimizer,
+            sparsity=config.cram_sparsity,
+            rho=config.cram_rho,
+            plus=config.cram_plus,
+            max_norm=config.clip_grad or None,
+            seed=config.seed,
+        )
+    steps_done = 0
+    if source is not None and meta is not None:
+        _all(world, lambda: checkpoint.load(source, model, optimizer))
+        steps_done = meta["step"]
+        if handle is not None and meta["wire"] is not None:
+            handle.load_state_dict(meta["wire"])
+    world.on_main(lambda: _begin_folder(config, steps_done))
+    job = Job(
+        config=config,
+        world=world,
+        corpus=corpus,
+        batches=batches,
+        model=model,
+        optimizer=optimizer,
+        handle=handle,
+        wire=wire,
+        evaluator=Evaluator(config, world, corpus, model, wire),
+        fingerprint=fingerprint,
+        steps_done=steps_done,
+    )
+    _announce(job, source, meta)
+    return job
+
+
+def _all(world: World, collective: Callable[[], None]) -> None:
+    """Run what communicates and fails on all ranks alike, or on none."""
+    mistake = None
+    try:
+        collective()
+    except (ValueError, RuntimeError) as error:
+        mistake = error
+
+    def report() -> None:
+        if mistake is not None:
+            raise mistake
+
+    world.together(report)
+
+
+def _make_shared_folder(out: Path, world: World) -> None:
+    """Make the folder of results and see that every rank sees the same one."""
+    probe = out / f".probe-{world.on_main(time.time_ns)}"
+
+    def make() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+
+    def see() -> None:
+        deadline = time.monotonic() + _SHARED_FOLDER_S
+        while not probe.exists():
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"--out {out} is not one folder for all nodes: what rank 0 writes there does "
+                    f"not reach rank {world.rank}; give a folder on a shared file system."
+                )
+            time.sleep(0.1)
+
+    world.on_main(make)
+    try:
+        world.together(see)
+    finally:
+        if world.is_main:
+            probe.unlink(missing_ok=True)
+
+
+def _load_corpus(config: TrainConfig) -> Corpus:
+    tokenizer = config.tokenizer
+    if tokenizer is None and config.data == "stdlib":
+        tokenizer = "byte"
+    return load_corpus(config.data, tokenizer)
+
+
+def _make_batches(config: TrainConfig, world: World, corpus: Corpus) -> Batches:
+    # Called for its checks: validation must not fail after hours of training.
+    eval_batches(corpus.val, config.batch_size, config.seq_len, config.eval_batches)
+    return Batches(
+        corpus.train,
+        config.batch_size,
+        config.seq_len,
+        config.seed,
+        world.rank,
+        world.size,
+        config.grad_accum,
+    )
+
+
+def _fingerprint(config: TrainConfig, size: GPTConfig, corpus: Corpus) -> dict[str, Any]:
+    tokenizer = corpus.tokenizer
+    text = "" if tokenizer is None else tokenizer.to_json()
+    return {
+        "model": asdict(size),
+        "tokenizer": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
+        "optimizer": "CrAM" if config.cram else "AdamW",
+    }
+
+
+def _find_checkpoint(config: TrainConfig, fingerprint: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from. Raises ValueError if it is of another model."""
+    if config.resume == "none":
+        return None
+    if config.resume == "auto":
+        path = checkpoint.latest(config.out_dir / "checkpoints")
+    else:
+        path = checkpoint.resolve(Path(config.resume))
+    if path is None:
+        return None
+    meta = checkpoint.read_meta(path)
+    theirs = meta.get("fingerprint", {})
+    # Through JSON, as the other one came: tuples are lists there.
+    ours = json.loads(json.dumps(fingerprint))
+    for part in ("model", "tokenizer", "optimizer"):
+        if theirs.get(part) != ours[part]:
+            raise ValueError(
+                f"{path} cannot be resumed: it was trained with {_describe(theirs, ours, part)}; "
+                "give the flags of that run, another --out, or --resume none."
+            )
+    if meta["step"] > config.steps and not _is_finished(config, meta["step"]):
+        raise ValueError(
+            f"{path} is past the end: {meta['step']} steps are done and --steps is "
+            f"{config.steps}; raise --steps, or give another --out."
+        )
+    return path
+
+
+def _describe(theirs: dict[str, Any], ours: dict[str, Any], part: str) -> str:
+    if part == "tokenizer" or not isinstance(theirs.get(part), type(ours[part])):
+        return f"another {part}"
+    if part == "optimizer":
+        return f"{theirs[part]}, not {ours[part]}"
+    differing = [name for name in ours[part] if theirs[part].get(name) != ours[part][name]]
+    parts = [f"{name} {theirs[part].get(name)}, not {ours[part][name]}" for name in differing[:3]]
+    return "another model (" + "; ".join(parts) + ")"
+
+
+def _is_finished(config: TrainConfig, steps_done: int) -> bool:
+    return steps_done >= config.steps and (config.out_dir / "summary.json").is_file()
+
+
+def _begin_folder(config: TrainConfig, steps_done: int) -> None:
+    """Leave in the folder of results only what belongs to this run so far."""
+    checkpoint.clear_after(config.out_dir / "checkpoints", steps_done)
+    (config.out_dir / "summary.json").unlink(missing_ok=True)
+    (config.out_dir / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+
+
+def _announce(job: Job, source: Path | None, meta: dict[str, Any] | None) -> None:
+    config, world = job.config, job.world
+    num_parameters = sum(p.numel() for p in job.model.parameters())
+    wire = config.wire
+    travels = (
+        "stock FSDP2"
+        if wire is None
+        else f"{wire.weight_bits}-bit weights, {wire.grad_bits}-bit gradients"
+    )
+    batch_tokens = world.size * config.batch_size * config.grad_accum * config.seq_len
+    job.say(
+        f"{config.model}: {num_parameters:,} parameters on {world.size} "
+        f"{'rank' if world.size == 1 else 'ranks'} ({world.backend}, {config.precision}), "
+        f"{travels}, {'CrAM' + '+' * config.cram_plus if config.cram else 'AdamW'}, "
+        f"{batch_tokens:,} tokens a step of {len(job.corpus.train):,}, results in {job.out}"
+    )
+    if meta is None:
+        return
+    before = meta.get("config", {})
+    ignored = ("out", "resume", "keep")
+    changes = [
+        f"{name} {before.get(name)} -> {value}"
+        for name, value in config.as_dict().items()
+        if name not in ignored and before.get(name) != value
+    ]
+    noted = f" with other settings than before: {', '.join(changes)}" if changes else ""
+    job.say(f"Going on from {source}, {job.steps_done} of {config.steps} steps done{noted}")

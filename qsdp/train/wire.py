@@ -1,0 +1,119 @@
+"""What crosses the wire in training, counted in one way for qsdp and for stock FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+import qsdp
+from qsdp import compat
+from qsdp.train.world import World
+
+
+@dataclass(frozen=True)
+class WireBytes:
+    """Bytes that one rank sent, cumulative."""
+
+    sent: int = 0
+    """Gathers and reduces of training, all that they carry."""
+    other: int = 0
+    """Everything else: the gathers of validation and sampling."""
+    fp32: int = 0
+    """The gathers and reduces of training in fp32, each value once: 4 (N - 1) / N bytes a value."""
+
+    def since(self, before: WireBytes) -> WireBytes:
+        return WireBytes(
+            self.sent - before.sent, self.other - before.other, self.fp32 - before.fp32
+        )
+
+
+class Wire(Protocol):
+    """How weights and gradients travel, and how many bytes that has taken."""
+
+    def total(self) -> WireBytes: ...
+
+    def reduced(self) -> None:
+        """Note that a backward pass has reduced the gradients."""
+
+    def evaluation(self, exact: bool) -> AbstractContextManager[None]:
+        """Inside, gathers are `other`, and bring exact weights if `exact`."""
+
+
+class QuantizedWire:
+    """qsdp's own collectives and counters."""
+
+    def __init__(self, handle: qsdp.Handle) -> None:
+        self._handle = handle
+
+    def total(self) -> WireBytes:
+        counts = self._handle.traffic.snapshot()
+        return WireBytes(
+            counts["gather_sent_bytes"] + counts["reduce_sent_bytes"],
+            counts["other_sent_bytes"],
+            counts["gather_fp32_bytes"] + counts["reduce_fp32_bytes"],
+        )
+
+    def reduced(self) -> None:
+        """The hooks have seen it."""
+
+    @contextmanager
+    def evaluation(self, exact: bool) -> Iterator[None]:
+        with self._handle.traffic.paused(), self._handle.exact() if exact else nullcontext():
+            yield
+
+
+class StockWire:
+    """The bytes of stock FSDP2, by arithmetic on its tables of padded shards.
+
+    A forward pass gathers every group; a backward pass gathers all but the root's again and reduces
+    all. A gather sends the own shard to N - 1 ranks. NCCL's reduce-scatter moves each value once,
+    (N - 1) shards a rank; gloo's is an all-reduce inside and moves twice that.
+    """
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        self._bytes = WireBytes()
+        self._reduce_factor = 2 if world.backend == "gloo" else 1
+        peers = world.size - 1
+        groups = compat.parameter_groups(model)
+        self._gather = WireBytes()  # once for every group
+        self._regather = WireBytes()  # all but the root's
+        self._reduce_fp32 = 0
+        for group in groups:
+            shards = group.parameters()
+            sent = peers * sum(p.padded_numel * p.dtype.itemsize for p in shards)
+            fp32 = peers * sum(4 * p.padded_numel for p in shards)
+            self._gather = _plus(self._gather, sent, fp32)
+            self._reduce_fp32 += fp32
+            if group.module is not cast(FSDPModule, model):
+                self._regather = _plus(self._regather, sent, fp32)
+        model.register_forward_pre_hook(self._count_forward)
+
+    def total(self) -> WireBytes:
+        return self._bytes
+
+    def reduced(self) -> None:
+        # Gradients are reduced in fp32 at either precision.
+        self._bytes = _plus(self._bytes, self._reduce_factor * self._reduce_fp32, self._reduce_fp32)
+
+    def evaluation(self, exact: bool) -> AbstractContextManager[None]:
+        """Nothing to change: the weights are exact, and without autograd a forward is `other`."""
+        return nullcontext()
+
+    def _count_forward(self, model: nn.Module, inputs: Any) -> None:
+        once = self._gather
+        if not torch.is_grad_enabled():
+            before = self._bytes
+            self._bytes = WireBytes(before.sent, before.other + once.sent, before.fp32)
+            return
+        again = self._regather
+        self._bytes = _plus(self._bytes, once.sent + again.sent, once.fp32 + again.fp32)
+
+
+def _plus(total: WireBytes, sent: int, fp32: int) -> WireBytes:
+    return WireBytes(total.sent + sent, total.other, total.fp32 + fp32)

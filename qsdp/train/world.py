@@ -1,0 +1,123 @@
+"""The processes of one run: who they are, and how they agree that all is well."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from qsdp.train.errors import UserError, sentence
+
+T = TypeVar("T")
+
+MEETING_TIMEOUT = timedelta(minutes=2)
+# Between two collectives of a run lie seconds; writing a large checkpoint takes longest.
+COLLECTIVE_TIMEOUT = timedelta(minutes=15)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all others."""
+
+    rank: int
+    size: int
+    device: torch.device
+    backend: str
+    """`nccl` or `gloo`."""
+    mesh: DeviceMesh
+    """One axis over all ranks."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes what there is one of."""
+        return self.rank == 0
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run `work`, which must not communicate, on every rank and return its result.
+
+        Raises UserError on every rank if any had a ValueError, RuntimeError or OSError: with the
+        message of the first such rank.
+        """
+        mistake = None
+        try:
+            result = work()
+        except (ValueError, RuntimeError, OSError, UserError) as error:
+            mistake = sentence(error)
+        mistakes: list[str | None] = [None] * self.size
+        dist.all_gather_object(mistakes, mistake)
+        for first in mistakes:
+            if first is not None:
+                raise UserError(first)
+        return result
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and return its result everywhere; errors as in `together`."""
+        results = [self.together(lambda: work() if self.is_main else None)]
+        dist.broadcast_object_list(results, src=0)
+        return cast(T, results[0])
+
+    def sum(self, *values: float | Tensor) -> list[float]:
+        """Add each value up over all ranks, in fp64. Waits for the device."""
+        total = torch.stack(
+            [torch.as_tensor(v, device=self.device).detach().double() for v in values]
+        )
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+@contextmanager
+def open_world() -> Iterator[World]:
+    """Meet the other ranks that torchrun started, or be a world of one without it.
+
+    GPUs meet over NCCL, CPUs over gloo. Raises UserError if the others do not come.
+    """
+    is_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_gpu else None
+    if device is not None:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"This node has {torch.cuda.device_count()} GPUs, too few for local rank "
+                f"{device.index}; lower --nproc-per-node."
+            )
+        torch.cuda.set_device(device)
+    backend = "nccl" if is_gpu else "gloo"
+    try:
+        rank, size, store = _meet() if "RANK" in os.environ else (0, 1, dist.HashStore())
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
+        )
+        mesh = init_device_mesh("cuda" if is_gpu else "cpu", (size,))
+        # The first collective shows whether all can reach each other.
+        dist.barrier()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"The ranks did not all meet over {backend} ({sentence(error)[:200]}); look for an "
+            "earlier message on another node, and at the address that torchrun was given."
+        ) from None
+    try:
+        yield World(rank, size, device or torch.device("cpu"), backend, mesh)
+    except UserError:
+        # All ranks are here, so taking leave of each other cannot hang; after other errors it may.
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def _meet() -> tuple[int, int, dist.Store]:
+    """Wait, less long than for a collective, until every rank has come to torchrun's store."""
+    store, rank, size = next(rendezvous("env://", timeout=MEETING_TIMEOUT))
+    store = dist.PrefixStore("qsdp", store)
+    store.set_timeout(MEETING_TIMEOUT)
+    if store.add("arrived", 1) == size:
+        store.set("all_arrived", "1")
+    store.wait(["all_arrived"], MEETING_TIMEOUT)
+    return rank, size, store
