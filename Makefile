@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CUDA_FILES := $(wildcard csrc/cuda/*.cu)
 
 .PHONY: help setup train test lint cuda-check clean
