@@ -1,0 +1,76 @@
+"""What the codec tests share: a payload of one parameter, and fresh inputs that can be repeated."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import qsdp.codec.ops  # noqa: F401  registers torch.ops.qsdp
+from qsdp.codec.payload import HEADER_BYTES, META_BYTES, DType, Layout, Segment
+from qsdp.codec.rounding import Key
+from qsdp.config import ROUNDINGS
+
+UNBIASED = ("shift", "dither", "stochastic")
+DTYPES = {torch.float32: DType.FP32, torch.bfloat16: DType.BF16, torch.float16: DType.FP16}
+KEY = Key(seed=7, step=3, direction=0, hop=0, occurrence=0, sender=1)
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def fresh() -> np.random.Generator:
+    """A generator with a new seed; pytest shows the seed when the test fails."""
+    seed = np.random.SeedSequence().entropy
+    print(f"inputs drawn from np.random.default_rng({seed})")
+    return np.random.default_rng(seed)
+
+
+@dataclass
+class Sent:
+    payload: Tensor  # uint8
+    values: Tensor  # what the receiver decodes, [padded]
+    meta: bytes
+    codes: bytes
+
+
+def send(
+    x: Tensor,
+    bits: int,
+    how: str = "shift",
+    *,
+    key: Key = KEY,
+    receiver_key: Key | None = None,
+    bucket: int = 64,
+    parameter: int = 5,
+    group: int = 2,
+    numel: int | None = None,
+    out: torch.dtype | None = None,
+) -> Sent:
+    """Encode and decode ``x`` as a payload's only segment; ``numel`` values are valid."""
+    numel = x.numel() if numel is None else numel
+    x = torch.empty(x.numel(), dtype=x.dtype).copy_(x)  # numpy's strides of 0 cannot be viewed
+    segment = Segment(
+        bits=bits,
+        dtype=DTYPES[x.dtype],
+        padded=x.numel(),
+        parameter=parameter,
+        bucket=bucket,
+        rounding=ROUNDINGS.index(how),
+    )
+    layout = Layout([segment], group)
+    payload = torch.full((layout.payload_bytes,), 0xA5, dtype=torch.uint8)
+    table = torch.tensor(layout.table([numel]))
+    header = layout.header(key.sender, key.step)
+    before = x.clone()
+    torch.ops.qsdp.encode(x.view(torch.uint8), table, key.fold(), header, payload)
+    assert torch.equal(x.view(torch.uint8), before.view(torch.uint8)), "encode changed its input"
+    out = out or x.dtype
+    values = torch.full((x.numel(),), 99, dtype=out)
+    table = torch.tensor(layout.table([numel], DTYPES[out]))
+    key = receiver_key or key
+    torch.ops.qsdp.decode(payload, table, key.fold(), values.view(torch.uint8))
+    _, data = layout._starts[0]
+    meta_end = HEADER_BYTES + META_BYTES * -(-numel // bucket)
+    raw = bytes(payload.tolist())
+    return Sent(
+        payload, values, raw[HEADER_BYTES:meta_end], raw[data : data + -(-numel * bits // 8)]
+    )
