@@ -1,10 +1,11 @@
 """The only file that touches private names of torch, for torch 2.11 to 2.13.
 
-Everything here reads; nothing patches. What is read is what the public seam
-(`FSDPModule.set_custom_all_gather`, `set_custom_reduce_scatter`) does not say: which parameters a
-group holds and in which order, and the objects to restore when the hooks are removed.
+Nothing is patched, and but for `abandon_pass` everything only reads. What is read is what the
+public seam (`FSDPModule.set_custom_all_gather`, `set_custom_reduce_scatter`) does not say: which
+parameters a group holds and in which order, and the objects to restore when the hooks are removed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +134,26 @@ def reshards_after_backward(model: nn.Module) -> bool:
     )
 
 
+def abandon_pass(model: nn.Module) -> None:
+    """Make FSDP2 forget a forward or backward pass that an exception cut short.
+
+    Weights that stayed gathered are freed, or the next pass would not see an edit of the shards,
+    and gradients that were not reduced are dropped. The public `reset_iter_state` does most of it
+    since torch 2.13. Does nothing where FSDP2 is not used.
+    """
+    for root in _fsdp_roots(model):
+        state = root._get_fsdp_state()
+        if hasattr(root, "reset_iter_state"):
+            root.reset_iter_state()
+        else:
+            _reset_iteration(state)
+        for group in (group for s in state._state_ctx.all_states for group in _param_groups(s)):
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter._unsharded_param.grad = None
+
+
 def in_backward() -> bool:
     """Whether the calling thread runs inside an autograd backward pass."""
     return torch._C._current_graph_task_id() != -1
@@ -142,6 +163,42 @@ def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
     """All-gather 1-D ``input`` into ``output`` (renamed in torch 2.13)."""
     single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     single(output, input, group=group)
+
+
+def _fsdp_roots(module: nn.Module) -> Iterator[Any]:
+    if isinstance(module, FSDPModule):
+        yield module
+    else:
+        for child in module.children():
+            yield from _fsdp_roots(child)
+
+
+def _reset_iteration(state: Any) -> None:
+    """What `reset_iter_state` does, on the fields of torch 2.11."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    state._comm_ctx.all_gather_state = None
+    state._comm_ctx.reduce_scatter_state = None
+    state._comm_ctx.post_forward_order.clear()
+    for member in state._state_ctx.all_states:
+        idle = type(member._training_state).IDLE
+        member._training_state = idle
+        member._modules_to_run_forward.clear()
+        for group in _param_groups(member):
+            if group._all_gather_result is not None:
+                work = group._all_gather_result.all_gather_work
+                if isinstance(work, dist.Work):
+                    work.wait()
+                group._all_gather_result = None
+            group._post_reduce_event = None
+            group._all_reduce_state = None
+            group._reshard_after_forward_event = None
+            group._partial_reduce_output = None
+            group._post_forward_indices.clear()
+            group._training_state = idle
+            group._to_sharded()
+    state._state_ctx.iter_forward_root = None
+    state._state_ctx.post_backward_final_callback_queued = False
 
 
 def _param_groups(state: Any) -> list[Any]:

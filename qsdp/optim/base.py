@@ -1,0 +1,165 @@
+"""What the optimizers share: exact gradient norms over shards, and a wrapper around a base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsdp.compat import all_gather
+from qsdp.sparsity.shards import by_groups, local_shard, unique
+
+# A chunk in double precision stays in a CPU's cache; a GPU wants few launches instead.
+_CHUNK_CPU = 1 << 16
+_CHUNK_GPU = 1 << 24
+
+
+def global_grad_norm(parameters: Iterable[Tensor]) -> float:
+    """The 2-norm of all gradients together, in double precision, the same on every rank.
+
+    Every rank adds the squares of its shards in fp64; the ranks' sums are gathered and added in
+    rank order, so the result does not depend on the order of arrival. A plain or replicated
+    parameter (also an HSDP replica's) counts once; its gradient is taken to be the same on every
+    rank, and the first rank's is the one counted. A collective if any gradient is a DTensor.
+
+    Args:
+        parameters: Plain tensors or DTensors; those without a gradient are left out, a tied one
+            counts once.
+
+    Returns:
+        The norm: not finite on all ranks if a gradient is not finite on any; 0.0 without gradients.
+    """
+    shards = [local_shard(p.grad) for p in unique(parameters) if p.grad is not None]
+    sums = {
+        groups: _sum_of_squares([shards[i].values for i in indices])
+        for groups, indices in by_groups(shards).items()
+    }
+    whole = float(sums.pop((), 0.0))
+    total, wholes = 0.0, [whole]
+    for groups, part in sums.items():
+        # The wholes ride along: a rank whose own is not finite must tell the others.
+        rows = torch.stack([part, torch.full_like(part, whole)])
+        for group in groups:
+            gathered = rows.new_empty(dist.get_world_size(group) * rows.numel())
+            all_gather(gathered, rows, group)
+            rows = gathered
+        values = rows.tolist()
+        wholes = values[1::2]
+        for value in values[::2]:
+            total += value
+    counted = wholes[0] if all(map(math.isfinite, wholes)) else math.nan
+    return math.sqrt(total + counted)
+
+
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
+    """Scale all gradients in place so that their global norm is at most ``max_norm``.
+
+    As `torch.nn.utils.clip_grad_norm_`, but exact for DTensors of any mesh together with plain
+    tensors: the coefficient max_norm / (norm + 1e-6), at most 1, is computed in fp64 and applied
+    in the gradients' precision (at least fp32). A norm that is not finite makes every coefficient
+    NaN or 0, as in torch: look at the returned norm before stepping.
+
+    Args:
+        parameters: As for `global_grad_norm`.
+        max_norm: Above 0.
+
+    Returns:
+        The norm before clipping.
+    """
+    check_max_norm(max_norm)
+    parameters = unique(parameters)
+    norm = global_grad_norm(parameters)
+    scale_grads_(parameters, max_norm, norm)
+    return norm
+
+
+def scale_grads_(parameters: Iterable[Tensor], max_norm: float, norm: float) -> None:
+    """Clip to ``max_norm`` the gradients whose global norm is known to be ``norm``."""
+    coefficient = max_norm / (norm + 1e-6)
+    if coefficient >= 1:
+        return
+    for parameter in unique(parameters):
+        if parameter.grad is not None:
+            local_shard(parameter.grad).values.mul_(coefficient)
+
+
+def check_max_norm(max_norm: float) -> None:
+    """Raise ValueError unless ``max_norm`` is above 0."""
+    if not max_norm > 0:
+        raise ValueError(f"max_norm is {max_norm}; choose a number above 0")
+
+
+def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """The sum of squares in fp64, a scalar tensor on their device, without a full fp64 copy."""
+    total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+    size = _CHUNK_CPU if total.device.type == "cpu" else _CHUNK_GPU
+    for values in tensors:
+        for chunk in values.reshape(-1).split(size):
+            total += chunk.double().square().sum().to(total.device)
+    return total
+
+
+class OptimizerWrapper(torch.optim.Optimizer):
+    """An optimizer that does something around the steps of another, and shares all it has.
+
+    `param_groups` and `state` are the base's own objects, so learning-rate schedulers, DCP's
+    `get_optimizer_state_dict` and the user may hold either of the two. What the wrapper must
+    remember between steps stands in the parameter groups, under its own keys: `state_dict` and DCP
+    save and restore it with them.
+    """
+
+    def __init__(self, base: torch.optim.Optimizer, remembered: dict[str, int | float]) -> None:
+        """Wrap ``base``; ``remembered`` are keys of the parameter groups with initial values."""
+        if not isinstance(base, torch.optim.Optimizer):
+            raise ValueError(
+                f"the base optimizer is a {type(base).__name__}; give a torch.optim.Optimizer"
+            )
+        self.base = base
+        self._remembered = remembered
+        super().__init__([p for group in base.param_groups for p in group["params"]], {})
+        self.defaults = base.defaults
+        # Loading gives the base new lists and dictionaries.
+        base.register_load_state_dict_post_hook(self._share)
+        self._share(base)
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters of the base optimizer, in its order."""
+        return [parameter for group in self.base.param_groups for parameter in group["params"]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state dictionary, with what the wrapper remembers in its groups."""
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dictionary of this wrapper, or of a bare base optimizer."""
+        self.base.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Give the base optimizer another group of parameters."""
+        super().add_param_group(param_group)
+        self._remember_defaults()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step; each wrapper says what it does around the base's."""
+        raise NotImplementedError
+
+    def _recall(self, key: str) -> Any:
+        return self.base.param_groups[0][key]
+
+    def _remember(self, key: str, value: int | float) -> None:
+        for group in self.base.param_groups:
+            group[key] = value
+
+    def _share(self, base: torch.optim.Optimizer) -> None:
+        self.param_groups = base.param_groups
+        self.state = base.state
+        self._remember_defaults()
+
+    def _remember_defaults(self) -> None:
+        for group in self.param_groups:
+            for key, value in self._remembered.items():
+                group.setdefault(key, value)

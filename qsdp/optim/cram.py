@@ -1,0 +1,246 @@
+"""CrAM, the compression-aware minimizer (Peste et al., ICLR 2023, arXiv 2207.14200)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsdp.compat import abandon_pass, reshards_after_backward
+from qsdp.optim.base import OptimizerWrapper, check_max_norm, global_grad_norm, scale_grads_
+from qsdp.sparsity.masks import check_sparsity, magnitude_threshold, prunable_parameters, prune_
+from qsdp.sparsity.shards import local_shard, reshard, unique
+from qsdp.sparsity.threshold import Threshold
+
+_STEP = "cram_step"
+_TINY = 1e-12
+
+
+class CrAM(OptimizerWrapper):
+    """Minimize the loss of the model after it is pruned: min_w max_|d| <= rho L(C(w + d)).
+
+    C keeps the largest magnitudes of the prunable set, globally and exactly, whatever the sharding.
+    A step (equation 5 of the paper; w all parameters, Q the prunable ones):
+
+    1. s, one of ``sparsity``, is drawn from (seed, step): the same on all ranks (CrAM-Multi).
+    2. The closure gives the gradient g at w.
+    3. w += rho * g in place, then all of Q but its n - round(s n) largest magnitudes is set to 0.
+    4. The closure, on the same data, gives the gradient h at that point, with `sparse_grad`
+       masked as Q is.
+    5. w is restored bit for bit; the base optimizer steps with g + h (CrAM+), or with h.
+
+    In between it holds w and g: 8 bytes a parameter, none of it between steps.
+
+    The closure runs forward and backward over all micro-batches, averages them as usual
+    (`set_requires_gradient_sync` or `no_sync` included), and returns the loss. It is called twice
+    and must give the same loss for the same weights: without dropout, or with its generator
+    seeded inside. `step` clears the gradients before each call and after the last.
+
+    When a gradient is not finite on any rank in either pass, the step changes nothing on any rank
+    and `skipped_steps` counts it. Works on plain modules, under DDP and under FSDP2;
+    `set_reshard_after_backward(False)` is refused, because the second pass would see the weights
+    of the first. `torch.amp.GradScaler` refuses closures: train in bf16, which needs no scaling.
+
+    Attributes:
+        skipped_steps: Steps skipped since this object was made.
+        last_sparsity: The sparsity drawn in the last step; None before.
+        last_grad_norm: Norm of what the base optimizer was given in the last step, before
+            clipping; None before. Not finite when the step was skipped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base_optimizer: torch.optim.Optimizer,
+        *,
+        sparsity: float | Sequence[float] = (0.5, 0.7, 0.9),
+        rho: float = 0.05,
+        plus: bool = True,
+        normalize: bool = False,
+        sparse_grad: bool = True,
+        max_norm: float | None = None,
+        prunable: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Wrap ``base_optimizer``, made of the parameters of ``model`` after it was sharded.
+
+        Args:
+            model: The module whose weights are trained, already sharded.
+            base_optimizer: Any optimizer whose `step()` needs no closure.
+            sparsity: One or several fractions in [0, 1); one is drawn for every step.
+            rho: Length of the ascent step, at least 0; times the gradient, unnormalised.
+            plus: Add the two gradients (CrAM+), which keeps the dense model good.
+            normalize: Ascend by rho * g / |g| instead, as SAM does.
+            sparse_grad: Mask the second gradient as the weights were.
+            max_norm: Clip the gradient. The sum of two gradients has about twice the norm of one,
+                so that CrAM+ clips it at 2 * max_norm; plain CrAM clips at max_norm.
+            prunable: Name patterns of the prunable set; see `sparsity.prunable_parameters`.
+            seed: Seeds the draw of the sparsity; the same on all ranks.
+
+        Raises:
+            ValueError: If a value is out of range, or the optimizer lacks prunable parameters.
+        """
+        self.sparsities = tuple(sparsity) if isinstance(sparsity, Sequence) else (sparsity,)
+        if not self.sparsities:
+            raise ValueError("sparsity is empty; give one or several fractions in [0, 1)")
+        for value in self.sparsities:
+            check_sparsity(value)
+        if not (math.isfinite(rho) and rho >= 0):
+            raise ValueError(f"rho is {rho}; choose a number of at least 0")
+        if max_norm is not None:
+            check_max_norm(max_norm)
+        super().__init__(base_optimizer, {_STEP: 0})
+        self.model = model
+        self.rho = rho
+        self.plus = plus
+        self.normalize = normalize
+        self.sparse_grad = sparse_grad
+        self.max_norm = max_norm
+        self.seed = seed
+        self.prunable = prunable_parameters(model, prunable)
+        known = {id(parameter) for parameter in self.parameters()}
+        missing = [n for n, p in self.prunable.items() if p.requires_grad and id(p) not in known]
+        if missing:
+            raise ValueError(
+                f"the base optimizer lacks {len(missing)} prunable parameters, {missing[0]!r} "
+                "first; make it of all the model's parameters, after sharding"
+            )
+        self.skipped_steps = 0
+        self.last_sparsity: float | None = None
+        self.last_grad_norm: float | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken with a closure, skipped ones included; saved in `state_dict`."""
+        return self._recall(_STEP)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; a collective when the model is sharded.
+
+        Args:
+            closure: See the class. Without it the base optimizer steps with the gradients as
+                they are.
+
+        Returns:
+            What the closure returned at the unperturbed weights.
+
+        Raises:
+            RuntimeError: If FSDP2 keeps its weights gathered after the backward pass.
+        """
+        if closure is None:
+            return self.base.step()
+        if not reshards_after_backward(self.model):
+            raise RuntimeError(
+                "CrAM edits the weights between two passes, which set_reshard_after_backward(False)"
+                " would hide from the second; leave it at True"
+            )
+        self.last_sparsity = self.sparsities[draw(self.seed, self.num_steps) % len(self.sparsities)]
+        try:
+            loss, takes_step = self._compute_grads(closure, self.last_sparsity)
+            self._remember(_STEP, self.num_steps + 1)
+            if takes_step:
+                self.base.step()
+            else:
+                self.skipped_steps += 1
+        finally:
+            self.zero_grad()
+        return loss
+
+    def _compute_grads(self, closure: Callable[[], Any], sparsity: float) -> tuple[Any, bool]:
+        """Run both passes; leave the step's gradient in place and say whether it is finite."""
+        parameters = unique(self.parameters())
+        loss = _run(closure, parameters)
+        norm = self.last_grad_norm = global_grad_norm(parameters)
+        if not math.isfinite(norm):
+            return loss, False
+        scale = self.rho / (norm + _TINY) if self.normalize else self.rho
+        grads = [_take_grad(parameter) for parameter in parameters]
+        self._second_pass(closure, parameters, grads, scale, sparsity)
+        if self.plus:
+            _add_grads(parameters, grads)
+        norm = self.last_grad_norm = global_grad_norm(parameters)
+        if not math.isfinite(norm):
+            return loss, False
+        if self.max_norm is not None:
+            scale_grads_(parameters, self.max_norm * (2 if self.plus else 1), norm)
+        return loss, True
+
+    def _second_pass(
+        self,
+        closure: Callable[[], Any],
+        parameters: list[Tensor],
+        grads: list[Tensor | None],
+        scale: float,
+        sparsity: float,
+    ) -> None:
+        """Leave in `.grad` the gradient at the pruned ascent point, and the weights as before."""
+        ascents = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
+        prunable = [local_shard(p) for p in self.prunable.values()]
+        edited = unique([*(p for p, _ in ascents), *self.prunable.values()])
+        shards = [local_shard(parameter) for parameter in edited]
+        before = [shard.values.clone() for shard in shards]
+        try:
+            # A group that had no backward pass is still gathered, and would hide the edit.
+            reshard(self.model)
+            for parameter, grad in ascents:
+                local_shard(parameter).values.add_(local_shard(grad).values, alpha=scale)
+            threshold = magnitude_threshold(prunable, sparsity)
+            prune_(prunable, threshold)
+            _run(closure, parameters)
+            if self.sparse_grad:
+                self._mask_grads(threshold)
+        except BaseException:
+            abandon_pass(self.model)
+            raise
+        finally:
+            for shard, values in zip(shards, before, strict=True):
+                shard.values.copy_(values)
+
+    def _mask_grads(self, threshold: Threshold) -> None:
+        """Zero the gradients of pruned weights, which are still in place and tell the mask."""
+        for i, parameter in enumerate(self.prunable.values()):
+            if parameter.grad is not None:
+                grad = local_shard(parameter.grad).values
+                grad.masked_fill_(~threshold.keep(i, local_shard(parameter)), 0)
+
+
+def draw(seed: int, step: int) -> int:
+    """64 random bits, a pure function of (seed, step): the finalizer of SplitMix64, twice."""
+    bits = 0
+    for word in (seed, step):
+        bits = (bits + word + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        bits ^= bits >> 31
+    return bits
+
+
+def _run(closure: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:
+    for parameter in parameters:
+        parameter.grad = None
+    with torch.enable_grad():
+        return closure()
+
+
+def _take_grad(parameter: Tensor) -> Tensor | None:
+    """Detach the gradient from its parameter, so that the next pass starts a new one."""
+    grad, parameter.grad = parameter.grad, None
+    if grad is None:
+        return None
+    values = local_shard(grad)
+    # DDP's gradient_as_bucket_view hands out views of buckets that the next pass overwrites.
+    if not values.groups and values.values.untyped_storage().nbytes() > values.values.nbytes:
+        return grad.clone()
+    return grad
+
+
+def _add_grads(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    for parameter, grad in zip(parameters, grads, strict=True):
+        if parameter.grad is None:
+            parameter.grad = grad
+        elif grad is not None:
+            local_shard(parameter.grad).values.add_(local_shard(grad).values)

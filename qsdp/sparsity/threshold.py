@@ -1,0 +1,210 @@
+"""The exact K-th largest magnitude over sharded tensors, without gathering them.
+
+Radix-select on the bit pattern of |w| as fp32, which orders as the magnitudes do: three rounds,
+each a histogram of 2048 bins over the next 11, 11 and 9 bits and one all-reduce of it, narrow the
+K-th value down to one pattern. bf16 and fp16 values are fp32 values, so they may be mixed.
+
+Entries of exactly that magnitude are kept in global order (the order of the tensors, then the flat
+index in the whole tensor) until K are kept, so that the outcome does not depend on the number of
+ranks. NaN counts as larger than anything: it is kept, and shows in the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsdp.sparsity.shards import LocalShard, by_groups
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DIGIT_BITS = 11
+_NUM_BINS = 1 << _DIGIT_BITS
+_KEY_BITS = 31
+# Intermediate results of a chunk stay in a CPU's cache; a GPU wants few launches instead.
+_CHUNK_CPU = 1 << 18
+_CHUNK_GPU = 1 << 24
+
+Chunks = Callable[[], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Which entries of a list of shards are kept: those above `key`, and the first ties.
+
+    Applying it again to values that it has pruned keeps the same entries, so a mask need not be
+    stored while the values are at hand.
+    """
+
+    key: int
+    """Bit pattern of the K-th largest |w| as fp32."""
+    ties: tuple[int, ...]
+    """Per shard: an entry of magnitude `key` is kept if its position in the whole is below this."""
+
+    @property
+    def magnitude(self) -> float:
+        """The K-th largest |w|."""
+        return float(torch.tensor(self.key, dtype=torch.int32).view(torch.float32))
+
+    def keep(self, index: int, shard: LocalShard) -> Tensor:
+        """The bool mask, of the local shape, of the entries kept in shard number ``index``."""
+        # Everything is kept, or nothing: no pattern is below 0, none above the largest int32.
+        limit = self.ties[index]
+        keys = _keys(shard.values)
+        if limit == shard.numel:
+            return keys >= self.key
+        keep = keys > self.key
+        if limit:
+            tied_N = (keys == self.key).flatten().nonzero().squeeze(1)
+            keep.view(-1)[tied_N] = shard.positions(tied_N) < limit
+        return keep
+
+
+def global_threshold(shards: Sequence[LocalShard], num_keep: int) -> Threshold:
+    """Find the ``num_keep`` entries of largest magnitude over all shards of all tensors.
+
+    A collective over the shards' process groups: one all-reduce of 16 KiB a round, and a few small
+    ones when only some of the tied entries are kept. The host waits for the device once for the
+    three rounds. Reads every local value three times, and a fourth time for cut ties.
+
+    Args:
+        shards: The tensors' local parts, the same tensors in the same order on every rank, each
+            tensor once; float32, bfloat16 or float16.
+        num_keep: K, from 0 to the number of values in all tensors.
+
+    Raises:
+        ValueError: If K is out of range or a dtype is not supported.
+    """
+    total = sum(shard.numel for shard in shards)
+    if not 0 <= num_keep <= total:
+        raise ValueError(f"cannot keep {num_keep} of {total} values; choose 0 to {total}")
+    for shard in shards:
+        if shard.values.dtype not in DTYPES:
+            raise ValueError(
+                f"cannot rank magnitudes of {shard.values.dtype}; use float32, bfloat16 or float16"
+            )
+    if num_keep == total:
+        return Threshold(0, tuple(shard.numel for shard in shards))
+    if num_keep == 0:
+        return Threshold((1 << _KEY_BITS) - 1, (0,) * len(shards))
+    key, num_ties, num_equal = _select(
+        [_key_chunks(s) for s in shards], shards, num_keep, _KEY_BITS
+    )
+    if num_ties == num_equal:
+        return Threshold(key, tuple(shard.numel for shard in shards))
+    return Threshold(key, _tie_limits(shards, key, num_ties))
+
+
+def _tie_limits(shards: Sequence[LocalShard], key: int, num_ties: int) -> tuple[int, ...]:
+    """Per shard, the position at which the first ``num_ties`` entries equal to ``key`` end."""
+    counts: list[Tensor] = [(_keys(shard.values) == key).sum() for shard in shards]
+    limits = []
+    for shard, count in zip(shards, _sum_over_ranks(shards, counts), strict=True):
+        if num_ties >= count:
+            limits.append(shard.numel)
+        elif num_ties <= 0:
+            limits.append(0)
+        else:
+            limits.append(_position_limit(shard, key, num_ties))
+        num_ties -= count
+    return tuple(limits)
+
+
+def _position_limit(shard: LocalShard, key: int, num_ties: int) -> int:
+    """One past the position of the ``num_ties``-th entry equal to ``key`` in one tensor."""
+    tied_N = (_keys(shard.values) == key).flatten().nonzero().squeeze(1)
+    last = shard.numel - 1
+    # The smallest positions are the largest distances from the end.
+    distances_N = last - shard.positions(tied_N)
+    bits = max(last.bit_length(), 1)
+    distance, _, _ = _select([lambda: iter([distances_N])], [shard], num_ties, bits)
+    return last - distance + 1
+
+
+def _select(
+    chunks: Sequence[Chunks], shards: Sequence[LocalShard], num_keep: int, bits: int
+) -> tuple[int, int, int]:
+    """Radix-select: the ``num_keep``-th largest of non-negative integers below 2**bits.
+
+    Returns:
+        The value, how many entries equal to it are among the ``num_keep`` largest, and how many
+        there are in all.
+    """
+    device = shards[0].values.device
+    prefix: Tensor | None = None
+    wanted = torch.full((), num_keep, dtype=torch.int64, device=device)
+    # Nothing is read back between rounds: a GPU's queue stays full.
+    while bits:
+        width = min(_DIGIT_BITS, bits)
+        bits -= width
+        histogram = _histogram(chunks, shards, prefix, shift=bits, width=width)
+        at_least = histogram.flip(0).cumsum(0)
+        from_top = (at_least < wanted).sum()
+        digit = _NUM_BINS - 1 - from_top
+        found = histogram[digit]
+        wanted = wanted - (at_least[from_top] - found)
+        prefix = digit if prefix is None else (prefix << width) + digit
+    assert prefix is not None
+    value, num_ties, num_equal = torch.stack([prefix, wanted, found]).tolist()
+    return value, num_ties, num_equal
+
+
+def _histogram(
+    chunks: Sequence[Chunks],
+    shards: Sequence[LocalShard],
+    prefix: Tensor | None,
+    shift: int,
+    width: int,
+) -> Tensor:
+    """Over all ranks, how often each next digit follows ``prefix``: int64 [2048]."""
+    total = torch.zeros(_NUM_BINS, dtype=torch.int64, device=shards[0].values.device)
+    for groups, indices in by_groups(shards).items():
+        counts = torch.zeros(_NUM_BINS, dtype=torch.int64, device=shards[indices[0]].values.device)
+        for i in indices:
+            for keys in chunks[i]():
+                counts += _count_digits(keys, prefix, shift, width).to(counts.device)
+        for group in groups:
+            dist.all_reduce(counts, group=group)
+        total += counts.to(total.device)
+    return total
+
+
+def _count_digits(keys: Tensor, prefix: Tensor | None, shift: int, width: int) -> Tensor:
+    """Count the digits of the keys that continue ``prefix``, without waiting for a GPU."""
+    on_cpu = keys.device.type == "cpu"
+    matches = None if prefix is None else (keys >> (shift + width)) == prefix.to(keys.device)
+    if on_cpu and matches is not None:
+        keys = keys[matches]
+    digits = (keys >> shift) & ((1 << width) - 1)
+    if on_cpu:
+        return torch.bincount(digits, minlength=_NUM_BINS)
+    # bincount and a boolean index would wait for their sizes. histc leaves out what is below its
+    # range, and its arithmetic is exact for int32.
+    if matches is not None:
+        digits = torch.where(matches, digits, -1)
+    return torch.histc(digits.int(), bins=_NUM_BINS, min=0, max=_NUM_BINS).long()
+
+
+def _sum_over_ranks(shards: Sequence[LocalShard], counts: Sequence[Tensor]) -> list[int]:
+    """Add one int64 count a shard over the ranks that hold the other parts."""
+    sums = [0] * len(shards)
+    for groups, indices in by_groups(shards).items():
+        stacked = torch.stack([counts[i].to(counts[indices[0]].device) for i in indices])
+        for group in groups:
+            dist.all_reduce(stacked, group=group)
+        for i, value in zip(indices, stacked.tolist(), strict=True):
+            sums[i] = value
+    return sums
+
+
+def _key_chunks(shard: LocalShard) -> Chunks:
+    size = _CHUNK_CPU if shard.values.device.type == "cpu" else _CHUNK_GPU
+    return lambda: (_keys(chunk) for chunk in shard.values.reshape(-1).split(size) if chunk.numel())
+
+
+def _keys(values: Tensor) -> Tensor:
+    """The bits of |values| as fp32: int32, of the same shape, ordered as the magnitudes are."""
+    return values.float().contiguous().view(torch.int32) & 0x7FFFFFFF

@@ -1,0 +1,302 @@
+"""CrAM over shards, against the same steps in one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from qsdp.optim import CrAM, clip_grad_norm_, global_grad_norm
+from tests_distributed.conftest import Run
+from tests_distributed.helpers import Toy, full_state, make_batch, make_model, shard
+
+NUM_STEPS = 3
+NUM_MICRO = 2
+
+
+def _full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def _mesh(hsdp: bool) -> DeviceMesh:
+    """One axis over all ranks, or two replicas of shards over the halves of the ranks."""
+    world_size = dist.get_world_size()
+    if hsdp:
+        names = ("replicate", "shard")
+        return init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=names)
+    return init_device_mesh("cpu", (world_size,))
+
+
+class Recorder(torch.optim.SGD):
+    """SGD that keeps the whole gradients of every step."""
+
+    def __init__(self, model: nn.Module, lr: float = 0.1) -> None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        super().__init__(parameters, lr=lr, momentum=0.9)
+        self.grads: list[list[Tensor]] = []
+
+    def step(self, closure: Any = None) -> Any:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.grads.append([_full(p.grad) for p in parameters if p.grad is not None])
+        return super().step(closure)
+
+
+def _train(
+    model: nn.Module, toy: Toy, ranks: list[int], zeros: list[list[Tensor]] | None, **options: Any
+) -> tuple[CrAM, Recorder]:
+    """Take CrAM steps on the batches of `ranks`, in micro-batches; note the zeros of each pass."""
+    base = Recorder(model)
+    optimizer = CrAM(model, base, seed=5, **options)
+
+    def closure_of(step: int) -> Callable[[], Tensor]:
+        def closure() -> Tensor:
+            if zeros is not None:
+                zeros.append([_full(p) == 0 for p in optimizer.prunable.values()])
+            total = torch.zeros(())
+            for micro in range(NUM_MICRO):
+                if isinstance(model, FSDPModule):
+                    model.set_requires_gradient_sync(micro == NUM_MICRO - 1)
+                for rank in ranks:
+                    batch = make_batch(toy, seed=10 * step + micro, rank=rank)
+                    loss = model(*batch) / (NUM_MICRO * len(ranks))
+                    loss.backward()
+                    total += loss.detach()
+            return total
+
+        return closure
+
+    for step in range(NUM_STEPS):
+        optimizer.step(closure_of(step))
+    return optimizer, base
+
+
+def _compare_with_one_process(
+    kind: str, toy_options: dict[str, Any], reshard: bool, options: dict[str, Any]
+) -> None:
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    plain = make_model(seed=3, **toy_options)
+    expected_zeros: list[list[Tensor]] = []
+    expected, expected_base = _train(
+        plain, plain, list(range(world_size)), expected_zeros, **options
+    )
+
+    toy = make_model(seed=3, **toy_options)
+    model: nn.Module = toy
+    zeros: list[list[Tensor]] = []
+    if kind == "ddp":
+        model = DistributedDataParallel(toy, gradient_as_bucket_view=True)
+    elif kind == "hsdp":
+        shard(toy, reshard=reshard, mesh=_mesh(hsdp=True))
+    else:
+        shard(toy, reshard=reshard)
+    optimizer, base = _train(model, toy, [rank], zeros, **options)
+
+    assert optimizer.skipped_steps == expected.skipped_steps == 0
+    assert len(zeros) == len(expected_zeros) == 2 * NUM_STEPS
+    for masks, expected_masks in zip(zeros, expected_zeros, strict=True):
+        for mask, expected_mask in zip(masks, expected_masks, strict=True):
+            assert torch.equal(mask, expected_mask)
+    for grads, expected_grads in zip(base.grads, expected_base.grads, strict=True):
+        torch.testing.assert_close(grads, expected_grads, rtol=0, atol=1e-6)
+    assert optimizer.last_grad_norm == pytest.approx(expected.last_grad_norm, abs=1e-6)
+
+
+def _fail_in_the_second_pass(where: str) -> None:
+    """After the exception the weights are as before, and the next step is as if none had been."""
+    model, twin = shard(make_model(seed=3)), shard(make_model(seed=3))
+    optimizer = CrAM(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    undisturbed = CrAM(twin, torch.optim.AdamW(twin.parameters(), lr=1e-2))
+    before = full_state(model)
+    calls = 0
+
+    def fail(*_: Any) -> None:
+        if calls == 2:
+            raise LookupError("on purpose")
+
+    if where == "forward":
+        model.blocks[1].register_forward_pre_hook(fail)
+    elif where == "backward":
+        # Autograd carries the exception of a tensor hook through its engine.
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            output.register_hook(fail)
+
+        model.blocks[0].register_forward_hook(hook)
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if where == "between micro-batches":
+            model.set_requires_gradient_sync(False)
+            model(*make_batch(model, seed=0)).backward()
+            fail()
+            model.set_requires_gradient_sync(True)
+        loss = model(*make_batch(model, seed=0))
+        loss.backward()
+        if where == "end":
+            fail()
+        return loss.detach()
+
+    with pytest.raises(LookupError):
+        optimizer.step(closure)
+    calls = 0  # disarms the hooks
+    model.set_requires_gradient_sync(True)
+    after = full_state(model)
+    for name, value in after.items():
+        assert torch.equal(value.view(torch.int32), before[name].view(torch.int32)), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    for trained, chosen in ((model, optimizer), (twin, undisturbed)):
+
+        def plain_closure(trained: Any = trained) -> Tensor:
+            loss = trained(*make_batch(trained, seed=1))
+            loss.backward()
+            return loss.detach()
+
+        chosen.step(plain_closure)
+    torch.testing.assert_close(full_state(model), full_state(twin), rtol=0, atol=0)
+
+
+def _bad_gradient_on_one_rank(bad_call: int) -> None:
+    model = shard(make_model(seed=3))
+    optimizer = CrAM(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    before = full_state(model)
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        loss = model(*make_batch(model, seed=0))
+        loss.backward()
+        grad = model.blocks[0].qkv.weight.grad
+        if calls == bad_call and dist.get_rank() == 1:
+            grad.to_local()[0, 0] = math.nan
+        return loss.detach()
+
+    optimizer.step(closure)
+    assert calls == bad_call
+    assert optimizer.skipped_steps == 1
+    torch.testing.assert_close(full_state(model), before, rtol=0, atol=0)
+    optimizer.step(closure)
+    assert optimizer.skipped_steps == 1
+
+
+def _refuse_weights_that_stay_gathered() -> None:
+    model = shard(make_model())
+    optimizer = CrAM(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model.set_reshard_after_backward(False)
+    with pytest.raises(RuntimeError, match="set_reshard_after_backward"):
+        optimizer.step(lambda: pytest.fail("the closure must not run"))
+
+
+def _refuse_parameters_from_before_the_sharding() -> None:
+    model = make_model()
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    shard(model)
+    with pytest.raises(ValueError, match="after sharding"):
+        CrAM(model, base)
+
+
+def _fresh_state_dict() -> None:
+    model = shard(make_model())
+    optimizer = CrAM(model, torch.optim.AdamW(model.parameters()))
+    before = full_state(model)
+    get_optimizer_state_dict(model, optimizer)
+    torch.testing.assert_close(full_state(model), before, rtol=0, atol=0)
+
+
+def _norms(hsdp: bool) -> tuple[float, float, float]:
+    """The norm over shards, replicated and plain parameters together, and clipped."""
+    world_size = dist.get_world_size()
+    model = make_model(seed=2)
+    ignored = {model.get_parameter("norm.weight"), model.get_parameter("blocks.0.qkv.weight")}
+    mesh = _mesh(hsdp)
+    fully_shard(model.blocks[1], mesh=mesh)
+    fully_shard(model, mesh=mesh, ignored_params=ignored)
+    # The same batch everywhere: what is not sharded then has the same gradient on every rank.
+    model(*make_batch(model, seed=4, rank=0)).backward()
+    parameters = list(model.parameters())
+    assert {isinstance(p, DTensor) for p in parameters} == {False, True}
+    norm = global_grad_norm(parameters)
+    assert clip_grad_norm_(parameters, 0.1) == norm
+    clipped = global_grad_norm(parameters)
+    local = next(p for p in ignored if p.ndim == 2).grad
+    assert local is not None
+    if dist.get_rank() == world_size - 1:
+        local[0, 0] = math.inf
+    return norm, clipped, global_grad_norm(parameters)
+
+
+OPTIONS = [{}, {"plus": False, "max_norm": 0.2}, {"normalize": True, "sparse_grad": False}]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sharded_step_is_that_of_one_process(
+    run: Run, world_size: int, reshard: bool, tied: bool
+) -> None:
+    for options in OPTIONS:
+        run(world_size, _compare_with_one_process, "fsdp", {"tied": tied}, reshard, options)
+
+
+@pytest.mark.parametrize(
+    "toy_options", [{"frozen": True, "unused": True}, {"checkpointing": True}], ids=str
+)
+def test_frozen_unused_and_recomputed_parameters_are_no_exception(
+    run: Run, toy_options: dict[str, Any]
+) -> None:
+    run(3, _compare_with_one_process, "fsdp", toy_options, True, {"max_norm": 0.2})
+
+
+def test_replicas_take_the_same_step(run: Run) -> None:
+    run(4, _compare_with_one_process, "hsdp", {"tied": True}, True, {})
+
+
+def test_under_ddp_the_first_gradient_survives_the_second_pass(run: Run) -> None:
+    run(2, _compare_with_one_process, "ddp", {"tied": True}, True, {})
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "between micro-batches", "end"])
+def test_an_exception_in_the_second_pass_leaves_no_trace(run: Run, where: str) -> None:
+    run(2, _fail_in_the_second_pass, where)
+
+
+@pytest.mark.parametrize("bad_call", [1, 2])
+def test_one_ranks_bad_gradient_skips_the_step_on_all(run: Run, bad_call: int) -> None:
+    run(2, _bad_gradient_on_one_rank, bad_call)
+
+
+def test_weights_that_stay_gathered_are_refused(run: Run) -> None:
+    run(2, _refuse_weights_that_stay_gathered)
+
+
+def test_an_optimizer_from_before_the_sharding_is_refused(run: Run) -> None:
+    run(2, _refuse_parameters_from_before_the_sharding)
+
+
+def test_a_state_dict_of_a_fresh_optimizer_changes_no_shard(run: Run) -> None:
+    run(2, _fresh_state_dict)
+
+
+@pytest.mark.parametrize(("world_size", "hsdp"), [(2, False), (3, False), (4, True)])
+def test_the_norm_over_shards_is_that_of_the_whole(run: Run, world_size: int, hsdp: bool) -> None:
+    model = make_model(seed=2)
+    model(*make_batch(model, seed=4, rank=0)).backward()
+    expected = global_grad_norm(model.parameters())
+    results = run(world_size, _norms, hsdp)
+    assert all(result[:2] == results[0][:2] for result in results)
+    norm, clipped, _ = results[0]
+    assert norm == pytest.approx(expected, rel=1e-6)
+    assert clipped == pytest.approx(0.1, rel=1e-4)
+    reached = results[world_size // 2 :] if hsdp else results
+    assert not any(math.isfinite(poisoned) for _, _, poisoned in reached)
