@@ -1,4 +1,7 @@
-"""What the codec tests share: a payload of one parameter, and fresh inputs that can be repeated."""
+"""What the codec tests share: a payload of one parameter, and fresh inputs that can be repeated.
+
+The specification is called directly: torch.ops.qsdp runs the native kernels where they are built.
+"""
 
 from dataclasses import dataclass
 
@@ -6,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import qsdp.codec.ops  # noqa: F401  registers torch.ops.qsdp
+from qsdp.codec import ops
 from qsdp.codec.payload import HEADER_BYTES, META_BYTES, DType, Layout, Segment
 from qsdp.codec.rounding import Key
 from qsdp.config import ROUNDINGS
@@ -61,13 +64,13 @@ def send(
     table = torch.tensor(layout.table([numel]))
     header = layout.header(key.sender, key.step)
     before = x.clone()
-    torch.ops.qsdp.encode(x.view(torch.uint8), table, key.fold(), header, payload)
+    ops.encode(x.view(torch.uint8), table, key.fold(), header, payload)
     assert torch.equal(x.view(torch.uint8), before.view(torch.uint8)), "encode changed its input"
     out = out or x.dtype
     values = torch.full((x.numel(),), 99, dtype=out)
     table = torch.tensor(layout.table([numel], DTYPES[out]))
     key = receiver_key or key
-    torch.ops.qsdp.decode(payload, table, key.fold(), values.view(torch.uint8))
+    ops.decode(payload, table, key.fold(), values.view(torch.uint8))
     _, data = layout._starts[0]
     meta_end = HEADER_BYTES + META_BYTES * -(-numel // bucket)
     raw = bytes(payload.tolist())
