@@ -1,6 +1,5 @@
 """What a user of the quantized wire chooses."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 ROUNDINGS = ("shift", "dither", "stochastic", "nearest")
@@ -11,7 +10,7 @@ MAX_BUCKET_SIZE = 1 << 20
 
 def check_bits(name: str, bits: object) -> None:
     """Raise ValueError unless ``bits`` is a width that the wire knows."""
-    if isinstance(bits, bool) or bits not in WIRE_BITS:
+    if type(bits) is not int or bits not in WIRE_BITS:
         raise ValueError(f"{name} is {bits!r}; choose 2 to 8, 16 (bf16) or 32 (full precision)")
 
 
@@ -44,21 +43,21 @@ class QSDPConfig:
         check_bits("weight_bits", self.weight_bits)
         check_bits("grad_bits", self.grad_bits)
         size = self.bucket_size
-        if not isinstance(size, int) or size % 8 or not 8 <= size <= MAX_BUCKET_SIZE:
+        if type(size) is not int or size % 8 or not 8 <= size <= MAX_BUCKET_SIZE:
             raise ValueError(
                 f"bucket_size is {size!r}; choose a multiple of 8 between 8 and {MAX_BUCKET_SIZE}"
             )
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding is {self.rounding!r}; choose one of {', '.join(ROUNDINGS)}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 63:
+        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed is {self.seed!r}; choose an integer from 0 to 2**63 - 1")
-        if not isinstance(self.policy, Iterable) or isinstance(self.policy, str):
+        if not isinstance(self.policy, list | tuple):
             raise ValueError(f"policy is {self.policy!r}; give pairs (name pattern, bits)")
-        object.__setattr__(self, "policy", tuple(tuple(pair) for pair in self.policy))
         for pair in self.policy:
-            if len(pair) != 2 or not isinstance(pair[0], str):
+            if not isinstance(pair, list | tuple) or len(pair) != 2 or type(pair[0]) is not str:
                 raise ValueError(f"policy holds {pair!r}; give pairs (name pattern, bits)")
             check_bits(f"policy for {pair[0]!r}", pair[1])
+        object.__setattr__(self, "policy", tuple((name, bits) for name, bits in self.policy))
 
     def bits_by_policy(self, name: str) -> int | None:
         """Bits that the first matching policy pattern gives to parameter ``name``, if any."""

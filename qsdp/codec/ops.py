@@ -57,6 +57,8 @@ def encode(buffer: Tensor, table: Tensor, key: int, header: list[int], payload: 
         payload: uint8 [payload bytes], contiguous, overwritten.
     """
     check(buffer, table, payload)
+    if len(header) != HEADER_BYTES // 8:
+        raise ValueError(f"the header has {len(header)} words; give 4, as Layout.header does")
     payload.zero_()
     payload[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(header))
     for row in table.tolist():
@@ -75,7 +77,7 @@ def decode(payload: Tensor, table: Tensor, key: int, buffer: Tensor, add: bool =
 
     Args as in `encode`. Without ``add``, padding is set to zero; with it, padding stays.
     """
-    check(buffer, table, payload)
+    check(buffer, table, payload, add)
     for row in table.tolist():
         segment = _Row(row)
         if segment.bits == 0:
@@ -87,8 +89,6 @@ def decode(payload: Tensor, table: Tensor, key: int, buffer: Tensor, add: bool =
             values = dequantize(codes, meta[:, 0], meta[:, 1], segment, key)
             values = values.clamp(-limit, limit).to(segment.dtype)
         if add:
-            if segment.dtype != torch.float32:
-                raise ValueError(f"decode adds into {segment.dtype}; give an fp32 buffer")
             values = segment.values(buffer) + values
         segment.store(buffer, values, keep_padding=add)
 
@@ -158,7 +158,7 @@ def unpack(stream: Tensor, bits: int, num: int) -> Tensor:
     return codes.view(-1)[:num].to(torch.uint8)
 
 
-def check(buffer: Tensor, table: Tensor, payload: Tensor) -> None:
+def check(buffer: Tensor, table: Tensor, payload: Tensor, add: bool = False) -> None:
     """Raise ValueError when a codec call's arguments cannot be what it needs."""
     for name, tensor in (("buffer", buffer), ("payload", payload)):
         if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
@@ -175,7 +175,13 @@ def check(buffer: Tensor, table: Tensor, payload: Tensor) -> None:
     if payload.numel() < HEADER_BYTES:
         raise ValueError(f"the payload has {payload.numel()} bytes; a header alone takes 32")
     for row in table.tolist():
+        for field in (Field.DTYPE, Field.WIRE):
+            if row[field] not in iter(DType):
+                raise ValueError(f"a segment has {field.name} {row[field]}; give 0 to {max(DType)}")
         _Row(row).check(buffer.numel(), payload.numel())
+        if add and row[Field.DTYPE] != DType.FP32:
+            name = DType(row[Field.DTYPE]).name
+            raise ValueError(f"decode adds into a segment of {name}; give an fp32 buffer and table")
 
 
 class _Row:
@@ -188,7 +194,7 @@ class _Row:
             row[Field.ROUNDING],
         )
         self.numel, self.padded = row[Field.NUMEL], row[Field.PADDED]
-        self.levels = 1 << self.bits
+        self.levels = 1 << max(self.bits, 0)
         self.row = row
         self.dtype = TORCH_DTYPES[DType(row[Field.DTYPE])]
         self.wire = TORCH_DTYPES[DType(row[Field.WIRE])]
@@ -201,7 +207,6 @@ class _Row:
             raise ValueError(f"a segment has {self.numel} of {self.padded} values; give 0 to all")
         item = ITEM_BYTES[DType(row[Field.DTYPE])]
         inside = row[Field.BUFFER_BYTE] >= 0 and row[Field.DATA_BYTE] >= HEADER_BYTES
-        inside &= row[Field.BUFFER_BYTE] % item == 0
         inside &= row[Field.BUFFER_BYTE] + self.padded * item <= buffer_bytes
         if self.bits:
             if self.bucket < 8 or self.bucket % 8 or self.rounding not in (0, 1, 2, 3):

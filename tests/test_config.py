@@ -1,0 +1,120 @@
+"""QSDPConfig refuses what the wire cannot do, in one sentence."""
+
+import dataclasses
+import re
+
+import pytest
+
+from qsdp.config import QSDPConfig
+
+
+def refusal(**settings: object) -> str:
+    with pytest.raises(ValueError) as caught:
+        QSDPConfig(**settings)  # type: ignore[arg-type]
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    assert not re.search(r"\. |\.$", message), f"more than one sentence: {message}"
+    return message
+
+
+@pytest.mark.parametrize("field", ["weight_bits", "grad_bits"])
+@pytest.mark.parametrize("bits", [1, 9, 0, -8, 15, 17, 24, 64, True, False, None, "8", 8.5, 8.0])
+def test_bits_that_the_wire_does_not_know_are_named_with_what_it_knows(field, bits):
+    message = refusal(**{field: bits})
+    assert message.startswith(f"{field} is {bits!r}")
+    for allowed in ("2 to 8", "16", "32"):
+        assert allowed in message
+
+
+@pytest.mark.parametrize("size", [0, 12, 1, 7, 1023, -8, (1 << 20) + 8, 1024.0, "1024", None, True])
+def test_a_bucket_size_that_cannot_be_packed_is_named_with_the_allowed_range(size):
+    message = refusal(bucket_size=size)
+    assert repr(size) in message
+    for allowed in ("multiple of 8", "8", str(1 << 20)):
+        assert allowed in message
+
+
+@pytest.mark.parametrize("rounding", ["shfit", "", "Shift", None, 0, ["shift"]])
+def test_an_unknown_rounding_is_named_with_the_four_that_exist(rounding):
+    message = refusal(rounding=rounding)
+    assert repr(rounding) in message
+    for name in ("shift", "dither", "stochastic", "nearest"):
+        assert name in message.replace(repr(rounding), "", 1)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63, 0.5, "0", None, True])
+def test_a_seed_that_cannot_be_a_key_is_named_with_the_allowed_range(seed):
+    message = refusal(seed=seed)
+    assert repr(seed) in message
+    assert "0 to 2**63 - 1" in message
+
+
+@pytest.mark.parametrize(
+    ("policy", "named"),
+    [
+        ("*.weight", "'*.weight'"),
+        (None, "None"),
+        (8, "8"),
+        ((8,), "8"),
+        ((None,), "None"),
+        (("*.weight",), "weight"),
+        ((("*.weight",),), "'*.weight'"),
+        ((("*.weight", 8, 8),), "'*.weight'"),
+        (((8, "*.weight"),), "'*.weight'"),
+        ((("*.weight", 1),), "1"),
+        ((("*.weight", 9),), "9"),
+        ((("*.weight", True),), "True"),
+        ((("*.weight", 4.0),), "4.0"),
+        ((("*.weight", "4"),), "'4'"),
+        ((("*", 8), ("*.bias", 0)), "0"),
+    ],
+)
+def test_a_bad_policy_is_named_with_the_form_it_must_have(policy, named):
+    message = refusal(policy=policy)
+    assert named in message
+    assert "pattern" in message or "2 to 8" in message
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16, 32])
+def test_every_documented_width_is_accepted(bits):
+    config = QSDPConfig(weight_bits=bits, grad_bits=bits, policy=(("*", bits),))
+    assert (config.weight_bits, config.grad_bits) == (bits, bits)
+
+
+@pytest.mark.parametrize("rounding", ["shift", "dither", "stochastic", "nearest"])
+def test_every_documented_rounding_is_accepted(rounding):
+    assert QSDPConfig(rounding=rounding).rounding == rounding
+
+
+def test_the_ends_of_the_allowed_ranges_are_accepted():
+    for size in (8, 16, 1 << 20):
+        assert QSDPConfig(bucket_size=size).bucket_size == size
+    for seed in (0, (1 << 63) - 1):
+        assert QSDPConfig(seed=seed).seed == seed
+
+
+def test_the_defaults_are_the_papers_practice():
+    config = QSDPConfig()
+    assert (config.weight_bits, config.grad_bits, config.bucket_size) == (8, 8, 1024)
+    assert (config.rounding, config.seed, config.policy) == ("shift", 0, ())
+
+
+def test_a_config_is_keyword_only_frozen_and_comparable():
+    with pytest.raises(TypeError):
+        QSDPConfig(8)  # type: ignore[misc]
+    config = QSDPConfig(policy=[["*.weight", 4]])  # type: ignore[arg-type,list-item]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.weight_bits = 4  # type: ignore[misc]
+    assert config == QSDPConfig(policy=(("*.weight", 4),))
+    assert hash(config) == hash(QSDPConfig(policy=(("*.weight", 4),)))
+
+
+def test_the_first_matching_policy_pattern_sets_the_bits():
+    config = QSDPConfig(policy=(("blocks.0.*", 4), ("*.weight", 6), ("blocks.*", 32)))
+    assert config.bits_by_policy("blocks.0.attn.weight") == 4
+    assert config.bits_by_policy("blocks.1.attn.weight") == 6
+    assert config.bits_by_policy("blocks.1.attn.bias") == 32
+    assert config.bits_by_policy("embed.bias") is None
+    assert config.bits_by_policy("BLOCKS.0.bias") is None
+    assert QSDPConfig().bits_by_policy("blocks.0.attn.weight") is None
