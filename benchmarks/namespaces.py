@@ -146,7 +146,6 @@ class Hosts:
                     if process.returncode:
                         raise RuntimeError(
                             f"the command failed on host {host} with status {process.returncode}"
-                            + ("" if output is None else f": see {output / f'host{host}.log'}")
                         )
                 if deadline is not None and time.monotonic() > deadline:
                     raise RuntimeError(

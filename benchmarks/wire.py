@@ -91,7 +91,11 @@ def measure(hosts: Hosts, case: str, arguments: argparse.Namespace, folder: Path
         out = folder / f"{case}-{steps}"
         out.mkdir()
         before = hosts.counters()
-        hosts.run(command(out, steps, flags), timeout=arguments.timeout, output=folder)
+        try:
+            hosts.run(command(out, steps, flags), timeout=arguments.timeout, output=folder)
+        except RuntimeError as error:
+            logs = "\n".join(log.read_text()[-2000:] for log in sorted(folder.glob("host*.log")))
+            sys.exit(f"{logs}\nerror: {error}")
         after = hosts.counters()
         sent = [b.sent_payload - a.sent_payload for a, b in zip(before, after, strict=True)]
         seen.append(sum(sent) / len(sent))
