@@ -1,3 +1,6 @@
 """Floats to bytes and back. Importing it registers the operators."""
 
+from qsdp.codec import native as native
 from qsdp.codec import ops as ops
+
+native.load()

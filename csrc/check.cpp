@@ -1,0 +1,105 @@
+#include "check.h"
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+
+namespace qsdp {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+    std::ostringstream sentence;
+    (sentence << ... << parts);
+    throw std::invalid_argument(sentence.str());
+}
+
+bool is_dtype(int64_t dtype) {
+    return dtype >= kFp32 && dtype <= kOpaque;
+}
+
+// Whether [start, start + count * size) lies in [lowest, limit); nothing here can overflow.
+bool inside(int64_t start, int64_t count, int64_t size, int64_t lowest, int64_t limit) {
+    return start >= lowest && start <= limit && count <= (limit - start) / size;
+}
+
+void check_segment(const Segment& segment, int64_t buffer_bytes, int64_t payload_bytes) {
+    for (const int64_t dtype : {segment.dtype, segment.wire}) {
+        if (!is_dtype(dtype)) refuse("a segment has dtype ", dtype, "; give 0 to 3");
+    }
+    if (segment.bits != 0 && (segment.bits < 2 || segment.bits > 8)) {
+        refuse("a segment has ", segment.bits, " bits; give 2 to 8, or 0 for raw");
+    }
+    if (segment.numel < 0 || segment.numel > segment.padded) {
+        refuse("a segment has ", segment.numel, " of ", segment.padded, " values; give 0 to all");
+    }
+    const int64_t item = item_bytes(segment.dtype);
+    bool fits = segment.buffer_byte % item == 0;
+    fits &= inside(segment.buffer_byte, segment.padded, item, 0, buffer_bytes);
+    if (segment.bits != 0) {
+        if (segment.bucket < 8 || segment.bucket % 8 != 0 || segment.rounding < kShift ||
+            segment.rounding > kNearest) {
+            refuse("a segment has buckets of ", segment.bucket, " and rounding ", segment.rounding,
+                   "; give a positive multiple of 8 and 0 to 3");
+        }
+        if (segment.dtype == kOpaque) {
+            refuse("a coded segment is opaque; code fp32, bf16 or fp16");
+        }
+        fits &= segment.meta_byte % 4 == 0;
+        fits &= inside(segment.meta_byte, num_buckets(segment), kMetaBytes, kHeaderBytes,
+                       payload_bytes);
+    } else if ((segment.dtype == kOpaque) != (segment.wire == kOpaque)) {
+        refuse("a raw segment is opaque on one side only; make both or none opaque");
+    }
+    // The values fit in the buffer here, so their bits cannot overflow; else the rest is moot.
+    fits = fits && inside(segment.data_byte, data_bytes(segment), 1, kHeaderBytes, payload_bytes);
+    if (!fits) {
+        refuse("a segment reaches outside its ", buffer_bytes, " buffer bytes or ", payload_bytes,
+               " payload bytes; make table, buffer and payload from one layout");
+    }
+}
+
+}  // namespace
+
+void check_bytes(const char* name, const torch::stable::Tensor& tensor) {
+    if (tensor.scalar_type() == ScalarType::Byte && tensor.dim() == 1 && tensor.is_contiguous() &&
+        tensor.is_cpu()) {
+        return;
+    }
+    std::ostringstream shape;
+    for (int64_t d = 0; d < tensor.dim(); ++d) shape << (d ? ", " : "") << tensor.size(d);
+    refuse("the ", name, " is ", torch::headeronly::toString(tensor.scalar_type()), " of shape (",
+           shape.str(), "); give a contiguous 1-D uint8 view on the cpu");
+}
+
+void check_table(const torch::stable::Tensor& table, int64_t buffer_bytes, int64_t payload_bytes,
+                 std::vector<Segment>& segments) {
+    if (table.scalar_type() != ScalarType::Long || !table.is_cpu() || table.dim() != 2) {
+        refuse("the table is ", torch::headeronly::toString(table.scalar_type()), " of ",
+               table.dim(), " dimensions; give int64 rows on the cpu");
+    }
+    if (table.size(1) != kSegmentFields) {
+        refuse("the table has ", table.size(1), " columns; give ", kSegmentFields);
+    }
+    if (payload_bytes < kHeaderBytes) {
+        refuse("the payload has ", payload_bytes, " bytes; a header alone takes ", kHeaderBytes);
+    }
+    const int64_t rows = table.size(0);
+    segments.resize(static_cast<size_t>(rows));
+    const auto* words = static_cast<const int64_t*>(table.data_ptr());
+    for (int64_t row = 0; row < rows; ++row) {
+        int64_t fields[kSegmentFields];
+        for (int64_t column = 0; column < kSegmentFields; ++column) {
+            fields[column] = words[row * table.stride(0) + column * table.stride(1)];
+        }
+        Segment& segment = segments[static_cast<size_t>(row)];
+        std::memcpy(&segment, fields, sizeof segment);
+        check_segment(segment, buffer_bytes, payload_bytes);
+    }
+}
+
+}  // namespace qsdp

@@ -1,0 +1,19 @@
+// What a codec call must be given; the same rules as `check` in qsdp/codec/ops.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "segment.h"
+
+namespace qsdp {
+
+// All raise std::invalid_argument (ValueError in Python), with one sentence.
+void check_bytes(const char* name, const torch::stable::Tensor& tensor);
+
+// Fills ``segments`` with the table's rows after checking each against the two sizes.
+void check_table(const torch::stable::Tensor& table, int64_t buffer_bytes, int64_t payload_bytes,
+                 std::vector<Segment>& segments);
+
+}  // namespace qsdp

@@ -1,0 +1,22 @@
+// Which kernels this machine can run, and which of them serve.
+#pragma once
+
+#include "kernels.h"
+
+namespace qsdp {
+
+// The kernels called ``name`` ("scalar", "avx2", "avx512"), or null where they cannot run.
+const Kernels* find_kernels(const char* name);
+
+const Kernels& kernels_in_use();
+
+}  // namespace qsdp
+
+// For qsdp/codec/native.py, by ctypes.
+extern "C" {
+__attribute__((visibility("default"))) const char* qsdp_cpu_in_use();
+// The best kernels first, comma-separated.
+__attribute__((visibility("default"))) const char* qsdp_cpu_available();
+// Returns 1, or 0 where ``name`` cannot run; not to be called while a kernel runs.
+__attribute__((visibility("default"))) int qsdp_cpu_use(const char* name);
+}

@@ -1,0 +1,10 @@
+#include "simd_avx2.h"
+
+#define QSDP_ISA avx2
+#include "kernels_text.h"
+
+namespace qsdp {
+
+extern const Kernels kAvx2Kernels{"avx2", avx2::encode, avx2::decode};
+
+}  // namespace qsdp

@@ -1,0 +1,10 @@
+#include "simd_avx512.h"
+
+#define QSDP_ISA avx512
+#include "kernels_text.h"
+
+namespace qsdp {
+
+extern const Kernels kAvx512Kernels{"avx512", avx512::encode, avx512::decode};
+
+}  // namespace qsdp

@@ -1,0 +1,10 @@
+#include "simd_scalar.h"
+
+#define QSDP_ISA scalar
+#include "kernels_text.h"
+
+namespace qsdp {
+
+extern const Kernels kScalarKernels{"scalar", scalar::encode, scalar::decode};
+
+}  // namespace qsdp

@@ -1,0 +1,208 @@
+// The vector interface of kernels_text.h in plain C++: any machine. Arrays of eight lanes, so that
+// a compiler may use whatever the platform's baseline has.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "bits.h"
+#include "half.h"
+#include "portable.h"
+
+namespace qsdp::scalar {
+
+constexpr int kLanes = 8, kBlock = 4 * kLanes, kPhiloxLanes = kBlock / 8;
+
+struct F {
+    float lane[kLanes];
+};
+struct I {
+    uint32_t lane[kLanes];
+};
+struct U {
+    uint64_t lane[kPhiloxLanes];
+};
+struct Codes {
+    uint8_t lane[kBlock];
+};
+
+#define QSDP_LANES(i) for (int i = 0; i < kLanes; ++i)
+
+QSDP_INLINE F splat(float value) {
+    F out;
+    QSDP_LANES(i) out.lane[i] = value;
+    return out;
+}
+template <class T>
+QSDP_INLINE F load(const uint8_t* from, T) {
+    T items[kLanes];
+    memcpy(items, from, sizeof items);
+    F out;
+    QSDP_LANES(i) out.lane[i] = widen(items[i]);
+    return out;
+}
+template <class T>
+QSDP_INLINE void store(uint8_t* to, F value, T) {
+    T items[kLanes];
+    QSDP_LANES(i) narrow(value.lane[i], items[i]);
+    memcpy(to, items, sizeof items);
+}
+QSDP_INLINE F add(F a, F b) {
+    QSDP_LANES(i) a.lane[i] += b.lane[i];
+    return a;
+}
+QSDP_INLINE F sub(F a, F b) {
+    QSDP_LANES(i) a.lane[i] -= b.lane[i];
+    return a;
+}
+QSDP_INLINE F mul(F a, F b) {
+    QSDP_LANES(i) a.lane[i] *= b.lane[i];
+    return a;
+}
+// NaN in the second argument is kept, as by x86's min and max.
+QSDP_INLINE F min(F a, F b) {
+    QSDP_LANES(i) a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+}
+QSDP_INLINE F max(F a, F b) {
+    QSDP_LANES(i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+}
+QSDP_INLINE F replace_zeros(F x, F other) {
+    QSDP_LANES(i) x.lane[i] = x.lane[i] == 0.0f ? other.lane[i] : x.lane[i];
+    return x;
+}
+QSDP_INLINE F zero_where_equal(F value, F a, F b) {
+    QSDP_LANES(i) value.lane[i] = a.lane[i] == b.lane[i] ? 0.0f : value.lane[i];
+    return value;
+}
+QSDP_INLINE float least(F x) {
+    float out = x.lane[0];
+    QSDP_LANES(i) out = x.lane[i] < out ? x.lane[i] : out;
+    return out;
+}
+QSDP_INLINE float greatest(F x) {
+    float out = x.lane[0];
+    QSDP_LANES(i) out = x.lane[i] > out ? x.lane[i] : out;
+    return out;
+}
+
+QSDP_INLINE I splat_bits(uint32_t value) {
+    I out;
+    QSDP_LANES(i) out.lane[i] = value;
+    return out;
+}
+QSDP_INLINE I magnitude_bits(F x) {
+    I out;
+    memcpy(&out, &x, sizeof out);
+    QSDP_LANES(i) out.lane[i] &= 0x7FFFFFFFu;
+    return out;
+}
+QSDP_INLINE I min(I a, I b) {
+    QSDP_LANES(i) a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+}
+QSDP_INLINE I max(I a, I b) {
+    QSDP_LANES(i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+}
+QSDP_INLINE uint32_t least(I x) {
+    uint32_t out = x.lane[0];
+    QSDP_LANES(i) out = x.lane[i] < out ? x.lane[i] : out;
+    return out;
+}
+QSDP_INLINE uint32_t greatest(I x) {
+    uint32_t out = x.lane[0];
+    QSDP_LANES(i) out = x.lane[i] > out ? x.lane[i] : out;
+    return out;
+}
+
+// Half-even or toward zero, saturated to 0..255. Rounding is monotone and keeps whole numbers, so
+// saturating first is the same; then adding 1.5 * 2**23 leaves the rounded number in the low bits.
+template <bool Truncate>
+QSDP_INLINE Codes to_codes(const F (&t)[4]) {
+    Codes out;
+    for (int v = 0; v < 4; ++v) {
+        QSDP_LANES(i) {
+            float value = t[v].lane[i] > 0.0f ? t[v].lane[i] : 0.0f;
+            value = value < 255.0f ? value : 255.0f;
+            const int32_t code = Truncate ? static_cast<int32_t>(value)
+                                          : static_cast<int32_t>(float_bits(value + 0x1.8p23f));
+            out.lane[v * kLanes + i] = static_cast<uint8_t>(code);
+        }
+    }
+    return out;
+}
+QSDP_INLINE Codes splat_codes(int value) {
+    Codes out;
+    memset(&out, value, sizeof out);
+    return out;
+}
+QSDP_INLINE Codes min(Codes a, Codes b) {
+    for (int i = 0; i < kBlock; ++i) a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+}
+// ``last`` is all ones, so that OR puts it where x is zero.
+QSDP_INLINE Codes mark_zeros(Codes codes, const F (&x)[4], Codes last) {
+    for (int v = 0; v < 4; ++v) {
+        QSDP_LANES(i) {
+            if (x[v].lane[i] == 0.0f) codes.lane[v * kLanes + i] = last.lane[v * kLanes + i];
+        }
+    }
+    return codes;
+}
+QSDP_INLINE void store(uint8_t* to, Codes codes) {
+    memcpy(to, &codes, sizeof codes);
+}
+QSDP_INLINE F widen_codes(const uint8_t* from) {
+    F out;
+    QSDP_LANES(i) out.lane[i] = static_cast<float>(from[i]);
+    return out;
+}
+
+QSDP_INLINE U splat64(uint64_t value) {
+    U out;
+    for (auto& lane : out.lane) lane = value;
+    return out;
+}
+QSDP_INLINE U mul32(U a, U b) {
+    for (int i = 0; i < kPhiloxLanes; ++i) a.lane[i] = (a.lane[i] & 0xFFFFFFFFu) * b.lane[i];
+    return a;
+}
+QSDP_INLINE U high32(U a) {
+    for (auto& lane : a.lane) lane >>= 32;
+    return a;
+}
+QSDP_INLINE U xor3(U a, U b, U c) {
+    for (int i = 0; i < kPhiloxLanes; ++i) a.lane[i] ^= b.lane[i] ^ c.lane[i];
+    return a;
+}
+// Philox block numbers, low words only, in the order that half_floats expects.
+QSDP_INLINE U block_numbers(uint32_t first) {
+    U out;
+    for (int i = 0; i < kPhiloxLanes; ++i) out.lane[i] = first + static_cast<uint32_t>(i);
+    return out;
+}
+// Half word k of the blocks, in order, as 128 + k / 2**16.
+QSDP_INLINE void half_floats(U w0, U w1, U w2, U w3, F (&out)[4]) {
+    const U* words[] = {&w0, &w1, &w2, &w3};
+    for (int v = 0; v < 4; ++v) {
+        QSDP_LANES(i) {
+            const uint64_t word = words[i / 2]->lane[v];
+            out[v].lane[i] = bits_float(0x43000000u | (word >> i % 2 * 16 & 0xFFFFu));
+        }
+    }
+}
+
+template <int Bits>
+QSDP_INLINE uint64_t pack8(uint64_t codes) {
+    return pack_codes<Bits>(codes);
+}
+template <int Bits>
+QSDP_INLINE uint64_t unpack8(uint64_t stream) {
+    return unpack_codes<Bits>(stream);
+}
+
+#undef QSDP_LANES
+
+}  // namespace qsdp::scalar

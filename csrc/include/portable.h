@@ -1,0 +1,11 @@
+// What lets one text serve host and device, and several instruction sets in one library.
+#pragma once
+
+// Internal linkage, always: were these functions shared between translation units, the linker could
+// keep the AVX-512 copy for everyone, and a machine without it would stop at an illegal
+// instruction.
+#if defined(__CUDACC__)
+#define QSDP_INLINE static __host__ __device__ __forceinline__
+#else
+#define QSDP_INLINE static inline __attribute__((always_inline, unused))
+#endif

@@ -1,0 +1,101 @@
+// The CPU kernels of qsdp::encode and qsdp::decode, whose schemas qsdp/codec/ops.py defines.
+// LibTorch stable ABI only: one build serves torch 2.11 and later.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "cpu/dispatch.h"
+#include "kernels.h"
+
+namespace {
+
+using qsdp::Segment;
+using torch::stable::Tensor;
+
+// Values a thread takes at least: a few tens of microseconds of work.
+constexpr int64_t kGrain = 1 << 15;
+
+// Kept between calls, so that a call allocates nothing.
+thread_local std::vector<Segment> segments;
+thread_local std::vector<std::pair<int64_t, int64_t>> written;
+
+// Zeroes what no segment writes: a payload's bytes are a function of what it holds.
+void zero_gaps(uint8_t* payload, int64_t payload_bytes) {
+    written.clear();
+    for (const Segment& segment : segments) {
+        written.emplace_back(segment.data_byte, segment.data_byte + data_bytes(segment));
+        if (segment.bits != 0) {
+            const int64_t meta_bytes = num_buckets(segment) * qsdp::kMetaBytes;
+            written.emplace_back(segment.meta_byte, segment.meta_byte + meta_bytes);
+        }
+    }
+    written.emplace_back(payload_bytes, payload_bytes);
+    std::sort(written.begin(), written.end());
+    int64_t end = qsdp::kHeaderBytes;
+    for (const auto& [from, to] : written) {
+        if (from > end) std::memset(payload + end, 0, static_cast<size_t>(from - end));
+        end = std::max(end, to);
+    }
+}
+
+void encode(const Tensor& buffer, const Tensor& table, int64_t key,
+            torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payload) {
+    qsdp::check_bytes("buffer", buffer);
+    qsdp::check_bytes("payload", payload);
+    qsdp::check_table(table, buffer.numel(), payload.numel(), segments);
+    if (header.size() * sizeof(int64_t) != qsdp::kHeaderBytes) {
+        throw std::invalid_argument("the header has " + std::to_string(header.size()) +
+                                    " words; give 4");
+    }
+    const auto* from = static_cast<const uint8_t*>(buffer.data_ptr());
+    auto* to = static_cast<uint8_t*>(payload.data_ptr());
+    std::memcpy(to, header.data(), qsdp::kHeaderBytes);
+    zero_gaps(to, payload.numel());
+
+    const qsdp::Table work{segments.data(), static_cast<int64_t>(segments.size()),
+                           static_cast<uint64_t>(key)};
+    int64_t num_values = 0;
+    for (const Segment& segment : segments) num_values += segment.numel;
+    const qsdp::Kernels& kernels = qsdp::kernels_in_use();
+    torch::stable::parallel_for(0, num_values, kGrain, [&](int64_t begin, int64_t end) {
+        kernels.encode(work, from, to, begin, end);
+    });
+}
+
+void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tensor& buffer,
+            bool add) {
+    qsdp::check_bytes("buffer", buffer);
+    qsdp::check_bytes("payload", payload);
+    qsdp::check_table(table, buffer.numel(), payload.numel(), segments);
+    int64_t num_values = 0;
+    for (const Segment& segment : segments) {
+        if (add && segment.dtype != qsdp::kFp32) {
+            throw std::invalid_argument("decode adds into dtype " + std::to_string(segment.dtype) +
+                                        "; give an fp32 buffer");
+        }
+        num_values += segment.padded;
+    }
+    const auto* from = static_cast<const uint8_t*>(payload.data_ptr());
+    auto* to = static_cast<uint8_t*>(buffer.data_ptr());
+    const qsdp::Table work{segments.data(), static_cast<int64_t>(segments.size()),
+                           static_cast<uint64_t>(key)};
+    const qsdp::Kernels& kernels = qsdp::kernels_in_use();
+    torch::stable::parallel_for(0, num_values, kGrain, [&](int64_t begin, int64_t end) {
+        kernels.decode(work, from, to, add, begin, end);
+    });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qsdp, CPU, library) {
+    library.impl("encode", TORCH_BOX(&encode));
+    library.impl("decode", TORCH_BOX(&decode));
+}
