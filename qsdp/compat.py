@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 
@@ -71,8 +72,13 @@ class ParameterGroup:
         return getattr(self._group.mesh_info, "shard_process_group", None)
 
     @property
+    def mesh(self) -> DeviceMesh:
+        mesh: DeviceMesh = self._group.mesh_info.mesh
+        return mesh
+
+    @property
     def mesh_ndim(self) -> int:
-        return self._group.mesh_info.mesh.ndim
+        return self.mesh.ndim
 
     @property
     def replicas(self) -> int:
@@ -86,6 +92,12 @@ class ParameterGroup:
         if info is None or info is self._group.mesh_info:
             return None
         return info.shard_mesh_size
+
+    @property
+    def reduce_dtype(self) -> torch.dtype | None:
+        """Element type of the reduce-scatter where the user set one."""
+        dtype: torch.dtype | None = self._group.mp_policy.reduce_dtype
+        return dtype
 
     @property
     def offloads_to_cpu(self) -> bool:

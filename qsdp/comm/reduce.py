@@ -16,11 +16,15 @@ def reduce(
     side: Side,
     output: Tensor,
     input: Tensor,
+    group: dist.ProcessGroup,
     clock: Clock,
     traffic: Traffic,
     scratch: Scratch,
 ) -> None:
     """Sum ``input`` [world * shard] over ranks, this rank's row into ``output`` [shard].
+
+    ``group`` has the ranks of the plan's group, and may be it: FSDP2 can keep a process group apart
+    for reduces, so that they overlap with gathers.
 
     1. Encode the row of every other rank: unbiased, with a key of its own.
     2. One all-to-all of payloads; nothing is sent to oneself.
@@ -43,8 +47,8 @@ def reduce(
         torch.ops.qsdp.encode(as_bytes(rows[peer]), side.tables[peer], key, header, payload)
 
     splits = [size if rank != plan.rank else 0 for rank in range(world_size)]
-    dist.all_to_all_single(received, sent, splits, splits, group=plan.group)
-    traffic.sent("reduce", plan.group, size, side.layout.num_values)
+    dist.all_to_all_single(received, sent, splits, splits, group=group)
+    traffic.sent("reduce", group, size, side.layout.num_values)
     senders = [plan.global_ranks[peer] for peer in peers]
     check_headers(received, side, senders, clock.step, plan)
 

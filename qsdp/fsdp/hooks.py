@@ -91,7 +91,8 @@ class ReduceScatter(_Comm):
             )
         numel = input_tensor.numel() // plan.world_size
         side = plan.reduce(self._recorder.take(numel), input_tensor.dtype)
-        reduce(plan, side, output_tensor, input_tensor, wire.clock, wire.traffic, wire.scratch)
+        out, inp = output_tensor, input_tensor
+        reduce(plan, side, out, inp, group, wire.clock, wire.traffic, wire.scratch)
 
 
 class GradRecorder:
@@ -116,7 +117,9 @@ class GradRecorder:
 
         Raises RuntimeError when what was recorded does not fill the buffer.
         """
-        trainable = self._plan.trainable
+        # Asked anew: parameters may be frozen, or trained, at any time after install.
+        tensors = self._group.unsharded_parameters()
+        trainable = tuple(i for i, t in enumerate(tensors) if t is not None and t.requires_grad)
         found = trainable if self._group.reduces_unused else tuple(sorted(self._got_grad))
         if numel != self._numel(found) and numel == self._numel(trainable):
             # Entered through a method of the user's own: nothing was watched. A full buffer is
@@ -140,7 +143,7 @@ class GradRecorder:
         return sum(self._padded[i] for i in places)
 
     def _watch(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if len(self._watched) == len(self._plan.trainable):
+        if len(self._watched) == len(self._plan.parameters):
             return
         for i, tensor in enumerate(self._group.unsharded_parameters()):
             if tensor is not None and tensor.requires_grad and i not in self._watched:

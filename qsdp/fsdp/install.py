@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from qsdp.fsdp.report import Report, Row
 def install(model: nn.Module, config: QSDPConfig | None = None) -> "Handle":
     """Send the weights and gradients of ``model`` over the wire as ``config`` says.
 
+    A collective: all ranks of the model's mesh call it, and make sure that they agree.
+
     Args:
         model: a module on which `fully_shard` was called, itself or on submodules. Its parameters
             stay plain DTensors; optimizers, checkpoints and clipping work as before.
@@ -31,7 +34,9 @@ def install(model: nn.Module, config: QSDPConfig | None = None) -> "Handle":
     Raises:
         ValueError: the model is not sharded by FSDP2, has the wire already, or uses what qsdp does
             not support: CPUOffloadPolicy, per-parameter meshes, tensor parallelism, a mesh without
-            a shard axis, parameters of float64 or with an all-gather of their own.
+            a shard axis, float64 in parameters or reduces, parameters with an all-gather of their
+            own.
+        RuntimeError: the ranks do not have the same model and config.
     """
     config = config or QSDPConfig()
     groups = compat.parameter_groups(model)
@@ -64,6 +69,13 @@ class Handle:
         self._plans = [
             _make_plan(group, index, names, order, config) for index, group in enumerate(groups)
         ]
+        planned = {p.name for plan in self._plans for p in plan.parameters}
+        self._outside = {
+            order[name]: Row(name, tuple(p.shape), None, "none", "none", "not sharded by FSDP2")
+            for p, name in names.items()
+            if name not in planned
+        }
+        _check_agreement(groups, self._plans, config)
         self._before = [group.comms() for group in groups]
         self._recorders = []
         for group, plan in zip(groups, self._plans, strict=True):
@@ -76,13 +88,13 @@ class Handle:
 
     def report(self) -> Report:
         """How every parameter travels, at what bits, and why."""
-        rows = []
+        rows = dict(self._outside)
         for plan in self._plans:
             for p in plan.parameters:
                 weight = _travel(p.weight_bits, p.dtype)
                 grad = _travel(p.grad_bits, None) if p.is_trainable else "none"
-                rows.append(Row(p.name, tuple(p.shape), plan.index, weight, grad, p.why))
-        return Report(tuple(rows), tuple(self._remarks()))
+                rows[p.index] = Row(p.name, tuple(p.shape), plan.index, weight, grad, p.why)
+        return Report(tuple(rows[index] for index in sorted(rows)), tuple(self._remarks()))
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -141,6 +153,37 @@ def _set_comms(
     group.module.set_force_sum_reduction_for_comms(force_sum)
 
 
+def _check_agreement(
+    groups: list[compat.ParameterGroup], plans: list[Plan], config: QSDPConfig
+) -> None:
+    """Raise RuntimeError on every rank unless all have the same model and config.
+
+    Headers come too late for most of what can differ: payloads of unequal sizes end the process
+    (gloo) or hang it (NCCL), and a seed is in no header.
+    """
+    digest = _digest((config, [plan.parameters for plan in plans]))
+    is_same = True
+    for mesh in dict.fromkeys(group.mesh for group in groups):
+        for process_group in mesh.get_all_groups():
+            mine = torch.tensor([digest], device=mesh.device_type)
+            everyone = mine.new_empty(process_group.size())
+            compat.all_gather(everyone, mine, process_group)
+            is_same &= bool((everyone == mine).all())
+            # What one axis of the mesh saw, the next one must know, or some ranks would go on.
+            digest = _digest(everyone.tolist())
+    if not is_same:
+        raise RuntimeError(
+            "the ranks gave qsdp.install different models or configs; give it the same model, "
+            "sharded the same way, and an equal QSDPConfig on every rank"
+        )
+
+
+def _digest(described: object) -> int:
+    return int.from_bytes(
+        blake2b(repr(described).encode(), digest_size=8).digest(), "little", signed=True
+    )
+
+
 def _make_plan(
     group: compat.ParameterGroup,
     index: int,
@@ -157,6 +200,11 @@ def _make_plan(
         raise ValueError(f"{_name(group)} uses CPUOffloadPolicy; shard it without offloading")
     if group.shard_group is None:
         raise ValueError(f"the mesh of {_name(group)} has no shard axis; use fully_shard's mesh")
+    if group.reduce_dtype is not None and group.reduce_dtype not in DTYPES:
+        raise ValueError(
+            f"{_name(group)} reduces gradients in {group.reduce_dtype}; qsdp sends float32, "
+            "bfloat16 or float16"
+        )
     parameters = []
     for sharded in group.parameters():
         name = names.get(sharded.parameter)

@@ -9,11 +9,12 @@ class Row:
 
     name: str
     shape: tuple[int, ...]
-    group: int
+    group: int | None
+    """None for a parameter that FSDP2 does not shard: it does not travel."""
     weight: str
-    """How it travels in the gather: `8 bits`, `raw float32`, ..."""
+    """How it travels in the gather: `8 bits`, `raw float32`, ...; `none` when it does not."""
     grad: str
-    """How its gradient travels in the reduce; `none` when it is frozen."""
+    """How its gradient travels in the reduce; `none` when it is frozen or not sharded."""
     why: str
 
 
@@ -29,7 +30,8 @@ class Report:
         lines = [head]
         for row in self.rows:
             shape = "x".join(map(str, row.shape)) or "scalar"
-            lines.append((row.name, shape, str(row.group), row.weight, row.grad, row.why))
+            group = "-" if row.group is None else str(row.group)
+            lines.append((row.name, shape, group, row.weight, row.grad, row.why))
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
