@@ -16,6 +16,11 @@ _PATIENCE_S = 10.0
 class UserError(Exception):
     """A mistake that its message, one sentence, lets the user correct."""
 
+    def __init__(self, message: str, *, is_shared: bool = False) -> None:
+        """`is_shared`: every rank raises this error, so rank 0 will print it."""
+        super().__init__(message)
+        self.is_shared = is_shared
+
 
 def sentence(error: BaseException) -> str:
     """The message of `error` on one line; of an OSError, what failed on which file."""
@@ -26,17 +31,21 @@ def sentence(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def leave(error: BaseException) -> NoReturn:
+def leave(error: UserError) -> NoReturn:
     """End this rank with exit status 2, after rank 0 has had the time to say why.
 
     A launcher that sees one rank fail ends the others at once. So the others hold still, up to 10
-    seconds, and leave with the same status when the launcher's SIGTERM comes.
+    seconds, and leave with the same status when the launcher's SIGTERM comes. If it does not come,
+    the mistake may be this rank's alone (a file that one node lacks), and it speaks for itself.
     """
-    if int(os.environ.get("RANK", "0")) == 0:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
         print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
-    else:
-        signal.signal(signal.SIGTERM, _leave_now)
-        time.sleep(_PATIENCE_S)
+        raise SystemExit(EXIT_STATUS)
+    signal.signal(signal.SIGTERM, _leave_now)
+    time.sleep(_PATIENCE_S)
+    if not error.is_shared:
+        print(f"error on rank {rank}: {sentence(error)}", file=sys.stderr, flush=True)
     raise SystemExit(EXIT_STATUS)
 
 

@@ -54,7 +54,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     span = max(1, config.steps - 1 - config.warmup_steps)
     done = min(1.0, (step - config.warmup_steps) / span)
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
+    share = (1 + math.cos(math.pi * done)) / 2
+    return share * config.lr + (1 - share) * config.min_lr
 
 
 def train_step(job: Job) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def save(job: Job) -> None:
     try:
         job.save()
     except RuntimeError as error:
-        raise UserError(str(error)) from error
+        raise UserError(str(error), is_shared=True) from error
 
 
 def _clip(job: Job) -> float:

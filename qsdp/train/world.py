@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -56,7 +56,7 @@ class World:
         dist.all_gather_object(mistakes, mistake)
         for first in mistakes:
             if first is not None:
-                raise UserError(first)
+                raise UserError(first, is_shared=True)
         return result
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -91,7 +91,7 @@ def open_world() -> Iterator[World]:
         torch.cuda.set_device(device)
     backend = "nccl" if is_gpu else "gloo"
     try:
-        rank, size, store = _meet() if "RANK" in os.environ else (0, 1, dist.HashStore())
+        rank, size, store = _meet() if "RANK" in os.environ else _alone()
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
         )
@@ -112,12 +112,14 @@ def open_world() -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def _meet() -> tuple[int, int, dist.Store]:
+def _alone() -> tuple[int, int, Any]:
+    return 0, 1, cast(Any, dist).HashStore()  # public, but torch's types leave it out
+
+
+def _meet() -> tuple[int, int, Any]:
     """Wait, less long than for a collective, until every rank has come to torchrun's store."""
     store, rank, size = next(rendezvous("env://", timeout=MEETING_TIMEOUT))
-    store = dist.PrefixStore("qsdp", store)
-    store.set_timeout(MEETING_TIMEOUT)
-    if store.add("arrived", 1) == size:
-        store.set("all_arrived", "1")
-    store.wait(["all_arrived"], MEETING_TIMEOUT)
+    if store.add("qsdp/arrived", 1) == size:
+        store.set("qsdp/all_arrived", "1")
+    store.wait(["qsdp/all_arrived"], MEETING_TIMEOUT)
     return rank, size, store

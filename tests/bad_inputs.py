@@ -1,0 +1,86 @@
+"""Bad inputs to launch/train_gpt.py, and what the one sentence about each must say.
+
+In the flags, {} is the test's folder, where text.txt holds `TEXT`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 60
+
+
+@dataclass(frozen=True)
+class BadInput:
+    name: str
+    flags: str
+    said: str
+    file: tuple[str, bytes] | None = None
+    """A further file in the test's folder: name and content."""
+
+    def arguments(self, folder: Path) -> list[str]:
+        """Make the file and return the flags for `folder`."""
+        if self.file is not None:
+            name, content = self.file
+            (folder / name).write_bytes(content)
+        return self.flags.replace("{}", str(folder)).split()
+
+
+# Refused by the flags alone.
+FLAGS = [
+    BadInput("a missing data file", "--data {}/none.txt", "none.txt does not exist"),
+    BadInput("a missing tokenizer", "--tokenizer {}/none.json", "none.json does not exist"),
+    BadInput("a missing config file", "--config {}/none.toml", "cannot be read"),
+    BadInput("a missing checkpoint", "--resume {}/none", "none does not exist"),
+    BadInput("1 bit", "--qsdp-bits 1", "--qsdp-bits is 1"),
+    BadInput("9 bits", "--qsdp-weight-bits 9", "--qsdp-weight-bits is 9"),
+    BadInput("bits in words", "--qsdp-grad-bits four", "--qsdp-grad-bits"),
+    BadInput("a bucket of 0", "--qsdp-bucket-size 0", "--qsdp-bucket-size is 0"),
+    BadInput("an unknown rounding", "--qsdp-rounding up", "--qsdp-rounding is 'up'"),
+    BadInput("a sparsity of 1.2", "--cram --cram-sparsity 0.5,1.2", "--cram-sparsity is"),
+    BadInput("a sparsity in words", "--cram --cram-sparsity half", "--cram-sparsity"),
+    BadInput("a negative rho", "--cram --cram-rho=-0.1", "--cram-rho is -0.1"),
+    BadInput("an unknown preset", "--model gpt5", "--model is 'gpt5'"),
+    BadInput("no steps", "--steps 0", "--steps is 0"),
+    BadInput("half a step", "--steps 1.5", "--steps"),
+    BadInput("an unknown flag", "--stepz 3", "--stepz"),
+    BadInput("a flag without its value", "--lr", "--lr"),
+    BadInput("a learning rate that is no number", "--lr nan", "--lr is nan"),
+    BadInput("a minimum above the rate", "--lr 1e-5 --min-lr 1e-4", "--min-lr is 0.0001"),
+    BadInput("an unknown precision", "--precision fp8", "--precision is 'fp8'"),
+    BadInput("a negative seed", "--seed -1", "--seed is -1"),
+    BadInput("a folder that is a file", "--out {}/text.txt", "text.txt is a file"),
+]
+
+# Refused once the data are read.
+DATA = [
+    BadInput(
+        "a batch larger than the data", "--data {}/text.txt --batch-size 900", "smaller batch size"
+    ),
+    BadInput(
+        "sequences longer than the context", "--data {}/text.txt --seq-len 65", "--seq-len is 65"
+    ),
+    BadInput(
+        "too little to validate on",
+        "--data {}/short.txt",
+        "validation split",
+        ("short.txt", TEXT[:400].encode()),
+    ),
+    BadInput("an empty file", "--data {}/empty.txt", "empty.txt", ("empty.txt", b"")),
+    BadInput(
+        "a file that is no text", "--data {}/binary", "not UTF-8 text", ("binary", b"\xff\xfe\x00")
+    ),
+    BadInput("a folder without shards", "--data {}", "meta.json"),
+    BadInput(
+        "a damaged tokenizer",
+        "--data {}/text.txt --tokenizer {}/t.json",
+        "t.json is not a JSON file",
+        ("t.json", b"{"),
+    ),
+    BadInput(
+        "a resume without checkpoints",
+        "--data {}/text.txt --resume {}",
+        "holds no complete checkpoint",
+    ),
+]

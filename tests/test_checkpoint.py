@@ -1,0 +1,153 @@
+"""Checkpoints are whole or absent, and metrics have one line a step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qsdp import checkpoint
+from qsdp.checkpoint import folders
+from qsdp.metrics import MetricsWriter
+
+
+@pytest.fixture(autouse=True)
+def _world_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(5, 3)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(torch.randn(4, 5)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    model, optimizer = make()
+    take_step(model, optimizer)
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {"note": "é"}, files={"a.txt": "hello"})
+    again, again_optimizer = make()
+    checkpoint.load(path, again, again_optimizer)
+    assert checkpoint.read_meta(path) == {"note": "é", "step": 1}
+    assert (path / "a.txt").read_text() == "hello"
+    for pair in ((model, optimizer), (again, again_optimizer)):
+        torch.manual_seed(7)
+        take_step(*pair)
+    for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    model, optimizer = make()
+    take_step(model, optimizer)
+    for step in (5, 10, 100):
+        checkpoint.save(tmp_path, step, model, optimizer, {}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000100"
+    checkpoint.clear_after(tmp_path, 10)
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000010"
+
+
+def test_a_step_may_be_saved_again(tmp_path: Path) -> None:
+    model, optimizer = make()
+    take_step(model, optimizer)
+    checkpoint.save(tmp_path, 3, model, optimizer, {"run": 1})
+    path = checkpoint.save(tmp_path, 3, model, optimizer, {"run": 2})
+    assert checkpoint.read_meta(path)["run"] == 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class PowerCut(BaseException):
+    """Not an error that anything could handle."""
+
+
+@pytest.mark.parametrize("moment", ["begin", "publish", "_sync_folder", "remove"])
+def test_a_crash_while_saving_leaves_the_last_checkpoint_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    model, optimizer = make()
+    take_step(model, optimizer)
+    checkpoint.save(tmp_path, 1, model, optimizer, {}, keep=1)
+
+    def cut(*args: object) -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        if moment in ("_sync_folder", "remove"):
+            patch.setattr(folders, moment, cut)
+        else:
+            patch.setattr(f"qsdp.checkpoint.state.{moment}", cut)
+        with pytest.raises(PowerCut):
+            checkpoint.save(tmp_path, 2, model, optimizer, {}, keep=1)
+    survivor = checkpoint.latest(tmp_path)
+    assert survivor == tmp_path / ("step-00000002" if moment == "remove" else "step-00000001")
+    checkpoint.load(survivor, *make())
+    checkpoint.save(tmp_path, 2, model, optimizer, {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_what_is_no_whole_checkpoint_is_not_seen(tmp_path: Path) -> None:
+    (tmp_path / "tmp-step-00000009").mkdir()
+    (tmp_path / "step-notes").mkdir()
+    (tmp_path / "step-00000007").write_text("a file")
+    assert checkpoint.latest(tmp_path) is None
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        checkpoint.resolve(tmp_path)
+
+
+def test_a_checkpoint_is_found_from_itself_its_folder_or_the_runs_folder(tmp_path: Path) -> None:
+    model, optimizer = make()
+    take_step(model, optimizer)
+    path = checkpoint.save(tmp_path / "checkpoints", 4, model, optimizer, {})
+    for given in (path, path.parent, tmp_path):
+        assert checkpoint.resolve(given) == path
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+    model, optimizer = make()
+    take_step(model, optimizer)
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    other = nn.Linear(6, 3)
+    with pytest.raises(ValueError, match="step-00000001 cannot be loaded"):
+        checkpoint.load(path, other, torch.optim.AdamW(other.parameters()))
+
+
+def test_metrics_keep_one_line_a_step_over_crashes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as metrics:
+        for step in range(1, 6):
+            metrics.log({"step": step, "loss": 1.0 / step})
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    with MetricsWriter(path, last_step=3) as metrics:
+        assert [line["step"] for line in metrics.history] == [1, 2, 3]
+        metrics.log({"step": 4, "loss": float("nan")})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["loss"] is None
+    with MetricsWriter(path):
+        pass
+    assert path.read_text() == ""
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with MetricsWriter(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "events") as metrics:
+        metrics.log({"step": 1, "loss": 2.0})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.0)]

@@ -1,0 +1,124 @@
+"""The settings of a run: presets, files, flags, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qsdp.models import PRESETS
+from qsdp.train.cli import parse, read_config_file
+from qsdp.train.config import RECIPES, TrainConfig
+from qsdp.train.errors import UserError
+from qsdp.train.loop import learning_rate
+
+
+def test_every_model_preset_has_a_recipe_that_its_context_allows() -> None:
+    assert RECIPES.keys() == PRESETS.keys()
+    for model in RECIPES:
+        assert TrainConfig.for_model(model).seq_len <= PRESETS[model]["context"]
+
+
+def test_unset_flags_take_the_values_of_the_models_preset() -> None:
+    assert parse(["--model", "gpt2-medium"]) == TrainConfig.for_model("gpt2-medium")
+    assert parse(["--model", "gpt2-medium"]).lr == 3e-4
+    assert parse([]).lr == 1e-3
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('model = "gpt2"\nlr = 1\nsteps = 7\ncram-sparsity = [0.25, 0.5]\n')
+    config = parse(["--config", str(file), "--steps", "9"])
+    assert (config.model, config.lr, config.steps) == ("gpt2", 1.0, 9)
+    assert config.cram_sparsity == (0.25, 0.5)
+    assert config.seq_len == 1024
+    assert parse([f"--config={file}", "--model=nano"]).seq_len == 64
+
+
+def test_a_written_configuration_reads_back_as_itself(tmp_path: Path) -> None:
+    config = parse(
+        [
+            *("--qsdp-bits", "4", "--cram", "--no-cram-plus", "--cram-sparsity", "0.5,0.25"),
+            *("--out", 'a "folder"\\with é', "--lr", "1e-5", "--min-lr", "1e-6"),
+        ]
+    )
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml(), encoding="utf-8")
+    assert parse(["--config", str(file)]) == config
+
+
+def test_cram_alone_is_cram_plus_multi_as_published() -> None:
+    config = parse(["--cram"])
+    assert config.cram
+    assert config.cram_plus
+    assert config.cram_sparsity == (0.5, 0.7, 0.9)
+    assert config.cram_rho == 0.05
+    assert not parse(["--cram", "--no-cram-plus"]).cram_plus
+
+
+@pytest.mark.parametrize(
+    ("flags", "bits"),
+    [
+        ([], None),
+        (["--qsdp-bits", "8"], (8, 8)),
+        (["--qsdp-bits", "8", "--qsdp-grad-bits", "4"], (8, 4)),
+        (["--qsdp-weight-bits", "2"], (2, 32)),
+        (["--qsdp-grad-bits", "16"], (32, 16)),
+    ],
+)
+def test_bits_are_set_together_or_by_direction(
+    flags: list[str], bits: tuple[int, int] | None
+) -> None:
+    wire = parse(flags).wire
+    assert bits == (None if wire is None else (wire.weight_bits, wire.grad_bits))
+
+
+def test_runs_that_differ_in_wire_optimizer_or_seed_get_folders_of_their_own() -> None:
+    flags = [[], ["--qsdp-bits", "8"], ["--qsdp-bits", "4"], ["--cram"], ["--seed", "1"]]
+    assert len({parse(f).out_dir for f in flags}) == len(flags)
+
+
+def test_help_explains_every_flag_of_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    flags = """model data tokenizer steps batch-size grad-accum seq-len lr min-lr warmup-steps
+        weight-decay beta2 clip-grad seed precision out eval-every eval-batches save-every keep
+        resume qsdp-bits qsdp-weight-bits qsdp-grad-bits qsdp-bucket-size qsdp-rounding cram
+        cram-sparsity cram-rho no-cram-plus config"""
+    for flag in flags.split():
+        assert f"--{flag}" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stepz = 3", "'stepz'"),
+        ('steps = "many"', "an integer"),
+        ("steps = true", "an integer"),
+        ("cram = 1", "true or false"),
+        ("cram_sparsity = 0.5", "a list of numbers"),
+        ("cram_sparsity = [true]", "a list of numbers"),
+        ("steps = ", "not a TOML file"),
+        ("[model]\nname = 3", "a string"),
+    ],
+)
+def test_a_file_with_a_mistake_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_config_file(file)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(10, 100), (0, 5), (100, 100), (1000, 20), (4, 5)])
+def test_the_learning_rate_warms_up_then_falls_to_its_minimum(warmup: int, steps: int) -> None:
+    config = TrainConfig(warmup_steps=warmup, steps=steps, lr=1e-2, min_lr=1e-3)
+    rates = [learning_rate(config, step) for step in range(steps)]
+    assert all(0 < rate <= 1e-2 for rate in rates)
+    rising = rates[:warmup]
+    assert rising == sorted(rising)
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    if warmup + 1 < steps:
+        assert rates[warmup] == pytest.approx(1e-2)
+        assert rates[-1] == pytest.approx(1e-3)

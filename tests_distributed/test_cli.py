@@ -1,0 +1,130 @@
+"""The command line under torchrun: refusals on two ranks, and a whole small run."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import tomllib
+from pathlib import Path
+
+from tests.bad_inputs import DATA, FLAGS, TEXT
+from tests_distributed.launching import SMALL, start
+
+
+def num_values(vocab_size: int) -> tuple[int, int]:
+    """Values of nano's blocks and of its root, rows padded to a multiple of two ranks."""
+    return 4 * (2 * 128 + 12 * 128**2), 128 * (vocab_size + vocab_size % 2 + 64 + 1)
+
+
+def test_bad_inputs_are_refused_by_both_ranks_and_named_by_the_first(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    cases = [*FLAGS, *DATA]
+    flags = [[bad.arguments(tmp_path)] * 2 for bad in cases]
+    for both in flags[len(FLAGS) :]:
+        both[:] = [[*own, "--out", str(tmp_path / "out")] for own in both]
+    # Known to one rank alone, but only after all have met.
+    good = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
+    flags += [[good, [*good, "--data", str(tmp_path / "binary")]]]
+    (tmp_path / "cases.json").write_text(json.dumps(flags))
+    results = tmp_path / "results"
+    start(
+        str(tmp_path / "cases.json"), str(results), program="tests_distributed/refusals.py"
+    ).succeed()
+    first, second = (json.loads(Path(f"{results}-{rank}.json").read_text()) for rank in (0, 1))
+    said = [*(bad.said for bad in cases), "not UTF-8 text"]
+    assert len(first) == len(second) == len(said) > 20
+    for (status, text), (other_status, other_text), expected in zip(
+        first, second, said, strict=True
+    ):
+        assert status == other_status == 2, text
+        assert re.fullmatch(r"error: \S.*\n", text), text
+        assert expected in text
+        # A mistake in the flags could be this rank's alone, so it speaks, after its patience.
+        assert re.fullmatch(r"(error on rank 1: \S.*\n)?", other_text), other_text
+
+
+def test_torchrun_returns_1_and_shows_the_sentence_once(tmp_path: Path) -> None:
+    job = start("--data", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert job.wait() == 1
+    assert job.output.count("error: ") == 1
+    assert "meta.json" in job.output
+    assert "launch/train_gpt.py FAILED" in job.output
+    assert set(re.findall(r"exitcode *: (-?\d+)", job.output)) == {"2"}
+    assert 'train_gpt.py", line' not in job.output
+
+
+def test_a_mistake_on_one_rank_alone_ends_all_soon(tmp_path: Path) -> None:
+    program = tmp_path / "one_rank.py"
+    program.write_text(
+        "import os\n"
+        "from qsdp.train import cli, errors\n"
+        "errors._PATIENCE_S = 1.0\n"
+        "cli.main(['--data', 'stdlib' if os.environ['RANK'] == '0' else 'missing.txt'])\n"
+    )
+    job = start(program=str(program))
+    started = time.monotonic()
+    assert job.wait() == 1
+    assert time.monotonic() - started < 90
+    assert "error on rank 1: --data missing.txt does not exist" in job.output
+
+
+def test_a_small_run_leaves_all_that_is_promised(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    out = tmp_path / "out"
+    flags = ["--data", str(text), "--out", str(out), *SMALL, "--steps", "6", "--eval-every", "3"]
+    flags += ["--save-every", "2", "--grad-accum", "2", "--qsdp-bits", "8", "--cram"]
+    printed = start(*flags, "--warmup-steps", "100").succeed()
+    assert "pruned in one shot" in printed
+
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        assert line["loss"] > 0
+        assert line["step_s"] > 0
+        assert line["tokens_per_s"] > 0
+        assert line["grad_norm"] > 0
+        assert line["lr"] > 0
+        assert 0 < line["wire_bytes_sent"] < 0.265 * line["wire_bytes_fp32"]
+    assert lines[2]["val_loss"] > 0
+    assert lines[2]["val_loss_quantized"] > 0
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["one_shot"]) == ["0.5", "0.7", "0.8", "0.9"]
+    assert summary["world_size"] == 2
+    assert summary["val_loss"] > 0
+    assert summary["val_loss"] != summary["val_loss_quantized"]
+    assert abs(summary["val_loss"] - summary["val_loss_quantized"]) < 0.1
+    assert summary["step_s_median"] > 0
+    assert 0 < summary["mfu"] < 1
+    assert summary["versions"]["torch"]
+    assert summary["wire"]["other_bytes_per_step"] > 0
+    # Two passes, in each two micro-batches, which gather the blocks twice and the root once, and
+    # one reduce.
+    blocks, root = num_values(vocab_size=len(set(TEXT)))
+    gathers, reduces = 2 * 2 * (2 * blocks + root), 2 * (blocks + root)
+    assert summary["wire"]["fp32_bytes_per_step"] == 4 * (gathers + reduces) / 2
+    config = tomllib.loads((out / "config.toml").read_text())
+    assert summary["config"] == config
+    assert config["qsdp_bits"] == 8
+    names = {path.name for path in (out / "plots").iterdir()}
+    assert names == {"loss.png", "one_shot.png", "wire.png", "step_time.png"}
+    names = {path.name for path in (out / "checkpoints").iterdir()}
+    assert names == {"step-00000004", "step-00000006"}
+
+
+def test_stock_fsdp2_runs_without_our_hooks_and_says_what_it_sends(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    out = tmp_path / "out"
+    flags = ["--data", str(text), "--out", str(out), *SMALL, "--steps", "2"]
+    start(*flags, "--precision", "bf16").succeed()
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["val_loss_quantized"] is None
+    blocks, root = num_values(vocab_size=len(set(TEXT)))
+    wire = summary["wire"]
+    assert wire["fp32_bytes_per_step"] == 4 * (3 * blocks + 2 * root) / 2
+    # Gathers in bf16; reduces in fp32, which gloo sends twice.
+    assert wire["sent_bytes_per_step"] == (2 * (2 * blocks + root) + 8 * (blocks + root)) / 2
+    assert "stock FSDP2" in wire["source"]

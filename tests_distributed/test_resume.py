@@ -1,0 +1,97 @@
+"""A run that was killed goes on as if it had not been, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from qsdp.train.cli import main
+from tests_distributed.launching import SMALL, TEXT, start
+
+STEPS = 9
+FLAGS = [*SMALL, "--steps", str(STEPS), "--save-every", "2", "--eval-every", "3", "--grad-accum"]
+FLAGS += ["2", "--qsdp-bits", "4", "--cram", "--lr", "1e-2", "--warmup-steps", "2"]
+
+
+def tensors(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of model and optimizer in a checkpoint, whole."""
+    dcp_to_torch_save(folder, scratch)
+    found: dict[str, torch.Tensor] = {}
+
+    def collect(prefix: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[prefix] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                collect(f"{prefix}/{key}", inner)
+
+    collect("", torch.load(scratch))
+    assert len(found) > 20
+    return found
+
+
+def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+
+    def flags(name: str) -> list[str]:
+        return ["--data", str(text), "--out", str(tmp_path / name), *FLAGS]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    start(*flags("whole")).succeed()
+
+    metrics, checkpoints = killed / "metrics.jsonl", killed / "checkpoints"
+    last_step = random.randint(2, STEPS - 4)
+
+    def is_past_the_step() -> bool:
+        # By then there is a checkpoint of step 2.
+        is_saved = (checkpoints / "step-00000002").exists() or last_step > 2
+        return is_saved and metrics.exists() and metrics.read_text().count("\n") >= last_step
+
+    job = start(*flags("killed"))
+    assert job.kill_when(is_past_the_step), job.output
+    started = time.time()
+
+    def is_writing() -> bool:
+        # Not what the first crash may have left.
+        with contextlib.suppress(FileNotFoundError):
+            return any(p.stat().st_mtime > started for p in checkpoints.glob("tmp-step-*"))
+        return False
+
+    job = start(*flags("killed"))
+    assert job.kill_when(is_writing), job.output
+    assert "Going on from" in job.output
+    assert not (killed / "summary.json").exists()
+    assert "Going on from" in start(*flags("killed")).succeed()
+
+    last = f"checkpoints/step-{STEPS:08d}"
+    expected = tensors(whole / last, tmp_path / "whole.pt")
+    found = tensors(killed / last, tmp_path / "killed.pt")
+    assert expected.keys() == found.keys()
+    different = [name for name in expected if not torch.equal(expected[name], found[name])]
+    assert different == [], f"killed after {last_step} steps"
+    losses = [
+        [(line["step"], line["loss"], line.get("val_loss_quantized")) for line in lines]
+        for lines in (
+            [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
+            for out in (whole, killed)
+        )
+    ]
+    assert losses[0] == losses[1]
+    assert [step for step, _, _ in losses[0]] == list(range(1, STEPS + 1))
+
+    # A world of another size goes on with it.
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    main([*flags("killed"), "--steps", str(STEPS + 1)])
+    assert json.loads((killed / "summary.json").read_text())["world_size"] == 1
