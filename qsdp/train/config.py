@@ -27,7 +27,6 @@ _LARGE = {
     "beta2": 0.95,
     "precision": "bf16",
     "eval_every": 1000,
-    "eval_batches": 50,
     "save_every": 1000,
 }
 RECIPES: dict[str, dict[str, Any]] = {
@@ -103,7 +102,7 @@ class TrainConfig:
     eval_every: int = 250
     """Steps between validations, 0 for one at the end only."""
 
-    eval_batches: int = 20
+    eval_batches: int = 50
     """Validation batches of --batch-size a rank, fewer where the validation split ends."""
 
     save_every: int = 500

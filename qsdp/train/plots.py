@@ -21,7 +21,7 @@ def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list
 
     folder.mkdir(parents=True, exist_ok=True)
     draw: dict[str, Callable[[Any], None]] = {
-        "loss": lambda axes: _plot_loss(axes, history),
+        "loss": lambda axes: _plot_loss(axes, history, summary),
         "one_shot": lambda axes: _plot_one_shot(axes, summary),
         "wire": lambda axes: _plot_wire(axes, history),
         "step_time": lambda axes: _plot_step_time(axes, history),
@@ -39,15 +39,19 @@ def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list
     return paths
 
 
-def _plot_loss(axes: Any, history: History) -> None:
+def _plot_loss(axes: Any, history: History, summary: dict[str, Any]) -> None:
     steps, losses = _series(history, "loss")
+    last = {"step": summary["steps"]} | {
+        name: summary[name] for name in ("val_loss", "val_loss_quantized")
+    }
+    history = [*history, last]
     axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
     axes.plot(steps, list(_smoothed(losses)), color="C0", label="training, smoothed")
     for name, label, color in (
         ("val_loss", "validation", "C1"),
         ("val_loss_quantized", "validation off the wire", "C2"),
     ):
-        if any(name in line for line in history):
+        if summary[name] is not None:
             axes.plot(*_series(history, name), "o-", color=color, label=label, markersize=4)
     axes.set(xlabel="step", ylabel="nats a token", title="Loss")
     axes.legend()
@@ -89,7 +93,7 @@ def _series(history: History, name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _smoothed(values: list[float], decay: float = 0.95) -> Iterator[float]:
+def _smoothed(values: list[float], decay: float = 0.9) -> Iterator[float]:
     """An exponential mean, without the bias of its start."""
     mean = 0.0
     for count, value in zip(itertools.count(1), values, strict=False):
