@@ -4,6 +4,7 @@ Bytes moved are those of the values read or written plus those of the payload wr
 adding reads its target too; memcpy reads and writes. Every round times one memcpy and one call of
 each measured operation, so that a noisy neighbour slows all of them alike; the ratio printed is the
 median over rounds of (bytes per second moved) / (memcpy's bytes per second moved, same round).
+Times are the thread's processor time: on a shared machine, waiting for a core does not count.
 
     python benchmarks/codec.py --bits 4,8 --rounding shift,dither
 """
@@ -85,9 +86,9 @@ def operations(
 
 
 def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.thread_time()
     call()
-    return time.perf_counter() - start
+    return time.thread_time() - start
 
 
 def main() -> None:
@@ -113,8 +114,11 @@ def main() -> None:
     print(
         f"{date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}"
     )
-    print(f"{arguments.mib} MiB of fp32 values, buckets of {arguments.bucket}, one thread,")
-    print(f"medians of {arguments.rounds} rounds; x memcpy: bytes moved a second, by memcpy's")
+    print(f"{arguments.mib} MiB of fp32 values, buckets of {arguments.bucket}")
+    print(f"medians of {arguments.rounds} rounds of one thread's processor time")
+    print(
+        "GB/s: bytes of values and of payload moved; x memcpy: the same by memcpy's, read + written"
+    )
     print(f"{'kernels':8}{'operation':12}{'dtype':6}{'bits':>4} {'rounding':11}", end="")
     print(f"{'ms':>8}{'GB/s':>8}{'x memcpy':>10}")
     for kernels in arguments.kernels.split(","):

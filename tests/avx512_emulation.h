@@ -167,11 +167,19 @@ EMULATED T reduce(const V& a, Function function) {
     for (const T lane : x.lane) out = function(out, lane);
     return out;
 }
+template <class T>
+EMULATED __m512i shift_left(__m512i a, int n) {
+    return map<T>(a, [n](T x) { return static_cast<T>(x << n); });
+}
+template <class T>
+EMULATED __m512i shift_right(__m512i a, int n) {
+    return map<T>(a, [n](T x) { return static_cast<T>(x >> n); });
+}
 template <int Truth>
 EMULATED __m512i xor_of_three(__m512i a, __m512i b, __m512i c) {
     static_assert(Truth == 0x96, "of all ternary functions only this one is used");
-    const auto either = [](uint64_t x, uint64_t y) { return x ^ y; };
-    return zip<uint64_t>(zip<uint64_t>(a, b, either), c, either);
+    const auto differ = [](uint64_t x, uint64_t y) { return x ^ y; };
+    return zip<uint64_t>(zip<uint64_t>(a, b, differ), c, differ);
 }
 template <class... Lane>
 EMULATED __m512i setr(Lane... values) {
@@ -182,6 +190,11 @@ EMULATED __m512i setr(Lane... values) {
 // x86's min and max return their second argument where either is NaN.
 constexpr auto least = [](auto a, auto b) { return a < b ? a : b; };
 constexpr auto most = [](auto a, auto b) { return a > b ? a : b; };
+constexpr auto difference = [](float a, float b) { return a - b; };
+constexpr auto product = [](float a, float b) { return a * b; };
+constexpr auto both = [](uint64_t a, uint64_t b) { return a & b; };
+constexpr auto either = [](uint64_t a, uint64_t b) { return a | b; };
+constexpr auto low_product = [](uint64_t a, uint64_t b) { return (a & ~0u) * (b & ~0u); };
 constexpr auto sum = [](auto a, auto b) { return static_cast<decltype(a)>(a + b); };
 
 }  // namespace emulation
@@ -220,8 +233,8 @@ constexpr auto sum = [](auto a, auto b) { return static_cast<decltype(a)>(a + b)
 #define _mm512_loadu_si512 emulation::load<__m512i>
 #define _mm512_storeu_si512(to, a) memcpy(to, &static_cast<const __m512i&>(a), 64)
 #define _mm512_add_ps(a, b) emulation::zip<float>(a, b, emulation::sum)
-#define _mm512_sub_ps(a, b) emulation::zip<float>(a, b, [](float x, float y) { return x - y; })
-#define _mm512_mul_ps(a, b) emulation::zip<float>(a, b, [](float x, float y) { return x * y; })
+#define _mm512_sub_ps(a, b) emulation::zip<float>(a, b, emulation::difference)
+#define _mm512_mul_ps(a, b) emulation::zip<float>(a, b, emulation::product)
 #define _mm512_min_ps(a, b) emulation::zip<float>(a, b, emulation::least)
 #define _mm512_max_ps(a, b) emulation::zip<float>(a, b, emulation::most)
 #define _mm512_min_epu32(a, b) emulation::zip<uint32_t>(a, b, emulation::least)
@@ -229,16 +242,16 @@ constexpr auto sum = [](auto a, auto b) { return static_cast<decltype(a)>(a + b)
 #define _mm512_min_epu8(a, b) emulation::zip<uint8_t>(a, b, emulation::least)
 #define _mm512_add_epi32(a, b) emulation::zip<uint32_t>(a, b, emulation::sum)
 #define _mm512_add_epi64(a, b) emulation::zip<uint64_t>(a, b, emulation::sum)
-#define _mm512_and_si512(a, b) emulation::zip<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x & y; })
-#define _mm512_or_si512(a, b) emulation::zip<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x | y; })
-#define _mm512_mul_epu32(a, b) emulation::zip<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return (x & ~0u) * (y & ~0u); })
-#define _mm512_slli_epi32(a, n) emulation::map<uint32_t>(a, [](uint32_t x) { return x << n; })
-#define _mm512_srli_epi32(a, n) emulation::map<uint32_t>(a, [](uint32_t x) { return x >> n; })
+#define _mm512_and_si512(a, b) emulation::zip<uint64_t>(a, b, emulation::both)
+#define _mm512_or_si512(a, b) emulation::zip<uint64_t>(a, b, emulation::either)
+#define _mm512_mul_epu32(a, b) emulation::zip<uint64_t>(a, b, emulation::low_product)
+#define _mm512_slli_epi32(a, n) emulation::shift_left<uint32_t>(a, n)
+#define _mm512_srli_epi32(a, n) emulation::shift_right<uint32_t>(a, n)
 #undef _mm512_slli_epi64
-#define _mm512_slli_epi64(a, n) emulation::map<uint64_t>(a, [](uint64_t x) { return x << n; })
-#define _mm512_srli_epi64(a, n) emulation::map<uint64_t>(a, [](uint64_t x) { return x >> n; })
+#define _mm512_slli_epi64(a, n) emulation::shift_left<uint64_t>(a, n)
+#define _mm512_srli_epi64(a, n) emulation::shift_right<uint64_t>(a, n)
 #undef _mm512_ternarylogic_epi64
-#define _mm512_ternarylogic_epi64(a, b, c, xor3) emulation::zip<uint64_t>(emulation::xor_of_three<xor3>(a, b, c)
+#define _mm512_ternarylogic_epi64(a, b, c, truth) emulation::xor_of_three<truth>(a, b, c)
 #define _mm512_mask_blend_ps emulation::blend<float>
 #define _mm512_mask_blend_epi32 emulation::blend<uint32_t>
 #define _mm512_mask_blend_epi8 emulation::blend<uint8_t>

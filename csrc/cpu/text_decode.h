@@ -1,0 +1,126 @@
+// Codes to values, stored or added to what is there.
+// Part of kernels_text.h, which says what it needs; not to be included elsewhere.
+
+namespace qsdp::QSDP_ISA {
+namespace {
+
+template <int Bits>
+void unpack(const uint8_t* from, int64_t count, uint8_t* codes) {
+    const int64_t num_bytes = (count * Bits + 7) / 8;
+    int64_t i = 0;
+    uint64_t word;
+    for (; i / 8 * Bits + 8 <= num_bytes; i += 8) {
+        memcpy(&word, from + i / 8 * Bits, 8);
+        word = unpack8<Bits>(word);
+        memcpy(codes + i, &word, 8);
+    }
+    for (; i < count; i += 8) {
+        const int64_t left = num_bytes - i / 8 * Bits;
+        word = 0;
+        memcpy(&word, from + i / 8 * Bits, left < Bits ? left : Bits);
+        word = unpack8<Bits>(word);
+        memcpy(codes + i, &word, 8);
+    }
+}
+
+template <class T>
+constexpr float kLargest = 0;
+template <>
+constexpr float kLargest<float> = 0x1.fffffep127f;
+template <>
+constexpr float kLargest<Bf16> = 0x1.fep127f;
+template <>
+constexpr float kLargest<Fp16> = 65504.0f;
+
+// Values of ``count`` codes, stored as T, or with ``Add`` added to what is there.
+template <class T, bool Add, Noise noise, Mode mode>
+void dequantize(const uint8_t* codes, int64_t count, const Work& work, int64_t first_value,
+                uint8_t* to) {
+    constexpr int kAtOnce = noise == Noise::kDither ? 2 : 1;
+    const Draws draws(work.stream);
+    const F low = splat(work.grid.low), step = splat(work.grid.step), r = splat(work.r);
+    const F unscale = splat(1.0f / work.grid.factor);
+    const F zero_code = splat(work.has_zero ? static_cast<float>(work.levels - 1) : 256.0f);
+    const F limit = splat(kLargest<T>), minus_limit = splat(-kLargest<T>);
+    const auto block_values = [&](const uint8_t* block, const F(&own)[4], uint8_t* out) {
+        for (int v = 0; v < 4; ++v) {
+            const F code = widen_codes(block + v * kLanes);
+            F value = noise == Noise::kDither
+                          ? add(code, add(sub(own[v], splat(128.5f)), splat(0x1p-17f)))
+                          : add(code, r);
+            value = add(low, mul(value, step));
+            if (mode == Mode::kFull) value = mul(value, unscale);
+            if (mode != Mode::kPlain) value = zero_where_equal(value, code, zero_code);
+            // Elsewhere |value| <= 2**121 or NaN: only fp16 is narrower than that.
+            if (mode == Mode::kFull || kLargest<T> < 0x1p121f) {
+                value = max(minus_limit, min(limit, value));
+            }
+            uint8_t* item = out + v * kLanes * sizeof(T);
+            store(item, Add ? add(load(item, T{}), value) : value, T{});
+        }
+    };
+    int64_t i = 0;
+    for (; i + kAtOnce * kBlock <= count; i += kAtOnce * kBlock) {
+        F own[kAtOnce][4];
+        if (noise == Noise::kDither) draws.draw(first_value + i, own);
+        for (int b = 0; b < kAtOnce; ++b) {
+            const int64_t start = i + b * kBlock;
+            block_values(codes + start, own[b], to + start * sizeof(T));
+        }
+    }
+    for (; i < count; i += kBlock) {
+        F own[1][4];
+        if (noise == Noise::kDither) draws.draw(first_value + i, own);
+        const int64_t left = count - i < kBlock ? count - i : kBlock;
+        uint8_t tail_codes[kBlock] = {}, tail[kBlock * sizeof(T)] = {};
+        memcpy(tail_codes, codes + i, left);
+        if (Add) memcpy(tail, to + i * sizeof(T), left * sizeof(T));
+        block_values(tail_codes, own[0], tail);
+        memcpy(to + i * sizeof(T), tail, left * sizeof(T));
+    }
+}
+
+constexpr Pack kUnpack[] = {nullptr,   nullptr,   unpack<2>, unpack<3>,
+                            unpack<4>, unpack<5>, unpack<6>, unpack<7>};
+
+template <class T, bool Add, Noise noise>
+constexpr Quantize kDequantize[] = {dequantize<T, Add, noise, Mode::kPlain>,
+                                    dequantize<T, Add, noise, Mode::kZeros>,
+                                    dequantize<T, Add, noise, Mode::kFull>};
+
+template <class T, bool Add>
+void decode_buckets(const Segment& segment, uint64_t key, const uint8_t* payload, uint8_t* buffer,
+                    int64_t first, int64_t last) {
+    const int bits = static_cast<int>(segment.bits);
+    Shifts shifts(stream_of(segment, key));
+    uint8_t codes[kChunk];
+    for (int64_t bucket = first; bucket < last; ++bucket) {
+        const int64_t start = bucket * segment.bucket;
+        const int64_t left = segment.numel - start;
+        const int64_t count = left < segment.bucket ? left : segment.bucket;
+        const uint8_t* from = payload + segment.data_byte + start / 8 * bits;
+        uint8_t* to = buffer + segment.buffer_byte + start * sizeof(T);
+
+        Grid grid;
+        memcpy(&grid, payload + segment.meta_byte + bucket * kMetaBytes, sizeof grid);
+        const bool has_zero = float_bits(grid.scale) >> 31;
+        Work work{working_grid(grid), 0.0f, stream_of(segment, key), 1 << bits, has_zero, 0};
+        if (segment.rounding == kShift) work.r = shifts.at(bucket);
+        const int mode = static_cast<int>(mode_of(work.grid, has_zero));
+        const Quantize run = segment.rounding == kDither
+                                 ? kDequantize<T, Add, Noise::kDither>[mode]
+                                 : kDequantize<T, Add, Noise::kUniform>[mode];
+        if (bits == 8) {
+            run(from, count, work, start, to);
+            continue;
+        }
+        for (int64_t i = 0; i < count; i += kChunk) {
+            const int64_t chunk = count - i < kChunk ? count - i : kChunk;
+            kUnpack[bits](from + i / 8 * bits, chunk, codes);
+            run(codes, chunk, work, start + i, to + i * sizeof(T));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace qsdp::QSDP_ISA

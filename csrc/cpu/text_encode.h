@@ -1,0 +1,195 @@
+// Values to codes: measure a bucket, quantize it while it is in cache, pack the codes.
+// Part of kernels_text.h, which says what it needs; not to be included elsewhere.
+
+namespace qsdp::QSDP_ISA {
+namespace {
+
+struct Extent {
+    float low, high;
+    bool has_zero, broken;
+};
+
+// ``SkipZeros`` leaves zeros out of low and high; without it they are wrong if has_zero comes back.
+template <class T, bool SkipZeros>
+Extent measure(const uint8_t* from, int64_t count) {
+    const F infinity = splat(INFINITY), minus_infinity = splat(-INFINITY);
+    F low[2] = {infinity, infinity}, high[2] = {minus_infinity, minus_infinity};
+    I least_bits[2] = {splat_bits(~0u), splat_bits(~0u)};
+    I most_bits[2] = {splat_bits(0), splat_bits(0)};
+    const auto take = [&](const uint8_t* block) {
+        F x[4];
+        load_block<T>(block, x);
+        for (int v = 0; v < 4; ++v) {
+            const I bits = magnitude_bits(x[v]);
+            least_bits[v % 2] = min(bits, least_bits[v % 2]);
+            most_bits[v % 2] = max(bits, most_bits[v % 2]);
+            low[v % 2] = min(SkipZeros ? replace_zeros(x[v], infinity) : x[v], low[v % 2]);
+            high[v % 2] = max(SkipZeros ? replace_zeros(x[v], minus_infinity) : x[v], high[v % 2]);
+        }
+    };
+    int64_t i = 0;
+    for (; i + kBlock <= count; i += kBlock) take(from + i * sizeof(T));
+    if (i < count) take(Tail<T>(from + i * sizeof(T), count - i).bytes);
+    return {least(min(low[0], low[1])), greatest(max(high[0], high[1])),
+            least(min(least_bits[0], least_bits[1])) == 0,
+            greatest(max(most_bits[0], most_bits[1])) >= 0x7F800000u};
+}
+
+struct Work {
+    WorkingGrid grid;
+    float r;        // the bucket's shift
+    Stream stream;  // of the values' own numbers
+    int levels;     // 2**bits
+    bool has_zero;
+    int64_t ahead_bytes;  // how far to fetch ahead: the next bucket is measured next
+};
+
+// Codes, one a byte, of ``count`` values; ``first_value`` numbers the first in its segment.
+template <class T, Noise noise, Mode mode>
+void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t first_value,
+              uint8_t* codes) {
+    constexpr int kAtOnce = noise == Noise::kUniform ? 1 : 2;
+    const Draws draws(work.stream);
+    const F factor = splat(work.grid.factor), low = splat(work.grid.low);
+    const F inverse = splat(inverse_step(work.grid)), r = splat(work.r);
+    const Codes steps = splat_codes(work.levels - (work.has_zero ? 2 : 1));
+    const Codes last = splat_codes(work.levels - 1);
+    const auto block_codes = [&](const uint8_t* block, const F(&own)[4]) {
+        F x[4], t[4];
+        load_block<T>(block, x);
+        for (int v = 0; v < 4; ++v) {
+            t[v] = mode == Mode::kFull ? mul(x[v], factor) : x[v];
+            t[v] = mul(sub(t[v], low), inverse);
+            if (noise == Noise::kUniform) t[v] = sub(t[v], r);
+            if (noise == Noise::kDither) {
+                t[v] = sub(t[v], add(sub(own[v], splat(128.5f)), splat(0x1p-17f)));
+            }
+            if (noise == Noise::kStochastic) {
+                t[v] = add(t[v], add(sub(own[v], splat(128.0f)), splat(0x1p-17f)));
+            }
+        }
+        // Live values have t >= 0, where truncation is floor; zeros are marked whatever t is.
+        Codes out = min(to_codes<noise == Noise::kStochastic>(t), steps);
+        if (mode != Mode::kPlain) out = mark_zeros(out, x, last);
+        return out;
+    };
+    const int64_t ahead_bytes = work.ahead_bytes;
+    int64_t i = 0;
+    for (; i + kAtOnce * kBlock <= count; i += kAtOnce * kBlock) {
+        F own[kAtOnce][4];
+        if (noise != Noise::kUniform) draws.draw(first_value + i, own);
+        for (int b = 0; b < kAtOnce; ++b) {
+            const uint8_t* block = from + (i + b * kBlock) * sizeof(T);
+            for (int64_t line = 0; line < kBlock * static_cast<int64_t>(sizeof(T)); line += 64) {
+                __builtin_prefetch(block + line + ahead_bytes);
+            }
+            store(codes + i + b * kBlock, block_codes(block, own[b]));
+        }
+    }
+    for (; i < count; i += kBlock) {
+        F own[1][4];
+        if (noise != Noise::kUniform) draws.draw(first_value + i, own);
+        const int64_t left = count - i < kBlock ? count - i : kBlock;
+        uint8_t tail[kBlock];
+        store(tail, block_codes(Tail<T>(from + i * sizeof(T), left).bytes, own[0]));
+        memcpy(codes + i, tail, left);
+    }
+}
+
+// ``codes`` may be read up to a multiple of eight. Bits past the last code are those of ``codes``.
+template <int Bits>
+void pack(const uint8_t* codes, int64_t count, uint8_t* to) {
+    const int64_t num_bytes = (count * Bits + 7) / 8;
+    int64_t i = 0;
+    uint64_t word;
+    for (; i / 8 * Bits + 8 <= num_bytes; i += 8) {
+        memcpy(&word, codes + i, 8);
+        word = pack8<Bits>(word);
+        memcpy(to + i / 8 * Bits, &word, 8);
+    }
+    for (; i < count; i += 8) {
+        memcpy(&word, codes + i, 8);
+        word = pack8<Bits>(word);
+        const int64_t left = num_bytes - i / 8 * Bits;
+        memcpy(to + i / 8 * Bits, &word, left < Bits ? left : Bits);
+    }
+}
+
+using Quantize = void (*)(const uint8_t*, int64_t, const Work&, int64_t, uint8_t*);
+using Pack = void (*)(const uint8_t*, int64_t, uint8_t*);
+
+constexpr Pack kPack[] = {nullptr, nullptr, pack<2>, pack<3>, pack<4>, pack<5>, pack<6>, pack<7>};
+
+template <class T, Noise noise>
+constexpr Quantize kQuantize[] = {quantize<T, noise, Mode::kPlain>,
+                                  quantize<T, noise, Mode::kZeros>,
+                                  quantize<T, noise, Mode::kFull>};
+
+QSDP_INLINE Mode mode_of(const WorkingGrid& grid, bool has_zero) {
+    if (grid.factor != 1.0f) return Mode::kFull;
+    return has_zero ? Mode::kZeros : Mode::kPlain;
+}
+
+QSDP_INLINE Noise noise_of(const Segment& segment) {
+    if (segment.rounding == kDither) return Noise::kDither;
+    return segment.rounding == kStochastic ? Noise::kStochastic : Noise::kUniform;
+}
+
+QSDP_INLINE Stream stream_of(const Segment& segment, uint64_t key) {
+    return {key, static_cast<uint32_t>(segment.parameter), static_cast<uint32_t>(segment.group)};
+}
+
+template <class T>
+Quantize quantizer(Noise noise, Mode mode) {
+    const int m = static_cast<int>(mode);
+    if (noise == Noise::kDither) return kQuantize<T, Noise::kDither>[m];
+    if (noise == Noise::kStochastic) return kQuantize<T, Noise::kStochastic>[m];
+    return kQuantize<T, Noise::kUniform>[m];
+}
+
+// Buckets [first, last) of a coded segment.
+template <class T>
+void encode_buckets(const Segment& segment, uint64_t key, const uint8_t* buffer, uint8_t* payload,
+                    int64_t first, int64_t last) {
+    const int bits = static_cast<int>(segment.bits);
+    const Noise noise = noise_of(segment);
+    Shifts shifts(stream_of(segment, key));
+    uint8_t codes[kChunk + 8];
+    bool expect_zeros = false;  // sparse buckets come in runs: measure those once
+    for (int64_t bucket = first; bucket < last; ++bucket) {
+        const int64_t start = bucket * segment.bucket;
+        const int64_t left = segment.numel - start;
+        const int64_t count = left < segment.bucket ? left : segment.bucket;
+        const uint8_t* from = buffer + segment.buffer_byte + start * sizeof(T);
+        uint8_t* to = payload + segment.data_byte + start / 8 * bits;
+
+        Extent extent =
+            expect_zeros ? measure<T, true>(from, count) : measure<T, false>(from, count);
+        if (extent.has_zero && !expect_zeros) extent = measure<T, true>(from, count);
+        expect_zeros = extent.has_zero;
+        const Grid grid = make_grid(extent.low, extent.high, extent.has_zero, extent.broken, bits);
+        memcpy(payload + segment.meta_byte + bucket * kMetaBytes, &grid, sizeof grid);
+        if (extent.broken) {
+            memset(to, 0, (count * bits + 7) / 8);
+            continue;
+        }
+        Work work{working_grid(grid),      0.0f,
+                  stream_of(segment, key), 1 << bits,
+                  extent.has_zero,         count * static_cast<int64_t>(sizeof(T))};
+        if (segment.rounding == kShift) work.r = shifts.at(bucket);
+        const Quantize run = quantizer<T>(noise, mode_of(work.grid, extent.has_zero));
+        if (bits == 8) {
+            run(from, count, work, start, to);
+            continue;
+        }
+        for (int64_t i = 0; i < count; i += kChunk) {
+            const int64_t chunk = count - i < kChunk ? count - i : kChunk;
+            run(from + i * sizeof(T), chunk, work, start + i, codes);
+            memset(codes + chunk, 0, 8);
+            kPack[bits](codes, chunk, to + i / 8 * bits);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace qsdp::QSDP_ISA
