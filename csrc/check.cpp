@@ -38,8 +38,7 @@ void check_segment(const Segment& segment, int64_t buffer_bytes, int64_t payload
         refuse("a segment has ", segment.numel, " of ", segment.padded, " values; give 0 to all");
     }
     const int64_t item = item_bytes(segment.dtype);
-    bool fits = segment.buffer_byte % item == 0;
-    fits &= inside(segment.buffer_byte, segment.padded, item, 0, buffer_bytes);
+    bool fits = inside(segment.buffer_byte, segment.padded, item, 0, buffer_bytes);
     if (segment.bits != 0) {
         if (segment.bucket < 8 || segment.bucket % 8 != 0 || segment.rounding < kShift ||
             segment.rounding > kNearest) {

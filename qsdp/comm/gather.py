@@ -24,7 +24,6 @@ def gather(
     """All-gather ``input`` (this rank's flat shard) into ``output`` as payloads.
 
     1. Encode this rank's shard. The input may be a view into the output: it is read first.
-       Mixed dtypes go through a buffer in which each is aligned.
     2. One all-gather of payloads.
     3. Check every header: version, step, sender, size, plan.
     4. Decode every rank's payload into its slice of the output, this rank's own too: all ranks
@@ -37,23 +36,14 @@ def gather(
     own = payloads.narrow(0, plan.rank * size, size)
     key = clock.gather_key(plan.rank)
     header = side.layout.header(plan.rank, clock.step)
-    flat = as_bytes(input)
-    if side.moves:
-        flat = scratch.take("mixed", side.layout.buffer_bytes, output.device)
-        for there, here, num_bytes in side.moves:
-            flat[here : here + num_bytes] = as_bytes(input)[there : there + num_bytes]
-    torch.ops.qsdp.encode(flat, side.tables[plan.rank], key, header, own)
+    torch.ops.qsdp.encode(as_bytes(input), side.tables[plan.rank], key, header, own)
     compat.all_gather(payloads, own, plan.group)
     traffic.sent("gather", plan.group, size, side.layout.num_values)
     check_headers(payloads, side, range(plan.world_size), clock.step, plan)
     slices = as_bytes(output).chunk(plan.world_size)
     for rank, payload in enumerate(payloads.split(size)):
         key = clock.gather_key(rank)
-        if not side.moves:
-            flat = slices[rank]
-        torch.ops.qsdp.decode(payload, side.tables[rank], key, flat)
-        for there, here, num_bytes in side.moves:
-            slices[rank][there : there + num_bytes] = flat[here : here + num_bytes]
+        torch.ops.qsdp.decode(payload, side.tables[rank], key, slices[rank])
 
 
 def regather(output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> None:

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp.codec.payload import ITEM_BYTES, DType, Layout, Segment
+from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.config import ROUNDINGS, QSDPConfig
 
 DTYPES = {torch.float32: DType.FP32, torch.bfloat16: DType.BF16, torch.float16: DType.FP16}
@@ -49,18 +48,11 @@ class Parameter:
 class Side:
     """One layout of one direction with the codec tables of every rank.
 
-    ``numels[r]`` are the valid values of rank r's slice of each segment. ``moves`` are set when the
-    layout's flat buffer is not FSDP2's own: (byte there, byte here, bytes) of each segment.
+    ``numels[r]`` are the valid values of rank r's slice of each segment.
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        numels: Sequence[Sequence[int]],
-        moves: Sequence[tuple[int, int, int]] = (),
-    ) -> None:
+    def __init__(self, layout: Layout, numels: Sequence[Sequence[int]]) -> None:
         self.layout = layout
-        self.moves = tuple(moves)
         self.tables = [torch.tensor(layout.table(n), dtype=torch.int64) for n in numels]
         self._numels = numels
 
@@ -122,25 +114,11 @@ class Plan:
         return self._reduces[with_grad, dtype]
 
     def _side(self, segments: list[Segment], parameters: Sequence[Parameter]) -> Side:
-        # Bytes of mixed dtypes stand unaligned in FSDP2's buffer, which codec kernels cannot read:
-        # wider elements go first in a buffer of our own.
-        widths = [ITEM_BYTES[segment.dtype] for segment in segments]
-        order = sorted(range(len(segments)), key=lambda i: -widths[i])
         numels = [
-            [
-                parameters[i].shard_numel(rank, self.world_size) * _units(parameters[i].dtype)
-                for i in order
-            ]
+            [p.shard_numel(rank, self.world_size) * _units(p.dtype) for p in parameters]
             for rank in range(self.world_size)
         ]
-        layout = Layout([segments[i] for i in order], self.index)
-        if len(set(widths)) <= 1:
-            return Side(layout, numels)
-        sizes = [segment.padded * width for segment, width in zip(segments, widths, strict=True)]
-        theirs = list(accumulate(sizes, initial=0))
-        ours = accumulate((sizes[i] for i in order), initial=0)
-        moves = [(theirs[i], our, sizes[i]) for i, our in zip(order, ours, strict=False)]
-        return Side(layout, numels, moves)
+        return Side(Layout(segments, self.index), numels)
 
     def _segment(self, parameter: Parameter, dtype: torch.dtype, bits: int) -> Segment:
         own = DTYPES.get(dtype, DType.OPAQUE)

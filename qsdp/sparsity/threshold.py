@@ -23,6 +23,9 @@ from qsdp.sparsity.shards import LocalShard, by_groups
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DIGIT_BITS = 11
 _NUM_BINS = 1 << _DIGIT_BITS
+
+THRESHOLD_BYTES = 3 * 8 * _NUM_BINS
+"""What one threshold over fp32 shards all-reduces on a shard axis: three histograms."""
 _KEY_BITS = 31
 # Intermediate results of a chunk stay in a CPU's cache; a GPU wants few launches instead.
 _CHUNK_CPU = 1 << 18

@@ -23,7 +23,7 @@ class WireBytes:
     sent: int = 0
     """Gathers and reduces of training, all that they carry."""
     other: int = 0
-    """Everything else: the gathers of validation and sampling."""
+    """Everything else: the gathers of validation and sampling, CrAM's histograms."""
     fp32: int = 0
     """The gathers and reduces of training in fp32, each value once: 4 (N - 1) / N bytes a value."""
 
@@ -40,6 +40,9 @@ class Wire(Protocol):
 
     def reduced(self) -> None:
         """Note that a backward pass has reduced the gradients."""
+
+    def other(self, num_bytes: int) -> None:
+        """Note that this rank sent `num_bytes` which are neither weights nor gradients."""
 
     def evaluation(self, exact: bool) -> AbstractContextManager[None]:
         """Inside, gathers are `other`, and bring exact weights if `exact`."""
@@ -61,6 +64,9 @@ class QuantizedWire:
 
     def reduced(self) -> None:
         """The hooks have seen it."""
+
+    def other(self, num_bytes: int) -> None:
+        self._handle.traffic.other(num_bytes)
 
     @contextmanager
     def evaluation(self, exact: bool) -> Iterator[None]:
@@ -101,6 +107,10 @@ class StockWire:
         # Gradients are reduced in fp32 at either precision.
         self._bytes = _plus(self._bytes, self._reduce_factor * self._reduce_fp32, self._reduce_fp32)
 
+    def other(self, num_bytes: int) -> None:
+        before = self._bytes
+        self._bytes = WireBytes(before.sent, before.other + num_bytes, before.fp32)
+
     def evaluation(self, exact: bool) -> AbstractContextManager[None]:
         """Nothing to change: the weights are exact, and without autograd a forward is `other`."""
         return nullcontext()
@@ -108,8 +118,7 @@ class StockWire:
     def _count_forward(self, model: nn.Module, inputs: Any) -> None:
         once = self._gather
         if not torch.is_grad_enabled():
-            before = self._bytes
-            self._bytes = WireBytes(before.sent, before.other + once.sent, before.fp32)
+            self.other(once.sent)
             return
         again = self._regather
         self._bytes = _plus(self._bytes, once.sent + again.sent, once.fp32 + again.fp32)
