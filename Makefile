@@ -43,7 +43,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
 
 train: setup  ## train the nano GPT on two processes: 8-bit wire, CrAM; results in out/
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) launch/train_gpt.py \
-	  --model nano --data stdlib --qsdp-bits 8 --cram --out $(OUT) $(TRAIN_FLAGS)
+	  --model nano --data stdlib --steps 1000 --qsdp-bits 8 --cram --out $(OUT) $(TRAIN_FLAGS)
 
 test: setup  ## run every test
 	$(BIN)/python -m pytest tests -n $(JOBS)

@@ -65,7 +65,7 @@ def encode(buffer: Tensor, table: Tensor, key: int, header: list[int], payload: 
         segment = _Row(row)
         values = segment.values(buffer)
         if segment.bits == 0:
-            segment.data(payload).copy_(values.to(segment.wire).view(torch.uint8))
+            segment.data(payload).copy_(convert(values, segment.wire).view(torch.uint8))
             continue
         codes, low, scale = quantize(values.float(), segment, key)
         segment.meta(payload).copy_(torch.stack((low, scale), dim=1).view(-1).view(torch.uint8))
@@ -81,13 +81,13 @@ def decode(payload: Tensor, table: Tensor, key: int, buffer: Tensor, add: bool =
     for row in table.tolist():
         segment = _Row(row)
         if segment.bits == 0:
-            values = segment.data(payload).clone().view(segment.wire).to(segment.dtype)
+            values = convert(segment.data(payload).clone().view(segment.wire), segment.dtype)
         else:
             meta = segment.meta(payload).clone().view(torch.float32).view(-1, 2)
             codes = unpack(segment.data(payload), segment.bits, segment.numel)
             limit = torch.finfo(segment.dtype).max
             values = dequantize(codes, meta[:, 0], meta[:, 1], segment, key)
-            values = values.clamp(-limit, limit).to(segment.dtype)
+            values = convert(values.clamp(-limit, limit), segment.dtype)
         if add:
             values = segment.values(buffer) + values
         segment.store(buffer, values, keep_padding=add)
@@ -138,6 +138,13 @@ def dequantize(codes: Tensor, low: Tensor, scale: Tensor, segment: "_Row", key: 
     value = value / factor[:, None]
     is_zero = scale.signbit()[:, None] & (c_NB == segment.levels - 1)
     return value.masked_fill(is_zero, 0.0).view(-1)[: codes.numel()]
+
+
+def convert(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values`` in ``dtype``, rounded to nearest even; a narrowed NaN is the canonical one."""
+    if values.dtype == dtype or dtype == torch.float32:
+        return values.to(dtype)
+    return values.to(dtype).masked_fill(values.isnan(), torch.nan)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
