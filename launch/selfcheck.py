@@ -68,7 +68,7 @@ def _run(world: World) -> int:
         start = time.perf_counter()
         try:
             seen, holds = check(world), True
-        except Failed as error:
+        except (Failed, RuntimeError, ValueError) as error:
             seen, holds = str(error), False
         outcomes: list[Any] = [None] * world.size
         dist.all_gather_object(outcomes, (holds, seen))

@@ -66,6 +66,15 @@ class ParameterGroup:
         """The tensors that autograd sees, in buffer order; None before the first gather."""
         return [getattr(p, "_unsharded_param", None) for p in self._group.fsdp_params]
 
+    def pending_gradients(self) -> set[int]:
+        """Places of the parameters with a gradient that was not reduced yet."""
+        return {
+            i
+            for i, p in enumerate(self._group.fsdp_params)
+            if p.unsharded_accumulated_grad is not None
+            or getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None
+        }
+
     @property
     def shard_group(self) -> dist.ProcessGroup | None:
         """The process group of the all-gather; None when the mesh has no shard axis."""

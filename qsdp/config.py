@@ -1,6 +1,7 @@
 """What a user of the quantized wire chooses."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 ROUNDINGS = ("shift", "dither", "stochastic", "nearest")
 CODED_BITS = tuple(range(2, 9))
@@ -61,6 +62,4 @@ class QSDPConfig:
 
     def bits_by_policy(self, name: str) -> int | None:
         """Bits that the first matching policy pattern gives to parameter ``name``, if any."""
-        from fnmatch import fnmatchcase
-
         return next((bits for pattern, bits in self.policy if fnmatchcase(name, pattern)), None)

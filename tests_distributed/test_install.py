@@ -428,6 +428,14 @@ def _install_with_two_meshes() -> None:
     qsdp.install(model)
 
 
+def _install_with_a_policy_for_nothing() -> None:
+    qsdp.install(shard(make_model()), qsdp.QSDPConfig(policy=(("*.no_such.weight", 4),)))
+
+
+def _install_with_a_dict() -> None:
+    qsdp.install(shard(make_model()), {"weight_bits": 8})  # type: ignore[arg-type]
+
+
 def _refusal(function: Callable[[], None]) -> str:
     try:
         function()
@@ -445,6 +453,8 @@ def _refusal(function: Callable[[], None]) -> str:
         (_install_with_offloading, 2, "CPUOffloadPolicy"),
         (_install_with_tensor_parallelism, 4, "tensor parallelism"),
         (_install_with_float64, 2, "float64"),
+        (_install_with_a_policy_for_nothing, 2, "matches no parameter"),
+        (_install_with_a_dict, 2, "give a qsdp.QSDPConfig"),
         (_install_with_float64_reduce, 2, "float64"),
         pytest.param(
             _install_with_two_meshes,

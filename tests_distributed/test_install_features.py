@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import Shard
 
 import qsdp
+from qsdp import compat
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import full_grads, full_state, make_batch, make_model, shard
 
@@ -122,9 +123,11 @@ class Shared(nn.Module):
         return self.forward(x_BC)
 
 
-def _shared() -> Any:
+def _shared(**unused: nn.Module) -> Any:
     torch.manual_seed(3)
     model = Shared()
+    for name, module in unused.items():
+        model.add_module(name, module)
     fully_shard(model.inner, mesh=_mesh())
     return fully_shard(model, mesh=_mesh())
 
@@ -141,6 +144,46 @@ def a_method_registered_as_forward(install: Install) -> Grads:
     register_fsdp_forward_method(model, "by_another_name")
     install(model)
     torch.autograd.backward(model.by_another_name(_noise(5, 6)))
+    return full_grads(model)
+
+
+def a_method_that_leaves_a_layer_out(install: Install) -> Grads:
+    model = _shared(unused=nn.Linear(6, 6))
+    register_fsdp_forward_method(model, "by_another_name")
+    install(model)
+    torch.autograd.backward(model.by_another_name(_noise(5, 6)))
+    return full_grads(model)
+
+
+class Fork(nn.Module):
+    """One layer, then one of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.left = nn.Linear(6, 6)
+        self.right = nn.Linear(6, 4)
+
+    def forward(self, x_BC: Tensor, side: str, is_cut_short: bool = False) -> Tensor:
+        x_BC = torch.tanh(self.first(x_BC))
+        if is_cut_short:
+            x_BC.register_hook(_fail)
+        y_BC: Tensor = self.get_submodule(side)(x_BC)
+        return y_BC.square().sum()
+
+
+def after_a_backward_cut_short(install: Install) -> Grads:
+    torch.manual_seed(3)
+    model: Any = Fork()
+    fully_shard(model.first, mesh=_mesh())
+    fully_shard(model, mesh=_mesh())
+    install(model)
+    model(_noise(5, 6), "left").backward()
+    model.zero_grad()
+    with pytest.raises(LookupError):
+        model(_noise(5, 6), "left", is_cut_short=True).backward()
+    compat.abandon_pass(model)
+    model(_noise(5, 6), "right").backward()
     return full_grads(model)
 
 
@@ -325,6 +368,8 @@ SCENARIOS: list[tuple[Callable[[Install], Grads], int]] = [
     (two_backwards_of_one_forward, 2),
     (one_layer_used_thrice, 3),
     (a_method_registered_as_forward, 2),
+    (a_method_that_leaves_a_layer_out, 2),
+    (after_a_backward_cut_short, 2),
     (mixed_dtypes, 3),
     (no_grad_before_training, 2),
     (frozen_after_install, 2),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from qsdp import compat
@@ -25,6 +25,7 @@ class Wire:
         self.clock = clock
         self.traffic = traffic
         self.scratch = Scratch()
+        self.recorders: list[GradRecorder] = []
         self.is_exact = False
 
 
@@ -38,8 +39,10 @@ class _Comm:
 class AllGather(_Comm):
     """The all-gather of one group."""
 
-    def __init__(self, plan: Plan, wire: Wire, regather_world_size: int | None) -> None:
-        self._plan, self._wire = plan, wire
+    def __init__(
+        self, plan: Plan, wire: Wire, recorder: "GradRecorder", regather_world_size: int | None
+    ) -> None:
+        self._plan, self._wire, self._recorder = plan, wire, recorder
         self._regather_world_size = regather_world_size
 
     def __call__(
@@ -63,8 +66,13 @@ class AllGather(_Comm):
                 f"{plan.name}, but its plan has {side.layout.buffer_bytes} over {plan.world_size}: "
                 "install qsdp after the model has its final parameters, dtypes and sharding"
             )
+        for recorder in wire.recorders:
+            recorder.watch()
+        in_backward = compat.in_backward()
+        if not in_backward:
+            self._recorder.forget_what_was_dropped()
         if not wire.is_exact:
-            wire.clock.before_gather(compat.in_backward())
+            wire.clock.before_gather(in_backward)
         gather(plan, side, output_tensor, input_tensor, wire.clock, wire.traffic, wire.scratch)
 
 
@@ -99,7 +107,9 @@ class GradRecorder:
     """Records which parameters of a group got a gradient since its last reduce.
 
     FSDP2's reduce buffer holds only those, without names, and a size can be ambiguous. So each
-    parameter says so itself, by a hook on the tensor that autograd accumulates into.
+    parameter says so itself, by a hook on the tensor that autograd accumulates into. That tensor is
+    made by the group's first gather: it is looked for at the forward of the group's modules, and at
+    every later gather of any group, for modules that are entered through a method of their own.
     """
 
     def __init__(self, plan: Plan, group: compat.ParameterGroup) -> None:
@@ -108,8 +118,7 @@ class GradRecorder:
         self._got_grad: set[int] = set()
         self._watched: dict[int, RemovableHandle] = {}
         self._handles = [
-            module.register_forward_pre_hook(self._watch, with_kwargs=True)
-            for module in group.modules
+            module.register_forward_pre_hook(lambda *_: self.watch()) for module in group.modules
         ]
 
     def take(self, numel: int) -> tuple[int, ...]:
@@ -122,18 +131,31 @@ class GradRecorder:
         trainable = tuple(i for i, t in enumerate(tensors) if t is not None and t.requires_grad)
         found = trainable if self._group.reduces_unused else tuple(sorted(self._got_grad))
         if numel != self._numel(found) and numel == self._numel(trainable):
-            # Entered through a method of the user's own: nothing was watched. A full buffer is
-            # unambiguous all the same, since every strict subset is smaller.
+            # Nothing was watched yet. A full buffer is unambiguous all the same, since every strict
+            # subset is smaller.
             found = trainable
         if numel != self._numel(found):
             names = [self._plan.parameters[i].name for i in found]
             raise RuntimeError(
                 f"FSDP2 reduces {numel} values a rank for the group of {self._plan.name}, but "
                 f"{self._numel(found)} belong to the parameters seen to get a gradient "
-                f"({', '.join(names) or 'none'}): call the model through forward()"
+                f"({', '.join(names) or 'none'}): call its module through forward() first"
             )
         self._got_grad.clear()
         return found
+
+    def watch(self) -> None:
+        """Hook on to the tensors that have come into being since the last call."""
+        if len(self._watched) == len(self._plan.parameters):
+            return
+        for i, tensor in enumerate(self._group.unsharded_parameters()):
+            if tensor is not None and tensor.requires_grad and i not in self._watched:
+                hook = partial(self._record, i)
+                self._watched[i] = tensor.register_post_accumulate_grad_hook(hook)
+
+    def forget_what_was_dropped(self) -> None:
+        """Keep only records of gradients that still wait: a backward may have been cut short."""
+        self._got_grad &= self._group.pending_gradients()
 
     def remove(self) -> None:
         for handle in (*self._handles, *self._watched.values()):
@@ -141,14 +163,6 @@ class GradRecorder:
 
     def _numel(self, places: Sequence[int]) -> int:
         return sum(self._padded[i] for i in places)
-
-    def _watch(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if len(self._watched) == len(self._plan.parameters):
-            return
-        for i, tensor in enumerate(self._group.unsharded_parameters()):
-            if tensor is not None and tensor.requires_grad and i not in self._watched:
-                hook = partial(self._record, i)
-                self._watched[i] = tensor.register_post_accumulate_grad_hook(hook)
 
     def _record(self, place: int, _: Tensor) -> None:
         self._got_grad.add(place)

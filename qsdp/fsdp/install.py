@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from hashlib import blake2b
 from typing import Any
 
@@ -35,10 +36,12 @@ def install(model: nn.Module, config: QSDPConfig | None = None) -> "Handle":
         ValueError: the model is not sharded by FSDP2, has the wire already, or uses what qsdp does
             not support: CPUOffloadPolicy, per-parameter meshes, tensor parallelism, a mesh without
             a shard axis, float64 in parameters or reduces, parameters with an all-gather of their
-            own.
+            own; or a policy pattern matches no parameter.
         RuntimeError: the ranks do not have the same model and config.
     """
-    config = config or QSDPConfig()
+    config = QSDPConfig() if config is None else config
+    if not isinstance(config, QSDPConfig):
+        raise ValueError(f"config is a {type(config).__name__}; give a qsdp.QSDPConfig")
     groups = compat.parameter_groups(model)
     if not groups:
         raise ValueError(
@@ -66,6 +69,12 @@ class Handle:
         self._reshard()
         names = {parameter: name for name, parameter in model.named_parameters()}
         order = {name: i for i, name in enumerate(names.values())}
+        for pattern, _ in config.policy:
+            if not any(fnmatchcase(name, pattern) for name in order):
+                raise ValueError(
+                    f"the policy pattern {pattern!r} matches no parameter; names look like "
+                    f"{next(iter(order))!r}, and * stands for any characters"
+                )
         self._plans = [
             _make_plan(group, index, names, order, config) for index, group in enumerate(groups)
         ]
@@ -77,12 +86,10 @@ class Handle:
         }
         _check_agreement(groups, self._plans, config)
         self._before = [group.comms() for group in groups]
-        self._recorders = []
         for group, plan in zip(groups, self._plans, strict=True):
             recorder = GradRecorder(plan, group)
-            self._recorders.append(recorder)
-            regather = group.regather_world_size
-            all_gather = AllGather(plan, self._wire, regather)
+            self._wire.recorders.append(recorder)
+            all_gather = AllGather(plan, self._wire, recorder, group.regather_world_size)
             reduce_scatter = ReduceScatter(plan, self._wire, recorder)
             _set_comms(group, all_gather, reduce_scatter, force_sum=True)
 
@@ -123,7 +130,7 @@ class Handle:
         if self._is_removed:
             raise RuntimeError("this handle was removed already; call qsdp.install again")
         self._is_removed = True
-        for recorder in self._recorders:
+        for recorder in self._wire.recorders:
             recorder.remove()
         for group, (gather, reduce, force_sum) in zip(self._groups, self._before, strict=True):
             _set_comms(group, gather, reduce, force_sum)
