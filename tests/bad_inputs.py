@@ -50,7 +50,18 @@ FLAGS = [
     BadInput("a minimum above the rate", "--lr 1e-5 --min-lr 1e-4", "--min-lr is 0.0001"),
     BadInput("an unknown precision", "--precision fp8", "--precision is 'fp8'"),
     BadInput("a negative seed", "--seed -1", "--seed is -1"),
+    BadInput("steps beyond all integers", f"--steps {1 << 63}", "--steps is"),
+    BadInput("a name too long for data", "--data {}/" + 300 * "x", "File name too long"),
+    BadInput("a name too long for results", "--out {}/" + 300 * "x", "File name too long"),
+    BadInput("a tokenizer's name too long", f"--tokenizer {300 * 'x'}", "File name too long"),
+    BadInput("a checkpoint's name too long", f"--resume {300 * 'x'}", "File name too long"),
     BadInput("a folder that is a file", "--out {}/text.txt", "text.txt is a file"),
+    BadInput(
+        "a number beyond all floats",
+        "--config {}/big.toml",
+        "beyond all floats",
+        ("big.toml", b"lr = 1" + 400 * b"0"),
+    ),
 ]
 
 # Refused once the data are read.

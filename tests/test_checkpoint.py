@@ -40,7 +40,9 @@ def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path: Path) 
     path = checkpoint.save(tmp_path, 1, model, optimizer, {"note": "é"}, files={"a.txt": "hello"})
     again, again_optimizer = make()
     checkpoint.load(path, again, again_optimizer)
-    assert checkpoint.read_meta(path) == {"note": "é", "step": 1}
+    meta = checkpoint.read_meta(path)
+    assert meta.pop("checksums").keys() == {".metadata", "__0_0.distcp"}
+    assert meta == {"note": "é", "step": 1}
     assert (path / "a.txt").read_text() == "hello"
     for pair in ((model, optimizer), (again, again_optimizer)):
         torch.manual_seed(7)
@@ -122,6 +124,21 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
     other = nn.Linear(6, 3)
     with pytest.raises(ValueError, match="step-00000001 cannot be loaded"):
         checkpoint.load(path, other, torch.optim.AdamW(other.parameters()))
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_one_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
+    model, optimizer = make()
+    take_step(model, optimizer)
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
+    damaged = bytearray((path / name).read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    (path / name).write_bytes(damaged)
+    with pytest.raises(ValueError, match=f"{name} is damaged.*--resume PATH"):
+        checkpoint.load(path, *make())
+    (path / name).unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        checkpoint.load(path, *make())
 
 
 def test_metrics_keep_one_line_a_step_over_crashes(tmp_path: Path) -> None:

@@ -16,13 +16,23 @@ from qsdp.train.loop import learning_rate
 def test_every_model_preset_has_a_recipe_that_its_context_allows() -> None:
     assert RECIPES.keys() == PRESETS.keys()
     for model in RECIPES:
-        assert TrainConfig.for_model(model).seq_len <= PRESETS[model]["context"]
+        assert parse(["--model", model]).seq_len <= PRESETS[model]["context"]
 
 
 def test_unset_flags_take_the_values_of_the_models_preset() -> None:
-    assert parse(["--model", "gpt2-medium"]) == TrainConfig.for_model("gpt2-medium")
-    assert parse(["--model", "gpt2-medium"]).lr == 3e-4
-    assert parse([]).lr == 1e-3
+    config = parse(["--model", "gpt2-medium"])
+    assert (config.lr, config.batch_size) == (3e-4, 8)
+    assert config.last_lr == pytest.approx(3e-5)
+    assert (parse([]).lr, parse([]).last_lr) == (1e-3, 1e-4)
+
+
+def test_an_unset_minimum_follows_the_learning_rate(tmp_path: Path) -> None:
+    config = parse(["--lr", "5e-5"])
+    assert config.last_lr == pytest.approx(5e-6)
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml(), encoding="utf-8")
+    assert parse(["--config", str(file), "--lr", "1e-6"]).last_lr == pytest.approx(1e-7)
+    assert parse(["--lr", "5e-5", "--min-lr", "0"]).last_lr == 0
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
@@ -45,6 +55,31 @@ def test_a_written_configuration_reads_back_as_itself(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml(), encoding="utf-8")
     assert parse(["--config", str(file)]) == config
+
+
+def test_a_written_configuration_does_not_begin_anew_by_itself(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(parse(["--resume", "none"]).to_toml(), encoding="utf-8")
+    assert parse(["--config", str(file)]).resume == "auto"
+
+
+@pytest.mark.parametrize(
+    ("flags", "bits"),
+    [
+        (["--qsdp-bits", "8"], (8, 8)),
+        (["--qsdp-bits=8", "--qsdp-grad-bits", "3"], (8, 3)),
+        (["--qsdp-grad-bits", "3"], (4, 3)),
+        ([], (4, 2)),
+    ],
+)
+def test_a_flag_for_all_bits_wins_over_a_files_bits_of_one_direction(
+    tmp_path: Path, flags: list[str], bits: tuple[int, int]
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("qsdp_bits = 6\nqsdp_weight_bits = 4\nqsdp_grad_bits = 2\n")
+    wire = parse(["--config", str(file), *flags]).wire
+    assert wire is not None
+    assert (wire.weight_bits, wire.grad_bits) == bits
 
 
 def test_cram_alone_is_cram_plus_multi_as_published() -> None:
@@ -102,6 +137,8 @@ def test_help_explains_every_flag_of_the_contract(capsys: pytest.CaptureFixture[
         ("cram_sparsity = [true]", "a list of numbers"),
         ("steps = ", "not a TOML file"),
         ("[model]\nname = 3", "a string"),
+        ("lr = 1" + "0" * 400, "beyond all floats"),
+        ("cram-sparsity = [1" + "0" * 400 + "]", "beyond all floats"),
     ],
 )
 def test_a_file_with_a_mistake_is_refused_by_name(tmp_path: Path, text: str, said: str) -> None:

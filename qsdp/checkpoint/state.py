@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from qsdp.checkpoint.folders import META, begin, publish
+from qsdp.checkpoint.folders import META, begin, checksum, publish, read_meta
 
 
 def save(
@@ -31,7 +31,9 @@ def save(
 
     1. rank 0 makes a temporary folder;
     2. all ranks write their shards into it, exact fp32, and sync them to disk;
-    3. rank 0 adds meta.json and `files`, syncs, renames the folder, and removes old checkpoints.
+    3. every rank takes the checksums of the files that it wrote;
+    4. rank 0 adds `files` and meta.json with the checksums, syncs, renames the folder, and removes
+       old checkpoints.
 
     Args:
         root: folder of the run's checkpoints, which every rank sees.
@@ -46,18 +48,21 @@ def save(
     Raises: RuntimeError, on every rank, if any could not write.
     """
     _on_first(lambda: begin(root, step))
+    folder = root / f"tmp-step-{step:08d}"
     model_state, optimizer_state = get_state_dict(model, optimizer)
     try:
         dcp.save(
             {"model": model_state, "optimizer": optimizer_state},
-            checkpoint_id=root / f"tmp-step-{step:08d}",
+            checkpoint_id=folder,
         )
     except CheckpointException as error:
         raise RuntimeError(
             f"the checkpoint of step {step} cannot be written to {root} ({_cause(error)}); free "
             "some space there, or choose another --out"
         ) from error
-    texts = {**(files or {}), META: json.dumps({**meta, "step": step}, indent=1) + "\n"}
+    checksums = _checksums(folder)
+    values = {**meta, "step": step, "checksums": checksums}
+    texts = {**(files or {}), META: json.dumps(values, indent=1) + "\n"}
     _on_first(lambda: publish(root, step, texts, keep))
     return root / f"step-{step:08d}"
 
@@ -65,8 +70,11 @@ def save(
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put the checkpoint at `path` into `model` and `optimizer`, in place, on any number of ranks.
 
+    Every file is read once more before, each by one rank, and compared with its checksum.
+
     Raises: ValueError, on every rank, if any part is missing, damaged or of another shape.
     """
+    _verify(path)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     try:
@@ -83,6 +91,48 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     )
 
 
+def _checksums(folder: Path) -> dict[str, str]:
+    """The checksum of every file of DCP in `folder`, on all ranks; each rank reads its own."""
+    rank = dist.get_rank()
+    own, failure = {}, None
+    try:
+        files = [*folder.glob(f"__{rank}_*.distcp"), *([folder / ".metadata"] if not rank else [])]
+        own = {file.name: checksum(file) for file in files}
+    except OSError as error:
+        failure = str(error)
+    parts: list[tuple[dict[str, str], str | None]] = [({}, None)] * dist.get_world_size()
+    dist.all_gather_object(parts, (own, failure))
+    for _, failure in parts:
+        if failure is not None:
+            raise RuntimeError(
+                f"a checkpoint cannot be read back ({failure}); choose another --out"
+            )
+    return {name: value for part, _ in parts for name, value in sorted(part.items())}
+
+
+def _verify(path: Path) -> None:
+    """Raise ValueError, on every rank, unless all files are as `save` left them."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mistake = None
+    try:
+        stated = read_meta(path)["checksums"]
+        for name in sorted(stated)[rank::size]:
+            if checksum(path / name) != stated[name]:
+                raise ValueError(
+                    f"{path / name} is damaged: its checksum is not the one in {META}; name an "
+                    "earlier checkpoint by --resume PATH"
+                )
+    except OSError as error:
+        mistake = f"{path} cannot be read ({error}); name another checkpoint by --resume PATH"
+    except ValueError as error:
+        mistake = str(error)
+    mistakes: list[str | None] = [None] * size
+    dist.all_gather_object(mistakes, mistake)
+    for first in mistakes:
+        if first is not None:
+            raise ValueError(first)
+
+
 def _on_first(work: Callable[[], object]) -> None:
     """Run `work` on rank 0; all wait for it and learn of its failure."""
     failure: list[str | None] = [None]
@@ -90,7 +140,7 @@ def _on_first(work: Callable[[], object]) -> None:
         try:
             work()
         except OSError as error:
-            failure[0] = f"{error.filename}: {error.strerror}"
+            failure[0] = str(error)
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
         raise RuntimeError(f"a checkpoint cannot be written ({failure[0]}); choose another --out")

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from qsdp.train.config import RECIPES, TrainConfig
-from qsdp.train.errors import UserError, leave
+from qsdp.train.errors import UserError, leave, sentence
 
+_BITS_OF_ONE_DIRECTION = ("qsdp_weight_bits", "qsdp_grad_bits")
 _FILE_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
     int: ((int,), "an integer"),
     int | None: ((int,), "an integer"),
     float: ((int, float), "a number"),
+    float | None: ((int, float), "a number"),
     str: ((str,), "a string"),
     str | None: ((str,), "a string"),
 }
@@ -57,8 +59,12 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", nargs="?")
     first.add_argument("--config", nargs="?")
+    first.add_argument("--qsdp-bits", "--qsdp_bits", nargs="?")
     known, _ = first.parse_known_args(argv)
     from_file = {} if known.config is None else read_config_file(Path(known.config))
+    if known.qsdp_bits is not None:
+        # The flag is for both directions, so it wins over what the file says of either.
+        from_file = {k: v for k, v in from_file.items() if k not in _BITS_OF_ONE_DIRECTION}
     model = known.model or from_file.get("model", TrainConfig.model)
     # An unknown model has no recipe; the check comes below, with all other checks.
     defaults = CommandLine(**{"model": model} | RECIPES.get(model, {}) | from_file)
@@ -68,7 +74,10 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
         config = TrainConfig(**values)
     except ValueError as error:
         raise UserError(str(error)) from None
-    _check_files(config)
+    try:
+        _check_files(config)
+    except OSError as error:  # a folder that may not be entered, a name that is too long
+        raise UserError(f"{sentence(error)}; give a path that can be read.") from None
     return config
 
 
@@ -89,13 +98,23 @@ def read_config_file(path: Path) -> dict[str, Any]:
         if hints[name] == tuple[float, ...]:
             if not isinstance(value, list) or not all(_is_a(v, (int, float)) for v in value):
                 raise UserError(f"{path} sets {key} to {value!r}; give a list of numbers.")
-            values[name] = tuple(float(v) for v in value)
+            values[name] = tuple(_to_float(path, key, v) for v in value)
             continue
         types, description = _FILE_TYPES[hints[name]]
         if not _is_a(value, types):
             raise UserError(f"{path} sets {key} to {value!r}; give {description}.")
-        values[name] = float(value) if hints[name] is float else value
+        is_float = hints[name] in (float, float | None)
+        values[name] = _to_float(path, key, value) if is_float else value
     return values
+
+
+def _to_float(path: Path, key: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise UserError(
+            f"{path} sets {key} to a number beyond all floats; give a smaller one."
+        ) from None
 
 
 def _is_a(value: object, types: tuple[type, ...]) -> bool:

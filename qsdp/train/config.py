@@ -31,11 +31,11 @@ _LARGE = {
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "nano": {},
-    "gpt2": _LARGE | {"lr": 6e-4, "min_lr": 6e-5},
-    "gpt2-medium": _LARGE | {"lr": 3e-4, "min_lr": 3e-5},
-    "gpt2-large": _LARGE | {"lr": 2.5e-4, "min_lr": 2.5e-5, "batch_size": 4},
-    "gpt2-xl": _LARGE | {"lr": 2e-4, "min_lr": 2e-5, "batch_size": 4},
-    "gpt-1.3b": _LARGE | {"lr": 2e-4, "min_lr": 2e-5, "batch_size": 4, "seq_len": 2048},
+    "gpt2": _LARGE | {"lr": 6e-4},
+    "gpt2-medium": _LARGE | {"lr": 3e-4},
+    "gpt2-large": _LARGE | {"lr": 2.5e-4, "batch_size": 4},
+    "gpt2-xl": _LARGE | {"lr": 2e-4, "batch_size": 4},
+    "gpt-1.3b": _LARGE | {"lr": 2e-4, "batch_size": 4, "seq_len": 2048},
 }
 
 
@@ -73,8 +73,8 @@ class TrainConfig:
     lr: float = 1e-3
     """Learning rate after the warm-up."""
 
-    min_lr: float = 1e-4
-    """Learning rate at the end of the cosine."""
+    min_lr: float | None = None
+    """Learning rate at the end of the cosine. Unset: a tenth of --lr."""
 
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly; may exceed --steps."""
@@ -117,7 +117,8 @@ class TrainConfig:
 
     qsdp_bits: int | None = None
     """Bits a value on the wire for weights and gradients, 2 to 8; 16 (bf16) and 32 (fp32) are
-    baselines through the same collectives. Unset: stock FSDP2."""
+    baselines through the same collectives. Unset: stock FSDP2. As a flag it also replaces what
+    --config says of weights or gradients alone."""
 
     qsdp_weight_bits: int | None = None
     """Bits a weight in the all-gather, in place of --qsdp-bits; 32 if only the gradients' are
@@ -155,10 +156,14 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 1, "choose 1 or more")
         for name in ("warmup_steps", "eval_every", "save_every"):
             self._require(name, getattr(self, name) >= 0, "choose 0 or more")
+        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            # Python's integers would outgrow all other arithmetic.
+            is_large = isinstance(value, int) and value >= 1 << 63
+            self._require(name, not is_large, "choose an integer below 2**63")
         for name in ("weight_decay", "clip_grad", "cram_rho"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "choose a number from 0")
         self._require("lr", 0 < self.lr < math.inf, "choose a number above 0")
-        self._require("min_lr", 0 <= self.min_lr <= self.lr, f"choose 0 to --lr, {self.lr:g}")
+        self._require("min_lr", 0 <= self.last_lr <= self.lr, f"choose 0 to --lr, {self.lr:g}")
         self._require("beta2", 0 <= self.beta2 < 1, "choose a number from 0 to below 1")
         self._require("seed", 0 <= self.seed < 1 << 63, "choose an integer from 0 to 2**63 - 1")
         self._require("precision", self.precision in PRECISIONS, "choose fp32 or bf16")
@@ -182,10 +187,10 @@ class TrainConfig:
         if not holds:
             raise ValueError(f"{_flag(name)} is {getattr(self, name)!r}; {allowed}.")
 
-    @classmethod
-    def for_model(cls, model: str, **changes: Any) -> TrainConfig:
-        """The configuration of a model preset, with `changes` to its fields."""
-        return cls(**{"model": model} | RECIPES.get(model, {}) | changes)
+    @property
+    def last_lr(self) -> float:
+        """The learning rate of the last step."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr
 
     @property
     def wire(self) -> QSDPConfig | None:
@@ -225,9 +230,11 @@ class TrainConfig:
         return {name: value for name, value in values.items() if value is not None}
 
     def to_toml(self) -> str:
-        """A file that --config reads back as this very configuration."""
+        """A file that --config reads back as this configuration, but for `resume`: `none` would
+        delete the very run that the file was taken from."""
         # JSON's strings, numbers, booleans and lists are TOML's too.
-        return "".join(f"{name} = {json.dumps(v)}\n" for name, v in self.as_dict().items())
+        values = {name: value for name, value in self.as_dict().items() if name != "resume"}
+        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
 
 
 def _flag(name: str) -> str:

@@ -49,14 +49,14 @@ def train(config: TrainConfig) -> None:
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of optimizer step number `step`, the first being 0: linear warm-up, then a cosine.
 
-    The cosine ends in `min_lr` at the last step; a warm-up as long as the run has none.
+    The cosine ends in `last_lr` at the last step; a warm-up as long as the run has none.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     span = max(1, config.steps - 1 - config.warmup_steps)
     done = min(1.0, (step - config.warmup_steps) / span)
     share = (1 + math.cos(math.pi * done)) / 2
-    return share * config.lr + (1 - share) * config.min_lr
+    return share * config.lr + (1 - share) * config.last_lr
 
 
 def train_step(job: Job) -> dict[str, Any]:
