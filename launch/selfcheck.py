@@ -7,7 +7,6 @@ Every check runs on every rank; rank 0 prints the table. Exit status 0 if all ho
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,7 @@ from qsdp.codec.rounding import Key
 from qsdp.config import CODED_BITS, ROUNDINGS
 from qsdp.models import GPT, GPTConfig, init_weights
 from qsdp.train.errors import UserError, leave
-from qsdp.train.world import World, open_world
+from qsdp.train.world import World, end_process, open_world
 
 STEPS = 10
 
@@ -237,4 +236,4 @@ def _wait(world: World) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

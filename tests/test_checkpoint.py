@@ -159,6 +159,14 @@ def test_metrics_keep_one_line_a_step_over_crashes(tmp_path: Path) -> None:
     assert path.read_text() == ""
 
 
+@pytest.mark.parametrize("line", ['{"step": 1}', '{"step": 1, "loss": "low"}', "[]", '"step"'])
+def test_a_line_of_metrics_that_is_not_whole_counts_as_torn(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line + '\n{"step": 2, "loss": null}\n')
+    with MetricsWriter(path, last_step=2, needed=["loss"]) as metrics:
+        assert metrics.history == [{"step": 2, "loss": None}]
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     with MetricsWriter(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "events") as metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from qsdp.data.prepare import prepare_shards
 from qsdp.train.cli import main
 from tests.bad_inputs import DATA, FLAGS, TEXT, BadInput
 
@@ -52,8 +54,10 @@ def assert_is_one_sentence(text: str) -> None:
 def test_a_wrong_flag_is_refused_in_one_sentence(
     bad: BadInput, text_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert bad.said in refused(bad.arguments(text_file.parent), capfd)
-    assert os.listdir(text_file.parent) == ["text.txt"]
+    flags = bad.arguments(text_file.parent)
+    given = os.listdir(text_file.parent)
+    assert bad.said in refused(flags, capfd)
+    assert os.listdir(text_file.parent) == given
 
 
 @pytest.mark.parametrize("bad", DATA, ids=lambda bad: bad.name)
@@ -101,6 +105,62 @@ def test_a_damaged_checkpoint_is_refused(
     assert "step-00000002" in refused(small_run(folder, "--steps", "4"), capfd)
 
 
+def test_a_checkpoint_of_something_else_is_refused(
+    text_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = text_file.parent
+    main(small_run(folder, "--qsdp-bits", "8"))
+    capfd.readouterr()
+    file = folder / "out" / "checkpoints" / "step-00000002" / "meta.json"
+    meta = json.loads(file.read_text())
+    flags = small_run(folder, "--qsdp-bits", "8", "--steps", "4")
+    for part, value in (("wire", {}), ("fingerprint", []), ("config", None), ("world_size", "2")):
+        file.write_text(json.dumps(meta | {part: value}))
+        assert "not written by this job" in refused(flags, capfd)
+    file.write_text(json.dumps({name: meta[name] for name in meta if name != "wire"}))
+    assert "not written by this job" in refused(flags, capfd)
+
+
+def test_a_named_checkpoint_past_the_end_and_another_seed_are_refused(
+    text_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = text_file.parent
+    main(small_run(folder))
+    capfd.readouterr()
+    path = str(folder / "out" / "checkpoints" / "step-00000002")
+    assert "past the end" in refused(small_run(folder, "--steps", "1", "--resume", path), capfd)
+    assert "seed 0, not 1" in refused(small_run(folder, "--steps", "4", "--seed", "1"), capfd)
+
+
+def test_a_summary_is_of_the_steps_with_its_own_settings(
+    text_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = text_file.parent
+    out = folder / "out"
+    main(small_run(folder))
+    # A line that lacks what every step has is as good as torn.
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    (out / "metrics.jsonl").write_text('{"step": 1}\n' + lines[1] + "\n")
+    for steps, batch, measured in ((4, 2, 3), (5, 4, 1), (6, 4, 2)):
+        main(small_run(folder, "--steps", str(steps), "--batch-size", str(batch)))
+        summary = json.loads((out / "summary.json").read_text())
+        assert (summary["steps"], summary["steps_measured"]) == (steps, measured)
+    assert "batch_size 2 -> 4" in capfd.readouterr().out
+
+
+def test_an_interrupt_ends_with_status_130_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qsdp.train.loop.train", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 130
+    assert re.fullmatch(r"interrupted; .*\n", capfd.readouterr().err)
+
+
 @pytest.mark.parametrize(
     "flags", [["--qsdp-bits", "9"], ["--data", "launch", "--out", "{}/out"]], ids=["flag", "data"]
 )
@@ -116,3 +176,39 @@ def test_the_program_itself_ends_with_status_2(tmp_path: Path, flags: list[str])
     )
     assert done.returncode == 2
     assert_is_one_sentence(done.stderr)
+
+
+def test_a_vocabulary_padded_beyond_the_tokenizers_still_ends_with_a_summary(
+    text_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "shards"
+    prepare_shards([text_file], folder, "byte")
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"vocab_size": 512}))
+    flags = ["--data", str(folder), "--steps", "1", "--batch-size", "1", "--seq-len", "8"]
+    main([*flags, "--eval-batches", "1", "--out", str(tmp_path / "out")])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["sample"]
+
+
+def test_what_cannot_be_written_at_the_end_is_one_sentence(
+    text_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = text_file.parent / "out"
+    out.mkdir()
+    (out / "plots").touch()
+    flags = ["--data", str(text_file), "--steps", "1", "--batch-size", "1", "--seq-len", "8"]
+    said = refused([*flags, "--eval-batches", "1", "--out", str(out)], capfd)
+    assert "plots: File exists" in said
+
+
+@pytest.mark.parametrize("counts", [{"train-00000.bin": "many"}, {"val-00000.bin": None}, []])
+def test_token_counts_that_are_no_numbers_are_refused(
+    text_file: Path, capfd: pytest.CaptureFixture[str], counts: object
+) -> None:
+    folder = text_file.parent / "shards"
+    prepare_shards([text_file], folder, "byte")
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"num_tokens": counts}))
+    out = str(text_file.parent / "out")
+    assert "num_tokens" in refused(["--data", str(folder), "--out", out], capfd)

@@ -106,7 +106,7 @@ def test_a_small_run_leaves_all_that_is_promised(tmp_path: Path) -> None:
     gathers, reduces = 2 * 2 * (2 * blocks + root), 2 * (blocks + root)
     assert summary["wire"]["fp32_bytes_per_step"] == 4 * (gathers + reduces) / 2
     config = tomllib.loads((out / "config.toml").read_text())
-    assert summary["config"] == config
+    assert summary["config"] == config | {"resume": "auto"}
     assert config["qsdp_bits"] == 8
     names = {path.name for path in (out / "plots").iterdir()}
     assert names == {"loss.png", "one_shot.png", "wire.png", "step_time.png"}

@@ -166,9 +166,11 @@ def _read_meta(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not readable JSON ({error}): write it again.") from None
     match meta:
         case {"dtype": "uint16" | "uint32", "vocab_size": int(vocab_size)} if vocab_size > 0:
-            if isinstance(meta.get("num_tokens", {}), dict):
-                return meta
+            match meta.get("num_tokens", {}):
+                case dict(counts) if all(isinstance(n, int) for n in counts.values()):
+                    return meta
     raise ValueError(
-        f"{path} must state a dtype, 'uint16' or 'uint32', and a positive vocab_size: write it "
+        f"{path} must state a dtype, 'uint16' or 'uint32', and a positive vocab_size, and "
+        "num_tokens, if at all, as numbers: write it "
         "again, or prepare the folder again with launch/prepare_data.py."
     )

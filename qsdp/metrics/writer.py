@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,17 +18,25 @@ class MetricsWriter:
     one line; a line that a crash tore is dropped as well.
     """
 
-    def __init__(self, path: Path, last_step: int = 0, tensorboard: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        last_step: int = 0,
+        tensorboard: Path | None = None,
+        needed: Collection[str] = (),
+    ) -> None:
         """
         Args:
             path: the file, made if missing.
             last_step: the last step that is done; 0 begins anew.
             tensorboard: folder of the events; None writes none.
+            needed: names that every line has; one without them counts as torn.
 
         Raises: ValueError if TensorBoard is asked for but not installed, OSError if `path` cannot
             be written.
         """
-        self.history = [line for line in read_metrics(path) if line["step"] <= last_step]
+        lines = read_metrics(path, needed)
+        self.history = [line for line in lines if line["step"] <= last_step]
         """All lines of the run so far, those before a resume included."""
         replacement = path.with_name(path.name + ".tmp")
         with replacement.open("w", encoding="utf-8") as file:
@@ -66,8 +75,8 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file, none if there is no file."""
+def read_metrics(path: Path, needed: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file, which have numbers only and all of the `needed` ones."""
     if not path.exists():
         return []
     lines = []
@@ -76,9 +85,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if _is_whole(line, needed):
             lines.append(line)
     return lines
+
+
+def _is_whole(line: Any, needed: Collection[str]) -> bool:
+    return (
+        isinstance(line, dict)
+        and isinstance(line.get("step"), int)
+        and line.keys() >= set(needed)
+        and all(value is None or isinstance(value, (int, float)) for value in line.values())
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import re
+import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +18,7 @@ from qsdp.train.config import RECIPES, TrainConfig
 from qsdp.train.errors import UserError, leave, sentence
 
 _BITS_OF_ONE_DIRECTION = ("qsdp_weight_bits", "qsdp_grad_bits")
+_INTERRUPTED = 130  # as a shell reports SIGINT
 _FILE_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
     int: ((int,), "an integer"),
@@ -41,7 +44,7 @@ class CommandLine(TrainConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as `argv` says. On a user's mistake exits with status 2, rank 0 with one sentence."""
+    """Train as `argv` says. Exits, with one sentence, with 2 on a user's mistake, 130 on Ctrl-C."""
     try:
         config = parse(argv)
         from qsdp.train.loop import train  # loads torch: only after the flags have been checked
@@ -49,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(config)
     except UserError as error:
         leave(error)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                "interrupted; the same command goes on from the newest checkpoint", file=sys.stderr
+            )
+        raise SystemExit(_INTERRUPTED) from None
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:

@@ -11,7 +11,7 @@ from qsdp.data import Corpus, eval_batches
 from qsdp.models import GPT, generate
 from qsdp.sparsity.masks import pruned
 from qsdp.train.config import TrainConfig
-from qsdp.train.wire import Wire
+from qsdp.train.wire import Wire, threshold_bytes
 from qsdp.train.world import World
 
 ONE_SHOT_SPARSITIES = (0.5, 0.7, 0.8, 0.9)
@@ -60,6 +60,7 @@ class Evaluator:
         losses = {}
         for sparsity in ONE_SHOT_SPARSITIES:
             with pruned(self._model, sparsity):
+                self._wire.other(threshold_bytes(self._world))
                 losses[str(sparsity)] = self.loss()
         return losses
 
@@ -82,7 +83,8 @@ class Evaluator:
             ids_1T = generate(model, tokens_1T, num_tokens, 0.8, 50, self._config.seed)
             self._reshard_after_forward(True)
             self._reshard()
-        return tokenizer.decode(ids_1T[0].tolist())
+        # A vocabulary padded for speed has ids that stand for no text.
+        return tokenizer.decode([i for i in ids_1T[0].tolist() if i < tokenizer.vocab_size])
 
     def _reshard_after_forward(self, is_on: bool) -> None:
         for block in self._model.blocks:

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from qsdp.optim import CrAM, clip_grad_norm_, global_grad_norm
-from qsdp.sparsity.threshold import THRESHOLD_BYTES
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError
 from qsdp.train.progress import RunProgress
 from qsdp.train.report import finish
 from qsdp.train.setup import Job, set_up
+from qsdp.train.wire import threshold_bytes
 from qsdp.train.world import open_world
 
 
@@ -72,8 +72,7 @@ def train_step(job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     if isinstance(optimizer, CrAM):
         loss = optimizer.step(lambda: forward_backward(job))
-        # An all-reduce sends every byte twice, but for this rank's own share.
-        job.wire.other(2 * (world.size - 1) * THRESHOLD_BYTES // world.size)
+        job.wire.other(threshold_bytes(world))
         grad_norm = optimizer.last_grad_norm or 0.0
     else:
         optimizer.zero_grad()

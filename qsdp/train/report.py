@@ -35,13 +35,12 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
     sample = job.evaluator.sample()
     last_other = job.world.sum(job.wire.total().since(before).other)[0] / job.world.size
     peak = job.world.sum(matmul_flops_per_s(job.world.device, job.config.precision))[0]
-    if not job.world.is_main:
-        return
-    steps = max(1, len(history))
-    step_s = statistics.median([line["step_s"] for line in history]) if history else None
+    # A run may go on with another batch, another wire or other ranks, whose steps do not compare.
+    alike = [line for line in history if line["step"] > job.pace_since]
+    steps = max(1, len(alike))
+    step_s = statistics.median([line["step_s"] for line in alike]) if alike else None
     config = job.config
-    step_tokens = job.world.size * config.grad_accum * config.batch_size * config.seq_len
-    tokens_per_s = None if step_s is None else step_tokens / step_s
+    tokens_per_s = statistics.median(line["tokens_per_s"] for line in alike) if alike else None
     passes = 2 if config.cram else 1
     flops_per_s = passes * flops_per_token(job.model.config, config.seq_len) * (tokens_per_s or 0)
     summary = {
@@ -49,17 +48,19 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
         "val_loss_quantized": quantized,
         "one_shot": one_shot,
         "steps": job.steps_done,
+        # The steps that the times and bytes below are of.
+        "steps_measured": len(alike),
         "step_s_median": step_s,
         "tokens_per_s": tokens_per_s,
         "mfu": None if tokens_per_s is None else flops_per_s / peak,
         "mfu_peak_flops_per_s": peak,
         "mfu_peak_source": "a square matmul in the run's precision, timed on all ranks at once",
         "wire": {
-            "sent_bytes_per_step": _mean(history, "wire_bytes_sent"),
-            "other_bytes_per_step": _mean(history, "wire_bytes_other")
-            + _mean(history, "eval_bytes_sent", len(history))
+            "sent_bytes_per_step": _mean(alike, "wire_bytes_sent"),
+            "other_bytes_per_step": _mean(alike, "wire_bytes_other")
+            + _mean(alike, "eval_bytes_sent", steps)
             + last_other / steps,
-            "fp32_bytes_per_step": _mean(history, "wire_bytes_fp32"),
+            "fp32_bytes_per_step": _mean(alike, "wire_bytes_fp32"),
             "source": "counted by qsdp"
             if job.handle is not None
             else f"computed from stock FSDP2's plan over {job.world.backend}",
@@ -73,10 +74,15 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
         },
         "config": config.as_dict(),
     }
-    plots = write_plots(job.out / "plots", history, summary)
-    _write_json(job.out / "summary.json", summary)
-    print_summary(Console(), summary, plots)
-    print(f"Results are in {job.out}", flush=True)
+
+    def write() -> None:
+        plots = write_plots(job.out / "plots", history, summary)
+        _write_json(job.out / "summary.json", summary)
+        print_summary(Console(), summary, plots)
+        print(f"Results are in {job.out}", flush=True)
+
+    # Nobody leaves before all is on disk: a launcher may end rank 0 when another rank is gone.
+    job.world.on_main(write)
 
 
 def print_summary(console: Console, summary: dict[str, Any], plots: list[Path]) -> None:
@@ -110,7 +116,7 @@ def print_summary(console: Console, summary: dict[str, Any], plots: list[Path]) 
 
 
 def _wire_table(summary: dict[str, Any]) -> Table:
-    wire, steps = summary["wire"], summary["steps"]
+    wire, steps = summary["wire"], summary["steps_measured"]
     sent, fp32 = wire["sent_bytes_per_step"], wire["fp32_bytes_per_step"]
     table = Table(title=f"Bytes that a rank sends, {wire['source']}")
     table.add_column("")

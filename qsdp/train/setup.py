@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,9 +20,15 @@ from qsdp.optim import CrAM
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate import Evaluator
 from qsdp.train.parallelize import build, make_optimizer, model_config
+from qsdp.train.resume import changed, find_checkpoint, is_finished, pace_since
 from qsdp.train.wire import QuantizedWire, StockWire, Wire
 from qsdp.train.world import World
 
+# What every line of metrics.jsonl has; a validation adds more.
+STEP_METRICS = (
+    *("loss", "lr", "grad_norm", "step_s", "tokens_per_s", "tokens"),
+    *("wire_bytes_sent", "wire_bytes_other", "wire_bytes_fp32"),
+)
 _SHARED_FOLDER_S = 10.0  # how long a network file system may take to show a new file
 
 
@@ -43,6 +48,9 @@ class Job:
     fingerprint: dict[str, Any]
     """What a checkpoint must share with the run that goes on from it."""
     steps_done: int
+    pace_since: int
+    """The step after which batch, wire, precision, optimizer and world have been as they are now:
+    times and bytes of earlier steps are another run's."""
 
     @property
     def out(self) -> Path:
@@ -58,7 +66,11 @@ class Job:
         folder = self.out / "tensorboard" if self.config.tensorboard else None
         path = self.out / "metrics.jsonl"
         return self.world.together(
-            lambda: MetricsWriter(path, self.steps_done, folder) if self.world.is_main else None
+            lambda: (
+                MetricsWriter(path, self.steps_done, folder, STEP_METRICS)
+                if self.world.is_main
+                else None
+            )
         )
 
     def save(self) -> None:
@@ -74,6 +86,7 @@ class Job:
                 "config": self.config.as_dict(),
                 "wire": None if self.handle is None else self.handle.state_dict(),
                 "world_size": self.world.size,
+                "pace_since": self.pace_since,
             },
             files={} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()},
             keep=self.config.keep,
@@ -90,9 +103,9 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
     size = world.together(lambda: model_config(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))
     fingerprint = _fingerprint(config, size, corpus)
-    source = world.on_main(lambda: _find_checkpoint(config, fingerprint))
+    source = world.on_main(lambda: find_checkpoint(config, fingerprint))
     meta = None if source is None else world.together(lambda: checkpoint.read_meta(source))
-    if meta is not None and config.resume == "auto" and _is_finished(config, meta["step"]):
+    if meta is not None and config.resume == "auto" and is_finished(config, meta["step"]):
         if world.is_main:
             print(
                 f"{config.out_dir} holds a finished run of {meta['step']} steps: nothing to train. "
@@ -133,6 +146,7 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
         evaluator=Evaluator(config, world, corpus, model, wire),
         fingerprint=fingerprint,
         steps_done=steps_done,
+        pace_since=0 if meta is None else pace_since(config, world, meta),
     )
     _announce(job, source, meta)
     return job
@@ -207,49 +221,8 @@ def _fingerprint(config: TrainConfig, size: GPTConfig, corpus: Corpus) -> dict[s
         "model": asdict(size),
         "tokenizer": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
         "optimizer": "CrAM" if config.cram else "AdamW",
+        "seed": config.seed,
     }
-
-
-def _find_checkpoint(config: TrainConfig, fingerprint: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from. Raises ValueError if it is of another model."""
-    if config.resume == "none":
-        return None
-    if config.resume == "auto":
-        path = checkpoint.latest(config.out_dir / "checkpoints")
-    else:
-        path = checkpoint.resolve(Path(config.resume))
-    if path is None:
-        return None
-    meta = checkpoint.read_meta(path)
-    theirs = meta.get("fingerprint", {})
-    # Through JSON, as the other one came: tuples are lists there.
-    ours = json.loads(json.dumps(fingerprint))
-    for part in ("model", "tokenizer", "optimizer"):
-        if theirs.get(part) != ours[part]:
-            raise ValueError(
-                f"{path} cannot be resumed: it was trained with {_describe(theirs, ours, part)}; "
-                "give the flags of that run, another --out, or --resume none."
-            )
-    if meta["step"] > config.steps and not _is_finished(config, meta["step"]):
-        raise ValueError(
-            f"{path} is past the end: {meta['step']} steps are done and --steps is "
-            f"{config.steps}; raise --steps, or give another --out."
-        )
-    return path
-
-
-def _describe(theirs: dict[str, Any], ours: dict[str, Any], part: str) -> str:
-    if part == "tokenizer" or not isinstance(theirs.get(part), type(ours[part])):
-        return f"another {part}"
-    if part == "optimizer":
-        return f"{theirs[part]}, not {ours[part]}"
-    differing = [name for name in ours[part] if theirs[part].get(name) != ours[part][name]]
-    parts = [f"{name} {theirs[part].get(name)}, not {ours[part][name]}" for name in differing[:3]]
-    return "another model (" + "; ".join(parts) + ")"
-
-
-def _is_finished(config: TrainConfig, steps_done: int) -> bool:
-    return steps_done >= config.steps and (config.out_dir / "summary.json").is_file()
 
 
 def _begin_folder(config: TrainConfig, steps_done: int) -> None:
@@ -277,12 +250,13 @@ def _announce(job: Job, source: Path | None, meta: dict[str, Any] | None) -> Non
     )
     if meta is None:
         return
-    before = meta.get("config", {})
-    ignored = ("out", "resume", "keep")
+    before, after = meta["config"], config.as_dict()
     changes = [
-        f"{name} {before.get(name)} -> {value}"
-        for name, value in config.as_dict().items()
-        if name not in ignored and before.get(name) != value
+        f"{name} {before.get(name, 'unset')} -> {after.get(name, 'unset')}"
+        for name in changed(config, meta)
+        if name not in ("out", "resume", "keep")
     ]
+    if meta.get("world_size") != world.size:
+        changes.append(f"ranks {meta.get('world_size')} -> {world.size}")
     noted = f" with other settings than before: {', '.join(changes)}" if changes else ""
     job.say(f"Going on from {source}, {job.steps_done} of {config.steps} steps done{noted}")

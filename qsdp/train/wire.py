@@ -13,7 +13,14 @@ from torch.distributed.fsdp import FSDPModule
 
 import qsdp
 from qsdp import compat
+from qsdp.sparsity.threshold import THRESHOLD_BYTES
 from qsdp.train.world import World
+
+
+def threshold_bytes(world: World) -> int:
+    """What a rank sends to find one pruning threshold, an all-reduce of histograms."""
+    # An all-reduce sends every byte twice, but for this rank's own share.
+    return 2 * (world.size - 1) * THRESHOLD_BYTES // world.size
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,9 @@ class WireBytes:
     sent: int = 0
     """Gathers and reduces of training, all that they carry."""
     other: int = 0
-    """Everything else: the gathers of validation and sampling, CrAM's histograms."""
+    """The gathers of validation and sampling, and the histograms that find pruning thresholds. Not
+    counted: control messages of a few bytes (norms, sums of metrics, agreement among the ranks)
+    and the metadata of checkpoints."""
     fp32: int = 0
     """The gathers and reduces of training in fp32, each value once: 4 (N - 1) / N bytes a value."""
 
