@@ -4,6 +4,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 ROUNDINGS = ("shift", "dither", "stochastic", "nearest")
+LEVELS = ("uniform", "learned")
+LEARNED_BITS = (2, 3, 4, 5, 6)
+GATHERS = ("twice", "once")
+REDUCES = ("auto", "flat", "two-hop")
 CODED_BITS = tuple(range(2, 9))
 WIRE_BITS = (*CODED_BITS, 16, 32)
 MAX_BUCKET_SIZE = 1 << 20
@@ -13,6 +17,11 @@ def check_bits(name: str, bits: object) -> None:
     """Raise ValueError unless ``bits`` is a width that the wire knows."""
     if type(bits) is not int or bits not in WIRE_BITS:
         raise ValueError(f"{name} is {bits!r}; choose 2 to 8, 16 (bf16) or 32 (full precision)")
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if type(value) is not int or not least <= value < 1 << 63:
+        raise ValueError(f"{name} holds {value!r}; choose whole numbers from {least} on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,41 +34,124 @@ class QSDPConfig:
     grad_bits: int = 8
     """Bits a gradient value in the reduce-scatter: 2 to 8, 16 or 32 as above."""
 
-    bucket_size: int = 1024
-    """Values that share one (min, scale) pair: a multiple of 8. Smaller is more exact and costs
-    8 bytes a bucket."""
+    local_grad_bits: int | None = None
+    """Bits a gradient value inside a node, in the first hop of a two-hop reduce; None takes
+    `grad_bits`, but at least 8: links inside a node are fast."""
 
-    rounding: str = "shift"
+    bucket_size: int | None = None
+    """Values that share one (min, scale) pair: a multiple of 8. Smaller is more exact and costs
+    8 bytes a bucket. None: 1024 for 7 and 8 bits, 128 below."""
+
+    rounding: str | None = None
     """`shift` (the paper's, one random shift a bucket), `dither` (one a value), `stochastic`
-    (coin flip) or `nearest` (biased: the report says so)."""
+    (coin flip) or `nearest` (biased: the report says so). None: shift for 7 and 8 bits, dither
+    below."""
+
+    levels: str = "uniform"
+    """`uniform`, or `learned` for parameters of 2 to 6 bits: levels that are fitted to each
+    parameter's normalised values at `level_steps` (QSDP, section 5). Learned levels round
+    stochastically between neighbours; wider parameters keep the uniform grid."""
+
+    level_steps: tuple[int, ...] = (10, 50, 200, 1000)
+    """Steps of the keys' clock before which levels are learned anew. Until the first the grid is
+    uniform."""
+
+    gather: str = "twice"
+    """`twice`: the backward pass gathers again, and memory stays low. `once`: the payload of the
+    forward gather is kept until the backward pass, and that of frozen parameters for good."""
+
+    reduce: str = "auto"
+    """`flat`: one all-to-all over all ranks. `two-hop`: inside each node, then between nodes; the
+    gather follows suit and brings each shard to a node once. `auto`: two-hop where there are
+    several nodes of several ranks each."""
+
+    ranks_per_node: int | None = None
+    """Ranks of one node, consecutive ones. None: the launcher's LOCAL_WORLD_SIZE, or 1."""
+
+    warmup_steps: int = 0
+    """First steps of the keys' clock during which no fewer than `warmup_bits` are sent."""
+
+    warmup_bits: int = 32
+    """Least bits a value during the warm-up: 2 to 8, 16 or 32."""
+
+    budget: float | None = None
+    """Bits a coded value on average, metadata included. Weights and gradients are given 2 to 8 bits
+    a parameter so that the measured squared error is least; the measure is taken in the first step
+    after the warm-up, which travels at `weight_bits` and `grad_bits`. None: no allocation."""
 
     seed: int = 0
     """Seeds every random number of the wire, 0 to 2**63 - 1; the same on all ranks."""
 
-    policy: tuple[tuple[str, int], ...] = ()
-    """Pairs (pattern, bits): the first shell-style pattern that matches a parameter's full name
-    sets its bits for weights and gradients. Wins over everything but what cannot be coded."""
+    policy: tuple[tuple[str, int | tuple[int, int]], ...] = ()
+    """Pairs (pattern, bits) or (pattern, (weight bits, gradient bits)): the first shell-style
+    pattern that matches a parameter's full name sets its bits. Wins over everything but what cannot
+    be coded."""
 
     def __post_init__(self) -> None:
-        check_bits("weight_bits", self.weight_bits)
-        check_bits("grad_bits", self.grad_bits)
+        for name in ("weight_bits", "grad_bits", "local_grad_bits", "warmup_bits"):
+            if name != "local_grad_bits" or self.local_grad_bits is not None:
+                check_bits(name, getattr(self, name))
         size = self.bucket_size
-        if type(size) is not int or size % 8 or not 8 <= size <= MAX_BUCKET_SIZE:
+        if size is not None and (
+            type(size) is not int or size % 8 or not 8 <= size <= MAX_BUCKET_SIZE
+        ):
             raise ValueError(
                 f"bucket_size is {size!r}; choose a multiple of 8 between 8 and {MAX_BUCKET_SIZE}"
             )
-        if self.rounding not in ROUNDINGS:
-            raise ValueError(f"rounding is {self.rounding!r}; choose one of {', '.join(ROUNDINGS)}")
+        choices = {"levels": LEVELS, "gather": GATHERS, "reduce": REDUCES}
+        if self.rounding is not None:
+            choices["rounding"] = ROUNDINGS
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
+                )
+        if self.ranks_per_node is not None:
+            _check_whole("ranks_per_node", self.ranks_per_node, least=1)
+        _check_whole("warmup_steps", self.warmup_steps, least=0)
+        if not isinstance(self.level_steps, list | tuple):
+            raise ValueError(f"level_steps is {self.level_steps!r}; give steps from 1 on")
+        for step in self.level_steps:
+            _check_whole("level_steps", step, least=1)
+        object.__setattr__(self, "level_steps", tuple(sorted(set(self.level_steps))))
+        if self.budget is not None and not (
+            isinstance(self.budget, int | float) and 2 < self.budget <= 9
+        ):
+            raise ValueError(f"budget is {self.budget!r}; choose more than 2 and at most 9 bits")
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed is {self.seed!r}; choose an integer from 0 to 2**63 - 1")
         if not isinstance(self.policy, list | tuple):
             raise ValueError(f"policy is {self.policy!r}; give pairs (name pattern, bits)")
+        policy = []
         for pair in self.policy:
             if not isinstance(pair, list | tuple) or len(pair) != 2 or type(pair[0]) is not str:
                 raise ValueError(f"policy holds {pair!r}; give pairs (name pattern, bits)")
-            check_bits(f"policy for {pair[0]!r}", pair[1])
-        object.__setattr__(self, "policy", tuple((name, bits) for name, bits in self.policy))
+            name, bits = pair
+            both = tuple(bits) if isinstance(bits, list | tuple) else (bits, bits)
+            if len(both) != 2:
+                raise ValueError(f"policy for {name!r} is {bits!r}; give bits, or two of them")
+            for each in both:
+                check_bits(f"policy for {name!r}", each)
+            policy.append((name, both if isinstance(bits, list | tuple) else bits))
+        object.__setattr__(self, "policy", tuple(policy))
 
-    def bits_by_policy(self, name: str) -> int | None:
-        """Bits that the first matching policy pattern gives to parameter ``name``, if any."""
-        return next((bits for pattern, bits in self.policy if fnmatchcase(name, pattern)), None)
+    def bucket_of(self, bits: int) -> int:
+        """Values a bucket of ``bits``-bit codes."""
+        if self.bucket_size is not None:
+            return self.bucket_size
+        return 1024 if bits >= 7 else 128
+
+    def rounding_of(self, bits: int) -> str:
+        """How values are rounded to ``bits``-bit codes."""
+        if self.levels == "learned" and bits in LEARNED_BITS:
+            return "nearest" if self.rounding == "nearest" else "stochastic"
+        if self.rounding is not None:
+            return self.rounding
+        return "shift" if bits >= 7 else "dither"
+
+    def bits_by_policy(self, name: str) -> tuple[int, int] | None:
+        """Weight and gradient bits that the first matching pattern gives to ``name``, if any."""
+        for pattern, bits in self.policy:
+            if fnmatchcase(name, pattern):
+                return bits if isinstance(bits, tuple) else (bits, bits)
+        return None

@@ -356,5 +356,5 @@ def test_a_missing_library_is_an_error_where_it_is_required(
 ) -> None:
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "_qsdp_native.so")
     monkeypatch.setenv("QSDP_REQUIRE_NATIVE", "1")
-    with pytest.raises(RuntimeError, match="QSDP_REQUIRE_NATIVE=1 but _qsdp_native.so is not inst"):
+    with pytest.raises(RuntimeError, match="QSDP_REQUIRE_NATIVE=1 but"):
         native.load()

@@ -212,8 +212,8 @@ class Simulation:
             wire=DType.BF16 if bits == 16 and own == DType.FP32 else own,
             padded=values.numel(),
             parameter=self.numbers[name],
-            bucket=self.config.bucket_size,
-            rounding=ROUNDINGS.index(self.config.rounding),
+            bucket=self.config.bucket_of(bits),
+            rounding=ROUNDINGS.index(self.config.rounding_of(bits)),
         )
         layout = Layout([segment], self.world.groups[name])
         payload = torch.empty(layout.payload_bytes, dtype=torch.uint8)

@@ -129,8 +129,8 @@ class Plan:
             wire=DType.BF16 if narrow else own,
             padded=parameter.padded_numel(self.world_size) * _units(dtype),
             parameter=parameter.index,
-            bucket=self._config.bucket_size,
-            rounding=ROUNDINGS.index(self._config.rounding),
+            bucket=self._config.bucket_of(bits),
+            rounding=ROUNDINGS.index(self._config.rounding_of(bits)),
         )
 
 

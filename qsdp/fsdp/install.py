@@ -253,7 +253,7 @@ def _make_parameter(
     if not sharded.dtype.is_floating_point:
         bits, why = (32, 32), f"{sharded.dtype} cannot be coded"
     elif by_policy is not None:
-        bits, why = (by_policy, by_policy), "policy"
+        bits, why = by_policy, "policy"
     elif sharded.parameter.dim() < 2:
         bits, why = (32, 32), "norm or bias: fewer than two dimensions"
     else:

@@ -128,11 +128,13 @@ class TrainConfig:
     """Bits a gradient value in the reduce-scatter, in place of --qsdp-bits; 32 if only the
     weights' are given."""
 
-    qsdp_bucket_size: int = 1024
-    """Values that share one minimum and scale, a multiple of 8."""
+    qsdp_bucket_size: int | None = None
+    """Values that share one minimum and scale, a multiple of 8. Unset: 1024 for 7 and 8 bits, 128
+    below."""
 
-    qsdp_rounding: str = "shift"
-    """`shift`, `dither`, `stochastic` or `nearest`; all but nearest are unbiased."""
+    qsdp_rounding: str | None = None
+    """`shift`, `dither`, `stochastic` or `nearest`; all but nearest are unbiased. Unset: shift for
+    7 and 8 bits, dither below."""
 
     cram: bool = False
     """Train with CrAM+ (two passes a step), which makes the model prunable in one shot."""
