@@ -34,13 +34,17 @@ class QSDPConfig:
     grad_bits: int = 8
     """Bits a gradient value in the reduce-scatter: 2 to 8, 16 or 32 as above."""
 
+    embedding_bits: int | None = None
+    """Bits of embeddings and of the output head, both ways; None takes `weight_bits` and
+    `grad_bits`, but at least 8: few values, whose errors cost most."""
+
     local_grad_bits: int | None = None
     """Bits a gradient value inside a node, in the first hop of a two-hop reduce; None takes
     `grad_bits`, but at least 8: links inside a node are fast."""
 
     bucket_size: int | None = None
     """Values that share one (min, scale) pair: a multiple of 8. Smaller is more exact and costs
-    8 bytes a bucket. None: 1024 for 7 and 8 bits, 128 below."""
+    8 bytes a bucket. None: 1024 for 7 and 8 bits; below, 128 for weights and 256 for gradients."""
 
     rounding: str | None = None
     """`shift` (the paper's, one random shift a bucket), `dither` (one a value), `stochastic`
@@ -88,8 +92,10 @@ class QSDPConfig:
     be coded."""
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "grad_bits", "local_grad_bits", "warmup_bits"):
-            if name != "local_grad_bits" or self.local_grad_bits is not None:
+        for name in ("weight_bits", "grad_bits", "warmup_bits"):
+            check_bits(name, getattr(self, name))
+        for name in ("embedding_bits", "local_grad_bits"):
+            if getattr(self, name) is not None:
                 check_bits(name, getattr(self, name))
         size = self.bucket_size
         if size is not None and (
@@ -135,11 +141,13 @@ class QSDPConfig:
             policy.append((name, both if isinstance(bits, list | tuple) else bits))
         object.__setattr__(self, "policy", tuple(policy))
 
-    def bucket_of(self, bits: int) -> int:
-        """Values a bucket of ``bits``-bit codes."""
+    def bucket_of(self, bits: int, *, is_grad: bool) -> int:
+        """Values a bucket of ``bits``-bit codes of weights, or of gradients."""
         if self.bucket_size is not None:
             return self.bucket_size
-        return 1024 if bits >= 7 else 128
+        if bits >= 7:
+            return 1024
+        return 256 if is_grad else 128
 
     def rounding_of(self, bits: int) -> str:
         """How values are rounded to ``bits``-bit codes."""
@@ -148,6 +156,17 @@ class QSDPConfig:
         if self.rounding is not None:
             return self.rounding
         return "shift" if bits >= 7 else "dither"
+
+    def bits_of(self, name: str, is_embedding: bool) -> tuple[int, int]:
+        """Weight and gradient bits of a parameter ``name`` that can be coded."""
+        by_policy = self.bits_by_policy(name)
+        if by_policy is not None:
+            return by_policy
+        if not is_embedding:
+            return self.weight_bits, self.grad_bits
+        if self.embedding_bits is not None:
+            return self.embedding_bits, self.embedding_bits
+        return max(self.weight_bits, 8), max(self.grad_bits, 8)
 
     def bits_by_policy(self, name: str) -> tuple[int, int] | None:
         """Weight and gradient bits that the first matching pattern gives to ``name``, if any."""

@@ -27,6 +27,7 @@ from torch.func import functional_call
 
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.codec.rounding import Key
+from qsdp.comm.plan import embedding_names
 from qsdp.config import ROUNDINGS, QSDPConfig
 
 GATHER, REDUCE = 0, 1
@@ -72,6 +73,7 @@ class Simulation:
         self.config, self.world, self.step = config, world, 0
         self._model = model
         self._reduced = False
+        self._embeddings = embedding_names(model)
         named = dict(model.named_parameters())
         self.numbers = {name: i for i, name in enumerate(named)}
         self.shards = [
@@ -98,7 +100,7 @@ class Simulation:
             for rank, shards in enumerate(self.shards):
                 key = Key(self.config.seed, self.step, GATHER, 0, 0, rank)
                 row = shards[name].detach().to(self.world.param_dtype)
-                rows.append(self._cross(name, row, self.config.weight_bits, key))
+                rows.append(self._cross(name, row, key))
             gathered[name] = self._join(name, rows)
         return gathered
 
@@ -184,7 +186,7 @@ class Simulation:
                         row = rows[first + sender][receiver]
                         if sender != receiver:
                             key = self._reduce_key(first + sender, receiver)
-                            row = self._cross(name, row, self.config.grad_bits, key, into_fp32=True)
+                            row = self._cross(name, row, key, is_grad=True)
                         total = total + row if sender else row.float()
                     replicas.append(total.to(dtype))
                 reduced = sum(replicas[1:], replicas[0])
@@ -196,15 +198,13 @@ class Simulation:
     def _reduce_key(self, sender: int, receiver: int) -> Key:
         return Key(self.config.seed, self.step, REDUCE, 0, 0, sender, receiver)
 
-    def _cross(
-        self, name: str, values: Tensor, default_bits: int, key: Key, into_fp32: bool = False
-    ) -> Tensor:
-        """What the receiver decodes of ``values``, any shape, in its dtype or in fp32."""
-        bits = default_bits if self._model.get_parameter(name).dim() > 1 else 32
-        for pattern, chosen in self.config.policy:
-            if fnmatchcase(name, pattern):
-                bits = chosen
-                break
+    def _cross(self, name: str, values: Tensor, key: Key, is_grad: bool = False) -> Tensor:
+        """What the receiver decodes of ``values``, any shape: weights in their dtype, gradients in
+        fp32."""
+        bits = self.config.bits_of(name, name in self._embeddings)[is_grad]
+        is_by_policy = any(fnmatchcase(name, pattern) for pattern, _ in self.config.policy)
+        if self._model.get_parameter(name).dim() < 2 and not is_by_policy:
+            bits = 32
         own = CODEC_DTYPES[values.dtype]
         segment = Segment(
             bits=bits if bits <= 8 else 0,
@@ -212,7 +212,7 @@ class Simulation:
             wire=DType.BF16 if bits == 16 and own == DType.FP32 else own,
             padded=values.numel(),
             parameter=self.numbers[name],
-            bucket=self.config.bucket_of(bits),
+            bucket=self.config.bucket_of(bits, is_grad=is_grad),
             rounding=ROUNDINGS.index(self.config.rounding_of(bits)),
         )
         layout = Layout([segment], self.world.groups[name])
@@ -220,8 +220,8 @@ class Simulation:
         sent = values.contiguous().view(-1).view(torch.uint8)
         table = torch.tensor(layout.table([values.numel()]))
         torch.ops.qsdp.encode(sent, table, key.fold(), layout.header(0, 0), payload)
-        received = torch.empty(values.shape, dtype=torch.float32 if into_fp32 else values.dtype)
-        table = torch.tensor(layout.table([values.numel()], DType.FP32 if into_fp32 else None))
+        received = torch.empty(values.shape, dtype=torch.float32 if is_grad else values.dtype)
+        table = torch.tensor(layout.table([values.numel()], DType.FP32 if is_grad else None))
         torch.ops.qsdp.decode(payload, table, key.fold(), received.view(-1).view(torch.uint8))
         return received
 

@@ -189,7 +189,9 @@ def _traffic(reshard: bool, ranks_per_node: int) -> tuple[list[Any], list[dict[s
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
     try:
         model = shard(make_model(unused=True, frozen=True), reshard=reshard)
-        handle = qsdp.install(model, qsdp.QSDPConfig(**CONFIG, weight_bits=5, grad_bits=3))
+        same = tuple((name, (5, 3)) for name in ("embed.*", "position.*", "head.*"))
+        config = qsdp.QSDPConfig(**CONFIG, weight_bits=5, grad_bits=3, policy=same)
+        handle = qsdp.install(model, config)
         snapshots = [handle.traffic.snapshot()]
         torch.autograd.backward(model(*make_batch(model, 1)))
         snapshots.append(handle.traffic.snapshot())

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.config import ROUNDINGS, QSDPConfig
@@ -43,6 +43,19 @@ class Parameter:
     def padded_numel(self, world_size: int) -> int:
         """Values that every rank's slice takes in a flat buffer: those of rank 0."""
         return self.shard_numel(0, world_size)
+
+
+def embedding_names(model: nn.Module) -> set[str]:
+    """Names of the embeddings and the output head of ``model``: the weights of every nn.Embedding,
+    and of every nn.Linear that has the shape of the largest of them, the vocabulary's."""
+    modules = list(model.modules())
+    weights = [m.weight for m in modules if isinstance(m, nn.Embedding)]
+    if weights:
+        vocabulary = max(weights, key=lambda weight: weight.shape[0]).shape
+        linears = [m.weight for m in modules if isinstance(m, nn.Linear)]
+        weights += [weight for weight in linears if weight.shape == vocabulary]
+    found = {id(weight) for weight in weights}
+    return {name for name, p in model.named_parameters() if id(p) in found}
 
 
 class Side:
@@ -96,20 +109,20 @@ class Plan:
     @cached_property
     def gather(self) -> Side:
         """The quantized all-gather."""
-        segments = [self._segment(p, p.dtype, p.weight_bits) for p in self.parameters]
+        segments = [self._segment(p, p.dtype, p.weight_bits, False) for p in self.parameters]
         return self._side(segments, self.parameters)
 
     @cached_property
     def exact_gather(self) -> Side:
         """The all-gather in full precision, for validation with exact weights."""
-        segments = [self._segment(p, p.dtype, 32) for p in self.parameters]
+        segments = [self._segment(p, p.dtype, 32, False) for p in self.parameters]
         return self._side(segments, self.parameters)
 
     def reduce(self, with_grad: tuple[int, ...], dtype: torch.dtype) -> Side:
         """The quantized reduce-scatter of the parameters at places ``with_grad``, in ``dtype``."""
         if (with_grad, dtype) not in self._reduces:
             chosen = [self.parameters[i] for i in with_grad]
-            segments = [self._segment(p, dtype, p.grad_bits) for p in chosen]
+            segments = [self._segment(p, dtype, p.grad_bits, True) for p in chosen]
             self._reduces[with_grad, dtype] = self._side(segments, chosen)
         return self._reduces[with_grad, dtype]
 
@@ -120,7 +133,9 @@ class Plan:
         ]
         return Side(Layout(segments, self.index), numels)
 
-    def _segment(self, parameter: Parameter, dtype: torch.dtype, bits: int) -> Segment:
+    def _segment(
+        self, parameter: Parameter, dtype: torch.dtype, bits: int, is_grad: bool
+    ) -> Segment:
         own = DTYPES.get(dtype, DType.OPAQUE)
         narrow = bits == 16 and own == DType.FP32
         return Segment(
@@ -129,7 +144,7 @@ class Plan:
             wire=DType.BF16 if narrow else own,
             padded=parameter.padded_numel(self.world_size) * _units(dtype),
             parameter=parameter.index,
-            bucket=self._config.bucket_of(bits),
+            bucket=self._config.bucket_of(bits, is_grad=is_grad),
             rounding=ROUNDINGS.index(self._config.rounding_of(bits)),
         )
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from qsdp import compat
 from qsdp.comm.clock import Clock
-from qsdp.comm.plan import DTYPES, Parameter, Plan
+from qsdp.comm.plan import DTYPES, Parameter, Plan, embedding_names
 from qsdp.comm.topology import Topology
 from qsdp.comm.traffic import Traffic
 from qsdp.config import QSDPConfig
@@ -75,8 +75,10 @@ class Handle:
                     f"the policy pattern {pattern!r} matches no parameter; names look like "
                     f"{next(iter(order))!r}, and * stands for any characters"
                 )
+        embeddings = embedding_names(model)
         self._plans = [
-            _make_plan(group, index, names, order, config) for index, group in enumerate(groups)
+            _make_plan(group, index, names, order, embeddings, config)
+            for index, group in enumerate(groups)
         ]
         planned = {p.name for plan in self._plans for p in plan.parameters}
         self._outside = {
@@ -196,6 +198,7 @@ def _make_plan(
     index: int,
     names: dict[nn.Parameter, str],
     order: dict[str, int],
+    embeddings: set[str],
     config: QSDPConfig,
 ) -> Plan:
     if group.num_groups > 1:
@@ -232,7 +235,8 @@ def _make_plan(
             )
         if sharded.dtype.is_floating_point and sharded.dtype not in DTYPES:
             raise ValueError(f"{name} is {sharded.dtype}; qsdp sends float32, bfloat16 or float16")
-        parameters.append(_make_parameter(name, order[name], sharded, config))
+        is_embedding = name in embeddings
+        parameters.append(_make_parameter(name, order[name], sharded, config, is_embedding))
     plan = Plan(parameters, index, group.shard_group, config)
     for parameter, sharded in zip(parameters, group.parameters(), strict=True):
         derived = parameter.padded_numel(plan.world_size)
@@ -246,18 +250,21 @@ def _make_plan(
 
 
 def _make_parameter(
-    name: str, index: int, sharded: compat.ShardedParameter, config: QSDPConfig
+    name: str,
+    index: int,
+    sharded: compat.ShardedParameter,
+    config: QSDPConfig,
+    is_embedding: bool,
 ) -> Parameter:
-    by_policy = config.bits_by_policy(name)
-    bits: tuple[int, int]
+    bits = config.bits_of(name, is_embedding)
     if not sharded.dtype.is_floating_point:
         bits, why = (32, 32), f"{sharded.dtype} cannot be coded"
-    elif by_policy is not None:
-        bits, why = by_policy, "policy"
+    elif config.bits_by_policy(name) is not None:
+        why = "policy"
     elif sharded.parameter.dim() < 2:
         bits, why = (32, 32), "norm or bias: fewer than two dimensions"
     else:
-        bits, why = (config.weight_bits, config.grad_bits), "default"
+        why = "embedding or head" if is_embedding else "default"
     if not sharded.parameter.requires_grad:
         why += ", frozen"
     return Parameter(
