@@ -29,7 +29,8 @@ class QSDPConfig:
     """How weights and gradients cross the wire (QSDP, arXiv 2302.02390)."""
 
     weight_bits: int = 8
-    """Bits a weight in the all-gather: 2 to 8, 16 sends bf16, 32 sends the values as they are."""
+    """Bits a weight in the all-gather: 2 to 8, 16 sends fp32 as bf16, 32 sends the values as they
+    are."""
 
     grad_bits: int = 8
     """Bits a gradient value in the reduce-scatter: 2 to 8, 16 or 32 as above."""
