@@ -13,6 +13,8 @@ from tests_distributed.trainings import (
     FP32,
     Case,
     assert_training_equals_its_simulation,
+    counted,
+    simulation_of,
 )
 
 CASES = {
@@ -132,3 +134,32 @@ CASES |= {
 @pytest.mark.parametrize("name", CASES)
 def test_training_equals_the_simulation_bit_for_bit(run: Run, name: str) -> None:
     assert_training_equals_its_simulation(run, CASES[name], random.randrange(1 << 30))
+
+
+SENT = {
+    "flat": Case(ranks=3),
+    "flat-bf16": Case(reshard=None, dtypes=(BF16, FP32)),
+    "gathered-once": Case(ranks=3, reshard=False, options={"frozen": True}, micro_batches=2),
+    "kept": Case(ranks=3, options={"frozen": True}, micro_batches=2, config={"gather": "once"}),
+    "two-hop": Case(ranks=4, options={"frozen": True}, config={**TWO_HOPS, "weight_bits": 3}),
+    "two-hop-bf16": Case(ranks=4, reshard=None, dtypes=(BF16, BF16), config=TWO_HOPS),
+    "quantized-replicas": Case(
+        ranks=2, replicas=2, quantized_replicas=True, config={"ranks_per_node": 2, "grad_bits": 4}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_simulated_bytes_are_those_that_are_counted(run: Run, name: str) -> None:
+    case, seed = SENT[name], random.randrange(1 << 30)
+    simulation = simulation_of(case, seed)
+    for rank, sent in enumerate(run(case.ranks * case.replicas, counted, case, seed)):
+        found = simulation.wire_bytes(
+            rank=rank, micro_batches=case.micro_batches, reshard_after_forward=case.reshard
+        )
+        assert sent == (
+            found.gather_intra_node,
+            found.gather_inter_node,
+            found.reduce_intra_node,
+            found.reduce_inter_node,
+        )

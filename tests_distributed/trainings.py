@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import Shard
 
 import qsdp
+from qsdp.comm.traffic import LINKS
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import full_grads, full_state, make_batch, make_model, shard
+from tests_distributed.helpers import Toy, full_grads, full_state, make_batch, make_model, shard
 
 STEPS = 3
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -28,7 +30,7 @@ class Case:
     replicas: int = 1
     quantized_replicas: bool = False
     """A 1-D shard mesh and `replicate_mesh`, not a native 2-D mesh."""
-    reshard: bool | int = True
+    reshard: bool | int | None = True
     nested: bool = True
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32)
     """Parameter and reduce dtype of the mixed-precision policy."""
@@ -64,8 +66,8 @@ def assert_training_equals_its_simulation(run: Run, case: Case, seed: int) -> No
         _assert_equal(result.state, simulation.state, where)
 
 
-def trained(case: Case, seed: int) -> Outcome:
-    """The real thing, on one rank of it."""
+def installed(case: Case, seed: int) -> tuple[Toy, qsdp.Handle]:
+    """The sharded model with the wire on it."""
     model = make_model(seed, **case.options)
     param_dtype, reduce_dtype = case.dtypes
     options: dict[str, Any] = {
@@ -85,7 +87,12 @@ def trained(case: Case, seed: int) -> Outcome:
         by_columns = {id(block.mlp.down.weight) for block in model.blocks}
         options["shard_placement_fn"] = lambda p: Shard(1) if id(p) in by_columns else None
     shard(model, reshard=case.reshard, nested=case.nested, **options)
-    qsdp.install(model, _config(case, seed), **replicate_mesh)
+    return model, qsdp.install(model, _config(case, seed), **replicate_mesh)
+
+
+def trained(case: Case, seed: int) -> Outcome:
+    """The real thing, on one rank of it."""
+    model, _ = installed(case, seed)
     optimizer = _optimizer(model.parameters())
     losses, grads = [], []
     for step in range(STEPS):
@@ -103,14 +110,29 @@ def trained(case: Case, seed: int) -> Outcome:
     return Outcome(losses=losses, grads=grads, state=full_state(model))
 
 
-def simulated(case: Case, seed: int) -> list[Outcome]:
-    """The same by `qsdp.simulate`: what every rank should see."""
+def counted(case: Case, seed: int) -> tuple[int, ...]:
+    """Bytes that this rank sends in its second step: gathers and reduces, inside and outside its
+    node."""
+    model, handle = installed(case, seed)
+    before = Counter[str]()
+    for step in range(2):
+        before = Counter(handle.traffic.snapshot())
+        for micro in range(case.micro_batches):
+            model.set_requires_gradient_sync(micro == case.micro_batches - 1)
+            model(*make_batch(model, _batch_seed(seed, step, micro))).backward()
+    sent = handle.traffic.snapshot()
+    names = [f"{d}_{link}_bytes" for d in ("gather", "reduce") for link in LINKS]
+    return tuple(sent[name] - before[name] for name in names)
+
+
+def simulation_of(case: Case, seed: int) -> qsdp.Simulation:
+    """The same by `qsdp.simulate`."""
     model = make_model(seed, **case.options)
     groups = []
     for i in range(model.config.num_layers):
         groups += [f"blocks.{i}.mlp", f"blocks.{i}"] if case.nested else [f"blocks.{i}"]
     by_columns = [f"blocks.{i}.mlp.down.weight" for i in range(model.config.num_layers)]
-    simulation = qsdp.simulate(
+    return qsdp.simulate(
         model,
         _config(case, seed),
         world_size=case.ranks,
@@ -122,6 +144,11 @@ def simulated(case: Case, seed: int) -> list[Outcome]:
         reduce_dtype=case.dtypes[1],
         shard_dims=dict.fromkeys(by_columns, 1) if case.columns else None,
     )
+
+
+def simulated(case: Case, seed: int) -> list[Outcome]:
+    """What every rank should see."""
+    simulation, model = simulation_of(case, seed), make_model(seed, **case.options)
     num_ranks = case.ranks * case.replicas
     losses: list[list[float]] = [[] for _ in range(num_ranks)]
     grads = []

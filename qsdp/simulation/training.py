@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
 
 from qsdp.config import QSDPConfig
 from qsdp.simulation.volume import WireBytes, count_bytes
@@ -320,10 +319,7 @@ class Simulation:
         dtype = self._wire.world.param_dtype
 
         def cast(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            def to_dtype(value: Tensor) -> Tensor:
-                return value.to(dtype) if value.is_floating_point() else value
-
-            return tree_map_only(Tensor, to_dtype, (args, kwargs))
+            return _cast(args, dtype), _cast(kwargs, dtype)
 
         modules = self._wire.numbers.modules if dtype != torch.float32 else ()
         hooks = [
@@ -356,6 +352,17 @@ class _Pass(nn.Module):
             raise ValueError(f"the loss is {what}; give `loss`, which makes a scalar of the output")
         torch.autograd.backward(loss * scale)
         return loss
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The floating-point tensors in nested lists, tuples and dictionaries, in ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _cast(entry, dtype) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_cast(entry, dtype) for entry in value)
+    return value
 
 
 def _grads(shards: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
