@@ -1,0 +1,27 @@
+"""What all groups of one handle share."""
+
+from qsdp.comm.clock import Clock
+from qsdp.comm.measure import Meter
+from qsdp.comm.scratch import Scratch
+from qsdp.comm.times import Times
+from qsdp.comm.traffic import Traffic
+from qsdp.config import QSDPConfig
+
+
+class Wire:
+    """The step of the keys, counters, buffers, and what holds for the moment."""
+
+    def __init__(self, config: QSDPConfig, traffic: Traffic) -> None:
+        self.config = config
+        self.clock = Clock(config.seed)
+        self.traffic = traffic
+        self.times = Times()
+        self.scratch = Scratch()
+        self.is_exact = False
+        self.meters: list[Meter] = []
+        """What looks at the gradients that are sent."""
+
+    @property
+    def least_bits(self) -> int:
+        """Bits that no value may fall short of in this step."""
+        return self.config.warmup_bits if self.clock.step < self.config.warmup_steps else 0
