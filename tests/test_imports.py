@@ -16,6 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "codec": set(),
     "comm": {"codec"},
     "fsdp": {"codec", "comm"},
+    "simulation": {"codec", "comm"},
     "sparsity": set(),
     "optim": {"sparsity"},
     "models": set(),
