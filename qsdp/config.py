@@ -75,7 +75,8 @@ class QSDPConfig:
     """Ranks of one node, consecutive ones. None: the launcher's LOCAL_WORLD_SIZE, or 1."""
 
     warmup_steps: int = 0
-    """First steps of the keys' clock during which no fewer than `warmup_bits` are sent."""
+    """First steps of the keys' clock during which no fewer than `warmup_bits` are sent, but for
+    frozen weights that are gathered once."""
 
     warmup_bits: int = 32
     """Least bits a value during the warm-up: 2 to 8, 16 or 32."""
