@@ -103,6 +103,11 @@ class ParameterGroup:
         return info.shard_mesh_size
 
     @property
+    def reshards_after_forward(self) -> bool:
+        """Whether the gathered weights are freed before the backward pass."""
+        return self._group.post_forward_mesh_info is not None
+
+    @property
     def reduce_dtype(self) -> torch.dtype | None:
         """Element type of the reduce-scatter where the user set one."""
         dtype: torch.dtype | None = self._group.mp_policy.reduce_dtype
@@ -184,6 +189,11 @@ def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
     """All-gather 1-D ``input`` into ``output`` (renamed in torch 2.13)."""
     single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     single(output, input, group=group)
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where a tensor must lie for a collective of ``group``."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
 
 def _fsdp_roots(module: nn.Module) -> Iterator[Any]:

@@ -5,8 +5,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import compat
-from qsdp.codec.payload import HEADER_BYTES
+from qsdp.codec.payload import HEADER_BYTES, Standing
 from qsdp.comm.clock import Clock
+from qsdp.comm.failures import collective
 from qsdp.comm.plan import Plan, Side
 from qsdp.comm.scratch import Scratch
 from qsdp.comm.traffic import Traffic
@@ -37,7 +38,8 @@ def gather(
     key = clock.gather_key(plan.rank)
     header = side.layout.header(plan.rank, clock.step)
     torch.ops.qsdp.encode(as_bytes(input), side.tables[plan.rank], key, header, own)
-    compat.all_gather(payloads, own, plan.group)
+    with collective("gather", plan.names, clock.step):
+        compat.all_gather(payloads, own, plan.group)
     traffic.sent("gather", plan.group, size, side.layout.num_values)
     check_headers(payloads, side, range(plan.world_size), clock.step, plan)
     slices = as_bytes(output).chunk(plan.world_size)
@@ -48,7 +50,8 @@ def gather(
 
 def regather(output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> None:
     """All-gather weights that were decoded before, as they are: never quantize twice."""
-    compat.all_gather(output, input, group)
+    with collective("gather of decoded weights"):
+        compat.all_gather(output, input, group)
     num_bytes = input.numel() * input.element_size()
     num_values = input.numel() if input.is_floating_point() else num_bytes // 4
     traffic.sent("gather", group, num_bytes, num_values)
@@ -60,20 +63,34 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def check_headers(
-    payloads: Tensor, side: Side, senders: range | list[int], step: int, plan: Plan
-) -> None:
+    payloads: Tensor,
+    side: Side,
+    senders: range | list[int],
+    step: int,
+    plan: Plan,
+    standing: Standing = Standing.KEPT,
+) -> Standing:
     """Raise RuntimeError unless every payload opens as expected.
 
-    On a GPU it would stop the stream, so there the size of the collective is the only check.
+    On a GPU it would stop the stream, so there the size of the collective is the only check, but
+    for a rank whose own ``standing`` is not KEPT.
+
+    Returns this rank's standing ([Note: Consent]) after what it heard of the senders'.
     """
-    if payloads.device.type != "cpu" or not len(senders):
-        return
+    if not len(senders) or (payloads.device.type != "cpu" and standing == Standing.KEPT):
+        return standing
     found = payloads.view(len(senders), -1)[:, :HEADER_BYTES].view(torch.int64)
     expected = side.expected_headers(senders, step)
-    if not torch.equal(found, expected):
-        row = int((found != expected).any(1).nonzero()[0])
+    if standing == Standing.KEPT and torch.equal(found, expected):
+        return standing
+    difference = found.cpu() ^ expected
+    heard = difference[:, 3].tolist()
+    difference[:, 3] = torch.tensor([each not in list(Standing) for each in heard])
+    if difference.any():
+        row = int(difference.any(1).nonzero()[0])
         raise RuntimeError(
             f"rank {senders[row]} sent a payload with header {found[row].tolist()} for the group "
             f"of {plan.name}, but {expected[row].tolist()} is expected (version and sender, "
             "step, bytes, plan): run the same model, config and step on every rank"
         )
+    return standing if set(heard) == {standing} else Standing.MIXED

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsdp.codec.payload import DType, Layout, Segment
+from qsdp.comm.failures import title
 from qsdp.config import ROUNDINGS, QSDPConfig
 
 DTYPES = {torch.float32: DType.FP32, torch.bfloat16: DType.BF16, torch.float16: DType.FP16}
@@ -102,7 +103,8 @@ class Plan:
         self.world_size = group.size()
         self.rank = group.rank()
         self.global_ranks = dist.get_process_group_ranks(group)
-        self.name = ", ".join(p.name for p in parameters)
+        self.names = tuple(p.name for p in parameters)
+        self.name = title(self.names)
         self._config = config
         self._reduces: dict[tuple[tuple[int, ...], torch.dtype], Side] = {}
 

@@ -4,11 +4,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qsdp.codec.payload import Standing
 from qsdp.comm.clock import Clock
+from qsdp.comm.failures import collective
 from qsdp.comm.gather import as_bytes, check_headers
 from qsdp.comm.plan import Plan, Side
 from qsdp.comm.scratch import Scratch
 from qsdp.comm.traffic import Traffic
+
+
+class SetsDiffer(Exception):
+    """Some ranks have the agreed gradients to reduce, and some have others: [Note: Consent]."""
 
 
 def reduce(
@@ -32,7 +38,8 @@ def reduce(
     4. Add the rows in fp32 in rank order. This rank's own row never crosses the wire and is added
        as it is; no sum is quantized again.
 
-    Raises RuntimeError when a header is not what this rank expects.
+    Raises RuntimeError when a header is not what this rank expects, SetsDiffer when another rank
+    has other parameters to reduce.
     """
     size, world_size = side.layout.payload_bytes, plan.world_size
     peers = [rank for rank in range(world_size) if rank != plan.rank]
@@ -47,10 +54,12 @@ def reduce(
         torch.ops.qsdp.encode(as_bytes(rows[peer]), side.tables[peer], key, header, payload)
 
     splits = [size if rank != plan.rank else 0 for rank in range(world_size)]
-    dist.all_to_all_single(received, sent, splits, splits, group=group)
+    with collective("reduce", plan.names, clock.step):
+        dist.all_to_all_single(received, sent, splits, splits, group=group)
     traffic.sent("reduce", group, size, side.layout.num_values)
     senders = [plan.global_ranks[peer] for peer in peers]
-    check_headers(received, side, senders, clock.step, plan)
+    if check_headers(received, side, senders, clock.step, plan) != Standing.KEPT:
+        raise SetsDiffer
 
     total = output
     if output.dtype != torch.float32:

@@ -11,9 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from qsdp import compat
 from qsdp.comm.clock import Clock
+from qsdp.comm.consent import Consent, Hop, Places
 from qsdp.comm.gather import gather, regather
 from qsdp.comm.plan import Plan
-from qsdp.comm.reduce import reduce
+from qsdp.comm.reduce import SetsDiffer, reduce
 from qsdp.comm.scratch import Scratch
 from qsdp.comm.traffic import Traffic
 
@@ -81,6 +82,7 @@ class ReduceScatter(_Comm):
 
     def __init__(self, plan: Plan, wire: Wire, recorder: "GradRecorder") -> None:
         self._plan, self._wire, self._recorder = plan, wire, recorder
+        self._consent = Consent(plan)
 
     def __call__(
         self,
@@ -98,9 +100,18 @@ class ReduceScatter(_Comm):
                 "set_force_sum_reduction_for_comms on"
             )
         numel = input_tensor.numel() // plan.world_size
-        side = plan.reduce(self._recorder.take(numel), input_tensor.dtype)
+        with_grad = self._recorder.take(numel)
+
+        def hops(places: Places) -> list[Hop]:
+            return [(plan.reduce(places, input_tensor.dtype), 1, group)]
+
+        self._consent.settle(with_grad, group, hops, wire.clock.step)
+        side = plan.reduce(with_grad, input_tensor.dtype)
         out, inp = output_tensor, input_tensor
-        reduce(plan, side, out, inp, group, wire.clock, wire.traffic, wire.scratch)
+        try:
+            reduce(plan, side, out, inp, group, wire.clock, wire.traffic, wire.scratch)
+        except SetsDiffer:
+            self._consent.refuse(with_grad, group)
 
 
 class GradRecorder:
@@ -117,9 +128,9 @@ class GradRecorder:
         self._padded = [p.padded_numel(plan.world_size) for p in plan.parameters]
         self._got_grad: set[int] = set()
         self._watched: dict[int, RemovableHandle] = {}
-        self._handles = [
-            module.register_forward_pre_hook(lambda *_: self.watch()) for module in group.modules
-        ]
+        # A block's compiler shall not look inside: what the hook finds changes from step to step.
+        hook = torch.compiler.disable(lambda *_: self.watch())
+        self._handles = [module.register_forward_pre_hook(hook) for module in group.modules]
 
     def take(self, numel: int) -> tuple[int, ...]:
         """Places of the parameters in a reduce buffer of ``numel`` values a rank.

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from qsdp.comm.plan import DTYPES, Parameter, Plan, embedding_names
 from qsdp.comm.topology import Topology
 from qsdp.comm.traffic import Traffic
 from qsdp.config import QSDPConfig
+from qsdp.fsdp import agreement
 from qsdp.fsdp.hooks import AllGather, GradRecorder, ReduceScatter, Wire
 from qsdp.fsdp.report import Report, Row
 
@@ -69,24 +69,22 @@ class Handle:
         self._reshard()
         names = {parameter: name for name, parameter in model.named_parameters()}
         order = {name: i for i, name in enumerate(names.values())}
-        for pattern, _ in config.policy:
-            if not any(fnmatchcase(name, pattern) for name in order):
-                raise ValueError(
-                    f"the policy pattern {pattern!r} matches no parameter; names look like "
-                    f"{next(iter(order))!r}, and * stands for any characters"
-                )
-        embeddings = embedding_names(model)
-        self._plans = [
-            _make_plan(group, index, names, order, embeddings, config)
-            for index, group in enumerate(groups)
-        ]
+        meshes = dict.fromkeys(group.mesh for group in groups)
+        everyone = [axis for mesh in meshes for axis in mesh.get_all_groups()]
+        with agreement.mistakes_shared(everyone):
+            _check_policy(config, list(order))
+            embeddings = embedding_names(model)
+            self._plans = [
+                _make_plan(group, index, names, order, embeddings, config)
+                for index, group in enumerate(groups)
+            ]
         planned = {p.name for plan in self._plans for p in plan.parameters}
         self._outside = {
             order[name]: Row(name, tuple(p.shape), None, "none", "none", "not sharded by FSDP2")
             for p, name in names.items()
             if name not in planned
         }
-        _check_agreement(groups, self._plans, config)
+        agreement.check(everyone, agreement.describe(config, groups, self._plans))
         self._before = [group.comms() for group in groups]
         for group, plan in zip(groups, self._plans, strict=True):
             recorder = GradRecorder(plan, group)
@@ -162,35 +160,13 @@ def _set_comms(
     group.module.set_force_sum_reduction_for_comms(force_sum)
 
 
-def _check_agreement(
-    groups: list[compat.ParameterGroup], plans: list[Plan], config: QSDPConfig
-) -> None:
-    """Raise RuntimeError on every rank unless all have the same model and config.
-
-    Headers come too late for most of what can differ: payloads of unequal sizes end the process
-    (gloo) or hang it (NCCL), and a seed is in no header.
-    """
-    digest = _digest((config, [plan.parameters for plan in plans]))
-    is_same = True
-    for mesh in dict.fromkeys(group.mesh for group in groups):
-        for process_group in mesh.get_all_groups():
-            mine = torch.tensor([digest], device=mesh.device_type)
-            everyone = mine.new_empty(process_group.size())
-            compat.all_gather(everyone, mine, process_group)
-            is_same &= bool((everyone == mine).all())
-            # What one axis of the mesh saw, the next one must know, or some ranks would go on.
-            digest = _digest(everyone.tolist())
-    if not is_same:
-        raise RuntimeError(
-            "the ranks gave qsdp.install different models or configs; give it the same model, "
-            "sharded the same way, and an equal QSDPConfig on every rank"
-        )
-
-
-def _digest(described: object) -> int:
-    return int.from_bytes(
-        blake2b(repr(described).encode(), digest_size=8).digest(), "little", signed=True
-    )
+def _check_policy(config: QSDPConfig, names: list[str]) -> None:
+    for pattern, _ in config.policy:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"the policy pattern {pattern!r} matches no parameter; names look like "
+                f"{names[0]!r}, and * stands for any characters"
+            )
 
 
 def _make_plan(
