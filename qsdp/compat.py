@@ -191,6 +191,12 @@ def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
     single(output, input, group=group)
 
 
+def name_without_wrappers(name: str) -> str:
+    """A parameter's name as the user wrote the model: without those of `torch.compile`'s and the
+    activation checkpointing's wrappers."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
 def device_of(group: dist.ProcessGroup) -> torch.device:
     """Where a tensor must lie for a collective of ``group``."""
     return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")

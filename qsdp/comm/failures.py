@@ -45,16 +45,30 @@ def explain(error: BaseException) -> str:
     return f"a rank has ended or does not answer ({text.rstrip('.')})"
 
 
-def is_failure(error: BaseException | None) -> bool:
+def is_failure(error: BaseException) -> bool:
     """Whether what failed in the first place is a collective, of qsdp or of anyone else."""
+    return any(map(_is_failed_collective, _chain(error)))
+
+
+def root(error: BaseException) -> str:
+    """The sentence of the collective that failed in the first place."""
+    failed = [each for each in _chain(error) if _is_failed_collective(each)]
+    named = [each for each in failed if isinstance(each, CollectiveError)]
+    return str(named[-1]) if named else f"a collective failed: {explain(failed[-1])}"
+
+
+def _is_failed_collective(error: BaseException) -> bool:
+    # gloo's errors are plain RuntimeErrors: only the place in its sources tells them apart.
+    return isinstance(error, CollectiveError | dist.DistError) or (
+        isinstance(error, RuntimeError) and re.match(r"\[\S*gloo/\S+:\d+\]", str(error)) is not None
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """``error`` and what it comes from, but for what was cut off by `raise ... from None`."""
     while error is not None:
-        if isinstance(error, CollectiveError | dist.DistError) or (
-            # gloo's are plain RuntimeErrors: only the place in its sources tells them apart.
-            isinstance(error, RuntimeError) and re.match(r"\[\S*gloo/\S+:\d+\]", str(error))
-        ):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def title(names: Sequence[str]) -> str:

@@ -100,8 +100,9 @@ def check(everyone: Sequence[dist.ProcessGroup], mine: Description) -> None:
                 "same model and config"
             )
     first, *others = found
-    rank = next(rank for rank in others if found[rank] != found[first])
-    raise RuntimeError(_difference(rank, found[rank], first, found[first]))
+    for rank in others:
+        if found[rank] != found[first]:
+            raise RuntimeError(_difference(rank, found[rank], first, found[first]))
 
 
 def _difference(rank: int, ours: Description, first: int, theirs: Description) -> str:

@@ -67,13 +67,13 @@ class Handle:
         self._wire = Wire(self._clock, self.traffic)
         self._is_removed = False
         self._reshard()
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names = {p: compat.name_without_wrappers(name) for name, p in model.named_parameters()}
         order = {name: i for i, name in enumerate(names.values())}
         meshes = dict.fromkeys(group.mesh for group in groups)
         everyone = [axis for mesh in meshes for axis in mesh.get_all_groups()]
         with agreement.mistakes_shared(everyone):
             _check_policy(config, list(order))
-            embeddings = embedding_names(model)
+            embeddings = set(map(compat.name_without_wrappers, embedding_names(model)))
             self._plans = [
                 _make_plan(group, index, names, order, embeddings, config)
                 for index, group in enumerate(groups)
