@@ -49,17 +49,18 @@ class ParameterGroup:
         return _param_groups(self.state)[0]
 
     def parameters(self) -> list[ShardedParameter]:
-        """The group's parameters in buffer order."""
+        """The group's parameters in buffer order, while it is sharded."""
+        pairs = [(_registered(p), p) for p in self._group.fsdp_params]
         return [
             ShardedParameter(
-                parameter=p.sharded_param,
-                dtype=_wire_dtype(p.sharded_param.dtype, self._group.mp_policy.param_dtype),
+                parameter=parameter,
+                dtype=_wire_dtype(parameter.dtype, self._group.mp_policy.param_dtype),
                 shard_dim=p.fsdp_placement.dim,
                 padded_numel=p.padded_sharded_param_size.numel(),
                 is_extension=hasattr(p._sharded_local_tensor, "fsdp_pre_all_gather"),
-                mesh_ndim=p.sharded_param.device_mesh.ndim,
+                mesh_ndim=parameter.device_mesh.ndim,
             )
-            for p in self._group.fsdp_params
+            for parameter, p in pairs
         ]
 
     def unsharded_parameters(self) -> list[Tensor | None]:
@@ -244,6 +245,14 @@ def _param_groups(state: Any) -> list[Any]:
         return list(groups)
     group = state._fsdp_param_group  # torch 2.11
     return [] if group is None else [group]
+
+
+def _registered(fsdp_param: Any) -> Any:
+    """The sharded parameter that its module has now. One that was set after `fully_shard`, as
+    loading into a model made on the meta device does, enters FSDP2's tables with the first forward.
+    """
+    info = fsdp_param._module_info
+    return getattr(info.module, info.param_name)
 
 
 def _wire_dtype(dtype: torch.dtype, param_dtype: torch.dtype | None) -> torch.dtype:

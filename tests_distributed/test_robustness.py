@@ -87,7 +87,7 @@ def _expected(case: Odd, odd: int) -> str:
     _, _, about, there, elsewhere = case
     values = [there, elsewhere] if odd else [elsewhere, there]
     first, second = map(re.escape, values)
-    return rf"rank {odd or 1} .*{re.escape(about)}.* {first} but rank 0 .*{second}.*every rank"
+    return rf"rank {odd or 1} .*{re.escape(about)}.* {first}.* but rank 0 .*{second}.*every rank"
 
 
 def _install_all_apart(odd: int) -> list[str]:
