@@ -1,7 +1,8 @@
 """[Note: Payload] The bytes that one rank sends for one group: arithmetic only, no tensors.
 
     header   32 bytes, four little-endian int64: (version << 32 | sender), key step,
-             payload bytes, plan hash
+             payload bytes, plan hash ^ standing; the standing is 0 but where a rank has other
+             gradients than were agreed on: [Note: Consent] in comm/consent.py
     metadata 8 bytes a bucket, segment after segment: fp32 min, fp32 scale
     raw      the uncoded segments, wider elements first
     codes    from a 16-byte boundary on, segment after segment, each ceil(numel * bits / 8) bytes:
@@ -33,6 +34,15 @@ class DType(IntEnum):
 
 
 ITEM_BYTES = {DType.FP32: 4, DType.BF16: 2, DType.FP16: 2, DType.OPAQUE: 1}
+
+
+class Standing(IntEnum):
+    """What a header says of its sender's gradients: they are those that were agreed on, or others,
+    or the sender has heard of both. Random bits, so that damage is not taken for a standing."""
+
+    KEPT = 0
+    CHANGED = 0x3C6EF372FE94F82A
+    MIXED = 0x510E527FADE682D1
 
 
 class Field(IntEnum):
@@ -122,9 +132,9 @@ class Layout:
             buffer_byte += segment.padded * ITEM_BYTES[own]
         return rows
 
-    def header(self, sender: int, step: int) -> list[int]:
+    def header(self, sender: int, step: int, standing: Standing = Standing.KEPT) -> list[int]:
         """The four int64 words that open a payload of this layout."""
-        return [VERSION << 32 | sender, step, self.payload_bytes, self.hash]
+        return [VERSION << 32 | sender, step, self.payload_bytes, self.hash ^ standing]
 
 
 def _align(num_bytes: int) -> int:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsdp.codec.payload import DType, Field, Layout, Segment
+from qsdp.comm.failures import title
 from qsdp.comm.topology import Hops
 from qsdp.config import ROUNDINGS, QSDPConfig
 
@@ -118,7 +119,8 @@ class Plan:
         self.world_size = group.size()
         self.rank = group.rank()
         self.global_ranks = dist.get_process_group_ranks(group)
-        self.name = ", ".join(p.name for p in parameters)
+        self.names = tuple(p.name for p in parameters)
+        self.name = title(self.names)
         self._config = config
         self._sides: dict[tuple[object, ...], Side] = {}
 

@@ -118,6 +118,10 @@ class RunFlags:
     """`auto` goes on from the newest checkpoint in --out, if any; `none` begins anew and removes
     the checkpoints and metrics there; a path names a checkpoint or a folder of them."""
 
+    timeout_s: int = 900
+    """Seconds that a rank waits for the others in a collective before it ends: more than writing a
+    checkpoint takes. A rank that has ended is noticed at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(WireFlags, RunFlags):
@@ -163,6 +167,7 @@ class TrainConfig(WireFlags, RunFlags):
         self._require("seed", 0 <= self.seed < 1 << 63, "choose an integer from 0 to 2**63 - 1")
         self._require("precision", self.precision in PRECISIONS, "choose fp32 or bf16")
         self._require("out", self.out != "", "give a folder")
+        self._require("timeout_s", 1 <= self.timeout_s <= 1 << 31, "choose 1 second or more")
         self._require("resume", self.resume != "", "choose auto, none or a checkpoint's path")
         self._require(
             "cram_sparsity",
