@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import machine
 import torch
@@ -158,6 +159,7 @@ def train(config: qsdp.QSDPConfig, mesh: DeviceMesh, device: torch.device) -> tu
         for _ in range(2):
             _, loss = model(tokens, tokens)
             mark(reading, device)
+            assert loss is not None
             loss.backward()
             del loss
     return reading, handle.kept_bytes
@@ -194,7 +196,7 @@ def allocations(device: torch.device) -> Iterator[Reading]:
         read_trace(json.loads(trace.read_text())["traceEvents"], reading)
 
 
-def read_trace(events: list[dict[str, object]], reading: Reading) -> None:
+def read_trace(events: list[dict[str, Any]], reading: Reading) -> None:
     """Fill in the reading from the events of a profiler's trace.
 
     Raises RuntimeError for a trace without allocations or without the mark.
@@ -204,7 +206,6 @@ def read_trace(events: list[dict[str, object]], reading: Reading) -> None:
     for event in events:
         if event.get("name") == "[memory]":
             arguments = event["args"]
-            assert isinstance(arguments, dict)
             points.append((event["ts"], arguments["Bytes"], arguments["Total Allocated"]))
         elif event.get("name") == _MARK:
             marks.append(event["ts"])

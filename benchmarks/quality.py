@@ -172,17 +172,19 @@ def plan(options: Options) -> list[Run]:
         for name in wires:
             gather = WIRES[name].gather
             own = {"kind": "training", "wire": name, "gather": gather, "seed": seed, "steps": steps}
-            own["flags"] = WIRES[name].all_flags(gather)
+            chosen = WIRES[name].all_flags(gather)
             more = ["--seed", str(seed), "--steps", str(steps), "--eval-batches", "1000000"]
-            runs.append(Run(f"{name}-seed{seed}", own | common, [*flags, *more, *own["flags"]]))
+            settings = own | common | {"flags": chosen}
+            runs.append(Run(f"{name}-seed{seed}", settings, [*flags, *more, *chosen]))
     for name in wires:
         for gather in WIRES[name].gathers:
             if gather == WIRES[name].gather or gather not in options.gathers:
                 continue
             own = {"kind": "bytes", "wire": name, "gather": gather, "seed": 0, "steps": BYTES_STEPS}
-            own["flags"] = WIRES[name].all_flags(gather)
+            chosen = WIRES[name].all_flags(gather)
             more = ["--steps", str(BYTES_STEPS), "--eval-batches", "1"]
-            runs.append(Run(f"{name}-bytes-{gather}", own | common, [*flags, *more, *own["flags"]]))
+            settings = own | common | {"flags": chosen}
+            runs.append(Run(f"{name}-bytes-{gather}", settings, [*flags, *more, *chosen]))
     return runs
 
 
