@@ -11,11 +11,10 @@ kept in between, less a forward alone, leaves the reduces; a training step's pas
 leave its gathers. Whole steps are those of launch/train_gpt.py: a long run less a short one,
 divided by the difference of their steps, as in wire.py.
 
-The counters charge a payload once for every rank that it is meant for. gloo's all-gather is a ring,
-in which one rank of a node sends to the next node all that others need: what leaves a node of L
-ranks among N in a flat gather is (N - 1) / (L (N - L)) of what is charged, three quarters here, and
-the column `counted` has that factor. In the gathers of a two-hop wire, and in all reduces, every
-peer is sent what it is charged.
+A flat all-gather is a ring in gloo: one rank of a node sends to the next node what all ranks there
+and beyond still lack, three payloads here. In two hops each of the two ranks sends one. All reduces
+send to each peer what is meant for it: four payloads leave a node flat, two in two hops. Hence 0.5
+for the reduces, and 0.6 for a step of two gathers and a reduce.
 
 Gathers once and twice: FSDP2 keeps the root's group (embeddings, last norm) from the forward to the
 backward pass, so that is gathered once in both. In passes.py it holds half a percent of the values,
@@ -59,7 +58,7 @@ class Line:
     reduce: str
     gather: str
     counted: float
-    """By qsdp, as they should appear on the interface."""
+    """By qsdp."""
     seen: float
     """On the interface."""
 
@@ -139,22 +138,6 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def ring_factor(num_nodes: int, ranks_per_node: int) -> float:
-    """What leaves a node in a ring all-gather, of what is charged for one payload a receiver.
-
-    N - 1 payloads cross from each node to the next; charged are L (N - L), from each of the node's
-    L ranks to each rank elsewhere.
-    """
-    num_ranks = num_nodes * ranks_per_node
-    return (num_ranks - 1) / (ranks_per_node * (num_ranks - ranks_per_node))
-
-
-def on_the_interface(gather: float, reduce: float, kind: str) -> float:
-    """What the counters' bytes between nodes should be on the interface, for a kind of reduce."""
-    factor = ring_factor(NODES, RANKS_PER_NODE) if kind == "flat" else 1.0
-    return factor * gather + reduce
-
-
 def run_passes(hosts: Hosts, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """The rows of passes.py."""
     out = folder / "passes.json"
@@ -177,8 +160,7 @@ def lines_of_passes(rows: list[dict[str, Any]]) -> list[Line]:
         if kind == "kept":
             what, counted, seen = "reduce", row["counted_reduce"], reduce_seen
         else:
-            counted = on_the_interface(row["counted_gather"], 0.0, reduce)
-            what, seen = "gather", row["seen"] - reduce_seen
+            what, counted, seen = "gather", row["counted_gather"], row["seen"] - reduce_seen
         lines.append(
             Line(bits=bits, what=what, reduce=reduce, gather=gather, counted=counted, seen=seen)
         )
@@ -202,8 +184,7 @@ def train(
         sent = [b.sent_payload - a.sent_payload for a, b in zip(before, after, strict=True)]
         seen.append(sum(sent) / len(sent))
         wire = json.loads((out / "summary.json").read_text())["wire"]["inter_node_bytes_per_step"]
-        a_rank = on_the_interface(wire["gather"], wire["reduce"], reduce)
-        counted.append(steps * RANKS_PER_NODE * a_rank)
+        counted.append(steps * RANKS_PER_NODE * (wire["gather"] + wire["reduce"]))
     num_steps = arguments.steps[1] - arguments.steps[0]
     return Line(
         bits=bits,
