@@ -32,6 +32,7 @@ _LARGE = {
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "nano": {},
+    "mini": {"steps": 1000, "seq_len": 128},
     "gpt2": _LARGE | {"lr": 6e-4},
     "gpt2-medium": _LARGE | {"lr": 3e-4},
     "gpt2-large": _LARGE | {"lr": 2.5e-4, "batch_size": 4},
@@ -45,8 +46,8 @@ class RunFlags:
     """What is trained, on what, for how long, and where the results go."""
 
     model: str = "nano"
-    """Model preset: nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt-1.3b. The other flags'
-    defaults depend on it."""
+    """Model preset: nano, mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt-1.3b. The other
+    flags' defaults depend on it."""
 
     data: str = "stdlib"
     """What to train on: `stdlib` (the sources of the Python standard library), a text file, or a
