@@ -68,7 +68,7 @@ class Gathering:
         header = side.layout.header(plan.rank, self._payloads.step)
         table, own_key = side.tables[plan.rank], keys[plan.rank]
         with wire.times.measure("gather", "encode", buffer.device):
-            torch.ops.qsdp.encode(as_bytes(input), table, own_key, header, own)
+            torch.ops.qsdp.encode(as_bytes(input), table, own_key, header, own, wire.level_values)
         with self._on_the_wire():
             self._work = compat.all_gather(target, own, group, async_op=async_op)
         self._node_payloads = target
@@ -126,7 +126,7 @@ def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
     with wire.times.measure("gather", "decode", output.device):
         for rank, (key, table) in enumerate(zip(payloads.keys, payloads.side.tables, strict=True)):
             payload = payloads.buffer.narrow(0, places[rank] * size, size)
-            torch.ops.qsdp.decode(payload, table, key, slices[rank])
+            torch.ops.qsdp.decode(payload, table, key, slices[rank], levels=wire.level_values)
 
 
 def regather(output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qsdp.codec.payload import DType, Field, Layout, Segment
 from qsdp.comm.failures import title
+from qsdp.comm.levels import offset
 from qsdp.comm.topology import Hops
 from qsdp.config import ROUNDINGS, QSDPConfig
 
@@ -142,9 +143,14 @@ class Plan:
         )
         self._sides.clear()
 
-    def gather(self, places: tuple[int, ...], least_bits: int = 0) -> Side:
-        """The gather of the parameters at ``places``, with no fewer than ``least_bits``."""
-        key = ("gather", places, least_bits)
+    def gather(
+        self, places: tuple[int, ...], least_bits: int = 0, *, is_frozen: bool = False
+    ) -> Side:
+        """The gather of the parameters at ``places``, with no fewer than ``least_bits``.
+
+        ``is_frozen``: sent once, so on the uniform grid: levels may be learned anew.
+        """
+        key = ("gather", places, least_bits, is_frozen)
         if key not in self._sides:
             starts, end = [], 0
             for p in self.parameters:
@@ -154,6 +160,8 @@ class Plan:
             segments = [
                 self._segment(p, p.dtype, max(p.weight_bits, least_bits), False) for p in chosen
             ]
+            if is_frozen:
+                segments = [replace(segment, levels=-1) for segment in segments]
             self._sides[key] = self._side(segments, chosen, [starts[i] for i in places])
         return self._sides[key]
 
@@ -205,6 +213,7 @@ class Plan:
             parameter=parameter.index,
             bucket=self._config.bucket_of(bits, is_grad=is_grad),
             rounding=ROUNDINGS.index(self._config.rounding_of(bits)),
+            levels=offset(self._config, parameter.index, bits, is_grad=is_grad),
         )
 
 

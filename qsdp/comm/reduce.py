@@ -107,6 +107,7 @@ def _take(
             rows[row] = rows[row].float()
         return standing
     size, width, clock = side.layout.payload_bytes, len(mine), wire.clock
+    levels = wire.level_values
     peers = [rank for rank in range(group.size()) if rank != me]
     global_ranks = dist.get_process_group_ranks(group)
     sent = wire.scratch.take("send", len(peers) * width * size, device)
@@ -116,7 +117,9 @@ def _take(
     with wire.times.measure("reduce", "encode", device):
         for row, payload in zip(to_send, sent.split(size), strict=True):
             key = clock.reduce_key(number, occurrence, global_ranks[me], row)
-            torch.ops.qsdp.encode(as_bytes(rows[row]), side.tables[row], key, header, payload)
+            torch.ops.qsdp.encode(
+                as_bytes(rows[row]), side.tables[row], key, header, payload, levels
+            )
     for meter in wire.meters:
         for row in to_send:
             meter.add(side.tables[row], rows[row], is_grad=True)
@@ -139,7 +142,7 @@ def _take(
                 if rank != me:
                     payload = payloads[peers.index(rank) * width + i]
                     key = clock.reduce_key(number, occurrence, global_ranks[rank], row)
-                    torch.ops.qsdp.decode(payload, table, key, as_bytes(total), rank > 0)
+                    torch.ops.qsdp.decode(payload, table, key, as_bytes(total), rank > 0, levels)
                 elif rank == 0:
                     total.copy_(rows[row])
                 else:
@@ -165,6 +168,7 @@ def all_reduce(
     """
     side = plan.reduce(with_grad, tensor.dtype, wire.least_bits)
     size, clock, device = side.layout.payload_bytes, wire.clock, tensor.device
+    levels = wire.level_values
     ranks = dist.get_process_group_ranks(group)
     payloads = wire.scratch.take("receive", group.size() * size, device)
     own = payloads.narrow(0, group.rank() * size, size)
@@ -172,7 +176,7 @@ def all_reduce(
     header = side.layout.header(ranks[group.rank()], clock.step)
     table, fp32_table = side.tables[plan.rank], side.fp32_tables[plan.rank]
     with wire.times.measure("reduce", "encode", device):
-        torch.ops.qsdp.encode(as_bytes(tensor), table, keys[group.rank()], header, own)
+        torch.ops.qsdp.encode(as_bytes(tensor), table, keys[group.rank()], header, own, levels)
     for meter in wire.meters:
         meter.add(table, tensor, is_grad=True)
     with (
@@ -186,5 +190,5 @@ def all_reduce(
     total = total_bytes.view(torch.float32)
     with wire.times.measure("reduce", "decode", device):
         for place, (payload, key) in enumerate(zip(payloads.split(size), keys, strict=True)):
-            torch.ops.qsdp.decode(payload, fp32_table, key, as_bytes(total), place > 0)
+            torch.ops.qsdp.decode(payload, fp32_table, key, as_bytes(total), place > 0, levels)
     tensor.copy_(total.div_(group.size()))

@@ -130,7 +130,7 @@ class AllGather(_Comm):
             return plan.places
         versions = self._group.versions()
         # Sent once, so for a warm-up too.
-        side = plan.gather(frozen)
+        side = plan.gather(frozen, is_frozen=True)
         mark = (side, *(versions[i] for i in frozen))
         if self._frozen is None or mark != self._frozen_mark:
             size = plan.world_size * side.layout.payload_bytes

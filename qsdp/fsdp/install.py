@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import compat
+from qsdp.comm.levels import Levels
 from qsdp.comm.measure import Meter
 from qsdp.comm.plan import DTYPES, Parameter, Plan, embedding_names
 from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, split, split_by_mesh
@@ -114,6 +115,8 @@ class Handle:
         self._hops = _make_hops(self._plans, topology, config, node_mesh)
         self._owns_hops = node_mesh is None
         self._everyone = everyone
+        if config.levels == "learned":
+            self._wire.levels = Levels(len(order))
         self._adaptation = Adaptation(self._plans, groups, self._wire, everyone)
         self._grad_meter: Meter | None = None
         self._before = [group.comms() for group in groups]
@@ -165,7 +168,7 @@ class Handle:
 
         It takes about as long again as the codec does.
         """
-        self._grad_meter = Meter(self.config)
+        self._grad_meter = Meter(self.config, self._wire.level_values)
         self._wire.meters.append(self._grad_meter)
         try:
             yield
@@ -179,8 +182,8 @@ class Handle:
         Weights are those of now; gradients those reduced inside the last `measuring`, None where
         there were none or they travel raw.
         """
-        meter = Meter(self.config) if self._grad_meter is None else self._grad_meter
-        weights = Meter(self.config)
+        weights = Meter(self.config, self._wire.level_values)
+        meter = weights if self._grad_meter is None else self._grad_meter
         self._adaptation.measure_weights(weights)
         parameters = [p for plan in self._plans for p in plan.parameters]
         columns = {
