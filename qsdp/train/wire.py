@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -86,35 +87,38 @@ class QuantizedWire:
 class StockWire:
     """The bytes of stock FSDP2, by arithmetic on its tables of padded shards.
 
-    A forward pass gathers every group; a backward pass gathers all but the root's again and reduces
-    all. A gather sends the own shard to N - 1 ranks. NCCL's reduce-scatter moves each value once,
-    (N - 1) shards a rank; gloo's is an all-reduce inside and moves twice that.
+    A forward pass gathers every group that is not gathered still, as the root is after a forward
+    without autograd; a backward pass gathers all but the root's again and reduces all. A gather
+    sends the own shard to N - 1 ranks. NCCL's reduce-scatter moves each value once, (N - 1) shards
+    a rank; gloo's is an all-reduce inside and moves twice that.
     """
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self._bytes = WireBytes()
         self._reduce_factor = 2 if world.backend == "gloo" else 1
         peers = world.size - 1
-        groups = compat.parameter_groups(model)
-        self._gather = WireBytes()  # once for every group
-        self._regather = WireBytes()  # all but the root's
-        self._reduce_fp32 = 0
-        for group in groups:
+        self._reduce_sent = self._reduce_fp32 = 0
+        for group in compat.parameter_groups(model):
             shards = group.parameters()
             sent = peers * sum(p.padded_numel * p.dtype.itemsize for p in shards)
-            fp32 = peers * sum(4 * p.padded_numel for p in shards)
-            self._gather = _plus(self._gather, sent, fp32)
+            # Each value once: padding is sent, but not promised.
+            fp32 = 4 * peers * sum(p.parameter.numel() for p in shards) // world.size
+            self._reduce_sent += (
+                self._reduce_factor * 4 * peers * sum(p.padded_numel for p in shards)
+            )
             self._reduce_fp32 += fp32
-            if group.module is not cast(FSDPModule, model):
-                self._regather = _plus(self._regather, sent, fp32)
-        model.register_forward_pre_hook(self._count_forward)
+            passes = 1 if group.module is cast(FSDPModule, model) else 2
+            cast(nn.Module, group.module).register_forward_pre_hook(
+                partial(self._count_forward, group, WireBytes(sent, 0, fp32), passes),
+                prepend=True,  # before FSDP2's own, which gathers
+            )
 
     def total(self) -> WireBytes:
         return self._bytes
 
     def reduced(self) -> None:
         # Gradients are reduced in fp32 at either precision.
-        self._bytes = _plus(self._bytes, self._reduce_factor * self._reduce_fp32, self._reduce_fp32)
+        self._bytes = _plus(self._bytes, self._reduce_sent, self._reduce_fp32)
 
     def other(self, num_bytes: int) -> None:
         before = self._bytes
@@ -124,13 +128,20 @@ class StockWire:
         """Nothing to change: the weights are exact, and without autograd a forward is `other`."""
         return nullcontext()
 
-    def _count_forward(self, model: nn.Module, inputs: Any) -> None:
-        once = self._gather
-        if not torch.is_grad_enabled():
-            self.other(once.sent)
+    def _count_forward(
+        self,
+        group: compat.ParameterGroup,
+        gather: WireBytes,
+        passes: int,
+        module: nn.Module,
+        inputs: Any,
+    ) -> None:
+        if group.is_gathered:
             return
-        again = self._regather
-        self._bytes = _plus(self._bytes, once.sent + again.sent, once.fp32 + again.fp32)
+        if torch.is_grad_enabled():
+            self._bytes = _plus(self._bytes, passes * gather.sent, passes * gather.fp32)
+        else:
+            self.other(gather.sent)
 
 
 def _plus(total: WireBytes, sent: int, fp32: int) -> WireBytes:
