@@ -52,7 +52,10 @@ class Evaluator:
                 num_tokens += count
             self._reshard()
         self._model.train()
-        total, total_tokens = world.sum(loss_sum, num_tokens)
+        is_wrong = self._corpus.mistake() is not None
+        total, total_tokens, num_wrong = world.sum(loss_sum, num_tokens, is_wrong)
+        if num_wrong:
+            world.together(self._corpus.check)
         return total / total_tokens
 
     def one_shot(self) -> dict[str, float]:

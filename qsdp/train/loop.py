@@ -83,7 +83,9 @@ def train_step(job: Job) -> dict[str, Any]:
     job.steps_done += 1
     wire = job.wire.total().since(before)
     # The sum waits for the device, so the time that follows is the whole step's.
-    sums = world.sum(loss, wire.sent, wire.other, wire.fp32)
+    sums = world.sum(loss, wire.sent, wire.other, wire.fp32, job.corpus.mistake() is not None)
+    if sums.pop():
+        world.together(job.corpus.check)
     step_s = time.perf_counter() - started
     loss_mean, sent, other, fp32 = (value / world.size for value in sums)
     step_tokens = world.size * config.grad_accum * config.batch_size * config.seq_len

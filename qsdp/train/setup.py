@@ -172,8 +172,14 @@ def _make_shared_folder(out: Path, world: World) -> None:
     probe = out / f".probe-{world.on_main(time.time_ns)}"
 
     def make() -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        except OSError as error:
+            raise ValueError(
+                f"--out {out} cannot be made or written to ({error.strerror}); give a folder where "
+                "you may write."
+            ) from None
 
     def see() -> None:
         deadline = time.monotonic() + _SHARED_FOLDER_S
