@@ -17,6 +17,7 @@ from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.metrics import MetricsWriter
 from qsdp.models import GPT, GPTConfig
 from qsdp.optim import CrAM
+from qsdp.train.agree import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate import Evaluator
 from qsdp.train.parallelize import build, make_optimizer, model_config
@@ -98,8 +99,10 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
 
     Raises UserError, on every rank, for whatever the user can correct.
     """
+    agree_on_config(config, world)
     _make_shared_folder(config.out_dir, world)
     corpus = world.together(lambda: _load_corpus(config))
+    agree_on_data(corpus, world)
     size = world.together(lambda: model_config(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))
     fingerprint = _fingerprint(config, size, corpus)
