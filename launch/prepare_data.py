@@ -21,6 +21,8 @@ from rich.progress import (
 
 from qsdp.data.corpus import TRAIN_FRACTION
 from qsdp.data.prepare import prepare_shards
+from qsdp.train.cli import one_sentence
+from qsdp.train.errors import EXIT_STATUS, UserError, sentence
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,14 @@ class Options:
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+    try:
+        prepare(one_sentence(lambda: tyro.cli(Options, description=__doc__)))
+    except (UserError, ValueError, OSError) as error:
+        print(sentence(error), file=sys.stderr)
+        sys.exit(EXIT_STATUS)
+
+
+def prepare(options: Options) -> None:
     columns = (
         TextColumn("encoding"),
         BarColumn(),
@@ -48,22 +57,18 @@ def main() -> None:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    try:
-        total = sum(path.stat().st_size for path in options.texts if path.is_file())
-        with Progress(*columns) as progress:
-            task = progress.add_task("encoding", total=total)
-            num_tokens = prepare_shards(
-                options.texts,
-                options.out,
-                options.tokenizer,
-                val_fraction=options.val_fraction,
-                shard_tokens=options.shard_tokens,
-                document_end=options.document_end,
-                progress=lambda num_bytes: progress.advance(task, num_bytes),
-            )
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    total = sum(path.stat().st_size for path in options.texts if path.is_file())
+    with Progress(*columns) as progress:
+        task = progress.add_task("encoding", total=total)
+        num_tokens = prepare_shards(
+            options.texts,
+            options.out,
+            options.tokenizer,
+            val_fraction=options.val_fraction,
+            shard_tokens=options.shard_tokens,
+            document_end=options.document_end,
+            progress=lambda num_bytes: progress.advance(task, num_bytes),
+        )
     print(
         f"{options.out}: {num_tokens['train']:,} tokens to train on, "
         f"{num_tokens['val']:,} to validate on"

@@ -67,6 +67,12 @@ class ParameterGroup:
         """The tensors that autograd sees, in buffer order; None before the first gather."""
         return [getattr(p, "_unsharded_param", None) for p in self._group.fsdp_params]
 
+    @property
+    def is_gathered(self) -> bool:
+        """Whether the whole weights are in memory: a forward pass would not gather them."""
+        is_unsharded: bool = self._group.is_unsharded
+        return is_unsharded
+
     def pending_gradients(self) -> set[int]:
         """Places of the parameters with a gradient that was not reduced yet."""
         return {

@@ -8,7 +8,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 TEXT = "The quick brown fox jumps over the lazy dog. " * 60
+DEEP = b"[" * 100_000
+# A tokenizer of words, which has no id for the words of TEXT.
+WORDS = b"""{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+"normalizer": null, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null,
+"decoder": null, "model": {"type": "WordLevel", "vocab": {"cat": 0}, "unk_token": "[UNK]"}}"""
+
+
+def shards_with_late_ids(folder: Path) -> Path:
+    """A folder of token shards whose ids are outside its vocabulary where no check at the start
+    looks: neither among the first of a file nor in the samples that ranks compare."""
+    positions = np.arange(63 * 6000 + 1024)
+    is_wrong = (positions >= 1 << 16) & (positions % 6000 >= 1024)
+    folder.mkdir()
+    (folder / "meta.json").write_text('{"dtype": "uint16", "vocab_size": 50}')
+    np.where(is_wrong, 50, 7).astype("<u2").tofile(folder / "train-0.bin")
+    np.full(1000, 7, dtype="<u2").tofile(folder / "val-0.bin")
+    return folder
 
 
 @dataclass(frozen=True)
@@ -35,7 +54,19 @@ FLAGS = [
     BadInput("a missing checkpoint", "--resume {}/none", "none does not exist"),
     BadInput("1 bit", "--qsdp-bits 1", "--qsdp-bits is 1"),
     BadInput("9 bits", "--qsdp-weight-bits 9", "--qsdp-weight-bits is 9"),
-    BadInput("bits in words", "--qsdp-grad-bits four", "--qsdp-grad-bits"),
+    BadInput("bits in words", "--qsdp-grad-bits four", "is 'four'; give an integer"),
+    BadInput("bits with a point", "--qsdp-bits 8.0", "--qsdp-bits is '8.0'; give an integer"),
+    BadInput("a rate in words", "--min-lr=low", "--min-lr is 'low'; give a number"),
+    BadInput("no tokenizer's name", "--tokenizer=", "--tokenizer is ''; choose"),
+    BadInput("no data's name", "--data=", "--data is ''; give"),
+    BadInput("a name that is not UTF-8", "--out {}/\udcff", "\\udcff'; give UTF-8 text"),
+    BadInput("a config file that is a folder", "--config {}", "is not a file; give a TOML file"),
+    BadInput(
+        "a config file nested without end",
+        "--config {}/deep.toml",
+        "deep.toml is not a TOML file",
+        ("deep.toml", b"steps = " + DEEP),
+    ),
     BadInput("a bucket of 0", "--qsdp-bucket-size 0", "--qsdp-bucket-size is 0"),
     BadInput("an unknown rounding", "--qsdp-rounding up", "--qsdp-rounding is 'up'"),
     BadInput("a sparsity of 1.2", "--cram --cram-sparsity 0.5,1.2", "--cram-sparsity is"),
@@ -164,6 +195,18 @@ DATA = [
         "--data {}/text.txt --tokenizer {}/t.json",
         "t.json is not a JSON file",
         ("t.json", b"{"),
+    ),
+    BadInput(
+        "a tokenizer nested without end",
+        "--data {}/text.txt --tokenizer {}/deep.json",
+        "deep.json is not a JSON file",
+        ("deep.json", DEEP),
+    ),
+    BadInput(
+        "a tokenizer that lacks words",
+        "--data {}/text.txt --tokenizer {}/words.json",
+        "words.json cannot encode the text",
+        ("words.json", WORDS),
     ),
     BadInput(
         "a resume without checkpoints",

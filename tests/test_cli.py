@@ -10,12 +10,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
 from qsdp.data.prepare import prepare_shards
 from qsdp.train.cli import main
-from tests.bad_inputs import DATA, FLAGS, TEXT, BadInput
+from tests.bad_inputs import DATA, DEEP, FLAGS, TEXT, BadInput
 
 ROOT = Path(__file__).parents[1]
 
@@ -194,12 +195,119 @@ def test_a_vocabulary_padded_beyond_the_tokenizers_still_ends_with_a_summary(
 def test_what_cannot_be_written_at_the_end_is_one_sentence(
     text_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    out = text_file.parent / "out"
-    out.mkdir()
-    (out / "plots").touch()
-    flags = ["--data", str(text_file), "--steps", "1", "--batch-size", "1", "--seq-len", "8"]
-    said = refused([*flags, "--eval-batches", "1", "--out", str(out)], capfd)
-    assert "plots: File exists" in said
+    pytest.importorskip("matplotlib")
+    (text_file.parent / "out" / "plots" / "loss.png").mkdir(parents=True)
+    assert "loss.png: Is a directory" in refused(small_run(text_file.parent), capfd)
+
+
+@pytest.mark.parametrize("name", ["plots", "checkpoints", "metrics.jsonl", "summary.json"])
+def test_what_is_in_the_way_of_results_is_refused_at_the_start(
+    text_file: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    path = text_file.parent / "out" / name
+    path.parent.mkdir()
+    path.mkdir() if "." in name else path.touch()
+    assert f"{name}, " in refused(small_run(text_file.parent), capfd)
+    assert os.listdir(path.parent) == [name]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(
+    text_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(["--out", str(text_file / "below" / "a file")], capfd)
+    assert "cannot be made" in said
+    assert "give a folder where you may write" in said
+
+
+@pytest.mark.parametrize("flag", ["--data", "--config", "--tokenizer"])
+def test_a_pipe_is_refused_and_not_waited_for(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], flag: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    said = refused([flag, str(tmp_path / "pipe"), "--out", str(tmp_path / "out")], capfd)
+    assert re.search("pipe is (not|neither) a file", said)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the text is the system's")
+@pytest.mark.parametrize("program", ["train_gpt.py", "prepare_data.py"])
+def test_help_for_a_reader_who_has_gone_is_no_error(program: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, f"launch/{program}", "--help"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_token_outside_the_vocabulary_ends_the_run_in_one_sentence(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    split: str,
+) -> None:
+    # Where a real run looks at the start, in small: the first ids, and a sample.
+    monkeypatch.setattr("qsdp.data.shards._CHECKED_IDS", 4)
+    monkeypatch.setattr("qsdp.train.setup.agree_on_data", lambda corpus, world: None)
+    (tmp_path / "meta.json").write_text('{"dtype": "uint16", "vocab_size": 50}')
+    for name in ("train", "val"):
+        wrong = 50 if name == split else 0
+        ids = np.array([*4 * [0], *96 * [wrong]], dtype="<u2")
+        ids.tofile(tmp_path / f"{name}-0.bin")
+    out = tmp_path / "out"
+    flags = ["--data", str(tmp_path), "--out", str(out), "--steps", "1", "--batch-size", "1"]
+    said = refused([*flags, "--seq-len", "8", "--eval-every", "1"], capfd)
+    assert f"The {split} split in {tmp_path} holds the token id 50" in said
+    assert not (out / "summary.json").exists()
+
+
+def test_a_diverged_run_ends_with_all_its_results(
+    text_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = text_file.parent
+    flags = ["--steps", "6", "--lr", "1e6", "--warmup-steps", "0", "--qsdp-bits", "8"]
+    main(small_run(folder, *flags))
+    said = capfd.readouterr().out
+    assert "not finite" in said
+    assert "No sample" in said
+
+    def no_json(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    out = folder / "out"
+    summary = json.loads((out / "summary.json").read_text(), parse_constant=no_json)
+    assert summary["val_loss"] is None
+    assert summary["sample"] is None
+    assert summary["one_shot"]["0.5"] is None
+    assert (out / "plots" / "loss.png").is_file()
+
+
+def test_a_damaged_line_of_metrics_is_as_good_as_torn(text_file: Path) -> None:
+    folder = text_file.parent
+    main(small_run(folder))
+    metrics = folder / "out" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + DEEP + b"\n")
+    main(small_run(folder, "--steps", "3"))
+    assert len(metrics.read_text().splitlines()) == 3
+
+
+def test_a_checkpoint_nested_without_end_is_refused_by_name(
+    text_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = text_file.parent
+    main(small_run(folder))
+    capfd.readouterr()
+    meta = folder / "out" / "checkpoints" / "step-00000002" / "meta.json"
+    meta.write_bytes(DEEP)
+    assert f"{meta} cannot be read" in refused(small_run(folder, "--steps", "3"), capfd)
 
 
 @pytest.mark.parametrize("counts", [{"train-00000.bin": "many"}, {"val-00000.bin": None}, []])

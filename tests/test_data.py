@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from qsdp.data import (
     tokenizer_from_json,
 )
 from qsdp.data.tokenizer import TokenArray
+from tests.bad_inputs import DEEP
 
 ROOT = Path(__file__).parents[1]
 # Characters of one to four bytes, line ends of both kinds, and one that UTF-16 writes in two parts.
@@ -269,6 +271,10 @@ class TestShards:
             ("meta.json", b"{", "not readable JSON"),
             ("meta.json", b'{"dtype": "int8", "vocab_size": 9}', "must state a dtype"),
             ("meta.json", b'{"dtype": "uint16", "vocab_size": 2}', "holds the token id 4"),
+            ("meta.json", b'{"dtype": "uint16", "vocab_size": true}', "must state a dtype"),
+            ("meta.json", b'{"dtype": "uint16", "vocab_size": 65537}', "must state a dtype"),
+            ("meta.json", b'{"dtype": "uint32", "vocab_size": 1%s}' % (b"0" * 30), "must state"),
+            ("meta.json", DEEP, "not readable JSON"),
             ("train-00001.bin", None, "lacks train-00001.bin"),
             ("val-00000.bin", None, "lacks val-00000.bin"),
             ("train-00000.bin", b"\0" * 598, "has 598 bytes, but should hold 300 ids of 2 bytes"),
@@ -283,6 +289,21 @@ class TestShards:
             (folder / file).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             load_corpus(folder)
+
+    def test_a_folder_in_place_of_a_shard_is_refused(self, folder: Path) -> None:
+        (folder / "train-00000.bin").unlink()
+        (folder / "train-00000.bin").mkdir()
+        with pytest.raises(ValueError, match="is not a file of token ids: copy"):
+            load_corpus(folder)
+
+    def test_an_id_outside_the_vocabulary_is_told_of_and_not_handed_out(self) -> None:
+        ids = numbers(20)
+        shards = TokenShards([ids[:7], ids[7:]], vocab_size=10, origin="It")
+        assert shards[3:10].tolist() == ids[3:10].tolist()
+        assert shards.mistake is None
+        assert shards[5:15].tolist() == [5, 6, 7, 8, 9, 0, 0, 0, 0, 0]
+        assert shards.mistake is not None
+        assert "It holds the token id 14 (token 14)" in shards.mistake
 
     def test_a_failed_preparation_leaves_nothing(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_bytes(b"abc" * 100)
@@ -422,6 +443,25 @@ class TestCommandLine:
         assert f"{len(corpus.train):,} tokens to train on" in done.stdout
         assert len(corpus.train) + len(corpus.val) == 5000
         assert json.loads((tmp_path / "out" / "meta.json").read_text())["format"] == "qsdp-tokens-1"
+
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            (["--out", "{}/a.txt/below"], r"below cannot be made .*: choose a folder"),
+            (["--out", "{}/out", "--shard-tokens", "x"], "--shard-tokens"),
+            (["--out", "{}/out", "--shardz", "1"], "--shardz"),
+            ([], "--out"),
+        ],
+    )
+    def test_each_mistake_is_one_sentence(
+        self, tmp_path: Path, flags: list[str], said: str
+    ) -> None:
+        (tmp_path / "a.txt").write_text("abc" * 100)
+        flags = [flag.format(tmp_path) for flag in flags]
+        done = self.prepare("--texts", tmp_path / "a.txt", *flags)
+        assert done.returncode == 2
+        assert re.search(said, done.stderr)
+        assert re.fullmatch(r"\S.*\.\n", done.stderr), done.stderr
 
     def test_bad_input_gives_one_sentence_and_status_2(self, tmp_path: Path) -> None:
         done = self.prepare("--texts", tmp_path / "absent.txt", "--out", tmp_path / "out")

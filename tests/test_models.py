@@ -207,6 +207,14 @@ def test_impossible_sampling_is_refused(options: dict[str, object]) -> None:
         generate(make(), **arguments)  # type: ignore[arg-type]
 
 
+def test_a_diverged_model_is_not_sampled_from() -> None:
+    model = make()
+    model.norm_out.weight.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        generate(model, random_tokens(), 1, top_k=3)
+    assert model.training
+
+
 def test_the_stated_cost_is_the_counted_one() -> None:
     model = make()
     # The plain kernel is made of matrix products, which the counter knows on every device.

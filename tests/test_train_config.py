@@ -76,6 +76,16 @@ def test_a_written_configuration_does_not_begin_anew_by_itself(tmp_path: Path) -
     assert parse(["--config", str(file)]).resume == "auto"
 
 
+@pytest.mark.parametrize("name", ["\U0001f702", 'a\x7f\x01\t"\\b', "é\u2028", "out"])
+def test_a_written_configuration_is_read_back_whatever_the_folders_name(
+    tmp_path: Path, name: str
+) -> None:
+    config = parse(["--out", str(tmp_path / name)])
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml(), encoding="utf-8")
+    assert parse(["--config", str(file)]) == config
+
+
 @pytest.mark.parametrize(
     ("flags", "bits"),
     [

@@ -1,7 +1,8 @@
 """Run by test_cli.py under torchrun: call the training job with bad flags, many times a process.
 
 Usage: refusals.py CASES.json RESULTS, where CASES.json lists for each case the flags of each rank.
-Every rank writes RESULTS-<rank>.json: exit status and standard error of each case.
+Every rank writes RESULTS-<rank>.json: exit status and standard error of each case. It works in the
+folder RESULTS-<rank>, if there is one, as on a node with files of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def meet_in(store: dist.Store, rank: int, size: int) -> None:
 def run(cases: list[list[list[str]]]) -> list[tuple[object, str]]:
     errors._PATIENCE_S = 0.0  # no launcher ends this rank when rank 0 has spoken
     store, rank, size = next(rendezvous("env://"))
+    if (home := Path(f"{sys.argv[2]}-{rank}")).is_dir():
+        os.chdir(home)
     results: list[tuple[object, str]] = []
     for number, flags in enumerate(cases):
         meet_in(dist.PrefixStore(f"case-{number}", store), rank, size)

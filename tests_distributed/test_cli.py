@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.bad_inputs import DATA, FLAGS, TEXT
+from tests.bad_inputs import DATA, FLAGS, TEXT, shards_with_late_ids
 from tests_distributed.launching import SMALL, start
 
 
@@ -22,20 +22,41 @@ def num_values(vocab_size: int) -> tuple[int, int]:
 
 def test_bad_inputs_are_refused_by_both_ranks_and_named_by_the_first(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
+    shards = shards_with_late_ids(tmp_path / "shards")
     cases = [*FLAGS, *DATA]
     flags = [[bad.arguments(tmp_path)] * 2 for bad in cases]
     for both in flags[len(FLAGS) :]:
         both[:] = [[*own, "--out", str(tmp_path / "out")] for own in both]
-    # Known to one rank alone, but only after all have met.
-    good = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
-    flags += [[good, [*good, "--data", str(tmp_path / "binary")]]]
-    (tmp_path / "cases.json").write_text(json.dumps(flags))
+    # Found by one rank alone, but only after all have met.
     results = tmp_path / "results"
+    texts = {"other.txt": (TEXT, TEXT[::-1]), "shorter.txt": (TEXT, TEXT[:-9])}
+    for name, own in (texts | {"binary": (TEXT, "\0")}).items():
+        for rank in (0, 1):
+            home = Path(f"{results}-{rank}")
+            home.mkdir(exist_ok=True)
+            (home / name).write_bytes(own[rank].encode().replace(b"\0", b"\xff"))
+    good = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
+    further = [
+        ("not UTF-8 text", ["--data", "binary"], ["--data", "binary"]),
+        ("hash of a sample of the tokens", ["--data", "other.txt"], ["--data", "other.txt"]),
+        ("length of the training split", ["--data", "shorter.txt"], ["--data", "shorter.txt"]),
+        ("--steps is 3 on rank 0 and 5 on rank 1", ["--steps", "3"], ["--steps", "5"]),
+        ("--grad-accum is 1 on rank 0 and 2 on rank 1", [], ["--grad-accum", "2"]),
+        ("--seed is 0 on rank 0 and 2 on rank 1", [], ["--seed", "2"]),
+        ("--cram is True on rank 0 and False on rank 1", ["--cram"], []),
+        ("--qsdp-bits is 8 on rank 0 and unset on rank 1", ["--qsdp-bits", "8"], []),
+        (
+            "holds the token id 50",
+            *2 * (["--data", str(shards), "--steps", "50", "--batch-size", "1"],),
+        ),
+    ]
+    flags += [[[*good, *own] for own in both] for _, *both in further]
+    (tmp_path / "cases.json").write_text(json.dumps(flags))
     start(
         str(tmp_path / "cases.json"), str(results), program="tests_distributed/refusals.py"
     ).succeed()
     first, second = (json.loads(Path(f"{results}-{rank}.json").read_text()) for rank in (0, 1))
-    said = [*(bad.said for bad in cases), "not UTF-8 text"]
+    said = [*(bad.said for bad in cases), *(expected for expected, *_ in further)]
     assert len(first) == len(second) == len(said) > 20
     for (status, text), (other_status, other_text), expected in zip(
         first, second, said, strict=True
@@ -127,7 +148,9 @@ def test_stock_fsdp2_runs_without_our_hooks_and_says_what_it_sends(tmp_path: Pat
     assert summary["val_loss_quantized"] is None
     blocks, root = num_values(vocab_size=len(set(TEXT)))
     wire = summary["wire"]
-    assert wire["fp32_bytes_per_step"] == 4 * (3 * blocks + 2 * root) / 2
+    # What is asked for in fp32 has no padded rows.
+    own = root - 128 * (len(set(TEXT)) % 2)
+    assert wire["fp32_bytes_per_step"] == 4 * (3 * blocks + 2 * own) / 2
     # Gathers in bf16; reduces in fp32, which gloo sends twice.
     assert wire["sent_bytes_per_step"] == (2 * (2 * blocks + root) + 8 * (blocks + root)) / 2
     assert "stock FSDP2" in wire["source"]

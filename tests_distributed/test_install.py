@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -169,13 +170,13 @@ def test_a_tied_weight_is_listed_once_and_a_clean_install_has_no_remark(run: Run
 
 
 def _payload(shapes: list[tuple[int, ...]], ranks: int, bits: int, bucket: int) -> tuple[int, int]:
-    """Bytes of one payload, and values of a rank's flat shard, from design.md alone."""
+    """Bytes of one payload, and values of all ranks together, from design.md alone."""
     coded, raw, values, meta = 0, 0, 0, 0
     for shape in shapes:
         numel = -(-shape[0] // ranks)
         for size in shape[1:]:
             numel *= size
-        values += numel
+        values += math.prod(shape)
         if len(shape) < 2 or bits == 32:
             raw += 4 * numel
         else:
@@ -252,8 +253,9 @@ def test_the_counters_equal_arithmetic(
         assert train["gather_intra_node_bytes"] == num_gathers * gathers_inside * gathered[0]
         assert train["reduce_intra_node_bytes"] == inside
         assert train["reduce_inter_node_bytes"] == between
-        assert train["gather_fp32_bytes"] == num_gathers * peers * 4 * gathered[1]
-        assert train["reduce_fp32_bytes"] == peers * 4 * reduced[1]
+        in_fp32 = num_gathers * sum(peers * 4 * values // ranks for _, values in gathers)
+        assert train["gather_fp32_bytes"] == in_fp32
+        assert train["reduce_fp32_bytes"] == sum(peers * 4 * n // ranks for _, n in reduces)
         assert train["other_sent_bytes"] == 0
         for snapshot in snapshots[2:]:
             for key in train:

@@ -87,7 +87,7 @@ class Gathering:
         else:
             wire.traffic.gathered("gather", plan.hops.across, size)
             wire.traffic.gathered("gather", plan.hops.local, size * plan.hops.num_nodes)
-        wire.traffic.in_fp32("gather", plan.world_size - 1, payloads.side.layout.num_values)
+        wire.traffic.in_fp32("gather", plan.world_size, payloads.side.num_values)
         senders = sorted(range(plan.world_size), key=_places(plan).__getitem__)
         check_headers(payloads.buffer, payloads.side, senders, payloads.step, plan)
         return payloads
@@ -136,7 +136,7 @@ def regather(output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: T
     num_bytes = input.numel() * input.element_size()
     num_values = input.numel() if input.is_floating_point() else num_bytes // 4
     traffic.gathered("gather", group, num_bytes)
-    traffic.in_fp32("gather", group.size() - 1, num_values)
+    traffic.in_fp32("gather", group.size(), group.size() * num_values)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

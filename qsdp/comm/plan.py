@@ -78,6 +78,8 @@ class Side:
         self.layout = layout
         self.tables = [torch.tensor(layout.table(n), dtype=torch.int64) for n in numels]
         self._numels = numels
+        self.num_values = sum(map(sum, numels))
+        """Of all ranks together, padding left out."""
         if starts is not None:
             for table in self.tables:
                 table[:, Field.BUFFER_BYTE] = torch.tensor(starts)

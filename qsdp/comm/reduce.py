@@ -77,7 +77,7 @@ def reduce(plan: Plan, hops: list[Hop], output: Tensor, input: Tensor, wire: Wir
         raise SetsDiffer
     if rows[plan.rank] is not output:
         output.copy_(rows[plan.rank])
-    wire.traffic.in_fp32("reduce", plan.world_size - 1, hops[-1].side.layout.num_values)
+    wire.traffic.in_fp32("reduce", plan.world_size, hops[-1].side.num_values)
     return occurrence
 
 
@@ -185,6 +185,8 @@ def all_reduce(
     ):
         compat.all_gather(payloads, own, group)
     wire.traffic.gathered("reduce", group, size)
+    # In fp32 it would be a reduce-scatter and an all-gather.
+    wire.traffic.in_fp32("reduce", group.size(), 2 * side.num_values // plan.world_size)
     check_headers(payloads, side, ranks, clock.step, plan)
     total_bytes = wire.scratch.take("sums", 4 * tensor.numel(), device)
     total = total_bytes.view(torch.float32)

@@ -40,10 +40,11 @@ class Traffic:
             link = LINKS[self._topology.node(receiver) != here]
             self._counts[f"{kind}_{link}_bytes"] += payload_bytes
 
-    def in_fp32(self, direction: str, num_peers: int, num_values: int) -> None:
-        """Count what ``num_values`` a rank to ``num_peers`` others would have taken in fp32."""
+    def in_fp32(self, direction: str, num_ranks: int, num_values: int) -> None:
+        """Count a rank's share of ``num_values`` in fp32, each sent once to all but one rank."""
         if not self._is_paused:
-            self._counts[f"{direction}_fp32_bytes"] += 4 * num_peers * num_values
+            share = 4 * (num_ranks - 1) * num_values // num_ranks
+            self._counts[f"{direction}_fp32_bytes"] += share
 
     def other(self, num_bytes: int) -> None:
         """Count ``num_bytes`` that are neither a gather nor a reduce of training."""

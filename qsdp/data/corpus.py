@@ -33,6 +33,16 @@ class Corpus:
     vocab_size: int
     """Every id is below it."""
 
+    def mistake(self) -> str | None:
+        """What is wrong with the ids read so far, if anything; see `TokenShards.mistake`."""
+        found = (getattr(tokens, "mistake", None) for tokens in (self.train, self.val))
+        return next((mistake for mistake in found if mistake is not None), None)
+
+    def check(self) -> None:
+        """Raise ValueError if an id that was read is outside the vocabulary."""
+        if (mistake := self.mistake()) is not None:
+            raise ValueError(mistake)
+
 
 def load_corpus(
     spec: str | Path, tokenizer_spec: str | Path | None = None, stdlib_bytes: int = STDLIB_BYTES

@@ -56,7 +56,12 @@ def prepare_shards(
 
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(
+            f"{out} cannot be made ({error.strerror}): choose a folder where you may write."
+        ) from None
     try:
         writer = ShardWriter(partial, tokenizer, shard_tokens)
         train_left = round(sum(sizes) * (1 - val_fraction))

@@ -37,9 +37,17 @@ class Tokens(Protocol):
 class TokenShards:
     """Several arrays read as one long sequence; a slice may cross their borders."""
 
-    def __init__(self, shards: Sequence[TokenArray]) -> None:
+    def __init__(
+        self, shards: Sequence[TokenArray], vocab_size: int | None = None, origin: str = "A shard"
+    ) -> None:
+        """`vocab_size`: an id that is not below it is read as 0, and `mistake` tells of it."""
         self._shards = tuple(shards)
         self._starts = np.cumsum([0, *(len(shard) for shard in shards)])
+        self._vocab_size = vocab_size
+        self._origin = origin
+        self.mistake: str | None = None
+        """The first id outside the vocabulary that was read. No exception: the reader may be one
+        rank of many, and all of them must stop at the same place."""
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -55,7 +63,16 @@ class TokenShards:
             if offset >= stop:
                 break
             pieces.append(shard[max(0, start - offset) : stop - offset])
-        return np.concatenate(pieces) if len(pieces) != 1 else pieces[0]
+        ids = np.concatenate(pieces) if len(pieces) != 1 else pieces[0]
+        if self._vocab_size is not None and ids.max() >= self._vocab_size:
+            largest = int(ids.argmax())
+            self.mistake = self.mistake or (
+                f"{self._origin} holds the token id {ids[largest]} (token {start + largest}), but "
+                f"meta.json states a vocab_size of {self._vocab_size}: correct its dtype or "
+                "vocab_size, or prepare the folder again with launch/prepare_data.py."
+            )
+            ids = np.where(ids < self._vocab_size, ids, ids.dtype.type(0))
+        return ids
 
 
 def read_shards(folder: Path) -> tuple[Tokens, Tokens, Tokenizer | None, int]:
@@ -78,7 +95,9 @@ def read_shards(folder: Path) -> tuple[Tokens, Tokens, Tokenizer | None, int]:
                 "prepare it again with launch/prepare_data.py."
             )
         splits[split] = TokenShards(
-            [_map(file, dtype, counts.get(file.name), meta["vocab_size"]) for file in files]
+            [_map(file, dtype, counts.get(file.name), meta["vocab_size"]) for file in files],
+            meta["vocab_size"],
+            f"The {split} split in {folder}",
         )
     stored = meta.get("tokenizer")
     tokenizer = (
@@ -133,6 +152,11 @@ class ShardWriter:
 
 
 def _map(file: Path, dtype: np.dtype[Any], num_tokens: int | None, vocab_size: int) -> TokenArray:
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is not a file of token ids: copy the folder again, or prepare it again with "
+            "launch/prepare_data.py."
+        )
     size = file.stat().st_size
     if size % dtype.itemsize or (num_tokens is not None and size != num_tokens * dtype.itemsize):
         stated = f"{num_tokens} ids of" if num_tokens is not None else "a whole number of ids of"
@@ -155,22 +179,25 @@ def _map(file: Path, dtype: np.dtype[Any], num_tokens: int | None, vocab_size: i
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         raise ValueError(
             f"{folder} has no meta.json, so it is no complete folder of token shards: make one "
             "with launch/prepare_data.py."
-        ) from None
-    except ValueError as error:
+        )
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON ({error}): write it again.") from None
     match meta:
-        case {"dtype": "uint16" | "uint32", "vocab_size": int(vocab_size)} if vocab_size > 0:
+        # To Python, true is an int: not to a user.
+        case {"dtype": "uint16" | "uint32" as dtype, "vocab_size": int(vocab_size)} if (
+            type(vocab_size) is int and 0 < vocab_size <= 1 << 8 * _DTYPES[dtype].itemsize
+        ):
             match meta.get("num_tokens", {}):
-                case dict(counts) if all(isinstance(n, int) for n in counts.values()):
+                case dict(counts) if all(type(n) is int for n in counts.values()):
                     return meta
     raise ValueError(
-        f"{path} must state a dtype, 'uint16' or 'uint32', and a positive vocab_size, and "
-        "num_tokens, if at all, as numbers: write it "
-        "again, or prepare the folder again with launch/prepare_data.py."
+        f"{path} must state a dtype, 'uint16' or 'uint32', a vocab_size from 1 to the number of "
+        "ids that the dtype holds, and num_tokens, if at all, as numbers: write it again, or "
+        "prepare the folder again with launch/prepare_data.py."
     )

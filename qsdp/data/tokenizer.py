@@ -109,6 +109,7 @@ class LibraryTokenizer:
                 f"{origin} is no tokenizer that the tokenizers library can read ({error}): "
                 "give the tokenizer.json of a model, or choose 'char' or 'byte'."
             ) from None
+        self._origin = origin
         # A file may truncate or pad for the model that it came from; a corpus must stay whole.
         self._library.no_truncation()
         self._library.no_padding()
@@ -119,7 +120,13 @@ class LibraryTokenizer:
             raise ValueError(f"{origin} has an empty vocabulary: train it first.")
 
     def encode(self, text: str) -> TokenArray:
-        ids = self._library.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._library.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(
+                f"{self._origin} cannot encode the text ({error}): give a tokenizer that has an id "
+                "for all of it, or choose 'char' or 'byte'."
+            ) from None
         return np.array(ids, dtype=token_dtype(self.vocab_size))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -153,7 +160,7 @@ def load_tokenizer(spec: str | Path, text: str | None = None) -> Tokenizer:
     try:
         definition = path.read_text(encoding="utf-8")
         fields = json.loads(definition)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a JSON file ({error}): give the tokenizer.json of a model, or choose "
             "'char' or 'byte'."
@@ -176,7 +183,7 @@ def tokenizer_from_json(text: str, origin: str = "The tokenizer") -> Tokenizer:
                 return ByteTokenizer()
             case {"kind": "tokenizers", "definition": dict(definition)}:
                 return LibraryTokenizer(json.dumps(definition), origin)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         pass
     raise ValueError(f"{origin} was not written by qsdp, or is damaged: write it again.")
 

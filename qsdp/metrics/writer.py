@@ -86,7 +86,7 @@ def read_metrics(path: Path, needed: Collection[str] = ()) -> list[dict[str, Any
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if _is_whole(line, needed):
             lines.append(line)

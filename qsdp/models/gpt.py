@@ -293,7 +293,8 @@ def generate(
         seed: of the sampling, which draws on the CPU.
 
     Returns: int64 [B, T + num_tokens], prompts included, on the prompts' device.
-    Raises: ValueError for an empty prompt, a negative temperature or count, or top_k below 1.
+    Raises: ValueError for an empty prompt, a negative temperature or count, or top_k below 1;
+        FloatingPointError, on every rank, where the model's logits are not finite.
     """
     if tokens_BT.ndim != 2 or tokens_BT.shape[1] == 0:
         raise ValueError(
@@ -312,6 +313,11 @@ def generate(
         for _ in range(num_tokens):
             logits_BTV, _ = model(tokens_BT[:, -model.config.context :])
             logits_BV = logits_BTV[:, -1].float().cpu()
+            if not logits_BV.isfinite().all():
+                raise FloatingPointError(
+                    "The model's logits are not finite, so there is nothing to sample from: go "
+                    "back to weights from before the training diverged."
+                )
             next_B1 = _sample(logits_BV, temperature, top_k, generator)
             tokens_BT = torch.cat([tokens_BT, next_B1.to(tokens_BT.device)], dim=1)
     finally:

@@ -9,13 +9,15 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from qsdp.train.config import RECIPES, TrainConfig
 from qsdp.train.errors import UserError, is_lost, leave, leave_lost, sentence
+
+T = TypeVar("T")
 
 _BITS_OF_ONE_DIRECTION = ("qsdp_weight_bits", "qsdp_grad_bits")
 _INTERRUPTED = 130  # as a shell reports SIGINT
@@ -32,6 +34,7 @@ _LISTS: dict[Any, tuple[tuple[type, ...], str]] = {
     tuple[float, ...]: ((int, float), "a list of numbers"),
     tuple[int, ...] | None: ((int,), "a list of integers"),
 }
+_NUMBERS: dict[Any, type] = {int: int, int | None: int, float: float, float | None: float}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,12 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     first.add_argument("--model", nargs="?")
     first.add_argument("--config", nargs="?")
     first.add_argument("--qsdp-bits", "--qsdp_bits", nargs="?")
+    numbers = {name: hint for name, hint in get_type_hints(TrainConfig).items() if hint in _NUMBERS}
+    for name in numbers.keys() - {"qsdp_bits"}:
+        first.add_argument("--" + name.replace("_", "-"), f"--{name}", dest=name, nargs="?")
     known, _ = first.parse_known_args(argv)
+    for name, hint in numbers.items():
+        _check_number(name, getattr(known, name), hint)
     from_file = {} if known.config is None else read_config_file(Path(known.config))
     if known.qsdp_bits is not None:
         # The flag is for both directions, so it wins over what the file says of either.
@@ -103,12 +111,15 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """The settings in a TOML file. Raises UserError for an unreadable file, key or value."""
+    wanted = "give a TOML file, such as the config.toml of a run"
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise UserError(f"--config {path} is not a file; {wanted}.")
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise UserError(f"--config {path} is not a TOML file: {error}.") from None
+        raise UserError(f"--config {path} cannot be read: {error.strerror}; {wanted}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config {path} is not a TOML file: {error}; {wanted}.") from None
     hints = get_type_hints(TrainConfig)
     values: dict[str, Any] = {}
     for key, value in settings.items():
@@ -165,14 +176,46 @@ def _parse_flags(argv: Sequence[str] | None, defaults: CommandLine) -> CommandLi
             ],
         )
 
+    return one_sentence(
+        lambda: tyro.cli(CommandLine, args=argv, default=defaults, registry=registry)
+    )
+
+
+def one_sentence(read_flags: Callable[[], T]) -> T:
+    """What a call of tyro's reads. Raises UserError for what it refuses, SystemExit after --help.
+
+    A reader of the help who has seen enough, as `head` has, is no error.
+    """
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(CommandLine, args=argv, default=defaults, registry=registry)
+            return read_flags()
     except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(_first_paragraph(complaint.getvalue())) from None
+        if stop.code:
+            raise UserError(_first_paragraph(complaint.getvalue())) from None
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _drop_output()
+        raise
+    except BrokenPipeError:
+        _drop_output()
+        raise SystemExit(0) from None
+
+
+def _drop_output() -> None:
+    """Let nobody wait for what is still to be printed: Python would fail once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _check_number(name: str, text: str | None, hint: Any) -> None:
+    if text is None:  # not given, or without a value, which tyro says best
+        return
+    try:
+        _NUMBERS[hint](text)
+    except ValueError:
+        flag = "--" + name.replace("_", "-")
+        raise UserError(f"{flag} is {text!r}; give {_FILE_TYPES[hint][1]}.") from None
 
 
 def _first_paragraph(boxed: str) -> str:
@@ -185,15 +228,17 @@ def _first_paragraph(boxed: str) -> str:
 
 def _check_files(config: TrainConfig) -> None:
     """Raise UserError for inputs that are not there, before anything is loaded."""
-    if config.data != "stdlib" and not Path(config.data).exists():
+    data = Path(config.data)
+    if config.data != "stdlib" and not (data.is_file() or data.is_dir()):
+        state = "is neither a file nor a folder" if data.exists() else "does not exist"
         raise UserError(
-            f"--data {config.data} does not exist; give stdlib, a text file or a folder of token "
-            "shards."
+            f"--data {config.data} {state}; give stdlib, a text file or a folder of token shards."
         )
     tokenizer = config.tokenizer
     if tokenizer not in (None, "char", "byte") and not Path(str(tokenizer)).is_file():
+        state = "is not a file" if Path(str(tokenizer)).exists() else "does not exist"
         raise UserError(
-            f"--tokenizer {tokenizer} does not exist; choose char, byte or a JSON file of the "
+            f"--tokenizer {tokenizer} {state}; choose char, byte or a JSON file of the "
             "tokenizers library."
         )
     if config.resume not in ("auto", "none") and not Path(config.resume).is_dir():
@@ -202,3 +247,15 @@ def _check_files(config: TrainConfig) -> None:
         )
     if config.out_dir.exists() and not config.out_dir.is_dir():
         raise UserError(f"--out {config.out_dir} is a file; give a folder.")
+    for name in ("checkpoints", "plots", "tensorboard"):
+        if (config.out_dir / name).exists() and not (config.out_dir / name).is_dir():
+            raise UserError(
+                f"--out {config.out_dir} holds a file named {name}, where a folder is to be made; "
+                "move it away, or give another folder."
+            )
+    for name in ("config.toml", "metrics.jsonl", "summary.json"):
+        if (config.out_dir / name).exists() and not (config.out_dir / name).is_file():
+            raise UserError(
+                f"--out {config.out_dir} holds {name}, which is not a file; move it away, or give "
+                "another folder."
+            )

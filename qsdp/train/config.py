@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,12 @@ class TrainConfig(WireFlags, RunFlags):
         self._require("beta2", 0 <= self.beta2 < 1, "choose a number from 0 to below 1")
         self._require("seed", 0 <= self.seed < 1 << 63, "choose an integer from 0 to 2**63 - 1")
         self._require("precision", self.precision in PRECISIONS, "choose fp32 or bf16")
+        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            # Surrogates stand for bytes of the command line that are not UTF-8.
+            is_odd = isinstance(value, str) and re.search("[\0\ud800-\udfff]", value) is not None
+            self._require(name, not is_odd, "give UTF-8 text")
+        self._require("data", self.data != "", "give stdlib, a text file or a folder of shards")
+        self._require("tokenizer", self.tokenizer != "", "choose char, byte or a JSON file")
         self._require("out", self.out != "", "give a folder")
         self._require("timeout_s", 1 <= self.timeout_s <= 1 << 31, "choose 1 second or more")
         self._require("resume", self.resume != "", "choose auto, none or a checkpoint's path")
@@ -219,6 +226,10 @@ class TrainConfig(WireFlags, RunFlags):
     def to_toml(self) -> str:
         """A file that --config reads back as this configuration, but for `resume`: `none` would
         delete the very run that the file was taken from."""
-        # JSON's strings, numbers, booleans and lists are TOML's too.
+        # JSON's strings, numbers, booleans and lists are TOML's too, but for two things: TOML has
+        # no pairs of surrogates, and wants DEL escaped.
         values = {name: value for name, value in self.as_dict().items() if name != "resume"}
-        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+        lines = [
+            f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items()
+        ]
+        return "".join(lines).replace("\x7f", "\\u007f")

@@ -52,7 +52,10 @@ class Evaluator:
                 num_tokens += count
             self._reshard()
         self._model.train()
-        total, total_tokens = world.sum(loss_sum, num_tokens)
+        is_wrong = self._corpus.mistake() is not None
+        total, total_tokens, num_wrong = world.sum(loss_sum, num_tokens, is_wrong)
+        if num_wrong:
+            world.together(self._corpus.check)
         return total / total_tokens
 
     def one_shot(self) -> dict[str, float]:
@@ -66,7 +69,8 @@ class Evaluator:
         return losses
 
     def sample(self) -> str | None:
-        """A validation prompt, continued by the exact weights; None if it cannot be decoded.
+        """A validation prompt, continued by the exact weights; None if it cannot be decoded, or if
+        the training has diverged.
 
         A model that fits stays gathered from token to token; a large one would cross the wire
         whole for each, so its sample is short.
@@ -81,9 +85,13 @@ class Evaluator:
         with self._wire.evaluation(exact=True):
             self._reshard_after_forward(not fits)
             num_tokens = 200 if fits else 20
-            ids_1T = generate(model, tokens_1T, num_tokens, 0.8, 50, self._config.seed)
-            self._reshard_after_forward(True)
-            self._reshard()
+            try:
+                ids_1T = generate(model, tokens_1T, num_tokens, 0.8, 50, self._config.seed)
+            except FloatingPointError:
+                return None
+            finally:
+                self._reshard_after_forward(True)
+                self._reshard()
         # A vocabulary padded for speed has ids that stand for no text.
         return tokenizer.decode([i for i in ids_1T[0].tolist() if i < tokenizer.vocab_size])
 

@@ -98,7 +98,10 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
     job.steps_done += 1
     used = asdict(job.wire.total() - before)
     # The sum waits for the device, so the time that follows is the whole step's.
-    loss_mean, *means = (total / world.size for total in world.sum(loss, *used.values()))
+    *sums, mistakes = world.sum(loss, *used.values(), job.corpus.mistake() is not None)
+    if mistakes:
+        world.together(job.corpus.check)
+    loss_mean, *means = (total / world.size for total in sums)
     step_s = time.perf_counter() - started
     wire = WireUse(**dict(zip(used, means, strict=True)))
     step_tokens = world.size * config.grad_accum * config.batch_size * config.seq_len

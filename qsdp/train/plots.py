@@ -38,6 +38,8 @@ def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list
     }
     if _timed(history):
         draw["wire_time"] = lambda axes: _plot_wire_time(axes, history)
+    if not any(line.get("wire_bytes_sent") for line in history):
+        del draw["wire"]  # a world of one
     paths = []
     for name, plot in draw.items():
         figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -63,20 +65,27 @@ def _plot_loss(axes: Any, history: History, summary: dict[str, Any]) -> None:
     history = [*history, last]
     axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
     axes.plot(steps, list(_smoothed(losses)), color="C0", label="training, smoothed")
-    for name, label, color in (
-        ("val_loss", "validation", "C1"),
-        ("val_loss_quantized", "validation off the wire", "C2"),
+    # The two may lie on each other: both must be seen.
+    for name, label, style in (
+        ("val_loss", "validation", {"color": "C1", "marker": "o", "markersize": 4}),
+        (
+            "val_loss_quantized",
+            "validation off the wire",
+            {"color": "C2", "marker": "o", "markersize": 7, "fillstyle": "none", "ls": "--"},
+        ),
     ):
-        if summary[name] is not None:
-            axes.plot(*_series(history, name), "o-", color=color, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="nats a token", title="Loss")
+        points = _series(history, name)
+        if points[0]:
+            axes.plot(*points, label=label, **style)
+    _label_steps(axes)
+    axes.set(ylabel="nats a token", title="Loss")
     axes.legend()
 
 
 def _plot_one_shot(axes: Any, summary: dict[str, Any]) -> None:
-    sparsities = [0.0, *(float(s) for s in summary["one_shot"])]
-    losses = [summary["val_loss"], *summary["one_shot"].values()]
-    axes.plot([100 * s for s in sparsities], losses, "o-")
+    losses = {0.0: summary["val_loss"]} | {float(s): x for s, x in summary["one_shot"].items()}
+    points = [(100 * s, loss) for s, loss in losses.items() if loss is not None]
+    axes.plot([s for s, _ in points], [loss for _, loss in points], "o-")
     axes.set(
         xlabel="block weights pruned in one shot, %",
         ylabel="validation loss, nats a token",
@@ -89,7 +98,8 @@ def _plot_wire(axes: Any, history: History) -> None:
         steps, counts = _series(history, name)
         axes.plot(steps, [count / 1e6 for count in counts], label=label)
     axes.set_ylim(bottom=0)
-    axes.set(xlabel="step", ylabel="MB a rank and step", title="Weights and gradients on the wire")
+    _label_steps(axes)
+    axes.set(ylabel="MB a rank and step", title="Weights and gradients on the wire")
     axes.legend()
 
 
@@ -100,7 +110,14 @@ def _plot_step_time(axes: Any, history: History) -> None:
     axes.plot(steps, list(_smoothed(milliseconds)), color="C0")
     if milliseconds:
         axes.set_ylim(0, _ceiling(milliseconds))
-    axes.set(xlabel="step", ylabel="ms", title="Time a step")
+    _label_steps(axes)
+    axes.set(ylabel="ms", title="Time a step")
+
+
+def _label_steps(axes: Any) -> None:
+    """Whole numbers only, in a short run too."""
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("step")
 
 
 def _plot_wire_time(axes: Any, history: History) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -85,6 +86,8 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
         "config": config.as_dict(),
     }
 
+    summary = _finite(summary)
+
     def write() -> None:
         plots = write_plots(job.out / "plots", history, summary)
         _write_json(job.out / "summary.json", summary)
@@ -100,11 +103,11 @@ def print_summary(console: Console, summary: dict[str, Any], plots: list[Path]) 
     losses = Table(title="Validation loss, nats a token")
     losses.add_column("weights")
     losses.add_column("loss", justify="right")
-    losses.add_row("dense, exact", f"{summary['val_loss']:.4f}")
+    losses.add_row("dense, exact", _nats(summary["val_loss"]))
     if summary["val_loss_quantized"] is not None:
-        losses.add_row("dense, off the wire", f"{summary['val_loss_quantized']:.4f}")
+        losses.add_row("dense, off the wire", _nats(summary["val_loss_quantized"]))
     for sparsity, loss in summary["one_shot"].items():
-        losses.add_row(f"{float(sparsity):.0%} pruned in one shot", f"{loss:.4f}")
+        losses.add_row(f"{float(sparsity):.0%} pruned in one shot", _nats(loss))
     console.print(losses)
     console.print(_wire_table(summary))
     seconds = summary["wire"]["seconds_per_step"]
@@ -122,6 +125,8 @@ def print_summary(console: Console, summary: dict[str, Any], plots: list[Path]) 
             c if c.isprintable() or c == "\n" else "\ufffd" for c in summary["sample"]
         )
         console.print(Panel(Text(printable), title="Sample"))
+    elif summary["val_loss"] is None:
+        console.print("No sample: the model's logits are not finite, the training has diverged.")
     if plots:
         console.print(f"Plots: {', '.join(str(path) for path in plots)}", highlight=False)
     else:
@@ -164,6 +169,10 @@ def _time_table(seconds: dict[str, float]) -> Table:
     return table
 
 
+def _nats(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
 def _signed(count: float) -> str:
     return format_bytes(count) if count >= 0 else f"-{format_bytes(-count)}"
 
@@ -180,10 +189,17 @@ def _mean_or_none(history: list[dict[str, Any]], name: str) -> float | None:
     return _mean(history, name) if has_any else None
 
 
+def _finite(value: Any) -> Any:
+    """`value` with None, JSON's null, for every number that is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     replacement = path.with_name(path.name + ".tmp")
     with replacement.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
+        file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     replacement.rename(path)

@@ -17,6 +17,7 @@ from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.metrics import MetricsWriter
 from qsdp.models import GPT, GPTConfig
 from qsdp.optim import CrAM
+from qsdp.train.agree import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate import Evaluator
 from qsdp.train.parallelize import build, check_replicas, make_optimizer, model_config
@@ -98,9 +99,11 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
 
     Raises UserError, on every rank, for whatever the user can correct.
     """
+    agree_on_config(config, world)
     _make_shared_folder(config.out_dir, world)
     world.together(lambda: check_replicas(config, world))
     corpus = world.together(lambda: _load_corpus(config))
+    agree_on_data(corpus, world)
     size = world.together(lambda: model_config(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))
     fingerprint = _fingerprint(config, size, corpus)
@@ -174,8 +177,14 @@ def _make_shared_folder(out: Path, world: World) -> None:
     probe = out / f".probe-{world.on_main(time.time_ns)}"
 
     def make() -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        except OSError as error:
+            raise ValueError(
+                f"--out {out} cannot be made or written to ({error.strerror}); give a folder where "
+                "you may write."
+            ) from None
 
     def see() -> None:
         deadline = time.monotonic() + _SHARED_FOLDER_S

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -118,10 +119,11 @@ class QuantizedWire:
 class StockWire:
     """The bytes of stock FSDP2, by arithmetic on its tables of padded shards.
 
-    A forward pass gathers every group; a backward pass gathers all but the root's again and reduces
-    all. A gather sends the own shard to S - 1 ranks, where S ranks share a replica. NCCL's
-    reduce-scatter moves each value once, (S - 1) shards a rank; gloo's is an all-reduce inside and
-    moves twice that. R replicas all-reduce the reduced shard: 2 (R - 1) / R of its bytes.
+    A forward pass gathers every group that is not gathered still, as the root is after a forward
+    without autograd; a backward pass gathers all but the root's again and reduces all. A gather
+    sends the own shard to S - 1 ranks, where S ranks share a replica. NCCL's reduce-scatter moves
+    each value once, (S - 1) shards a rank; gloo's is an all-reduce inside and moves twice that. R
+    replicas all-reduce the reduced shard: 2 (R - 1) / R of its bytes.
 
     FSDP2 does not say what its collectives take, so the seconds are NaN.
     """
@@ -134,31 +136,31 @@ class StockWire:
         reduce_crosses = _crosses(world, first + (world.rank - 1) % num_shards)
         average_crosses = _crosses(world, (world.rank - num_shards) % world.size)
         times_scattered = 2 if world.backend == "gloo" else 1
-        self._gather = WireUse()  # once for every group
-        self._regather = WireUse()  # all but the root's
         self._reduce = WireUse()
         for group in compat.parameter_groups(model):
             shards = group.parameters()
             gathered = (num_shards - 1) * sum(p.padded_numel * p.dtype.itemsize for p in shards)
             # Gradients are reduced in fp32 at either precision.
             shard_fp32 = 4 * sum(p.padded_numel for p in shards)
-            fp32 = (num_shards - 1) * shard_fp32
-            scattered = times_scattered * fp32
+            # Each value once: padding is sent, but not promised.
+            fp32 = 4 * (num_shards - 1) * sum(p.parameter.numel() for p in shards) // num_shards
+            scattered = times_scattered * (num_shards - 1) * shard_fp32
             averaged = 2 * (num_replicas - 1) * shard_fp32 / num_replicas
             gather = WireUse(
                 gather_bytes=gathered,
                 gather_inter_node_bytes=gather_crosses * gathered,
                 fp32_bytes=fp32,
             )
-            self._gather += gather
             self._reduce += WireUse(
                 reduce_bytes=scattered + averaged,
                 reduce_inter_node_bytes=reduce_crosses * scattered + average_crosses * averaged,
                 fp32_bytes=fp32 + averaged,
             )
-            if group.module is not cast(FSDPModule, model):
-                self._regather += gather
-        model.register_forward_pre_hook(self._count_forward)
+            is_root = group.module is cast(FSDPModule, model)
+            cast(nn.Module, group.module).register_forward_pre_hook(
+                partial(self._count_forward, group, [gather] if is_root else [gather, gather]),
+                prepend=True,  # before FSDP2's own, which gathers
+            )
 
     def total(self) -> WireUse:
         return self._total
@@ -173,11 +175,20 @@ class StockWire:
         """Nothing to change: the weights are exact, and without autograd a forward is `other`."""
         return nullcontext()
 
-    def _count_forward(self, model: nn.Module, inputs: Any) -> None:
+    def _count_forward(
+        self,
+        group: compat.ParameterGroup,
+        gathers: list[WireUse],
+        module: nn.Module,
+        inputs: Any,
+    ) -> None:
+        if group.is_gathered:
+            return
         if torch.is_grad_enabled():
-            self._total += self._gather + self._regather
+            for gather in gathers:
+                self._total += gather
         else:
-            self.other(self._gather.gather_bytes)
+            self.other(gathers[0].gather_bytes)
 
 
 def _crosses(world: World, neighbour: int) -> float:

@@ -1,0 +1,81 @@
+"""That all ranks were told the same: launchers are started one by one, each with its own flags."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from qsdp.data import Corpus
+from qsdp.train.config import TrainConfig
+from qsdp.train.errors import UserError
+from qsdp.train.world import World
+
+_SAMPLES = 64  # places in each split that are compared
+_SAMPLE_TOKENS = 1024
+
+
+def agree_on_config(config: TrainConfig, world: World) -> None:
+    """Raise UserError, on every rank, unless all have the same settings: they would hang later."""
+    difference = _first_difference(config.as_dict(), world)
+    if difference is not None:
+        name, values = difference
+        raise UserError(
+            f"--{name.replace('_', '-')} is {values}; give every launcher the same flags.",
+            is_shared=True,
+        )
+
+
+def agree_on_data(corpus: Corpus, world: World) -> None:
+    """Raise UserError, on every rank, unless all have read the same tokens, as far as is cheap, and
+    tokens of the vocabulary."""
+    difference = _first_difference(_fingerprint(corpus), world)
+    if difference is not None:
+        name, values = difference
+        raise UserError(
+            f"The ranks do not read the same data: the {name} is {values}; give every node the "
+            "same files, and one Python if --data is stdlib.",
+            is_shared=True,
+        )
+    world.together(corpus.check)
+
+
+def _fingerprint(corpus: Corpus) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for tokens in (corpus.train, corpus.val):
+        last = max(0, len(tokens) - _SAMPLE_TOKENS)
+        for start in sorted({round(last * i / (_SAMPLES - 1)) for i in range(_SAMPLES)}):
+            ids = np.asarray(tokens[start : start + _SAMPLE_TOKENS], dtype="<u4")
+            digest.update(ids.tobytes())
+    tokenizer = "" if corpus.tokenizer is None else corpus.tokenizer.to_json()
+    return {
+        "vocabulary": corpus.vocab_size,
+        "length of the training split": len(corpus.train),
+        "length of the validation split": len(corpus.val),
+        "hash of the tokenizer": _short_hash(tokenizer.encode("utf-8", "surrogatepass")),
+        "hash of a sample of the tokens": digest.hexdigest()[:8],
+    }
+
+
+def _short_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:8]
+
+
+def _first_difference(own: dict[str, Any], world: World) -> tuple[str, str] | None:
+    """The first name whose values differ, and who has which: `3 on rank 0 and 5 on rank 1`."""
+    everyones: list[dict[str, Any]] = [{}] * world.size
+    dist.all_gather_object(everyones, own)
+    for name in dict.fromkeys(name for values in everyones for name in values):
+        ranks: dict[str, list[str]] = {}
+        for rank, values in enumerate(everyones):
+            value = repr(values[name]) if name in values else "unset"
+            ranks.setdefault(value, []).append(str(rank))
+        if len(ranks) > 1:
+            parts = [
+                f"{value} on rank{'s' * (len(who) > 1)} {', '.join(who)}"
+                for value, who in ranks.items()
+            ]
+            return name, " and ".join(parts)
+    return None
