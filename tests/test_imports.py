@@ -13,6 +13,7 @@ PACKAGE = ROOT / "qsdp"
 MAY_IMPORT: dict[str, set[str]] = {
     "compat": set(),
     "config": set(),
+    "version": set(),
     "codec": set(),
     "comm": {"codec"},
     "fsdp": {"codec", "comm"},
@@ -23,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": set(),
     "metrics": set(),
 }
-FOR_ANYONE = {"compat", "config"}
+FOR_ANYONE = {"compat", "config", "version"}
 # These stand above all others: the job, and the public interface.
 ABOVE_ALL = {"train", "__init__"}
 

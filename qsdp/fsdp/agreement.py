@@ -8,13 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import qsdp
 from qsdp import compat
 from qsdp.codec.payload import VERSION
 from qsdp.comm.consent import compare
 from qsdp.comm.failures import listed
 from qsdp.comm.plan import Plan
 from qsdp.config import QSDPConfig
+from qsdp.version import __version__
 
 Description = dict[str, Any]
 """What must be equal on all ranks, in plain types; of a rank that cannot install its mistake."""
@@ -35,7 +35,7 @@ def describe(
     return {
         "versions": {
             "torch": torch.__version__,
-            "qsdp": qsdp.__version__,
+            "qsdp": __version__,
             "qsdp's payloads": VERSION,
         },
         "config": {field.name: getattr(config, field.name) for field in fields(config)} | others,
