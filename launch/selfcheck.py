@@ -221,7 +221,7 @@ def _fingerprint(values: Tensor) -> Tensor:
     return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()
 
 
-def _time(call: Callable[[], None], world: World) -> float:
+def _time(call: Callable[[], object], world: World) -> float:
     call()  # the first call opens connections
     _wait(world)
     start = time.perf_counter()

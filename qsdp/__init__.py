@@ -7,21 +7,31 @@ only answers `--help` should not.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qsdp.version import __version__ as __version__
-
 if TYPE_CHECKING:
     from qsdp.config import QSDPConfig
     from qsdp.fsdp.install import Handle, install
     from qsdp.optim import CrAM, clip_grad_norm_
+    from qsdp.simulation import Simulation, simulate
 
-__all__ = ["CrAM", "Handle", "QSDPConfig", "clip_grad_norm_", "install"]
+__version__ = "0.1.0"
+__all__ = [
+    "CrAM",
+    "Handle",
+    "QSDPConfig",
+    "Simulation",
+    "clip_grad_norm_",
+    "install",
+    "simulate",
+]
 
 _HOMES = {
     "CrAM": "qsdp.optim",
     "Handle": "qsdp.fsdp.install",
     "QSDPConfig": "qsdp.config",
+    "Simulation": "qsdp.simulation",
     "clip_grad_norm_": "qsdp.optim",
     "install": "qsdp.fsdp.install",
+    "simulate": "qsdp.simulation",
 }
 
 

@@ -123,13 +123,37 @@ class ParameterGroup:
         """Whether parameters without a gradient are reduced as zeros (torch 2.13)."""
         return getattr(self._group, "reduce_scatter_unused_params", False)
 
-    def comms(self) -> tuple[Any, Any, bool]:
-        """The all-gather object, the reduce-scatter object, and whether SUM is forced."""
+    @property
+    def gathers_again(self) -> bool:
+        """Whether the backward pass gathers the very shards that the forward pass did."""
+        info = self._group.post_forward_mesh_info
+        return info is not None and info is self._group.mesh_info
+
+    def requires_grad(self) -> list[bool]:
+        """Whether each parameter is trained, in buffer order."""
+        return [p.sharded_param.requires_grad for p in self._group.fsdp_params]
+
+    def versions(self) -> list[tuple[int, int, int]]:
+        """What changes with an in-place edit of each parameter's shard, in buffer order: a DTensor
+        and its local tensor count apart."""
+        return [
+            (local.data_ptr(), local._version, p.sharded_param._version)
+            for p, local in zip(self._group.fsdp_params, self.local_shards(), strict=True)
+        ]
+
+    def local_shards(self) -> list[Tensor]:
+        """This rank's shard of each parameter, in buffer order."""
+        return [p._sharded_local_tensor for p in self._group.fsdp_params]
+
+    def comms(self) -> tuple[Any, Any, bool, Any]:
+        """The all-gather object, the reduce-scatter object, whether SUM is forced, and the
+        all-reduce hook."""
         group = self._group
         return (
             group._all_gather_comm,
             group._reduce_scatter_comm,
             group.force_sum_reduction_for_comms,
+            group._all_reduce_hook,
         )
 
 
@@ -186,10 +210,26 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
+def all_gather(
+    output: Tensor, input: Tensor, group: dist.ProcessGroup, *, async_op: bool = False
+) -> dist.Work | None:
     """All-gather 1-D ``input`` into ``output`` (renamed in torch 2.13)."""
     single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-    single(output, input, group=group)
+    work: dist.Work | None = single(output, input, group=group, async_op=async_op)
+    return work
+
+
+def new_group(ranks: list[int], like: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A process group of ``ranks``, which alone call this, with backend and timeout of ``like``."""
+    timeout = like._get_backend(device_of(like)).options._timeout
+    backend = dist.get_backend(like)
+    return dist.new_group(ranks, timeout, backend, use_local_synchronization=True)
+
+
+def gather_ahead(module: FSDPModule) -> None:
+    """Let FSDP2 ask for gathers of all groups in ``module`` with `async_op`, so that a prefetched
+    one runs beside the computation on CPUs too."""
+    module._set_unshard_async_op(True)
 
 
 def name_without_wrappers(name: str) -> str:

@@ -13,10 +13,10 @@ PACKAGE = ROOT / "qsdp"
 MAY_IMPORT: dict[str, set[str]] = {
     "compat": set(),
     "config": set(),
-    "version": set(),
     "codec": set(),
     "comm": {"codec"},
     "fsdp": {"codec", "comm"},
+    "simulation": {"codec", "comm"},
     "sparsity": set(),
     "optim": {"sparsity"},
     "models": set(),
@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": set(),
     "metrics": set(),
 }
-FOR_ANYONE = {"compat", "config", "version"}
+FOR_ANYONE = {"compat", "config"}
 # These stand above all others: the job, and the public interface.
 ABOVE_ALL = {"train", "__init__"}
 

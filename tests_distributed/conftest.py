@@ -18,3 +18,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     pools = Pools(tmp_path_factory.mktemp("pools"))
     yield pools.run
     pools.close()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-combinations",
+        action="store_true",
+        help="run test_combinations.py on all combinations, not on a pairwise selection",
+    )

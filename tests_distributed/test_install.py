@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -184,13 +185,15 @@ def _payload(shapes: list[tuple[int, ...]], ranks: int, bits: int, bucket: int) 
     return -(-(aligned + coded) // 16) * 16, values
 
 
-def _traffic(reshard: bool, ranks_per_node: int) -> tuple[list[Any], list[dict[str, int]]]:
+def _traffic(
+    reshard: bool, ranks_per_node: int, reduce: str
+) -> tuple[list[Any], list[dict[str, int]]]:
     before = os.environ.get("LOCAL_WORLD_SIZE")
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks_per_node)
     try:
         model = shard(make_model(unused=True, frozen=True), reshard=reshard)
         same = tuple((name, (5, 3)) for name in ("embed.*", "position.*", "head.*"))
-        config = qsdp.QSDPConfig(**CONFIG, weight_bits=5, grad_bits=3, policy=same)
+        config = qsdp.QSDPConfig(**CONFIG, weight_bits=5, grad_bits=3, policy=same, reduce=reduce)
         handle = qsdp.install(model, config)
         snapshots = [handle.traffic.snapshot()]
         torch.autograd.backward(model(*make_batch(model, 1)))
@@ -213,29 +216,42 @@ def _traffic(reshard: bool, ranks_per_node: int) -> tuple[list[Any], list[dict[s
     return rows, snapshots
 
 
-@pytest.mark.parametrize(("ranks", "ranks_per_node", "reshard"), [(3, 1, True), (4, 2, False)])
+@pytest.mark.parametrize(
+    ("ranks", "ranks_per_node", "reshard", "reduce"),
+    [(3, 1, True, "auto"), (4, 2, False, "flat"), (4, 2, False, "auto"), (4, 2, True, "two-hop")],
+)
 def test_the_counters_equal_arithmetic(
-    run: Run, ranks: int, ranks_per_node: int, reshard: bool
+    run: Run, ranks: int, ranks_per_node: int, reshard: bool, reduce: str
 ) -> None:
-    for rows, snapshots in run(ranks, _traffic, reshard, ranks_per_node):
+    is_flat = reduce == "flat" or ranks_per_node == 1
+    num_nodes = ranks // ranks_per_node
+    everyone = run(ranks, _traffic, reshard, ranks_per_node, reduce)
+    for rank, (rows, snapshots) in enumerate(everyone):
         groups = sorted({group for group, _, _ in rows})
         members = [[shape for g, shape, _ in rows if g == group] for group in groups]
         with_grad = [[shape for g, shape, grad in rows if g == group and grad] for group in groups]
         gathers = [_payload(shapes, ranks, 5, 64) for shapes in members]
         exact = [_payload(shapes, ranks, 32, 64) for shapes in members]
         reduces = [_payload(shapes, ranks, 3, 64) for shapes in with_grad if shapes]
+        locally = [_payload(shapes, ranks, 8, 64) for shapes in with_grad if shapes]
         num_gathers = 2 if reshard else 1
         peers, intra = ranks - 1, ranks_per_node - 1
-        gathered, exactly, reduced = (
+        gathered, exactly, reduced, added = (
             [sum(column) for column in zip(*sizes, strict=True)]
-            for sizes in (gathers, exact, reduces)
+            for sizes in (gathers, exact, reduces, locally)
         )
+        # A flat all-gather is a ring: all that a rank sends goes to the next one.
+        crosses = (rank + 1) % ranks // ranks_per_node != rank // ranks_per_node
+        gathers_inside = (0 if crosses else peers) if is_flat else intra * num_nodes
+        inside, between = intra * reduced[0], (peers - intra) * reduced[0]
+        if not is_flat:
+            inside, between = intra * num_nodes * added[0], (num_nodes - 1) * reduced[0]
         assert set(snapshots[0].values()) == {0}
         train = snapshots[1]
         assert train["gather_sent_bytes"] == num_gathers * peers * gathered[0]
-        assert train["gather_intra_node_bytes"] == num_gathers * intra * gathered[0]
-        assert train["reduce_sent_bytes"] == peers * reduced[0]
-        assert train["reduce_inter_node_bytes"] == (peers - intra) * reduced[0]
+        assert train["gather_intra_node_bytes"] == num_gathers * gathers_inside * gathered[0]
+        assert train["reduce_intra_node_bytes"] == inside
+        assert train["reduce_inter_node_bytes"] == between
         assert train["gather_fp32_bytes"] == num_gathers * peers * 4 * gathered[1]
         assert train["reduce_fp32_bytes"] == peers * 4 * reduced[1]
         assert train["other_sent_bytes"] == 0
@@ -370,7 +386,7 @@ def _resumed(folder: str) -> tuple[Any, Any, dict[str, int]]:
 
 def test_a_resumed_run_draws_the_same_random_numbers(run: Run, tmp_path: Any) -> None:
     for expected, found, saved in run(3, _resumed, str(tmp_path / "checkpoint")):
-        assert all(type(value) is int for value in saved.values())
+        assert json.loads(json.dumps(saved)) == saved
         assert found[0] == expected[0]
         _assert_equal(found[1], expected[1])
 

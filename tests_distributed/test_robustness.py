@@ -317,8 +317,8 @@ def _damaged(direction: str, byte: int, bit: int) -> str:
         # Of the first rank's payload, or of the second's, which is the first that it receives.
         received[byte] ^= 1 << bit
 
-    def all_gather(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
-        gathers(output, input, group)
+    def all_gather(output: Tensor, *args: Any, **options: Any) -> None:
+        gathers(output, *args, **options)
         damage(output)
 
     def all_to_all(output: Tensor, *args: Any, **options: Any) -> None:

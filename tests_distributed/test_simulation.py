@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
-import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import Shard
 
-import qsdp
-from qsdp.optim.base import clip_grad_norm_
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import full_state, make_batch, make_model, shard
-from tests_distributed.simulation import Simulation, World, groups_by_prefix
+from tests_distributed.trainings import (
+    BF16,
+    FP16,
+    FP32,
+    Case,
+    assert_training_equals_its_simulation,
+    counted,
+    simulation_of,
+)
 
-STEPS = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One training, as both sides see it."""
-
-    ranks: int = 2
-    """Of the shard axis."""
-    replicas: int = 1
-    reshard: bool | int = True
-    nested: bool = True
-    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
-    """Parameter and reduce dtype of the mixed-precision policy."""
-    micro_batches: int = 1
-    sync_every: bool = False
-    max_norm: float | None = None
-    columns: bool = False
-    """Shard the MLP's down-projection by columns: `shard_placement_fn`, even sizes only."""
-    config: dict[str, Any] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {
     "plain": Case(),
     "gathered-once": Case(ranks=3, reshard=False, config={"rounding": "dither"}),
@@ -91,99 +66,100 @@ CASES = {
     "regathered-by-two": Case(ranks=4, reshard=2, config={"weight_bits": 4}),
     "by-columns": Case(ranks=2, columns=True, nested=False, options={"hidden": 6}),
 }
-
-
-def _config(case: Case, seed: int) -> qsdp.QSDPConfig:
-    return qsdp.QSDPConfig(**{"bucket_size": 64, "seed": seed, **case.config})
-
-
-def _optimizer(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=3e-2, weight_decay=0.1, betas=(0.9, 0.95))
-
-
-def _batch_seed(seed: int, step: int, micro: int) -> int:
-    return seed % 1000 * 100 + step * 10 + micro
-
-
-def _train(case: Case, seed: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """What one rank of the real thing sees: its losses, and the whole parameters at the end."""
-    model = make_model(seed, **case.options)
-    param_dtype, reduce_dtype = case.dtypes
-    options: dict[str, Any] = {
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=None if param_dtype == torch.float32 else param_dtype,
-            reduce_dtype=None if reduce_dtype == param_dtype else reduce_dtype,
-        )
-    }
-    if case.replicas > 1:
-        options["mesh"] = init_device_mesh(
-            "cpu", (case.replicas, case.ranks), mesh_dim_names=("replicate", "shard")
-        )
-    if case.columns:
-        by_columns = {id(block.mlp.down.weight) for block in model.blocks}
-        options["shard_placement_fn"] = lambda p: Shard(1) if id(p) in by_columns else None
-    shard(model, reshard=case.reshard, nested=case.nested, **options)
-    qsdp.install(model, _config(case, seed))
-    optimizer = _optimizer(model.parameters())
-    losses = []
-    for step in range(STEPS):
-        for micro in range(case.micro_batches):
-            is_last = micro == case.micro_batches - 1
-            model.set_requires_gradient_sync(case.sync_every or is_last)
-            loss = model(*make_batch(model, _batch_seed(seed, step, micro)))
-            torch.autograd.backward(loss * (1 / case.micro_batches))
-            losses.append(float(loss.detach()))
-        if case.max_norm is not None:
-            clip_grad_norm_(model.parameters(), case.max_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, full_state(model)
-
-
-def _simulate(case: Case, seed: int) -> tuple[list[list[float]], dict[str, torch.Tensor], float]:
-    """Losses by rank, the whole parameters, and how much was clipped at the least."""
-    # Recomputation must change nothing: the simulation does without.
-    model = make_model(seed, **{**case.options, "checkpointing": False})
-    prefixes = [""]
-    for i in range(model.config.num_layers):
-        prefixes += [f"blocks.{i}", f"blocks.{i}.mlp"] if case.nested else [f"blocks.{i}"]
-    world = World(
-        world_size=case.ranks,
-        replicas=case.replicas,
-        groups=groups_by_prefix(model, prefixes),
-        param_dtype=case.dtypes[0],
-        reduce_dtype=case.dtypes[1],
-        shard_dims=lambda name: int(case.columns and name.endswith("mlp.down.weight")),
-    )
-    simulation = Simulation(model, _config(case, seed), world, _optimizer)
-    num_ranks = case.ranks * case.replicas
-    losses: list[list[float]] = [[] for _ in range(num_ranks)]
-    least_norm = float("inf")
-    for step in range(STEPS):
-        batches = [
-            [make_batch(model, _batch_seed(seed, step, micro), rank) for rank in range(num_ranks)]
-            for micro in range(case.micro_batches)
-        ]
-        per_micro = simulation.pass_(
-            batches, sync_every=case.sync_every, scale=1 / case.micro_batches
-        )
-        for per_rank in per_micro:
-            for rank, loss in enumerate(per_rank):
-                losses[rank].append(loss)
-        if case.max_norm is not None:
-            least_norm = min(least_norm, simulation.clip(case.max_norm))
-        simulation.update()
-    return losses, simulation.state(), least_norm
+# What needs the wire in full.
+TWO_HOPS = {"reduce": "two-hop", "ranks_per_node": 2}
+CASES |= {
+    "warm-up": Case(ranks=3, micro_batches=2, config={"weight_bits": 3, "warmup_steps": 2}),
+    "warm-up-at-six-bits": Case(
+        sync_every=True,
+        micro_batches=2,
+        config={"grad_bits": 4, "warmup_steps": 3, "warmup_bits": 6},
+    ),
+    "embeddings-at-three-bits": Case(
+        ranks=3, options={"tied": True}, config={"embedding_bits": 3, "grad_bits": 4}
+    ),
+    "kept-payloads": Case(
+        ranks=3,
+        options={"frozen": True, "unused": True},
+        config={"gather": "once", "weight_bits": 3, "warmup_steps": 1},
+    ),
+    "kept-payloads-gathered-once-anyway": Case(
+        reshard=False, options={"frozen": True}, micro_batches=2, config={"gather": "once"}
+    ),
+    "kept-payloads-regathered-by-two": Case(
+        ranks=4, reshard=2, options={"frozen": True}, config={"gather": "once"}
+    ),
+    "two-hop": Case(ranks=4, max_norm=0.1, config={**TWO_HOPS, "grad_bits": 4}),
+    "two-hop-by-itself": Case(
+        ranks=4, config={"ranks_per_node": 2, "grad_bits": 3, "local_grad_bits": 5}
+    ),
+    "two-hop-bf16": Case(
+        ranks=4, dtypes=(BF16, BF16), micro_batches=2, config={**TWO_HOPS, "grad_bits": 16}
+    ),
+    "two-hop-fp16": Case(
+        ranks=4,
+        dtypes=(FP32, FP16),
+        options={"unused": True, "frozen": True},
+        config={**TWO_HOPS, "warmup_steps": 1, "gather": "once"},
+    ),
+    "two-hop-on-one-node": Case(
+        ranks=3, config={"reduce": "two-hop", "ranks_per_node": 3, "grad_bits": 4}
+    ),
+    "two-hop-of-single-ranks": Case(
+        ranks=3,
+        dtypes=(BF16, FP32),
+        config={"reduce": "two-hop", "ranks_per_node": 1, "grad_bits": 4},
+    ),
+    "two-hop-accumulated-after-reduce": Case(
+        ranks=4, micro_batches=2, sync_every=True, config={**TWO_HOPS, "rounding": "stochastic"}
+    ),
+    "two-hop-in-each-replica": Case(
+        ranks=2, replicas=2, config={"reduce": "two-hop", "ranks_per_node": 1, "grad_bits": 4}
+    ),
+    "quantized-replicas": Case(
+        ranks=2, replicas=2, quantized_replicas=True, max_norm=0.1, config={"grad_bits": 4}
+    ),
+    "quantized-replicas-fp16": Case(
+        ranks=2,
+        replicas=2,
+        quantized_replicas=True,
+        dtypes=(BF16, FP16),
+        micro_batches=2,
+        options={"frozen": True, "unused": True},
+        config={"gather": "once", "warmup_steps": 1, "warmup_bits": 16},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_training_equals_the_simulation_bit_for_bit(run: Run, name: str) -> None:
-    case, seed = CASES[name], random.randrange(1 << 30)
-    expected_losses, expected, least_norm = run(1, _simulate, case, seed)[0]
-    if case.max_norm is not None:
-        assert least_norm > case.max_norm, "nothing is clipped: the case shows nothing"
-    for rank, (losses, state) in enumerate(run(case.ranks * case.replicas, _train, case, seed)):
-        assert losses == expected_losses[rank], f"rank {rank}, seed {seed}"
-        assert state.keys() == expected.keys()
-        for parameter, value in expected.items():
-            assert torch.equal(state[parameter], value), f"{parameter}, rank {rank}, seed {seed}"
+    assert_training_equals_its_simulation(run, CASES[name], random.randrange(1 << 30))
+
+
+SENT = {
+    "flat": Case(ranks=3),
+    "flat-bf16": Case(reshard=None, dtypes=(BF16, FP32)),
+    "gathered-once": Case(ranks=3, reshard=False, options={"frozen": True}, micro_batches=2),
+    "kept": Case(ranks=3, options={"frozen": True}, micro_batches=2, config={"gather": "once"}),
+    "two-hop": Case(ranks=4, options={"frozen": True}, config={**TWO_HOPS, "weight_bits": 3}),
+    "two-hop-bf16": Case(ranks=4, reshard=None, dtypes=(BF16, BF16), config=TWO_HOPS),
+    "quantized-replicas": Case(
+        ranks=2, replicas=2, quantized_replicas=True, config={"ranks_per_node": 2, "grad_bits": 4}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_simulated_bytes_are_those_that_are_counted(run: Run, name: str) -> None:
+    case, seed = SENT[name], random.randrange(1 << 30)
+    simulation = simulation_of(case, seed)
+    for rank, sent in enumerate(run(case.ranks * case.replicas, counted, case, seed)):
+        found = simulation.wire_bytes(
+            rank=rank, micro_batches=case.micro_batches, reshard_after_forward=case.reshard
+        )
+        assert sent == (
+            found.gather_intra_node,
+            found.gather_inter_node,
+            found.reduce_intra_node,
+            found.reduce_inter_node,
+        )

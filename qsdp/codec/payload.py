@@ -60,11 +60,16 @@ class Field(IntEnum):
     DATA_BYTE = 9  # where codes or raw values start in the payload
     PARAMETER = 10  # third counter word of the generator
     GROUP = 11  # fourth counter word of the generator
+    LEVELS = 12  # where the segment's 2**bits learned levels start, in floats; -1: a uniform grid
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One parameter's stretch of a flat buffer. ``bits`` 0 is raw, travelling as ``wire``."""
+    """One parameter's stretch of a flat buffer. ``bits`` 0 is raw, travelling as ``wire``.
+
+    ``levels`` is where the segment's learned levels start in the tensor that `encode` and `decode`
+    are given; -1 stands for the uniform grid.
+    """
 
     bits: int
     dtype: DType
@@ -73,6 +78,7 @@ class Segment:
     wire: DType = DType.FP32
     bucket: int = 1024
     rounding: int = 0
+    levels: int = -1
 
     @property
     def num_buckets(self) -> int:
@@ -128,6 +134,7 @@ class Layout:
             own = segment.dtype if dtype is None else dtype
             row = [segment.bits, own, segment.wire, buffer_byte, numel, segment.padded]
             row += [segment.bucket, segment.rounding, meta, data, segment.parameter, self.group]
+            row.append(segment.levels)
             rows.append([int(entry) for entry in row])
             buffer_byte += segment.padded * ITEM_BYTES[own]
         return rows

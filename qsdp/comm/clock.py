@@ -4,7 +4,9 @@ from collections import Counter
 
 from qsdp.codec.rounding import Key
 
-GATHER, REDUCE = range(2)
+GATHER, REDUCE, FROZEN = range(3)
+FLAT, LOCAL, ACROSS, REPLICAS = range(4)
+"""Hops of a reduce: over all ranks at once, inside a node, between nodes, between replicas."""
 
 
 class Clock:
@@ -21,9 +23,14 @@ class Clock:
         self._reduced = False
         self._occurrences: Counter[int] = Counter()
 
-    def before_gather(self, in_backward: bool) -> None:
-        """Advance the step if this gather opens a new pass."""
-        if self._reduced and not in_backward:
+    @property
+    def next_step(self) -> int:
+        """The step of a forward pass that began now."""
+        return self.step + self._reduced
+
+    def before_forward(self) -> None:
+        """Advance the step if the gather that follows is the first after a reduce."""
+        if self._reduced:
             self.step += 1
             self._reduced = False
             self._occurrences.clear()
@@ -38,9 +45,14 @@ class Clock:
         """``sender`` is the rank in the shard group: replicas decode the same weights."""
         return Key(self.seed, self.step, GATHER, 0, 0, sender).fold()
 
-    def reduce_key(self, occurrence: int, sender: int, receiver: int) -> int:
-        """``sender`` is the global rank: every replica rounds for itself."""
-        return Key(self.seed, self.step, REDUCE, 0, occurrence, sender, receiver).fold()
+    def frozen_key(self, sender: int) -> int:
+        """Of weights that are sent once for all steps."""
+        return Key(self.seed, 0, FROZEN, 0, 0, sender).fold()
+
+    def reduce_key(self, hop: int, occurrence: int, sender: int, receiver: int) -> int:
+        """``sender`` is the global rank: every replica rounds for itself. ``receiver`` is the rank
+        in the shard group of the row's owner."""
+        return Key(self.seed, self.step, REDUCE, hop, occurrence, sender, receiver).fold()
 
     def state_dict(self) -> dict[str, int]:
         return {"seed": self.seed, "step": self.step, "reduced": int(self._reduced)}

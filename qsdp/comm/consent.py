@@ -31,11 +31,10 @@ from qsdp import compat
 from qsdp.codec.payload import HEADER_BYTES, Standing
 from qsdp.comm.failures import collective, listed
 from qsdp.comm.gather import check_headers
-from qsdp.comm.plan import Plan, Side
+from qsdp.comm.plan import Plan
+from qsdp.comm.reduce import Hop
 
 Places = tuple[int, ...]
-Hop = tuple[Side, int, dist.ProcessGroup]
-"""One all-to-all of a reduce: the payloads' side, how many a peer is sent, over which ranks."""
 
 
 def compare(mine: object, groups: Sequence[dist.ProcessGroup], what: str) -> dict[int, Any] | None:
@@ -113,9 +112,10 @@ class Consent:
         Returns CHANGED if all ranks did so, else MIXED.
         """
         standing = Standing.CHANGED
-        for side, width, group in hops:
+        for side, _, group, owned in hops:
             ranks = dist.get_process_group_ranks(group)
             me = group.rank()
+            width = len(owned[me])
             senders = [rank for rank in ranks if rank != ranks[me] for _ in range(width)]
             size = side.layout.payload_bytes
             shape, device = (len(senders), size), compat.device_of(group)
@@ -128,7 +128,7 @@ class Consent:
                 dist.all_to_all_single(
                     received.view(-1), sent.view(-1), splits, splits, group=group
                 )
-            standing = check_headers(received, side, senders, step, self._plan, standing)
+            standing = check_headers(received.view(-1), side, senders, step, self._plan, standing)
         return standing
 
     def _ask(self, places: Places, group: dist.ProcessGroup) -> None:

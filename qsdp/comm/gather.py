@@ -1,51 +1,132 @@
 """The quantized all-gather of weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import compat
 from qsdp.codec.payload import HEADER_BYTES, Standing
-from qsdp.comm.clock import Clock
 from qsdp.comm.failures import collective
 from qsdp.comm.plan import Plan, Side
-from qsdp.comm.scratch import Scratch
 from qsdp.comm.traffic import Traffic
+from qsdp.comm.wire import Wire
 
 
-def gather(
-    plan: Plan,
-    side: Side,
-    output: Tensor,
-    input: Tensor,
-    clock: Clock,
-    traffic: Traffic,
-    scratch: Scratch,
-) -> None:
-    """All-gather ``input`` (this rank's flat shard) into ``output`` as payloads.
+class Payloads(NamedTuple):
+    """What all ranks sent in one gather: the weights, to be decoded whenever they are needed."""
+
+    side: Side
+    buffer: Tensor
+    """uint8 [ranks * payload bytes], in the order of `_places`."""
+    step: int
+    keys: tuple[int, ...]
+
+
+class Gathering:
+    """A gather of one side that is under way.
 
     1. Encode this rank's shard. The input may be a view into the output: it is read first.
-    2. One all-gather of payloads.
+    2. One all-gather of payloads; with hops, one between nodes, so that each shard comes to a node
+       once, and one inside the node.
     3. Check every header: version, step, sender, size, plan.
-    4. Decode every rank's payload into its slice of the output, this rank's own too: all ranks
-       compute with the same weights.
-
-    Raises RuntimeError when a header is not what this rank expects (ranks that disagree).
     """
-    size = side.layout.payload_bytes
-    payloads = scratch.take("gather", plan.world_size * size, output.device)
-    own = payloads.narrow(0, plan.rank * size, size)
-    key = clock.gather_key(plan.rank)
-    header = side.layout.header(plan.rank, clock.step)
-    torch.ops.qsdp.encode(as_bytes(input), side.tables[plan.rank], key, header, own)
-    with collective("gather", plan.names, clock.step):
-        compat.all_gather(payloads, own, plan.group)
-    traffic.sent("gather", plan.group, size, side.layout.num_values)
-    check_headers(payloads, side, range(plan.world_size), clock.step, plan)
+
+    def __init__(
+        self,
+        plan: Plan,
+        side: Side,
+        input: Tensor,
+        wire: Wire,
+        buffer: Tensor,
+        *,
+        is_frozen: bool = False,
+        async_op: bool = False,
+    ) -> None:
+        """Encode ``input``, this rank's flat shard, and start the first all-gather.
+
+        ``buffer``: uint8 [ranks * payload bytes], for the payloads. ``is_frozen``: sent once for
+        all steps. ``async_op``: beside what this thread does until `finish`.
+        """
+        clock = wire.clock
+        key = clock.frozen_key if is_frozen else clock.gather_key
+        keys = tuple(key(rank) for rank in range(plan.world_size))
+        self._plan, self._wire = plan, wire
+        self._payloads = Payloads(side, buffer, 0 if is_frozen else clock.step, keys)
+        size = side.layout.payload_bytes
+        group, target, place = plan.group, buffer, plan.rank
+        if plan.hops is not None:
+            group, place = plan.hops.across, plan.hops.across.rank()
+            target = wire.scratch.take("node", group.size() * size, buffer.device)
+            if async_op:
+                target = torch.empty_like(target)
+        own = target.narrow(0, place * size, size)
+        header = side.layout.header(plan.rank, self._payloads.step)
+        table, own_key = side.tables[plan.rank], keys[plan.rank]
+        with wire.times.measure("gather", "encode", buffer.device):
+            torch.ops.qsdp.encode(as_bytes(input), table, own_key, header, own, wire.level_values)
+        with self._on_the_wire():
+            self._work = compat.all_gather(target, own, group, async_op=async_op)
+        self._node_payloads = target
+
+    def finish(self) -> Payloads:
+        """Wait for the payloads. Raises RuntimeError when a header is not what is expected."""
+        plan, wire, payloads = self._plan, self._wire, self._payloads
+        size = payloads.side.layout.payload_bytes
+        with self._on_the_wire():
+            if self._work is not None:
+                self._work.wait()
+            if plan.hops is not None:
+                compat.all_gather(payloads.buffer, self._node_payloads, plan.hops.local)
+        if plan.hops is None:
+            wire.traffic.gathered("gather", plan.group, size)
+        else:
+            wire.traffic.gathered("gather", plan.hops.across, size)
+            wire.traffic.gathered("gather", plan.hops.local, size * plan.hops.num_nodes)
+        wire.traffic.in_fp32("gather", plan.world_size - 1, payloads.side.layout.num_values)
+        senders = sorted(range(plan.world_size), key=_places(plan).__getitem__)
+        check_headers(payloads.buffer, payloads.side, senders, payloads.step, plan)
+        return payloads
+
+    @contextmanager
+    def _on_the_wire(self) -> Iterator[None]:
+        plan, wire = self._plan, self._wire
+        device = self._payloads.buffer.device
+        with (
+            collective("gather", plan.names, wire.clock.step),
+            wire.times.measure("gather", "wire", device),
+        ):
+            yield
+
+
+class GatheringWork(dist.Work):
+    """What FSDP2 waits for before it uses a gather that it asked for ahead of time."""
+
+    def __init__(self, finish: Any) -> None:
+        super().__init__()
+        self._finish = finish
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Finish the gather, once."""
+        if self._finish is not None:
+            self._finish()
+            self._finish = None
+        return True
+
+
+def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
+    """Decode every rank's payload into its slice of the flat ``output``, this rank's own too: all
+    ranks compute with the same weights."""
+    size, places = payloads.side.layout.payload_bytes, _places(plan)
     slices = as_bytes(output).chunk(plan.world_size)
-    for rank, payload in enumerate(payloads.split(size)):
-        key = clock.gather_key(rank)
-        torch.ops.qsdp.decode(payload, side.tables[rank], key, slices[rank])
+    with wire.times.measure("gather", "decode", output.device):
+        for rank, (key, table) in enumerate(zip(payloads.keys, payloads.side.tables, strict=True)):
+            payload = payloads.buffer.narrow(0, places[rank] * size, size)
+            torch.ops.qsdp.decode(payload, table, key, slices[rank], levels=wire.level_values)
 
 
 def regather(output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> None:
@@ -54,7 +135,8 @@ def regather(output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: T
         compat.all_gather(output, input, group)
     num_bytes = input.numel() * input.element_size()
     num_values = input.numel() if input.is_floating_point() else num_bytes // 4
-    traffic.sent("gather", group, num_bytes, num_values)
+    traffic.gathered("gather", group, num_bytes)
+    traffic.in_fp32("gather", group.size() - 1, num_values)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -65,7 +147,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 def check_headers(
     payloads: Tensor,
     side: Side,
-    senders: range | list[int],
+    senders: list[int],
     step: int,
     plan: Plan,
     standing: Standing = Standing.KEPT,
@@ -94,3 +176,14 @@ def check_headers(
             "step, bytes, plan): run the same model, config and step on every rank"
         )
     return standing if set(heard) == {standing} else Standing.MIXED
+
+
+def _places(plan: Plan) -> list[int]:
+    """Where each rank's payload lies among the gathered ones: node after node within a place."""
+    hops = plan.hops
+    if hops is None:
+        return list(range(plan.world_size))
+    return [
+        rank % hops.ranks_per_node * hops.num_nodes + rank // hops.ranks_per_node
+        for rank in range(plan.world_size)
+    ]

@@ -1,15 +1,17 @@
 """The plan: which bytes of a group's flat buffers are which parameter's, and how each travels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsdp.codec.payload import DType, Layout, Segment
+from qsdp.codec.payload import DType, Field, Layout, Segment
 from qsdp.comm.failures import title
+from qsdp.comm.levels import offset
+from qsdp.comm.topology import Hops
 from qsdp.config import ROUNDINGS, QSDPConfig
 
 DTYPES = {torch.float32: DType.FP32, torch.bfloat16: DType.BF16, torch.float16: DType.FP16}
@@ -30,9 +32,13 @@ class Parameter:
     weight_bits: int
     """2 to 8: coded. 16: bf16. 32: the value as it is."""
     grad_bits: int
-    is_trainable: bool
     why: str
     """Why it travels so, for the report."""
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether its weights or gradients are sent as codes."""
+        return min(self.weight_bits, self.grad_bits) <= 8
 
     def shard_numel(self, rank: int, world_size: int) -> int:
         """Valid values of rank's slice: `torch.chunk` of the shard dimension."""
@@ -62,13 +68,19 @@ def embedding_names(model: nn.Module) -> set[str]:
 class Side:
     """One layout of one direction with the codec tables of every rank.
 
-    ``numels[r]`` are the valid values of rank r's slice of each segment.
+    ``numels[r]`` are the valid values of rank r's slice of each segment, ``starts`` the segments'
+    places in the flat buffer, in bytes: a layout may leave out some of the buffer's parameters.
     """
 
-    def __init__(self, layout: Layout, numels: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, layout: Layout, numels: Sequence[Sequence[int]], starts: Sequence[int] | None = None
+    ) -> None:
         self.layout = layout
         self.tables = [torch.tensor(layout.table(n), dtype=torch.int64) for n in numels]
         self._numels = numels
+        if starts is not None:
+            for table in self.tables:
+                table[:, Field.BUFFER_BYTE] = torch.tensor(starts)
 
     @cached_property
     def fp32_tables(self) -> list[Tensor]:
@@ -87,7 +99,11 @@ class Plan:
         parameters: in the order of FSDP2's flat buffer.
         index: the group's place in the model: a counter word of the random generator.
         group: the process group of the shard axis.
-        config: roundings and bucket size.
+        config: roundings and bucket sizes.
+
+    Attributes:
+        hops: how the group splits into nodes, where it travels in two hops; set after all ranks
+            have agreed.
     """
 
     def __init__(
@@ -100,40 +116,89 @@ class Plan:
         self.parameters = tuple(parameters)
         self.index = index
         self.group = group
+        self.hops: Hops | None = None
         self.world_size = group.size()
         self.rank = group.rank()
         self.global_ranks = dist.get_process_group_ranks(group)
         self.names = tuple(p.name for p in parameters)
         self.name = title(self.names)
         self._config = config
-        self._reduces: dict[tuple[tuple[int, ...], torch.dtype], Side] = {}
+        self._sides: dict[tuple[object, ...], Side] = {}
 
-    @cached_property
-    def gather(self) -> Side:
-        """The quantized all-gather."""
-        segments = [self._segment(p, p.dtype, p.weight_bits, False) for p in self.parameters]
-        return self._side(segments, self.parameters)
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Of all parameters."""
+        return tuple(range(len(self.parameters)))
 
-    @cached_property
-    def exact_gather(self) -> Side:
-        """The all-gather in full precision, for validation with exact weights."""
-        segments = [self._segment(p, p.dtype, 32, False) for p in self.parameters]
-        return self._side(segments, self.parameters)
+    @property
+    def buffer_bytes(self) -> int:
+        """A rank's slice of FSDP2's flat buffer of weights."""
+        return sum(p.padded_numel(self.world_size) * p.dtype.itemsize for p in self.parameters)
 
-    def reduce(self, with_grad: tuple[int, ...], dtype: torch.dtype) -> Side:
-        """The quantized reduce-scatter of the parameters at places ``with_grad``, in ``dtype``."""
-        if (with_grad, dtype) not in self._reduces:
+    def set_bits(self, bits: Sequence[tuple[int, int]]) -> None:
+        """Give each parameter other (weight, gradient) bits."""
+        self.parameters = tuple(
+            replace(p, weight_bits=weight, grad_bits=grad, why="budget" if p.is_coded else p.why)
+            for p, (weight, grad) in zip(self.parameters, bits, strict=True)
+        )
+        self._sides.clear()
+
+    def gather(
+        self, places: tuple[int, ...], least_bits: int = 0, *, is_frozen: bool = False
+    ) -> Side:
+        """The gather of the parameters at ``places``, with no fewer than ``least_bits``.
+
+        ``is_frozen``: sent once, so on the uniform grid: levels may be learned anew.
+        """
+        key = ("gather", places, least_bits, is_frozen)
+        if key not in self._sides:
+            starts, end = [], 0
+            for p in self.parameters:
+                starts.append(end)
+                end += p.padded_numel(self.world_size) * p.dtype.itemsize
+            chosen = [self.parameters[i] for i in places]
+            segments = [
+                self._segment(p, p.dtype, max(p.weight_bits, least_bits), False) for p in chosen
+            ]
+            if is_frozen:
+                segments = [replace(segment, levels=-1) for segment in segments]
+            self._sides[key] = self._side(segments, chosen, [starts[i] for i in places])
+        return self._sides[key]
+
+    def reduce(
+        self,
+        with_grad: tuple[int, ...],
+        dtype: torch.dtype,
+        least_bits: int = 0,
+        is_local: bool = False,
+    ) -> Side:
+        """The reduce of the parameters at places ``with_grad``, in ``dtype``.
+
+        ``is_local``: inside a node, where links are fast and more bits are sent.
+        """
+        key = ("reduce", with_grad, dtype, least_bits, is_local)
+        if key not in self._sides:
             chosen = [self.parameters[i] for i in with_grad]
-            segments = [self._segment(p, dtype, p.grad_bits, True) for p in chosen]
-            self._reduces[with_grad, dtype] = self._side(segments, chosen)
-        return self._reduces[with_grad, dtype]
+            segments = []
+            for p in chosen:
+                bits = p.grad_bits
+                if is_local and bits <= 8:
+                    bits = self._config.local_grad_bits or 8
+                segments.append(self._segment(p, dtype, max(bits, least_bits), True))
+            self._sides[key] = self._side(segments, chosen)
+        return self._sides[key]
 
-    def _side(self, segments: list[Segment], parameters: Sequence[Parameter]) -> Side:
+    def _side(
+        self,
+        segments: list[Segment],
+        parameters: Sequence[Parameter],
+        starts: Sequence[int] | None = None,
+    ) -> Side:
         numels = [
             [p.shard_numel(rank, self.world_size) * _units(p.dtype) for p in parameters]
             for rank in range(self.world_size)
         ]
-        return Side(Layout(segments, self.index), numels)
+        return Side(Layout(segments, self.index), numels, starts)
 
     def _segment(
         self, parameter: Parameter, dtype: torch.dtype, bits: int, is_grad: bool
@@ -148,6 +213,7 @@ class Plan:
             parameter=parameter.index,
             bucket=self._config.bucket_of(bits, is_grad=is_grad),
             rounding=ROUNDINGS.index(self._config.rounding_of(bits)),
+            levels=offset(self._config, parameter.index, bits, is_grad=is_grad),
         )
 
 

@@ -1,7 +1,7 @@
 """Counts the bytes that this rank sends, by direction and link."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -15,9 +15,10 @@ LINKS = ("intra_node", "inter_node")
 class Traffic:
     """Cumulative counters of one handle.
 
-    A payload counts once for every peer that it is meant for, header, metadata and raw parts
-    included; transport headers are not. `*_fp32_bytes` is what the same gathers and reduces would
-    have sent in fp32, each value once: 4 (N - 1) / N bytes a value of the gathered buffer.
+    Payloads count whole, header, metadata and raw parts included; transport headers do not. An
+    all-gather counts as the ring that gloo and NCCL make of it: all but one of its payloads go to
+    the next rank. `*_fp32_bytes` is what the same gathers and reduces would have sent in fp32, each
+    value once: 4 (N - 1) / N bytes a value of the gathered buffer.
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -25,19 +26,24 @@ class Traffic:
         self._counts: Counter[str] = Counter()
         self._is_paused = False
 
-    def sent(
-        self, direction: str, group: dist.ProcessGroup, payload_bytes: int, num_values: int
-    ) -> None:
-        """Count one payload of ``payload_bytes`` to every other rank of ``group``.
+    def gathered(self, direction: str, group: dist.ProcessGroup, payload_bytes: int) -> None:
+        """Count an all-gather of ``payload_bytes`` a rank over ``group``."""
+        ranks = dist.get_process_group_ranks(group)
+        neighbour = ranks[(group.rank() + 1) % len(ranks)]
+        self.sent(direction, [neighbour] * (len(ranks) - 1), payload_bytes)
 
-        ``num_values`` is this rank's share of the flat buffer, in values.
-        """
-        intra, inter = self._topology.num_peers(group)
+    def sent(self, direction: str, receivers: Iterable[int], payload_bytes: int) -> None:
+        """Count ``payload_bytes`` to each of the global ranks ``receivers``."""
+        here = self._topology.node(dist.get_rank())
         kind = "other" if self._is_paused else direction
-        self._counts[f"{kind}_intra_node_bytes"] += intra * payload_bytes
-        self._counts[f"{kind}_inter_node_bytes"] += inter * payload_bytes
+        for receiver in receivers:
+            link = LINKS[self._topology.node(receiver) != here]
+            self._counts[f"{kind}_{link}_bytes"] += payload_bytes
+
+    def in_fp32(self, direction: str, num_peers: int, num_values: int) -> None:
+        """Count what ``num_values`` a rank to ``num_peers`` others would have taken in fp32."""
         if not self._is_paused:
-            self._counts[f"{direction}_fp32_bytes"] += 4 * (intra + inter) * num_values
+            self._counts[f"{direction}_fp32_bytes"] += 4 * num_peers * num_values
 
     def other(self, num_bytes: int) -> None:
         """Count ``num_bytes`` that are neither a gather nor a reduce of training."""

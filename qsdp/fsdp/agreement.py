@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from qsdp.comm.consent import compare
 from qsdp.comm.failures import listed
 from qsdp.comm.plan import Plan
 from qsdp.config import QSDPConfig
-from qsdp.version import __version__
 
 Description = dict[str, Any]
 """What must be equal on all ranks, in plain types; of a rank that cannot install its mistake."""
@@ -35,7 +35,7 @@ def describe(
     return {
         "versions": {
             "torch": torch.__version__,
-            "qsdp": __version__,
+            "qsdp": version("qsdp"),
             "qsdp's payloads": VERSION,
         },
         "config": {field.name: getattr(config, field.name) for field in fields(config)} | others,
@@ -45,13 +45,15 @@ def describe(
                 f"of shape {'x'.join(map(str, p.shape)) or '()'}",
                 f"of type {p.dtype}",
                 f"sharded by dimension {p.shard_dim}",
-                "trainable" if p.is_trainable else "frozen",
+                "trainable" if is_trained else "frozen",
                 f"with {p.weight_bits} weight bits and {p.grad_bits} gradient bits",
                 f"as place {place} of the group of {plan.name}",
                 f"as parameter {p.index} of the model",
             )
-            for plan in plans
-            for place, p in enumerate(plan.parameters)
+            for group, plan in zip(groups, plans, strict=True)
+            for place, (p, is_trained) in enumerate(
+                zip(plan.parameters, group.requires_grad(), strict=True)
+            )
         },
         "groups": {
             f"the group of {plan.name}": (
@@ -107,11 +109,11 @@ def check(everyone: Sequence[dist.ProcessGroup], mine: Description) -> None:
 
 def _difference(rank: int, ours: Description, first: int, theirs: Description) -> str:
     """One sentence on the first difference between two unequal descriptions."""
-    for name, version in ours["versions"].items():
+    for name, mine in ours["versions"].items():
         other = theirs["versions"][name]
-        if version != other:
+        if mine != other:
             return (
-                f"rank {rank} has version {version} of {name} but rank {first} has {other}: "
+                f"rank {rank} has version {mine} of {name} but rank {first} has {other}: "
                 "install the same on every rank"
             )
     for field, value in ours["config"].items():

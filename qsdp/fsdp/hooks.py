@@ -1,6 +1,6 @@
-"""The two objects that FSDP2 calls instead of its own collectives."""
+"""The objects that FSDP2 calls instead of its own collectives."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,24 +10,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from qsdp import compat
-from qsdp.comm.clock import Clock
-from qsdp.comm.consent import Consent, Hop, Places
-from qsdp.comm.gather import gather, regather
+from qsdp.comm.consent import Consent, Places
+from qsdp.comm.gather import Gathering, GatheringWork, Payloads, decode, regather
 from qsdp.comm.plan import Plan
-from qsdp.comm.reduce import SetsDiffer, reduce
-from qsdp.comm.scratch import Scratch
-from qsdp.comm.traffic import Traffic
-
-
-class Wire:
-    """What all groups of one handle share."""
-
-    def __init__(self, clock: Clock, traffic: Traffic) -> None:
-        self.clock = clock
-        self.traffic = traffic
-        self.scratch = Scratch()
-        self.recorders: list[GradRecorder] = []
-        self.is_exact = False
+from qsdp.comm.reduce import Hop, SetsDiffer, all_reduce, hops_of, reduce
+from qsdp.comm.wire import Wire
 
 
 class _Comm:
@@ -38,13 +25,39 @@ class _Comm:
 
 
 class AllGather(_Comm):
-    """The all-gather of one group."""
+    """The all-gather of one group.
+
+    With `gather="once"` it keeps payloads: those of a training forward until the backward pass
+    decodes them again, those of frozen parameters until one of these is edited or trained.
+
+    Args:
+        plan: how the group travels.
+        wire: what it shares with the others.
+        group: FSDP2's side of it.
+        recorders: of all groups, this one's under the plan's index.
+        before: called before a gather that may open a new step.
+    """
 
     def __init__(
-        self, plan: Plan, wire: Wire, recorder: "GradRecorder", regather_world_size: int | None
+        self,
+        plan: Plan,
+        wire: Wire,
+        group: compat.ParameterGroup,
+        recorders: Sequence["GradRecorder"],
+        before: Callable[[], None],
     ) -> None:
-        self._plan, self._wire, self._recorder = plan, wire, recorder
-        self._regather_world_size = regather_world_size
+        self._plan, self._wire, self._group = plan, wire, group
+        self._recorders, self._before = recorders, before
+        self._kept: Payloads | None = None
+        self._buffer: Tensor | None = None
+        self._frozen: Payloads | None = None
+        self._frozen_mark: tuple[object, ...] = ()
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the buffers of kept payloads take on this rank."""
+        frozen = None if self._frozen is None else self._frozen.buffer
+        return sum(buffer.numel() for buffer in (self._buffer, frozen) if buffer is not None)
 
     def __call__(
         self,
@@ -52,37 +65,116 @@ class AllGather(_Comm):
         input_tensor: Tensor,
         group: dist.ProcessGroup,
         async_op: bool = False,
-    ) -> None:
-        """Gather on the current stream. Returning None tells FSDP2 that there is no Work to wait
-        for: its own event, recorded right after this call, orders what follows."""
+    ) -> dist.Work | None:
+        """Gather on the current stream.
+
+        Returning None tells FSDP2 that there is no Work to wait for: its own event, recorded right
+        after this call, orders what follows. With ``async_op`` on a CPU the wire runs beside the
+        computation, and waiting for the Work decodes.
+        """
         plan, wire = self._plan, self._wire
-        if group.size() == self._regather_world_size and group is not plan.group:
+        if group.size() == self._group.regather_world_size and group is not plan.group:
             regather(output_tensor, input_tensor, group, wire.traffic)
-            return
-        side = plan.exact_gather if wire.is_exact else plan.gather
+            return None
         given = input_tensor.numel() * input_tensor.element_size()
-        if group.size() != plan.world_size or given != side.layout.buffer_bytes:
+        if group.size() != plan.world_size or given != plan.buffer_bytes:
             raise RuntimeError(
                 f"FSDP2 gathers {given} bytes over {group.size()} ranks for the group of "
-                f"{plan.name}, but its plan has {side.layout.buffer_bytes} over {plan.world_size}: "
+                f"{plan.name}, but its plan has {plan.buffer_bytes} over {plan.world_size}: "
                 "install qsdp after the model has its final parameters, dtypes and sharding"
             )
-        for recorder in wire.recorders:
+        for recorder in self._recorders:
             recorder.watch()
         in_backward = compat.in_backward()
+        kept, self._kept = self._kept, None
         if not in_backward:
-            self._recorder.forget_what_was_dropped()
-        if not wire.is_exact:
-            wire.clock.before_gather(in_backward)
-        gather(plan, side, output_tensor, input_tensor, wire.clock, wire.traffic, wire.scratch)
+            self._recorders[plan.index].forget_what_was_dropped()
+            kept = None
+        if wire.is_exact:
+            places, kept = plan.places, None
+        else:
+            if not in_backward:
+                self._before()
+                wire.clock.before_forward()
+            places = self._gather_frozen(input_tensor)
+        if kept is not None:
+            self._decode(kept, output_tensor)
+            return None
+        keeps = not wire.is_exact and not in_backward and self._is_needed_again()
+        is_async = async_op and input_tensor.device.type == "cpu"
+        if not places:
+            self._decode(None, output_tensor)
+            return None
+        side = plan.gather(places, 32 if wire.is_exact else wire.least_bits)
+        buffer = self._take_buffer(side, input_tensor.device, keeps, is_async)
+        gathering = Gathering(plan, side, input_tensor, wire, buffer, async_op=is_async)
+
+        def finish() -> None:
+            payloads = gathering.finish()
+            self._decode(payloads, output_tensor)
+            if keeps:
+                self._kept = payloads
+
+        if is_async:
+            return GatheringWork(finish)
+        finish()
+        return None
+
+    def _gather_frozen(self, input: Tensor) -> tuple[int, ...]:
+        """See to the payloads of frozen parameters; returns the places of the others."""
+        plan, wire = self._plan, self._wire
+        trains = self._group.requires_grad()
+        frozen = tuple(i for i in plan.places if not trains[i])
+        if wire.config.gather == "twice" or not frozen:
+            self._frozen = None
+            return plan.places
+        versions = self._group.versions()
+        # Sent once, so for a warm-up too.
+        side = plan.gather(frozen, is_frozen=True)
+        mark = (side, *(versions[i] for i in frozen))
+        if self._frozen is None or mark != self._frozen_mark:
+            size = plan.world_size * side.layout.payload_bytes
+            buffer = torch.empty(size, dtype=torch.uint8, device=input.device)
+            self._frozen = Gathering(plan, side, input, wire, buffer, is_frozen=True).finish()
+            self._frozen_mark = mark
+        return tuple(i for i in plan.places if trains[i])
+
+    def _is_needed_again(self) -> bool:
+        # FSDP2 gathers with autograd off, and so does reentrant checkpointing compute: only the
+        # module can tell a training forward from a validation.
+        is_training = self._group.modules[0].training
+        return self._wire.config.gather == "once" and is_training and self._group.gathers_again
+
+    def _take_buffer(self, side: Any, device: torch.device, keeps: bool, is_async: bool) -> Tensor:
+        """Memory for the payloads of all ranks."""
+        size = self._plan.world_size * side.layout.payload_bytes
+        if keeps:
+            if self._buffer is None or self._buffer.numel() != size:
+                self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+            return self._buffer
+        if is_async:
+            return torch.empty(size, dtype=torch.uint8, device=device)
+        return self._wire.scratch.take("gather", size, device)
+
+    def _decode(self, payloads: Payloads | None, output: Tensor) -> None:
+        for part in (payloads, None if self._wire.is_exact else self._frozen):
+            if part is not None:
+                decode(self._plan, part, output, self._wire)
 
 
 class ReduceScatter(_Comm):
-    """The reduce-scatter of one group."""
+    """The reduce-scatter of one group, and with ``replicas`` the all-reduce between replicas."""
 
-    def __init__(self, plan: Plan, wire: Wire, recorder: "GradRecorder") -> None:
-        self._plan, self._wire, self._recorder = plan, wire, recorder
+    def __init__(
+        self,
+        plan: Plan,
+        wire: Wire,
+        recorder: "GradRecorder",
+        replicas: dist.ProcessGroup | None,
+    ) -> None:
+        self._plan, self._wire, self._recorder, self._replicas = plan, wire, recorder, replicas
         self._consent = Consent(plan)
+        self._reduced: tuple[Places, int] | None = None
 
     def __call__(
         self,
@@ -99,19 +191,26 @@ class ReduceScatter(_Comm):
                 f"FSDP2 asks the group of {plan.name} for {op}; qsdp sums: leave "
                 "set_force_sum_reduction_for_comms on"
             )
-        numel = input_tensor.numel() // plan.world_size
-        with_grad = self._recorder.take(numel)
+        with_grad = self._recorder.take(input_tensor.numel() // plan.world_size)
 
         def hops(places: Places) -> list[Hop]:
-            return [(plan.reduce(places, input_tensor.dtype), 1, group)]
+            return hops_of(plan, places, input_tensor.dtype, group, wire)
 
         self._consent.settle(with_grad, group, hops, wire.clock.step)
-        side = plan.reduce(with_grad, input_tensor.dtype)
-        out, inp = output_tensor, input_tensor
         try:
-            reduce(plan, side, out, inp, group, wire.clock, wire.traffic, wire.scratch)
+            occurrence = reduce(plan, hops(with_grad), output_tensor, input_tensor, wire)
         except SetsDiffer:
             self._consent.refuse(with_grad, group)
+        else:
+            self._reduced = (with_grad, occurrence)
+
+    def all_reduce(self, reduce_output: Tensor) -> None:
+        """FSDP2's all-reduce hook: average what was just reduced over the replicas, in place."""
+        assert self._reduced is not None
+        assert self._replicas is not None
+        with_grad, occurrence = self._reduced
+        plan, wire = self._plan, self._wire
+        all_reduce(plan, with_grad, reduce_output, self._replicas, occurrence, wire)
 
 
 class GradRecorder:

@@ -2,24 +2,36 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import compat
-from qsdp.comm.clock import Clock
+from qsdp.comm.levels import Levels
+from qsdp.comm.measure import Meter
 from qsdp.comm.plan import DTYPES, Parameter, Plan, embedding_names
-from qsdp.comm.topology import Topology
+from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, split, split_by_mesh
 from qsdp.comm.traffic import Traffic
+from qsdp.comm.wire import Wire
 from qsdp.config import QSDPConfig
 from qsdp.fsdp import agreement
-from qsdp.fsdp.hooks import AllGather, GradRecorder, ReduceScatter, Wire
+from qsdp.fsdp.adapt import Adaptation
+from qsdp.fsdp.hooks import AllGather, GradRecorder, ReduceScatter
 from qsdp.fsdp.report import Report, Row
 
 
-def install(model: nn.Module, config: QSDPConfig | None = None) -> "Handle":
+def install(
+    model: nn.Module,
+    config: QSDPConfig | None = None,
+    *,
+    replicate_mesh: DeviceMesh | None = None,
+    node_mesh: DeviceMesh | None = None,
+) -> "Handle":
     """Send the weights and gradients of ``model`` over the wire as ``config`` says.
 
     A collective: all ranks of the model's mesh call it, and make sure that they agree.
@@ -28,6 +40,10 @@ def install(model: nn.Module, config: QSDPConfig | None = None) -> "Handle":
         model: a module on which `fully_shard` was called, itself or on submodules. Its parameters
             stay plain DTensors; optimizers, checkpoints and clipping work as before.
         config: bits, buckets, rounding; None takes the defaults (8 bits both ways).
+        replicate_mesh: HSDP with a quantized all-reduce: a 1-D mesh over the ranks that hold the
+            same shards, of a model that was sharded over a 1-D mesh of its own.
+        node_mesh: a 2-D mesh [nodes, ranks of a node] over the shard group's ranks, in place of
+            `ranks_per_node`.
 
     Returns:
         A `Handle`: report, traffic counters, state for checkpoints, removal.
@@ -36,7 +52,8 @@ def install(model: nn.Module, config: QSDPConfig | None = None) -> "Handle":
         ValueError: the model is not sharded by FSDP2, has the wire already, or uses what qsdp does
             not support: CPUOffloadPolicy, per-parameter meshes, tensor parallelism, a mesh without
             a shard axis, float64 in parameters or reduces, parameters with an all-gather of their
-            own; or a policy pattern matches no parameter.
+            own; a policy pattern matches no parameter; the shard group does not split into nodes
+            as a two-hop reduce needs; or replicate_mesh is not such a mesh.
         RuntimeError: the ranks do not have the same model and config.
     """
     config = QSDPConfig() if config is None else config
@@ -51,26 +68,34 @@ def install(model: nn.Module, config: QSDPConfig | None = None) -> "Handle":
         raise ValueError(
             f"qsdp is installed on this {type(model).__name__} already; call handle.remove() first"
         )
-    return Handle(model, config, groups)
+    return Handle(model, config, groups, replicate_mesh, node_mesh)
 
 
 class Handle:
     """The quantized wire of one model. Made by `install`."""
 
     def __init__(
-        self, model: nn.Module, config: QSDPConfig, groups: list[compat.ParameterGroup]
+        self,
+        model: nn.Module,
+        config: QSDPConfig,
+        groups: list[compat.ParameterGroup],
+        replicate_mesh: DeviceMesh | None,
+        node_mesh: DeviceMesh | None,
     ) -> None:
         self.config = config
-        self.traffic = Traffic(Topology())
+        topology = Topology(config.ranks_per_node)
+        self.traffic = Traffic(topology)
         self._groups = groups
-        self._clock = Clock(config.seed)
-        self._wire = Wire(self._clock, self.traffic)
+        self._wire = Wire(config, self.traffic)
+        self.times = self._wire.times
         self._is_removed = False
         self._reshard()
         names = {p: compat.name_without_wrappers(name) for name, p in model.named_parameters()}
         order = {name: i for i, name in enumerate(names.values())}
+        replicas = _replica_group(groups, replicate_mesh)
         meshes = dict.fromkeys(group.mesh for group in groups)
         everyone = [axis for mesh in meshes for axis in mesh.get_all_groups()]
+        everyone += [] if replicas is None else [replicas]
         with agreement.mistakes_shared(everyone):
             _check_policy(config, list(order))
             embeddings = set(map(compat.name_without_wrappers, embedding_names(model)))
@@ -84,23 +109,38 @@ class Handle:
             for p, name in names.items()
             if name not in planned
         }
-        agreement.check(everyone, agreement.describe(config, groups, self._plans))
+        nodes = None if node_mesh is None else tuple(node_mesh.shape)
+        others = {"ranks_per_node": topology.ranks_per_node, "node_mesh": nodes}
+        agreement.check(everyone, agreement.describe(config, groups, self._plans, **others))
+        self._hops = _make_hops(self._plans, topology, config, node_mesh)
+        self._owns_hops = node_mesh is None
+        self._everyone = everyone
+        if config.levels == "learned":
+            self._wire.levels = Levels(len(order))
+        self._adaptation = Adaptation(self._plans, groups, self._wire, everyone)
+        self._grad_meter: Meter | None = None
         self._before = [group.comms() for group in groups]
-        for group, plan in zip(groups, self._plans, strict=True):
-            recorder = GradRecorder(plan, group)
-            self._wire.recorders.append(recorder)
-            all_gather = AllGather(plan, self._wire, recorder, group.regather_world_size)
-            reduce_scatter = ReduceScatter(plan, self._wire, recorder)
-            _set_comms(group, all_gather, reduce_scatter, force_sum=True)
+        self._recorders = [
+            GradRecorder(plan, group) for plan, group in zip(self._plans, groups, strict=True)
+        ]
+        self._gathers = []
+        for plan, group, recorder in zip(self._plans, groups, self._recorders, strict=True):
+            gather = AllGather(plan, self._wire, group, self._recorders, self._adaptation.settle)
+            reduce = ReduceScatter(plan, self._wire, recorder, replicas)
+            self._gathers.append(gather)
+            hook = None if replicas is None else reduce.all_reduce
+            _set_comms(group, gather, reduce, True, hook or group.comms()[3])
 
     def report(self) -> Report:
         """How every parameter travels, at what bits, and why."""
         rows = dict(self._outside)
-        for plan in self._plans:
-            for p in plan.parameters:
+        for plan, group in zip(self._plans, self._groups, strict=True):
+            for p, is_trained in zip(plan.parameters, group.requires_grad(), strict=True):
                 weight = _travel(p.weight_bits, p.dtype)
-                grad = _travel(p.grad_bits, None) if p.is_trainable else "none"
-                rows[p.index] = Row(p.name, tuple(p.shape), plan.index, weight, grad, p.why)
+                grad = _travel(p.grad_bits, group.reduce_dtype or p.dtype, is_grad=True)
+                why = p.why if is_trained else f"{p.why}, frozen"
+                row = Row(p.name, tuple(p.shape), plan.index, weight, grad, why)
+                rows[p.index] = row if is_trained else replace(row, grad="none")
         return Report(tuple(rows[index] for index in sorted(rows)), tuple(self._remarks()))
 
     @contextmanager
@@ -117,47 +157,160 @@ class Handle:
             self._reshard()
             self._wire.is_exact = before
 
-    def state_dict(self) -> dict[str, int]:
-        """What a resumed run needs to draw the same random numbers: plain integers."""
-        return self._clock.state_dict()
+    @property
+    def kept_bytes(self) -> int:
+        """What kept payloads (`gather="once"`) take at most on this rank, in bytes."""
+        return sum(gather.kept_bytes for gather in self._gathers)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken."""
-        self._clock.load_state_dict(state)
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Inside, the errors of all gradients that this rank sends are measured, for `errors`.
+
+        It takes about as long again as the codec does.
+        """
+        self._grad_meter = Meter(self.config, self._wire.level_values)
+        self._wire.meters.append(self._grad_meter)
+        try:
+            yield
+        finally:
+            self._wire.meters.remove(self._grad_meter)
+
+    def errors(self) -> dict[str, dict[str, float | None]]:
+        """Relative errors of quantization by parameter name: {"weight": e, "grad": e}, each
+        |decoded - value| / |value| in the 2-norm over all ranks. A collective.
+
+        Weights are those of now; gradients those reduced inside the last `measuring`, None where
+        there were none or they travel raw.
+        """
+        weights = Meter(self.config, self._wire.level_values)
+        meter = weights if self._grad_meter is None else self._grad_meter
+        self._adaptation.measure_weights(weights)
+        parameters = [p for plan in self._plans for p in plan.parameters]
+        columns = {
+            name: [_relative(*pair) for pair in source.totals(keys, self._everyone).tolist()]
+            for name, source, is_grad in (("weight", weights, False), ("grad", meter, True))
+            for keys in [[(p.index, is_grad, 0) for p in parameters]]
+        }
+        return {
+            p.name: {name: column[i] for name, column in columns.items()}
+            for i, p in enumerate(parameters)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to send the same bytes: integers and lists, as JSON holds them.
+
+        With a `budget` or learned levels it is a collective: what is due before the next step is
+        done now.
+        """
+        return self._wire.clock.state_dict() | self._adaptation.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken, on any number of ranks."""
+        self._wire.clock.load_state_dict(state)
+        self._adaptation.load_state_dict(state)
 
     def remove(self) -> None:
-        """Give FSDP2 back the collectives it had before `install`."""
+        """Give FSDP2 back the collectives it had before `install`. A collective after a two-hop
+        reduce."""
         if self._is_removed:
             raise RuntimeError("this handle was removed already; call qsdp.install again")
         self._is_removed = True
-        for recorder in self._wire.recorders:
+        for recorder in self._recorders:
             recorder.remove()
-        for group, (gather, reduce, force_sum) in zip(self._groups, self._before, strict=True):
-            _set_comms(group, gather, reduce, force_sum)
+        for group, before in zip(self._groups, self._before, strict=True):
+            _set_comms(group, *before)
         self._reshard()
+        if self._owns_hops:
+            for hops in self._hops.values():
+                hops.close()
 
     def _reshard(self) -> None:
         for group in self._groups:
             group.module.reshard()
 
     def _remarks(self) -> Iterator[str]:
-        if self.config.rounding == "nearest":
+        config = self.config
+        if config.rounding == "nearest":
             yield "rounding to nearest is biased: weights and gradients keep a systematic error"
         sizes = {plan.world_size for plan in self._plans}
         if sizes == {1}:
             yield "one rank: FSDP2 bypasses the collectives, weights and gradients are exact"
         if any(group.replicas > 1 for group in self._groups):
-            yield "HSDP: the all-reduce between replicas is FSDP2's own, in full precision"
+            whose = "FSDP2's own, in full precision and not counted"
+            yield f"HSDP: the all-reduce between replicas is {whose}"
         if any(group.regather_world_size for group in self._groups):
             yield "reshard_after_forward=<int>: second gathers carry decoded weights, raw"
+        if config.gather == "once":
+            yield "gather once: payloads are kept from the forward to the backward pass"
+        for hops in dict.fromkeys(self._hops.values()):
+            nodes = f"{hops.num_nodes} nodes of {hops.ranks_per_node} ranks"
+            local = config.local_grad_bits or 8
+            yield f"two hops over {nodes}: coded gradients travel at {local} bits inside a node"
+        if config.warmup_steps:
+            least = f"at least {config.warmup_bits} bits"
+            yield f"warm-up: {least} in the first {config.warmup_steps} steps"
+        if config.budget is not None:
+            when = f"after step {config.warmup_steps}"
+            yield f"budget: {config.budget:g} bits a coded value, allotted {when}"
 
 
 def _set_comms(
-    group: compat.ParameterGroup, all_gather: Any, reduce_scatter: Any, force_sum: bool
+    group: compat.ParameterGroup,
+    all_gather: Any,
+    reduce_scatter: Any,
+    force_sum: bool,
+    all_reduce_hook: Any,
 ) -> None:
     group.module.set_custom_all_gather(all_gather)
     group.module.set_custom_reduce_scatter(reduce_scatter)
     group.module.set_force_sum_reduction_for_comms(force_sum)
+    group.module.set_all_reduce_hook(all_reduce_hook)
+
+
+def _replica_group(
+    groups: list[compat.ParameterGroup], mesh: DeviceMesh | None
+) -> dist.ProcessGroup | None:
+    """The process group of ``replicate_mesh``, checked against the model's own mesh."""
+    if mesh is None:
+        return None
+    if mesh.ndim != 1:
+        raise ValueError(f"replicate_mesh has {mesh.ndim} dimensions; give a 1-D mesh")
+    for group in groups:
+        if group.mesh_ndim != 1 or group.mesh.size() < 2:
+            raise ValueError(
+                f"{_name(group)} is sharded over a mesh of shape {tuple(group.mesh.shape)}; "
+                "replicate_mesh goes with a 1-D shard mesh of 2 or more ranks"
+            )
+    shared = set(mesh.mesh.tolist()) & set(groups[0].mesh.mesh.tolist())
+    if shared != {dist.get_rank()}:
+        raise ValueError(
+            f"replicate_mesh holds the ranks {mesh.mesh.tolist()}, which share {sorted(shared)} "
+            "with the shard mesh; they must share this rank alone"
+        )
+    return mesh.get_group()
+
+
+def _make_hops(
+    plans: list[Plan], topology: Topology, config: QSDPConfig, mesh: DeviceMesh | None
+) -> dict[dist.ProcessGroup, Hops]:
+    """Split each plan's process group into nodes where the config asks for two hops."""
+    hops: dict[dist.ProcessGroup, Hops] = {}
+    for plan in plans:
+        group = plan.group
+        if config.reduce == "flat" or plan.world_size == 1:
+            continue
+        if group not in hops:
+            if mesh is not None:
+                hops[group] = split_by_mesh(group, mesh)
+            elif config.reduce == "two-hop" or is_worth_two_hops(group, topology):
+                hops[group] = split(group, topology)
+        plan.hops = hops.get(group)
+    return hops
+
+
+def _relative(error: float, square: float) -> float | None:
+    """None where nothing was measured."""
+    return (error / square) ** 0.5 if square else None
 
 
 def _check_policy(config: QSDPConfig, names: list[str]) -> None:
@@ -209,7 +362,8 @@ def _make_plan(
                 f"{name} brings an all-gather of its own (fsdp_pre_all_gather, as float8 does); "
                 "use a plain parameter"
             )
-        if sharded.dtype.is_floating_point and sharded.dtype not in DTYPES:
+        can_train = sharded.dtype.is_floating_point or sharded.dtype.is_complex
+        if can_train and sharded.dtype not in DTYPES:
             raise ValueError(f"{name} is {sharded.dtype}; qsdp sends float32, bfloat16 or float16")
         is_embedding = name in embeddings
         parameters.append(_make_parameter(name, order[name], sharded, config, is_embedding))
@@ -241,8 +395,6 @@ def _make_parameter(
         bits, why = (32, 32), "norm or bias: fewer than two dimensions"
     else:
         why = "embedding or head" if is_embedding else "default"
-    if not sharded.parameter.requires_grad:
-        why += ", frozen"
     return Parameter(
         name=name,
         index=index,
@@ -251,17 +403,16 @@ def _make_parameter(
         shard_dim=sharded.shard_dim,
         weight_bits=bits[0],
         grad_bits=bits[1],
-        is_trainable=sharded.parameter.requires_grad,
         why=why,
     )
 
 
-def _travel(bits: int, dtype: torch.dtype | None) -> str:
+def _travel(bits: int, dtype: torch.dtype, *, is_grad: bool = False) -> str:
     if bits <= 8:
         return f"{bits} bits"
-    if bits == 16:
+    if bits == 16 and dtype == torch.float32:
         return "bfloat16"
-    return "raw" if dtype is None else f"raw {dtype}".replace("torch.", "")
+    return "raw" if is_grad else f"raw {dtype}".replace("torch.", "")
 
 
 def _name(group: compat.ParameterGroup) -> str:

@@ -1,0 +1,123 @@
+"""How many bytes the simulated ranks would send: arithmetic on layouts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qsdp.codec.payload import Layout
+from qsdp.simulation.wire import BETWEEN_NODES, BETWEEN_REPLICAS, FLAT, IN_NODE, Wire
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireBytes:
+    """Bytes that one rank sends in a step, headers and metadata included.
+
+    A payload counts once for every peer that it is meant for.
+    """
+
+    gather_intra_node: int
+    gather_inter_node: int
+    reduce_intra_node: int
+    reduce_inter_node: int
+    num_parameters: int
+    """Values in the model's parameters, those that need no gradient included."""
+
+    @property
+    def gather(self) -> int:
+        return self.gather_intra_node + self.gather_inter_node
+
+    @property
+    def reduce(self) -> int:
+        return self.reduce_intra_node + self.reduce_inter_node
+
+    @property
+    def per_parameter(self) -> float:
+        """Bytes a parameter."""
+        return (self.gather + self.reduce) / self.num_parameters
+
+
+def count_bytes(
+    wire: Wire,
+    shards: Mapping[str, Tensor],
+    *,
+    num_parameters: int,
+    rank: int,
+    micro_batches: int,
+    reshard_after_forward: bool | None,
+) -> WireBytes:
+    """See `Simulation.wire_bytes`. ``shards`` are those of the shard group's first rank: all ranks'
+    payloads have the sizes of its."""
+    world, sent = wire.world, _Sent(wire.world.ranks_per_node, rank)
+    size, local = world.world_size, world.ranks_of_a_node
+    in_shard_group = range(rank - rank % size, rank - rank % size + size)
+    if not wire.is_two_hop:
+        in_node, across = [], list(in_shard_group)
+    else:
+        in_node = [peer for peer in in_shard_group if peer // local == rank // local]
+        across = [peer for peer in in_shard_group if peer % local == rank % local]
+    replicas = range(rank % size, world.num_ranks, size) if world.quantized_replicas else ()
+    for group in sorted(set(wire.numbers.groups.values())) if size > 1 else ():
+        members = {n: shard for n, shard in shards.items() if wire.numbers.groups[n] == group}
+        gathered = {n: shard for n, shard in members.items() if not wire.is_sent_once(shard)}
+        is_kept = reshard_after_forward is False or wire.config.gather == "once"
+        is_kept |= reshard_after_forward is None and group == wire.numbers.root
+        num_bytes = _weight_bytes(wire, gathered) * micro_batches * (1 if is_kept else 2)
+        sent.to("gather", across, num_bytes)
+        # Between nodes a rank got the shards of its likes; inside the node it hands them on.
+        sent.to("gather", in_node, num_bytes * len(across))
+        trained = {n: shard for n, shard in members.items() if shard.requires_grad}
+        sent.to("reduce", in_node, _grad_bytes(wire, trained, IN_NODE) * len(across))
+        last = BETWEEN_NODES if wire.is_two_hop else FLAT
+        sent.to("reduce", across, _grad_bytes(wire, trained, last))
+        sent.to("reduce", replicas, _grad_bytes(wire, trained, BETWEEN_REPLICAS))
+    return WireBytes(
+        gather_intra_node=sent.bytes["gather", True],
+        gather_inter_node=sent.bytes["gather", False],
+        reduce_intra_node=sent.bytes["reduce", True],
+        reduce_inter_node=sent.bytes["reduce", False],
+        num_parameters=num_parameters,
+    )
+
+
+class _Sent:
+    """Bytes by direction and by whether they stay on the node."""
+
+    def __init__(self, ranks_per_node: int, rank: int) -> None:
+        self.bytes: Counter[tuple[str, bool]] = Counter()
+        self._ranks_per_node, self._rank = ranks_per_node, rank
+
+    def to(self, direction: str, ranks: Iterable[int], num_bytes: int) -> None:
+        """Count ``num_bytes`` to each of ``ranks`` but the sender."""
+        node = self._rank // self._ranks_per_node
+        for peer in ranks:
+            if peer != self._rank:
+                self.bytes[direction, peer // self._ranks_per_node == node] += num_bytes
+
+
+def _weight_bytes(wire: Wire, shards: Mapping[str, Tensor]) -> int:
+    """Of one payload; nothing is sent for no parameters."""
+    segments = [
+        wire.segment(
+            name,
+            shard.numel(),
+            wire.weight_dtype(shard),
+            wire.weight_bits(name, None),
+            is_grad=False,
+        )
+        for name, shard in shards.items()
+    ]
+    return Layout(segments, 0).payload_bytes if segments else 0
+
+
+def _grad_bytes(wire: Wire, shards: Mapping[str, Tensor], hop: int) -> int:
+    dtype = torch.float32 if hop == BETWEEN_NODES else wire.world.reduce_dtype
+    segments = [
+        wire.segment(name, shard.numel(), dtype, wire.grad_bits(name, hop, None), is_grad=True)
+        for name, shard in shards.items()
+    ]
+    return Layout(segments, 0).payload_bytes if segments else 0

@@ -1,0 +1,187 @@
+"""One small training, over real processes and simulated in one, and that they are equal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import Shard
+
+import qsdp
+from qsdp.comm.traffic import LINKS
+from tests_distributed.conftest import Run
+from tests_distributed.helpers import Toy, full_grads, full_state, make_batch, make_model, shard
+
+STEPS = 3
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One training, as both sides see it."""
+
+    ranks: int = 2
+    """Of the shard axis."""
+    replicas: int = 1
+    quantized_replicas: bool = False
+    """A 1-D shard mesh and `replicate_mesh`, not a native 2-D mesh."""
+    reshard: bool | int | None = True
+    nested: bool = True
+    dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32)
+    """Parameter and reduce dtype of the mixed-precision policy."""
+    micro_batches: int = 1
+    sync_every: bool = False
+    max_norm: float | None = None
+    columns: bool = False
+    """Shard the MLP's down-projection by columns: `shard_placement_fn`, even sizes only."""
+    config: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What one rank saw."""
+
+    losses: list[float]
+    grads: list[dict[str, Tensor]]
+    """Whole and before clipping, by step."""
+    state: dict[str, Tensor]
+
+
+def assert_training_equals_its_simulation(run: Run, case: Case, seed: int) -> None:
+    """Losses and gradients of every step, and the parameters at the end, bit for bit."""
+    (expected,) = run(1, simulated, case, seed)
+    results = run(case.ranks * case.replicas, trained, case, seed)
+    for rank, (result, simulation) in enumerate(zip(results, expected, strict=True)):
+        where = f"rank {rank}, seed {seed}"
+        assert result.losses == simulation.losses, where
+        for step in range(STEPS):
+            _assert_equal(result.grads[step], simulation.grads[step], f"step {step}, {where}")
+        _assert_equal(result.state, simulation.state, where)
+
+
+def installed(case: Case, seed: int) -> tuple[Toy, qsdp.Handle]:
+    """The sharded model with the wire on it."""
+    model = make_model(seed, **case.options)
+    param_dtype, reduce_dtype = case.dtypes
+    options: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=None if param_dtype == FP32 else param_dtype,
+            reduce_dtype=None if reduce_dtype == param_dtype else reduce_dtype,
+        )
+    }
+    replicate_mesh: dict[str, DeviceMesh] = {}
+    if case.replicas > 1:
+        names = ("replicate", "shard")
+        mesh = init_device_mesh("cpu", (case.replicas, case.ranks), mesh_dim_names=names)
+        if case.quantized_replicas:
+            mesh, replicate_mesh = mesh["shard"], {"replicate_mesh": mesh["replicate"]}
+        options["mesh"] = mesh
+    if case.columns:
+        by_columns = {id(block.mlp.down.weight) for block in model.blocks}
+        options["shard_placement_fn"] = lambda p: Shard(1) if id(p) in by_columns else None
+    shard(model, reshard=case.reshard, nested=case.nested, **options)
+    return model, qsdp.install(model, _config(case, seed), **replicate_mesh)
+
+
+def trained(case: Case, seed: int) -> Outcome:
+    """The real thing, on one rank of it."""
+    model, _ = installed(case, seed)
+    optimizer = _optimizer(model.parameters())
+    losses, grads = [], []
+    for step in range(STEPS):
+        for micro in range(case.micro_batches):
+            is_last = micro == case.micro_batches - 1
+            model.set_requires_gradient_sync(case.sync_every or is_last)
+            loss = model(*make_batch(model, _batch_seed(seed, step, micro)))
+            torch.autograd.backward(loss * (1 / case.micro_batches))
+            losses.append(float(loss.detach()))
+        grads.append(full_grads(model))
+        if case.max_norm is not None:
+            qsdp.clip_grad_norm_(model.parameters(), case.max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return Outcome(losses=losses, grads=grads, state=full_state(model))
+
+
+def counted(case: Case, seed: int) -> tuple[int, ...]:
+    """Bytes that this rank sends in its second step: gathers and reduces, inside and outside its
+    node."""
+    model, handle = installed(case, seed)
+    before = Counter[str]()
+    for step in range(2):
+        before = Counter(handle.traffic.snapshot())
+        for micro in range(case.micro_batches):
+            model.set_requires_gradient_sync(micro == case.micro_batches - 1)
+            model(*make_batch(model, _batch_seed(seed, step, micro))).backward()
+    sent = handle.traffic.snapshot()
+    names = [f"{d}_{link}_bytes" for d in ("gather", "reduce") for link in LINKS]
+    return tuple(sent[name] - before[name] for name in names)
+
+
+def simulation_of(case: Case, seed: int) -> qsdp.Simulation:
+    """The same by `qsdp.simulate`."""
+    model = make_model(seed, **case.options)
+    groups = []
+    for i in range(model.config.num_layers):
+        groups += [f"blocks.{i}.mlp", f"blocks.{i}"] if case.nested else [f"blocks.{i}"]
+    by_columns = [f"blocks.{i}.mlp.down.weight" for i in range(model.config.num_layers)]
+    return qsdp.simulate(
+        model,
+        _config(case, seed),
+        world_size=case.ranks,
+        optimizer=_optimizer,
+        groups=groups,
+        replicas=case.replicas,
+        quantized_replicas=case.quantized_replicas,
+        param_dtype=case.dtypes[0],
+        reduce_dtype=case.dtypes[1],
+        shard_dims=dict.fromkeys(by_columns, 1) if case.columns else None,
+    )
+
+
+def simulated(case: Case, seed: int) -> list[Outcome]:
+    """What every rank should see."""
+    simulation, model = simulation_of(case, seed), make_model(seed, **case.options)
+    num_ranks = case.ranks * case.replicas
+    losses: list[list[float]] = [[] for _ in range(num_ranks)]
+    grads = []
+    for step in range(STEPS):
+        batches = [
+            [make_batch(model, _batch_seed(seed, step, micro), rank) for rank in range(num_ranks)]
+            for micro in range(case.micro_batches)
+        ]
+        for per_rank in simulation.pass_(batches, sync_every=case.sync_every):
+            for rank, loss in enumerate(per_rank):
+                losses[rank].append(loss)
+        grads.append(simulation.grads())
+        if case.max_norm is not None:
+            norm = simulation.clip(case.max_norm)
+            assert norm > case.max_norm, "nothing is clipped: the case shows nothing"
+        simulation.update()
+    state = simulation.state()
+    return [Outcome(losses=losses[rank], grads=grads, state=state) for rank in range(num_ranks)]
+
+
+def _config(case: Case, seed: int) -> qsdp.QSDPConfig:
+    return qsdp.QSDPConfig(**{"bucket_size": 64, "seed": seed, **case.config})
+
+
+def _optimizer(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=3e-2, weight_decay=0.1, betas=(0.9, 0.95))
+
+
+def _batch_seed(seed: int, step: int, micro: int) -> int:
+    return seed % 1000 * 100 + step * 10 + micro
+
+
+def _assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    assert found.keys() == expected.keys(), where
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), f"{name}, {where}"
