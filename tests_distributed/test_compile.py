@@ -16,7 +16,7 @@ import qsdp
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import Toy, make_batch, make_model, shard
 
-STEPS = 3
+STEPS = 2
 
 
 def _compile(model: Toy, **options: Any) -> None:
@@ -94,15 +94,15 @@ def _assert_alike(eager: list[Any], compiled: list[Any], num_ranks: int) -> None
         torch.testing.assert_close(weights, first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize(
-    "order",
+    ("order", "fullgraph"),
     [
-        "compiled, then sharded",
-        "wrapped, then sharded",
-        "sharded, then compiled",
-        "sharded, then wrapped",
-        "installed, then compiled",
+        ("compiled, then sharded", True),
+        ("wrapped, then sharded", True),
+        ("sharded, then compiled", True),
+        ("sharded, then compiled", False),
+        ("sharded, then wrapped", True),
+        ("installed, then compiled", True),
     ],
 )
 def test_compiled_blocks_train_as_eager_ones(run: Run, order: str, fullgraph: bool) -> None:
