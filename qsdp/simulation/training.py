@@ -290,8 +290,10 @@ class Simulation:
                 loss, grads = self._loss_and_grads(weights, per_rank[rank], scale)
                 losses[micro].append(loss)
                 for name, grad in grads.items():
-                    grad = grad.to(self._wire.world.reduce_dtype)
-                    kept[name] = kept[name] + grad if name in kept else grad
+                    if name in kept:
+                        kept[name].add_(grad)  # in place, as FSDP2: bf16 is not rounded to fp16
+                    else:
+                        kept[name] = grad.to(self._wire.world.reduce_dtype)
             reduction.add(kept)
         for name, rank, grad in reduction.results():
             shard = self.shards[rank][name]
