@@ -71,6 +71,8 @@ def _train(
                     loss = model(*batch) / (NUM_MICRO * len(ranks))
                     loss.backward()
                     total += loss.detach()
+            with torch.no_grad():  # as for an accuracy: it leaves the root gathered
+                model(*make_batch(toy, seed=step))
             return total
 
         return closure

@@ -331,3 +331,22 @@ def test_errors_are_reported_by_parameter_and_alike_on_all_ranks(run: Run) -> No
         assert errors["norm.weight"] == {"weight": None, "grad": None}
         assert all(seconds > 0 for seconds in times.values())
         assert len(times) == 6
+
+
+# --- the report -------------------------------------------------------------------------------
+
+
+def _thawed() -> tuple[tuple[str, str], tuple[str, str]]:
+    model = shard(make_model(frozen=True))
+    handle = qsdp.install(model)
+    (before,) = [row for row in handle.report().rows if row.name == "blocks.0.out.weight"]
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    (after,) = [row for row in handle.report().rows if row.name == "blocks.0.out.weight"]
+    return (before.grad, before.why), (after.grad, after.why)
+
+
+def test_the_report_knows_what_is_trained_now(run: Run) -> None:
+    for before, after in run(2, _thawed):
+        assert before == ("none", "default, frozen")
+        assert after == ("8 bits", "default")

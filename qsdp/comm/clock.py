@@ -25,12 +25,12 @@ class Clock:
 
     @property
     def next_step(self) -> int:
-        """The step of a gather outside a backward pass that came now."""
+        """The step of a forward pass that began now."""
         return self.step + self._reduced
 
-    def before_gather(self, in_backward: bool) -> None:
-        """Advance the step if this gather opens a new pass."""
-        if self._reduced and not in_backward:
+    def before_forward(self) -> None:
+        """Advance the step if the gather that follows is the first after a reduce."""
+        if self._reduced:
             self.step += 1
             self._reduced = False
             self._occurrences.clear()

@@ -30,7 +30,6 @@ class Parameter:
     weight_bits: int
     """2 to 8: coded. 16: bf16. 32: the value as it is."""
     grad_bits: int
-    is_trainable: bool
     why: str
     """Why it travels so, for the report."""
 

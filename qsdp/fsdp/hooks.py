@@ -94,7 +94,7 @@ class AllGather(_Comm):
         else:
             if not in_backward:
                 self._before()
-            wire.clock.before_gather(in_backward)
+                wire.clock.before_forward()
             places = self._gather_frozen(input_tensor)
         if kept is not None:
             self._decode(kept, output_tensor)
@@ -128,7 +128,8 @@ class AllGather(_Comm):
             self._frozen = None
             return plan.places
         versions = self._group.versions()
-        side = plan.gather(frozen, wire.least_bits)
+        # Sent once, so for a warm-up too.
+        side = plan.gather(frozen)
         mark = (side, *(versions[i] for i in frozen))
         if self._frozen is None or mark != self._frozen_mark:
             size = plan.world_size * side.layout.payload_bytes
@@ -138,8 +139,9 @@ class AllGather(_Comm):
         return tuple(i for i in plan.places if trains[i])
 
     def _is_needed_again(self) -> bool:
-        # Reentrant checkpointing runs a training forward without autograd.
-        is_training = torch.is_grad_enabled() or self._group.modules[0].training
+        # FSDP2 gathers with autograd off, and so does reentrant checkpointing compute: only the
+        # module can tell a training forward from a validation.
+        is_training = self._group.modules[0].training
         return self._wire.config.gather == "once" and is_training and self._group.gathers_again
 
     def _take_buffer(self, side: Any, device: torch.device, keeps: bool, is_async: bool) -> Tensor:

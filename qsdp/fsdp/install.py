@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from hashlib import blake2b
 from typing import Any
@@ -111,7 +112,7 @@ class Handle:
         meshes = dict.fromkeys(group.mesh for group in groups)
         everyone = [pg for mesh in meshes for pg in mesh.get_all_groups()]
         everyone += [] if replicas is None else [replicas]
-        _check_agreement(everyone, topology, self._plans, config)
+        _check_agreement(everyone, topology, groups, self._plans, config)
         self._hops = _make_hops(self._plans, topology, config, node_mesh)
         self._owns_hops = node_mesh is None
         self._everyone = everyone
@@ -132,11 +133,13 @@ class Handle:
     def report(self) -> Report:
         """How every parameter travels, at what bits, and why."""
         rows = dict(self._outside)
-        for plan in self._plans:
-            for p in plan.parameters:
+        for plan, group in zip(self._plans, self._groups, strict=True):
+            for p, is_trained in zip(plan.parameters, group.requires_grad(), strict=True):
                 weight = _travel(p.weight_bits, p.dtype)
-                grad = _travel(p.grad_bits, None) if p.is_trainable else "none"
-                rows[p.index] = Row(p.name, tuple(p.shape), plan.index, weight, grad, p.why)
+                grad = _travel(p.grad_bits, group.reduce_dtype or p.dtype, is_grad=True)
+                why = p.why if is_trained else f"{p.why}, frozen"
+                row = Row(p.name, tuple(p.shape), plan.index, weight, grad, why)
+                rows[p.index] = row if is_trained else replace(row, grad="none")
         return Report(tuple(rows[index] for index in sorted(rows)), tuple(self._remarks()))
 
     @contextmanager
@@ -232,7 +235,8 @@ class Handle:
         if sizes == {1}:
             yield "one rank: FSDP2 bypasses the collectives, weights and gradients are exact"
         if any(group.replicas > 1 for group in self._groups):
-            yield "HSDP: the all-reduce between replicas is FSDP2's own, in full precision"
+            whose = "FSDP2's own, in full precision and not counted"
+            yield f"HSDP: the all-reduce between replicas is {whose}"
         if any(group.regather_world_size for group in self._groups):
             yield "reshard_after_forward=<int>: second gathers carry decoded weights, raw"
         if config.gather == "once":
@@ -242,7 +246,7 @@ class Handle:
             local = config.local_grad_bits or 8
             yield f"two hops over {nodes}: coded gradients travel at {local} bits inside a node"
         if config.warmup_steps:
-            least = f"at least {_travel(config.warmup_bits, None)}"
+            least = f"at least {config.warmup_bits} bits"
             yield f"warm-up: {least} in the first {config.warmup_steps} steps"
         if config.budget is not None:
             when = f"after step {config.warmup_steps}"
@@ -309,14 +313,20 @@ def _relative(error: float, square: float) -> float | None:
 
 
 def _check_agreement(
-    everyone: list[dist.ProcessGroup], topology: Topology, plans: list[Plan], config: QSDPConfig
+    everyone: list[dist.ProcessGroup],
+    topology: Topology,
+    groups: list[compat.ParameterGroup],
+    plans: list[Plan],
+    config: QSDPConfig,
 ) -> None:
     """Raise RuntimeError on every rank unless all have the same model and config.
 
     Headers come too late for most of what can differ: payloads of unequal sizes end the process
     (gloo) or hang it (NCCL), and a seed is in no header.
     """
-    digest = _digest((config, topology.ranks_per_node, [plan.parameters for plan in plans]))
+    trained = [group.requires_grad() for group in groups]
+    parameters = [plan.parameters for plan in plans]
+    digest = _digest((config, topology.ranks_per_node, parameters, trained))
     is_same = True
     for group in everyone:
         mine = torch.tensor([digest], device=compat.device_of(group))
@@ -378,7 +388,8 @@ def _make_plan(
                 f"{name} brings an all-gather of its own (fsdp_pre_all_gather, as float8 does); "
                 "use a plain parameter"
             )
-        if sharded.dtype.is_floating_point and sharded.dtype not in DTYPES:
+        can_train = sharded.dtype.is_floating_point or sharded.dtype.is_complex
+        if can_train and sharded.dtype not in DTYPES:
             raise ValueError(f"{name} is {sharded.dtype}; qsdp sends float32, bfloat16 or float16")
         is_embedding = name in embeddings
         parameters.append(_make_parameter(name, order[name], sharded, config, is_embedding))
@@ -410,8 +421,6 @@ def _make_parameter(
         bits, why = (32, 32), "norm or bias: fewer than two dimensions"
     else:
         why = "embedding or head" if is_embedding else "default"
-    if not sharded.parameter.requires_grad:
-        why += ", frozen"
     return Parameter(
         name=name,
         index=index,
@@ -420,17 +429,16 @@ def _make_parameter(
         shard_dim=sharded.shard_dim,
         weight_bits=bits[0],
         grad_bits=bits[1],
-        is_trainable=sharded.parameter.requires_grad,
         why=why,
     )
 
 
-def _travel(bits: int, dtype: torch.dtype | None) -> str:
+def _travel(bits: int, dtype: torch.dtype, *, is_grad: bool = False) -> str:
     if bits <= 8:
         return f"{bits} bits"
-    if bits == 16:
+    if bits == 16 and dtype == torch.float32:
         return "bfloat16"
-    return "raw" if dtype is None else f"raw {dtype}".replace("torch.", "")
+    return "raw" if is_grad else f"raw {dtype}".replace("torch.", "")
 
 
 def _name(group: compat.ParameterGroup) -> str:

@@ -37,7 +37,8 @@ class CrAM(OptimizerWrapper):
     The closure runs forward and backward over all micro-batches, averages them as usual
     (`set_requires_gradient_sync` or `no_sync` included), and returns the loss. It is called twice
     and must give the same loss for the same weights: without dropout, or with its generator
-    seeded inside. `step` clears the gradients before each call and after the last.
+    seeded inside. `step` clears the gradients of the base optimizer's parameters before each call
+    and after the last.
 
     When a gradient is not finite on any rank in either pass, the step changes nothing on any rank
     and `skipped_steps` counts it. Works on plain modules, under DDP and under FSDP2;
@@ -148,6 +149,7 @@ class CrAM(OptimizerWrapper):
                 self.skipped_steps += 1
         finally:
             self.zero_grad()
+        reshard(self.model)
         return loss
 
     def _compute_grads(self, closure: Callable[[], Any], sparsity: float) -> tuple[Any, bool]:
@@ -197,6 +199,8 @@ class CrAM(OptimizerWrapper):
             abandon_pass(self.model)
             raise
         finally:
+            # A forward pass without a backward one left weights gathered: the pruned ones.
+            reshard(self.model)
             for shard, values in zip(shards, before, strict=True):
                 shard.values.copy_(values)
 
