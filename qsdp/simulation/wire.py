@@ -81,7 +81,7 @@ class Wire:
         return self._warm(bits, step)
 
     def is_sent_once(self, shard: Tensor) -> bool:
-        """Whether the payload of a parameter is kept from step to step."""
+        """Whether the payload of a parameter is kept for good."""
         return self.config.gather == "once" and not shard.requires_grad
 
     def weight(self, name: str, shard: Tensor, rank: int, step: int) -> Tensor:
@@ -89,10 +89,11 @@ class Wire:
         values = shard.detach().to(self.weight_dtype(shard))
         if self.world.world_size == 1:
             return values  # FSDP2 calls no collective
-        key = Key(self.config.seed, step, GATHER, 0, 0, rank)
         if self.is_sent_once(shard):
             # Whichever step it is sent in: a resumed run sends it again and must decode the same.
             key = Key(self.config.seed, 0, FROZEN, 0, 0, rank)
+            return self._cross(name, values, key, self.weight_bits(name, None), is_grad=False)
+        key = Key(self.config.seed, step, GATHER, 0, 0, rank)
         return self._cross(name, values, key, self.weight_bits(name, step), is_grad=False)
 
     def grad(
