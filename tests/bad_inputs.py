@@ -55,6 +55,72 @@ FLAGS = [
     BadInput("a name too long for results", "--out {}/" + 300 * "x", "File name too long"),
     BadInput("a tokenizer's name too long", f"--tokenizer {300 * 'x'}", "File name too long"),
     BadInput("a checkpoint's name too long", f"--resume {300 * 'x'}", "File name too long"),
+    BadInput("a budget of 2 bits", "--qsdp-budget 2", "--qsdp-budget is 2"),
+    BadInput("a budget that is no number", "--qsdp-budget nan", "--qsdp-budget is nan"),
+    BadInput("1 bit for embeddings", "--qsdp-embedding-bits 1", "--qsdp-embedding-bits is 1"),
+    BadInput(
+        "an unknown gather", "--qsdp-bits 8 --qsdp-gather thrice", "--qsdp-gather is 'thrice'"
+    ),
+    BadInput("an unknown reduce", "--qsdp-bits 8 --qsdp-reduce tree", "--qsdp-reduce is 'tree'"),
+    BadInput("unknown levels", "--qsdp-bits 4 --qsdp-levels good", "--qsdp-levels is 'good'"),
+    BadInput(
+        "levels learned before the first step",
+        "--qsdp-bits 4 --qsdp-levels learned --qsdp-level-steps 10,0",
+        "--qsdp-level-steps holds 0",
+    ),
+    BadInput("level steps in words", "--qsdp-level-steps ten", "--qsdp-level-steps"),
+    BadInput(
+        "level steps of a uniform grid",
+        "--qsdp-bits 4 --qsdp-level-steps 10",
+        "--qsdp-level-steps is given without --qsdp-levels learned",
+    ),
+    BadInput(
+        "bits for a warm-up of no length",
+        "--qsdp-bits 4 --qsdp-warmup-bits 8",
+        "--qsdp-warmup-bits is given without --qsdp-warmup-steps",
+    ),
+    BadInput(
+        "a warm-up at 12 bits",
+        "--qsdp-bits 4 --qsdp-warmup-steps 3 --qsdp-warmup-bits 12",
+        "--qsdp-warmup-bits is 12",
+    ),
+    BadInput(
+        "bits for a hop that is not taken",
+        "--qsdp-bits 4 --qsdp-reduce flat --qsdp-local-grad-bits 8",
+        "--qsdp-local-grad-bits is given without --qsdp-reduce two-hop",
+    ),
+    BadInput(
+        "a quantized wire's gather without bits",
+        "--qsdp-gather once",
+        "--qsdp-gather is given without --qsdp-bits",
+    ),
+    BadInput(
+        "buckets without bits",
+        "--qsdp-bucket-size 64",
+        "--qsdp-bucket-size is given without --qsdp-bits",
+    ),
+    BadInput(
+        "errors of a wire that has none",
+        "--qsdp-errors",
+        "--qsdp-errors is given without --qsdp-bits",
+    ),
+    BadInput("no ranks a node", "--qsdp-ranks-per-node 0", "--qsdp-ranks-per-node holds 0"),
+    BadInput(
+        "a policy without bits",
+        "--qsdp-bits 8 --qsdp-policy blocks.0.*",
+        "--qsdp-policy holds 'blocks.0.*'",
+    ),
+    BadInput(
+        "a policy of three widths",
+        "--qsdp-bits 8 --qsdp-policy blocks.0.*=8,*.attn.*=8/4/2",
+        "--qsdp-policy holds '*.attn.*=8/4/2'",
+    ),
+    BadInput(
+        "a policy of 9 bits",
+        "--qsdp-bits 8 --qsdp-policy *=8/9",
+        "--qsdp-policy for '*' is 9",
+    ),
+    BadInput("no replicas", "--replicas 0", "--replicas is 0"),
     BadInput("a folder that is a file", "--out {}/text.txt", "text.txt is a file"),
     BadInput(
         "a number beyond all floats",
@@ -68,6 +134,16 @@ FLAGS = [
 DATA = [
     BadInput(
         "a batch larger than the data", "--data {}/text.txt --batch-size 900", "smaller batch size"
+    ),
+    BadInput(
+        "replicas that do not divide the ranks",
+        "--data {}/text.txt --replicas 3",
+        "--replicas is 3",
+    ),
+    BadInput(
+        "a policy that matches nothing",
+        "--data {}/text.txt --qsdp-bits 8 --qsdp-policy layers.*=4",
+        "'layers.*' matches no parameter",
     ),
     BadInput(
         "sequences longer than the context", "--data {}/text.txt --seq-len 65", "--seq-len is 65"

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from qsdp.config import QSDPConfig
 from qsdp.models import PRESETS
 from qsdp.train.cli import parse, read_config_file
 from qsdp.train.config import RECIPES, TrainConfig
 from qsdp.train.errors import UserError
 from qsdp.train.loop import learning_rate
+from qsdp.train.wire_flags import WireFlags, parse_policy
+
+# Every flag of the wire but --qsdp-bits, none at its default.
+FULL_WIRE = [
+    *("--qsdp-weight-bits", "5", "--qsdp-grad-bits", "4", "--qsdp-embedding-bits", "7"),
+    *("--qsdp-local-grad-bits", "6", "--qsdp-bucket-size", "64", "--qsdp-rounding", "nearest"),
+    *("--qsdp-levels", "learned", "--qsdp-level-steps", "20,3", "--qsdp-budget", "3.5"),
+    *("--qsdp-policy", "blocks.0.*=8,*.attn.*=8/4", "--qsdp-warmup-steps", "2"),
+    *("--qsdp-warmup-bits", "8", "--qsdp-gather", "once", "--qsdp-reduce", "two-hop"),
+    *("--qsdp-ranks-per-node", "2", "--qsdp-errors", "--replicas", "2"),
+]
 
 
 def test_every_model_preset_has_a_recipe_that_its_context_allows() -> None:
@@ -108,9 +121,90 @@ def test_bits_are_set_together_or_by_direction(
     assert bits == (None if wire is None else (wire.weight_bits, wire.grad_bits))
 
 
+def test_four_bits_alone_take_the_best_setting_that_the_wire_knows() -> None:
+    assert parse(["--qsdp-bits", "4", "--seed", "3"]).wire == QSDPConfig(
+        weight_bits=4, grad_bits=4, seed=3
+    )
+
+
+def test_every_flag_of_the_wire_reaches_its_config(tmp_path: Path) -> None:
+    config = parse([*FULL_WIRE, "--out", "here"])
+    assert config.wire == QSDPConfig(
+        weight_bits=5,
+        grad_bits=4,
+        embedding_bits=7,
+        local_grad_bits=6,
+        bucket_size=64,
+        rounding="nearest",
+        levels="learned",
+        level_steps=(3, 20),
+        policy=(("blocks.0.*", 8), ("*.attn.*", (8, 4))),
+        budget=3.5,
+        warmup_steps=2,
+        warmup_bits=8,
+        gather="once",
+        reduce="two-hop",
+        ranks_per_node=2,
+        seed=0,
+    )
+    assert (config.replicas, config.qsdp_errors) == (2, True)
+    # A field that no flag sets would be out of reach here, and a flag that sets none is missing.
+    settings = {field.name for field in fields(QSDPConfig)} - {"seed"}
+    flags = {field.name.removeprefix("qsdp_") for field in fields(WireFlags)} - {"bits", "errors"}
+    assert settings == flags
+    assert all(getattr(config.wire, name) != getattr(QSDPConfig(), name) for name in settings)
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml(), encoding="utf-8")
+    assert parse(["--config", str(file)]) == config
+
+
+def test_a_budget_alone_measures_at_8_bits() -> None:
+    assert parse(["--qsdp-budget", "3"]).wire == QSDPConfig(budget=3.0)
+    assert parse(["--qsdp-budget", "3", "--qsdp-gather", "once"]).wire == QSDPConfig(
+        budget=3.0, gather="once"
+    )
+    assert parse(["--qsdp-budget", "3", "--qsdp-bits", "5"]).wire == QSDPConfig(
+        weight_bits=5, grad_bits=5, budget=3.0
+    )
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(WireFlags)])
+def test_no_flag_of_the_wire_is_ignored_under_stock_fsdp2(field: str) -> None:
+    value = getattr(parse(FULL_WIRE), field)
+    if field in ("qsdp_bits", "qsdp_weight_bits", "qsdp_grad_bits", "qsdp_budget"):
+        assert TrainConfig(**{field: value or 8}).wire is not None
+        return
+    with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} is given without"):
+        TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("*=4", (("*", 4),)),
+        (" a.*=8 , *.b=16/2", (("a.*", 8), ("*.b", (16, 2)))),
+        ("[ab]=x=3", (("[ab]=x", 3),)),
+    ],
+)
+def test_a_policy_is_read_as_written(text: str, policy: object) -> None:
+    assert parse_policy(text) == policy
+
+
+@pytest.mark.parametrize("text", ["", "a", "=4", "a=", "a=4/", "a=/4", "a=4,", "a=-4", "a=4.0"])
+def test_half_a_policy_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--qsdp-policy holds '.*'; give PATTERN=BITS"):
+        TrainConfig(qsdp_bits=8, qsdp_policy=text)
+
+
 def test_runs_that_differ_in_wire_optimizer_or_seed_get_folders_of_their_own() -> None:
-    flags = [[], ["--qsdp-bits", "8"], ["--qsdp-bits", "4"], ["--cram"], ["--seed", "1"]]
-    assert len({parse(f).out_dir for f in flags}) == len(flags)
+    four = ["--qsdp-bits", "4"]
+    flags = [[], ["--qsdp-bits", "8"], four, ["--cram"], ["--seed", "1"], ["--replicas", "2"]]
+    flags += [[*four, "--qsdp-gather", "once"], [*four, "--qsdp-levels", "learned"]]
+    flags += [[*four, "--qsdp-policy", f"{pattern}=8"] for pattern in ("*.up.*", "*.down.*")]
+    flags += [["--qsdp-budget", bits] for bits in ("3", "3.5")]
+    folders = {parse(f).out_dir for f in flags}
+    assert len(folders) == len(flags)
+    assert all(folder.parent == Path("out") for folder in folders)
 
 
 def test_help_explains_every_flag_of_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +215,9 @@ def test_help_explains_every_flag_of_the_contract(capsys: pytest.CaptureFixture[
     flags = """model data tokenizer steps batch-size grad-accum seq-len lr min-lr warmup-steps
         weight-decay beta2 clip-grad seed precision out eval-every eval-batches save-every keep
         resume qsdp-bits qsdp-weight-bits qsdp-grad-bits qsdp-bucket-size qsdp-rounding cram
-        cram-sparsity cram-rho no-cram-plus config"""
+        cram-sparsity cram-rho no-cram-plus config replicas qsdp-embedding-bits
+        qsdp-local-grad-bits qsdp-levels qsdp-level-steps qsdp-policy qsdp-budget qsdp-warmup-steps
+        qsdp-warmup-bits qsdp-gather qsdp-reduce qsdp-ranks-per-node qsdp-errors"""
     for flag in flags.split():
         assert f"--{flag}" in text
 
@@ -135,6 +231,9 @@ def test_help_explains_every_flag_of_the_contract(capsys: pytest.CaptureFixture[
         ("cram = 1", "true or false"),
         ("cram_sparsity = 0.5", "a list of numbers"),
         ("cram_sparsity = [true]", "a list of numbers"),
+        ("qsdp_level_steps = [1.5]", "a list of integers"),
+        ("qsdp_level_steps = 10", "a list of integers"),
+        ("qsdp-policy = ['*=4']", "a string"),
         ("steps = ", "not a TOML file"),
         ("[model]\nname = 3", "a string"),
         ("lr = 1" + "0" * 400, "beyond all floats"),

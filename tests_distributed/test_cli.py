@@ -7,6 +7,9 @@ import re
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.bad_inputs import DATA, FLAGS, TEXT
 from tests_distributed.launching import SMALL, start
@@ -109,7 +112,7 @@ def test_a_small_run_leaves_all_that_is_promised(tmp_path: Path) -> None:
     assert summary["config"] == config | {"resume": "auto"}
     assert config["qsdp_bits"] == 8
     names = {path.name for path in (out / "plots").iterdir()}
-    assert names == {"loss.png", "one_shot.png", "wire.png", "step_time.png"}
+    assert names == {"loss.png", "one_shot.png", "wire.png", "step_time.png", "wire_time.png"}
     names = {path.name for path in (out / "checkpoints").iterdir()}
     assert names == {"step-00000004", "step-00000006"}
 
@@ -128,3 +131,140 @@ def test_stock_fsdp2_runs_without_our_hooks_and_says_what_it_sends(tmp_path: Pat
     # Gathers in bf16; reduces in fp32, which gloo sends twice.
     assert wire["sent_bytes_per_step"] == (2 * (2 * blocks + root) + 8 * (blocks + root)) / 2
     assert "stock FSDP2" in wire["source"]
+    assert wire["inter_node_bytes_per_step"] == {"gather": 0, "reduce": 0}
+    assert set(wire["seconds_per_step"].values()) == {None}
+    assert wire["kept_bytes"] == 0
+
+
+def run_jobs(
+    tmp_path: Path, *jobs: tuple[str, list[str]], num_ranks: int
+) -> tuple[str, list[tuple[list[Any], Any]]]:
+    """Run small jobs one after another, into the folder named with each.
+
+    Returns: all that was printed, and metrics and summary of each job.
+    """
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    commands = [
+        ["--data", str(text), "--out", str(tmp_path / name), *SMALL, *flags] for name, flags in jobs
+    ]
+    # One launch for all: on few cores, starting many ranks takes longer than their steps.
+    cases, results = tmp_path / "cases.json", tmp_path / "results"
+    cases.write_text(json.dumps([[flags] * num_ranks for flags in commands]))
+    program = "tests_distributed/refusals.py"
+    printed = start(str(cases), str(results), program=program, num_ranks=num_ranks).succeed()
+    for rank in range(num_ranks):
+        ends = json.loads(Path(f"{results}-{rank}.json").read_text())
+        assert [status for status, _ in ends] == [0] * len(jobs), ends
+    found = []
+    for name in dict.fromkeys(name for name, _ in jobs):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        found.append(([json.loads(line) for line in lines], summary))
+    return printed, found
+
+
+def test_a_run_with_the_full_wire_says_what_it_took(tmp_path: Path) -> None:
+    flags = ["--qsdp-bits", "4", "--qsdp-gather", "once", "--qsdp-levels", "learned"]
+    flags += ["--qsdp-level-steps", "2,5", "--qsdp-policy", "blocks.0.attn.*=8,*.mlp.*=6/3"]
+    flags += ["--qsdp-warmup-steps", "1", "--qsdp-warmup-bits", "8", "--qsdp-errors", "--cram"]
+    flags += ["--steps", "5", "--eval-every", "2"]
+    printed, [(lines, summary)] = run_jobs(tmp_path, ("out", flags), num_ranks=2)
+    assert "learned levels, gathered once" in printed
+    assert "Time on the wire" in printed
+    assert "between nodes" not in printed
+
+    parts = [f"{d}_{p}_s" for d in ("gather", "reduce") for p in ("encode", "wire", "decode")]
+    for line in lines:
+        assert all(line[part] > 0 for part in parts)
+        assert line["gather_bytes"] + line["reduce_bytes"] == line["wire_bytes_sent"]
+        assert line["gather_inter_node_bytes"] == line["reduce_inter_node_bytes"] == 0
+    assert sum(line[p] for line in lines for p in parts) < sum(line["step_s"] for line in lines)
+    assert lines[0]["reduce_bytes"] > lines[1]["reduce_bytes"]  # the warm-up's
+    wire = summary["wire"]
+    assert wire["inter_node_bytes_per_step"] == {"gather": 0, "reduce": 0}
+    assert wire["kept_bytes"] > 0
+    assert wire["seconds_per_step"].keys() == set(parts)
+    for part in parts:
+        mean = sum(line[part] for line in lines) / len(lines)
+        assert wire["seconds_per_step"][part] == pytest.approx(mean)
+
+    # At each validation, that of the end included.
+    assert [line["step"] for line in lines if "wire_errors" in line] == [2, 4, 5]
+    for line in (lines[1], lines[3], lines[4]):
+        errors = line["wire_errors"]
+        assert len(errors) == 4 * 6 + 3
+        for name, error in errors.items():
+            if "norm" in name:
+                assert error == {"weight": 0, "grad": 0}
+            else:
+                assert 0 < error["weight"] < 0.5
+                assert 0 < error["grad"] < 2
+        attention = [errors[f"blocks.{block}.attn.qkv.weight"] for block in range(4)]
+        for part in ("weight", "grad"):
+            # 8 bits in the first block, 4 in the others.
+            assert attention[0][part] < 0.3 * min(error[part] for error in attention[1:])
+    names = {path.name for path in (tmp_path / "out" / "plots").iterdir()}
+    assert {"wire_time.png", "errors.png"} < names
+
+
+def test_two_hops_halve_what_leaves_a_node(tmp_path: Path) -> None:
+    flags = ["--qsdp-bits", "8", "--qsdp-ranks-per-node", "2", "--steps", "2", "--qsdp-reduce"]
+    printed, found = run_jobs(
+        tmp_path, *((reduce, [*flags, reduce]) for reduce in ("flat", "two-hop")), num_ranks=4
+    )
+    assert printed.count("of gradients, between nodes") == 2
+    flat, two_hop = (summary["wire"]["inter_node_bytes_per_step"] for _, summary in found)
+    for lines, summary in found:
+        for direction, mean in summary["wire"]["inter_node_bytes_per_step"].items():
+            assert mean == sum(line[f"{direction}_inter_node_bytes"] for line in lines) / 2
+    for direction in ("gather", "reduce"):
+        assert 0 < two_hop[direction] <= 0.55 * flat[direction]
+
+
+def test_replicas_train_as_one_model_sharded_over_all_ranks(tmp_path: Path) -> None:
+    replicas = ["--steps", "3", "--replicas", "2"]
+    printed, found = run_jobs(
+        tmp_path,
+        ("stock", ["--steps", "3"]),
+        ("stock-replicas", replicas),
+        ("raw-replicas", [*replicas, "--qsdp-bits", "32"]),
+        ("coded-replicas", [*replicas, "--qsdp-bits", "8"]),
+        num_ranks=4,
+    )
+    assert printed.count("2 replicas") == 3
+    losses = [
+        [line["loss"] for line in lines] + [summary["val_loss"], *summary["one_shot"].values()]
+        for lines, summary in found
+    ]
+    stock, stock_replicas, raw_replicas, coded_replicas = losses
+    assert stock_replicas == pytest.approx(stock, rel=1e-5)
+    assert raw_replicas == pytest.approx(stock, rel=1e-5)
+    assert coded_replicas == pytest.approx(stock, rel=1e-2)
+    assert coded_replicas != raw_replicas
+    # Two ranks share a replica; a shard is half the model, and the two replicas average it.
+    blocks, root = num_values(vocab_size=len(set(TEXT)))
+    gathered, reduced = (2 * blocks + root) / 2, (blocks + root) / 2
+    _, stock_wire, raw_wire, coded_wire = (summary["wire"] for _, summary in found)
+    assert stock_wire["fp32_bytes_per_step"] == 4 * (gathered + 2 * reduced)
+    # gloo's reduce-scatter moves twice as much.
+    assert stock_wire["sent_bytes_per_step"] == 4 * (gathered + 3 * reduced)
+    assert raw_wire["fp32_bytes_per_step"] == 4 * (gathered + 2 * reduced)
+    assert coded_wire["sent_bytes_per_step"] < 0.265 * coded_wire["fp32_bytes_per_step"]
+
+
+def test_a_run_goes_on_with_other_replicas_and_another_wire(tmp_path: Path) -> None:
+    printed, [(lines, summary)] = run_jobs(
+        tmp_path,
+        ("out", ["--qsdp-budget", "4.5", "--replicas", "2", "--steps", "2"]),
+        ("out", ["--qsdp-bits", "8", "--replicas", "1", "--steps", "4"]),
+        ("out", ["--replicas", "2", "--steps", "7"]),
+        num_ranks=4,
+    )
+    assert "qsdp_budget 4.5 -> unset, replicas 2 -> 1" in printed.replace("steps 2 -> 4", "")
+    assert "qsdp_bits 8 -> unset, replicas 1 -> 2" in printed
+    # Only the steps with these settings are measured.
+    assert (summary["steps"], summary["steps_measured"]) == (7, 3)
+    losses = [line["loss"] for line in lines]
+    assert len(losses) == 7
+    assert losses == pytest.approx([losses[0]] * 7, rel=0.2)

@@ -19,6 +19,9 @@ from tests_distributed.launching import SMALL, TEXT, start
 STEPS = 9
 FLAGS = [*SMALL, "--steps", str(STEPS), "--save-every", "2", "--eval-every", "3", "--grad-accum"]
 FLAGS += ["2", "--qsdp-bits", "4", "--cram", "--lr", "1e-2", "--warmup-steps", "2"]
+# Every step of the keys' clock, two an optimizer step, depends on what was learned before it.
+FLAGS += ["--qsdp-levels", "learned", "--qsdp-level-steps", ",".join(map(str, range(1, 18)))]
+FLAGS += ["--qsdp-gather", "once", "--qsdp-budget", "4.5", "--qsdp-errors"]
 
 
 def tensors(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:

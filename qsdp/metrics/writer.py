@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,13 +48,16 @@ class MetricsWriter:
         self._events = None if tensorboard is None else _event_writer(tensorboard, last_step)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write one step's `line`, which has a `step`; a value that is not finite becomes null."""
-        line = {name: _finite(value) for name, value in line.items()}
+        """Write one step's `line`, which has a `step`.
+
+        Values are numbers, or dictionaries of such; one that is not finite becomes null.
+        """
+        line = _finite(line)
         self.history.append(line)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._events is not None:
-            for name, value in line.items():
+            for name, value in _flat(line):
                 if name != "step" and value is not None:
                     self._events.add_scalar(name, value, line["step"])
 
@@ -95,12 +98,23 @@ def _is_whole(line: Any, needed: Collection[str]) -> bool:
         isinstance(line, dict)
         and isinstance(line.get("step"), int)
         and line.keys() >= set(needed)
-        and all(value is None or isinstance(value, (int, float)) for value in line.values())
+        and all(value is None or isinstance(value, (int, float)) for _, value in _flat(line))
     )
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values that are no dictionaries, with the names on the way to them."""
+    for name, value in line.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
 
 
 def _event_writer(folder: Path, last_step: int) -> Any:

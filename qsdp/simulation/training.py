@@ -291,7 +291,7 @@ class Simulation:
                 losses[micro].append(loss)
                 for name, grad in grads.items():
                     if name in kept:
-                        kept[name].add_(grad)  # in place, as FSDP2: bf16 is not rounded to fp16
+                        kept[name] += grad  # rounded once, as FSDP2 adds it
                     else:
                         kept[name] = grad.to(self._wire.world.reduce_dtype)
             reduction.add(kept)

@@ -28,6 +28,10 @@ _FILE_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     str: ((str,), "a string"),
     str | None: ((str,), "a string"),
 }
+_LISTS: dict[Any, tuple[tuple[type, ...], str]] = {
+    tuple[float, ...]: ((int, float), "a list of numbers"),
+    tuple[int, ...] | None: ((int,), "a list of integers"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +108,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
         name = key.replace("-", "_")
         if name not in hints:
             raise UserError(f"{path} sets {key!r}, which is not a setting; --help lists them all.")
-        if hints[name] == tuple[float, ...]:
-            if not isinstance(value, list) or not all(_is_a(v, (int, float)) for v in value):
-                raise UserError(f"{path} sets {key} to {value!r}; give a list of numbers.")
-            values[name] = tuple(_to_float(path, key, v) for v in value)
+        if hints[name] in _LISTS:
+            types, description = _LISTS[hints[name]]
+            if not isinstance(value, list) or not all(_is_a(v, types) for v in value):
+                raise UserError(f"{path} sets {key} to {value!r}; give {description}.")
+            values[name] = tuple(_to_float(path, key, v) if float in types else v for v in value)
             continue
         types, description = _FILE_TYPES[hints[name]]
         if not _is_a(value, types):
@@ -139,15 +144,18 @@ def _parse_flags(argv: Sequence[str] | None, defaults: CommandLine) -> CommandLi
     @registry.primitive_rule
     def comma_list(
         info: tyro.constructors.PrimitiveTypeInfo,
-    ) -> tyro.constructors.PrimitiveConstructorSpec[tuple[float, ...]] | None:
-        if info.type != tuple[float, ...]:
+    ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+        if info.type not in _LISTS:
             return None
+        kind = float if info.type == tuple[float, ...] else int
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
-            metavar="S,S,...",
-            instance_from_str=lambda texts: tuple(float(s) for s in texts[0].split(",")),
-            is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=lambda value: [",".join(f"{s:g}" for s in value)],
+            metavar="S,S,..." if kind is float else "N,N,...",
+            instance_from_str=lambda texts: tuple(kind(s) for s in texts[0].split(",")),
+            is_instance=lambda value: value is None or isinstance(value, tuple),
+            str_from_instance=lambda value: [
+                "None" if value is None else ",".join(f"{s:g}" for s in value)
+            ],
         )
 
     complaint = io.StringIO()

@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qsdp.config import QSDPConfig, check_bits
+from qsdp.config import QSDPConfig
+from qsdp.train.wire_flags import WireFlags, flag
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -40,11 +41,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Train a GPT with FSDP2, optionally with a quantized wire (QSDP) and CrAM.
-
-    Raises ValueError, in one sentence, for a value that no run can have.
-    """
+class RunFlags:
+    """What is trained, on what, for how long, and where the results go."""
 
     model: str = "nano"
     """Model preset: nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt-1.3b. The other flags'
@@ -96,6 +94,11 @@ class TrainConfig:
     """`fp32`, or `bf16` for bf16 weights and activations with fp32 master weights and gradient
     sums."""
 
+    replicas: int = 1
+    """Copies of the model (HSDP), which must divide the ranks: each is sharded over ranks / copies
+    consecutive ranks. Gradients are averaged over the copies, at their bits where the wire is
+    quantized."""
+
     out: str | None = None
     """Folder for all results, seen by every node; out/MODEL-DATA-... unless given."""
 
@@ -115,26 +118,13 @@ class TrainConfig:
     """`auto` goes on from the newest checkpoint in --out, if any; `none` begins anew and removes
     the checkpoints and metrics there; a path names a checkpoint or a folder of them."""
 
-    qsdp_bits: int | None = None
-    """Bits a value on the wire for weights and gradients, 2 to 8; 16 (bf16) and 32 (fp32) are
-    baselines through the same collectives. Unset: stock FSDP2. As a flag it also replaces what
-    --config says of weights or gradients alone."""
 
-    qsdp_weight_bits: int | None = None
-    """Bits a weight in the all-gather, in place of --qsdp-bits; 32 if only the gradients' are
-    given."""
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(WireFlags, RunFlags):
+    """Train a GPT with FSDP2, optionally with a quantized wire (QSDP) and CrAM.
 
-    qsdp_grad_bits: int | None = None
-    """Bits a gradient value in the reduce-scatter, in place of --qsdp-bits; 32 if only the
-    weights' are given."""
-
-    qsdp_bucket_size: int | None = None
-    """Values that share one minimum and scale, a multiple of 8. Unset: 1024 for 7 and 8 bits, 128
-    below."""
-
-    qsdp_rounding: str | None = None
-    """`shift`, `dither`, `stochastic` or `nearest`; all but nearest are unbiased. Unset: shift for
-    7 and 8 bits, dither below."""
+    Raises ValueError, in one sentence, for a value that no run can have.
+    """
 
     cram: bool = False
     """Train with CrAM+ (two passes a step), which makes the model prunable in one shot."""
@@ -154,7 +144,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.model not in RECIPES:
             raise ValueError(f"--model is {self.model!r}; choose one of {', '.join(RECIPES)}.")
-        for name in ("steps", "batch_size", "grad_accum", "seq_len", "eval_batches", "keep"):
+        for name in (
+            *("steps", "batch_size", "grad_accum", "seq_len"),
+            *("replicas", "eval_batches", "keep"),
+        ):
             self._require(name, getattr(self, name) >= 1, "choose 1 or more")
         for name in ("warmup_steps", "eval_every", "save_every"):
             self._require(name, getattr(self, name) >= 0, "choose 0 or more")
@@ -176,18 +169,11 @@ class TrainConfig:
             bool(self.cram_sparsity) and all(0 <= s < 1 for s in self.cram_sparsity),
             "give numbers from 0 to below 1, with commas between",
         )
-        for name in ("qsdp_bits", "qsdp_weight_bits", "qsdp_grad_bits"):
-            if getattr(self, name) is not None:
-                check_bits(_flag(name), getattr(self, name))
-        try:
-            QSDPConfig(bucket_size=self.qsdp_bucket_size, rounding=self.qsdp_rounding)
-        except ValueError as error:
-            message = str(error).replace("bucket_size", _flag("qsdp_bucket_size"))
-            raise ValueError(message.replace("rounding is", "--qsdp-rounding is")) from None
+        _ = self.wire  # raises for what it cannot be
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
-            raise ValueError(f"{_flag(name)} is {getattr(self, name)!r}; {allowed}.")
+            raise ValueError(f"{flag(name)} is {getattr(self, name)!r}; {allowed}.")
 
     @property
     def last_lr(self) -> float:
@@ -197,29 +183,18 @@ class TrainConfig:
     @property
     def wire(self) -> QSDPConfig | None:
         """What crosses the wire, None for stock FSDP2."""
-        chosen = (self.qsdp_bits, self.qsdp_weight_bits, self.qsdp_grad_bits)
-        if all(bits is None for bits in chosen):
-            return None
-        both, weights, grads = chosen
-        fallback = 32 if both is None else both
-        return QSDPConfig(
-            weight_bits=fallback if weights is None else weights,
-            grad_bits=fallback if grads is None else grads,
-            bucket_size=self.qsdp_bucket_size,
-            rounding=self.qsdp_rounding,
-            seed=self.seed,
-        )
+        return self.wire_config(self.seed)
 
     @property
     def out_dir(self) -> Path:
         """Where results go: `out`, or a folder named after what sets the run apart."""
         if self.out is not None:
             return Path(self.out)
-        wire = self.wire
         parts = [
             self.model,
             Path(self.data).stem or "data",
-            "fsdp2" if wire is None else f"w{wire.weight_bits}g{wire.grad_bits}",
+            *self.folder_parts(self.seed),
+            *([f"replicas{self.replicas}"] if self.replicas > 1 else []),
             *(["cram"] if self.cram else []),
             f"seed{self.seed}",
         ]
@@ -228,8 +203,12 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """All fields, `out` resolved, as JSON and TOML can hold them; unset ones are left out."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values |= {"out": str(self.out_dir), "cram_sparsity": list(self.cram_sparsity)}
-        return {name: value for name, value in values.items() if value is not None}
+        values["out"] = str(self.out_dir)
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None
+        }
 
     def to_toml(self) -> str:
         """A file that --config reads back as this configuration, but for `resume`: `none` would
@@ -237,7 +216,3 @@ class TrainConfig:
         # JSON's strings, numbers, booleans and lists are TOML's too.
         values = {name: value for name, value in self.as_dict().items() if name != "resume"}
         return "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -58,9 +58,10 @@ class Evaluator:
     def one_shot(self) -> dict[str, float]:
         """The exact weights' loss after magnitude pruning, by sparsity; weights are put back."""
         losses = {}
+        num_shards = self._world.size // self._config.replicas
         for sparsity in ONE_SHOT_SPARSITIES:
             with pruned(self._model, sparsity):
-                self._wire.other(threshold_bytes(self._world))
+                self._wire.other(threshold_bytes(num_shards))
                 losses[str(sparsity)] = self.loss()
         return losses
 

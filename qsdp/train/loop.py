@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -17,8 +18,14 @@ from qsdp.train.errors import UserError
 from qsdp.train.progress import RunProgress
 from qsdp.train.report import finish
 from qsdp.train.setup import Job, set_up
-from qsdp.train.wire import threshold_bytes
+from qsdp.train.wire import SECONDS, WireUse, threshold_bytes
 from qsdp.train.world import open_world
+
+# Of the wire, what a line of metrics.jsonl says beside the sums.
+WIRE_METRICS = (
+    *("gather_bytes", "reduce_bytes", "gather_inter_node_bytes", "reduce_inter_node_bytes"),
+    *SECONDS,
+)
 
 
 def train(config: TrainConfig) -> None:
@@ -35,13 +42,19 @@ def train(config: TrainConfig) -> None:
         progress = RunProgress(job.steps_done, config.steps, is_shown=world.is_main)
         with metrics or nullcontext(), progress:
             while job.steps_done < config.steps:
-                line = train_step(job)
-                if _is_due(config.eval_every, job, at_end=False):
+                step = job.steps_done + 1
+                is_validated = _is_due(config.eval_every, step, config, at_end=False)
+                # `finish` validates after the last step.
+                is_measured = config.qsdp_errors and (is_validated or step == config.steps)
+                line = train_step(job, is_measured=is_measured)
+                if is_validated:
                     line |= evaluate(job, progress)
+                if is_measured and job.handle is not None:
+                    line["wire_errors"] = job.handle.errors()
                 if metrics is not None:
                     metrics.log(line)
                 progress.show(line)
-                if _is_due(config.save_every, job, at_end=True):
+                if _is_due(config.save_every, step, config, at_end=True):
                     save(job)
         finish(job, [] if metrics is None else metrics.history)
 
@@ -59,10 +72,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return share * config.lr + (1 - share) * config.last_lr
 
 
-def train_step(job: Job) -> dict[str, Any]:
+def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
     """Take one optimizer step and return its metrics; a step without a finite gradient is skipped.
 
-    Bytes are the mean over ranks of what one rank sent.
+    Bytes, and the seconds of the wire's parts, are means over ranks. `is_measured`: the handle
+    measures the errors of the gradients that it reduces.
     """
     config, world, optimizer = job.config, job.world, job.optimizer
     lr = learning_rate(config, job.steps_done)
@@ -70,22 +84,23 @@ def train_step(job: Job) -> dict[str, Any]:
         group["lr"] = lr
     before = job.wire.total()
     started = time.perf_counter()
-    if isinstance(optimizer, CrAM):
-        loss = optimizer.step(lambda: forward_backward(job))
-        job.wire.other(threshold_bytes(world))
-        grad_norm = optimizer.last_grad_norm or 0.0
-    else:
-        optimizer.zero_grad()
-        loss = forward_backward(job)
-        grad_norm = _clip(job)
-        if math.isfinite(grad_norm):
-            optimizer.step()
+    with job.handle.measuring() if is_measured and job.handle is not None else nullcontext():
+        if isinstance(optimizer, CrAM):
+            loss = optimizer.step(lambda: forward_backward(job))
+            job.wire.other(threshold_bytes(world.size // config.replicas))
+            grad_norm = optimizer.last_grad_norm or 0.0
+        else:
+            optimizer.zero_grad()
+            loss = forward_backward(job)
+            grad_norm = _clip(job)
+            if math.isfinite(grad_norm):
+                optimizer.step()
     job.steps_done += 1
-    wire = job.wire.total().since(before)
+    used = asdict(job.wire.total() - before)
     # The sum waits for the device, so the time that follows is the whole step's.
-    sums = world.sum(loss, wire.sent, wire.other, wire.fp32)
+    loss_mean, *means = (total / world.size for total in world.sum(loss, *used.values()))
     step_s = time.perf_counter() - started
-    loss_mean, sent, other, fp32 = (value / world.size for value in sums)
+    wire = WireUse(**dict(zip(used, means, strict=True)))
     step_tokens = world.size * config.grad_accum * config.batch_size * config.seq_len
     return {
         "step": job.steps_done,
@@ -95,9 +110,10 @@ def train_step(job: Job) -> dict[str, Any]:
         "tokens_per_s": step_tokens / step_s,
         "step_s": step_s,
         "tokens": job.steps_done * step_tokens,
-        "wire_bytes_sent": sent,
-        "wire_bytes_other": other,
-        "wire_bytes_fp32": fp32,
+        "wire_bytes_sent": wire.sent_bytes,
+        "wire_bytes_other": wire.other_bytes,
+        "wire_bytes_fp32": wire.fp32_bytes,
+        **{name: getattr(wire, name) for name in WIRE_METRICS},
     }
 
 
@@ -124,8 +140,8 @@ def evaluate(job: Job, progress: RunProgress) -> dict[str, float]:
         losses["val_loss_quantized"] = job.evaluator.loss(exact=False)
         text += f", with quantized weights {losses['val_loss_quantized']:.4f}"
     progress.note(text)
-    spent = job.wire.total().since(before)
-    return losses | {"eval_bytes_sent": float(spent.other)}
+    spent = job.wire.total() - before
+    return losses | {"eval_bytes_sent": spent.other_bytes}
 
 
 def save(job: Job) -> None:
@@ -143,6 +159,6 @@ def _clip(job: Job) -> float:
     return global_grad_norm(parameters)
 
 
-def _is_due(every: int, job: Job, *, at_end: bool) -> bool:
-    is_end = job.steps_done == job.config.steps
-    return (at_end if is_end else bool(every)) and (is_end or job.steps_done % every == 0)
+def _is_due(every: int, step: int, config: TrainConfig, *, at_end: bool) -> bool:
+    is_end = step == config.steps
+    return (at_end if is_end else bool(every)) and (is_end or step % every == 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import qsdp
@@ -35,6 +36,15 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
     return size
 
 
+def check_replicas(config: TrainConfig, world: World) -> None:
+    """Raise ValueError unless the ranks can be dealt out to the replicas evenly."""
+    if world.size % config.replicas:
+        raise ValueError(
+            f"--replicas is {config.replicas}, which does not divide the {world.size} "
+            f"{'rank' if world.size == 1 else 'ranks'}; choose a divisor, 1 for none."
+        )
+
+
 def build(config: TrainConfig, size: GPTConfig, world: World) -> Sharded:
     """Make the model of `size` on all ranks of `world`, weights initialised, wire installed.
 
@@ -43,6 +53,8 @@ def build(config: TrainConfig, size: GPTConfig, world: World) -> Sharded:
     3. the shards get memory, then their slice of the initial weights;
     4. qsdp takes over the gathers and reduces, if asked.
     """
+    wire = config.wire
+    shard_mesh, replicate_mesh = _meshes(config, world)
     with torch.device("meta"):
         model = GPT(size)
     policy = (
@@ -51,12 +63,26 @@ def build(config: TrainConfig, size: GPTConfig, world: World) -> Sharded:
         else MixedPrecisionPolicy()
     )
     for block in model.blocks:
-        fully_shard(block, mesh=world.mesh, mp_policy=policy)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+        fully_shard(block, mesh=shard_mesh, mp_policy=policy)
+    fully_shard(model, mesh=shard_mesh, mp_policy=policy)
     model.to_empty(device=world.device)
     init_weights(model, config.seed)
-    wire = config.wire
-    return Sharded(model, None if wire is None else qsdp.install(model, wire))
+    if wire is None:
+        return Sharded(model, None)
+    return Sharded(model, qsdp.install(model, wire, replicate_mesh=replicate_mesh))
+
+
+def _meshes(config: TrainConfig, world: World) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """The mesh for `fully_shard`, and the one over which qsdp averages gradients of replicas.
+
+    Consecutive ranks share a replica: the all-reduce between replicas is what crosses nodes, and it
+    carries a shard where a gather carries all. Stock FSDP2 takes both axes and does it itself.
+    """
+    if config.replicas == 1:
+        return world.mesh, None
+    shape = (config.replicas, world.size // config.replicas)
+    mesh = init_device_mesh(world.mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
+    return (mesh, None) if config.wire is None else (mesh["shard"], mesh["replicate"])
 
 
 def make_optimizer(config: TrainConfig, model: GPT) -> torch.optim.AdamW:

@@ -1,4 +1,4 @@
-"""The plots of a run: loss, one-shot pruning, bytes on the wire, step time."""
+"""The plots of a run: loss, one-shot pruning, bytes and time on the wire, step time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-History = list[dict[str, Any]]
+from qsdp.train.error_plot import History, draw_errors
+
+# What a step's time is shown as, from the bottom up: name of the metric, label, colour.
+_WIRE_TIME = (
+    ("gather_encode_s", "weights: encode", "#9ecae1"),
+    ("gather_wire_s", "weights: wire", "#4292c6"),
+    ("gather_decode_s", "weights: decode", "#08519c"),
+    ("reduce_encode_s", "gradients: encode", "#fdd0a2"),
+    ("reduce_wire_s", "gradients: wire", "#fd8d3c"),
+    ("reduce_decode_s", "gradients: decode", "#a63603"),
+)
 
 
 def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list[Path]:
@@ -26,6 +36,8 @@ def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list
         "wire": lambda axes: _plot_wire(axes, history),
         "step_time": lambda axes: _plot_step_time(axes, history),
     }
+    if _timed(history):
+        draw["wire_time"] = lambda axes: _plot_wire_time(axes, history)
     paths = []
     for name, plot in draw.items():
         figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -35,6 +47,10 @@ def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         paths.append(folder / f"{name}.png")
+        figure.savefig(paths[-1], dpi=130)
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    if draw_errors(figure, history):
+        paths.append(folder / "errors.png")
         figure.savefig(paths[-1], dpi=130)
     return paths
 
@@ -83,9 +99,40 @@ def _plot_step_time(axes: Any, history: History) -> None:
     axes.plot(steps, milliseconds, alpha=0.3, linewidth=0.8)
     axes.plot(steps, list(_smoothed(milliseconds)), color="C0")
     if milliseconds:
-        # A first step, or one beside a busy neighbour, must not flatten all others.
-        axes.set_ylim(0, 1.5 * sorted(milliseconds)[int(0.98 * (len(milliseconds) - 1))])
+        axes.set_ylim(0, _ceiling(milliseconds))
     axes.set(xlabel="step", ylabel="ms", title="Time a step")
+
+
+def _plot_wire_time(axes: Any, history: History) -> None:
+    lines = _timed(history)
+    steps = [line["step"] for line in lines]
+    parts = [[1e3 * line[name] for line in lines] for name, _, _ in _WIRE_TIME]
+    # On a GPU the wire may overlap with what the step computes, so that nothing seems left.
+    rest = [
+        max(0.0, 1e3 * line["step_s"] - sum(times))
+        for line, times in zip(lines, zip(*parts, strict=True), strict=True)
+    ]
+    labels = [*(label for _, label, _ in _WIRE_TIME), "the rest of the step"]
+    colors = [*(color for _, _, color in _WIRE_TIME), "#d9d9d9"]
+    areas = [list(_smoothed(times)) for times in (*parts, rest)]
+    axes.stackplot(steps, *areas, labels=labels, colors=colors)
+    axes.set_ylim(0, _ceiling([sum(times) for times in zip(*areas, strict=True)]))
+    axes.set(xlabel="step", ylabel="ms", title="Where the time of a step goes, smoothed")
+    # In the order of the areas, which are stacked from the bottom.
+    handles, names = axes.get_legend_handles_labels()
+    axes.legend(
+        handles[::-1], names[::-1], fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)
+    )
+
+
+def _timed(history: History) -> History:
+    """The steps whose time on the wire is known."""
+    return [line for line in history if all(line.get(n) is not None for n, _, _ in _WIRE_TIME)]
+
+
+def _ceiling(values: list[float]) -> float:
+    """Top of an axis: a first step, or one beside a busy neighbour, must not flatten all others."""
+    return 1.5 * sorted(values)[int(0.98 * (len(values) - 1))]
 
 
 def _series(history: History, name: str) -> tuple[list[int], list[float]]:

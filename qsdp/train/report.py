@@ -21,6 +21,10 @@ from qsdp.train.peak import matmul_flops_per_s
 from qsdp.train.plots import write_plots
 from qsdp.train.progress import format_bytes
 from qsdp.train.setup import Job
+from qsdp.train.wire import SECONDS
+
+NAMES = {"gather": "weights", "reduce": "gradients"}
+PARTS = ("encode", "wire", "decode")
 
 
 def finish(job: Job, history: list[dict[str, Any]]) -> None:
@@ -33,7 +37,7 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
     quantized = None if job.handle is None else job.evaluator.loss(exact=False)
     one_shot = job.evaluator.one_shot()
     sample = job.evaluator.sample()
-    last_other = job.world.sum(job.wire.total().since(before).other)[0] / job.world.size
+    last_other = job.world.sum((job.wire.total() - before).other_bytes)[0] / job.world.size
     peak = job.world.sum(matmul_flops_per_s(job.world.device, job.config.precision))[0]
     # A run may go on with another batch, another wire or other ranks, whose steps do not compare.
     alike = [line for line in history if line["step"] > job.pace_since]
@@ -61,6 +65,12 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
             + _mean(alike, "eval_bytes_sent", steps)
             + last_other / steps,
             "fp32_bytes_per_step": _mean(alike, "wire_bytes_fp32"),
+            "inter_node_bytes_per_step": {
+                direction: _mean_or_none(alike, f"{direction}_inter_node_bytes")
+                for direction in ("gather", "reduce")
+            },
+            "kept_bytes": 0 if job.handle is None else job.handle.kept_bytes,
+            "seconds_per_step": {name: _mean_or_none(alike, name) for name in SECONDS},
             "source": "counted by qsdp"
             if job.handle is not None
             else f"computed from stock FSDP2's plan over {job.world.backend}",
@@ -97,6 +107,9 @@ def print_summary(console: Console, summary: dict[str, Any], plots: list[Path]) 
         losses.add_row(f"{float(sparsity):.0%} pruned in one shot", f"{loss:.4f}")
     console.print(losses)
     console.print(_wire_table(summary))
+    seconds = summary["wire"]["seconds_per_step"]
+    if None not in seconds.values():
+        console.print(_time_table(seconds))
     if summary["step_s_median"] is not None:
         console.print(
             f"{summary['step_s_median'] * 1e3:,.0f} ms a step (median), "
@@ -128,11 +141,26 @@ def _wire_table(summary: dict[str, Any]) -> Table:
         ("saved", fp32 - sent),
         ("everything else", wire["other_bytes_per_step"]),
     ]
+    for direction, count in wire["inter_node_bytes_per_step"].items():
+        if count:
+            rows.append((f"of {NAMES[direction]}, between nodes", count))
     for name, count in rows:
         share = (
             f" ({count / fp32:.1%})" if fp32 and name in ("weights and gradients", "saved") else ""
         )
         table.add_row(name, _signed(count) + share, _signed(count * steps))
+    return table
+
+
+def _time_table(seconds: dict[str, float]) -> Table:
+    """What encoding, sending and decoding take: the mean over ranks and steps."""
+    table = Table(title="Time on the wire, ms a step")
+    table.add_column("")
+    for part in (*PARTS, "together"):
+        table.add_column(part, justify="right")
+    for direction, name in NAMES.items():
+        times = [1e3 * seconds[f"{direction}_{part}_s"] for part in PARTS]
+        table.add_row(name, *(f"{time:.2f}" for time in (*times, sum(times))))
     return table
 
 
@@ -144,6 +172,12 @@ def _mean(history: list[dict[str, Any]], name: str, over: int = 0) -> float:
     """The mean of a metric over the steps that have it, or its sum over `over` steps."""
     values = [line[name] for line in history if line.get(name) is not None]
     return sum(values) / max(1, over or len(values))
+
+
+def _mean_or_none(history: list[dict[str, Any]], name: str) -> float | None:
+    """The mean of a metric over the steps that have it; None if none has."""
+    has_any = any(line.get(name) is not None for line in history)
+    return _mean(history, name) if has_any else None
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

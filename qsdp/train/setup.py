@@ -19,7 +19,7 @@ from qsdp.models import GPT, GPTConfig
 from qsdp.optim import CrAM
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate import Evaluator
-from qsdp.train.parallelize import build, make_optimizer, model_config
+from qsdp.train.parallelize import build, check_replicas, make_optimizer, model_config
 from qsdp.train.resume import changed, find_checkpoint, is_finished, pace_since
 from qsdp.train.wire import QuantizedWire, StockWire, Wire
 from qsdp.train.world import World
@@ -99,6 +99,7 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
     Raises UserError, on every rank, for whatever the user can correct.
     """
     _make_shared_folder(config.out_dir, world)
+    world.together(lambda: check_replicas(config, world))
     corpus = world.together(lambda: _load_corpus(config))
     size = world.together(lambda: model_config(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))
@@ -115,7 +116,7 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
 
     sharded = world.together(lambda: build(config, size, world))
     model, handle = sharded.model, sharded.handle
-    wire = StockWire(model, world) if handle is None else QuantizedWire(handle)
+    wire = StockWire(model, world, config.replicas) if handle is None else QuantizedWire(handle)
     optimizer: torch.optim.Optimizer = make_optimizer(config, model)
     if config.cram:
         optimizer = CrAM(
@@ -132,7 +133,8 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
         _all(world, lambda: checkpoint.load(source, model, optimizer))
         steps_done = meta["step"]
         if handle is not None and meta["wire"] is not None:
-            handle.load_state_dict(meta["wire"])
+            load, state = handle.load_state_dict, meta["wire"]
+            _all(world, lambda: load(state))
     world.on_main(lambda: _begin_folder(config, steps_done))
     job = Job(
         config=config,
@@ -235,17 +237,11 @@ def _begin_folder(config: TrainConfig, steps_done: int) -> None:
 def _announce(job: Job, source: Path | None, meta: dict[str, Any] | None) -> None:
     config, world = job.config, job.world
     num_parameters = sum(p.numel() for p in job.model.parameters())
-    wire = config.wire
-    travels = (
-        "stock FSDP2"
-        if wire is None
-        else f"{wire.weight_bits}-bit weights, {wire.grad_bits}-bit gradients"
-    )
     batch_tokens = world.size * config.batch_size * config.grad_accum * config.seq_len
     job.say(
         f"{config.model}: {num_parameters:,} parameters on {world.size} "
         f"{'rank' if world.size == 1 else 'ranks'} ({world.backend}, {config.precision}), "
-        f"{travels}, {'CrAM' + '+' * config.cram_plus if config.cram else 'AdamW'}, "
+        f"{_travels(config)}, {'CrAM' + '+' * config.cram_plus if config.cram else 'AdamW'}, "
         f"{batch_tokens:,} tokens a step of {len(job.corpus.train):,}, results in {job.out}"
     )
     if meta is None:
@@ -260,3 +256,17 @@ def _announce(job: Job, source: Path | None, meta: dict[str, Any] | None) -> Non
         changes.append(f"ranks {meta.get('world_size')} -> {world.size}")
     noted = f" with other settings than before: {', '.join(changes)}" if changes else ""
     job.say(f"Going on from {source}, {job.steps_done} of {config.steps} steps done{noted}")
+
+
+def _travels(config: TrainConfig) -> str:
+    """How weights and gradients travel, in a few words."""
+    wire = config.wire
+    if wire is None:
+        parts = ["stock FSDP2"]
+    else:
+        parts = [f"{wire.weight_bits}-bit weights", f"{wire.grad_bits}-bit gradients"]
+        parts += [f"then {wire.budget:g} bits on average"] if wire.budget is not None else []
+        parts += ["learned levels"] if wire.levels == "learned" else []
+        parts += ["gathered once"] if wire.gather == "once" else []
+    parts += [f"{config.replicas} replicas"] if config.replicas > 1 else []
+    return ", ".join(parts)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -16,41 +18,67 @@ from qsdp import compat
 from qsdp.sparsity.threshold import THRESHOLD_BYTES
 from qsdp.train.world import World
 
+SECONDS = (
+    *("gather_encode_s", "gather_wire_s", "gather_decode_s"),
+    *("reduce_encode_s", "reduce_wire_s", "reduce_decode_s"),
+)
+"""The parts of `WireUse` that are times."""
 
-def threshold_bytes(world: World) -> int:
+
+def threshold_bytes(num_shards: int) -> int:
     """What a rank sends to find one pruning threshold, an all-reduce of histograms."""
     # An all-reduce sends every byte twice, but for this rank's own share.
-    return 2 * (world.size - 1) * THRESHOLD_BYTES // world.size
+    return 2 * (num_shards - 1) * THRESHOLD_BYTES // num_shards
 
 
-@dataclass(frozen=True)
-class WireBytes:
-    """Bytes that one rank sent, cumulative."""
+@dataclass(frozen=True, kw_only=True)
+class WireUse:
+    """Bytes that one rank sent and seconds that it took, cumulative; NaN where nobody knows."""
 
-    sent: int = 0
-    """Gathers and reduces of training, all that they carry."""
-    other: int = 0
+    gather_bytes: float = 0.0
+    """Gathers of training, all that they carry."""
+    reduce_bytes: float = 0.0
+    """Reduces of training, those between replicas included."""
+    gather_inter_node_bytes: float = 0.0
+    """Of `gather_bytes`, what left the node."""
+    reduce_inter_node_bytes: float = 0.0
+    """Of `reduce_bytes`, what left the node."""
+    other_bytes: float = 0.0
     """The gathers of validation and sampling, and the histograms that find pruning thresholds. Not
     counted: control messages of a few bytes (norms, sums of metrics, agreement among the ranks)
     and the metadata of checkpoints."""
-    fp32: int = 0
+    fp32_bytes: float = 0.0
     """The gathers and reduces of training in fp32, each value once: 4 (N - 1) / N bytes a value."""
+    gather_encode_s: float = 0.0
+    gather_wire_s: float = 0.0
+    gather_decode_s: float = 0.0
+    reduce_encode_s: float = 0.0
+    reduce_wire_s: float = 0.0
+    reduce_decode_s: float = 0.0
 
-    def since(self, before: WireBytes) -> WireBytes:
-        return WireBytes(
-            self.sent - before.sent, self.other - before.other, self.fp32 - before.fp32
-        )
+    @property
+    def sent_bytes(self) -> float:
+        """Gathers and reduces of training."""
+        return self.gather_bytes + self.reduce_bytes
+
+    def __add__(self, more: WireUse) -> WireUse:
+        other = asdict(more)
+        return WireUse(**{name: value + other[name] for name, value in asdict(self).items()})
+
+    def __sub__(self, before: WireUse) -> WireUse:
+        other = asdict(before)
+        return WireUse(**{name: value - other[name] for name, value in asdict(self).items()})
 
 
 class Wire(Protocol):
-    """How weights and gradients travel, and how many bytes that has taken."""
+    """How weights and gradients travel, and what that has taken."""
 
-    def total(self) -> WireBytes: ...
+    def total(self) -> WireUse: ...
 
     def reduced(self) -> None:
         """Note that a backward pass has reduced the gradients."""
 
-    def other(self, num_bytes: int) -> None:
+    def other(self, num_bytes: float) -> None:
         """Note that this rank sent `num_bytes` which are neither weights nor gradients."""
 
     def evaluation(self, exact: bool) -> AbstractContextManager[None]:
@@ -58,24 +86,28 @@ class Wire(Protocol):
 
 
 class QuantizedWire:
-    """qsdp's own collectives and counters."""
+    """qsdp's own collectives, counters and clocks."""
 
     def __init__(self, handle: qsdp.Handle) -> None:
         self._handle = handle
 
-    def total(self) -> WireBytes:
+    def total(self) -> WireUse:
         counts = self._handle.traffic.snapshot()
-        return WireBytes(
-            counts["gather_sent_bytes"] + counts["reduce_sent_bytes"],
-            counts["other_sent_bytes"],
-            counts["gather_fp32_bytes"] + counts["reduce_fp32_bytes"],
+        return WireUse(
+            gather_bytes=counts["gather_sent_bytes"],
+            reduce_bytes=counts["reduce_sent_bytes"],
+            gather_inter_node_bytes=counts["gather_inter_node_bytes"],
+            reduce_inter_node_bytes=counts["reduce_inter_node_bytes"],
+            other_bytes=counts["other_sent_bytes"],
+            fp32_bytes=counts["gather_fp32_bytes"] + counts["reduce_fp32_bytes"],
+            **self._handle.times.snapshot(),
         )
 
     def reduced(self) -> None:
         """The hooks have seen it."""
 
-    def other(self, num_bytes: int) -> None:
-        self._handle.traffic.other(num_bytes)
+    def other(self, num_bytes: float) -> None:
+        self._handle.traffic.other(int(num_bytes))
 
     @contextmanager
     def evaluation(self, exact: bool) -> Iterator[None]:
@@ -87,51 +119,77 @@ class StockWire:
     """The bytes of stock FSDP2, by arithmetic on its tables of padded shards.
 
     A forward pass gathers every group; a backward pass gathers all but the root's again and reduces
-    all. A gather sends the own shard to N - 1 ranks. NCCL's reduce-scatter moves each value once,
-    (N - 1) shards a rank; gloo's is an all-reduce inside and moves twice that.
+    all. A gather sends the own shard to S - 1 ranks, where S ranks share a replica. NCCL's
+    reduce-scatter moves each value once, (S - 1) shards a rank; gloo's is an all-reduce inside and
+    moves twice that. R replicas all-reduce the reduced shard: 2 (R - 1) / R of its bytes.
+
+    FSDP2 does not say what its collectives take, so the seconds are NaN.
     """
 
-    def __init__(self, model: nn.Module, world: World) -> None:
-        self._bytes = WireBytes()
-        self._reduce_factor = 2 if world.backend == "gloo" else 1
-        peers = world.size - 1
-        groups = compat.parameter_groups(model)
-        self._gather = WireBytes()  # once for every group
-        self._regather = WireBytes()  # all but the root's
-        self._reduce_fp32 = 0
-        for group in groups:
+    def __init__(self, model: nn.Module, world: World, num_replicas: int) -> None:
+        self._total = WireUse(**dict.fromkeys(SECONDS, math.nan))
+        num_shards = world.size // num_replicas
+        first = world.rank - world.rank % num_shards
+        gather_crosses = _crosses(world, first + (world.rank + 1) % num_shards)
+        reduce_crosses = _crosses(world, first + (world.rank - 1) % num_shards)
+        average_crosses = _crosses(world, (world.rank - num_shards) % world.size)
+        times_scattered = 2 if world.backend == "gloo" else 1
+        self._gather = WireUse()  # once for every group
+        self._regather = WireUse()  # all but the root's
+        self._reduce = WireUse()
+        for group in compat.parameter_groups(model):
             shards = group.parameters()
-            sent = peers * sum(p.padded_numel * p.dtype.itemsize for p in shards)
-            fp32 = peers * sum(4 * p.padded_numel for p in shards)
-            self._gather = _plus(self._gather, sent, fp32)
-            self._reduce_fp32 += fp32
+            gathered = (num_shards - 1) * sum(p.padded_numel * p.dtype.itemsize for p in shards)
+            # Gradients are reduced in fp32 at either precision.
+            shard_fp32 = 4 * sum(p.padded_numel for p in shards)
+            fp32 = (num_shards - 1) * shard_fp32
+            scattered = times_scattered * fp32
+            averaged = 2 * (num_replicas - 1) * shard_fp32 / num_replicas
+            gather = WireUse(
+                gather_bytes=gathered,
+                gather_inter_node_bytes=gather_crosses * gathered,
+                fp32_bytes=fp32,
+            )
+            self._gather += gather
+            self._reduce += WireUse(
+                reduce_bytes=scattered + averaged,
+                reduce_inter_node_bytes=reduce_crosses * scattered + average_crosses * averaged,
+                fp32_bytes=fp32 + averaged,
+            )
             if group.module is not cast(FSDPModule, model):
-                self._regather = _plus(self._regather, sent, fp32)
+                self._regather += gather
         model.register_forward_pre_hook(self._count_forward)
 
-    def total(self) -> WireBytes:
-        return self._bytes
+    def total(self) -> WireUse:
+        return self._total
 
     def reduced(self) -> None:
-        # Gradients are reduced in fp32 at either precision.
-        self._bytes = _plus(self._bytes, self._reduce_factor * self._reduce_fp32, self._reduce_fp32)
+        self._total += self._reduce
 
-    def other(self, num_bytes: int) -> None:
-        before = self._bytes
-        self._bytes = WireBytes(before.sent, before.other + num_bytes, before.fp32)
+    def other(self, num_bytes: float) -> None:
+        self._total += WireUse(other_bytes=num_bytes)
 
     def evaluation(self, exact: bool) -> AbstractContextManager[None]:
         """Nothing to change: the weights are exact, and without autograd a forward is `other`."""
         return nullcontext()
 
     def _count_forward(self, model: nn.Module, inputs: Any) -> None:
-        once = self._gather
-        if not torch.is_grad_enabled():
-            self.other(once.sent)
-            return
-        again = self._regather
-        self._bytes = _plus(self._bytes, once.sent + again.sent, once.fp32 + again.fp32)
+        if torch.is_grad_enabled():
+            self._total += self._gather + self._regather
+        else:
+            self.other(self._gather.gather_bytes)
 
 
-def _plus(total: WireBytes, sent: int, fp32: int) -> WireBytes:
-    return WireBytes(total.sent + sent, total.other, total.fp32 + fp32)
+def _crosses(world: World, neighbour: int) -> float:
+    """Which part of what this rank sends to the `neighbour` in a ring leaves the node: 0 or 1.
+
+    gloo's rings follow the ranks: its all-gather sends to the next rank alone, its all-reduce to
+    the one before. NCCL lays rings and trees of its own, and which rank's bytes cross is not known:
+    NaN, unless there is one node.
+    """
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks_per_node >= world.size:
+        return 0.0
+    if world.backend != "gloo":
+        return math.nan
+    return float(neighbour // ranks_per_node != world.rank // ranks_per_node)

@@ -1,0 +1,178 @@
+"""The flags of the quantized wire, and the QSDPConfig that they come to. No torch here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+from typing import Any
+
+from qsdp.config import QSDPConfig, check_bits
+
+_BITS = ("qsdp_bits", "qsdp_weight_bits", "qsdp_grad_bits")
+Policy = tuple[tuple[str, int | tuple[int, int]], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireFlags:
+    """What crosses the wire; None, or False, is a flag that was not given."""
+
+    qsdp_bits: int | None = None
+    """Bits a value on the wire for weights and gradients, 2 to 8; 16 (bf16) and 32 (fp32) are
+    baselines through the same collectives. Unset: stock FSDP2. As a flag it also replaces what
+    --config says of weights or gradients alone."""
+
+    qsdp_weight_bits: int | None = None
+    """Bits a weight in the all-gather, in place of --qsdp-bits; 32 if only the gradients' are
+    given."""
+
+    qsdp_grad_bits: int | None = None
+    """Bits a gradient value in the reduce-scatter, in place of --qsdp-bits; 32 if only the
+    weights' are given."""
+
+    qsdp_embedding_bits: int | None = None
+    """Bits of embeddings and of the output head, both ways. Unset: those of other matrices, but at
+    least 8."""
+
+    qsdp_local_grad_bits: int | None = None
+    """Bits a gradient value inside a node, where the reduce has two hops. Unset: those of
+    gradients, but at least 8."""
+
+    qsdp_bucket_size: int | None = None
+    """Values that share one minimum and scale, a multiple of 8. Unset: 1024 for 7 and 8 bits;
+    below, 128 for weights and 256 for gradients."""
+
+    qsdp_rounding: str | None = None
+    """`shift`, `dither`, `stochastic` or `nearest`; all but nearest are unbiased. Unset: shift for
+    7 and 8 bits, dither below."""
+
+    qsdp_levels: str | None = None
+    """`uniform`, or `learned` for parameters of 2 to 6 bits: levels fitted to each parameter's
+    values. Unset: uniform."""
+
+    qsdp_level_steps: tuple[int, ...] | None = None
+    """Steps before which levels are learned, with commas between, each from 1; CrAM's two passes
+    count as two. Unset: 10,50,200,1000."""
+
+    qsdp_policy: str | None = None
+    """Bits by parameter name, PATTERN=BITS or PATTERN=WEIGHT/GRADIENT with commas between
+    ("blocks.0.*=8,*.attn.*=8/4"): the first shell-style pattern that matches wins."""
+
+    qsdp_budget: float | None = None
+    """Bits a coded value on average, metadata included: 2 to 8 bits are given to each parameter so
+    that the squared error, measured in the first step after a warm-up, is least. Without
+    --qsdp-bits that step travels at 8 bits."""
+
+    qsdp_warmup_steps: int | None = None
+    """First steps that travel with at least --qsdp-warmup-bits; CrAM's two passes count as two."""
+
+    qsdp_warmup_bits: int | None = None
+    """Least bits a value during --qsdp-warmup-steps. Unset: 32, full precision."""
+
+    qsdp_gather: str | None = None
+    """`twice`: the backward pass gathers the weights again. `once`: what the forward pass gathered
+    is kept, packed, until the backward pass. Unset: twice."""
+
+    qsdp_reduce: str | None = None
+    """`flat`: one exchange among all ranks. `two-hop`: inside each node, then between nodes.
+    `auto`: two-hop where there are several nodes of several ranks. Unset: auto."""
+
+    qsdp_ranks_per_node: int | None = None
+    """Ranks of one node, consecutive ones. Unset: as the launcher says."""
+
+    qsdp_errors: bool = False
+    """At each validation, also measure the relative error of each parameter and of its gradient on
+    the wire, for metrics.jsonl and errors.png."""
+
+    def wire_config(self, seed: int) -> QSDPConfig | None:
+        """What crosses the wire, None for stock FSDP2.
+
+        Raises ValueError, naming the flag, for a value that is not allowed, and for a flag that
+        would have no effect beside the others.
+        """
+        for name in _BITS:
+            if getattr(self, name) is not None:
+                check_bits(flag(name), getattr(self, name))
+        both, weights, grads = (getattr(self, name) for name in _BITS)
+        is_given = any(bits is not None for bits in (both, weights, grads))
+        fallback = both if both is not None else 32 if is_given else 8
+        settings = {name.removeprefix("qsdp_"): value for name, value in self._details().items()}
+        settings.pop("errors", None)
+        if self.qsdp_policy is not None:
+            settings["policy"] = parse_policy(self.qsdp_policy)
+        try:
+            config = QSDPConfig(
+                weight_bits=fallback if weights is None else weights,
+                grad_bits=fallback if grads is None else grads,
+                seed=seed,
+                **settings,
+            )
+        except ValueError as error:
+            # Each message begins with the name of the field.
+            name, _, rest = str(error).partition(" ")
+            raise ValueError(f"{flag('qsdp_' + name)} {rest}") from None
+        self._refuse_what_has_no_effect(is_given or self.qsdp_budget is not None)
+        return config if is_given or self.qsdp_budget is not None else None
+
+    def folder_parts(self, seed: int) -> list[str]:
+        """What sets a run with this wire apart, as parts of the name of its folder."""
+        wire = self.wire_config(seed)
+        if wire is None:
+            return ["fsdp2"]
+        parts = [f"w{wire.weight_bits}g{wire.grad_bits}"]
+        for name, value in self._details().items():
+            short = name.removeprefix("qsdp_").replace("_", "")
+            if name == "qsdp_policy":
+                parts.append(short + blake2b(value.encode(), digest_size=4).hexdigest())
+            elif isinstance(value, tuple):
+                parts.append(short + "+".join(map(str, value)))
+            elif name != "qsdp_errors":
+                parts.append(value if isinstance(value, str) else f"{short}{value}")
+        return parts
+
+    def _details(self) -> dict[str, Any]:
+        """The flags that were given, those of bits for all parameters left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(WireFlags)}
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None and value is not False and name not in _BITS
+        }
+
+    def _refuse_what_has_no_effect(self, is_quantized: bool) -> None:
+        if not is_quantized:
+            for name in self._details():
+                raise ValueError(
+                    f"{flag(name)} is given without --qsdp-bits, and stock FSDP2 would not heed "
+                    "it; add bits (of weights, gradients or both) or a budget, or leave it out."
+                )
+        for name, other, value, is_heeded in (
+            ("qsdp_level_steps", "qsdp_levels", "learned", self.qsdp_levels == "learned"),
+            ("qsdp_warmup_bits", "qsdp_warmup_steps", "N", self.qsdp_warmup_steps is not None),
+            ("qsdp_local_grad_bits", "qsdp_reduce", "two-hop", self.qsdp_reduce != "flat"),
+        ):
+            if getattr(self, name) is not None and not is_heeded:
+                raise ValueError(
+                    f"{flag(name)} is given without {flag(other)} {value}, so that nothing would "
+                    "heed it; add that, or leave it out."
+                )
+
+
+def parse_policy(text: str) -> Policy:
+    """`QSDPConfig.policy` from PATTERN=BITS or PATTERN=WEIGHT/GRADIENT, with commas between."""
+    policy: list[tuple[str, int | tuple[int, int]]] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\S+)=([0-9]{1,3})(?:/([0-9]{1,3}))?\s*", part)
+        if found is None:
+            raise ValueError(
+                f"--qsdp-policy holds {part!r}; give PATTERN=BITS or PATTERN=WEIGHT/GRADIENT, with "
+                "commas between."
+            )
+        pattern, weight, grad = found.groups()
+        policy.append((pattern, int(weight) if grad is None else (int(weight), int(grad))))
+    return tuple(policy)
+
+
+def flag(name: str) -> str:
+    """The flag of the field `name`."""
+    return "--" + name.replace("_", "-")

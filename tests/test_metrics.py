@@ -1,0 +1,45 @@
+"""metrics.jsonl: what is written, and what is read back."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from qsdp.metrics import MetricsWriter
+from qsdp.metrics.writer import read_metrics
+
+ERRORS = {"a.weight": {"weight": 0.25, "grad": None}, "b.weight": {"weight": math.nan, "grad": 2.0}}
+WRITTEN = {"a.weight": {"weight": 0.25, "grad": None}, "b.weight": {"weight": None, "grad": 2.0}}
+
+
+def test_numbers_by_name_are_written_and_kept_on_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        writer.log({"step": 1, "loss": math.inf, "wire_errors": ERRORS})
+        writer.log({"step": 2, "loss": 1.0})
+    expected = {"step": 1, "loss": None, "wire_errors": WRITTEN}
+    assert json.loads(path.read_text().splitlines()[0]) == expected
+    with MetricsWriter(path, last_step=1, needed=["loss"]) as writer:
+        assert writer.history == [expected]
+    assert read_metrics(path) == [expected]
+
+
+@pytest.mark.parametrize("value", ["text", [1.0], {"a": "text"}, {"a": {"b": []}}])
+def test_a_line_with_anything_but_numbers_counts_as_torn(tmp_path: Path, value: object) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": value}) + '\n{"step": 2, "loss": 1.0}\n')
+    assert read_metrics(path) == [{"step": 2, "loss": 1.0}]
+
+
+def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with MetricsWriter(tmp_path / "metrics.jsonl", tensorboard=tmp_path / "events") as writer:
+        writer.log({"step": 1, "loss": 3.0, "wire_errors": ERRORS})
+    events = accumulator.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        *("loss", "wire_errors/a.weight/weight", "wire_errors/b.weight/grad")
+    }
