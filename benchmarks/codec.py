@@ -7,6 +7,7 @@ median over rounds of (bytes per second moved) / (memcpy's bytes per second move
 Times are the thread's processor time: on a shared machine, waiting for a core does not count.
 
     python benchmarks/codec.py --bits 4,8 --rounding shift,dither
+    python benchmarks/codec.py --bits 3,4,6 --rounding stochastic,nearest --levels learned
 """
 
 import argparse
@@ -21,8 +22,9 @@ from datetime import date
 import torch
 
 from qsdp.codec import native
+from qsdp.codec.levels import uniform_levels
 from qsdp.codec.payload import DType, Layout, Segment
-from qsdp.config import ROUNDINGS
+from qsdp.config import LEVELS, ROUNDINGS
 
 DTYPES = {"fp32": DType.FP32, "bf16": DType.BF16, "fp16": DType.FP16}
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,7 +52,9 @@ def operations(
         parameter=3,
         bucket=arguments.bucket,
         rounding=ROUNDINGS.index(rounding),
+        levels=0 if arguments.levels == "learned" else -1,
     )
+    levels = uniform_levels(bits).square()
     layout = Layout([segment], group=0)
     table = torch.tensor(layout.table([numel]))
     values = torch.randn(numel)
@@ -61,17 +65,17 @@ def operations(
     target = torch.zeros_like(buffer)
     header, moved = layout.header(0, 0), numel * item + layout.payload_bytes
     encode, decode = torch.ops.qsdp.encode.default, torch.ops.qsdp.decode.default
-    encode(buffer, table, 7, header, payload)
+    encode(buffer, table, 7, header, payload, levels)
     rows = [
         Operation(
             name="encode",
             moved_bytes=moved,
-            call=lambda: encode(buffer, table, 7, header, payload),
+            call=lambda: encode(buffer, table, 7, header, payload, levels),
         ),
         Operation(
             name="decode",
             moved_bytes=moved,
-            call=lambda: decode(payload, table, 7, target),
+            call=lambda: decode(payload, table, 7, target, False, levels),
         ),
     ]
     if dtype == "fp32":
@@ -79,7 +83,7 @@ def operations(
             Operation(
                 name="decode-add",
                 moved_bytes=moved + numel * item,
-                call=lambda: decode(payload, table, 7, target, True),
+                call=lambda: decode(payload, table, 7, target, True, levels),
             )
         )
     return rows
@@ -96,6 +100,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=64, help="MiB of fp32 values (bf16: half)")
     parser.add_argument("--bits", default="8,4,2", help="of 2 to 8")
     parser.add_argument("--rounding", default="shift,dither,stochastic,nearest")
+    parser.add_argument("--levels", choices=LEVELS, default="uniform")
     parser.add_argument("--dtype", default="fp32", help="of fp32, bf16, fp16")
     parser.add_argument("--bucket", type=int, default=1024)
     parser.add_argument("--zeros", type=float, default=0.0, help="fraction of values that are 0")
@@ -115,6 +120,7 @@ def main() -> None:
         f"{date.today()}, {platform.processor() or platform.machine()}, torch {torch.__version__}"
     )
     print(f"{arguments.mib} MiB of fp32 values, buckets of {arguments.bucket}")
+    print(f"{arguments.levels} levels")
     print(f"medians of {arguments.rounds} rounds of one thread's processor time")
     print(
         "GB/s: bytes of values and of payload moved; x memcpy: the same by memcpy's, read + written"

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 namespace qsdp {
 namespace {
@@ -62,6 +63,31 @@ void check_segment(const Segment& segment, int64_t buffer_bytes, int64_t payload
     }
 }
 
+// What the levels hold is not looked at: the kernels are safe whatever it is.
+void check_segment_levels(const Segment& segment, int64_t num_levels) {
+    if (segment.levels == -1) return;
+    if (segment.bits < kLeastLearnedBits || segment.bits > kMostLearnedBits ||
+        (segment.rounding != kStochastic && segment.rounding != kNearest)) {
+        refuse("a segment of learned levels has ", segment.bits, " bits and rounding ",
+               segment.rounding,
+               "; give 2 to 6 bits and stochastic (2) or nearest (3), or -1 for the uniform grid");
+    }
+    const int64_t count = int64_t{1} << segment.bits;
+    if (!inside(segment.levels, count, 1, 0, num_levels)) {
+        refuse("a segment's ", count, " levels start at ", segment.levels, " of ", num_levels,
+               " floats; give levels that hold them, or -1 for the uniform grid");
+    }
+}
+
+// "torch.uint8 of shape (4, 2)", but with the C++ name of the type.
+std::string description(const torch::stable::Tensor& tensor) {
+    std::ostringstream text;
+    text << torch::headeronly::toString(tensor.scalar_type()) << " of shape (";
+    for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
+    text << ")";
+    return text.str();
+}
+
 }  // namespace
 
 void check_bytes(const char* name, const torch::stable::Tensor& tensor) {
@@ -69,14 +95,22 @@ void check_bytes(const char* name, const torch::stable::Tensor& tensor) {
         tensor.is_cpu()) {
         return;
     }
-    std::ostringstream shape;
-    for (int64_t d = 0; d < tensor.dim(); ++d) shape << (d ? ", " : "") << tensor.size(d);
-    refuse("the ", name, " is ", torch::headeronly::toString(tensor.scalar_type()), " of shape (",
-           shape.str(), "); give a contiguous 1-D uint8 view on the cpu");
+    refuse("the ", name, " is ", description(tensor),
+           "; give a contiguous 1-D uint8 view on the cpu");
+}
+
+int64_t check_levels(const std::optional<torch::stable::Tensor>& levels) {
+    if (!levels) return 0;
+    if (levels->scalar_type() != ScalarType::Float || levels->dim() != 1 ||
+        !levels->is_contiguous() || !levels->is_cpu()) {
+        refuse("the levels are ", description(*levels),
+               "; give a contiguous 1-D fp32 tensor on the cpu");
+    }
+    return levels->numel();
 }
 
 void check_table(const torch::stable::Tensor& table, int64_t buffer_bytes, int64_t payload_bytes,
-                 std::vector<Segment>& segments) {
+                 int64_t num_levels, std::vector<Segment>& segments) {
     if (table.scalar_type() != ScalarType::Long || !table.is_cpu() || table.dim() != 2) {
         refuse("the table is ", torch::headeronly::toString(table.scalar_type()), " of ",
                table.dim(), " dimensions; give int64 rows on the cpu");
@@ -98,6 +132,7 @@ void check_table(const torch::stable::Tensor& table, int64_t buffer_bytes, int64
         Segment& segment = segments[static_cast<size_t>(row)];
         std::memcpy(&segment, fields, sizeof segment);
         check_segment(segment, buffer_bytes, payload_bytes);
+        check_segment_levels(segment, num_levels);
     }
 }
 

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "segment.h"
@@ -12,8 +13,11 @@ namespace qsdp {
 // All raise std::invalid_argument (ValueError in Python), with one sentence.
 void check_bytes(const char* name, const torch::stable::Tensor& tensor);
 
-// Fills ``segments`` with the table's rows after checking each against the two sizes.
+// How many learned levels a call is given.
+int64_t check_levels(const std::optional<torch::stable::Tensor>& levels);
+
+// Fills ``segments`` with the table's rows after checking each against the sizes.
 void check_table(const torch::stable::Tensor& table, int64_t buffer_bytes, int64_t payload_bytes,
-                 std::vector<Segment>& segments);
+                 int64_t num_levels, std::vector<Segment>& segments);
 
 }  // namespace qsdp

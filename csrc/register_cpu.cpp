@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -46,11 +47,21 @@ void zero_gaps(uint8_t* payload, int64_t payload_bytes) {
     }
 }
 
-void encode(const Tensor& buffer, const Tensor& table, int64_t key,
-            torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payload) {
+// Fills ``segments``; the table lives until the next call.
+qsdp::Table checked_table(const Tensor& buffer, const Tensor& table, int64_t key,
+                          const Tensor& payload, const std::optional<Tensor>& levels) {
     qsdp::check_bytes("buffer", buffer);
     qsdp::check_bytes("payload", payload);
-    qsdp::check_table(table, buffer.numel(), payload.numel(), segments);
+    const int64_t num_levels = qsdp::check_levels(levels);
+    qsdp::check_table(table, buffer.numel(), payload.numel(), num_levels, segments);
+    return {segments.data(), static_cast<int64_t>(segments.size()), static_cast<uint64_t>(key),
+            levels ? static_cast<const float*>(levels->data_ptr()) : nullptr};
+}
+
+void encode(const Tensor& buffer, const Tensor& table, int64_t key,
+            torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payload,
+            const std::optional<Tensor>& levels) {
+    const qsdp::Table work = checked_table(buffer, table, key, payload, levels);
     if (header.size() * sizeof(int64_t) != qsdp::kHeaderBytes) {
         throw std::invalid_argument("the header has " + std::to_string(header.size()) +
                                     " words; give 4");
@@ -60,8 +71,6 @@ void encode(const Tensor& buffer, const Tensor& table, int64_t key,
     std::memcpy(to, header.data(), qsdp::kHeaderBytes);
     zero_gaps(to, payload.numel());
 
-    const qsdp::Table work{segments.data(), static_cast<int64_t>(segments.size()),
-                           static_cast<uint64_t>(key)};
     int64_t num_values = 0;
     for (const Segment& segment : segments) num_values += segment.numel;
     const qsdp::Kernels& kernels = qsdp::kernels_in_use();
@@ -70,11 +79,9 @@ void encode(const Tensor& buffer, const Tensor& table, int64_t key,
     });
 }
 
-void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tensor& buffer,
-            bool add) {
-    qsdp::check_bytes("buffer", buffer);
-    qsdp::check_bytes("payload", payload);
-    qsdp::check_table(table, buffer.numel(), payload.numel(), segments);
+void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tensor& buffer, bool add,
+            const std::optional<Tensor>& levels) {
+    const qsdp::Table work = checked_table(buffer, table, key, payload, levels);
     int64_t num_values = 0;
     for (const Segment& segment : segments) {
         if (add && segment.dtype != qsdp::kFp32) {
@@ -85,8 +92,6 @@ void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tenso
     }
     const auto* from = static_cast<const uint8_t*>(payload.data_ptr());
     auto* to = static_cast<uint8_t*>(buffer.data_ptr());
-    const qsdp::Table work{segments.data(), static_cast<int64_t>(segments.size()),
-                           static_cast<uint64_t>(key)};
     const qsdp::Kernels& kernels = qsdp::kernels_in_use();
     torch::stable::parallel_for(0, num_values, kGrain, [&](int64_t begin, int64_t end) {
         kernels.decode(work, from, to, add, begin, end);

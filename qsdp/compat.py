@@ -49,17 +49,18 @@ class ParameterGroup:
         return _param_groups(self.state)[0]
 
     def parameters(self) -> list[ShardedParameter]:
-        """The group's parameters in buffer order."""
+        """The group's parameters in buffer order, while it is sharded."""
+        pairs = [(_registered(p), p) for p in self._group.fsdp_params]
         return [
             ShardedParameter(
-                parameter=p.sharded_param,
-                dtype=_wire_dtype(p.sharded_param.dtype, self._group.mp_policy.param_dtype),
+                parameter=parameter,
+                dtype=_wire_dtype(parameter.dtype, self._group.mp_policy.param_dtype),
                 shard_dim=p.fsdp_placement.dim,
                 padded_numel=p.padded_sharded_param_size.numel(),
                 is_extension=hasattr(p._sharded_local_tensor, "fsdp_pre_all_gather"),
-                mesh_ndim=p.sharded_param.device_mesh.ndim,
+                mesh_ndim=parameter.device_mesh.ndim,
             )
-            for p in self._group.fsdp_params
+            for parameter, p in pairs
         ]
 
     def unsharded_parameters(self) -> list[Tensor | None]:
@@ -101,6 +102,11 @@ class ParameterGroup:
         if info is None or info is self._group.mesh_info:
             return None
         return info.shard_mesh_size
+
+    @property
+    def reshards_after_forward(self) -> bool:
+        """Whether the gathered weights are freed before the backward pass."""
+        return self._group.post_forward_mesh_info is not None
 
     @property
     def reduce_dtype(self) -> torch.dtype | None:
@@ -213,11 +219,6 @@ def all_gather(
     return work
 
 
-def device_of(group: dist.ProcessGroup) -> torch.device:
-    """Where a tensor must lie for a collective of ``group``."""
-    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-
-
 def new_group(ranks: list[int], like: dist.ProcessGroup) -> dist.ProcessGroup:
     """A process group of ``ranks``, which alone call this, with backend and timeout of ``like``."""
     timeout = like._get_backend(device_of(like)).options._timeout
@@ -229,6 +230,17 @@ def gather_ahead(module: FSDPModule) -> None:
     """Let FSDP2 ask for gathers of all groups in ``module`` with `async_op`, so that a prefetched
     one runs beside the computation on CPUs too."""
     module._set_unshard_async_op(True)
+
+
+def name_without_wrappers(name: str) -> str:
+    """A parameter's name as the user wrote the model: without those of `torch.compile`'s and the
+    activation checkpointing's wrappers."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where a tensor must lie for a collective of ``group``."""
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
 
 def _fsdp_roots(module: nn.Module) -> Iterator[Any]:
@@ -273,6 +285,14 @@ def _param_groups(state: Any) -> list[Any]:
         return list(groups)
     group = state._fsdp_param_group  # torch 2.11
     return [] if group is None else [group]
+
+
+def _registered(fsdp_param: Any) -> Any:
+    """The sharded parameter that its module has now. One that was set after `fully_shard`, as
+    loading into a model made on the meta device does, enters FSDP2's tables with the first forward.
+    """
+    info = fsdp_param._module_info
+    return getattr(info.module, info.param_name)
 
 
 def _wire_dtype(dtype: torch.dtype, param_dtype: torch.dtype | None) -> torch.dtype:

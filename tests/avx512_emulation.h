@@ -133,6 +133,24 @@ EMULATED __m512i permutexvar_epi32(__m512i index, __m512i a) {
     const auto from = lanes<uint32_t>(a);
     return map<uint32_t>(index, [&](uint32_t i) { return from.lane[i % 16]; });
 }
+EMULATED __m512 permutexvar_ps(__m512i index, __m512 a) {
+    return reinterpret_cast<__m512>(permutexvar_epi32(index, reinterpret_cast<__m512i>(a)));
+}
+EMULATED __m512 permutex2var_ps(__m512 a, __m512i index, __m512 b) {
+    const auto low = lanes<float>(a), high = lanes<float>(b);
+    const auto from = lanes<uint32_t>(index);
+    Lanes<float> out;
+    for (int i = 0; i < 16; ++i) {
+        out.lane[i] = (from.lane[i] & 16 ? high : low).lane[from.lane[i] % 16];
+    }
+    return vector<__m512>(out);
+}
+EMULATED uint16_t test_epi32(__m512i a, __m512i b) {
+    const auto x = lanes<uint32_t>(a), y = lanes<uint32_t>(b);
+    uint32_t mask = 0;
+    for (int i = 0; i < 16; ++i) mask |= uint32_t{(x.lane[i] & y.lane[i]) != 0} << i;
+    return static_cast<uint16_t>(mask);
+}
 EMULATED __m512i unpack(__m512i a, __m512i b, int odd) {
     const auto x = lanes<uint64_t>(a), y = lanes<uint64_t>(b);
     Lanes<uint64_t> out;
@@ -155,7 +173,10 @@ EMULATED uint16_t compare(__m512 a, __m512 b, int predicate) {
     uint32_t mask = 0;
     for (int i = 0; i < 16; ++i) {
         const float p = x.lane[i], q = y.lane[i];
-        const bool holds = predicate == _CMP_EQ_OQ ? p == q : p != p || q != q;
+        const bool holds = predicate == _CMP_EQ_OQ   ? p == q
+                           : predicate == _CMP_LE_OQ ? p <= q
+                           : predicate == _CMP_LT_OQ ? p < q
+                                                     : p != p || q != q;
         mask |= uint32_t{holds} << i;
     }
     return static_cast<uint16_t>(mask);
@@ -196,6 +217,10 @@ constexpr auto both = [](uint64_t a, uint64_t b) { return a & b; };
 constexpr auto either = [](uint64_t a, uint64_t b) { return a | b; };
 constexpr auto low_product = [](uint64_t a, uint64_t b) { return (a & ~0u) * (b & ~0u); };
 constexpr auto sum = [](auto a, auto b) { return static_cast<decltype(a)>(a + b); };
+
+EMULATED __m512i mask_add_epi32(__m512i from, uint16_t mask, __m512i a, __m512i b) {
+    return blend<uint32_t>(mask, from, zip<uint32_t>(a, b, sum));
+}
 
 }  // namespace emulation
 
@@ -252,6 +277,10 @@ constexpr auto sum = [](auto a, auto b) { return static_cast<decltype(a)>(a + b)
 #define _mm512_srli_epi64(a, n) emulation::shift_right<uint64_t>(a, n)
 #undef _mm512_ternarylogic_epi64
 #define _mm512_ternarylogic_epi64(a, b, c, truth) emulation::xor_of_three<truth>(a, b, c)
+#define _mm512_permutexvar_ps emulation::permutexvar_ps
+#define _mm512_permutex2var_ps emulation::permutex2var_ps
+#define _mm512_test_epi32_mask emulation::test_epi32
+#define _mm512_mask_add_epi32 emulation::mask_add_epi32
 #define _mm512_mask_blend_ps emulation::blend<float>
 #define _mm512_mask_blend_epi32 emulation::blend<uint32_t>
 #define _mm512_mask_blend_epi8 emulation::blend<uint8_t>

@@ -85,6 +85,26 @@ def unclamped_code(x: np.float32, low: np.float32, d: np.float32, r: np.float32,
     return int(np.rint(F(t - r)))
 
 
+def learned_code(
+    x: np.float32,
+    low: np.float32,
+    width: np.float32,
+    levels: np.ndarray,
+    r: np.float32,
+    how: str,
+) -> int:
+    """The code of x among non-decreasing levels from 0 to 1."""
+    t = F(F(x - low) * F(F(1) / width))
+    reached = [j for j, level in enumerate(levels) if level <= t]
+    below = reached[-1]
+    if below == len(levels) - 1:
+        return below
+    gap, over = F(levels[below + 1] - levels[below]), F(t - levels[below])
+    if how == "nearest":
+        return below + bool(F(levels[below + 1] - t) < over)
+    return below + bool(F(F(r + F(0.5)) * gap) < over)
+
+
 def bucket_shifts(
     values: int, bucket: int, how: str, parameter: int, group: int, key: int
 ) -> np.ndarray:
@@ -98,7 +118,14 @@ def bucket_shifts(
 
 
 def encode_segment(
-    x: np.ndarray, bits: int, bucket: int, how: str, parameter: int, group: int, key: int
+    x: np.ndarray,
+    bits: int,
+    bucket: int,
+    how: str,
+    parameter: int,
+    group: int,
+    key: int,
+    levels: np.ndarray | None = None,
 ) -> tuple[bytes, bytes, np.ndarray]:
     """(metadata, codes, fp32 values that a receiver sees) of fp32 [n]."""
     r = bucket_shifts(len(x), bucket, how, parameter, group, key)
@@ -113,6 +140,13 @@ def encode_segment(
                 continue
             steps, low, d, has_zero = grid(part, bits)
             meta += struct.pack("<ff", low, -d if has_zero else d)
+            if levels is not None and not has_zero and d > 0 and not is_huge(low, d):
+                width = F(d * F(steps))
+                for x_i, r_i in zip(part, r[start : start + bucket], strict=True):
+                    code = learned_code(x_i, low, width, levels, r_i, how)
+                    codes.append(code)
+                    decoded.append(F(low + F(levels[code] * width)))
+                continue
             factor = F(2.0**-8) if is_huge(low, d) else F(1)
             for x_i, r_i in zip(part, r[start : start + bucket], strict=True):
                 if x_i == 0:

@@ -47,8 +47,12 @@ def send(
     group: int = 2,
     numel: int | None = None,
     out: torch.dtype | None = None,
+    levels: Tensor | None = None,
 ) -> Sent:
-    """Encode and decode ``x`` as a payload's only segment; ``numel`` values are valid."""
+    """Encode and decode ``x`` as a payload's only segment; ``numel`` values are valid.
+
+    ``levels``, fp32 [2**bits], are learned ones; they are passed among other floats.
+    """
     numel = x.numel() if numel is None else numel
     x = torch.empty(x.numel(), dtype=x.dtype).copy_(x)  # numpy's strides of 0 cannot be viewed
     segment = Segment(
@@ -58,19 +62,23 @@ def send(
         parameter=parameter,
         bucket=bucket,
         rounding=ROUNDINGS.index(how),
+        levels=-1 if levels is None else 3,
     )
+    if levels is not None:
+        rubbish = torch.tensor([torch.nan, -7.0, torch.inf])
+        levels = torch.cat((rubbish, levels, rubbish))
     layout = Layout([segment], group)
     payload = torch.full((layout.payload_bytes,), 0xA5, dtype=torch.uint8)
     table = torch.tensor(layout.table([numel]))
     header = layout.header(key.sender, key.step)
     before = x.clone()
-    ops.encode(x.view(torch.uint8), table, key.fold(), header, payload)
+    ops.encode(x.view(torch.uint8), table, key.fold(), header, payload, levels)
     assert torch.equal(x.view(torch.uint8), before.view(torch.uint8)), "encode changed its input"
     out = out or x.dtype
     values = torch.full((x.numel(),), 99, dtype=out)
     table = torch.tensor(layout.table([numel], DTYPES[out]))
     key = receiver_key or key
-    ops.decode(payload, table, key.fold(), values.view(torch.uint8))
+    ops.decode(payload, table, key.fold(), values.view(torch.uint8), levels=levels)
     _, data = layout._starts[0]
     meta_end = HEADER_BYTES + META_BYTES * -(-numel // bucket)
     raw = bytes(payload.tolist())

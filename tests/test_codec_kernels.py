@@ -20,6 +20,7 @@ ABSENT = "the native library is not installed: there are only Python kernels to 
 LENGTHS = (0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 129, 1023, 1024, 1025, 2055)
 FLOATS = {DType.FP32: torch.float32, DType.BF16: torch.bfloat16, DType.FP16: torch.float16}
 CANARY = 0xC5
+LEVEL_STARTS = {bits: (1 << bits) + 3 * bits for bits in range(2, 7)}
 
 
 @pytest.fixture(params=COMPILED or [pytest.param("none", marks=pytest.mark.skip(reason=ABSENT))])
@@ -92,7 +93,19 @@ def assert_same_values(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     assert torch.equal(got.view(integer), want.view(integer))
 
 
-def layout_of(dtype: DType, rounding: int, generator: torch.Generator) -> Layout:
+def some_levels(generator: torch.Generator) -> Tensor:
+    """fp32: for each of 2 to 6 bits 2**bits levels from `LEVEL_STARTS` on, some of them equal."""
+    levels = torch.full((LEVEL_STARTS[6] + 64,), torch.nan)
+    for bits, start in LEVEL_STARTS.items():
+        own = torch.rand(1 << bits, generator=generator).mul(20).round().div(20)
+        own[0], own[-1] = 0.0, 1.0
+        levels[start : start + own.numel()] = own.sort().values
+    return levels
+
+
+def layout_of(
+    dtype: DType, rounding: int, generator: torch.Generator, learned: bool = False
+) -> Layout:
     buckets = (8, 40, 64, 1000, 1024, 4096)
     segments = []
     for bits, padded in product(range(2, 9), LENGTHS):
@@ -105,6 +118,7 @@ def layout_of(dtype: DType, rounding: int, generator: torch.Generator) -> Layout
                 parameter=len(segments),
                 bucket=bucket,
                 rounding=rounding,
+                levels=LEVEL_STARTS.get(bits, -1) if learned else -1,
             )
         )
         if len(segments) % 10 == 0:
@@ -122,12 +136,17 @@ def some_valid(layout: Layout, generator: torch.Generator) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("rounding", range(4), ids=["shift", "dither", "stochastic", "nearest"])
+@pytest.mark.parametrize(
+    ("rounding", "learned"),
+    [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)],
+    ids=["shift", "dither", "stochastic", "nearest", "learned stochastic", "learned nearest"],
+)
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name.lower())
 def test_bytes_and_values_equal_the_specification(
-    kernels: str, dtype: DType, rounding: int, generator: torch.Generator
+    kernels: str, dtype: DType, rounding: int, learned: bool, generator: torch.Generator
 ) -> None:
-    layout = layout_of(dtype, rounding, generator)
+    layout = layout_of(dtype, rounding, generator, learned)
+    levels = some_levels(generator) if learned else None
     table = torch.tensor(layout.table(some_valid(layout, generator)))
     buffer, whole_buffer = off_by(layout.buffer_bytes, 3)
     values = hard_values(layout.num_values, generator).to(FLOATS[dtype])
@@ -136,17 +155,17 @@ def test_bytes_and_values_equal_the_specification(
     header = layout.header(sender=3, step=2**40)
 
     want = torch.zeros(layout.payload_bytes, dtype=torch.uint8)
-    ops.encode(buffer, table, key, header, want)
+    ops.encode(buffer, table, key, header, want, levels)
     got, whole = off_by(layout.payload_bytes, 1)
-    torch.ops.qsdp.encode(buffer, table, key, header, got)
+    torch.ops.qsdp.encode(buffer, table, key, header, got, levels)
     assert torch.equal(got, want)
     assert_canaries(whole, got)
     assert_canaries(whole_buffer, buffer)
 
     want_values = torch.full_like(buffer, 9)
-    ops.decode(want, table, key, want_values)
+    ops.decode(want, table, key, want_values, levels=levels)
     got_values, whole = off_by(layout.buffer_bytes, 5)
-    torch.ops.qsdp.decode(got, table, key, got_values)
+    torch.ops.qsdp.decode(got, table, key, got_values, levels=levels)
     assert_same_values(got_values, want_values, FLOATS[dtype])
     assert_canaries(whole, got_values)
 
@@ -154,8 +173,8 @@ def test_bytes_and_values_equal_the_specification(
     sums = torch.randn(layout.num_values, generator=generator).view(torch.uint8)
     got_sums, whole = off_by(sums.numel(), 7)
     got_sums.copy_(sums)
-    ops.decode(want, wide, key, sums, add=True)
-    torch.ops.qsdp.decode(got, wide, key, got_sums, add=True)
+    ops.decode(want, wide, key, sums, add=True, levels=levels)
+    torch.ops.qsdp.decode(got, wide, key, got_sums, add=True, levels=levels)
     assert_same_values(got_sums, sums, torch.float32)
     assert_canaries(whole, got_sums)
 
@@ -176,6 +195,41 @@ def test_any_metadata_decodes_as_in_the_specification(
         got, want = torch.zeros(2, layout.buffer_bytes, dtype=torch.uint8)
         torch.ops.qsdp.decode(payload, table, 5, got)
         ops.decode(payload, table, 5, want)
+        assert_same_values(got, want, FLOATS[dtype])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name.lower())
+def test_any_levels_and_metadata_give_what_the_specification_gives(
+    kernels: str, dtype: DType, generator: torch.Generator
+) -> None:
+    """Levels that do not rise, that are huge, NaN or Inf: the same bytes, and nothing outside."""
+    segments = [
+        Segment(
+            bits=bits,
+            dtype=dtype,
+            padded=500,
+            parameter=1,
+            bucket=(16, 128)[rounding % 2],
+            rounding=rounding,
+            levels=LEVEL_STARTS[bits],
+        )
+        for bits, rounding in product(LEVEL_STARTS, (2, 3))
+    ]
+    layout = Layout(segments, group=0)
+    table = torch.tensor(layout.table([500] * len(segments)))
+    for rubbish in (torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 1e-45):
+        levels = torch.randn(LEVEL_STARTS[6] + 64, generator=generator)
+        levels[torch.rand(levels.shape, generator=generator) < 0.3] = rubbish
+        values = hard_values(layout.num_values, generator).to(FLOATS[dtype])
+        payload, want = torch.zeros(2, layout.payload_bytes, dtype=torch.uint8)
+        arguments = (values.view(torch.uint8), table, 5, [1, 2, 3, 4])
+        torch.ops.qsdp.encode(*arguments, payload, levels)
+        ops.encode(*arguments, want, levels)
+        assert torch.equal(payload, want)
+        payload = torch.randint(0, 256, payload.shape, generator=generator).to(torch.uint8)
+        got, want = torch.zeros(2, layout.buffer_bytes, dtype=torch.uint8)
+        torch.ops.qsdp.decode(payload, table, 5, got, levels=levels)
+        ops.decode(payload, table, 5, want, levels=levels)
         assert_same_values(got, want, FLOATS[dtype])
 
 
@@ -220,6 +274,9 @@ def test_threads_do_not_change_bytes(kernels: str, generator: torch.Generator) -
         for b, n in zip((8, 5, 3, 4, 6), sizes, strict=True)
     ]
     segments.append(Segment(bits=0, dtype=DType.FP32, padded=99_999, parameter=9, wire=DType.BF16))
+    learned = {"bits": 4, "rounding": 2, "levels": LEVEL_STARTS[4]}
+    segments.append(Segment(dtype=DType.FP32, padded=150_000, parameter=7, **learned))
+    levels = some_levels(generator)
     layout = Layout(segments, group=1)
     table = torch.tensor(layout.table([s.padded - min(s.padded, 3) for s in segments]))
     buffer = torch.randn(layout.num_values, generator=generator).view(torch.uint8)
@@ -228,9 +285,9 @@ def test_threads_do_not_change_bytes(kernels: str, generator: torch.Generator) -
         for num_threads in (1, 2, 5):
             torch.set_num_threads(num_threads)
             payload = torch.full((layout.payload_bytes,), 3, dtype=torch.uint8)
-            torch.ops.qsdp.encode(buffer, table, 8, [1, 2, 3, 4], payload)
+            torch.ops.qsdp.encode(buffer, table, 8, [1, 2, 3, 4], payload, levels)
             values = torch.full_like(buffer, 3)
-            torch.ops.qsdp.decode(payload, table, 8, values)
+            torch.ops.qsdp.decode(payload, table, 8, values, levels=levels)
             results.append((payload, values))
     finally:
         torch.set_num_threads(threads)
@@ -242,17 +299,22 @@ def test_threads_do_not_change_bytes(kernels: str, generator: torch.Generator) -
 @pytest.mark.parametrize("name", native.available())
 def test_opcheck_passes(name: str) -> None:
     before = native.capability()
-    layout = Layout([Segment(bits=5, dtype=DType.FP32, padded=100, parameter=0, bucket=64)], 0)
-    table = torch.tensor(layout.table([90]))
-    buffer = torch.randn(100).view(torch.uint8)
+    uniform = {"bits": 5, "dtype": DType.FP32, "padded": 100, "bucket": 64}
+    learned = {**uniform, "rounding": 2, "levels": 1}
+    layout = Layout([Segment(parameter=0, **uniform), Segment(parameter=1, **learned)], 0)
+    table = torch.tensor(layout.table([90, 100]))
+    buffer = torch.randn(200).view(torch.uint8)
     payload = torch.zeros(layout.payload_bytes, dtype=torch.uint8)
+    encoding = (buffer, table, 3, layout.header(0, 0), payload)
+    levels = torch.linspace(0, 1, 33)
     try:
         native.use(name)
-        torch.library.opcheck(
-            torch.ops.qsdp.encode.default, (buffer, table, 3, layout.header(0, 0), payload)
-        )
-        torch.library.opcheck(torch.ops.qsdp.decode.default, (payload, table, 3, buffer))
-        torch.library.opcheck(torch.ops.qsdp.decode.default, (payload, table, 3, buffer, True))
+        for given in ({"levels": levels}, {"levels": None}, {}):
+            table[1, Field.LEVELS] = 1 if given.get("levels") is not None else -1
+            torch.library.opcheck(torch.ops.qsdp.encode.default, encoding, given)
+            for add in ({}, {"add": True}):
+                decoding = (payload, table, 3, buffer)
+                torch.library.opcheck(torch.ops.qsdp.decode.default, decoding, {**add, **given})
     finally:
         native.use(before)
 
@@ -280,6 +342,9 @@ BAD_FIELDS = [
     (Field.META_BYTE, 2**63 - 1),
     (Field.DATA_BYTE, 31),
     (Field.DATA_BYTE, 2**62),
+    (Field.LEVELS, 0),
+    (Field.LEVELS, -2),
+    (Field.LEVELS, 2**63 - 1),
 ]
 
 

@@ -28,6 +28,14 @@ def call(**changes: object) -> dict[str, object]:
 
 
 BYTES = torch.uint8
+LEVELS = torch.linspace(0, 1, 16)
+
+
+def learned(**changes: object) -> dict[str, object]:
+    """As `call`, of a segment of learned levels."""
+    return call(**{"LEVELS": 0, "ROUNDING": 2, "levels": LEVELS} | changes)
+
+
 # The specification, and whatever kernels serve the CPU.
 KERNELS = {
     "specification": (ops.encode, ops.decode),
@@ -68,6 +76,19 @@ BAD_CALLS = {
     "long header": call(header=[0] * 5),
     "short header": call(header=[0] * 3),
     "one-word header": call(header=[0]),
+    "levels that are missing": learned(levels=None),
+    "too few levels": learned(levels=LEVELS[:-1]),
+    "levels that start too late": learned(LEVELS=1),
+    "levels that start before the first": learned(LEVELS=-2),
+    "levels that start beyond all": learned(LEVELS=2**63 - 1),
+    "levels of 7 bits": learned(BITS=7, levels=torch.zeros(128)),
+    "levels of a raw segment": learned(BITS=0),
+    "shifted levels": learned(ROUNDING=0),
+    "dithered levels": learned(ROUNDING=1),
+    "fp64 levels": learned(levels=LEVELS.double()),
+    "a matrix of levels": learned(levels=LEVELS.view(4, 4)),
+    "strided levels": learned(levels=torch.zeros(32)[::2]),
+    "fp16 levels that nothing points to": call(levels=LEVELS.half()),
 }
 
 
@@ -77,6 +98,7 @@ def test_a_bad_argument_is_refused_in_one_sentence_before_anything_is_written(na
     encode, decode = KERNELS[kernels]
     given = BAD_CALLS[name]
     before = given["payload"].clone()
+    rest = {"levels": given["levels"]} if "levels" in given else {}
     with pytest.raises((ValueError, RuntimeError)) as caught:
         encode(**given)
     assert_one_sentence(str(caught.value))
@@ -84,7 +106,7 @@ def test_a_bad_argument_is_refused_in_one_sentence_before_anything_is_written(na
     if "header" not in name:
         before = given["buffer"].clone()
         with pytest.raises((ValueError, RuntimeError)) as caught:
-            decode(given["payload"], given["table"], given["key"], given["buffer"])
+            decode(given["payload"], given["table"], given["key"], given["buffer"], **rest)
         assert_one_sentence(str(caught.value))
         assert torch.equal(given["buffer"], before)
 
@@ -115,10 +137,11 @@ def assert_one_sentence(message: str) -> None:
     )
 
 
+@pytest.mark.parametrize("given", [call(), learned()], ids=["uniform", "learned"])
 @pytest.mark.parametrize("name", ["encode", "decode"])
-def test_the_operators_pass_torchs_own_checks(name):
-    given = call()
+def test_the_operators_pass_torchs_own_checks(name, given):
     ordered = ["buffer", "table", "key", "header", "payload"]
     if name == "decode":
         ordered = ["payload", "table", "key", "buffer"]
-    torch.library.opcheck(getattr(torch.ops.qsdp, name), tuple(given[key] for key in ordered))
+    rest = {"levels": given["levels"]} if "levels" in given else {}
+    torch.library.opcheck(getattr(torch.ops.qsdp, name), tuple(given[key] for key in ordered), rest)

@@ -230,7 +230,7 @@ def test_a_plan_hash_changes_with_everything_that_changes_the_bytes():
     base = {"bits": 4, "dtype": DType.FP32, "padded": 64, "parameter": 1}
     changes = [
         {"bits": 5}, {"dtype": DType.BF16}, {"padded": 65}, {"parameter": 2}, {"bucket": 8},
-        {"rounding": 1}, {"wire": DType.BF16},
+        {"rounding": 1}, {"wire": DType.BF16}, {"levels": 0}, {"levels": 16},
     ]  # fmt: skip
     layouts = [Layout([Segment(**base)], 0), Layout([Segment(**base)], 1), Layout([], 0)]
     layouts += [Layout([Segment(**{**base, **change})], 0) for change in changes]

@@ -25,7 +25,8 @@ static_assert(kChunk % kBlock == 0);
 enum class Noise { kUniform, kDither, kStochastic };
 
 // kPlain: neither zeros nor huge values in the bucket. kZeros: zeros. kFull: huge, perhaps zeros.
-enum class Mode { kPlain, kZeros, kFull };
+// kLevels: learned levels serve it.
+enum class Mode { kPlain, kZeros, kFull, kLevels };
 
 template <class T>
 QSDP_INLINE void load_block(const uint8_t* from, F (&x)[4]) {
@@ -47,6 +48,8 @@ struct Tail {
 }  // namespace qsdp::QSDP_ISA
 
 #include "text_random.h"
+
+#include "text_levels.h"
 
 #include "text_encode.h"
 
@@ -106,8 +109,13 @@ QSDP_INLINE int64_t buckets_before(const Segment& segment, int64_t end) {
     return end / segment.bucket + (end % segment.bucket != 0);
 }
 
-void encode_values(const Segment& segment, uint64_t key, const uint8_t* buffer, uint8_t* payload,
-                   int64_t begin, int64_t end) {
+// The segment's learned levels, or null.
+QSDP_INLINE const float* levels_of(const Segment& segment, const Table& table) {
+    return segment.levels < 0 ? nullptr : table.levels + segment.levels;
+}
+
+void encode_values(const Segment& segment, const Table& table, const uint8_t* buffer,
+                   uint8_t* payload, int64_t begin, int64_t end) {
     if (segment.bits == 0) {
         copy_raw(segment.dtype, segment.wire,
                  buffer + segment.buffer_byte + begin * item_bytes(segment.dtype),
@@ -119,11 +127,11 @@ void encode_values(const Segment& segment, uint64_t key, const uint8_t* buffer, 
     const auto run = segment.dtype == kFp32   ? encode_buckets<float>
                      : segment.dtype == kBf16 ? encode_buckets<Bf16>
                                               : encode_buckets<Fp16>;
-    run(segment, key, buffer, payload, first, last);
+    run(segment, table.key, levels_of(segment, table), buffer, payload, first, last);
 }
 
-void decode_values(const Segment& segment, uint64_t key, const uint8_t* payload, uint8_t* buffer,
-                   bool add, int64_t begin, int64_t end) {
+void decode_values(const Segment& segment, const Table& table, const uint8_t* payload,
+                   uint8_t* buffer, bool add, int64_t begin, int64_t end) {
     if (segment.bits == 0) {
         copy_raw(segment.wire, segment.dtype,
                  payload + segment.data_byte + begin * item_bytes(segment.wire),
@@ -136,7 +144,7 @@ void decode_values(const Segment& segment, uint64_t key, const uint8_t* payload,
                          ? add ? decode_buckets<float, true> : decode_buckets<float, false>
                      : segment.dtype == kBf16 ? decode_buckets<Bf16, false>
                                               : decode_buckets<Fp16, false>;
-    run(segment, key, payload, buffer, first, last);
+    run(segment, table.key, levels_of(segment, table), payload, buffer, first, last);
 }
 
 void encode(const Table& table, const uint8_t* buffer, uint8_t* payload, int64_t begin,
@@ -146,7 +154,7 @@ void encode(const Table& table, const uint8_t* buffer, uint8_t* payload, int64_t
         const Segment& segment = table.segments[s];
         const int64_t from = begin > start ? begin - start : 0;
         const int64_t to = end - start < segment.numel ? end - start : segment.numel;
-        if (from < to) encode_values(segment, table.key, buffer, payload, from, to);
+        if (from < to) encode_values(segment, table, buffer, payload, from, to);
         start += segment.numel;
     }
 }
@@ -159,7 +167,7 @@ void decode(const Table& table, const uint8_t* payload, uint8_t* buffer, bool ad
         const int64_t from = begin > start ? begin - start : 0;
         const int64_t to = end - start < segment.padded ? end - start : segment.padded;
         const int64_t valid = to < segment.numel ? to : segment.numel;
-        if (from < valid) decode_values(segment, table.key, payload, buffer, add, from, valid);
+        if (from < valid) decode_values(segment, table, payload, buffer, add, from, valid);
         const int64_t padding = from > segment.numel ? from : segment.numel;
         if (padding < to && !add) {
             const int64_t item = item_bytes(segment.dtype);

@@ -122,15 +122,18 @@ QSDP_INLINE uint32_t greatest(I x) {
 QSDP_INLINE __m256i in_order(__m256i packed) {
     return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
+QSDP_INLINE Codes to_codes(const I (&index)[4]) {
+    const __m256i low = _mm256_packs_epi32(index[0].v, index[1].v);
+    const __m256i high = _mm256_packs_epi32(index[2].v, index[3].v);
+    return {in_order(_mm256_packus_epi16(low, high))};
+}
 template <bool Truncate>
 QSDP_INLINE Codes to_codes(const F (&t)[4]) {
-    __m256i code[4];
+    I code[4];
     for (int v = 0; v < 4; ++v) {
-        code[v] = Truncate ? _mm256_cvttps_epi32(t[v].v) : _mm256_cvtps_epi32(t[v].v);
+        code[v].v = Truncate ? _mm256_cvttps_epi32(t[v].v) : _mm256_cvtps_epi32(t[v].v);
     }
-    const __m256i low = _mm256_packs_epi32(code[0], code[1]);
-    const __m256i high = _mm256_packs_epi32(code[2], code[3]);
-    return {in_order(_mm256_packus_epi16(low, high))};
+    return to_codes(code);
 }
 QSDP_INLINE Codes splat_codes(int value) {
     return {_mm256_set1_epi8(static_cast<char>(value))};
@@ -151,9 +154,33 @@ QSDP_INLINE Codes mark_zeros(Codes codes, const F (&x)[4], Codes last) {
 QSDP_INLINE void store(uint8_t* to, Codes codes) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), codes.v);
 }
+QSDP_INLINE I widen_indices(const uint8_t* from) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))};
+}
 QSDP_INLINE F widen_codes(const uint8_t* from) {
-    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))};
+    return {_mm256_cvtepi32_ps(widen_indices(from).v)};
+}
+template <int Bits>
+QSDP_INLINE F look_up(const float* table, I index) {
+    if constexpr (Bits <= 3) {
+        return {_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index.v)};
+    } else {
+        const F low = look_up<Bits - 1>(table, index);
+        const F high = look_up<Bits - 1>(table + (1 << (Bits - 1)), index);
+        const __m256i highest_bit = _mm256_slli_epi32(index.v, 32 - Bits);
+        return {_mm256_blendv_ps(low.v, high.v, _mm256_castsi256_ps(highest_bit))};
+    }
+}
+QSDP_INLINE void bisect(F middle, F t, F& below, F& above, I& index) {
+    const __m256 reached = _mm256_cmp_ps(middle.v, t.v, _CMP_LE_OQ);
+    below.v = _mm256_blendv_ps(below.v, middle.v, reached);
+    above.v = _mm256_blendv_ps(middle.v, above.v, reached);
+    const __m256i doubled = _mm256_add_epi32(index.v, index.v);
+    index.v = _mm256_sub_epi32(doubled, _mm256_castps_si256(reached));
+}
+QSDP_INLINE I add_where_less(I index, F a, F b) {
+    const __m256i less = _mm256_castps_si256(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ));
+    return {_mm256_sub_epi32(index.v, less)};
 }
 
 QSDP_INLINE U splat64(uint64_t value) {

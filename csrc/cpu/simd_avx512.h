@@ -123,17 +123,20 @@ QSDP_INLINE uint32_t greatest(I x) {
     return _mm512_reduce_max_epu32(x.v);
 }
 
-template <bool Truncate>
-QSDP_INLINE Codes to_codes(const F (&t)[4]) {
-    __m512i code[4];
-    for (int v = 0; v < 4; ++v) {
-        code[v] = Truncate ? _mm512_cvttps_epi32(t[v].v) : _mm512_cvtps_epi32(t[v].v);
-    }
-    const __m512i low = _mm512_packs_epi32(code[0], code[1]);
-    const __m512i high = _mm512_packs_epi32(code[2], code[3]);
+QSDP_INLINE Codes to_codes(const I (&index)[4]) {
+    const __m512i low = _mm512_packs_epi32(index[0].v, index[1].v);
+    const __m512i high = _mm512_packs_epi32(index[2].v, index[3].v);
     // Packing interleaves 128-bit lanes; the permutation puts the bytes back in order.
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     return {_mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high))};
+}
+template <bool Truncate>
+QSDP_INLINE Codes to_codes(const F (&t)[4]) {
+    I code[4];
+    for (int v = 0; v < 4; ++v) {
+        code[v].v = Truncate ? _mm512_cvttps_epi32(t[v].v) : _mm512_cvtps_epi32(t[v].v);
+    }
+    return to_codes(code);
 }
 QSDP_INLINE Codes splat_codes(int value) {
     return {_mm512_set1_epi8(static_cast<char>(value))};
@@ -149,8 +152,36 @@ QSDP_INLINE Codes mark_zeros(Codes codes, const F (&x)[4], Codes last) {
 QSDP_INLINE void store(uint8_t* to, Codes codes) {
     _mm512_storeu_si512(to, codes.v);
 }
+QSDP_INLINE I widen_indices(const uint8_t* from) {
+    return {_mm512_cvtepu8_epi32(load128(from))};
+}
 QSDP_INLINE F widen_codes(const uint8_t* from) {
-    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load128(from)))};
+    return {_mm512_cvtepi32_ps(widen_indices(from).v)};
+}
+template <int Bits>
+QSDP_INLINE F look_up(const float* table, I index) {
+    const __m512 low = load(reinterpret_cast<const uint8_t*>(table), float{}).v;
+    if constexpr (Bits <= 4) {
+        return {_mm512_permutexvar_ps(index.v, low)};
+    } else if constexpr (Bits == 5) {
+        const __m512 high = load(reinterpret_cast<const uint8_t*>(table + 16), float{}).v;
+        return {_mm512_permutex2var_ps(low, index.v, high)};
+    } else {
+        const __mmask16 is_high = _mm512_test_epi32_mask(index.v, _mm512_set1_epi32(32));
+        const F upper = look_up<5>(table + 32, index);
+        return {_mm512_mask_blend_ps(is_high, look_up<5>(table, index).v, upper.v)};
+    }
+}
+QSDP_INLINE void bisect(F middle, F t, F& below, F& above, I& index) {
+    const __mmask16 reached = _mm512_cmp_ps_mask(middle.v, t.v, _CMP_LE_OQ);
+    below.v = _mm512_mask_blend_ps(reached, below.v, middle.v);
+    above.v = _mm512_mask_blend_ps(reached, middle.v, above.v);
+    const __m512i doubled = _mm512_add_epi32(index.v, index.v);
+    index.v = _mm512_mask_add_epi32(doubled, reached, doubled, _mm512_set1_epi32(1));
+}
+QSDP_INLINE I add_where_less(I index, F a, F b) {
+    const __mmask16 less = _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ);
+    return {_mm512_mask_add_epi32(index.v, less, index.v, _mm512_set1_epi32(1))};
 }
 
 QSDP_INLINE U splat64(uint64_t value) {

@@ -133,6 +133,13 @@ QSDP_INLINE Codes to_codes(const F (&t)[4]) {
     }
     return out;
 }
+QSDP_INLINE Codes to_codes(const I (&index)[4]) {
+    Codes out;
+    for (int v = 0; v < 4; ++v) {
+        QSDP_LANES(i) out.lane[v * kLanes + i] = static_cast<uint8_t>(index[v].lane[i]);
+    }
+    return out;
+}
 QSDP_INLINE Codes splat_codes(int value) {
     Codes out;
     memset(&out, value, sizeof out);
@@ -158,6 +165,35 @@ QSDP_INLINE F widen_codes(const uint8_t* from) {
     F out;
     QSDP_LANES(i) out.lane[i] = static_cast<float>(from[i]);
     return out;
+}
+QSDP_INLINE I widen_indices(const uint8_t* from) {
+    I out;
+    QSDP_LANES(i) out.lane[i] = from[i];
+    return out;
+}
+// Entry index % 2**Bits of a table that repeats itself after 2**Bits entries, up to 16 at least.
+template <int Bits>
+QSDP_INLINE F look_up(const float* table, I index) {
+    F out;
+    QSDP_LANES(i) out.lane[i] = table[index.lane[i] % (1u << Bits)];
+    return out;
+}
+// A step of a bisection: where middle <= t it bounds t from below, else from above; the index gains
+// the answer as its lowest bit.
+QSDP_INLINE void bisect(F middle, F t, F& below, F& above, I& index) {
+    // Not by ?:, which compilers turn into branches that no machine can foresee.
+    QSDP_LANES(i) {
+        const uint32_t reached = 0u - (middle.lane[i] <= t.lane[i]);
+        const uint32_t bits = float_bits(middle.lane[i]);
+        below.lane[i] = bits_float((bits & reached) | (float_bits(below.lane[i]) & ~reached));
+        above.lane[i] = bits_float((bits & ~reached) | (float_bits(above.lane[i]) & reached));
+        index.lane[i] = 2 * index.lane[i] - reached;
+    }
+}
+// index + (a < b)
+QSDP_INLINE I add_where_less(I index, F a, F b) {
+    QSDP_LANES(i) index.lane[i] += a.lane[i] < b.lane[i];
+    return index;
 }
 
 QSDP_INLINE U splat64(uint64_t value) {

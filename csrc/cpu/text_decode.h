@@ -40,19 +40,27 @@ void dequantize(const uint8_t* codes, int64_t count, const Work& work, int64_t f
     const Draws draws(work.stream);
     const F low = splat(work.grid.low), step = splat(work.grid.step), r = splat(work.r);
     const F unscale = splat(1.0f / work.grid.factor);
-    const F zero_code = splat(work.has_zero ? static_cast<float>(work.levels - 1) : 256.0f);
+    const F zero_code = splat(work.has_zero ? static_cast<float>(work.num_codes - 1) : 256.0f);
     const F limit = splat(kLargest<T>), minus_limit = splat(-kLargest<T>);
+    const F width = splat(width_of(work));
     const auto block_values = [&](const uint8_t* block, const F(&own)[4], uint8_t* out) {
         for (int v = 0; v < 4; ++v) {
-            const F code = widen_codes(block + v * kLanes);
-            F value = noise == Noise::kDither
-                          ? add(code, add(sub(own[v], splat(128.5f)), splat(0x1p-17f)))
-                          : add(code, r);
-            value = add(low, mul(value, step));
-            if (mode == Mode::kFull) value = mul(value, unscale);
-            if (mode != Mode::kPlain) value = zero_where_equal(value, code, zero_code);
-            // Elsewhere |value| <= 2**121 or NaN: only fp16 is narrower than that.
-            if (mode == Mode::kFull || kLargest<T> < 0x1p121f) {
+            F value;
+            if constexpr (mode == Mode::kLevels) {
+                const F level = level_values(*work.levels, widen_indices(block + v * kLanes));
+                value = add(low, mul(level, width));
+            } else {
+                const F code = widen_codes(block + v * kLanes);
+                value = noise == Noise::kDither
+                            ? add(code, add(sub(own[v], splat(128.5f)), splat(0x1p-17f)))
+                            : add(code, r);
+                value = add(low, mul(value, step));
+                if (mode == Mode::kFull) value = mul(value, unscale);
+                if (mode != Mode::kPlain) value = zero_where_equal(value, code, zero_code);
+            }
+            // |value| <= 2**121 or NaN of plain buckets: only fp16 is narrower than that. Levels
+            // may be anything.
+            if (mode == Mode::kFull || mode == Mode::kLevels || kLargest<T> < 0x1p121f) {
                 value = max(minus_limit, min(limit, value));
             }
             uint8_t* item = out + v * kLanes * sizeof(T);
@@ -89,10 +97,12 @@ constexpr Quantize kDequantize[] = {dequantize<T, Add, noise, Mode::kPlain>,
                                     dequantize<T, Add, noise, Mode::kFull>};
 
 template <class T, bool Add>
-void decode_buckets(const Segment& segment, uint64_t key, const uint8_t* payload, uint8_t* buffer,
-                    int64_t first, int64_t last) {
+void decode_buckets(const Segment& segment, uint64_t key, const float* own_levels,
+                    const uint8_t* payload, uint8_t* buffer, int64_t first, int64_t last) {
     const int bits = static_cast<int>(segment.bits);
     Shifts shifts(stream_of(segment, key));
+    Levels levels;
+    if (own_levels != nullptr) levels.fill(own_levels, bits);
     uint8_t codes[kChunk];
     for (int64_t bucket = first; bucket < last; ++bucket) {
         const int64_t start = bucket * segment.bucket;
@@ -104,10 +114,18 @@ void decode_buckets(const Segment& segment, uint64_t key, const uint8_t* payload
         Grid grid;
         memcpy(&grid, payload + segment.meta_byte + bucket * kMetaBytes, sizeof grid);
         const bool has_zero = float_bits(grid.scale) >> 31;
-        Work work{working_grid(grid), 0.0f, stream_of(segment, key), 1 << bits, has_zero, 0};
+        Work work{.grid = working_grid(grid),
+                  .r = 0.0f,
+                  .stream = stream_of(segment, key),
+                  .num_codes = 1 << bits,
+                  .has_zero = has_zero,
+                  .ahead_bytes = 0,
+                  .levels = &levels};
         if (segment.rounding == kShift) work.r = shifts.at(bucket);
         const int mode = static_cast<int>(mode_of(work.grid, has_zero));
-        const Quantize run = segment.rounding == kDither
+        const Quantize run = own_levels != nullptr && has_learned_levels(grid)
+                                 ? dequantize<T, Add, Noise::kUniform, Mode::kLevels>
+                             : segment.rounding == kDither
                                  ? kDequantize<T, Add, Noise::kDither>[mode]
                                  : kDequantize<T, Add, Noise::kUniform>[mode];
         if (bits == 8) {

@@ -39,10 +39,16 @@ struct Work {
     WorkingGrid grid;
     float r;        // the bucket's shift
     Stream stream;  // of the values' own numbers
-    int levels;     // 2**bits
+    int num_codes;  // 2**bits
     bool has_zero;
-    int64_t ahead_bytes;  // how far to fetch ahead: the next bucket is measured next
+    int64_t ahead_bytes;   // how far to fetch ahead: the next bucket is measured next
+    const Levels* levels;  // of Mode::kLevels
 };
+
+// From the least value to the greatest, where there are no zeros.
+QSDP_INLINE float width_of(const Work& work) {
+    return work.grid.step * static_cast<float>(work.num_codes - 1);
+}
 
 // Codes, one a byte, of ``count`` values; ``first_value`` numbers the first in its segment.
 template <class T, Noise noise, Mode mode>
@@ -51,15 +57,18 @@ void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t firs
     constexpr int kAtOnce = noise == Noise::kUniform ? 1 : 2;
     const Draws draws(work.stream);
     const F factor = splat(work.grid.factor), low = splat(work.grid.low);
-    const F inverse = splat(inverse_step(work.grid)), r = splat(work.r);
-    const Codes steps = splat_codes(work.levels - (work.has_zero ? 2 : 1));
-    const Codes last = splat_codes(work.levels - 1);
+    const F inverse =
+        splat(mode == Mode::kLevels ? 1.0f / width_of(work) : inverse_step(work.grid));
+    const F r = splat(work.r);
+    const Codes steps = splat_codes(work.num_codes - (work.has_zero ? 2 : 1));
+    const Codes last = splat_codes(work.num_codes - 1);
     const auto block_codes = [&](const uint8_t* block, const F(&own)[4]) {
         F x[4], t[4];
         load_block<T>(block, x);
         for (int v = 0; v < 4; ++v) {
             t[v] = mode == Mode::kFull ? mul(x[v], factor) : x[v];
             t[v] = mul(sub(t[v], low), inverse);
+            if (mode == Mode::kLevels) continue;
             if (noise == Noise::kUniform) t[v] = sub(t[v], r);
             if (noise == Noise::kDither) {
                 t[v] = sub(t[v], add(sub(own[v], splat(128.5f)), splat(0x1p-17f)));
@@ -67,6 +76,9 @@ void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t firs
             if (noise == Noise::kStochastic) {
                 t[v] = add(t[v], add(sub(own[v], splat(128.0f)), splat(0x1p-17f)));
             }
+        }
+        if constexpr (mode == Mode::kLevels) {
+            return level_codes<noise == Noise::kStochastic>(*work.levels, t, own);
         }
         // Live values have t >= 0, where truncation is floor; zeros are marked whatever t is.
         Codes out = min(to_codes<noise == Noise::kStochastic>(t), steps);
@@ -124,6 +136,10 @@ template <class T, Noise noise>
 constexpr Quantize kQuantize[] = {quantize<T, noise, Mode::kPlain>,
                                   quantize<T, noise, Mode::kZeros>,
                                   quantize<T, noise, Mode::kFull>};
+// Learned levels round stochastically or to the nearest.
+template <class T>
+constexpr Quantize kQuantizeByLevels[] = {quantize<T, Noise::kUniform, Mode::kLevels>,
+                                          quantize<T, Noise::kStochastic, Mode::kLevels>};
 
 QSDP_INLINE Mode mode_of(const WorkingGrid& grid, bool has_zero) {
     if (grid.factor != 1.0f) return Mode::kFull;
@@ -149,11 +165,13 @@ Quantize quantizer(Noise noise, Mode mode) {
 
 // Buckets [first, last) of a coded segment.
 template <class T>
-void encode_buckets(const Segment& segment, uint64_t key, const uint8_t* buffer, uint8_t* payload,
-                    int64_t first, int64_t last) {
+void encode_buckets(const Segment& segment, uint64_t key, const float* own_levels,
+                    const uint8_t* buffer, uint8_t* payload, int64_t first, int64_t last) {
     const int bits = static_cast<int>(segment.bits);
     const Noise noise = noise_of(segment);
     Shifts shifts(stream_of(segment, key));
+    Levels levels;
+    if (own_levels != nullptr) levels.fill(own_levels, bits);
     uint8_t codes[kChunk + 8];
     bool expect_zeros = false;  // sparse buckets come in runs: measure those once
     for (int64_t bucket = first; bucket < last; ++bucket) {
@@ -173,11 +191,17 @@ void encode_buckets(const Segment& segment, uint64_t key, const uint8_t* buffer,
             memset(to, 0, (count * bits + 7) / 8);
             continue;
         }
-        Work work{working_grid(grid),      0.0f,
-                  stream_of(segment, key), 1 << bits,
-                  extent.has_zero,         count * static_cast<int64_t>(sizeof(T))};
+        Work work{.grid = working_grid(grid),
+                  .r = 0.0f,
+                  .stream = stream_of(segment, key),
+                  .num_codes = 1 << bits,
+                  .has_zero = extent.has_zero,
+                  .ahead_bytes = count * static_cast<int64_t>(sizeof(T)),
+                  .levels = &levels};
         if (segment.rounding == kShift) work.r = shifts.at(bucket);
-        const Quantize run = quantizer<T>(noise, mode_of(work.grid, extent.has_zero));
+        const Quantize run = own_levels != nullptr && has_learned_levels(grid)
+                                 ? kQuantizeByLevels<T>[noise == Noise::kStochastic]
+                                 : quantizer<T>(noise, mode_of(work.grid, extent.has_zero));
         if (bits == 8) {
             run(from, count, work, start, to);
             continue;

@@ -37,6 +37,11 @@ QSDP_INLINE WorkingGrid working_grid(Grid grid) {
     return {factor, grid.low * factor, step * factor};
 }
 
+// Whether a segment's learned levels serve the bucket; both sides decide by the metadata alone.
+QSDP_INLINE bool has_learned_levels(Grid grid) {
+    return grid.scale > 0.0f && working_grid(grid).factor == 1.0f;
+}
+
 QSDP_INLINE float inverse_step(WorkingGrid grid) {
     return grid.step == 0.0f ? 0.0f : 1.0f / grid.step;
 }

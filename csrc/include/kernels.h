@@ -11,6 +11,7 @@ struct Table {
     const Segment* segments;
     int64_t num_segments;
     uint64_t key;
+    const float* levels;  // what the segments' ``levels`` point into
 };
 
 // Both work on the values [begin, end) of the table's segments laid end to end, so that a call can

@@ -22,11 +22,13 @@ struct Segment {
     int64_t data_byte;  // where codes or raw values start in the payload
     int64_t parameter;  // third counter word of the generator
     int64_t group;      // fourth counter word of the generator
+    int64_t levels;     // where its 2**bits learned levels start, in floats; -1: a uniform grid
 };
 
 constexpr int64_t kSegmentFields = sizeof(Segment) / sizeof(int64_t);
 constexpr int64_t kHeaderBytes = 32;
 constexpr int64_t kMetaBytes = 8;
+constexpr int64_t kLeastLearnedBits = 2, kMostLearnedBits = 6;
 
 static inline int64_t item_bytes(int64_t dtype) {
     return dtype == kFp32 ? 4 : dtype == kOpaque ? 1 : 2;

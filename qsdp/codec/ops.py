@@ -18,35 +18,53 @@ r is in (-1/2, 1/2): one a bucket (`shift`: QSDP, arXiv 2302.02390, section 4), 
 (`dither`). A bucket with |lo| > 2**120 or d > 2**112 is worked on scaled by 2**-8, so that no
 difference overflows. A bucket with a NaN or an Inf has lo = NaN, scale 0 and codes 0: it decodes
 to NaN.
+
+A segment with learned levels l[0] = 0 <= l[1] <= ... <= l[L] = 1 (QSDP, section 5) does all this
+alike. Its metadata is the same, so that both sides see alike which buckets the levels serve: those
+whose scale is above zero (no exact zeros, not all-equal, whole) and that are not huge. There:
+
+    w        d * L
+    t        (x - lo) * (1 / w)
+    i        the last index with l[i] <= t, by bisection
+    code     `nearest` i + (l[i + 1] - t < t - l[i]), `stochastic`
+             i + ((r + 1/2) * (l[i + 1] - l[i]) < t - l[i]); at most L, and l[L + 1] counts as l[L]
+    value    lo + l[code] * w
+
+A comparison counts as 0 or 1, and no level divides: equal neighbours are harmless. The greater of
+two neighbours is taken with the probability that unbiasedness asks for, to 2**-17.
 """
 
 import torch
 from torch import Tensor
 
-from qsdp.codec.payload import HEADER_BYTES, ITEM_BYTES, META_BYTES, DType, Field
-from qsdp.codec.rounding import DITHER, NEAREST, SHIFT, STOCHASTIC, uniform
+from qsdp.codec.payload import HEADER_BYTES
+from qsdp.codec.rounding import STOCHASTIC
+from qsdp.codec.table import TORCH_DTYPES as TORCH_DTYPES
+from qsdp.codec.table import Row, check
 
 HUGE_VALUE = 2.0**120
 HUGE_SCALE = 2.0**112
 HUGE_FACTOR = 2.0**-8
 
-TORCH_DTYPES = {
-    DType.FP32: torch.float32,
-    DType.BF16: torch.bfloat16,
-    DType.FP16: torch.float16,
-    DType.OPAQUE: torch.uint8,
-}
-
 _library = torch.library.Library("qsdp", "DEF")
 _library.define(
-    "encode(Tensor buffer, Tensor table, int key, int[] header, Tensor(a!) payload) -> ()"
+    "encode(Tensor buffer, Tensor table, int key, int[] header, Tensor(a!) payload, "
+    "Tensor? levels=None) -> ()"
 )
 _library.define(
-    "decode(Tensor payload, Tensor table, int key, Tensor(a!) buffer, bool add=False) -> ()"
+    "decode(Tensor payload, Tensor table, int key, Tensor(a!) buffer, bool add=False, "
+    "Tensor? levels=None) -> ()"
 )
 
 
-def encode(buffer: Tensor, table: Tensor, key: int, header: list[int], payload: Tensor) -> None:
+def encode(
+    buffer: Tensor,
+    table: Tensor,
+    key: int,
+    header: list[int],
+    payload: Tensor,
+    levels: Tensor | None = None,
+) -> None:
     """Write the payload of one group.
 
     Args:
@@ -55,45 +73,56 @@ def encode(buffer: Tensor, table: Tensor, key: int, header: list[int], payload: 
         key: the folded `Key`.
         header: four int64 words, see `Layout.header`.
         payload: uint8 [payload bytes], contiguous, overwritten.
+        levels: fp32 [floats] on the CPU, contiguous: what `Field.LEVELS` points into.
     """
-    check(buffer, table, payload)
+    check(buffer, table, payload, levels)
     if len(header) != HEADER_BYTES // 8:
         raise ValueError(f"the header has {len(header)} words; give 4, as Layout.header does")
     payload.zero_()
     payload[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(header))
     for row in table.tolist():
-        segment = _Row(row)
+        segment = Row(row)
         values = segment.values(buffer)
         if segment.bits == 0:
             segment.data(payload).copy_(convert(values, segment.wire).view(torch.uint8))
             continue
-        codes, low, scale = quantize(values.float(), segment, key)
+        codes, low, scale = quantize(values.float(), segment, key, segment.levels(levels))
         segment.meta(payload).copy_(torch.stack((low, scale), dim=1).view(-1).view(torch.uint8))
         segment.data(payload).copy_(pack(codes, segment.bits))
 
 
-def decode(payload: Tensor, table: Tensor, key: int, buffer: Tensor, add: bool = False) -> None:
+def decode(
+    payload: Tensor,
+    table: Tensor,
+    key: int,
+    buffer: Tensor,
+    add: bool = False,
+    levels: Tensor | None = None,
+) -> None:
     """Write (or with ``add`` add, into fp32) the values of one payload into the flat buffer.
 
     Args as in `encode`. Without ``add``, padding is set to zero; with it, padding stays.
     """
-    check(buffer, table, payload, add)
+    check(buffer, table, payload, levels, add)
     for row in table.tolist():
-        segment = _Row(row)
+        segment = Row(row)
         if segment.bits == 0:
             values = convert(segment.data(payload).clone().view(segment.wire), segment.dtype)
         else:
             meta = segment.meta(payload).clone().view(torch.float32).view(-1, 2)
             codes = unpack(segment.data(payload), segment.bits, segment.numel)
             limit = torch.finfo(segment.dtype).max
-            values = dequantize(codes, meta[:, 0], meta[:, 1], segment, key)
+            own = segment.levels(levels)
+            values = dequantize(codes, meta[:, 0], meta[:, 1], segment, key, own)
             values = convert(values.clamp(-limit, limit), segment.dtype)
         if add:
             values = segment.values(buffer) + values
         segment.store(buffer, values, keep_padding=add)
 
 
-def quantize(x: Tensor, segment: "_Row", key: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    x: Tensor, segment: Row, key: int, levels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (uint8 [n]), lows and scales (fp32 [buckets]) of fp32 [n], see [Note: Grid]."""
     buckets = -(-x.numel() // segment.bucket)
     x_NB = torch.nn.functional.pad(x, (0, buckets * segment.bucket - x.numel()), value=1.0)
@@ -101,7 +130,7 @@ def quantize(x: Tensor, segment: "_Row", key: int) -> tuple[Tensor, Tensor, Tens
     valid = torch.arange(x_NB.numel(), device=x.device).view_as(x_NB) < x.numel()
     zero = valid & (x_NB == 0)
     live = valid & ~zero
-    steps = torch.where(zero.any(1), segment.levels - 2, segment.levels - 1).float()
+    steps = torch.where(zero.any(1), segment.num_codes - 2, segment.num_codes - 1).float()
     empty = ~live.any(1)
     low = x_NB.masked_fill(~live, torch.inf).amin(1).masked_fill(empty, 0.0)
     high = x_NB.masked_fill(~live, -torch.inf).amax(1).masked_fill(empty, 0.0)
@@ -119,12 +148,18 @@ def quantize(x: Tensor, segment: "_Row", key: int) -> tuple[Tensor, Tensor, Tens
     else:
         codes = torch.round(t - r)
     codes = torch.minimum(codes.clamp(min=0), steps[:, None])
-    codes = codes.masked_fill(zero, segment.levels - 1).masked_fill(broken[:, None], 0)
+    codes = codes.masked_fill(zero, segment.num_codes - 1).masked_fill(broken[:, None], 0)
     scale = torch.where(zero.any(1) & ~broken, -d, d)
+    if levels is not None:
+        t = (x_NB - low[:, None]) * (1 / (d * steps))[:, None]
+        learned = _has_learned_levels(low, scale)[:, None]
+        codes = torch.where(learned, _level_codes(t, levels, r, segment.rounding), codes)
     return codes.view(-1)[: x.numel()].to(torch.uint8), low, scale
 
 
-def dequantize(codes: Tensor, low: Tensor, scale: Tensor, segment: "_Row", key: int) -> Tensor:
+def dequantize(
+    codes: Tensor, low: Tensor, scale: Tensor, segment: Row, key: int, levels: Tensor | None
+) -> Tensor:
     """fp32 [n] values of uint8 [n] codes, see [Note: Grid]."""
     buckets = low.numel()
     c_NB = torch.nn.functional.pad(codes, (0, buckets * segment.bucket - codes.numel()))
@@ -136,8 +171,13 @@ def dequantize(codes: Tensor, low: Tensor, scale: Tensor, segment: "_Row", key: 
     factor = _huge_factor(low, d)
     value = (low * factor)[:, None] + (c_NB.float() + r) * (d * factor)[:, None]
     value = value / factor[:, None]
-    is_zero = scale.signbit()[:, None] & (c_NB == segment.levels - 1)
-    return value.masked_fill(is_zero, 0.0).view(-1)[: codes.numel()]
+    is_zero = scale.signbit()[:, None] & (c_NB == segment.num_codes - 1)
+    value = value.masked_fill(is_zero, 0.0)
+    if levels is not None:
+        width = scale * float(segment.num_codes - 1)
+        by_level = low[:, None] + levels.to(c_NB.device)[c_NB.long()] * width[:, None]
+        value = torch.where(_has_learned_levels(low, scale)[:, None], by_level, value)
+    return value.view(-1)[: codes.numel()]
 
 
 def convert(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -165,111 +205,24 @@ def unpack(stream: Tensor, bits: int, num: int) -> Tensor:
     return codes.view(-1)[:num].to(torch.uint8)
 
 
-def check(buffer: Tensor, table: Tensor, payload: Tensor, add: bool = False) -> None:
-    """Raise ValueError when a codec call's arguments cannot be what it needs."""
-    for name, tensor in (("buffer", buffer), ("payload", payload)):
-        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
-            raise ValueError(
-                f"the {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
-                "give a contiguous 1-D uint8 view"
-            )
-    if table.dtype != torch.int64 or table.device.type != "cpu" or table.dim() != 2:
-        raise ValueError(
-            f"the table is {table.dtype} on {table.device}; give int64 rows on the cpu"
-        )
-    if table.shape[1] != len(Field):
-        raise ValueError(f"the table has {table.shape[1]} columns; give {len(Field)}")
-    if payload.numel() < HEADER_BYTES:
-        raise ValueError(f"the payload has {payload.numel()} bytes; a header alone takes 32")
-    for row in table.tolist():
-        for field in (Field.DTYPE, Field.WIRE):
-            if row[field] not in iter(DType):
-                raise ValueError(f"a segment has {field.name} {row[field]}; give 0 to {max(DType)}")
-        _Row(row).check(buffer.numel(), payload.numel())
-        if add and row[Field.DTYPE] != DType.FP32:
-            name = DType(row[Field.DTYPE]).name
-            raise ValueError(f"decode adds into a segment of {name}; give an fp32 buffer and table")
+def _has_learned_levels(low: Tensor, scale: Tensor) -> Tensor:
+    return (scale > 0) & (_huge_factor(low, scale) == 1)
 
 
-class _Row:
-    """One table row with names, and the slices it stands for."""
-
-    def __init__(self, row: list[int]) -> None:
-        self.bits, self.bucket, self.rounding = (
-            row[Field.BITS],
-            row[Field.BUCKET],
-            row[Field.ROUNDING],
-        )
-        self.numel, self.padded = row[Field.NUMEL], row[Field.PADDED]
-        self.levels = 1 << max(self.bits, 0)
-        self.row = row
-        self.dtype = TORCH_DTYPES[DType(row[Field.DTYPE])]
-        self.wire = TORCH_DTYPES[DType(row[Field.WIRE])]
-
-    def check(self, buffer_bytes: int, payload_bytes: int) -> None:
-        row = self.row
-        if self.bits not in (0, 2, 3, 4, 5, 6, 7, 8):
-            raise ValueError(f"a segment has {self.bits} bits; give 2 to 8, or 0 for raw")
-        if not 0 <= self.numel <= self.padded:
-            raise ValueError(f"a segment has {self.numel} of {self.padded} values; give 0 to all")
-        item = ITEM_BYTES[DType(row[Field.DTYPE])]
-        inside = row[Field.BUFFER_BYTE] >= 0 and row[Field.DATA_BYTE] >= HEADER_BYTES
-        inside &= row[Field.BUFFER_BYTE] + self.padded * item <= buffer_bytes
-        if self.bits:
-            if self.bucket < 8 or self.bucket % 8 or self.rounding not in (0, 1, 2, 3):
-                raise ValueError(
-                    f"a segment has buckets of {self.bucket} and rounding {self.rounding}; "
-                    "give a positive multiple of 8 and 0 to 3"
-                )
-            if row[Field.DTYPE] == DType.OPAQUE:
-                raise ValueError("a coded segment is opaque; code fp32, bf16 or fp16")
-            num_buckets = -(-self.numel // self.bucket)
-            inside &= row[Field.META_BYTE] >= HEADER_BYTES and row[Field.META_BYTE] % 4 == 0
-            inside &= row[Field.META_BYTE] + META_BYTES * num_buckets <= payload_bytes
-        elif (row[Field.DTYPE] == DType.OPAQUE) != (row[Field.WIRE] == DType.OPAQUE):
-            raise ValueError("a raw segment is opaque on one side only; make both or none opaque")
-        inside &= row[Field.DATA_BYTE] + self.data_bytes <= payload_bytes
-        if not inside:
-            raise ValueError(
-                f"a segment reaches outside its {buffer_bytes} buffer bytes or "
-                f"{payload_bytes} payload bytes; make table, buffer and payload from one layout"
-            )
-
-    @property
-    def data_bytes(self) -> int:
-        if self.bits:
-            return -(-self.numel * self.bits // 8)
-        return self.numel * ITEM_BYTES[DType(self.row[Field.WIRE])]
-
-    def values(self, buffer: Tensor) -> Tensor:
-        """The segment's valid values: its dtype, [numel], a copy (offsets may be unaligned)."""
-        return self._span(buffer, self.numel).clone().view(self.dtype)
-
-    def store(self, buffer: Tensor, values: Tensor, keep_padding: bool) -> None:
-        self._span(buffer, self.numel).copy_(values.view(torch.uint8))
-        if not keep_padding:
-            self._span(buffer, self.padded)[values.numel() * self.dtype.itemsize :].zero_()
-
-    def meta(self, payload: Tensor) -> Tensor:
-        return payload.narrow(
-            0, self.row[Field.META_BYTE], META_BYTES * -(-self.numel // self.bucket)
-        )
-
-    def data(self, payload: Tensor) -> Tensor:
-        return payload.narrow(0, self.row[Field.DATA_BYTE], self.data_bytes)
-
-    def shifts(self, key: int, like_NB: Tensor) -> Tensor:
-        """r of [Note: Grid], fp32, broadcastable to [buckets, bucket]."""
-        words = (self.row[Field.PARAMETER], self.row[Field.GROUP], key, like_NB.device)
-        if self.rounding == SHIFT:
-            return uniform(like_NB.shape[0], *words)[:, None]
-        if self.rounding in (DITHER, STOCHASTIC):
-            return uniform(like_NB.numel(), *words).view_as(like_NB)
-        assert self.rounding == NEAREST
-        return torch.zeros(1, 1, device=like_NB.device)
-
-    def _span(self, buffer: Tensor, numel: int) -> Tensor:
-        return buffer.narrow(0, self.row[Field.BUFFER_BYTE], numel * self.dtype.itemsize)
+def _level_codes(t: Tensor, levels: Tensor, r: Tensor, rounding: int) -> Tensor:
+    """Codes (int64, the shape of t) of values between 0 and 1, see [Note: Grid]."""
+    levels = levels.to(t.device)
+    last = levels.numel() - 1
+    index, step = torch.zeros_like(t, dtype=torch.int64), (last + 1) // 2
+    while step:
+        index += step * (levels[index + step] <= t)
+        step //= 2
+    below, above = levels[index], levels[(index + 1).clamp(max=last)]
+    if rounding == STOCHASTIC:
+        up = (r + 0.5) * (above - below) < t - below
+    else:
+        up = above - t < t - below
+    return (index + up).clamp(max=last)
 
 
 def _huge_factor(low: Tensor, d: Tensor) -> Tensor:

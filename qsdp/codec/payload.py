@@ -1,7 +1,8 @@
 """[Note: Payload] The bytes that one rank sends for one group: arithmetic only, no tensors.
 
     header   32 bytes, four little-endian int64: (version << 32 | sender), key step,
-             payload bytes, plan hash
+             payload bytes, plan hash ^ standing; the standing is 0 but where a rank has other
+             gradients than were agreed on: [Note: Consent] in comm/consent.py
     metadata 8 bytes a bucket, segment after segment: fp32 min, fp32 scale
     raw      the uncoded segments, wider elements first
     codes    from a 16-byte boundary on, segment after segment, each ceil(numel * bits / 8) bytes:
@@ -35,6 +36,15 @@ class DType(IntEnum):
 ITEM_BYTES = {DType.FP32: 4, DType.BF16: 2, DType.FP16: 2, DType.OPAQUE: 1}
 
 
+class Standing(IntEnum):
+    """What a header says of its sender's gradients: they are those that were agreed on, or others,
+    or the sender has heard of both. Random bits, so that damage is not taken for a standing."""
+
+    KEPT = 0
+    CHANGED = 0x3C6EF372FE94F82A
+    MIXED = 0x510E527FADE682D1
+
+
 class Field(IntEnum):
     """Columns of the int64 segment table that one codec call works through."""
 
@@ -50,11 +60,16 @@ class Field(IntEnum):
     DATA_BYTE = 9  # where codes or raw values start in the payload
     PARAMETER = 10  # third counter word of the generator
     GROUP = 11  # fourth counter word of the generator
+    LEVELS = 12  # where the segment's 2**bits learned levels start, in floats; -1: a uniform grid
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One parameter's stretch of a flat buffer. ``bits`` 0 is raw, travelling as ``wire``."""
+    """One parameter's stretch of a flat buffer. ``bits`` 0 is raw, travelling as ``wire``.
+
+    ``levels`` is where the segment's learned levels start in the tensor that `encode` and `decode`
+    are given; -1 stands for the uniform grid.
+    """
 
     bits: int
     dtype: DType
@@ -63,6 +78,7 @@ class Segment:
     wire: DType = DType.FP32
     bucket: int = 1024
     rounding: int = 0
+    levels: int = -1
 
     @property
     def num_buckets(self) -> int:
@@ -118,13 +134,14 @@ class Layout:
             own = segment.dtype if dtype is None else dtype
             row = [segment.bits, own, segment.wire, buffer_byte, numel, segment.padded]
             row += [segment.bucket, segment.rounding, meta, data, segment.parameter, self.group]
+            row.append(segment.levels)
             rows.append([int(entry) for entry in row])
             buffer_byte += segment.padded * ITEM_BYTES[own]
         return rows
 
-    def header(self, sender: int, step: int) -> list[int]:
+    def header(self, sender: int, step: int, standing: Standing = Standing.KEPT) -> list[int]:
         """The four int64 words that open a payload of this layout."""
-        return [VERSION << 32 | sender, step, self.payload_bytes, self.hash]
+        return [VERSION << 32 | sender, step, self.payload_bytes, self.hash ^ standing]
 
 
 def _align(num_bytes: int) -> int:

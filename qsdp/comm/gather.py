@@ -1,5 +1,7 @@
 """The quantized all-gather of weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -8,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import compat
-from qsdp.codec.payload import HEADER_BYTES
+from qsdp.codec.payload import HEADER_BYTES, Standing
+from qsdp.comm.failures import collective
 from qsdp.comm.plan import Plan, Side
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire import Wire
@@ -65,8 +68,8 @@ class Gathering:
         header = side.layout.header(plan.rank, self._payloads.step)
         table, own_key = side.tables[plan.rank], keys[plan.rank]
         with wire.times.measure("gather", "encode", buffer.device):
-            torch.ops.qsdp.encode(as_bytes(input), table, own_key, header, own)
-        with wire.times.measure("gather", "wire", buffer.device):
+            torch.ops.qsdp.encode(as_bytes(input), table, own_key, header, own, wire.level_values)
+        with self._on_the_wire():
             self._work = compat.all_gather(target, own, group, async_op=async_op)
         self._node_payloads = target
 
@@ -74,7 +77,7 @@ class Gathering:
         """Wait for the payloads. Raises RuntimeError when a header is not what is expected."""
         plan, wire, payloads = self._plan, self._wire, self._payloads
         size = payloads.side.layout.payload_bytes
-        with wire.times.measure("gather", "wire", payloads.buffer.device):
+        with self._on_the_wire():
             if self._work is not None:
                 self._work.wait()
             if plan.hops is not None:
@@ -88,6 +91,16 @@ class Gathering:
         senders = sorted(range(plan.world_size), key=_places(plan).__getitem__)
         check_headers(payloads.buffer, payloads.side, senders, payloads.step, plan)
         return payloads
+
+    @contextmanager
+    def _on_the_wire(self) -> Iterator[None]:
+        plan, wire = self._plan, self._wire
+        device = self._payloads.buffer.device
+        with (
+            collective("gather", plan.names, wire.clock.step),
+            wire.times.measure("gather", "wire", device),
+        ):
+            yield
 
 
 class GatheringWork(dist.Work):
@@ -113,12 +126,13 @@ def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
     with wire.times.measure("gather", "decode", output.device):
         for rank, (key, table) in enumerate(zip(payloads.keys, payloads.side.tables, strict=True)):
             payload = payloads.buffer.narrow(0, places[rank] * size, size)
-            torch.ops.qsdp.decode(payload, table, key, slices[rank])
+            torch.ops.qsdp.decode(payload, table, key, slices[rank], levels=wire.level_values)
 
 
 def regather(output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> None:
     """All-gather weights that were decoded before, as they are: never quantize twice."""
-    compat.all_gather(output, input, group)
+    with collective("gather of decoded weights"):
+        compat.all_gather(output, input, group)
     num_bytes = input.numel() * input.element_size()
     num_values = input.numel() if input.is_floating_point() else num_bytes // 4
     traffic.gathered("gather", group, num_bytes)
@@ -130,22 +144,38 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8)
 
 
-def check_headers(payloads: Tensor, side: Side, senders: list[int], step: int, plan: Plan) -> None:
+def check_headers(
+    payloads: Tensor,
+    side: Side,
+    senders: list[int],
+    step: int,
+    plan: Plan,
+    standing: Standing = Standing.KEPT,
+) -> Standing:
     """Raise RuntimeError unless every payload opens as expected.
 
-    On a GPU it would stop the stream, so there the size of the collective is the only check.
+    On a GPU it would stop the stream, so there the size of the collective is the only check, but
+    for a rank whose own ``standing`` is not KEPT.
+
+    Returns this rank's standing ([Note: Consent]) after what it heard of the senders'.
     """
-    if payloads.device.type != "cpu" or not len(senders):
-        return
+    if not len(senders) or (payloads.device.type != "cpu" and standing == Standing.KEPT):
+        return standing
     found = payloads.view(len(senders), -1)[:, :HEADER_BYTES].view(torch.int64)
     expected = side.expected_headers(senders, step)
-    if not torch.equal(found, expected):
-        row = int((found != expected).any(1).nonzero()[0])
+    if standing == Standing.KEPT and torch.equal(found, expected):
+        return standing
+    difference = found.cpu() ^ expected
+    heard = difference[:, 3].tolist()
+    difference[:, 3] = torch.tensor([each not in list(Standing) for each in heard])
+    if difference.any():
+        row = int(difference.any(1).nonzero()[0])
         raise RuntimeError(
             f"rank {senders[row]} sent a payload with header {found[row].tolist()} for the group "
             f"of {plan.name}, but {expected[row].tolist()} is expected (version and sender, "
             "step, bytes, plan): run the same model, config and step on every rank"
         )
+    return standing if set(heard) == {standing} else Standing.MIXED
 
 
 def _places(plan: Plan) -> list[int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qsdp import compat
 from qsdp.codec.payload import DType, Field, Layout, Segment
+from qsdp.comm.levels import offset
 from qsdp.comm.plan import Parameter
 from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
 
@@ -18,11 +19,14 @@ class Meter:
 
     Args:
         config: buckets and roundings.
+        levels: the learned levels, if any.
         bits: for which bits to measure; None: those that the values travel at.
     """
 
-    def __init__(self, config: QSDPConfig, bits: Sequence[int] | None = None) -> None:
-        self._config, self._bits = config, bits
+    def __init__(
+        self, config: QSDPConfig, levels: Tensor | None, bits: Sequence[int] | None = None
+    ) -> None:
+        self._config, self._levels, self._bits = config, levels, bits
         self._sums: dict[tuple[int, bool, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
 
     def add(self, table: Tensor, flat: Tensor, *, is_grad: bool) -> None:
@@ -72,14 +76,15 @@ class Meter:
             parameter=row[Field.PARAMETER],
             bucket=self._config.bucket_of(bits, is_grad=is_grad),
             rounding=ROUNDINGS.index(self._config.rounding_of(bits)),
+            levels=offset(self._config, row[Field.PARAMETER], bits, is_grad=is_grad),
         )
         layout = Layout([segment], row[Field.GROUP])
         table = torch.tensor(layout.table([values.numel()]))
         payload = torch.empty(layout.payload_bytes, dtype=torch.uint8, device=values.device)
         decoded = torch.empty_like(values)
         given = values.contiguous().view(torch.uint8)
-        torch.ops.qsdp.encode(given, table, 0, layout.header(0, 0), payload)
-        torch.ops.qsdp.decode(payload, table, 0, decoded.view(torch.uint8))
+        torch.ops.qsdp.encode(given, table, 0, layout.header(0, 0), payload, self._levels)
+        torch.ops.qsdp.decode(payload, table, 0, decoded.view(torch.uint8), levels=self._levels)
         return float((decoded - values).double().square().sum()), float(
             values.double().square().sum()
         )

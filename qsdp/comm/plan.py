@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsdp.codec.payload import DType, Field, Layout, Segment
+from qsdp.comm.failures import title
+from qsdp.comm.levels import offset
 from qsdp.comm.topology import Hops
 from qsdp.config import ROUNDINGS, QSDPConfig
 
@@ -118,7 +120,8 @@ class Plan:
         self.world_size = group.size()
         self.rank = group.rank()
         self.global_ranks = dist.get_process_group_ranks(group)
-        self.name = ", ".join(p.name for p in parameters)
+        self.names = tuple(p.name for p in parameters)
+        self.name = title(self.names)
         self._config = config
         self._sides: dict[tuple[object, ...], Side] = {}
 
@@ -140,9 +143,14 @@ class Plan:
         )
         self._sides.clear()
 
-    def gather(self, places: tuple[int, ...], least_bits: int = 0) -> Side:
-        """The gather of the parameters at ``places``, with no fewer than ``least_bits``."""
-        key = ("gather", places, least_bits)
+    def gather(
+        self, places: tuple[int, ...], least_bits: int = 0, *, is_frozen: bool = False
+    ) -> Side:
+        """The gather of the parameters at ``places``, with no fewer than ``least_bits``.
+
+        ``is_frozen``: sent once, so on the uniform grid: levels may be learned anew.
+        """
+        key = ("gather", places, least_bits, is_frozen)
         if key not in self._sides:
             starts, end = [], 0
             for p in self.parameters:
@@ -152,6 +160,8 @@ class Plan:
             segments = [
                 self._segment(p, p.dtype, max(p.weight_bits, least_bits), False) for p in chosen
             ]
+            if is_frozen:
+                segments = [replace(segment, levels=-1) for segment in segments]
             self._sides[key] = self._side(segments, chosen, [starts[i] for i in places])
         return self._sides[key]
 
@@ -203,6 +213,7 @@ class Plan:
             parameter=parameter.index,
             bucket=self._config.bucket_of(bits, is_grad=is_grad),
             rounding=ROUNDINGS.index(self._config.rounding_of(bits)),
+            levels=offset(self._config, parameter.index, bits, is_grad=is_grad),
         )
 
 

@@ -1,119 +1,139 @@
 """The quantized reduce-scatter of gradients, and the all-reduce between replicas."""
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import compat
+from qsdp.codec.payload import Standing
 from qsdp.comm.clock import ACROSS, FLAT, LOCAL, REPLICAS
+from qsdp.comm.failures import collective
 from qsdp.comm.gather import as_bytes, check_headers
 from qsdp.comm.plan import Plan, Side
 from qsdp.comm.wire import Wire
 
 
-def reduce(
+class SetsDiffer(Exception):
+    """Some ranks have the agreed gradients to reduce, and some have others: [Note: Consent]."""
+
+
+class Hop(NamedTuple):
+    """One all-to-all of a reduce."""
+
+    side: Side
+    number: int
+    """FLAT, LOCAL or ACROSS: a word of the key."""
+    group: dist.ProcessGroup
+    owned: tuple[tuple[int, ...], ...]
+    """By rank of the group: the rows, of all the shard group's, that it ends with."""
+
+
+def hops_of(
     plan: Plan,
     with_grad: tuple[int, ...],
-    output: Tensor,
-    input: Tensor,
+    dtype: torch.dtype,
     group: dist.ProcessGroup,
     wire: Wire,
-) -> int:
+) -> list[Hop]:
+    """The hops of a reduce of the parameters at places ``with_grad``, in ``dtype``.
+
+    Flat, it is one over all ranks of ``group``. In two hops, the ranks of a node first add what
+    they have for each node's rank of their own place, then the nodes add these fp32 sums: what
+    crosses a node's boundary is 1 / ranks-per-node of the flat form.
+    """
+    least, ranks = wire.least_bits, tuple(range(plan.world_size))
+    if plan.hops is None:
+        side = plan.reduce(with_grad, dtype, least)
+        return [Hop(side, FLAT, group, tuple((rank,) for rank in ranks))]
+    width = plan.hops.ranks_per_node
+    places = tuple(ranks[place::width] for place in range(width))
+    nodes = tuple((rank,) for rank in places[plan.rank % width])
+    return [
+        Hop(plan.reduce(with_grad, dtype, least, True), LOCAL, plan.hops.local, places),
+        Hop(plan.reduce(with_grad, torch.float32, least), ACROSS, plan.hops.across, nodes),
+    ]
+
+
+def reduce(plan: Plan, hops: list[Hop], output: Tensor, input: Tensor, wire: Wire) -> int:
     """Sum ``input`` [world * shard] over ranks, this rank's row into ``output`` [shard].
 
-    ``with_grad`` are the places of the parameters in the buffer. ``group`` has the ranks of the
-    plan's group, and may be it: FSDP2 can keep a process group apart for reduces, so that they
-    overlap with gathers.
-
-    Flat, it is one hop over all ranks. In two hops, the ranks of a node first add what they have
-    for each node's rank of their own place, then the nodes add these sums: what crosses a node's
-    boundary is 1 / ranks-per-node of the flat form. See `_hop`.
+    Args:
+        plan: of the group.
+        hops: see `hops_of`.
+        output, input: of one dtype.
+        wire: with the step, counters and buffers.
 
     Returns how many reduces the group had before in this step. Raises RuntimeError when a header is
-    not what this rank expects.
+    not what this rank expects, SetsDiffer when another rank has other parameters to reduce.
     """
-    dtype, least = input.dtype, wire.least_bits
-    side = plan.reduce(with_grad, dtype, least)
     occurrence = wire.clock.before_reduce(plan.index)
-    rows = list(input.chunk(plan.world_size))
-    ranks, me = list(range(plan.world_size)), plan.rank
-    if plan.hops is None:
-        peers = [[rank] for rank in ranks]
-        (total,) = _hop(plan, side, peers, rows, group, FLAT, occurrence, wire, output)
-    else:
-        width = plan.hops.ranks_per_node
-        places = [ranks[place::width] for place in range(width)]
-        local = plan.reduce(with_grad, dtype, least, is_local=True)
-        sums = _hop(plan, local, places, rows, plan.hops.local, LOCAL, occurrence, wire)
-        for rank, part in zip(places[me % width], sums, strict=True):
-            rows[rank] = part
-        side = plan.reduce(with_grad, torch.float32, least)
-        nodes = [[rank] for rank in places[me % width]]
-        across = plan.hops.across
-        (total,) = _hop(plan, side, nodes, rows, across, ACROSS, occurrence, wire, output)
-    if total is not output:
-        output.copy_(total)
-    wire.traffic.in_fp32("reduce", plan.world_size - 1, side.layout.num_values)
+    rows, standing = list(input.chunk(plan.world_size)), Standing.KEPT
+    for hop in hops:
+        into = output if hop is hops[-1] and output.dtype == torch.float32 else None
+        standing = _take(plan, hop, rows, occurrence, wire, into, standing)
+    if standing != Standing.KEPT:
+        raise SetsDiffer
+    if rows[plan.rank] is not output:
+        output.copy_(rows[plan.rank])
+    wire.traffic.in_fp32("reduce", plan.world_size - 1, hops[-1].side.layout.num_values)
     return occurrence
 
 
-def _hop(
+def _take(
     plan: Plan,
-    side: Side,
-    owned: Sequence[Sequence[int]],
-    rows: Sequence[Tensor],
-    group: dist.ProcessGroup,
-    hop: int,
+    hop: Hop,
+    rows: list[Tensor],
     occurrence: int,
     wire: Wire,
-    output: Tensor | None = None,
-) -> list[Tensor]:
-    """Sum rows over ``group``; ``owned[i]`` are those that rank i of it ends with.
+    output: Tensor | None,
+    standing: Standing,
+) -> Standing:
+    """Take one hop: the rows that this rank owns become fp32 sums over the hop's group.
 
     1. Encode the rows of every other rank: unbiased, each with a key of its own.
     2. One all-to-all of payloads; nothing is sent to oneself.
     3. Check every header.
-    4. Add the rows in fp32 in rank order. This rank's own rows never cross the wire and are added
-       as they are; no sum is quantized again within the hop.
+    4. Add the rows in fp32 in rank order, the only one into ``output`` if it is given. This rank's
+       own rows never cross the wire and are added as they are; no sum is quantized again.
 
-    Returns fp32 sums of the rows that this rank owns, in their order, the only one in ``output`` if
-    that is fp32; valid until the next hop of this kind.
+    Returns this rank's standing after what it heard; sums are valid until the next such hop.
     """
-    device, me = rows[0].device, group.rank()
-    mine = owned[me]
+    side, number, group, owned = hop
+    device, me, mine = rows[0].device, group.rank(), owned[group.rank()]
     if group.size() == 1:
-        return [rows[rank].float() for rank in mine]
-    size, width = side.layout.payload_bytes, len(mine)
+        for row in mine:
+            rows[row] = rows[row].float()
+        return standing
+    size, width, clock = side.layout.payload_bytes, len(mine), wire.clock
+    levels = wire.level_values
     peers = [rank for rank in range(group.size()) if rank != me]
+    global_ranks = dist.get_process_group_ranks(group)
     sent = wire.scratch.take("send", len(peers) * width * size, device)
     received = wire.scratch.take("receive", len(peers) * width * size, device)
-    global_ranks = dist.get_process_group_ranks(group)
-    sender, clock = global_ranks[me], wire.clock
-    header = side.layout.header(sender, clock.step)
+    header = side.layout.header(global_ranks[me], clock.step, standing)
     to_send = [row for peer in peers for row in owned[peer]]
     with wire.times.measure("reduce", "encode", device):
         for row, payload in zip(to_send, sent.split(size), strict=True):
-            key = clock.reduce_key(hop, occurrence, sender, row)
-            torch.ops.qsdp.encode(as_bytes(rows[row]), side.tables[row], key, header, payload)
+            key = clock.reduce_key(number, occurrence, global_ranks[me], row)
+            torch.ops.qsdp.encode(
+                as_bytes(rows[row]), side.tables[row], key, header, payload, levels
+            )
     for meter in wire.meters:
         for row in to_send:
             meter.add(side.tables[row], rows[row], is_grad=True)
 
     splits = [width * size if rank != me else 0 for rank in range(group.size())]
-    with wire.times.measure("reduce", "wire", device):
+    with collective("reduce", plan.names, clock.step), wire.times.measure("reduce", "wire", device):
         dist.all_to_all_single(received, sent, splits, splits, group=group)
     wire.traffic.sent("reduce", [global_ranks[peer] for peer in peers], width * size)
     senders = [global_ranks[peer] for peer in peers for _ in range(width)]
-    check_headers(received, side, senders, clock.step, plan)
+    standing = check_headers(received, side, senders, clock.step, plan, standing)
 
     numel = rows[0].numel()
-    if output is not None and output.dtype == torch.float32:
-        sums = [output]
-    else:
-        memory = wire.scratch.take(f"sums {hop}", 4 * width * numel, device)
-        sums = list(memory.view(torch.float32).view(width, numel))
+    memory = wire.scratch.take(f"sums {number}", 4 * width * numel, device)
+    sums = list(memory.view(torch.float32).view(width, numel)) if output is None else [output]
     payloads = received.split(size)
     with wire.times.measure("reduce", "decode", device):
         for i, (total, row) in enumerate(zip(sums, mine, strict=True)):
@@ -121,13 +141,14 @@ def _hop(
             for rank in range(group.size()):
                 if rank != me:
                     payload = payloads[peers.index(rank) * width + i]
-                    key = clock.reduce_key(hop, occurrence, global_ranks[rank], row)
-                    torch.ops.qsdp.decode(payload, table, key, as_bytes(total), rank > 0)
+                    key = clock.reduce_key(number, occurrence, global_ranks[rank], row)
+                    torch.ops.qsdp.decode(payload, table, key, as_bytes(total), rank > 0, levels)
                 elif rank == 0:
                     total.copy_(rows[row])
                 else:
                     total.add_(rows[row])
-    return sums
+            rows[row] = total
+    return standing
 
 
 def all_reduce(
@@ -147,6 +168,7 @@ def all_reduce(
     """
     side = plan.reduce(with_grad, tensor.dtype, wire.least_bits)
     size, clock, device = side.layout.payload_bytes, wire.clock, tensor.device
+    levels = wire.level_values
     ranks = dist.get_process_group_ranks(group)
     payloads = wire.scratch.take("receive", group.size() * size, device)
     own = payloads.narrow(0, group.rank() * size, size)
@@ -154,10 +176,13 @@ def all_reduce(
     header = side.layout.header(ranks[group.rank()], clock.step)
     table, fp32_table = side.tables[plan.rank], side.fp32_tables[plan.rank]
     with wire.times.measure("reduce", "encode", device):
-        torch.ops.qsdp.encode(as_bytes(tensor), table, keys[group.rank()], header, own)
+        torch.ops.qsdp.encode(as_bytes(tensor), table, keys[group.rank()], header, own, levels)
     for meter in wire.meters:
         meter.add(table, tensor, is_grad=True)
-    with wire.times.measure("reduce", "wire", device):
+    with (
+        collective("all-reduce between replicas", plan.names, clock.step),
+        wire.times.measure("reduce", "wire", device),
+    ):
         compat.all_gather(payloads, own, group)
     wire.traffic.gathered("reduce", group, size)
     check_headers(payloads, side, ranks, clock.step, plan)
@@ -165,5 +190,5 @@ def all_reduce(
     total = total_bytes.view(torch.float32)
     with wire.times.measure("reduce", "decode", device):
         for place, (payload, key) in enumerate(zip(payloads.split(size), keys, strict=True)):
-            torch.ops.qsdp.decode(payload, fp32_table, key, as_bytes(total), place > 0)
+            torch.ops.qsdp.decode(payload, fp32_table, key, as_bytes(total), place > 0, levels)
     tensor.copy_(total.div_(group.size()))

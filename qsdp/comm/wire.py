@@ -1,6 +1,9 @@
 """What all groups of one handle share."""
 
+from torch import Tensor
+
 from qsdp.comm.clock import Clock
+from qsdp.comm.levels import Counts, Levels
 from qsdp.comm.measure import Meter
 from qsdp.comm.scratch import Scratch
 from qsdp.comm.times import Times
@@ -18,8 +21,14 @@ class Wire:
         self.times = Times()
         self.scratch = Scratch()
         self.is_exact = False
-        self.meters: list[Meter] = []
+        self.meters: list[Meter | Counts] = []
         """What looks at the gradients that are sent."""
+        self.levels: Levels | None = None
+
+    @property
+    def level_values(self) -> Tensor | None:
+        """The learned levels, as the codec takes them."""
+        return None if self.levels is None else self.levels.values
 
     @property
     def least_bits(self) -> int:

@@ -1,4 +1,4 @@
-"""What changes while training: bits that follow a budget."""
+"""What changes while training: bits that follow a budget, levels that are learned."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import compat
+from qsdp.comm.levels import Counts, offset
 from qsdp.comm.measure import Meter, allot
 from qsdp.comm.plan import Parameter, Plan
 from qsdp.comm.wire import Wire
@@ -14,7 +15,7 @@ from qsdp.config import CODED_BITS
 
 
 class Adaptation:
-    """Sets the bits of all plans between two steps, alike on all ranks.
+    """Sets bits and levels of all plans between two steps, alike on all ranks.
 
     Args:
         plans, groups: of the handle's groups.
@@ -33,6 +34,7 @@ class Adaptation:
         self._settled = -1
         self._bits: dict[int, tuple[int, int]] = {}
         self._meter: Meter | None = None
+        self._counts: Counts | None = None
 
     def settle(self) -> None:
         """Do what is due before the step that a gather now would belong to; a collective when
@@ -45,10 +47,18 @@ class Adaptation:
             self._wire.meters.remove(self._meter)
             self._allot(self._meter)
             self._meter = None
+        levels = self._wire.levels
+        if levels is not None and step in self._wire.config.level_steps:
+            counts = self._counts or self._new_counts()
+            self.measure_weights(counts)
+            levels.learn(counts, self._everyone)
+        if self._counts is not None:
+            self._wire.meters.remove(self._counts)
+            self._counts = None
         self._watch(step)
 
-    def measure_weights(self, meter: Meter) -> None:
-        """Add the errors of this rank's shards."""
+    def measure_weights(self, meter: Meter | Counts) -> None:
+        """Let ``meter`` look at this rank's shards."""
         for plan, group in zip(self._plans, self._groups, strict=True):
             side = plan.gather(plan.places)
             rows = side.tables[plan.rank].tolist()
@@ -61,20 +71,37 @@ class Adaptation:
         """What a resumed run must know: integers and lists of them."""
         self.settle()
         bits = [[index, *both] for index, both in sorted(self._bits.items())]
-        return {"settled": self._settled, "bits": bits}
+        levels = [] if self._wire.levels is None else self._wire.levels.state()
+        return {"settled": self._settled, "bits": bits, "levels": levels}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._settled = int(state.get("settled", -1))
         self._set_bits({int(i): (int(w), int(g)) for i, w, g in state.get("bits", [])})
+        if self._wire.levels is not None:
+            self._wire.levels.load(state.get("levels", []))
         self._watch(self._wire.clock.next_step)
 
     def _watch(self, step: int) -> None:
-        """Measure the gradients of ``step`` if bits are allotted after it."""
+        """Look at the gradients of ``step`` if bits are allotted or levels learned after it."""
         config = self._wire.config
+        if config.levels == "learned" and step + 1 in config.level_steps and not self._counts:
+            self._counts = self._new_counts()
+            self._wire.meters.append(self._counts)
         is_due = config.budget is not None and step == config.warmup_steps
         if is_due and not self._bits and self._meter is None:
-            self._meter = Meter(config, CODED_BITS)
+            self._meter = Meter(config, self._wire.level_values, CODED_BITS)
             self._wire.meters.append(self._meter)
+
+    def _new_counts(self) -> Counts:
+        """For all levels that this step's and later payloads may use."""
+        config = self._wire.config
+        places = []
+        for p in (p for plan in self._plans for p in plan.parameters):
+            local = config.local_grad_bits or 8
+            for bits, is_grad in ((p.weight_bits, False), (p.grad_bits, True), (local, True)):
+                start = offset(config, p.index, bits, is_grad=is_grad)
+                places += [(start, bits)] if start >= 0 else []
+        return Counts(places)
 
     def _allot(self, meter: Meter) -> None:
         budget = self._wire.config.budget

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from qsdp import compat
+from qsdp.comm.consent import Consent, Places
 from qsdp.comm.gather import Gathering, GatheringWork, Payloads, decode, regather
 from qsdp.comm.plan import Plan
-from qsdp.comm.reduce import all_reduce, reduce
+from qsdp.comm.reduce import Hop, SetsDiffer, all_reduce, hops_of, reduce
 from qsdp.comm.wire import Wire
 
 
@@ -129,7 +130,7 @@ class AllGather(_Comm):
             return plan.places
         versions = self._group.versions()
         # Sent once, so for a warm-up too.
-        side = plan.gather(frozen)
+        side = plan.gather(frozen, is_frozen=True)
         mark = (side, *(versions[i] for i in frozen))
         if self._frozen is None or mark != self._frozen_mark:
             size = plan.world_size * side.layout.payload_bytes
@@ -172,7 +173,8 @@ class ReduceScatter(_Comm):
         replicas: dist.ProcessGroup | None,
     ) -> None:
         self._plan, self._wire, self._recorder, self._replicas = plan, wire, recorder, replicas
-        self._reduced: tuple[tuple[int, ...], int] | None = None
+        self._consent = Consent(plan)
+        self._reduced: tuple[Places, int] | None = None
 
     def __call__(
         self,
@@ -190,8 +192,17 @@ class ReduceScatter(_Comm):
                 "set_force_sum_reduction_for_comms on"
             )
         with_grad = self._recorder.take(input_tensor.numel() // plan.world_size)
-        occurrence = reduce(plan, with_grad, output_tensor, input_tensor, group, wire)
-        self._reduced = (with_grad, occurrence)
+
+        def hops(places: Places) -> list[Hop]:
+            return hops_of(plan, places, input_tensor.dtype, group, wire)
+
+        self._consent.settle(with_grad, group, hops, wire.clock.step)
+        try:
+            occurrence = reduce(plan, hops(with_grad), output_tensor, input_tensor, wire)
+        except SetsDiffer:
+            self._consent.refuse(with_grad, group)
+        else:
+            self._reduced = (with_grad, occurrence)
 
     def all_reduce(self, reduce_output: Tensor) -> None:
         """FSDP2's all-reduce hook: average what was just reduced over the replicas, in place."""
@@ -216,9 +227,9 @@ class GradRecorder:
         self._padded = [p.padded_numel(plan.world_size) for p in plan.parameters]
         self._got_grad: set[int] = set()
         self._watched: dict[int, RemovableHandle] = {}
-        self._handles = [
-            module.register_forward_pre_hook(lambda *_: self.watch()) for module in group.modules
-        ]
+        # A block's compiler shall not look inside: what the hook finds changes from step to step.
+        hook = torch.compiler.disable(lambda *_: self.watch())
+        self._handles = [module.register_forward_pre_hook(hook) for module in group.modules]
 
     def take(self, numel: int) -> tuple[int, ...]:
         """Places of the parameters in a reduce buffer of ``numel`` values a rank.

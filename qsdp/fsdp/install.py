@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -13,12 +12,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import compat
+from qsdp.comm.levels import Levels
 from qsdp.comm.measure import Meter
 from qsdp.comm.plan import DTYPES, Parameter, Plan, embedding_names
 from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, split, split_by_mesh
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire import Wire
 from qsdp.config import QSDPConfig
+from qsdp.fsdp import agreement
 from qsdp.fsdp.adapt import Adaptation
 from qsdp.fsdp.hooks import AllGather, GradRecorder, ReduceScatter
 from qsdp.fsdp.report import Report, Row
@@ -89,33 +90,33 @@ class Handle:
         self.times = self._wire.times
         self._is_removed = False
         self._reshard()
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names = {p: compat.name_without_wrappers(name) for name, p in model.named_parameters()}
         order = {name: i for i, name in enumerate(names.values())}
-        for pattern, _ in config.policy:
-            if not any(fnmatchcase(name, pattern) for name in order):
-                raise ValueError(
-                    f"the policy pattern {pattern!r} matches no parameter; names look like "
-                    f"{next(iter(order))!r}, and * stands for any characters"
-                )
-        embeddings = embedding_names(model)
-        self._plans = [
-            _make_plan(group, index, names, order, embeddings, config)
-            for index, group in enumerate(groups)
-        ]
+        replicas = _replica_group(groups, replicate_mesh)
+        meshes = dict.fromkeys(group.mesh for group in groups)
+        everyone = [axis for mesh in meshes for axis in mesh.get_all_groups()]
+        everyone += [] if replicas is None else [replicas]
+        with agreement.mistakes_shared(everyone):
+            _check_policy(config, list(order))
+            embeddings = set(map(compat.name_without_wrappers, embedding_names(model)))
+            self._plans = [
+                _make_plan(group, index, names, order, embeddings, config)
+                for index, group in enumerate(groups)
+            ]
         planned = {p.name for plan in self._plans for p in plan.parameters}
         self._outside = {
             order[name]: Row(name, tuple(p.shape), None, "none", "none", "not sharded by FSDP2")
             for p, name in names.items()
             if name not in planned
         }
-        replicas = _replica_group(groups, replicate_mesh)
-        meshes = dict.fromkeys(group.mesh for group in groups)
-        everyone = [pg for mesh in meshes for pg in mesh.get_all_groups()]
-        everyone += [] if replicas is None else [replicas]
-        _check_agreement(everyone, topology, groups, self._plans, config)
+        nodes = None if node_mesh is None else tuple(node_mesh.shape)
+        others = {"ranks_per_node": topology.ranks_per_node, "node_mesh": nodes}
+        agreement.check(everyone, agreement.describe(config, groups, self._plans, **others))
         self._hops = _make_hops(self._plans, topology, config, node_mesh)
         self._owns_hops = node_mesh is None
         self._everyone = everyone
+        if config.levels == "learned":
+            self._wire.levels = Levels(len(order))
         self._adaptation = Adaptation(self._plans, groups, self._wire, everyone)
         self._grad_meter: Meter | None = None
         self._before = [group.comms() for group in groups]
@@ -167,7 +168,7 @@ class Handle:
 
         It takes about as long again as the codec does.
         """
-        self._grad_meter = Meter(self.config)
+        self._grad_meter = Meter(self.config, self._wire.level_values)
         self._wire.meters.append(self._grad_meter)
         try:
             yield
@@ -181,8 +182,8 @@ class Handle:
         Weights are those of now; gradients those reduced inside the last `measuring`, None where
         there were none or they travel raw.
         """
-        meter = Meter(self.config) if self._grad_meter is None else self._grad_meter
-        weights = Meter(self.config)
+        weights = Meter(self.config, self._wire.level_values)
+        meter = weights if self._grad_meter is None else self._grad_meter
         self._adaptation.measure_weights(weights)
         parameters = [p for plan in self._plans for p in plan.parameters]
         columns = {
@@ -312,40 +313,13 @@ def _relative(error: float, square: float) -> float | None:
     return (error / square) ** 0.5 if square else None
 
 
-def _check_agreement(
-    everyone: list[dist.ProcessGroup],
-    topology: Topology,
-    groups: list[compat.ParameterGroup],
-    plans: list[Plan],
-    config: QSDPConfig,
-) -> None:
-    """Raise RuntimeError on every rank unless all have the same model and config.
-
-    Headers come too late for most of what can differ: payloads of unequal sizes end the process
-    (gloo) or hang it (NCCL), and a seed is in no header.
-    """
-    trained = [group.requires_grad() for group in groups]
-    parameters = [plan.parameters for plan in plans]
-    digest = _digest((config, topology.ranks_per_node, parameters, trained))
-    is_same = True
-    for group in everyone:
-        mine = torch.tensor([digest], device=compat.device_of(group))
-        digests = mine.new_empty(group.size())
-        compat.all_gather(digests, mine, group)
-        is_same &= bool((digests == mine).all())
-        # What one axis of the mesh saw, the next one must know, or some ranks would go on.
-        digest = _digest(digests.tolist())
-    if not is_same:
-        raise RuntimeError(
-            "the ranks gave qsdp.install different models or configs; give it the same model, "
-            "sharded the same way, and an equal QSDPConfig on every rank"
-        )
-
-
-def _digest(described: object) -> int:
-    return int.from_bytes(
-        blake2b(repr(described).encode(), digest_size=8).digest(), "little", signed=True
-    )
+def _check_policy(config: QSDPConfig, names: list[str]) -> None:
+    for pattern, _ in config.policy:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"the policy pattern {pattern!r} matches no parameter; names look like "
+                f"{names[0]!r}, and * stands for any characters"
+            )
 
 
 def _make_plan(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from qsdp.train.config import RECIPES, TrainConfig
-from qsdp.train.errors import UserError, leave, sentence
+from qsdp.train.errors import UserError, is_lost, leave, leave_lost, sentence
 
 _BITS_OF_ONE_DIRECTION = ("qsdp_weight_bits", "qsdp_grad_bits")
 _INTERRUPTED = 130  # as a shell reports SIGINT
@@ -48,13 +48,20 @@ class CommandLine(TrainConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as `argv` says. Exits, with one sentence, with 2 on a user's mistake, 130 on Ctrl-C."""
+    """Train as `argv` says.
+
+    Exits, with one sentence: with 2 on a user's mistake, 1 if another rank is lost, 130 on Ctrl-C.
+    """
     try:
         config = parse(argv)
         from qsdp.train.loop import train  # loads torch: only after the flags have been checked
 
         train(config)
-    except UserError as error:
+    except (UserError, RuntimeError) as error:
+        if is_lost(error):
+            leave_lost(error)
+        if not isinstance(error, UserError):
+            raise
         leave(error)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":

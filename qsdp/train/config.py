@@ -32,6 +32,7 @@ _LARGE = {
 }
 RECIPES: dict[str, dict[str, Any]] = {
     "nano": {},
+    "mini": {"steps": 1000, "seq_len": 128},
     "gpt2": _LARGE | {"lr": 6e-4},
     "gpt2-medium": _LARGE | {"lr": 3e-4},
     "gpt2-large": _LARGE | {"lr": 2.5e-4, "batch_size": 4},
@@ -45,8 +46,8 @@ class RunFlags:
     """What is trained, on what, for how long, and where the results go."""
 
     model: str = "nano"
-    """Model preset: nano, gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt-1.3b. The other flags'
-    defaults depend on it."""
+    """Model preset: nano, mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt-1.3b. The other
+    flags' defaults depend on it."""
 
     data: str = "stdlib"
     """What to train on: `stdlib` (the sources of the Python standard library), a text file, or a
@@ -118,6 +119,10 @@ class RunFlags:
     """`auto` goes on from the newest checkpoint in --out, if any; `none` begins anew and removes
     the checkpoints and metrics there; a path names a checkpoint or a folder of them."""
 
+    timeout_s: int = 900
+    """Seconds that a rank waits for the others in a collective before it ends: more than writing a
+    checkpoint takes. A rank that has ended is noticed at once."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(WireFlags, RunFlags):
@@ -163,6 +168,7 @@ class TrainConfig(WireFlags, RunFlags):
         self._require("seed", 0 <= self.seed < 1 << 63, "choose an integer from 0 to 2**63 - 1")
         self._require("precision", self.precision in PRECISIONS, "choose fp32 or bf16")
         self._require("out", self.out != "", "give a folder")
+        self._require("timeout_s", 1 <= self.timeout_s <= 1 << 31, "choose 1 second or more")
         self._require("resume", self.resume != "", "choose auto, none or a checkpoint's path")
         self._require(
             "cram_sparsity",

@@ -1,4 +1,8 @@
-"""How a run ends on a user's mistake: one sentence, on rank 0, and exit status 2 on every rank."""
+"""How a run ends before its time, in one sentence.
+
+A user's mistake: exit status 2 on every rank, said by rank 0. A rank that has ended or hangs: exit
+status 1 on every other, said by each of them, since nobody knows who else is left to say it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 EXIT_STATUS = 2
+LOST_STATUS = 1
 _PATIENCE_S = 10.0
 
 
@@ -29,6 +34,29 @@ def sentence(error: BaseException) -> str:
     else:
         text = str(error)
     return " ".join(text.split()) or type(error).__name__
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether `error` comes from a rank that has ended or does not answer."""
+    if "torch" not in sys.modules:
+        return False
+    from qsdp.comm.failures import is_failure  # loads torch
+
+    return is_failure(error)
+
+
+def leave_lost(error: BaseException) -> NoReturn:
+    """End this rank at once, with exit status 1, since another one is lost.
+
+    The launcher is about to end this process too, and tearing down collectives that have failed may
+    hang.
+    """
+    from qsdp.comm.failures import root
+
+    print(f"error on rank {os.environ.get('RANK', '0')}: {root(error)}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(LOST_STATUS)
 
 
 def leave(error: UserError) -> NoReturn:

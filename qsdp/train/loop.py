@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from qsdp.optim import CrAM, clip_grad_norm_, global_grad_norm
 from qsdp.train.config import TrainConfig
-from qsdp.train.errors import UserError
+from qsdp.train.errors import UserError, is_lost
 from qsdp.train.progress import RunProgress
 from qsdp.train.report import finish
 from qsdp.train.setup import Job, set_up
@@ -34,7 +34,7 @@ def train(config: TrainConfig) -> None:
     Called on every rank, under torchrun or alone.
     Raises UserError, on every rank, for whatever the user can correct.
     """
-    with open_world() as world:
+    with open_world(config.timeout_s) as world:
         job = set_up(config, world)
         if job is None:
             return
@@ -149,6 +149,8 @@ def save(job: Job) -> None:
     try:
         job.save()
     except RuntimeError as error:
+        if is_lost(error):
+            raise
         raise UserError(str(error), is_shared=True) from error
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from qsdp.train.errors import UserError, sentence
+from qsdp.comm.failures import collective
+from qsdp.train.config import TrainConfig
+from qsdp.train.errors import UserError, is_lost, sentence
 
 T = TypeVar("T")
 
 MEETING_TIMEOUT = timedelta(minutes=2)
-# Between two collectives of a run lie seconds; writing a large checkpoint takes longest.
-COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class World:
         except (ValueError, RuntimeError, OSError, UserError) as error:
             mistake = sentence(error)
         mistakes: list[str | None] = [None] * self.size
-        dist.all_gather_object(mistakes, mistake)
+        with collective("agreement that all is well"):
+            dist.all_gather_object(mistakes, mistake)
         for first in mistakes:
             if first is not None:
                 raise UserError(first, is_shared=True)
@@ -63,7 +64,8 @@ class World:
     def on_main(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 and return its result everywhere; errors as in `together`."""
         results = [self.together(lambda: work() if self.is_main else None)]
-        dist.broadcast_object_list(results, src=0)
+        with collective("broadcast of what rank 0 found"):
+            dist.broadcast_object_list(results, src=0)
         return cast(T, results[0])
 
     def sum(self, *values: float | Tensor) -> list[float]:
@@ -71,8 +73,9 @@ class World:
         total = torch.stack(
             [torch.as_tensor(v, device=self.device).detach().double() for v in values]
         )
-        dist.all_reduce(total)
-        return total.tolist()
+        with collective("sum over all ranks"):
+            dist.all_reduce(total)
+            return total.tolist()
 
 
 def end_process(status: int) -> NoReturn:
@@ -88,10 +91,11 @@ def end_process(status: int) -> NoReturn:
 
 
 @contextmanager
-def open_world() -> Iterator[World]:
+def open_world(timeout_s: int = TrainConfig.timeout_s) -> Iterator[World]:
     """Meet the other ranks that torchrun started, or be a world of one without it.
 
-    GPUs meet over NCCL, CPUs over gloo. Raises UserError if the others do not come.
+    GPUs meet over NCCL, CPUs over gloo. A collective waits ``timeout_s`` seconds for the others.
+    Raises UserError if they do not come.
     """
     is_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_gpu else None
@@ -105,9 +109,8 @@ def open_world() -> Iterator[World]:
     backend = "nccl" if is_gpu else "gloo"
     try:
         rank, size, store = _meet() if "RANK" in os.environ else _alone()
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
-        )
+        timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         mesh = init_device_mesh("cuda" if is_gpu else "cpu", (size,))
         # The first collective shows whether all can reach each other.
         dist.barrier()
@@ -118,9 +121,10 @@ def open_world() -> Iterator[World]:
         ) from None
     try:
         yield World(rank, size, device or torch.device("cpu"), backend, mesh)
-    except UserError:
+    except UserError as error:
         # All ranks are here, so taking leave of each other cannot hang; after other errors it may.
-        dist.destroy_process_group()
+        if not is_lost(error):
+            dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 

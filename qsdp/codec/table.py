@@ -1,0 +1,166 @@
+"""A row of the segment table with names, and what a codec call must be given."""
+
+import torch
+from torch import Tensor
+
+from qsdp.codec.payload import HEADER_BYTES, ITEM_BYTES, META_BYTES, DType, Field
+from qsdp.codec.rounding import DITHER, NEAREST, SHIFT, STOCHASTIC, uniform
+from qsdp.config import LEARNED_BITS
+
+TORCH_DTYPES = {
+    DType.FP32: torch.float32,
+    DType.BF16: torch.bfloat16,
+    DType.FP16: torch.float16,
+    DType.OPAQUE: torch.uint8,
+}
+
+
+def check(
+    buffer: Tensor,
+    table: Tensor,
+    payload: Tensor,
+    levels: Tensor | None = None,
+    add: bool = False,
+) -> None:
+    """Raise ValueError when a codec call's arguments cannot be what it needs.
+
+    What the levels hold is not looked at: a codec call is safe whatever it is.
+    """
+    for name, tensor in (("buffer", buffer), ("payload", payload)):
+        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
+            raise ValueError(
+                f"the {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                "give a contiguous 1-D uint8 view"
+            )
+    if table.dtype != torch.int64 or table.device.type != "cpu" or table.dim() != 2:
+        raise ValueError(
+            f"the table is {table.dtype} on {table.device}; give int64 rows on the cpu"
+        )
+    if table.shape[1] != len(Field):
+        raise ValueError(f"the table has {table.shape[1]} columns; give {len(Field)}")
+    if payload.numel() < HEADER_BYTES:
+        raise ValueError(f"the payload has {payload.numel()} bytes; a header alone takes 32")
+    if levels is not None and (
+        levels.dtype != torch.float32
+        or levels.device.type != "cpu"
+        or levels.dim() != 1
+        or not levels.is_contiguous()
+    ):
+        raise ValueError(
+            f"the levels are {levels.dtype} of shape {tuple(levels.shape)} on {levels.device}; "
+            "give a contiguous 1-D fp32 tensor on the cpu"
+        )
+    for row in table.tolist():
+        for field in (Field.DTYPE, Field.WIRE):
+            if row[field] not in iter(DType):
+                raise ValueError(f"a segment has {field.name} {row[field]}; give 0 to {max(DType)}")
+        segment = Row(row)
+        segment.check(buffer.numel(), payload.numel())
+        segment.check_levels(0 if levels is None else levels.numel())
+        if add and row[Field.DTYPE] != DType.FP32:
+            name = DType(row[Field.DTYPE]).name
+            raise ValueError(f"decode adds into a segment of {name}; give an fp32 buffer and table")
+
+
+class Row:
+    """One table row with names, and the slices it stands for."""
+
+    def __init__(self, row: list[int]) -> None:
+        self.bits, self.bucket, self.rounding = (
+            row[Field.BITS],
+            row[Field.BUCKET],
+            row[Field.ROUNDING],
+        )
+        self.numel, self.padded = row[Field.NUMEL], row[Field.PADDED]
+        self.row = row
+        self.dtype = TORCH_DTYPES[DType(row[Field.DTYPE])]
+        self.wire = TORCH_DTYPES[DType(row[Field.WIRE])]
+
+    def check(self, buffer_bytes: int, payload_bytes: int) -> None:
+        row = self.row
+        if self.bits not in (0, 2, 3, 4, 5, 6, 7, 8):
+            raise ValueError(f"a segment has {self.bits} bits; give 2 to 8, or 0 for raw")
+        if not 0 <= self.numel <= self.padded:
+            raise ValueError(f"a segment has {self.numel} of {self.padded} values; give 0 to all")
+        item = ITEM_BYTES[DType(row[Field.DTYPE])]
+        inside = row[Field.BUFFER_BYTE] >= 0 and row[Field.DATA_BYTE] >= HEADER_BYTES
+        inside &= row[Field.BUFFER_BYTE] + self.padded * item <= buffer_bytes
+        if self.bits:
+            if self.bucket < 8 or self.bucket % 8 or self.rounding not in (0, 1, 2, 3):
+                raise ValueError(
+                    f"a segment has buckets of {self.bucket} and rounding {self.rounding}; "
+                    "give a positive multiple of 8 and 0 to 3"
+                )
+            if row[Field.DTYPE] == DType.OPAQUE:
+                raise ValueError("a coded segment is opaque; code fp32, bf16 or fp16")
+            num_buckets = -(-self.numel // self.bucket)
+            inside &= row[Field.META_BYTE] >= HEADER_BYTES and row[Field.META_BYTE] % 4 == 0
+            inside &= row[Field.META_BYTE] + META_BYTES * num_buckets <= payload_bytes
+        elif (row[Field.DTYPE] == DType.OPAQUE) != (row[Field.WIRE] == DType.OPAQUE):
+            raise ValueError("a raw segment is opaque on one side only; make both or none opaque")
+        inside &= row[Field.DATA_BYTE] + self.data_bytes <= payload_bytes
+        if not inside:
+            raise ValueError(
+                f"a segment reaches outside its {buffer_bytes} buffer bytes or "
+                f"{payload_bytes} payload bytes; make table, buffer and payload from one layout"
+            )
+
+    def check_levels(self, num_levels: int) -> None:
+        start = self.row[Field.LEVELS]
+        if start == -1:
+            return
+        if self.bits not in LEARNED_BITS or self.rounding not in (STOCHASTIC, NEAREST):
+            raise ValueError(
+                f"a segment of learned levels has {self.bits} bits and rounding {self.rounding}; "
+                "give 2 to 6 bits and stochastic (2) or nearest (3), or -1 for the uniform grid"
+            )
+        if start < 0 or start + self.num_codes > num_levels:
+            raise ValueError(
+                f"a segment's {self.num_codes} levels start at {start} of {num_levels} floats; "
+                "give levels that hold them, or -1 for the uniform grid"
+            )
+
+    @property
+    def num_codes(self) -> int:
+        return 1 << self.bits
+
+    def levels(self, levels: Tensor | None) -> Tensor | None:
+        """The segment's learned levels, fp32 [2**bits]; None stands for the uniform grid."""
+        start = self.row[Field.LEVELS]
+        return None if levels is None or start < 0 else levels.narrow(0, start, self.num_codes)
+
+    @property
+    def data_bytes(self) -> int:
+        if self.bits:
+            return -(-self.numel * self.bits // 8)
+        return self.numel * ITEM_BYTES[DType(self.row[Field.WIRE])]
+
+    def values(self, buffer: Tensor) -> Tensor:
+        """The segment's valid values: its dtype, [numel], a copy (offsets may be unaligned)."""
+        return self._span(buffer, self.numel).clone().view(self.dtype)
+
+    def store(self, buffer: Tensor, values: Tensor, keep_padding: bool) -> None:
+        self._span(buffer, self.numel).copy_(values.view(torch.uint8))
+        if not keep_padding:
+            self._span(buffer, self.padded)[values.numel() * self.dtype.itemsize :].zero_()
+
+    def meta(self, payload: Tensor) -> Tensor:
+        return payload.narrow(
+            0, self.row[Field.META_BYTE], META_BYTES * -(-self.numel // self.bucket)
+        )
+
+    def data(self, payload: Tensor) -> Tensor:
+        return payload.narrow(0, self.row[Field.DATA_BYTE], self.data_bytes)
+
+    def shifts(self, key: int, like_NB: Tensor) -> Tensor:
+        """r of [Note: Grid], fp32, broadcastable to [buckets, bucket]."""
+        words = (self.row[Field.PARAMETER], self.row[Field.GROUP], key, like_NB.device)
+        if self.rounding == SHIFT:
+            return uniform(like_NB.shape[0], *words)[:, None]
+        if self.rounding in (DITHER, STOCHASTIC):
+            return uniform(like_NB.numel(), *words).view_as(like_NB)
+        assert self.rounding == NEAREST
+        return torch.zeros(1, 1, device=like_NB.device)
+
+    def _span(self, buffer: Tensor, numel: int) -> Tensor:
+        return buffer.narrow(0, self.row[Field.BUFFER_BYTE], numel * self.dtype.itemsize)

@@ -1,0 +1,84 @@
+"""What a collective says when it fails: its name, its step and its rank, in one sentence."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+_LONGEST = 240
+
+
+class CollectiveError(RuntimeError):
+    """A collective of torch.distributed failed: a rank has ended, or does not answer in time."""
+
+
+@contextmanager
+def collective(what: str, names: Sequence[str] = (), step: int | None = None) -> Iterator[None]:
+    """Inside, an error of torch.distributed becomes a CollectiveError that says what failed.
+
+    Args:
+        what: the collective, `gather` for instance.
+        names: the parameters of the group that it is for.
+        step: of the keys' clock.
+
+    On CPUs the end of another rank is noticed at once, and one that hangs after the process group's
+    timeout. NCCL works behind the host's back: there its watchdog ends the process instead.
+    """
+    try:
+        yield
+    except CollectiveError:
+        raise
+    except RuntimeError as error:  # all errors of torch.distributed are
+        of = f" of the group of {title(names)}" if names else ""
+        at = "" if step is None else f" at step {step}"
+        raise CollectiveError(
+            f"the {what}{of}{at} failed on rank {dist.get_rank()}: {explain(error)}"
+        ) from error
+
+
+def explain(error: BaseException) -> str:
+    """What it means that a collective failed with ``error``, on one line."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^\[\S+:\d+\] ", "", text)  # the place in gloo's sources
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return f"a rank has ended or does not answer ({text.rstrip('.')})"
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether what failed in the first place is a collective, of qsdp or of anyone else."""
+    return any(map(_is_failed_collective, _chain(error)))
+
+
+def root(error: BaseException) -> str:
+    """The sentence of the collective that failed in the first place."""
+    failed = [each for each in _chain(error) if _is_failed_collective(each)]
+    named = [each for each in failed if isinstance(each, CollectiveError)]
+    return str(named[-1]) if named else f"a collective failed: {explain(failed[-1])}"
+
+
+def _is_failed_collective(error: BaseException) -> bool:
+    # gloo's errors are plain RuntimeErrors: only the place in its sources tells them apart.
+    return isinstance(error, CollectiveError | dist.DistError) or (
+        isinstance(error, RuntimeError) and re.match(r"\[\S*gloo/\S+:\d+\]", str(error)) is not None
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """``error`` and what it comes from, but for what was cut off by `raise ... from None`."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def title(names: Sequence[str]) -> str:
+    """A group in few words: its first parameter, and how many others."""
+    others = len(names) - 1
+    return f"{names[0]} and {others} other{'s' * (others > 1)}" if others else names[0]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    if len(names) <= 3:
+        return " and ".join(names)
+    return f"{', '.join(names[:3])} and {len(names) - 3} more"

@@ -1,0 +1,95 @@
+"""Learned levels of all parameters: where they stand, and how ranks learn them alike."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsdp import compat
+from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
+from qsdp.codec.payload import Field
+from qsdp.config import LEARNED_BITS, QSDPConfig
+
+_STRIDE = sum(1 << bits for bits in LEARNED_BITS)
+
+
+def offset(config: QSDPConfig, parameter: int, bits: int, *, is_grad: bool) -> int:
+    """Where the levels of a parameter's weights or gradients start in `Levels.values`; -1 if they
+    keep the uniform grid."""
+    if config.levels == "uniform" or bits not in LEARNED_BITS:
+        return -1
+    before = sum(1 << b for b in LEARNED_BITS if b < bits)
+    return (2 * parameter + is_grad) * _STRIDE + before
+
+
+class Levels:
+    """The levels of each parameter and direction, for all bits that have learned levels.
+
+    Args:
+        num_parameters: of the model.
+
+    Attributes:
+        values: fp32, on the CPU; see `offset`. Changed in place.
+    """
+
+    def __init__(self, num_parameters: int) -> None:
+        slot = torch.cat([uniform_levels(bits) for bits in LEARNED_BITS])
+        self.values = slot.repeat(2 * num_parameters)
+        self._learned: set[tuple[int, int]] = set()
+
+    def learn(self, counts: "Counts", groups: Iterable[dist.ProcessGroup]) -> None:
+        """Fit all levels that ``counts`` has values for to the counts of all ranks, which are added
+        up over one of ``groups`` after the other: a collective, alike on all ranks."""
+        places = counts.places
+        if not places:
+            return
+        for group in groups:
+            device = compat.device_of(group)
+            total = torch.stack([counts.by_place[place] for place in places]).to(device)
+            dist.all_reduce(total, group=group)
+            counts.by_place = dict(zip(places, total.cpu(), strict=True))
+        for start, bits in places:
+            levels = self.values[start : start + (1 << bits)]
+            levels.copy_(fit(levels, counts.by_place[start, bits]))
+            self._learned.add((start, bits))
+
+    def state(self) -> list[list[float]]:
+        """Rows [start, bits, level, ...] of what was learned; floats survive JSON exactly."""
+        return [
+            [start, bits, *self.values[start : start + (1 << bits)].tolist()]
+            for start, bits in sorted(self._learned)
+        ]
+
+    def load(self, state: Sequence[Sequence[float]]) -> None:
+        """Take over what `state` gave."""
+        for start, bits, *levels in state:
+            place = (int(start), int(bits))
+            self.values[place[0] : place[0] + len(levels)] = torch.tensor(levels)
+            self._learned.add(place)
+
+
+class Counts:
+    """Histograms of bucket-normalised values, by the place of their levels.
+
+    Args:
+        places: (start, bits) of all levels in use, the same on all ranks.
+    """
+
+    def __init__(self, places: Iterable[tuple[int, int]]) -> None:
+        self.places = sorted(set(places))
+        self.by_place = {place: torch.zeros(BINS, dtype=torch.int64) for place in self.places}
+
+    def add(self, table: Tensor, flat: Tensor, *, is_grad: bool) -> None:
+        """Count the segments of a flat slice that ``table`` describes."""
+        raw = flat.view(torch.uint8)
+        for row in table.tolist():
+            start = row[Field.BUFFER_BYTE]
+            end = start + row[Field.NUMEL] * flat.element_size()
+            self.add_values(row, raw[start:end].view(flat.dtype), is_grad=is_grad)
+
+    def add_values(self, row: list[int], values: Tensor, *, is_grad: bool) -> None:
+        """Count the 1-D ``values`` of one table row's segment."""
+        out = self.by_place.get((row[Field.LEVELS], row[Field.BITS]))
+        if out is not None:
+            histogram(values, row[Field.BUCKET], out)

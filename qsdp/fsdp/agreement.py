@@ -1,0 +1,145 @@
+"""Ranks that disagree stop at install, and every rank says what the difference is."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qsdp import compat
+from qsdp.codec.payload import VERSION
+from qsdp.comm.consent import compare
+from qsdp.comm.failures import listed
+from qsdp.comm.plan import Plan
+from qsdp.config import QSDPConfig
+
+Description = dict[str, Any]
+"""What must be equal on all ranks, in plain types; of a rank that cannot install its mistake."""
+
+_WHAT = "agreement on the model and the config of qsdp"
+
+
+def describe(
+    config: QSDPConfig,
+    groups: Sequence[compat.ParameterGroup],
+    plans: Sequence[Plan],
+    **others: object,
+) -> Description:
+    """All that the numbers on the wire, their sizes and their order depend on.
+
+    ``others`` are further choices of the user beside the config's fields.
+    """
+    return {
+        "versions": {
+            "torch": torch.__version__,
+            "qsdp": version("qsdp"),
+            "qsdp's payloads": VERSION,
+        },
+        "config": {field.name: getattr(config, field.name) for field in fields(config)} | others,
+        # In words, for the message; all but the name may differ.
+        "parameters": {
+            p.name: (
+                f"of shape {'x'.join(map(str, p.shape)) or '()'}",
+                f"of type {p.dtype}",
+                f"sharded by dimension {p.shard_dim}",
+                "trainable" if is_trained else "frozen",
+                f"with {p.weight_bits} weight bits and {p.grad_bits} gradient bits",
+                f"as place {place} of the group of {plan.name}",
+                f"as parameter {p.index} of the model",
+            )
+            for group, plan in zip(groups, plans, strict=True)
+            for place, (p, is_trained) in enumerate(
+                zip(plan.parameters, group.requires_grad(), strict=True)
+            )
+        },
+        "groups": {
+            f"the group of {plan.name}": (
+                f"as group {plan.index}",
+                f"over {plan.world_size} ranks",
+                f"reduced in {group.reduce_dtype or 'its own type'}",
+                "resharded after the forward"
+                if group.reshards_after_forward
+                else "gathered until the backward",
+                f"gathered again over {group.regather_world_size or plan.world_size} ranks",
+                "with" + "out" * (not group.reduces_unused) + " reduce_scatter_unused_params",
+            )
+            for group, plan in zip(groups, plans, strict=True)
+        },
+    }
+
+
+@contextmanager
+def mistakes_shared(everyone: Sequence[dist.ProcessGroup]) -> Iterator[None]:
+    """Inside, a ValueError or RuntimeError of this rank also reaches the other ranks' `check`,
+    which would wait for this rank in vain."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        compare({"mistake": " ".join(str(error).split())}, everyone, _WHAT)
+        raise
+
+
+def check(everyone: Sequence[dist.ProcessGroup], mine: Description) -> None:
+    """Raise RuntimeError, on every rank and with the difference, unless all descriptions are equal.
+
+    A collective. Headers come too late for most of what can differ: payloads of unequal sizes end
+    the process (gloo) or hang it (NCCL), and a seed is in no header.
+
+    Args:
+        everyone: the process groups of all axes of the model's mesh.
+        mine: this rank's description.
+    """
+    found = compare(mine, everyone, _WHAT)
+    if found is None:
+        return
+    for rank, description in found.items():
+        if "mistake" in description:
+            raise RuntimeError(
+                f"rank {rank} cannot install qsdp ({description['mistake']}): give every rank the "
+                "same model and config"
+            )
+    first, *others = found
+    for rank in others:
+        if found[rank] != found[first]:
+            raise RuntimeError(_difference(rank, found[rank], first, found[first]))
+
+
+def _difference(rank: int, ours: Description, first: int, theirs: Description) -> str:
+    """One sentence on the first difference between two unequal descriptions."""
+    for name, mine in ours["versions"].items():
+        other = theirs["versions"][name]
+        if mine != other:
+            return (
+                f"rank {rank} has version {mine} of {name} but rank {first} has {other}: "
+                "install the same on every rank"
+            )
+    for field, value in ours["config"].items():
+        other = theirs["config"][field]
+        if value != other:
+            return (
+                f"rank {rank} installs qsdp with {field} {value!r} but rank {first} with "
+                f"{other!r}: give every rank the same config"
+            )
+    for kind in ("parameters", "groups"):
+        mine, others = ours[kind], theirs[kind]
+        for lacking, few, having, many in (
+            (rank, mine, first, others),
+            (first, others, rank, mine),
+        ):
+            if missing := [name for name in many if name not in few]:
+                return (
+                    f"rank {lacking} does not shard {listed(missing)} but rank {having} does "
+                    f"({len(few)} and {len(many)} {kind}): build and shard the same model on "
+                    "every rank"
+                )
+        for name, facts in mine.items():
+            for fact, other in zip(facts, others[name], strict=True):
+                if fact != other:
+                    return (
+                        f"rank {rank} has {name} {fact} but rank {first} has it {other}: build "
+                        "and shard the same model on every rank"
+                    )
+    raise AssertionError(f"ranks {rank} and {first} list the same parameters in another order")
