@@ -48,3 +48,4 @@ def run(cases: list[list[list[str]]]) -> list[tuple[object, str]]:
 if __name__ == "__main__":
     found = run(json.loads(Path(sys.argv[1]).read_text()))
     Path(f"{sys.argv[2]}-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    world.end_process(0)
