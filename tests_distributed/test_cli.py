@@ -127,7 +127,8 @@ def test_a_small_run_leaves_all_that_is_promised(tmp_path: Path) -> None:
     # Two passes, in each two micro-batches, which gather the blocks twice and the root once, and
     # one reduce.
     blocks, root = num_values(vocab_size=len(set(TEXT)))
-    gathers, reduces = 2 * 2 * (2 * blocks + root), 2 * (blocks + root)
+    own = root - 128 * (len(set(TEXT)) % 2)  # in fp32 no padding counts
+    gathers, reduces = 2 * 2 * (2 * blocks + own), 2 * (blocks + own)
     assert summary["wire"]["fp32_bytes_per_step"] == 4 * (gathers + reduces) / 2
     config = tomllib.loads((out / "config.toml").read_text())
     assert summary["config"] == config | {"resume": "auto"}
@@ -219,7 +220,7 @@ def test_a_run_with_the_full_wire_says_what_it_took(tmp_path: Path) -> None:
         assert len(errors) == 4 * 6 + 3
         for name, error in errors.items():
             if "norm" in name:
-                assert error == {"weight": 0, "grad": 0}
+                assert error == {"weight": None, "grad": None}  # they travel raw
             else:
                 assert 0 < error["weight"] < 0.5
                 assert 0 < error["grad"] < 2
@@ -241,8 +242,10 @@ def test_two_hops_halve_what_leaves_a_node(tmp_path: Path) -> None:
     for lines, summary in found:
         for direction, mean in summary["wire"]["inter_node_bytes_per_step"].items():
             assert mean == sum(line[f"{direction}_inter_node_bytes"] for line in lines) / 2
-    for direction in ("gather", "reduce"):
-        assert 0 < two_hop[direction] <= 0.55 * flat[direction]
+    # A ring over both nodes sends three payloads out of each, two hops send two; a flat reduce
+    # sends four rows out of each node, two hops send two.
+    assert two_hop["gather"] == pytest.approx(2 / 3 * flat["gather"])
+    assert two_hop["reduce"] == pytest.approx(1 / 2 * flat["reduce"])
 
 
 def test_replicas_train_as_one_model_sharded_over_all_ranks(tmp_path: Path) -> None:
@@ -269,10 +272,12 @@ def test_replicas_train_as_one_model_sharded_over_all_ranks(tmp_path: Path) -> N
     blocks, root = num_values(vocab_size=len(set(TEXT)))
     gathered, reduced = (2 * blocks + root) / 2, (blocks + root) / 2
     _, stock_wire, raw_wire, coded_wire = (summary["wire"] for _, summary in found)
-    assert stock_wire["fp32_bytes_per_step"] == 4 * (gathered + 2 * reduced)
+    own = root - 128 * (len(set(TEXT)) % 2)  # in fp32 no padding counts
+    in_fp32 = 4 * ((2 * blocks + own) + 2 * (blocks + own)) / 2
+    assert stock_wire["fp32_bytes_per_step"] == in_fp32
     # gloo's reduce-scatter moves twice as much.
     assert stock_wire["sent_bytes_per_step"] == 4 * (gathered + 3 * reduced)
-    assert raw_wire["fp32_bytes_per_step"] == 4 * (gathered + 2 * reduced)
+    assert raw_wire["fp32_bytes_per_step"] == in_fp32
     assert coded_wire["sent_bytes_per_step"] < 0.265 * coded_wire["fp32_bytes_per_step"]
 
 

@@ -77,14 +77,14 @@ def compare(folder: Path, options: dict[str, Any]) -> None:
     def step() -> None:
         before = job.wire.total()
         counted = counter.during(lambda: train_step(job))
-        assert job.wire.total().since(before).sent == counted > 0
+        assert (job.wire.total() - before).sent_bytes == counted > 0
 
     def evaluate(work: Callable[[], object], num_thresholds: int = 0) -> int:
         before = job.wire.total()
         counted = counter.during(work)
-        spent = job.wire.total().since(before)
-        assert (spent.sent, spent.fp32) == (0, 0)
-        assert spent.other - num_thresholds * threshold_bytes(world) == counted > 0
+        spent = job.wire.total() - before
+        assert (spent.sent_bytes, spent.fp32_bytes) == (0, 0)
+        assert spent.other_bytes - num_thresholds * threshold_bytes(size) == counted > 0
         return counted
 
     step()

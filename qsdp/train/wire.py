@@ -143,7 +143,8 @@ class StockWire:
             # Gradients are reduced in fp32 at either precision.
             shard_fp32 = 4 * sum(p.padded_numel for p in shards)
             # Each value once: padding is sent, but not promised.
-            fp32 = 4 * (num_shards - 1) * sum(p.parameter.numel() for p in shards) // num_shards
+            own_fp32 = 4 * sum(p.parameter.numel() for p in shards) / num_shards
+            fp32 = (num_shards - 1) * own_fp32
             scattered = times_scattered * (num_shards - 1) * shard_fp32
             averaged = 2 * (num_replicas - 1) * shard_fp32 / num_replicas
             gather = WireUse(
@@ -154,7 +155,7 @@ class StockWire:
             self._reduce += WireUse(
                 reduce_bytes=scattered + averaged,
                 reduce_inter_node_bytes=reduce_crosses * scattered + average_crosses * averaged,
-                fp32_bytes=fp32 + averaged,
+                fp32_bytes=fp32 + 2 * (num_replicas - 1) * own_fp32 / num_replicas,
             )
             is_root = group.module is cast(FSDPModule, model)
             cast(nn.Module, group.module).register_forward_pre_hook(
