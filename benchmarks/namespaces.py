@@ -7,7 +7,7 @@ Segmentation offload is off, so a packet is a frame of at most 1514 bytes, as on
 the interface counts the headers of each. What the programs sent is then
 `bytes - 66 * packets`: Ethernet 14, IPv4 20, TCP 20 and its time stamps 12. The few packets with
 longer headers (the opening of a connection, ARP) are some tens of bytes a connection. What TCP sent
-twice crossed the wire twice and is included: it is at most 1448 bytes a retransmitted segment.
+twice is left out, as full segments of 1448 bytes: it may be less.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 HEADER_BYTES = 66
+SEGMENT_BYTES = 1448  # what such a packet carries at most: 1500 bytes on the link
 INTERFACE = "eth0"
 MASTER_PORT = 29500
 
@@ -45,8 +46,9 @@ class Counters:
 
     @property
     def sent_payload(self) -> int:
-        """Bytes that left the host, less packet headers."""
-        return self.sent_bytes - HEADER_BYTES * self.sent_packets
+        """Bytes that left the host, less packet headers and full segments that TCP sent twice."""
+        sent_twice = SEGMENT_BYTES * self.retransmitted_segments
+        return self.sent_bytes - HEADER_BYTES * self.sent_packets - sent_twice
 
     @property
     def received_payload(self) -> int:

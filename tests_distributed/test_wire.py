@@ -59,9 +59,11 @@ def test_the_interface_counts_what_a_program_sends(tmp_path: Path, piece: int) -
     _python(LINK, "--json", str(counters), "--timeout", "60", "--", *program)
     receiver, sender = json.loads(counters.read_text())
     sent_twice = 1448 * sender["retransmitted_segments"]
-    assert -500 < sender["sent_payload"] - num_bytes < 500 + sent_twice
+    # A segment sent twice need not be a full one, and makes acknowledgements longer, by 36 bytes.
+    options = 36 * receiver["sent_packets"] if sent_twice else 0
+    assert -500 - sent_twice < sender["sent_payload"] - num_bytes < 500
     assert -500 < receiver["received_payload"] - num_bytes < 500 + sent_twice
-    assert abs(receiver["sent_payload"]) < 500 + 1448 * receiver["retransmitted_segments"]
+    assert abs(receiver["sent_payload"]) < 500 + options
 
 
 @pytest.mark.usefixtures("_hosts_can_be_made")
