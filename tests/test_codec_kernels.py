@@ -254,6 +254,23 @@ def test_raw_segments_travel_as_asked(kernels: str, generator: torch.Generator) 
         assert_same_values(got, want, FLOATS[dtype])
 
 
+@pytest.mark.parametrize("length", [4, 99])
+@pytest.mark.parametrize("add", [False, True])
+def test_any_fp16_nan_becomes_the_canonical_one_in_fp32(
+    kernels: str, generator: torch.Generator, length: int, add: bool
+) -> None:
+    segment = Segment(bits=0, dtype=DType.FP16, wire=DType.FP16, padded=length, parameter=0)
+    layout = Layout([segment], 0)
+    bits = torch.randint(0x7C01, 0x8000, (length,), generator=generator).short()
+    payload = torch.zeros(layout.payload_bytes, dtype=torch.uint8)
+    sent = torch.where(torch.arange(length) % 2 == 0, bits, bits | -0x8000).view(torch.uint8)
+    torch.ops.qsdp.encode(sent, torch.tensor(layout.table([length])), 0, [1, 2, 3, 4], payload)
+    got = torch.ones(length)
+    table = torch.tensor(layout.table([length], DType.FP32))
+    torch.ops.qsdp.decode(payload, table, 0, got.view(torch.uint8), add)
+    assert (got.view(torch.int32) == 0x7FC00000).all()
+
+
 def test_opaque_bytes_travel_untouched(kernels: str, generator: torch.Generator) -> None:
     segment = Segment(bits=0, dtype=DType.OPAQUE, padded=77, parameter=0, wire=DType.OPAQUE)
     layout = Layout([segment], 0)

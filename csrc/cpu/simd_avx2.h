@@ -38,7 +38,9 @@ QSDP_INLINE F load(const uint8_t* from, Bf16) {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load128(from)), 16))};
 }
 QSDP_INLINE F load(const uint8_t* from, Fp16) {
-    return {_mm256_cvtph_ps(load128(from))};
+    const __m256 wide = _mm256_cvtph_ps(load128(from));
+    const __m256 nan = _mm256_cmp_ps(wide, wide, _CMP_UNORD_Q);
+    return {_mm256_blendv_ps(wide, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000)), nan)};
 }
 QSDP_INLINE void store(uint8_t* to, F value, float) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_castps_si256(value.v));

@@ -57,7 +57,9 @@ QSDP_INLINE F load(const uint8_t* from, Bf16) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
 QSDP_INLINE F load(const uint8_t* from, Fp16) {
-    return {_mm512_cvtph_ps(load256(from))};
+    const F wide = {_mm512_cvtph_ps(load256(from))};
+    const __m512 quiet = _mm512_castsi512_ps(_mm512_set1_epi32(0x7FC00000));
+    return {_mm512_mask_blend_ps(is_nan(wide), wide.v, quiet)};
 }
 QSDP_INLINE void store(uint8_t* to, F value, float) {
     _mm512_storeu_si512(to, _mm512_castps_si512(value.v));

@@ -1,4 +1,5 @@
-// bf16 and fp16 as bits, with round-half-even conversions. NaN narrows to the positive quiet NaN.
+// bf16 and fp16 as bits, with round-half-even conversions. A NaN becomes the positive quiet NaN,
+// but bf16 in fp32 keeps its bits.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +42,8 @@ QSDP_INLINE float widen(Fp16 value) {
     const uint32_t magnitude = value.bits & 0x7FFFu;
     // Subnormals and normals alike are the magnitude as a float, times 2**112.
     float wide = bits_float(magnitude << 13) * 0x1p112f;
-    if (magnitude >= 0x7C00u) wide = bits_float(magnitude << 13 | 0x7F800000u);
+    if (magnitude > 0x7C00u) return bits_float(0x7FC00000u);
+    if (magnitude == 0x7C00u) wide = bits_float(0x7F800000u);
     return bits_float(float_bits(wide) | sign);
 }
 

@@ -181,8 +181,9 @@ def dequantize(
 
 
 def convert(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values`` in ``dtype``, rounded to nearest even; a narrowed NaN is the canonical one."""
-    if values.dtype == dtype or dtype == torch.float32:
+    """``values`` in ``dtype``, rounded to nearest even; a NaN becomes the canonical one, but where
+    its bits are kept (bf16 in fp32)."""
+    if values.dtype == dtype or (values.dtype, dtype) == (torch.bfloat16, torch.float32):
         return values.to(dtype)
     return values.to(dtype).masked_fill(values.isnan(), torch.nan)
 
