@@ -96,7 +96,7 @@ def test_the_ends_of_the_allowed_ranges_are_accepted():
 
 def test_the_defaults_are_the_papers_practice():
     config = QSDPConfig()
-    assert (config.weight_bits, config.grad_bits, config.bucket_of(8)) == (8, 8, 1024)
+    assert (config.weight_bits, config.grad_bits, config.bucket_of(8, is_grad=True)) == (8, 8, 1024)
     assert (config.rounding_of(8), config.seed, config.policy) == ("shift", 0, ())
 
 

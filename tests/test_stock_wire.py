@@ -29,7 +29,14 @@ def mean_use(
     groups = [
         SimpleNamespace(
             module=module,
-            parameters=lambda n=numel: [SimpleNamespace(padded_numel=n, dtype=torch.bfloat16)],
+            is_gathered=False,
+            parameters=lambda n=numel: [
+                SimpleNamespace(
+                    padded_numel=n,
+                    dtype=torch.bfloat16,
+                    parameter=torch.empty(n * num_ranks // replicas, device="meta"),
+                )
+            ],
         )
         for module, numel in zip((root, block), SHARDS, strict=True)
     ]
@@ -39,10 +46,11 @@ def mean_use(
         fields: dict[str, Any] = {"device": torch.device("cpu"), "mesh": None, "backend": "gloo"}
         wire = StockWire(root, World(rank=rank, size=num_ranks, **(fields | world)), replicas)
         before = wire.total()
-        root(torch.ones(1))
+        block(root(torch.ones(1)))
         wire.reduced()
         total += wire.total() - before
-        root._forward_pre_hooks.clear()
+        for module in (root, block):
+            module._forward_pre_hooks.clear()
     return WireUse(**{name: value / num_ranks for name, value in vars(total).items()})
 
 
