@@ -80,14 +80,6 @@ class Counts:
         self.places = sorted(set(places))
         self.by_place = {place: torch.zeros(BINS, dtype=torch.int64) for place in self.places}
 
-    def add(self, table: Tensor, flat: Tensor, *, is_grad: bool) -> None:
-        """Count the segments of a flat slice that ``table`` describes."""
-        raw = flat.view(torch.uint8)
-        for row in table.tolist():
-            start = row[Field.BUFFER_BYTE]
-            end = start + row[Field.NUMEL] * flat.element_size()
-            self.add_values(row, raw[start:end].view(flat.dtype), is_grad=is_grad)
-
     def add_values(self, row: list[int], values: Tensor, *, is_grad: bool) -> None:
         """Count the 1-D ``values`` of one table row's segment."""
         out = self.by_place.get((row[Field.LEVELS], row[Field.BITS]))

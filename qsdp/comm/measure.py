@@ -29,14 +29,6 @@ class Meter:
         self._config, self._levels, self._bits = config, levels, bits
         self._sums: dict[tuple[int, bool, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
 
-    def add(self, table: Tensor, flat: Tensor, *, is_grad: bool) -> None:
-        """Measure the segments of a flat slice that ``table`` describes."""
-        raw = flat.view(torch.uint8)
-        for row in table.tolist():
-            start = row[Field.BUFFER_BYTE]
-            end = start + row[Field.NUMEL] * flat.element_size()
-            self.add_values(row, raw[start:end].view(flat.dtype), is_grad=is_grad)
-
     def add_values(self, row: list[int], values: Tensor, *, is_grad: bool) -> None:
         """Measure the 1-D ``values`` of one table row's segment; raw ones have no error."""
         if not row[Field.BITS]:

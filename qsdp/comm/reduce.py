@@ -120,9 +120,8 @@ def _take(
             torch.ops.qsdp.encode(
                 as_bytes(rows[row]), side.tables[row], key, header, payload, levels
             )
-    for meter in wire.meters:
-        for row in to_send:
-            meter.add(side.tables[row], rows[row], is_grad=True)
+    for row in to_send:
+        wire.observe(side.tables[row], rows[row])
 
     splits = [width * size if rank != me else 0 for rank in range(group.size())]
     with collective("reduce", plan.names, clock.step), wire.times.measure("reduce", "wire", device):
@@ -177,8 +176,7 @@ def all_reduce(
     table, fp32_table = side.tables[plan.rank], side.fp32_tables[plan.rank]
     with wire.times.measure("reduce", "encode", device):
         torch.ops.qsdp.encode(as_bytes(tensor), table, keys[group.rank()], header, own, levels)
-    for meter in wire.meters:
-        meter.add(table, tensor, is_grad=True)
+    wire.observe(table, tensor)
     with (
         collective("all-reduce between replicas", plan.names, clock.step),
         wire.times.measure("reduce", "wire", device),

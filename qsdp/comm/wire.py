@@ -1,7 +1,9 @@
 """What all groups of one handle share."""
 
+import torch
 from torch import Tensor
 
+from qsdp.codec.payload import Field
 from qsdp.comm.clock import Clock
 from qsdp.comm.levels import Counts, Levels
 from qsdp.comm.measure import Meter
@@ -24,6 +26,15 @@ class Wire:
         self.meters: list[Meter | Counts] = []
         """What looks at the gradients that are sent."""
         self.levels: Levels | None = None
+
+    def observe(self, table: Tensor, flat: Tensor) -> None:
+        """Let the meters look at the gradients of a flat slice that ``table`` describes."""
+        raw = flat.view(torch.uint8)
+        for row in table.tolist() if self.meters else ():
+            start = row[Field.BUFFER_BYTE]
+            end = start + row[Field.NUMEL] * flat.element_size()
+            for meter in self.meters:
+                meter.add_values(row, raw[start:end].view(flat.dtype), is_grad=True)
 
     @property
     def level_values(self) -> Tensor | None:
