@@ -121,7 +121,6 @@ class Plan:
         self.hops: Hops | None = None
         self.world_size = group.size()
         self.rank = group.rank()
-        self.global_ranks = dist.get_process_group_ranks(group)
         self.names = tuple(p.name for p in parameters)
         self.name = title(self.names)
         self._config = config

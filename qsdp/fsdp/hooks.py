@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from qsdp import compat
 from qsdp.comm.consent import Consent, Places
 from qsdp.comm.gather import Gathering, GatheringWork, Payloads, decode, regather
-from qsdp.comm.plan import Plan
+from qsdp.comm.plan import Plan, Side
 from qsdp.comm.reduce import Hop, SetsDiffer, all_reduce, hops_of, reduce
 from qsdp.comm.wire import Wire
 
@@ -86,25 +86,21 @@ class AllGather(_Comm):
         for recorder in self._recorders:
             recorder.watch()
         in_backward = compat.in_backward()
-        kept, self._kept = self._kept, None
+        kept = self._kept if in_backward and not wire.is_exact else None
+        self._kept = None
         if not in_backward:
             self._recorders[plan.index].forget_what_was_dropped()
-            kept = None
-        if wire.is_exact:
-            places, kept = plan.places, None
-        else:
+        places = plan.places
+        if not wire.is_exact:
             if not in_backward:
                 self._before()
                 wire.clock.before_forward()
             places = self._gather_frozen(input_tensor)
-        if kept is not None:
+        if kept is not None or not places:
             self._decode(kept, output_tensor)
             return None
         keeps = not wire.is_exact and not in_backward and self._is_needed_again()
         is_async = async_op and input_tensor.device.type == "cpu"
-        if not places:
-            self._decode(None, output_tensor)
-            return None
         side = plan.gather(places, 32 if wire.is_exact else wire.least_bits)
         buffer = self._take_buffer(side, input_tensor.device, keeps, is_async)
         gathering = Gathering(plan, side, input_tensor, wire, buffer, async_op=is_async)
@@ -145,7 +141,7 @@ class AllGather(_Comm):
         is_training = self._group.modules[0].training
         return self._wire.config.gather == "once" and is_training and self._group.gathers_again
 
-    def _take_buffer(self, side: Any, device: torch.device, keeps: bool, is_async: bool) -> Tensor:
+    def _take_buffer(self, side: Side, device: torch.device, keeps: bool, is_async: bool) -> Tensor:
         """Memory for the payloads of all ranks."""
         size = self._plan.world_size * side.layout.payload_bytes
         if keeps:
