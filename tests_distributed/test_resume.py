@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from qsdp import checkpoint
 from qsdp.train.cli import main
 from tests_distributed.launching import SMALL, TEXT, start
 
@@ -93,8 +94,15 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
     assert losses[0] == losses[1]
     assert [step for step, _, _ in losses[0]] == list(range(1, STEPS + 1))
 
-    # A world of another size goes on with it.
+    # Worlds of other sizes go on with what was learned: no level is due any more.
+    wire = checkpoint.read_meta(killed / last)["wire"]
+    assert len(wire["levels"]) > 5
+    assert len(wire["bits"]) > 5
+    start(*flags("killed"), "--steps", str(STEPS + 1), num_ranks=3).succeed()
+    later = checkpoint.read_meta(killed / f"checkpoints/step-{STEPS + 1:08d}")["wire"]
+    assert (later["levels"], later["bits"]) == (wire["levels"], wire["bits"])
+    assert later["step"] > wire["step"]
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    main([*flags("killed"), "--steps", str(STEPS + 1)])
+    main([*flags("killed"), "--steps", str(STEPS + 2)])
     assert json.loads((killed / "summary.json").read_text())["world_size"] == 1
