@@ -68,6 +68,7 @@ CASES = {
 }
 # What needs the wire in full.
 TWO_HOPS = {"reduce": "two-hop", "ranks_per_node": 2}
+LEARNED = {"weight_bits": 3, "grad_bits": 4, "levels": "learned", "level_steps": (1, 2)}
 CASES |= {
     "warm-up": Case(ranks=3, micro_batches=2, config={"weight_bits": 3, "warmup_steps": 2}),
     "warm-up-at-six-bits": Case(
@@ -127,6 +128,22 @@ CASES |= {
         micro_batches=2,
         options={"frozen": True, "unused": True},
         config={"gather": "once", "warmup_steps": 1, "warmup_bits": 16},
+    ),
+    "learned-levels": Case(ranks=3, micro_batches=2, config=LEARNED),
+    "learned-levels-bf16-frozen": Case(
+        ranks=3,
+        dtypes=(BF16, BF16),
+        options={"frozen": True, "unused": True},
+        config={**LEARNED, "gather": "once", "warmup_steps": 1, "warmup_bits": 5},
+    ),
+    "learned-levels-two-hop": Case(
+        ranks=4, config={**TWO_HOPS, **LEARNED, "local_grad_bits": 6, "rounding": "nearest"}
+    ),
+    "learned-levels-hsdp": Case(
+        ranks=2, replicas=2, micro_batches=2, sync_every=True, config=LEARNED
+    ),
+    "learned-levels-quantized-replicas": Case(
+        ranks=2, replicas=2, quantized_replicas=True, config=LEARNED
     ),
 }
 

@@ -6,7 +6,8 @@ Written from the paper (QSDP, arXiv 2302.02390, section 4) and docs/design.md, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.codec.rounding import Key
 from qsdp.comm.plan import embedding_names
 from qsdp.config import ROUNDINGS, QSDPConfig
+from qsdp.simulation.levels import Levels
 from qsdp.simulation.world import CODEC_DTYPES, Numbers, World
 
 GATHER, REDUCE, FROZEN = range(3)
@@ -64,6 +66,15 @@ class Wire:
             name: _bits(name, parameter, config, name in embeddings)
             for name, parameter in model.named_parameters()
         }
+        self._levels = Levels(config, self._bits)
+
+    def learn(self, step: int, shards: Sequence[Mapping[str, Tensor]]) -> None:
+        """Learn levels if they are due before ``step``, from the shards of the shard group."""
+        weights = {
+            name: [own[name].detach().to(self.weight_dtype(own[name])) for own in shards]
+            for name in shards[0]
+        }
+        self._levels.learn(step, {n: w * self.world.replicas for n, w in weights.items()})
 
     def weight_dtype(self, shard: Tensor) -> torch.dtype:
         """Of the parameter once gathered."""
@@ -92,7 +103,8 @@ class Wire:
         if self.is_sent_once(shard):
             # Whichever step it is sent in: a resumed run sends it again and must decode the same.
             key = Key(self.config.seed, 0, FROZEN, 0, 0, rank)
-            return self._cross(name, values, key, self.weight_bits(name, None), is_grad=False)
+            bits = self.weight_bits(name, None)
+            return self._cross(name, values, key, bits, is_grad=False, is_frozen=True)
         key = Key(self.config.seed, step, GATHER, 0, 0, rank)
         return self._cross(name, values, key, self.weight_bits(name, step), is_grad=False)
 
@@ -105,7 +117,9 @@ class Wire:
         is meant in the end.
         """
         key = Key(self.config.seed, step, REDUCE, hop, 0, sender, receiver)
-        return self._cross(name, row, key, self.grad_bits(name, hop, step), is_grad=True)
+        bits = self.grad_bits(name, hop, step)
+        self._levels.observe((name, True, bits), row, step)
+        return self._cross(name, row, key, bits, is_grad=True)
 
     def cut(self, name: str, whole: Tensor) -> list[Tensor]:
         """Rows of ceil(n / N), the last ones shorter or empty."""
@@ -133,19 +147,32 @@ class Wire:
             rounding=ROUNDINGS.index(self.config.rounding_of(bits)),
         )
 
-    def _cross(self, name: str, values: Tensor, key: Key, bits: int, *, is_grad: bool) -> Tensor:
+    def _cross(
+        self,
+        name: str,
+        values: Tensor,
+        key: Key,
+        bits: int,
+        *,
+        is_grad: bool,
+        is_frozen: bool = False,
+    ) -> Tensor:
         """Encode and decode: weights in their own dtype, gradients into fp32."""
         dtype = torch.float32 if is_grad else values.dtype
         if bits == 32 or not values.numel():
             return values.to(dtype)
         segment = self.segment(name, values.numel(), values.dtype, bits, is_grad=is_grad)
+        # What is sent once keeps the uniform grid: levels may be learned anew.
+        levels = None if is_frozen else self._levels.of((name, is_grad, bits))
+        if levels is not None:
+            segment = replace(segment, levels=0)
         layout, encode_table, decode_table = self._codec(name, segment, is_grad)
         payload = torch.empty(layout.payload_bytes, dtype=torch.uint8, device=values.device)
         sent = values.contiguous().view(-1).view(torch.uint8)
-        torch.ops.qsdp.encode(sent, encode_table, key.fold(), layout.header(0, 0), payload)
+        torch.ops.qsdp.encode(sent, encode_table, key.fold(), layout.header(0, 0), payload, levels)
         received = torch.empty(values.shape, dtype=dtype, device=values.device)
         buffer = received.view(-1).view(torch.uint8)
-        torch.ops.qsdp.decode(payload, decode_table, key.fold(), buffer)
+        torch.ops.qsdp.decode(payload, decode_table, key.fold(), buffer, levels=levels)
         return received
 
     def _codec(self, name: str, segment: Segment, is_grad: bool) -> Codec:
@@ -277,11 +304,10 @@ class Reduction:
 
 
 def _check_config(config: QSDPConfig, names: Iterable[str]) -> None:
-    if config.levels == "learned" or config.budget is not None:
-        wanted = "budget" if config.levels != "learned" else 'levels="learned"'
+    if config.budget is not None:
         raise ValueError(
-            f"the simulation does not know {wanted}: it depends on measurements of the run; leave "
-            "it out to simulate the uniform grid at given bits"
+            f"the simulation does not know budgets, and budget is {config.budget:g}; give the bits "
+            "that the run's report shows as policy"
         )
     names = list(names)
     for pattern, _ in config.policy:
