@@ -419,7 +419,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "param_dtype": ({"param_dtype": torch.float64}, "param_dtype is torch.float64"),
     "reduce_dtype": ({"reduce_dtype": torch.int32}, "reduce_dtype is torch.int32"),
-    "budget": ({"config": {"budget": 4.5}}, "budget"),
     "policy": ({"config": {"policy": (("*.bolck.*", 4),)}}, "matches no parameter"),
     "unknown name": ({"groups": ["bolck"]}, "'bolck'"),
     "foreign module": ({"groups": [nn.GELU()]}, "GELU"),

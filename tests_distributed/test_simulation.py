@@ -142,6 +142,20 @@ CASES |= {
     "learned-levels-hsdp": Case(
         ranks=2, replicas=2, micro_batches=2, sync_every=True, config=LEARNED
     ),
+    "budget": Case(ranks=3, micro_batches=2, config={"budget": 4.5}),
+    "budget-bf16-after-a-warm-up": Case(
+        ranks=3,
+        dtypes=(BF16, BF16),
+        options={"frozen": True, "unused": True},
+        config={"budget": 4.0, "gather": "once", "warmup_steps": 1, "bucket_size": 128},
+    ),
+    "budget-and-learned-levels-two-hop": Case(
+        ranks=4, config={**TWO_HOPS, "budget": 5.0, "levels": "learned", "level_steps": (1, 2)}
+    ),
+    "budget-hsdp": Case(ranks=2, replicas=2, sync_every=True, config={"budget": 4.5}),
+    "budget-quantized-replicas": Case(
+        ranks=2, replicas=2, quantized_replicas=True, config={"budget": 4.5}
+    ),
     "learned-levels-quantized-replicas": Case(
         ranks=2, replicas=2, quantized_replicas=True, config=LEARNED
     ),

@@ -10,7 +10,6 @@ from torch import Tensor
 from qsdp import compat
 from qsdp.codec.payload import DType, Field, Layout, Segment
 from qsdp.comm.levels import offset
-from qsdp.comm.plan import Parameter
 from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
 
 
@@ -83,7 +82,7 @@ class Meter:
 
 
 def allot(
-    parameters: Sequence[Parameter],
+    numels: Sequence[int],
     errors: Sequence[Sequence[float]],
     budget: float,
     config: QSDPConfig,
@@ -96,7 +95,7 @@ def allot(
     as long as all payloads, bucket metadata included, stay within ``budget`` bits a value.
 
     Args:
-        parameters: those to allot to.
+        numels: values of each parameter.
         errors: ``errors[i][b]``: squared error of parameter i at CODED_BITS[b].
         budget: bits a value on average.
         is_grad: whether it is their gradients.
@@ -105,12 +104,12 @@ def allot(
     """
 
     def size(place: int, bits: int) -> int:
-        numel = parameters[place].shape.numel()
+        numel = numels[place]
         buckets = -(-numel // config.bucket_of(bits, is_grad=is_grad))
         return bits * numel + 64 * buckets
 
-    left = budget * sum(p.shape.numel() for p in parameters)
-    bits = [CODED_BITS[0]] * len(parameters)
+    left = budget * sum(numels)
+    bits = [CODED_BITS[0]] * len(numels)
     left -= sum(size(i, b) for i, b in enumerate(bits))
     if left < 0:
         raise ValueError(

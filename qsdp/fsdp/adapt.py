@@ -113,7 +113,8 @@ class Adaptation:
             coded = [p for p in everyone.values() if bits[p.index][is_grad] <= 8]
             keys = [(p.index, is_grad, b) for p in coded for b in CODED_BITS]
             errors = meter.totals(keys, self._everyone)[:, 0].view(len(coded), -1).tolist()
-            chosen = allot(coded, errors, budget, self._wire.config, is_grad=is_grad)
+            numels = [p.shape.numel() for p in coded]
+            chosen = allot(numels, errors, budget, self._wire.config, is_grad=is_grad)
             for parameter, b in zip(coded, chosen, strict=True):
                 bits[parameter.index][is_grad] = b
         self._set_bits({index: (weight, grad) for index, (weight, grad) in bits.items()})

@@ -69,8 +69,7 @@ def simulate(
         A `Simulation` before its first step.
 
     Raises:
-        ValueError: an argument is not as above, or `config` has a budget, which depends on
-            measurements of a run.
+        ValueError: an argument is not as above.
     """
     config = QSDPConfig() if config is None else config
     if not isinstance(config, QSDPConfig):
@@ -281,7 +280,7 @@ class Simulation:
         rank's gradients are held at a time."""
         if self._has_reduced:
             self.clock, self._has_reduced = self.clock + 1, False
-            self._wire.learn(self.clock, self.shards)
+            self._wire.advance(self.clock, self.shards)
         weights = self.weights()
         reduction = Reduction(self._wire, self.clock)
         losses: list[list[float]] = [[] for _ in window]

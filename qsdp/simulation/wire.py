@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.codec.rounding import Key
 from qsdp.comm.plan import embedding_names
-from qsdp.config import ROUNDINGS, QSDPConfig
-from qsdp.simulation.levels import Levels
+from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
+from qsdp.simulation.adapt import Bits, Budget, Levels
 from qsdp.simulation.world import CODEC_DTYPES, Numbers, World
 
 GATHER, REDUCE, FROZEN = range(3)
@@ -62,19 +62,35 @@ class Wire:
         self._shard_dims = shard_dims
         self._codecs: dict[tuple[Segment, int, bool], Codec] = {}
         embeddings = embedding_names(model)
-        self._bits = {
+        self._bits: Bits = {
             name: _bits(name, parameter, config, name in embeddings)
             for name, parameter in model.named_parameters()
         }
-        self._levels = Levels(config, self._bits)
+        self._levels, self._budget = Levels(config), Budget(config, world)
+        self._levels.watch(0, self._bits)
 
-    def learn(self, step: int, shards: Sequence[Mapping[str, Tensor]]) -> None:
-        """Learn levels if they are due before ``step``, from the shards of the shard group."""
-        weights = {
-            name: [own[name].detach().to(self.weight_dtype(own[name])) for own in shards]
-            for name in shards[0]
-        }
-        self._levels.learn(step, {n: w * self.world.replicas for n, w in weights.items()})
+    def advance(self, step: int, shards: Sequence[Mapping[str, Tensor]]) -> None:
+        """Allot bits and learn levels if they are due before ``step``. ``shards`` are those of
+        the ranks of the shard group, which all replicas have alike.
+
+        Raises ValueError where the budget is too small for 2 bits.
+        """
+        config, world = self.config, self.world
+        if config.budget is not None and step == config.warmup_steps + 1:
+            for rank in range(world.num_ranks):
+                for name, shard in shards[rank % world.world_size].items():
+                    self._measure(name, self._gathered(shard), rank, is_grad=False)
+            numbers = self.numbers
+            names = sorted(self._bits, key=lambda n: (numbers.groups[n], numbers.parameters[n]))
+            numels = {name: sum(own[name].numel() for own in shards) for name in names}
+            self._bits = self._budget.allot(names, numels, self._bits)
+        if step in config.level_steps:
+            for own in [*shards] * world.replicas:
+                for name, shard in own.items():
+                    place = (name, False, self.weight_bits(name, None))
+                    self._levels.observe(place, self._gathered(shard))
+            self._levels.learn()
+        self._levels.watch(step, self._bits)
 
     def weight_dtype(self, shard: Tensor) -> torch.dtype:
         """Of the parameter once gathered."""
@@ -97,15 +113,15 @@ class Wire:
 
     def weight(self, name: str, shard: Tensor, rank: int, step: int) -> Tensor:
         """What all ranks compute with of the shard of ``rank`` in the shard group."""
-        values = shard.detach().to(self.weight_dtype(shard))
+        values = self._gathered(shard)
         if self.world.world_size == 1:
             return values  # FSDP2 calls no collective
         if self.is_sent_once(shard):
             # Whichever step it is sent in: a resumed run sends it again and must decode the same.
-            key = Key(self.config.seed, 0, FROZEN, 0, 0, rank)
+            key = Key(self.config.seed, 0, FROZEN, 0, 0, rank).fold()
             bits = self.weight_bits(name, None)
             return self._cross(name, values, key, bits, is_grad=False, is_frozen=True)
-        key = Key(self.config.seed, step, GATHER, 0, 0, rank)
+        key = Key(self.config.seed, step, GATHER, 0, 0, rank).fold()
         return self._cross(name, values, key, self.weight_bits(name, step), is_grad=False)
 
     def grad(
@@ -116,9 +132,11 @@ class Wire:
         ``sender`` is a global rank; ``receiver`` is the rank in the shard group for which the row
         is meant in the end.
         """
-        key = Key(self.config.seed, step, REDUCE, hop, 0, sender, receiver)
+        key = Key(self.config.seed, step, REDUCE, hop, 0, sender, receiver).fold()
         bits = self.grad_bits(name, hop, step)
-        self._levels.observe((name, True, bits), row, step)
+        self._levels.observe((name, True, bits), row)
+        if self.config.budget is not None and step == self.config.warmup_steps:
+            self._measure(name, row, sender, is_grad=True)
         return self._cross(name, row, key, bits, is_grad=True)
 
     def cut(self, name: str, whole: Tensor) -> list[Tensor]:
@@ -147,11 +165,24 @@ class Wire:
             rounding=ROUNDINGS.index(self.config.rounding_of(bits)),
         )
 
+    def _gathered(self, shard: Tensor) -> Tensor:
+        return shard.detach().to(self.weight_dtype(shard))
+
+    def _measure(self, name: str, values: Tensor, rank: int, *, is_grad: bool) -> None:
+        """Add the squared errors of ``values`` at all bits to those of ``rank``."""
+        if self._bits[name][is_grad] > 8 or not values.numel():
+            return
+        exact = values.float()
+        for bits in CODED_BITS:
+            decoded = self._cross(name, exact, 0, bits, is_grad=is_grad)
+            error = float((decoded - exact).double().square().sum())
+            self._budget.add((name, is_grad, bits), rank, error)
+
     def _cross(
         self,
         name: str,
         values: Tensor,
-        key: Key,
+        key: int,
         bits: int,
         *,
         is_grad: bool,
@@ -169,10 +200,10 @@ class Wire:
         layout, encode_table, decode_table = self._codec(name, segment, is_grad)
         payload = torch.empty(layout.payload_bytes, dtype=torch.uint8, device=values.device)
         sent = values.contiguous().view(-1).view(torch.uint8)
-        torch.ops.qsdp.encode(sent, encode_table, key.fold(), layout.header(0, 0), payload, levels)
+        torch.ops.qsdp.encode(sent, encode_table, key, layout.header(0, 0), payload, levels)
         received = torch.empty(values.shape, dtype=dtype, device=values.device)
         buffer = received.view(-1).view(torch.uint8)
-        torch.ops.qsdp.decode(payload, decode_table, key.fold(), buffer, levels=levels)
+        torch.ops.qsdp.decode(payload, decode_table, key, buffer, levels=levels)
         return received
 
     def _codec(self, name: str, segment: Segment, is_grad: bool) -> Codec:
@@ -304,11 +335,6 @@ class Reduction:
 
 
 def _check_config(config: QSDPConfig, names: Iterable[str]) -> None:
-    if config.budget is not None:
-        raise ValueError(
-            f"the simulation does not know budgets, and budget is {config.budget:g}; give the bits "
-            "that the run's report shows as policy"
-        )
     names = list(names)
     for pattern, _ in config.policy:
         if not any(fnmatchcase(name, pattern) for name in names):

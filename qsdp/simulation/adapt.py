@@ -1,0 +1,97 @@
+"""What the simulated ranks learn while they train: levels, and bits that follow a budget."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
+from qsdp.comm.measure import allot
+from qsdp.config import CODED_BITS, LEARNED_BITS, QSDPConfig
+from qsdp.simulation.world import World
+
+Place = tuple[str, bool, int]
+"""Parameter, whether it is its gradient, bits."""
+Bits = Mapping[str, tuple[int, int]]
+"""Of weights and of gradients, by parameter name."""
+
+
+class Levels:
+    """The levels of each parameter and direction, for the bits that they travel at.
+
+    They are fitted before each of `QSDPConfig.level_steps`, to all ranks' weights of that moment
+    and all gradients that were sent in the step before.
+    """
+
+    def __init__(self, config: QSDPConfig) -> None:
+        self._config = config
+        self._values: dict[Place, Tensor] = {}
+        self._counts: dict[Place, Tensor] = {}
+
+    def of(self, place: Place) -> Tensor | None:
+        """fp32 [2**bits]; None stands for the uniform grid."""
+        if self._config.levels == "uniform" or place[2] not in LEARNED_BITS:
+            return None
+        return self._values.get(place, uniform_levels(place[2]))
+
+    def watch(self, step: int, bits: Bits) -> None:
+        """Count from now on if levels are learned after ``step``."""
+        self._counts = {}
+        if self._config.levels == "uniform" or step + 1 not in self._config.level_steps:
+            return
+        local = self._config.local_grad_bits or 8
+        self._counts = {
+            (name, is_grad, b): torch.zeros(BINS, dtype=torch.int64)
+            for name, (weight, grad) in bits.items()
+            for is_grad, b in ((False, weight), (True, grad), (True, local))
+            if b in LEARNED_BITS
+        }
+
+    def observe(self, place: Place, values: Tensor) -> None:
+        """Count what is sent, or would be."""
+        if place in self._counts:
+            bucket = self._config.bucket_of(place[2], is_grad=place[1])
+            histogram(values.reshape(-1), bucket, self._counts[place])
+
+    def learn(self) -> None:
+        """Fit levels to what was counted."""
+        for place, counts in self._counts.items():
+            self._values[place] = fit(self._values.get(place, uniform_levels(place[2])), counts)
+
+
+class Budget:
+    """Squared errors of each parameter and direction at all bits, by global rank."""
+
+    def __init__(self, config: QSDPConfig, world: World) -> None:
+        self._config, self._world = config, world
+        self._errors: dict[Place, list[float]] = defaultdict(lambda: [0.0] * world.num_ranks)
+
+    def add(self, place: Place, rank: int, error: float) -> None:
+        self._errors[place][rank] += error
+
+    def allot(self, names: Iterable[str], numels: Mapping[str, int], bits: Bits) -> Bits:
+        """The bits that cost least: ``names`` in the order in which ties are broken."""
+        found = {name: list(both) for name, both in bits.items()}
+        names = list(names)
+        for is_grad in (False, True):
+            coded = [name for name in names if bits[name][is_grad] <= 8]
+            errors = [[self._total((name, is_grad, b)) for b in CODED_BITS] for name in coded]
+            sizes = [numels[name] for name in coded]
+            assert self._config.budget is not None
+            chosen = allot(sizes, errors, self._config.budget, self._config, is_grad=is_grad)
+            for name, b in zip(coded, chosen, strict=True):
+                found[name][is_grad] = b
+        return {name: (weight, grad) for name, (weight, grad) in found.items()}
+
+    def _total(self, place: Place) -> float:
+        """Over all ranks: along the replicate axis first, unless qsdp averages over it."""
+        size, errors = self._world.world_size, self._errors[place]
+        rows: Sequence[Sequence[float]] = [
+            errors[i : i + size] for i in range(0, len(errors), size)
+        ]
+        if not self._world.quantized_replicas:
+            rows = list(zip(*rows, strict=True))
+        return sum(sum(row) for row in rows)
