@@ -1,5 +1,6 @@
 """What a user of the quantized wire chooses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -170,6 +171,15 @@ class QSDPConfig:
         if self.embedding_bits is not None:
             return self.embedding_bits, self.embedding_bits
         return max(self.weight_bits, 8), max(self.grad_bits, 8)
+
+    def check_policy(self, names: Sequence[str]) -> None:
+        """Raise ValueError unless every pattern matches one of a model's parameter ``names``."""
+        for pattern, _ in self.policy:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"the policy pattern {pattern!r} matches no parameter; names look like "
+                    f"{names[0]!r}, and * stands for any characters"
+                )
 
     def bits_by_policy(self, name: str) -> tuple[int, int] | None:
         """Weight and gradient bits that the first matching pattern gives to ``name``, if any."""

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -97,7 +96,7 @@ class Handle:
         everyone = [axis for mesh in meshes for axis in mesh.get_all_groups()]
         everyone += [] if replicas is None else [replicas]
         with agreement.mistakes_shared(everyone):
-            _check_policy(config, list(order))
+            config.check_policy(list(order))
             embeddings = set(map(compat.name_without_wrappers, embedding_names(model)))
             self._plans = [
                 _make_plan(group, index, names, order, embeddings, config)
@@ -311,15 +310,6 @@ def _make_hops(
 def _relative(error: float, square: float) -> float | None:
     """None where nothing was measured."""
     return (error / square) ** 0.5 if square else None
-
-
-def _check_policy(config: QSDPConfig, names: list[str]) -> None:
-    for pattern, _ in config.policy:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"the policy pattern {pattern!r} matches no parameter; names look like "
-                f"{names[0]!r}, and * stands for any characters"
-            )
 
 
 def _make_plan(

@@ -1,14 +1,13 @@
 """What the simulated wire does to values: bits, keys, codes.
 
 Written from the paper (QSDP, arXiv 2302.02390, section 4) and docs/design.md, apart from
-`qsdp.comm`: the two check each other.
+`qsdp.comm` but for what is a function of numbers alone: the two check each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
@@ -44,8 +43,7 @@ class Wire:
         shard_dims: The sharded dimension of parameters that are not sharded along the first.
 
     Raises:
-        ValueError: a policy pattern matches no parameter, or the config asks for what is not
-            simulated.
+        ValueError: a policy pattern matches no parameter.
     """
 
     def __init__(
@@ -56,7 +54,7 @@ class Wire:
         numbers: Numbers,
         shard_dims: Mapping[str, int],
     ) -> None:
-        _check_config(config, numbers.parameters)
+        config.check_policy(list(numbers.parameters))
         self.config, self.world, self.numbers = config, world, numbers
         self.is_two_hop = world.is_two_hop(config)
         self._shard_dims = shard_dims
@@ -332,16 +330,6 @@ class Reduction:
             row = self._wire.grad(name, row, hop, self._step, sender, receiver)
         place = (name, receiver)
         sums[place] = sums[place] + row if place in sums else row
-
-
-def _check_config(config: QSDPConfig, names: Iterable[str]) -> None:
-    names = list(names)
-    for pattern, _ in config.policy:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"the policy pattern {pattern!r} matches no parameter; names look like "
-                f"{names[0]!r}, and * stands for any characters"
-            )
 
 
 def _bits(name: str, parameter: Tensor, config: QSDPConfig, is_embedding: bool) -> tuple[int, int]:
