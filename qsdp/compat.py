@@ -1,8 +1,9 @@
 """The only file that touches private names of torch, for torch 2.11 to 2.13.
 
-Nothing is patched, and but for `abandon_pass` everything only reads. What is read is what the
-public seam (`FSDPModule.set_custom_all_gather`, `set_custom_reduce_scatter`) does not say: which
-parameters a group holds and in which order, and the objects to restore when the hooks are removed.
+Nothing is patched, and but for `set_comms` and `abandon_pass` everything only reads. What is read
+is what the public seam (`FSDPModule.set_custom_all_gather`, `set_custom_reduce_scatter`) does not
+say: which parameters a group holds and in which order, and the objects to restore when the hooks
+are removed.
 """
 
 from collections.abc import Iterator
@@ -151,16 +152,32 @@ class ParameterGroup:
         """This rank's shard of each parameter, in buffer order."""
         return [p._sharded_local_tensor for p in self._group.fsdp_params]
 
-    def comms(self) -> tuple[Any, Any, bool, Any]:
-        """The all-gather object, the reduce-scatter object, whether SUM is forced, and the
-        all-reduce hook."""
+    def comms(self) -> tuple[Any, Any, bool, Any, bool]:
+        """What `set_comms` takes."""
         group = self._group
         return (
             group._all_gather_comm,
             group._reduce_scatter_comm,
             group.force_sum_reduction_for_comms,
             group._all_reduce_hook,
+            group.unshard_async_op,
         )
+
+    def set_comms(
+        self,
+        all_gather: Any,
+        reduce_scatter: Any,
+        force_sum: bool,
+        all_reduce_hook: Any,
+        async_op: bool,
+    ) -> None:
+        """Give FSDP2 its collectives. With `async_op` gathers that it asks for ahead of time run
+        beside the computation on CPUs too."""
+        self.module.set_custom_all_gather(all_gather)
+        self.module.set_custom_reduce_scatter(reduce_scatter)
+        self.module.set_force_sum_reduction_for_comms(force_sum)
+        self.module.set_all_reduce_hook(all_reduce_hook)
+        self._group.unshard_async_op = async_op
 
 
 def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
@@ -230,12 +247,6 @@ def new_group(ranks: list[int], like: dist.ProcessGroup) -> dist.ProcessGroup:
     timeout = like._get_backend(device_of(like)).options._timeout
     backend = dist.get_backend(like)
     return dist.new_group(ranks, timeout, backend, use_local_synchronization=True)
-
-
-def gather_ahead(module: FSDPModule) -> None:
-    """Let FSDP2 ask for gathers of all groups in ``module`` with `async_op`, so that a prefetched
-    one runs beside the computation on CPUs too."""
-    module._set_unshard_async_op(True)
 
 
 def name_without_wrappers(name: str) -> str:

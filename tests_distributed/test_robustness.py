@@ -318,7 +318,9 @@ def _damaged(direction: str, byte: int, bit: int) -> str:
         received[byte] ^= 1 << bit
 
     def all_gather(output: Tensor, *args: Any, **options: Any) -> None:
-        gathers(output, *args, **options)
+        work = gathers(output, *args, **options)
+        if work is not None:
+            work.wait()
         damage(output)
 
     def all_to_all(output: Tensor, *args: Any, **options: Any) -> None:

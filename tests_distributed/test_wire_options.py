@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 import qsdp
-from qsdp.compat import gather_ahead
+from qsdp.comm.gather import GatheringWork
+from qsdp.fsdp import hooks
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import Toy, full_grads, full_state, make_batch, make_model, shard
 
@@ -150,18 +152,33 @@ def _ahead(is_ahead: bool, gather: str, hops: str) -> Any:
     config = qsdp.QSDPConfig(bucket_size=16, gather=gather, reduce=hops, ranks_per_node=2)
     qsdp.install(model, config)
     if is_ahead:
-        gather_ahead(cast(FSDPModule, model))
-        blocks = list(model.blocks)
+        blocks = cast(list[FSDPModule], list(model.blocks))
         for block, following in pairwise(blocks):
-            cast(FSDPModule, block).set_modules_to_forward_prefetch([cast(FSDPModule, following)])
-    return _train(model)
+            block.set_modules_to_forward_prefetch([following])
+    started: list[GatheringWork] = []
+    under_way = []
+
+    def enter(*_: Any) -> None:
+        under_way.append(sum(not work.is_finished for work in started))
+
+    def start(finish: Any) -> GatheringWork:
+        started.append(GatheringWork(finish))
+        return started[-1]
+
+    for block in model.blocks:
+        block.get_submodule("qkv").register_forward_pre_hook(enter)
+    with mock.patch.object(hooks, "GatheringWork", start):
+        result = _train(model)
+    return result, under_way
 
 
 @pytest.mark.parametrize(("gather", "hops"), [("twice", "flat"), ("once", "two-hop")])
 def test_gathering_ahead_changes_no_number(run: Run, gather: str, hops: str) -> None:
-    for found, expected in zip(
+    for (found, under_way), (expected, none_under_way) in zip(
         run(4, _ahead, True, gather, hops), run(4, _ahead, False, gather, "flat"), strict=True
     ):
+        assert max(under_way) == 1
+        assert max(none_under_way) == 0
         if hops == "flat":
             _assert_equal(found, expected)
         else:

@@ -110,6 +110,10 @@ class GatheringWork(dist.Work):
         super().__init__()
         self._finish = finish
 
+    @property
+    def is_finished(self) -> bool:
+        return self._finish is None
+
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Finish the gather, once."""
         if self._finish is not None:

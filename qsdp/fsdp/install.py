@@ -128,7 +128,9 @@ class Handle:
             reduce = ReduceScatter(plan, self._wire, recorder, replicas)
             self._gathers.append(gather)
             hook = None if replicas is None else reduce.all_reduce
-            _set_comms(group, gather, reduce, True, hook or group.comms()[3])
+            *_, all_reduce_hook, async_op = group.comms()
+            async_op |= group.mesh.device_type == "cpu"
+            group.set_comms(gather, reduce, True, hook or all_reduce_hook, async_op)
 
     def report(self) -> Report:
         """How every parameter travels, at what bits, and why."""
@@ -217,7 +219,7 @@ class Handle:
         for recorder in self._recorders:
             recorder.remove()
         for group, before in zip(self._groups, self._before, strict=True):
-            _set_comms(group, *before)
+            group.set_comms(*before)
         self._reshard()
         if self._owns_hops:
             for hops in self._hops.values():
@@ -251,19 +253,6 @@ class Handle:
         if config.budget is not None:
             when = f"after step {config.warmup_steps}"
             yield f"budget: {config.budget:g} bits a coded value, allotted {when}"
-
-
-def _set_comms(
-    group: compat.ParameterGroup,
-    all_gather: Any,
-    reduce_scatter: Any,
-    force_sum: bool,
-    all_reduce_hook: Any,
-) -> None:
-    group.module.set_custom_all_gather(all_gather)
-    group.module.set_custom_reduce_scatter(reduce_scatter)
-    group.module.set_force_sum_reduction_for_comms(force_sum)
-    group.module.set_all_reduce_hook(all_reduce_hook)
 
 
 def _replica_group(

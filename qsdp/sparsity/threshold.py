@@ -36,32 +36,23 @@ Chunks = Callable[[], Iterator[Tensor]]
 
 @dataclass(frozen=True)
 class Threshold:
-    """Which entries of a list of shards are kept: those above `key`, and the first ties.
+    """Which entries of a list of shards are kept: those above `keys`, and the first ties."""
 
-    Applying it again to values that it has pruned keeps the same entries, so a mask need not be
-    stored while the values are at hand.
-    """
-
-    key: int
-    """Bit pattern of the K-th largest |w| as fp32."""
+    keys: tuple[int, ...]
+    """Per shard: bit pattern of the K-th largest |w| as fp32."""
     ties: tuple[int, ...]
     """Per shard: an entry of magnitude `key` is kept if its position in the whole is below this."""
-
-    @property
-    def magnitude(self) -> float:
-        """The K-th largest |w|."""
-        return float(torch.tensor(self.key, dtype=torch.int32).view(torch.float32))
 
     def keep(self, index: int, shard: LocalShard) -> Tensor:
         """The bool mask, of the local shape, of the entries kept in shard number ``index``."""
         # Everything is kept, or nothing: no pattern is below 0, none above the largest int32.
-        limit = self.ties[index]
-        keys = _keys(shard.values)
+        key, limit = self.keys[index], self.ties[index]
+        values = _keys(shard.values)
         if limit == shard.numel:
-            return keys >= self.key
-        keep = keys > self.key
+            return values >= key
+        keep = values > key
         if limit:
-            tied_N = (keys == self.key).flatten().nonzero().squeeze(1)
+            tied_N = (values == key).flatten().nonzero().squeeze(1)
             keep.view(-1)[tied_N] = shard.positions(tied_N) < limit
         return keep
 
@@ -81,24 +72,56 @@ def global_threshold(shards: Sequence[LocalShard], num_keep: int) -> Threshold:
     Raises:
         ValueError: If K is out of range or a dtype is not supported.
     """
-    total = sum(shard.numel for shard in shards)
-    if not 0 <= num_keep <= total:
-        raise ValueError(f"cannot keep {num_keep} of {total} values; choose 0 to {total}")
+    return _thresholds(shards, [0] * len(shards), [num_keep])
+
+
+def layer_thresholds(shards: Sequence[LocalShard], num_keep: Sequence[int]) -> Threshold:
+    """As `global_threshold`, with ``num_keep[i]`` entries of tensor i for themselves.
+
+    One all-reduce a round for all tensors together.
+    """
+    return _thresholds(shards, list(range(len(shards))), num_keep)
+
+
+def _thresholds(
+    shards: Sequence[LocalShard], sets: Sequence[int], num_keep: Sequence[int]
+) -> Threshold:
+    """Shard i competes within set number ``sets[i]``, of which ``num_keep[set]`` are kept."""
     for shard in shards:
         if shard.values.dtype not in DTYPES:
             raise ValueError(
                 f"cannot rank magnitudes of {shard.values.dtype}; use float32, bfloat16 or float16"
             )
-    if num_keep == total:
-        return Threshold(0, tuple(shard.numel for shard in shards))
-    if num_keep == 0:
-        return Threshold((1 << _KEY_BITS) - 1, (0,) * len(shards))
-    key, num_ties, num_equal = _select(
-        [_key_chunks(s) for s in shards], shards, num_keep, _KEY_BITS
+    everything, nothing = 0, (1 << _KEY_BITS) - 1
+    keys = [everything] * len(shards)
+    limits = [shard.numel for shard in shards]
+    members = [[i for i, of in enumerate(sets) if of == chosen] for chosen in range(len(num_keep))]
+    searched = []
+    for indices, count in zip(members, num_keep, strict=True):
+        total = sum(shards[i].numel for i in indices)
+        if not 0 <= count <= total:
+            raise ValueError(f"cannot keep {count} of {total} values; choose 0 to {total}")
+        if count == 0:
+            for i in indices:
+                keys[i], limits[i] = nothing, 0
+        elif count < total:
+            searched.append((indices, count))
+    chosen = [i for indices, _ in searched for i in indices]
+    found = _select(
+        [_key_chunks(shards[i]) for i in chosen],
+        [shards[i] for i in chosen],
+        [number for number, (indices, _) in enumerate(searched) for _ in indices],
+        [count for _, count in searched],
+        _KEY_BITS,
     )
-    if num_ties == num_equal:
-        return Threshold(key, tuple(shard.numel for shard in shards))
-    return Threshold(key, _tie_limits(shards, key, num_ties))
+    for (indices, _), (key, num_ties, num_equal) in zip(searched, found, strict=True):
+        for i in indices:
+            keys[i] = key
+        if num_ties != num_equal:
+            cut = _tie_limits([shards[i] for i in indices], key, num_ties)
+            for i, limit in zip(indices, cut, strict=True):
+                limits[i] = limit
+    return Threshold(tuple(keys), tuple(limits))
 
 
 def _tie_limits(shards: Sequence[LocalShard], key: int, num_ties: int) -> tuple[int, ...]:
@@ -123,52 +146,62 @@ def _position_limit(shard: LocalShard, key: int, num_ties: int) -> int:
     # The smallest positions are the largest distances from the end.
     distances_N = last - shard.positions(tied_N)
     bits = max(last.bit_length(), 1)
-    distance, _, _ = _select([lambda: iter([distances_N])], [shard], num_ties, bits)
+    ((distance, _, _),) = _select([lambda: iter([distances_N])], [shard], [0], [num_ties], bits)
     return last - distance + 1
 
 
 def _select(
-    chunks: Sequence[Chunks], shards: Sequence[LocalShard], num_keep: int, bits: int
-) -> tuple[int, int, int]:
-    """Radix-select: the ``num_keep``-th largest of non-negative integers below 2**bits.
+    chunks: Sequence[Chunks],
+    shards: Sequence[LocalShard],
+    sets: Sequence[int],
+    num_keep: Sequence[int],
+    bits: int,
+) -> list[tuple[int, int, int]]:
+    """Radix-select in every set S: the ``num_keep[S]``-th largest of integers in [0, 2**bits).
 
     Returns:
-        The value, how many entries equal to it are among the ``num_keep`` largest, and how many
-        there are in all.
+        By set: the value, how many entries equal to it are among the ``num_keep`` largest, and how
+        many there are in all.
     """
-    device = shards[0].values.device
-    prefix: Tensor | None = None
-    wanted = torch.full((), num_keep, dtype=torch.int64, device=device)
+    if not num_keep:
+        return []
+    wanted_S = torch.tensor(num_keep, dtype=torch.int64, device=shards[0].values.device)
+    prefix_S: Tensor | None = None
     # Nothing is read back between rounds: a GPU's queue stays full.
     while bits:
         width = min(_DIGIT_BITS, bits)
         bits -= width
-        histogram = _histogram(chunks, shards, prefix, shift=bits, width=width)
-        at_least = histogram.flip(0).cumsum(0)
-        from_top = (at_least < wanted).sum()
-        digit = _NUM_BINS - 1 - from_top
-        found = histogram[digit]
-        wanted = wanted - (at_least[from_top] - found)
-        prefix = digit if prefix is None else (prefix << width) + digit
-    assert prefix is not None
-    value, num_ties, num_equal = torch.stack([prefix, wanted, found]).tolist()
-    return value, num_ties, num_equal
+        histogram_SB = _histogram(chunks, shards, sets, len(num_keep), prefix_S, bits, width)
+        at_least_SB = histogram_SB.flip(1).cumsum(1)
+        from_top_S = (at_least_SB < wanted_S[:, None]).sum(1)
+        digit_S = _NUM_BINS - 1 - from_top_S
+        found_S = histogram_SB.gather(1, digit_S[:, None]).squeeze(1)
+        above_S = at_least_SB.gather(1, from_top_S[:, None]).squeeze(1) - found_S
+        wanted_S = wanted_S - above_S
+        prefix_S = digit_S if prefix_S is None else (prefix_S << width) + digit_S
+    assert prefix_S is not None
+    rows: list[list[int]] = torch.stack([prefix_S, wanted_S, found_S], dim=1).tolist()
+    return [(value, num_ties, num_equal) for value, num_ties, num_equal in rows]
 
 
 def _histogram(
     chunks: Sequence[Chunks],
     shards: Sequence[LocalShard],
-    prefix: Tensor | None,
+    sets: Sequence[int],
+    num_sets: int,
+    prefix_S: Tensor | None,
     shift: int,
     width: int,
 ) -> Tensor:
-    """Over all ranks, how often each next digit follows ``prefix``: int64 [2048]."""
-    total = torch.zeros(_NUM_BINS, dtype=torch.int64, device=shards[0].values.device)
+    """Over all ranks, how often each next digit follows a set's prefix: int64 [sets, 2048]."""
+    shape = (num_sets, _NUM_BINS)
+    total = torch.zeros(shape, dtype=torch.int64, device=shards[0].values.device)
     for groups, indices in by_groups(shards).items():
-        counts = torch.zeros(_NUM_BINS, dtype=torch.int64, device=shards[indices[0]].values.device)
+        counts = torch.zeros(shape, dtype=torch.int64, device=shards[indices[0]].values.device)
         for i in indices:
+            prefix = None if prefix_S is None else prefix_S[sets[i]]
             for keys in chunks[i]():
-                counts += _count_digits(keys, prefix, shift, width).to(counts.device)
+                counts[sets[i]] += _count_digits(keys, prefix, shift, width).to(counts.device)
         for group in groups:
             dist.all_reduce(counts, group=group)
         total += counts.to(total.device)

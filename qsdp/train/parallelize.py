@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import qsdp
 from qsdp.models import GPT, GPTConfig, init_weights
@@ -49,7 +51,8 @@ def build(config: TrainConfig, size: GPTConfig, world: World) -> Sharded:
     """Make the model of `size` on all ranks of `world`, weights initialised, wire installed.
 
     1. on the meta device: no rank ever holds the whole model;
-    2. each block is one FSDP group, the embeddings and the last norm are the root's;
+    2. each block is one FSDP group, the embeddings and the last norm are the root's; a group's
+       gather runs beside the group before it;
     3. the shards get memory, then their slice of the initial weights;
     4. qsdp takes over the gathers and reduces, if asked.
     """
@@ -65,6 +68,8 @@ def build(config: TrainConfig, size: GPTConfig, world: World) -> Sharded:
     for block in model.blocks:
         fully_shard(block, mesh=shard_mesh, mp_policy=policy)
     fully_shard(model, mesh=shard_mesh, mp_policy=policy)
+    for module, following in pairwise(cast(list[FSDPModule], [model, *model.blocks])):
+        module.set_modules_to_forward_prefetch([following])
     model.to_empty(device=world.device)
     init_weights(model, config.seed)
     if wire is None:
