@@ -79,7 +79,7 @@ def test_steps_are_those_of_the_paper(options: dict[str, Any], tied: bool) -> No
     batch: list[Tensor] = []
     reference = ReferenceCrAM(
         weights=_weights(model),
-        prunable=list(optimizer.prunable),
+        prunable=list(optimizer.prunable.names),
         loss=lambda weights: functional_call(model, weights, tuple(batch)),
         **options,
     )
@@ -87,9 +87,9 @@ def test_steps_are_those_of_the_paper(options: dict[str, Any], tied: bool) -> No
     for step in range(5):
         batch[:] = make_batch(model, seed=step, rank=0, batch_size=4)
         loss = optimizer.step(_closure(model, batch, num_micro=2))
-        assert optimizer.last_sparsity is not None
-        sparsities.add(optimizer.last_sparsity)
-        expected, _, grads = reference.step(optimizer.last_sparsity)
+        assert optimizer.last_target is not None
+        sparsities.add(optimizer.last_target.sparsity)
+        expected, _, grads = reference.step(optimizer.last_target.sparsity)
         torch.testing.assert_close(float(loss), expected, rtol=1e-5, atol=1e-5)
         if "max_norm" not in options:
             recorded = dict(zip(grads, optimizer.base.grads, strict=True))
@@ -107,12 +107,12 @@ def test_the_second_pass_sees_exact_zeros_and_an_exact_count() -> None:
     inner = _closure(model, make_batch(model, seed=0, rank=0))
 
     def closure() -> Tensor:
-        weights = torch.cat([p.detach().flatten() for p in optimizer.prunable.values()])
+        weights = torch.cat([p.detach().flatten() for p in optimizer.prunable.parameters])
         zeros.append(int((weights.view(torch.int32) == 0).sum()))
         return inner()
 
     optimizer.step(closure)
-    total = sum(p.numel() for p in optimizer.prunable.values())
+    total = sum(p.numel() for p in optimizer.prunable.parameters)
     assert zeros == [0, round(0.9 * total)]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qsdp.sparsity import magnitude_masks, prunable_parameters, pruned
+from qsdp.sparsity import compressed, magnitude_masks, prunable_parameters
 from tests_distributed.helpers import make_model
 
 
@@ -72,7 +72,7 @@ def test_pruned_leaves_exact_zeros_and_restores_every_bit(sparsity: float) -> No
     with torch.no_grad():
         weight[0, :3] = torch.tensor([-0.0, float("nan"), -1e-45])
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pruned(model, sparsity) as parameters:
+    with compressed(model, sparsity) as parameters:
         total = sum(p.numel() for p in parameters.values())
         zeros = sum(int((p == 0).sum()) for p in parameters.values())
         assert abs(zeros - round(sparsity * total)) <= (1 if sparsity == 0 else 0)
@@ -88,7 +88,7 @@ def test_pruned_leaves_exact_zeros_and_restores_every_bit(sparsity: float) -> No
 def test_pruned_restores_after_an_exception() -> None:
     model = make_model()
     before = model.get_parameter("blocks.1.qkv.weight").detach().clone()
-    with pytest.raises(LookupError), pruned(model, 0.9):
+    with pytest.raises(LookupError), compressed(model, 0.9):
         raise LookupError
     assert torch.equal(model.get_parameter("blocks.1.qkv.weight"), before)
 

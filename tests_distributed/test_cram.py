@@ -61,7 +61,7 @@ def _train(
     def closure_of(step: int) -> Callable[[], Tensor]:
         def closure() -> Tensor:
             if zeros is not None:
-                zeros.append([_full(p) == 0 for p in optimizer.prunable.values()])
+                zeros.append([_full(p) == 0 for p in optimizer.prunable.parameters])
             total = torch.zeros(())
             for micro in range(NUM_MICRO):
                 if isinstance(model, FSDPModule):

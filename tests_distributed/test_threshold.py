@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from qsdp.sparsity import magnitude_masks, prunable_parameters, pruned
+from qsdp.sparsity import compressed, magnitude_masks, prunable_parameters
 from tests.cram_reference import top_k_masks
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import full_state, make_batch, make_model, shard
@@ -83,7 +83,7 @@ def _prune_after_evaluation(reshard: bool) -> list[dict[str, Tensor]]:
     batch = make_batch(model, seed=0)
     with torch.no_grad():
         assert model(*batch) == plain(*batch)
-        with pruned(model, 0.6), pruned(plain, 0.6):
+        with compressed(model, 0.6), compressed(plain, 0.6):
             assert model(*batch) == plain(*batch)
             states = [full_state_of_shards(model)]
         assert model(*batch) == plain(*batch)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from qsdp.compat import all_gather
+from qsdp.compat import all_gather, reshards_after_backward
+from qsdp.sparsity.compression import Prunable
 from qsdp.sparsity.shards import by_groups, local_shard, unique
 
 # A chunk in double precision stays in a CPU's cache; a GPU wants few launches instead.
@@ -129,6 +130,27 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def parameters(self) -> list[Tensor]:
         """All parameters of the base optimizer, in its order."""
         return [parameter for group in self.base.param_groups for parameter in group["params"]]
+
+    def prunable_of(self, model: nn.Module, patterns: Sequence[str] | None) -> Prunable:
+        """The prunable set of ``model``. Raises ValueError if the base optimizer lacks part of it."""
+        prunable = Prunable.of(model, patterns)
+        known = {id(parameter) for parameter in self.parameters()}
+        pairs = zip(prunable.names, prunable.parameters, strict=True)
+        missing = [name for name, p in pairs if p.requires_grad and id(p) not in known]
+        if missing:
+            raise ValueError(
+                f"the base optimizer lacks {len(missing)} prunable parameters, {missing[0]!r} "
+                "first; make it of all the model's parameters, after sharding"
+            )
+        return prunable
+
+    def check_reshards(self, model: nn.Module) -> None:
+        """Raise RuntimeError if FSDP2 would hide edits of the shards from the next pass."""
+        if not reshards_after_backward(model):
+            raise RuntimeError(
+                f"{type(self).__name__} edits the weights between two passes, which "
+                "set_reshard_after_backward(False) would hide from the second; leave it at True"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dictionary, with what the wrapper remembers in its groups."""

@@ -9,30 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsdp.compat import abandon_pass, reshards_after_backward
+from qsdp.compat import abandon_pass
 from qsdp.optim.base import OptimizerWrapper, check_max_norm, global_grad_norm, scale_grads_
-from qsdp.sparsity.masks import check_sparsity, magnitude_threshold, prunable_parameters, prune_
+from qsdp.sparsity.compression import PackedMask, compress_
 from qsdp.sparsity.shards import local_shard, reshard, unique
-from qsdp.sparsity.threshold import Threshold
+from qsdp.sparsity.target import Compression
 
+Target = float | str | Compression
 _STEP = "cram_step"
 _TINY = 1e-12
 
 
 class CrAM(OptimizerWrapper):
-    """Minimize the loss of the model after it is pruned: min_w max_|d| <= rho L(C(w + d)).
+    """Minimize the loss of the model after it is compressed: min_w max_|d| <= rho L(C(w + d)).
 
-    C keeps the largest magnitudes of the prunable set, globally and exactly, whatever the sharding.
+    C keeps the largest magnitudes of the prunable set, globally and exactly, whatever the sharding,
+    or by layer, in N:M patterns or in blocks, and may round what it keeps to few bits.
     A step (equation 5 of the paper; w all parameters, Q the prunable ones):
 
-    1. s, one of ``sparsity``, is drawn from (seed, step): the same on all ranks (CrAM-Multi).
+    1. A target of ``sparsity`` is drawn from (seed, step): the same on all ranks (CrAM-Multi).
     2. The closure gives the gradient g at w.
-    3. w += rho * g in place, then all of Q but its n - round(s n) largest magnitudes is set to 0.
+    3. w += rho * g in place, then Q is compressed to the target.
     4. The closure, on the same data, gives the gradient h at that point, with `sparse_grad`
-       masked as Q is.
+       masked as Q is. Rounding passes it on as it is (straight through).
     5. w is restored bit for bit; the base optimizer steps with g + h (CrAM+), or with h.
 
-    In between it holds w and g: 8 bytes a parameter, none of it between steps.
+    In between it holds w, g and the mask: 8 bytes and a bit a parameter, none of it between steps.
 
     The closure runs forward and backward over all micro-batches, averages them as usual
     (`set_requires_gradient_sync` or `no_sync` included), and returns the loss. It is called twice
@@ -47,7 +49,7 @@ class CrAM(OptimizerWrapper):
 
     Attributes:
         skipped_steps: Steps skipped since this object was made.
-        last_sparsity: The sparsity drawn in the last step; None before.
+        last_target: The target drawn in the last step; None before.
         last_grad_norm: Norm of what the base optimizer was given in the last step, before
             clipping; None before. Not finite when the step was skipped.
     """
@@ -57,7 +59,7 @@ class CrAM(OptimizerWrapper):
         model: nn.Module,
         base_optimizer: torch.optim.Optimizer,
         *,
-        sparsity: float | Sequence[float] = (0.5, 0.7, 0.9),
+        sparsity: Target | Sequence[Target] = (0.5, 0.7, 0.9),
         rho: float = 0.05,
         plus: bool = True,
         normalize: bool = False,
@@ -71,7 +73,9 @@ class CrAM(OptimizerWrapper):
         Args:
             model: The module whose weights are trained, already sharded.
             base_optimizer: Any optimizer whose `step()` needs no closure.
-            sparsity: One or several fractions in [0, 1); one is drawn for every step.
+            sparsity: One or several targets, one of which is drawn for every step: fractions of the
+                prunable weights, texts like "2:4" or "0.7+4bit", or `Compression` objects; see
+                `Compression.of`.
             rho: Length of the ascent step, at least 0; times the gradient, unnormalised.
             plus: Add the two gradients (CrAM+), which keeps the dense model good.
             normalize: Ascend by rho * g / |g| instead, as SAM does.
@@ -79,16 +83,17 @@ class CrAM(OptimizerWrapper):
             max_norm: Clip the gradient. The sum of two gradients has about twice the norm of one,
                 so that CrAM+ clips it at 2 * max_norm; plain CrAM clips at max_norm.
             prunable: Name patterns of the prunable set; see `sparsity.prunable_parameters`.
-            seed: Seeds the draw of the sparsity; the same on all ranks.
+            seed: Seeds the draw of the target; the same on all ranks.
 
         Raises:
-            ValueError: If a value is out of range, or the optimizer lacks prunable parameters.
+            ValueError: If a value is out of range, a prunable parameter cannot have a target's
+                pattern, or the optimizer lacks prunable parameters.
         """
-        self.sparsities = tuple(sparsity) if isinstance(sparsity, Sequence) else (sparsity,)
-        if not self.sparsities:
+        if isinstance(sparsity, str) or not isinstance(sparsity, Sequence):
+            sparsity = (sparsity,)
+        self.targets = tuple(Compression.of(target) for target in sparsity)
+        if not self.targets:
             raise ValueError("sparsity is empty; give one or several fractions in [0, 1)")
-        for value in self.sparsities:
-            check_sparsity(value)
         if not (math.isfinite(rho) and rho >= 0):
             raise ValueError(f"rho is {rho}; choose a number of at least 0")
         if max_norm is not None:
@@ -101,16 +106,11 @@ class CrAM(OptimizerWrapper):
         self.sparse_grad = sparse_grad
         self.max_norm = max_norm
         self.seed = seed
-        self.prunable = prunable_parameters(model, prunable)
-        known = {id(parameter) for parameter in self.parameters()}
-        missing = [n for n, p in self.prunable.items() if p.requires_grad and id(p) not in known]
-        if missing:
-            raise ValueError(
-                f"the base optimizer lacks {len(missing)} prunable parameters, {missing[0]!r} "
-                "first; make it of all the model's parameters, after sharding"
-            )
+        self.prunable = self.prunable_of(model, prunable)
+        for target in self.targets:
+            self.prunable.check(target)
         self.skipped_steps = 0
-        self.last_sparsity: float | None = None
+        self.last_target: Compression | None = None
         self.last_grad_norm: float | None = None
 
     @property
@@ -134,14 +134,10 @@ class CrAM(OptimizerWrapper):
         """
         if closure is None:
             return self.base.step()
-        if not reshards_after_backward(self.model):
-            raise RuntimeError(
-                "CrAM edits the weights between two passes, which set_reshard_after_backward(False)"
-                " would hide from the second; leave it at True"
-            )
-        self.last_sparsity = self.sparsities[draw(self.seed, self.num_steps) % len(self.sparsities)]
+        self.check_reshards(self.model)
+        self.last_target = self.targets[draw(self.seed, self.num_steps) % len(self.targets)]
         try:
-            loss, takes_step = self._compute_grads(closure, self.last_sparsity)
+            loss, takes_step = self._compute_grads(closure, self.last_target)
             self._remember(_STEP, self.num_steps + 1)
             if takes_step:
                 self.base.step()
@@ -152,7 +148,7 @@ class CrAM(OptimizerWrapper):
         reshard(self.model)
         return loss
 
-    def _compute_grads(self, closure: Callable[[], Any], sparsity: float) -> tuple[Any, bool]:
+    def _compute_grads(self, closure: Callable[[], Any], target: Compression) -> tuple[Any, bool]:
         """Run both passes; leave the step's gradient in place and say whether it is finite."""
         parameters = unique(self.parameters())
         loss = _run(closure, parameters)
@@ -161,7 +157,7 @@ class CrAM(OptimizerWrapper):
             return loss, False
         scale = self.rho / (norm + _TINY) if self.normalize else self.rho
         grads = [_take_grad(parameter) for parameter in parameters]
-        self._second_pass(closure, parameters, grads, scale, sparsity)
+        self._second_pass(closure, parameters, grads, scale, target)
         if self.plus:
             _add_grads(parameters, grads)
         norm = self.last_grad_norm = global_grad_norm(parameters)
@@ -177,12 +173,11 @@ class CrAM(OptimizerWrapper):
         parameters: list[Tensor],
         grads: list[Tensor | None],
         scale: float,
-        sparsity: float,
+        target: Compression,
     ) -> None:
-        """Leave in `.grad` the gradient at the pruned ascent point, and the weights as before."""
+        """Leave in `.grad` the gradient at the compressed ascent point, and the weights as before."""
         ascents = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
-        prunable = [local_shard(p) for p in self.prunable.values()]
-        edited = unique([*(p for p, _ in ascents), *self.prunable.values()])
+        edited = unique([*(p for p, _ in ascents), *self.prunable.parameters])
         shards = [local_shard(parameter) for parameter in edited]
         before = [shard.values.clone() for shard in shards]
         try:
@@ -190,26 +185,50 @@ class CrAM(OptimizerWrapper):
             reshard(self.model)
             for parameter, grad in ascents:
                 local_shard(parameter).values.add_(local_shard(grad).values, alpha=scale)
-            threshold = magnitude_threshold(prunable, sparsity)
-            prune_(prunable, threshold)
+            masks = compress_(self.prunable.shards(), target, self.prunable.dims)
             _run(closure, parameters)
             if self.sparse_grad:
-                self._mask_grads(threshold)
+                self._mask_grads(masks)
         except BaseException:
             abandon_pass(self.model)
             raise
         finally:
-            # A forward pass without a backward one left weights gathered: the pruned ones.
+            # A forward pass without a backward one left weights gathered: the compressed ones.
             reshard(self.model)
             for shard, values in zip(shards, before, strict=True):
                 shard.values.copy_(values)
 
-    def _mask_grads(self, threshold: Threshold) -> None:
-        """Zero the gradients of pruned weights, which are still in place and tell the mask."""
-        for i, parameter in enumerate(self.prunable.values()):
+    def _mask_grads(self, masks: Sequence[PackedMask]) -> None:
+        """Zero the gradients of pruned weights."""
+        for parameter, mask in zip(self.prunable.parameters, masks, strict=True):
             if parameter.grad is not None:
-                grad = local_shard(parameter.grad).values
-                grad.masked_fill_(~threshold.keep(i, local_shard(parameter)), 0)
+                local_shard(parameter.grad).values.masked_fill_(~mask.unpack(), 0)
+
+
+class SAM(CrAM):
+    """Sharpness-aware minimization (Foret et al., ICLR 2021, arXiv 2010.01412): the gradient at
+    w + rho * g / |g|, without compression. The baseline of CrAM, by the same code."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base_optimizer: torch.optim.Optimizer,
+        *,
+        rho: float = 0.05,
+        max_norm: float | None = None,
+        prunable: Sequence[str] | None = None,
+    ) -> None:
+        """As `CrAM`."""
+        super().__init__(
+            model,
+            base_optimizer,
+            sparsity=0.0,
+            rho=rho,
+            plus=False,
+            normalize=True,
+            max_norm=max_norm,
+            prunable=prunable,
+        )
 
 
 def draw(seed: int, step: int) -> int:

@@ -1,5 +1,7 @@
-"""Masks and thresholds over sharded tensors."""
+"""Masks and thresholds over sharded tensors, and what a model is compressed to."""
 
-from qsdp.sparsity.masks import magnitude_masks, prunable_parameters, pruned
+from qsdp.sparsity.compression import compressed, magnitude_masks
+from qsdp.sparsity.prunable import prunable_parameters
+from qsdp.sparsity.target import Compression
 
-__all__ = ["magnitude_masks", "prunable_parameters", "pruned"]
+__all__ = ["Compression", "compressed", "magnitude_masks", "prunable_parameters"]

@@ -33,6 +33,8 @@ class LocalShard:
     """Shape of the whole."""
     offset: tuple[int, ...]
     """Index in the whole of the part's first value."""
+    parts: tuple[int, ...]
+    """By dimension, what all cuts are multiples of: the whole size where there are none."""
 
     @property
     def numel(self) -> int:
@@ -61,9 +63,9 @@ def local_shard(tensor: Tensor) -> LocalShard:
     """
     if not isinstance(tensor, DTensor):
         values = tensor.detach()
-        return LocalShard(values, (), tuple(values.shape), (0,) * values.ndim)
+        return LocalShard(values, (), tuple(values.shape), (0,) * values.ndim, tuple(values.shape))
     mesh = tensor.device_mesh
-    sizes, offset = list(tensor.shape), [0] * tensor.ndim
+    sizes, offset, parts = list(tensor.shape), [0] * tensor.ndim, list(tensor.shape)
     groups = []
     for axis, placement in enumerate(tensor.placements):
         if type(placement) is Shard:
@@ -74,6 +76,7 @@ def local_shard(tensor: Tensor) -> LocalShard:
             sizes[dim], offset[dim] = min(part, size - start), offset[dim] + start
             if mesh.size(axis) > 1:
                 groups.append(mesh.get_group(axis))
+                parts[dim] = part if parts[dim] == tensor.shape[dim] else 1
         elif not isinstance(placement, Replicate):
             raise ValueError(
                 f"a tensor placed as {tensor.placements} cannot be read shard by shard; only Shard "
@@ -82,7 +85,7 @@ def local_shard(tensor: Tensor) -> LocalShard:
     with torch.no_grad():
         values = tensor.to_local()
     assert list(values.shape) == sizes, f"local shape {tuple(values.shape)}, expected {sizes}"
-    return LocalShard(values, tuple(groups), tuple(tensor.shape), tuple(offset))
+    return LocalShard(values, tuple(groups), tuple(tensor.shape), tuple(offset), tuple(parts))
 
 
 def by_groups(shards: Sequence[LocalShard]) -> dict[Groups, list[int]]:

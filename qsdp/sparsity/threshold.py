@@ -47,7 +47,7 @@ class Threshold:
         """The bool mask, of the local shape, of the entries kept in shard number ``index``."""
         # Everything is kept, or nothing: no pattern is below 0, none above the largest int32.
         key, limit = self.keys[index], self.ties[index]
-        values = _keys(shard.values)
+        values = magnitude_keys(shard.values)
         if limit == shard.numel:
             return values >= key
         keep = values > key
@@ -126,7 +126,7 @@ def _thresholds(
 
 def _tie_limits(shards: Sequence[LocalShard], key: int, num_ties: int) -> tuple[int, ...]:
     """Per shard, the position at which the first ``num_ties`` entries equal to ``key`` end."""
-    counts: list[Tensor] = [(_keys(shard.values) == key).sum() for shard in shards]
+    counts: list[Tensor] = [(magnitude_keys(shard.values) == key).sum() for shard in shards]
     limits = []
     for shard, count in zip(shards, _sum_over_ranks(shards, counts), strict=True):
         if num_ties >= count:
@@ -141,7 +141,7 @@ def _tie_limits(shards: Sequence[LocalShard], key: int, num_ties: int) -> tuple[
 
 def _position_limit(shard: LocalShard, key: int, num_ties: int) -> int:
     """One past the position of the ``num_ties``-th entry equal to ``key`` in one tensor."""
-    tied_N = (_keys(shard.values) == key).flatten().nonzero().squeeze(1)
+    tied_N = (magnitude_keys(shard.values) == key).flatten().nonzero().squeeze(1)
     last = shard.numel - 1
     # The smallest positions are the largest distances from the end.
     distances_N = last - shard.positions(tied_N)
@@ -238,9 +238,11 @@ def _sum_over_ranks(shards: Sequence[LocalShard], counts: Sequence[Tensor]) -> l
 
 def _key_chunks(shard: LocalShard) -> Chunks:
     size = _CHUNK_CPU if shard.values.device.type == "cpu" else _CHUNK_GPU
-    return lambda: (_keys(chunk) for chunk in shard.values.reshape(-1).split(size) if chunk.numel())
+    return lambda: (
+        magnitude_keys(chunk) for chunk in shard.values.reshape(-1).split(size) if chunk.numel()
+    )
 
 
-def _keys(values: Tensor) -> Tensor:
+def magnitude_keys(values: Tensor) -> Tensor:
     """The bits of |values| as fp32: int32, of the same shape, ordered as the magnitudes are."""
     return values.float().contiguous().view(torch.int32) & 0x7FFFFFFF

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from qsdp.data import Corpus, eval_batches
 from qsdp.models import GPT, generate
-from qsdp.sparsity.masks import pruned
+from qsdp.sparsity import compressed
 from qsdp.train.config import TrainConfig
 from qsdp.train.wire import Wire, threshold_bytes
 from qsdp.train.world import World
@@ -63,7 +63,7 @@ class Evaluator:
         losses = {}
         num_shards = self._world.size // self._config.replicas
         for sparsity in ONE_SHOT_SPARSITIES:
-            with pruned(self._model, sparsity):
+            with compressed(self._model, sparsity):
                 self._wire.other(threshold_bytes(num_shards))
                 losses[str(sparsity)] = self.loss()
         return losses

@@ -1,0 +1,267 @@
+"""AC/DC and gradual magnitude pruning: training under masks that change at certain steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from qsdp.optim.base import OptimizerWrapper, check_max_norm, global_grad_norm, scale_grads_
+from qsdp.sparsity.compression import keep_masks
+from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
+from qsdp.sparsity.shards import local_shard, reshard, unique
+from qsdp.sparsity.target import Compression
+
+_STEP = "masked_step"
+_MASK = "mask"
+_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+
+
+class MaskedOptimizer(OptimizerWrapper):
+    """Steps of a base optimizer in which pruned weights stay exactly zero.
+
+    The masks are bool tensors of the parameters' own kind (DTensors under FSDP2) in the optimizer's
+    state: `state_dict` and DCP save them, and restore them on any number of ranks.
+
+    ``step`` is called after the backward pass, as any optimizer's. It masks the gradients, clips
+    them, lets the base step, and sets pruned weights to +0.0 again. When a gradient is not finite
+    on any rank, weights and moments stay, the step counts, and `skipped_steps` counts it. Masks
+    change at the end of a step, so that the next forward pass sees them.
+
+    Attributes:
+        skipped_steps: Steps skipped since this object was made.
+        last_grad_norm: Norm of the (masked) gradient of the last step, before clipping.
+        before_pruning: Called, when set, just before masks are renewed: the weights are still
+            dense.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base_optimizer: torch.optim.Optimizer,
+        *,
+        max_norm: float | None,
+        prunable: Sequence[str] | None,
+    ) -> None:
+        if max_norm is not None:
+            check_max_norm(max_norm)
+        super().__init__(base_optimizer, {_STEP: 0})
+        self.model = model
+        self.max_norm = max_norm
+        self.prunable = self.prunable_of(model, prunable)
+        self.skipped_steps = 0
+        self.last_grad_norm: float | None = None
+        self.before_pruning: Callable[[], None] | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken, skipped ones included; saved in `state_dict`."""
+        return int(self._recall(_STEP))
+
+    def masks(self) -> dict[str, Tensor]:
+        """Which weights are trained, by name: bool, DTensors where the parameters are."""
+        return {
+            name: self._mask(parameter)
+            for name, parameter in zip(self.prunable.names, self.prunable.parameters, strict=True)
+        }
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; a collective when the model is sharded.
+
+        Args:
+            closure: Runs forward and backward and returns the loss, as torch's optimizers take it;
+                without one the gradients are there already.
+
+        Raises:
+            RuntimeError: If FSDP2 keeps its weights gathered after the backward pass.
+        """
+        self.check_reshards(self.model)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._only_makes_state():
+            self.base.step()
+            self._make_masks()
+            return loss
+        is_masked = self._is_masked(self.num_steps)
+        if is_masked:
+            for parameter in self.prunable.parameters:
+                if parameter.grad is not None:
+                    mask = local_shard(self._mask(parameter)).values
+                    local_shard(parameter.grad).values.masked_fill_(~mask, 0)
+        parameters = unique(self.parameters())
+        norm = self.last_grad_norm = global_grad_norm(parameters)
+        if math.isfinite(norm):
+            if self.max_norm is not None:
+                scale_grads_(parameters, self.max_norm, norm)
+            self.base.step()
+            self._make_masks()
+            if is_masked:
+                self._apply_masks()
+        else:
+            self.skipped_steps += 1
+        self._remember(_STEP, self.num_steps + 1)
+        self._change(self.num_steps)
+        reshard(self.model)
+        return loss
+
+    def _is_masked(self, step: int) -> bool:
+        """Whether optimizer step number ``step``, the first being 0, is taken under the masks."""
+        raise NotImplementedError
+
+    def _change(self, steps_done: int) -> None:
+        """Renew or lift the masks when ``steps_done`` steps are done, if it is time to."""
+        raise NotImplementedError
+
+    def _renew_masks(self, target: Compression) -> None:
+        """Keep what ``target`` keeps of the weights as they are, and set the others to zero."""
+        if self.before_pruning is not None:
+            self.before_pruning()
+        reshard(self.model)
+        self._make_masks()
+        shards = self.prunable.shards()
+        masks = keep_masks(shards, target, self.prunable.dims)
+        for parameter, mask in zip(self.prunable.parameters, masks, strict=True):
+            local_shard(self._mask(parameter)).values.copy_(mask)
+        self._apply_masks()
+
+    def _lift_masks(self) -> None:
+        """Train all weights again, from zero where they were pruned, without old momentum."""
+        for parameter in self.prunable.parameters:
+            local_shard(self._mask(parameter)).values.fill_(True)
+        for state in self.state.values():
+            for name in _FIRST_MOMENTS:
+                if isinstance(state.get(name), Tensor):
+                    local_shard(state[name]).values.zero_()
+
+    def _apply_masks(self) -> None:
+        for shard, parameter in zip(self.prunable.shards(), self.prunable.parameters, strict=True):
+            shard.values.masked_fill_(~local_shard(self._mask(parameter)).values, 0)
+
+    def _mask(self, parameter: Tensor) -> Tensor:
+        mask: Tensor | None = self.state.get(parameter, {}).get(_MASK)
+        return torch.ones_like(parameter, dtype=torch.bool) if mask is None else mask
+
+    def _make_masks(self) -> None:
+        """Give every prunable parameter a mask that keeps all, where it has none."""
+        for parameter in self.prunable.parameters:
+            if _MASK not in self.state[parameter]:
+                self.state[parameter][_MASK] = torch.ones_like(parameter, dtype=torch.bool)
+
+    def _only_makes_state(self) -> bool:
+        """Whether this is DCP's call that makes an optimizer fill its state: learning rates and
+        gradients are all zero, and there is no state."""
+        if self.state or any(float(group.get("lr", 1)) for group in self.param_groups):
+            return False
+        grads = [p.grad for p in unique(self.parameters()) if p.grad is not None]
+        return global_grad_norm(unique(self.parameters())) == 0.0 and bool(grads)
+
+    def _share(self, base: torch.optim.Optimizer) -> None:
+        super()._share(base)
+        # torch gives everything that it loads the parameter's dtype.
+        for state in self.state.values():
+            if _MASK in state and state[_MASK].dtype != torch.bool:
+                state[_MASK] = _as_bool(state[_MASK])
+
+
+class ACDC(MaskedOptimizer):
+    """Alternating compressed and decompressed training (Peste et al., arXiv 2106.12379).
+
+    Entering a compressed phase, the mask keeps what ``target`` keeps of the weights (by default the
+    largest magnitudes of all, exactly) and stays until the phase ends; entering a dense phase, the
+    pruned weights train again from zero and the first moments of ALL parameters are set to zero.
+    The second moments stay: Adam's bias correction knows nothing of a reset.
+
+    It ends in the last compressed phase: the model is sparse. Its dense twin is the model at the
+    end of the last dense phase; `before_pruning` sees it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base_optimizer: torch.optim.Optimizer,
+        *,
+        schedule: ACDCSchedule | int,
+        target: float | str | Compression = 0.9,
+        max_norm: float | None = None,
+        prunable: Sequence[str] | None = None,
+    ) -> None:
+        """Wrap ``base_optimizer``, made of the parameters of ``model`` after it was sharded.
+
+        Args:
+            model: The module whose weights are trained, already sharded.
+            base_optimizer: Any optimizer whose `step()` needs no closure.
+            schedule: The phases, or how many optimizer steps there will be.
+            target: What a compressed phase keeps, as `Compression.of` reads it; no bits.
+            max_norm: Clip the (masked) gradient.
+            prunable: Name patterns of the prunable set; see `sparsity.prunable_parameters`.
+
+        Raises:
+            ValueError: If a value is out of range, or the optimizer lacks prunable parameters.
+        """
+        super().__init__(model, base_optimizer, max_norm=max_norm, prunable=prunable)
+        self.schedule = ACDCSchedule.of(schedule) if isinstance(schedule, int) else schedule
+        self.target = _only_pruned(Compression.of(target))
+        self.prunable.check(self.target)
+        if self.num_steps == 0 and self._is_masked(0):
+            raise ValueError("AC/DC begins dense: give it a warm-up of 1 step or more")
+
+    def _is_masked(self, step: int) -> bool:
+        return self.schedule.is_compressed(step)
+
+    def _change(self, steps_done: int) -> None:
+        was, is_now = self._is_masked(steps_done - 1), self._is_masked(steps_done)
+        if is_now and not was:
+            self._renew_masks(self.target)
+        elif was and not is_now:
+            self._lift_masks()
+
+
+class GMP(MaskedOptimizer):
+    """Gradual magnitude pruning: the mask is renewed at growing sparsity, by the cubic schedule
+    (Zhu & Gupta, arXiv 1710.01878; GMP*, arXiv 2210.06384). Pruned weights stay pruned."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base_optimizer: torch.optim.Optimizer,
+        *,
+        schedule: GMPSchedule,
+        scope: str = "global",
+        max_norm: float | None = None,
+        prunable: Sequence[str] | None = None,
+    ) -> None:
+        """As `ACDC`; ``scope`` is `Compression.scope`."""
+        super().__init__(model, base_optimizer, max_norm=max_norm, prunable=prunable)
+        self.schedule = schedule
+        self.scope = scope
+        Compression(sparsity=schedule.sparsity, scope=scope)  # checks both
+
+    def _is_masked(self, step: int) -> bool:
+        return self.schedule.is_pruned(step)
+
+    def _change(self, steps_done: int) -> None:
+        sparsity = self.schedule.sparsity_after(steps_done)
+        if sparsity is not None:
+            self._renew_masks(Compression(sparsity=sparsity, scope=self.scope))
+
+
+def _only_pruned(target: Compression) -> Compression:
+    if target.bits is not None:
+        raise ValueError(f"a mask cannot round weights: the target {target} has bits; leave them")
+    return target
+
+
+def _as_bool(mask: Tensor) -> Tensor:
+    if not isinstance(mask, DTensor):
+        return mask.bool()
+    local = mask.to_local().bool()
+    return DTensor.from_local(
+        local, mask.device_mesh, mask.placements, shape=mask.shape, stride=mask.stride()
+    )

@@ -1,0 +1,249 @@
+"""What a model may be compressed to, and how: magnitudes pruned, what is left rounded to few bits.
+
+Everything here is exact under any sharding: the support and the values are those of one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsdp.sparsity.groups import whole_groups
+from qsdp.sparsity.prunable import input_dims, prunable_parameters
+from qsdp.sparsity.shards import LocalShard, local_shard, reshard, unique
+from qsdp.sparsity.target import Compression
+from qsdp.sparsity.threshold import global_threshold, layer_thresholds, magnitude_keys
+
+BITS_GROUP = 128
+"""Consecutive values of a row that share a scale when a model is rounded to few bits."""
+
+
+@dataclass(frozen=True)
+class PackedMask:
+    """A bool mask at one bit a value."""
+
+    bits: Tensor
+    """uint8 [ceil(values / 8)]."""
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, mask: Tensor) -> PackedMask:
+        flat = mask.reshape(-1)
+        flat = nn.functional.pad(flat, (0, -flat.numel() % 8))
+        shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+        bits = (flat.view(-1, 8).to(torch.uint8) << shifts).sum(1, dtype=torch.uint8)
+        return cls(bits, tuple(mask.shape))
+
+    def unpack(self) -> Tensor:
+        """The mask again."""
+        shifts = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
+        flat = ((self.bits[:, None] >> shifts) & 1).view(-1)
+        return flat[: math.prod(self.shape)].view(self.shape).bool()
+
+
+@dataclass(frozen=True)
+class Prunable:
+    """The parameters that a method may compress, ready to be looked at shard by shard."""
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    dims: tuple[int, ...]
+    """The input dimension of each: what the products of its layer sum over."""
+
+    @classmethod
+    def of(cls, model: nn.Module, patterns: Sequence[str] | None = None) -> Prunable:
+        """The prunable set of ``model``; see `prunable_parameters`."""
+        chosen = prunable_parameters(model, patterns)
+        dims = input_dims(model)
+        return cls(
+            tuple(chosen),
+            tuple(chosen.values()),
+            tuple(dims.get(id(p), 1) for p in chosen.values()),
+        )
+
+    def shards(self) -> list[LocalShard]:
+        """This rank's part of each, as it is now."""
+        return [local_shard(parameter) for parameter in self.parameters]
+
+    def check(self, target: Compression) -> None:
+        """Raise ValueError where a parameter cannot have the target's pattern, blocks or bits."""
+        shards = [local_shard(parameter) for parameter in self.parameters]
+        for name, shard, dim in zip(self.names, shards, self.dims, strict=True):
+            size = target.group_size
+            if size > 1 and (len(shard.shape) != 2 or shard.shape[dim] % size):
+                raise ValueError(
+                    f"{name} has shape {tuple(shard.shape)}, whose input dimension {target} cannot "
+                    f"cut into groups of {size}; prune others by patterns of names"
+                )
+            if size > 1 and len(shard.groups) > 1:
+                raise ValueError(
+                    f"{name} is sharded over {len(shard.groups)} mesh axes; {target} needs one"
+                )
+            if target.bits is not None and shard.shape and shard.parts[-1] != shard.shape[-1]:
+                raise ValueError(
+                    f"{name} is sharded by its last dimension; {target} rounds along it: shard "
+                    "another one"
+                )
+
+
+def keep_masks(
+    shards: Sequence[LocalShard], target: Compression, dims: Sequence[int]
+) -> list[Tensor]:
+    """Per shard, which values ``target`` keeps: bool of the local shape. A collective.
+
+    Args:
+        shards: of all tensors that compete, the same tensors in the same order on every rank.
+        target: how many of them are kept, and in which shapes.
+        dims: the input dimension of each, for patterns and blocks.
+    """
+    if target.pattern is not None:
+        return [
+            _pattern(shard, *target.pattern, dim) for shard, dim in zip(shards, dims, strict=True)
+        ]
+    if target.block == 1:
+        threshold = _threshold(shards, target)
+        return [threshold.keep(i, shard) for i, shard in enumerate(shards)]
+    blocks = [_Blocks(shard, target.block, dim) for shard, dim in zip(shards, dims, strict=True)]
+    threshold = _threshold([block.owned for block in blocks], target)
+    return [block.spread(threshold.keep(i, block.all)) for i, block in enumerate(blocks)]
+
+
+def compress_(
+    shards: Sequence[LocalShard], target: Compression, dims: Sequence[int]
+) -> list[PackedMask]:
+    """Compress in place: pruned values become +0.0, the others the nearest of few. A collective.
+
+    Returns:
+        Per shard what was kept.
+    """
+    masks = keep_masks(shards, target, dims)
+    packed = []
+    for shard, mask in zip(shards, masks, strict=True):
+        # Not a product: -1 * 0 is -0.0 and NaN * 0 is NaN, neither of which is a zero on the wire.
+        shard.values.masked_fill_(~mask, 0)
+        if target.bits is not None:
+            round_(shard.values, target.bits)
+        packed.append(PackedMask.of(mask))
+    return packed
+
+
+def round_(values: Tensor, bits: int) -> None:
+    """Round ``values`` in place to multiples of a scale a group: symmetric, 2**bits - 1 levels.
+
+    Groups are 128 consecutive values of the last dimension. Zero stays zero; a group that holds a
+    NaN or an Inf becomes NaN.
+    """
+    if values.ndim == 0 or values.numel() == 0:
+        return
+    rows = values.reshape(-1, values.shape[-1])
+    for part, out in zip(rows.split(BITS_GROUP, 1), values.split(BITS_GROUP, -1), strict=True):
+        largest = (1 << (bits - 1)) - 1
+        scale = part.float().abs().amax(1, keepdim=True) / largest
+        scale = torch.where(scale > 0, scale, torch.where(scale == 0, 1.0, torch.nan))
+        rounded = (part.float() / scale).round().clamp(-largest, largest) * scale
+        out.copy_(rounded.to(values.dtype).view(out.shape))
+
+
+def magnitude_masks(parameters: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    """Keep the largest magnitudes over all parameters together: exactly n - round(sparsity * n).
+
+    A collective; see `threshold.global_threshold` for the ties.
+
+    Args:
+        parameters: Plain tensors or DTensors by name, the same order on every rank; a tensor that
+            stands under two names counts once.
+        sparsity: Fraction to prune, from 0 (nothing) to below 1.
+
+    Returns:
+        By name a bool mask of the local shape, True where the weight is kept.
+    """
+    tensors = unique(parameters.values())
+    shards = [local_shard(tensor) for tensor in tensors]
+    masks = keep_masks(shards, Compression(sparsity=sparsity), [1] * len(shards))
+    by_id = {id(tensor): mask for tensor, mask in zip(tensors, masks, strict=True)}
+    return {name: by_id[id(tensor)] for name, tensor in parameters.items()}
+
+
+@contextlib.contextmanager
+def compressed(
+    model: nn.Module, target: float | str | Compression, patterns: Sequence[str] | None = None
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Within the context, ``model`` is compressed in one shot; afterwards it is as before.
+
+    A collective, in place, restored bit for bit also when the body raises. Costs a copy of the
+    prunable shards.
+
+    Args:
+        model: Any module, sharded or not; not in the middle of a forward or backward pass.
+        target: A fraction of the prunable weights, or what `Compression.of` reads.
+        patterns: The prunable set, as in `prunable_parameters`.
+
+    Yields:
+        The compressed parameters by name.
+    """
+    chosen = Compression.of(target)
+    prunable = Prunable.of(model, patterns)
+    prunable.check(chosen)
+    shards = prunable.shards()
+    before = [shard.values.clone() for shard in shards]
+    try:
+        with torch.no_grad():
+            compress_(shards, chosen, prunable.dims)
+        yield dict(zip(prunable.names, prunable.parameters, strict=True))
+    finally:
+        reshard(model)
+        with torch.no_grad():
+            for shard, values in zip(shards, before, strict=True):
+                shard.values.copy_(values)
+
+
+def _threshold(shards: Sequence[LocalShard], target: Compression) -> Any:
+    numels = [shard.numel for shard in shards]
+    if target.scope == "layer":
+        return layer_thresholds(shards, [n - round(target.sparsity * n) for n in numels])
+    return global_threshold(shards, sum(numels) - round(target.sparsity * sum(numels)))
+
+
+def _pattern(shard: LocalShard, keep: int, size: int, dim: int) -> Tensor:
+    """The ``keep`` largest of every ``size`` along ``dim``, of equal ones the first."""
+    rows_GMR, first = whole_groups(shard, dim, size)
+    order = magnitude_keys(rows_GMR).sort(dim=1, descending=True, stable=True).indices
+    mask_GMR = torch.zeros_like(rows_GMR, dtype=torch.bool).scatter_(1, order[:, :keep], True)
+    return _own_part(mask_GMR, shard, dim, first)
+
+
+def _own_part(mask_GMR: Tensor, shard: LocalShard, dim: int, first: int) -> Tensor:
+    moved = shard.values.movedim(dim, 0)
+    rows = mask_GMR.reshape(-1, mask_GMR.shape[2])[first : first + moved.shape[0]]
+    return rows.reshape(moved.shape).movedim(0, dim)
+
+
+class _Blocks:
+    """The blocks of one matrix as values of their own: the sums of their magnitudes."""
+
+    def __init__(self, shard: LocalShard, size: int, dim: int) -> None:
+        self._shard, self._dim, self._size = shard, dim, size
+        rows_GMR, self._first = whole_groups(shard, dim, size)
+        sums_GR = torch.zeros_like(rows_GMR[:, 0], dtype=torch.float32)
+        for place in range(size):  # in this order on any number of ranks
+            sums_GR += rows_GMR[:, place].abs()
+        rest = 1 - dim
+        begin = (shard.offset[dim] - self._first) // size
+        shape = (shard.shape[dim] // size, shard.shape[rest])
+        self.all = LocalShard(sums_GR, shard.groups, shape, (begin, shard.offset[rest]), shape)
+        # A block that several ranks see is counted by the one that holds its first row.
+        own = 1 if self._first else 0
+        self.owned = LocalShard(
+            sums_GR[own:], shard.groups, shape, (begin + own, shard.offset[rest]), shape
+        )
+
+    def spread(self, keep_GR: Tensor) -> Tensor:
+        """The mask of the matrix's local part that the blocks' mask says."""
+        mask_GMR = keep_GR[:, None].expand(-1, self._size, -1)
+        return _own_part(mask_GMR, self._shard, self._dim, self._first)

@@ -1,0 +1,58 @@
+"""Groups of consecutive values along a dimension, whole on every rank that holds a part of one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qsdp.compat import all_gather
+from qsdp.sparsity.shards import LocalShard
+
+
+def whole_groups(shard: LocalShard, dim: int, size: int) -> tuple[Tensor, int]:
+    """The groups of ``size`` along ``dim`` of which this rank holds a part. A collective.
+
+    Where the tensor is cut inside a group, its values are fetched from the other ranks, at most
+    2 (size - 1) rows from each; nothing is sent where all cuts lie between groups.
+
+    Args:
+        shard: of a matrix whose ``dim`` is a multiple of ``size``, cut by one mesh axis at most.
+
+    Returns:
+        [groups, size, the other dimension], and which row of the first group is this rank's first.
+    """
+    rows_LR = shard.values.movedim(dim, 0)
+    length, first = rows_LR.shape[0], shard.offset[dim]
+    part = shard.parts[dim]
+    if part == shard.shape[dim] or part % size == 0:
+        return rows_LR.reshape(-1, size, rows_LR.shape[1]), 0
+    begin, end = first // size * size, -(-(first + length) // size) * size
+    if not length:
+        begin = end = first
+    rows = torch.empty(end - begin, rows_LR.shape[1], dtype=rows_LR.dtype, device=rows_LR.device)
+    rows[first - begin : first - begin + length] = rows_LR
+    index_E, edges_ER = _edges(shard, rows_LR, first, size)
+    is_here = (index_E >= begin) & (index_E < end)
+    rows[index_E[is_here] - begin] = edges_ER[is_here]
+    return rows.view(-1, size, rows.shape[1]), first - begin
+
+
+def _edges(shard: LocalShard, rows_LR: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """All ranks' rows that stand in groups which a cut divides, with their places (-1: none)."""
+    last = first + rows_LR.shape[0]
+    head = min(-(-first // size) * size, last)
+    tail = max(last // size * size, head)
+    places = [*range(first, head), *range(tail, last)]
+    index = torch.full((2 * (size - 1),), -1, dtype=torch.int64, device=rows_LR.device)
+    edges = rows_LR.new_zeros(2 * (size - 1), rows_LR.shape[1])
+    if places:
+        index[: len(places)] = torch.tensor(places, device=index.device)
+        edges[: len(places)] = rows_LR[index[: len(places)] - first]
+    for group in shard.groups:
+        many = group.size()
+        indices = index.new_empty(many * index.numel())
+        all_gather(indices, index, group)
+        rows = edges.new_empty(many * edges.numel())
+        all_gather(rows, edges.reshape(-1), group)
+        index, edges = indices, rows.view(-1, edges.shape[1])
+    return index, edges

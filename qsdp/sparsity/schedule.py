@@ -1,0 +1,140 @@
+"""When AC/DC and gradual pruning compress: pure functions of the step. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ACDCSchedule:
+    """The phases of AC/DC (Peste et al., NeurIPS 2021, arXiv 2106.12379).
+
+    After a dense warm-up, compressed and dense phases of ``phase`` steps alternate; the last dense
+    phase and the last compressed one have lengths of their own. Raises ValueError for what cannot
+    be.
+    """
+
+    steps: int
+    """Optimizer steps in all."""
+    warmup: int
+    phase: int
+    last_dense: int
+    last_sparse: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("warmup", 0), ("phase", 1), ("last_dense", 0), ("last_sparse", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; choose {least} steps or more")
+        used = self.warmup + self.last_dense + self.last_sparse
+        if used > self.steps:
+            raise ValueError(
+                f"warmup, last_dense and last_sparse take {used} of {self.steps} steps; make them "
+                "shorter or the run longer"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        steps: int,
+        warmup: int | None = None,
+        phase: int | None = None,
+        last_dense: int | None = None,
+        last_sparse: int | None = None,
+    ) -> ACDCSchedule:
+        """What is None takes its share of ``steps``: 10, 5, 10 and 15 %."""
+        return cls(
+            steps=steps,
+            warmup=round(steps * 0.1) if warmup is None else warmup,
+            phase=max(1, round(steps * 0.05)) if phase is None else phase,
+            last_dense=round(steps * 0.1) if last_dense is None else last_dense,
+            last_sparse=max(1, round(steps * 0.15)) if last_sparse is None else last_sparse,
+        )
+
+    def is_compressed(self, step: int) -> bool:
+        """Whether optimizer step number ``step``, the first being 0, is taken compressed."""
+        if step < self.warmup:
+            return False
+        if step >= self.steps - self.last_sparse:
+            return True
+        if step >= self.steps - self.last_sparse - self.last_dense:
+            return False
+        return (step - self.warmup) // self.phase % 2 == 0
+
+    def is_last_dense(self, step: int) -> bool:
+        """Whether no compressed step lies between dense step ``step`` and the last phase."""
+        return not any(self.is_compressed(s) for s in range(step, self.steps - self.last_sparse))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMPSchedule:
+    """Gradual magnitude pruning with the cubic schedule (arXiv 1710.01878, 2210.06384).
+
+    Pruned after steps start, start + every, ... up to end, from `initial` to `sparsity`. Raises
+    ValueError for what cannot be.
+    """
+
+    steps: int
+    sparsity: float
+    initial: float
+    start: int
+    every: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.initial <= self.sparsity < 1:
+            raise ValueError(
+                f"gradual pruning goes from {self.initial} to {self.sparsity}; choose fractions "
+                "from 0 to below 1, the first not above the second"
+            )
+        if not 1 <= self.start <= self.end <= self.steps or self.every < 1:
+            raise ValueError(
+                f"gradual pruning from step {self.start} to {self.end}, every {self.every}, does "
+                f"not fit into {self.steps} steps; choose 1 <= start <= end and every from 1"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        steps: int,
+        sparsity: float,
+        initial: float = 0.5,
+        start: int | None = None,
+        every: int | None = None,
+        end: int | None = None,
+    ) -> GMPSchedule:
+        """What is None takes its share of ``steps``: from 10 % to 75 %, every 5 %."""
+        start = max(1, round(steps * 0.1)) if start is None else start
+        return cls(
+            steps=steps,
+            sparsity=sparsity,
+            initial=min(initial, sparsity),
+            start=start,
+            every=max(1, round(steps * 0.05)) if every is None else every,
+            end=max(start, round(steps * 0.75)) if end is None else end,
+        )
+
+    def sparsity_after(self, steps_done: int) -> float | None:
+        """What is pruned when ``steps_done`` steps are done; None where nothing changes then."""
+        place, rest = divmod(steps_done - self.start, self.every)
+        if rest or not 0 <= place <= self._last:
+            return None
+        share = 1 - place / self._last if self._last else 0.0
+        return self.sparsity + (self.initial - self.sparsity) * share**3
+
+    def is_pruned(self, step: int) -> bool:
+        """Whether optimizer step number ``step``, the first being 0, is taken with a mask."""
+        return step >= self.start
+
+    def cycle(self, step: int) -> tuple[int, int]:
+        """Where ``step`` stands between two prunings, and how many steps lie between them: the
+        learning rate starts anew with each."""
+        if step < self.start:
+            return step, self.start
+        begin = self.start + min((step - self.start) // self.every, self._last) * self.every
+        is_last = begin == self.start + self._last * self.every
+        return step - begin, (self.steps - begin if is_last else self.every)
+
+    @property
+    def _last(self) -> int:
+        """The number of the last pruning, the first being 0."""
+        return (self.end - self.start) // self.every
