@@ -10,26 +10,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qsdp.config import QSDPConfig
     from qsdp.fsdp.install import Handle, install
-    from qsdp.optim import CrAM, clip_grad_norm_
+    from qsdp.optim import ACDC, GMP, SAM, CrAM, clip_grad_norm_
     from qsdp.simulation import Simulation, simulate
+    from qsdp.sparsity.compression import compressed
+    from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
+    from qsdp.sparsity.target import Compression
 
 __version__ = "0.1.0"
 __all__ = [
+    "ACDC",
+    "GMP",
+    "SAM",
+    "ACDCSchedule",
+    "Compression",
     "CrAM",
+    "GMPSchedule",
     "Handle",
     "QSDPConfig",
     "Simulation",
     "clip_grad_norm_",
+    "compressed",
     "install",
     "simulate",
 ]
 
 _HOMES = {
+    "ACDC": "qsdp.optim",
+    "ACDCSchedule": "qsdp.sparsity.schedule",
+    "Compression": "qsdp.sparsity.target",
     "CrAM": "qsdp.optim",
+    "GMP": "qsdp.optim",
+    "GMPSchedule": "qsdp.sparsity.schedule",
     "Handle": "qsdp.fsdp.install",
     "QSDPConfig": "qsdp.config",
+    "SAM": "qsdp.optim",
     "Simulation": "qsdp.simulation",
     "clip_grad_norm_": "qsdp.optim",
+    "compressed": "qsdp.sparsity.compression",
     "install": "qsdp.fsdp.install",
     "simulate": "qsdp.simulation",
 }

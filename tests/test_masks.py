@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qsdp.sparsity import compressed, magnitude_masks, prunable_parameters
+from qsdp.sparsity.compression import compressed, magnitude_masks
+from qsdp.sparsity.prunable import prunable_parameters
 from tests_distributed.helpers import make_model
 
 

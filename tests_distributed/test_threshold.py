@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from qsdp.sparsity import compressed, magnitude_masks, prunable_parameters
+from qsdp.sparsity.compression import compressed, magnitude_masks
+from qsdp.sparsity.prunable import prunable_parameters
 from tests.cram_reference import top_k_masks
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import full_state, make_batch, make_model, shard

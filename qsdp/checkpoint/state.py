@@ -12,7 +12,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from qsdp.checkpoint.folders import META, begin, checksum, publish, read_meta
 
@@ -21,7 +26,7 @@ def save(
     root: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     meta: Mapping[str, Any],
     *,
     files: Mapping[str, str] | None = None,
@@ -39,7 +44,7 @@ def save(
         root: folder of the run's checkpoints, which every rank sees.
         step: optimizer steps done.
         model: whose parameters and buffers to save, sharded or not.
-        optimizer: whose state to save; a wrapper around another optimizer gives that one.
+        optimizer: whose state to save; None for the model alone.
         meta: JSON values to keep with it.
         files: texts to keep with it, by file name.
         keep: how many of the newest checkpoints stay.
@@ -49,12 +54,11 @@ def save(
     """
     _on_first(lambda: begin(root, step))
     folder = root / f"tmp-step-{step:08d}"
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     try:
-        dcp.save(
-            {"model": model_state, "optimizer": optimizer_state},
-            checkpoint_id=folder,
-        )
+        dcp.save(state, checkpoint_id=folder)
     except CheckpointException as error:
         raise RuntimeError(
             f"the checkpoint of step {step} cannot be written to {root} ({_cause(error)}); free "

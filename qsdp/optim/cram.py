@@ -114,6 +114,11 @@ class CrAM(OptimizerWrapper):
         self.last_grad_norm: float | None = None
 
     @property
+    def pruned(self) -> float:
+        """The fraction of the prunable weights that was pruned in the last step's second pass."""
+        return 0.0 if self.last_target is None else self.last_target.fraction
+
+    @property
     def num_steps(self) -> int:
         """Steps taken with a closure, skipped ones included; saved in `state_dict`."""
         return self._recall(_STEP)
@@ -175,7 +180,7 @@ class CrAM(OptimizerWrapper):
         scale: float,
         target: Compression,
     ) -> None:
-        """Leave in `.grad` the gradient at the compressed ascent point, and the weights as before."""
+        """Leave in `.grad` the gradient at the compressed point, and the weights as before."""
         ascents = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
         edited = unique([*(p for p, _ in ascents), *self.prunable.parameters])
         shards = [local_shard(parameter) for parameter in edited]

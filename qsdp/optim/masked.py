@@ -62,6 +62,11 @@ class MaskedOptimizer(OptimizerWrapper):
         """Steps taken, skipped ones included; saved in `state_dict`."""
         return int(self._recall(_STEP))
 
+    @property
+    def pruned(self) -> float:
+        """The fraction of the prunable weights that the masks prune now."""
+        return self._pruned(self.num_steps)
+
     def masks(self) -> dict[str, Tensor]:
         """Which weights are trained, by name: bool, DTensors where the parameters are."""
         return {
@@ -113,6 +118,10 @@ class MaskedOptimizer(OptimizerWrapper):
 
     def _is_masked(self, step: int) -> bool:
         """Whether optimizer step number ``step``, the first being 0, is taken under the masks."""
+        raise NotImplementedError
+
+    def _pruned(self, steps_done: int) -> float:
+        """The fraction that is pruned when ``steps_done`` steps are done."""
         raise NotImplementedError
 
     def _change(self, steps_done: int) -> None:
@@ -215,6 +224,9 @@ class ACDC(MaskedOptimizer):
     def _is_masked(self, step: int) -> bool:
         return self.schedule.is_compressed(step)
 
+    def _pruned(self, steps_done: int) -> float:
+        return self.target.fraction if self._is_masked(steps_done - 1) else 0.0
+
     def _change(self, steps_done: int) -> None:
         was, is_now = self._is_masked(steps_done - 1), self._is_masked(steps_done)
         if is_now and not was:
@@ -245,6 +257,9 @@ class GMP(MaskedOptimizer):
 
     def _is_masked(self, step: int) -> bool:
         return self.schedule.is_pruned(step)
+
+    def _pruned(self, steps_done: int) -> float:
+        return self.schedule.sparsity_at(steps_done)
 
     def _change(self, steps_done: int) -> None:
         sparsity = self.schedule.sparsity_after(steps_done)

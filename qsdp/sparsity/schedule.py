@@ -60,9 +60,15 @@ class ACDCSchedule:
             return False
         return (step - self.warmup) // self.phase % 2 == 0
 
-    def is_last_dense(self, step: int) -> bool:
-        """Whether no compressed step lies between dense step ``step`` and the last phase."""
-        return not any(self.is_compressed(s) for s in range(step, self.steps - self.last_sparse))
+    def last_dense_steps(self) -> range:
+        """Numbers of the steps of the dense phase that no other dense phase follows."""
+        end = self.steps - self.last_sparse
+        while end and self.is_compressed(end - 1):
+            end -= 1
+        begin = end
+        while begin and not self.is_compressed(begin - 1):
+            begin -= 1
+        return range(begin, end)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +122,13 @@ class GMPSchedule:
     def sparsity_after(self, steps_done: int) -> float | None:
         """What is pruned when ``steps_done`` steps are done; None where nothing changes then."""
         place, rest = divmod(steps_done - self.start, self.every)
-        if rest or not 0 <= place <= self._last:
-            return None
+        return None if rest or not 0 <= place <= self._last else self.sparsity_at(steps_done)
+
+    def sparsity_at(self, steps_done: int) -> float:
+        """What has been pruned when ``steps_done`` steps are done."""
+        if steps_done < self.start:
+            return 0.0
+        place = min((steps_done - self.start) // self.every, self._last)
         share = 1 - place / self._last if self._last else 0.0
         return self.sparsity + (self.initial - self.sparsity) * share**3
 

@@ -33,13 +33,15 @@ _FILE_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
 _LISTS: dict[Any, tuple[tuple[type, ...], str]] = {
     tuple[float, ...]: ((int, float), "a list of numbers"),
     tuple[int, ...] | None: ((int,), "a list of integers"),
+    tuple[str, ...] | None: ((str,), "a list of strings"),
 }
 _NUMBERS: dict[Any, type] = {int: int, int | None: int, float: float, float | None: float}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandLine(TrainConfig):
-    """Train a GPT with FSDP2, optionally with a quantized wire (QSDP) and CrAM.
+    """Train a GPT with FSDP2, optionally with a quantized wire (QSDP) and a method that makes the
+    model compress well: CrAM, AC/DC, gradual pruning.
 
     Runs under torchrun, or alone as a world of one."""
 
@@ -165,14 +167,14 @@ def _parse_flags(argv: Sequence[str] | None, defaults: CommandLine) -> CommandLi
     ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
         if info.type not in _LISTS:
             return None
-        kind = float if info.type == tuple[float, ...] else int
+        kind = next(t for t in (float, int, str) if t in _LISTS[info.type][0])
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
-            metavar="S,S,..." if kind is float else "N,N,...",
+            metavar={float: "S,S,...", int: "N,N,...", str: "TARGET,..."}[kind],
             instance_from_str=lambda texts: tuple(kind(s) for s in texts[0].split(",")),
             is_instance=lambda value: value is None or isinstance(value, tuple),
             str_from_instance=lambda value: [
-                "None" if value is None else ",".join(f"{s:g}" for s in value)
+                "None" if value is None else ",".join(s if kind is str else f"{s:g}" for s in value)
             ],
         )
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qsdp.config import QSDPConfig
+from qsdp.sparsity.target import Compression
+from qsdp.train.method_flags import MethodFlags
 from qsdp.train.wire_flags import WireFlags, flag
 
 PRECISIONS = ("fp32", "bf16")
@@ -126,23 +128,15 @@ class RunFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(WireFlags, RunFlags):
-    """Train a GPT with FSDP2, optionally with a quantized wire (QSDP) and CrAM.
+class TrainConfig(WireFlags, MethodFlags, RunFlags):
+    """Train a GPT with FSDP2, optionally with a quantized wire (QSDP) and a model that compresses.
 
     Raises ValueError, in one sentence, for a value that no run can have.
     """
 
-    cram: bool = False
-    """Train with CrAM+ (two passes a step), which makes the model prunable in one shot."""
-
-    cram_sparsity: tuple[float, ...] = (0.5, 0.7, 0.9)
-    """Sparsities, one of which is drawn each step: a list with commas, each from 0 to below 1."""
-
-    cram_rho: float = 0.05
-    """Length of CrAM's ascent step, in gradients."""
-
-    cram_plus: bool = True
-    """Add the dense gradient to the compressed model's; --no-cram-plus is CrAM without it."""
+    one_shot: tuple[str, ...] | None = ("0.5", "0.7", "0.8", "0.9")
+    """Targets to compress the final model to in one shot, each put back after its validation; as
+    for --cram-targets, `none` for none."""
 
     tensorboard: bool = False
     """Also write TensorBoard events to OUT/tensorboard."""
@@ -161,7 +155,7 @@ class TrainConfig(WireFlags, RunFlags):
             # Python's integers would outgrow all other arithmetic.
             is_large = isinstance(value, int) and value >= 1 << 63
             self._require(name, not is_large, "choose an integer below 2**63")
-        for name in ("weight_decay", "clip_grad", "cram_rho"):
+        for name in ("weight_decay", "clip_grad", "cram_rho", "sam_rho"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "choose a number from 0")
         self._require("lr", 0 < self.lr < math.inf, "choose a number above 0")
         self._require("min_lr", 0 <= self.last_lr <= self.lr, f"choose 0 to --lr, {self.lr:g}")
@@ -182,6 +176,14 @@ class TrainConfig(WireFlags, RunFlags):
             bool(self.cram_sparsity) and all(0 <= s < 1 for s in self.cram_sparsity),
             "give numbers from 0 to below 1, with commas between",
         )
+        for name in ("acdc_sparsity", "gmp_sparsity", "gmp_initial"):
+            is_fraction = 0 <= getattr(self, name) < 1
+            self._require(name, is_fraction, "choose a fraction from 0 to below 1")
+        self.check_method(self.steps)
+        try:
+            _ = self.one_shot_targets
+        except ValueError as error:
+            raise ValueError(f"--one-shot: {error}.") from None
         _ = self.wire  # raises for what it cannot be
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
@@ -192,6 +194,12 @@ class TrainConfig(WireFlags, RunFlags):
     def last_lr(self) -> float:
         """The learning rate of the last step."""
         return self.lr / 10 if self.min_lr is None else self.min_lr
+
+    @property
+    def one_shot_targets(self) -> tuple[Compression, ...]:
+        """What the final model is compressed to."""
+        texts = self.one_shot or ()
+        return () if texts == ("none",) else tuple(map(Compression.of, texts))
 
     @property
     def wire(self) -> QSDPConfig | None:
@@ -208,7 +216,7 @@ class TrainConfig(WireFlags, RunFlags):
             Path(self.data).stem or "data",
             *self.folder_parts(self.seed),
             *([f"replicas{self.replicas}"] if self.replicas > 1 else []),
-            *(["cram"] if self.cram else []),
+            *([] if self.method == "AdamW" else [self.method.replace("/", "").lower()]),
             f"seed{self.seed}",
         ]
         return Path("out", "-".join(parts))

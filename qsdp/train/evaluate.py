@@ -1,4 +1,4 @@
-"""Validation: the loss of the model as it is, and after pruning it in one shot."""
+"""Validation: the loss of the model as it is, and after compressing it in one shot."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from qsdp.data import Corpus, eval_batches
 from qsdp.models import GPT, generate
-from qsdp.sparsity import compressed
+from qsdp.sparsity.compression import compressed
+from qsdp.sparsity.prunable import prunable_parameters
+from qsdp.sparsity.shards import local_shard
 from qsdp.train.config import TrainConfig
 from qsdp.train.wire import Wire, threshold_bytes
 from qsdp.train.world import World
 
-ONE_SHOT_SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 _PROMPT_TOKENS = 16
 _GATHERED_BYTES = 2 << 30  # what a sample may hold on every rank, beside the shards
 
@@ -59,14 +60,26 @@ class Evaluator:
         return total / total_tokens
 
     def one_shot(self) -> dict[str, float]:
-        """The exact weights' loss after magnitude pruning, by sparsity; weights are put back."""
+        """The exact weights' loss after compression, by target; weights are put back."""
         losses = {}
         num_shards = self._world.size // self._config.replicas
-        for sparsity in ONE_SHOT_SPARSITIES:
-            with compressed(self._model, sparsity):
-                self._wire.other(threshold_bytes(num_shards))
-                losses[str(sparsity)] = self.loss()
+        for target in self._config.one_shot_targets:
+            with compressed(self._model, target, self._config.patterns) as parameters:
+                self._wire.other(threshold_bytes(target, len(parameters), num_shards))
+                losses[str(target)] = self.loss()
         return losses
+
+    def sparsity(self) -> dict[str, float]:
+        """The fraction of exact zeros among the prunable weights, and among all."""
+        prunable = {id(p) for p in prunable_parameters(self._model, self._config.patterns).values()}
+        shards = [(id(p) in prunable, local_shard(p).values) for p in self._model.parameters()]
+        counts = [
+            sum(int(count(values)) for is_prunable, values in shards if is_prunable or not is_set)
+            for is_set in (True, False)
+            for count in (lambda v: (v == 0).sum(), torch.numel)
+        ]
+        set_zeros, set_values, zeros, values = self._world.sum(*counts)
+        return {"prunable": set_zeros / set_values, "model": zeros / values}
 
     def sample(self) -> str | None:
         """A validation prompt, continued by the exact weights; None if it cannot be decoded, or if

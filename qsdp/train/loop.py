@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from qsdp.optim import CrAM, clip_grad_norm_, global_grad_norm
+from qsdp.optim import ACDC, CrAM, clip_grad_norm_, global_grad_norm
+from qsdp.optim.masked import MaskedOptimizer
+from qsdp.train import twin
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError, is_lost
 from qsdp.train.progress import RunProgress
@@ -40,6 +42,9 @@ def train(config: TrainConfig) -> None:
             return
         metrics = job.open_metrics()
         progress = RunProgress(job.steps_done, config.steps, is_shown=world.is_main)
+        if isinstance(job.optimizer, ACDC):
+            # Called inside the step, which is not counted yet.
+            job.optimizer.before_pruning = lambda: twin.consider(job, job.steps_done + 1)
         with metrics or nullcontext(), progress:
             while job.steps_done < config.steps:
                 step = job.steps_done + 1
@@ -49,6 +54,8 @@ def train(config: TrainConfig) -> None:
                 line = train_step(job, is_measured=is_measured)
                 if is_validated:
                     line |= evaluate(job, progress)
+                    if config.acdc:
+                        twin.consider(job, step, line["val_loss"])
                 if is_measured and job.handle is not None:
                     line["wire_errors"] = job.handle.errors()
                 if metrics is not None:
@@ -62,12 +69,16 @@ def train(config: TrainConfig) -> None:
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of optimizer step number `step`, the first being 0: linear warm-up, then a cosine.
 
-    The cosine ends in `last_lr` at the last step; a warm-up as long as the run has none.
+    The cosine ends in `last_lr` at the last step, under gradual pruning at the last step before
+    each pruning; a warm-up as long as the run has none.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    span = max(1, config.steps - 1 - config.warmup_steps)
-    done = min(1.0, (step - config.warmup_steps) / span)
+    begin, end = config.warmup_steps, config.steps
+    if config.gmp:
+        place, length = config.gmp_schedule(config.steps).cycle(step)
+        begin, end = max(begin, step - place), step - place + length
+    done = min(1.0, (step - begin) / max(1, end - 1 - begin))
     share = (1 + math.cos(math.pi * done)) / 2
     return share * config.lr + (1 - share) * config.last_lr
 
@@ -87,7 +98,14 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
     with job.handle.measuring() if is_measured and job.handle is not None else nullcontext():
         if isinstance(optimizer, CrAM):
             loss = optimizer.step(lambda: forward_backward(job))
-            job.wire.other(threshold_bytes(world.size // config.replicas))
+            assert optimizer.last_target is not None
+            num_matrices = len(optimizer.prunable.names)
+            num_shards = world.size // config.replicas
+            job.wire.other(threshold_bytes(optimizer.last_target, num_matrices, num_shards))
+            grad_norm = optimizer.last_grad_norm or 0.0
+        elif isinstance(optimizer, MaskedOptimizer):
+            optimizer.zero_grad()
+            loss = optimizer.step(lambda: forward_backward(job))
             grad_norm = optimizer.last_grad_norm or 0.0
         else:
             optimizer.zero_grad()
@@ -104,6 +122,9 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
     loss_mean, *means = (total / world.size for total in sums)
     step_s = time.perf_counter() - started
     wire = WireUse(**dict(zip(used, means, strict=True)))
+    pruned = {}
+    if isinstance(optimizer, CrAM | MaskedOptimizer):
+        pruned = {"pruned": optimizer.pruned}
     step_tokens = world.size * config.grad_accum * config.batch_size * config.seq_len
     return {
         "step": job.steps_done,
@@ -117,6 +138,7 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
         "wire_bytes_other": wire.other_bytes,
         "wire_bytes_fp32": wire.fp32_bytes,
         **{name: getattr(wire, name) for name in WIRE_METRICS},
+        **pruned,
     }
 
 

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import qsdp
 from qsdp.models import GPT, GPTConfig, init_weights
+from qsdp.optim import ACDC, GMP, SAM, CrAM
 from qsdp.train.config import TrainConfig
 from qsdp.train.world import World
 
@@ -90,12 +91,44 @@ def _meshes(config: TrainConfig, world: World) -> tuple[DeviceMesh, DeviceMesh |
     return (mesh, None) if config.wire is None else (mesh["shard"], mesh["replicate"])
 
 
-def make_optimizer(config: TrainConfig, model: GPT) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
+def make_optimizer(config: TrainConfig, model: GPT) -> torch.optim.Optimizer:
+    """AdamW with weight decay on matrices only, in the method's wrapper if there is one.
+
+    Raises ValueError where the model cannot be compressed as asked.
+    """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+    base = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+    prunable, max_norm = config.patterns, config.clip_grad or None
+    if config.cram:
+        return CrAM(
+            model,
+            base,
+            sparsity=config.targets,
+            rho=config.cram_rho,
+            plus=config.cram_plus,
+            normalize=config.cram_normalize,
+            sparse_grad=config.cram_sparse_grad,
+            max_norm=max_norm,
+            prunable=prunable,
+            seed=config.seed,
+        )
+    if config.sam:
+        return SAM(model, base, rho=config.sam_rho, max_norm=max_norm, prunable=prunable)
+    if config.acdc:
+        return ACDC(
+            model,
+            base,
+            schedule=config.acdc_schedule(config.steps),
+            target=config.acdc_compression,
+            max_norm=max_norm,
+            prunable=prunable,
+        )
+    if config.gmp:
+        schedule = config.gmp_schedule(config.steps)
+        return GMP(model, base, schedule=schedule, max_norm=max_norm, prunable=prunable)
+    return base

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qsdp.sparsity.target import Compression
 from qsdp.train.error_plot import History, draw_errors
 
 # What a step's time is shown as, from the bottom up: name of the metric, label, colour.
@@ -38,6 +39,8 @@ def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list
     }
     if _timed(history):
         draw["wire_time"] = lambda axes: _plot_wire_time(axes, history)
+    if any(line.get("pruned") for line in history):
+        draw["pruned"] = lambda axes: _plot_pruned(axes, history)
     if not any(line.get("wire_bytes_sent") for line in history):
         del draw["wire"]  # a world of one
     paths = []
@@ -83,14 +86,30 @@ def _plot_loss(axes: Any, history: History, summary: dict[str, Any]) -> None:
 
 
 def _plot_one_shot(axes: Any, summary: dict[str, Any]) -> None:
-    losses = {0.0: summary["val_loss"]} | {float(s): x for s, x in summary["one_shot"].items()}
-    points = [(100 * s, loss) for s, loss in losses.items() if loss is not None]
-    axes.plot([s for s, _ in points], [loss for _, loss in points], "o-")
+    """Plain fractions as a curve; other targets as marks at what they prune, by name."""
+    losses = {Compression(): summary["val_loss"]}
+    losses |= {Compression.of(target): loss for target, loss in summary["one_shot"].items()}
+    found = [(target, loss) for target, loss in losses.items() if loss is not None]
+    plain = [(100 * t.sparsity, loss) for t, loss in found if t == Compression(sparsity=t.sparsity)]
+    axes.plot([s for s, _ in plain], [loss for _, loss in plain], "o-")
+    for target, loss in found:
+        if target != Compression(sparsity=target.sparsity):
+            point = (100 * target.fraction, loss)
+            axes.plot(*point, "s", color="C1")
+            axes.annotate(f" {target}", point, fontsize="small")
     axes.set(
         xlabel="block weights pruned in one shot, %",
         ylabel="validation loss, nats a token",
-        title="Loss after one-shot pruning",
+        title="Loss after one-shot compression",
     )
+
+
+def _plot_pruned(axes: Any, history: History) -> None:
+    steps, fractions = _series(history, "pruned")
+    axes.plot(steps, [100 * f for f in fractions], ".", markersize=2)
+    axes.set_ylim(-2, 102)
+    _label_steps(axes)
+    axes.set(ylabel="%", title="Prunable weights pruned in training")
 
 
 def _plot_wire(axes: Any, history: History) -> None:

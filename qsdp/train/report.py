@@ -18,10 +18,12 @@ from rich.text import Text
 
 import qsdp
 from qsdp.models import flops_per_token
+from qsdp.sparsity.target import Compression
 from qsdp.train.peak import matmul_flops_per_s
 from qsdp.train.plots import write_plots
 from qsdp.train.progress import format_bytes
 from qsdp.train.setup import Job
+from qsdp.train.twin import kept_loss
 from qsdp.train.wire import SECONDS
 
 NAMES = {"gather": "weights", "reduce": "gradients"}
@@ -37,6 +39,8 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
     val_loss = job.evaluator.loss()
     quantized = None if job.handle is None else job.evaluator.loss(exact=False)
     one_shot = job.evaluator.one_shot()
+    sparsity = job.evaluator.sparsity()
+    twin_loss = job.world.on_main(lambda: kept_loss(job.out)) if job.config.acdc else None
     sample = job.evaluator.sample()
     last_other = job.world.sum((job.wire.total() - before).other_bytes)[0] / job.world.size
     peak = job.world.sum(matmul_flops_per_s(job.world.device, job.config.precision))[0]
@@ -46,12 +50,17 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
     step_s = statistics.median([line["step_s"] for line in alike]) if alike else None
     config = job.config
     tokens_per_s = statistics.median(line["tokens_per_s"] for line in alike) if alike else None
-    passes = 2 if config.cram else 1
-    flops_per_s = passes * flops_per_token(job.model.config, config.seq_len) * (tokens_per_s or 0)
+    flops_per_s = (
+        config.passes * flops_per_token(job.model.config, config.seq_len) * (tokens_per_s or 0)
+    )
     summary = {
         "val_loss": val_loss,
         "val_loss_quantized": quantized,
+        # AC/DC's: the best of the last dense phase, in OUT/dense-twin.
+        "dense_twin_val_loss": twin_loss,
         "one_shot": one_shot,
+        "method": config.method,
+        "sparsity": sparsity,
         "steps": job.steps_done,
         # The steps that the times and bytes below are of.
         "steps_measured": len(alike),
@@ -103,11 +112,15 @@ def print_summary(console: Console, summary: dict[str, Any], plots: list[Path]) 
     losses = Table(title="Validation loss, nats a token")
     losses.add_column("weights")
     losses.add_column("loss", justify="right")
-    losses.add_row("dense, exact", _nats(summary["val_loss"]))
+    pruned = summary["sparsity"]["prunable"]
+    name = "dense" if pruned < 0.01 else f"{pruned:.0%} pruned in training"
+    losses.add_row(f"{name}, exact", _nats(summary["val_loss"]))
     if summary["val_loss_quantized"] is not None:
-        losses.add_row("dense, off the wire", _nats(summary["val_loss_quantized"]))
-    for sparsity, loss in summary["one_shot"].items():
-        losses.add_row(f"{float(sparsity):.0%} pruned in one shot", _nats(loss))
+        losses.add_row(f"{name}, off the wire", _nats(summary["val_loss_quantized"]))
+    if summary["dense_twin_val_loss"] is not None:
+        losses.add_row("its dense twin", _nats(summary["dense_twin_val_loss"]))
+    for target, loss in summary["one_shot"].items():
+        losses.add_row(f"{label(target)} in one shot", _nats(loss))
     console.print(losses)
     console.print(_wire_table(summary))
     seconds = summary["wire"]["seconds_per_step"]
@@ -167,6 +180,13 @@ def _time_table(seconds: dict[str, float]) -> Table:
         times = [1e3 * seconds[f"{direction}_{part}_s"] for part in PARTS]
         table.add_row(name, *(f"{time:.2f}" for time in (*times, sum(times))))
     return table
+
+
+def label(target: str) -> str:
+    """A target of compression, for a table: a plain fraction as a percentage."""
+    chosen = Compression.of(target)
+    is_plain = chosen == Compression(sparsity=chosen.sparsity)
+    return f"{chosen.sparsity:.0%} pruned" if is_plain else f"{chosen}"
 
 
 def _nats(loss: float | None) -> str:

@@ -11,7 +11,7 @@ from qsdp.train.config import TrainConfig
 from qsdp.train.world import World
 
 # Settings that change the time or the bytes of a step, beside qsdp's.
-_PACE = ("batch_size", "grad_accum", "seq_len", "precision", "replicas", "cram")
+_PACE = ("batch_size", "grad_accum", "seq_len", "precision", "replicas")
 
 
 def find_checkpoint(config: TrainConfig, fingerprint: dict[str, Any]) -> Path | None:
@@ -64,9 +64,10 @@ def _describe(theirs: dict[str, Any], ours: dict[str, Any], part: str) -> str:
         return f"another {part}"
     if part in ("optimizer", "seed"):
         return f"{part} {theirs[part]}, not {ours[part]}"
+    kind = "schedule of masks" if part == "schedule" else "model"
     differing = [name for name in ours[part] if theirs[part].get(name) != ours[part][name]]
     parts = [f"{name} {theirs[part].get(name)}, not {ours[part][name]}" for name in differing[:3]]
-    return "another model (" + "; ".join(parts) + ")"
+    return f"another {kind} (" + "; ".join(parts) + ")"
 
 
 def is_finished(config: TrainConfig, steps_done: int) -> bool:

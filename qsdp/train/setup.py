@@ -16,7 +16,6 @@ from qsdp import checkpoint
 from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.metrics import MetricsWriter
 from qsdp.models import GPT, GPTConfig
-from qsdp.optim import CrAM
 from qsdp.train.agree import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate import Evaluator
@@ -120,17 +119,7 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
     sharded = world.together(lambda: build(config, size, world))
     model, handle = sharded.model, sharded.handle
     wire = StockWire(model, world, config.replicas) if handle is None else QuantizedWire(handle)
-    optimizer: torch.optim.Optimizer = make_optimizer(config, model)
-    if config.cram:
-        optimizer = CrAM(
-            model,
-            optimizer,
-            sparsity=config.cram_sparsity,
-            rho=config.cram_rho,
-            plus=config.cram_plus,
-            max_norm=config.clip_grad or None,
-            seed=config.seed,
-        )
+    optimizer = world.together(lambda: make_optimizer(config, model))
     steps_done = 0
     if source is not None and meta is not None:
         _all(world, lambda: checkpoint.load(source, model, optimizer))
@@ -228,17 +217,19 @@ def _make_batches(config: TrainConfig, world: World, corpus: Corpus) -> Batches:
 def _fingerprint(config: TrainConfig, size: GPTConfig, corpus: Corpus) -> dict[str, Any]:
     tokenizer = corpus.tokenizer
     text = "" if tokenizer is None else tokenizer.to_json()
+    schedule = config.mask_schedule(config.steps)
     return {
         "model": asdict(size),
         "tokenizer": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
-        "optimizer": "CrAM" if config.cram else "AdamW",
+        "optimizer": config.method,
         "seed": config.seed,
-    }
+    } | ({} if schedule is None else {"schedule": asdict(schedule)})
 
 
 def _begin_folder(config: TrainConfig, steps_done: int) -> None:
     """Leave in the folder of results only what belongs to this run so far."""
-    checkpoint.clear_after(config.out_dir / "checkpoints", steps_done)
+    for folder in ("checkpoints", "dense-twin"):
+        checkpoint.clear_after(config.out_dir / folder, steps_done)
     (config.out_dir / "summary.json").unlink(missing_ok=True)
     (config.out_dir / "config.toml").write_text(config.to_toml(), encoding="utf-8")
 
@@ -250,7 +241,7 @@ def _announce(job: Job, source: Path | None, meta: dict[str, Any] | None) -> Non
     job.say(
         f"{config.model}: {num_parameters:,} parameters on {world.size} "
         f"{'rank' if world.size == 1 else 'ranks'} ({world.backend}, {config.precision}), "
-        f"{_travels(config)}, {'CrAM' + '+' * config.cram_plus if config.cram else 'AdamW'}, "
+        f"{_travels(config)}, {config.method}{'+' * (config.cram and config.cram_plus)}, "
         f"{batch_tokens:,} tokens a step of {len(job.corpus.train):,}, results in {job.out}"
     )
     if meta is None:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import qsdp
 from qsdp import compat
+from qsdp.sparsity.target import Compression
 from qsdp.sparsity.threshold import THRESHOLD_BYTES
 from qsdp.train.world import World
 
@@ -26,10 +27,11 @@ SECONDS = (
 """The parts of `WireUse` that are times."""
 
 
-def threshold_bytes(num_shards: int) -> int:
-    """What a rank sends to find one pruning threshold, an all-reduce of histograms."""
+def threshold_bytes(target: Compression, num_matrices: int, num_shards: int) -> int:
+    """What a rank sends to find the thresholds of ``target``: all-reduces of histograms."""
+    num_thresholds = 0 if not target.sparsity else num_matrices if target.scope == "layer" else 1
     # An all-reduce sends every byte twice, but for this rank's own share.
-    return 2 * (num_shards - 1) * THRESHOLD_BYTES // num_shards
+    return 2 * (num_shards - 1) * THRESHOLD_BYTES * num_thresholds // num_shards
 
 
 @dataclass(frozen=True, kw_only=True)

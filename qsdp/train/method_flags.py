@@ -1,0 +1,160 @@
+"""The flags of the training methods, and the targets and schedules that they come to. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
+from qsdp.sparsity.target import Compression
+
+METHODS = {"cram": "CrAM", "acdc": "AC/DC", "gmp": "GMP", "sam": "SAM"}
+"""By flag; none of them is plain AdamW."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodFlags:
+    """How the optimizer prepares the model for compression; one method at most."""
+
+    cram: bool = False
+    """Train with CrAM+ (two passes a step), which makes the model prunable in one shot."""
+
+    cram_sparsity: tuple[float, ...] = (0.5, 0.7, 0.9)
+    """Sparsities, one of which is drawn each step: a list with commas, each from 0 to below 1."""
+
+    cram_targets: tuple[str, ...] | None = None
+    """What is drawn from in place of --cram-sparsity, with commas between: fractions (0.7), N:M
+    patterns (2:4,4:8), bits (4bit); `+` joins terms, `layer` makes each matrix lose the same,
+    `block4` prunes 4 weights together (2:4+4bit, 0.7+layer, 0.5+block4)."""
+
+    cram_rho: float = 0.05
+    """Length of CrAM's ascent step, in gradients."""
+
+    cram_normalize: bool = False
+    """Ascend by --cram-rho along the gradient's direction, whatever its norm, as SAM does."""
+
+    cram_plus: bool = True
+    """Add the dense gradient to the compressed model's; --no-cram-plus is CrAM without it."""
+
+    cram_sparse_grad: bool = True
+    """Mask the compressed model's gradient as its weights are."""
+
+    acdc: bool = False
+    """Train with AC/DC: compressed and dense phases alternate, and the model ends sparse; its dense
+    twin is kept in OUT/dense-twin."""
+
+    acdc_sparsity: float = 0.9
+    """Fraction of the prunable weights that AC/DC's compressed phases prune."""
+
+    acdc_target: str | None = None
+    """What they prune to in place of --acdc-sparsity: 2:4, 0.9+layer, 0.8+block4."""
+
+    acdc_warmup: int | None = None
+    """Dense steps before the first compressed phase. Unset: 10 % of --steps."""
+
+    acdc_phase: int | None = None
+    """Steps a phase. Unset: 5 % of --steps."""
+
+    acdc_last_dense: int | None = None
+    """Steps of the last dense phase. Unset: 10 % of --steps."""
+
+    acdc_last_sparse: int | None = None
+    """Steps of the last compressed phase. Unset: 15 % of --steps."""
+
+    gmp: bool = False
+    """Train with gradual magnitude pruning: ever more weights are pruned, by a cubic schedule, and
+    the learning rate starts anew each time."""
+
+    gmp_sparsity: float = 0.9
+    """Fraction of the prunable weights pruned in the end."""
+
+    gmp_initial: float = 0.5
+    """Fraction pruned at first."""
+
+    gmp_start: int | None = None
+    """Steps before the first pruning. Unset: 10 % of --steps."""
+
+    gmp_every: int | None = None
+    """Steps between prunings. Unset: 5 % of --steps."""
+
+    gmp_end: int | None = None
+    """The step of the last pruning at the latest. Unset: 75 % of --steps."""
+
+    sam: bool = False
+    """Train with SAM, sharpness-aware minimization (two passes a step)."""
+
+    sam_rho: float = 0.05
+    """Length of SAM's ascent step, whatever the gradient's norm."""
+
+    prunable: str | None = None
+    """Shell-style patterns of the parameters that may be pruned, with commas between. Unset: the
+    weights of linear layers inside the blocks."""
+
+    @property
+    def method(self) -> str:
+        """`AdamW`, or the name of the method around it."""
+        chosen = [name for flag, name in METHODS.items() if getattr(self, flag)]
+        return chosen[0] if chosen else "AdamW"
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes a step."""
+        return 2 if self.cram or self.sam else 1
+
+    @property
+    def targets(self) -> tuple[Compression, ...]:
+        """What CrAM draws from."""
+        return tuple(Compression.of(target) for target in self.cram_targets or self.cram_sparsity)
+
+    @property
+    def acdc_compression(self) -> Compression:
+        """What AC/DC's compressed phases keep."""
+        return Compression.of(self.acdc_target or self.acdc_sparsity)
+
+    @property
+    def patterns(self) -> list[str] | None:
+        """Of the prunable set."""
+        return None if self.prunable is None else self.prunable.split(",")
+
+    def acdc_schedule(self, steps: int) -> ACDCSchedule:
+        """AC/DC's phases in a run of ``steps``."""
+        return ACDCSchedule.of(
+            steps, self.acdc_warmup, self.acdc_phase, self.acdc_last_dense, self.acdc_last_sparse
+        )
+
+    def gmp_schedule(self, steps: int) -> GMPSchedule:
+        """When gradual pruning prunes in a run of ``steps``."""
+        return GMPSchedule.of(
+            steps,
+            self.gmp_sparsity,
+            self.gmp_initial,
+            self.gmp_start,
+            self.gmp_every,
+            self.gmp_end,
+        )
+
+    def mask_schedule(self, steps: int) -> ACDCSchedule | GMPSchedule | None:
+        """When masks change in a run of ``steps``; None where there are none."""
+        if self.acdc:
+            return self.acdc_schedule(steps)
+        return self.gmp_schedule(steps) if self.gmp else None
+
+    def check_method(self, steps: int) -> None:
+        """Raise ValueError, naming the flag, for what no run of ``steps`` can have."""
+        chosen = [flag for flag in METHODS if getattr(self, flag)]
+        if len(chosen) > 1:
+            raise ValueError(f"--{chosen[0]} and --{chosen[1]} are both given; choose one method.")
+        for flag, make in (
+            ("--cram-targets", lambda: self.targets),
+            ("--acdc-target", lambda: self.acdc_compression),
+            (f"--{self.method.replace('/', '').lower()}", lambda: self.mask_schedule(steps)),
+        ):
+            try:
+                make()
+            except ValueError as error:
+                raise ValueError(f"{flag}: {error}.") from None
+        if self.acdc and self.acdc_compression.bits is not None:
+            raise ValueError(
+                f"--acdc-target is {self.acdc_target!r}; AC/DC prunes: leave bits out."
+            )
+        if self.acdc and self.acdc_schedule(steps).is_compressed(0):
+            raise ValueError("--acdc-warmup is 0; AC/DC begins dense: choose 1 step or more.")

@@ -1,0 +1,29 @@
+"""The dense twin of AC/DC's sparse model: the best weights of the last dense phase."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from qsdp import checkpoint
+from qsdp.train.setup import Job
+
+FOLDER = "dense-twin"
+
+
+def consider(job: Job, steps_done: int, loss: float | None = None) -> None:
+    """Keep the weights, of validation loss `loss`, if they are the best of the last dense phase."""
+    dense = job.config.acdc_schedule(job.config.steps).last_dense_steps()
+    if steps_done - 1 not in dense:
+        return
+    loss = job.evaluator.loss() if loss is None else loss
+    kept = job.world.on_main(lambda: kept_loss(job.out))
+    if math.isfinite(loss) and (kept is None or loss < kept):
+        meta = {"val_loss": loss, "config": job.config.as_dict()}
+        checkpoint.save(job.out / FOLDER, steps_done, job.model, None, meta, keep=1)
+
+
+def kept_loss(out: Path) -> float | None:
+    """The validation loss of the dense twin in the folder of results `out`; None without one."""
+    path = checkpoint.latest(out / FOLDER)
+    return None if path is None else float(checkpoint.read_meta(path)["val_loss"])
