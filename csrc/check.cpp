@@ -136,4 +136,42 @@ void check_table(const torch::stable::Tensor& table, int64_t buffer_bytes, int64
     }
 }
 
+std::vector<Span> check_spans(const torch::stable::Tensor& dense,
+                              const torch::stable::Tensor& spans,
+                              const torch::stable::Tensor& bitmap,
+                              const torch::stable::Tensor& compact) {
+    check_bytes("dense buffer", dense);
+    check_bytes("bitmap", bitmap);
+    check_bytes("compact buffer", compact);
+    if (spans.scalar_type() != ScalarType::Long || !spans.is_cpu() || spans.dim() != 2 ||
+        !spans.is_contiguous()) {
+        refuse("the spans are ", description(spans), "; give contiguous int64 rows on the cpu");
+    }
+    if (spans.size(1) != kSpanFields) {
+        refuse("the spans have ", spans.size(1), " columns; give ", kSpanFields);
+    }
+    std::vector<Span> found(static_cast<size_t>(spans.size(0)));
+    std::memcpy(found.data(), spans.data_ptr(), found.size() * sizeof(Span));
+    const auto* bits = static_cast<const uint8_t*>(bitmap.data_ptr());
+    for (const Span& span : found) {
+        bool fits = span.item == 1 || span.item == 2 || span.item == 4;
+        fits = fits && 0 <= span.count && span.count <= span.numel && span.bitmap_byte >= -1;
+        fits = fits && inside(span.dense_byte, span.numel, span.item, 0, dense.numel());
+        fits = fits && inside(span.compact_byte, span.count, span.item, 0, compact.numel());
+        if (span.bitmap_byte < 0) {
+            fits = fits && span.count == span.numel;
+        } else {
+            const int64_t bytes = span.numel / 8 + (span.numel % 8 != 0);
+            fits = fits && inside(span.bitmap_byte, bytes, 1, 0, bitmap.numel());
+            fits = fits && count_bits(bits + span.bitmap_byte, span.numel) == span.count;
+        }
+        if (!fits) {
+            refuse("a span of ", span.count, " of ", span.numel,
+                   " values reaches outside its buffers or does not match its mask; make spans, "
+                   "bitmap and buffers from one support");
+        }
+    }
+    return found;
+}
+
 }  // namespace qsdp

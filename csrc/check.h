@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "segment.h"
+#include "sparse.h"
 
 namespace qsdp {
 
@@ -19,5 +20,11 @@ int64_t check_levels(const std::optional<torch::stable::Tensor>& levels);
 // Fills ``segments`` with the table's rows after checking each against the sizes.
 void check_table(const torch::stable::Tensor& table, int64_t buffer_bytes, int64_t payload_bytes,
                  int64_t num_levels, std::vector<Segment>& segments);
+
+// The table's spans, after checking each against the sizes and its mask.
+std::vector<Span> check_spans(const torch::stable::Tensor& dense,
+                              const torch::stable::Tensor& spans,
+                              const torch::stable::Tensor& bitmap,
+                              const torch::stable::Tensor& compact);
 
 }  // namespace qsdp

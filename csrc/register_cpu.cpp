@@ -98,9 +98,54 @@ void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tenso
     });
 }
 
+void compact(const Tensor& dense, const Tensor& spans, const Tensor& bitmap, const Tensor& out,
+             bool strict) {
+    const auto* from = static_cast<const uint8_t*>(dense.data_ptr());
+    const auto* bits = static_cast<const uint8_t*>(bitmap.data_ptr());
+    auto* to = static_cast<uint8_t*>(out.data_ptr());
+    bool is_clean = true;
+    for (const qsdp::Span& span : qsdp::check_spans(dense, spans, bitmap, out)) {
+        const uint8_t* values = from + span.dense_byte;
+        uint8_t* kept = to + span.compact_byte;
+        if (span.bitmap_byte < 0) {
+            std::memcpy(kept, values, static_cast<size_t>(span.numel * span.item));
+            continue;
+        }
+        const auto copy = span.item == 4   ? qsdp::compact_span<4>
+                          : span.item == 2 ? qsdp::compact_span<2>
+                                           : qsdp::compact_span<1>;
+        is_clean &= copy(values, bits + span.bitmap_byte, span.numel, kept, strict);
+    }
+    if (!is_clean) {
+        throw std::runtime_error(
+            "a weight outside the mask is not zero: the sparse wire would drop it; tell the handle "
+            "of another support (set_support) after editing weights");
+    }
+}
+
+void expand(const Tensor& values, const Tensor& spans, const Tensor& bitmap, const Tensor& out) {
+    const auto* from = static_cast<const uint8_t*>(values.data_ptr());
+    const auto* bits = static_cast<const uint8_t*>(bitmap.data_ptr());
+    auto* to = static_cast<uint8_t*>(out.data_ptr());
+    for (const qsdp::Span& span : qsdp::check_spans(out, spans, bitmap, values)) {
+        const uint8_t* kept = from + span.compact_byte;
+        uint8_t* dense = to + span.dense_byte;
+        if (span.bitmap_byte < 0) {
+            std::memcpy(dense, kept, static_cast<size_t>(span.numel * span.item));
+            continue;
+        }
+        const auto copy = span.item == 4   ? qsdp::expand_span<4>
+                          : span.item == 2 ? qsdp::expand_span<2>
+                                           : qsdp::expand_span<1>;
+        copy(kept, bits + span.bitmap_byte, span.numel, dense);
+    }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qsdp, CPU, library) {
+    library.impl("compact", TORCH_BOX(&compact));
+    library.impl("expand", TORCH_BOX(&expand));
     library.impl("encode", TORCH_BOX(&encode));
     library.impl("decode", TORCH_BOX(&decode));
 }

@@ -2,5 +2,6 @@
 
 from qsdp.codec import native as native
 from qsdp.codec import ops as ops
+from qsdp.codec import sparse as sparse
 
 native.load()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from qsdp.codec import ops  # defines the schemas that the library registers kernels for
+from qsdp.codec import ops, sparse  # define the schemas that the library has kernels for
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_qsdp_native.so"
 PYTHON = "python"
@@ -95,6 +95,8 @@ def use(capability: str) -> None:
         warnings.simplefilter("ignore", UserWarning)  # that a kernel is overridden: it is meant
         _override.impl("encode", ops.encode, "CPU")
         _override.impl("decode", ops.decode, "CPU")
+        _override.impl("compact", sparse.compact, "CPU")
+        _override.impl("expand", sparse.expand, "CPU")
 
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:

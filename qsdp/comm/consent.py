@@ -117,11 +117,11 @@ class Consent:
             me = group.rank()
             width = len(owned[me])
             senders = [rank for rank in ranks if rank != ranks[me] for _ in range(width)]
-            size = side.layout.payload_bytes
+            size = side.payload_bytes
             shape, device = (len(senders), size), compat.device_of(group)
             sent = torch.zeros(shape, dtype=torch.uint8, device=device)
             received = torch.empty_like(sent)
-            header = torch.tensor(side.layout.header(ranks[me], step, standing), device=device)
+            header = torch.tensor(side.header(ranks[me], step, standing), device=device)
             sent[:, :HEADER_BYTES] = header.view(torch.uint8)
             splits = [width * size if rank != me else 0 for rank in range(group.size())]
             with collective("reduce", self._plan.names, step):

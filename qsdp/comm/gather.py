@@ -12,7 +12,8 @@ from torch import Tensor
 from qsdp import compat
 from qsdp.codec.payload import HEADER_BYTES, Standing
 from qsdp.comm.failures import collective
-from qsdp.comm.plan import Plan, Side
+from qsdp.comm.plan import Plan
+from qsdp.comm.side import Side
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire import Wire
 
@@ -57,7 +58,7 @@ class Gathering:
         keys = tuple(key(rank) for rank in range(plan.world_size))
         self._plan, self._wire = plan, wire
         self._payloads = Payloads(side, buffer, 0 if is_frozen else clock.step, keys)
-        size = side.layout.payload_bytes
+        size = side.payload_bytes
         group, target, place = plan.group, buffer, plan.rank
         if plan.hops is not None:
             group, place = plan.hops.across, plan.hops.across.rank()
@@ -65,10 +66,11 @@ class Gathering:
             if async_op:
                 target = torch.empty_like(target)
         own = target.narrow(0, place * size, size)
-        header = side.layout.header(plan.rank, self._payloads.step)
+        header = side.header(plan.rank, self._payloads.step)
         table, own_key = side.tables[plan.rank], keys[plan.rank]
         with wire.times.measure("gather", "encode", buffer.device):
-            torch.ops.qsdp.encode(as_bytes(input), table, own_key, header, own, wire.level_values)
+            values = side.compact(plan.rank, as_bytes(input), wire.scratch, "compact", strict=True)
+            torch.ops.qsdp.encode(values, table, own_key, header, own, wire.level_values)
         with self._on_the_wire():
             self._work = compat.all_gather(target, own, group, async_op=async_op)
         self._node_payloads = target
@@ -76,7 +78,7 @@ class Gathering:
     def finish(self) -> Payloads:
         """Wait for the payloads. Raises RuntimeError when a header is not what is expected."""
         plan, wire, payloads = self._plan, self._wire, self._payloads
-        size = payloads.side.layout.payload_bytes
+        size = payloads.side.payload_bytes
         with self._on_the_wire():
             if self._work is not None:
                 self._work.wait()
@@ -125,12 +127,15 @@ class GatheringWork(dist.Work):
 def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
     """Decode every rank's payload into its slice of the flat ``output``, this rank's own too: all
     ranks compute with the same weights."""
-    size, places = payloads.side.layout.payload_bytes, _places(plan)
+    side, places = payloads.side, _places(plan)
+    size = side.payload_bytes
     slices = as_bytes(output).chunk(plan.world_size)
     with wire.times.measure("gather", "decode", output.device):
-        for rank, (key, table) in enumerate(zip(payloads.keys, payloads.side.tables, strict=True)):
+        for rank, (key, table) in enumerate(zip(payloads.keys, side.tables, strict=True)):
             payload = payloads.buffer.narrow(0, places[rank] * size, size)
-            torch.ops.qsdp.decode(payload, table, key, slices[rank], levels=wire.level_values)
+            values = side.room(rank, slices[rank], wire.scratch)
+            torch.ops.qsdp.decode(payload, table, key, values, levels=wire.level_values)
+            side.expand(rank, values, slices[rank])
 
 
 def regather(output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> None:

@@ -1,16 +1,16 @@
 """The plan: which bytes of a group's flat buffers are which parameter's, and how each travels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsdp.codec.payload import DType, Field, Layout, Segment
+from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.comm.failures import title
 from qsdp.comm.levels import offset
+from qsdp.comm.side import Side, SparseSide
 from qsdp.comm.topology import Hops
 from qsdp.config import ROUNDINGS, QSDPConfig
 
@@ -65,35 +65,6 @@ def embedding_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if id(p) in found}
 
 
-class Side:
-    """One layout of one direction with the codec tables of every rank.
-
-    ``numels[r]`` are the valid values of rank r's slice of each segment, ``starts`` the segments'
-    places in the flat buffer, in bytes: a layout may leave out some of the buffer's parameters.
-    """
-
-    def __init__(
-        self, layout: Layout, numels: Sequence[Sequence[int]], starts: Sequence[int] | None = None
-    ) -> None:
-        self.layout = layout
-        self.tables = [torch.tensor(layout.table(n), dtype=torch.int64) for n in numels]
-        self._numels = numels
-        self.num_values = sum(map(sum, numels))
-        """Of all ranks together, padding left out."""
-        if starts is not None:
-            for table in self.tables:
-                table[:, Field.BUFFER_BYTE] = torch.tensor(starts)
-
-    @cached_property
-    def fp32_tables(self) -> list[Tensor]:
-        """The same tables for a flat buffer in fp32."""
-        return [torch.tensor(self.layout.table(n, DType.FP32)) for n in self._numels]
-
-    def expected_headers(self, senders: Sequence[int], step: int) -> Tensor:
-        """int64 [senders, 4]: what each payload must open with."""
-        return torch.tensor([self.layout.header(sender, step) for sender in senders])
-
-
 class Plan:
     """How one group travels.
 
@@ -124,6 +95,8 @@ class Plan:
         self.names = tuple(p.name for p in parameters)
         self.name = title(self.names)
         self._config = config
+        self._support: Mapping[int, Tensor] = {}
+        self._sparse_grads = True
         self._sides: dict[tuple[object, ...], Side] = {}
 
     @property
@@ -144,14 +117,31 @@ class Plan:
         )
         self._sides.clear()
 
+    def set_support(self, bitmaps: Mapping[int, Tensor], *, with_grads: bool = True) -> None:
+        """Take it that of the parameters at these places only some weights are not zero: by place
+        the packed masks of all ranks' shards, uint8 [ranks, bytes]. See [Note: Support].
+
+        ``with_grads``: nobody wants the gradients of the others either.
+        """
+        if bitmaps or self._support:
+            self._support, self._sparse_grads = bitmaps, with_grads
+            self._sides = {key: side for key, side in self._sides.items() if key[-1] == "dense"}
+
     def gather(
-        self, places: tuple[int, ...], least_bits: int = 0, *, is_frozen: bool = False
+        self,
+        places: tuple[int, ...],
+        least_bits: int = 0,
+        *,
+        is_frozen: bool = False,
+        is_dense: bool = False,
     ) -> Side:
         """The gather of the parameters at ``places``, with no fewer than ``least_bits``.
 
-        ``is_frozen``: sent once, so on the uniform grid: levels may be learned anew.
+        ``is_frozen``: sent once, so whole, and on the uniform grid: levels may be learned anew.
+        ``is_dense``: whole, whatever the support.
         """
-        key = ("gather", places, least_bits, is_frozen)
+        bitmaps = self._bitmaps([] if is_frozen or is_dense else places)
+        key = ("gather", places, least_bits, is_frozen, "sparse" if bitmaps else "dense")
         if key not in self._sides:
             starts, end = [], 0
             for p in self.parameters:
@@ -163,7 +153,7 @@ class Plan:
             ]
             if is_frozen:
                 segments = [replace(segment, levels=-1) for segment in segments]
-            self._sides[key] = self._side(segments, chosen, [starts[i] for i in places])
+            self._sides[key] = self._side(segments, chosen, bitmaps, [starts[i] for i in places])
         return self._sides[key]
 
     def reduce(
@@ -177,7 +167,8 @@ class Plan:
 
         ``is_local``: inside a node, where links are fast and more bits are sent.
         """
-        key = ("reduce", with_grad, dtype, least_bits, is_local)
+        bitmaps = self._bitmaps(with_grad if self._sparse_grads else [])
+        key = ("reduce", with_grad, dtype, least_bits, is_local, "sparse" if bitmaps else "dense")
         if key not in self._sides:
             chosen = [self.parameters[i] for i in with_grad]
             segments = []
@@ -186,20 +177,29 @@ class Plan:
                 if is_local and bits <= 8:
                     bits = self._config.local_grad_bits or 8
                 segments.append(self._segment(p, dtype, max(bits, least_bits), True))
-            self._sides[key] = self._side(segments, chosen)
+            self._sides[key] = self._side(segments, chosen, bitmaps)
         return self._sides[key]
 
     def _side(
         self,
         segments: list[Segment],
         parameters: Sequence[Parameter],
+        bitmaps: Sequence[Tensor | None],
         starts: Sequence[int] | None = None,
     ) -> Side:
         numels = [
             [p.shard_numel(rank, self.world_size) * _units(p.dtype) for p in parameters]
             for rank in range(self.world_size)
         ]
+        if bitmaps:
+            return SparseSide(segments, self.index, numels, starts, bitmaps)
         return Side(Layout(segments, self.index), numels, starts)
+
+    def _bitmaps(self, places: Sequence[int]) -> list[Tensor | None]:
+        """By place, the masks; an empty list where there are none."""
+        if not any(place in self._support for place in places):
+            return []
+        return [self._support.get(place) for place in places]
 
     def _segment(
         self, parameter: Parameter, dtype: torch.dtype, bits: int, is_grad: bool

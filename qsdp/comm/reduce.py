@@ -11,7 +11,8 @@ from qsdp.codec.payload import Standing
 from qsdp.comm.clock import ACROSS, FLAT, LOCAL, REPLICAS
 from qsdp.comm.failures import collective
 from qsdp.comm.gather import as_bytes, check_headers
-from qsdp.comm.plan import Plan, Side
+from qsdp.comm.plan import Plan
+from qsdp.comm.side import Side
 from qsdp.comm.wire import Wire
 
 
@@ -69,14 +70,19 @@ def reduce(plan: Plan, hops: list[Hop], output: Tensor, input: Tensor, wire: Wir
     not what this rank expects, SetsDiffer when another rank has other parameters to reduce.
     """
     occurrence = wire.clock.before_reduce(plan.index)
-    rows, standing = list(input.chunk(plan.world_size)), Standing.KEPT
+    side, standing = hops[0].side, Standing.KEPT
+    # Rows are without what is pruned at their owner from here to the end.
+    rows = [
+        side.compact(rank, row, wire.scratch, f"row {rank}")
+        for rank, row in enumerate(input.chunk(plan.world_size))
+    ]
     for hop in hops:
-        into = output if hop is hops[-1] and output.dtype == torch.float32 else None
+        is_last = hop is hops[-1] and output.dtype == torch.float32
+        into = output if is_last and not side.is_sparse else None
         standing = _take(plan, hop, rows, occurrence, wire, into, standing)
     if standing != Standing.KEPT:
         raise SetsDiffer
-    if rows[plan.rank] is not output:
-        output.copy_(rows[plan.rank])
+    side.expand(plan.rank, rows[plan.rank], output)
     wire.traffic.in_fp32("reduce", plan.world_size, hops[-1].side.num_values)
     return occurrence
 
@@ -106,13 +112,13 @@ def _take(
         for row in mine:
             rows[row] = rows[row].float()
         return standing
-    size, width, clock = side.layout.payload_bytes, len(mine), wire.clock
+    size, width, clock = side.payload_bytes, len(mine), wire.clock
     levels = wire.level_values
     peers = [rank for rank in range(group.size()) if rank != me]
     global_ranks = dist.get_process_group_ranks(group)
     sent = wire.scratch.take("send", len(peers) * width * size, device)
     received = wire.scratch.take("receive", len(peers) * width * size, device)
-    header = side.layout.header(global_ranks[me], clock.step, standing)
+    header = side.header(global_ranks[me], clock.step, standing)
     to_send = [row for peer in peers for row in owned[peer]]
     with wire.times.measure("reduce", "encode", device):
         for row, payload in zip(to_send, sent.split(size), strict=True):
@@ -130,9 +136,9 @@ def _take(
     senders = [global_ranks[peer] for peer in peers for _ in range(width)]
     standing = check_headers(received, side, senders, clock.step, plan, standing)
 
-    numel = rows[0].numel()
-    memory = wire.scratch.take(f"sums {number}", 4 * width * numel, device)
-    sums = list(memory.view(torch.float32).view(width, numel)) if output is None else [output]
+    numels = [rows[row].numel() for row in mine]
+    memory = wire.scratch.take(f"sums {number}", 4 * sum(numels), device)
+    sums = list(memory.view(torch.float32).split(numels)) if output is None else [output]
     payloads = received.split(size)
     with wire.times.measure("reduce", "decode", device):
         for i, (total, row) in enumerate(zip(sums, mine, strict=True)):
@@ -166,17 +172,18 @@ def all_reduce(
     all-gather (2 (R - 1) / R, quantized twice) for many.
     """
     side = plan.reduce(with_grad, tensor.dtype, wire.least_bits)
-    size, clock, device = side.layout.payload_bytes, wire.clock, tensor.device
+    size, clock, device = side.payload_bytes, wire.clock, tensor.device
+    values = side.compact(plan.rank, tensor, wire.scratch, "compact")
     levels = wire.level_values
     ranks = dist.get_process_group_ranks(group)
     payloads = wire.scratch.take("receive", group.size() * size, device)
     own = payloads.narrow(0, group.rank() * size, size)
     keys = [clock.reduce_key(REPLICAS, occurrence, rank, plan.rank) for rank in ranks]
-    header = side.layout.header(ranks[group.rank()], clock.step)
+    header = side.header(ranks[group.rank()], clock.step)
     table, fp32_table = side.tables[plan.rank], side.fp32_tables[plan.rank]
     with wire.times.measure("reduce", "encode", device):
-        torch.ops.qsdp.encode(as_bytes(tensor), table, keys[group.rank()], header, own, levels)
-    wire.observe(table, tensor)
+        torch.ops.qsdp.encode(as_bytes(values), table, keys[group.rank()], header, own, levels)
+    wire.observe(table, values)
     with (
         collective("all-reduce between replicas", plan.names, clock.step),
         wire.times.measure("reduce", "wire", device),
@@ -186,9 +193,9 @@ def all_reduce(
     # In fp32 it would be a reduce-scatter and an all-gather.
     wire.traffic.in_fp32("reduce", group.size(), 2 * side.num_values // plan.world_size)
     check_headers(payloads, side, ranks, clock.step, plan)
-    total_bytes = wire.scratch.take("sums", 4 * tensor.numel(), device)
+    total_bytes = wire.scratch.take("sums", 4 * values.numel(), device)
     total = total_bytes.view(torch.float32)
     with wire.times.measure("reduce", "decode", device):
         for place, (payload, key) in enumerate(zip(payloads.split(size), keys, strict=True)):
             torch.ops.qsdp.decode(payload, fp32_table, key, as_bytes(total), place > 0, levels)
-    tensor.copy_(total.div_(group.size()))
+    side.expand(plan.rank, total.div_(group.size()), tensor)

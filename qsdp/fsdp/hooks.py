@@ -12,8 +12,9 @@ from torch.utils.hooks import RemovableHandle
 from qsdp import compat
 from qsdp.comm.consent import Consent, Places
 from qsdp.comm.gather import Gathering, GatheringWork, Payloads, decode, regather
-from qsdp.comm.plan import Plan, Side
+from qsdp.comm.plan import Plan
 from qsdp.comm.reduce import Hop, SetsDiffer, all_reduce, hops_of, reduce
+from qsdp.comm.side import Side
 from qsdp.comm.wire import Wire
 
 
@@ -101,7 +102,8 @@ class AllGather(_Comm):
             return None
         keeps = not wire.is_exact and not in_backward and self._is_needed_again()
         is_async = async_op and input_tensor.device.type == "cpu"
-        side = plan.gather(places, 32 if wire.is_exact else wire.least_bits)
+        is_exact = wire.is_exact
+        side = plan.gather(places, 32 if is_exact else wire.least_bits, is_dense=is_exact)
         buffer = self._take_buffer(side, input_tensor.device, keeps, is_async)
         gathering = Gathering(plan, side, input_tensor, wire, buffer, async_op=is_async)
 
@@ -129,7 +131,7 @@ class AllGather(_Comm):
         side = plan.gather(frozen, is_frozen=True)
         mark = (side, *(versions[i] for i in frozen))
         if self._frozen is None or mark != self._frozen_mark:
-            size = plan.world_size * side.layout.payload_bytes
+            size = plan.world_size * side.payload_bytes
             buffer = torch.empty(size, dtype=torch.uint8, device=input.device)
             self._frozen = Gathering(plan, side, input, wire, buffer, is_frozen=True).finish()
             self._frozen_mark = mark
@@ -143,11 +145,11 @@ class AllGather(_Comm):
 
     def _take_buffer(self, side: Side, device: torch.device, keeps: bool, is_async: bool) -> Tensor:
         """Memory for the payloads of all ranks."""
-        size = self._plan.world_size * side.layout.payload_bytes
+        size = self._plan.world_size * side.payload_bytes
         if keeps:
-            if self._buffer is None or self._buffer.numel() != size:
+            if self._buffer is None or self._buffer.numel() < size:
                 self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
-            return self._buffer
+            return self._buffer[:size]
         if is_async:
             return torch.empty(size, dtype=torch.uint8, device=device)
         return self._wire.scratch.take("gather", size, device)

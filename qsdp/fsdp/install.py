@@ -1,19 +1,20 @@
 """`install(model, config) -> handle`: the quantized wire on a model that the user sharded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import compat
 from qsdp.comm.levels import Levels
 from qsdp.comm.measure import Meter
 from qsdp.comm.plan import DTYPES, Parameter, Plan, embedding_names
+from qsdp.comm.support import exchange
 from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, split, split_by_mesh
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire import Wire
@@ -157,6 +158,38 @@ class Handle:
         finally:
             self._reshard()
             self._wire.is_exact = before
+
+    def set_support(
+        self, masks: Mapping[nn.Parameter, Tensor] | None, *, with_grads: bool = True
+    ) -> None:
+        """Send only the weights that ``masks`` keep, and their gradients, until the next call.
+
+        A collective, one bit a weight. Pruned weights arrive as +0.0 and so do their gradients.
+        The optimizers of `qsdp.optim` call it where they are told to: `share_support`.
+
+        Args:
+            masks: by parameter (this rank's DTensor) a bool mask of its local shape, True where a
+                weight is kept; all others must be +0.0, which every gather checks. Parameters
+                without a mask travel whole. None: all do.
+            with_grads: False sends all gradients.
+        """
+        self._reshard()
+        places = [
+            {id(parameter.parameter): place for place, parameter in enumerate(group.parameters())}
+            for group in self._groups
+        ]
+        known = {key for each in places for key in each}
+        for parameter in masks or {}:
+            if id(parameter) not in known:
+                raise ValueError(
+                    f"a mask is given for a tensor of shape {tuple(parameter.shape)} that FSDP2 "
+                    "does not shard in this model; give masks by the model's own parameters"
+                )
+        by_id = {id(parameter): mask for parameter, mask in (masks or {}).items()}
+        chosen = [
+            {place: by_id[key] for key, place in each.items() if key in by_id} for each in places
+        ]
+        exchange(self._plans, chosen, self._wire, with_grads=with_grads)
 
     @property
     def kept_bytes(self) -> int:

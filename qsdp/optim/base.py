@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -104,6 +104,15 @@ def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
     return total
 
 
+class TellSupport(Protocol):
+    """Takes the masks of pruned parameters, None for whole weights; ``with_grads``: gradients of
+    pruned weights are not needed either."""
+
+    def __call__(
+        self, masks: Mapping[nn.Parameter, Tensor] | None, *, with_grads: bool = True
+    ) -> None: ...
+
+
 class OptimizerWrapper(torch.optim.Optimizer):
     """An optimizer that does something around the steps of another, and shares all it has.
 
@@ -121,11 +130,17 @@ class OptimizerWrapper(torch.optim.Optimizer):
             )
         self.base = base
         self._remembered = remembered
+        self._tell: TellSupport | None = None
         super().__init__([p for group in base.param_groups for p in group["params"]], {})
         self.defaults = base.defaults
         # Loading gives the base new lists and dictionaries.
         base.register_load_state_dict_post_hook(self._share)
         self._share(base)
+
+    def share_support(self, tell: TellSupport) -> None:
+        """Call ``tell`` from now on when the weights that are not zero change: for instance
+        `Handle.set_support`, so that a pruned weight costs nothing on the wire."""
+        self._tell = tell
 
     def parameters(self) -> list[Tensor]:
         """All parameters of the base optimizer, in its order."""

@@ -191,6 +191,10 @@ class CrAM(OptimizerWrapper):
             for parameter, grad in ascents:
                 local_shard(parameter).values.add_(local_shard(grad).values, alpha=scale)
             masks = compress_(self.prunable.shards(), target, self.prunable.dims)
+            if self._tell is not None and target.fraction:
+                pairs = zip(self.prunable.parameters, masks, strict=True)
+                kept = {parameter: mask.unpack() for parameter, mask in pairs}
+                self._tell(kept, with_grads=self.sparse_grad)
             _run(closure, parameters)
             if self.sparse_grad:
                 self._mask_grads(masks)
@@ -202,6 +206,8 @@ class CrAM(OptimizerWrapper):
             reshard(self.model)
             for shard, values in zip(shards, before, strict=True):
                 shard.values.copy_(values)
+            if self._tell is not None:
+                self._tell(None)
 
     def _mask_grads(self, masks: Sequence[PackedMask]) -> None:
         """Zero the gradients of pruned weights."""

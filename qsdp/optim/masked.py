@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qsdp.optim.base import OptimizerWrapper, check_max_norm, global_grad_norm, scale_grads_
+from qsdp.optim.base import (
+    OptimizerWrapper,
+    TellSupport,
+    check_max_norm,
+    global_grad_norm,
+    scale_grads_,
+)
 from qsdp.sparsity.compression import keep_masks
 from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
 from qsdp.sparsity.shards import local_shard, reshard, unique
@@ -139,6 +145,21 @@ class MaskedOptimizer(OptimizerWrapper):
         for parameter, mask in zip(self.prunable.parameters, masks, strict=True):
             local_shard(self._mask(parameter)).values.copy_(mask)
         self._apply_masks()
+        self._announce()
+
+    def share_support(self, tell: TellSupport) -> None:
+        super().share_support(tell)
+        self._announce()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._announce()
+
+    def _announce(self) -> None:
+        """Tell who wants to know which weights are not zero; a collective there."""
+        if self._tell is not None:
+            masks = {p: local_shard(self._mask(p)).values for p in self.prunable.parameters}
+            self._tell(masks if self._is_masked(self.num_steps) else None)
 
     def _lift_masks(self) -> None:
         """Train all weights again, from zero where they were pruned, without old momentum."""
@@ -148,6 +169,7 @@ class MaskedOptimizer(OptimizerWrapper):
             for name in _FIRST_MOMENTS:
                 if isinstance(state.get(name), Tensor):
                     local_shard(state[name]).values.zero_()
+        self._announce()
 
     def _apply_masks(self) -> None:
         for shard, parameter in zip(self.prunable.shards(), self.prunable.parameters, strict=True):

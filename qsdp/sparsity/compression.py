@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsdp import bitmask
 from qsdp.sparsity.groups import whole_groups
 from qsdp.sparsity.prunable import input_dims, prunable_parameters
 from qsdp.sparsity.shards import LocalShard, local_shard, reshard, unique
@@ -29,22 +30,15 @@ class PackedMask:
     """A bool mask at one bit a value."""
 
     bits: Tensor
-    """uint8 [ceil(values / 8)]."""
     shape: tuple[int, ...]
 
     @classmethod
     def of(cls, mask: Tensor) -> PackedMask:
-        flat = mask.reshape(-1)
-        flat = nn.functional.pad(flat, (0, -flat.numel() % 8))
-        shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
-        bits = (flat.view(-1, 8).to(torch.uint8) << shifts).sum(1, dtype=torch.uint8)
-        return cls(bits, tuple(mask.shape))
+        return cls(bitmask.pack(mask), tuple(mask.shape))
 
     def unpack(self) -> Tensor:
         """The mask again."""
-        shifts = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
-        flat = ((self.bits[:, None] >> shifts) & 1).view(-1)
-        return flat[: math.prod(self.shape)].view(self.shape).bool()
+        return bitmask.unpack(self.bits, math.prod(self.shape)).view(self.shape)
 
 
 @dataclass(frozen=True)

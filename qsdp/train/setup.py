@@ -16,6 +16,7 @@ from qsdp import checkpoint
 from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.metrics import MetricsWriter
 from qsdp.models import GPT, GPTConfig
+from qsdp.optim.base import OptimizerWrapper
 from qsdp.train.agree import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate import Evaluator
@@ -120,6 +121,8 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
     model, handle = sharded.model, sharded.handle
     wire = StockWire(model, world, config.replicas) if handle is None else QuantizedWire(handle)
     optimizer = world.together(lambda: make_optimizer(config, model))
+    if handle is not None and isinstance(optimizer, OptimizerWrapper):
+        optimizer.share_support(handle.set_support)
     steps_done = 0
     if source is not None and meta is not None:
         _all(world, lambda: checkpoint.load(source, model, optimizer))

@@ -1,0 +1,32 @@
+"""Bool masks at one bit a value: bit i of byte j is value 8 j + i."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pack(mask: Tensor) -> Tensor:
+    """uint8 [ceil(n / 8)] of a bool mask of n values in any shape; the last bits are 0."""
+    flat = mask.reshape(-1)
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=flat.device)
+    return (flat.to(torch.uint8) << shifts).sum(1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, num: int) -> Tensor:
+    """The first ``num`` values of a mask that `pack` made: bool [num]."""
+    if bits.device.type == "cpu":
+        values = np.unpackbits(bits.numpy(), count=num, bitorder="little")
+        return torch.from_numpy(values).view(torch.bool)
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> shifts) & 1).view(-1)[:num].bool()
+
+
+def count(bits_RB: Tensor) -> list[int]:
+    """How many bits are set in each row."""
+    bytes_N = torch.arange(256, device=bits_RB.device)
+    of_byte_N = torch.stack([bytes_N >> i & 1 for i in range(8)]).sum(0)
+    counts: list[int] = of_byte_N[bits_RB.long()].sum(1).tolist()
+    return counts

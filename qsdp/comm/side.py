@@ -1,0 +1,180 @@
+"""One direction of one group: its layout, and the codec's tables for every rank's slice."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from qsdp import bitmask
+from qsdp.codec.payload import ITEM_BYTES, VERSION, DType, Field, Layout, Segment, Standing
+from qsdp.codec.sparse import Span
+from qsdp.comm.scratch import Scratch
+
+
+class Side:
+    """One layout of one direction with the codec tables of every rank.
+
+    ``numels[r]`` are the valid values of rank r's slice of each segment, ``starts`` the segments'
+    places in the flat buffer, in bytes: a layout may leave out some of the buffer's parameters.
+    """
+
+    is_sparse = False
+
+    def __init__(
+        self, layout: Layout, numels: Sequence[Sequence[int]], starts: Sequence[int] | None = None
+    ) -> None:
+        self.layout = layout
+        self.payload_bytes = layout.payload_bytes
+        """Of every rank."""
+        self.tables = [torch.tensor(layout.table(n), dtype=torch.int64) for n in numels]
+        self._numels = numels
+        self.num_values = sum(map(sum, numels))
+        """Of all ranks together, padding left out; pruned ones count."""
+        if starts is not None:
+            for table in self.tables:
+                table[:, Field.BUFFER_BYTE] = torch.tensor(starts)
+
+    @cached_property
+    def fp32_tables(self) -> list[Tensor]:
+        """The same tables for a flat buffer in fp32."""
+        return [torch.tensor(self.layout.table(n, DType.FP32)) for n in self._numels]
+
+    def header(self, sender: int, step: int, standing: Standing = Standing.KEPT) -> list[int]:
+        """The four int64 words that open a payload."""
+        return self.layout.header(sender, step, standing)
+
+    def expected_headers(self, senders: Sequence[int], step: int) -> Tensor:
+        """int64 [senders, 4]: what each payload must open with."""
+        return torch.tensor([self.header(sender, step) for sender in senders])
+
+    def compact(
+        self, rank: int, dense: Tensor, scratch: Scratch, purpose: str, *, strict: bool = False
+    ) -> Tensor:
+        """What is coded of ``dense``, a 1-D slice that belongs to ``rank``: all of it."""
+        return dense
+
+    def room(self, rank: int, dense: Tensor, scratch: Scratch) -> Tensor:
+        """Where a payload of ``rank``'s slice is decoded, before `expand` fills ``dense``."""
+        return dense
+
+    def expand(self, rank: int, compact: Tensor, dense: Tensor) -> None:
+        """Fill ``dense`` from what `compact` or `room` gave."""
+        if compact is not dense:
+            dense.copy_(compact)
+
+
+class SparseSide(Side):
+    """A side whose payloads leave out what the masks prune: every rank's slice has its own sizes.
+
+    Payloads are as long as the longest, so that one collective takes them.
+
+    Args:
+        segments: of the dense slice.
+        group: of the random generator.
+        numels, starts: as of `Side`.
+        bitmaps: by segment the packed masks of all ranks' slices, uint8 [ranks, bytes]; None where
+            all values travel.
+    """
+
+    is_sparse = True
+
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        group: int,
+        numels: Sequence[Sequence[int]],
+        starts: Sequence[int] | None,
+        bitmaps: Sequence[Tensor | None],
+    ) -> None:
+        self._segments, self._starts = segments, starts
+        counts = [None if bits is None else bitmask.count(bits) for bits in bitmaps]
+        ranks = range(len(numels))
+        self._kept = [[None if each is None else each[rank] for each in counts] for rank in ranks]
+        layouts = [
+            Layout(
+                [
+                    segment if kept is None else replace(segment, padded=kept)
+                    for segment, kept in zip(segments, self._kept[rank], strict=True)
+                ],
+                group,
+            )
+            for rank in ranks
+        ]
+        self._layouts = layouts
+        self._compact_numels = [
+            [n if kept is None else kept for n, kept in zip(numels[r], self._kept[r], strict=True)]
+            for r in ranks
+        ]
+        self.payload_bytes = max(layout.payload_bytes for layout in layouts)
+        self.tables = [
+            torch.tensor(layout.table(n), dtype=torch.int64)
+            for layout, n in zip(layouts, self._compact_numels, strict=True)
+        ]
+        self.num_values = sum(map(sum, numels))
+        parts = [bits for bits in bitmaps if bits is not None]
+        self._bitmaps = list(torch.cat(parts, dim=1).unbind(0))
+        self._bitmap_starts: list[int] = []
+        end = 0
+        for bits in bitmaps:
+            self._bitmap_starts.append(-1 if bits is None else end)
+            end += 0 if bits is None else bits.shape[1]
+        described = repr([layout.hash for layout in layouts]).encode()
+        digest = blake2b(described, digest_size=8).digest()
+        self._hash = int.from_bytes(digest, "little", signed=True)
+        self._spans: dict[tuple[int, torch.dtype], tuple[Tensor, int]] = {}
+
+    @cached_property
+    def fp32_tables(self) -> list[Tensor]:
+        return [
+            torch.tensor(layout.table(n, DType.FP32))
+            for layout, n in zip(self._layouts, self._compact_numels, strict=True)
+        ]
+
+    def header(self, sender: int, step: int, standing: Standing = Standing.KEPT) -> list[int]:
+        return [VERSION << 32 | sender, step, self.payload_bytes, self._hash ^ standing]
+
+    def compact(
+        self, rank: int, dense: Tensor, scratch: Scratch, purpose: str, *, strict: bool = False
+    ) -> Tensor:
+        """The kept values, valid until the next call with this purpose.
+
+        ``strict``: raise RuntimeError where a pruned value is not zero.
+        """
+        spans, num_bytes = self._spans_of(rank, dense.dtype)
+        out = scratch.take(purpose, num_bytes, dense.device)
+        given = dense.view(torch.uint8)
+        torch.ops.qsdp.compact(given, spans, self._bitmaps[rank], out, strict)
+        return out.view(dense.dtype)
+
+    def room(self, rank: int, dense: Tensor, scratch: Scratch) -> Tensor:
+        num_bytes = self._spans_of(rank, dense.dtype)[1]
+        return scratch.take("room", num_bytes, dense.device).view(dense.dtype)
+
+    def expand(self, rank: int, compact: Tensor, dense: Tensor) -> None:
+        compact = compact.to(dense.dtype)
+        spans = self._spans_of(rank, dense.dtype)[0]
+        out = dense.view(torch.uint8)
+        torch.ops.qsdp.expand(compact.view(torch.uint8), spans, self._bitmaps[rank], out)
+
+    def _spans_of(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """The spans of ``rank``'s slice in a buffer of ``dtype`` (uint8: of the segments' own), and
+        the bytes of its compact form."""
+        key = (rank, dtype)
+        if key not in self._spans:
+            rows, dense_end, compact_end = [], 0, 0
+            for i, segment in enumerate(self._segments):
+                item = ITEM_BYTES[segment.dtype] if dtype == torch.uint8 else dtype.itemsize
+                start = dense_end if self._starts is None else self._starts[i]
+                kept = self._kept[rank][i]
+                count = segment.padded if kept is None else kept
+                rows.append(
+                    [start, segment.padded, item, self._bitmap_starts[i], compact_end, count]
+                )
+                dense_end += segment.padded * item
+                compact_end += count * item
+            table = torch.tensor(rows, dtype=torch.int64).view(-1, len(Span))
+            self._spans[key] = (table, compact_end)
+        return self._spans[key]

@@ -1,0 +1,60 @@
+"""[Note: Support] Which weights are exactly zero for now, known to all ranks of a shard group.
+
+A compression method says so when its mask changes: AC/DC once a phase, CrAM once a step, for its
+pass with compressed weights. Then all ranks exchange their masks, one bit a weight, in a single
+collective a process group; from it every rank knows what every payload will hold, and how long it
+will be, until the next change. Payloads carry the codes of the support alone, of gradients too.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsdp import bitmask, compat
+from qsdp.comm.failures import collective
+from qsdp.comm.plan import Plan
+from qsdp.comm.wire import Wire
+
+
+def exchange(
+    plans: Sequence[Plan],
+    masks: Sequence[Mapping[int, Tensor]],
+    wire: Wire,
+    *,
+    with_grads: bool,
+) -> None:
+    """Tell all ranks which weights are kept, and the plans; a collective where a mask is given.
+
+    Args:
+        plans: of all groups of the model.
+        masks: by plan and place the bool mask of this rank's shard; the same places on all ranks.
+        wire: with the counters and the step.
+        with_grads: gradients of pruned weights are left out too.
+    """
+    groups: dict[dist.ProcessGroup, list[int]] = {}
+    for i, plan in enumerate(plans):
+        plan.set_support({})
+        if masks[i] and plan.world_size > 1:
+            groups.setdefault(plan.group, []).append(i)
+    for group, members in groups.items():
+        sizes, own = [], []
+        for i in members:
+            for place, mask in sorted(masks[i].items()):
+                padded = plans[i].parameters[place].padded_numel(group.size())
+                flat = mask.reshape(-1)
+                own.append(bitmask.pack(torch.nn.functional.pad(flat, (0, padded - flat.numel()))))
+                sizes.append(own[-1].numel())
+        mine = torch.cat(own)
+        everyone = mine.new_empty(group.size() * mine.numel())
+        with (
+            collective("exchange of masks", plans[members[0]].names, wire.clock.step),
+            wire.times.measure("gather", "wire", mine.device),
+        ):
+            compat.all_gather(everyone, mine, group)
+        wire.traffic.gathered("gather", group, mine.numel())
+        parts = iter(everyone.view(group.size(), -1).split(sizes, dim=1))
+        for i in members:
+            bitmaps = {place: next(parts).contiguous() for place in sorted(masks[i])}
+            plans[i].set_support(bitmaps, with_grads=with_grads)
