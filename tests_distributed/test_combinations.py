@@ -29,6 +29,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "micro_batches": (1, 2),
     "dtype": ("fp32", "bf16"),
     "ranks": (2, 3, 4),
+    "sparse": (False, True),
 }
 Combination = tuple[Any, ...]
 RANKS_PER_NODE = 2
@@ -83,7 +84,7 @@ def test_the_selection_has_every_pair_and_is_small() -> None:
     assert covered == pairs - impossible
     assert set(PAIRWISE) <= set(ALL)
     assert len(PAIRWISE) <= 16
-    assert len(ALL) == 2**4 * (3 + 2 + 1)
+    assert len(ALL) == 2**5 * (3 + 2 + 1)
 
 
 def test_a_combination_equals_its_simulation_bit_for_bit(
@@ -94,7 +95,13 @@ def test_a_combination_equals_its_simulation_bit_for_bit(
 
 
 def _case(
-    gather: str, reduce: str, checkpointing: bool, micro_batches: int, dtype: str, ranks: int
+    gather: str,
+    reduce: str,
+    checkpointing: bool,
+    micro_batches: int,
+    dtype: str,
+    ranks: int,
+    sparse: bool,
 ) -> Case:
     is_hsdp = reduce == "hsdp"
     return Case(
@@ -103,6 +110,7 @@ def _case(
         quantized_replicas=is_hsdp,
         dtypes={"fp32": (FP32, FP32), "bf16": (BF16, BF16)}[dtype],
         micro_batches=micro_batches,
+        sparse=sparse,
         options={"checkpointing": checkpointing, "frozen": True},
         config={
             "gather": gather,
@@ -117,6 +125,7 @@ def _case(
 
 
 def _name(combination: Combination) -> str:
-    gather, reduce, checkpointing, micro_batches, dtype, ranks = combination
+    gather, reduce, checkpointing, micro_batches, dtype, ranks, sparse = combination
     recomputed = "recomputed" if checkpointing else "kept"
-    return f"{gather}-{reduce}-{recomputed}-{micro_batches}-{dtype}-{ranks}"
+    support = "sparse" if sparse else "dense"
+    return f"{gather}-{reduce}-{recomputed}-{micro_batches}-{dtype}-{ranks}-{support}"

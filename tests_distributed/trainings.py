@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard
 
 import qsdp
 from qsdp.comm.traffic import LINKS
+from qsdp.sparsity.shards import local_shard
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import Toy, full_grads, full_state, make_batch, make_model, shard
 
@@ -39,6 +40,8 @@ class Case:
     max_norm: float | None = None
     columns: bool = False
     """Shard the MLP's down-projection by columns: `shard_placement_fn`, even sizes only."""
+    sparse: bool = False
+    """Matrices of the blocks are pruned, and the wire knows it."""
     config: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     """Of the model."""
@@ -68,7 +71,7 @@ def assert_training_equals_its_simulation(run: Run, case: Case, seed: int) -> No
 
 def installed(case: Case, seed: int) -> tuple[Toy, qsdp.Handle]:
     """The sharded model with the wire on it."""
-    model = make_model(seed, **case.options)
+    model = _pruned(case, seed)
     param_dtype, reduce_dtype = case.dtypes
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(
@@ -87,7 +90,43 @@ def installed(case: Case, seed: int) -> tuple[Toy, qsdp.Handle]:
         by_columns = {id(block.mlp.down.weight) for block in model.blocks}
         options["shard_placement_fn"] = lambda p: Shard(1) if id(p) in by_columns else None
     shard(model, reshard=case.reshard, nested=case.nested, **options)
-    return model, qsdp.install(model, _config(case, seed), **replicate_mesh)
+    handle = qsdp.install(model, _config(case, seed), **replicate_mesh)
+    if case.sparse:
+        parameters = dict(model.named_parameters())
+        handle.set_support(
+            {
+                parameters[name]: _own_part(mask, parameters[name])
+                for name, mask in _masks(seed, model)
+            }
+        )
+    return model, handle
+
+
+def _pruned(case: Case, seed: int) -> Toy:
+    """The model before it is sharded."""
+    model = make_model(seed, **case.options)
+    if case.sparse:
+        parameters = dict(model.named_parameters())
+        for name, mask in _masks(seed, model):
+            parameters[name].data.masked_fill_(~mask, 0)
+    return model
+
+
+def _masks(seed: int, model: Toy) -> list[tuple[str, Tensor]]:
+    """By the names of the blocks' matrices: a fifth of each is kept, and nothing of one."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (name, torch.rand(p.shape, generator=generator) < 0.2 * ("1.mlp.up" not in name))
+        for name, p in model.named_parameters()
+        if "blocks" in name and p.ndim == 2
+    ]
+
+
+def _own_part(mask: Tensor, parameter: Tensor) -> Tensor:
+    shard = local_shard(parameter)
+    for dim, (start, size) in enumerate(zip(shard.offset, shard.values.shape, strict=True)):
+        mask = mask.narrow(dim, start, size)
+    return mask
 
 
 def trained(case: Case, seed: int) -> Outcome:
@@ -127,12 +166,12 @@ def counted(case: Case, seed: int) -> tuple[int, ...]:
 
 def simulation_of(case: Case, seed: int) -> qsdp.Simulation:
     """The same by `qsdp.simulate`."""
-    model = make_model(seed, **case.options)
+    model = _pruned(case, seed)
     groups = []
     for i in range(model.config.num_layers):
         groups += [f"blocks.{i}.mlp", f"blocks.{i}"] if case.nested else [f"blocks.{i}"]
     by_columns = [f"blocks.{i}.mlp.down.weight" for i in range(model.config.num_layers)]
-    return qsdp.simulate(
+    simulation = qsdp.simulate(
         model,
         _config(case, seed),
         world_size=case.ranks,
@@ -144,6 +183,9 @@ def simulation_of(case: Case, seed: int) -> qsdp.Simulation:
         reduce_dtype=case.dtypes[1],
         shard_dims=dict.fromkeys(by_columns, 1) if case.columns else None,
     )
+    if case.sparse:
+        simulation.set_support(dict(_masks(seed, model)))
+    return simulation
 
 
 def simulated(case: Case, seed: int) -> list[Outcome]:

@@ -244,6 +244,15 @@ class Simulation:
         for name, value in sources.items():
             targets[name].copy_(value)
 
+    def set_support(self, masks: Mapping[str, Tensor] | None, *, with_grads: bool = True) -> None:
+        """Let only the weights that ``masks`` keep travel, as `Handle.set_support` does.
+
+        Args:
+            masks: by name a bool mask of the whole parameter; all other weights must be +0.0.
+            with_grads: False sends all gradients.
+        """
+        self._wire.set_support(masks or {}, with_grads=with_grads)
+
     def wire_bytes(
         self,
         *,
@@ -262,6 +271,10 @@ class Simulation:
             reshard_after_forward: As given to `fully_shard`: None gathers the root's group once
                 and all others twice, False gathers all once.
         """
+        if self._wire.is_sparse:
+            raise ValueError(
+                "wire_bytes is for whole weights, but a support is set; call it before set_support"
+            )
         if type(rank) is not int or not 0 <= rank < self._wire.world.num_ranks:
             raise ValueError(f"rank is {rank!r}; choose 0 to {self._wire.world.num_ranks - 1}")
         if type(micro_batches) is not int or micro_batches < 1:

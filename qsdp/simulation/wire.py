@@ -64,6 +64,8 @@ class Wire:
             name: _bits(name, parameter, config, name in embeddings)
             for name, parameter in model.named_parameters()
         }
+        self._kept: Mapping[str, list[Tensor]] = {}
+        self._sparse_grads = True
         self._levels, self._budget = Levels(config), Budget(config, world)
         self._levels.watch(0, self._bits)
 
@@ -89,6 +91,28 @@ class Wire:
                     self._levels.observe(place, self._gathered(shard))
             self._levels.learn()
         self._levels.watch(step, self._bits)
+
+    def set_support(self, masks: Mapping[str, Tensor], *, with_grads: bool) -> None:
+        """Let only the weights that ``masks``, of whole parameters, keep travel from now on, and
+        with ``with_grads`` only their gradients."""
+        self._kept = {name: self.cut(name, mask) for name, mask in masks.items()}
+        self._sparse_grads = with_grads
+
+    @property
+    def is_sparse(self) -> bool:
+        return bool(self._kept)
+
+    def kept_grads(self, name: str, row: Tensor, receiver: int) -> Tensor:
+        """What travels of a row that ``receiver`` is to own: all, or the kept values, 1-D."""
+        is_sparse = self._sparse_grads and name in self._kept
+        return row[self._kept[name][receiver]] if is_sparse else row
+
+    def whole_grads(self, name: str, row: Tensor, receiver: int) -> Tensor:
+        """The inverse of `kept_grads`, with zeros."""
+        if not self._sparse_grads or name not in self._kept:
+            return row
+        keep = self._kept[name][receiver]
+        return torch.zeros(keep.shape, dtype=row.dtype).masked_scatter_(keep, row)
 
     def weight_dtype(self, shard: Tensor) -> torch.dtype:
         """Of the parameter once gathered."""
@@ -120,7 +144,12 @@ class Wire:
             bits = self.weight_bits(name, None)
             return self._cross(name, values, key, bits, is_grad=False, is_frozen=True)
         key = Key(self.config.seed, step, GATHER, 0, 0, rank).fold()
-        return self._cross(name, values, key, self.weight_bits(name, step), is_grad=False)
+        bits = self.weight_bits(name, step)
+        if name not in self._kept:
+            return self._cross(name, values, key, bits, is_grad=False)
+        keep = self._kept[name][rank]
+        decoded = self._cross(name, values[keep], key, bits, is_grad=False)
+        return torch.zeros_like(values).masked_scatter_(keep, decoded)
 
     def grad(
         self, name: str, row: Tensor, hop: int, step: int, sender: int, receiver: int
@@ -263,7 +292,8 @@ class Reduction:
             )
         self._names = set(grads)
         for name, grad in grads.items():
-            for receiver, row in enumerate(self._wire.cut(name, grad.div(self._before))):
+            for receiver, whole in enumerate(self._wire.cut(name, grad.div(self._before))):
+                row = self._wire.kept_grads(name, whole, receiver)
                 if self._wire.is_two_hop:
                     self._add_in_node(name, row, sender, receiver)
                 else:
@@ -281,7 +311,8 @@ class Reduction:
         for (name, receiver), total in self._replicas.items():
             if world.quantized_replicas:
                 total = total.div(float(world.replicas)).to(world.reduce_dtype)
-            yield name, receiver, total.div(self._divisor / self._before)
+            mean = total.div(self._divisor / self._before)
+            yield name, receiver, self._wire.whole_grads(name, mean, receiver)
 
     def _add_in_node(self, name: str, row: Tensor, sender: int, receiver: int) -> None:
         local = self._wire.world.ranks_of_a_node

@@ -214,7 +214,7 @@ def _pattern(shard: LocalShard, keep: int, size: int, dim: int) -> Tensor:
 
 def _own_part(mask_GMR: Tensor, shard: LocalShard, dim: int, first: int) -> Tensor:
     moved = shard.values.movedim(dim, 0)
-    rows = mask_GMR.reshape(-1, mask_GMR.shape[2])[first : first + moved.shape[0]]
+    rows = mask_GMR.flatten(0, 1)[first : first + moved.shape[0]]
     return rows.reshape(moved.shape).movedim(0, dim)
 
 
