@@ -83,9 +83,12 @@ class QSDPConfig:
     """Least bits a value during the warm-up: 2 to 8, 16 or 32."""
 
     budget: float | None = None
-    """Bits a coded value on average, metadata included. Weights and gradients are given 2 to 8 bits
-    a parameter so that the measured squared error is least; the measure is taken in the first step
-    after the warm-up, which travels at `weight_bits` and `grad_bits`. None: no allocation."""
+    """Bits a coded value at most on average, of weights and of gradients, padding and metadata
+    included. Each parameter is given 2 to 8 bits so that the measured squared error is least; the
+    measure is taken in the first step after the warm-up, which travels at `weight_bits` and
+    `grad_bits`, or the first after it whose errors are finite. Parameters keep the bits that
+    `policy`, or an `embedding_bits` that is not None, gives them: if these are coded they count,
+    and the others share what is left. None: no allocation."""
 
     seed: int = 0
     """Seeds every random number of the wire, 0 to 2**63 - 1; the same on all ranks."""
@@ -171,6 +174,11 @@ class QSDPConfig:
         if self.embedding_bits is not None:
             return self.embedding_bits, self.embedding_bits
         return max(self.weight_bits, 8), max(self.grad_bits, 8)
+
+    def keeps_bits(self, name: str, is_embedding: bool) -> bool:
+        """Whether a parameter's bits were chosen for it, so that a budget leaves them."""
+        by_embedding_bits = is_embedding and self.embedding_bits is not None
+        return by_embedding_bits or self.bits_by_policy(name) is not None
 
     def check_policy(self, names: Sequence[str]) -> None:
         """Raise ValueError unless every pattern matches one of a model's parameter ``names``."""

@@ -178,6 +178,16 @@ DATA = [
         "'layers.*' matches no parameter",
     ),
     BadInput(
+        "a budget below 2 bits and their metadata",
+        "--data {}/text.txt --qsdp-budget 2.2",
+        "the budget is 2.2 bits a value, but weights take 2.5",
+    ),
+    BadInput(
+        "a budget for a raw wire",
+        "--data {}/text.txt --qsdp-budget 5 --qsdp-bits 32",
+        "the budget is 5 bits a value and has nothing to allot",
+    ),
+    BadInput(
         "sequences longer than the context", "--data {}/text.txt --seq-len 65", "--seq-len is 65"
     ),
     BadInput(

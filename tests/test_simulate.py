@@ -420,6 +420,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "param_dtype": ({"param_dtype": torch.float64}, "param_dtype is torch.float64"),
     "reduce_dtype": ({"reduce_dtype": torch.int32}, "reduce_dtype is torch.int32"),
     "policy": ({"config": {"policy": (("*.bolck.*", 4),)}}, "matches no parameter"),
+    "small budget": ({"config": {"budget": 2.2}}, "the budget is 2.2 bits"),
+    "budget for nothing": (
+        {"config": {"budget": 4, "policy": (("*", 4),)}},
+        "has nothing to allot",
+    ),
     "unknown name": ({"groups": ["bolck"]}, "'bolck'"),
     "foreign module": ({"groups": [nn.GELU()]}, "GELU"),
     "twice": ({"groups": ["block", ["block"]]}, "'block' twice"),

@@ -452,6 +452,23 @@ def _install_with_a_policy_for_nothing() -> None:
     qsdp.install(shard(make_model()), qsdp.QSDPConfig(policy=(("*.no_such.weight", 4),)))
 
 
+def _install_with_a_budget_below_two_bits() -> None:
+    qsdp.install(shard(make_model()), qsdp.QSDPConfig(budget=2.2))
+
+
+def _install_with_a_budget_that_embeddings_take() -> None:
+    qsdp.install(shard(make_model()), qsdp.QSDPConfig(budget=4, embedding_bits=8))
+
+
+def _install_with_a_budget_for_raw_values() -> None:
+    qsdp.install(shard(make_model()), qsdp.QSDPConfig(budget=8, policy=(("*", 32),)))
+
+
+def _install_with_a_budget_for_bits_of_choice() -> None:
+    config = qsdp.QSDPConfig(budget=8, weight_bits=32, grad_bits=16, embedding_bits=2)
+    qsdp.install(shard(make_model()), config)
+
+
 def _install_with_a_dict() -> None:
     qsdp.install(shard(make_model()), {"weight_bits": 8})  # type: ignore[arg-type]
 
@@ -474,6 +491,10 @@ def _refusal(function: Callable[[], None]) -> str:
         (_install_with_tensor_parallelism, 4, "tensor parallelism"),
         (_install_with_float64, 2, "float64"),
         (_install_with_a_policy_for_nothing, 2, "matches no parameter"),
+        (_install_with_a_budget_below_two_bits, 2, "the budget is 2.2 bits a value, but weights"),
+        (_install_with_a_budget_that_embeddings_take, 2, "the budget is 4 bits a value, but"),
+        (_install_with_a_budget_for_raw_values, 2, "has nothing to allot"),
+        (_install_with_a_budget_for_bits_of_choice, 2, "has nothing to allot"),
         (_install_with_a_dict, 2, "give a qsdp.QSDPConfig"),
         (_install_with_float64_reduce, 2, "float64"),
         pytest.param(

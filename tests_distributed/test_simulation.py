@@ -147,7 +147,7 @@ CASES |= {
         ranks=3,
         dtypes=(BF16, BF16),
         options={"frozen": True, "unused": True},
-        config={"budget": 4.0, "gather": "once", "warmup_steps": 1, "bucket_size": 128},
+        config={"budget": 5.0, "gather": "once", "warmup_steps": 1, "bucket_size": 128},
     ),
     "budget-and-learned-levels-two-hop": Case(
         ranks=4, config={**TWO_HOPS, "budget": 5.0, "levels": "learned", "level_steps": (1, 2)}
@@ -155,6 +155,13 @@ CASES |= {
     "budget-hsdp": Case(ranks=2, replicas=2, sync_every=True, config={"budget": 4.5}),
     "budget-quantized-replicas": Case(
         ranks=2, replicas=2, quantized_replicas=True, config={"budget": 4.5}
+    ),
+    "budget-of-gradients-raw-inside-nodes": Case(
+        ranks=4, config={**TWO_HOPS, "budget": 6.0, "weight_bits": 32, "local_grad_bits": 16}
+    ),
+    "budget-beside-bits-of-choice": Case(
+        ranks=4,
+        config={"budget": 7.5, "embedding_bits": 3, "policy": (("*.qkv.weight", (5, 16)),)},
     ),
     "learned-levels-quantized-replicas": Case(
         ranks=2, replicas=2, quantized_replicas=True, config=LEARNED

@@ -1,14 +1,16 @@
 """What quantization costs: squared errors by parameter, and bits allotted by them."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import compat
-from qsdp.codec.payload import DType, Field, Layout, Segment
+from qsdp.codec.payload import META_BYTES, DType, Field, Layout, Segment
 from qsdp.comm.levels import offset
 from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
 
@@ -60,6 +62,9 @@ class Meter:
     def _measure(
         self, values: Tensor, row: list[int], bits: int, is_grad: bool
     ) -> tuple[float, float]:
+        levels = row[Field.LEVELS]
+        if bits != row[Field.BITS]:
+            levels = offset(self._config, row[Field.PARAMETER], bits, is_grad=is_grad)
         segment = Segment(
             bits=bits,
             dtype=DType.FP32,
@@ -67,7 +72,7 @@ class Meter:
             parameter=row[Field.PARAMETER],
             bucket=self._config.bucket_of(bits, is_grad=is_grad),
             rounding=ROUNDINGS.index(self._config.rounding_of(bits)),
-            levels=offset(self._config, row[Field.PARAMETER], bits, is_grad=is_grad),
+            levels=levels,
         )
         layout = Layout([segment], row[Field.GROUP])
         table = torch.tensor(layout.table([values.numel()]))
@@ -81,8 +86,35 @@ class Meter:
         )
 
 
+class Claim(NamedTuple):
+    """What a budget knows of one parameter's coded weights, or gradients."""
+
+    numel: int
+    """Values of the whole parameter."""
+    padded: int
+    """Values that each rank's payload has room for."""
+    num_ranks: int
+    """Payloads that bring the whole parameter."""
+    kept_bits: int | None
+    """Bits that no budget changes; None: to be allotted."""
+
+
+def check_budget(weights: Sequence[Claim], grads: Sequence[Claim], config: QSDPConfig) -> None:
+    """Raise ValueError if there is a budget and nothing to allot, or not enough for 2 bits each."""
+    if config.budget is None:
+        return
+    if all(claim.kept_bits is not None for claim in (*weights, *grads)):
+        raise ValueError(
+            f"the budget is {config.budget:g} bits a value and has nothing to allot: leave some "
+            "parameter to 2 to 8 weight_bits or grad_bits, beside policy and embedding_bits, or "
+            "leave the budget out"
+        )
+    for claims, is_grad in ((weights, False), (grads, True)):
+        _left(claims, config.budget, config, is_grad)
+
+
 def allot(
-    numels: Sequence[int],
+    claims: Sequence[Claim],
     errors: Sequence[Sequence[float]],
     budget: float,
     config: QSDPConfig,
@@ -92,41 +124,58 @@ def allot(
     """Bits for each parameter so that the sum of squared errors is least within the budget.
 
     From 2 bits each, the parameter whose error falls most for a bit of payload gets one bit more,
-    as long as all payloads, bucket metadata included, stay within ``budget`` bits a value.
+    as long as all payloads, padding and bucket metadata included, stay within ``budget`` bits a
+    value.
 
     Args:
-        numels: values of each parameter.
-        errors: ``errors[i][b]``: squared error of parameter i at CODED_BITS[b].
+        claims: of all parameters that are coded.
+        errors: ``errors[i][b]``: squared error at CODED_BITS[b] of parameter i of those that keep
+            no bits.
         budget: bits a value on average.
         is_grad: whether it is their gradients.
 
-    Raises ValueError where not even 2 bits fit.
+    Returns the bits of those that keep none. Raises ValueError where not even 2 bits fit.
     """
-
-    def size(place: int, bits: int) -> int:
-        numel = numels[place]
-        buckets = -(-numel // config.bucket_of(bits, is_grad=is_grad))
-        return bits * numel + 64 * buckets
-
-    left = budget * sum(numels)
-    bits = [CODED_BITS[0]] * len(numels)
-    left -= sum(size(i, b) for i, b in enumerate(bits))
-    if left < 0:
-        raise ValueError(
-            f"the budget of {budget:g} bits a value is less than 2 bits and their buckets' metadata"
-            " take; raise it or the bucket size"
-        )
+    left = _left(claims, budget, config, is_grad)
+    claims = [claim for claim in claims if claim.kept_bits is None]
+    bits = [CODED_BITS[0]] * len(claims)
     while True:
-        best, gain = None, 0.0
-        for i, own in enumerate(bits):
+        best, gain, price = None, 0.0, 0
+        for i, (claim, own) in enumerate(zip(claims, bits, strict=True)):
             if own == CODED_BITS[-1]:
                 continue
-            cost = size(i, own + 1) - size(i, own)
+            cost = _size(claim, own + 1, config, is_grad) - _size(claim, own, config, is_grad)
             place = CODED_BITS.index(own)
             saved = errors[i][place] - errors[i][place + 1]
             if cost <= left and saved / max(cost, 1) > gain:
-                best, gain = i, saved / max(cost, 1)
+                best, gain, price = i, saved / max(cost, 1), cost
         if best is None:
             return bits
-        left -= size(best, bits[best] + 1) - size(best, bits[best])
+        left -= price
         bits[best] += 1
+
+
+def _left(claims: Sequence[Claim], budget: float, config: QSDPConfig, is_grad: bool) -> float:
+    """Bits of the budget that are left once every parameter has the bits that it keeps, or 2."""
+    least = sum(_size(c, c.kept_bits or CODED_BITS[0], config, is_grad) for c in claims)
+    numel = sum(claim.numel for claim in claims)
+    if least > budget * numel:
+        raise ValueError(
+            f"the budget is {budget:g} bits a value, but {'gradients' if is_grad else 'weights'} "
+            f"take {math.ceil(100 * least / numel) / 100:g} with the bits that policy and "
+            "embedding_bits give, 2 bits for the others, padding and buckets' metadata: raise the "
+            "budget or the bucket size, or give fewer bits"
+        )
+    return budget * numel - least
+
+
+def _size(claim: Claim, bits: int, config: QSDPConfig, is_grad: bool) -> int:
+    """Bits in all ranks' payloads."""
+    segment = Segment(
+        bits=bits,
+        dtype=DType.FP32,
+        padded=claim.padded,
+        parameter=0,
+        bucket=config.bucket_of(bits, is_grad=is_grad),
+    )
+    return 8 * claim.num_ranks * (segment.data_bytes + META_BYTES * segment.num_buckets)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.comm.failures import title
 from qsdp.comm.levels import offset
+from qsdp.comm.measure import Claim
 from qsdp.comm.side import Side, SparseSide
 from qsdp.comm.topology import Hops
 from qsdp.config import ROUNDINGS, QSDPConfig
@@ -32,13 +33,10 @@ class Parameter:
     weight_bits: int
     """2 to 8: coded. 16: bf16. 32: the value as it is."""
     grad_bits: int
+    keeps_bits: bool
+    """Whether a budget leaves its bits."""
     why: str
     """Why it travels so, for the report."""
-
-    @property
-    def is_coded(self) -> bool:
-        """Whether its weights or gradients are sent as codes."""
-        return min(self.weight_bits, self.grad_bits) <= 8
 
     def shard_numel(self, rank: int, world_size: int) -> int:
         """Valid values of rank's slice: `torch.chunk` of the shard dimension."""
@@ -86,7 +84,7 @@ class Plan:
         group: dist.ProcessGroup,
         config: QSDPConfig,
     ) -> None:
-        self.parameters = tuple(parameters)
+        self.parameters = self._made_with = tuple(parameters)
         self.index = index
         self.group = group
         self.hops: Hops | None = None
@@ -109,11 +107,25 @@ class Plan:
         """A rank's slice of FSDP2's flat buffer of weights."""
         return sum(p.padded_numel(self.world_size) * p.dtype.itemsize for p in self.parameters)
 
-    def set_bits(self, bits: Sequence[tuple[int, int]]) -> None:
-        """Give each parameter other (weight, gradient) bits."""
+    def claims(self, *, is_grad: bool) -> list[tuple[Parameter, Claim]]:
+        """What coded weights, or gradients, take of a budget."""
+        found = []
+        for p in self.parameters:
+            bits = p.grad_bits if is_grad else p.weight_bits
+            if bits <= 8:
+                padded = p.padded_numel(self.world_size)
+                kept = bits if p.keeps_bits else None
+                found.append((p, Claim(p.shape.numel(), padded, self.world_size, kept)))
+        return found
+
+    def set_bits(self, bits: Mapping[int, tuple[int, int]]) -> None:
+        """Give the parameters of these indices other (weight, gradient) bits than they were made
+        with, and the others those again."""
         self.parameters = tuple(
-            replace(p, weight_bits=weight, grad_bits=grad, why="budget" if p.is_coded else p.why)
-            for p, (weight, grad) in zip(self.parameters, bits, strict=True)
+            replace(p, weight_bits=bits[p.index][0], grad_bits=bits[p.index][1], why="budget")
+            if p.index in bits
+            else p
+            for p in self._made_with
         )
         self._sides.clear()
 

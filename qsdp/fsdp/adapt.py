@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
 from qsdp import compat
 from qsdp.comm.levels import Counts, offset
 from qsdp.comm.measure import Meter, allot
-from qsdp.comm.plan import Parameter, Plan
+from qsdp.comm.plan import Plan, Side
 from qsdp.comm.wire import Wire
-from qsdp.config import CODED_BITS
+from qsdp.config import CODED_BITS, QSDPConfig
 
 
 class Adaptation:
@@ -32,6 +31,7 @@ class Adaptation:
     ) -> None:
         self._plans, self._groups, self._wire, self._everyone = plans, groups, wire, everyone
         self._settled = -1
+        self._request = _request(wire.config)
         self._bits: dict[int, tuple[int, int]] = {}
         self._meter: Meter | None = None
         self._counts: Counts | None = None
@@ -43,52 +43,68 @@ class Adaptation:
         if step <= self._settled:
             return
         self._settled = step
-        if self._meter is not None:
-            self._wire.meters.remove(self._meter)
-            self._allot(self._meter)
-            self._meter = None
+        meter, counts = self._take_meters()
+        if meter is not None:
+            self._allot(meter)
         levels = self._wire.levels
         if levels is not None and step in self._wire.config.level_steps:
-            counts = self._counts or self._new_counts()
-            self.measure_weights(counts)
+            counts = counts or self._new_counts()
+            self._measure_weights(counts)
             levels.learn(counts, self._everyone)
-        if self._counts is not None:
-            self._wire.meters.remove(self._counts)
-            self._counts = None
         self._watch(step)
 
-    def measure_weights(self, meter: Meter | Counts) -> None:
-        """Let ``meter`` look at this rank's shards."""
+    @property
+    def is_allotted(self) -> bool:
+        """Whether the bits follow the budget by now."""
+        return bool(self._bits)
+
+    def measure_as_sent(self, meter: Meter) -> None:
+        """Let ``meter`` look at this rank's shards as a gather now would send them."""
+        config, step = self._wire.config, self._wire.clock.next_step
+        least_bits = config.warmup_bits if step < config.warmup_steps else 0
         for plan, group in zip(self._plans, self._groups, strict=True):
-            side = plan.gather(plan.places)
-            rows = side.tables[plan.rank].tolist()
-            for row, parameter, shard in zip(
-                rows, plan.parameters, group.local_shards(), strict=True
-            ):
-                meter.add_values(row, _flat(shard, parameter), is_grad=False)
+            trains = group.requires_grad()
+            once = tuple(i for i in plan.places if config.gather == "once" and not trains[i])
+            others = tuple(i for i in plan.places if i not in once)
+            if once:
+                _look(meter, plan, group, once, plan.gather(once, is_frozen=True))
+            if others:
+                _look(meter, plan, group, others, plan.gather(others, least_bits))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know: integers and lists of them."""
+        """What a resumed run must know, in JSON's types."""
         self.settle()
         bits = [[index, *both] for index, both in sorted(self._bits.items())]
         levels = [] if self._wire.levels is None else self._wire.levels.state()
-        return {"settled": self._settled, "bits": bits, "levels": levels}
+        return {"request": self._request, "bits": bits, "levels": levels}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._settled = int(state.get("settled", -1))
-        self._set_bits({int(i): (int(w), int(g)) for i, w, g in state.get("bits", [])})
+        """Take over levels, and the bits if they were allotted to the same request; what was due
+        before the next step was done when the state was taken."""
+        self._take_meters()
+        self._settled = self._wire.clock.next_step
+        bits = state.get("bits", []) if state.get("request") == self._request else []
+        self._set_bits({int(i): (int(w), int(g)) for i, w, g in bits})
         if self._wire.levels is not None:
             self._wire.levels.load(state.get("levels", []))
-        self._watch(self._wire.clock.next_step)
+        self._watch(self._settled)
+
+    def _take_meters(self) -> tuple[Meter | None, Counts | None]:
+        """What has looked at gradients since the last step, which it now stops doing."""
+        taken = self._meter, self._counts
+        for meter in taken:
+            if meter is not None:
+                self._wire.meters.remove(meter)
+        self._meter = self._counts = None
+        return taken
 
     def _watch(self, step: int) -> None:
         """Look at the gradients of ``step`` if bits are allotted or levels learned after it."""
         config = self._wire.config
-        if config.levels == "learned" and step + 1 in config.level_steps and not self._counts:
+        if config.levels == "learned" and step + 1 in config.level_steps:
             self._counts = self._new_counts()
             self._wire.meters.append(self._counts)
-        is_due = config.budget is not None and step == config.warmup_steps
-        if is_due and not self._bits and self._meter is None:
+        if config.budget is not None and step >= config.warmup_steps and not self._bits:
             self._meter = Meter(config, self._wire.level_values, CODED_BITS)
             self._wire.meters.append(self._meter)
 
@@ -103,28 +119,57 @@ class Adaptation:
                 places += [(start, bits)] if start >= 0 else []
         return Counts(places)
 
+    def _measure_weights(self, meter: Meter | Counts) -> None:
+        """Let ``meter`` look at this rank's shards, at their bits of after the warm-up."""
+        for plan, group in zip(self._plans, self._groups, strict=True):
+            _look(meter, plan, group, plan.places, plan.gather(plan.places))
+
     def _allot(self, meter: Meter) -> None:
-        budget = self._wire.config.budget
-        assert budget is not None
-        self.measure_weights(meter)
-        everyone = {p.index: p for plan in self._plans for p in plan.parameters}
-        bits = {index: [p.weight_bits, p.grad_bits] for index, p in everyone.items()}
+        """Set the bits by the errors of the last step; leave them where one is not finite."""
+        config = self._wire.config
+        assert config.budget is not None
+        self._measure_weights(meter)
+        found: dict[int, list[int]] = {}
         for is_grad in (False, True):
-            coded = [p for p in everyone.values() if bits[p.index][is_grad] <= 8]
-            keys = [(p.index, is_grad, b) for p in coded for b in CODED_BITS]
-            errors = meter.totals(keys, self._everyone)[:, 0].view(len(coded), -1).tolist()
-            numels = [p.shape.numel() for p in coded]
-            chosen = allot(numels, errors, budget, self._wire.config, is_grad=is_grad)
-            for parameter, b in zip(coded, chosen, strict=True):
-                bits[parameter.index][is_grad] = b
-        self._set_bits({index: (weight, grad) for index, (weight, grad) in bits.items()})
+            coded = [pair for plan in self._plans for pair in plan.claims(is_grad=is_grad)]
+            chosen = [p for p, claim in coded if claim.kept_bits is None]
+            if not chosen:
+                continue
+            keys = [(p.index, is_grad, b) for p in chosen for b in CODED_BITS]
+            errors = meter.totals(keys, self._everyone)[:, 0]
+            if not errors.isfinite().all():
+                return
+            claims, rows = [claim for _, claim in coded], errors.view(len(chosen), -1).tolist()
+            bits = allot(claims, rows, config.budget, config, is_grad=is_grad)
+            for p, b in zip(chosen, bits, strict=True):
+                found.setdefault(p.index, [p.weight_bits, p.grad_bits])[is_grad] = b
+        self._set_bits({index: (weight, grad) for index, (weight, grad) in found.items()})
 
     def _set_bits(self, bits: dict[int, tuple[int, int]]) -> None:
         self._bits = bits
-        if bits:
-            for plan in self._plans:
-                plan.set_bits([bits[p.index] for p in plan.parameters])
+        for plan in self._plans:
+            plan.set_bits(bits)
 
 
-def _flat(shard: Tensor, parameter: Parameter) -> Tensor:
-    return shard.detach().to(parameter.dtype).reshape(-1)
+def _request(config: QSDPConfig) -> dict[str, Any]:
+    """All of the config that allotted bits depend on, but for roundings, in JSON's types."""
+    names = ("budget", "weight_bits", "grad_bits", "embedding_bits", "bucket_size")
+    policy = [
+        [pattern, *(bits if isinstance(bits, tuple) else (bits, bits))]
+        for pattern, bits in config.policy
+    ]
+    return {name: getattr(config, name) for name in names} | {"policy": policy}
+
+
+def _look(
+    meter: Meter | Counts,
+    plan: Plan,
+    group: compat.ParameterGroup,
+    places: Sequence[int],
+    side: Side,
+) -> None:
+    """Let ``meter`` look at the shards at ``places``, whose rows ``side`` has."""
+    shards = group.local_shards()
+    for row, i in zip(side.tables[plan.rank].tolist(), places, strict=True):
+        values = shards[i].detach().to(plan.parameters[i].dtype).reshape(-1)
+        meter.add_values(row, values, is_grad=False)

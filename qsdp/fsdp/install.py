@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import compat
 from qsdp.comm.levels import Levels
-from qsdp.comm.measure import Meter
+from qsdp.comm.measure import Meter, check_budget
 from qsdp.comm.plan import DTYPES, Parameter, Plan, embedding_names
 from qsdp.comm.support import exchange
 from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, split, split_by_mesh
@@ -52,7 +52,8 @@ def install(
         ValueError: the model is not sharded by FSDP2, has the wire already, or uses what qsdp does
             not support: CPUOffloadPolicy, per-parameter meshes, tensor parallelism, a mesh without
             a shard axis, float64 in parameters or reduces, parameters with an all-gather of their
-            own; a policy pattern matches no parameter; the shard group does not split into nodes
+            own; a policy pattern matches no parameter; the budget is less than 2 bits and their
+            metadata take, or has nothing to allot; the shard group does not split into nodes
             as a two-hop reduce needs; or replicate_mesh is not such a mesh.
         RuntimeError: the ranks do not have the same model and config.
     """
@@ -103,6 +104,11 @@ class Handle:
                 _make_plan(group, index, names, order, embeddings, config)
                 for index, group in enumerate(groups)
             ]
+            weights, grads = (
+                [claim for plan in self._plans for _, claim in plan.claims(is_grad=is_grad)]
+                for is_grad in (False, True)
+            )
+            check_budget(weights, grads, config)
         planned = {p.name for plan in self._plans for p in plan.parameters}
         self._outside = {
             order[name]: Row(name, tuple(p.shape), None, "none", "none", "not sharded by FSDP2")
@@ -213,12 +219,12 @@ class Handle:
         """Relative errors of quantization by parameter name: {"weight": e, "grad": e}, each
         |decoded - value| / |value| in the 2-norm over all ranks. A collective.
 
-        Weights are those of now; gradients those reduced inside the last `measuring`, None where
-        there were none or they travel raw.
+        Weights are those of now, as a gather now would send them; gradients those reduced inside
+        the last `measuring`. None where there were none or they travel raw.
         """
         weights = Meter(self.config, self._wire.level_values)
         meter = weights if self._grad_meter is None else self._grad_meter
-        self._adaptation.measure_weights(weights)
+        self._adaptation.measure_as_sent(weights)
         parameters = [p for plan in self._plans for p in plan.parameters]
         columns = {
             name: [_relative(*pair) for pair in source.totals(keys, self._everyone).tolist()]
@@ -231,7 +237,7 @@ class Handle:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to send the same bytes: integers and lists, as JSON holds them.
+        """What a resumed run needs to send the same bytes, in JSON's types.
 
         With a `budget` or learned levels it is a collective: what is due before the next step is
         done now.
@@ -239,7 +245,11 @@ class Handle:
         return self._wire.clock.state_dict() | self._adaptation.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, on any number of ranks."""
+        """Go on where `state_dict` was taken, on any number of ranks.
+
+        Allotted bits are taken over if budget, bits, bucket size and policy are those of then;
+        otherwise the config's own hold, and a budget is allotted by the errors of the next step.
+        """
         self._wire.clock.load_state_dict(state)
         self._adaptation.load_state_dict(state)
 
@@ -284,8 +294,8 @@ class Handle:
             least = f"at least {config.warmup_bits} bits"
             yield f"warm-up: {least} in the first {config.warmup_steps} steps"
         if config.budget is not None:
-            when = f"after step {config.warmup_steps}"
-            yield f"budget: {config.budget:g} bits a coded value, allotted {when}"
+            when = "allotted" if self._adaptation.is_allotted else "to be allotted when measured"
+            yield f"budget: {config.budget:g} bits a coded value, {when}"
 
 
 def _replica_group(
@@ -415,6 +425,7 @@ def _make_parameter(
         shard_dim=sharded.shard_dim,
         weight_bits=bits[0],
         grad_bits=bits[1],
+        keeps_bits=config.keeps_bits(name, is_embedding),
         why=why,
     )
 

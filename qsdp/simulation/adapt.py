@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
-from qsdp.comm.measure import allot
+from qsdp.comm.measure import Claim, allot, check_budget
 from qsdp.config import CODED_BITS, LEARNED_BITS, QSDPConfig
 from qsdp.simulation.world import World
 
@@ -63,35 +64,72 @@ class Levels:
 
 
 class Budget:
-    """Squared errors of each parameter and direction at all bits, by global rank."""
+    """Squared errors of each parameter and direction at all bits, by global rank.
 
-    def __init__(self, config: QSDPConfig, world: World) -> None:
-        self._config, self._world = config, world
-        self._errors: dict[Place, list[float]] = defaultdict(lambda: [0.0] * world.num_ranks)
+    Args:
+        config: With the budget, if there is one.
+        world: The ranks.
+        claims: Of coded weights, and of coded gradients, by name in the order in which ties are
+            broken.
+
+    Raises:
+        ValueError: the budget is too small, or has nothing to allot.
+    """
+
+    def __init__(
+        self,
+        config: QSDPConfig,
+        world: World,
+        claims: tuple[Mapping[str, Claim], Mapping[str, Claim]],
+    ) -> None:
+        self._config, self._world, self._claims = config, world, claims
+        self._errors: dict[Place, list[float]] = {}
+        self._is_allotted = False
+        weights, grads = (list(own.values()) for own in claims)
+        check_budget(weights, grads, config)
+
+    def is_open(self, step: int) -> bool:
+        """Whether ``step`` is one to measure in."""
+        is_warm = step >= self._config.warmup_steps
+        return self._config.budget is not None and is_warm and not self._is_allotted
 
     def add(self, place: Place, rank: int, error: float) -> None:
-        self._errors[place][rank] += error
+        self._errors.setdefault(place, [0.0] * self._world.num_ranks)[rank] += error
 
-    def allot(self, names: Iterable[str], numels: Mapping[str, int], bits: Bits) -> Bits:
-        """The bits that cost least: ``names`` in the order in which ties are broken."""
+    def allot(self, bits: Bits) -> Bits:
+        """The bits that cost least by the errors so far, which are forgotten; those given where
+        an error is infinite or NaN."""
+        assert self._config.budget is not None
+        totals = {
+            (name, is_grad): [self._total((name, is_grad, b)) for b in CODED_BITS]
+            for is_grad, claims in zip((False, True), self._claims, strict=True)
+            for name, claim in claims.items()
+            if claim.kept_bits is None
+        }
+        self._errors.clear()
+        if not all(map(math.isfinite, itertools.chain(*totals.values()))):
+            return bits
+        self._is_allotted = True
         found = {name: list(both) for name, both in bits.items()}
-        names = list(names)
-        for is_grad in (False, True):
-            coded = [name for name in names if bits[name][is_grad] <= 8]
-            errors = [[self._total((name, is_grad, b)) for b in CODED_BITS] for name in coded]
-            sizes = [numels[name] for name in coded]
-            assert self._config.budget is not None
-            chosen = allot(sizes, errors, self._config.budget, self._config, is_grad=is_grad)
-            for name, b in zip(coded, chosen, strict=True):
+        for is_grad, claims in zip((False, True), self._claims, strict=True):
+            names = [name for name in claims if (name, is_grad) in totals]
+            chosen = allot(
+                list(claims.values()),
+                [totals[name, is_grad] for name in names],
+                self._config.budget,
+                self._config,
+                is_grad=is_grad,
+            )
+            for name, b in zip(names, chosen, strict=True):
                 found[name][is_grad] = b
         return {name: (weight, grad) for name, (weight, grad) in found.items()}
 
     def _total(self, place: Place) -> float:
         """Over all ranks: along the replicate axis first, unless qsdp averages over it."""
-        size, errors = self._world.world_size, self._errors[place]
+        size, errors = self._world.world_size, self._errors.get(place, [])
         rows: Sequence[Sequence[float]] = [
             errors[i : i + size] for i in range(0, len(errors), size)
         ]
         if not self._world.quantized_replicas:
             rows = list(zip(*rows, strict=True))
-        return sum(sum(row) for row in rows)
+        return sum((sum(row) for row in rows), 0.0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.codec.rounding import Key
+from qsdp.comm.measure import Claim
 from qsdp.comm.plan import embedding_names
 from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
 from qsdp.simulation.adapt import Bits, Budget, Levels
@@ -43,7 +44,8 @@ class Wire:
         shard_dims: The sharded dimension of parameters that are not sharded along the first.
 
     Raises:
-        ValueError: a policy pattern matches no parameter.
+        ValueError: a policy pattern matches no parameter, or the budget is too small or has
+            nothing to allot.
     """
 
     def __init__(
@@ -66,24 +68,27 @@ class Wire:
         }
         self._kept: Mapping[str, list[Tensor]] = {}
         self._sparse_grads = True
-        self._levels, self._budget = Levels(config), Budget(config, world)
+        order = sorted(self._bits, key=lambda n: (numbers.groups[n], numbers.parameters[n]))
+        weights, grads = (
+            {
+                name: self._claim(name, model.get_parameter(name), is_grad, name in embeddings)
+                for name in order
+                if self._bits[name][is_grad] <= 8
+            }
+            for is_grad in (False, True)
+        )
+        self._levels, self._budget = Levels(config), Budget(config, world, (weights, grads))
         self._levels.watch(0, self._bits)
 
     def advance(self, step: int, shards: Sequence[Mapping[str, Tensor]]) -> None:
         """Allot bits and learn levels if they are due before ``step``. ``shards`` are those of
-        the ranks of the shard group, which all replicas have alike.
-
-        Raises ValueError where the budget is too small for 2 bits.
-        """
+        the ranks of the shard group, which all replicas have alike."""
         config, world = self.config, self.world
-        if config.budget is not None and step == config.warmup_steps + 1:
+        if self._budget.is_open(step - 1):
             for rank in range(world.num_ranks):
                 for name, shard in shards[rank % world.world_size].items():
                     self._measure(name, self._gathered(shard), rank, is_grad=False)
-            numbers = self.numbers
-            names = sorted(self._bits, key=lambda n: (numbers.groups[n], numbers.parameters[n]))
-            numels = {name: sum(own[name].numel() for own in shards) for name in names}
-            self._bits = self._budget.allot(names, numels, self._bits)
+            self._bits = self._budget.allot(self._bits)
         if step in config.level_steps:
             for own in [*shards] * world.replicas:
                 for name, shard in own.items():
@@ -162,7 +167,7 @@ class Wire:
         key = Key(self.config.seed, step, REDUCE, hop, 0, sender, receiver).fold()
         bits = self.grad_bits(name, hop, step)
         self._levels.observe((name, True, bits), row)
-        if self.config.budget is not None and step == self.config.warmup_steps:
+        if bits <= 8 and self._budget.is_open(step):
             self._measure(name, row, sender, is_grad=True)
         return self._cross(name, row, key, bits, is_grad=True)
 
@@ -191,6 +196,12 @@ class Wire:
             bucket=self.config.bucket_of(bits, is_grad=is_grad),
             rounding=ROUNDINGS.index(self.config.rounding_of(bits)),
         )
+
+    def _claim(self, name: str, whole: Tensor, is_grad: bool, is_embedding: bool) -> Claim:
+        """Every rank's payload has room for the first rank's shard."""
+        kept = self._bits[name][is_grad] if self.config.keeps_bits(name, is_embedding) else None
+        padded = self.cut(name, whole)[0].numel()
+        return Claim(whole.numel(), padded, self.world.world_size, kept)
 
     def _gathered(self, shard: Tensor) -> Tensor:
         return shard.detach().to(self.weight_dtype(shard))

@@ -59,9 +59,11 @@ class WireFlags:
     ("blocks.0.*=8,*.attn.*=8/4"): the first shell-style pattern that matches wins."""
 
     qsdp_budget: float | None = None
-    """Bits a coded value on average, metadata included: 2 to 8 bits are given to each parameter so
-    that the squared error, measured in the first step after a warm-up, is least. Without
-    --qsdp-bits that step travels at 8 bits."""
+    """Bits a coded value at most on average, metadata included: 2 to 8 bits are given to each
+    parameter so that the squared error, measured in the first step after a warm-up, is least.
+    Without --qsdp-bits that step travels at 8 bits. Bits given by --qsdp-policy or
+    --qsdp-embedding-bits stay and count; the other parameters share the rest. A run that resumes
+    with another budget, or with other bits, measures anew."""
 
     qsdp_warmup_steps: int | None = None
     """First steps that travel with at least --qsdp-warmup-bits; CrAM's two passes count as two."""
