@@ -1,6 +1,6 @@
 """What a user of the quantized wire chooses."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -64,13 +64,14 @@ class QSDPConfig:
 
     gather: str = "twice"
     """`twice`: the backward pass gathers again, and memory stays low. `once`: the payload of the
-    forward gather is kept until the backward pass, and that of frozen parameters until these are
-    edited in place (through the parameter itself: an edit of its `.data` goes unseen)."""
+    forward gather of modules in training mode is kept until the backward pass, and that of frozen
+    parameters until these are edited in place (through the parameter itself: an edit of its `.data`
+    goes unseen)."""
 
     reduce: str = "auto"
     """`flat`: one all-to-all over all ranks. `two-hop`: inside each node, then between nodes; the
-    gather follows suit and brings each shard to a node once. `auto`: two-hop where there are
-    several nodes of several ranks each."""
+    gather follows suit and brings each shard to a node once. `auto`: two-hop where nodes are of one
+    size. Both are flat unless there are several nodes of several ranks each."""
 
     ranks_per_node: int | None = None
     """Ranks of one node, consecutive ones. None: the launcher's LOCAL_WORLD_SIZE, or 1."""
@@ -180,10 +181,19 @@ class QSDPConfig:
         by_embedding_bits = is_embedding and self.embedding_bits is not None
         return by_embedding_bits or self.bits_by_policy(name) is not None
 
-    def check_policy(self, names: Sequence[str]) -> None:
-        """Raise ValueError unless every pattern matches one of a model's parameter ``names``."""
+    def check_policy(self, names: Sequence[str], aliases: Mapping[str, str]) -> None:
+        """Raise ValueError unless every pattern matches one of a model's parameter ``names``.
+
+        ``aliases`` are further names of tied parameters, each with the one among ``names``.
+        """
         for pattern, _ in self.policy:
             if not any(fnmatchcase(name, pattern) for name in names):
+                for alias, name in aliases.items():
+                    if fnmatchcase(alias, pattern):
+                        raise ValueError(
+                            f"the policy pattern {pattern!r} matches only {alias!r}, which is tied "
+                            f"to {name!r}; use that name"
+                        )
                 raise ValueError(
                     f"the policy pattern {pattern!r} matches no parameter; names look like "
                     f"{names[0]!r}, and * stands for any characters"

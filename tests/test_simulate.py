@@ -130,6 +130,23 @@ def test_every_way_to_reduce_is_the_same_sum_but_for_rounding(world: dict[str, A
     assert_same(state, train_plainly(Net(), num_ranks), 1e-6)
 
 
+@pytest.mark.parametrize(
+    "world",
+    [
+        {"ranks_per_node": 4},
+        {"ranks_per_node": 9},
+        {"ranks_per_node": 1},
+        {"ranks_per_node": 2, "world_size": 2, "replicas": 2},
+    ],
+)
+def test_two_hops_of_which_one_has_nothing_to_do_are_flat(world: dict[str, Any]) -> None:
+    hops, flat = (
+        simulation({"grad_bits": 3, "reduce": reduce}, **world) for reduce in ("two-hop", "flat")
+    )
+    assert hops.wire_bytes() == flat.wire_bytes()
+    assert_same(run(hops), run(flat))
+
+
 @pytest.mark.parametrize("options", [{}, {"ranks_per_node": 2}, {"replicas": 2}])
 @pytest.mark.parametrize("quantized_replicas", [False, True])
 def test_more_bits_leave_less_error(options: dict[str, Any], quantized_replicas: bool) -> None:
@@ -397,6 +414,12 @@ def tied_across_groups() -> Net:
     return model
 
 
+def tied_in_one_group() -> Net:
+    model = Net()
+    model.out.weight = model.embed.weight
+    return model
+
+
 def in_double() -> Net:
     return Net().double()
 
@@ -424,6 +447,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "budget for nothing": (
         {"config": {"budget": 4, "policy": (("*", 4),)}},
         "has nothing to allot",
+    ),
+    "tied name": (
+        {"model": tied_in_one_group, "groups": [], "config": {"policy": (("out.weight", 4),)}},
+        "'out.weight', which is tied to 'embed.weight'; use that name",
     ),
     "unknown name": ({"groups": ["bolck"]}, "'bolck'"),
     "foreign module": ({"groups": [nn.GELU()]}, "GELU"),

@@ -46,6 +46,10 @@ def test_bad_inputs_are_refused_by_both_ranks_and_named_by_the_first(tmp_path: P
         ("--cram is True on rank 0 and False on rank 1", ["--cram"], []),
         ("--qsdp-bits is 8 on rank 0 and unset on rank 1", ["--qsdp-bits", "8"], []),
         (
+            "--replicas is 2, which leaves each replica one rank and nothing to shard",
+            *2 * (["--replicas", "2", "--qsdp-bits", "8"],),
+        ),
+        (
             "holds the token id 50",
             *2 * (["--data", str(shards), "--steps", "50", "--batch-size", "1"],),
         ),
@@ -230,6 +234,18 @@ def test_a_run_with_the_full_wire_says_what_it_took(tmp_path: Path) -> None:
             assert attention[0][part] < 0.3 * min(error[part] for error in attention[1:])
     names = {path.name for path in (tmp_path / "out" / "plots").iterdir()}
     assert {"wire_time.png", "errors.png"} < names
+
+
+def test_nodes_that_do_not_divide_the_ranks_are_refused_by_the_flags_name(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    flags = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, "--qsdp-bits", "8"]
+    flags += ["--qsdp-reduce", "two-hop", "--qsdp-ranks-per-node", "3"]
+    job = start(*flags, num_ranks=4)
+    assert job.wait() == 1
+    assert job.output.count("error: ") == 1
+    assert "error: --qsdp-ranks-per-node is 3, which does not split the 4 ranks" in job.output
+    assert set(re.findall(r"exitcode *: (-?\d+)", job.output)) == {"2"}
 
 
 def test_two_hops_halve_what_leaves_a_node(tmp_path: Path) -> None:

@@ -151,6 +151,50 @@ def test_replicas_that_disagree_stop_too_and_may_then_agree(run: Run) -> None:
         assert said.startswith(f"{expected} {bits[1]}:")
 
 
+def _install_with_arguments_apart(odd: int, what: str) -> tuple[str, float]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    rank = dist.get_rank()
+    own: dict[str, Any] = {"replicate_mesh": mesh["replicate"]}
+    odds: dict[str, Any] = {
+        "replicate_mesh": {},
+        "replicate_mesh of two dimensions": {"replicate_mesh": mesh},
+        "node_mesh": {},
+        "config": own | {"config": {"weight_bits": 4}},
+    }
+    if what == "node_mesh":
+        own = {"node_mesh": mesh}
+    model = shard(make_model(), mesh=None if what == "node_mesh" else mesh["shard"])
+    started, said = time.monotonic(), "not called"
+    # Only a replica that agrees on its meshes talks to the other, which is left out here: it would
+    # wait until this one's processes end.
+    if what in ("node_mesh", "config") or rank // 2 == odd // 2:
+        try:
+            qsdp.install(model, **(odds[what] if rank == odd else own))
+        except (RuntimeError, ValueError) as error:
+            said = str(error)
+    return said, time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("replicate_mesh", r"rank \d installs qsdp with replicate_mesh (None|\(2,\)) but rank \d "),
+        ("replicate_mesh of two dimensions", "replicate_mesh has 2 dimensions; give a 1-D mesh"),
+        ("node_mesh", r"rank \d installs qsdp with node_mesh (None|\(2, 2\)) but rank \d "),
+        ("config", "config is a dict; give a qsdp.QSDPConfig"),
+    ],
+)
+def test_arguments_of_install_that_differ_are_named_at_once(run: Run, what: str, said: str) -> None:
+    odd = random.randrange(4)
+    for rank, (message, seconds) in enumerate(run(4, _install_with_arguments_apart, odd, what)):
+        assert seconds < 20
+        if message != "not called":
+            assert re.search(said, message), message
+            is_mistake = what in ("config", "replicate_mesh of two dimensions")
+            begins = f"rank {odd} cannot install qsdp (" if is_mistake and rank != odd else ""
+            assert message.startswith(begins)
+
+
 # --- ranks whose groups got different sets of gradients ---------------------------------------
 
 

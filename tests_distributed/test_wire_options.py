@@ -3,8 +3,10 @@ test_combinations.py compares with the simulation."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import os
 from itertools import pairwise
 from typing import Any, cast
 from unittest import mock
@@ -214,12 +216,38 @@ def test_nodes_are_taken_from_a_mesh_as_from_a_number(run: Run, ranks_per_node: 
     by_mesh = run(4, _hops, ranks_per_node, True, 5)
     for (found, report), (expected, _) in zip(by_mesh, by_number, strict=True):
         _assert_equal(found, expected)
-        assert f"{4 // ranks_per_node} nodes of {ranks_per_node} ranks" in report
+        assert f"two hops over {4 // ranks_per_node} nodes of {ranks_per_node} ranks" in report
 
 
-def _refused(options: dict[str, Any]) -> str:
+def _pointless(reduce: str, ranks_per_node: int, replicas: int, grad_bits: int) -> Any:
+    mesh = None
+    if replicas > 1:
+        names = ("replicate", "shard")
+        mesh = init_device_mesh("cpu", (replicas, 4 // replicas), mesh_dim_names=names)
+    model = shard(make_model(), mesh=mesh)
+    config = qsdp.QSDPConfig(grad_bits=grad_bits, reduce=reduce, ranks_per_node=ranks_per_node)
+    handle = qsdp.install(model, config)
+    result = _train(model)
+    return result, handle.traffic.snapshot(), handle.report().remarks
+
+
+@pytest.mark.parametrize(("ranks_per_node", "replicas"), [(4, 1), (1, 1), (2, 2)])
+def test_two_hops_of_which_one_has_nothing_to_do_are_flat_and_the_report_says_so(
+    run: Run, ranks_per_node: int, replicas: int
+) -> None:
+    hops = run(4, _pointless, "two-hop", ranks_per_node, replicas, 4)
+    flat = run(4, _pointless, "flat", ranks_per_node, replicas, 4)
+    for (found, counts, remarks), (expected, flat_counts, others) in zip(hops, flat, strict=True):
+        _assert_equal(found, expected)
+        assert counts == flat_counts
+        num_nodes = 4 // replicas // ranks_per_node
+        said = f"two hops over {num_nodes} nodes of {ranks_per_node} ranks would save nothing"
+        assert [*others, f"{said}: reduces and gathers are flat"] == [*remarks]
+
+
+def _refused(options: dict[str, Any], launched: list[int] | None = None) -> str:
     model = shard(make_model())
-    with pytest.raises(ValueError) as caught:
+    with _launched(launched), pytest.raises(ValueError) as caught:
         qsdp.install(model, qsdp.QSDPConfig(reduce="two-hop", **options))
     return str(caught.value)
 
@@ -227,6 +255,86 @@ def _refused(options: dict[str, Any]) -> str:
 def test_ranks_that_do_not_fill_nodes_are_refused(run: Run) -> None:
     for sentence in run(3, _refused, {"ranks_per_node": 2}):
         assert "do not fill nodes of 2 evenly" in sentence
+
+
+def _launched(sizes: list[int] | None) -> Any:
+    """As if launchers had started this many ranks on the node of each rank."""
+    size = {} if sizes is None else {"LOCAL_WORLD_SIZE": str(sizes[dist.get_rank()])}
+    return mock.patch.dict(os.environ, size)
+
+
+def _apart(reduce: str, sizes: list[int], ranks_per_node: int | None = None) -> Any:
+    model = shard(make_model())
+    with _launched(sizes):
+        config = qsdp.QSDPConfig(reduce=reduce, ranks_per_node=ranks_per_node)
+        handle = qsdp.install(model, config)
+    result = _train(model, steps=1)
+    return result, handle.traffic.snapshot()
+
+
+def test_launchers_with_different_numbers_of_ranks_train_flat(run: Run) -> None:
+    expected = run(3, _apart, "flat", [1, 1, 1])
+    one_node = run(3, _apart, "flat", [3, 3, 3])
+    for reduce in ("flat", "auto"):
+        for sizes, first in (([2, 2, 1], 0), ([1, 2, 2], 1)):
+            for rank, (found, counts) in enumerate(run(3, _apart, reduce, sizes)):
+                _assert_equal(found, expected[rank][0])
+                pair = (first, first + 1)
+                # All that a rank gathers goes to the next one, a reduce sends to each the same.
+                inside = rank in pair and (rank + 1) % 3 in pair
+                sent = one_node[rank][1]["gather_intra_node_bytes"]
+                assert counts["gather_intra_node_bytes"] == sent * inside
+                assert counts["gather_inter_node_bytes"] == sent * (not inside)
+                sent = one_node[rank][1]["reduce_intra_node_bytes"]
+                assert counts["reduce_intra_node_bytes"] == sent // 2 * (rank in pair)
+                assert counts["reduce_sent_bytes"] == sent
+    # What the config says counts, whatever the launchers say.
+    for (found, _), (wanted, _) in zip(
+        run(3, _apart, "two-hop", [2, 2, 1], 3), expected, strict=True
+    ):
+        _assert_equal(found, wanted)
+
+
+def test_two_hops_need_nodes_of_one_size_and_launchers_that_make_sense(run: Run) -> None:
+    for sentence in run(3, _refused, {}, [2, 2, 1]):
+        assert "nodes differ: they have 2 or 1 ranks" in sentence
+    for sentence in run(3, _refused, {}, [3, 2, 2]):
+        assert "LOCAL_WORLD_SIZE is [3, 2, 2] on the ranks [0, 1, 2]" in sentence
+
+
+def _counted(reduce: str, is_mesh: bool, replicas: int) -> dict[str, int]:
+    mesh = init_device_mesh("cpu", (replicas, 4 // replicas), mesh_dim_names=("all", "shard"))
+    nodes = init_device_mesh("cpu", (replicas, 2 // replicas, 2), mesh_dim_names=("all", "n", "r"))
+    options: dict[str, Any] = {"node_mesh": nodes["n", "r"]} if is_mesh else {}
+    options |= {"replicate_mesh": mesh["all"]} if replicas > 1 else {}
+    model = shard(make_model(), mesh=mesh["shard"])
+    config = qsdp.QSDPConfig(reduce=reduce, ranks_per_node=None if is_mesh else 2)
+    # The mesh knows nothing of other replicas' ranks: there the launcher is believed.
+    with _launched([4 // replicas] * 4):
+        handle = qsdp.install(model, config, **options)
+    _train(model, steps=1)
+    return handle.traffic.snapshot()
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("reduce", ["flat", "auto", "two-hop"])
+def test_the_counters_take_nodes_from_a_mesh(run: Run, reduce: str, replicas: int) -> None:
+    by_mesh, by_number = (run(4, _counted, reduce, mesh, replicas) for mesh in (True, False))
+    assert by_mesh == by_number
+    assert any(counts["reduce_inter_node_bytes"] for counts in by_mesh)
+
+
+def _with_a_wrong_mesh(reduce: str) -> str:
+    model = shard(make_model())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    with pytest.raises(ValueError) as caught:
+        qsdp.install(model, qsdp.QSDPConfig(reduce=reduce), node_mesh=mesh)
+    return str(caught.value)
+
+
+def test_a_mesh_of_nodes_is_checked_for_a_flat_reduce_too(run: Run) -> None:
+    for sentence in run(2, _with_a_wrong_mesh, "flat"):
+        assert "give a 2-D mesh [nodes, ranks of a node]" in sentence
 
 
 def _replicated(bits: int, is_native: bool) -> Any:
@@ -592,6 +700,26 @@ def _thawed() -> tuple[tuple[str, str], tuple[str, str]]:
         parameter.requires_grad_(True)
     (after,) = [row for row in handle.report().rows if row.name == "blocks.0.out.weight"]
     return (before.grad, before.why), (after.grad, after.why)
+
+
+def _remarks(**options: Any) -> tuple[str, ...]:
+    return qsdp.install(shard(make_model()), qsdp.QSDPConfig(**options)).report().remarks
+
+
+def test_the_report_says_whose_payloads_are_kept(run: Run) -> None:
+    for (remark,) in run(2, functools.partial(_remarks, gather="once")):
+        assert remark.startswith("gather once: payloads of modules in training mode are kept")
+
+
+def _embeddings(context: int) -> list[str]:
+    report = qsdp.install(shard(make_model(context=context))).report()
+    return [row.name for row in report.rows if row.why == "embedding or head"]
+
+
+def test_the_head_is_found_beside_a_long_table_of_positions(run: Run) -> None:
+    for context in (8, 64):
+        for names in run(2, _embeddings, context):
+            assert names == ["embed.weight", "position.weight", "head.weight"]
 
 
 def test_the_report_knows_what_is_trained_now(run: Run) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from qsdp import compat
 from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
 from qsdp.codec.payload import Field
+from qsdp.comm.failures import collective
 from qsdp.config import LEARNED_BITS, QSDPConfig
 
 _STRIDE = sum(1 << bits for bits in LEARNED_BITS)
@@ -47,7 +48,8 @@ class Levels:
         for group in groups:
             device = compat.device_of(group)
             total = torch.stack([counts.by_place[place] for place in places]).to(device)
-            dist.all_reduce(total, group=group)
+            with collective("sum of what levels are learned from"):
+                dist.all_reduce(total, group=group)
             counts.by_place = dict(zip(places, total.cpu(), strict=True))
         for start, bits in places:
             levels = self.values[start : start + (1 << bits)]

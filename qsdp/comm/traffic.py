@@ -34,10 +34,9 @@ class Traffic:
 
     def sent(self, direction: str, receivers: Iterable[int], payload_bytes: int) -> None:
         """Count ``payload_bytes`` to each of the global ranks ``receivers``."""
-        here = self._topology.node(dist.get_rank())
         kind = "other" if self._is_paused else direction
         for receiver in receivers:
-            link = LINKS[self._topology.node(receiver) != here]
+            link = LINKS[not self._topology.is_here(receiver)]
             self._counts[f"{kind}_{link}_bytes"] += payload_bytes
 
     def in_fp32(self, direction: str, num_ranks: int, num_values: int) -> None:

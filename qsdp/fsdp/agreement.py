@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import compat
 from qsdp.codec.payload import VERSION
@@ -23,22 +24,16 @@ _WHAT = "agreement on the model and the config of qsdp"
 
 
 def describe(
-    config: QSDPConfig,
-    groups: Sequence[compat.ParameterGroup],
-    plans: Sequence[Plan],
-    **others: object,
+    config: QSDPConfig, groups: Sequence[compat.ParameterGroup], plans: Sequence[Plan]
 ) -> Description:
-    """All that the numbers on the wire, their sizes and their order depend on.
-
-    ``others`` are further choices of the user beside the config's fields.
-    """
+    """All that the numbers on the wire, their sizes and their order depend on."""
     return {
         "versions": {
             "torch": torch.__version__,
             "qsdp": version("qsdp"),
             "qsdp's payloads": VERSION,
         },
-        "config": {field.name: getattr(config, field.name) for field in fields(config)} | others,
+        "config": {field.name: getattr(config, field.name) for field in fields(config)},
         # In words, for the message; all but the name may differ.
         "parameters": {
             p.name: (
@@ -69,6 +64,18 @@ def describe(
             for group, plan in zip(groups, plans, strict=True)
         },
     }
+
+
+def describe_meshes(**meshes: DeviceMesh | None) -> Description:
+    """Which meshes `install` was given, and of what shape."""
+    shapes = {name: None if mesh is None else tuple(mesh.shape) for name, mesh in meshes.items()}
+    return {"versions": {}, "config": shapes, "parameters": {}, "groups": {}}
+
+
+def by_rank(everyone: Sequence[dist.ProcessGroup], mine: int) -> dict[int, int]:
+    """What each global rank calls ``mine``; a collective as `check` is."""
+    found = compare(mine, everyone, "agreement on the nodes")
+    return dict.fromkeys(range(dist.get_world_size()), mine) if found is None else found
 
 
 @contextmanager
@@ -121,7 +128,7 @@ def _difference(rank: int, ours: Description, first: int, theirs: Description) -
         if value != other:
             return (
                 f"rank {rank} installs qsdp with {field} {value!r} but rank {first} with "
-                f"{other!r}: give every rank the same config"
+                f"{other!r}: give every rank the same config and meshes"
             )
     for kind in ("parameters", "groups"):
         mine, others = ours[kind], theirs[kind]

@@ -13,9 +13,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from qsdp import compat
 from qsdp.comm.levels import Levels
 from qsdp.comm.measure import Meter, check_budget
-from qsdp.comm.plan import DTYPES, Parameter, Plan, embedding_names
+from qsdp.comm.plan import DTYPES, Parameter, Plan, embedding_names, tied_names
 from qsdp.comm.support import exchange
-from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, split, split_by_mesh
+from qsdp.comm.topology import (
+    Hops,
+    Topology,
+    check_mesh,
+    is_worth_two_hops,
+    launched_ranks,
+    nodes_of,
+    split,
+)
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire import Wire
 from qsdp.config import QSDPConfig
@@ -43,7 +51,7 @@ def install(
         replicate_mesh: HSDP with a quantized all-reduce: a 1-D mesh over the ranks that hold the
             same shards, of a model that was sharded over a 1-D mesh of its own.
         node_mesh: a 2-D mesh [nodes, ranks of a node] over the shard group's ranks, in place of
-            `ranks_per_node`.
+            `ranks_per_node`, also for the counters of bytes.
 
     Returns:
         A `Handle`: report, traffic counters, state for checkpoints, removal.
@@ -55,20 +63,14 @@ def install(
             own; a policy pattern matches no parameter; the budget is less than 2 bits and their
             metadata take, or has nothing to allot; the shard group does not split into nodes
             as a two-hop reduce needs; or replicate_mesh is not such a mesh.
-        RuntimeError: the ranks do not have the same model and config.
+        RuntimeError: the ranks do not have the same model, config and meshes.
     """
-    config = QSDPConfig() if config is None else config
-    if not isinstance(config, QSDPConfig):
-        raise ValueError(f"config is a {type(config).__name__}; give a qsdp.QSDPConfig")
     groups = compat.parameter_groups(model)
     if not groups:
         raise ValueError(
             f"{type(model).__name__} has no FSDP2 parameters; call fully_shard before qsdp.install"
         )
-    if any(isinstance(group.comms()[0], AllGather) for group in groups):
-        raise ValueError(
-            f"qsdp is installed on this {type(model).__name__} already; call handle.remove() first"
-        )
+    config = QSDPConfig() if config is None else config
     return Handle(model, config, groups, replicate_mesh, node_mesh)
 
 
@@ -84,22 +86,32 @@ class Handle:
         node_mesh: DeviceMesh | None,
     ) -> None:
         self.config = config
-        topology = Topology(config.ranks_per_node)
-        self.traffic = Traffic(topology)
         self._groups = groups
-        self._wire = Wire(config, self.traffic)
-        self.times = self._wire.times
         self._is_removed = False
         self._reshard()
         names = {p: compat.name_without_wrappers(name) for name, p in model.named_parameters()}
         order = {name: i for i, name in enumerate(names.values())}
-        replicas = _replica_group(groups, replicate_mesh)
         meshes = dict.fromkeys(group.mesh for group in groups)
         everyone = [axis for mesh in meshes for axis in mesh.get_all_groups()]
-        everyone += [] if replicas is None else [replicas]
+        # Before anything of replicate_mesh is used, which another rank may lack.
         with agreement.mistakes_shared(everyone):
-            config.check_policy(list(order))
-            embeddings = set(map(compat.name_without_wrappers, embedding_names(model)))
+            replicas = _replica_group(groups, replicate_mesh)
+            _check_type("node_mesh", node_mesh, DeviceMesh | None)
+            given = agreement.describe_meshes(replicate_mesh=replicate_mesh, node_mesh=node_mesh)
+        agreement.check(everyone, given)
+        everyone += [] if replicas is None else [replicas]
+        launched = agreement.by_rank(everyone, launched_ranks())
+        with agreement.mistakes_shared(everyone):
+            _check_type("config", config, QSDPConfig)
+            if any(isinstance(group.comms()[0], AllGather) for group in groups):
+                raise ValueError(
+                    f"qsdp is installed on this {type(model).__name__} already; call "
+                    "handle.remove() first"
+                )
+            clean = compat.name_without_wrappers
+            aliases = {clean(alias): clean(name) for alias, name in tied_names(model).items()}
+            config.check_policy(list(order), aliases)
+            embeddings = set(map(clean, embedding_names(model)))
             self._plans = [
                 _make_plan(group, index, names, order, embeddings, config)
                 for index, group in enumerate(groups)
@@ -109,16 +121,20 @@ class Handle:
                 for is_grad in (False, True)
             )
             check_budget(weights, grads, config)
+            topology = _make_topology(self._plans, launched, config, node_mesh)
+            nodes = _split_into_nodes(self._plans, topology, config, node_mesh)
         planned = {p.name for plan in self._plans for p in plan.parameters}
         self._outside = {
             order[name]: Row(name, tuple(p.shape), None, "none", "none", "not sharded by FSDP2")
             for p, name in names.items()
             if name not in planned
         }
-        nodes = None if node_mesh is None else tuple(node_mesh.shape)
-        others = {"ranks_per_node": topology.ranks_per_node, "node_mesh": nodes}
-        agreement.check(everyone, agreement.describe(config, groups, self._plans, **others))
-        self._hops = _make_hops(self._plans, topology, config, node_mesh)
+        agreement.check(everyone, agreement.describe(config, groups, self._plans))
+        self.traffic = Traffic(topology)
+        self._wire = Wire(config, self.traffic)
+        self.times = self._wire.times
+        self._nodes = nodes
+        self._hops = _make_hops(self._plans, nodes, node_mesh)
         self._owns_hops = node_mesh is None
         self._everyone = everyone
         if config.levels == "learned":
@@ -285,11 +301,15 @@ class Handle:
         if any(group.regather_world_size for group in self._groups):
             yield "reshard_after_forward=<int>: second gathers carry decoded weights, raw"
         if config.gather == "once":
-            yield "gather once: payloads are kept from the forward to the backward pass"
-        for hops in dict.fromkeys(self._hops.values()):
-            nodes = f"{hops.num_nodes} nodes of {hops.ranks_per_node} ranks"
+            kept = "payloads of modules in training mode are kept"
+            yield f"gather once: {kept} from the forward to the backward pass"
+        for group, nodes in self._nodes.items():
+            hops = f"two hops over {len(nodes)} nodes of {len(nodes[0])} ranks"
             local = config.local_grad_bits or 8
-            yield f"two hops over {nodes}: coded gradients travel at {local} bits inside a node"
+            if group in self._hops:
+                yield f"{hops}: coded gradients travel at {local} bits inside a node"
+            elif config.reduce == "two-hop":
+                yield f"{hops} would save nothing: reduces and gathers are flat"
         if config.warmup_steps:
             least = f"at least {config.warmup_bits} bits"
             yield f"warm-up: {least} in the first {config.warmup_steps} steps"
@@ -302,6 +322,7 @@ def _replica_group(
     groups: list[compat.ParameterGroup], mesh: DeviceMesh | None
 ) -> dist.ProcessGroup | None:
     """The process group of ``replicate_mesh``, checked against the model's own mesh."""
+    _check_type("replicate_mesh", mesh, DeviceMesh | None)
     if mesh is None:
         return None
     if mesh.ndim != 1:
@@ -321,21 +342,55 @@ def _replica_group(
     return mesh.get_group()
 
 
-def _make_hops(
+def _check_type(name: str, given: object, wanted: Any) -> None:
+    """Raise ValueError unless ``given`` is a ``wanted``, or None where that may be."""
+    if not isinstance(given, wanted):
+        allowed = "qsdp.QSDPConfig" if wanted is QSDPConfig else "DeviceMesh"
+        raise ValueError(f"{name} is a {type(given).__name__}; give a {allowed}")
+
+
+def _make_topology(
+    plans: list[Plan], launched: Mapping[int, int], config: QSDPConfig, mesh: DeviceMesh | None
+) -> Topology:
+    """The nodes of all ranks, of which launchers say how many they ``launched``."""
+    if mesh is not None:
+        for group in {plan.group for plan in plans if plan.world_size > 1}:
+            check_mesh(group, mesh)
+    size = config.ranks_per_node
+    sizes = launched if size is None else dict.fromkeys(range(dist.get_world_size()), size)
+    return Topology(sizes, mesh)
+
+
+def _split_into_nodes(
     plans: list[Plan], topology: Topology, config: QSDPConfig, mesh: DeviceMesh | None
-) -> dict[dist.ProcessGroup, Hops]:
-    """Split each plan's process group into nodes where the config asks for two hops."""
-    hops: dict[dist.ProcessGroup, Hops] = {}
-    for plan in plans:
-        group = plan.group
-        if config.reduce == "flat" or plan.world_size == 1:
+) -> dict[dist.ProcessGroup, list[list[int]]]:
+    """The nodes of each process group that may travel in two hops.
+
+    Raises ValueError where the config asks for two hops and there are no even nodes.
+    """
+    nodes: dict[dist.ProcessGroup, list[list[int]]] = {}
+    for group in dict.fromkeys(plan.group for plan in plans if plan.world_size > 1):
+        if config.reduce == "flat":
             continue
-        if group not in hops:
-            if mesh is not None:
-                hops[group] = split_by_mesh(group, mesh)
-            elif config.reduce == "two-hop" or is_worth_two_hops(group, topology):
-                hops[group] = split(group, topology)
-        plan.hops = hops.get(group)
+        try:
+            nodes[group] = nodes_of(group, topology) if mesh is None else mesh.mesh.tolist()
+        except ValueError:
+            if config.reduce == "two-hop":
+                raise
+    return nodes
+
+
+def _make_hops(
+    plans: list[Plan], nodes: dict[dist.ProcessGroup, list[list[int]]], mesh: DeviceMesh | None
+) -> dict[dist.ProcessGroup, Hops]:
+    """The hops of each process group whose nodes are worth two of them."""
+    hops = {
+        group: split(group, own) if mesh is None else Hops(mesh.get_group(1), mesh.get_group(0))
+        for group, own in nodes.items()
+        if is_worth_two_hops(own)
+    }
+    for plan in plans:
+        plan.hops = hops.get(plan.group)
     return hops
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.codec.rounding import Key
 from qsdp.comm.measure import Claim
-from qsdp.comm.plan import embedding_names
+from qsdp.comm.plan import embedding_names, tied_names
 from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
 from qsdp.simulation.adapt import Bits, Budget, Levels
 from qsdp.simulation.world import CODEC_DTYPES, Numbers, World
@@ -56,7 +56,7 @@ class Wire:
         numbers: Numbers,
         shard_dims: Mapping[str, int],
     ) -> None:
-        config.check_policy(list(numbers.parameters))
+        config.check_policy(list(numbers.parameters), tied_names(model))
         self.config, self.world, self.numbers = config, world, numbers
         self.is_two_hop = world.is_two_hop(config)
         self._shard_dims = shard_dims

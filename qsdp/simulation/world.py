@@ -58,7 +58,7 @@ class World:
     def has_even_nodes(self) -> bool:
         """Whether every node has as many ranks of the shard group as any other."""
         small, large = sorted((self.ranks_per_node, self.world_size))
-        return large % small == 0
+        return self.ranks_per_node >= self.num_ranks or large % small == 0
 
     @property
     def ranks_of_a_node(self) -> int:
@@ -66,7 +66,8 @@ class World:
         return min(self.ranks_per_node, self.world_size)
 
     def is_two_hop(self, config: QSDPConfig) -> bool:
-        """Whether reduces take two hops, and gathers two levels.
+        """Whether reduces take two hops, and gathers two levels: where one of them would be among
+        ranks of their own, both are flat.
 
         Raises ValueError when two hops are asked for and nodes are not even.
         """
@@ -75,9 +76,8 @@ class World:
                 f"a two-hop reduce of {self.world_size} ranks cannot have nodes of "
                 f"{self.ranks_per_node}; choose ranks_per_node so that it divides them"
             )
-        if config.reduce == "auto":
-            return self.has_even_nodes and 1 < self.ranks_of_a_node < self.world_size
-        return config.reduce == "two-hop"
+        is_worth_it = self.has_even_nodes and 1 < self.ranks_of_a_node < self.world_size
+        return config.reduce != "flat" and is_worth_it
 
 
 @dataclass(frozen=True)

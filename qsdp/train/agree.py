@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from qsdp.comm.failures import collective
 from qsdp.data import Corpus
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError
@@ -66,7 +67,8 @@ def _short_hash(data: bytes) -> str:
 def _first_difference(own: dict[str, Any], world: World) -> tuple[str, str] | None:
     """The first name whose values differ, and who has which: `3 on rank 0 and 5 on rank 1`."""
     everyones: list[dict[str, Any]] = [{}] * world.size
-    dist.all_gather_object(everyones, own)
+    with collective("agreement on flags and data"):
+        dist.all_gather_object(everyones, own)
     for name in dict.fromkeys(name for values in everyones for name in values):
         ranks: dict[str, list[str]] = {}
         for rank, values in enumerate(everyones):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from qsdp.comm.failures import collective
 from qsdp.optim import ACDC, CrAM, clip_grad_norm_, global_grad_norm
 from qsdp.optim.masked import MaskedOptimizer
 from qsdp.train import twin
@@ -181,9 +182,10 @@ def save(job: Job) -> None:
 
 def _clip(job: Job) -> float:
     parameters = list(job.model.parameters())
-    if job.config.clip_grad:
-        return clip_grad_norm_(parameters, job.config.clip_grad)
-    return global_grad_norm(parameters)
+    with collective("sum of the gradients' norm"):
+        if job.config.clip_grad:
+            return clip_grad_norm_(parameters, job.config.clip_grad)
+        return global_grad_norm(parameters)
 
 
 def _is_due(every: int, step: int, config: TrainConfig, *, at_end: bool) -> bool:

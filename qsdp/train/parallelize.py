@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
@@ -40,12 +41,36 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
 
 
 def check_replicas(config: TrainConfig, world: World) -> None:
-    """Raise ValueError unless the ranks can be dealt out to the replicas evenly."""
+    """Raise ValueError unless the ranks can be dealt out to the replicas evenly, and, where qsdp
+    averages over these, two or more to each."""
     if world.size % config.replicas:
         raise ValueError(
             f"--replicas is {config.replicas}, which does not divide the {world.size} "
             f"{'rank' if world.size == 1 else 'ranks'}; choose a divisor, 1 for none."
         )
+    if config.wire is not None and 1 < config.replicas == world.size:
+        allowed = [str(n) for n in range(1, world.size) if world.size % n == 0]
+        raise ValueError(
+            f"--replicas is {config.replicas}, which leaves each replica one rank and nothing to "
+            f"shard, as qsdp needs it; choose {' or '.join(allowed)}, or leave out --qsdp-bits."
+        )
+
+
+def check_nodes(config: TrainConfig, world: World) -> None:
+    """Raise ValueError unless each replica's ranks fill nodes evenly, where two hops are asked for
+    with nodes of a given size."""
+    wire = config.wire
+    if wire is None or wire.reduce != "two-hop" or wire.ranks_per_node is None:
+        return
+    size = world.size // config.replicas
+    for first in range(0, world.size, size):
+        nodes = Counter(rank // wire.ranks_per_node for rank in range(first, first + size))
+        if len(set(nodes.values())) > 1:
+            raise ValueError(
+                f"--qsdp-ranks-per-node is {wire.ranks_per_node}, which does not split the {size} "
+                f"ranks {'of a replica ' if config.replicas > 1 else ''}evenly as --qsdp-reduce "
+                "two-hop needs it; choose a divisor, or --qsdp-reduce flat."
+            )
 
 
 def build(config: TrainConfig, size: GPTConfig, world: World) -> Sharded:

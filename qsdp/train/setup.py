@@ -20,7 +20,7 @@ from qsdp.optim.base import OptimizerWrapper
 from qsdp.train.agree import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate import Evaluator
-from qsdp.train.parallelize import build, check_replicas, make_optimizer, model_config
+from qsdp.train.parallelize import build, check_nodes, check_replicas, make_optimizer, model_config
 from qsdp.train.resume import changed, find_checkpoint, is_finished, pace_since
 from qsdp.train.wire import QuantizedWire, StockWire, Wire
 from qsdp.train.world import World
@@ -102,6 +102,7 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
     agree_on_config(config, world)
     _make_shared_folder(config.out_dir, world)
     world.together(lambda: check_replicas(config, world))
+    world.together(lambda: check_nodes(config, world))
     corpus = world.together(lambda: _load_corpus(config))
     agree_on_data(corpus, world)
     size = world.together(lambda: model_config(config, corpus.vocab_size))

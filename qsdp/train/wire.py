@@ -201,9 +201,11 @@ def _crosses(world: World, neighbour: int) -> float:
     the one before. NCCL lays rings and trees of its own, and which rank's bytes cross is not known:
     NaN, unless there is one node.
     """
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if ranks_per_node >= world.size:
+    num_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if num_here >= world.size:
         return 0.0
     if world.backend != "gloo":
         return math.nan
-    return float(neighbour // ranks_per_node != world.rank // ranks_per_node)
+    # Nodes may differ in size, so that a rank's number alone does not tell where its node begins.
+    first = world.rank - int(os.environ.get("LOCAL_RANK", world.rank % num_here))
+    return float(neighbour not in range(first, first + num_here))

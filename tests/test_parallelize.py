@@ -1,0 +1,41 @@
+"""What the trainer refuses before it shards: named by the flag."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qsdp.train.config import TrainConfig
+from qsdp.train.parallelize import check_nodes, check_replicas
+from qsdp.train.world import World
+
+
+def check(num_ranks: int, **flags: Any) -> None:
+    config = TrainConfig(model="nano", **flags)
+    mesh: Any = None
+    world = World(0, num_ranks, torch.device("cpu"), "gloo", mesh)
+    check_replicas(config, world)
+    check_nodes(config, world)
+
+
+def test_replicas_of_one_rank_are_refused_where_qsdp_averages_them() -> None:
+    with pytest.raises(ValueError, match=r"^--replicas is 6, .* choose 1 or 2 or 3, or leave out"):
+        check(6, replicas=6, qsdp_bits=8)
+    with pytest.raises(ValueError, match=r"^--replicas is 4, which does not divide the 6 ranks"):
+        check(6, replicas=4, qsdp_bits=8)
+    check(6, replicas=3, qsdp_bits=8)
+    check(6, replicas=6)
+    check(1, qsdp_bits=8)
+
+
+def test_nodes_that_do_not_split_the_ranks_evenly_are_refused() -> None:
+    flags: dict[str, Any] = {"qsdp_bits": 8, "qsdp_reduce": "two-hop"}
+    with pytest.raises(ValueError, match=r"^--qsdp-ranks-per-node is 3, .* the 4 ranks evenly"):
+        check(4, qsdp_ranks_per_node=3, **flags)
+    with pytest.raises(ValueError, match=r"the 4 ranks of a replica evenly"):
+        check(8, replicas=2, qsdp_ranks_per_node=3, **flags)
+    check(4, qsdp_ranks_per_node=2, **flags)
+    check(4, qsdp_ranks_per_node=8, **flags)
+    check(4, qsdp_ranks_per_node=3, **flags | {"qsdp_reduce": "flat"})
