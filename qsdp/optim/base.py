@@ -132,7 +132,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         return [parameter for group in self.base.param_groups for parameter in group["params"]]
 
     def prunable_of(self, model: nn.Module, patterns: Sequence[str] | None) -> Prunable:
-        """The prunable set of ``model``. Raises ValueError if the base optimizer lacks part of it."""
+        """The prunable set of ``model``. Raises ValueError if the base lacks part of it."""
         prunable = Prunable.of(model, patterns)
         known = {id(parameter) for parameter in self.parameters()}
         pairs = zip(prunable.names, prunable.parameters, strict=True)

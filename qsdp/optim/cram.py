@@ -175,7 +175,7 @@ class CrAM(OptimizerWrapper):
         scale: float,
         target: Compression,
     ) -> None:
-        """Leave in `.grad` the gradient at the compressed ascent point, and the weights as before."""
+        """Leave in `.grad` the gradient at the compressed ascent point; restore the weights."""
         ascents = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
         edited = unique([*(p for p, _ in ascents), *self.prunable.parameters])
         shards = [local_shard(parameter) for parameter in edited]
