@@ -41,7 +41,7 @@ def _layers(size: int, num_values: int, dtype: torch.dtype) -> Layers:
     return model.to(dtype)
 
 
-def _local(whole: Tensor, axis_size: int, index: int, dim: int = 0) -> Tensor:
+def local_part(whole: Tensor, axis_size: int, index: int, dim: int = 0) -> Tensor:
     """The part that rank `index` of the shard axis has, as torch.chunk cuts."""
     part = math.ceil(whole.shape[dim] / axis_size)
     begin = min(index * part, whole.shape[dim])
@@ -71,15 +71,18 @@ def _compare(kind: str, dtype: torch.dtype, dim: int = 0, targets: list[str] = T
             wholes = keep_masks(expected.shards(), target, expected.dims)
             masks = keep_masks(prunable.shards(), target, prunable.dims)
             for name, mask, whole in zip(prunable.names, masks, wholes, strict=True):
-                assert torch.equal(mask, _local(whole, *place, dim)), (name, target)
+                assert torch.equal(mask, local_part(whole, *place, dim)), (name, target)
             if target.bits is None:  # the masks say all
                 continue
             with compressed(plain, target) as values, compressed(model, target) as parts:
                 for name, part in parts.items():
                     assert isinstance(part, DTensor)
-                    local = _local(values[name], *place, dim)
+                    local = local_part(values[name], *place, dim)
                     bits = torch.int32 if dtype == torch.float32 else torch.int16
-                    assert torch.equal(part.to_local().view(bits), local.view(bits)), (name, target)
+                    assert torch.equal(part.to_local().view(bits), local.view(bits)), (
+                        name,
+                        target,
+                    )
 
 
 def _by_columns(parameter: nn.Parameter) -> Shard:

@@ -197,6 +197,7 @@ class MaskedOptimizer(OptimizerWrapper):
         for parameter, mask in getattr(self, "_loaded_masks", []):
             # A copy, as torch makes one of everything else that it loads.
             self.state[parameter][_MASK] = mask.to(parameter.device, torch.bool, copy=True)
+        self._loaded_masks = []
 
 
 class ACDC(MaskedOptimizer):
