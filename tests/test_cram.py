@@ -16,9 +16,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.func import functional_call
 
-from qsdp.optim import CrAM, clip_grad_norm_, global_grad_norm
+from qsdp.optim import SAM, CrAM, clip_grad_norm_, global_grad_norm
 from qsdp.optim.cram import draw
 from tests.cram_reference import ReferenceCrAM
+from tests.masked_reference import sam_step
 from tests_distributed.helpers import Toy, make_batch, make_model
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -98,6 +99,23 @@ def test_steps_are_those_of_the_paper(options: dict[str, Any], tied: bool) -> No
     assert len(sparsities) > 1
     assert optimizer.num_steps == 5
     assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("rho", [0.05, 0.5])
+def test_sam_is_the_papers(rho: float) -> None:
+    model, plain = (make_model(seed=1, tied=True, frozen=True) for _ in range(2))
+    made = [
+        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], **SGD)
+        for m in (model, plain)
+    ]
+    optimizer = SAM(model, made[0], rho=rho)
+    for step in range(5):
+        batch = make_batch(model, seed=step, rank=0)
+        optimizer.step(_closure(model, batch))
+        sam_step(plain, lambda batch=batch: plain(*batch), made[1], rho)
+        torch.testing.assert_close(_weights(model), _weights(plain), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="rho is -1"):
+        SAM(model, made[0], rho=-1.0)
 
 
 def test_the_second_pass_sees_exact_zeros_and_an_exact_count() -> None:

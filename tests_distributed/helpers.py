@@ -41,6 +41,20 @@ class ToyConfig:
     """Every block has a linear layer that the forward pass does not use."""
     checkpointing: bool = False
     """Blocks are recomputed in the backward pass."""
+    conv1d: bool = False
+    """The blocks' linear layers store their weights as [in, out]."""
+
+
+class Conv1D(nn.Module):
+    """A linear layer as in transformers, by which methods of compression know it: [in, out]."""
+
+    def __init__(self, features_in: int, features_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features_in, features_out) / features_in**0.5)
+        self.bias = nn.Parameter(torch.zeros(features_out))
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        return x_BTC @ self.weight + self.bias
 
 
 class Mlp(nn.Module):
@@ -48,8 +62,9 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(config.width, config.hidden)
-        self.down = nn.Linear(config.hidden, config.width)
+        linear = Conv1D if config.conv1d else nn.Linear
+        self.up = linear(config.width, config.hidden)
+        self.down = linear(config.hidden, config.width)
         self.gain = nn.Parameter(torch.ones(1))
 
     def forward(self, x_BTC: Tensor) -> Tensor:
@@ -64,8 +79,9 @@ class Block(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.norm1 = nn.LayerNorm(config.width)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
+        linear = Conv1D if config.conv1d else nn.Linear
+        self.qkv = linear(config.width, 3 * config.width)
+        self.out = linear(config.width, config.width)
         self.norm2 = nn.LayerNorm(config.width)
         self.mlp = Mlp(config)
         if config.unused:

@@ -113,6 +113,11 @@ def _compare_with_one_process(
     assert optimizer.last_grad_norm == pytest.approx(expected.last_grad_norm, abs=1e-6)
 
 
+def _compare_targets(toy_options: dict[str, Any]) -> None:
+    for options in TARGETS:
+        _compare_with_one_process("fsdp", toy_options, True, options)
+
+
 def _fail_in_the_second_pass(where: str) -> None:
     """After the exception the weights are as before, and the next step is as if none had been."""
     model, twin = shard(make_model(seed=3)), shard(make_model(seed=3))
@@ -238,6 +243,13 @@ def _norms(hsdp: bool) -> tuple[float, float, float]:
     return norm, clipped, global_grad_norm(parameters)
 
 
+TARGETS: list[dict[str, Any]] = [
+    {"sparsity": ("2:4", "4:8", "1:4")},
+    {"sparsity": "0.7+layer", "plus": False},
+    {"sparsity": "0.5+block4", "normalize": True, "rho": 0.5},
+    {"sparsity": "4bit", "sparse_grad": False},
+    {"sparsity": ("2:4+4bit", "0.5+4bit", "0.5+block4+layer+5bit")},
+]
 OPTIONS = [{}, {"plus": False, "max_norm": 0.2}, {"normalize": True, "sparse_grad": False}]
 
 
@@ -258,6 +270,13 @@ def test_frozen_unused_and_recomputed_parameters_are_no_exception(
     run: Run, toy_options: dict[str, Any]
 ) -> None:
     run(3, _compare_with_one_process, "fsdp", toy_options, True, {"max_norm": 0.2})
+
+
+@pytest.mark.parametrize(("world_size", "conv1d"), [(2, True), (3, False), (3, True), (4, True)])
+def test_every_target_is_compressed_to_as_in_one_process(
+    run: Run, world_size: int, conv1d: bool
+) -> None:
+    run(world_size, _compare_targets, {"width": 16, "hidden": 8, "conv1d": conv1d})
 
 
 def test_replicas_take_the_same_step(run: Run) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from qsdp.optim.base import (
     OptimizerWrapper,
@@ -36,7 +35,8 @@ class MaskedOptimizer(OptimizerWrapper):
     ``step`` is called after the backward pass, as any optimizer's. It masks the gradients, clips
     them, lets the base step, and sets pruned weights to +0.0 again. When a gradient is not finite
     on any rank, weights and moments stay, the step counts, and `skipped_steps` counts it. Masks
-    change at the end of a step, so that the next forward pass sees them.
+    change at the end of a step, so that the next forward pass sees them. Frozen weights could not
+    grow back: they are neither pruned nor counted.
 
     Attributes:
         skipped_steps: Steps skipped since this object was made.
@@ -58,9 +58,11 @@ class MaskedOptimizer(OptimizerWrapper):
         super().__init__(base_optimizer, {_STEP: 0})
         self.model = model
         self.max_norm = max_norm
-        self.prunable = self.prunable_of(model, prunable)
+        self.prunable = self.prunable_of(model, prunable).trained()
         self.skipped_steps = 0
         self.last_grad_norm: float | None = None
+        self._loaded_masks: list[tuple[Tensor, Tensor]] = []
+        base_optimizer.register_load_state_dict_pre_hook(self._take_masks)
         self.before_pruning: Callable[[], None] | None = None
 
     @property
@@ -111,7 +113,7 @@ class MaskedOptimizer(OptimizerWrapper):
         if math.isfinite(norm):
             if self.max_norm is not None:
                 scale_grads_(parameters, self.max_norm, norm)
-            self.base.step()
+            self._step_base()
             self._make_masks()
             if is_masked:
                 self._apply_masks()
@@ -121,6 +123,15 @@ class MaskedOptimizer(OptimizerWrapper):
         self._change(self.num_steps)
         reshard(self.model)
         return loss
+
+    def _step_base(self) -> None:
+        """Hide the masks meanwhile: torch's optimizers make a state where there is nothing yet."""
+        masks = {p: state.pop(_MASK) for p, state in self.state.items() if _MASK in state}
+        try:
+            self.base.step()
+        finally:
+            for parameter, mask in masks.items():
+                self.state[parameter][_MASK] = mask
 
     def _is_masked(self, step: int) -> bool:
         """Whether optimizer step number ``step``, the first being 0, is taken under the masks."""
@@ -181,6 +192,8 @@ class MaskedOptimizer(OptimizerWrapper):
 
     def _make_masks(self) -> None:
         """Give every prunable parameter a mask that keeps all, where it has none."""
+        for parameter in self.parameters():
+            self.state[parameter]  # DCP loads the states of all parameters or of none
         for parameter in self.prunable.parameters:
             if _MASK not in self.state[parameter]:
                 self.state[parameter][_MASK] = torch.ones_like(parameter, dtype=torch.bool)
@@ -193,12 +206,29 @@ class MaskedOptimizer(OptimizerWrapper):
         grads = [p.grad for p in unique(self.parameters()) if p.grad is not None]
         return global_grad_norm(unique(self.parameters())) == 0.0 and bool(grads)
 
+    def _take_masks(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Load the masks past torch, which gives what it loads the parameter's dtype and takes a
+        state with nothing but a mask for a damaged one."""
+        states = state_dict["state"]
+        # Numbers, or names under DCP; their order is that of the parameters.
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        self._loaded_masks = [
+            (parameter, states[key][_MASK])
+            for parameter, key in zip(self.parameters(), keys, strict=False)
+            if _MASK in states.get(key, {})
+        ]
+        rest = {
+            key: {name: value for name, value in state.items() if name != _MASK}
+            for key, state in states.items()
+        }
+        return {**state_dict, "state": rest}
+
     def _share(self, base: torch.optim.Optimizer) -> None:
         super()._share(base)
-        # torch gives everything that it loads the parameter's dtype.
-        for state in self.state.values():
-            if _MASK in state and state[_MASK].dtype != torch.bool:
-                state[_MASK] = _as_bool(state[_MASK])
+        for parameter, mask in getattr(self, "_loaded_masks", []):
+            # A copy, as torch makes one of everything else that it loads.
+            self.state[parameter][_MASK] = mask.to(parameter.device, torch.bool, copy=True)
+        self._loaded_masks = []
 
 
 class ACDC(MaskedOptimizer):
@@ -293,12 +323,3 @@ def _only_pruned(target: Compression) -> Compression:
     if target.bits is not None:
         raise ValueError(f"a mask cannot round weights: the target {target} has bits; leave them")
     return target
-
-
-def _as_bool(mask: Tensor) -> Tensor:
-    if not isinstance(mask, DTensor):
-        return mask.bool()
-    local = mask.to_local().bool()
-    return DTensor.from_local(
-        local, mask.device_mesh, mask.placements, shape=mask.shape, stride=mask.stride()
-    )

@@ -61,6 +61,12 @@ class Prunable:
             tuple(dims.get(id(p), 1) for p in chosen.values()),
         )
 
+    def trained(self) -> Prunable:
+        """Those that are not frozen."""
+        rows = zip(self.names, self.parameters, self.dims, strict=True)
+        kept = [row for row in rows if row[1].requires_grad]
+        return Prunable(*(tuple(row[i] for row in kept) for i in range(3)))  # type: ignore[arg-type]
+
     def shards(self) -> list[LocalShard]:
         """This rank's part of each, as it is now."""
         return [local_shard(parameter) for parameter in self.parameters]
@@ -138,9 +144,12 @@ def round_(values: Tensor, bits: int) -> None:
     rows = values.reshape(-1, values.shape[-1])
     for part, out in zip(rows.split(BITS_GROUP, 1), values.split(BITS_GROUP, -1), strict=True):
         largest = (1 << (bits - 1)) - 1
-        scale = part.float().abs().amax(1, keepdim=True) / largest
+        bound = part.float().abs().amax(1, keepdim=True)
+        scale = bound / largest
         scale = torch.where(scale > 0, scale, torch.where(scale == 0, 1.0, torch.nan))
         rounded = (part.float() / scale).round().clamp(-largest, largest) * scale
+        # The largest floats would overflow, and -0.0 is not a zero on the wire.
+        rounded = rounded.clamp(-bound, bound) + 0.0
         out.copy_(rounded.to(values.dtype).view(out.shape))
 
 

@@ -25,7 +25,7 @@ def whole_groups(shard: LocalShard, dim: int, size: int) -> tuple[Tensor, int]:
     length, first = rows_LR.shape[0], shard.offset[dim]
     part = shard.parts[dim]
     if part == shard.shape[dim] or part % size == 0:
-        return rows_LR.reshape(length // size, size, rows_LR.shape[1]), 0
+        return rows_LR.unflatten(0, (length // size, size)), 0
     begin, end = first // size * size, -(-(first + length) // size) * size
     if not length:
         begin = end = first
@@ -34,7 +34,7 @@ def whole_groups(shard: LocalShard, dim: int, size: int) -> tuple[Tensor, int]:
     index_E, edges_ER = _edges(shard, rows_LR, first, size)
     is_here = (index_E >= begin) & (index_E < end)
     rows[index_E[is_here] - begin] = edges_ER[is_here]
-    return rows.view((end - begin) // size, size, rows.shape[1]), first - begin
+    return rows.unflatten(0, (rows.shape[0] // size, size)), first - begin
 
 
 def _edges(shard: LocalShard, rows_LR: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
@@ -54,5 +54,5 @@ def _edges(shard: LocalShard, rows_LR: Tensor, first: int, size: int) -> tuple[T
         all_gather(indices, index, group)
         rows = edges.new_empty(many * edges.numel())
         all_gather(rows, edges.reshape(-1), group)
-        index, edges = indices, rows.view(-1, edges.shape[1])
+        index, edges = indices, rows.view(indices.numel(), edges.shape[1])
     return index, edges

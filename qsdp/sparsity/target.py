@@ -82,7 +82,7 @@ class Compression:
         if self.pattern is not None:
             terms.append("{}:{}".format(*self.pattern))
         elif self.sparsity or self.bits is None:
-            terms.append(f"{self.sparsity:g}")
+            terms.append(str(self.sparsity))
         terms += [self.scope] if self.scope != "global" else []
         terms += [f"block{self.block}"] if self.block != 1 else []
         terms += [f"{self.bits}bit"] if self.bits is not None else []

@@ -1,0 +1,200 @@
+"""AC/DC and gradual pruning over shards, against the reference in one process."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from qsdp.checkpoint import state as checkpoint
+from qsdp.optim import ACDC, GMP
+from qsdp.sparsity.schedule import ACDCSchedule
+from tests.test_masked import (
+    BASES,
+    GRADUAL,
+    SCHEDULE,
+    SIZES,
+    STEPS,
+    acdc_reference,
+    gmp_reference,
+)
+from tests_distributed.conftest import Run
+from tests_distributed.helpers import full_state, make_batch, make_model, shard
+from tests_distributed.test_compression import local_part
+
+NUM_MICRO = 2
+VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "0.9": (0.9, {"sparsity": 0.9}),
+    "2:4": ("2:4", {"pattern": (2, 4)}),
+    "0.5+layer": ("0.5+layer", {"sparsity": 0.5, "layer": True}),
+    "gmp": (None, {}),
+}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """gloo does not gather bool."""
+    tensor = tensor.to(torch.uint8)
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).bool()
+
+
+def _parts(tensor: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """What this rank has of a tensor, and the same part of the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), whole.detach()
+    axis = tensor.device_mesh.ndim - 1
+    size, index = tensor.device_mesh.size(axis), tensor.device_mesh.get_local_rank(axis)
+    return tensor.detach().to_local(), local_part(whole.detach(), size, index)
+
+
+def _backward(model: nn.Module, toy: Any, step: int, ranks: list[int]) -> None:
+    model.zero_grad()
+    for micro in range(NUM_MICRO):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(micro == NUM_MICRO - 1)
+        for rank in ranks:
+            batch = make_batch(toy, seed=10 * step + micro, rank=rank)
+            (model(*batch) / (NUM_MICRO * len(ranks))).backward()
+
+
+def _compare(kind: str, variant: str, toy_options: dict[str, Any]) -> None:
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    target, keeps = VARIANTS[variant]
+    plain, toy = make_model(seed=3, **toy_options), make_model(seed=3, **toy_options)
+    reference = (gmp_reference if variant == "gmp" else acdc_reference)(
+        plain, BASES["sgd"], keeps, max_norm=0.5
+    )
+    model: nn.Module = toy
+    if kind == "ddp":
+        model = DistributedDataParallel(toy, gradient_as_bucket_view=True)
+    elif kind == "hsdp":
+        names = ("replicate", "shard")
+        shard(toy, mesh=init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=names))
+    else:
+        shard(toy)
+    base = BASES["sgd"]([p for p in toy.parameters() if p.requires_grad])
+    if variant == "gmp":
+        optimizer: Any = GMP(model, base, schedule=GRADUAL, max_norm=0.5)
+    else:
+        optimizer = ACDC(model, base, schedule=SCHEDULE, target=target, max_norm=0.5)
+    for step in range(STEPS):
+        _backward(model, toy, step, [rank])
+        _backward(plain, plain, step, list(range(world_size)))
+        optimizer.step()
+        reference.step()
+        with torch.no_grad():  # as for an accuracy: it leaves the root gathered
+            model(*make_batch(toy, seed=step))
+        if isinstance(toy, FSDPModule):
+            toy.reshard()
+        for mask, expected in zip(
+            optimizer.masks().values(), reference.masks.values(), strict=True
+        ):
+            assert mask.dtype == torch.bool
+            assert isinstance(mask, DTensor) == (kind != "ddp")
+            assert torch.equal(*_parts(mask, expected)), step
+        for mine, theirs in zip(toy.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(*_parts(mine, theirs), rtol=0, atol=1e-6)
+    assert optimizer.num_steps == STEPS
+
+
+def _bad_gradient_on_one_rank() -> None:
+    model = shard(make_model(seed=3))
+    optimizer = ACDC(model, BASES["adamw"](model.parameters()), schedule=SCHEDULE, target=0.8)
+    for step in range(2):
+        _backward(model, model, step, [0])
+        optimizer.step()
+    _backward(model, model, 2, [0])
+    before = full_state(model)
+    if dist.get_rank() == 1:
+        model.blocks[0].qkv.weight.grad.to_local()[0, 0] = math.nan
+    optimizer.step()
+    assert (optimizer.num_steps, optimizer.skipped_steps) == (3, 1)
+    assert not math.isfinite(optimizer.last_grad_norm or 0)
+    after = full_state(model)
+    masks = {name: _whole(mask) for name, mask in optimizer.masks().items()}
+    for name, value in after.items():  # the phase begins all the same
+        expected = before[name]
+        assert torch.equal(value, torch.where(masks[name], expected, 0) if name in masks else value)
+        assert name in masks or torch.equal(value, expected)
+
+
+def _refuse_weights_that_stay_gathered() -> None:
+    model = shard(make_model())
+    optimizer = ACDC(model, torch.optim.SGD(model.parameters(), lr=0.1), schedule=20)
+    model.set_reshard_after_backward(False)
+    with pytest.raises(RuntimeError, match="set_reshard_after_backward"):
+        optimizer.step()
+
+
+def _resumable(base: str, folder: Path, steps: range, resume: bool) -> Any:
+    """Train on the four sequences of each step; the losses, and the masks at the end."""
+    phases = ACDCSchedule.of(60, warmup=2, phase=6, last_dense=4, last_sparse=8)
+    model = shard(make_model(seed=8 if resume else 7, tied=True))
+    optimizer = ACDC(model, BASES[base](model.parameters()), schedule=phases, target=0.8)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 3))
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    masks = None
+    if resume:
+        checkpoint.load(folder / "step-00000005", model, optimizer)
+        rates.last_epoch = optimizer.num_steps
+        assert optimizer.num_steps == 5
+        assert all(isinstance(mask, DTensor) for mask in optimizer.masks().values())
+        assert all(mask.dtype == torch.bool for mask in optimizer.masks().values())
+        masks = [_whole(mask) for mask in optimizer.masks().values()]
+    losses = []
+    for step in steps:
+        if step == 5 and not resume:
+            checkpoint.save(folder, 5, model, optimizer, {})
+            masks = [_whole(mask) for mask in optimizer.masks().values()]
+        model.zero_grad()
+        tokens, targets = make_batch(model, seed=step, rank=0, batch_size=4)
+        share = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
+        loss = model(tokens[share], targets[share])
+        loss.backward()
+        optimizer.step()
+        rates.step()
+        loss = loss.detach() / world_size
+        dist.all_reduce(loss)
+        losses.append(loss.item())
+    return losses, masks, [_whole(mask) for mask in optimizer.masks().values()]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_sharded_run_is_that_of_one_process(run: Run, world_size: int, variant: str) -> None:
+    sizes = SIZES if variant == "2:4" else {}
+    options = {**sizes, "tied": True, "frozen": world_size == 3, "conv1d": world_size != 2}
+    run(world_size, _compare, "fsdp", variant, options)
+
+
+def test_replicas_and_ddp_take_the_same_steps(run: Run) -> None:
+    run(4, _compare, "hsdp", "2:4", {**SIZES, "conv1d": True})
+    run(2, _compare, "ddp", "0.9", {"tied": True})
+
+
+def test_one_ranks_bad_gradient_skips_the_step_on_all(run: Run) -> None:
+    run(2, _bad_gradient_on_one_rank)
+
+
+def test_weights_that_stay_gathered_are_refused(run: Run) -> None:
+    run(2, _refuse_weights_that_stay_gathered)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_run_goes_on_in_a_compressed_phase_on_more_ranks(
+    run: Run, tmp_path: Path, base: str
+) -> None:
+    losses, masks, last = run(2, _resumable, base, tmp_path, range(25), False)[0]
+    again, resumed, resumed_last = run(4, _resumable, base, tmp_path, range(5, 25), True)[0]
+    assert not all(mask.all() for mask in masks)
+    torch.testing.assert_close(again, losses[5:], rtol=0, atol=1e-5)
+    for expected, found in ((masks, resumed), (last, resumed_last)):
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
