@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from qsdp.train.cli import one_sentence, one_sentence_at_the_end
 from qsdp.train.errors import UserError, sentence
 
 _GIB = 1 << 30
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +122,7 @@ def _compress(flags: CompressFlags) -> None:
     from qsdp.export import export_compressed
     from qsdp.train.source import open_source
 
+    _give_back_tensors()
     source = open_source(flags.checkpoint)
     if source.target is not None:
         raise ValueError(
@@ -145,6 +149,16 @@ def _compress(flags: CompressFlags) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def _give_back_tensors() -> None:
+    """Let glibc return every freed tensor to the system.
+
+    By default it learns to keep blocks of a tensor's size, and its heap, cut into pieces by small
+    objects between them, grows with the number of tensors.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
 
 
 def _zeros(facts: dict[str, Any], part: str) -> str:
