@@ -75,7 +75,7 @@ class PowerCut(BaseException):
     """Not an error that anything could handle."""
 
 
-@pytest.mark.parametrize("moment", ["begin", "publish", "_sync_folder", "remove"])
+@pytest.mark.parametrize("moment", ["begin", "publish", "sync_folder", "remove"])
 def test_a_crash_while_saving_leaves_the_last_checkpoint_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -87,7 +87,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint_or_the_new_one(
         raise PowerCut
 
     with monkeypatch.context() as patch:
-        if moment in ("_sync_folder", "remove"):
+        if moment in ("sync_folder", "remove"):
             patch.setattr(folders, moment, cut)
         else:
             patch.setattr(f"qsdp.checkpoint.state.{moment}", cut)

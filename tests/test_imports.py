@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": set(),
     "data": set(),
     "checkpoint": set(),
+    "export": {"checkpoint", "models", "sparsity"},
     "metrics": set(),
 }
 FOR_ANYONE = {"compat", "config"}

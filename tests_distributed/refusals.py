@@ -1,6 +1,7 @@
 """Run by test_cli.py under torchrun: call the training job with bad flags, many times a process.
 
-Usage: refusals.py CASES.json RESULTS, where CASES.json lists for each case the flags of each rank.
+Usage: refusals.py CASES.json RESULTS, where CASES.json lists for each case the flags of each rank;
+flags that begin with the word evaluate are launch/evaluate.py's.
 Every rank writes RESULTS-<rank>.json: exit status and standard error of each case. It works in the
 folder RESULTS-<rank>, if there is one, as on a node with files of its own.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from qsdp.train import errors, world
+from qsdp.train import errors, evaluate_cli, world
 from qsdp.train.cli import main
 
 
@@ -38,7 +39,11 @@ def run(cases: list[list[list[str]]]) -> list[tuple[object, str]]:
         status: object = 0
         with contextlib.redirect_stderr(said):
             try:
-                main(flags[rank])
+                own = flags[rank]
+                if own[:1] == ["evaluate"]:
+                    evaluate_cli.main(own[1:])
+                else:
+                    main(own)
             except SystemExit as stop:
                 status = stop.code
         results.append((status, said.getvalue()))

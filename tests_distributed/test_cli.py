@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from qsdp.checkpoint import TensorReader
+from qsdp.export import read_mask
+from qsdp.models import GPT
+from qsdp.sparsity.compression import Prunable, compress_
+from qsdp.sparsity.target import Compression
+from qsdp.train import compress_cli, evaluate_cli
+from qsdp.train.source import open_source
 from tests.bad_inputs import DATA, FLAGS, TEXT, shards_with_late_ids
 from tests_distributed.launching import SMALL, start
 
@@ -312,3 +321,57 @@ def test_a_run_goes_on_with_other_replicas_and_another_wire(tmp_path: Path) -> N
     losses = [line["loss"] for line in lines]
     assert len(losses) == 7
     assert losses == pytest.approx([losses[0]] * 7, rel=0.2)
+
+
+def test_a_run_on_two_ranks_is_compressed_by_one_and_evaluated_on_any_number(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    run, export = tmp_path / "run", tmp_path / "export"
+    targets = ["0.7", "2:4", "4bit"]
+    flags = ["--data", str(tmp_path / "text.txt"), "--out", str(run), *SMALL, "--steps", "2"]
+    flags += ["--one-shot", ",".join(targets), "--eval-batches", "3"]
+    evaluation = ["evaluate", str(run), "--targets", ",".join(targets), "--out"]
+    bad = ["evaluate", str(run), "--targets", "2:5"]
+    cases = [flags, [*evaluation, str(tmp_path / "two")], bad, ["evaluate", str(tmp_path / "no")]]
+    (tmp_path / "cases.json").write_text(json.dumps([[own] * 2 for own in cases]))
+    results = tmp_path / "results"
+    start(
+        str(tmp_path / "cases.json"), str(results), program="tests_distributed/refusals.py"
+    ).succeed()
+    first, second = (json.loads(Path(f"{results}-{rank}.json").read_text()) for rank in (0, 1))
+    assert [status for status, _ in first] == [status for status, _ in second] == [0, 0, 2, 2]
+    assert re.fullmatch(r"error: .*groups of 5.*\n", first[2][1]), first[2]
+    assert re.fullmatch(r"error: .*no complete checkpoint.*\n", first[3][1]), first[3]
+    assert second[2][1] == second[3][1] == ""
+
+    # The run's checkpoint, written by two ranks, in this one process.
+    compress_cli.main([str(run), "--sparsity", "0.7", "--out", str(export)])
+    source = open_source(run)
+    model = GPT(source.size)
+    reader = TensorReader(source.path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.read(name))
+        prunable = Prunable.of(model)
+        masks = compress_(prunable.shards(), Compression(sparsity=0.7), prunable.dims)
+    written = load_file(export / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(written[name].view(torch.int32), parameter.view(torch.int32))
+    for name, mask in zip(prunable.names, masks, strict=True):
+        assert torch.equal(read_mask(export, name), mask.unpack())
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert losses(tmp_path / "two") == {None: summary["val_loss"], **summary["one_shot"]}
+    evaluate_cli.main([*evaluation[1:], str(tmp_path / "one")])
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+    evaluate_cli.main([str(export), "--out", str(tmp_path / "exported")])
+    exported = losses(tmp_path / "exported")[None]
+    assert exported == losses(tmp_path / "one")["0.7"]
+    assert exported == pytest.approx(summary["one_shot"]["0.7"], abs=1e-5)
+
+
+def losses(folder: Path) -> dict[str | None, float]:
+    """By target what evaluation.json in `folder` says."""
+    rows = json.loads((folder / "evaluation.json").read_text())["results"]
+    return {row["target"]: row["loss"] for row in rows}

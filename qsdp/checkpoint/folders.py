@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,31 @@ def checksum(path: Path) -> str:
     return f"crc32:{crc:08x}"
 
 
+def verify(
+    path: Path,
+    rank: int = 0,
+    size: int = 1,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+    how: str = "",
+) -> None:
+    """Raise ValueError unless this rank's part of the files is as `save` left them.
+
+    `progress` is called with the number of bytes that were just read; `how` ends the message: how
+    another checkpoint is named.
+    """
+    stated = read_meta(path)["checksums"]
+    try:
+        for name in sorted(stated)[rank::size]:
+            if checksum(path / name) != stated[name]:
+                raise ValueError(
+                    f"{path / name} is damaged: its checksum is not the one in {META}; name an "
+                    f"earlier checkpoint{how}"
+                )
+            progress((path / name).stat().st_size)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}); name another checkpoint{how}") from None
+
+
 def begin(root: Path, step: int) -> Path:
     """An empty folder to write the checkpoint of `step` into; clears what crashes left behind."""
     root.mkdir(parents=True, exist_ok=True)
@@ -102,11 +127,11 @@ def publish(root: Path, step: int, files: Mapping[str, str], keep: int) -> Path:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
     if final.exists():
         remove(final)
     folder.rename(final)
-    _sync_folder(root)
+    sync_folder(root)
     for path in list(steps(root).values())[:-keep]:
         remove(path)
     return final
@@ -129,7 +154,7 @@ def _temporary(root: Path, step: int) -> Path:
     return root / f"tmp-step-{step:08d}"
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Put the names in a folder on disk: without this a rename may be lost with the power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

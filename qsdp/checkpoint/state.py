@@ -16,10 +16,11 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 
-from qsdp.checkpoint.folders import META, begin, checksum, publish, read_meta
+from qsdp.checkpoint.folders import META, begin, checksum, publish, verify
 
 
 def save(
@@ -78,21 +79,33 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
     Raises: ValueError, on every rank, if any part is missing, damaged or of another shape.
     """
-    _verify(path)
+    _verify(path, " by --resume PATH")
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    try:
-        dcp.load(state, checkpoint_id=path)
-    except CheckpointException as error:
-        raise ValueError(
-            f"{path} cannot be loaded ({_cause(error)}); resume from another checkpoint"
-        ) from error
+    _load(path, state)
     set_state_dict(
         model,
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """As `load`, the model alone."""
+    _verify(path)
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    _load(path, state)
+    set_model_state_dict(model, state["model"])
+
+
+def _load(path: Path, state: dict[str, Any]) -> None:
+    try:
+        dcp.load(state, checkpoint_id=path)
+    except CheckpointException as error:
+        raise ValueError(
+            f"{path} cannot be loaded ({_cause(error)}); name another checkpoint"
+        ) from error
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -114,20 +127,12 @@ def _checksums(folder: Path) -> dict[str, str]:
     return {name: value for part, _ in parts for name, value in sorted(part.items())}
 
 
-def _verify(path: Path) -> None:
+def _verify(path: Path, how: str = "") -> None:
     """Raise ValueError, on every rank, unless all files are as `save` left them."""
     rank, size = dist.get_rank(), dist.get_world_size()
     mistake = None
     try:
-        stated = read_meta(path)["checksums"]
-        for name in sorted(stated)[rank::size]:
-            if checksum(path / name) != stated[name]:
-                raise ValueError(
-                    f"{path / name} is damaged: its checksum is not the one in {META}; name an "
-                    "earlier checkpoint by --resume PATH"
-                )
-    except OSError as error:
-        mistake = f"{path} cannot be read ({error}); name another checkpoint by --resume PATH"
+        verify(path, rank, size, how=how)
     except ValueError as error:
         mistake = str(error)
     mistakes: list[str | None] = [None] * size

@@ -3,12 +3,13 @@
 from qsdp.data.batches import Batches, eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.data.prepare import prepare_shards
-from qsdp.data.shards import Tokens, TokenShards
+from qsdp.data.shards import TokenRange, Tokens, TokenShards
 from qsdp.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
 
 __all__ = [
     "Batches",
     "Corpus",
+    "TokenRange",
     "TokenShards",
     "Tokenizer",
     "Tokens",

@@ -33,6 +33,14 @@ class Corpus:
     vocab_size: int
     """Every id is below it."""
 
+    @property
+    def test_start(self) -> int:
+        """Where in the validation split the test split begins: its last half, for final figures.
+
+        What settings are chosen by must end before it.
+        """
+        return len(self.val) // 2
+
     def mistake(self) -> str | None:
         """What is wrong with the ids read so far, if anything; see `TokenShards.mistake`."""
         found = (getattr(tokens, "mistake", None) for tokens in (self.train, self.val))

@@ -34,6 +34,27 @@ class Tokens(Protocol):
         """The ids of a slice of consecutive tokens, as an array."""
 
 
+class TokenRange:
+    """Consecutive tokens of others, read where they lie."""
+
+    def __init__(self, tokens: Tokens, start: int, stop: int) -> None:
+        self._tokens = tokens
+        self._start, self._stop, _ = slice(start, stop).indices(len(tokens))
+
+    def __len__(self) -> int:
+        return max(0, self._stop - self._start)
+
+    def __getitem__(self, index: slice, /) -> Any:
+        start, stop, step = index.indices(len(self))
+        assert step == 1, "tokens are read in order"
+        return self._tokens[self._start + start : self._start + max(start, stop)]
+
+    @property
+    def mistake(self) -> str | None:
+        """As that of `TokenShards`."""
+        return getattr(self._tokens, "mistake", None)
+
+
 class TokenShards:
     """Several arrays read as one long sequence; a slice may cross their borders."""
 

@@ -12,6 +12,8 @@ from qsdp.models.gpt import (
 from qsdp.models.huggingface import (
     config_from_huggingface,
     export_huggingface,
+    fill,
+    find_tensors,
     load_huggingface,
     load_huggingface_weights,
 )
@@ -22,6 +24,8 @@ __all__ = [
     "GPTConfig",
     "config_from_huggingface",
     "export_huggingface",
+    "fill",
+    "find_tensors",
     "flops_per_token",
     "generate",
     "init_weights",

@@ -7,6 +7,7 @@ Only safetensors is needed: the transformers library is not imported.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +105,39 @@ def load_huggingface_weights(model: nn.Module, folder: str | Path) -> None:
     Raises ValueError for a missing or unreadable file, and for a tensor that is missing or of
     another shape than the model's.
     """
-    files = _find_tensors(Path(folder))
-    for name, parameter in model.named_parameters():
+    files = find_tensors(Path(folder))
+
+    def stored(name: str) -> tuple[str, bool]:
         their_name, transposed = _their_name(name)
         # Checkpoints saved from the bare GPT2Model, openai-community/gpt2 for one, have no prefix.
-        their_name = next(
-            (n for n in (their_name, their_name.removeprefix("transformer.")) if n in files), ""
-        )
-        if not their_name:
+        bare_name = their_name.removeprefix("transformer.")
+        return bare_name if their_name not in files else their_name, transposed
+
+    fill(model, folder, files, stored)
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module,
+    folder: str | Path,
+    files: Mapping[str, Path],
+    stored: Callable[[str], tuple[str, bool]],
+) -> None:
+    """Fill a model in place, plain or sharded by FSDP2, from safetensors; each rank its slices.
+
+    Args:
+        model: whose parameters to fill.
+        folder: what messages name.
+        files: as `find_tensors` returns it.
+        stored: of a parameter's name, the tensor's, and whether it is kept transposed.
+
+    Raises: ValueError for a tensor that is missing or of another shape than the model's.
+    """
+    for name, parameter in model.named_parameters():
+        their_name, transposed = stored(name)
+        if their_name not in files:
             raise ValueError(
-                f"{folder} holds no tensor for parameter {name}: choose a complete GPT-2 "
+                f"{folder} holds no tensor for parameter {name}: choose a complete "
                 "checkpoint, and build the model from its config."
             )
         shape, slices = list(parameter.shape), list(local_slices(parameter))
@@ -205,14 +229,17 @@ def _their_config(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-def _find_tensors(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it, of a checkpoint in one or more files."""
-    index = folder / "model.safetensors.index.json"
+def find_tensors(folder: Path, stem: str = "model") -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it, of a checkpoint in one or more files.
+
+    Raises ValueError for a file that is missing or not readable.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
         weight_map = _read_json(index).get("weight_map", {})
         files = {folder / file for file in weight_map.values()}
     else:
-        files = {folder / "model.safetensors"}
+        files = {folder / f"{stem}.safetensors"}
     found: dict[str, Path] = {}
     for file in sorted(files):
         if not file.is_file():

@@ -9,7 +9,6 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +16,14 @@ from torch import Tensor, nn
 from qsdp import bitmask
 from qsdp.sparsity.groups import whole_groups
 from qsdp.sparsity.prunable import input_dims, prunable_parameters
-from qsdp.sparsity.shards import LocalShard, local_shard, reshard, unique
+from qsdp.sparsity.shards import LocalShard, Part, local_shard, reshard, unique
 from qsdp.sparsity.target import Compression
-from qsdp.sparsity.threshold import global_threshold, layer_thresholds, magnitude_keys
+from qsdp.sparsity.threshold import (
+    Threshold,
+    global_threshold,
+    layer_thresholds,
+    magnitude_keys,
+)
 
 BITS_GROUP = 128
 """Consecutive values of a row that share a scale when a model is rounded to few bits."""
@@ -107,10 +111,10 @@ def keep_masks(
             _pattern(shard, *target.pattern, dim) for shard, dim in zip(shards, dims, strict=True)
         ]
     if target.block == 1:
-        threshold = _threshold(shards, target)
+        threshold = find_threshold(shards, target)
         return [threshold.keep(i, shard) for i, shard in enumerate(shards)]
-    blocks = [_Blocks(shard, target.block, dim) for shard, dim in zip(shards, dims, strict=True)]
-    threshold = _threshold([block.owned for block in blocks], target)
+    blocks = [Blocks(shard, target.block, dim) for shard, dim in zip(shards, dims, strict=True)]
+    threshold = find_threshold([block.owned for block in blocks], target)
     return [block.spread(threshold.keep(i, block.all)) for i, block in enumerate(blocks)]
 
 
@@ -125,12 +129,17 @@ def compress_(
     masks = keep_masks(shards, target, dims)
     packed = []
     for shard, mask in zip(shards, masks, strict=True):
-        # Not a product: -1 * 0 is -0.0 and NaN * 0 is NaN, neither of which is a zero on the wire.
-        shard.values.masked_fill_(~mask, 0)
-        if target.bits is not None:
-            round_(shard.values, target.bits)
+        apply_(shard.values, mask, target)
         packed.append(PackedMask.of(mask))
     return packed
+
+
+def apply_(values: Tensor, mask: Tensor, target: Compression) -> None:
+    """Compress one tensor in place, of which ``mask`` keeps what ``target`` keeps."""
+    # Not a product: -1 * 0 is -0.0 and NaN * 0 is NaN, neither of which is a zero on the wire.
+    values.masked_fill_(~mask, 0)
+    if target.bits is not None:
+        round_(values, target.bits)
 
 
 def round_(values: Tensor, bits: int) -> None:
@@ -206,7 +215,8 @@ def compressed(
                 shard.values.copy_(values)
 
 
-def _threshold(shards: Sequence[LocalShard], target: Compression) -> Any:
+def find_threshold(shards: Sequence[Part], target: Compression) -> Threshold:
+    """Above which magnitudes the values, or the blocks' sums, stay. A collective."""
     numels = [shard.numel for shard in shards]
     if target.scope == "layer":
         return layer_thresholds(shards, [n - round(target.sparsity * n) for n in numels])
@@ -227,7 +237,7 @@ def _own_part(mask_GMR: Tensor, shard: LocalShard, dim: int, first: int) -> Tens
     return rows.reshape(moved.shape).movedim(0, dim)
 
 
-class _Blocks:
+class Blocks:
     """The blocks of one matrix as values of their own: the sums of their magnitudes."""
 
     def __init__(self, shard: LocalShard, size: int, dim: int) -> None:

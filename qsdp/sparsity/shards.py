@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,31 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 Groups = tuple[dist.ProcessGroup, ...]
 """The process groups, one a sharded mesh axis, over which the parts of a tensor make the whole."""
+
+
+class Part(Protocol):
+    """What a threshold must know of this rank's part of a tensor."""
+
+    @property
+    def values(self) -> Tensor:
+        """The part itself."""
+
+    @property
+    def groups(self) -> Groups:
+        """Whose parts make the whole."""
+
+    @property
+    def numel(self) -> int:
+        """Values in the whole."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def positions(self, index_N: Tensor) -> Tensor:
+        """Map flat int64 indices [N] of the local part to flat indices [N] of the whole."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +66,14 @@ class LocalShard:
     def numel(self) -> int:
         """Values in the whole."""
         return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
 
     def positions(self, index_N: Tensor) -> Tensor:
         """Map flat int64 indices [N] of the local part to flat indices [N] of the whole."""
@@ -88,7 +122,7 @@ def local_shard(tensor: Tensor) -> LocalShard:
     return LocalShard(values, tuple(groups), tuple(tensor.shape), tuple(offset), tuple(parts))
 
 
-def by_groups(shards: Sequence[LocalShard]) -> dict[Groups, list[int]]:
+def by_groups(shards: Sequence[Part]) -> dict[Groups, list[int]]:
     """Indices of the shards that share their process groups, in the same order on every rank."""
     indices: dict[Groups, list[int]] = {}
     for i, shard in enumerate(shards):

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp.sparsity.shards import LocalShard, by_groups
+from qsdp.sparsity.shards import Part, by_groups
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DIGIT_BITS = 11
@@ -43,7 +43,7 @@ class Threshold:
     ties: tuple[int, ...]
     """Per shard: an entry of magnitude `key` is kept if its position in the whole is below this."""
 
-    def keep(self, index: int, shard: LocalShard) -> Tensor:
+    def keep(self, index: int, shard: Part) -> Tensor:
         """The bool mask, of the local shape, of the entries kept in shard number ``index``."""
         # Everything is kept, or nothing: no pattern is below 0, none above the largest int32.
         key, limit = self.keys[index], self.ties[index]
@@ -57,7 +57,7 @@ class Threshold:
         return keep
 
 
-def global_threshold(shards: Sequence[LocalShard], num_keep: int) -> Threshold:
+def global_threshold(shards: Sequence[Part], num_keep: int) -> Threshold:
     """Find the ``num_keep`` entries of largest magnitude over all shards of all tensors.
 
     A collective over the shards' process groups: one all-reduce of 16 KiB a round, and a few small
@@ -75,7 +75,7 @@ def global_threshold(shards: Sequence[LocalShard], num_keep: int) -> Threshold:
     return _thresholds(shards, [0] * len(shards), [num_keep])
 
 
-def layer_thresholds(shards: Sequence[LocalShard], num_keep: Sequence[int]) -> Threshold:
+def layer_thresholds(shards: Sequence[Part], num_keep: Sequence[int]) -> Threshold:
     """As `global_threshold`, with ``num_keep[i]`` entries of tensor i for themselves.
 
     One all-reduce a round for all tensors together.
@@ -83,14 +83,12 @@ def layer_thresholds(shards: Sequence[LocalShard], num_keep: Sequence[int]) -> T
     return _thresholds(shards, list(range(len(shards))), num_keep)
 
 
-def _thresholds(
-    shards: Sequence[LocalShard], sets: Sequence[int], num_keep: Sequence[int]
-) -> Threshold:
+def _thresholds(shards: Sequence[Part], sets: Sequence[int], num_keep: Sequence[int]) -> Threshold:
     """Shard i competes within set number ``sets[i]``, of which ``num_keep[set]`` are kept."""
     for shard in shards:
-        if shard.values.dtype not in DTYPES:
+        if shard.dtype not in DTYPES:
             raise ValueError(
-                f"cannot rank magnitudes of {shard.values.dtype}; use float32, bfloat16 or float16"
+                f"cannot rank magnitudes of {shard.dtype}; use float32, bfloat16 or float16"
             )
     everything, nothing = 0, (1 << _KEY_BITS) - 1
     keys = [everything] * len(shards)
@@ -124,7 +122,7 @@ def _thresholds(
     return Threshold(tuple(keys), tuple(limits))
 
 
-def _tie_limits(shards: Sequence[LocalShard], key: int, num_ties: int) -> tuple[int, ...]:
+def _tie_limits(shards: Sequence[Part], key: int, num_ties: int) -> tuple[int, ...]:
     """Per shard, the position at which the first ``num_ties`` entries equal to ``key`` end."""
     counts: list[Tensor] = [(magnitude_keys(shard.values) == key).sum() for shard in shards]
     limits = []
@@ -139,7 +137,7 @@ def _tie_limits(shards: Sequence[LocalShard], key: int, num_ties: int) -> tuple[
     return tuple(limits)
 
 
-def _position_limit(shard: LocalShard, key: int, num_ties: int) -> int:
+def _position_limit(shard: Part, key: int, num_ties: int) -> int:
     """One past the position of the ``num_ties``-th entry equal to ``key`` in one tensor."""
     tied_N = (magnitude_keys(shard.values) == key).flatten().nonzero().squeeze(1)
     last = shard.numel - 1
@@ -152,7 +150,7 @@ def _position_limit(shard: LocalShard, key: int, num_ties: int) -> int:
 
 def _select(
     chunks: Sequence[Chunks],
-    shards: Sequence[LocalShard],
+    shards: Sequence[Part],
     sets: Sequence[int],
     num_keep: Sequence[int],
     bits: int,
@@ -165,7 +163,7 @@ def _select(
     """
     if not num_keep:
         return []
-    wanted_S = torch.tensor(num_keep, dtype=torch.int64, device=shards[0].values.device)
+    wanted_S = torch.tensor(num_keep, dtype=torch.int64, device=shards[0].device)
     prefix_S: Tensor | None = None
     # Nothing is read back between rounds: a GPU's queue stays full.
     while bits:
@@ -186,7 +184,7 @@ def _select(
 
 def _histogram(
     chunks: Sequence[Chunks],
-    shards: Sequence[LocalShard],
+    shards: Sequence[Part],
     sets: Sequence[int],
     num_sets: int,
     prefix_S: Tensor | None,
@@ -195,9 +193,9 @@ def _histogram(
 ) -> Tensor:
     """Over all ranks, how often each next digit follows a set's prefix: int64 [sets, 2048]."""
     shape = (num_sets, _NUM_BINS)
-    total = torch.zeros(shape, dtype=torch.int64, device=shards[0].values.device)
+    total = torch.zeros(shape, dtype=torch.int64, device=shards[0].device)
     for groups, indices in by_groups(shards).items():
-        counts = torch.zeros(shape, dtype=torch.int64, device=shards[indices[0]].values.device)
+        counts = torch.zeros(shape, dtype=torch.int64, device=shards[indices[0]].device)
         for i in indices:
             prefix = None if prefix_S is None else prefix_S[sets[i]]
             for keys in chunks[i]():
@@ -224,7 +222,7 @@ def _count_digits(keys: Tensor, prefix: Tensor | None, shift: int, width: int) -
     return torch.histc(digits.int(), bins=_NUM_BINS, min=0, max=_NUM_BINS).long()
 
 
-def _sum_over_ranks(shards: Sequence[LocalShard], counts: Sequence[Tensor]) -> list[int]:
+def _sum_over_ranks(shards: Sequence[Part], counts: Sequence[Tensor]) -> list[int]:
     """Add one int64 count a shard over the ranks that hold the other parts."""
     sums = [0] * len(shards)
     for groups, indices in by_groups(shards).items():
@@ -236,8 +234,8 @@ def _sum_over_ranks(shards: Sequence[LocalShard], counts: Sequence[Tensor]) -> l
     return sums
 
 
-def _key_chunks(shard: LocalShard) -> Chunks:
-    size = _CHUNK_CPU if shard.values.device.type == "cpu" else _CHUNK_GPU
+def _key_chunks(shard: Part) -> Chunks:
+    size = _CHUNK_CPU if shard.device.type == "cpu" else _CHUNK_GPU
     return lambda: (
         magnitude_keys(chunk) for chunk in shard.values.reshape(-1).split(size) if chunk.numel()
     )

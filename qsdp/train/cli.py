@@ -9,10 +9,10 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from qsdp.train.config import RECIPES, TrainConfig
 from qsdp.train.errors import UserError, is_lost, leave, leave_lost, sentence
@@ -57,11 +57,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Exits, with one sentence: with 2 on a user's mistake, 1 if another rank is lost, 130 on Ctrl-C.
     """
-    try:
+    with one_sentence_at_the_end("the same command goes on from the newest checkpoint"):
         config = parse(argv)
         from qsdp.train.loop import train  # loads torch: only after the flags have been checked
 
         train(config)
+
+
+@contextlib.contextmanager
+def one_sentence_at_the_end(if_interrupted: str) -> Iterator[None]:
+    """Inside, what ends a command before its time becomes one sentence and an exit status."""
+    try:
+        yield
     except (UserError, RuntimeError) as error:
         if is_lost(error):
             leave_lost(error)
@@ -70,10 +77,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         leave(error)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(
-                "interrupted; the same command goes on from the newest checkpoint", file=sys.stderr
-            )
+            print(f"interrupted; {if_interrupted}", file=sys.stderr)
         raise SystemExit(_INTERRUPTED) from None
+
+
+def run(command: Callable[[], None]) -> NoReturn:
+    """Run a command that may have opened a world, and end the process with its exit status."""
+    status: object = 0
+    try:
+        command()
+    except SystemExit as stop:
+        status = stop.code
+    if "torch" in sys.modules and (status is None or isinstance(status, int)):
+        # Only now: a mistake on the command line is answered before torch is loaded.
+        from qsdp.train.world import end_process
+
+        end_process(status or 0)
+    raise SystemExit(status)
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:

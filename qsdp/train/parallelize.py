@@ -84,6 +84,15 @@ def build(config: TrainConfig, size: GPTConfig, world: World) -> Sharded:
     """
     wire = config.wire
     shard_mesh, replicate_mesh = _meshes(config, world)
+    model = shard(config, size, world, shard_mesh)
+    init_weights(model, config.seed)
+    if wire is None:
+        return Sharded(model, None)
+    return Sharded(model, qsdp.install(model, wire, replicate_mesh=replicate_mesh))
+
+
+def shard(config: TrainConfig, size: GPTConfig, world: World, mesh: DeviceMesh) -> GPT:
+    """A model sharded over `mesh` whose weights are still to be filled."""
     with torch.device("meta"):
         model = GPT(size)
     policy = (
@@ -92,15 +101,12 @@ def build(config: TrainConfig, size: GPTConfig, world: World) -> Sharded:
         else MixedPrecisionPolicy()
     )
     for block in model.blocks:
-        fully_shard(block, mesh=shard_mesh, mp_policy=policy)
-    fully_shard(model, mesh=shard_mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     for module, following in pairwise(cast(list[FSDPModule], [model, *model.blocks])):
         module.set_modules_to_forward_prefetch([following])
     model.to_empty(device=world.device)
-    init_weights(model, config.seed)
-    if wire is None:
-        return Sharded(model, None)
-    return Sharded(model, qsdp.install(model, wire, replicate_mesh=replicate_mesh))
+    return model
 
 
 def _meshes(config: TrainConfig, world: World) -> tuple[DeviceMesh, DeviceMesh | None]:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qsdp.sparsity.target import Compression
 from qsdp.train.error_plot import History, draw_errors
 
@@ -45,19 +47,49 @@ def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list
         del draw["wire"]  # a world of one
     paths = []
     for name, plot in draw.items():
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        plot(axes)
-        axes.grid(alpha=0.3)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=130)
+        _save(paths[-1], plot)
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     if draw_errors(figure, history):
         paths.append(folder / "errors.png")
         figure.savefig(paths[-1], dpi=130)
     return paths
+
+
+def write_target_plot(path: Path, losses: dict[str, Any], split: str) -> bool:
+    """Write loss and perplexity over targets as a PNG file; False without matplotlib.
+
+    `losses`: the dense model's as `val_loss`, the others by target as `one_shot`.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+
+    def draw(axes: Any) -> None:
+        _plot_one_shot(axes, losses)
+        axes.set_ylabel(f"{split} loss, nats a token")
+        known = [loss for loss in (losses["val_loss"], *losses["one_shot"].values()) if loss]
+        if known and max(known) < 20:  # a diverged model's perplexity is beyond all axes
+            # matplotlib tries the inverse at 0 too.
+            twin = axes.secondary_yaxis("right", functions=(np.exp, lambda p: np.log(p + 1e-9)))
+            twin.set_ylabel("perplexity")
+
+    _save(path, draw)
+    return True
+
+
+def _save(path: Path, draw: Callable[[Any], None]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    draw(axes)
+    axes.grid(alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=130)
 
 
 def _plot_loss(axes: Any, history: History, summary: dict[str, Any]) -> None:

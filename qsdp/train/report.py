@@ -95,11 +95,11 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
         "config": config.as_dict(),
     }
 
-    summary = _finite(summary)
+    summary = finite(summary)
 
     def write() -> None:
         plots = write_plots(job.out / "plots", history, summary)
-        _write_json(job.out / "summary.json", summary)
+        write_json(job.out / "summary.json", summary)
         print_summary(Console(), summary, plots)
         print(f"Results are in {job.out}", flush=True)
 
@@ -209,14 +209,14 @@ def _mean_or_none(history: list[dict[str, Any]], name: str) -> float | None:
     return _mean(history, name) if has_any else None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` with None, JSON's null, for every number that is not finite: JSON has no NaN."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     replacement = path.with_name(path.name + ".tmp")
     with replacement.open("w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")

@@ -126,11 +126,11 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
         optimizer.share_support(handle.set_support)
     steps_done = 0
     if source is not None and meta is not None:
-        _all(world, lambda: checkpoint.load(source, model, optimizer))
+        all_alike(world, lambda: checkpoint.load(source, model, optimizer))
         steps_done = meta["step"]
         if handle is not None and meta["wire"] is not None:
             load, state = handle.load_state_dict, meta["wire"]
-            _all(world, lambda: load(state))
+            all_alike(world, lambda: load(state))
     world.on_main(lambda: _begin_folder(config, steps_done))
     job = Job(
         config=config,
@@ -150,7 +150,7 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
     return job
 
 
-def _all(world: World, collective: Callable[[], None]) -> None:
+def all_alike(world: World, collective: Callable[[], None]) -> None:
     """Run what communicates and fails on all ranks alike, or on none."""
     mistake = None
     try:

@@ -1,0 +1,65 @@
+"""Reading a checkpoint tensor by tensor, in one process, whatever ranks wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+
+class TensorReader:
+    """The model of one checkpoint; a tensor is in memory only while its reader holds it."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError if the checkpoint has no readable table of contents."""
+        self._path = path
+        self._reader = FileSystemReader(path)
+        try:
+            self._metadata = self._reader.read_metadata()
+        except Exception as error:  # it is a pickle: anything may come of a damaged one
+            raise ValueError(
+                f"{path} cannot be read ({type(error).__name__}); name another checkpoint"
+            ) from None
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the parameter `name`. Raises ValueError if there is none."""
+        return self._stored(name).properties.dtype
+
+    def shape(self, name: str) -> torch.Size:
+        """Of the parameter `name`. Raises ValueError if there is none."""
+        return self._stored(name).size
+
+    def check(self, name: str, shape: torch.Size) -> None:
+        """Raise ValueError unless there is a parameter `name` of this shape."""
+        stored = self._stored(name)
+        if stored.size != shape:
+            raise ValueError(
+                f"{self._path} holds {name} of shape {tuple(stored.size)}, but its model needs "
+                f"{tuple(shape)}; name another checkpoint"
+            )
+
+    def read(self, name: str) -> Tensor:
+        """The whole parameter `name`, on the CPU. Holds one rank's part of it beside it."""
+        stored = self._stored(name)
+        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner({_key(name): tensor}, self._metadata, is_coordinator=True)
+        plan = self._reader.prepare_local_plan(planner.create_local_plan())
+        self._reader.read_data(plan, planner).wait()
+        return tensor
+
+    def _stored(self, name: str) -> TensorStorageMetadata:
+        stored = self._metadata.state_dict_metadata.get(_key(name))
+        if not isinstance(stored, TensorStorageMetadata):
+            raise ValueError(
+                f"{self._path} holds no parameter {name}; name a checkpoint of this job"
+            )
+        return stored
+
+
+def _key(name: str) -> str:
+    return f"model.{name}"

@@ -1,0 +1,205 @@
+"""From a training checkpoint to a folder that holds the compressed model, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsdp.checkpoint import TensorReader, read_meta, sync_folder, verify
+from qsdp.export.folder import FACTS, FORMAT, MASKS_FORMAT
+from qsdp.export.tensor_files import TensorFiles
+from qsdp.models import GPT, GPTConfig
+from qsdp.sparsity.compression import Prunable
+from qsdp.sparsity.streaming import StoredTensor, compress_stream, num_reads
+from qsdp.sparsity.target import Compression
+
+TOKENIZER = "tokenizer.json"
+Progress = Callable[[int, int], None]
+
+
+def export_compressed(
+    checkpoint: Path,
+    size: GPTConfig,
+    target: Compression,
+    out: Path,
+    *,
+    patterns: Sequence[str] | None = None,
+    file_bytes: int = 2 << 30,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Compress the model of `checkpoint` in one shot into the new folder `out`; see `folder`.
+
+    What is written equals `compress_` on the whole model, bit for bit. In memory there is one
+    tensor at a time, with its masks and a few copies of it: not the model. A folder that is there
+    is whole: it is written under the name `out`.partial, which only a killed process leaves behind
+    and the next call clears.
+
+    Args:
+        checkpoint: a folder step-..., written by any number of ranks.
+        size: of the model in it.
+        target: what to compress to.
+        out: the folder to make; it must not exist, or be empty.
+        patterns: the prunable set, as in `prunable_parameters`.
+        file_bytes: the most bytes of tensors in one file.
+        progress: called with the bytes read so far, and those to read in all.
+
+    Returns: what compression.json holds.
+    Raises: ValueError for a damaged checkpoint, one of another model, a target that a parameter
+        cannot have, and an `out` that is in use.
+    """
+    meta = read_meta(checkpoint)
+    with torch.device("meta"):
+        model = GPT(size)
+    prunable = Prunable.of(model, patterns)
+    prunable.check(target)
+    with new_folder(out) as folder:
+        counted = _Counted(progress)
+        counted.total = sum((checkpoint / name).stat().st_size for name in meta["checksums"])
+        counted.total += _read_bytes(model, prunable, target)
+        verify(checkpoint, progress=counted.add)
+        reader = TensorReader(checkpoint)
+        for name, parameter in model.named_parameters():
+            reader.check(name, parameter.shape)
+        zeros = _write(folder, reader, model, prunable, target, file_bytes, counted)
+        has_tokenizer = (checkpoint / TOKENIZER).is_file()
+        if has_tokenizer:
+            shutil.copyfile(checkpoint / TOKENIZER, folder / TOKENIZER)
+        facts = {
+            "format": FORMAT,
+            "target": str(target),
+            "prunable_patterns": None if patterns is None else list(patterns),
+            "zeros": _summed(zeros, set(prunable.names)),
+            "source": {
+                "path": str(checkpoint.resolve()),
+                "step": meta["step"],
+                "world_size": meta.get("world_size"),
+            },
+            "model": asdict(size),
+            "config": meta.get("config"),
+        }
+        (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return facts
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `out`, all or nothing, when the body has ended.
+
+    Raises ValueError if `out` is in use or cannot be made.
+    """
+    out = Path(os.path.abspath(out))
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} exists already: choose a new folder, or remove it.")
+        partial_out = out.with_name(out.name + ".partial")
+        shutil.rmtree(partial_out, ignore_errors=True)
+        partial_out.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(
+            f"{out} cannot be made ({error.strerror}): choose a folder where you may write."
+        ) from None
+    try:
+        yield partial_out
+        for path in partial_out.iterdir():
+            _sync(path)
+        sync_folder(partial_out)
+        partial_out.replace(out)
+        sync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(partial_out, ignore_errors=True)
+        raise
+
+
+def _write(
+    folder: Path,
+    reader: TensorReader,
+    model: GPT,
+    prunable: Prunable,
+    target: Compression,
+    file_bytes: int,
+    counted: _Counted,
+) -> dict[str, tuple[int, int]]:
+    """Write weights and masks; by name how many zeros a parameter has, and how many values."""
+
+    def read(name: str) -> Tensor:
+        tensor = reader.read(name)
+        counted.add(tensor.nbytes)
+        return tensor
+
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    kinds = {name: (reader.dtype(name), shape) for name, shape in shapes.items()}
+    mask_kinds = {
+        name: (torch.uint8, (-(-parameter.numel() // 8),))
+        for name, parameter in zip(prunable.names, prunable.parameters, strict=True)
+    }
+    stored = [
+        StoredTensor(partial(read, name), *kinds[name][::-1], dim)
+        for name, dim in zip(prunable.names, prunable.dims, strict=True)
+    ]
+    weights = TensorFiles(folder, "model", kinds, file_bytes)
+    masks = TensorFiles(folder, "masks", mask_kinds, file_bytes, MASKS_FORMAT)
+    compressed = compress_stream(stored, target)
+    zeros = {}
+    try:
+        for name in kinds:
+            if name in mask_kinds:
+                tensor, mask = next(compressed)
+                masks.write(name, mask.bits)
+            else:
+                tensor = read(name)
+            weights.write(name, tensor)
+            zeros[name] = (tensor.numel() - int(tensor.count_nonzero()), tensor.numel())
+            del tensor  # before the next one is read
+    finally:
+        weights.close()
+        masks.close()
+    return zeros
+
+
+def _summed(zeros: dict[str, tuple[int, int]], prunable: set[str]) -> dict[str, Any]:
+    def total(names: Sequence[str]) -> dict[str, int]:
+        return {
+            "zeros": sum(zeros[name][0] for name in names),
+            "values": sum(zeros[name][1] for name in names),
+        }
+
+    return {
+        "prunable": total([name for name in zeros if name in prunable]),
+        "model": total(list(zeros)),
+        "tensors": {name: total([name]) for name in zeros},
+    }
+
+
+def _read_bytes(model: GPT, prunable: Prunable, target: Compression) -> int:
+    """How much will be read, cut ties aside."""
+    once = sum(parameter.nbytes for parameter in model.parameters())
+    again = sum(parameter.nbytes for parameter in prunable.parameters)
+    return once + (num_reads(target) - 1) * again
+
+
+class _Counted:
+    """Bytes read so far, of how many."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._done = 0
+        self.total = 0
+
+    def add(self, num_bytes: int) -> None:
+        self._done += num_bytes
+        self._progress(self._done, max(self._done, self.total))
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

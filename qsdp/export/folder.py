@@ -1,0 +1,69 @@
+"""The folder that holds a compressed model, and how it is read.
+
+model.safetensors      every parameter under its own name, dense, pruned weights exactly +0.0; where
+                       it would be too large, in several files with model.safetensors.index.json, as
+                       Hugging Face has them
+masks.safetensors      by the name of each prunable parameter, which of its weights were kept: uint8
+                       [ceil(weights / 8)], bit i % 8 (from the lowest) of byte i // 8 for weight i
+                       in row-major order; bits past the end are 0. A kept weight may be 0 too. In
+                       several files as above
+compression.json       what was done: target, patterns of the prunable set, zeros by tensor, over
+                       the set and over the model; the source's path and step, the model's size,
+                       the run's settings
+tokenizer.json         the run's tokenizer, if it has one
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from qsdp.models import fill, find_tensors
+from qsdp.sparsity.compression import PackedMask
+
+FACTS = "compression.json"
+FORMAT = "qsdp-compressed-1"
+MASKS_FORMAT = "qsdp-masks-1"
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What compression.json says. Raises ValueError if it cannot be read or is another file's."""
+    path = folder / FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); export the model again.") from None
+    parts = {"model": dict, "config": dict, "source": dict, "target": str}
+    is_whole = isinstance(facts, dict) and facts.get("format") == FORMAT
+    if not is_whole or not all(isinstance(facts.get(n), kind) for n, kind in parts.items()):
+        raise ValueError(f"{path} was not written by launch/compress.py; export the model again.")
+    return facts
+
+
+def load_export(folder: Path, model: nn.Module) -> None:
+    """Fill `model`, plain or sharded by FSDP2, in place; each rank reads its slices alone.
+
+    Raises ValueError for a tensor that is missing or of another shape.
+    """
+    fill(model, folder, find_tensors(folder), lambda name: (name, False))
+
+
+def read_mask(folder: Path, name: str) -> Tensor:
+    """Which weights of the prunable parameter `name` were kept: bool of its shape, on the CPU.
+
+    Raises ValueError if the folder has no mask of that name.
+    """
+    masks, weights = find_tensors(folder, "masks"), find_tensors(folder)
+    if name not in masks or name not in weights:
+        raise ValueError(f"{folder} holds no mask of {name}: only prunable parameters have one.")
+    with safe_open(weights[name], framework="pt") as tensors:
+        shape = tuple(tensors.get_slice(name).get_shape())
+    with safe_open(masks[name], framework="pt") as tensors:
+        bits: Tensor = tensors.get_tensor(name)
+    assert bits.dtype == torch.uint8
+    return PackedMask(bits, shape).unpack()

@@ -1,0 +1,125 @@
+"""Writing safetensors tensor by tensor, into files of bounded size.
+
+The safetensors library writes whole files from memory. Here a file's header, which holds every
+tensor's dtype, shape and place, is written first, and the tensors follow as they come.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+}
+_ALIGNMENT = 8  # of the header's end, as the library has it
+
+Kind = tuple[torch.dtype, tuple[int, ...]]
+"""A tensor's dtype and shape."""
+
+
+class TensorFiles:
+    """Tensors that are known by dtype and shape before, written in their order, one at a time.
+
+    The names are Hugging Face's: STEM.safetensors if all fit into one file, else
+    STEM-00001-of-00003.safetensors and so on, with STEM.safetensors.index.json beside them.
+    """
+
+    def __init__(
+        self, folder: Path, stem: str, kinds: Mapping[str, Kind], file_bytes: int, form: str = "pt"
+    ) -> None:
+        """
+        Args:
+            folder: where the files go.
+            stem: how their names begin.
+            kinds: by name what `write` will be given, in this order.
+            file_bytes: the most bytes of tensors in one file, which holds at least one tensor.
+            form: the `format` that each file's header states.
+        """
+        self._folder, self._kinds, self._form = folder, dict(kinds), form
+        groups = _split(kinds, file_bytes)
+        numbers = range(1, len(groups) + 1)
+        names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in numbers]
+        if len(groups) == 1:
+            names = [f"{stem}.safetensors"]
+        else:
+            pairs = zip(names, groups, strict=True)
+            index = {
+                "metadata": {"total_size": sum(map(_num_bytes, kinds.values()))},
+                "weight_map": {name: file for file, group in pairs for name in group},
+            }
+            text = json.dumps(index, indent=1) + "\n"
+            (folder / f"{stem}.safetensors.index.json").write_text(text)
+        self._files = list(zip(names, groups, strict=True))
+        self._expected: list[str] = []
+        self._file: BinaryIO | None = None
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor."""
+        if not self._expected:
+            self._open_next()
+        assert self._file is not None
+        expected = self._expected.pop(0)
+        assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, *self._kinds[name])
+        values = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        self._file.write(values.numpy().data)
+
+    def close(self) -> None:
+        """Put the last file on disk."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def _open_next(self) -> None:
+        self.close()
+        file_name, group = self._files.pop(0)
+        self._expected = list(group)
+        self._file = (self._folder / file_name).open("wb")
+        self._file.write(self._header(group))
+
+    def _header(self, group: Sequence[str]) -> bytes:
+        header: dict[str, Any] = {"__metadata__": {"format": self._form}}
+        begin = 0
+        for name in group:
+            dtype, shape = self._kinds[name]
+            end = begin + _num_bytes(self._kinds[name])
+            header[name] = {
+                "dtype": _NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [begin, end],
+            }
+            begin = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+
+def _split(kinds: Mapping[str, Kind], file_bytes: int) -> list[list[str]]:
+    """The names, in order, of each file's tensors."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, kind in kinds.items():
+        size = _num_bytes(kind)
+        if groups[-1] and filled + size > file_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def _num_bytes(kind: Kind) -> int:
+    dtype, shape = kind
+    return dtype.itemsize * math.prod(shape)

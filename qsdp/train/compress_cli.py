@@ -1,0 +1,166 @@
+"""The command line of launch/compress.py."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from qsdp.sparsity.target import Compression
+from qsdp.train.cli import one_sentence, one_sentence_at_the_end
+from qsdp.train.errors import UserError, sentence
+
+_GIB = 1 << 30
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressFlags:
+    """Compress a training checkpoint in one shot, without training, and write it as safetensors.
+
+    One process, one tensor in memory at a time: the model may be larger than memory, and the
+    checkpoint may come from any number of ranks. OUT then holds model.safetensors (dense, pruned
+    weights exactly 0), masks.safetensors (1 bit a prunable weight), compression.json (what was
+    done, with the zeros counted) and the tokenizer. launch/evaluate.py reads it."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint's folder step-..., or a run's folder: then its newest checkpoint."""
+
+    out: Path
+    """The folder to make; it appears when it is complete."""
+
+    sparsity: float | None = None
+    """Fraction of the prunable weights to set to zero: the smallest magnitudes. 0 exports the dense
+    model."""
+
+    pattern: str | None = None
+    """N:M in place of --sparsity: of every M weights along the input dimension the N largest
+    stay."""
+
+    bits: int | None = None
+    """Bits of the weights that stay, 2 to 8: the nearest of 2**bits - 1 symmetric levels, 128
+    weights of a row sharing a scale. Alone, or with one of the two above."""
+
+    scope: str | None = None
+    """`global`: the weights of all prunable matrices compete. `layer`: each matrix loses the same
+    fraction. Unset: global."""
+
+    block: int | None = None
+    """Weights along the input dimension that stay or go together, by the sum of magnitudes. Unset:
+    1."""
+
+    prunable: str | None = None
+    """Shell-style patterns of the parameters to compress, with commas between. Unset: those of the
+    run."""
+
+    max_file_gib: float = 2.0
+    """The most GiB of tensors in one file; more go into several files with an index."""
+
+    @property
+    def target(self) -> Compression:
+        """What to compress to. Raises ValueError for what cannot be."""
+        if self.sparsity is None and self.pattern is None and self.bits is None:
+            raise ValueError("nothing says what to compress to; give --sparsity, --pattern, --bits")
+        pattern = None
+        if self.pattern is not None:
+            match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.pattern)
+            if match is None:
+                raise ValueError(f"--pattern is {self.pattern!r}; give N:M, such as 2:4")
+            pattern = int(match[1]), int(match[2])
+        for name in ("scope", "block"):
+            if getattr(self, name) is not None and self.sparsity is None:
+                raise ValueError(f"--{name} is given without --sparsity; give both or neither")
+        try:
+            return Compression(
+                sparsity=self.sparsity or 0.0,
+                pattern=pattern,
+                bits=self.bits,
+                scope=self.scope or "global",
+                block=1 if self.block is None else self.block,
+            )
+        except ValueError as error:
+            text = str(error)
+            is_named = text.split()[0] in ("sparsity", "pattern", "bits", "scope", "block")
+            raise ValueError(f"--{text}" if is_named else text) from None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compress as `argv` says. Exits with 2, in one sentence, on a user's mistake."""
+    with one_sentence_at_the_end("nothing was written"):
+        flags = parse(argv)
+        try:
+            _compress(flags)
+        except (ValueError, OSError) as error:
+            raise UserError(sentence(error)) from None
+
+
+def parse(argv: Sequence[str] | None = None) -> CompressFlags:
+    """The flags in `argv`. Raises UserError for what cannot be, SystemExit(0) after `--help`."""
+    flags = one_sentence(lambda: tyro.cli(CompressFlags, args=argv))
+    try:
+        _ = flags.target
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
+    if not 0 < flags.max_file_gib < 1 << 20:
+        raise UserError(f"--max-file-gib is {flags.max_file_gib}; choose a number above 0.")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("This command is one process: start it with python, not with torchrun.")
+    return flags
+
+
+def _compress(flags: CompressFlags) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from qsdp.export import export_compressed
+    from qsdp.train.source import open_source
+
+    _give_back_tensors()
+    source = open_source(flags.checkpoint)
+    if source.target is not None:
+        raise ValueError(
+            f"{source.path} is compressed already ({source.target}); name a training checkpoint."
+        )
+    patterns = source.config.patterns if flags.prunable is None else flags.prunable.split(",")
+    console = Console()
+    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        facts = export_compressed(
+            source.path,
+            source.size,
+            flags.target,
+            flags.out,
+            patterns=patterns,
+            file_bytes=round(flags.max_file_gib * _GIB),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console.print(
+        f"{source.path} compressed to {flags.target}: {_zeros(facts, 'prunable')} of the prunable "
+        f"weights, {_zeros(facts, 'model')} of all are 0; the model is in {flags.out}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _give_back_tensors() -> None:
+    """Let glibc return every freed tensor to the system.
+
+    By default it learns to keep blocks of a tensor's size, and its heap, cut into pieces by small
+    objects between them, grows with the number of tensors.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+
+
+def _zeros(facts: dict[str, Any], part: str) -> str:
+    counts = facts["zeros"][part]
+    return f"{counts['zeros'] / counts['values']:.2%}"

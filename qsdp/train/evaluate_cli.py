@@ -1,0 +1,100 @@
+"""The command line of launch/evaluate.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from qsdp.sparsity.target import Compression
+from qsdp.train.cli import one_sentence, one_sentence_at_the_end
+from qsdp.train.config import TrainConfig
+from qsdp.train.errors import UserError
+
+SPLITS = ("val", "test")
+TARGETS = "0.5,0.6,0.7,0.8,0.9,2:4,4bit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateFlags:
+    """Loss and perplexity of one dense model, as it is and compressed in one shot to each of many
+    targets: a table, with --out also evaluation.json and a plot.
+
+    One process holds the whole model and a copy of its prunable weights. A model too large for that
+    runs under torchrun, sharded over the ranks by FSDP2:
+
+    torchrun --nproc-per-node 8 launch/evaluate.py CHECKPOINT --out DIR
+
+    The figures are of the same sequences on any number of ranks."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint's folder step-..., a run's folder (its newest checkpoint), or what
+    launch/compress.py wrote."""
+
+    targets: str | None = None
+    """What to compress to, with commas between: fractions (0.7), N:M patterns (2:4), bits (4bit);
+    `+` joins terms (2:4+4bit, 0.7+layer, 0.5+block4); `none` for the model as it is. Unset:
+    0.5,0.6,0.7,0.8,0.9,2:4,4bit for a checkpoint, none for an export."""
+
+    split: str = "val"
+    """`val`: the split that the run itself validated on. `test`: the last half of that split, for
+    final figures; whatever was chosen by validation must not have seen it."""
+
+    data: str | None = None
+    """As in training: stdlib, a text file or a folder of token shards. Unset: what the run was
+    trained on."""
+
+    eval_batches: int | None = None
+    """Batches to evaluate, each as large as the run's were over all its ranks; 0 for the whole
+    split. Unset: as many as the run validated with."""
+
+    prunable: str | None = None
+    """Shell-style patterns of the parameters to compress, with commas between. Unset: those of the
+    run."""
+
+    out: Path | None = None
+    """Folder for evaluation.json and evaluation.png, which are replaced. Unset: the table alone."""
+
+    timeout_s: int = TrainConfig.timeout_s
+    """Seconds that a rank waits for the others in a collective."""
+
+    @property
+    def chosen(self) -> tuple[Compression, ...] | None:
+        """The targets, None where the source decides. Raises ValueError for what cannot be."""
+        if self.targets is None:
+            return None
+        if self.targets == "none":
+            return ()
+        return tuple(map(Compression.of, self.targets.split(",")))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate as `argv` says.
+
+    Exits, with one sentence: with 2 on a user's mistake, 1 if another rank is lost, 130 on Ctrl-C.
+    """
+    with one_sentence_at_the_end("nothing was written"):
+        flags = parse(argv)
+        from qsdp.train.targets import evaluate  # loads torch
+
+        evaluate(flags)
+
+
+def parse(argv: Sequence[str] | None = None) -> EvaluateFlags:
+    """The flags in `argv`. Raises UserError for what cannot be, SystemExit(0) after `--help`."""
+    flags = one_sentence(lambda: tyro.cli(EvaluateFlags, args=argv))
+    try:
+        _ = flags.chosen
+    except ValueError as error:
+        raise UserError(f"--targets: {error}.") from None
+    if flags.split not in SPLITS:
+        raise UserError(f"--split is {flags.split!r}; choose val or test.")
+    if flags.eval_batches is not None and not 0 <= flags.eval_batches < 1 << 40:
+        raise UserError(f"--eval-batches is {flags.eval_batches}; choose 1 or more, or 0 for all.")
+    if not 1 <= flags.timeout_s <= 1 << 31:
+        raise UserError(f"--timeout-s is {flags.timeout_s}; choose 1 second or more.")
+    if flags.out is not None and flags.out.exists() and not flags.out.is_dir():
+        raise UserError(f"--out {flags.out} is a file; give a folder.")
+    return flags

@@ -1,0 +1,86 @@
+"""A trained model on disk, as a checkpoint or as an export, and what it was trained with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qsdp import checkpoint
+from qsdp.export import FACTS, load_export, read_facts
+from qsdp.models import GPTConfig
+from qsdp.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's weights lie."""
+
+    path: Path
+    target: str | None
+    """What an export was compressed to; None for a checkpoint."""
+    step: int
+    config: TrainConfig
+    """Of the run that trained it."""
+    world_size: int
+    """Ranks of that run."""
+    size: GPTConfig
+
+    @property
+    def tokenizer(self) -> str | None:
+        """What `load_corpus` is to read text with."""
+        stored = self.path / "tokenizer.json"
+        if stored.is_file():
+            return str(stored)
+        is_stdlib = self.config.tokenizer is None and self.config.data == "stdlib"
+        return "byte" if is_stdlib else self.config.tokenizer
+
+    def load(self, model: nn.Module) -> None:
+        """Fill a sharded `model`. A collective for a checkpoint; raises ValueError."""
+        if self.target is None:
+            checkpoint.load_model(self.path, model)
+        else:
+            load_export(self.path, model)
+
+
+def open_source(path: Path) -> Source:
+    """What lies at `path`: an export, a checkpoint, or the newest one of a run's folder.
+
+    Raises ValueError if it is none of these.
+    """
+    if (path / FACTS).is_file():
+        facts = read_facts(path)
+        source, target = facts["source"], facts["target"]
+        config, size = facts["config"], facts["model"]
+        step, world_size = source.get("step"), source.get("world_size")
+    else:
+        path, target = checkpoint.resolve(path), None
+        meta = checkpoint.read_meta(path)
+        fingerprint = meta.get("fingerprint")
+        config, step, world_size = meta.get("config"), meta["step"], meta.get("world_size")
+        size = fingerprint.get("model") if isinstance(fingerprint, dict) else None
+    try:
+        settings = _settings(config)
+        # AC/DC's dense twin has neither of the two.
+        model = _preset(path, settings) if size is None else GPTConfig(**size)
+        return Source(path, target, int(step), settings, int(world_size or 1), model)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} was not written by this version of launch/train_gpt.py ({error}); name "
+            "another checkpoint."
+        ) from None
+
+
+def _settings(config: Any) -> TrainConfig:
+    """The settings that `TrainConfig.as_dict` gave: JSON has lists for tuples."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
+    }
+    return TrainConfig(**values)
+
+
+def _preset(path: Path, config: TrainConfig) -> GPTConfig:
+    rows = checkpoint.TensorReader(path).shape("embed.weight")[0]
+    return GPTConfig.from_preset(config.model, vocab_size=rows)

@@ -1,0 +1,223 @@
+"""Loss and perplexity over targets of compression, from one dense model on disk."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import qsdp
+from qsdp.data import Corpus, TokenRange, Tokens, eval_batches, load_corpus
+from qsdp.sparsity.compression import Prunable, compressed
+from qsdp.sparsity.target import Compression
+from qsdp.train.agree import agree_on_config, agree_on_data
+from qsdp.train.config import TrainConfig
+from qsdp.train.evaluate import Evaluator
+from qsdp.train.evaluate_cli import TARGETS, EvaluateFlags
+from qsdp.train.parallelize import shard
+from qsdp.train.plots import write_target_plot
+from qsdp.train.report import finite, label, write_json
+from qsdp.train.setup import all_alike
+from qsdp.train.source import Source, open_source
+from qsdp.train.wire import StockWire
+from qsdp.train.world import World, open_world
+
+
+def evaluate(flags: EvaluateFlags) -> None:
+    """Evaluate what `flags` name; print the table, write what `flags.out` is to hold.
+
+    Called on every rank, under torchrun or alone.
+    Raises UserError, on every rank, for whatever the user can correct.
+    """
+    with open_world(flags.timeout_s) as world:
+        source = world.together(lambda: open_source(flags.checkpoint))
+        config = world.together(lambda: _config(flags, source))
+        agree_on_config(config, world)
+        corpus = world.together(lambda: _load_corpus(config, source))
+        agree_on_data(corpus, world)
+        tokens = world.together(lambda: _tokens(flags, config, source, corpus))
+        num_sequences = (len(tokens) - 1) // config.seq_len
+        config = replace(config, eval_batches=-(-num_sequences // (config.batch_size * world.size)))
+        model = shard(config, source.size, world, world.mesh)
+        targets = world.together(lambda: _checked_targets(flags, config, source, model))
+        all_alike(world, lambda: source.load(model))
+        evaluator = Evaluator(
+            config, world, replace(corpus, val=tokens), model, StockWire(model, world, 1)
+        )
+        rows = _rows(evaluator, config, model, targets, world)
+        seen = _seen_in_training(source, corpus) if flags.split == "test" else 0
+        results = {
+            "source": str(source.path.resolve()),
+            "compressed_to": source.target,
+            "step": source.step,
+            "data": config.data,
+            "split": flags.split,
+            "sequences": num_sequences,
+            "tokens": num_sequences * config.seq_len,
+            # Of a test split, what the run's own validations have looked at.
+            "tokens_seen_in_validation": seen,
+            "prunable_patterns": config.patterns,
+            "results": rows,
+            "world_size": world.size,
+            "versions": {"qsdp": qsdp.__version__, "torch": torch.__version__},
+        }
+        world.on_main(lambda: _report(finite(results), flags.out))
+
+
+def _config(flags: EvaluateFlags, source: Source) -> TrainConfig:
+    """The run's settings, with what the flags change, on stock FSDP2."""
+    given = [name for name in source.config.as_dict() if name.startswith("qsdp_")]
+    stock: dict[str, Any] = dict.fromkeys(given) | {"qsdp_errors": False, "replicas": 1}
+    return replace(
+        source.config,
+        **stock,
+        data=source.config.data if flags.data is None else flags.data,
+        prunable=source.config.prunable if flags.prunable is None else flags.prunable,
+        out=None if flags.out is None else str(flags.out),
+        timeout_s=flags.timeout_s,
+    )
+
+
+def _load_corpus(config: TrainConfig, source: Source) -> Corpus:
+    corpus = load_corpus(config.data, source.tokenizer)
+    if corpus.vocab_size > source.size.vocab_size:
+        raise ValueError(
+            f"--data {config.data} has a vocabulary of {corpus.vocab_size} and the model one of "
+            f"{source.size.vocab_size}; give data of the run's tokenizer."
+        )
+    return corpus
+
+
+def _tokens(
+    flags: EvaluateFlags, config: TrainConfig, source: Source, corpus: Corpus
+) -> TokenRange:
+    """Whole sequences, as many as asked for. Cut here, so that ranks only share them."""
+    start = corpus.test_start if flags.split == "test" else 0
+    rest: Tokens = TokenRange(corpus.val, start, len(corpus.val))
+    num_batches = source.config.eval_batches if flags.eval_batches is None else flags.eval_batches
+    most = num_batches * config.batch_size * source.world_size or len(rest)
+    tokens = TokenRange(rest, 0, most * config.seq_len + 1)
+    eval_batches(tokens, config.batch_size, config.seq_len)  # for its checks
+    return tokens
+
+
+def _checked_targets(
+    flags: EvaluateFlags, config: TrainConfig, source: Source, model: torch.nn.Module
+) -> list[Compression]:
+    targets = flags.chosen
+    if targets is None:
+        texts = TARGETS.split(",") if source.target is None else []
+        targets = tuple(map(Compression.of, texts))
+    prunable = Prunable.of(model, config.patterns)
+    for target in targets:
+        prunable.check(target)
+    return list(dict.fromkeys(targets))
+
+
+def _rows(
+    evaluator: Evaluator,
+    config: TrainConfig,
+    model: torch.nn.Module,
+    targets: list[Compression],
+    world: World,
+) -> list[dict[str, Any]]:
+    """What the model is worth as it is, and at each target."""
+    console = Console()
+    columns = (
+        *(TextColumn("evaluating {task.description}"), BarColumn()),
+        *(MofNCompleteColumn(), TimeRemainingColumn()),
+    )
+    is_shown = world.is_main and console.is_terminal
+    with Progress(*columns, console=console, disable=not is_shown) as bar:
+        task = bar.add_task("the model as it is", total=1 + len(targets))
+        rows = [_row(evaluator, None)]
+        for target in targets:
+            bar.update(task, advance=1, description=str(target))
+            with compressed(model, target, config.patterns):
+                rows.append(_row(evaluator, target))
+    return rows
+
+
+def _row(evaluator: Evaluator, target: Compression | None) -> dict[str, Any]:
+    loss = evaluator.loss()
+    return {
+        "target": None if target is None else str(target),
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "zeros": evaluator.sparsity(),
+    }
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss in nats; infinite beyond all floats."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _seen_in_training(source: Source, corpus: Corpus) -> int:
+    """Tokens of the test split that the run's own validations read, of its own data."""
+    config = source.config
+    seen = config.eval_batches * config.batch_size * source.world_size * config.seq_len + 1
+    return max(0, min(seen, len(corpus.val)) - corpus.test_start)
+
+
+def _report(results: dict[str, Any], out: Path | None) -> None:
+    console = Console()
+    rows = results["results"]
+    is_test = results["split"] == "test"
+    name = "Test" if is_test else "Validation"
+    console.print(
+        f"{results['source']}, step {results['step']}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    table = Table(title=f"{name} loss after one-shot compression, {results['tokens']:,} tokens")
+    table.add_column("weights")
+    for column in ("nats a token", "more", "perplexity", "zeros: prunable", "all"):
+        table.add_column(column, justify="right")
+    dense = rows[0]["loss"]
+    for row in rows:
+        loss = row["loss"]
+        is_known = loss is not None and dense is not None
+        table.add_row(
+            _name(results, row["target"]),
+            "not finite" if loss is None else f"{loss:.4f}",
+            f"{loss - dense:+.4f}" if is_known and row is not rows[0] else "",
+            "not finite" if row["perplexity"] is None else f"{row['perplexity']:,.3f}",
+            *(f"{row['zeros'][part]:.2%}" for part in ("prunable", "model")),
+        )
+    console.print(table)
+    if results["tokens_seen_in_validation"]:
+        console.print(
+            f"Note: the run's own validations read {results['tokens_seen_in_validation']:,} tokens "
+            "of this test split; train with fewer --eval-batches to keep it unseen.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "evaluation.json", results)
+    losses = {
+        "val_loss": dense,
+        "one_shot": {row["target"]: row["loss"] for row in rows if row["target"] is not None},
+    }
+    has_plot = write_target_plot(out / "evaluation.png", losses, name.lower())
+    noted = "" if has_plot else "; no plot: matplotlib is not installed"
+    console.print(f"Results are in {out}{noted}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _name(results: dict[str, Any], target: str | None) -> str:
+    if target is not None:
+        return label(target)
+    compressed_to = results["compressed_to"]
+    return "dense" if compressed_to is None else f"exported at {compressed_to}"
