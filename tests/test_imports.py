@@ -11,6 +11,7 @@ PACKAGE = ROOT / "qsdp"
 
 # What each part of qsdp may import besides itself, `config` and `compat`.
 MAY_IMPORT: dict[str, set[str]] = {
+    "bitmask": set(),
     "compat": set(),
     "config": set(),
     "codec": set(),
@@ -25,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"checkpoint", "models", "sparsity"},
     "metrics": set(),
 }
-FOR_ANYONE = {"compat", "config"}
+FOR_ANYONE = {"bitmask", "compat", "config"}
 # These stand above all others: the job, and the public interface.
 ABOVE_ALL = {"train", "__init__"}
 
