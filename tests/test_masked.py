@@ -172,9 +172,10 @@ def test_phases_follow_the_formula(steps: int, options: dict[str, int]) -> None:
     schedule = ACDCSchedule.of(steps, **options)
     for step in range(steps + 3):
         assert schedule.is_compressed(step) == acdc_phase(step, steps, *options.values())
-    ends = [s for s in range(steps - 1) if not schedule.is_compressed(s)]
-    last = ends[-1] if ends else None
-    assert [s for s in ends if schedule.is_last_dense(s)][-1:] == ([] if last is None else [last])
+    dense = [s for s in range(steps) if not schedule.is_compressed(s)]
+    last = [*schedule.last_dense_steps()]
+    assert last == (dense[-len(last) :] if dense else [])
+    assert not dense or last[0] == 0 or schedule.is_compressed(last[0] - 1)
 
 
 @pytest.mark.parametrize("steps", [100, 1000, 1600])

@@ -310,6 +310,9 @@ class Handle:
                 yield f"{hops}: coded gradients travel at {local} bits inside a node"
             elif config.reduce == "two-hop":
                 yield f"{hops} would save nothing: reduces and gathers are flat"
+        if config.levels == "learned":
+            steps = ", ".join(map(str, config.level_steps))
+            yield f"learned levels for 2 to 6 bits, fitted before steps {steps}"
         if config.warmup_steps:
             least = f"at least {config.warmup_bits} bits"
             yield f"warm-up: {least} in the first {config.warmup_steps} steps"

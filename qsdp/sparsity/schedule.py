@@ -103,17 +103,18 @@ class GMPSchedule:
         cls,
         steps: int,
         sparsity: float,
-        initial: float = 0.5,
+        initial: float | None = None,
         start: int | None = None,
         every: int | None = None,
         end: int | None = None,
     ) -> GMPSchedule:
-        """What is None takes its share of ``steps``: from 10 % to 75 %, every 5 %."""
+        """What is None takes its share of ``steps``: from 10 % to 75 %, every 5 %. ``initial`` is
+        then 0.5, or ``sparsity`` if that is less."""
         start = max(1, round(steps * 0.1)) if start is None else start
         return cls(
             steps=steps,
             sparsity=sparsity,
-            initial=min(initial, sparsity),
+            initial=min(0.5, sparsity) if initial is None else initial,
             start=start,
             every=max(1, round(steps * 0.05)) if every is None else every,
             end=max(start, round(steps * 0.75)) if end is None else end,

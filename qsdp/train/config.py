@@ -176,7 +176,7 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
             bool(self.cram_sparsity) and all(0 <= s < 1 for s in self.cram_sparsity),
             "give numbers from 0 to below 1, with commas between",
         )
-        for name in ("acdc_sparsity", "gmp_sparsity", "gmp_initial"):
+        for name in ("acdc_sparsity", "gmp_sparsity"):
             is_fraction = 0 <= getattr(self, name) < 1
             self._require(name, is_fraction, "choose a fraction from 0 to below 1")
         self.check_method(self.steps)
@@ -184,7 +184,7 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
             _ = self.one_shot_targets
         except ValueError as error:
             raise ValueError(f"--one-shot: {error}.") from None
-        _ = self.wire  # raises for what it cannot be
+        self.check_wire_steps(self.passes * self.steps)  # raises for what it cannot be too
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -216,7 +216,7 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
             Path(self.data).stem or "data",
             *self.folder_parts(self.seed),
             *([f"replicas{self.replicas}"] if self.replicas > 1 else []),
-            *([] if self.method == "AdamW" else [self.method.replace("/", "").lower()]),
+            *self.method_parts,
             f"seed{self.seed}",
         ]
         return Path("out", "-".join(parts))

@@ -67,8 +67,9 @@ class MethodFlags:
     gmp_sparsity: float = 0.9
     """Fraction of the prunable weights pruned in the end."""
 
-    gmp_initial: float = 0.5
-    """Fraction pruned at first."""
+    gmp_initial: float | None = None
+    """Fraction pruned at first, at most --gmp-sparsity. Unset: 0.5, or --gmp-sparsity if that is
+    less."""
 
     gmp_start: int | None = None
     """Steps before the first pruning. Unset: 10 % of --steps."""
@@ -94,6 +95,20 @@ class MethodFlags:
         """`AdamW`, or the name of the method around it."""
         chosen = [name for flag, name in METHODS.items() if getattr(self, flag)]
         return chosen[0] if chosen else "AdamW"
+
+    @property
+    def method_parts(self) -> list[str]:
+        """What sets a run with this method apart, as parts of the name of its folder."""
+        if self.method == "AdamW":
+            return []
+        details = {
+            "CrAM": "" if self.cram_targets is None else "+".join(map(str, self.targets)),
+            "AC/DC": str(self.acdc_compression),
+            "GMP": f"{self.gmp_sparsity:g}",
+            "SAM": "",
+        }
+        name = self.method.replace("/", "").lower()
+        return [name + details[self.method].replace(":", "of")]
 
     @property
     def passes(self) -> int:

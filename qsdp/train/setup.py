@@ -248,6 +248,8 @@ def _announce(job: Job, source: Path | None, meta: dict[str, Any] | None) -> Non
         f"{_travels(config)}, {config.method}{'+' * (config.cram and config.cram_plus)}, "
         f"{batch_tokens:,} tokens a step of {len(job.corpus.train):,}, results in {job.out}"
     )
+    for remark in () if job.handle is None else job.handle.report().remarks:
+        job.say(f"  {remark}")
     if meta is None:
         return
     before, after = meta["config"], config.as_dict()

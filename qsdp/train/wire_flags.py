@@ -114,6 +114,7 @@ class WireFlags:
             name, _, rest = str(error).partition(" ")
             raise ValueError(f"{flag('qsdp_' + name)} {rest}") from None
         self._refuse_what_has_no_effect(is_given or self.qsdp_budget is not None)
+        self._refuse_what_no_value_heeds(config)
         return config if is_given or self.qsdp_budget is not None else None
 
     def folder_parts(self, seed: int) -> list[str]:
@@ -158,6 +159,51 @@ class WireFlags:
                     f"{flag(name)} is given without {flag(other)} {value}, so that nothing would "
                     "heed it; add that, or leave it out."
                 )
+
+    def _refuse_what_no_value_heeds(self, config: QSDPConfig) -> None:
+        """Raise ValueError for a flag that the bits of all values rule out."""
+        if config.budget is not None:
+            return
+        by_policy = [bits for _, each in config.policy for bits in _pair(each)]
+        local = config.local_grad_bits if config.grad_bits <= 8 else None
+        chosen = [config.weight_bits, config.grad_bits, *by_policy]
+        chosen += [bits for bits in (config.embedding_bits, local) if bits is not None]
+        least = min(chosen)
+        for name, allowed, is_heeded in (
+            ("qsdp_bucket_size", "8 bits or fewer", least <= 8),
+            ("qsdp_rounding", "8 bits or fewer", least <= 8),
+            ("qsdp_levels", "2 to 6 bits", self.qsdp_levels == "uniform" or least <= 6),
+            (
+                "qsdp_warmup_steps",
+                f"fewer than {config.warmup_bits} bits",
+                least < config.warmup_bits,
+            ),
+        ):
+            if getattr(self, name) is not None and not is_heeded:
+                raise ValueError(
+                    f"{flag(name)} is for values of {allowed}, but none has fewer than {least}; "
+                    "give fewer bits, or leave it out."
+                )
+
+    def check_wire_steps(self, num_passes: int) -> None:
+        """Raise ValueError for what would be due after the last of ``num_passes``."""
+        wire = self.wire_config(0)
+        if wire is None:
+            return
+        if wire.budget is not None and wire.warmup_steps >= num_passes:
+            raise ValueError(
+                f"--qsdp-budget is allotted after a warm-up of {wire.warmup_steps} steps, but the "
+                f"run takes {num_passes}; shorten --qsdp-warmup-steps, or leave the budget out."
+            )
+        if wire.levels == "learned" and min(wire.level_steps) >= num_passes:
+            raise ValueError(
+                f"--qsdp-levels learned is due first before step {min(wire.level_steps)}, but the "
+                f"run takes {num_passes}; give earlier --qsdp-level-steps, or leave it out."
+            )
+
+
+def _pair(bits: int | tuple[int, int]) -> tuple[int, int]:
+    return (bits, bits) if isinstance(bits, int) else bits
 
 
 def parse_policy(text: str) -> Policy:
