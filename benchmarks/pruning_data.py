@@ -7,6 +7,7 @@ launch/train_gpt.py is given, and its first 90 % train, the rest validate.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,9 @@ def make_tokenizer(text: str, num_tokens: int) -> str:
 def losses_on_test(checkpoint: Path, model: str, texts: Texts, seq_len: int) -> dict[str, float]:
     """Nats a token of the test split: `dense` for the weights as they are, and by target."""
     gpt = GPT(GPTConfig.from_preset(model, vocab_size=texts.vocab_size))
-    dcp.load({"model": get_model_state_dict(gpt)}, checkpoint_id=checkpoint, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load({"model": get_model_state_dict(gpt)}, checkpoint_id=checkpoint, no_dist=True)
     gpt.eval()
     losses = {"dense": _loss(gpt, texts.test, seq_len)}
     for target in TARGETS:
