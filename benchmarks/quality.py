@@ -11,40 +11,37 @@ JSON file in --out, and the same command goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import machine
 import torch
 import tyro
 from namespaces import exit_on_termination
-from quality_table import Record, as_json, make_rows, make_table, plot, verdicts
+from quality_table import as_json, make_rows, make_table, plot, verdicts
 from quality_wires import GATHERS, PRESETS, WIRES
 from rich.console import Console
+from runs import (
+    SEQUENCES,
+    Mistake,
+    Processes,
+    Record,
+    Run,
+    launch,
+    read_record,
+    report_failures,
+    run_all,
+    write_json,
+)
 
 from qsdp.data import load_corpus
 from qsdp.models import GPT, GPTConfig
 from qsdp.train.config import RECIPES, TrainConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-SEQUENCES = 12  # a step, over all ranks
 BYTES_STEPS = 3
-
-
-class Mistake(Exception):
-    """Options that cannot be run, in one sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,19 +78,6 @@ class Options:
     given."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """One call of launch/train_gpt.py, and the settings that its record must have."""
-
-    name: str
-    settings: Record
-    flags: list[str]
-
-    @property
-    def is_training(self) -> bool:
-        return self.settings["kind"] == "training"
-
-
 def main(options: Options) -> int:
     """Run what is missing, print the table, write quality.json and the plot.
 
@@ -110,10 +94,8 @@ def main(options: Options) -> int:
     except (Mistake, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    failed = train_all(runs, records, out, options.jobs, console)
-    if failed:
-        for name, log in failed.items():
-            print(f"{log}\nerror: {name} failed, see above", file=sys.stderr)
+    if failed := run_all(runs, records, out, options.jobs, console, train, result_of):
+        report_failures(failed)
         return 1
 
     done = [records[run.name] for run in runs]
@@ -196,86 +178,17 @@ def count_parameters(model: str, data: Path) -> int:
     return sum(parameter.numel() for parameter in built.parameters())
 
 
-def read_record(out: Path, run: Run) -> Record | None:
-    """The record that an earlier call left. Raises Mistake if it is of another run."""
-    path = out / f"{run.name}.json"
-    if not path.exists():
-        return None
-    record: Record = json.loads(path.read_text())
-    for name, value in run.settings.items():
-        if record.get(name) != value:
-            raise Mistake(
-                f"{path} has {name} {record.get(name)}, not {value}; give another --out, or remove "
-                "that file"
-            )
-    return record
+def result_of(record: Record) -> str:
+    """A record in a few words."""
+    is_training = record["kind"] == "training"
+    return f"{record['val_loss']:.4f} nats" if is_training else "bytes counted"
 
 
-def train_all(
-    runs: list[Run], records: dict[str, Record], out: Path, jobs: int, console: Console
-) -> dict[str, str]:
-    """Run what `records` lacks and add it there. Returns the last lines of what failed."""
-    missing = [run for run in runs if run.name not in records]
-    failed: dict[str, str] = {}
-    waiting = {run.name: run for run in missing}
-    started = time.monotonic()
-    console.print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before")
-    with ThreadPoolExecutor(jobs) as pool, trainings_end_with_us() as processes:
-        futures = {pool.submit(train, run, processes): run for run in missing}
-        try:
-            for future in as_completed(futures):
-                run = futures[future]
-                del waiting[run.name]
-                try:
-                    records[run.name] = record = future.result()
-                except RuntimeError as error:
-                    failed[run.name] = str(error)
-                    console.print(f"{run.name} failed", highlight=False)
-                    continue
-                write_json(out / f"{run.name}.json", record)
-                told = f"{record['val_loss']:.4f} nats" if run.is_training else "bytes counted"
-                left = seconds_left([*waiting.values()], [*records.values()]) / jobs
-                console.print(
-                    f"[{len(runs) - len(waiting):3}/{len(runs)}] {run.name}: {told} in "
-                    f"{record['seconds']:.0f} s; {_clock(time.monotonic() - started)} gone, about "
-                    f"{_clock(left)} left",
-                    highlight=False,
-                    markup=False,
-                )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return failed
-
-
-def seconds_left(waiting: list[Run], records: list[Record]) -> float:
-    """What the runs still to come will take one after the other, by the mean of their kind."""
-    total = 0.0
-    for run in waiting:
-        alike = [r["seconds"] for r in records if r["kind"] == run.settings["kind"]]
-        total += statistics.mean(alike or [r["seconds"] for r in records])
-    return total
-
-
-def train(run: Run, processes: set[subprocess.Popen[str]]) -> Record:
+def train(run: Run, processes: Processes) -> Record:
     """Take one run from start to end. Raises RuntimeError with the end of its log."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(run.settings["ranks"]), str(ROOT / "launch/train_gpt.py")]
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="qsdp-quality-") as folder:
-        job = subprocess.Popen(
-            [*command, "--out", folder, *run.flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        processes.add(job)
-        log, _ = job.communicate()
-        processes.discard(job)
-        if job.returncode:
-            raise RuntimeError(log[-4000:])
-        summary = json.loads((Path(folder) / "summary.json").read_text())
+        summary = launch(run, Path(folder), processes)
     return run.settings | {
         "val_loss": summary["val_loss"],
         "val_loss_quantized": summary["val_loss_quantized"],
@@ -285,28 +198,6 @@ def train(run: Run, processes: set[subprocess.Popen[str]]) -> Record:
         "seconds": round(time.monotonic() - started, 1),
         "machine": machine.describe(),
     }
-
-
-@contextmanager
-def trainings_end_with_us() -> Iterator[set[subprocess.Popen[str]]]:
-    """A set of processes, those of which that still run when the block is left are told to end."""
-    processes: set[subprocess.Popen[str]] = set()
-    try:
-        yield processes
-    finally:
-        for process in [*processes]:
-            process.terminate()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write all of a file or nothing: an interrupted call must leave no half of one."""
-    replacement = path.with_name(path.name + ".tmp")
-    replacement.write_text(json.dumps(value, indent=1) + "\n")
-    replacement.replace(path)
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 if __name__ == "__main__":

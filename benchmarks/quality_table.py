@@ -10,8 +10,7 @@ from typing import Any
 
 from quality_wires import GATHERS, WIRES
 from rich.table import Table
-
-Record = dict[str, Any]
+from runs import Record
 
 
 @dataclass(frozen=True, kw_only=True)

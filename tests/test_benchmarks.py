@@ -180,9 +180,9 @@ def test_the_time_left_is_the_mean_of_runs_of_the_same_kind(load: Any, text: Pat
     runs = quality.plan(quality.Options(data=text, wires=("fp32", "w4g4-dither"), seeds=(0,)))
     assert [run.is_training for run in runs] == [True, True, False]
     records = [{"kind": "training", "seconds": 100.0}, {"kind": "training", "seconds": 300.0}]
-    assert quality.seconds_left(runs[1:2], records) == 200.0
+    assert load("runs").seconds_left(runs[1:2], records) == 200.0
     records.append({"kind": "bytes", "seconds": 8.0})
-    assert quality.seconds_left(runs[1:], records) == 208.0
+    assert load("runs").seconds_left(runs[1:], records) == 208.0
 
 
 # nodes.py
