@@ -82,8 +82,8 @@ FLAGS = [
     BadInput("levels of 8 bits", "--qsdp-bits 8 --qsdp-levels learned", "--qsdp-levels is for"),
     BadInput(
         "levels after the end",
-        "--qsdp-bits 4 --qsdp-levels learned --steps 5",
-        "--qsdp-levels learned is due first",
+        "--qsdp-bits 4 --qsdp-levels learned --qsdp-level-steps 5 --steps 5",
+        "--qsdp-level-steps begins with 5",
     ),
     BadInput(
         "a budget after the end",

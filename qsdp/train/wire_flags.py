@@ -195,10 +195,10 @@ class WireFlags:
                 f"--qsdp-budget is allotted after a warm-up of {wire.warmup_steps} steps, but the "
                 f"run takes {num_passes}; shorten --qsdp-warmup-steps, or leave the budget out."
             )
-        if wire.levels == "learned" and min(wire.level_steps) >= num_passes:
+        if self.qsdp_level_steps is not None and min(wire.level_steps) >= num_passes:
             raise ValueError(
-                f"--qsdp-levels learned is due first before step {min(wire.level_steps)}, but the "
-                f"run takes {num_passes}; give earlier --qsdp-level-steps, or leave it out."
+                f"--qsdp-level-steps begins with {min(wire.level_steps)}, but the run takes "
+                f"{num_passes}; give earlier ones, or leave it out."
             )
 
 
