@@ -147,7 +147,8 @@ def test_a_small_run_leaves_all_that_is_promised(tmp_path: Path) -> None:
     assert summary["config"] == config | {"resume": "auto"}
     assert config["qsdp_bits"] == 8
     names = {path.name for path in (out / "plots").iterdir()}
-    assert names == {"loss.png", "one_shot.png", "wire.png", "step_time.png", "wire_time.png"}
+    plots = ("loss", "one_shot", "pruned", "wire", "step_time", "wire_time")
+    assert names == {f"{plot}.png" for plot in plots}
     names = {path.name for path in (out / "checkpoints").iterdir()}
     assert names == {"step-00000004", "step-00000006"}
 

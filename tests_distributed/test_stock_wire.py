@@ -17,6 +17,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultReduceScatter,
 )
 
+from qsdp.sparsity.target import Compression
 from qsdp.train.config import TrainConfig
 from qsdp.train.loop import train_step
 from qsdp.train.setup import set_up
@@ -84,7 +85,11 @@ def compare(folder: Path, options: dict[str, Any]) -> None:
         counted = counter.during(work)
         spent = job.wire.total() - before
         assert (spent.sent_bytes, spent.fp32_bytes) == (0, 0)
-        assert spent.other_bytes - num_thresholds * threshold_bytes(size) == counted > 0
+        assert (
+            spent.other_bytes - num_thresholds * threshold_bytes(Compression(sparsity=0.5), 1, size)
+            == counted
+            > 0
+        )
         return counted
 
     step()
