@@ -6,12 +6,17 @@
 
 CrAM and SAM take two passes a step: beside --steps of them stand as many steps of the others (equal
 steps) and twice as many (equal compute). The last 5 % of the text are a test split, on which the
-table stands; settings were chosen on the validation split. Every run leaves one small JSON file in
---out, and the same command goes on where it stopped.
+table stands; settings are chosen on the validation split:
+
+    python benchmarks/pruning.py --data tinyshakespeare.txt --methods gmp acdc --seeds 0 \\
+        --flags="--lr 4e-3" --split val --out out/lr-4e-3
+
+Every run leaves one small JSON file in --out, and the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 import time
@@ -46,6 +51,7 @@ from qsdp.train.twin import FOLDER as TWIN
 
 STEPS = 1000
 EVAL_BATCHES = 75  # about half of nano's validation split
+SPLITS = {"test": "Test", "val": "Validation"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,12 @@ class Options:
 
     steps: int = STEPS
     """Optimizer steps of CrAM and SAM."""
+
+    flags: str = ""
+    """Flags of launch/train_gpt.py for all runs, after those of the preset."""
+
+    split: str = "test"
+    """Which losses are shown and judged: `test`, or `val` to choose settings by."""
 
     jobs: int = 1
     """Trainings side by side. Losses do not depend on it; seconds do."""
@@ -124,6 +136,8 @@ def check(options: Options) -> Preset:
     for name in ("jobs", "steps"):
         if getattr(options, name) < 1:
             raise Mistake(f"--{name} is {getattr(options, name)}; choose 1 or more")
+    if options.split not in SPLITS:
+        raise Mistake(f"--split is {options.split!r}; choose one of {', '.join(SPLITS)}")
     for path in options.data:
         if not path.is_file():
             raise Mistake(f"--data {path} is no file; give texts")
@@ -146,11 +160,12 @@ def plan(options: Options, texts: Texts) -> list[Run]:
     flags += ["--batch-size", str(SEQUENCES // ranks), "--eval-batches", str(EVAL_BATCHES * ranks)]
     flags += ["--eval-every", "0", "--save-every", "0", "--resume", "none"]
     flags += ["--one-shot", ",".join(TARGETS)]
+    more_flags = shlex.split(options.flags)
     runs = []
     for seed in options.seeds or preset.seeds:
         for wire, way in (WIRES if options.wires else {"stock": WIRES["stock"]}).items():
             for method, steps in trainings(options, preset):
-                own = [*METHODS[method].flags, *way]
+                own = [*METHODS[method].flags, *preset.tuned.get(method, ()), *way, *more_flags]
                 settings = common | {
                     "kind": "training",
                     "method": method,
@@ -214,13 +229,13 @@ def report(
     records: list[Record], options: Options, preset: Preset, out: Path, console: Console
 ) -> None:
     """Print tables and verdicts, write pruning.json and the plot."""
-    rows = make_rows(records)
+    rows = make_rows(records, options.split)
     first = records[0]
     title = (
         f"{first['model']} ({first['parameters'] / 1e6:.1f}M parameters), {first['data']}, "
         f"{options.steps} steps of two passes"
     )
-    console.print(loss_table(rows, f"Test loss, nats a token: {title}"))
+    console.print(loss_table(rows, f"{SPLITS[options.split]} loss, nats a token: {title}"))
     console.print(gap_table(rows, "The same less that of the dense model"))
     console.print(
         "Mean and standard deviation over seeds. `dense` is the model as training left it: GMP and "
@@ -238,9 +253,15 @@ def report(
         console.print(f"{verdict['what']}: {verdict['measured']:+.4f}{told}{aim}", highlight=False)
     described = machine.describe()
     console.print(machine.one_line(described), highlight=False)
-    result = {"title": title, "machine": described, "rows": as_json(rows), "targets": found}
+    result = {
+        "title": title,
+        "split": options.split,
+        "machine": described,
+        "rows": as_json(rows),
+        "targets": found,
+    }
     write_json(out / "pruning.json", result)
-    if not plot(rows, out / "pruning.png", title):
+    if not plot(rows, out / "pruning.png", title, options.split):
         console.print("no plot: it needs matplotlib")
 
 

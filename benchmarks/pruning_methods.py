@@ -30,6 +30,11 @@ METHODS = {
     "cram-multi": Method(
         label="CrAM+-Multi 50/70/90 %", flags=("--cram", "--cram-targets", "0.5,0.7,0.9"), passes=2
     ),
+    "cram-multi-rho0": Method(
+        label="CrAM+-Multi, rho 0",
+        flags=("--cram", "--cram-targets", "0.5,0.7,0.9", "--cram-rho", "0"),
+        passes=2,
+    ),
     "cram-2:4": Method(label="CrAM+ 2:4", flags=("--cram", "--cram-targets", "2:4"), passes=2),
     "acdc": Method(label="AC/DC 90 %", flags=("--acdc",)),
 }
@@ -50,19 +55,27 @@ class Preset:
     """Size of a BPE vocabulary trained on the training text; None for characters."""
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
+    tuned: dict[str, tuple[str, ...]]
+    """Flags of launch/train_gpt.py by method, chosen on the validation split."""
     lead: float
     """Nats by which CrAM+-Multi is to be ahead of AdamW at 80 and 90 %."""
 
 
 PRESETS = {
     "nano": Preset(
-        model="nano", bpe_tokens=None, methods=tuple(METHODS), seeds=(0, 1, 2), lead=0.4
+        model="nano",
+        bpe_tokens=None,
+        methods=tuple(METHODS),
+        seeds=(0, 1, 2),
+        tuned={},
+        lead=0.4,
     ),
     "larger": Preset(
         model="mini",
         bpe_tokens=2048,
         methods=("adamw", "gmp", "cram-plus", "cram-multi", "acdc"),
         seeds=(0,),
+        tuned={},
         lead=0.0,
     ),
 }

@@ -30,8 +30,8 @@ class Row:
     wire: str
     steps: int
     seeds: list[int]
-    test: Losses = field(default_factory=dict)
-    """Nats a token on the test split, by column and then by seed."""
+    losses: Losses = field(default_factory=dict)
+    """Nats a token, by column and then by seed."""
     base: list[float] = field(default_factory=list)
     """The dense model's, by seed: for AC/DC the dense twin's."""
 
@@ -48,11 +48,12 @@ class Row:
 
     def gaps(self, column: str) -> list[float]:
         """Loss in a column less that of the dense model, by seed."""
-        return [loss - base for loss, base in zip(self.test[column], self.base, strict=True)]
+        return [loss - base for loss, base in zip(self.losses[column], self.base, strict=True)]
 
 
-def make_rows(records: Iterable[Record]) -> list[Row]:
-    """One row a method, number of steps and wire, in order of compute; twins follow their model."""
+def make_rows(records: Iterable[Record], split: str = "test") -> list[Row]:
+    """One row a method, number of steps and wire, in order of compute; twins follow their model,
+    on the validation split (`val`) without a row of their own."""
     groups: dict[tuple[str, str, int], list[Record]] = {}
     for record in records:
         key = (record["method"], record["wire"], record["steps"])
@@ -65,17 +66,19 @@ def make_rows(records: Iterable[Record]) -> list[Row]:
     ):
         group = sorted(group, key=lambda record: record["seed"])
         seeds = [record["seed"] for record in group]
-        test = {column: [_number(r["test"][column]) for r in group] for column in COLUMNS}
-        has_twin = all(record["twin_test"] is not None for record in group)
-        twin = {
-            column: [_number(r["twin_test"][column]) for r in group] if has_twin else []
-            for column in COLUMNS
-        }
-        base = twin["dense"] if has_twin else test["dense"]
+        losses = {column: [_number(r[split][column]) for r in group] for column in COLUMNS}
+        twin: Losses = {}
+        if split == "test" and all(record["twin_test"] is not None for record in group):
+            twin = {column: [_number(r["twin_test"][column]) for r in group] for column in COLUMNS}
+            base = twin["dense"]
+        elif all(record["twin_val"] is not None for record in group):
+            base = [record["twin_val"] for record in group]
+        else:
+            base = losses["dense"]
         common: dict[str, Any] = {"wire": wire, "steps": steps, "seeds": seeds, "base": base}
-        rows.append(Row(method=method, test=test, **common))
-        if has_twin:
-            rows.append(Row(method=TWIN, test=twin, **common))
+        rows.append(Row(method=method, losses=losses, **common))
+        if twin:
+            rows.append(Row(method=TWIN, losses=twin, **common))
     return rows
 
 
@@ -88,7 +91,7 @@ def loss_table(rows: Sequence[Row], title: str) -> Table:
     """The losses for a reader."""
     table = _table(title, COLUMNS)
     for row in rows:
-        cells = (_cell(row.test[column], "") for column in COLUMNS)
+        cells = (_cell(row.losses[column], "") for column in COLUMNS)
         table.add_row(row.label, f"{row.steps}", f"{row.passes}", *cells)
     return table
 
@@ -161,7 +164,7 @@ def wire_verdicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def plot(rows: Sequence[Row], path: Path, title: str) -> bool:
+def plot(rows: Sequence[Row], path: Path, title: str, split: str) -> bool:
     """Draw loss against sparsity into a PNG file. False without matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -175,8 +178,8 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> bool:
     for row in rows:
         if row.passes != most:
             continue
-        means = [statistics.mean(row.test[column]) for column in ("dense", *PRUNED)]
-        spreads = [_spread(row.test[column]) or 0.0 for column in ("dense", *PRUNED)]
+        means = [statistics.mean(row.losses[column]) for column in ("dense", *PRUNED)]
+        spreads = [_spread(row.losses[column]) or 0.0 for column in ("dense", *PRUNED)]
         axes.errorbar(
             [0, *(100 * float(column) for column in PRUNED)],
             means,
@@ -188,7 +191,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> bool:
             color=colours[row.method],
             label=row.label.strip(),
         )
-    axes.set(xlabel="% of the prunable weights pruned in one shot", ylabel="test loss, nats")
+    axes.set(xlabel="% of the prunable weights pruned in one shot", ylabel=f"{split} loss, nats")
     axes.set_title(f"{title}, equal compute", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
@@ -200,8 +203,8 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> bool:
 
 def _differences(row: Row, base: Row, column: str) -> list[float]:
     """Seed by seed."""
-    theirs = dict(zip(base.seeds, base.test[column], strict=True))
-    ours = zip(row.seeds, row.test[column], strict=True)
+    theirs = dict(zip(base.seeds, base.losses[column], strict=True))
+    ours = zip(row.seeds, row.losses[column], strict=True)
     return [loss - theirs[seed] for seed, loss in ours]
 
 

@@ -57,6 +57,7 @@ def a_record(
         "wire": wire,
         "test": test,
         "twin_test": twin,
+        "twin_val": None,
     }
 
 
@@ -67,6 +68,7 @@ def a_record(
         ({"methods": ("adamw", "lottery")}, "lottery"),
         ({"jobs": 0}, "0"),
         ({"steps": 0}, "0"),
+        ({"split": "train"}, "'train'"),
         ({"data": (Path("nowhere.txt"),)}, "nowhere.txt"),
     ],
 )
@@ -104,13 +106,22 @@ def test_every_training_of_pruning_is_one_that_the_job_takes(
         settings = run.settings
         assert config.passes == methods[settings["method"]].passes
         assert config.method in ("AdamW", "SAM", "GMP", "CrAM", "AC/DC")
-        assert methods[settings["method"]].label.startswith(config.method)
+        assert settings["method"].startswith(config.method.replace("/", "").lower())
         assert config.batch_size * settings["ranks"] == sequences
         assert (config.seed, config.steps) == (settings["seed"], settings["steps"])
         assert config.seq_len == settings["seq_len"]
         assert (config.wire is None) == (settings["wire"] == "stock")
         if config.wire is not None:
             assert settings["wire"] == f"{config.wire.weight_bits}-bit"
+
+
+def test_flags_for_tuning_reach_every_training_and_its_record(
+    load: Any, text: Path, tmp_path: Path
+) -> None:
+    for run in a_plan(load, text, tmp_path, flags="--lr 0.005 --weight-decay 0"):
+        config = parse(run.flags)
+        assert (config.lr, config.weight_decay) == (0.005, 0)
+        assert run.settings["flags"][-4:] == ["--lr", "0.005", "--weight-decay", "0"]
 
 
 def test_all_methods_stand_at_equal_steps_and_at_equal_compute(
@@ -199,11 +210,24 @@ def test_rows_are_means_over_seeds_in_order_of_compute_and_twins_follow(load: An
     for record in records:
         row = by_key[record["method"], record["steps"]]
         place = row.seeds.index(record["seed"])
-        assert row.test["2:4"][place] == record["test"]["2:4"]
+        assert row.losses["2:4"][place] == record["test"]["2:4"]
         base = record["twin_test"] or record["test"]
         gap = record["test"]["0.9"] - base["dense"]
         assert row.gaps("0.9")[place] == pytest.approx(gap)
     assert by_key["adamw", 20].gaps("dense") == [0.0, 0.0]
+
+
+def test_settings_are_chosen_by_the_validation_split_alone(load: Any) -> None:
+    table = load("pruning_table")
+    records = [a_record("acdc", 20), a_record("gmp", 20)]
+    for record in records:
+        record["val"] = {column: loss + 1 for column, loss in record["test"].items()}
+        record["test"] = record["twin_test"] = None
+    records[0]["twin_val"] = 1.25
+    rows = {row.method: row for row in table.make_rows(records, "val")}
+    assert rows.keys() == {"acdc", "gmp"}
+    assert rows["acdc"].gaps("0.9") == [pytest.approx(records[0]["val"]["0.9"] - 1.25)]
+    assert rows["gmp"].losses["0.5"] == [records[1]["val"]["0.5"]]
 
 
 @pytest.mark.parametrize("is_met", [True, False])
