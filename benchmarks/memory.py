@@ -8,10 +8,11 @@ payloads that are kept are there and none has been used, and at its peak. On CPU
 from torch's profiler, which sees every allocation; on GPUs from the caching allocator. Both are
 exact, unlike a process's resident set, and the largest of all ranks' figures is shown.
 
-A validation comes before: it makes the buffer that every gather but a kept one reuses, so that both
-cases have it. Without a validation, gathering once takes less by that buffer, the largest group's.
-Nor does the buffer grow during the measurement: an idle thread of gloo may hold on to a smaller one
-that was replaced.
+Each block is gathered beside the one before it, as the training job does. A validation comes before
+the measurement: it makes the two buffers that every gather but a kept one reuses, so that both cases
+have them. Without it, gathering once takes less by these buffers, of the largest group's size. Nor
+do they grow during the measurement: an idle thread of gloo may hold on to a smaller one that was
+replaced.
 
 Exits with status 1 unless what is held after the forward pass, once less twice, is the payload that
 the handle says it keeps, within 1 %, and the peak grows by no more than that.
@@ -27,14 +28,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import machine
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import qsdp
@@ -148,6 +150,8 @@ def train(config: qsdp.QSDPConfig, mesh: DeviceMesh, device: torch.device) -> tu
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    for module, following in pairwise(cast(list[FSDPModule], [model, *model.blocks])):
+        module.set_modules_to_forward_prefetch([following])
     model.to_empty(device=device)
     init_weights(model, seed=0)
     handle = qsdp.install(model, config)

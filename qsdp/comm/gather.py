@@ -62,9 +62,7 @@ class Gathering:
         group, target, place = plan.group, buffer, plan.rank
         if plan.hops is not None:
             group, place = plan.hops.across, plan.hops.across.rank()
-            target = wire.scratch.take("node", group.size() * size, buffer.device)
-            if async_op:
-                target = torch.empty_like(target)
+            target = wire.scratch.borrow(group.size() * size, buffer.device)
         own = target.narrow(0, place * size, size)
         header = side.header(plan.rank, self._payloads.step)
         table, own_key = side.tables[plan.rank], keys[plan.rank]
@@ -84,6 +82,7 @@ class Gathering:
                 self._work.wait()
             if plan.hops is not None:
                 compat.all_gather(payloads.buffer, self._node_payloads, plan.hops.local)
+                wire.scratch.give_back(self._node_payloads)
         if plan.hops is None:
             wire.traffic.gathered("gather", plan.group, size)
         else:

@@ -5,13 +5,15 @@ from torch import Tensor
 
 
 class Scratch:
-    """Byte buffers by purpose, grown to the largest size asked for.
+    """Byte buffers, grown to the largest size asked for: by purpose, or on loan where several are
+    in use at once.
 
     On a GPU the caching allocator is that pool already, and knows which stream still reads what.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._free: list[Tensor] = []
 
     def take(self, purpose: str, num_bytes: int, device: torch.device) -> Tensor:
         """uint8 [num_bytes], uninitialised, valid until the next call with this purpose."""
@@ -21,3 +23,19 @@ class Scratch:
         if buffer is None or buffer.numel() < num_bytes:
             buffer = self._buffers[purpose] = torch.empty(num_bytes, dtype=torch.uint8)
         return buffer[:num_bytes]
+
+    def borrow(self, num_bytes: int, device: torch.device) -> Tensor:
+        """uint8 [num_bytes], uninitialised, the caller's own until `give_back`."""
+        if device.type != "cpu":
+            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        buffer = self._free.pop() if self._free else None
+        if buffer is None or buffer.numel() < num_bytes:
+            buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        return buffer[:num_bytes]
+
+    def give_back(self, borrowed: Tensor) -> None:
+        """Let others borrow what `borrow` returned."""
+        if borrowed.device.type == "cpu":
+            whole = torch.empty(0, dtype=torch.uint8).set_(borrowed.untyped_storage())
+            self._free.append(whole)
+            self._free.sort(key=Tensor.numel)  # the largest is lent first

@@ -104,7 +104,7 @@ class AllGather(_Comm):
         is_async = async_op and input_tensor.device.type == "cpu"
         is_exact = wire.is_exact
         side = plan.gather(places, 32 if is_exact else wire.least_bits, is_dense=is_exact)
-        buffer = self._take_buffer(side, input_tensor.device, keeps, is_async)
+        buffer = self._take_buffer(side, input_tensor.device, keeps)
         gathering = Gathering(plan, side, input_tensor, wire, buffer, async_op=is_async)
 
         def finish() -> None:
@@ -112,6 +112,8 @@ class AllGather(_Comm):
             self._decode(payloads, output_tensor)
             if keeps:
                 self._kept = payloads
+            else:
+                wire.scratch.give_back(buffer)
 
         if is_async:
             return GatheringWork(finish)
@@ -143,16 +145,14 @@ class AllGather(_Comm):
         is_training = self._group.modules[0].training
         return self._wire.config.gather == "once" and is_training and self._group.gathers_again
 
-    def _take_buffer(self, side: Side, device: torch.device, keeps: bool, is_async: bool) -> Tensor:
+    def _take_buffer(self, side: Side, device: torch.device, keeps: bool) -> Tensor:
         """Memory for the payloads of all ranks."""
         size = self._plan.world_size * side.payload_bytes
         if keeps:
             if self._buffer is None or self._buffer.numel() < size:
                 self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
             return self._buffer[:size]
-        if is_async:
-            return torch.empty(size, dtype=torch.uint8, device=device)
-        return self._wire.scratch.take("gather", size, device)
+        return self._wire.scratch.borrow(size, device)
 
     def _decode(self, payloads: Payloads | None, output: Tensor) -> None:
         for part in (payloads, None if self._wire.is_exact else self._frozen):
