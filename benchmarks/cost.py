@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for _ in range(arguments.rounds):
         for name, (_, step) in contestants.items():
             times[name].append(seconds(step))
-        shards = prunable.shards()
-        find = lambda shards=shards: keep_masks(shards, target, prunable.dims)  # noqa: E731
+        find = partial(keep_masks, prunable.shards(), target, prunable.dims)
         times["threshold"].append(seconds(find))
     rows = []
     for name, taken in times.items():

@@ -9,10 +9,10 @@ from torch's profiler, which sees every allocation; on GPUs from the caching all
 exact, unlike a process's resident set, and the largest of all ranks' figures is shown.
 
 Each block is gathered beside the one before it, as the training job does. A validation comes before
-the measurement: it makes the two buffers that every gather but a kept one reuses, so that both cases
-have them. Without it, gathering once takes less by these buffers, of the largest group's size. Nor
-do they grow during the measurement: an idle thread of gloo may hold on to a smaller one that was
-replaced.
+the measurement: it makes the two buffers that every gather but a kept one reuses, so that both
+cases have them. Without it, gathering once takes less by these buffers, each of the largest group's
+size. Nor do they grow during the measurement: an idle thread of gloo may hold on to a smaller one
+that was replaced.
 
 Exits with status 1 unless what is held after the forward pass, once less twice, is the payload that
 the handle says it keeps, within 1 %, and the peak grows by no more than that.

@@ -38,7 +38,7 @@ from runs import (
     Record,
     Run,
     launch,
-    read_record,
+    read_records,
     report_failures,
     run_all,
     write_json,
@@ -47,7 +47,7 @@ from runs import (
 from qsdp import checkpoint
 from qsdp.models import GPT, GPTConfig
 from qsdp.train.config import RECIPES, TrainConfig
-from qsdp.train.twin import FOLDER as TWIN
+from qsdp.train.setup import DENSE_TWIN as TWIN
 
 STEPS = 1000
 EVAL_BATCHES = 75  # about half of nano's validation split
@@ -109,8 +109,7 @@ def main(options: Options) -> int:
             runs = plan(options, texts)
             name = f"{options.preset}-wires" if options.wires else options.preset
             out = options.out or Path("out/pruning", name)
-            out.mkdir(parents=True, exist_ok=True)
-            records = {run.name: record for run in runs if (record := read_record(out, run))}
+            records = read_records(out, runs)
         except (Mistake, ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

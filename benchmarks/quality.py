@@ -31,7 +31,7 @@ from runs import (
     Record,
     Run,
     launch,
-    read_record,
+    read_records,
     report_failures,
     run_all,
     write_json,
@@ -89,8 +89,7 @@ def main(options: Options) -> int:
     try:
         runs = plan(options)
         out = options.out or Path("out/quality", options.preset)
-        out.mkdir(parents=True, exist_ok=True)
-        records = {run.name: record for run in runs if (record := read_record(out, run))}
+        records = read_records(out, runs)
     except (Mistake, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

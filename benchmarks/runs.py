@@ -56,6 +56,12 @@ def read_record(out: Path, run: Run) -> Record | None:
     return record
 
 
+def read_records(out: Path, runs: list[Run]) -> dict[str, Record]:
+    """What earlier calls left of ``runs`` in the folder ``out``, which is made."""
+    out.mkdir(parents=True, exist_ok=True)
+    return {run.name: record for run in runs if (record := read_record(out, run))}
+
+
 def run_all(
     runs: list[Run],
     records: dict[str, Record],

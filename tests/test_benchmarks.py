@@ -1,28 +1,13 @@
 """The programs in benchmarks/ say what they measured: their arithmetic, options and records."""
 
-import importlib
 import random
 import statistics
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from qsdp.train.cli import parse
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a program, which finds its neighbours as it does when it is run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def by_name(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return by_name
 
 
 @pytest.fixture
@@ -120,16 +105,16 @@ def test_every_wire_but_stock_is_counted_gathered_twice_and_once(load: Any, text
 def test_quality_goes_on_from_its_records_and_from_no_others(
     load: Any, text: Path, tmp_path: Path
 ) -> None:
-    quality = load("quality")
+    quality, runs = load("quality"), load("runs")
     run, *_ = quality.plan(quality.Options(data=text, steps=7))
-    assert quality.read_record(tmp_path, run) is None
+    assert runs.read_record(tmp_path, run) is None
     record = run.settings | {"val_loss": random.random()}
     quality.write_json(tmp_path / f"{run.name}.json", record)
-    assert quality.read_record(tmp_path, run) == record
+    assert runs.read_record(tmp_path, run) == record
     for name in ("steps", "ranks", "data_sha256", "flags"):
         other = run.settings | {name: "another"}
         with pytest.raises(quality.Mistake, match=name):
-            quality.read_record(tmp_path, quality.Run(run.name, other, run.flags))
+            runs.read_record(tmp_path, quality.Run(run.name, other, run.flags))
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])

@@ -1,10 +1,8 @@
 """benchmarks/pruning.py says what it measured: its splits, its runs, and the logic of its table."""
 
-import importlib
 import random
 import statistics
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,19 +11,6 @@ import torch
 from qsdp.data import load_corpus
 from qsdp.models import GPT, GPTConfig
 from qsdp.train.cli import parse
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a program, which finds its neighbours as it does when it is run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-
-    def by_name(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    return by_name
 
 
 @pytest.fixture

@@ -7,26 +7,18 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 
 from qsdp.data.prepare import prepare_shards
 from qsdp.train.cli import main
 from tests.bad_inputs import DATA, DEEP, FLAGS, TEXT, BadInput
 
+pytestmark = pytest.mark.usefixtures("world_of_one")
+
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def _world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    assert not dist.is_initialized()
 
 
 @pytest.fixture

@@ -7,17 +7,17 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 
 from qsdp.data import TokenRange, TokenShards
 from qsdp.train import cli, compress_cli, evaluate_cli
 from tests.bad_inputs import TEXT, BadInput
+
+pytestmark = pytest.mark.usefixtures("world_of_one")
 
 TARGETS = "0.5,2:4,4bit,0.6+layer"
 
@@ -34,14 +34,6 @@ FLAGS = [
     BadInput("patterns of nothing", "{}/run --prunable layers.*", "'layers.*' matches no"),
     BadInput("a checkpoint of nobody", "{}/other", "holds no complete checkpoint"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    assert not dist.is_initialized()
 
 
 @pytest.fixture(scope="module")

@@ -220,7 +220,7 @@ class Plan:
         ]
         if bitmaps:
             return SparseSide(segments, self.index, numels, starts, bitmaps)
-        return Side(Layout(segments, self.index), numels, starts)
+        return Side([Layout(segments, self.index)] * self.world_size, numels, starts)
 
     def _bitmaps(self, places: Sequence[int]) -> list[Tensor | None]:
         """By place, the masks; an empty list where there are none."""

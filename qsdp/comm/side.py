@@ -15,22 +15,28 @@ from qsdp.comm.scratch import Scratch
 
 
 class Side:
-    """One layout of one direction with the codec tables of every rank.
+    """One direction of a group, with the codec tables of every rank.
 
-    ``numels[r]`` are the valid values of rank r's slice of each segment, ``starts`` the segments'
-    places in the flat buffer, in bytes: a layout may leave out some of the buffer's parameters.
+    Args:
+        layouts: by rank, of its slice.
+        numels: by rank the valid values of each segment of its slice.
+        starts: the segments' places in the flat buffer, in bytes: a layout may leave out some of
+            the buffer's parameters.
     """
 
     is_sparse = False
 
     def __init__(
-        self, layout: Layout, numels: Sequence[Sequence[int]], starts: Sequence[int] | None = None
+        self,
+        layouts: Sequence[Layout],
+        numels: Sequence[Sequence[int]],
+        starts: Sequence[int] | None = None,
     ) -> None:
-        self.layout = layout
-        self.payload_bytes = layout.payload_bytes
+        self._layouts, self._numels = layouts, numels
+        self._hash = layouts[0].hash
+        self.payload_bytes = max(layout.payload_bytes for layout in layouts)
         """Of every rank."""
-        self.tables = [torch.tensor(layout.table(n), dtype=torch.int64) for n in numels]
-        self._numels = numels
+        self.tables = self._tables(None)
         self.num_values = sum(map(sum, numels))
         """Of all ranks together, padding left out; pruned ones count."""
         if starts is not None:
@@ -40,11 +46,15 @@ class Side:
     @cached_property
     def fp32_tables(self) -> list[Tensor]:
         """The same tables for a flat buffer in fp32."""
-        return [torch.tensor(self.layout.table(n, DType.FP32)) for n in self._numels]
+        return self._tables(DType.FP32)
+
+    def _tables(self, dtype: DType | None) -> list[Tensor]:
+        pairs = zip(self._layouts, self._numels, strict=True)
+        return [torch.tensor(layout.table(n, dtype), dtype=torch.int64) for layout, n in pairs]
 
     def header(self, sender: int, step: int, standing: Standing = Standing.KEPT) -> list[int]:
         """The four int64 words that open a payload."""
-        return self.layout.header(sender, step, standing)
+        return [VERSION << 32 | sender, step, self.payload_bytes, self._hash ^ standing]
 
     def expected_headers(self, senders: Sequence[int], step: int) -> Tensor:
         """int64 [senders, 4]: what each payload must open with."""
@@ -89,31 +99,31 @@ class SparseSide(Side):
         starts: Sequence[int] | None,
         bitmaps: Sequence[Tensor | None],
     ) -> None:
-        self._segments, self._starts = segments, starts
         counts = [None if bits is None else bitmask.count(bits) for bits in bitmaps]
         ranks = range(len(numels))
         self._kept = [[None if each is None else each[rank] for each in counts] for rank in ranks]
         layouts = [
             Layout(
                 [
-                    segment if kept is None else replace(segment, padded=kept)
-                    for segment, kept in zip(segments, self._kept[rank], strict=True)
+                    segment if count is None else replace(segment, padded=count)
+                    for segment, count in zip(segments, kept, strict=True)
                 ],
                 group,
             )
-            for rank in ranks
+            for kept in self._kept
         ]
-        self._layouts = layouts
-        self._compact_numels = [
-            [n if kept is None else kept for n, kept in zip(numels[r], self._kept[r], strict=True)]
-            for r in ranks
-        ]
-        self.payload_bytes = max(layout.payload_bytes for layout in layouts)
-        self.tables = [
-            torch.tensor(layout.table(n), dtype=torch.int64)
-            for layout, n in zip(layouts, self._compact_numels, strict=True)
-        ]
+        super().__init__(
+            layouts,
+            [
+                [n if count is None else count for n, count in zip(whole, kept, strict=True)]
+                for whole, kept in zip(numels, self._kept, strict=True)
+            ],
+        )
         self.num_values = sum(map(sum, numels))
+        described = repr([layout.hash for layout in layouts]).encode()
+        digest = blake2b(described, digest_size=8).digest()
+        self._hash = int.from_bytes(digest, "little", signed=True)
+        self._segments, self._starts = segments, starts
         parts = [bits for bits in bitmaps if bits is not None]
         self._bitmaps = list(torch.cat(parts, dim=1).unbind(0))
         self._bitmap_starts: list[int] = []
@@ -121,20 +131,7 @@ class SparseSide(Side):
         for bits in bitmaps:
             self._bitmap_starts.append(-1 if bits is None else end)
             end += 0 if bits is None else bits.shape[1]
-        described = repr([layout.hash for layout in layouts]).encode()
-        digest = blake2b(described, digest_size=8).digest()
-        self._hash = int.from_bytes(digest, "little", signed=True)
         self._spans: dict[tuple[int, torch.dtype], tuple[Tensor, int]] = {}
-
-    @cached_property
-    def fp32_tables(self) -> list[Tensor]:
-        return [
-            torch.tensor(layout.table(n, DType.FP32))
-            for layout, n in zip(self._layouts, self._compact_numels, strict=True)
-        ]
-
-    def header(self, sender: int, step: int, standing: Standing = Standing.KEPT) -> list[int]:
-        return [VERSION << 32 | sender, step, self.payload_bytes, self._hash ^ standing]
 
     def compact(
         self, rank: int, dense: Tensor, scratch: Scratch, purpose: str, *, strict: bool = False

@@ -6,30 +6,29 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import compat
 from qsdp.comm.levels import Levels
 from qsdp.comm.measure import Meter, check_budget
-from qsdp.comm.plan import DTYPES, Parameter, Plan, embedding_names, tied_names
+from qsdp.comm.plan import embedding_names, tied_names
 from qsdp.comm.support import exchange
-from qsdp.comm.topology import (
-    Hops,
-    Topology,
-    check_mesh,
-    is_worth_two_hops,
-    launched_ranks,
-    nodes_of,
-    split,
-)
+from qsdp.comm.topology import launched_ranks
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire import Wire
 from qsdp.config import QSDPConfig
 from qsdp.fsdp import agreement
 from qsdp.fsdp.adapt import Adaptation
 from qsdp.fsdp.hooks import AllGather, GradRecorder, ReduceScatter
+from qsdp.fsdp.planning import (
+    check_type,
+    make_hops,
+    make_plan,
+    make_topology,
+    replica_group,
+    split_into_nodes,
+)
 from qsdp.fsdp.report import Report, Row
 
 
@@ -95,14 +94,14 @@ class Handle:
         everyone = [axis for mesh in meshes for axis in mesh.get_all_groups()]
         # Before anything of replicate_mesh is used, which another rank may lack.
         with agreement.mistakes_shared(everyone):
-            replicas = _replica_group(groups, replicate_mesh)
-            _check_type("node_mesh", node_mesh, DeviceMesh | None)
+            replicas = replica_group(groups, replicate_mesh)
+            check_type("node_mesh", node_mesh, DeviceMesh | None)
             given = agreement.describe_meshes(replicate_mesh=replicate_mesh, node_mesh=node_mesh)
         agreement.check(everyone, given)
         everyone += [] if replicas is None else [replicas]
         launched = agreement.by_rank(everyone, launched_ranks())
         with agreement.mistakes_shared(everyone):
-            _check_type("config", config, QSDPConfig)
+            check_type("config", config, QSDPConfig)
             if any(isinstance(group.comms()[0], AllGather) for group in groups):
                 raise ValueError(
                     f"qsdp is installed on this {type(model).__name__} already; call "
@@ -113,7 +112,7 @@ class Handle:
             config.check_policy(list(order), aliases)
             embeddings = set(map(clean, embedding_names(model)))
             self._plans = [
-                _make_plan(group, index, names, order, embeddings, config)
+                make_plan(group, index, names, order, embeddings, config)
                 for index, group in enumerate(groups)
             ]
             weights, grads = (
@@ -121,8 +120,8 @@ class Handle:
                 for is_grad in (False, True)
             )
             check_budget(weights, grads, config)
-            topology = _make_topology(self._plans, launched, config, node_mesh)
-            nodes = _split_into_nodes(self._plans, topology, config, node_mesh)
+            topology = make_topology(self._plans, launched, config, node_mesh)
+            nodes = split_into_nodes(self._plans, topology, config, node_mesh)
         planned = {p.name for plan in self._plans for p in plan.parameters}
         self._outside = {
             order[name]: Row(name, tuple(p.shape), None, "none", "none", "not sharded by FSDP2")
@@ -134,7 +133,7 @@ class Handle:
         self._wire = Wire(config, self.traffic)
         self.times = self._wire.times
         self._nodes = nodes
-        self._hops = _make_hops(self._plans, nodes, node_mesh)
+        self._hops = make_hops(self._plans, nodes, node_mesh)
         self._owns_hops = node_mesh is None
         self._everyone = everyone
         if config.levels == "learned":
@@ -196,21 +195,20 @@ class Handle:
             with_grads: False sends all gradients.
         """
         self._reshard()
-        places = [
-            {id(parameter.parameter): place for place, parameter in enumerate(group.parameters())}
+        left = {id(parameter): (parameter, mask) for parameter, mask in (masks or {}).items()}
+        chosen = [
+            {
+                place: left.pop(id(sharded.parameter))[1]
+                for place, sharded in enumerate(group.parameters() if left else [])
+                if id(sharded.parameter) in left
+            }
             for group in self._groups
         ]
-        known = {key for each in places for key in each}
-        for parameter in masks or {}:
-            if id(parameter) not in known:
-                raise ValueError(
-                    f"a mask is given for a tensor of shape {tuple(parameter.shape)} that FSDP2 "
-                    "does not shard in this model; give masks by the model's own parameters"
-                )
-        by_id = {id(parameter): mask for parameter, mask in (masks or {}).items()}
-        chosen = [
-            {place: by_id[key] for key, place in each.items() if key in by_id} for each in places
-        ]
+        for parameter, _ in left.values():
+            raise ValueError(
+                f"a mask is given for a tensor of shape {tuple(parameter.shape)} that FSDP2 does "
+                "not shard in this model; give masks by the model's own parameters"
+            )
         exchange(self._plans, chosen, self._wire, with_grads=with_grads)
 
     @property
@@ -321,171 +319,9 @@ class Handle:
             yield f"budget: {config.budget:g} bits a coded value, {when}"
 
 
-def _replica_group(
-    groups: list[compat.ParameterGroup], mesh: DeviceMesh | None
-) -> dist.ProcessGroup | None:
-    """The process group of ``replicate_mesh``, checked against the model's own mesh."""
-    _check_type("replicate_mesh", mesh, DeviceMesh | None)
-    if mesh is None:
-        return None
-    if mesh.ndim != 1:
-        raise ValueError(f"replicate_mesh has {mesh.ndim} dimensions; give a 1-D mesh")
-    for group in groups:
-        if group.mesh_ndim != 1 or group.mesh.size() < 2:
-            raise ValueError(
-                f"{_name(group)} is sharded over a mesh of shape {tuple(group.mesh.shape)}; "
-                "replicate_mesh goes with a 1-D shard mesh of 2 or more ranks"
-            )
-    shared = set(mesh.mesh.tolist()) & set(groups[0].mesh.mesh.tolist())
-    if shared != {dist.get_rank()}:
-        raise ValueError(
-            f"replicate_mesh holds the ranks {mesh.mesh.tolist()}, which share {sorted(shared)} "
-            "with the shard mesh; they must share this rank alone"
-        )
-    return mesh.get_group()
-
-
-def _check_type(name: str, given: object, wanted: Any) -> None:
-    """Raise ValueError unless ``given`` is a ``wanted``, or None where that may be."""
-    if not isinstance(given, wanted):
-        allowed = "qsdp.QSDPConfig" if wanted is QSDPConfig else "DeviceMesh"
-        raise ValueError(f"{name} is a {type(given).__name__}; give a {allowed}")
-
-
-def _make_topology(
-    plans: list[Plan], launched: Mapping[int, int], config: QSDPConfig, mesh: DeviceMesh | None
-) -> Topology:
-    """The nodes of all ranks, of which launchers say how many they ``launched``."""
-    if mesh is not None:
-        for group in {plan.group for plan in plans if plan.world_size > 1}:
-            check_mesh(group, mesh)
-    size = config.ranks_per_node
-    sizes = launched if size is None else dict.fromkeys(range(dist.get_world_size()), size)
-    return Topology(sizes, mesh)
-
-
-def _split_into_nodes(
-    plans: list[Plan], topology: Topology, config: QSDPConfig, mesh: DeviceMesh | None
-) -> dict[dist.ProcessGroup, list[list[int]]]:
-    """The nodes of each process group that may travel in two hops.
-
-    Raises ValueError where the config asks for two hops and there are no even nodes.
-    """
-    nodes: dict[dist.ProcessGroup, list[list[int]]] = {}
-    for group in dict.fromkeys(plan.group for plan in plans if plan.world_size > 1):
-        if config.reduce == "flat":
-            continue
-        try:
-            nodes[group] = nodes_of(group, topology) if mesh is None else mesh.mesh.tolist()
-        except ValueError:
-            if config.reduce == "two-hop":
-                raise
-    return nodes
-
-
-def _make_hops(
-    plans: list[Plan], nodes: dict[dist.ProcessGroup, list[list[int]]], mesh: DeviceMesh | None
-) -> dict[dist.ProcessGroup, Hops]:
-    """The hops of each process group whose nodes are worth two of them."""
-    hops = {
-        group: split(group, own) if mesh is None else Hops(mesh.get_group(1), mesh.get_group(0))
-        for group, own in nodes.items()
-        if is_worth_two_hops(own)
-    }
-    for plan in plans:
-        plan.hops = hops.get(plan.group)
-    return hops
-
-
 def _relative(error: float, square: float) -> float | None:
     """None where nothing was measured."""
     return (error / square) ** 0.5 if square else None
-
-
-def _make_plan(
-    group: compat.ParameterGroup,
-    index: int,
-    names: dict[nn.Parameter, str],
-    order: dict[str, int],
-    embeddings: set[str],
-    config: QSDPConfig,
-) -> Plan:
-    if group.num_groups > 1:
-        raise ValueError(
-            f"{_name(group)} has {group.num_groups} parameter meshes in one fully_shard call; "
-            "qsdp needs one mesh a call: shard such modules apart"
-        )
-    if group.offloads_to_cpu:
-        raise ValueError(f"{_name(group)} uses CPUOffloadPolicy; shard it without offloading")
-    if group.shard_group is None:
-        raise ValueError(f"the mesh of {_name(group)} has no shard axis; use fully_shard's mesh")
-    if group.reduce_dtype is not None and group.reduce_dtype not in DTYPES:
-        raise ValueError(
-            f"{_name(group)} reduces gradients in {group.reduce_dtype}; qsdp sends float32, "
-            "bfloat16 or float16"
-        )
-    parameters = []
-    for sharded in group.parameters():
-        name = names.get(sharded.parameter)
-        if name is None:
-            raise ValueError(
-                f"{_name(group)} shards a parameter that model.named_parameters() does not list; "
-                "install qsdp on the root of the sharded model, outside a forward or backward pass"
-            )
-        if sharded.mesh_ndim > group.mesh_ndim:
-            raise ValueError(
-                f"{name} is sharded over {sharded.mesh_ndim} mesh dimensions (tensor parallelism "
-                f"with FSDP); qsdp supports the {group.mesh_ndim} of fully_shard's own mesh"
-            )
-        if sharded.is_extension:
-            raise ValueError(
-                f"{name} brings an all-gather of its own (fsdp_pre_all_gather, as float8 does); "
-                "use a plain parameter"
-            )
-        can_train = sharded.dtype.is_floating_point or sharded.dtype.is_complex
-        if can_train and sharded.dtype not in DTYPES:
-            raise ValueError(f"{name} is {sharded.dtype}; qsdp sends float32, bfloat16 or float16")
-        is_embedding = name in embeddings
-        parameters.append(_make_parameter(name, order[name], sharded, config, is_embedding))
-    plan = Plan(parameters, index, group.shard_group, config)
-    for parameter, sharded in zip(parameters, group.parameters(), strict=True):
-        derived = parameter.padded_numel(plan.world_size)
-        if derived != sharded.padded_numel:
-            raise RuntimeError(
-                f"{parameter.name} takes {sharded.padded_numel} values a rank in FSDP2's tables, "
-                f"but {derived} by its shape {tuple(parameter.shape)}: this torch "
-                f"({torch.__version__}) shards in a way that qsdp does not know"
-            )
-    return plan
-
-
-def _make_parameter(
-    name: str,
-    index: int,
-    sharded: compat.ShardedParameter,
-    config: QSDPConfig,
-    is_embedding: bool,
-) -> Parameter:
-    bits = config.bits_of(name, is_embedding)
-    if not sharded.dtype.is_floating_point:
-        bits, why = (32, 32), f"{sharded.dtype} cannot be coded"
-    elif config.bits_by_policy(name) is not None:
-        why = "policy"
-    elif sharded.parameter.dim() < 2:
-        bits, why = (32, 32), "norm or bias: fewer than two dimensions"
-    else:
-        why = "embedding or head" if is_embedding else "default"
-    return Parameter(
-        name=name,
-        index=index,
-        shape=sharded.parameter.shape,
-        dtype=sharded.dtype,
-        shard_dim=sharded.shard_dim,
-        weight_bits=bits[0],
-        grad_bits=bits[1],
-        keeps_bits=config.keeps_bits(name, is_embedding),
-        why=why,
-    )
 
 
 def _travel(bits: int, dtype: torch.dtype, *, is_grad: bool = False) -> str:
@@ -494,7 +330,3 @@ def _travel(bits: int, dtype: torch.dtype, *, is_grad: bool = False) -> str:
     if bits == 16 and dtype == torch.float32:
         return "bfloat16"
     return "raw" if is_grad else f"raw {dtype}".replace("torch.", "")
-
-
-def _name(group: compat.ParameterGroup) -> str:
-    return type(group.module).__name__

@@ -181,6 +181,7 @@ class CrAM(OptimizerWrapper):
         target: Compression,
     ) -> None:
         """Leave in `.grad` the gradient at the compressed point, and the weights as before."""
+        tell = self._tell if target.fraction else None
         ascents = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
         edited = unique([*(p for p, _ in ascents), *self.prunable.parameters])
         shards = [local_shard(parameter) for parameter in edited]
@@ -191,10 +192,10 @@ class CrAM(OptimizerWrapper):
             for parameter, grad in ascents:
                 local_shard(parameter).values.add_(local_shard(grad).values, alpha=scale)
             masks = compress_(self.prunable.shards(), target, self.prunable.dims)
-            if self._tell is not None and target.fraction:
+            if tell is not None:
                 pairs = zip(self.prunable.parameters, masks, strict=True)
                 kept = {parameter: mask.unpack() for parameter, mask in pairs}
-                self._tell(kept, with_grads=self.sparse_grad)
+                tell(kept, with_grads=self.sparse_grad)
             _run(closure, parameters)
             if self.sparse_grad:
                 self._mask_grads(masks)
@@ -206,8 +207,8 @@ class CrAM(OptimizerWrapper):
             reshard(self.model)
             for shard, values in zip(shards, before, strict=True):
                 shard.values.copy_(values)
-            if self._tell is not None:
-                self._tell(None)
+            if tell is not None:
+                tell(None)
 
     def _mask_grads(self, masks: Sequence[PackedMask]) -> None:
         """Zero the gradients of pruned weights."""

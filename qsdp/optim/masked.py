@@ -41,6 +41,7 @@ class MaskedOptimizer(OptimizerWrapper):
     Attributes:
         skipped_steps: Steps skipped since this object was made.
         last_grad_norm: Norm of the (masked) gradient of the last step, before clipping.
+        last_target: What the masks were renewed to after the last step; None if they stayed.
         before_pruning: Called, when set, just before masks are renewed: the weights are still
             dense.
     """
@@ -61,6 +62,7 @@ class MaskedOptimizer(OptimizerWrapper):
         self.prunable = self.prunable_of(model, prunable).trained()
         self.skipped_steps = 0
         self.last_grad_norm: float | None = None
+        self.last_target: Compression | None = None
         self._loaded_masks: list[tuple[Tensor, Tensor]] = []
         base_optimizer.register_load_state_dict_pre_hook(self._take_masks)
         self.before_pruning: Callable[[], None] | None = None
@@ -120,6 +122,7 @@ class MaskedOptimizer(OptimizerWrapper):
         else:
             self.skipped_steps += 1
         self._remember(_STEP, self.num_steps + 1)
+        self.last_target = None
         self._change(self.num_steps)
         reshard(self.model)
         return loss
@@ -147,6 +150,7 @@ class MaskedOptimizer(OptimizerWrapper):
 
     def _renew_masks(self, target: Compression) -> None:
         """Keep what ``target`` keeps of the weights as they are, and set the others to zero."""
+        self.last_target = target
         if self.before_pruning is not None:
             self.before_pruning()
         reshard(self.model)

@@ -77,8 +77,7 @@ class Prunable:
 
     def check(self, target: Compression) -> None:
         """Raise ValueError where a parameter cannot have the target's pattern, blocks or bits."""
-        shards = [local_shard(parameter) for parameter in self.parameters]
-        for name, shard, dim in zip(self.names, shards, self.dims, strict=True):
+        for name, shard, dim in zip(self.names, self.shards(), self.dims, strict=True):
             size = target.group_size
             if size > 1 and (len(shard.shape) != 2 or shard.shape[dim] % size):
                 raise ValueError(

@@ -72,14 +72,16 @@ class Evaluator:
     def sparsity(self) -> dict[str, float]:
         """The fraction of exact zeros among the prunable weights, and among all."""
         prunable = {id(p) for p in prunable_parameters(self._model, self._config.patterns).values()}
-        shards = [(id(p) in prunable, local_shard(p).values) for p in self._model.parameters()]
-        counts = [
-            sum(int(count(values)) for is_prunable, values in shards if is_prunable or not is_set)
-            for is_set in (True, False)
-            for count in (lambda v: (v == 0).sum(), torch.numel)
-        ]
-        set_zeros, set_values, zeros, values = self._world.sum(*counts)
-        return {"prunable": set_zeros / set_values, "model": zeros / values}
+        zeros, numels = [0, 0], [0, 0]
+        for parameter in self._model.parameters():
+            values, is_prunable = local_shard(parameter).values, id(parameter) in prunable
+            zeros[is_prunable] += int((values == 0).sum())
+            numels[is_prunable] += values.numel()
+        other_zeros, set_zeros, others, in_set = self._world.sum(*zeros, *numels)
+        return {
+            "prunable": set_zeros / in_set,
+            "model": (set_zeros + other_zeros) / (in_set + others),
+        }
 
     def sample(self) -> str | None:
         """A validation prompt, continued by the exact weights; None if it cannot be decoded, or if

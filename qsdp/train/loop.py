@@ -97,17 +97,14 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
     before = job.wire.total()
     started = time.perf_counter()
     with job.handle.measuring() if is_measured and job.handle is not None else nullcontext():
-        if isinstance(optimizer, CrAM):
-            loss = optimizer.step(lambda: forward_backward(job))
-            assert optimizer.last_target is not None
-            num_matrices = len(optimizer.prunable.names)
-            num_shards = world.size // config.replicas
-            job.wire.other(threshold_bytes(optimizer.last_target, num_matrices, num_shards))
-            grad_norm = optimizer.last_grad_norm or 0.0
-        elif isinstance(optimizer, MaskedOptimizer):
+        if isinstance(optimizer, CrAM | MaskedOptimizer):
             optimizer.zero_grad()
             loss = optimizer.step(lambda: forward_backward(job))
             grad_norm = optimizer.last_grad_norm or 0.0
+            if optimizer.last_target is not None:
+                num_matrices = len(optimizer.prunable.names)
+                num_shards = world.size // config.replicas
+                job.wire.other(threshold_bytes(optimizer.last_target, num_matrices, num_shards))
         else:
             optimizer.zero_grad()
             loss = forward_backward(job)

@@ -93,22 +93,25 @@ class MethodFlags:
     @property
     def method(self) -> str:
         """`AdamW`, or the name of the method around it."""
-        chosen = [name for flag, name in METHODS.items() if getattr(self, flag)]
-        return chosen[0] if chosen else "AdamW"
+        return METHODS.get(self.method_flag, "AdamW")
+
+    @property
+    def method_flag(self) -> str:
+        """`cram`, `acdc`, `gmp`, `sam`, or empty."""
+        return next((flag for flag in METHODS if getattr(self, flag)), "")
 
     @property
     def method_parts(self) -> list[str]:
         """What sets a run with this method apart, as parts of the name of its folder."""
-        if self.method == "AdamW":
+        if not self.method_flag:
             return []
         details = {
-            "CrAM": "" if self.cram_targets is None else "+".join(map(str, self.targets)),
-            "AC/DC": str(self.acdc_compression),
-            "GMP": f"{self.gmp_sparsity:g}",
-            "SAM": "",
+            "cram": "" if self.cram_targets is None else "+".join(map(str, self.targets)),
+            "acdc": str(self.acdc_compression),
+            "gmp": f"{self.gmp_sparsity:g}",
+            "sam": "",
         }
-        name = self.method.replace("/", "").lower()
-        return [name + details[self.method].replace(":", "of")]
+        return [self.method_flag + details[self.method_flag].replace(":", "of")]
 
     @property
     def passes(self) -> int:
@@ -161,7 +164,7 @@ class MethodFlags:
         for flag, make in (
             ("--cram-targets", lambda: self.targets),
             ("--acdc-target", lambda: self.acdc_compression),
-            (f"--{self.method.replace('/', '').lower()}", lambda: self.mask_schedule(steps)),
+            (f"--{self.method_flag}", lambda: self.mask_schedule(steps)),
         ):
             try:
                 make()

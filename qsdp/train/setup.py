@@ -30,6 +30,8 @@ STEP_METRICS = (
     *("loss", "lr", "grad_norm", "step_s", "tokens_per_s", "tokens"),
     *("wire_bytes_sent", "wire_bytes_other", "wire_bytes_fp32"),
 )
+DENSE_TWIN = "dense-twin"
+"""Folder, in that of the results, of the dense twin of AC/DC's model."""
 _SHARED_FOLDER_S = 10.0  # how long a network file system may take to show a new file
 
 
@@ -232,7 +234,7 @@ def _fingerprint(config: TrainConfig, size: GPTConfig, corpus: Corpus) -> dict[s
 
 def _begin_folder(config: TrainConfig, steps_done: int) -> None:
     """Leave in the folder of results only what belongs to this run so far."""
-    for folder in ("checkpoints", "dense-twin"):
+    for folder in ("checkpoints", DENSE_TWIN):
         checkpoint.clear_after(config.out_dir / folder, steps_done)
     (config.out_dir / "summary.json").unlink(missing_ok=True)
     (config.out_dir / "config.toml").write_text(config.to_toml(), encoding="utf-8")

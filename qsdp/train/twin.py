@@ -6,9 +6,7 @@ import math
 from pathlib import Path
 
 from qsdp import checkpoint
-from qsdp.train.setup import Job
-
-FOLDER = "dense-twin"
+from qsdp.train.setup import DENSE_TWIN, Job
 
 
 def consider(job: Job, steps_done: int, loss: float | None = None) -> None:
@@ -20,10 +18,10 @@ def consider(job: Job, steps_done: int, loss: float | None = None) -> None:
     kept = job.world.on_main(lambda: kept_loss(job.out))
     if math.isfinite(loss) and (kept is None or loss < kept):
         meta = {"val_loss": loss, "config": job.config.as_dict()}
-        checkpoint.save(job.out / FOLDER, steps_done, job.model, None, meta, keep=1)
+        checkpoint.save(job.out / DENSE_TWIN, steps_done, job.model, None, meta, keep=1)
 
 
 def kept_loss(out: Path) -> float | None:
     """The validation loss of the dense twin in the folder of results `out`; None without one."""
-    path = checkpoint.latest(out / FOLDER)
+    path = checkpoint.latest(out / DENSE_TWIN)
     return None if path is None else float(checkpoint.read_meta(path)["val_loss"])

@@ -1,0 +1,184 @@
+"""What `install` makes of a sharded model before it sends anything: plans, nodes and hops."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from qsdp import compat
+from qsdp.comm.plan import DTYPES, Parameter, Plan
+from qsdp.comm.topology import Hops, Topology, check_mesh, is_worth_two_hops, nodes_of, split
+from qsdp.config import QSDPConfig
+
+
+def replica_group(
+    groups: list[compat.ParameterGroup], mesh: DeviceMesh | None
+) -> dist.ProcessGroup | None:
+    """The process group of ``replicate_mesh``, checked against the model's own mesh."""
+    check_type("replicate_mesh", mesh, DeviceMesh | None)
+    if mesh is None:
+        return None
+    if mesh.ndim != 1:
+        raise ValueError(f"replicate_mesh has {mesh.ndim} dimensions; give a 1-D mesh")
+    for group in groups:
+        if group.mesh_ndim != 1 or group.mesh.size() < 2:
+            raise ValueError(
+                f"{_name(group)} is sharded over a mesh of shape {tuple(group.mesh.shape)}; "
+                "replicate_mesh goes with a 1-D shard mesh of 2 or more ranks"
+            )
+    shared = set(mesh.mesh.tolist()) & set(groups[0].mesh.mesh.tolist())
+    if shared != {dist.get_rank()}:
+        raise ValueError(
+            f"replicate_mesh holds the ranks {mesh.mesh.tolist()}, which share {sorted(shared)} "
+            "with the shard mesh; they must share this rank alone"
+        )
+    return mesh.get_group()
+
+
+def check_type(name: str, given: object, wanted: Any) -> None:
+    """Raise ValueError unless ``given`` is a ``wanted``, or None where that may be."""
+    if not isinstance(given, wanted):
+        allowed = "qsdp.QSDPConfig" if wanted is QSDPConfig else "DeviceMesh"
+        raise ValueError(f"{name} is a {type(given).__name__}; give a {allowed}")
+
+
+def make_topology(
+    plans: list[Plan], launched: Mapping[int, int], config: QSDPConfig, mesh: DeviceMesh | None
+) -> Topology:
+    """The nodes of all ranks, of which launchers say how many they ``launched``."""
+    if mesh is not None:
+        for group in {plan.group for plan in plans if plan.world_size > 1}:
+            check_mesh(group, mesh)
+    size = config.ranks_per_node
+    sizes = launched if size is None else dict.fromkeys(range(dist.get_world_size()), size)
+    return Topology(sizes, mesh)
+
+
+def split_into_nodes(
+    plans: list[Plan], topology: Topology, config: QSDPConfig, mesh: DeviceMesh | None
+) -> dict[dist.ProcessGroup, list[list[int]]]:
+    """The nodes of each process group that may travel in two hops.
+
+    Raises ValueError where the config asks for two hops and there are no even nodes.
+    """
+    nodes: dict[dist.ProcessGroup, list[list[int]]] = {}
+    for group in dict.fromkeys(plan.group for plan in plans if plan.world_size > 1):
+        if config.reduce == "flat":
+            continue
+        try:
+            nodes[group] = nodes_of(group, topology) if mesh is None else mesh.mesh.tolist()
+        except ValueError:
+            if config.reduce == "two-hop":
+                raise
+    return nodes
+
+
+def make_hops(
+    plans: list[Plan], nodes: dict[dist.ProcessGroup, list[list[int]]], mesh: DeviceMesh | None
+) -> dict[dist.ProcessGroup, Hops]:
+    """The hops of each process group whose nodes are worth two of them."""
+    hops = {
+        group: split(group, own) if mesh is None else Hops(mesh.get_group(1), mesh.get_group(0))
+        for group, own in nodes.items()
+        if is_worth_two_hops(own)
+    }
+    for plan in plans:
+        plan.hops = hops.get(plan.group)
+    return hops
+
+
+def make_plan(
+    group: compat.ParameterGroup,
+    index: int,
+    names: dict[nn.Parameter, str],
+    order: dict[str, int],
+    embeddings: set[str],
+    config: QSDPConfig,
+) -> Plan:
+    """How one group travels.
+
+    Raises ValueError for what qsdp does not support, RuntimeError if this torch shards otherwise.
+    """
+    if group.num_groups > 1:
+        raise ValueError(
+            f"{_name(group)} has {group.num_groups} parameter meshes in one fully_shard call; "
+            "qsdp needs one mesh a call: shard such modules apart"
+        )
+    if group.offloads_to_cpu:
+        raise ValueError(f"{_name(group)} uses CPUOffloadPolicy; shard it without offloading")
+    if group.shard_group is None:
+        raise ValueError(f"the mesh of {_name(group)} has no shard axis; use fully_shard's mesh")
+    if group.reduce_dtype is not None and group.reduce_dtype not in DTYPES:
+        raise ValueError(
+            f"{_name(group)} reduces gradients in {group.reduce_dtype}; qsdp sends float32, "
+            "bfloat16 or float16"
+        )
+    parameters = []
+    for sharded in group.parameters():
+        name = names.get(sharded.parameter)
+        if name is None:
+            raise ValueError(
+                f"{_name(group)} shards a parameter that model.named_parameters() does not list; "
+                "install qsdp on the root of the sharded model, outside a forward or backward pass"
+            )
+        if sharded.mesh_ndim > group.mesh_ndim:
+            raise ValueError(
+                f"{name} is sharded over {sharded.mesh_ndim} mesh dimensions (tensor parallelism "
+                f"with FSDP); qsdp supports the {group.mesh_ndim} of fully_shard's own mesh"
+            )
+        if sharded.is_extension:
+            raise ValueError(
+                f"{name} brings an all-gather of its own (fsdp_pre_all_gather, as float8 does); "
+                "use a plain parameter"
+            )
+        can_train = sharded.dtype.is_floating_point or sharded.dtype.is_complex
+        if can_train and sharded.dtype not in DTYPES:
+            raise ValueError(f"{name} is {sharded.dtype}; qsdp sends float32, bfloat16 or float16")
+        is_embedding = name in embeddings
+        parameters.append(_make_parameter(name, order[name], sharded, config, is_embedding))
+    plan = Plan(parameters, index, group.shard_group, config)
+    for parameter, sharded in zip(parameters, group.parameters(), strict=True):
+        derived = parameter.padded_numel(plan.world_size)
+        if derived != sharded.padded_numel:
+            raise RuntimeError(
+                f"{parameter.name} takes {sharded.padded_numel} values a rank in FSDP2's tables, "
+                f"but {derived} by its shape {tuple(parameter.shape)}: this torch "
+                f"({torch.__version__}) shards in a way that qsdp does not know"
+            )
+    return plan
+
+
+def _make_parameter(
+    name: str,
+    index: int,
+    sharded: compat.ShardedParameter,
+    config: QSDPConfig,
+    is_embedding: bool,
+) -> Parameter:
+    bits = config.bits_of(name, is_embedding)
+    if not sharded.dtype.is_floating_point:
+        bits, why = (32, 32), f"{sharded.dtype} cannot be coded"
+    elif config.bits_by_policy(name) is not None:
+        why = "policy"
+    elif sharded.parameter.dim() < 2:
+        bits, why = (32, 32), "norm or bias: fewer than two dimensions"
+    else:
+        why = "embedding or head" if is_embedding else "default"
+    return Parameter(
+        name=name,
+        index=index,
+        shape=sharded.parameter.shape,
+        dtype=sharded.dtype,
+        shard_dim=sharded.shard_dim,
+        weight_bits=bits[0],
+        grad_bits=bits[1],
+        keeps_bits=config.keeps_bits(name, is_embedding),
+        why=why,
+    )
+
+
+def _name(group: compat.ParameterGroup) -> str:
+    return type(group.module).__name__

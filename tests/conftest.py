@@ -1,0 +1,31 @@
+"""Fixtures of several files."""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a program, which finds its neighbours as it does when it is run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def by_name(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return by_name
+
+
+@pytest.fixture
+def world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    assert not dist.is_initialized()
