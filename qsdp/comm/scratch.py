@@ -21,7 +21,7 @@ class Scratch:
             return torch.empty(num_bytes, dtype=torch.uint8, device=device)
         buffer = self._buffers.get(purpose)
         if buffer is None or buffer.numel() < num_bytes:
-            buffer = self._buffers[purpose] = torch.empty(num_bytes, dtype=torch.uint8)
+            buffer = self._buffers[purpose] = _empty(num_bytes)
         return buffer[:num_bytes]
 
     def borrow(self, num_bytes: int, device: torch.device) -> Tensor:
@@ -30,12 +30,17 @@ class Scratch:
             return torch.empty(num_bytes, dtype=torch.uint8, device=device)
         buffer = self._free.pop() if self._free else None
         if buffer is None or buffer.numel() < num_bytes:
-            buffer = torch.empty(num_bytes, dtype=torch.uint8)
+            buffer = _empty(num_bytes)
         return buffer[:num_bytes]
 
     def give_back(self, borrowed: Tensor) -> None:
         """Let others borrow what `borrow` returned."""
         if borrowed.device.type == "cpu":
-            whole = torch.empty(0, dtype=torch.uint8).set_(borrowed.untyped_storage())
-            self._free.append(whole)
+            self._free.append(_empty(0).set_(borrowed.untyped_storage()))
             self._free.sort(key=Tensor.numel)  # the largest is lent first
+
+
+def _empty(num_bytes: int) -> Tensor:
+    """Memory that a training step may write, also when a validation in inference mode made it."""
+    with torch.inference_mode(False):
+        return torch.empty(num_bytes, dtype=torch.uint8)
