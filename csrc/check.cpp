@@ -174,4 +174,45 @@ std::vector<Span> check_spans(const torch::stable::Tensor& dense,
     return found;
 }
 
+KeyType check_keys(const torch::stable::Tensor& values) {
+    if (values.is_cpu() && values.dim() == 1 && values.is_contiguous()) {
+        switch (values.scalar_type()) {
+            case ScalarType::Float:
+                return KeyType::kFp32;
+            case ScalarType::BFloat16:
+                return KeyType::kBf16;
+            case ScalarType::Half:
+                return KeyType::kFp16;
+            case ScalarType::Long:
+                return KeyType::kInt64;
+            default:
+                break;
+        }
+    }
+    refuse("the values are ", description(values),
+           "; give contiguous 1-D fp32, bf16, fp16 or int64");
+}
+
+void check_digits(const torch::stable::Tensor& prefix, int64_t shift, int64_t width,
+                  const torch::stable::Tensor& counts) {
+    if (shift < 0 || shift > 62 || width < 1 || width > kDigitBits || shift + width > 63) {
+        refuse("cannot count ", width, " bits from bit ", shift, " on; give 1 to 11 below 63");
+    }
+    if (prefix.scalar_type() != ScalarType::Long || prefix.numel() != 1 || !prefix.is_cpu()) {
+        refuse("the prefix is ", description(prefix), "; give one int64");
+    }
+    if (counts.scalar_type() != ScalarType::Long || counts.dim() != 1 ||
+        counts.numel() != kNumBins || !counts.is_contiguous() || !counts.is_cpu()) {
+        refuse("the counts are ", description(counts), "; give contiguous int64 [2048]");
+    }
+}
+
+void check_marks(const torch::stable::Tensor& marks, int64_t num_values) {
+    if (marks.scalar_type() != ScalarType::Bool || marks.dim() != 1 ||
+        marks.numel() != num_values || !marks.is_contiguous() || !marks.is_cpu()) {
+        refuse("the marks are ", description(marks), "; give contiguous bool of shape (",
+               num_values, ",)");
+    }
+}
+
 }  // namespace qsdp

@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "kernels.h"
 #include "segment.h"
 #include "sparse.h"
 
@@ -26,5 +27,13 @@ std::vector<Span> check_spans(const torch::stable::Tensor& dense,
                               const torch::stable::Tensor& spans,
                               const torch::stable::Tensor& bitmap,
                               const torch::stable::Tensor& compact);
+
+// What the values of count_digits and mark_above are.
+KeyType check_keys(const torch::stable::Tensor& values);
+
+void check_digits(const torch::stable::Tensor& prefix, int64_t shift, int64_t width,
+                  const torch::stable::Tensor& counts);
+
+void check_marks(const torch::stable::Tensor& marks, int64_t num_values);
 
 }  // namespace qsdp

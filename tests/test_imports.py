@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comm": {"codec"},
     "fsdp": {"codec", "comm"},
     "simulation": {"codec", "comm"},
-    "sparsity": set(),
+    "sparsity": {"codec"},
     "optim": {"sparsity"},
     "models": set(),
     "data": set(),

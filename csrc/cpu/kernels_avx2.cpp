@@ -5,6 +5,7 @@
 
 namespace qsdp {
 
-extern const Kernels kAvx2Kernels{"avx2", avx2::encode, avx2::decode};
+extern const Kernels kAvx2Kernels{"avx2", avx2::encode, avx2::decode, avx2::count_digits,
+                                  avx2::mark_above};
 
 }  // namespace qsdp

@@ -5,6 +5,7 @@
 
 namespace qsdp {
 
-extern const Kernels kAvx512Kernels{"avx512", avx512::encode, avx512::decode};
+extern const Kernels kAvx512Kernels{"avx512", avx512::encode, avx512::decode, avx512::count_digits,
+                                    avx512::mark_above};
 
 }  // namespace qsdp

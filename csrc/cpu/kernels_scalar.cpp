@@ -5,6 +5,7 @@
 
 namespace qsdp {
 
-extern const Kernels kScalarKernels{"scalar", scalar::encode, scalar::decode};
+extern const Kernels kScalarKernels{"scalar", scalar::encode, scalar::decode, scalar::count_digits,
+                                    scalar::mark_above};
 
 }  // namespace qsdp

@@ -55,6 +55,8 @@ struct Tail {
 
 #include "text_decode.h"
 
+#include "text_magnitude.h"
+
 namespace qsdp::QSDP_ISA {
 namespace {
 

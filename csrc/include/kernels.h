@@ -14,16 +14,25 @@ struct Table {
     const float* levels;  // what the segments' ``levels`` point into
 };
 
-// Both work on the values [begin, end) of the table's segments laid end to end, so that a call can
-// be split between threads: a bucket belongs to the range that its first value lies in. encode
-// counts ``numel`` values a segment, decode ``padded`` ones (padding becomes zero, or stays if
-// add).
+// What magnitudes are read from; see qsdp/codec/magnitude.py.
+enum class KeyType { kFp32, kBf16, kFp16, kInt64 };
+
+constexpr int64_t kDigitBits = 11, kNumBins = 1 << kDigitBits;
+
+// encode and decode work on the values [begin, end) of the table's segments laid end to end, so
+// that a call can be split between threads: a bucket belongs to the range that its first value lies
+// in. encode counts ``numel`` values a segment, decode ``padded`` ones (padding becomes zero, or
+// stays if add).
 struct Kernels {
     const char* name;
     void (*encode)(const Table& table, const uint8_t* buffer, uint8_t* payload, int64_t begin,
                    int64_t end);
     void (*decode)(const Table& table, const uint8_t* payload, uint8_t* buffer, bool add,
                    int64_t begin, int64_t end);
+    void (*count_digits)(KeyType type, const void* values, int64_t begin, int64_t end,
+                         int64_t prefix, int shift, int width, int64_t* counts);
+    void (*mark_above)(KeyType type, const void* values, int64_t begin, int64_t end, int64_t key,
+                       uint8_t* out);
 };
 
 extern const Kernels kScalarKernels;

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from qsdp.codec import ops, sparse  # define the schemas that the library has kernels for
+from qsdp.codec import magnitude, ops, sparse  # define the schemas that the library has kernels for
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_qsdp_native.so"
 PYTHON = "python"
@@ -97,6 +97,8 @@ def use(capability: str) -> None:
         _override.impl("decode", ops.decode, "CPU")
         _override.impl("compact", sparse.compact, "CPU")
         _override.impl("expand", sparse.expand, "CPU")
+        _override.impl("count_digits", magnitude.count_digits, "CPU")
+        _override.impl("mark_above", magnitude.mark_above, "CPU")
 
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:

@@ -100,7 +100,8 @@ def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
     size = _CHUNK_CPU if total.device.type == "cpu" else _CHUNK_GPU
     for values in tensors:
         for chunk in values.reshape(-1).split(size):
-            total += chunk.double().square().sum().to(total.device)
+            wide = chunk.double()
+            total += wide.dot(wide).to(total.device)
     return total
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qsdp.compat import abandon_pass
 from qsdp.optim.base import OptimizerWrapper, check_max_norm, global_grad_norm, scale_grads_
-from qsdp.sparsity.compression import PackedMask, compress_
+from qsdp.sparsity.compression import PackedMask, compress_, keep_only_
 from qsdp.sparsity.shards import local_shard, reshard, unique
 from qsdp.sparsity.target import Compression
 
@@ -191,13 +191,15 @@ class CrAM(OptimizerWrapper):
             reshard(self.model)
             for parameter, grad in ascents:
                 local_shard(parameter).values.add_(local_shard(grad).values, alpha=scale)
-            masks = compress_(self.prunable.shards(), target, self.prunable.dims)
+            masks: list[PackedMask] = []
+            if target.fraction or target.bits is not None:  # SAM compresses nothing
+                masks = compress_(self.prunable.shards(), target, self.prunable.dims)
             if tell is not None:
                 pairs = zip(self.prunable.parameters, masks, strict=True)
                 kept = {parameter: mask.unpack() for parameter, mask in pairs}
                 tell(kept, with_grads=self.sparse_grad)
             _run(closure, parameters)
-            if self.sparse_grad:
+            if self.sparse_grad and target.fraction:
                 self._mask_grads(masks)
         except BaseException:
             abandon_pass(self.model)
@@ -214,7 +216,7 @@ class CrAM(OptimizerWrapper):
         """Zero the gradients of pruned weights."""
         for parameter, mask in zip(self.prunable.parameters, masks, strict=True):
             if parameter.grad is not None:
-                local_shard(parameter.grad).values.masked_fill_(~mask.unpack(), 0)
+                keep_only_(local_shard(parameter.grad).values, mask.unpack())
 
 
 class SAM(CrAM):

@@ -16,7 +16,7 @@ from qsdp.optim.base import (
     global_grad_norm,
     scale_grads_,
 )
-from qsdp.sparsity.compression import keep_masks
+from qsdp.sparsity.compression import keep_masks, keep_only_
 from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
 from qsdp.sparsity.shards import local_shard, reshard, unique
 from qsdp.sparsity.target import Compression
@@ -109,7 +109,7 @@ class MaskedOptimizer(OptimizerWrapper):
             for parameter in self.prunable.parameters:
                 if parameter.grad is not None:
                     mask = local_shard(self._mask(parameter)).values
-                    local_shard(parameter.grad).values.masked_fill_(~mask, 0)
+                    keep_only_(local_shard(parameter.grad).values, mask)
         parameters = unique(self.parameters())
         norm = self.last_grad_norm = global_grad_norm(parameters)
         if math.isfinite(norm):
@@ -188,7 +188,7 @@ class MaskedOptimizer(OptimizerWrapper):
 
     def _apply_masks(self) -> None:
         for shard, parameter in zip(self.prunable.shards(), self.prunable.parameters, strict=True):
-            shard.values.masked_fill_(~local_shard(self._mask(parameter)).values, 0)
+            keep_only_(shard.values, local_shard(self._mask(parameter)).values)
 
     def _mask(self, parameter: Tensor) -> Tensor:
         mask: Tensor | None = self.state.get(parameter, {}).get(_MASK)

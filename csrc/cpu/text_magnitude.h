@@ -1,0 +1,92 @@
+// Keys of magnitudes, counted and compared; see qsdp/codec/magnitude.py for the specification. Part
+// of kernels_text.h: plain loops, which the compiler makes vectors of.
+
+namespace qsdp::QSDP_ISA {
+namespace {
+
+QSDP_INLINE int32_t key_of(float value) {
+    return static_cast<int32_t>(float_bits(value) & 0x7FFFFFFFu);
+}
+QSDP_INLINE int32_t key_of(Bf16 value) {
+    return key_of(widen(value));
+}
+QSDP_INLINE int32_t key_of(Fp16 value) {
+    const uint32_t nan = 0x7FC00000u | (value.bits & 0x3FFu) << 13;
+    return (value.bits & 0x7FFFu) > 0x7C00u ? static_cast<int32_t>(nan) : key_of(widen(value));
+}
+QSDP_INLINE int64_t key_of(int64_t value) {
+    return value;
+}
+
+template <class T>
+void count_digits_of(const T* values, int64_t count, int64_t prefix, int shift, int width,
+                     int64_t* counts) {
+    using Key = decltype(key_of(T{}));
+    constexpr int kTables = 4, kSkip = 16;  // one table would wait for its own last addition
+    constexpr int64_t kUncounted = kNumBins;
+    const int high = shift + width;
+    const Key mask = static_cast<Key>((Key{1} << width) - 1);
+    // Keys have no bits from kKeyBits on, and a shift by more would be undefined.
+    constexpr int kKeyBits = 8 * sizeof(Key) - 1;
+    const bool takes_all = high >= kKeyBits;
+    if (takes_all ? prefix != 0 : static_cast<Key>(prefix) != prefix) return;
+    const Key wanted = static_cast<Key>(prefix);
+    const auto matches = [=](T value) { return takes_all || (key_of(value) >> high) == wanted; };
+    int64_t tables[kTables][kNumBins + 1] = {};
+    for (int64_t begin = 0; begin < count; begin += kSkip) {
+        const int64_t size = count - begin < kSkip ? count - begin : kSkip;
+        if (!takes_all && size == kSkip) {
+            bool any = false;
+            for (int i = 0; i < kSkip; ++i) any |= matches(values[begin + i]);
+            if (!any) continue;
+        }
+        for (int64_t i = 0; i < size; ++i) {
+            const T value = values[begin + i];
+            const int64_t digit = (shift < kKeyBits ? key_of(value) >> shift : 0) & mask;
+            ++tables[i % kTables][matches(value) ? digit : kUncounted];
+        }
+    }
+    for (int64_t bin = 0; bin < kNumBins; ++bin) {
+        for (int t = 0; t < kTables; ++t) counts[bin] += tables[t][bin];
+    }
+}
+
+template <class T>
+void mark_above_of(const T* values, int64_t count, int64_t key, uint8_t* out) {
+    using Key = decltype(key_of(T{}));
+    const bool none = static_cast<Key>(key) != key;
+    const Key above = static_cast<Key>(key);
+    for (int64_t i = 0; i < count; ++i) out[i] = !none && key_of(values[i]) > above;
+}
+
+// Calls ``work`` with the values as what ``type`` says they are.
+template <class Work>
+void with_type(KeyType type, const void* values, const Work& work) {
+    switch (type) {
+        case KeyType::kFp32:
+            return work(static_cast<const float*>(values));
+        case KeyType::kBf16:
+            return work(static_cast<const Bf16*>(values));
+        case KeyType::kFp16:
+            return work(static_cast<const Fp16*>(values));
+        case KeyType::kInt64:
+            return work(static_cast<const int64_t*>(values));
+    }
+}
+
+void count_digits(KeyType type, const void* values, int64_t begin, int64_t end, int64_t prefix,
+                  int shift, int width, int64_t* counts) {
+    with_type(type, values, [=](const auto* from) {
+        count_digits_of(from + begin, end - begin, prefix, shift, width, counts);
+    });
+}
+
+void mark_above(KeyType type, const void* values, int64_t begin, int64_t end, int64_t key,
+                uint8_t* out) {
+    with_type(type, values, [=](const auto* from) {
+        mark_above_of(from + begin, end - begin, key, out + begin);
+    });
+}
+
+}  // namespace
+}  // namespace qsdp::QSDP_ISA
