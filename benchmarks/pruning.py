@@ -28,7 +28,16 @@ import torch
 import tyro
 from namespaces import exit_on_termination
 from pruning_data import Texts, losses_on_test, split
-from pruning_methods import METHODS, PRESETS, TARGETS, WIRE_METHODS, WIRES, Preset, steps_of
+from pruning_methods import (
+    METHODS,
+    PRESETS,
+    TARGETS,
+    WIRE_METHODS,
+    WIRES,
+    Preset,
+    steps_of,
+    tuned_flags,
+)
 from pruning_table import as_json, gap_table, loss_table, make_rows, plot, verdicts, wire_verdicts
 from rich.console import Console
 from runs import (
@@ -164,7 +173,12 @@ def plan(options: Options, texts: Texts) -> list[Run]:
     for seed in options.seeds or preset.seeds:
         for wire, way in (WIRES if options.wires else {"stock": WIRES["stock"]}).items():
             for method, steps in trainings(options, preset):
-                own = [*METHODS[method].flags, *preset.tuned.get(method, ()), *way, *more_flags]
+                own = [
+                    *METHODS[method].flags,
+                    *tuned_flags(preset, method, steps),
+                    *way,
+                    *more_flags,
+                ]
                 settings = common | {
                     "kind": "training",
                     "method": method,

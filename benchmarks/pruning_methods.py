@@ -56,7 +56,8 @@ class Preset:
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     tuned: dict[str, tuple[str, ...]]
-    """Flags of launch/train_gpt.py by method, chosen on the validation split."""
+    """Flags of launch/train_gpt.py by method, chosen on the validation split; `10%` stands for a
+    share of the steps."""
     lead: float
     """Nats by which CrAM+-Multi is to be ahead of AdamW at 80 and 90 %."""
 
@@ -67,7 +68,13 @@ PRESETS = {
         bpe_tokens=None,
         methods=tuple(METHODS),
         seeds=(0, 1, 2),
-        tuned={},
+        tuned={
+            "adamw": ("--lr", "4e-3"),
+            "sam": ("--lr", "4e-3"),
+            **dict.fromkeys(("cram", "cram-plus", "cram-2:4"), ("--lr", "8e-3")),
+            **dict.fromkeys(("cram-multi", "cram-multi-rho0", "gmp"), ("--lr", "8e-3")),
+            "acdc": ("--lr", "8e-3", "--acdc-phase", "10%", "--acdc-last-sparse", "50%"),
+        },
         lead=0.4,
     ),
     "larger": Preset(
@@ -75,10 +82,16 @@ PRESETS = {
         bpe_tokens=2048,
         methods=("adamw", "gmp", "cram-plus", "cram-multi", "acdc"),
         seeds=(0,),
-        tuned={},
+        tuned={"acdc": ("--acdc-phase", "10%", "--acdc-last-sparse", "50%")},
         lead=0.0,
     ),
 }
+
+
+def tuned_flags(preset: Preset, method: str, steps: int) -> list[str]:
+    """The flags chosen for a training of so many steps."""
+    flags = preset.tuned.get(method, ())
+    return [str(round(float(f[:-1]) / 100 * steps)) if f.endswith("%") else f for f in flags]
 
 
 def steps_of(method: str, steps: int) -> tuple[int, ...]:
