@@ -12,6 +12,11 @@ import torch
 from qsdp.codec import native
 
 
+def device() -> str:
+    """Where launch/train_gpt.py trains here."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def describe(device: str = "cpu") -> dict[str, str]:
     """Processor, cores, versions and date, to stand beside every figure."""
     return {

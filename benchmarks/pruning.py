@@ -228,7 +228,7 @@ def train(run: Run, texts: Texts, processes: Processes) -> Record:
         **losses,
         "step_s_median": summary["step_s_median"],
         "seconds": round(time.monotonic() - started, 1),
-        "machine": machine.describe(),
+        "machine": machine.describe(machine.device()),
     }
 
 
@@ -264,7 +264,7 @@ def report(
         told = "" if limit is None else f", to be at most {limit:+.2f}: {state}"
         aim = "" if verdict.get("aim") is None else f" (aim {verdict['aim']:+.2f})"
         console.print(f"{verdict['what']}: {verdict['measured']:+.4f}{told}{aim}", highlight=False)
-    described = machine.describe()
+    described = machine.describe(machine.device())
     console.print(machine.one_line(described), highlight=False)
     result = {
         "title": title,

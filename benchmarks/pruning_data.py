@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import machine
 import torch
 import torch.distributed.checkpoint as dcp
 from pruning_methods import TARGETS
@@ -88,7 +89,7 @@ def losses_on_test(checkpoint: Path, model: str, texts: Texts, seq_len: int) -> 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load({"model": get_model_state_dict(gpt)}, checkpoint_id=checkpoint, no_dist=True)
-    gpt.eval()
+    gpt.eval().to(machine.device())
     losses = {"dense": _loss(gpt, texts.test, seq_len)}
     for target in TARGETS:
         with compressed(gpt, target):
@@ -98,9 +99,9 @@ def losses_on_test(checkpoint: Path, model: str, texts: Texts, seq_len: int) -> 
 
 @torch.no_grad()
 def _loss(gpt: GPT, tokens: Tokens, seq_len: int) -> float:
-    total, num_tokens = 0.0, 0
+    total, num_tokens, device = 0.0, 0, machine.device()
     for inputs_BT, targets_BT, count in eval_batches(tokens, _BATCH_SIZE, seq_len):
-        _, loss = gpt(inputs_BT, targets_BT)
+        _, loss = gpt(inputs_BT.to(device), targets_BT.to(device))
         total += count * loss.item()
         num_tokens += count
     return total / num_tokens
