@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from qsdp import checkpoint
 from qsdp.train.cli import main
-from tests_distributed.launching import SMALL, TEXT, start
+from tests_distributed.launching import SMALL, TEXT, Job, start
 
 STEPS = 9
 FLAGS = [*SMALL, "--steps", str(STEPS), "--save-every", "2", "--eval-every", "3", "--grad-accum"]
@@ -106,3 +106,59 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
         monkeypatch.delenv(name, raising=False)
     main([*flags("killed"), "--steps", str(STEPS + 2)])
     assert json.loads((killed / "summary.json").read_text())["world_size"] == 1
+
+
+ACDC = ["--acdc", "--acdc-warmup", "6", "--acdc-phase", "8", "--acdc-last-dense", "2"]
+ACDC += ["--acdc-last-sparse", "16"]  # compressed: steps 7 to 14, and from 25 on
+
+
+@pytest.mark.parametrize("wire", [[], ["--qsdp-bits", "32"]], ids=["stock", "sparse"])
+def test_acdc_killed_in_a_phase_on_two_ranks_goes_on_on_four(
+    tmp_path: Path, wire: list[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+
+    def begin(name: str, num_ranks: int) -> Job:
+        flags = ["--data", str(text), "--out", str(tmp_path / name), "--seq-len", "16"]
+        flags += ["--batch-size", str(4 // num_ranks), "--eval-every", "0", "--eval-batches", "4"]
+        flags += ["--steps", "40", "--save-every", "10", "--keep", "4", "--lr", "1e-2"]
+        return start(*flags, *ACDC, *wire, num_ranks=num_ranks)
+
+    begin("whole", 2).succeed()
+    metrics = tmp_path / "killed/metrics.jsonl"
+    job = begin("killed", 2)
+    # After a checkpoint in the middle of a compressed phase, before the next.
+    assert job.kill_when(lambda: metrics.exists() and metrics.read_text().count("\n") >= 12)
+    assert "step-00000010" in begin("killed", 4).succeed()
+
+    lines = {}
+    for name in ("whole", "killed"):
+        texts = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        lines[name] = [json.loads(line) for line in texts]
+    assert [line["step"] for line in lines["killed"]] == list(range(1, 41))
+    assert [line["pruned"] for line in lines["killed"]] == [
+        line["pruned"] for line in lines["whole"]
+    ]
+    losses = {name: torch.tensor([line["loss"] for line in lines[name]]) for name in lines}
+    # Ten of them stay in the phase; 20 go through a dense one into the next.
+    torch.testing.assert_close(losses["killed"][10:30], losses["whole"][10:30], atol=1e-5, rtol=0)
+    for step in (20, 30, 40):
+        masks = {
+            name: {
+                key: value
+                for key, value in tensors(
+                    tmp_path / name / f"checkpoints/step-{step:08d}", tmp_path / f"{name}.pt"
+                ).items()
+                if value.dtype == torch.bool
+            }
+            for name in lines
+        }
+        assert len(masks["whole"]) > 10
+        assert masks["killed"].keys() == masks["whole"].keys()
+        different = [
+            key
+            for key in masks["whole"]
+            if not torch.equal(masks["killed"][key], masks["whole"][key])
+        ]
+        assert different == [], step
