@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
-CUDA_FILES := $(wildcard csrc/cuda/*.cu)
+CUDA_FILES := $(wildcard csrc/cuda/*.cu) csrc/register_cuda.cpp
 
 .PHONY: help setup train test lint cuda-check clean
 .DELETE_ON_ERROR:
@@ -39,6 +39,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
 	@$(BIN)/pip install -v --no-build-isolation -e ".[train,dev]" > $(LOG) 2>&1 \
 	  || { grep -o 'qsdp: the native library .*' $(LOG) || tail -n 60 $(LOG); exit 1; }
 	@grep -o 'qsdp: the native library .*' $(LOG) || echo "qsdp: the native library was built"
+	@grep -o 'qsdp: the CUDA kernels .*' $(LOG) || true
 	@touch $@
 
 train: setup  ## train the nano GPT on two processes: 8-bit wire, CrAM; results in out/

@@ -88,15 +88,44 @@ std::string description(const torch::stable::Tensor& tensor) {
     return text.str();
 }
 
+bool is_at(const torch::stable::Tensor& tensor, Where where) {
+    return where == kCpu ? tensor.is_cpu() : tensor.is_cuda();
+}
+
+const char* name_of(Where where) {
+    return where == kCpu ? "cpu" : "GPU";
+}
+
 }  // namespace
 
-void check_bytes(const char* name, const torch::stable::Tensor& tensor) {
+void check_bytes(const char* name, const torch::stable::Tensor& tensor, Where where) {
     if (tensor.scalar_type() == ScalarType::Byte && tensor.dim() == 1 && tensor.is_contiguous() &&
-        tensor.is_cpu()) {
+        is_at(tensor, where)) {
         return;
     }
-    refuse("the ", name, " is ", description(tensor),
-           "; give a contiguous 1-D uint8 view on the cpu");
+    refuse("the ", name, " is ", description(tensor), "; give a contiguous 1-D uint8 view on the ",
+           name_of(where));
+}
+
+void check_same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
+    if (a.get_device_index() != b.get_device_index()) {
+        refuse("buffers lie on the GPUs ", a.get_device_index(), " and ", b.get_device_index(),
+               "; give both on one");
+    }
+}
+
+void check_header(int64_t words) {
+    if (words * static_cast<int64_t>(sizeof(int64_t)) != kHeaderBytes) {
+        refuse("the header has ", words, " words; give 4");
+    }
+}
+
+void check_adds(const std::vector<Segment>& segments) {
+    for (const Segment& segment : segments) {
+        if (segment.dtype != kFp32) {
+            refuse("decode adds into dtype ", segment.dtype, "; give an fp32 buffer");
+        }
+    }
 }
 
 int64_t check_levels(const std::optional<torch::stable::Tensor>& levels) {
@@ -174,8 +203,8 @@ std::vector<Span> check_spans(const torch::stable::Tensor& dense,
     return found;
 }
 
-KeyType check_keys(const torch::stable::Tensor& values) {
-    if (values.is_cpu() && values.dim() == 1 && values.is_contiguous()) {
+KeyType check_keys(const torch::stable::Tensor& values, Where where) {
+    if (is_at(values, where) && values.dim() == 1 && values.is_contiguous()) {
         switch (values.scalar_type()) {
             case ScalarType::Float:
                 return KeyType::kFp32;
@@ -194,22 +223,22 @@ KeyType check_keys(const torch::stable::Tensor& values) {
 }
 
 void check_digits(const torch::stable::Tensor& prefix, int64_t shift, int64_t width,
-                  const torch::stable::Tensor& counts) {
+                  const torch::stable::Tensor& counts, Where where) {
     if (shift < 0 || shift > 62 || width < 1 || width > kDigitBits || shift + width > 63) {
         refuse("cannot count ", width, " bits from bit ", shift, " on; give 1 to 11 below 63");
     }
-    if (prefix.scalar_type() != ScalarType::Long || prefix.numel() != 1 || !prefix.is_cpu()) {
+    if (prefix.scalar_type() != ScalarType::Long || prefix.numel() != 1 || !is_at(prefix, where)) {
         refuse("the prefix is ", description(prefix), "; give one int64");
     }
     if (counts.scalar_type() != ScalarType::Long || counts.dim() != 1 ||
-        counts.numel() != kNumBins || !counts.is_contiguous() || !counts.is_cpu()) {
+        counts.numel() != kNumBins || !counts.is_contiguous() || !is_at(counts, where)) {
         refuse("the counts are ", description(counts), "; give contiguous int64 [2048]");
     }
 }
 
-void check_marks(const torch::stable::Tensor& marks, int64_t num_values) {
+void check_marks(const torch::stable::Tensor& marks, int64_t num_values, Where where) {
     if (marks.scalar_type() != ScalarType::Bool || marks.dim() != 1 ||
-        marks.numel() != num_values || !marks.is_contiguous() || !marks.is_cpu()) {
+        marks.numel() != num_values || !marks.is_contiguous() || !is_at(marks, where)) {
         refuse("the marks are ", description(marks), "; give contiguous bool of shape (",
                num_values, ",)");
     }

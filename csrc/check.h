@@ -12,8 +12,19 @@
 
 namespace qsdp {
 
+enum class Where { kCpu, kCuda };
+constexpr Where kCpu = Where::kCpu, kCuda = Where::kCuda;
+
 // All raise std::invalid_argument (ValueError in Python), with one sentence.
-void check_bytes(const char* name, const torch::stable::Tensor& tensor);
+void check_bytes(const char* name, const torch::stable::Tensor& tensor, Where where = kCpu);
+
+void check_same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b);
+
+// How many words a header has.
+void check_header(int64_t words);
+
+// Whether decode may add into what the segments say.
+void check_adds(const std::vector<Segment>& segments);
 
 // How many learned levels a call is given.
 int64_t check_levels(const std::optional<torch::stable::Tensor>& levels);
@@ -29,11 +40,11 @@ std::vector<Span> check_spans(const torch::stable::Tensor& dense,
                               const torch::stable::Tensor& compact);
 
 // What the values of count_digits and mark_above are.
-KeyType check_keys(const torch::stable::Tensor& values);
+KeyType check_keys(const torch::stable::Tensor& values, Where where = kCpu);
 
 void check_digits(const torch::stable::Tensor& prefix, int64_t shift, int64_t width,
-                  const torch::stable::Tensor& counts);
+                  const torch::stable::Tensor& counts, Where where = kCpu);
 
-void check_marks(const torch::stable::Tensor& marks, int64_t num_values);
+void check_marks(const torch::stable::Tensor& marks, int64_t num_values, Where where = kCpu);
 
 }  // namespace qsdp

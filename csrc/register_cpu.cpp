@@ -62,10 +62,7 @@ void encode(const Tensor& buffer, const Tensor& table, int64_t key,
             torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payload,
             const std::optional<Tensor>& levels) {
     const qsdp::Table work = checked_table(buffer, table, key, payload, levels);
-    if (header.size() * sizeof(int64_t) != qsdp::kHeaderBytes) {
-        throw std::invalid_argument("the header has " + std::to_string(header.size()) +
-                                    " words; give 4");
-    }
+    qsdp::check_header(static_cast<int64_t>(header.size()));
     const auto* from = static_cast<const uint8_t*>(buffer.data_ptr());
     auto* to = static_cast<uint8_t*>(payload.data_ptr());
     std::memcpy(to, header.data(), qsdp::kHeaderBytes);
@@ -82,14 +79,9 @@ void encode(const Tensor& buffer, const Tensor& table, int64_t key,
 void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tensor& buffer, bool add,
             const std::optional<Tensor>& levels) {
     const qsdp::Table work = checked_table(buffer, table, key, payload, levels);
+    if (add) qsdp::check_adds(segments);
     int64_t num_values = 0;
-    for (const Segment& segment : segments) {
-        if (add && segment.dtype != qsdp::kFp32) {
-            throw std::invalid_argument("decode adds into dtype " + std::to_string(segment.dtype) +
-                                        "; give an fp32 buffer");
-        }
-        num_values += segment.padded;
-    }
+    for (const Segment& segment : segments) num_values += segment.padded;
     const auto* from = static_cast<const uint8_t*>(payload.data_ptr());
     auto* to = static_cast<uint8_t*>(buffer.data_ptr());
     const qsdp::Kernels& kernels = qsdp::kernels_in_use();

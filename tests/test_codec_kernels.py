@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qsdp.codec import native, ops
 from qsdp.codec.payload import DType, Field, Layout, Segment
+from tests import gpu_kernels
 
 COMPILED = [name for name in native.available() if name != native.PYTHON]
 ABSENT = "the native library is not installed: there are only Python kernels to run"
@@ -23,12 +24,15 @@ CANARY = 0xC5
 LEVEL_STARTS = {bits: (1 << bits) + 3 * bits for bits in range(2, 7)}
 
 
-@pytest.fixture(params=COMPILED or [pytest.param("none", marks=pytest.mark.skip(reason=ABSENT))])
+@pytest.fixture(
+    params=[
+        *(COMPILED or [pytest.param("none", marks=pytest.mark.skip(reason=ABSENT))]),
+        *gpu_kernels.PARAMS,
+    ]
+)
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.capability()
-    native.use(request.param)
-    yield request.param
-    native.use(before)
+    with gpu_kernels.serving(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -136,11 +140,14 @@ def some_valid(layout: Layout, generator: torch.Generator) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize(
+every_rounding = pytest.mark.parametrize(
     ("rounding", "learned"),
     [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)],
     ids=["shift", "dither", "stochastic", "nearest", "learned stochastic", "learned nearest"],
 )
+
+
+@every_rounding
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name.lower())
 def test_bytes_and_values_equal_the_specification(
     kernels: str, dtype: DType, rounding: int, learned: bool, generator: torch.Generator
@@ -177,6 +184,41 @@ def test_bytes_and_values_equal_the_specification(
     torch.ops.qsdp.decode(got, wide, key, got_sums, add=True, levels=levels)
     assert_same_values(got_sums, sums, torch.float32)
     assert_canaries(whole, got_sums)
+
+
+@every_rounding
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name.lower())
+def test_whole_buckets_at_even_addresses(
+    kernels: str, dtype: DType, rounding: int, learned: bool, generator: torch.Generator
+) -> None:
+    """What kernels are made for: few large segments, whose buckets start at multiples of 64."""
+    levels = some_levels(generator) if learned else None
+    buckets = (64, 128, 256, 384, 512, 1024, 2048)
+    for bits in range(2, 9):
+        own = {"bits": bits, "dtype": dtype, "rounding": rounding}
+        own |= {"levels": LEVEL_STARTS.get(bits, -1)} if learned else {}
+        segments = [
+            Segment(padded=2048 + 8 * (i % 3), parameter=i, bucket=bucket, **own)
+            for i, bucket in enumerate(buckets)
+        ]
+        layout = Layout(segments, group=1)
+        table = torch.tensor(layout.table([segment.padded for segment in segments]))
+        values = hard_values(layout.num_values, generator).to(FLOATS[dtype])
+        buffer, key = values.view(torch.uint8), int(torch.randint(2**62, (), generator=generator))
+        got, want = torch.full((2, layout.payload_bytes), CANARY, dtype=torch.uint8)
+        torch.ops.qsdp.encode(buffer, table, key, [1, 2, 3, 4], got, levels)
+        ops.encode(buffer, table, key, [1, 2, 3, 4], want, levels)
+        assert torch.equal(got, want), bits
+        got_values, want_values = torch.full((2, buffer.numel()), CANARY, dtype=torch.uint8)
+        torch.ops.qsdp.decode(got, table, key, got_values, levels=levels)
+        ops.decode(want, table, key, want_values, levels=levels)
+        assert_same_values(got_values, want_values, FLOATS[dtype])
+        wide = torch.tensor(layout.table(table[:, Field.NUMEL].tolist(), DType.FP32))
+        got_sums, want_sums = torch.randn(layout.num_values, generator=generator).expand(2, -1)
+        got_sums, want_sums = got_sums.clone(), want_sums.clone()
+        torch.ops.qsdp.decode(got, wide, key, got_sums.view(torch.uint8), add=True, levels=levels)
+        ops.decode(want, wide, key, want_sums.view(torch.uint8), add=True, levels=levels)
+        assert_same_values(got_sums.view(torch.uint8), want_sums.view(torch.uint8), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: dtype.name.lower())

@@ -8,18 +8,17 @@ from torch import Tensor
 
 from qsdp.codec import magnitude, native
 from qsdp.codec.magnitude import DTYPES, NUM_BINS
+from tests import gpu_kernels
 
 ROUNDS = [(20, 11), (9, 11), (0, 9)]  # those of a threshold over floats
 EVERY_DTYPE = (*DTYPES, torch.int64)
 
 
-@pytest.fixture(params=native.available())
+@pytest.fixture(params=[*native.available(), pytest.param("cuda", marks=pytest.mark.gpu)])
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every kernel in turn, the specification among them."""
-    before = native.capability()
-    native.use(request.param)
-    yield request.param
-    native.use(before)
+    with gpu_kernels.serving(request.param):
+        yield request.param
 
 
 def values_of(dtype: torch.dtype, num: int, seed: int = 0) -> Tensor:

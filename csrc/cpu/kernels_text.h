@@ -11,6 +11,7 @@
 #include "grid.h"
 #include "half.h"
 #include "kernels.h"
+#include "keys.h"
 #include "philox.h"
 
 static_assert(std::endian::native == std::endian::little, "payloads are little-endian");

@@ -4,20 +4,6 @@
 namespace qsdp::QSDP_ISA {
 namespace {
 
-QSDP_INLINE int32_t key_of(float value) {
-    return static_cast<int32_t>(float_bits(value) & 0x7FFFFFFFu);
-}
-QSDP_INLINE int32_t key_of(Bf16 value) {
-    return key_of(widen(value));
-}
-QSDP_INLINE int32_t key_of(Fp16 value) {
-    const uint32_t nan = 0x7FC00000u | (value.bits & 0x3FFu) << 13;
-    return (value.bits & 0x7FFFu) > 0x7C00u ? static_cast<int32_t>(nan) : key_of(widen(value));
-}
-QSDP_INLINE int64_t key_of(int64_t value) {
-    return value;
-}
-
 template <class T>
 void count_digits_of(const T* values, int64_t count, int64_t prefix, int shift, int width,
                      int64_t* counts) {

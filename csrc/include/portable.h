@@ -6,6 +6,8 @@
 // instruction.
 #if defined(__CUDACC__)
 #define QSDP_INLINE static __host__ __device__ __forceinline__
+#define QSDP_MEMBER __host__ __device__ __forceinline__
 #else
 #define QSDP_INLINE static inline __attribute__((always_inline, unused))
+#define QSDP_MEMBER inline __attribute__((always_inline))
 #endif

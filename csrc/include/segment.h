@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "portable.h"
+
 namespace qsdp {
 
 enum DType : int64_t { kFp32 = 0, kBf16 = 1, kFp16 = 2, kOpaque = 3 };
@@ -30,15 +32,15 @@ constexpr int64_t kHeaderBytes = 32;
 constexpr int64_t kMetaBytes = 8;
 constexpr int64_t kLeastLearnedBits = 2, kMostLearnedBits = 6;
 
-static inline int64_t item_bytes(int64_t dtype) {
+QSDP_INLINE int64_t item_bytes(int64_t dtype) {
     return dtype == kFp32 ? 4 : dtype == kOpaque ? 1 : 2;
 }
 
-static inline int64_t num_buckets(const Segment& segment) {
+QSDP_INLINE int64_t num_buckets(const Segment& segment) {
     return segment.numel / segment.bucket + (segment.numel % segment.bucket != 0);
 }
 
-static inline int64_t data_bytes(const Segment& segment) {
+QSDP_INLINE int64_t data_bytes(const Segment& segment) {
     if (segment.bits == 0) return segment.numel * item_bytes(segment.wire);
     return (segment.numel * segment.bits + 7) / 8;
 }

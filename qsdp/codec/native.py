@@ -1,7 +1,8 @@
 """The compiled kernels of csrc/, if the package was built with them, and which kernels serve.
 
 `load` runs when `qsdp.codec` is imported. Kernels are, best first, "avx512", "avx2", "scalar"
-(plain C++) and "python" (qsdp/codec/ops.py, always there). All give the same bytes.
+(plain C++) and "python" (qsdp/codec/ops.py, always there). All give the same bytes. GPUs have those
+of csrc/cuda, where they were built, or else Python's.
 
 Environment: ``QSDP_REQUIRE_NATIVE=1`` refuses to go on without the library;
 ``QSDP_CPU_CAPABILITY=default|avx2|avx512`` chooses among its kernels, default being scalar.
@@ -17,10 +18,12 @@ import torch
 from qsdp.codec import magnitude, ops, sparse  # define the schemas that the library has kernels for
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_qsdp_native.so"
+CUDA_LIBRARY = LIBRARY.with_name("_qsdp_cuda.so")
 PYTHON = "python"
 _CAPABILITIES = {"default": "scalar", "avx2": "avx2", "avx512": "avx512"}
 
 _library: ctypes.CDLL | None = None
+_has_cuda_kernels = False
 _override: torch.library.Library | None = None  # while it lives, Python serves the CPU
 
 
@@ -31,25 +34,22 @@ def load() -> None:
         RuntimeError: the library is required but absent, or does not fit this torch.
         ValueError: QSDP_CPU_CAPABILITY names kernels that are unknown or cannot run here.
     """
-    global _library
+    global _library, _has_cuda_kernels
     wanted = os.environ.get("QSDP_CPU_CAPABILITY", "")
     if wanted and wanted not in _CAPABILITIES:
         allowed = ", ".join(_CAPABILITIES)
         raise ValueError(f"QSDP_CPU_CAPABILITY is {wanted}; give one of {allowed}, or unset it")
     if LIBRARY.exists():
-        try:
-            torch.ops.load_library(str(LIBRARY))
-            _library = _typed(ctypes.CDLL(str(LIBRARY)))
-        except OSError as error:
-            raise RuntimeError(
-                f"{LIBRARY.name} does not load with torch {torch.__version__} ({error}); "
-                "install qsdp again with this torch"
-            ) from error
+        _register(LIBRARY)
+        _library = _typed(ctypes.CDLL(str(LIBRARY)))
     elif os.environ.get("QSDP_REQUIRE_NATIVE") == "1":
         raise RuntimeError(
             f"QSDP_REQUIRE_NATIVE=1 but {LIBRARY.name} is not installed; "
             "install qsdp where torch and a C++20 compiler are, or unset it"
         )
+    if torch.version.cuda is not None and CUDA_LIBRARY.exists():
+        _register(CUDA_LIBRARY)
+        _has_cuda_kernels = True
     if wanted and _CAPABILITIES[wanted] not in available():
         raise ValueError(
             f"QSDP_CPU_CAPABILITY is {wanted}, which cannot run here; "
@@ -71,6 +71,13 @@ def capability() -> str:
     if _library is None or _override is not None:
         return PYTHON
     return str(_library.qsdp_cpu_in_use().decode())
+
+
+def cuda_capability() -> str:
+    """The kernels that serve GPUs: "cuda" or "python"; "none" where there is no GPU."""
+    if not torch.cuda.is_available():
+        return "none"
+    return "cuda" if _has_cuda_kernels else PYTHON
 
 
 def use(capability: str) -> None:
@@ -99,6 +106,16 @@ def use(capability: str) -> None:
         _override.impl("expand", sparse.expand, "CPU")
         _override.impl("count_digits", magnitude.count_digits, "CPU")
         _override.impl("mark_above", magnitude.mark_above, "CPU")
+
+
+def _register(library: Path) -> None:
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise RuntimeError(
+            f"{library.name} does not load with torch {torch.__version__} ({error}); "
+            "install qsdp again with this torch"
+        ) from error
 
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:

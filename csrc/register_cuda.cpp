@@ -1,0 +1,112 @@
+// The CUDA kernels of the operators whose schemas qsdp/codec defines: check, then launch on the
+// current stream. Nothing here waits for the GPU. LibTorch stable ABI only.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cuda/launch.h"
+
+namespace {
+
+using qsdp::Segment;
+using torch::stable::Tensor;
+
+// Makes a tensor's GPU the current one; its stream.
+class Place {
+  public:
+    explicit Place(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+        void* stream = nullptr;
+        if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) !=
+            AOTI_TORCH_SUCCESS) {
+            throw std::runtime_error("torch knows no current CUDA stream");
+        }
+        stream_ = static_cast<cudaStream_t>(stream);
+    }
+    cudaStream_t stream() const { return stream_; }
+
+  private:
+    torch::stable::accelerator::DeviceGuard guard_;
+    cudaStream_t stream_;
+};
+
+void check_launch() {
+    if (const cudaError_t error = cudaPeekAtLastError(); error != cudaSuccess) {
+        throw std::runtime_error(std::string("a CUDA kernel could not be launched: ") +
+                                 cudaGetErrorString(error));
+    }
+}
+
+std::vector<Segment> checked_segments(const Tensor& buffer, const Tensor& table,
+                                      const Tensor& payload, const std::optional<Tensor>& levels) {
+    qsdp::check_bytes("buffer", buffer, qsdp::kCuda);
+    qsdp::check_bytes("payload", payload, qsdp::kCuda);
+    qsdp::check_same_device(buffer, payload);
+    std::vector<Segment> segments;
+    qsdp::check_table(table, buffer.numel(), payload.numel(), qsdp::check_levels(levels), segments);
+    return segments;
+}
+
+const float* data_of(const std::optional<Tensor>& levels) {
+    return levels ? static_cast<const float*>(levels->data_ptr()) : nullptr;
+}
+
+void encode(const Tensor& buffer, const Tensor& table, int64_t key,
+            torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payload,
+            const std::optional<Tensor>& levels) {
+    const std::vector<Segment> segments = checked_segments(buffer, table, payload, levels);
+    qsdp::check_header(static_cast<int64_t>(header.size()));
+    const Place place(buffer);
+    qsdp::encode_on_gpu(segments, static_cast<uint64_t>(key), header.data(), data_of(levels),
+                        static_cast<const uint8_t*>(buffer.data_ptr()),
+                        static_cast<uint8_t*>(payload.data_ptr()), payload.numel(), place.stream());
+    check_launch();
+}
+
+void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tensor& buffer, bool add,
+            const std::optional<Tensor>& levels) {
+    const std::vector<Segment> segments = checked_segments(buffer, table, payload, levels);
+    if (add) qsdp::check_adds(segments);
+    const Place place(buffer);
+    qsdp::decode_on_gpu(segments, static_cast<uint64_t>(key), data_of(levels),
+                        static_cast<const uint8_t*>(payload.data_ptr()),
+                        static_cast<uint8_t*>(buffer.data_ptr()), add, place.stream());
+    check_launch();
+}
+
+void count_digits(const Tensor& values, const Tensor& prefix, int64_t shift, int64_t width,
+                  const Tensor& counts) {
+    const qsdp::KeyType type = qsdp::check_keys(values, qsdp::kCuda);
+    qsdp::check_digits(prefix, shift, width, counts, qsdp::kCuda);
+    const Place place(values);
+    qsdp::count_digits_on_gpu(type, values.data_ptr(), values.numel(),
+                              static_cast<const int64_t*>(prefix.data_ptr()),
+                              static_cast<int>(shift), static_cast<int>(width),
+                              static_cast<int64_t*>(counts.data_ptr()), place.stream());
+    check_launch();
+}
+
+void mark_above(const Tensor& values, int64_t key, const Tensor& out) {
+    const qsdp::KeyType type = qsdp::check_keys(values, qsdp::kCuda);
+    qsdp::check_marks(out, values.numel(), qsdp::kCuda);
+    const Place place(values);
+    qsdp::mark_above_on_gpu(type, values.data_ptr(), values.numel(), key,
+                            static_cast<uint8_t*>(out.data_ptr()), place.stream());
+    check_launch();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qsdp, CUDA, library) {
+    library.impl("encode", TORCH_BOX(&encode));
+    library.impl("decode", TORCH_BOX(&decode));
+    library.impl("count_digits", TORCH_BOX(&count_digits));
+    library.impl("mark_above", TORCH_BOX(&mark_above));
+}
