@@ -8,17 +8,14 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <class Job>
 __global__ void __launch_bounds__(kThreads, 3) encode_kernel(const __grid_constant__ Job job) {
     run_unit<true>(job, (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp);
 }
 
-template <class Job>
 __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const __grid_constant__ Job job) {
     run_unit<false>(job, (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp);
 }
 
-template <class Job>
 unsigned num_blocks(const Job& job) {
     constexpr int64_t kUnits = kThreads / kWarp;
     const int64_t blocks = (job.num_units + kUnits - 1) / kUnits;
@@ -32,14 +29,14 @@ void encode_on_gpu(const std::vector<Segment>& segments, uint64_t key, const int
                    int64_t payload_bytes, cudaStream_t stream) {
     launch_jobs(
         encode_items(segments, payload_bytes).all(), levels, buffer, payload, key, header, false,
-        [=](const auto& job) { encode_kernel<<<num_blocks(job), kThreads, 0, stream>>>(job); });
+        [=](const Job& job) { encode_kernel<<<num_blocks(job), kThreads, 0, stream>>>(job); });
 }
 
 void decode_on_gpu(const std::vector<Segment>& segments, uint64_t key, const float* levels,
                    const uint8_t* payload, uint8_t* buffer, bool add, cudaStream_t stream) {
     launch_jobs(
         decode_items(segments, add).all(), levels, payload, buffer, key, nullptr, add,
-        [=](const auto& job) { decode_kernel<<<num_blocks(job), kThreads, 0, stream>>>(job); });
+        [=](const Job& job) { decode_kernel<<<num_blocks(job), kThreads, 0, stream>>>(job); });
 }
 
 }  // namespace qsdp

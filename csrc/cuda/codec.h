@@ -9,6 +9,11 @@
 #include "philox.h"
 #include "warp.h"
 
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
 namespace qsdp {
 
 // ---- runs: eight consecutive values of a lane ---------------------------------------------------
@@ -28,14 +33,59 @@ QSDP_INLINE Run load_run(const uint8_t* from, float) {
     return run;
 }
 
+// Two halves in a word. GPUs convert by one instruction, to the same values but for NaN, which may
+// be any here.
+QSDP_INLINE void widen_pair(uint32_t word, float& low, float& high, Bf16) {
+    low = bits_float(word << 16);
+    high = bits_float(word & 0xFFFF0000u);
+}
+QSDP_INLINE void widen_pair(uint32_t word, float& low, float& high, Fp16) {
+#if defined(__CUDA_ARCH__)
+    __half2 pair;
+    memcpy(&pair, &word, sizeof pair);
+    low = __low2float(pair);
+    high = __high2float(pair);
+#else
+    low = widen(Fp16{static_cast<uint16_t>(word)});
+    high = widen(Fp16{static_cast<uint16_t>(word >> 16)});
+#endif
+}
+
+// Of numbers that are not NaN and do not overflow.
+QSDP_INLINE uint32_t narrow_pair(float low, float high, Bf16) {
+#if defined(__CUDA_ARCH__)
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    uint32_t word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+#else
+    Bf16 first, second;
+    narrow(low, first);
+    narrow(high, second);
+    return first.bits | uint32_t{second.bits} << 16;
+#endif
+}
+QSDP_INLINE uint32_t narrow_pair(float low, float high, Fp16) {
+#if defined(__CUDA_ARCH__)
+    const __half2 pair = __floats2half2_rn(low, high);
+    uint32_t word;
+    memcpy(&word, &pair, sizeof word);
+    return word;
+#else
+    Fp16 first, second;
+    narrow(low, first);
+    narrow(high, second);
+    return first.bits | uint32_t{second.bits} << 16;
+#endif
+}
+
 template <class Half>
 QSDP_INLINE Run load_run(const uint8_t* from, Half) {
     const Words words = load_as<Words>(from);
     Run run;
     QSDP_UNROLL(8)
     for (int i = 0; i < 4; ++i) {
-        run.x[2 * i] = widen(Half{static_cast<uint16_t>(words.word[i])});
-        run.x[2 * i + 1] = widen(Half{static_cast<uint16_t>(words.word[i] >> 16)});
+        widen_pair(words.word[i], run.x[2 * i], run.x[2 * i + 1], Half{});
     }
     return run;
 }
@@ -51,8 +101,8 @@ QSDP_INLINE Run load_some(const uint8_t* from, int count, T) {
     return run;
 }
 
-// All lanes store their runs, one after another, in whole sectors of 32 bytes: lanes exchange
-// halves.
+// All lanes store their runs, one after another: whole sectors of 32 bytes, for which lanes
+// exchange halves.
 QSDP_INLINE void store_run(uint8_t* to, const Run& run, int lane, float) {
 #if defined(__CUDA_ARCH__)
     const bool odd = lane % 2;
@@ -79,15 +129,13 @@ QSDP_INLINE void store_run(uint8_t* to, const Run& run, int lane, float) {
 #endif
 }
 
+// Of numbers that are not NaN and do not overflow.
 template <class Half>
 QSDP_INLINE void store_run(uint8_t* to, const Run& run, int, Half) {
     Words words;
     QSDP_UNROLL(8)
     for (int i = 0; i < 4; ++i) {
-        Half low, high;
-        narrow(run.x[2 * i], low);
-        narrow(run.x[2 * i + 1], high);
-        words.word[i] = low.bits | uint32_t{high.bits} << 16;
+        words.word[i] = narrow_pair(run.x[2 * i], run.x[2 * i + 1], Half{});
     }
     store_as(to, words);
 }
@@ -113,38 +161,40 @@ QSDP_INLINE float add_exactly(float a, float b) {
 
 // ---- buckets ------------------------------------------------------------------------------------
 
-// Least and greatest value, and least and greatest bits of a magnitude.
+// Least and greatest value, and whether there is a zero, or a value that is not finite.
 struct Extent {
     float low, high;
-    uint32_t least, most;
+    uint32_t zeros, broken;
 
     QSDP_MEMBER void merge(const Extent& other) {
-        low = other.low < low ? other.low : low;
-        high = other.high > high ? other.high : high;
-        least = other.least < least ? other.least : least;
-        most = other.most > most ? other.most : most;
+        low = fminf(other.low, low);
+        high = fmaxf(other.high, high);
+        zeros |= other.zeros;
+        broken |= other.broken;
     }
-    QSDP_MEMBER bool has_zero() const { return least == 0; }
-    QSDP_MEMBER bool is_broken() const { return most >= 0x7F800000u; }
 };
 
 QSDP_INLINE Extent nothing() {
-    return {bits_float(0x7F800000u), bits_float(0xFF800000u), ~0u, 0u};
+    return {bits_float(0x7F800000u), bits_float(0xFF800000u), 0u, 0u};
 }
 
 // ``SkipZeros`` leaves zeros out of low and high; without it they are wrong if there are zeros.
 template <bool SkipZeros>
 QSDP_INLINE void measure(const Run& run, Extent& extent) {
+    float products = 0.0f;  // with zero: NaN where a value is not finite
+    bool has_zero = false;
     QSDP_UNROLL(8)
     for (int i = 0; i < kRun; ++i) {
         const float x = run.x[i];
-        const uint32_t magnitude = float_bits(x) & 0x7FFFFFFFu;
-        extent.least = magnitude < extent.least ? magnitude : extent.least;
-        extent.most = magnitude > extent.most ? magnitude : extent.most;
-        if (SkipZeros && magnitude == 0) continue;
+        const bool is_zero = x == 0.0f;
+        has_zero |= is_zero;
+        products = fmaf(x, 0.0f, products);
+        if (SkipZeros && is_zero) continue;
         extent.low = fminf(x, extent.low);
         extent.high = fmaxf(x, extent.high);
     }
+    extent.zeros |= has_zero;
+    extent.broken |= products != products;
 }
 
 // What the values of a bucket have in common on either side.
@@ -174,6 +224,13 @@ QSDP_INLINE Coder make_coder(const Item& item, uint64_t key, const float* levels
     return coder;
 }
 
+// Half word ``index`` % 8, chosen: an index into registers would put them into memory.
+QSDP_INLINE uint32_t half_of(const PhiloxBlock& block, uint32_t index) {
+    const uint32_t low = index & 2 ? block.word[1] : block.word[0];
+    const uint32_t high = index & 2 ? block.word[3] : block.word[2];
+    return (index & 4 ? high : low) >> (index & 1) * 16 & 0xFFFFu;
+}
+
 // The shift of ``bucket``, from the block of eight buckets that ``block`` holds.
 struct Shifts {
     int64_t number;
@@ -185,7 +242,7 @@ struct Shifts {
             number = bucket / kRun;
             block = philox({key, item.parameter, item.group}, static_cast<uint64_t>(number));
         }
-        return centred(half_word(block, static_cast<uint64_t>(bucket)));
+        return centred(half_of(block, static_cast<uint32_t>(bucket)));
     }
 };
 
@@ -284,6 +341,103 @@ QSDP_INLINE Run decode_run(uint64_t stream, const Coder& coder, int64_t index, T
     return run;
 }
 
+// ---- plain buckets: neither huge, nor broken, nor served by learned levels ----------------------
+
+enum class Noise { kUniform, kDither, kStochastic };
+
+struct Plain {
+    float low, step, inverse, r;
+    float steps;      // codes but those of zero, less one
+    float zero_code;  // what no code is where there are no zeros
+    uint32_t last;
+    int bits;
+};
+
+QSDP_INLINE Plain make_plain(Grid grid, float r, int bits) {
+    const bool has_zero = float_bits(grid.scale) >> 31;
+    Plain plain;
+    plain.low = grid.low;
+    plain.step = fabsf(grid.scale);
+    plain.inverse = 0.0f;
+    plain.r = r;
+    plain.last = (1u << bits) - 1;
+    plain.steps = static_cast<float>(plain.last - has_zero);
+    plain.zero_code = has_zero ? static_cast<float>(plain.last) : -1.0f;
+    plain.bits = bits;
+    return plain;
+}
+
+// Not so for NaN either.
+QSDP_INLINE bool is_plain(Grid grid) {
+    return fabsf(grid.low) <= 0x1p120f && fabsf(grid.scale) <= 0x1p112f;
+}
+
+// The shift of value number i of a block, or what is added before the floor.
+template <Noise noise>
+QSDP_INLINE float draw(const PhiloxBlock& block, int i) {
+    const float own = bits_float(0x43000000u | half_word(block, static_cast<uint64_t>(i)));
+    return (own - (noise == Noise::kDither ? 128.5f : 128.0f)) + 0x1p-17f;
+}
+
+QSDP_INLINE float add_down(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return __fadd_rd(a, b);
+#else
+    return floorf(a) + b;  // b is a multiple of the sum's ulp, 1
+#endif
+}
+
+// As encode_run. Values but zeros are at least the low, so nothing is below code 0.
+template <Noise noise, bool Zeros>
+QSDP_INLINE uint64_t encode_plain(const Run& run, const Plain& plain, Stream stream,
+                                  int64_t index) {
+    constexpr float kWhole = 0x1.8p23f;  // leaves a whole number in the low bits
+    constexpr uint32_t kWholeBits = 0x4B400000u;
+    PhiloxBlock own{};
+    if (noise != Noise::kUniform) own = philox(stream, static_cast<uint64_t>(index) / kRun);
+    uint32_t raw[kRun];
+    QSDP_UNROLL(8)
+    for (int i = 0; i < kRun; ++i) {
+        float t = (run.x[i] - plain.low) * plain.inverse;
+        if (noise == Noise::kUniform) t -= plain.r;
+        if (noise == Noise::kDither) t -= draw<noise>(own, i);
+        if (noise == Noise::kStochastic) t += draw<noise>(own, i);
+        t = fminf(t, plain.steps);
+        raw[i] = float_bits(noise == Noise::kStochastic ? add_down(t, kWhole) : t + kWhole);
+        if (Zeros && run.x[i] == 0.0f) raw[i] = kWholeBits + plain.last;
+    }
+    const uint32_t base = plain.last + 1;
+    const uint32_t excess = kWholeBits * (((base + 1) * base + 1) * base + 1);
+    uint32_t half[2];
+    QSDP_UNROLL(8)
+    for (int h = 0; h < 2; ++h) {
+        const uint32_t* four = raw + 4 * h;
+        half[h] = ((four[3] * base + four[2]) * base + four[1]) * base + four[0] - excess;
+    }
+    return half[0] | uint64_t{half[1]} << 4 * plain.bits;
+}
+
+// As decode_run.
+template <bool Dither, bool Zeros, class T>
+QSDP_INLINE Run decode_plain(uint64_t codes, const Plain& plain, Stream stream, int64_t index, T) {
+    PhiloxBlock own{};
+    if (Dither) own = philox(stream, static_cast<uint64_t>(index) / kRun);
+    const uint32_t half[2] = {static_cast<uint32_t>(codes),
+                              static_cast<uint32_t>(codes >> 4 * plain.bits)};
+    Run run;
+    QSDP_UNROLL(8)
+    for (int i = 0; i < kRun; ++i) {
+        const uint32_t bits = (half[i / 4] >> i % 4 * plain.bits & plain.last) | 0x4B000000u;
+        const float code = bits_float(bits) - 0x1p23f;
+        const float r = Dither ? draw<Noise::kDither>(own, i) : plain.r;
+        float value = plain.low + (code + r) * plain.step;
+        if (Zeros && code == plain.zero_code) value = 0.0f;
+        if (sizeof(T) == 2) value = fmaxf(fminf(value, largest(T{})), -largest(T{}));
+        run.x[i] = value;
+    }
+    return run;
+}
+
 // ---- units --------------------------------------------------------------------------------------
 
 // What a warp works on.
@@ -302,30 +456,33 @@ QSDP_INLINE void store_grid(uint8_t* to, Grid grid) {
 }
 
 QSDP_INLINE Grid grid_of(const Extent& extent, int bits) {
-    Grid grid = make_grid(extent.low, extent.high, extent.has_zero(), extent.is_broken(), bits);
-    if (extent.is_broken()) grid.low = bits_float(0x7FC00000u);
+    Grid grid = make_grid(extent.low, extent.high, extent.zeros != 0, extent.broken != 0, bits);
+    if (extent.broken != 0) grid.low = bits_float(0x7FC00000u);
     return grid;
 }
 
-// A whole unit of buckets of ``Bucket`` values, read once.
-template <class T, int Bucket>
-QSDP_INLINE void encode_whole_unit(const Work& work, int64_t unit) {
+// A whole unit of buckets of ``Bucket`` values, read once. Returns false where a bucket is special:
+// encode_bucket must write the unit then.
+template <class T, int Bucket, Noise noise>
+QSDP_INLINE bool encode_whole_unit(const Work& work, int64_t unit) {
     constexpr int kTogether = Bucket < kRow ? 1 : Bucket / kRow;   // rows of a bucket
     constexpr int kWidth = Bucket < kRow ? Bucket / kRun : kWarp;  // lanes of a bucket
-    struct Held {
-        Run row[kRows];
-    };
+    constexpr int kBuckets = kUnit / Bucket;
     const Item& item = *work.item;
     const int bits = item.bits;
+    const Stream stream{work.key, item.parameter, item.group};
     const uint8_t* from = work.from + item.buffer_byte + unit * kUnit * sizeof(T);
-    PerLane<Held> held;
+    uint8_t* data = work.to + item.data_byte + unit * (kUnit / kRun) * bits;
+    uint8_t* meta = work.to + item.meta_byte + unit * kBuckets * kMetaBytes;
+    PerLane<Run[kRows]> held;
     each_lane([&](int lane) {
         QSDP_UNROLL(8)
         for (int row = 0; row < kRows; ++row) {
-            held[lane].row[row] = load_run(from + (row * kRow + lane * kRun) * sizeof(T), T{});
+            held[lane][row] = load_run(from + (row * kRow + lane * kRun) * sizeof(T), T{});
         }
     });
-    Shifts shifts{-1, {}};
+    PhiloxBlock block{};  // a unit's buckets share it
+    if (item.rounding == kShift) block = philox(stream, static_cast<uint64_t>(unit * kBuckets) / 8);
     QSDP_UNROLL(8)
     for (int first = 0; first < kRows; first += kTogether) {
         PerLane<Extent> extent;
@@ -333,39 +490,45 @@ QSDP_INLINE void encode_whole_unit(const Work& work, int64_t unit) {
             extent[lane] = nothing();
             QSDP_UNROLL(8)
             for (int i = 0; i < kTogether; ++i) {
-                measure<false>(held[lane].row[first + i], extent[lane]);
+                measure<false>(held[lane][first + i], extent[lane]);
             }
         });
         combine<kWidth>(extent);
-        if (any(extent, [](const Extent& e) { return e.has_zero(); })) {
+        const bool has_zeros = any(extent, [](const Extent& e) { return e.zeros != 0; });
+        if (has_zeros) {
             each_lane([&](int lane) {
                 extent[lane] = nothing();
                 QSDP_UNROLL(8)
                 for (int i = 0; i < kTogether; ++i) {
-                    measure<true>(held[lane].row[first + i], extent[lane]);
+                    measure<true>(held[lane][first + i], extent[lane]);
                 }
             });
             combine<kWidth>(extent);
         }
+        PerLane<Grid> grid;
+        each_lane([&](int lane) { grid[lane] = grid_of(extent[lane], bits); });
+        if (any(grid, [](Grid own) { return !is_plain(own); })) return false;
         each_lane([&](int lane) {
-            const int64_t index = unit * kUnit + first * kRow + lane * kRun;
-            const int64_t bucket = index / Bucket;
-            const Extent own = extent[lane];
-            const Grid grid = grid_of(own, bits);
-            if (lane % kWidth == 0) {
-                store_grid(work.to + item.meta_byte + bucket * kMetaBytes, grid);
+            const int offset = first * kRow + lane * kRun, bucket = offset / Bucket;
+            if (lane % kWidth == 0) store_grid(meta + bucket * kMetaBytes, grid[lane]);
+            float shift = 0.0f;
+            if (noise == Noise::kUniform && item.rounding == kShift) {
+                shift = centred(half_of(block, static_cast<uint32_t>(unit * kBuckets + bucket)));
             }
-            const Coder coder = make_coder(item, work.key, work.levels, grid, own.has_zero(),
-                                           own.is_broken(), shifts.at(item, work.key, bucket));
-            const float inverse = inverse_of(coder);
+            Plain plain = make_plain(grid[lane], shift, bits);
+            plain.inverse = inverse_step({1.0f, plain.low, plain.step});
             QSDP_UNROLL(8)
             for (int i = 0; i < kTogether; ++i) {
-                const int64_t at = index + i * kRow;
-                store_stream(work.to + item.data_byte + at / kRun * bits,
-                             encode_run(held[lane].row[first + i], coder, inverse, at), bits);
+                const Run& run = held[lane][first + i];
+                const int64_t index = unit * kUnit + offset + i * kRow;
+                store_stream(data + (offset + i * kRow) / kRun * bits,
+                             has_zeros ? encode_plain<noise, true>(run, plain, stream, index)
+                                       : encode_plain<noise, false>(run, plain, stream, index),
+                             bits);
             }
         });
     }
+    return true;
 }
 
 // One bucket of any size, at any address; read twice.
@@ -386,7 +549,7 @@ QSDP_INLINE void encode_bucket(const Work& work, int64_t bucket) {
         for (int64_t i = lane * kRun; i < count; i += kRow) measure<false>(load(i), extent[lane]);
     });
     combine<kWarp>(extent);
-    if (any(extent, [](const Extent& e) { return e.has_zero(); })) {
+    if (any(extent, [](const Extent& e) { return e.zeros != 0; })) {
         each_lane([&](int lane) {
             extent[lane] = nothing();
             for (int64_t i = lane * kRun; i < count; i += kRow) {
@@ -400,8 +563,8 @@ QSDP_INLINE void encode_bucket(const Work& work, int64_t bucket) {
         const Extent own = extent[lane];
         const Grid grid = grid_of(own, bits);
         if (lane == 0) store_grid(work.to + item.meta_byte + bucket * kMetaBytes, grid);
-        const Coder coder = make_coder(item, work.key, work.levels, grid, own.has_zero(),
-                                       own.is_broken(), shifts.at(item, work.key, bucket));
+        const Coder coder = make_coder(item, work.key, work.levels, grid, own.zeros != 0,
+                                       own.broken != 0, shifts.at(item, work.key, bucket));
         const float inverse = inverse_of(coder);
         for (int64_t i = lane * kRun; i < count; i += kRow) {
             const int64_t rest = count - i;
@@ -414,95 +577,152 @@ QSDP_INLINE void encode_bucket(const Work& work, int64_t bucket) {
     });
 }
 
+template <class T, int Bucket>
+QSDP_INLINE bool encode_whole_buckets(const Work& work, int64_t unit) {
+    switch (work.item->rounding) {
+        case kDither:
+            return encode_whole_unit<T, Bucket, Noise::kDither>(work, unit);
+        case kStochastic:
+            return encode_whole_unit<T, Bucket, Noise::kStochastic>(work, unit);
+        default:
+            return encode_whole_unit<T, Bucket, Noise::kUniform>(work, unit);
+    }
+}
+
+// Whether the unit is done: its buckets are of a size that kernels are made for, and plain.
+template <class T>
+QSDP_INLINE bool encode_whole(const Work& work, int64_t unit) {
+    const Item& item = *work.item;
+    const bool is_whole = (unit + 1) * kUnit <= item.numel && item.levels < 0 &&
+                          is_aligned(work.from + item.buffer_byte, sizeof(Words));
+    if (!is_whole) return false;
+    switch (item.bucket) {
+        case 128:
+            return encode_whole_buckets<T, 128>(work, unit);
+        case 256:
+            return encode_whole_buckets<T, 256>(work, unit);
+        case 1024:
+            return encode_whole_buckets<T, 1024>(work, unit);
+        default:
+            return false;
+    }
+}
+
 template <class T>
 QSDP_INLINE void encode_coded(const Work& work, int64_t unit) {
     const Item& item = *work.item;
-    const bool is_whole = (unit + 1) * kUnit <= item.numel && item.unit_values == kUnit;
-    if (is_whole && is_aligned(work.from + item.buffer_byte, sizeof(Words))) {
-        switch (item.bucket) {
-            case 128:
-                return encode_whole_unit<T, 128>(work, unit);
-            case 256:
-                return encode_whole_unit<T, 256>(work, unit);
-            case 512:
-                return encode_whole_unit<T, 512>(work, unit);
-            case 1024:
-                return encode_whole_unit<T, 1024>(work, unit);
-            default:
-                break;
-        }
-    }
+    if (encode_whole<T>(work, unit)) return;
     const int64_t first = unit * item.per_unit, all = (item.numel + item.bucket - 1) / item.bucket;
     for (int64_t bucket = first; bucket < first + item.per_unit && bucket < all; ++bucket) {
         encode_bucket<T>(work, bucket);
     }
 }
 
+// A whole unit of buckets of 2**item.bucket_log2 <= 1024 values, none of them special.
+template <class T, bool Add, bool Dither, bool Zeros>
+QSDP_INLINE void decode_whole_rows(const Work& work, int64_t unit, int bucket_log2,
+                                   PerLane<uint64_t[kRows]>& codes, PerLane<Grid[kRows]>& grid) {
+    const Item& item = *work.item;
+    const Stream stream{work.key, item.parameter, item.group};
+    uint8_t* to = work.to + item.buffer_byte + unit * kUnit * sizeof(T);
+    each_lane([&](int lane) {
+        Shifts shifts{-1, {}};  // a unit's buckets share a block, or two
+        QSDP_UNROLL(8)
+        for (int row = 0; row < kRows; ++row) {
+            const int offset = row * kRow + lane * kRun;
+            const int64_t index = unit * kUnit + offset;
+            const float shift = shifts.at(item, work.key, index >> bucket_log2);
+            const Plain plain = make_plain(grid[lane][row], shift, item.bits);
+            Run run = decode_plain<Dither, Zeros>(codes[lane][row], plain, stream, index, T{});
+            uint8_t* out = to + offset * sizeof(T);
+            if (Add) {
+                const Run there = load_run(out, T{});
+                QSDP_UNROLL(8)
+                for (int i = 0; i < kRun; ++i) run.x[i] = add_exactly(there.x[i], run.x[i]);
+            }
+            store_run(out, run, lane, T{});
+        }
+    });
+}
+
+// Returns false, having done nothing, where a bucket is special.
 template <class T, bool Add>
-QSDP_INLINE void decode_coded(const Work& work, int64_t unit) {
+QSDP_INLINE bool decode_whole(const Work& work, int64_t unit) {
+    const Item& item = *work.item;
+    const int bits = item.bits, bucket_log2 = item.bucket_log2;
+    const uint8_t* from = work.from + item.data_byte + unit * (kUnit / kRun) * bits;
+    PerLane<uint64_t[kRows]> codes;
+    PerLane<Grid[kRows]> grid;
+    each_lane([&](int lane) {  // many loads on their way at once
+        QSDP_UNROLL(8)
+        for (int row = 0; row < kRows; ++row) {
+            const int offset = row * kRow + lane * kRun;
+            const int64_t bucket = (unit * kUnit + offset) >> bucket_log2;
+            const uint8_t* meta = work.from + item.meta_byte + bucket * kMetaBytes;
+            codes[lane][row] = load_stream(from + offset / kRun * bits, bits);
+            grid[lane][row] = {load_item<float>(meta), load_item<float>(meta + 4)};
+        }
+    });
+    const auto any_row = [&](const auto& test) {
+        return any(grid, [&](const Grid(&rows)[kRows]) {
+            bool found = false;
+            QSDP_UNROLL(8)
+            for (int row = 0; row < kRows; ++row) found |= test(rows[row]);
+            return found;
+        });
+    };
+    if (any_row([](Grid own) { return !is_plain(own); })) return false;
+    const bool has_zeros = any_row([](Grid own) { return float_bits(own.scale) >> 31 != 0; });
+    if (item.rounding == kDither) {
+        has_zeros ? decode_whole_rows<T, Add, true, true>(work, unit, bucket_log2, codes, grid)
+                  : decode_whole_rows<T, Add, true, false>(work, unit, bucket_log2, codes, grid);
+    } else {
+        has_zeros ? decode_whole_rows<T, Add, false, true>(work, unit, bucket_log2, codes, grid)
+                  : decode_whole_rows<T, Add, false, false>(work, unit, bucket_log2, codes, grid);
+    }
+    return true;
+}
+
+// A unit of buckets of any size and kind, at any address.
+template <class T, bool Add>
+QSDP_INLINE void decode_any(const Work& work, int64_t unit) {
     const Item& item = *work.item;
     const int bits = item.bits;
     const int64_t start = unit * item.unit_values, left = item.numel - start;
     const int64_t count = left < item.unit_values ? left : item.unit_values;
-    uint8_t* to = work.to + item.buffer_byte + start * sizeof(T);
-    const bool is_even = is_aligned(work.to + item.buffer_byte, sizeof(Words));
-    const auto bucket_of = [&](int64_t offset) {
-        if (item.per_unit == 1) return unit;
-        const uint32_t within = static_cast<uint32_t>(offset);
-        return unit * item.per_unit + (item.bucket_log2 >= 0
-                                           ? within >> item.bucket_log2
-                                           : within / static_cast<uint32_t>(item.bucket));
-    };
-    struct State {
-        uint64_t stream[kRows];
-        Grid grid[kRows];
-        Shifts shifts;
-    };
-    PerLane<State> state;
-    each_lane([&](int lane) { state[lane].shifts = {-1, {}}; });
-    for (int64_t base = 0; base < count; base += kUnit) {
-        each_lane([&](int lane) {  // many loads on their way at once
-            QSDP_UNROLL(8)
-            for (int row = 0; row < kRows; ++row) {
-                const int64_t offset = base + row * kRow + lane * kRun, rest = count - offset;
-                if (rest <= 0) break;
-                const int valid = rest < kRun ? static_cast<int>(rest) : kRun;
-                state[lane].stream[row] =
-                    load_stream(work.from + item.data_byte + (start + offset) / kRun * bits,
-                                (valid * bits + 7) / 8);
-                const uint8_t* meta = work.from + item.meta_byte + bucket_of(offset) * kMetaBytes;
-                state[lane].grid[row] = {load_item<float>(meta), load_item<float>(meta + 4)};
+    each_lane([&](int lane) {
+        Shifts shifts{-1, {}};
+        QSDP_UNROLL(1)
+        for (int64_t offset = lane * kRun; offset < count; offset += kRow) {
+            const int64_t index = start + offset, rest = count - offset;
+            const int64_t bucket = index / item.bucket;
+            const int valid = rest < kRun ? static_cast<int>(rest) : kRun;
+            const uint8_t* meta = work.from + item.meta_byte + bucket * kMetaBytes;
+            const Grid grid{load_item<float>(meta), load_item<float>(meta + 4)};
+            const Coder coder =
+                make_coder(item, work.key, work.levels, grid, float_bits(grid.scale) >> 31, false,
+                           shifts.at(item, work.key, bucket));
+            const uint64_t codes = load_stream(work.from + item.data_byte + index / kRun * bits,
+                                               (valid * bits + 7) / 8);
+            Run run = decode_run(codes, coder, index, T{});
+            uint8_t* out = work.to + item.buffer_byte + index * sizeof(T);
+            if (Add) {
+                const Run there = load_some(out, valid, T{});
+                QSDP_UNROLL(8)
+                for (int i = 0; i < kRun; ++i) run.x[i] = add_exactly(there.x[i], run.x[i]);
             }
-        });
-        QSDP_UNROLL(8)
-        for (int row = 0; row < kRows; ++row) {
-            if (base + row * kRow >= count) break;
-            const bool is_whole = is_even && base + (row + 1) * kRow <= count;
-            each_lane([&](int lane) {
-                const int64_t offset = base + row * kRow + lane * kRun, rest = count - offset;
-                if (rest <= 0) return;
-                const int valid = rest < kRun ? static_cast<int>(rest) : kRun;
-                const Grid grid = state[lane].grid[row];
-                const Coder coder =
-                    make_coder(item, work.key, work.levels, grid, float_bits(grid.scale) >> 31,
-                               false, state[lane].shifts.at(item, work.key, bucket_of(offset)));
-                Run run = decode_run(state[lane].stream[row], coder, start + offset, T{});
-                uint8_t* out = to + offset * sizeof(T);
-                if (Add) {
-                    const Run there = is_whole ? load_run(out, T{}) : load_some(out, valid, T{});
-                    QSDP_UNROLL(8)
-                    for (int i = 0; i < kRun; ++i) {
-                        run.x[i] = add_exactly(there.x[i], run.x[i]);
-                    }
-                }
-                if (is_whole) {
-                    store_run(out, run, lane, T{});
-                } else {
-                    store_some(out, run, valid, T{});
-                }
-            });
+            store_some(out, run, valid, T{});
         }
-    }
+    });
+}
+
+template <class T, bool Add>
+QSDP_INLINE void decode_coded(const Work& work, int64_t unit) {
+    const Item& item = *work.item;
+    const bool is_whole = (unit + 1) * kUnit <= item.numel && item.unit_values == kUnit &&
+                          item.bucket_log2 >= 0 && item.levels < 0 &&
+                          is_aligned(work.to + item.buffer_byte, sizeof(Words));
+    if (!is_whole || !decode_whole<T, Add>(work, unit)) decode_any<T, Add>(work, unit);
 }
 
 // Values [first, last) of a raw item, converted; equal types are copied.
@@ -586,7 +806,6 @@ QSDP_INLINE void copy_unit(const Work& work, int64_t unit, bool is_encoding) {
     }
 }
 
-template <class Job>
 QSDP_INLINE int item_of(const Job& job, int64_t unit) {
     int low = 0, high = job.num_items;  // items [low, high) may hold it
     while (high - low > 1) {
@@ -597,7 +816,7 @@ QSDP_INLINE int item_of(const Job& job, int64_t unit) {
 }
 
 // Unit number ``unit`` of a job, by one warp.
-template <bool Encode, class Job>
+template <bool Encode>
 QSDP_INLINE void run_unit(const Job& job, int64_t unit) {
     if (Encode && unit == 0 && job.has_header) {
         each_lane([&](int lane) {

@@ -120,9 +120,8 @@ inline Items decode_items(const std::vector<Segment>& segments, bool add) {
 
 // Everything a launch needs to know, handed over as its argument: nothing is copied to the GPU
 // beforehand, and a captured graph holds its own.
-template <int MaxItems, int MaxLevels>
 struct Job {
-    static constexpr int kMaxItems = MaxItems, kMaxLevels = MaxLevels;
+    static constexpr int kMaxItems = 24, kMaxLevels = 448;
     const uint8_t* from;
     uint8_t* to;
     uint64_t key;
@@ -131,30 +130,29 @@ struct Job {
     int32_t num_items;
     bool has_header;
     bool add;
-    Item items[MaxItems];
-    float levels[MaxLevels];
+    Item items[kMaxItems];
+    float levels[kMaxLevels];
 };
-
-using SmallJob = Job<24, 1>;
-using LargeJob = Job<128, 4096>;
-static_assert(sizeof(SmallJob) <= 4096 && sizeof(LargeJob) <= 32764, "limits of kernel arguments");
+static_assert(sizeof(Job) <= 4096, "more makes every launch slower");
 
 // Calls ``launch(job)`` with one job, or with several where the items are too many for one.
+// ``header`` may be null.
 template <class Launch>
 void launch_jobs(const std::vector<Item>& items, const float* levels, const uint8_t* from,
                  uint8_t* to, uint64_t key, const int64_t* header, bool add, const Launch& launch) {
-    const auto fill = [&](auto& job, size_t first) {
-        job.from = from, job.to = to, job.key = key, job.add = add;
-        job.has_header = first == 0 && header != nullptr;
-        if (job.has_header) std::copy(header, header + kHeaderBytes / 8, job.header);
+    Job job;
+    job.from = from, job.to = to, job.key = key, job.add = add;
+    job.has_header = header != nullptr;
+    if (job.has_header) std::copy(header, header + kHeaderBytes / 8, job.header);
+    size_t i = 0;
+    do {
         job.num_items = 0, job.num_units = 0;
         int num_levels = 0;
-        size_t i = first;
-        for (; i < items.size() && job.num_items < job.kMaxItems; ++i) {
+        for (; i < items.size() && job.num_items < Job::kMaxItems; ++i) {
             Item item = items[i];
             if (item.levels >= 0) {
                 const int count = 1 << item.bits;
-                if (num_levels + count > job.kMaxLevels) break;
+                if (num_levels + count > Job::kMaxLevels) break;
                 std::copy(levels + item.levels, levels + item.levels + count,
                           job.levels + num_levels);
                 item.levels = num_levels;
@@ -164,15 +162,9 @@ void launch_jobs(const std::vector<Item>& items, const float* levels, const uint
             job.num_units += Items::num_units(item);
             job.items[job.num_items++] = item;
         }
-        return i;
-    };
-    SmallJob small;
-    if (fill(small, 0) == items.size()) return launch(small);
-    LargeJob large;
-    for (size_t first = 0; first < items.size();) {
-        first = fill(large, first);
-        launch(large);
-    }
+        launch(job);
+        job.has_header = false;
+    } while (i < items.size());
 }
 
 }  // namespace qsdp
