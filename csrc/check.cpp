@@ -2,8 +2,8 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <concepts>
 #include <cstring>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -12,11 +12,19 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+// Not by a stream: where the linker finds a static libstdc++ alone, a second set of locales is one
+// too many.
+std::string text(const std::string& part) {
+    return part;
+}
+template <std::integral Integer>
+std::string text(Integer part) {
+    return std::to_string(part);
+}
+
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
-    std::ostringstream sentence;
-    (sentence << ... << parts);
-    throw std::invalid_argument(sentence.str());
+    throw std::invalid_argument((std::string() + ... + text(parts)));
 }
 
 bool is_dtype(int64_t dtype) {
@@ -81,11 +89,9 @@ void check_segment_levels(const Segment& segment, int64_t num_levels) {
 
 // "torch.uint8 of shape (4, 2)", but with the C++ name of the type.
 std::string description(const torch::stable::Tensor& tensor) {
-    std::ostringstream text;
-    text << torch::headeronly::toString(tensor.scalar_type()) << " of shape (";
-    for (int64_t d = 0; d < tensor.dim(); ++d) text << (d ? ", " : "") << tensor.size(d);
-    text << ")";
-    return text.str();
+    std::string sizes;
+    for (int64_t d = 0; d < tensor.dim(); ++d) sizes += (d ? ", " : "") + text(tensor.size(d));
+    return torch::headeronly::toString(tensor.scalar_type()) + (" of shape (" + sizes + ")");
 }
 
 bool is_at(const torch::stable::Tensor& tensor, Where where) {

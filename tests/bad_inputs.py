@@ -73,6 +73,12 @@ FLAGS = [
     BadInput("a sparsity in words", "--cram --cram-sparsity half", "--cram-sparsity"),
     BadInput("a pattern of 5:4", "--cram --cram-targets 5:4", "--cram-targets: pattern is 5:4"),
     BadInput("an unknown target", "--one-shot half", "--one-shot: the target 'half'"),
+    BadInput("a pattern that does not fit", "--one-shot 3:7", "--one-shot: blocks.0"),
+    BadInput(
+        "AC/DC's flag alone", "--acdc-sparsity 0.5", "--acdc-sparsity is given without --acdc"
+    ),
+    BadInput("CrAM's flag alone", "--no-cram-plus", "--no-cram-plus is given without --cram"),
+    BadInput("an empty target", "--acdc --acdc-target=", "--acdc-target is empty"),
     BadInput("two methods", "--cram --gmp", "--cram and --gmp are both given"),
     BadInput("bits under a mask", "--acdc --acdc-target 4bit", "--acdc-target is '4bit'"),
     BadInput("AC/DC from the start", "--acdc --acdc-warmup 0", "--acdc-warmup is 0"),

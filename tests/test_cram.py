@@ -118,6 +118,20 @@ def test_sam_is_the_papers(rho: float) -> None:
         SAM(model, made[0], rho=-1.0)
 
 
+def test_sam_needs_no_prunable_set() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
+    optimizer = SAM(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = _weights(model)
+
+    def closure() -> Tensor:
+        loss = model(torch.ones(1, 1, 4, 4)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert all(not torch.equal(w, before[name]) for name, w in _weights(model).items())
+
+
 def test_the_second_pass_sees_exact_zeros_and_an_exact_count() -> None:
     model = make_model()
     optimizer = CrAM(model, torch.optim.SGD(model.parameters(), lr=0.1), sparsity=0.9)

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from qsdp.optim import ACDC, GMP
+from qsdp.optim import ACDC, GMP, CrAM
 from qsdp.optim.masked import MaskedOptimizer
 from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
@@ -236,13 +236,57 @@ def test_bad_arguments_are_refused_in_a_sentence() -> None:
         ({"schedule": SCHEDULE, "max_norm": 0.0}, "max_norm is 0.0"),
         ({"schedule": ACDCSchedule.of(20, warmup=0)}, "AC/DC begins dense"),
         ({"schedule": 20, "prunable": ["nothing"]}, "matches no parameter"),
+        ({"schedule": 10.0}, "the schedule is 10.0"),
+        ({"schedule": None}, "the schedule is None"),
+        ({"schedule": SCHEDULE, "prunable": "*.weight"}, "give a list of texts"),
     ):
         with pytest.raises(ValueError, match=message):
             ACDC(model, base, **options)
+    with pytest.raises(ValueError, match="the schedule is 10"):
+        GMP(model, base, schedule=10)  # type: ignore[arg-type]
+    double = make_model().double()
+    for target in (0.5, "2:4+4bit", "4bit"):
+        with pytest.raises(ValueError, match=r"is torch\.float64; only"):
+            CrAM(double, torch.optim.SGD(double.parameters()), sparsity=target)
     with pytest.raises(ValueError, match="scope is 'row'"):
         GMP(model, base, schedule=GRADUAL, scope="row")
     with pytest.raises(ValueError, match="lacks 8 prunable"):
         GMP(make_model(), base, schedule=GRADUAL)
+
+
+@pytest.mark.parametrize("through_dcp", [False, True])
+@pytest.mark.parametrize("method", ["acdc", "gmp"])
+def test_a_state_goes_with_its_own_schedule(method: str, through_dcp: bool) -> None:
+    def make(changed: bool) -> tuple[Any, Any]:
+        model = make_model(seed=3)
+        base = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if method == "acdc":
+            return model, ACDC(model, base, schedule=22 if changed else 20)
+        gradual = GMPSchedule.of(22 if changed else 20, 0.9)
+        return model, GMP(model, base, schedule=gradual)
+
+    model, optimizer = make(changed=False)
+    for step in range(4):
+        backward(model, step)
+        optimizer.step()
+    for changed in (False, True):
+        other_model, other = make(changed)
+        if through_dcp:
+            saved: Any = get_optimizer_state_dict(model, optimizer)
+
+            def load(own: Any = (other_model, other), saved: Any = saved) -> None:
+                set_optimizer_state_dict(*own, optim_state_dict=saved)
+        else:
+
+            def load(own: Any = other) -> None:
+                own.load_state_dict(optimizer.state_dict())
+
+        if changed:
+            with pytest.raises(ValueError, match="its masks would not be those of its phases"):
+                load()
+        else:
+            load()
+            assert other.num_steps == 4
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

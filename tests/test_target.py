@@ -90,3 +90,9 @@ def test_what_cannot_be_is_refused_in_a_sentence(target: Any, message: str) -> N
     with pytest.raises(ValueError, match=message) as caught:
         Compression.of(target)
     assert "\n" not in str(caught.value)
+
+
+def test_blocks_and_bits_are_whole_numbers() -> None:
+    for given in ({"bits": 2.5}, {"block": 1.5}, {"bits": True}):
+        with pytest.raises(ValueError, match="choose a whole number"):
+            Compression(sparsity=0.5, **given)  # type: ignore[arg-type]

@@ -50,7 +50,7 @@ def test_an_unset_minimum_follows_the_learning_rate(tmp_path: Path) -> None:
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    file.write_text('model = "gpt2"\nlr = 1\nsteps = 7\ncram-sparsity = [0.25, 0.5]\n')
+    file.write_text('model = "gpt2"\nlr = 1\nsteps = 7\ncram = true\ncram-sparsity = [0.25, 0.5]\n')
     config = parse(["--config", str(file), "--steps", "9"])
     assert (config.model, config.lr, config.steps) == ("gpt2", 1.0, 9)
     assert config.cram_sparsity == (0.25, 0.5)

@@ -95,8 +95,10 @@ def _compare_with_one_process(
     toy = make_model(seed=3, **toy_options)
     model: nn.Module = toy
     zeros: list[list[Tensor]] = []
-    if kind == "ddp":
-        model = DistributedDataParallel(toy, gradient_as_bucket_view=True)
+    if kind.startswith("ddp"):
+        # Of a bucket that holds one parameter the gradient is all.
+        bucket_mb = 1e-6 if kind == "ddp, a bucket a parameter" else 25
+        model = DistributedDataParallel(toy, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True)
     elif kind == "hsdp":
         shard(toy, reshard=reshard, mesh=_mesh(hsdp=True))
     else:
@@ -283,8 +285,9 @@ def test_replicas_take_the_same_step(run: Run) -> None:
     run(4, _compare_with_one_process, "hsdp", {"tied": True}, True, {})
 
 
-def test_under_ddp_the_first_gradient_survives_the_second_pass(run: Run) -> None:
-    run(2, _compare_with_one_process, "ddp", {"tied": True}, True, {})
+@pytest.mark.parametrize("kind", ["ddp", "ddp, a bucket a parameter"])
+def test_under_ddp_the_first_gradient_survives_the_second_pass(run: Run, kind: str) -> None:
+    run(2, _compare_with_one_process, kind, {"tied": True}, True, {})
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "between micro-batches", "end"])

@@ -100,13 +100,17 @@ def _misused(what: str) -> str:
     handle = qsdp.install(model, qsdp.QSDPConfig(bucket_size=16))
     weight = cast(nn.Parameter, model.blocks[0].get_parameter("qkv.weight"))
     local = local_shard(weight).values
+    stranger = nn.Parameter(torch.ones(3))
+    masks: dict[str, dict[nn.Parameter, Tensor]] = {
+        "stray": {weight: torch.zeros_like(local, dtype=torch.bool)},
+        "stranger": {stranger: torch.ones(3, dtype=torch.bool)},
+        "floats": {weight: torch.ones_like(local)},
+        "a DTensor": {weight: torch.ones_like(weight, dtype=torch.bool)},
+        "too long": {weight: torch.ones(local.numel() + 8, dtype=torch.bool)},
+    }
     try:
-        if what == "stray":
-            handle.set_support({weight: torch.zeros_like(local, dtype=torch.bool)})
-            model(*make_batch(model, 0))
-        else:
-            stranger = nn.Parameter(torch.ones(3))
-            handle.set_support({stranger: torch.ones(3, dtype=torch.bool)})
+        handle.set_support(masks[what])
+        model(*make_batch(model, 0))
     except (RuntimeError, ValueError) as error:
         return str(error)
     return "nothing was said"
@@ -114,7 +118,13 @@ def _misused(what: str) -> str:
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("stray", "a weight outside the mask is not zero"), ("stranger", "does not shard")],
+    [
+        ("stray", "a weight outside the mask is not zero"),
+        ("stranger", "does not shard"),
+        ("floats", "give a bool tensor"),
+        ("a DTensor", "of a DTensor: mask.to_local()"),
+        ("too long", "a mask has shape"),
+    ],
 )
 def test_a_wrong_support_is_refused(run: Run, what: str, message: str) -> None:
     for said in run(2, _misused, what):

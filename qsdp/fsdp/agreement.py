@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def describe(
     return {
         "versions": {
             "torch": torch.__version__,
-            "qsdp": version("qsdp"),
+            "qsdp": _version(),
             "qsdp's payloads": VERSION,
         },
         "config": {field.name: getattr(config, field.name) for field in fields(config)},
@@ -150,3 +150,10 @@ def _difference(rank: int, ours: Description, first: int, theirs: Description) -
                         "and shard the same model on every rank"
                     )
     raise AssertionError(f"ranks {rank} and {first} list the same parameters in another order")
+
+
+def _version() -> str:
+    try:
+        return version("qsdp")
+    except PackageNotFoundError:  # the sources are on the path, and nothing is installed
+        return "not installed"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from qsdp import compat
 from qsdp.comm.levels import Levels
@@ -193,7 +194,23 @@ class Handle:
                 weight is kept; all others must be +0.0, which every gather checks. Parameters
                 without a mask travel whole. None: all do.
             with_grads: False sends all gradients.
+
+        Raises:
+            ValueError: if a mask is no bool tensor of its parameter's local shape, or is given for
+                what FSDP2 does not shard.
         """
+        for parameter, mask in (masks or {}).items():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if type(mask) is not torch.Tensor or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"a mask is a {type(mask).__name__} of {getattr(mask, 'dtype', None)}; give a "
+                    "bool tensor of the parameter's local shape (of a DTensor: mask.to_local())"
+                )
+            if mask.shape != local.shape:
+                raise ValueError(
+                    f"a mask has shape {tuple(mask.shape)}, and the local part of its parameter "
+                    f"{tuple(local.shape)}; give a mask of that shape"
+                )
         self._reshard()
         left = {id(parameter): (parameter, mask) for parameter, mask in (masks or {}).items()}
         chosen = [

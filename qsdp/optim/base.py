@@ -123,7 +123,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
     save and restore it with them.
     """
 
-    def __init__(self, base: torch.optim.Optimizer, remembered: dict[str, int | float]) -> None:
+    def __init__(self, base: torch.optim.Optimizer, remembered: dict[str, Any]) -> None:
         """Wrap ``base``; ``remembered`` are keys of the parameter groups with initial values."""
         if not isinstance(base, torch.optim.Optimizer):
             raise ValueError(

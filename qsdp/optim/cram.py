@@ -230,9 +230,9 @@ class SAM(CrAM):
         *,
         rho: float = 0.05,
         max_norm: float | None = None,
-        prunable: Sequence[str] | None = None,
+        prunable: Sequence[str] | None = ("*",),
     ) -> None:
-        """As `CrAM`."""
+        """As `CrAM`; nothing is pruned, and every parameter may be among the ``prunable``."""
         super().__init__(
             model,
             base_optimizer,
@@ -268,11 +268,9 @@ def _take_grad(parameter: Tensor) -> Tensor | None:
     grad, parameter.grad = parameter.grad, None
     if grad is None:
         return None
-    values = local_shard(grad)
-    # DDP's gradient_as_bucket_view hands out views of buckets that the next pass overwrites.
-    if not values.groups and values.values.untyped_storage().nbytes() > values.values.nbytes:
-        return grad.clone()
-    return grad
+    # DDP's gradient_as_bucket_view hands out views of buckets that the next pass overwrites, and
+    # nothing tells such a gradient from one that is its parameter's own.
+    return grad if local_shard(grad).groups else grad.clone()
 
 
 def _add_grads(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:

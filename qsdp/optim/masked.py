@@ -23,6 +23,7 @@ from qsdp.sparsity.target import Compression
 
 _STEP = "masked_step"
 _MASK = "mask"
+_PLAN = "mask_plan"
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 
@@ -51,12 +52,15 @@ class MaskedOptimizer(OptimizerWrapper):
         model: nn.Module,
         base_optimizer: torch.optim.Optimizer,
         *,
+        plan: str,
         max_norm: float | None,
         prunable: Sequence[str] | None,
     ) -> None:
+        """``plan`` says when the masks change and to what: a state goes with its own alone."""
         if max_norm is not None:
             check_max_norm(max_norm)
-        super().__init__(base_optimizer, {_STEP: 0})
+        super().__init__(base_optimizer, {_STEP: 0, _PLAN: plan})
+        self._plan = plan
         self.model = model
         self.max_norm = max_norm
         self.prunable = self.prunable_of(model, prunable).trained()
@@ -213,6 +217,12 @@ class MaskedOptimizer(OptimizerWrapper):
     def _take_masks(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Load the masks past torch, which gives what it loads the parameter's dtype and takes a
         state with nothing but a mask for a damaged one."""
+        plan = state_dict["param_groups"][0].get(_PLAN, self._plan)
+        if plan != self._plan:
+            raise ValueError(
+                f"the state was made under {plan}, and this {type(self).__name__} follows "
+                f"{self._plan}: its masks would not be those of its phases; make it as it was"
+            )
         states = state_dict["state"]
         # Numbers, or names under DCP; their order is that of the parameters.
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -270,9 +280,12 @@ class ACDC(MaskedOptimizer):
         Raises:
             ValueError: If a value is out of range, or the optimizer lacks prunable parameters.
         """
-        super().__init__(model, base_optimizer, max_norm=max_norm, prunable=prunable)
         self.schedule = ACDCSchedule.of(schedule) if isinstance(schedule, int) else schedule
         self.target = _only_pruned(Compression.of(target))
+        if not isinstance(self.schedule, ACDCSchedule):
+            raise ValueError(f"the schedule is {schedule!r}; give steps (int) or an ACDCSchedule")
+        plan = f"{self.schedule} to {self.target}"
+        super().__init__(model, base_optimizer, plan=plan, max_norm=max_norm, prunable=prunable)
         self.prunable.check(self.target)
         if self.num_steps == 0 and self._is_masked(0):
             raise ValueError("AC/DC begins dense: give it a warm-up of 1 step or more")
@@ -306,10 +319,13 @@ class GMP(MaskedOptimizer):
         prunable: Sequence[str] | None = None,
     ) -> None:
         """As `ACDC`; ``scope`` is `Compression.scope`."""
-        super().__init__(model, base_optimizer, max_norm=max_norm, prunable=prunable)
+        if not isinstance(schedule, GMPSchedule):
+            raise ValueError(f"the schedule is {schedule!r}; give a GMPSchedule")
+        Compression(sparsity=schedule.sparsity, scope=scope)  # checks both
+        plan = f"{schedule}, {scope}"
+        super().__init__(model, base_optimizer, plan=plan, max_norm=max_norm, prunable=prunable)
         self.schedule = schedule
         self.scope = scope
-        Compression(sparsity=schedule.sparsity, scope=scope)  # checks both
 
     def _is_masked(self, step: int) -> bool:
         return self.schedule.is_pruned(step)

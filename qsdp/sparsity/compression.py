@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qsdp import bitmask
-from qsdp.codec.magnitude import keys_of
+from qsdp.codec.magnitude import DTYPES, keys_of
 from qsdp.sparsity.groups import whole_groups
 from qsdp.sparsity.prunable import input_dims, prunable_parameters
 from qsdp.sparsity.shards import LocalShard, Part, local_shard, reshard, unique
@@ -74,9 +74,14 @@ class Prunable:
         return [local_shard(parameter) for parameter in self.parameters]
 
     def check(self, target: Compression) -> None:
-        """Raise ValueError where a parameter cannot have the target's pattern, blocks or bits."""
+        """Raise ValueError where a parameter cannot have the target's pattern, blocks or bits, or
+        has a dtype whose magnitudes cannot be ranked."""
         for name, shard, dim in zip(self.names, self.shards(), self.dims, strict=True):
             size = target.group_size
+            if (target.fraction or target.bits is not None) and shard.dtype not in DTYPES:
+                raise ValueError(
+                    f"{name} is {shard.dtype}; only float32, bfloat16 and float16 are compressed"
+                )
             if size > 1 and (len(shard.shape) != 2 or shard.shape[dim] % size):
                 raise ValueError(
                     f"{name} has shape {tuple(shard.shape)}, whose input dimension {target} cannot "

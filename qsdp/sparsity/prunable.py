@@ -37,6 +37,10 @@ def prunable_parameters(
     reshard(model)
     named = dict(model.named_parameters())
     if patterns is not None:
+        if isinstance(patterns, str):
+            raise ValueError(
+                f"the prunable patterns are the text {patterns!r}; give a list of texts"
+            )
         for pattern in patterns:
             if not fnmatch.filter(named, pattern):
                 raise ValueError(

@@ -30,6 +30,10 @@ class Compression:
     weights of a row sharing a scale."""
 
     def __post_init__(self) -> None:
+        for name in ("block", "bits"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise ValueError(f"{name} is {value!r}; choose a whole number")
         if not (math.isfinite(self.sparsity) and 0 <= self.sparsity < 1):
             raise ValueError(f"sparsity is {self.sparsity}; choose a fraction from 0 to below 1")
         if self.scope not in SCOPES:

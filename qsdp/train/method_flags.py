@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
 from qsdp.sparsity.target import Compression
@@ -161,6 +161,7 @@ class MethodFlags:
         chosen = [flag for flag in METHODS if getattr(self, flag)]
         if len(chosen) > 1:
             raise ValueError(f"--{chosen[0]} and --{chosen[1]} are both given; choose one method.")
+        self._refuse_what_no_method_heeds()
         for flag, make in (
             ("--cram-targets", lambda: self.targets),
             ("--acdc-target", lambda: self.acdc_compression),
@@ -176,3 +177,20 @@ class MethodFlags:
             )
         if self.acdc and self.acdc_schedule(steps).is_compressed(0):
             raise ValueError("--acdc-warmup is 0; AC/DC begins dense: choose 1 step or more.")
+
+    def _refuse_what_no_method_heeds(self) -> None:
+        """Raise ValueError for a flag of a method that is not chosen."""
+        for field in fields(MethodFlags):
+            method = field.name.partition("_")[0]
+            value = getattr(self, field.name)
+            if method == field.name or method not in METHODS or value == field.default:
+                continue
+            flag = field.name.replace("_", "-")
+            if not getattr(self, method):
+                no = "no-" if value is False else ""
+                raise ValueError(
+                    f"--{no}{flag} is given without --{method}, so that nothing would heed it; add "
+                    "that, or leave it out."
+                )
+            if value in ("", ()):
+                raise ValueError(f"--{flag} is empty; give a target, or leave it out.")

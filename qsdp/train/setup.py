@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import qsdp
 from qsdp import checkpoint
@@ -17,6 +18,7 @@ from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.metrics import MetricsWriter
 from qsdp.models import GPT, GPTConfig
 from qsdp.optim.base import OptimizerWrapper
+from qsdp.sparsity.compression import Prunable
 from qsdp.train.agree import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate import Evaluator
@@ -124,6 +126,7 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
     model, handle = sharded.model, sharded.handle
     wire = StockWire(model, world, config.replicas) if handle is None else QuantizedWire(handle)
     optimizer = world.together(lambda: make_optimizer(config, model))
+    world.together(lambda: _check_one_shot(config, model))
     if handle is not None and isinstance(optimizer, OptimizerWrapper):
         optimizer.share_support(handle.set_support)
     steps_done = 0
@@ -150,6 +153,15 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
     )
     _announce(job, source, meta)
     return job
+
+
+def _check_one_shot(config: TrainConfig, model: nn.Module) -> None:
+    """Raise ValueError for what the trained model could not be compressed to."""
+    for target in config.one_shot_targets:
+        try:
+            Prunable.of(model, config.patterns).check(target)
+        except ValueError as error:
+            raise ValueError(f"--one-shot: {error}.") from None
 
 
 def all_alike(world: World, collective: Callable[[], None]) -> None:
