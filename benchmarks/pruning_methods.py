@@ -82,7 +82,10 @@ PRESETS = {
         bpe_tokens=2048,
         methods=("adamw", "gmp", "cram-plus", "cram-multi", "acdc"),
         seeds=(0,),
-        tuned={"acdc": ("--acdc-phase", "10%", "--acdc-last-sparse", "50%")},
+        tuned={
+            **dict.fromkeys(("adamw", "gmp", "cram-plus", "cram-multi"), ("--lr", "2e-3")),
+            "acdc": ("--acdc-phase", "10%", "--acdc-last-sparse", "50%", "--lr", "2e-3"),
+        },
         lead=0.0,
     ),
 }
