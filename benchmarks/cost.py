@@ -33,7 +33,7 @@ from torch.distributed.fsdp import fully_shard
 import qsdp
 from qsdp.models import GPT, GPTConfig, init_weights
 from qsdp.sparsity.compression import Prunable, keep_masks
-from qsdp.train.world import end_process
+from qsdp.train.world import end_process, keep_freed_memory
 
 AT_MOST = {"CrAM+": 2.05, "AC/DC, compressed phase": 1.03, "threshold": 0.01}
 
@@ -41,6 +41,7 @@ AT_MOST = {"CrAM+": 2.05, "AC/DC, compressed phase": 1.03, "threshold": 0.01}
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as the trainer does
     dist.init_process_group("gloo")
     rows = measure(arguments)
     is_met = all(row["ratio"] <= AT_MOST.get(row["name"], float("inf")) for row in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -106,6 +107,8 @@ def open_world(timeout_s: int = TrainConfig.timeout_s) -> Iterator[World]:
                 f"{device.index}; lower --nproc-per-node."
             )
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     backend = "nccl" if is_gpu else "gloo"
     try:
         rank, size, store = _meet() if "RANK" in os.environ else _alone()
@@ -127,6 +130,19 @@ def open_world(timeout_s: int = TrainConfig.timeout_s) -> Iterator[World]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed for the next step, which takes it again.
+
+    Where it would be given back, every step begins with page faults over gradients and copies of
+    weights: steps of several passes pay most. Does nothing where the C library has no mallopt.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def _alone() -> tuple[int, int, Any]:
