@@ -73,7 +73,6 @@ FLAGS = [
     BadInput("a sparsity in words", "--cram --cram-sparsity half", "--cram-sparsity"),
     BadInput("a pattern of 5:4", "--cram --cram-targets 5:4", "--cram-targets: pattern is 5:4"),
     BadInput("an unknown target", "--one-shot half", "--one-shot: the target 'half'"),
-    BadInput("a pattern that does not fit", "--one-shot 3:7", "--one-shot: blocks.0"),
     BadInput(
         "AC/DC's flag alone", "--acdc-sparsity 0.5", "--acdc-sparsity is given without --acdc"
     ),
@@ -191,6 +190,11 @@ FLAGS = [
 DATA = [
     BadInput(
         "a batch larger than the data", "--data {}/text.txt --batch-size 900", "smaller batch size"
+    ),
+    BadInput(
+        "a pattern that does not fit",
+        "--data {}/text.txt --one-shot 3:7",
+        "--one-shot: blocks.0",
     ),
     BadInput(
         "replicas that do not divide the ranks",
