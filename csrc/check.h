@@ -33,11 +33,11 @@ int64_t check_levels(const std::optional<torch::stable::Tensor>& levels);
 void check_table(const torch::stable::Tensor& table, int64_t buffer_bytes, int64_t payload_bytes,
                  int64_t num_levels, std::vector<Segment>& segments);
 
-// The table's spans, after checking each against the sizes and its mask.
+// The table's spans, after checking each against the sizes and, on the CPU, its mask.
 std::vector<Span> check_spans(const torch::stable::Tensor& dense,
                               const torch::stable::Tensor& spans,
                               const torch::stable::Tensor& bitmap,
-                              const torch::stable::Tensor& compact);
+                              const torch::stable::Tensor& compact, Where where = kCpu);
 
 // What the values of count_digits and mark_above are.
 KeyType check_keys(const torch::stable::Tensor& values, Where where = kCpu);

@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
@@ -81,6 +82,35 @@ void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tenso
     check_launch();
 }
 
+// Room for what the kernels count on the way, of the current stream.
+Tensor starts_of(const std::vector<qsdp::Span>& spans, const Tensor& bitmap) {
+    const int64_t size[] = {qsdp::num_starts(spans)};
+    return torch::stable::new_empty(bitmap, {size, 1}, torch::headeronly::ScalarType::Long);
+}
+
+void compact(const Tensor& dense, const Tensor& spans, const Tensor& bitmap, const Tensor& out,
+             bool strict) {
+    const std::vector<qsdp::Span> rows = qsdp::check_spans(dense, spans, bitmap, out, qsdp::kCuda);
+    const Place place(dense);
+    const Tensor starts = starts_of(rows, bitmap);
+    qsdp::compact_on_gpu(rows, static_cast<const uint8_t*>(dense.data_ptr()),
+                         static_cast<const uint8_t*>(bitmap.data_ptr()),
+                         static_cast<uint8_t*>(out.data_ptr()),
+                         static_cast<int64_t*>(starts.data_ptr()), strict, place.stream());
+    check_launch();
+}
+
+void expand(const Tensor& values, const Tensor& spans, const Tensor& bitmap, const Tensor& out) {
+    const std::vector<qsdp::Span> rows = qsdp::check_spans(out, spans, bitmap, values, qsdp::kCuda);
+    const Place place(out);
+    const Tensor starts = starts_of(rows, bitmap);
+    qsdp::expand_on_gpu(rows, static_cast<const uint8_t*>(values.data_ptr()),
+                        static_cast<const uint8_t*>(bitmap.data_ptr()),
+                        static_cast<uint8_t*>(out.data_ptr()),
+                        static_cast<int64_t*>(starts.data_ptr()), place.stream());
+    check_launch();
+}
+
 void count_digits(const Tensor& values, const Tensor& prefix, int64_t shift, int64_t width,
                   const Tensor& counts) {
     const qsdp::KeyType type = qsdp::check_keys(values, qsdp::kCuda);
@@ -107,6 +137,8 @@ void mark_above(const Tensor& values, int64_t key, const Tensor& out) {
 STABLE_TORCH_LIBRARY_IMPL(qsdp, CUDA, library) {
     library.impl("encode", TORCH_BOX(&encode));
     library.impl("decode", TORCH_BOX(&decode));
+    library.impl("compact", TORCH_BOX(&compact));
+    library.impl("expand", TORCH_BOX(&expand));
     library.impl("count_digits", TORCH_BOX(&count_digits));
     library.impl("mark_above", TORCH_BOX(&mark_above));
 }

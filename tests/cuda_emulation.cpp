@@ -1,5 +1,6 @@
 // The bodies of the CUDA kernels, run by the host one warp after another; see tests/gpu_kernels.py.
 #include "codec.h"
+#include "compact.h"
 
 #include <cstring>
 #include <vector>
@@ -12,7 +13,31 @@ std::vector<qsdp::Segment> segments_of(const int64_t* table, int64_t rows) {
     return segments;
 }
 
+template <bool Compact>
+void emulate_spans(const uint8_t* from, const int64_t* table, int64_t rows, const uint8_t* bitmap,
+                   uint8_t* to, bool strict) {
+    std::vector<qsdp::Span> spans(static_cast<size_t>(rows));
+    if (rows > 0) memcpy(spans.data(), table, spans.size() * sizeof(qsdp::Span));
+    std::vector<int64_t> starts(static_cast<size_t>(qsdp::num_units(spans)), -1);
+    const auto run = [](const qsdp::SpanJob& job) {
+        for (int64_t i = 0; i < job.num_units + 7; ++i) qsdp::count_unit(job, i);
+        for (int64_t i = 0; i < job.num_spans + 7; ++i) qsdp::start_units(job, i);
+        for (int64_t i = 0; i < job.num_units + 7; ++i) qsdp::move_unit<Compact>(job, i);
+    };
+    qsdp::launch_spans(spans, from, bitmap, to, starts.data(), strict, run);
+}
+
 }  // namespace
+
+extern "C" void emulate_compact(const uint8_t* dense, const int64_t* table, int64_t rows,
+                                const uint8_t* bitmap, uint8_t* out, bool strict) {
+    emulate_spans<true>(dense, table, rows, bitmap, out, strict);
+}
+
+extern "C" void emulate_expand(const uint8_t* values, const int64_t* table, int64_t rows,
+                               const uint8_t* bitmap, uint8_t* out) {
+    emulate_spans<false>(values, table, rows, bitmap, out, false);
+}
 
 extern "C" void emulate_encode(const uint8_t* buffer, const int64_t* table, int64_t rows,
                                uint64_t key, const int64_t* header, uint8_t* payload,

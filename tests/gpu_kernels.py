@@ -144,4 +144,23 @@ def _emulated() -> dict[str, Callable[..., None]]:
             address(levels),
         )
 
-    return {"encode": encode, "decode": decode}
+    def compact(dense: Tensor, spans: Tensor, bitmap: Tensor, out: Tensor, strict: bool) -> None:
+        library.emulate_compact(
+            address(dense),
+            address(spans),
+            ctypes.c_int64(len(spans)),
+            address(bitmap),
+            address(out),
+            ctypes.c_bool(strict),
+        )
+
+    def expand(compact: Tensor, spans: Tensor, bitmap: Tensor, out: Tensor) -> None:
+        library.emulate_expand(
+            address(compact),
+            address(spans),
+            ctypes.c_int64(len(spans)),
+            address(bitmap),
+            address(out),
+        )
+
+    return {"encode": encode, "decode": decode, "compact": compact, "expand": expand}

@@ -1,9 +1,13 @@
 """What only a GPU shows of the codec's kernels: streams, graphs, no waiting, sizes above 2**31."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
+from qsdp import bitmask
 from qsdp.codec import native, ops
 from qsdp.codec.payload import DType, Layout, Segment
 from tests.gpu_kernels import NO_GPU
@@ -72,6 +76,9 @@ def test_nothing_waits_for_the_gpu() -> None:
     values = torch.randn(5000, device="cuda")
     counts = torch.zeros(2048, dtype=torch.int64, device="cuda")
     prefix, marks = counts[0].clone(), torch.zeros(5000, dtype=torch.bool, device="cuda")
+    mask = torch.arange(5000) % 3 == 0
+    bits, spans = bitmask.pack(mask).cuda(), torch.tensor([[0, 5000, 4, 0, 0, int(mask.sum())]])
+    kept, back = (torch.empty(4 * n, dtype=torch.uint8, device="cuda") for n in (spans[0, 5], 5000))
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -80,9 +87,12 @@ def test_nothing_waits_for_the_gpu() -> None:
         sent.decode(add=True)
         torch.ops.qsdp.count_digits(values, prefix, 20, 11, counts)
         torch.ops.qsdp.mark_above(values, 1 << 29, marks)
+        torch.ops.qsdp.compact(values.view(torch.uint8), spans, bits, kept, False)
+        torch.ops.qsdp.expand(kept, spans, bits, back)
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert int(counts.sum()) == 5000
+    assert torch.equal(back.view(torch.float32), values * mask.cuda())
 
 
 def test_a_graph_replays_it() -> None:
@@ -111,6 +121,31 @@ def test_offsets_above_2_to_the_31() -> None:
     tail = Sent(1 << 20)
     tail.values.copy_(sent.values[-(1 << 20) :])
     assert not torch.equal(sent.decoded[-(1 << 20) :], torch.zeros_like(tail.values))
+
+
+_STOPS = """
+import torch
+import qsdp
+values = torch.ones(5000, device="cuda")
+out = torch.empty(20000, dtype=torch.uint8, device="cuda")
+bits = torch.full((625,), {bits}, dtype=torch.uint8, device="cuda")
+spans = torch.tensor([[0, 5000, 4, 0, 0, {count}]])
+torch.ops.qsdp.compact(values.view(torch.uint8), spans, bits, out, True)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize(
+    ("bits", "count", "told"),
+    [(0x0F, 2500, "outside the mask is not zero"), (0xFF, 4999, "does not match its mask")],
+)
+def test_what_only_the_gpu_sees_ends_its_use(bits: int, count: int, told: str) -> None:
+    code = _STOPS.format(bits=bits, count=count)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0
+    assert told in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ def test_kernel_bodies_give_the_bytes_of_the_specification(tmp_path: Path) -> No
     ]
     # Sanitizers write to stderr, which pytest must leave alone.
     tests = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider"]
-    tests += ["tests/test_codec_kernels.py", "-k", "emulated and not bad_tensors"]
+    tests += ["tests/test_codec_kernels.py", "tests/test_sparse_codec.py"]
+    tests += ["-k", "emulated and not bad_tensors"]
     done = subprocess.run(
         tests,
         cwd=ROOT,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from qsdp import bitmask
-from qsdp.codec import sparse
+from qsdp.codec import native, sparse
+from tests import gpu_kernels
 
 KERNELS = (sparse, torch.ops.qsdp)
+_ON_CPU = dict.fromkeys((native.available()[0], native.PYTHON))
 
 
 def _case(numel: int, dtype: torch.dtype, density: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -29,22 +33,59 @@ def _case(numel: int, dtype: torch.dtype, density: float) -> tuple[Tensor, Tenso
     return values.view(torch.uint8), torch.tensor(rows), bitmap, mask
 
 
+@pytest.fixture(params=[*_ON_CPU, *gpu_kernels.PARAMS])
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every kernel in turn: one C++ text serves all instruction sets."""
+    with gpu_kernels.serving(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("numel", [0, 1, 7, 8, 9, 64, 1001])
+@pytest.mark.parametrize("numel", [0, 1, 7, 8, 9, 64, 1001, 1024, 1025, 5000])
 def test_all_kernels_give_the_values_kept_and_put_them_back(
-    numel: int, density: float, dtype: torch.dtype
+    capability: str, numel: int, density: float, dtype: torch.dtype
 ) -> None:
-    dense, spans, bitmap, mask = _case(numel, dtype, density)
+    check(*_case(numel, dtype, density), dtype)
+
+
+def test_a_long_span(capability: str) -> None:
+    """More units than a warp of a GPU sums in one go."""
+    check(*_case(270_001, torch.bfloat16, 0.1), torch.bfloat16)
+
+
+def test_many_spans(capability: str) -> None:
+    """More than one launch takes on a GPU."""
+    torch.manual_seed(0)
+    masks = [torch.rand(17 * i % 50) < 0.4 for i in range(150)]
+    dense, expected, rows, bits = [], [], [], []
+    for mask in masks:
+        values = torch.randn(mask.numel()).masked_fill_(~mask, 0)
+        start, kept = (4 * sum(part.numel() for part in parts) for parts in (dense, expected))
+        byte = sum(part.numel() for part in bits)
+        rows.append([start, mask.numel(), 4, byte, kept, int(mask.sum())])
+        dense.append(values)
+        expected.append(values[mask])
+        bits.append(bitmask.pack(mask))
+    out = torch.full_like(torch.cat(expected), 7)
+    given, spans, bitmap = torch.cat(dense).view(torch.uint8), torch.tensor(rows), torch.cat(bits)
+    torch.ops.qsdp.compact(given, spans, bitmap, out.view(torch.uint8), True)
+    assert torch.equal(out, torch.cat(expected))
+    back = torch.full_like(given, 9)
+    torch.ops.qsdp.expand(out.view(torch.uint8), spans, bitmap, back)
+    assert torch.equal(back, given)
+
+
+def check(dense: Tensor, spans: Tensor, bitmap: Tensor, mask: Tensor, dtype: torch.dtype) -> None:
+    """`_case` compacted and put back."""
     values = dense.view(dtype)
     expected = torch.cat([values[:3], values[3:-5][mask], values[-5:]])
-    for kernels in KERNELS:
-        out = torch.full_like(expected, 7)
-        kernels.compact(dense, spans, bitmap, out.view(torch.uint8), True)
-        assert torch.equal(out, expected)
-        back = torch.full_like(dense, 9)
-        kernels.expand(out.view(torch.uint8), spans, bitmap, back)
-        assert torch.equal(back, dense)
+    out = torch.full_like(expected, 7)
+    torch.ops.qsdp.compact(dense, spans, bitmap, out.view(torch.uint8), True)
+    assert torch.equal(out, expected)
+    back = torch.full_like(dense, 9)
+    torch.ops.qsdp.expand(out.view(torch.uint8), spans, bitmap, back)
+    assert torch.equal(back, dense)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -84,4 +125,4 @@ def test_packed_masks_come_back_and_are_counted() -> None:
         bits = bitmask.pack(mask)
         assert bits.numel() == -(-numel // 8)
         assert torch.equal(bitmask.unpack(bits, numel), mask)
-        assert bitmask.count(bits[None]) == [int(mask.sum())]
+        assert bitmask.count(bits[None]).tolist() == [int(mask.sum())]

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "half.h"
+#include "pack_x86.h"
 #include "portable.h"
 
 namespace qsdp::avx2 {
@@ -213,13 +214,6 @@ QSDP_INLINE void half_floats(U w0, U w1, U w2, U w3, F (&out)[4]) {
     out[3].v = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, exponent));
 }
 
-template <int Bits>
-QSDP_INLINE uint64_t pack8(uint64_t codes) {
-    return _pext_u64(codes, 0x0101010101010101u * ((1u << Bits) - 1));
-}
-template <int Bits>
-QSDP_INLINE uint64_t unpack8(uint64_t stream) {
-    return _pdep_u64(stream, 0x0101010101010101u * ((1u << Bits) - 1));
-}
+using x86::pack32_nibbles, x86::pack8, x86::unpack32_nibbles, x86::unpack8;
 
 }  // namespace qsdp::avx2

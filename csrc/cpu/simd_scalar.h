@@ -238,6 +238,13 @@ template <int Bits>
 QSDP_INLINE uint64_t unpack8(uint64_t stream) {
     return unpack_codes<Bits>(stream);
 }
+// 32 codes of four bits.
+QSDP_INLINE void pack32_nibbles(const uint8_t* codes, uint8_t* to) {
+    for (int i = 0; i < 16; ++i) to[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+}
+QSDP_INLINE void unpack32_nibbles(const uint8_t* from, uint8_t* codes) {
+    for (int i = 0; i < 32; ++i) codes[i] = from[i / 2] >> i % 2 * 4 & 0xF;
+}
 
 #undef QSDP_LANES
 

@@ -113,6 +113,9 @@ template <int Bits>
 void pack(const uint8_t* codes, int64_t count, uint8_t* to) {
     const int64_t num_bytes = (count * Bits + 7) / 8;
     int64_t i = 0;
+    if constexpr (Bits == 4) {
+        for (; i + 32 <= count; i += 32) pack32_nibbles(codes + i, to + i / 2);
+    }
     uint64_t word;
     for (; i / 8 * Bits + 8 <= num_bytes; i += 8) {
         memcpy(&word, codes + i, 8);

@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "segment.h"
+#include "sparse.h"
 
 namespace qsdp {
 
@@ -25,5 +26,15 @@ void count_digits_on_gpu(KeyType type, const void* values, int64_t num_values,
 
 void mark_above_on_gpu(KeyType type, const void* values, int64_t num_values, int64_t key,
                        uint8_t* out, cudaStream_t stream);
+
+// How many numbers ``starts`` below has room for.
+int64_t num_starts(const std::vector<Span>& spans);
+
+// ``starts``: room for what the kernels count on the way.
+void compact_on_gpu(const std::vector<Span>& spans, const uint8_t* dense, const uint8_t* bitmap,
+                    uint8_t* out, int64_t* starts, bool strict, cudaStream_t stream);
+
+void expand_on_gpu(const std::vector<Span>& spans, const uint8_t* values, const uint8_t* bitmap,
+                   uint8_t* out, int64_t* starts, cudaStream_t stream);
 
 }  // namespace qsdp

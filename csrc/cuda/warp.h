@@ -77,6 +77,37 @@ QSDP_INLINE bool any(PerLane<V>& values, const Test& test) {
 #endif
 }
 
+// Replaces each lane's number by the sum of those of the lanes before it; returns the sum of all.
+QSDP_INLINE int64_t sum_before(PerLane<int64_t>& values) {
+#if defined(__CUDA_ARCH__)
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
+    const long long own = values.own;
+    long long sum = own;
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+        const long long other = __shfl_up_sync(0xFFFFFFFFu, sum, offset);
+        if (lane >= offset) sum += other;
+    }
+    values.own = sum - own;
+    return __shfl_sync(0xFFFFFFFFu, sum, kWarp - 1);
+#else
+    int64_t sum = 0;
+    for (int lane = 0; lane < kWarp; ++lane) {
+        const int64_t own = values[lane];
+        values[lane] = sum;
+        sum += own;
+    }
+    return sum;
+#endif
+}
+
+QSDP_INLINE int num_bits(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+    return __popc(word);
+#else
+    return __builtin_popcount(word);
+#endif
+}
+
 // ---- memory: addresses are multiples of the size, which the host checks -------------------------
 
 struct alignas(16) Words {

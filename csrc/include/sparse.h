@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "portable.h"
+
 namespace qsdp {
 
 // One row of the table of spans; see `Span` in qsdp/codec/sparse.py for the columns.
@@ -20,7 +22,7 @@ struct Span {
 constexpr int64_t kSpanFields = sizeof(Span) / sizeof(int64_t);
 
 // The mask of the values [8 * byte, 8 * byte + 8), those past the end left out.
-static inline uint32_t mask_byte(const uint8_t* bitmap, int64_t byte, int64_t numel) {
+QSDP_INLINE uint32_t mask_byte(const uint8_t* bitmap, int64_t byte, int64_t numel) {
     const int64_t left = numel - 8 * byte;
     return bitmap[byte] & (left < 8 ? (1u << left) - 1 : 0xFFu);
 }
