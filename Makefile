@@ -19,7 +19,7 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CUDA_FILES := $(wildcard csrc/cuda/*.cu) csrc/register_cuda.cpp
 
-.PHONY: help setup train test lint cuda-check clean
+.PHONY: help setup train test lint cuda-check gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -58,6 +58,9 @@ lint: setup  ## formatting, lint rules and types
 
 cuda-check: setup  ## compile the CUDA sources with warnings as errors (no GPU needed)
 	@sh .ci/cuda-check $(BIN)/python $(CUDA_FILES)
+
+gpu: setup  ## on a machine with a GPU: build the CUDA kernels, run their tests, measure
+	@.ci/gpu $(abspath $(BIN)/python)
 
 clean:  ## remove .venv, build leftovers and results
 	rm -rf $(VENV) build dist $(OUT) qsdp/_qsdp_native.so

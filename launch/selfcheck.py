@@ -2,6 +2,9 @@
 
     torchrun --nnodes 2 --nproc-per-node 8 ... launch/selfcheck.py
 
+On GPUs that is NCCL, with a GPU for every rank. `--backend gloo` lets ranks share GPUs, which NCCL
+refuses: it proves kernels, hooks and streams on a single GPU, and nothing of NCCL.
+
 Every check runs on every rank; rank 0 prints the table. Exit status 0 if all hold, 1 if not.
 """
 
@@ -9,7 +12,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,15 +21,16 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
-from qsdp import compat
 from qsdp.codec import native, ops
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.codec.rounding import Key
+from qsdp.comm import transport
 from qsdp.config import CODED_BITS, ROUNDINGS
 from qsdp.models import GPT, GPTConfig, init_weights
+from qsdp.train.config import BACKENDS
 from qsdp.train.errors import UserError, leave
 from qsdp.train.world import World, end_process, open_world
 
@@ -38,16 +43,22 @@ class Failed(Exception):
 
 def main() -> int:
     """Run all checks. Returns the exit status."""
-    tyro.cli(_no_options, description=__doc__)
+    flags = tyro.cli(Flags, description=__doc__)
     try:
-        with open_world() as world:
+        if flags.backend not in (None, *BACKENDS):
+            raise UserError(f"--backend is {flags.backend!r}; choose nccl or gloo.")
+        with open_world(backend=flags.backend) as world:
             return _run(world)
     except UserError as error:
         leave(error)
 
 
-def _no_options() -> None:
-    """There is nothing to set."""
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """What the checks run over."""
+
+    backend: str | None = None
+    """`nccl` or `gloo`. Unset: nccl on GPUs, gloo on CPUs."""
 
 
 def _run(world: World) -> int:
@@ -108,7 +119,8 @@ def check_codec(world: World) -> str:
                 if not torch.equal(found_back.cpu(), back):
                     raise Failed(f"{bits} bits, {ROUNDINGS[rounding]}, {dtype.name}: other values")
                 count += 1
-    kernels = native.capability() if world.device.type == "cpu" else "python on the GPU"
+    on_cpu = world.device.type == "cpu"
+    kernels = native.capability() if on_cpu else native.cuda_capability()
     return f"{count} combinations, {kernels} kernels"
 
 
@@ -128,7 +140,7 @@ def check_all_gather(world: World) -> str:
     own = torch.full((num_bytes,), world.rank % 251, dtype=torch.uint8, device=world.device)
     output = torch.empty(world.size * num_bytes, dtype=torch.uint8, device=world.device)
     group = world.mesh.get_group()
-    seconds = _time(lambda: compat.all_gather(output, own, group), world)
+    seconds = _time(lambda: transport.all_gather(output, own, group).wait(), world)
     for rank, found in enumerate(output.split(num_bytes)):
         if not bool((found == rank % 251).all()):
             raise Failed(f"rank {rank}'s bytes arrived changed")
@@ -142,7 +154,7 @@ def check_all_to_all(world: World) -> str:
     coming = [(0 if peer == world.rank else 1000 + peer) for peer in range(world.size)]
     sent = torch.full((sum(sizes),), world.rank % 251, dtype=torch.uint8, device=world.device)
     output = torch.empty(sum(coming), dtype=torch.uint8, device=world.device)
-    dist.all_to_all_single(output, sent, coming, sizes, group=world.mesh.get_group())
+    transport.all_to_all(output, sent, coming, sizes, world.mesh.get_group()).wait()
     for rank, found in enumerate(output.split(coming)):
         if not bool((found == rank % 251).all()):
             raise Failed(f"rank {rank}'s bytes arrived changed")
@@ -162,7 +174,7 @@ def check_same_weights(world: World) -> str:
     model(*_batch(world, 0))
     own = torch.cat(sums)
     others = torch.empty(world.size * own.numel(), dtype=own.dtype, device=own.device)
-    compat.all_gather(others, own, world.mesh.get_group())
+    transport.all_gather(others, own, world.mesh.get_group()).wait()
     for rank, found in enumerate(others.split(own.numel())):
         if not torch.equal(found, own):
             raise Failed(f"rank {rank} computes with other weights")
@@ -205,6 +217,9 @@ def _model(world: World, bits: int | None) -> tuple[GPT, Any]:
     for block in model.blocks:
         fully_shard(block, mesh=world.mesh)
     fully_shard(model, mesh=world.mesh)
+    for module in (*model.blocks, model):
+        # As qsdp has it: not every gloo averages.
+        cast(FSDPModule, module).set_force_sum_reduction_for_comms(True)
     init_weights(model, 0)
     config = None if bits is None else qsdp.QSDPConfig(weight_bits=bits, grad_bits=bits)
     return model, None if config is None else qsdp.install(model, config)

@@ -24,9 +24,8 @@ def unpack(bits: Tensor, num: int) -> Tensor:
     return ((bits[:, None] >> shifts) & 1).view(-1)[:num].bool()
 
 
-def count(bits_RB: Tensor) -> list[int]:
-    """How many bits are set in each row."""
+def count(bits_RB: Tensor) -> Tensor:
+    """How many bits are set in each row, int64 [rows]."""
     bytes_N = torch.arange(256, device=bits_RB.device)
     of_byte_N = torch.stack([bytes_N >> i & 1 for i in range(8)]).sum(0)
-    counts: list[int] = of_byte_N[bits_RB.long()].sum(1).tolist()
-    return counts
+    return of_byte_N[bits_RB.long()].sum(1)

@@ -6,7 +6,7 @@ say: which parameters a group holds and in which order, and the objects to resto
 are removed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,38 @@ class ParameterGroup:
         """This rank's shard of each parameter, in buffer order."""
         return [p._sharded_local_tensor for p in self._group.fsdp_params]
 
+    def may_fill_later(self, places: Sequence[int], output: Tensor) -> bool:
+        """Whether FSDP2, after its reduce, only takes views of ``output`` as the gradients of the
+        parameters at ``places``, and nobody reads them before the backward pass ends."""
+        group = self._group
+        params = [group.fsdp_params[i] for i in places]
+        return (
+            output.device.type == "cpu"
+            and in_backward()
+            and output.dtype == group._orig_dtype
+            and self.replicas == 1
+            and group._all_reduce_hook is None
+            and all(
+                p.sharded_param.grad is None
+                and not p.offload_to_cpu
+                and not getattr(p.sharded_param, "_post_accumulate_grad_hooks", None)
+                for p in params
+            )
+        )
+
+    def divide(self, output: Tensor) -> None:
+        """What FSDP2 does to the sum of a reduce, in place: for sums that it did not see yet."""
+        group = self._group
+        _, factor, *_ = _fsdp_collectives._get_gradient_divide_factors(
+            self.shard_group,
+            None,
+            output.dtype,
+            output.device.type,
+            group.gradient_divide_factor,
+            group.force_sum_reduction_for_comms,
+        )
+        _fsdp_collectives._div_if_needed(output, factor)
+
     def comms(self) -> tuple[Any, Any, bool, Any, bool]:
         """What `set_comms` takes."""
         group = self._group
@@ -233,6 +267,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def after_backward(work: Callable[[], None]) -> None:
+    """Call ``work`` at the end of the backward pass that the calling thread is in."""
+    torch.autograd.Variable._execution_engine.queue_callback(work)
+
+
 def all_gather(
     output: Tensor, input: Tensor, group: dist.ProcessGroup, *, async_op: bool = False
 ) -> dist.Work | None:
@@ -256,8 +295,32 @@ def name_without_wrappers(name: str) -> str:
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
-    """Where a tensor must lie for a collective of ``group``."""
-    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    """Where control messages of ``group`` lie: on the CPU where it serves one, since reading them
+    from a GPU waits for all of the stream's work."""
+    kinds = [device.type for device in group._device_types]
+    return torch.device("cpu" if "cpu" in kinds else kinds[0])
+
+
+def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
+    """The backend that serves tensors of ``device`` in ``group``: `gloo` or `nccl`, say."""
+    name: str = group._get_backend(device).name()
+    return name
+
+
+def full_tensor(tensor: DTensor) -> Tensor:
+    """The whole of ``tensor``, a collective. Over gloo a GPU's parts meet, and the whole is, on the
+    CPU: `DTensor.full_tensor` would let gloo read the GPU's addresses as the host's."""
+    mesh = tensor.device_mesh
+    groups = mesh.get_all_groups()
+    if tensor.device.type == "cpu" or all(backend_of(g, tensor.device) != "gloo" for g in groups):
+        return tensor.full_tensor()
+    names = mesh.mesh_dim_names or tuple(f"axis {i}" for i in range(mesh.ndim))
+    on_cpu = DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=names)
+    local = tensor.to_local().cpu()
+    parts = DTensor.from_local(
+        local, on_cpu, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+    )
+    return parts.full_tensor()
 
 
 def _fsdp_roots(module: nn.Module) -> Iterator[Any]:

@@ -77,6 +77,21 @@ FLAGS = [
         "AC/DC's flag alone", "--acdc-sparsity 0.5", "--acdc-sparsity is given without --acdc"
     ),
     BadInput("CrAM's flag alone", "--no-cram-plus", "--no-cram-plus is given without --cram"),
+    BadInput(
+        "AC/DC's flag alone, as by default",
+        "--acdc-sparsity 0.9",
+        "--acdc-sparsity is given without --acdc",
+    ),
+    BadInput("CrAM's flag for CrAM", "--cram-plus", "--cram-plus is given without --cram"),
+    BadInput("CrAM's targets alone", "--cram-targets=2:4", "--cram-targets is given without"),
+    BadInput(
+        "a list as by default",
+        "--cram_sparsity 0.5,0.7,0.9",
+        "--cram-sparsity is given without --cram",
+    ),
+    BadInput("GMP's flag under AC/DC", "--acdc --gmp-every 5", "--gmp-every is given without"),
+    BadInput("SAM's flag alone", "--sam-rho 0.05", "--sam-rho is given without --sam"),
+    BadInput("an empty pattern", "--prunable=", "--prunable is empty"),
     BadInput("an empty target", "--acdc --acdc-target=", "--acdc-target is empty"),
     BadInput("two methods", "--cram --gmp", "--cram and --gmp are both given"),
     BadInput("bits under a mask", "--acdc --acdc-target 4bit", "--acdc-target is '4bit'"),
@@ -104,6 +119,7 @@ FLAGS = [
     BadInput("a flag without its value", "--lr", "--lr"),
     BadInput("a learning rate that is no number", "--lr nan", "--lr is nan"),
     BadInput("a minimum above the rate", "--lr 1e-5 --min-lr 1e-4", "--min-lr is 0.0001"),
+    BadInput("an unknown backend", "--backend mpi", "--backend is 'mpi'"),
     BadInput("an unknown precision", "--precision fp8", "--precision is 'fp8'"),
     BadInput("a negative seed", "--seed -1", "--seed is -1"),
     BadInput("steps beyond all integers", f"--steps {1 << 63}", "--steps is"),
@@ -190,6 +206,16 @@ FLAGS = [
 DATA = [
     BadInput(
         "a batch larger than the data", "--data {}/text.txt --batch-size 900", "smaller batch size"
+    ),
+    BadInput(
+        "names that are not there",
+        "--data {}/text.txt --one-shot none --prunable mlp",
+        "--prunable: the prunable pattern 'mlp' matches no parameter",
+    ),
+    BadInput(
+        "a pattern for norms",
+        "--data {}/text.txt --prunable *.weight --one-shot 0.5,2:4",
+        "--one-shot: blocks.0",
     ),
     BadInput(
         "a pattern that does not fit",

@@ -304,3 +304,72 @@ def test_gathering_once_may_cost_the_payload_and_no_more(
         kept=kept,
     )
     assert row.is_met == is_met
+
+
+# gpu_training.py
+
+
+def test_a_quantized_run_is_compared_with_its_own_method_at_the_most_bits(load: Any) -> None:
+    losses = {("plain", 8): 2.5, ("plain", 32): 2.0, ("CrAM+", 32): 3.0, ("CrAM+", 4): 3.25}
+    rows = [{"method": m, "bits": b, "loss": loss} for (m, b), loss in losses.items()]
+    found = [row["difference"] for row in load("gpu_training").with_differences(rows)]
+    assert found == [0.5, None, None, 0.25]
+
+
+# link.py
+
+
+def _raced(name: str, *seconds: float, **parts: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "what": name,
+        "seconds": [*seconds],
+        "sent_bytes": [0 for _ in seconds],
+        "parts": [parts for _ in seconds] if parts else [],
+    }
+
+
+def _race(link: str, *rows: dict[str, Any], hosts: int = 2) -> dict[str, Any]:
+    return {"link": link, "hosts": hosts, "parameters": 19.2e6, "rows": [*rows]}
+
+
+@pytest.mark.parametrize(("ours", "is_met"), [(1.0, True), (0.99, True), (1.01, False)])
+def test_a_speed_up_is_that_of_the_best_setting_round_by_round(
+    load: Any, ours: float, is_met: bool
+) -> None:
+    rows = [
+        _raced("fsdp-fp32", 10.0, 20.0, 10.0),
+        _raced("qsdp-w8g8-twice-fp32", 9.0, 9.0, 9.0),
+        _raced("qsdp-w4g4-once-bf16", ours, 2 * ours, ours),
+        _raced("qsdp-16", 0.1, 0.1, 0.1),  # not quantized
+    ]
+    best, paper = load("link_table").verdicts(_race("100mbit", *rows))
+    assert best["value"] == pytest.approx(10.0 / ours)
+    assert (best["is_met"], best["limit"]) == (is_met, 10.0)
+    assert paper["value"] == pytest.approx(10.0 / 9.0)
+    assert not paper["is_met"]
+    assert load("link_table").verdicts(_race("100mbit", *rows, hosts=4)) == []
+
+
+@pytest.mark.parametrize(("ours", "is_met"), [(1.09, True), (1.11, False)])
+def test_a_slow_down_is_against_the_best_form(load: Any, ours: float, is_met: bool) -> None:
+    rows = [
+        _raced("fsdp-alone-bf16", 0.1),
+        _raced("fsdp-fp32", 2.0),
+        _raced("fsdp-bf16", 1.0),
+        _raced("qsdp-w8g8-once-bf16", ours),
+    ]
+    (verdict,) = load("link_table").verdicts(_race("loopback", *rows))
+    assert (verdict["value"], verdict["is_met"]) == (pytest.approx(ours), is_met)
+
+
+@pytest.mark.parametrize(("wire", "is_met"), [(0.28, True), (0.2, False), (0.4, False)])
+def test_parts_and_computation_make_the_step(load: Any, wire: float, is_met: bool) -> None:
+    rows = [
+        _raced("fsdp-alone-bf16", 0.6),
+        _raced("fsdp-alone-fp32", 5.0),
+        _raced("qsdp-w8g8-once-bf16", 1.0, gather_wire_s=wire, reduce_decode_s=0.1),
+    ]
+    (verdict,) = load("link_table").adds_up(_race("1gbit", *rows))
+    assert verdict["value"] == pytest.approx(abs(wire - 0.3))
+    assert verdict["is_met"] == is_met

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.func import functional_call
 
-from qsdp.optim import SAM, CrAM, clip_grad_norm_, global_grad_norm
+from qsdp.optim import ACDC, SAM, CrAM, clip_grad_norm_, global_grad_norm
 from qsdp.optim.cram import draw
+from qsdp.sparsity.schedule import ACDCSchedule
 from tests.cram_reference import ReferenceCrAM
 from tests.masked_reference import sam_step
 from tests_distributed.helpers import Toy, make_batch, make_model
@@ -118,9 +120,11 @@ def test_sam_is_the_papers(rho: float) -> None:
         SAM(model, made[0], rho=-1.0)
 
 
-def test_sam_needs_no_prunable_set() -> None:
+@pytest.mark.parametrize("trains_head_only", [False, True])
+def test_sam_needs_no_prunable_set(trains_head_only: bool) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(8, 2))
-    optimizer = SAM(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    trained = model[2] if trains_head_only else model
+    optimizer = SAM(model, torch.optim.SGD(trained.parameters(), lr=0.1))
     before = _weights(model)
 
     def closure() -> Tensor:
@@ -129,7 +133,74 @@ def test_sam_needs_no_prunable_set() -> None:
         return loss
 
     optimizer.step(closure)
-    assert all(not torch.equal(w, before[name]) for name, w in _weights(model).items())
+    for name, weight in _weights(model).items():
+        is_trained = name.startswith("2.") or not trains_head_only
+        assert torch.equal(weight, before[name]) != is_trained
+
+
+def _with_embedding(*, sparse: bool) -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(4, 8, sparse=sparse), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("make", [torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_a_base_that_takes_closures_or_sparse_gradients_is_refused(make: Any) -> None:
+    model = _with_embedding(sparse=False)
+    base = make(list(model.parameters()))
+    for wrapper, options in (
+        (CrAM, {"prunable": ["1.weight"]}),
+        (SAM, {}),
+        (ACDC, {"schedule": 20, "prunable": ["1.weight"]}),
+    ):
+        with pytest.raises(ValueError, match=f"is {make.__name__}; give one whose") as caught:
+            wrapper(model, base, **options)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prunable", ["1.weight", "0.weight"])
+@pytest.mark.parametrize("method", ["cram", "acdc", "clip"])
+def test_sparse_gradients_are_refused(method: str, prunable: str) -> None:
+    model = _with_embedding(sparse=True)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = ACDCSchedule(steps=9, warmup=1, phase=4, last_dense=0, last_sparse=1)
+    before = _weights(model)
+
+    def closure() -> Tensor:
+        loss = model(torch.arange(4)).square().sum()
+        loss.backward()
+        return loss
+
+    def step() -> None:
+        if method == "cram":
+            CrAM(model, base, prunable=[prunable]).step(closure)
+        elif method == "acdc":
+            ACDC(model, base, schedule=schedule, prunable=[prunable]).step(closure)
+        else:
+            closure()
+            clip_grad_norm_(model.parameters(), 1.0)
+
+    with pytest.raises(ValueError, match=r"is torch\.sparse_coo; only dense ones"):
+        step()
+    assert all(torch.equal(w, before[name]) for name, w in _weights(model).items())
+
+
+@pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("method", ["cram", "acdc"])
+def test_copies_are_refused_and_a_state_is_not(method: str, make_copy: Any) -> None:
+    def make() -> tuple[Toy, CrAM | ACDC]:
+        model = make_model(seed=1)
+        base = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        made = CrAM(model, base) if method == "cram" else ACDC(model, base, schedule=20)
+        return model, made
+
+    model, optimizer = make()
+    _steps(model, optimizer, range(3))
+    with pytest.raises(TypeError, match="cannot be copied or pickled; copy the model"):
+        make_copy(optimizer)
+    twin, other = make()
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.zero_grad()  # AC/DC leaves them to its caller
+    assert _steps(twin, other, range(3, 6)) == _steps(model, optimizer, range(3, 6))
 
 
 def test_the_second_pass_sees_exact_zeros_and_an_exact_count() -> None:

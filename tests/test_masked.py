@@ -248,6 +248,10 @@ def test_bad_arguments_are_refused_in_a_sentence() -> None:
     for target in (0.5, "2:4+4bit", "4bit"):
         with pytest.raises(ValueError, match=r"is torch\.float64; only"):
             CrAM(double, torch.optim.SGD(double.parameters()), sparsity=target)
+    with pytest.raises(ValueError, match=r"is torch\.float64; only"):
+        ACDC(double, torch.optim.SGD(double.parameters()), schedule=SCHEDULE)
+    with pytest.raises(ValueError, match=r"is torch\.float64; only"):
+        GMP(double, torch.optim.SGD(double.parameters()), schedule=GRADUAL)
     with pytest.raises(ValueError, match="scope is 'row'"):
         GMP(model, base, schedule=GRADUAL, scope="row")
     with pytest.raises(ValueError, match="lacks 8 prunable"):
@@ -287,6 +291,35 @@ def test_a_state_goes_with_its_own_schedule(method: str, through_dcp: bool) -> N
         else:
             load()
             assert other.num_steps == 4
+
+
+@pytest.mark.parametrize("patterns", [["blocks.0.*.weight"], ["blocks.*"], "nothing at all"])
+@pytest.mark.parametrize("method", ["acdc", "gmp"])
+def test_a_state_goes_with_its_own_prunable_set(method: str, patterns: Any) -> None:
+    """Else a compressed phase would prune nothing of what has no mask."""
+
+    def make(prunable: Any) -> tuple[Any, MaskedOptimizer]:
+        model = make_model(seed=3)
+        base = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if method == "acdc":
+            return model, ACDC(model, base, schedule=SCHEDULE, prunable=prunable)
+        return model, GMP(model, base, schedule=GRADUAL, prunable=prunable)
+
+    model, optimizer = make(None)
+    for step in range(4):
+        backward(model, step)
+        optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    if patterns == "nothing at all":
+        _, other = make(None)
+        for each in state["state"].values():
+            each.pop("mask", None)
+    else:
+        _, other = make(patterns)
+    with pytest.raises(ValueError, match="masks are of other parameters than the") as caught:
+        other.load_state_dict(state)
+    assert "\n" not in str(caught.value)
+    assert other.num_steps == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -92,7 +92,10 @@ def test_what_cannot_be_is_refused_in_a_sentence(target: Any, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_blocks_and_bits_are_whole_numbers() -> None:
+def test_blocks_bits_and_patterns_are_whole_numbers() -> None:
     for given in ({"bits": 2.5}, {"block": 1.5}, {"bits": True}):
         with pytest.raises(ValueError, match="choose a whole number"):
             Compression(sparsity=0.5, **given)  # type: ignore[arg-type]
+    for pattern in ((2.0, 4), (2,), (2, 4, 8), "2:4", 2):
+        with pytest.raises(ValueError, match="choose two whole numbers"):
+            Compression(pattern=pattern)  # type: ignore[arg-type]

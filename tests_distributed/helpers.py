@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+
+from qsdp.compat import full_tensor
 
 # Legend: B sequences, T tokens, C width, V vocabulary.
 
@@ -145,14 +147,22 @@ def make_model(seed: int = 0, **options: Any) -> Toy:
 
 
 def make_batch(model: Toy, seed: int, rank: int | None = None, batch_size: int = 3) -> list[Tensor]:
-    """Tokens and targets, both int64 [batch_size, context], a function of (seed, rank).
+    """Tokens and targets, both int64 [batch_size, context], a function of (seed, rank), on the
+    model's device.
 
     `rank` is the calling process's own if it is not given.
     """
     rank = dist.get_rank() if rank is None else rank
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     shape = (2, batch_size, model.config.context)
-    return list(torch.randint(model.config.vocab_size, shape, generator=generator))
+    batch = torch.randint(model.config.vocab_size, shape, generator=generator)
+    return list(batch.to(next(model.parameters()).device))
+
+
+def all_ranks(device_type: str = "cpu") -> DeviceMesh:
+    """One axis over all ranks, of the default process group itself."""
+    assert dist.group.WORLD is not None
+    return DeviceMesh.from_group(dist.group.WORLD, device_type)
 
 
 def shard(
@@ -169,11 +179,12 @@ def shard(
         model: A `Toy`, or any model with `blocks`, each with an `mlp`.
         reshard: `reshard_after_forward` of every group.
         nested: Give each MLP a group of its own inside its block's.
-        mesh: Defaults to a CPU mesh over all ranks.
+        mesh: Defaults to one over all ranks, of the model's device (meta: the CPU).
         options: More options of `fully_shard`, for instance `mp_policy`.
     """
     if mesh is None:
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        first = next(model.parameters())
+        mesh = all_ranks("cpu" if first.is_meta else first.device.type)
     blocks = list(model.get_submodule("blocks").children())
     groups: list[nn.Module] = []
     for block in blocks:
@@ -186,17 +197,19 @@ def shard(
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter, tied ones once, gathered exactly from its shards (a collective)."""
-    return {name: _full(parameter.detach()) for name, parameter in model.named_parameters()}
+    return {name: full(parameter) for name, parameter in model.named_parameters()}
 
 
 def full_grads(model: nn.Module) -> dict[str, Tensor]:
     """Every gradient that exists, gathered exactly from its shards (a collective)."""
     return {
-        name: _full(parameter.grad)
+        name: full(parameter.grad)
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
 
 
-def _full(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+def full(tensor: Tensor) -> Tensor:
+    """A copy of a tensor on the CPU, gathered exactly if it is sharded (a collective)."""
+    tensor = tensor.detach()
+    return (full_tensor(tensor) if isinstance(tensor, DTensor) else tensor).cpu().clone()

@@ -206,7 +206,12 @@ class Pool:
 @contextlib.contextmanager
 def _worker_environment() -> Iterator[None]:
     """Environment variables and import path of the workers, while they are being started."""
-    variables = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        # A fork server that asked CUDA itself for GPUs could fork no worker that uses one.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    }
     # Without a name gloo asks what the host name resolves to, which a container may not know.
     if any(name == "lo" for _, name in socket.if_nameindex()):
         variables["GLOO_SOCKET_IFNAME"] = "lo"

@@ -18,14 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qsdp.optim import CrAM, clip_grad_norm_, global_grad_norm
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import Toy, full_state, make_batch, make_model, shard
+from tests_distributed.helpers import Toy, full, full_state, make_batch, make_model, shard
 
 NUM_STEPS = 3
 NUM_MICRO = 2
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def _mesh(hsdp: bool) -> DeviceMesh:
@@ -47,7 +43,7 @@ class Recorder(torch.optim.SGD):
 
     def step(self, closure: Any = None) -> Any:
         parameters = [p for group in self.param_groups for p in group["params"]]
-        self.grads.append([_full(p.grad) for p in parameters if p.grad is not None])
+        self.grads.append([full(p.grad) for p in parameters if p.grad is not None])
         return super().step(closure)
 
 
@@ -61,8 +57,8 @@ def _train(
     def closure_of(step: int) -> Callable[[], Tensor]:
         def closure() -> Tensor:
             if zeros is not None:
-                zeros.append([_full(p) == 0 for p in optimizer.prunable.parameters])
-            total = torch.zeros(())
+                zeros.append([full(p) == 0 for p in optimizer.prunable.parameters])
+            total = torch.zeros((), device=next(toy.parameters()).device)
             for micro in range(NUM_MICRO):
                 if isinstance(model, FSDPModule):
                     model.set_requires_gradient_sync(micro == NUM_MICRO - 1)
@@ -82,17 +78,21 @@ def _train(
     return optimizer, base
 
 
-def _compare_with_one_process(
-    kind: str, toy_options: dict[str, Any], reshard: bool, options: dict[str, Any]
+def compare_with_one_process(
+    kind: str,
+    toy_options: dict[str, Any],
+    reshard: bool,
+    options: dict[str, Any],
+    device: str = "cpu",
 ) -> None:
     world_size, rank = dist.get_world_size(), dist.get_rank()
-    plain = make_model(seed=3, **toy_options)
+    plain = make_model(seed=3, **toy_options).to(device)
     expected_zeros: list[list[Tensor]] = []
     expected, expected_base = _train(
         plain, plain, list(range(world_size)), expected_zeros, **options
     )
 
-    toy = make_model(seed=3, **toy_options)
+    toy = make_model(seed=3, **toy_options).to(device)
     model: nn.Module = toy
     zeros: list[list[Tensor]] = []
     if kind.startswith("ddp"):
@@ -117,7 +117,7 @@ def _compare_with_one_process(
 
 def _compare_targets(toy_options: dict[str, Any]) -> None:
     for options in TARGETS:
-        _compare_with_one_process("fsdp", toy_options, True, options)
+        compare_with_one_process("fsdp", toy_options, True, options)
 
 
 def _fail_in_the_second_pass(where: str) -> None:
@@ -262,7 +262,7 @@ def test_a_sharded_step_is_that_of_one_process(
     run: Run, world_size: int, reshard: bool, tied: bool
 ) -> None:
     for options in OPTIONS:
-        run(world_size, _compare_with_one_process, "fsdp", {"tied": tied}, reshard, options)
+        run(world_size, compare_with_one_process, "fsdp", {"tied": tied}, reshard, options)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_a_sharded_step_is_that_of_one_process(
 def test_frozen_unused_and_recomputed_parameters_are_no_exception(
     run: Run, toy_options: dict[str, Any]
 ) -> None:
-    run(3, _compare_with_one_process, "fsdp", toy_options, True, {"max_norm": 0.2})
+    run(3, compare_with_one_process, "fsdp", toy_options, True, {"max_norm": 0.2})
 
 
 @pytest.mark.parametrize(("world_size", "conv1d"), [(2, True), (3, False), (3, True), (4, True)])
@@ -282,12 +282,12 @@ def test_every_target_is_compressed_to_as_in_one_process(
 
 
 def test_replicas_take_the_same_step(run: Run) -> None:
-    run(4, _compare_with_one_process, "hsdp", {"tied": True}, True, {})
+    run(4, compare_with_one_process, "hsdp", {"tied": True}, True, {})
 
 
 @pytest.mark.parametrize("kind", ["ddp", "ddp, a bucket a parameter"])
 def test_under_ddp_the_first_gradient_survives_the_second_pass(run: Run, kind: str) -> None:
-    run(2, _compare_with_one_process, kind, {"tied": True}, True, {})
+    run(2, compare_with_one_process, kind, {"tied": True}, True, {})
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "between micro-batches", "end"])

@@ -65,10 +65,10 @@ def _backward(model: nn.Module, toy: Any, step: int, ranks: list[int]) -> None:
             (model(*batch) / (NUM_MICRO * len(ranks))).backward()
 
 
-def _compare(kind: str, variant: str, toy_options: dict[str, Any]) -> None:
+def compare(kind: str, variant: str, toy_options: dict[str, Any], device: str = "cpu") -> None:
     world_size, rank = dist.get_world_size(), dist.get_rank()
     target, keeps = VARIANTS[variant]
-    plain, toy = make_model(seed=3, **toy_options), make_model(seed=3, **toy_options)
+    plain, toy = (make_model(seed=3, **toy_options).to(device) for _ in range(2))
     reference = (gmp_reference if variant == "gmp" else acdc_reference)(
         plain, BASES["sgd"], keeps, max_norm=0.5
     )
@@ -172,12 +172,12 @@ def _resumable(base: str, folder: Path, steps: range, resume: bool) -> Any:
 def test_a_sharded_run_is_that_of_one_process(run: Run, world_size: int, variant: str) -> None:
     sizes = SIZES if variant == "2:4" else {}
     options = {**sizes, "tied": True, "frozen": world_size == 3, "conv1d": world_size != 2}
-    run(world_size, _compare, "fsdp", variant, options)
+    run(world_size, compare, "fsdp", variant, options)
 
 
 def test_replicas_and_ddp_take_the_same_steps(run: Run) -> None:
-    run(4, _compare, "hsdp", "2:4", {**SIZES, "conv1d": True})
-    run(2, _compare, "ddp", "0.9", {"tied": True})
+    run(4, compare, "hsdp", "2:4", {**SIZES, "conv1d": True})
+    run(2, compare, "ddp", "0.9", {"tied": True})
 
 
 def test_one_ranks_bad_gradient_skips_the_step_on_all(run: Run) -> None:

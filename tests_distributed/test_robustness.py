@@ -23,9 +23,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
-from qsdp.comm import gather, reduce
+from qsdp.comm import transport
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import full_grads, make_batch, make_model, shard
+from tests_distributed.helpers import all_ranks, full_grads, make_batch, make_model, shard
 from tests_distributed.launching import SMALL, TEXT, start
 
 # --- ranks that disagree at install -----------------------------------------------------------
@@ -225,9 +225,9 @@ class Tower(nn.Module):
         return sum(block(x_BC, names) for block, names in zip(self.blocks, chosen, strict=True))
 
 
-def _tower(config: dict[str, Any] | None) -> tuple[Any, Any]:
-    model: Any = Tower()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def _tower(config: dict[str, Any] | None, device: str = "cpu") -> tuple[Any, Any]:
+    model: Any = Tower().to(device)
+    mesh = all_ranks(device)
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -240,14 +240,16 @@ def _noise(step: int) -> Tensor:
     return torch.randn(4, 6, generator=generator)
 
 
-def _train_apart(steps: list[list[str]], odd: int, config: dict[str, Any]) -> tuple[str, float]:
+def train_apart(
+    steps: list[list[str]], odd: int, config: dict[str, Any], device: str = "cpu"
+) -> tuple[str, float]:
     """Step by step: what the second block uses on most ranks, and on the odd one."""
-    model, _ = _tower(config)
+    model, _ = _tower(config, device)
     for step, choices in enumerate(steps):
         started = time.monotonic()
         try:
             chosen = choices[dist.get_rank() == odd]
-            torch.autograd.backward(model(_noise(step), "left right wide", chosen))
+            torch.autograd.backward(model(_noise(step).to(device), "left right wide", chosen))
         except RuntimeError as error:
             return str(error), time.monotonic() - started
     return "trained on garbage", 0.0
@@ -272,7 +274,7 @@ def test_ranks_with_other_gradients_than_their_peers_raise_and_name_the_paramete
     steps, layer = APART[case]
     odd = random.randrange(ranks)
     config = {"ranks_per_node": ranks // hops, "reduce": "two-hop" if hops > 1 else "flat"}
-    for message, seconds in run(ranks, _train_apart, steps, odd, config, timeout=40):
+    for message, seconds in run(ranks, train_apart, steps, odd, config, timeout=40):
         names = rf"blocks\.1\.{layer}\.weight and blocks\.1\.{layer}\.bias"
         said = rf"rank \d has no gradient of {names} to reduce, but rank \d has: use the same"
         assert re.match(said, message), message
@@ -352,7 +354,7 @@ def test_a_gather_that_meets_that_of_another_group_is_refused(run: Run, ranks: i
 # --- damage -----------------------------------------------------------------------------------
 
 
-def _damaged(direction: str, byte: int, bit: int) -> str:
+def damaged(direction: str, byte: int, bit: int) -> str:
     model = shard(make_model())
     qsdp.install(model)
     torch.autograd.backward(model(*make_batch(model, 0)))
@@ -368,20 +370,22 @@ def _damaged(direction: str, byte: int, bit: int) -> str:
         damage(output)
 
     def all_to_all(output: Tensor, *args: Any, **options: Any) -> None:
-        reduces(output, *args, **options)
+        work = reduces(output, *args, **options)
+        if work is not None:
+            work.wait()
         damage(output)
 
-    gathers, reduces = gather.compat.all_gather, dist.all_to_all_single
+    gathers, reduces = transport.compat.all_gather, dist.all_to_all_single
     try:
         if direction == "gather":
-            gather.compat.all_gather = all_gather
+            transport.compat.all_gather = all_gather
         else:
-            reduce.dist.all_to_all_single = all_to_all
+            transport.dist.all_to_all_single = all_to_all
         torch.autograd.backward(model(*make_batch(model, 1)))
     except RuntimeError as error:
         return str(error)
     finally:
-        gather.compat.all_gather, reduce.dist.all_to_all_single = gathers, reduces
+        transport.compat.all_gather, transport.dist.all_to_all_single = gathers, reduces
     return "trained on garbage"
 
 
@@ -389,7 +393,7 @@ def _damaged(direction: str, byte: int, bit: int) -> str:
 def test_a_payload_whose_header_is_damaged_in_one_bit_is_refused(run: Run, direction: str) -> None:
     for _ in range(5):
         byte, bit = random.randrange(32), random.randrange(8)
-        for message in run(2, _damaged, direction, byte, bit, timeout=40):
+        for message in run(2, damaged, direction, byte, bit, timeout=40):
             assert re.search(r"rank [01] sent a payload with header .* is expected", message)
 
 

@@ -12,7 +12,7 @@ the set that they agreed on last, and its reduce is as large as that set makes i
     all ranks have other sets       they ask again as the first time, and then reduce
     some ranks have other sets      all raise, and name the parameters
 
-So a set that changes on all ranks at once costs one exchange of the old set's size. On GPUs only
+So a set that changes on all ranks at once costs one exchange of the old set's size. Over NCCL only
 ranks with another set read headers, since it stops the stream: they raise, which ends the others.
 
 A rank that used no parameter of a group does not reduce it, and its next collective meets another
@@ -29,6 +29,7 @@ import torch.distributed as dist
 
 from qsdp import compat
 from qsdp.codec.payload import HEADER_BYTES, Standing
+from qsdp.comm import transport
 from qsdp.comm.failures import collective, listed
 from qsdp.comm.gather import check_headers
 from qsdp.comm.plan import Plan
@@ -81,6 +82,7 @@ class Consent:
         group: dist.ProcessGroup,
         hops: Callable[[Places], Sequence[Hop]],
         step: int,
+        device: torch.device,
     ) -> None:
         """Make sure that all ranks of ``group`` are about to reduce the parameters at ``places``.
 
@@ -89,24 +91,27 @@ class Consent:
             group: the ranks that reduce together.
             hops: the all-to-alls of a reduce of the parameters at the places it is given.
             step: of the keys' clock.
+            device: where the gradients lie.
 
-        Raises RuntimeError, on every rank on CPUs, unless they all have the same.
+        Raises RuntimeError unless they all have the same, on every rank but over NCCL.
         """
         if places == self._agreed:
             return
-        if self._agreed is not None and self._announce(hops(self._agreed), step) == Standing.MIXED:
-            self.refuse(places, group)
+        if self._agreed is not None:
+            standing = self._announce(hops(self._agreed), step, device)
+            if standing == Standing.MIXED:
+                self.refuse(places, group, device)
         self._ask(places, group)
 
-    def refuse(self, places: Places, group: dist.ProcessGroup) -> None:
+    def refuse(self, places: Places, group: dist.ProcessGroup, device: torch.device) -> None:
         """Raise RuntimeError, since some ranks have the agreed set and some have not."""
         assert self._agreed is not None
-        if compat.device_of(group).type == "cpu":
+        if transport.is_seen(group, device):
             self._ask(places, group)
         here = f"rank {dist.get_rank()}"
         raise RuntimeError(self._difference("another rank", self._agreed, here, places))
 
-    def _announce(self, hops: Sequence[Hop], step: int) -> Standing:
+    def _announce(self, hops: Sequence[Hop], step: int, device: torch.device) -> Standing:
         """Take part in a reduce of the agreed set without having it.
 
         Returns CHANGED if all ranks did so, else MIXED.
@@ -118,17 +123,16 @@ class Consent:
             width = len(owned[me])
             senders = [rank for rank in ranks if rank != ranks[me] for _ in range(width)]
             size = side.payload_bytes
-            shape, device = (len(senders), size), compat.device_of(group)
-            sent = torch.zeros(shape, dtype=torch.uint8, device=device)
-            received = torch.empty_like(sent)
-            header = torch.tensor(side.header(ranks[me], step, standing), device=device)
+            sent = torch.zeros(len(senders), size, dtype=torch.uint8)
+            header = torch.tensor(side.header(ranks[me], step, standing))
             sent[:, :HEADER_BYTES] = header.view(torch.uint8)
+            # As the others send theirs: a group may have one backend for CPUs and one for GPUs.
+            payloads = sent.view(-1).to(device)
+            received = torch.empty_like(payloads)
             splits = [width * size if rank != me else 0 for rank in range(group.size())]
             with collective("reduce", self._plan.names, step):
-                dist.all_to_all_single(
-                    received.view(-1), sent.view(-1), splits, splits, group=group
-                )
-            standing = check_headers(received.view(-1), side, senders, step, self._plan, standing)
+                transport.all_to_all(received, payloads, splits, splits, group).wait()
+            standing = check_headers(received, side, senders, step, self._plan, standing)
         return standing
 
     def _ask(self, places: Places, group: dist.ProcessGroup) -> None:

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp import compat
 from qsdp.codec.payload import HEADER_BYTES, Standing
+from qsdp.comm import transport
 from qsdp.comm.failures import collective
 from qsdp.comm.plan import Plan
+from qsdp.comm.scratch import reads_on_this_stream
 from qsdp.comm.side import Side
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire import Wire
@@ -70,7 +71,7 @@ class Gathering:
             values = side.compact(plan.rank, as_bytes(input), wire.scratch, "compact", strict=True)
             torch.ops.qsdp.encode(values, table, own_key, header, own, wire.level_values)
         with self._on_the_wire():
-            self._work = compat.all_gather(target, own, group, async_op=async_op)
+            self._arrival = transport.all_gather(target, own, group, async_op=async_op)
         self._node_payloads = target
 
     def finish(self) -> Payloads:
@@ -78,10 +79,12 @@ class Gathering:
         plan, wire, payloads = self._plan, self._wire, self._payloads
         size = payloads.side.payload_bytes
         with self._on_the_wire():
-            if self._work is not None:
-                self._work.wait()
+            seen = self._arrival.wait()
             if plan.hops is not None:
-                compat.all_gather(payloads.buffer, self._node_payloads, plan.hops.local)
+                arrival = transport.all_gather(
+                    payloads.buffer, self._node_payloads, plan.hops.local
+                )
+                seen = arrival.wait()
                 wire.scratch.give_back(self._node_payloads)
         if plan.hops is None:
             wire.traffic.gathered("gather", plan.group, size)
@@ -90,7 +93,7 @@ class Gathering:
             wire.traffic.gathered("gather", plan.hops.local, size * plan.hops.num_nodes)
         wire.traffic.in_fp32("gather", plan.world_size, payloads.side.num_values)
         senders = sorted(range(plan.world_size), key=_places(plan).__getitem__)
-        check_headers(payloads.buffer, payloads.side, senders, payloads.step, plan)
+        check_headers(seen, payloads.side, senders, payloads.step, plan)
         return payloads
 
     @contextmanager
@@ -129,6 +132,7 @@ def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
     side, places = payloads.side, _places(plan)
     size = side.payload_bytes
     slices = as_bytes(output).chunk(plan.world_size)
+    reads_on_this_stream(payloads.buffer)  # kept payloads may have come on another
     with wire.times.measure("gather", "decode", output.device):
         for rank, (key, table) in enumerate(zip(payloads.keys, side.tables, strict=True)):
             payload = payloads.buffer.narrow(0, places[rank] * size, size)
@@ -140,7 +144,7 @@ def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
 def regather(output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> None:
     """All-gather weights that were decoded before, as they are: never quantize twice."""
     with collective("gather of decoded weights"):
-        compat.all_gather(output, input, group)
+        transport.all_gather(output, input, group).wait()
     num_bytes = input.numel() * input.element_size()
     num_values = input.numel() if input.is_floating_point() else num_bytes // 4
     traffic.gathered("gather", group, num_bytes)
@@ -153,7 +157,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def check_headers(
-    payloads: Tensor,
+    payloads: Tensor | None,
     side: Side,
     senders: list[int],
     step: int,
@@ -162,18 +166,19 @@ def check_headers(
 ) -> Standing:
     """Raise RuntimeError unless every payload opens as expected.
 
-    On a GPU it would stop the stream, so there the size of the collective is the only check, but
-    for a rank whose own ``standing`` is not KEPT.
+    ``payloads`` are None where nobody looks at them: a GPU's, off NCCL, for it would stop the
+    stream. There the size of the collective is the only check.
 
     Returns this rank's standing ([Note: Consent]) after what it heard of the senders'.
     """
-    if not len(senders) or (payloads.device.type != "cpu" and standing == Standing.KEPT):
+    if not len(senders) or payloads is None:
         return standing
     found = payloads.view(len(senders), -1)[:, :HEADER_BYTES].view(torch.int64)
     expected = side.expected_headers(senders, step)
+    found = found.cpu()
     if standing == Standing.KEPT and torch.equal(found, expected):
         return standing
-    difference = found.cpu() ^ expected
+    difference = found ^ expected
     heard = difference[:, 3].tolist()
     difference[:, 3] = torch.tensor([each not in list(Standing) for each in heard])
     if difference.any():

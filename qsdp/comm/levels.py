@@ -47,7 +47,7 @@ class Levels:
             return
         for group in groups:
             device = compat.device_of(group)
-            total = torch.stack([counts.by_place[place] for place in places]).to(device)
+            total = torch.stack([counts.by_place[place].to(device) for place in places])
             with collective("sum of what levels are learned from"):
                 dist.all_reduce(total, group=group)
             counts.by_place = dict(zip(places, total.cpu(), strict=True))
@@ -84,6 +84,7 @@ class Counts:
 
     def add_values(self, row: list[int], values: Tensor, *, is_grad: bool) -> None:
         """Count the 1-D ``values`` of one table row's segment."""
-        out = self.by_place.get((row[Field.LEVELS], row[Field.BITS]))
-        if out is not None:
+        place = (row[Field.LEVELS], row[Field.BITS])
+        if place in self.by_place:
+            out = self.by_place[place] = self.by_place[place].to(values.device)
             histogram(values, row[Field.BUCKET], out)

@@ -1,7 +1,6 @@
 """What quantization costs: squared errors by parameter, and bits allotted by them."""
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -28,17 +27,17 @@ class Meter:
         self, config: QSDPConfig, levels: Tensor | None, bits: Sequence[int] | None = None
     ) -> None:
         self._config, self._levels, self._bits = config, levels, bits
-        self._sums: dict[tuple[int, bool, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        # fp64 [2] each, error and square: on the values' device, so that the host need not wait.
+        self._sums: dict[tuple[int, bool, int], Tensor] = {}
 
     def add_values(self, row: list[int], values: Tensor, *, is_grad: bool) -> None:
         """Measure the 1-D ``values`` of one table row's segment; raw ones have no error."""
         if not row[Field.BITS]:
             return
         for bits in self._bits or [row[Field.BITS]]:
-            error, square = self._measure(values.float(), row, bits, is_grad)
-            sums = self._sums[row[Field.PARAMETER], is_grad, bits if self._bits else 0]
-            sums[0] += error
-            sums[1] += square
+            found = self._measure(values.float(), row, bits, is_grad)
+            key = (row[Field.PARAMETER], is_grad, bits if self._bits else 0)
+            self._sums[key] = self._sums[key] + found if key in self._sums else found
 
     def totals(
         self, keys: Iterable[tuple[int, bool, int]], groups: Iterable[dist.ProcessGroup]
@@ -48,8 +47,9 @@ class Meter:
 
         A key is (parameter, is a gradient, bits), bits being 0 for those that the values travel at.
         """
-        rows = [self._sums.get(key, [0.0, 0.0]) for key in keys]
-        total = torch.tensor(rows, dtype=torch.float64).view(-1)
+        device = next((sums.device for sums in self._sums.values()), None)
+        nothing = torch.zeros(2, dtype=torch.float64, device=device)
+        total = torch.cat([nothing[:0], *(self._sums.get(key, nothing) for key in keys)]).cpu()
         for group in groups:
             mine = total.to(compat.device_of(group))
             everyone = mine.new_empty(group.size() * mine.numel())
@@ -59,9 +59,7 @@ class Meter:
                 total += part
         return total.view(-1, 2)
 
-    def _measure(
-        self, values: Tensor, row: list[int], bits: int, is_grad: bool
-    ) -> tuple[float, float]:
+    def _measure(self, values: Tensor, row: list[int], bits: int, is_grad: bool) -> Tensor:
         levels = row[Field.LEVELS]
         if bits != row[Field.BITS]:
             levels = offset(self._config, row[Field.PARAMETER], bits, is_grad=is_grad)
@@ -81,9 +79,8 @@ class Meter:
         given = values.contiguous().view(torch.uint8)
         torch.ops.qsdp.encode(given, table, 0, layout.header(0, 0), payload, self._levels)
         torch.ops.qsdp.decode(payload, table, 0, decoded.view(torch.uint8), levels=self._levels)
-        return float((decoded - values).double().square().sum()), float(
-            values.double().square().sum()
-        )
+        error, square = (part.double().square().sum() for part in (decoded - values, values))
+        return torch.stack([error, square])
 
 
 class Claim(NamedTuple):

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.comm.failures import title
 from qsdp.comm.levels import offset
 from qsdp.comm.measure import Claim
-from qsdp.comm.side import Side, SparseSide
+from qsdp.comm.side import Masks, Side, SparseSide
 from qsdp.comm.topology import Hops
 from qsdp.config import ROUNDINGS, QSDPConfig
 
@@ -108,7 +108,7 @@ class Plan:
         self.names = tuple(p.name for p in parameters)
         self.name = title(self.names)
         self._config = config
-        self._support: Mapping[int, Tensor] = {}
+        self._support: Mapping[int, Masks] = {}
         self._sparse_grads = True
         self._sides: dict[tuple[object, ...], Side] = {}
 
@@ -144,14 +144,14 @@ class Plan:
         )
         self._sides.clear()
 
-    def set_support(self, bitmaps: Mapping[int, Tensor], *, with_grads: bool = True) -> None:
-        """Take it that of the parameters at these places only some weights are not zero: by place
-        the packed masks of all ranks' shards, uint8 [ranks, bytes]. See [Note: Support].
+    def set_support(self, masks: Mapping[int, Masks], *, with_grads: bool = True) -> None:
+        """Take it that of the parameters at these places only some weights are not zero. See
+        [Note: Support].
 
         ``with_grads``: nobody wants the gradients of the others either.
         """
-        if bitmaps or self._support:
-            self._support, self._sparse_grads = bitmaps, with_grads
+        if masks or self._support:
+            self._support, self._sparse_grads = masks, with_grads
             self._sides = {key: side for key, side in self._sides.items() if key[-1] == "dense"}
 
     def gather(
@@ -167,8 +167,8 @@ class Plan:
         ``is_frozen``: sent once, so whole, and on the uniform grid: levels may be learned anew.
         ``is_dense``: whole, whatever the support.
         """
-        bitmaps = self._bitmaps([] if is_frozen or is_dense else places)
-        key = ("gather", places, least_bits, is_frozen, "sparse" if bitmaps else "dense")
+        masks = self._masks([] if is_frozen or is_dense else places)
+        key = ("gather", places, least_bits, is_frozen, "sparse" if masks else "dense")
         if key not in self._sides:
             starts, end = [], 0
             for p in self.parameters:
@@ -180,7 +180,7 @@ class Plan:
             ]
             if is_frozen:
                 segments = [replace(segment, levels=-1) for segment in segments]
-            self._sides[key] = self._side(segments, chosen, bitmaps, [starts[i] for i in places])
+            self._sides[key] = self._side(segments, chosen, masks, [starts[i] for i in places])
         return self._sides[key]
 
     def reduce(
@@ -194,8 +194,8 @@ class Plan:
 
         ``is_local``: inside a node, where links are fast and more bits are sent.
         """
-        bitmaps = self._bitmaps(with_grad if self._sparse_grads else [])
-        key = ("reduce", with_grad, dtype, least_bits, is_local, "sparse" if bitmaps else "dense")
+        masks = self._masks(with_grad if self._sparse_grads else [])
+        key = ("reduce", with_grad, dtype, least_bits, is_local, "sparse" if masks else "dense")
         if key not in self._sides:
             chosen = [self.parameters[i] for i in with_grad]
             segments = []
@@ -204,25 +204,25 @@ class Plan:
                 if is_local and bits <= 8:
                     bits = self._config.local_grad_bits or 8
                 segments.append(self._segment(p, dtype, max(bits, least_bits), True))
-            self._sides[key] = self._side(segments, chosen, bitmaps)
+            self._sides[key] = self._side(segments, chosen, masks)
         return self._sides[key]
 
     def _side(
         self,
         segments: list[Segment],
         parameters: Sequence[Parameter],
-        bitmaps: Sequence[Tensor | None],
+        masks: Sequence[Masks | None],
         starts: Sequence[int] | None = None,
     ) -> Side:
         numels = [
             [p.shard_numel(rank, self.world_size) * _units(p.dtype) for p in parameters]
             for rank in range(self.world_size)
         ]
-        if bitmaps:
-            return SparseSide(segments, self.index, numels, starts, bitmaps)
+        if masks:
+            return SparseSide(segments, self.index, numels, starts, masks)
         return Side([Layout(segments, self.index)] * self.world_size, numels, starts)
 
-    def _bitmaps(self, places: Sequence[int]) -> list[Tensor | None]:
+    def _masks(self, places: Sequence[int]) -> list[Masks | None]:
         """By place, the masks; an empty list where there are none."""
         if not any(place in self._support for place in places):
             return []

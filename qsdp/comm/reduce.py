@@ -1,13 +1,14 @@
 """The quantized reduce-scatter of gradients, and the all-reduce between replicas."""
 
+from collections.abc import Generator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp import compat
 from qsdp.codec.payload import Standing
+from qsdp.comm import transport
 from qsdp.comm.clock import ACROSS, FLAT, LOCAL, REPLICAS
 from qsdp.comm.failures import collective
 from qsdp.comm.gather import as_bytes, check_headers
@@ -57,8 +58,13 @@ def hops_of(
     ]
 
 
-def reduce(plan: Plan, hops: list[Hop], output: Tensor, input: Tensor, wire: Wire) -> int:
+def reduce(
+    plan: Plan, hops: list[Hop], output: Tensor, input: Tensor, wire: Wire
+) -> Generator[None, None, int]:
     """Sum ``input`` [world * shard] over ranks, this rank's row into ``output`` [shard].
+
+    A generator that stops once a hop, where the payloads are on the wire and, on CPUs, this thread
+    can do something else: but no other reduce, which needs the same buffers.
 
     Args:
         plan: of the group.
@@ -79,12 +85,21 @@ def reduce(plan: Plan, hops: list[Hop], output: Tensor, input: Tensor, wire: Wir
     for hop in hops:
         is_last = hop is hops[-1] and output.dtype == torch.float32
         into = output if is_last and not side.is_sparse else None
-        standing = _take(plan, hop, rows, occurrence, wire, into, standing)
+        standing = yield from _take(plan, hop, rows, occurrence, wire, into, standing)
     if standing != Standing.KEPT:
         raise SetsDiffer
     side.expand(plan.rank, rows[plan.rank], output)
     wire.traffic.in_fp32("reduce", plan.world_size, hops[-1].side.num_values)
     return occurrence
+
+
+def exhaust(reducing: Generator[None, None, int]) -> int:
+    """Go through all that is left of a reduce. Returns what it returns."""
+    while True:
+        try:
+            next(reducing)
+        except StopIteration as end:
+            return int(end.value)
 
 
 def _take(
@@ -95,7 +110,7 @@ def _take(
     wire: Wire,
     output: Tensor | None,
     standing: Standing,
-) -> Standing:
+) -> Generator[None, None, Standing]:
     """Take one hop: the rows that this rank owns become fp32 sums over the hop's group.
 
     1. Encode the rows of every other rank: unbiased, each with a key of its own.
@@ -131,10 +146,13 @@ def _take(
 
     splits = [width * size if rank != me else 0 for rank in range(group.size())]
     with collective("reduce", plan.names, clock.step), wire.times.measure("reduce", "wire", device):
-        dist.all_to_all_single(received, sent, splits, splits, group=group)
+        arrival = transport.all_to_all(received, sent, splits, splits, group)
+    yield
+    with collective("reduce", plan.names, clock.step), wire.times.measure("reduce", "wire", device):
+        seen = arrival.wait()
     wire.traffic.sent("reduce", [global_ranks[peer] for peer in peers], width * size)
     senders = [global_ranks[peer] for peer in peers for _ in range(width)]
-    standing = check_headers(received, side, senders, clock.step, plan, standing)
+    standing = check_headers(seen, side, senders, clock.step, plan, standing)
 
     numels = [rows[row].numel() for row in mine]
     memory = wire.scratch.take(f"sums {number}", 4 * sum(numels), device)
@@ -188,11 +206,11 @@ def all_reduce(
         collective("all-reduce between replicas", plan.names, clock.step),
         wire.times.measure("reduce", "wire", device),
     ):
-        compat.all_gather(payloads, own, group)
+        seen = transport.all_gather(payloads, own, group).wait()
     wire.traffic.gathered("reduce", group, size)
     # In fp32 it would be a reduce-scatter and an all-gather.
     wire.traffic.in_fp32("reduce", group.size(), 2 * side.num_values // plan.world_size)
-    check_headers(payloads, side, ranks, clock.step, plan)
+    check_headers(seen, side, ranks, clock.step, plan)
     total_bytes = wire.scratch.take("sums", 4 * values.numel(), device)
     total = total_bytes.view(torch.float32)
     with wire.times.measure("reduce", "decode", device):

@@ -40,6 +40,13 @@ class Scratch:
             self._free.sort(key=Tensor.numel)  # the largest is lent first
 
 
+def reads_on_this_stream(buffer: Tensor) -> None:
+    """Let the allocator know that the current stream uses ``buffer``, which may have been allocated
+    for another one, so that its memory is not given away while it is still in use."""
+    if buffer.device.type != "cpu":
+        buffer.record_stream(torch.accelerator.current_stream(buffer.device))
+
+
 def _empty(num_bytes: int) -> Tensor:
     """Memory that a training step may write, also when a validation in inference mode made it."""
     with torch.inference_mode(False):

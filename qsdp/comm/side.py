@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from qsdp import bitmask
 from qsdp.codec.payload import ITEM_BYTES, VERSION, DType, Field, Layout, Segment, Standing
 from qsdp.codec.sparse import Span
 from qsdp.comm.scratch import Scratch
@@ -76,6 +76,15 @@ class Side:
             dense.copy_(compact)
 
 
+class Masks(NamedTuple):
+    """What all ranks keep of their shards of one parameter."""
+
+    bits: Tensor
+    """uint8 [ranks, bytes], see `bitmask`."""
+    counts: list[int]
+    """By rank, the values that are kept."""
+
+
 class SparseSide(Side):
     """A side whose payloads leave out what the masks prune: every rank's slice has its own sizes.
 
@@ -85,8 +94,7 @@ class SparseSide(Side):
         segments: of the dense slice.
         group: of the random generator.
         numels, starts: as of `Side`.
-        bitmaps: by segment the packed masks of all ranks' slices, uint8 [ranks, bytes]; None where
-            all values travel.
+        masks: by segment those of its parameter; None where all values travel.
     """
 
     is_sparse = True
@@ -97,11 +105,12 @@ class SparseSide(Side):
         group: int,
         numels: Sequence[Sequence[int]],
         starts: Sequence[int] | None,
-        bitmaps: Sequence[Tensor | None],
+        masks: Sequence[Masks | None],
     ) -> None:
-        counts = [None if bits is None else bitmask.count(bits) for bits in bitmaps]
         ranks = range(len(numels))
-        self._kept = [[None if each is None else each[rank] for each in counts] for rank in ranks]
+        self._kept = [
+            [None if each is None else each.counts[rank] for each in masks] for rank in ranks
+        ]
         layouts = [
             Layout(
                 [
@@ -124,13 +133,13 @@ class SparseSide(Side):
         digest = blake2b(described, digest_size=8).digest()
         self._hash = int.from_bytes(digest, "little", signed=True)
         self._segments, self._starts = segments, starts
-        parts = [bits for bits in bitmaps if bits is not None]
+        parts = [each.bits for each in masks if each is not None]
         self._bitmaps = list(torch.cat(parts, dim=1).unbind(0))
         self._bitmap_starts: list[int] = []
         end = 0
-        for bits in bitmaps:
-            self._bitmap_starts.append(-1 if bits is None else end)
-            end += 0 if bits is None else bits.shape[1]
+        for each in masks:
+            self._bitmap_starts.append(-1 if each is None else end)
+            end += 0 if each is None else each.bits.shape[1]
         self._spans: dict[tuple[int, torch.dtype], tuple[Tensor, int]] = {}
 
     def compact(

@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp import bitmask, compat
+from qsdp import bitmask
+from qsdp.comm import transport
 from qsdp.comm.failures import collective
 from qsdp.comm.plan import Plan
+from qsdp.comm.side import Masks
 from qsdp.comm.wire import Wire
 
 
@@ -52,9 +54,12 @@ def exchange(
             collective("exchange of masks", plans[members[0]].names, wire.clock.step),
             wire.times.measure("gather", "wire", mine.device),
         ):
-            compat.all_gather(everyone, mine, group)
+            transport.all_gather(everyone, mine, group).wait()
         wire.traffic.gathered("gather", group, mine.numel())
-        parts = iter(everyone.view(group.size(), -1).split(sizes, dim=1))
+        parts = [part.contiguous() for part in everyone.view(group.size(), -1).split(sizes, dim=1)]
+        # On a GPU the host waits here, once, and not at every side that is made of the masks.
+        counts = torch.stack([bitmask.count(part) for part in parts]).tolist()
+        by_parameter = iter(map(Masks, parts, counts))
         for i in members:
-            bitmaps = {place: next(parts).contiguous() for place in sorted(masks[i])}
-            plans[i].set_support(bitmaps, with_grads=with_grads)
+            of_plan = {place: next(by_parameter) for place in sorted(masks[i])}
+            plans[i].set_support(of_plan, with_grads=with_grads)

@@ -1,5 +1,7 @@
 """What all groups of one handle share."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,19 @@ class Wire:
         self.meters: list[Meter | Counts] = []
         """What looks at the gradients that are sent."""
         self.levels: Levels | None = None
+        self._under_way: Callable[[], None] | None = None
+
+    def leave_under_way(self, finish: Callable[[], None]) -> None:
+        """Keep a collective's second half for later: for `finish`, which comes before the next
+        collective at the latest, so that the order of collectives stays the same on all ranks."""
+        self.finish()
+        self._under_way = finish
+
+    def finish(self) -> None:
+        """Finish what was left under way."""
+        finish, self._under_way = self._under_way, None
+        if finish is not None:
+            finish()
 
     def observe(self, table: Tensor, flat: Tensor) -> None:
         """Let the meters look at the gradients of a flat slice that ``table`` describes."""

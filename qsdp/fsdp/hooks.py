@@ -13,7 +13,8 @@ from qsdp import compat
 from qsdp.comm.consent import Consent, Places
 from qsdp.comm.gather import Gathering, GatheringWork, Payloads, decode, regather
 from qsdp.comm.plan import Plan
-from qsdp.comm.reduce import Hop, SetsDiffer, all_reduce, hops_of, reduce
+from qsdp.comm.reduce import Hop, SetsDiffer, all_reduce, exhaust, hops_of, reduce
+from qsdp.comm.scratch import reads_on_this_stream
 from qsdp.comm.side import Side
 from qsdp.comm.wire import Wire
 
@@ -75,6 +76,7 @@ class AllGather(_Comm):
         """
         plan, wire = self._plan, self._wire
         if group.size() == self._group.regather_world_size and group is not plan.group:
+            wire.finish()
             regather(output_tensor, input_tensor, group, wire.traffic)
             return None
         given = input_tensor.numel() * input_tensor.element_size()
@@ -94,12 +96,14 @@ class AllGather(_Comm):
         places = plan.places
         if not wire.is_exact:
             if not in_backward:
+                wire.finish()
                 self._before()
                 wire.clock.before_forward()
             places = self._gather_frozen(input_tensor)
         if kept is not None or not places:
             self._decode(kept, output_tensor)
             return None
+        wire.finish()
         keeps = not wire.is_exact and not in_backward and self._is_needed_again()
         is_async = async_op and input_tensor.device.type == "cpu"
         is_exact = wire.is_exact
@@ -133,6 +137,7 @@ class AllGather(_Comm):
         side = plan.gather(frozen, is_frozen=True)
         mark = (side, *(versions[i] for i in frozen))
         if self._frozen is None or mark != self._frozen_mark:
+            wire.finish()
             size = plan.world_size * side.payload_bytes
             buffer = torch.empty(size, dtype=torch.uint8, device=input.device)
             self._frozen = Gathering(plan, side, input, wire, buffer, is_frozen=True).finish()
@@ -167,10 +172,12 @@ class ReduceScatter(_Comm):
         self,
         plan: Plan,
         wire: Wire,
+        group: compat.ParameterGroup,
         recorder: "GradRecorder",
         replicas: dist.ProcessGroup | None,
     ) -> None:
-        self._plan, self._wire, self._recorder, self._replicas = plan, wire, recorder, replicas
+        self._plan, self._wire, self._group = plan, wire, group
+        self._recorder, self._replicas = recorder, replicas
         self._consent = Consent(plan)
         self._reduced: tuple[Places, int] | None = None
 
@@ -182,8 +189,13 @@ class ReduceScatter(_Comm):
         op: Any,
         async_op: bool = False,
     ) -> None:
-        """Reduce on the current stream, complete in stream order on return."""
+        """Reduce on the current stream, complete in stream order on return.
+
+        On CPUs the payloads travel beside the backward pass: where FSDP2 only takes views of the
+        output, the sums come into it before qsdp's next collective, or at the end of the pass.
+        """
         plan, wire = self._plan, self._wire
+        wire.finish()
         if op != dist.ReduceOp.SUM:
             raise RuntimeError(
                 f"FSDP2 asks the group of {plan.name} for {op}; qsdp sums: leave "
@@ -194,13 +206,28 @@ class ReduceScatter(_Comm):
         def hops(places: Places) -> list[Hop]:
             return hops_of(plan, places, input_tensor.dtype, group, wire)
 
-        self._consent.settle(with_grad, group, hops, wire.clock.step)
-        try:
-            occurrence = reduce(plan, hops(with_grad), output_tensor, input_tensor, wire)
-        except SetsDiffer:
-            self._consent.refuse(with_grad, group)
+        device = input_tensor.device
+        self._consent.settle(with_grad, group, hops, wire.clock.step, device)
+        reducing = reduce(plan, hops(with_grad), output_tensor, input_tensor, wire)
+
+        def finish() -> None:
+            try:
+                occurrence = exhaust(reducing)
+            except SetsDiffer:
+                self._consent.refuse(with_grad, group, device)
+            else:
+                self._reduced = (with_grad, occurrence)
+
+        def finish_and_divide() -> None:
+            finish()
+            self._group.divide(output_tensor)
+
+        if self._group.may_fill_later(with_grad, output_tensor):
+            next(reducing)
+            wire.leave_under_way(finish_and_divide)
+            compat.after_backward(wire.finish)
         else:
-            self._reduced = (with_grad, occurrence)
+            finish()
 
     def all_reduce(self, reduce_output: Tensor) -> None:
         """FSDP2's all-reduce hook: average what was just reduced over the replicas, in place."""
@@ -208,6 +235,8 @@ class ReduceScatter(_Comm):
         assert self._replicas is not None
         with_grad, occurrence = self._reduced
         plan, wire = self._plan, self._wire
+        # FSDP2 reduced it on another stream, and drops it where gradients have another type.
+        reads_on_this_stream(reduce_output)
         all_reduce(plan, with_grad, reduce_output, self._replicas, occurrence, wire)
 
 

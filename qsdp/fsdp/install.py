@@ -1,6 +1,6 @@
 """`install(model, config) -> handle`: the quantized wire on a model that the user sharded."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -88,7 +88,7 @@ class Handle:
         self.config = config
         self._groups = groups
         self._is_removed = False
-        self._reshard()
+        _reshard(groups)
         names = {p: compat.name_without_wrappers(name) for name, p in model.named_parameters()}
         order = {name: i for i, name in enumerate(names.values())}
         meshes = dict.fromkeys(group.mesh for group in groups)
@@ -148,7 +148,7 @@ class Handle:
         self._gathers = []
         for plan, group, recorder in zip(self._plans, groups, self._recorders, strict=True):
             gather = AllGather(plan, self._wire, group, self._recorders, self._adaptation.settle)
-            reduce = ReduceScatter(plan, self._wire, recorder, replicas)
+            reduce = ReduceScatter(plan, self._wire, group, recorder, replicas)
             self._gathers.append(gather)
             hook = None if replicas is None else reduce.all_reduce
             *_, all_reduce_hook, async_op = group.comms()
@@ -300,8 +300,8 @@ class Handle:
                 hops.close()
 
     def _reshard(self) -> None:
-        for group in self._groups:
-            group.module.reshard()
+        self._wire.finish()
+        _reshard(self._groups)
 
     def _remarks(self) -> Iterator[str]:
         config = self.config
@@ -334,6 +334,11 @@ class Handle:
         if config.budget is not None:
             when = "allotted" if self._adaptation.is_allotted else "to be allotted when measured"
             yield f"budget: {config.budget:g} bits a coded value, {when}"
+
+
+def _reshard(groups: Sequence[compat.ParameterGroup]) -> None:
+    for group in groups:
+        group.module.reshard()
 
 
 def _relative(error: float, square: float) -> float | None:

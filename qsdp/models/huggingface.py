@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from qsdp.compat import full_tensor
 from qsdp.models.gpt import GPT, GPTConfig, local_slices
 
 _BLOCK_MODULES = {
@@ -172,7 +173,7 @@ def export_huggingface(model: GPT, folder: str | Path) -> None:
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        full = full_tensor(parameter) if isinstance(parameter, DTensor) else parameter
         if writes:
             their_name, transposed = _their_name(name)
             # A copy: safetensors wants tensors that are contiguous and share no storage.

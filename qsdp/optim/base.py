@@ -129,6 +129,11 @@ class OptimizerWrapper(torch.optim.Optimizer):
             raise ValueError(
                 f"the base optimizer is a {type(base).__name__}; give a torch.optim.Optimizer"
             )
+        if isinstance(base, torch.optim.LBFGS | torch.optim.SparseAdam):
+            raise ValueError(
+                f"the base optimizer is {type(base).__name__}; give one whose step() needs no "
+                "closure and takes dense gradients, such as AdamW"
+            )
         self.base = base
         self._remembered = remembered
         self._tell: TellSupport | None = None
@@ -178,6 +183,14 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dictionary of this wrapper, or of a bare base optimizer."""
         self.base.load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to be copied or pickled: torch copies optimizers without what holds them to a
+        model."""
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled; copy the model, make another "
+            "around it, and give that load_state_dict(copy.deepcopy(optimizer.state_dict()))"
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Give the base optimizer another group of parameters."""

@@ -230,9 +230,8 @@ class SAM(CrAM):
         *,
         rho: float = 0.05,
         max_norm: float | None = None,
-        prunable: Sequence[str] | None = ("*",),
     ) -> None:
-        """As `CrAM`; nothing is pruned, and every parameter may be among the ``prunable``."""
+        """As `CrAM`, for any module: nothing is pruned, so that nothing need be prunable."""
         super().__init__(
             model,
             base_optimizer,
@@ -241,7 +240,7 @@ class SAM(CrAM):
             plus=False,
             normalize=True,
             max_norm=max_norm,
-            prunable=prunable,
+            prunable=(),
         )
 
 

@@ -231,11 +231,26 @@ class MaskedOptimizer(OptimizerWrapper):
             for parameter, key in zip(self.parameters(), keys, strict=False)
             if _MASK in states.get(key, {})
         ]
+        self._check_masked(int(state_dict["param_groups"][0].get(_STEP, 0)))
         rest = {
             key: {name: value for name, value in state.items() if name != _MASK}
             for key, state in states.items()
         }
         return {**state_dict, "state": rest}
+
+    def _check_masked(self, step: int) -> None:
+        """Raise ValueError if the masks to be loaded are not those of the prunable parameters."""
+        masked = {id(parameter) for parameter, _ in self._loaded_masks}
+        # Before the first step there are none.
+        if not masked and not self._is_masked(step):
+            return
+        if masked != {id(parameter) for parameter in self.prunable.parameters}:
+            self._loaded_masks = []
+            raise ValueError(
+                f"the state's {len(masked)} masks are of other parameters than the "
+                f"{len(self.prunable.parameters)} that this {type(self).__name__} prunes; make it "
+                "with the same prunable set"
+            )
 
     def _share(self, base: torch.optim.Optimizer) -> None:
         super()._share(base)
@@ -321,9 +336,10 @@ class GMP(MaskedOptimizer):
         """As `ACDC`; ``scope`` is `Compression.scope`."""
         if not isinstance(schedule, GMPSchedule):
             raise ValueError(f"the schedule is {schedule!r}; give a GMPSchedule")
-        Compression(sparsity=schedule.sparsity, scope=scope)  # checks both
+        target = Compression(sparsity=schedule.sparsity, scope=scope)  # checks both
         plan = f"{schedule}, {scope}"
         super().__init__(model, base_optimizer, plan=plan, max_norm=max_norm, prunable=prunable)
+        self.prunable.check(target)
         self.schedule = schedule
         self.scope = scope
 

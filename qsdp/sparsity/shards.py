@@ -93,8 +93,14 @@ def local_shard(tensor: Tensor) -> LocalShard:
         tensor: A plain tensor, or a DTensor placed by `Shard` and `Replicate` alone.
 
     Raises:
-        ValueError: If another placement is met (partial sums, tensor parallelism under FSDP).
+        ValueError: If another placement is met (partial sums, tensor parallelism under FSDP), or a
+            sparse tensor.
     """
+    if tensor.layout != torch.strided:
+        raise ValueError(
+            f"a gradient of shape {tuple(tensor.shape)} is {tensor.layout}; only dense ones can be "
+            "added up and masked: make the layer without sparse=True"
+        )
     if not isinstance(tensor, DTensor):
         values = tensor.detach()
         return LocalShard(values, (), tuple(values.shape), (0,) * values.ndim, tuple(values.shape))

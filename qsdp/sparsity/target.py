@@ -39,6 +39,8 @@ class Compression:
         if self.scope not in SCOPES:
             raise ValueError(f"scope is {self.scope!r}; choose one of {', '.join(SCOPES)}")
         if self.pattern is not None:
+            if not isinstance(self.pattern, tuple) or [*map(type, self.pattern)] != [int, int]:
+                raise ValueError(f"pattern is {self.pattern!r}; choose two whole numbers (N, M)")
             keep, size = self.pattern
             if not 1 <= keep < size <= 64:
                 raise ValueError(f"pattern is {keep}:{size}; choose N:M with 1 <= N < M <= 64")

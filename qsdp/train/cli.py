@@ -122,6 +122,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     values = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig)}
     try:
         config = TrainConfig(**values)
+        config.check_heeded(_given(argv))
     except ValueError as error:
         raise UserError(str(error)) from None
     try:
@@ -129,6 +130,13 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     except OSError as error:  # a folder that may not be entered, a name that is too long
         raise UserError(f"{sentence(error)}; give a path that can be read.") from None
     return config
+
+
+def _given(argv: Sequence[str] | None) -> list[str]:
+    """The fields whose flags stand in `argv`, whatever their values."""
+    texts = sys.argv[1:] if argv is None else argv
+    names = (text[2:].partition("=")[0].replace("-", "_") for text in texts if text[:2] == "--")
+    return [name.removeprefix("no_") for name in names]
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

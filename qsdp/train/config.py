@@ -18,6 +18,7 @@ from qsdp.train.method_flags import MethodFlags
 from qsdp.train.wire_flags import WireFlags, flag
 
 PRECISIONS = ("fp32", "bf16")
+BACKENDS = ("nccl", "gloo")
 
 # Training defaults of each model preset, where they differ from nano's, which are the field
 # defaults below. Learning rates are those of GPT-3's models of the same size (arXiv 2005.14165,
@@ -122,6 +123,10 @@ class RunFlags:
     """`auto` goes on from the newest checkpoint in --out, if any; `none` begins anew and removes
     the checkpoints and metrics there; a path names a checkpoint or a folder of them."""
 
+    backend: str | None = None
+    """What collectives run over: `nccl`, a GPU for every rank of a node, or `gloo`, whose ranks may
+    share GPUs (slow: all goes through host memory). Unset: nccl on GPUs, gloo on CPUs."""
+
     timeout_s: int = 900
     """Seconds that a rank waits for the others in a collective before it ends: more than writing a
     checkpoint takes. A rank that has ended is noticed at once."""
@@ -161,6 +166,7 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
         self._require("min_lr", 0 <= self.last_lr <= self.lr, f"choose 0 to --lr, {self.lr:g}")
         self._require("beta2", 0 <= self.beta2 < 1, "choose a number from 0 to below 1")
         self._require("seed", 0 <= self.seed < 1 << 63, "choose an integer from 0 to 2**63 - 1")
+        self._require("backend", self.backend in (None, *BACKENDS), "choose nccl or gloo")
         self._require("precision", self.precision in PRECISIONS, "choose fp32 or bf16")
         for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
             # Surrogates stand for bytes of the command line that are not UTF-8.

@@ -14,7 +14,7 @@ from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.sparsity.shards import local_shard
 from qsdp.train.config import TrainConfig
 from qsdp.train.wire import Wire, threshold_bytes
-from qsdp.train.world import World
+from qsdp.train.world import World, to_device
 
 _PROMPT_TOKENS = 16
 _GATHERED_BYTES = 2 << 30  # what a sample may hold on every rank, beside the shards
@@ -43,12 +43,14 @@ class Evaluator:
             world.rank,
             world.size,
         )
-        loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+        device = world.device
+        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         num_tokens = 0
         self._model.eval()
         with torch.no_grad(), self._wire.evaluation(exact):
             for inputs_BT, targets_BT, count in batches:
-                _, loss = self._model(inputs_BT.to(world.device), targets_BT.to(world.device))
+                inputs_BT, targets_BT = (to_device(t, device) for t in (inputs_BT, targets_BT))
+                _, loss = self._model(inputs_BT, targets_BT)
                 loss_sum += count * loss.double()
                 num_tokens += count
             self._reshard()

@@ -10,7 +10,7 @@ import tyro
 
 from qsdp.sparsity.target import Compression
 from qsdp.train.cli import one_sentence, one_sentence_at_the_end
-from qsdp.train.config import TrainConfig
+from qsdp.train.config import BACKENDS, TrainConfig
 from qsdp.train.errors import UserError
 
 SPLITS = ("val", "test")
@@ -57,6 +57,9 @@ class EvaluateFlags:
     out: Path | None = None
     """Folder for evaluation.json and evaluation.png, which are replaced. Unset: the table alone."""
 
+    backend: str | None = None
+    """As in training: `nccl`, a GPU for every rank of a node, or `gloo`. Unset: nccl on GPUs."""
+
     timeout_s: int = TrainConfig.timeout_s
     """Seconds that a rank waits for the others in a collective."""
 
@@ -93,6 +96,8 @@ def parse(argv: Sequence[str] | None = None) -> EvaluateFlags:
         raise UserError(f"--split is {flags.split!r}; choose val or test.")
     if flags.eval_batches is not None and not 0 <= flags.eval_batches < 1 << 40:
         raise UserError(f"--eval-batches is {flags.eval_batches}; choose 1 or more, or 0 for all.")
+    if flags.backend not in (None, *BACKENDS):
+        raise UserError(f"--backend is {flags.backend!r}; choose nccl or gloo.")
     if not 1 <= flags.timeout_s <= 1 << 31:
         raise UserError(f"--timeout-s is {flags.timeout_s}; choose 1 second or more.")
     if flags.out is not None and flags.out.exists() and not flags.out.is_dir():

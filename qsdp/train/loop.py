@@ -22,7 +22,7 @@ from qsdp.train.progress import RunProgress
 from qsdp.train.report import finish
 from qsdp.train.setup import Job, set_up
 from qsdp.train.wire import SECONDS, WireUse, threshold_bytes
-from qsdp.train.world import open_world
+from qsdp.train.world import open_world, to_device
 
 # Of the wire, what a line of metrics.jsonl says beside the sums.
 WIRE_METRICS = (
@@ -37,7 +37,7 @@ def train(config: TrainConfig) -> None:
     Called on every rank, under torchrun or alone.
     Raises UserError, on every rank, for whatever the user can correct.
     """
-    with open_world(config.timeout_s) as world:
+    with open_world(config.timeout_s, config.backend) as world:
         job = set_up(config, world)
         if job is None:
             return
@@ -147,7 +147,7 @@ def forward_backward(job: Job) -> Tensor:
     for micro in range(config.grad_accum):
         cast(FSDPModule, job.model).set_requires_gradient_sync(micro == config.grad_accum - 1)
         inputs_BT, targets_BT = job.batches.get(job.steps_done, micro)
-        _, loss = job.model(inputs_BT.to(device), targets_BT.to(device))
+        _, loss = job.model(to_device(inputs_BT, device), to_device(targets_BT, device))
         (loss / config.grad_accum).backward()
         total += loss.detach() / config.grad_accum
     job.wire.reduced()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
 from qsdp.sparsity.target import Compression
+from qsdp.train.wire_flags import flag
 
 METHODS = {"cram": "CrAM", "acdc": "AC/DC", "gmp": "GMP", "sam": "SAM"}
 """By flag; none of them is plain AdamW."""
@@ -161,8 +163,12 @@ class MethodFlags:
         chosen = [flag for flag in METHODS if getattr(self, flag)]
         if len(chosen) > 1:
             raise ValueError(f"--{chosen[0]} and --{chosen[1]} are both given; choose one method.")
-        self._refuse_what_no_method_heeds()
-        for flag, make in (
+        given = [f.name for f in fields(MethodFlags) if getattr(self, f.name) != f.default]
+        self.check_heeded(given)
+        for name in given:
+            if getattr(self, name) in ("", ()):
+                raise ValueError(f"{flag(name)} is empty; give a value, or leave it out.")
+        for name, make in (
             ("--cram-targets", lambda: self.targets),
             ("--acdc-target", lambda: self.acdc_compression),
             (f"--{self.method_flag}", lambda: self.mask_schedule(steps)),
@@ -170,7 +176,7 @@ class MethodFlags:
             try:
                 make()
             except ValueError as error:
-                raise ValueError(f"{flag}: {error}.") from None
+                raise ValueError(f"{name}: {error}.") from None
         if self.acdc and self.acdc_compression.bits is not None:
             raise ValueError(
                 f"--acdc-target is {self.acdc_target!r}; AC/DC prunes: leave bits out."
@@ -178,19 +184,15 @@ class MethodFlags:
         if self.acdc and self.acdc_schedule(steps).is_compressed(0):
             raise ValueError("--acdc-warmup is 0; AC/DC begins dense: choose 1 step or more.")
 
-    def _refuse_what_no_method_heeds(self) -> None:
-        """Raise ValueError for a flag of a method that is not chosen."""
-        for field in fields(MethodFlags):
-            method = field.name.partition("_")[0]
-            value = getattr(self, field.name)
-            if method == field.name or method not in METHODS or value == field.default:
+    def check_heeded(self, given: Iterable[str]) -> None:
+        """Raise ValueError if of the fields ``given`` one belongs to a method that is not chosen:
+        also where it is given as it is by default."""
+        for name in given:
+            method = name.partition("_")[0]
+            if name == method or method not in METHODS or getattr(self, method):
                 continue
-            flag = field.name.replace("_", "-")
-            if not getattr(self, method):
-                no = "no-" if value is False else ""
-                raise ValueError(
-                    f"--{no}{flag} is given without --{method}, so that nothing would heed it; add "
-                    "that, or leave it out."
-                )
-            if value in ("", ()):
-                raise ValueError(f"--{flag} is empty; give a target, or leave it out.")
+            no = "no-" if getattr(self, name) is False else ""
+            raise ValueError(
+                f"--{no}{flag(name)[2:]} is given without --{method}, so that nothing would heed "
+                "it; add that, or leave it out."
+            )

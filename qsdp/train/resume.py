@@ -11,7 +11,7 @@ from qsdp.train.config import TrainConfig
 from qsdp.train.world import World
 
 # Settings that change the time or the bytes of a step, beside qsdp's.
-_PACE = ("batch_size", "grad_accum", "seq_len", "precision", "replicas")
+_PACE = ("batch_size", "grad_accum", "seq_len", "precision", "replicas", "backend")
 
 
 def find_checkpoint(config: TrainConfig, fingerprint: dict[str, Any]) -> Path | None:

@@ -125,8 +125,8 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
     sharded = world.together(lambda: build(config, size, world))
     model, handle = sharded.model, sharded.handle
     wire = StockWire(model, world, config.replicas) if handle is None else QuantizedWire(handle)
+    world.together(lambda: _check_targets(config, model))
     optimizer = world.together(lambda: make_optimizer(config, model))
-    world.together(lambda: _check_one_shot(config, model))
     if handle is not None and isinstance(optimizer, OptimizerWrapper):
         optimizer.share_support(handle.set_support)
     steps_done = 0
@@ -155,11 +155,15 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
     return job
 
 
-def _check_one_shot(config: TrainConfig, model: nn.Module) -> None:
-    """Raise ValueError for what the trained model could not be compressed to."""
+def _check_targets(config: TrainConfig, model: nn.Module) -> None:
+    """Raise ValueError for what the trained model could not be compressed to, or asked about."""
+    try:
+        prunable = Prunable.of(model, config.patterns)
+    except ValueError as error:
+        raise ValueError(f"--prunable: {error}.") from None
     for target in config.one_shot_targets:
         try:
-            Prunable.of(model, config.patterns).check(target)
+            prunable.check(target)
         except ValueError as error:
             raise ValueError(f"--one-shot: {error}.") from None
 

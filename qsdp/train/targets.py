@@ -35,7 +35,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     Called on every rank, under torchrun or alone.
     Raises UserError, on every rank, for whatever the user can correct.
     """
-    with open_world(flags.timeout_s) as world:
+    with open_world(flags.timeout_s, flags.backend) as world:
         source = world.together(lambda: open_source(flags.checkpoint))
         config = world.together(lambda: _config(flags, source))
         agree_on_config(config, world)
@@ -81,6 +81,7 @@ def _config(flags: EvaluateFlags, source: Source) -> TrainConfig:
         prunable=source.config.prunable if flags.prunable is None else flags.prunable,
         out=None if flags.out is None else str(flags.out),
         timeout_s=flags.timeout_s,
+        backend=flags.backend,
     )
 
 

@@ -14,11 +14,11 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from qsdp.comm.failures import collective
-from qsdp.train.config import TrainConfig
+from qsdp.train.config import RunFlags
 from qsdp.train.errors import UserError, is_lost, sentence
 
 T = TypeVar("T")
@@ -79,6 +79,13 @@ class World:
             return total.tolist()
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``, without waiting for what that still computes."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def end_process(status: int) -> NoReturn:
     """End a process whose work is on disk, without tearing Python down.
 
@@ -92,29 +99,29 @@ def end_process(status: int) -> NoReturn:
 
 
 @contextmanager
-def open_world(timeout_s: int = TrainConfig.timeout_s) -> Iterator[World]:
+def open_world(
+    timeout_s: int = RunFlags.timeout_s, backend: str | None = RunFlags.backend
+) -> Iterator[World]:
     """Meet the other ranks that torchrun started, or be a world of one without it.
 
-    GPUs meet over NCCL, CPUs over gloo. A collective waits ``timeout_s`` seconds for the others.
-    Raises UserError if they do not come.
+    GPUs meet over NCCL, each local rank on its own, or over gloo, where local ranks share them if
+    they are too few; CPUs meet over gloo. A collective waits ``timeout_s`` seconds for the others.
+    Raises UserError if they do not come, or if this machine does not have what ``backend`` needs.
     """
-    is_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_gpu else None
-    if device is not None:
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"This node has {torch.cuda.device_count()} GPUs, too few for local rank "
-                f"{device.index}; lower --nproc-per-node."
-            )
+    device = _device(backend)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.init()
     else:
         keep_freed_memory()
-    backend = "nccl" if is_gpu else "gloo"
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     try:
         rank, size, store = _meet() if "RANK" in os.environ else _alone()
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        mesh = init_device_mesh("cuda" if is_gpu else "cpu", (size,))
+        # Of the group itself: `init_device_mesh` would make another, of NCCL where it finds a GPU.
+        assert dist.group.WORLD is not None
+        mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
         # The first collective shows whether all can reach each other.
         dist.barrier()
     except (RuntimeError, ValueError) as error:
@@ -123,7 +130,7 @@ def open_world(timeout_s: int = TrainConfig.timeout_s) -> Iterator[World]:
             "earlier message on another node, and at the address that torchrun was given."
         ) from None
     try:
-        yield World(rank, size, device or torch.device("cpu"), backend, mesh)
+        yield World(rank, size, device, backend, mesh)
     except UserError as error:
         # All ranks are here, so taking leave of each other cannot hang; after other errors it may.
         if not is_lost(error):
@@ -132,16 +139,33 @@ def open_world(timeout_s: int = TrainConfig.timeout_s) -> Iterator[World]:
     dist.destroy_process_group()
 
 
+def _device(backend: str | None) -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if not num_gpus:
+        if backend == "nccl":
+            raise UserError("--backend is nccl, but this node has no GPU; leave it out.")
+        return torch.device("cpu")
+    if backend != "gloo" and local_rank >= num_gpus:
+        raise UserError(
+            f"This node has {num_gpus} GPU{'s' * (num_gpus > 1)}, too few for local rank "
+            f"{local_rank}, and NCCL takes one rank a GPU; lower --nproc-per-node, or let ranks "
+            "share GPUs with --backend gloo."
+        )
+    return torch.device("cuda", local_rank % num_gpus)
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep what is freed for the next step, which takes it again.
 
-    Where it would be given back, every step begins with page faults over gradients and copies of
-    weights: steps of several passes pay most. Does nothing where the C library has no mallopt.
+    Where it would be given back, every step pays page faults anew for activations, gradients and
+    copies of weights: steps of several passes pay most. So nothing large is mapped by itself, which
+    freeing would unmap, and the heap never shrinks. Does nothing where there is no mallopt.
     """
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    trim_threshold, mmap_max = -1, -4  # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+        mallopt(mmap_max, 0)
         mallopt(trim_threshold, (1 << 31) - 1)
 
 
