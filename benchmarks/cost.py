@@ -62,12 +62,24 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contestant")
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=5,
+        help="untimed rounds before, at least 2: memory settles over some steps, and AC/DC takes "
+        "its mask at the end of the first",
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="a rank and step")
     parser.add_argument("--width", type=int, default=512, help="of the model; 6 layers")
     parser.add_argument("--bits", type=int, help="of qsdp's wire (default: stock FSDP2)")
     parser.add_argument("--threads", type=int, default=1, help="of torch, a rank")
     parser.add_argument("--json", type=Path, help="a file for the table")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.warmup < 2 or arguments.rounds < 1:
+        parser.error(
+            f"--warmup is {arguments.warmup} and --rounds {arguments.rounds}; give at least 2 and 1"
+        )
+    return arguments
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -85,7 +97,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     times: dict[str, list[float]] = {name: [] for name in [*contestants, "threshold"]}
     prunable = Prunable.of(contestants["plain"][0])
     target = qsdp.Compression(sparsity=0.9)
-    for _ in range(2):  # AC/DC takes its mask at the end of the first
+    for _ in range(arguments.warmup):
         for step in (one for _, one in contestants.values()):
             step()
     for _ in range(arguments.rounds):

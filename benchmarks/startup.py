@@ -1,0 +1,101 @@
+"""How long it takes to begin: `import qsdp` beyond `import torch`, and the job's first step.
+
+    python benchmarks/startup.py --json startup.json
+
+Imports are timed in fresh processes, in turns; the difference is the median over rounds. The job
+is launch/train_gpt.py on two ranks as `make train` starts it; its first step is over when its
+metrics have a line, counted from the start of torchrun.
+
+Exits with status 1 if the import takes more than 0.3 s or the first step comes after 15 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import machine
+
+TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train_gpt.py"
+IMPORT_AT_MOST_S, STEP_AT_MOST_S = 0.3, 15.0
+
+
+def main() -> None:
+    arguments = parse()
+    differences = [
+        seconds_of("import torch, qsdp") - seconds_of("import torch")
+        for _ in range(arguments.rounds)
+    ]
+    steps = [first_step() for _ in range(arguments.jobs)]
+    rows = [
+        row("import qsdp, beyond import torch", differences, IMPORT_AT_MOST_S),
+        row("the end of the job's first step, 2 ranks", steps, STEP_AT_MOST_S),
+    ]
+    for each in rows:
+        verdict = "met" if each["is_met"] else "MISSED"
+        spread = f"{min(each['seconds']):.2f} to {max(each['seconds']):.2f}"
+        print(f"{each['what']:42}{each['median_s']:7.2f} s ({spread}), ", end="")
+        print(f"at most {each['at_most_s']:g}: {verdict}")
+    described = machine.describe()
+    print(machine.one_line(described))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
+    sys.exit(0 if all(each["is_met"] for each in rows) else 1)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="pairs of imports")
+    parser.add_argument("--jobs", type=int, default=5, help="how often the job is started")
+    parser.add_argument("--json", type=Path, help="a file for the table")
+    return parser.parse_args()
+
+
+def row(what: str, seconds: list[float], at_most: float) -> dict[str, object]:
+    """A line of the table."""
+    median = statistics.median(seconds)
+    return {
+        "what": what,
+        "seconds": seconds,
+        "median_s": median,
+        "at_most_s": at_most,
+        "is_met": median <= at_most,
+    }
+
+
+def seconds_of(program: str) -> float:
+    """How long a fresh Python runs."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", program], check=True)
+    return time.perf_counter() - started
+
+
+def first_step() -> float:
+    """How long the job takes to its first line of metrics."""
+    with tempfile.TemporaryDirectory(prefix="qsdp-startup-") as folder:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "2", str(TRAIN), "--model", "nano", "--data", "stdlib"]
+        command += ["--steps", "2", "--eval-batches", "1", "--qsdp-bits", "8", "--cram"]
+        command += ["--out", folder]
+        metrics = Path(folder) / "metrics.jsonl"
+        started = time.perf_counter()
+        job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (metrics.exists() and metrics.stat().st_size):
+            if job.poll() is not None:
+                raise SystemExit(f"error: {TRAIN.name} ended with status {job.returncode}")
+            time.sleep(0.01)
+        taken = time.perf_counter() - started
+        job.wait()
+        return taken
+
+
+if __name__ == "__main__":
+    main()
