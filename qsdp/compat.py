@@ -8,11 +8,13 @@ are removed.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
@@ -281,11 +283,42 @@ def all_gather(
     return work
 
 
-def new_group(ranks: list[int], like: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A process group of ``ranks``, which alone call this, with backend and timeout of ``like``."""
-    timeout = like._get_backend(device_of(like)).options._timeout
-    backend = dist.get_backend(like)
-    return dist.new_group(ranks, timeout, backend, use_local_synchronization=True)
+_num_names: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+
+
+def unused_name(parent: dist.ProcessGroup) -> str:
+    """A name for groups of ranks of ``parent``, none of which had it before: the same on all its
+    ranks, which ask for names equally often."""
+    _num_names[parent] = number = _num_names.get(parent, 0) + 1
+    return f"qsdp {number} of {parent.group_name}"
+
+
+def new_group(ranks: list[int], parent: dist.ProcessGroup, name: str) -> dist.ProcessGroup:
+    """A process group of ``ranks``, which alone call this, with backends and timeout of ``parent``.
+
+    `dist.new_group` lets ranks meet at a name with the number of groups that each knows. Ranks may
+    know of different groups, and once one was destroyed the next has its name.
+    """
+    world = distributed_c10d._world
+    timeout = parent._get_backend(device_of(parent)).options._timeout
+    _, store = world.pg_map[distributed_c10d._get_default_group()]
+    group, _ = distributed_c10d._new_process_group_helper(
+        len(ranks),
+        ranks.index(dist.get_rank()),
+        ranks,
+        distributed_c10d.Backend(dist.get_backend_config(parent)),
+        store,
+        cast(Any, name),
+        timeout=timeout,
+    )
+    world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
+    return group
+
+
+def destroy_group(group: dist.ProcessGroup) -> None:
+    """Destroy ``group``, if that was not done together with the default one."""
+    if group in distributed_c10d._world.pg_map:
+        dist.destroy_process_group(group)
 
 
 def name_without_wrappers(name: str) -> str:

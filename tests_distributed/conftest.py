@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     pools = Pools(tmp_path_factory.mktemp("pools"))
     yield pools.run
     pools.close()
+    if folder := os.environ.get("QSDP_TEST_REPORT"):
+        Path(folder, f"pool-{os.getpid()}.json").write_text(
+            json.dumps({"max_threads": pools.max_threads})
+        )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

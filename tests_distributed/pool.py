@@ -2,7 +2,8 @@
 
 Starting torch costs seconds, a call of a living pool costs milliseconds. Every call gets a new
 default process group, which meets through a new store file, so nothing of one test reaches the
-next; a pool in which a call failed is killed, and the next call starts another.
+next; a call that leaves threads, groups or files behind has failed; a pool in which a call failed
+is killed, and the next call starts another.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests_distributed import leftovers
+
 MAX_WORLD_SIZE = 4
 GLOO_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 90.0
@@ -48,6 +51,8 @@ class Pools:
         self._folder = folder
         self._pools: dict[int, Pool] = {}
         self._count = itertools.count()
+        self.max_threads = 0
+        """The most that a worker had after a call."""
 
     def run(
         self,
@@ -90,6 +95,8 @@ class Pools:
         except BaseException:
             pool.kill()
             raise
+        finally:
+            self.max_threads = max(self.max_threads, pool.max_threads)
         self._pools[world_size] = pool
         return results
 
@@ -112,6 +119,8 @@ class Pool:
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
         self._num_calls = 0
+        self.max_threads = 0
+        """In one worker, after a call."""
         # A fork server imports torch once: a worker is then a fork of it, which takes milliseconds
         # and shares its memory.
         context = multiprocessing.get_context("forkserver")
@@ -158,7 +167,8 @@ class Pool:
                     # A death precedes the connection errors that it gives the others.
                     failed_ns, value = 0, self._epitaph(rank)
                 if failed_ns is None:
-                    results[rank] = value
+                    results[rank], num_threads = value
+                    self.max_threads = max(self.max_threads, num_threads)
                 else:
                     failures.append((failed_ns, rank, value))
         world_size = len(self._pipes)
@@ -240,13 +250,16 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
     gc.freeze()  # the modules live for ever: collecting after each call need not look at them
+    left = leftovers.Leftovers(world_size)
     while True:
         try:
             store, call = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         try:
-            answer = pickle.dumps((None, _call(rank, world_size, store, call)))
+            result = _call(rank, world_size, store, call)
+            left.check(pickle.loads(call)[0].__name__)
+            answer = pickle.dumps((None, (result, left.max_threads)))
         except BaseException:
             answer = pickle.dumps((time.monotonic_ns(), traceback.format_exc()))
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from tests_distributed import leftovers
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import full_grads, full_state, make_batch, make_model, shard
 from tests_distributed.pool import RankError
@@ -44,6 +46,20 @@ def _die_on_rank(dying: int) -> None:
     if dist.get_rank() == dying:
         os._exit(7)
     dist.barrier()
+
+
+_kept: list[Any] = []
+
+
+def _leave(what: str) -> None:
+    leftovers._ENDING_S = 0.1
+    if what == "files":
+        _kept.append(os.fdopen(os.open(__file__, os.O_RDONLY)))
+    if what == "threads":
+        for _ in range(2):
+            threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+    if what == "gloo_tcp_loop":
+        _kept.extend(dist.new_group() for _ in range(5))
 
 
 def _two_axes() -> float:
@@ -100,6 +116,14 @@ def test_a_worker_that_dies_is_reported(run: Run) -> None:
     with pytest.raises(RankError, match=r"rank 0 of 2 failed(.|\n)*exit code 7"):
         run(2, _die_on_rank, 0)
     assert len(run(2, _sum_over_ranks, torch.ones(1))) == 2
+
+
+@pytest.mark.parametrize("what", ["files", "threads", "gloo_tcp_loop"])
+def test_a_call_that_leaves_something_behind_has_failed(run: Run, what: str) -> None:
+    with pytest.raises(RankError, match=rf"left behind: .*{what}(.|\n)*\n_leave: ") as info:
+        run(2, _leave, what)
+    assert what != "files" or "test_pool.py" in str(info.value)
+    run(2, _leave, "nothing")
 
 
 def test_what_workers_cannot_import_is_refused(run: Run) -> None:

@@ -1,9 +1,9 @@
 """Which ranks share a machine, and how a process group splits into machines."""
 
 import os
+import weakref
 from collections.abc import Mapping
 from itertools import chain
-from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -69,13 +69,24 @@ def _first_ranks(sizes: Mapping[int, int]) -> dict[int, int] | None:
     return nodes if nodes.keys() == sizes.keys() else None
 
 
-class Hops(NamedTuple):
+class Hops:
     """A process group of num_nodes x ranks_per_node ranks, node after node."""
 
-    local: dist.ProcessGroup
-    """The ranks of this rank's node."""
-    across: dist.ProcessGroup
-    """The ranks of all nodes that have this rank's place in theirs."""
+    def __init__(
+        self, local: dist.ProcessGroup, across: dist.ProcessGroup, *, is_owner: bool
+    ) -> None:
+        """Hold two groups; ``is_owner``: they end with this object.
+
+        Args:
+            local: the ranks of this rank's node.
+            across: the ranks of all nodes that have this rank's place in theirs.
+        """
+        self.local, self.across = local, across
+        self._ends = [weakref.finalize(self, compat.destroy_group, g) for g in (local, across)]
+        for end in self._ends:
+            end.atexit = False
+            if not is_owner:
+                end.detach()
 
     @property
     def num_nodes(self) -> int:
@@ -86,17 +97,18 @@ class Hops(NamedTuple):
         return self.local.size()
 
     def close(self) -> None:
-        """Destroy the two groups."""
-        dist.destroy_process_group(self.local)
-        dist.destroy_process_group(self.across)
+        """Destroy the two groups, if they are this object's."""
+        for end in self._ends:
+            end()
 
 
 def split(group: dist.ProcessGroup, nodes: list[list[int]]) -> Hops:
     """Split ``group`` into ``nodes``, its ranks node after node: a collective over ``group``."""
-    width = len(nodes[0])
-    local = compat.new_group(nodes[group.rank() // width], group)
-    across = [node[group.rank() % width] for node in nodes]
-    return Hops(local, compat.new_group(across, group))
+    name = compat.unused_name(group)
+    node, place = divmod(group.rank(), len(nodes[0]))
+    local = compat.new_group(nodes[node], group, f"{name}, node {node}")
+    across = [each[place] for each in nodes]
+    return Hops(local, compat.new_group(across, group, f"{name}, place {place}"), is_owner=True)
 
 
 def nodes_of(group: dist.ProcessGroup, topology: Topology) -> list[list[int]]:

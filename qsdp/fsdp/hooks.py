@@ -1,5 +1,8 @@
 """The objects that FSDP2 calls instead of its own collectives."""
 
+from __future__ import annotations
+
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -45,7 +48,7 @@ class AllGather(_Comm):
         plan: Plan,
         wire: Wire,
         group: compat.ParameterGroup,
-        recorders: Sequence["GradRecorder"],
+        recorders: Sequence[GradRecorder],
         before: Callable[[], None],
     ) -> None:
         self._plan, self._wire, self._group = plan, wire, group
@@ -173,7 +176,7 @@ class ReduceScatter(_Comm):
         plan: Plan,
         wire: Wire,
         group: compat.ParameterGroup,
-        recorder: "GradRecorder",
+        recorder: GradRecorder,
         replicas: dist.ProcessGroup | None,
     ) -> None:
         self._plan, self._wire, self._group = plan, wire, group
@@ -247,6 +250,10 @@ class GradRecorder:
     parameter says so itself, by a hook on the tensor that autograd accumulates into. That tensor is
     made by the group's first gather: it is looked for at the forward of the group's modules, and at
     every later gather of any group, for modules that are entered through a method of their own.
+
+    [Note: Hooks] torch keeps a tensor's hooks in C++, where Python's collector does not look: one
+    that leads back to its tensor, over whatever it holds, keeps all of that for ever. So a hook on
+    a tensor holds only what it writes to, and one on a module holds its owner weakly.
     """
 
     def __init__(self, plan: Plan, group: compat.ParameterGroup) -> None:
@@ -255,7 +262,7 @@ class GradRecorder:
         self._got_grad: set[int] = set()
         self._watched: dict[int, RemovableHandle] = {}
         # A block's compiler shall not look inside: what the hook finds changes from step to step.
-        hook = torch.compiler.disable(lambda *_: self.watch())
+        hook = torch.compiler.disable(partial(_watch, weakref.ref(self)))
         self._handles = [module.register_forward_pre_hook(hook) for module in group.modules]
 
     def take(self, numel: int) -> tuple[int, ...]:
@@ -287,7 +294,7 @@ class GradRecorder:
             return
         for i, tensor in enumerate(self._group.unsharded_parameters()):
             if tensor is not None and tensor.requires_grad and i not in self._watched:
-                hook = partial(self._record, i)
+                hook = partial(_record, self._got_grad, i)
                 self._watched[i] = tensor.register_post_accumulate_grad_hook(hook)
 
     def forget_what_was_dropped(self) -> None:
@@ -301,5 +308,11 @@ class GradRecorder:
     def _numel(self, places: Sequence[int]) -> int:
         return sum(self._padded[i] for i in places)
 
-    def _record(self, place: int, _: Tensor) -> None:
-        self._got_grad.add(place)
+
+def _watch(recorder: weakref.ref[GradRecorder], *_: object) -> None:
+    if (found := recorder()) is not None:
+        found.watch()
+
+
+def _record(got_grad: set[int], place: int, _: Tensor) -> None:
+    got_grad.add(place)

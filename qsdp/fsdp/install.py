@@ -135,7 +135,6 @@ class Handle:
         self.times = self._wire.times
         self._nodes = nodes
         self._hops = make_hops(self._plans, nodes, node_mesh)
-        self._owns_hops = node_mesh is None
         self._everyone = everyone
         if config.levels == "learned":
             self._wire.levels = Levels(len(order))
@@ -295,9 +294,8 @@ class Handle:
         for group, before in zip(self._groups, self._before, strict=True):
             group.set_comms(*before)
         self._reshard()
-        if self._owns_hops:
-            for hops in self._hops.values():
-                hops.close()
+        for hops in self._hops.values():
+            hops.close()
 
     def _reshard(self) -> None:
         self._wire.finish()

@@ -81,7 +81,9 @@ def make_hops(
 ) -> dict[dist.ProcessGroup, Hops]:
     """The hops of each process group whose nodes are worth two of them."""
     hops = {
-        group: split(group, own) if mesh is None else Hops(mesh.get_group(1), mesh.get_group(0))
+        group: split(group, own)
+        if mesh is None
+        else Hops(mesh.get_group(1), mesh.get_group(0), is_owner=False)
         for group, own in nodes.items()
         if is_worth_two_hops(own)
     }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -139,6 +140,7 @@ class StockWire:
         average_crosses = _crosses(world, (world.rank - num_shards) % world.size)
         times_scattered = 2 if world.backend == "gloo" else 1
         self._reduce = WireUse()
+        self._gathers: list[tuple[compat.ParameterGroup, list[WireUse]]] = []
         for group in compat.parameter_groups(model):
             shards = group.parameters()
             gathered = (num_shards - 1) * sum(p.padded_numel * p.dtype.itemsize for p in shards)
@@ -160,10 +162,11 @@ class StockWire:
                 fp32_bytes=fp32 + 2 * (num_replicas - 1) * own_fp32 / num_replicas,
             )
             is_root = group.module is cast(FSDPModule, model)
-            cast(nn.Module, group.module).register_forward_pre_hook(
-                partial(self._count_forward, group, [gather] if is_root else [gather, gather]),
-                prepend=True,  # before FSDP2's own, which gathers
-            )
+            # See [Note: Hooks].
+            hook = partial(_count_forward, weakref.ref(self), len(self._gathers))
+            self._gathers.append((group, [gather] if is_root else [gather, gather]))
+            # Before FSDP2's own, which gathers.
+            cast(nn.Module, group.module).register_forward_pre_hook(hook, prepend=True)
 
     def total(self) -> WireUse:
         return self._total
@@ -178,13 +181,9 @@ class StockWire:
         """Nothing to change: the weights are exact, and without autograd a forward is `other`."""
         return nullcontext()
 
-    def _count_forward(
-        self,
-        group: compat.ParameterGroup,
-        gathers: list[WireUse],
-        module: nn.Module,
-        inputs: Any,
-    ) -> None:
+    def count_forward(self, index: int) -> None:
+        """Note that the module of a group begins a forward pass."""
+        group, gathers = self._gathers[index]
         if group.is_gathered:
             return
         if torch.is_grad_enabled():
@@ -192,6 +191,11 @@ class StockWire:
                 self._total += gather
         else:
             self.other(gathers[0].gather_bytes)
+
+
+def _count_forward(counter: weakref.ref[StockWire], index: int, *_: object) -> None:
+    if (wire := counter()) is not None:
+        wire.count_forward(index)
 
 
 def _crosses(world: World, neighbour: int) -> float:

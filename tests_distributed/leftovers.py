@@ -1,0 +1,113 @@
+"""What a process holds that a call can leave behind: threads, process groups, files, memory."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.distributed import distributed_c10d
+
+_ENDING_S = 30.0
+"""Threads and sockets of a process group that was destroyed end by themselves."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds at one moment."""
+
+    threads: Counter[str]
+    """By name, those of torch and gloo included."""
+    files: Counter[str]
+    """Open descriptors: sockets and the like by their kind, files by their path."""
+    groups: int = 0
+    """Process groups that torch knows of."""
+
+    def __sub__(self, before: Held) -> list[str]:
+        """What there is more of than ``before``."""
+        more = [
+            f"{count} {kind} {name}"
+            for kind, new in (
+                ("threads", self.threads - before.threads),
+                ("files", self.files - before.files),
+            )
+            for name, count in new.items()
+        ]
+        if self.groups > before.groups:
+            more.append(f"{self.groups - before.groups} process groups")
+        return more
+
+
+def held() -> Held:
+    return Held(_threads(), _files(), len(distributed_c10d._world.pg_map))
+
+
+def added_since(before: Held) -> list[str]:
+    """What there is more of than ``before``, after a while for what is about to end."""
+    until = time.monotonic() + _ENDING_S
+    while (added := held() - before) and time.monotonic() < until:
+        time.sleep(0.01)
+    return added
+
+
+class Leftovers:
+    """What the calls in one process have left behind, all together.
+
+    torch keeps the first process groups that some of its calls see, for ever, and its compiler a
+    thread: so some calls may leave something, but not one after the other.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        start, groups = held(), 8
+        self._limit = Held(
+            start.threads + Counter(gloo_tcp_loop=groups, pt_gloo_runloop=2 * groups, python=1),
+            start.files
+            + Counter(pipe=2 * groups, anon_inode=groups, socket=groups * (world_size + 1)),
+        )
+        self._last = start
+        self._by_call: list[str] = []
+        self.max_threads = 0
+
+    def check(self, call: str) -> None:
+        """Raise AssertionError if there is more than before the first call, and than torch keeps.
+
+        ``call``: the name of what was just called.
+        """
+        gc.collect()
+        before, self._last = self._last, held()
+        self.max_threads = max(self.max_threads, self._last.threads.total())
+        if left := self._last - before:
+            self._by_call.append(f"{call}: {', '.join(left)}")
+        if added := added_since(self._limit):
+            calls = "\n".join(self._by_call)
+            raise AssertionError(f"left behind: {', '.join(added)}; by call:\n{calls}")
+
+
+def resident_mib() -> float:
+    """Memory of the process that is in use."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _threads() -> Counter[str]:
+    names: Counter[str] = Counter()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            names[(task / "comm").read_text().strip()] += 1
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+    return names
+
+
+def _files() -> Counter[str]:
+    found: Counter[str] = Counter()
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            target = os.readlink(link)
+        except FileNotFoundError:  # the one that lists them
+            continue
+        found[target.partition(":")[0] if ":[" in target else target] += 1
+    return found
