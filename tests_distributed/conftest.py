@@ -1,4 +1,4 @@
-"""The `run` fixture: call a function on every rank of a small gloo world."""
+"""Fixtures of several files: calls and commands on every rank of a small gloo world."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests_distributed.jobs import Jobs
 from tests_distributed.pool import Pools
 
 Run = Callable[..., list[Any]]
@@ -14,10 +15,16 @@ Run = Callable[..., list[Any]]
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """`run(world_size, function, *args, timeout=90)`: see `Pools.run`."""
+    """`run(world_size, function, *args)`: see `Pools.run`."""
     pools = Pools(tmp_path_factory.mktemp("pools"))
     yield pools.run
     pools.close()
+
+
+@pytest.fixture(scope="session")
+def run_jobs(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """The trainer's commands on the pools of `run`."""
+    return Jobs(run, tmp_path_factory.mktemp("jobs"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
