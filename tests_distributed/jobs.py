@@ -23,7 +23,7 @@ from unittest import mock
 import torch.distributed as dist
 
 from qsdp.metrics import MetricsWriter
-from qsdp.train import errors, evaluate, evaluate_cli, peak, world
+from qsdp.train import errors, evaluate, evaluate_cli, peak, report, world
 from qsdp.train.cli import main
 from tests import patience
 from tests_distributed.pool import Pool, RankError, meets_by_itself
@@ -44,6 +44,19 @@ class End:
     """What was written to standard error."""
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What the ranks are to do; see `Jobs`."""
+
+    folder: Path
+    commands: list[list[list[str]]]
+    """By command and rank, the flags."""
+    nodes: tuple[int, ...]
+    homes: tuple[Path, ...] = ()
+    in_full: bool = False
+    last_step: int | None = None
+
+
 class Jobs:
     """Runs commands; of the `run_jobs` fixture."""
 
@@ -54,7 +67,11 @@ class Jobs:
         self._count = itertools.count()
 
     def ends(
-        self, nodes: Sequence[int], *commands: Flags | list[Flags], homes: Sequence[Path] = ()
+        self,
+        nodes: Sequence[int],
+        *commands: Flags | list[Flags],
+        homes: Sequence[Path] = (),
+        in_full: bool = False,
     ) -> list[list[End]]:
         """Run commands one after the other and return, for each, how it ended on every rank.
 
@@ -63,19 +80,20 @@ class Jobs:
                 without a launcher.
             commands: The flags; a list of lists holds those of each rank.
             homes: By rank, the folder that it works in.
+            in_full: With what takes longest at the end of a run: plots, a long sample, the rate of
+                matrix products.
         """
         folder = self._new_folder()
-        results = self._run(
-            sum(nodes), _run, folder, _by_rank(commands, sum(nodes)), tuple(nodes), tuple(homes)
-        )
+        work = _Work(folder, _by_rank(commands, sum(nodes)), tuple(nodes), tuple(homes), in_full)
+        results = self._run(sum(nodes), _run, work)
         return [
             [_end(folder, number, rank, statuses[number]) for rank, statuses in enumerate(results)]
             for number in range(len(commands))
         ]
 
-    def succeed(self, nodes: Sequence[int], *commands: Flags) -> str:
+    def succeed(self, nodes: Sequence[int], *commands: Flags, in_full: bool = False) -> str:
         """Run commands that end well on every rank, and return what rank 0 printed."""
-        ends = self.ends(nodes, *commands)
+        ends = self.ends(nodes, *commands, in_full=in_full)
         for end in itertools.chain(*ends):
             assert end.status == 0, end.complaint
         assert all(not end.printed for _, *others in ends for end in others)
@@ -97,12 +115,12 @@ class Jobs:
         """
         folder = self._new_folder()
         pool = Pool(sum(nodes), folder)  # of its own: there is no other use for it
-        arguments = (folder, _by_rank([flags], sum(nodes)), tuple(nodes), (), last_step)
+        work = _Work(folder, _by_rank([flags], sum(nodes)), tuple(nodes), last_step=last_step)
         failures: list[RankError] = []
 
         def call() -> None:
             try:
-                pool.call(pickle.dumps((_run, arguments)), patience.seconds())
+                pool.call(pickle.dumps((_run, (work,))), patience.seconds())
             except RankError as error:
                 failures.append(error)
 
@@ -146,16 +164,7 @@ def _end(folder: Path, number: int, rank: int, status: object) -> End:
 
 
 @meets_by_itself
-def _run(
-    store: str,
-    rank: int,
-    size: int,
-    folder: Path,
-    commands: list[list[list[str]]],
-    nodes: tuple[int, ...],
-    homes: tuple[Path, ...],
-    last_step: int | None = None,
-) -> list[object]:
+def _run(store: str, rank: int, size: int, work: _Work) -> list[object]:
     """The exit status of each command on this rank."""
     shared = dist.FileStore(store, size)
     statuses = []
@@ -163,24 +172,23 @@ def _run(
         stack.enter_context(mock.patch.dict(os.environ))
         for name in _environment(0, (1, 1)):
             os.environ.pop(name, None)
-        os.environ.update(_environment(rank, nodes))
+        os.environ.update(_environment(rank, work.nodes))
         # No launcher ends this rank when rank 0 has spoken.
         stack.enter_context(mock.patch.object(errors, "_PATIENCE_S", 0.0))
-        # In full these take longer than all steps of a small job.
-        stack.enter_context(mock.patch.object(evaluate, "_SAMPLE_TOKENS", 10))
-        stack.enter_context(mock.patch.object(peak, "_SECONDS", 0.02))
         stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-        if homes:
-            stack.enter_context(contextlib.chdir(homes[rank]))
-        if last_step is not None:
-            stack.enter_context(_waiting_after(last_step))
-        for number, flags in enumerate(commands):
+        if work.homes:
+            stack.enter_context(contextlib.chdir(work.homes[rank]))
+        if not work.in_full:
+            stack.enter_context(_short_end())
+        if work.last_step is not None:
+            stack.enter_context(_waiting_after(work.last_step))
+        for number, flags in enumerate(work.commands):
             # Where no command has met before, as under a launcher of its own.
             meeting = (dist.PrefixStore(f"command-{number}", shared), rank, size)
             with (
                 mock.patch.object(world, "rendezvous", lambda *_, m=meeting, **__: iter([m])),
-                (folder / f"printed-{number}-{rank}").open("w") as printed,
-                (folder / f"complaint-{number}-{rank}").open("w") as complaint,
+                (work.folder / f"printed-{number}-{rank}").open("w") as printed,
+                (work.folder / f"complaint-{number}-{rank}").open("w") as complaint,
                 contextlib.redirect_stdout(printed),
                 contextlib.redirect_stderr(complaint),
             ):
@@ -217,6 +225,17 @@ def _environment(rank: int, nodes: tuple[int, ...]) -> dict[str, str]:
         "ROLE_WORLD_SIZE": size,
     }
     return {name: str(value) for name, value in values.items()}
+
+
+@contextlib.contextmanager
+def _short_end() -> Iterator[None]:
+    """Inside, the end of a run does without what takes longer than all steps of a small one."""
+    with (
+        mock.patch.object(evaluate, "_SAMPLE_TOKENS", 10),
+        mock.patch.object(peak, "_SECONDS", 0.02),
+        mock.patch.object(report, "write_plots", return_value=[]),
+    ):
+        yield
 
 
 @contextlib.contextmanager

@@ -36,8 +36,15 @@ GLOO_TIMEOUT_S = patience.seconds()
 CALL_TIMEOUT_S = patience.seconds()
 GRACE_S = 1.0
 REPOSITORY = Path(__file__).resolve().parent.parent
-# The last two are the trainer and what it draws with, which import for a second.
-PRELOADED = ["torch.distributed.fsdp", "torch.testing", "qsdp.train.loop", "matplotlib.pyplot"]
+# What every worker would else import by itself: what FSDP2 and the trainer import when they are
+# first used is among it. None of it may ask for a GPU or start a thread.
+PRELOADED = ["torch.distributed.fsdp", "torch.testing", "torch._dynamo", "qsdp.train.loop"]
+PRELOADED += ["torch.distributed.checkpoint._fsspec_filesystem", "qsdp.fsdp.install"]
+PRELOADED += [
+    "tyro._backends._tyro_backend",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -33,7 +33,11 @@ def num_values(vocab_size: int) -> tuple[int, int]:
 
 
 def train(
-    run_jobs: Jobs, tmp_path: Path, *jobs: tuple[str, list[str]], num_ranks: int
+    run_jobs: Jobs,
+    tmp_path: Path,
+    *jobs: tuple[str, list[str]],
+    num_ranks: int,
+    in_full: bool = False,
 ) -> tuple[str, list[tuple[list[Any], Any]]]:
     """Run small jobs one after another, into the folder named with each.
 
@@ -47,6 +51,7 @@ def train(
             ["--data", str(text), "--out", str(tmp_path / name), *SMALL, *flags]
             for name, flags in jobs
         ),
+        in_full=in_full,
     )
     folders = [tmp_path / name for name in dict.fromkeys(name for name, _ in jobs)]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
@@ -132,7 +137,9 @@ def test_a_small_run_leaves_all_that_is_promised(run_jobs: Jobs, tmp_path: Path)
     out = tmp_path / "out"
     flags = ["--steps", "6", "--eval-every", "3", "--save-every", "2", "--grad-accum", "2"]
     flags += ["--qsdp-bits", "8", "--cram", "--warmup-steps", "100"]
-    printed, [(lines, summary)] = train(run_jobs, tmp_path, ("out", flags), num_ranks=2)
+    printed, [(lines, summary)] = train(
+        run_jobs, tmp_path, ("out", flags), num_ranks=2, in_full=True
+    )
     assert "pruned in one shot" in printed
 
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -195,7 +202,9 @@ def test_a_run_with_the_full_wire_says_what_it_took(run_jobs: Jobs, tmp_path: Pa
     flags += ["--qsdp-level-steps", "2,5", "--qsdp-policy", "blocks.0.attn.*=8,*.mlp.*=6/3"]
     flags += ["--qsdp-warmup-steps", "1", "--qsdp-warmup-bits", "8", "--qsdp-errors", "--cram"]
     flags += ["--steps", "5", "--eval-every", "2", "--one-shot", "none"]
-    printed, [(lines, summary)] = train(run_jobs, tmp_path, ("out", flags), num_ranks=2)
+    printed, [(lines, summary)] = train(
+        run_jobs, tmp_path, ("out", flags), num_ranks=2, in_full=True
+    )
     assert "learned levels, gathered once" in printed
     assert "Time on the wire" in printed
     assert "between nodes" not in printed
@@ -265,11 +274,12 @@ def test_two_hops_halve_what_leaves_a_node(run_jobs: Jobs, tmp_path: Path) -> No
 
 
 def test_replicas_train_as_one_model_sharded_over_all_ranks(run_jobs: Jobs, tmp_path: Path) -> None:
-    replicas = ["--steps", "3", "--replicas", "2"]
+    stock = ["--steps", "3", "--one-shot", "0.5,2:4"]
+    replicas = [*stock, "--replicas", "2"]
     printed, found = train(
         run_jobs,
         tmp_path,
-        ("stock", ["--steps", "3"]),
+        ("stock", stock),
         ("stock-replicas", replicas),
         ("raw-replicas", [*replicas, "--qsdp-bits", "32"]),
         ("coded-replicas", [*replicas, "--qsdp-bits", "8"]),
@@ -280,10 +290,10 @@ def test_replicas_train_as_one_model_sharded_over_all_ranks(run_jobs: Jobs, tmp_
         [line["loss"] for line in lines] + [summary["val_loss"], *summary["one_shot"].values()]
         for lines, summary in found
     ]
-    stock, stock_replicas, raw_replicas, coded_replicas = losses
-    assert stock_replicas == pytest.approx(stock, rel=1e-5)
-    assert raw_replicas == pytest.approx(stock, rel=1e-5)
-    assert coded_replicas == pytest.approx(stock, rel=1e-2)
+    expected, stock_replicas, raw_replicas, coded_replicas = losses
+    assert stock_replicas == pytest.approx(expected, rel=1e-5)
+    assert raw_replicas == pytest.approx(expected, rel=1e-5)
+    assert coded_replicas == pytest.approx(expected, rel=1e-2)
     assert coded_replicas != raw_replicas
     # Two ranks share a replica; a shard is half the model, and the two replicas average it.
     blocks, root = num_values(vocab_size=len(set(TEXT)))

@@ -116,7 +116,7 @@ def test_acdc_killed_in_a_phase_on_two_ranks_goes_on_on_four(
 
     def flags(name: str, num_ranks: int) -> list[str]:
         flags = ["--data", str(text), "--out", str(tmp_path / name), "--seq-len", "16"]
-        flags += ["--batch-size", str(4 // num_ranks), "--eval-every", "0", "--eval-batches", "4"]
+        flags += ["--batch-size", str(4 // num_ranks), "--eval-every", "0", "--eval-batches", "1"]
         flags += ["--steps", "20", "--save-every", "5", "--keep", "4", "--lr", "1e-2"]
         return [*flags, "--one-shot", "none", *ACDC, *wire]
 
