@@ -22,9 +22,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 @pytest.fixture(scope="session")
-def run_jobs(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    """The trainer's commands on the pools of `run`."""
-    return Jobs(run, tmp_path_factory.mktemp("jobs"))
+def run_jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """Run the trainer's commands: see `Jobs`."""
+    return Jobs(tmp_path_factory.mktemp("jobs"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,7 +1,8 @@
 """The trainer's commands on the ranks of a pool, as under a launcher but without starting one.
 
 A rank calls the command's own `main`. What a launcher gives is put in its place: the environment,
-a store to meet through, files for what is printed; and all is taken back when the command ends.
+a store to meet through, files for what is printed. A pool of its own ends with each call, as ranks
+do: torch keeps for ever the process groups of the first mesh that it plans for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import signal
 import threading
 import time
@@ -60,9 +62,8 @@ class _Work:
 class Jobs:
     """Runs commands; of the `run_jobs` fixture."""
 
-    def __init__(self, run: Callable[..., list[Any]], folder: Path) -> None:
-        """`run` calls functions on a pool; `folder` is an empty one for what is printed."""
-        self._run = run
+    def __init__(self, folder: Path) -> None:
+        """`folder` is an empty one for stores and what is printed."""
         self._folder = folder
         self._count = itertools.count()
 
@@ -85,7 +86,11 @@ class Jobs:
         """
         folder = self._new_folder()
         work = _Work(folder, _by_rank(commands, sum(nodes)), tuple(nodes), tuple(homes), in_full)
-        results = self._run(sum(nodes), _run, work)
+        pool = Pool(sum(nodes), folder)
+        try:
+            results = _call(pool, work)
+        finally:
+            pool.kill()
         return [
             [_end(folder, number, rank, statuses[number]) for rank, statuses in enumerate(results)]
             for number in range(len(commands))
@@ -114,13 +119,13 @@ class Jobs:
         Raises: AssertionError if the command came to its end, or not to that time.
         """
         folder = self._new_folder()
-        pool = Pool(sum(nodes), folder)  # of its own: there is no other use for it
+        pool = Pool(sum(nodes), folder)
         work = _Work(folder, _by_rank([flags], sum(nodes)), tuple(nodes), last_step=last_step)
         failures: list[RankError] = []
 
         def call() -> None:
             try:
-                pool.call(pickle.dumps((_run, (work,))), patience.seconds())
+                _call(pool, work)
             except RankError as error:
                 failures.append(error)
 
@@ -142,6 +147,11 @@ class Jobs:
         folder = self._folder / f"jobs-{next(self._count)}"
         folder.mkdir()
         return folder
+
+
+def _call(pool: Pool, work: _Work) -> list[list[object]]:
+    """By rank, the exit status of each command."""
+    return pool.call(pickle.dumps((_run, (work,))), patience.seconds())
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -193,6 +203,7 @@ def _run(store: str, rank: int, size: int, work: _Work) -> list[object]:
                 contextlib.redirect_stderr(complaint),
             ):
                 statuses.append(_status(flags[rank]))
+            _check_nothing_is_open()
     return statuses
 
 
@@ -205,6 +216,19 @@ def _status(flags: list[str]) -> object:
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def _check_nothing_is_open() -> None:
+    """Raise AssertionError for what `main` should have closed; the process goes on without it."""
+    assert not dist.is_initialized()
+    assert threading.enumerate() == [threading.main_thread()]
+    targets = (os.readlink(f"/proc/self/fd/{name}") for name in _descriptors())
+    assert not [target for target in targets if re.search(r"metrics\.jsonl|tfevents", target)]
+
+
+def _descriptors() -> list[str]:
+    names = os.listdir("/proc/self/fd")
+    return [name for name in names if os.path.lexists(f"/proc/self/fd/{name}")]
 
 
 def _environment(rank: int, nodes: tuple[int, ...]) -> dict[str, str]:
