@@ -1,4 +1,4 @@
-"""The `run` fixture: call a function on every rank of a small gloo world."""
+"""Fixtures of several files: calls and commands on every rank of a small gloo world."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests_distributed.jobs import Jobs
 from tests_distributed.pool import Pools
 
 Run = Callable[..., list[Any]]
@@ -17,7 +18,7 @@ Run = Callable[..., list[Any]]
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """`run(world_size, function, *args, timeout=90)`: see `Pools.run`."""
+    """`run(world_size, function, *args)`: see `Pools.run`."""
     pools = Pools(tmp_path_factory.mktemp("pools"))
     yield pools.run
     pools.close()
@@ -25,6 +26,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         Path(folder, f"pool-{os.getpid()}.json").write_text(
             json.dumps({"max_threads": pools.max_threads})
         )
+
+
+@pytest.fixture(scope="session")
+def run_jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """Run the trainer's commands: see `Jobs`."""
+    return Jobs(tmp_path_factory.mktemp("jobs"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

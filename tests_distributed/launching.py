@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+
+from tests import patience
 
 ROOT = Path(__file__).parents[1]
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom.\n" * 40
@@ -51,8 +52,9 @@ class Job:
         self._process = process
         self.output = ""
 
-    def wait(self, timeout: float = 180) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         """The launcher's exit status; what all printed is in `output`. Kills them when late."""
+        timeout = patience.seconds() if timeout is None else timeout
         try:
             self.output, _ = self._process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -64,20 +66,6 @@ class Job:
         """Wait for exit status 0 and return what was printed."""
         assert self.wait() == 0, self.output
         return self.output
-
-    def kill_when(self, is_time: Callable[[], bool]) -> bool:
-        """SIGKILL all at once when `is_time`; False if the job ended before."""
-        while self._process.poll() is None:
-            if is_time():
-                self.kill()
-                return True
-            # Waiting is sleeping here: a busy loop would take a rank's core.
-            try:
-                self._process.wait(0.002)
-            except subprocess.TimeoutExpired:
-                continue
-        self.wait()
-        return False
 
     def kill(self) -> None:
         """SIGKILL the launcher and all ranks, if they still run."""

@@ -25,18 +25,39 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from tests import patience
 from tests_distributed import leftovers
 
 MAX_WORLD_SIZE = 4
-GLOO_TIMEOUT_S = 60.0
-CALL_TIMEOUT_S = 90.0
+GLOO_TIMEOUT_S = patience.seconds()
+CALL_TIMEOUT_S = patience.seconds()
 GRACE_S = 1.0
 REPOSITORY = Path(__file__).resolve().parent.parent
+# What every worker would else import by itself: what FSDP2 and the trainer import when they are
+# first used is among it. None of it may ask for a GPU or start a thread.
+PRELOADED = ["torch.distributed.fsdp", "torch.testing", "torch._dynamo", "qsdp.train.loop"]
+PRELOADED += ["torch.distributed.checkpoint._fsspec_filesystem", "qsdp.fsdp.install"]
+PRELOADED += [
+    "tyro._backends._tyro_backend",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def meets_by_itself(function: Function) -> Function:
+    """Mark a function that wants no default process group from the pool.
+
+    Its first arguments are the path of a new store file, its rank and the world size.
+    """
+    cast(Any, function).meets_by_itself = True
+    return function
 
 
 class RankError(RuntimeError):
@@ -124,7 +145,7 @@ class Pool:
         # A fork server imports torch once: a worker is then a fork of it, which takes milliseconds
         # and shares its memory.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.fsdp", "torch.testing"])
+        context.set_forkserver_preload(PRELOADED)
         with _worker_environment():
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
@@ -184,10 +205,14 @@ class Pool:
         store.unlink(missing_ok=True)
         return [results[rank] for rank in range(world_size)]
 
-    def kill(self) -> None:
-        """End the workers at once, whatever they do."""
+    def strike(self) -> None:
+        """SIGKILL the workers at once, whatever they do; a call in another thread then fails."""
         for process in self._processes:
             process.kill()
+
+    def kill(self) -> None:
+        """End the workers at once, whatever they do."""
+        self.strike()
         for process, pipe in zip(self._processes, self._pipes, strict=True):
             process.join()
             pipe.close()
@@ -270,6 +295,8 @@ def _serve(
 
 def _call(rank: int, world_size: int, store: str, call: bytes) -> Any:
     function, args = pickle.loads(call)
+    if getattr(function, "meets_by_itself", False):
+        return function(store, rank, world_size, *args)
     torch.manual_seed(0)
     dist.init_process_group(
         "gloo",

@@ -1,10 +1,12 @@
-"""The command line under torchrun: refusals on two ranks, and a whole small run."""
+"""The command line on several ranks: refusals, whole small runs, and torchrun's part in a mistake.
+
+Ranks are those of a pool, but where the launcher itself is what a test is about.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,10 @@ from qsdp.export import read_mask
 from qsdp.models import GPT
 from qsdp.sparsity.compression import Prunable, compress_
 from qsdp.sparsity.target import Compression
-from qsdp.train import compress_cli, evaluate_cli
+from qsdp.train import compress_cli
 from qsdp.train.source import open_source
 from tests.bad_inputs import DATA, FLAGS, TEXT, shards_with_late_ids
+from tests_distributed.jobs import Jobs, read_metrics
 from tests_distributed.launching import SMALL, start
 
 
@@ -29,7 +32,35 @@ def num_values(vocab_size: int) -> tuple[int, int]:
     return 4 * (2 * 128 + 12 * 128**2), 128 * (vocab_size + vocab_size % 2 + 64 + 1)
 
 
-def test_bad_inputs_are_refused_by_both_ranks_and_named_by_the_first(tmp_path: Path) -> None:
+def train(
+    run_jobs: Jobs,
+    tmp_path: Path,
+    *jobs: tuple[str, list[str]],
+    num_ranks: int,
+    in_full: bool = False,
+) -> tuple[str, list[tuple[list[Any], Any]]]:
+    """Run small jobs one after another, into the folder named with each.
+
+    Returns: all that was printed, and metrics and summary of each folder.
+    """
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    printed = run_jobs.succeed(
+        (num_ranks,),
+        *(
+            ["--data", str(text), "--out", str(tmp_path / name), *SMALL, *flags]
+            for name, flags in jobs
+        ),
+        in_full=in_full,
+    )
+    folders = [tmp_path / name for name in dict.fromkeys(name for name, _ in jobs)]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    return printed, [*zip(map(read_metrics, folders), summaries, strict=True)]
+
+
+def test_bad_inputs_are_refused_by_both_ranks_and_named_by_the_first(
+    run_jobs: Jobs, tmp_path: Path
+) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     shards = shards_with_late_ids(tmp_path / "shards")
     cases = [*FLAGS, *DATA]
@@ -37,11 +68,10 @@ def test_bad_inputs_are_refused_by_both_ranks_and_named_by_the_first(tmp_path: P
     for both in flags[len(FLAGS) :]:
         both[:] = [[*own, "--out", str(tmp_path / "out")] for own in both]
     # Found by one rank alone, but only after all have met.
-    results = tmp_path / "results"
+    homes = [tmp_path / f"home-{rank}" for rank in (0, 1)]
     texts = {"other.txt": (TEXT, TEXT[::-1]), "shorter.txt": (TEXT, TEXT[:-9])}
     for name, own in (texts | {"binary": (TEXT, "\0")}).items():
-        for rank in (0, 1):
-            home = Path(f"{results}-{rank}")
+        for rank, home in enumerate(homes):
             home.mkdir(exist_ok=True)
             (home / name).write_bytes(own[rank].encode().replace(b"\0", b"\xff"))
     good = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
@@ -64,58 +94,54 @@ def test_bad_inputs_are_refused_by_both_ranks_and_named_by_the_first(tmp_path: P
         ),
     ]
     flags += [[[*good, *own] for own in both] for _, *both in further]
-    (tmp_path / "cases.json").write_text(json.dumps(flags))
-    start(
-        str(tmp_path / "cases.json"), str(results), program="tests_distributed/refusals.py"
-    ).succeed()
-    first, second = (json.loads(Path(f"{results}-{rank}.json").read_text()) for rank in (0, 1))
+    found = run_jobs.ends((2,), *flags, homes=homes)
     said = [*(bad.said for bad in cases), *(expected for expected, *_ in further)]
-    assert len(first) == len(second) == len(said) > 20
-    for (status, text), (other_status, other_text), expected in zip(
-        first, second, said, strict=True
-    ):
-        assert status == other_status == 2, text
-        assert re.fullmatch(r"error: \S.*\n", text), text
-        assert expected in text
+    assert len(found) == len(said) > 20
+    for (first, second), expected in zip(found, said, strict=True):
+        assert first.status == second.status == 2, first
+        assert re.fullmatch(r"error: \S.*\n", first.complaint), first
+        assert expected in first.complaint
         # A mistake in the flags could be this rank's alone, so it speaks, after its patience.
-        assert re.fullmatch(r"(error on rank 1: \S.*\n)?", other_text), other_text
+        assert re.fullmatch(r"(error on rank 1: \S.*\n)?", second.complaint), second
 
 
-def test_torchrun_returns_1_and_shows_the_sentence_once(tmp_path: Path) -> None:
-    job = start("--data", str(tmp_path), "--out", str(tmp_path / "out"))
-    assert job.wait() == 1
-    assert job.output.count("error: ") == 1
-    assert "meta.json" in job.output
-    assert "launch/train_gpt.py FAILED" in job.output
-    assert set(re.findall(r"exitcode *: (-?\d+)", job.output)) == {"2"}
-    assert 'train_gpt.py", line' not in job.output
-
-
-def test_a_mistake_on_one_rank_alone_ends_all_soon(tmp_path: Path) -> None:
-    program = tmp_path / "one_rank.py"
+def test_a_mistake_of_one_rank_or_of_all_ends_a_launch_soon_with_one_sentence(
+    tmp_path: Path,
+) -> None:
+    # One launch for both mistakes, since starting it takes longest: torchrun begins anew once.
+    program = tmp_path / "mistaken.py"
     program.write_text(
         "import os\n"
         "from qsdp.train import cli, errors\n"
-        "errors._PATIENCE_S = 1.0\n"
-        "cli.main(['--data', 'stdlib' if os.environ['RANK'] == '0' else 'missing.txt'])\n"
+        "data = os.path.dirname(__file__)\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    errors._PATIENCE_S = 1.0\n"
+        "    data = 'stdlib' if os.environ['RANK'] == '0' else 'missing.txt'\n"
+        "out = os.path.join(os.path.dirname(__file__), 'out')\n"
+        "cli.run(lambda: cli.main(['--data', data, '--out', out]))\n"
     )
-    job = start(program=str(program))
-    started = time.monotonic()
+    job = start(program=str(program), launcher=("--standalone", "--max-restarts", "1"))
     assert job.wait() == 1
-    assert time.monotonic() - started < 90
-    assert "error on rank 1: --data missing.txt does not exist" in job.output
+    one, both = job.output.split("error: ")  # which the first rank says, for all
+    assert "error on rank 1: --data missing.txt does not exist" in one
+    # Or the first rank would have given up its wait for the second: the launcher ended it sooner.
+    assert "did not all meet" not in job.output
+    assert "meta.json" in both
+    assert "error on rank" not in both
+    assert "mistaken.py FAILED" in both
+    assert set(re.findall(r"exitcode *: (-?\d+)", job.output)) == {"2"}
+    assert 'mistaken.py", line' not in job.output
 
 
-def test_a_small_run_leaves_all_that_is_promised(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
+def test_a_small_run_leaves_all_that_is_promised(run_jobs: Jobs, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    flags = ["--data", str(text), "--out", str(out), *SMALL, "--steps", "6", "--eval-every", "3"]
-    flags += ["--save-every", "2", "--grad-accum", "2", "--qsdp-bits", "8", "--cram"]
-    printed = start(*flags, "--warmup-steps", "100").succeed()
+    flags = ["--steps", "6", "--eval-every", "3", "--save-every", "2", "--grad-accum", "2"]
+    flags += ["--qsdp-bits", "8", "--cram", "--warmup-steps", "100"]
+    printed, [(lines, summary)] = train(
+        run_jobs, tmp_path, ("out", flags), num_ranks=2, in_full=True
+    )
     assert "pruned in one shot" in printed
 
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
         assert line["loss"] > 0
@@ -127,7 +153,6 @@ def test_a_small_run_leaves_all_that_is_promised(tmp_path: Path) -> None:
     assert lines[2]["val_loss"] > 0
     assert lines[2]["val_loss_quantized"] > 0
 
-    summary = json.loads((out / "summary.json").read_text())
     assert list(summary["one_shot"]) == ["0.5", "0.7", "0.8", "0.9"]
     assert summary["world_size"] == 2
     assert summary["val_loss"] > 0
@@ -153,13 +178,11 @@ def test_a_small_run_leaves_all_that_is_promised(tmp_path: Path) -> None:
     assert names == {"step-00000004", "step-00000006"}
 
 
-def test_stock_fsdp2_runs_without_our_hooks_and_says_what_it_sends(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
-    out = tmp_path / "out"
-    flags = ["--data", str(text), "--out", str(out), *SMALL, "--steps", "2"]
-    start(*flags, "--precision", "bf16").succeed()
-    summary = json.loads((out / "summary.json").read_text())
+def test_stock_fsdp2_runs_without_our_hooks_and_says_what_it_sends(
+    run_jobs: Jobs, tmp_path: Path
+) -> None:
+    flags = ["--steps", "2", "--precision", "bf16"]
+    _, [(_, summary)] = train(run_jobs, tmp_path, ("out", flags), num_ranks=2)
     assert summary["val_loss_quantized"] is None
     blocks, root = num_values(vocab_size=len(set(TEXT)))
     wire = summary["wire"]
@@ -174,40 +197,14 @@ def test_stock_fsdp2_runs_without_our_hooks_and_says_what_it_sends(tmp_path: Pat
     assert wire["kept_bytes"] == 0
 
 
-def run_jobs(
-    tmp_path: Path, *jobs: tuple[str, list[str]], num_ranks: int
-) -> tuple[str, list[tuple[list[Any], Any]]]:
-    """Run small jobs one after another, into the folder named with each.
-
-    Returns: all that was printed, and metrics and summary of each job.
-    """
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
-    commands = [
-        ["--data", str(text), "--out", str(tmp_path / name), *SMALL, *flags] for name, flags in jobs
-    ]
-    # One launch for all: on few cores, starting many ranks takes longer than their steps.
-    cases, results = tmp_path / "cases.json", tmp_path / "results"
-    cases.write_text(json.dumps([[flags] * num_ranks for flags in commands]))
-    program = "tests_distributed/refusals.py"
-    printed = start(str(cases), str(results), program=program, num_ranks=num_ranks).succeed()
-    for rank in range(num_ranks):
-        ends = json.loads(Path(f"{results}-{rank}.json").read_text())
-        assert [status for status, _ in ends] == [0] * len(jobs), ends
-    found = []
-    for name in dict.fromkeys(name for name, _ in jobs):
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        summary = json.loads((tmp_path / name / "summary.json").read_text())
-        found.append(([json.loads(line) for line in lines], summary))
-    return printed, found
-
-
-def test_a_run_with_the_full_wire_says_what_it_took(tmp_path: Path) -> None:
+def test_a_run_with_the_full_wire_says_what_it_took(run_jobs: Jobs, tmp_path: Path) -> None:
     flags = ["--qsdp-bits", "4", "--qsdp-gather", "once", "--qsdp-levels", "learned"]
     flags += ["--qsdp-level-steps", "2,5", "--qsdp-policy", "blocks.0.attn.*=8,*.mlp.*=6/3"]
     flags += ["--qsdp-warmup-steps", "1", "--qsdp-warmup-bits", "8", "--qsdp-errors", "--cram"]
-    flags += ["--steps", "5", "--eval-every", "2"]
-    printed, [(lines, summary)] = run_jobs(tmp_path, ("out", flags), num_ranks=2)
+    flags += ["--steps", "5", "--eval-every", "2", "--one-shot", "none"]
+    printed, [(lines, summary)] = train(
+        run_jobs, tmp_path, ("out", flags), num_ranks=2, in_full=True
+    )
     assert "learned levels, gathered once" in printed
     assert "Time on the wire" in printed
     assert "between nodes" not in printed
@@ -246,23 +243,25 @@ def test_a_run_with_the_full_wire_says_what_it_took(tmp_path: Path) -> None:
     assert {"wire_time.png", "errors.png"} < names
 
 
-def test_nodes_that_do_not_divide_the_ranks_are_refused_by_the_flags_name(tmp_path: Path) -> None:
+def test_nodes_that_do_not_divide_the_ranks_are_refused_by_the_flags_name(
+    run_jobs: Jobs, tmp_path: Path
+) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     flags = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, "--qsdp-bits", "8"]
     flags += ["--qsdp-reduce", "two-hop", "--qsdp-ranks-per-node", "3"]
-    job = start(*flags, num_ranks=4)
-    assert job.wait() == 1
-    assert job.output.count("error: ") == 1
-    assert "error: --qsdp-ranks-per-node is 3, which does not split the 4 ranks" in job.output
-    assert set(re.findall(r"exitcode *: (-?\d+)", job.output)) == {"2"}
+    [ends] = run_jobs.ends((4,), flags)
+    assert [end.status for end in ends] == [2, 2, 2, 2]
+    first, *others = (end.complaint for end in ends)
+    assert re.fullmatch(r"error: --qsdp-ranks-per-node is 3, .*split the 4 ranks.*\n", first)
+    assert others == ["", "", ""]
 
 
-def test_two_hops_halve_what_leaves_a_node(tmp_path: Path) -> None:
-    flags = ["--qsdp-bits", "8", "--qsdp-ranks-per-node", "2", "--steps", "2", "--qsdp-reduce"]
-    printed, found = run_jobs(
-        tmp_path, *((reduce, [*flags, reduce]) for reduce in ("flat", "two-hop")), num_ranks=4
-    )
+def test_two_hops_halve_what_leaves_a_node(run_jobs: Jobs, tmp_path: Path) -> None:
+    flags = ["--steps", "2", "--one-shot", "0.5", "--qsdp-bits", "8", "--qsdp-ranks-per-node", "2"]
+    flags += ["--qsdp-reduce"]
+    jobs = [(reduce, [*flags, reduce]) for reduce in ("flat", "two-hop")]
+    printed, found = train(run_jobs, tmp_path, *jobs, num_ranks=4)
     assert printed.count("of gradients, between nodes") == 2
     flat, two_hop = (summary["wire"]["inter_node_bytes_per_step"] for _, summary in found)
     for lines, summary in found:
@@ -274,11 +273,13 @@ def test_two_hops_halve_what_leaves_a_node(tmp_path: Path) -> None:
     assert two_hop["reduce"] == pytest.approx(1 / 2 * flat["reduce"])
 
 
-def test_replicas_train_as_one_model_sharded_over_all_ranks(tmp_path: Path) -> None:
-    replicas = ["--steps", "3", "--replicas", "2"]
-    printed, found = run_jobs(
+def test_replicas_train_as_one_model_sharded_over_all_ranks(run_jobs: Jobs, tmp_path: Path) -> None:
+    stock = ["--steps", "2", "--one-shot", "0.5,2:4"]
+    replicas = [*stock, "--replicas", "2"]
+    printed, found = train(
+        run_jobs,
         tmp_path,
-        ("stock", ["--steps", "3"]),
+        ("stock", stock),
         ("stock-replicas", replicas),
         ("raw-replicas", [*replicas, "--qsdp-bits", "32"]),
         ("coded-replicas", [*replicas, "--qsdp-bits", "8"]),
@@ -289,10 +290,10 @@ def test_replicas_train_as_one_model_sharded_over_all_ranks(tmp_path: Path) -> N
         [line["loss"] for line in lines] + [summary["val_loss"], *summary["one_shot"].values()]
         for lines, summary in found
     ]
-    stock, stock_replicas, raw_replicas, coded_replicas = losses
-    assert stock_replicas == pytest.approx(stock, rel=1e-5)
-    assert raw_replicas == pytest.approx(stock, rel=1e-5)
-    assert coded_replicas == pytest.approx(stock, rel=1e-2)
+    expected, stock_replicas, raw_replicas, coded_replicas = losses
+    assert stock_replicas == pytest.approx(expected, rel=1e-5)
+    assert raw_replicas == pytest.approx(expected, rel=1e-5)
+    assert coded_replicas == pytest.approx(expected, rel=1e-2)
     assert coded_replicas != raw_replicas
     # Two ranks share a replica; a shard is half the model, and the two replicas average it.
     blocks, root = num_values(vocab_size=len(set(TEXT)))
@@ -307,25 +308,27 @@ def test_replicas_train_as_one_model_sharded_over_all_ranks(tmp_path: Path) -> N
     assert coded_wire["sent_bytes_per_step"] < 0.265 * coded_wire["fp32_bytes_per_step"]
 
 
-def test_a_run_goes_on_with_other_replicas_and_another_wire(tmp_path: Path) -> None:
-    printed, [(lines, summary)] = run_jobs(
+def test_a_run_goes_on_with_other_replicas_and_another_wire(run_jobs: Jobs, tmp_path: Path) -> None:
+    flags = ["--one-shot", "none"]
+    printed, [(lines, summary)] = train(
+        run_jobs,
         tmp_path,
-        ("out", ["--qsdp-budget", "4.5", "--replicas", "2", "--steps", "2"]),
-        ("out", ["--qsdp-bits", "8", "--replicas", "1", "--steps", "4"]),
-        ("out", ["--replicas", "2", "--steps", "7"]),
+        ("out", [*flags, "--qsdp-budget", "4.5", "--replicas", "2", "--steps", "2"]),
+        ("out", [*flags, "--qsdp-bits", "8", "--replicas", "1", "--steps", "3"]),
+        ("out", [*flags, "--replicas", "2", "--steps", "5"]),
         num_ranks=4,
     )
-    assert "qsdp_budget 4.5 -> unset, replicas 2 -> 1" in printed.replace("steps 2 -> 4", "")
+    assert "qsdp_budget 4.5 -> unset, replicas 2 -> 1" in printed.replace("steps 2 -> 3", "")
     assert "qsdp_bits 8 -> unset, replicas 1 -> 2" in printed
     # Only the steps with these settings are measured.
-    assert (summary["steps"], summary["steps_measured"]) == (7, 3)
+    assert (summary["steps"], summary["steps_measured"]) == (5, 2)
     losses = [line["loss"] for line in lines]
-    assert len(losses) == 7
-    assert losses == pytest.approx([losses[0]] * 7, rel=0.2)
+    assert len(losses) == 5
+    assert losses == pytest.approx([losses[0]] * 5, rel=0.2)
 
 
 def test_a_run_on_two_ranks_is_compressed_by_one_and_evaluated_on_any_number(
-    tmp_path: Path,
+    run_jobs: Jobs, tmp_path: Path
 ) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     run, export = tmp_path / "run", tmp_path / "export"
@@ -334,17 +337,13 @@ def test_a_run_on_two_ranks_is_compressed_by_one_and_evaluated_on_any_number(
     flags += ["--one-shot", ",".join(targets), "--eval-batches", "3"]
     evaluation = ["evaluate", str(run), "--targets", ",".join(targets), "--out"]
     bad = ["evaluate", str(run), "--targets", "2:5"]
-    cases = [flags, [*evaluation, str(tmp_path / "two")], bad, ["evaluate", str(tmp_path / "no")]]
-    (tmp_path / "cases.json").write_text(json.dumps([[own] * 2 for own in cases]))
-    results = tmp_path / "results"
-    start(
-        str(tmp_path / "cases.json"), str(results), program="tests_distributed/refusals.py"
-    ).succeed()
-    first, second = (json.loads(Path(f"{results}-{rank}.json").read_text()) for rank in (0, 1))
-    assert [status for status, _ in first] == [status for status, _ in second] == [0, 0, 2, 2]
-    assert re.fullmatch(r"error: .*groups of 5.*\n", first[2][1]), first[2]
-    assert re.fullmatch(r"error: .*no complete checkpoint.*\n", first[3][1]), first[3]
-    assert second[2][1] == second[3][1] == ""
+    good = [*evaluation, str(tmp_path / "two")]
+    found = run_jobs.ends((2,), flags, good, bad, ["evaluate", str(tmp_path / "no")])
+    assert [[end.status for end in ends] for ends in found] == [[0, 0], [0, 0], [2, 2], [2, 2]]
+    (said, silence), (said_too, silence_too) = ([e.complaint for e in ends] for ends in found[2:])
+    assert re.fullmatch(r"error: .*groups of 5.*\n", said)
+    assert re.fullmatch(r"error: .*no complete checkpoint.*\n", said_too)
+    assert silence == silence_too == ""
 
     # The run's checkpoint, written by two ranks, in this one process.
     compress_cli.main([str(run), "--sparsity", "0.7", "--out", str(export)])
@@ -364,12 +363,13 @@ def test_a_run_on_two_ranks_is_compressed_by_one_and_evaluated_on_any_number(
 
     summary = json.loads((run / "summary.json").read_text())
     assert losses(tmp_path / "two") == {None: summary["val_loss"], **summary["one_shot"]}
-    evaluate_cli.main([*evaluation[1:], str(tmp_path / "one")])
+    alone = [*evaluation, str(tmp_path / "one")]
+    exported = ["evaluate", str(export), "--out", str(tmp_path / "exported")]
+    run_jobs.succeed((1,), alone, exported)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
-    evaluate_cli.main([str(export), "--out", str(tmp_path / "exported")])
-    exported = losses(tmp_path / "exported")[None]
-    assert exported == losses(tmp_path / "one")["0.7"]
-    assert exported == pytest.approx(summary["one_shot"]["0.7"], abs=1e-5)
+    loss = losses(tmp_path / "exported")[None]
+    assert loss == losses(tmp_path / "one")["0.7"]
+    assert loss == pytest.approx(summary["one_shot"]["0.7"], abs=1e-5)
 
 
 def losses(folder: Path) -> dict[str | None, float]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from qsdp import checkpoint
-from qsdp.train.cli import main
-from tests_distributed.launching import SMALL, TEXT, Job, start
+from tests_distributed.jobs import Jobs, read_metrics
+from tests_distributed.launching import SMALL, TEXT
 
 STEPS = 9
 FLAGS = [*SMALL, "--steps", str(STEPS), "--save-every", "2", "--eval-every", "3", "--grad-accum"]
 FLAGS += ["2", "--qsdp-bits", "4", "--cram", "--lr", "1e-2", "--warmup-steps", "2"]
 # Every step of the keys' clock, two an optimizer step, depends on what was learned before it.
 FLAGS += ["--qsdp-levels", "learned", "--qsdp-level-steps", ",".join(map(str, range(1, 18)))]
-FLAGS += ["--qsdp-gather", "once", "--qsdp-budget", "4.5", "--qsdp-errors"]
+FLAGS += ["--qsdp-gather", "once", "--qsdp-budget", "4.5", "--qsdp-errors", "--one-shot", "none"]
 
 
 def tensors(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
@@ -42,8 +43,14 @@ def tensors(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def has_logged(out: Path, step: int) -> Callable[[], bool]:
+    """Whether the metrics of `step` are in the folder of results."""
+    metrics = out / "metrics.jsonl"
+    return lambda: metrics.exists() and metrics.read_text().count("\n") >= step
+
+
 def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_jobs: Jobs, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
@@ -52,18 +59,11 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
         return ["--data", str(text), "--out", str(tmp_path / name), *FLAGS]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    start(*flags("whole")).succeed()
+    run_jobs.succeed((2,), flags("whole"))
 
-    metrics, checkpoints = killed / "metrics.jsonl", killed / "checkpoints"
+    checkpoints = killed / "checkpoints"
     last_step = random.randint(2, STEPS - 4)
-
-    def is_past_the_step() -> bool:
-        # By then there is a checkpoint of step 2.
-        is_saved = (checkpoints / "step-00000002").exists() or last_step > 2
-        return is_saved and metrics.exists() and metrics.read_text().count("\n") >= last_step
-
-    job = start(*flags("killed"))
-    assert job.kill_when(is_past_the_step), job.output
+    run_jobs.killed((2,), flags("killed"), has_logged(killed, last_step), last_step=last_step)
     started = time.time()
 
     def is_writing() -> bool:
@@ -72,11 +72,11 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
             return any(p.stat().st_mtime > started for p in checkpoints.glob("tmp-step-*"))
         return False
 
-    job = start(*flags("killed"))
-    assert job.kill_when(is_writing), job.output
-    assert "Going on from" in job.output
+    # Whoever saves more often ends with the same weights, and is caught at it more easily.
+    printed = run_jobs.killed((2,), [*flags("killed"), "--save-every", "1"], is_writing)
+    assert "Going on from" in printed
     assert not (killed / "summary.json").exists()
-    assert "Going on from" in start(*flags("killed")).succeed()
+    assert "Going on from" in run_jobs.succeed((2,), flags("killed"))
 
     last = f"checkpoints/step-{STEPS:08d}"
     expected = tensors(whole / last, tmp_path / "whole.pt")
@@ -85,11 +85,8 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
     different = [name for name in expected if not torch.equal(expected[name], found[name])]
     assert different == [], f"killed after {last_step} steps"
     losses = [
-        [(line["step"], line["loss"], line.get("val_loss_quantized")) for line in lines]
-        for lines in (
-            [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
-            for out in (whole, killed)
-        )
+        [(line["step"], line["loss"], line.get("val_loss_quantized")) for line in read_metrics(out)]
+        for out in (whole, killed)
     ]
     assert losses[0] == losses[1]
     assert [step for step, _, _ in losses[0]] == list(range(1, STEPS + 1))
@@ -98,52 +95,46 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
     wire = checkpoint.read_meta(killed / last)["wire"]
     assert len(wire["levels"]) > 5
     assert len(wire["bits"]) > 5
-    start(*flags("killed"), "--steps", str(STEPS + 1), num_ranks=3).succeed()
+    run_jobs.succeed((3,), [*flags("killed"), "--steps", str(STEPS + 1)])
     later = checkpoint.read_meta(killed / f"checkpoints/step-{STEPS + 1:08d}")["wire"]
     assert (later["levels"], later["bits"]) == (wire["levels"], wire["bits"])
     assert later["step"] > wire["step"]
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    main([*flags("killed"), "--steps", str(STEPS + 2)])
+    run_jobs.succeed((1,), [*flags("killed"), "--steps", str(STEPS + 2)])
     assert json.loads((killed / "summary.json").read_text())["world_size"] == 1
 
 
-ACDC = ["--acdc", "--acdc-warmup", "6", "--acdc-phase", "8", "--acdc-last-dense", "2"]
-ACDC += ["--acdc-last-sparse", "16"]  # compressed: steps 7 to 14, and from 25 on
+ACDC = ["--acdc", "--acdc-warmup", "3", "--acdc-phase", "4", "--acdc-last-dense", "2"]
+ACDC += ["--acdc-last-sparse", "5"]  # compressed: steps 4 to 7, and from 10 on
 
 
 @pytest.mark.parametrize("wire", [[], ["--qsdp-bits", "32"]], ids=["stock", "sparse"])
 def test_acdc_killed_in_a_phase_on_two_ranks_goes_on_on_four(
-    tmp_path: Path, wire: list[str]
+    run_jobs: Jobs, tmp_path: Path, wire: list[str]
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
 
-    def begin(name: str, num_ranks: int) -> Job:
+    def flags(name: str, num_ranks: int) -> list[str]:
         flags = ["--data", str(text), "--out", str(tmp_path / name), "--seq-len", "16"]
-        flags += ["--batch-size", str(4 // num_ranks), "--eval-every", "0", "--eval-batches", "4"]
-        flags += ["--steps", "40", "--save-every", "10", "--keep", "4", "--lr", "1e-2"]
-        return start(*flags, *ACDC, *wire, num_ranks=num_ranks)
+        flags += ["--batch-size", str(4 // num_ranks), "--eval-every", "0", "--eval-batches", "1"]
+        flags += ["--steps", "14", "--save-every", "5", "--keep", "4", "--lr", "1e-2"]
+        return [*flags, "--one-shot", "none", *ACDC, *wire]
 
-    begin("whole", 2).succeed()
-    metrics = tmp_path / "killed/metrics.jsonl"
-    job = begin("killed", 2)
+    run_jobs.succeed((2,), flags("whole", 2))
     # After a checkpoint in the middle of a compressed phase, before the next.
-    assert job.kill_when(lambda: metrics.exists() and metrics.read_text().count("\n") >= 12)
-    assert "step-00000010" in begin("killed", 4).succeed()
+    is_time = has_logged(tmp_path / "killed", 6)
+    run_jobs.killed((2,), flags("killed", 2), is_time, last_step=6)
+    assert "step-00000005" in run_jobs.succeed((4,), flags("killed", 4))
 
-    lines = {}
-    for name in ("whole", "killed"):
-        texts = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        lines[name] = [json.loads(line) for line in texts]
-    assert [line["step"] for line in lines["killed"]] == list(range(1, 41))
+    lines = {name: read_metrics(tmp_path / name) for name in ("whole", "killed")}
+    assert [line["step"] for line in lines["killed"]] == list(range(1, 15))
     assert [line["pruned"] for line in lines["killed"]] == [
         line["pruned"] for line in lines["whole"]
     ]
     losses = {name: torch.tensor([line["loss"] for line in lines[name]]) for name in lines}
-    # Ten of them stay in the phase; 20 go through a dense one into the next.
-    torch.testing.assert_close(losses["killed"][10:30], losses["whole"][10:30], atol=1e-5, rtol=0)
-    for step in (20, 30, 40):
+    # Two stay in the phase; the others go through a dense one into the next.
+    torch.testing.assert_close(losses["killed"][5:], losses["whole"][5:], atol=1e-5, rtol=0)
+    for step in (10, 14):
         masks = {
             name: {
                 key: value

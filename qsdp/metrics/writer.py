@@ -44,8 +44,8 @@ class MetricsWriter:
             file.flush()
             os.fsync(file.fileno())
         replacement.rename(path)
-        self._file = path.open("a", encoding="utf-8")
         self._events = None if tensorboard is None else _event_writer(tensorboard, last_step)
+        self._file = path.open("a", encoding="utf-8")
 
     def log(self, line: dict[str, Any]) -> None:
         """Write one step's `line`, which has a `step`.

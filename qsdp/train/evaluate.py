@@ -17,6 +17,7 @@ from qsdp.train.wire import Wire, threshold_bytes
 from qsdp.train.world import World, to_device
 
 _PROMPT_TOKENS = 16
+_SAMPLE_TOKENS = 200
 _GATHERED_BYTES = 2 << 30  # what a sample may hold on every rank, beside the shards
 
 
@@ -101,7 +102,7 @@ class Evaluator:
         tokens_1T = torch.tensor([prompt], device=self._world.device)
         with self._wire.evaluation(exact=True):
             self._reshard_after_forward(not fits)
-            num_tokens = 200 if fits else 20
+            num_tokens = _SAMPLE_TOKENS if fits else _SAMPLE_TOKENS // 10
             try:
                 ids_1T = generate(model, tokens_1T, num_tokens, 0.8, 50, self._config.seed)
             except FloatingPointError:
