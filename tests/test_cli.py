@@ -108,6 +108,7 @@ def brief_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qsdp.train.report.write_plots", lambda folder, history, summary: [])
 
 
+@pytest.mark.slow
 def test_a_resume_from_another_model_is_refused_and_a_finished_run_is_left_alone(
     finished: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_resume_from_another_model_is_refused_and_a_finished_run_is_left_alone
     assert files == {p: p.read_bytes() for p in (folder / "out").rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused(
     finished: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +135,7 @@ def test_a_damaged_checkpoint_is_refused(
     assert "step-00000002" in refused(small_run(folder, "--steps", "4"), capfd)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_something_else_is_refused(
     finished: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +150,7 @@ def test_a_checkpoint_of_something_else_is_refused(
     assert "not written by this job" in refused(flags, capfd)
 
 
+@pytest.mark.slow
 def test_a_named_checkpoint_past_the_end_and_another_seed_are_refused(
     finished: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +160,7 @@ def test_a_named_checkpoint_past_the_end_and_another_seed_are_refused(
     assert "seed 0, not 1" in refused(small_run(folder, "--steps", "4", "--seed", "1"), capfd)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief_ends")
 def test_a_summary_is_of_the_steps_with_its_own_settings(
     finished: Callable[..., Path], capfd: pytest.CaptureFixture[str]
@@ -185,6 +190,7 @@ def test_an_interrupt_ends_with_status_130_and_one_line(
     assert re.fullmatch(r"interrupted; .*\n", capfd.readouterr().err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [["--qsdp-bits", "9"], ["--data", "launch", "--out", "{}/out"]], ids=["flag", "data"]
 )
@@ -202,6 +208,7 @@ def test_the_program_itself_ends_with_status_2(tmp_path: Path, flags: list[str])
     assert_is_one_sentence(done.stderr)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_padded_beyond_the_tokenizers_still_ends_with_a_summary(
     text_file: Path, tmp_path: Path
 ) -> None:
@@ -215,6 +222,7 @@ def test_a_vocabulary_padded_beyond_the_tokenizers_still_ends_with_a_summary(
     assert summary["sample"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_at_the_end_is_one_sentence(
     text_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,6 +259,7 @@ def test_a_pipe_is_refused_and_not_waited_for(
     assert re.search("pipe is (not|neither) a file", said)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the text is the system's")
 @pytest.mark.parametrize(
     "program", ["train_gpt.py", "prepare_data.py", "compress.py", "evaluate.py"]
@@ -294,6 +303,7 @@ def test_a_token_outside_the_vocabulary_ends_the_run_in_one_sentence(
     assert not (out / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_diverged_run_ends_with_all_its_results(
     text_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -315,6 +325,7 @@ def test_a_diverged_run_ends_with_all_its_results(
     assert (out / "plots" / "loss.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief_ends")
 def test_a_damaged_line_of_metrics_is_as_good_as_torn(finished: Callable[..., Path]) -> None:
     folder = finished()
@@ -324,6 +335,7 @@ def test_a_damaged_line_of_metrics_is_as_good_as_torn(finished: Callable[..., Pa
     assert len(metrics.read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_nested_without_end_is_refused_by_name(
     finished: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -458,6 +458,7 @@ def test_python_serves_where_it_is_asked_for() -> None:
         native.use("neon")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "value", "sentence"),
     [

@@ -436,6 +436,7 @@ class TestCommandLine:
             check=False,
         )
 
+    @pytest.mark.slow
     def test_it_makes_a_folder_that_can_be_trained_on(self, tmp_path: Path) -> None:
         text = random_text(5000)
         (tmp_path / "a.txt").write_bytes(text.encode())
@@ -476,6 +477,7 @@ class TestCommandLine:
         assert re.search(said, told)
         assert re.fullmatch(r"\S.*\.\n", told), told
 
+    @pytest.mark.slow
     def test_bad_input_gives_one_sentence_and_status_2(self, tmp_path: Path) -> None:
         done = self.prepare("--texts", tmp_path / "absent.txt", "--out", tmp_path / "out")
         assert done.returncode == 2
