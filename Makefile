@@ -90,8 +90,8 @@ test-torch:  ## training and resume with another torch: make test-torch TORCH="t
 	test -x $(OTHER_BIN)/torchrun || { $(PYTHON) -m venv .venv-$(OTHER) && $(OTHER_BIN)/pip install $(TORCH); }
 	rm -rf build/$(OTHER)
 	QSDP_REQUIRE_NATIVE=1 $(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir build/$(OTHER) .
-	$(OTHER_BIN)/pip install "$$(echo build/$(OTHER)/qsdp-*.whl)[train]" "pytest>=9" pytest-xdist hypothesis
-	$(OTHER_BIN)/pip install --force-reinstall --no-deps build/$(OTHER)/qsdp-*.whl
+	$(OTHER_BIN)/pip install --quiet "$$(echo build/$(OTHER)/qsdp-*.whl)[train]" "pytest>=9" pytest-xdist hypothesis
+	$(OTHER_BIN)/pip install --quiet --force-reinstall --no-deps build/$(OTHER)/qsdp-*.whl
 	cp -r pyproject.toml launch tests tests_distributed build/$(OTHER)
 	cd build/$(OTHER) && QSDP_REQUIRE_NATIVE=1 $(OTHER_BIN)/python -c \
 	  "import torch, qsdp; from qsdp.codec import native; print('qsdp', qsdp.__file__, native.capability(), 'torch', torch.__version__)"
