@@ -4,11 +4,27 @@ PYTHON ?= python3
 VENV ?= .venv
 # Arguments of `pip install`. With torch here, nothing else pulls in another build of it:
 #   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
-TORCH ?= torch==2.13.0
+OWN_TORCH := torch==2.13.0
+TORCH ?= $(OWN_TORCH)
 OUT ?= out
 RANKS ?= 2
 JOBS ?= 2
+# The GPUs that cuda-check compiles for: A100, H100 and H200, B200.
+GPUS ?= 80 90 100
 TRAIN_FLAGS ?=
+
+# The folder for reports of the tests: JUnit's, and what the workers of tests_distributed came to.
+QSDP_TEST_REPORT ?= $(CURDIR)/build/reports
+export QSDP_TEST_REPORT
+
+# The test of two ranks that the quick ones end with.
+SMOKE ?= tests_distributed/test_install.py::test_remove_restores_fsdp2_exactly[True]
+
+# What `make test-torch` runs, as pytest's -k has it: the hooks on and off, exactness, what CrAM does
+# when a pass ends badly, resumes, and the bytes of the kernels.
+OTHER_CHOICE ?= remove_restores or counters_equal or exact_shows or validation_does_not or resumed_run \
+  or not_supported or replicas_take or an_exception or skips_the_step or stay_gathered or killed_runs \
+  or (bytes_and_values and fp32) or opcheck
 
 # One thread a process: ranks and test workers share the cores.
 export OMP_NUM_THREADS ?= 1
@@ -19,7 +35,7 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CUDA_FILES := $(wildcard csrc/cuda/*.cu) csrc/register_cuda.cpp
 
-.PHONY: help setup train test lint cuda-check gpu clean
+.PHONY: help setup train quick test test-quick test-rest test-all test-torch lint cuda-check gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -29,9 +45,7 @@ setup: $(VENV)/.installed  ## make .venv with torch, qsdp and its tools
 
 # A stamp is the last thing that a recipe writes, so a failed step is taken again.
 $(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(TORCH)
-	$(BIN)/pip install "scikit-build-core>=1.0" cmake ninja
+	PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" docker/steps.sh dependencies
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
@@ -46,9 +60,43 @@ train: setup  ## train the nano GPT on two processes: 8-bit wire, CrAM; results 
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) launch/train_gpt.py \
 	  --model nano --data stdlib --steps 1000 --qsdp-bits 8 --cram --out $(OUT) $(TRAIN_FLAGS)
 
-test: setup  ## run every test
-	$(BIN)/python -m pytest tests -n $(JOBS)
-	$(BIN)/python -m pytest tests_distributed
+quick: lint test-quick  ## lint and the quick tests, for the minute after an edit
+
+test: test-quick test-rest  ## run every test
+
+# What runs under pytest, with its report: $(call pytest,NAME,ARGUMENTS).
+pytest = $(BIN)/python -m pytest --junit-xml $(QSDP_TEST_REPORT)/$(1).xml $(2)
+
+test-quick: setup  ## the tests that take a moment, and one training step of two ranks
+	$(call pytest,quick,tests -m "not slow" -n $(JOBS))
+	$(call pytest,smoke,"$(SMOKE)")
+
+test-rest: setup
+	$(call pytest,slow,tests -m slow -n $(JOBS))
+	$(call pytest,distributed,tests_distributed)
+
+test-all: setup  ## every test with every combination: an hour
+	$(call pytest,tests,tests -n $(JOBS))
+	$(call pytest,distributed,tests_distributed --all-combinations)
+
+# Where another torch is tested: from a copy without qsdp/, so that the installed wheel is imported,
+# which the torch of .venv built.
+OTHER := $(subst ==,-,$(firstword $(TORCH)))
+OTHER_BIN := $(CURDIR)/.venv-$(OTHER)/bin
+OTHER_TESTS := tests/test_codec_kernels.py $(addprefix tests_distributed/,test_install.py test_cram.py test_resume.py)
+
+test-torch:  ## training and resume with another torch: make test-torch TORCH="torch==2.14.1"
+	@$(MAKE) setup TORCH="$(OWN_TORCH)"
+	test -x $(OTHER_BIN)/torchrun || { $(PYTHON) -m venv .venv-$(OTHER) && $(OTHER_BIN)/pip install $(TORCH); }
+	rm -rf build/$(OTHER)
+	QSDP_REQUIRE_NATIVE=1 $(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir build/$(OTHER) .
+	$(OTHER_BIN)/pip install --quiet "$$(echo build/$(OTHER)/qsdp-*.whl)[train]" "pytest>=9" pytest-xdist hypothesis
+	$(OTHER_BIN)/pip install --quiet --force-reinstall --no-deps build/$(OTHER)/qsdp-*.whl
+	cp -r pyproject.toml launch tests tests_distributed build/$(OTHER)
+	cd build/$(OTHER) && QSDP_REQUIRE_NATIVE=1 $(OTHER_BIN)/python -c \
+	  "import torch, qsdp; from qsdp.codec import native; print('qsdp', qsdp.__file__, native.capability(), 'torch', torch.__version__)"
+	cd build/$(OTHER) && QSDP_REQUIRE_NATIVE=1 QSDP_TEST_REPORT=$(CURDIR)/build/$(OTHER)/reports $(OTHER_BIN)/python -m pytest $(OTHER_TESTS) \
+	  -k "$(OTHER_CHOICE)"
 
 lint: setup  ## formatting, lint rules and types
 	$(BIN)/ruff check
@@ -56,11 +104,11 @@ lint: setup  ## formatting, lint rules and types
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 	$(BIN)/mypy
 
-cuda-check: setup  ## compile the CUDA sources with warnings as errors (no GPU needed)
-	@sh .ci/cuda-check $(BIN)/python $(CUDA_FILES)
+cuda-check: setup  ## compile the CUDA sources for GPUS with warnings as errors (no GPU needed)
+	@sh .ci/cuda-check $(BIN)/python "$(GPUS)" $(CUDA_FILES)
 
 gpu: setup  ## on a machine with a GPU: build the CUDA kernels, run their tests, measure
 	@.ci/gpu $(abspath $(BIN)/python)
 
 clean:  ## remove .venv, build leftovers and results
-	rm -rf $(VENV) build dist $(OUT) qsdp/_qsdp_native.so
+	rm -rf $(VENV) .venv-torch-* build dist $(OUT) qsdp/_qsdp_native.so

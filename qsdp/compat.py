@@ -1,4 +1,4 @@
-"""The only file that touches private names of torch, for torch 2.11 to 2.13.
+"""The only file that touches private names of torch, for torch 2.11 to 2.14.
 
 Nothing is patched, and but for `set_comms` and `abandon_pass` everything only reads. What is read
 is what the public seam (`FSDPModule.set_custom_all_gather`, `set_custom_reduce_scatter`) does not

@@ -60,6 +60,7 @@ def test_quality_refuses_what_it_cannot_run_in_one_sentence(
     assert message.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["nano", "larger"])
 def test_every_training_of_quality_is_one_that_the_job_takes(
     load: Any, text: Path, preset: str

@@ -77,6 +77,7 @@ def test_a_test_text_with_characters_of_its_own_is_refused(
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["nano", "larger"])
 @pytest.mark.parametrize("wires", [False, True])
 def test_every_training_of_pruning_is_one_that_the_job_takes(
@@ -100,6 +101,7 @@ def test_every_training_of_pruning_is_one_that_the_job_takes(
             assert settings["wire"] == f"{config.wire.weight_bits}-bit"
 
 
+@pytest.mark.slow
 def test_flags_for_tuning_reach_every_training_and_its_record(
     load: Any, text: Path, tmp_path: Path
 ) -> None:
@@ -136,6 +138,7 @@ def test_the_splits_are_apart_and_together_the_whole_text(
     assert len(corpus.val) == pytest.approx(0.095 * len(whole), abs=1)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_made_of_the_training_text_alone_and_always_the_same(
     load: Any, text: Path, tmp_path: Path
 ) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pytest
 
 from qsdp.data.prepare import prepare_shards
 from qsdp.train.cli import main
+from tests import patience
 from tests.bad_inputs import DATA, DEEP, FLAGS, TEXT, BadInput
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -69,41 +72,74 @@ def small_run(folder: Path, *flags: str) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`finished_runs(*flags)`: the folder of a `small_run` that has ended, trained once."""
+    folders: dict[tuple[str, ...], Path] = {}
+
+    def train(*flags: str) -> Path:
+        if flags not in folders:
+            folders[flags] = tmp_path_factory.mktemp("finished")
+            (folders[flags] / "text.txt").write_text(TEXT)
+            main(small_run(folders[flags], *flags))
+        return folders[flags]
+
+    return train
+
+
+@pytest.fixture
+def finished(
+    finished_runs: Callable[..., Path], text_file: Path, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Path]:
+    """`finished(*flags)`: the test's folder, with a copy of such a run in it."""
+
+    def copy(*flags: str) -> Path:
+        shutil.copytree(finished_runs(*flags) / "out", text_file.parent / "out")
+        capfd.readouterr()
+        return text_file.parent
+
+    return copy
+
+
+@pytest.fixture
+def brief_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without a sample and plots, which take most of the time of two steps."""
+    monkeypatch.setattr("qsdp.train.evaluate.Evaluator.sample", lambda evaluator: None)
+    monkeypatch.setattr("qsdp.train.report.write_plots", lambda folder, history, summary: [])
+
+
+@pytest.mark.slow
 def test_a_resume_from_another_model_is_refused_and_a_finished_run_is_left_alone(
-    text_file: Path, capfd: pytest.CaptureFixture[str]
+    finished: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = text_file.parent
-    main(small_run(folder))
+    folder = finished()
     files = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
     assert (folder / "out" / "checkpoints" / "step-00000002") in {path.parent for path in files}
-    capfd.readouterr()
 
     main(small_run(folder))
     assert "finished run of 2 steps" in capfd.readouterr().out
     assert "vocab_size" in refused(small_run(folder, "--tokenizer", "byte"), capfd)
     assert "AdamW, not CrAM" in refused(small_run(folder, "--cram"), capfd)
-    text_file.write_text(TEXT.replace("q", "Q"))
+    (folder / "text.txt").write_text(TEXT.replace("q", "Q"))
     assert "another tokenizer" in refused(small_run(folder, "--steps", "4"), capfd)
     assert files == {p: p.read_bytes() for p in (folder / "out").rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused(
-    text_file: Path, capfd: pytest.CaptureFixture[str]
+    finished: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = text_file.parent
-    main(small_run(folder))
-    capfd.readouterr()
+    folder = finished()
     shards = next((folder / "out" / "checkpoints").rglob("*.distcp"))
     shards.write_bytes(shards.read_bytes()[:1000])
     assert "step-00000002" in refused(small_run(folder, "--steps", "4"), capfd)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_something_else_is_refused(
-    text_file: Path, capfd: pytest.CaptureFixture[str]
+    finished: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = text_file.parent
-    main(small_run(folder, "--qsdp-bits", "8"))
-    capfd.readouterr()
+    folder = finished("--qsdp-bits", "8")
     file = folder / "out" / "checkpoints" / "step-00000002" / "meta.json"
     meta = json.loads(file.read_text())
     flags = small_run(folder, "--qsdp-bits", "8", "--steps", "4")
@@ -114,23 +150,23 @@ def test_a_checkpoint_of_something_else_is_refused(
     assert "not written by this job" in refused(flags, capfd)
 
 
+@pytest.mark.slow
 def test_a_named_checkpoint_past_the_end_and_another_seed_are_refused(
-    text_file: Path, capfd: pytest.CaptureFixture[str]
+    finished: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = text_file.parent
-    main(small_run(folder))
-    capfd.readouterr()
+    folder = finished()
     path = str(folder / "out" / "checkpoints" / "step-00000002")
     assert "past the end" in refused(small_run(folder, "--steps", "1", "--resume", path), capfd)
     assert "seed 0, not 1" in refused(small_run(folder, "--steps", "4", "--seed", "1"), capfd)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("brief_ends")
 def test_a_summary_is_of_the_steps_with_its_own_settings(
-    text_file: Path, capfd: pytest.CaptureFixture[str]
+    finished: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = text_file.parent
+    folder = finished()
     out = folder / "out"
-    main(small_run(folder))
     # A line that lacks what every step has is as good as torn.
     lines = (out / "metrics.jsonl").read_text().splitlines()
     (out / "metrics.jsonl").write_text('{"step": 1}\n' + lines[1] + "\n")
@@ -154,6 +190,7 @@ def test_an_interrupt_ends_with_status_130_and_one_line(
     assert re.fullmatch(r"interrupted; .*\n", capfd.readouterr().err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [["--qsdp-bits", "9"], ["--data", "launch", "--out", "{}/out"]], ids=["flag", "data"]
 )
@@ -164,13 +201,14 @@ def test_the_program_itself_ends_with_status_2(tmp_path: Path, flags: list[str])
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience.seconds(),
         check=False,
     )
     assert done.returncode == 2
     assert_is_one_sentence(done.stderr)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_padded_beyond_the_tokenizers_still_ends_with_a_summary(
     text_file: Path, tmp_path: Path
 ) -> None:
@@ -184,6 +222,7 @@ def test_a_vocabulary_padded_beyond_the_tokenizers_still_ends_with_a_summary(
     assert summary["sample"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_at_the_end_is_one_sentence(
     text_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,6 +259,7 @@ def test_a_pipe_is_refused_and_not_waited_for(
     assert re.search("pipe is (not|neither) a file", said)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the text is the system's")
 @pytest.mark.parametrize(
     "program", ["train_gpt.py", "prepare_data.py", "compress.py", "evaluate.py"]
@@ -234,7 +274,7 @@ def test_help_for_a_reader_who_has_gone_is_no_error(program: str) -> None:
         stdout=write,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=patience.seconds(),
         check=False,
     )
     os.close(write)
@@ -263,6 +303,7 @@ def test_a_token_outside_the_vocabulary_ends_the_run_in_one_sentence(
     assert not (out / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_diverged_run_ends_with_all_its_results(
     text_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,21 +325,21 @@ def test_a_diverged_run_ends_with_all_its_results(
     assert (out / "plots" / "loss.png").is_file()
 
 
-def test_a_damaged_line_of_metrics_is_as_good_as_torn(text_file: Path) -> None:
-    folder = text_file.parent
-    main(small_run(folder))
+@pytest.mark.slow
+@pytest.mark.usefixtures("brief_ends")
+def test_a_damaged_line_of_metrics_is_as_good_as_torn(finished: Callable[..., Path]) -> None:
+    folder = finished()
     metrics = folder / "out" / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes() + DEEP + b"\n")
     main(small_run(folder, "--steps", "3"))
     assert len(metrics.read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_nested_without_end_is_refused_by_name(
-    text_file: Path, capfd: pytest.CaptureFixture[str]
+    finished: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = text_file.parent
-    main(small_run(folder))
-    capfd.readouterr()
+    folder = finished()
     meta = folder / "out" / "checkpoints" / "step-00000002" / "meta.json"
     meta.write_bytes(DEEP)
     assert f"{meta} cannot be read" in refused(small_run(folder, "--steps", "3"), capfd)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qsdp.codec import native, ops
 from qsdp.codec.payload import DType, Field, Layout, Segment
-from tests import gpu_kernels
+from tests import gpu_kernels, patience
 
 COMPILED = [name for name in native.available() if name != native.PYTHON]
 ABSENT = "the native library is not installed: there are only Python kernels to run"
@@ -458,6 +458,7 @@ def test_python_serves_where_it_is_asked_for() -> None:
         native.use("neon")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "value", "sentence"),
     [
@@ -470,7 +471,9 @@ def test_the_environment_is_obeyed_or_refused(variable: str, value: str, sentenc
         pytest.skip(f"{variable}={value} is fine on this machine")
     environment = {**os.environ, variable: value}
     command = [sys.executable, "-c", "import qsdp.codec"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=patience.seconds()
+    )
     assert done.returncode == 1
     assert sentence in done.stderr.splitlines()[-1]
 

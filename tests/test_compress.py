@@ -24,6 +24,7 @@ from qsdp.sparsity.compression import Prunable, compress_
 from qsdp.sparsity.target import Compression
 from qsdp.train.compress_cli import main
 from qsdp.train.config import TrainConfig
+from tests import patience
 from tests.bad_inputs import BadInput
 
 ROOT = Path(__file__).parents[1]
@@ -151,6 +152,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak")
 def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_model(tmp_path: Path) -> None:
     sizes = {
@@ -165,7 +167,7 @@ def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_model(tmp_path: 
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=patience.seconds(),
         check=False,
     )
     assert done.returncode == 0, done.stderr

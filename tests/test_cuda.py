@@ -10,6 +10,7 @@ from torch import Tensor
 from qsdp import bitmask
 from qsdp.codec import native, ops
 from qsdp.codec.payload import DType, Layout, Segment
+from tests import patience
 from tests.gpu_kernels import NO_GPU
 
 pytestmark = [
@@ -142,7 +143,11 @@ torch.cuda.synchronize()
 def test_what_only_the_gpu_sees_ends_its_use(bits: int, count: int, told: str) -> None:
     code = _STOPS.format(bits=bits, count=count)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=patience.seconds(),
+        check=False,
     )
     assert done.returncode != 0
     assert told in done.stdout

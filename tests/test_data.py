@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from qsdp.data import (
     tokenizer_from_json,
 )
 from qsdp.data.tokenizer import TokenArray
+from tests import patience
 from tests.bad_inputs import DEEP
 
 ROOT = Path(__file__).parents[1]
@@ -421,17 +423,20 @@ class TestEvalBatches:
 
 
 class TestCommandLine:
+    PROGRAM = ROOT / "launch" / "prepare_data.py"
+
     def prepare(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, ROOT / "launch" / "prepare_data.py", *arguments],
+            [sys.executable, self.PROGRAM, *arguments],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=patience.seconds(),
             cwd=ROOT,
             env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             check=False,
         )
 
+    @pytest.mark.slow
     def test_it_makes_a_folder_that_can_be_trained_on(self, tmp_path: Path) -> None:
         text = random_text(5000)
         (tmp_path / "a.txt").write_bytes(text.encode())
@@ -454,15 +459,25 @@ class TestCommandLine:
         ],
     )
     def test_each_mistake_is_one_sentence(
-        self, tmp_path: Path, flags: list[str], said: str
+        self,
+        tmp_path: Path,
+        flags: list[str],
+        said: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
     ) -> None:
         (tmp_path / "a.txt").write_text("abc" * 100)
         flags = [flag.format(tmp_path) for flag in flags]
-        done = self.prepare("--texts", tmp_path / "a.txt", *flags)
-        assert done.returncode == 2
-        assert re.search(said, done.stderr)
-        assert re.fullmatch(r"\S.*\.\n", done.stderr), done.stderr
+        program = str(self.PROGRAM)
+        monkeypatch.setattr(sys, "argv", [program, "--texts", str(tmp_path / "a.txt"), *flags])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(program, run_name="__main__")
+        assert stop.value.code == 2
+        told = capfd.readouterr().err
+        assert re.search(said, told)
+        assert re.fullmatch(r"\S.*\.\n", told), told
 
+    @pytest.mark.slow
     def test_bad_input_gives_one_sentence_and_status_2(self, tmp_path: Path) -> None:
         done = self.prepare("--texts", tmp_path / "absent.txt", "--out", tmp_path / "out")
         assert done.returncode == 2

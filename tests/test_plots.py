@@ -40,6 +40,7 @@ def names(folder: Path, lines: list[dict[str, Any]]) -> set[str]:
     return {path.name for path in write_plots(folder, lines, SUMMARY)}
 
 
+@pytest.mark.slow
 def test_what_was_not_measured_is_not_plotted(tmp_path: Path) -> None:
     lines = history(2)
     always = {"loss.png", "one_shot.png", "wire.png", "step_time.png"}
