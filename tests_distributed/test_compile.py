@@ -123,5 +123,5 @@ def test_compiled_blocks_train_with_what_fsdp2_offers_besides(
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 def test_generated_kernels_train_as_eager_ones(run: Run) -> None:
     eager = run(2, _train, None, {}, "eager", False)
-    compiled = run(2, _train, "compiled, then sharded", {}, "inductor", False, timeout=180)
+    compiled = run(2, _train, "compiled, then sharded", {}, "inductor", False)
     _assert_alike(eager, compiled, 2)

@@ -32,7 +32,6 @@ pytestmark = [
 ]
 
 DEVICE = "cuda"
-TIMEOUT_S = 120.0
 MORE_CASES = {
     "3 ranks, 4 bits": Case(ranks=3, config={"weight_bits": 4, "grad_bits": 4}),
     "gathered once": Case(reshard=False, config={"rounding": "stochastic", "weight_bits": 5}),
@@ -48,8 +47,8 @@ MORE_CASES = {
 @pytest.mark.parametrize("case", CASES | MORE_CASES)
 def test_a_gpu_trains_as_cpus_do_bit_for_bit(run: Run, case: str) -> None:
     chosen = (CASES | MORE_CASES)[case]
-    by_cpu = run(chosen.ranks, alike.trained, chosen, "cpu", timeout=TIMEOUT_S)
-    by_gpu = run(chosen.ranks, alike.trained, chosen, DEVICE, timeout=TIMEOUT_S)
+    by_cpu = run(chosen.ranks, alike.trained, chosen, "cpu")
+    by_gpu = run(chosen.ranks, alike.trained, chosen, DEVICE)
     _assert_equal(by_gpu, by_cpu)
 
 
@@ -64,9 +63,9 @@ RACES = {
 @pytest.mark.parametrize("case", RACES)
 def test_delays_on_the_streams_change_nothing(run: Run, case: str) -> None:
     chosen = RACES[case]
-    expected = run(chosen.ranks, alike.trained, chosen, DEVICE, timeout=TIMEOUT_S)
+    expected = run(chosen.ranks, alike.trained, chosen, DEVICE)
     for seed in range(3):
-        found = run(chosen.ranks, alike.trained, chosen, DEVICE, seed, timeout=TIMEOUT_S)
+        found = run(chosen.ranks, alike.trained, chosen, DEVICE, seed)
         _assert_equal(found, expected)
 
 
@@ -121,7 +120,7 @@ def _pass_without_waiting(case: Case) -> None:
     ids=["8 bits", "4 bits, bf16, prefetched", "kept, learned levels"],
 )
 def test_a_pass_never_waits_for_the_gpu(run: Run, case: Case) -> None:
-    run(2, _pass_without_waiting, case, timeout=TIMEOUT_S)
+    run(2, _pass_without_waiting, case)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -138,12 +137,12 @@ def test_a_cram_step_on_shards_is_that_of_one_process(
     run: Run, ranks: int, width: int, options: dict[str, Any]
 ) -> None:
     toy = {"width": width, "hidden": width // 2}
-    run(ranks, compare_with_one_process, "fsdp", toy, True, options, DEVICE, timeout=TIMEOUT_S)
+    run(ranks, compare_with_one_process, "fsdp", toy, True, options, DEVICE)
 
 
 @pytest.mark.parametrize("variant", ["0.9", "gmp"])
 def test_masked_steps_on_shards_are_those_of_one_process(run: Run, variant: str) -> None:
-    run(2, compare, "fsdp", variant, {}, DEVICE, timeout=TIMEOUT_S)
+    run(2, compare, "fsdp", variant, {}, DEVICE)
 
 
 def _losses(method: str, bits: int | None) -> list[float]:
@@ -184,23 +183,23 @@ def _losses(method: str, bits: int | None) -> list[float]:
 
 @pytest.mark.parametrize("method", ["adamw", "cram", "acdc"])
 def test_the_quantized_wire_follows_full_precision(run: Run, method: str) -> None:
-    full = run(2, _losses, method, 32, timeout=TIMEOUT_S)
+    full = run(2, _losses, method, 32)
     for bits, most in ((8, 0.1), (4, 0.5)):
-        found = run(2, _losses, method, bits, timeout=TIMEOUT_S)
+        found = run(2, _losses, method, bits)
         for mine, theirs in zip(found, full, strict=True):
             assert max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) < most
 
 
 def test_stock_fsdp2_is_met_at_full_precision(run: Run) -> None:
-    stock = run(2, _losses, "adamw", None, timeout=TIMEOUT_S)
-    for ours, theirs in zip(run(2, _losses, "adamw", 32, timeout=TIMEOUT_S), stock, strict=True):
+    stock = run(2, _losses, "adamw", None)
+    for ours, theirs in zip(run(2, _losses, "adamw", 32), stock, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-3)
 
 
 @pytest.mark.parametrize("case", ["after good steps", "when all change"])
 def test_all_ranks_say_which_gradients_differ(run: Run, case: str) -> None:
     steps, _ = APART[case]
-    for message, _ in run(3, train_apart, steps, 1, {}, DEVICE, timeout=TIMEOUT_S):
+    for message, _ in run(3, train_apart, steps, 1, {}, DEVICE):
         assert "has no gradient of blocks.1.wide.weight" in message
 
 
@@ -214,7 +213,7 @@ def _errors() -> dict[str, dict[str, float | None]]:
 
 
 def test_errors_are_measured_alike_on_all_ranks(run: Run) -> None:
-    first, second = run(2, _errors, timeout=TIMEOUT_S)
+    first, second = run(2, _errors)
     assert first == second
     found = cast(dict[str, float], first["blocks.0.qkv.weight"])
     assert 0.01 < found["weight"] < 0.2

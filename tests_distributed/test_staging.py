@@ -70,14 +70,14 @@ def _staged(function: Any, *args: Any) -> Any:
 
 @pytest.mark.parametrize("direction", ["gather", "reduce"])
 def test_headers_are_read_on_the_way(run: Run, direction: str) -> None:
-    for message in run(2, _staged, damaged, direction, 9, 3, timeout=40):
+    for message in run(2, _staged, damaged, direction, 9, 3):
         assert "sent a payload with header" in message
 
 
 @pytest.mark.parametrize("case", ["after good steps", "when all change"])
 def test_all_ranks_say_which_gradients_differ(run: Run, case: str) -> None:
     steps, _ = APART[case]
-    for message, _ in run(3, _staged, train_apart, steps, 1, {}, timeout=40):
+    for message, _ in run(3, _staged, train_apart, steps, 1, {}):
         assert "has no gradient of blocks.1.wide.weight" in message
 
 

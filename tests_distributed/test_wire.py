@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.namespaces import Hosts, Unavailable
+from tests import patience
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LINK = REPOSITORY / "benchmarks" / "link.py"
@@ -56,7 +57,7 @@ def test_the_interface_counts_what_a_program_sends(tmp_path: Path, piece: int) -
     num_bytes = random.randrange(1_000_000, 3_000_000)
     counters = tmp_path / "counters.json"
     program = [sys.executable, "-c", TRANSFER, str(num_bytes), str(piece)]
-    _python(LINK, "--json", str(counters), "--timeout", "60", "--", *program)
+    _python(LINK, "--json", str(counters), "--timeout", str(patience.seconds()), "--", *program)
     receiver, sender = json.loads(counters.read_text())
     sent_twice = 1448 * sender["retransmitted_segments"]
     # A segment sent twice need not be a full one, and makes acknowledgements longer, by 36 bytes.
@@ -71,7 +72,7 @@ def test_a_shaped_link_is_no_faster_than_asked(tmp_path: Path) -> None:
     program = [sys.executable, "-c", TRANSFER, "4000000", "1000000"]
     with Hosts(2, rate="16mbit") as hosts:
         start = time.monotonic()
-        hosts.run(program, timeout=60)
+        hosts.run(program, timeout=patience.seconds())
         elapsed_s = time.monotonic() - start
     assert elapsed_s > (4_000_000 - 256 * 1024) * 8 / 16e6
 
@@ -87,11 +88,11 @@ def test_a_failure_on_one_host_ends_the_others() -> None:
 def test_no_host_is_left_after_termination() -> None:
     process = subprocess.Popen([sys.executable, LINK, "--", "sleep", "1000"])
     prefix = f"qsdp-{process.pid}-"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + patience.seconds()
     while f"{prefix}host1" not in _namespaces() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) != 0
+    assert process.wait(patience.seconds()) != 0
     assert prefix not in _namespaces()
 
 
