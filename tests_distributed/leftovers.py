@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
 
 from tests import patience
 
@@ -56,36 +57,33 @@ def added_since(before: Held) -> list[str]:
 
 
 class Leftovers:
-    """What the calls in one process have left behind, all together.
+    """What the calls in one process leave behind."""
 
-    torch keeps the first process groups that some of its calls see, for ever, and its compiler a
-    thread: so some calls may leave something, but not one after the other.
-    """
-
-    def __init__(self, world_size: int) -> None:
-        start, groups = held(), 8
-        self._limit = Held(
-            start.threads + Counter(gloo_tcp_loop=groups, pt_gloo_runloop=2 * groups, python=1),
-            start.files
-            + Counter(pipe=2 * groups, anon_inode=groups, socket=groups * (world_size + 1)),
-        )
-        self._last = start
-        self._by_call: list[str] = []
+    def __init__(self) -> None:
+        start = held()
+        # torch's compiler keeps a thread.
+        self._limit = Held(start.threads + Counter(python=1), start.files)
         self.max_threads = 0
 
     def check(self, call: str) -> None:
-        """Raise AssertionError if there is more than before the first call, and than torch keeps.
+        """Raise AssertionError if there is more than before the first call.
 
         ``call``: the name of what was just called.
         """
+        _let_meshes_go()
         gc.collect()
-        before, self._last = self._last, held()
-        self.max_threads = max(self.max_threads, self._last.threads.total())
-        if left := self._last - before:
-            self._by_call.append(f"{call}: {', '.join(left)}")
+        gc.freeze()  # what is left is here to stay: the next collection need not look at it
+        self.max_threads = max(self.max_threads, _threads().total())
         if added := added_since(self._limit):
-            calls = "\n".join(self._by_call)
-            raise AssertionError(f"left behind: {', '.join(added)}; by call:\n{calls}")
+            raise AssertionError(f"{call} left behind: {', '.join(added)}")
+
+
+def _let_meshes_go() -> None:
+    """Let go of the process groups of meshes that torch keeps in what it has once planned for
+    DTensors."""
+    for thing in gc.get_objects():
+        if type(thing) is DeviceMesh:
+            getattr(thing, "_pg_registry", {}).clear()
 
 
 def resident_mib() -> float:

@@ -40,9 +40,14 @@ GRACE_S = 1.0
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What every worker would else import by itself: what FSDP2 and the trainer import when they are
 # first used is among it. None of it may ask for a GPU or start a thread.
-PRELOADED = ["torch.distributed.fsdp", "torch.testing", "torch._dynamo", "qsdp.train.loop"]
-PRELOADED += ["torch.distributed.checkpoint._fsspec_filesystem", "qsdp.fsdp.install"]
-PRELOADED += [
+PRELOADED = [
+    "torch.distributed.fsdp",
+    "torch.testing",
+    "torch._dynamo",
+    "torch.distributed.nn",  # it keeps the process group that there is when it is imported
+    "torch.distributed.checkpoint._fsspec_filesystem",
+    "qsdp.train.loop",
+    "qsdp.fsdp.install",
     "tyro._backends._tyro_backend",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
@@ -275,7 +280,7 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
     gc.freeze()  # the modules live for ever: collecting after each call need not look at them
-    left = leftovers.Leftovers(world_size)
+    left = leftovers.Leftovers()
     while True:
         try:
             store, call = pickle.loads(pipe.recv_bytes())
@@ -308,6 +313,5 @@ def _call(rank: int, world_size: int, store: str, call: bytes) -> Any:
     result = function(*args)
     # A rank that closed its sockets early would be the error that the others report.
     dist.barrier()
-    gc.collect()
     dist.destroy_process_group()
     return result
