@@ -62,7 +62,7 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
     run_jobs.succeed((2,), flags("whole"))
 
     checkpoints = killed / "checkpoints"
-    last_step = random.randint(2, STEPS - 4)
+    last_step = random.randint(3, STEPS - 4)  # by then there is a checkpoint of step 2
     run_jobs.killed((2,), flags("killed"), has_logged(killed, last_step), last_step=last_step)
     started = time.time()
 
@@ -73,7 +73,8 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
         return False
 
     # Whoever saves more often ends with the same weights, and is caught at it more easily.
-    printed = run_jobs.killed((2,), [*flags("killed"), "--save-every", "1"], is_writing)
+    often = [*flags("killed"), "--save-every", "1"]
+    printed = run_jobs.killed((2,), often, is_writing, disk_s=0.05)
     assert "Going on from" in printed
     assert not (killed / "summary.json").exists()
     assert "Going on from" in run_jobs.succeed((2,), flags("killed"))
