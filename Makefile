@@ -72,12 +72,10 @@ test-quick: setup  ## the tests that take a moment, and one training step of two
 	$(call pytest,smoke,"$(SMOKE)")
 
 test-rest: setup
-	$(call pytest,slow,tests -m slow -n $(JOBS))
-	$(call pytest,distributed,tests_distributed)
+	$(call pytest,slow,tests tests_distributed -m slow -n $(JOBS))
 
 test-all: setup  ## every test with every combination: an hour
-	$(call pytest,tests,tests -n $(JOBS))
-	$(call pytest,distributed,tests_distributed --all-combinations)
+	$(call pytest,all,tests tests_distributed --all-combinations -n $(JOBS))
 
 # Where another torch is tested: from a copy without qsdp/, so that the installed wheel is imported,
 # which the torch of .venv built.
@@ -111,4 +109,4 @@ gpu: setup  ## on a machine with a GPU: build the CUDA kernels, run their tests,
 	@.ci/gpu $(abspath $(BIN)/python)
 
 clean:  ## remove .venv, build leftovers and results
-	rm -rf $(VENV) .venv-torch-* build dist $(OUT) qsdp/_qsdp_native.so
+	rm -rf $(VENV) .venv-torch-* build dist $(OUT) qsdp/_qsdp_native.so qsdp/_qsdp_cuda.so

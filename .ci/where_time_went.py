@@ -27,9 +27,9 @@ def main(reports: Path, phases: Path | None = None) -> None:
     print(f"\nseconds  test (the {NUM_TESTS} slowest of {len(tests)})")
     for seconds, name in sorted(tests, reverse=True)[:NUM_TESTS]:
         print(f"{seconds:>7.1f}  {name}")
-    pool = reports / "pool.json"
-    if pool.exists():
-        print(f"\nthreads in a pool worker, at most: {json.loads(pool.read_text())['max_threads']}")
+    threads = [json.loads(file.read_text())["max_threads"] for file in reports.glob("pool-*.json")]
+    if threads:
+        print(f"\nthreads in a pool worker, at most: {max(threads)}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def test_it_prints_phases_and_the_slowest_tests_of_all_suites(tmp_path: Path) ->
     (tmp_path / "phases").write_text("7 set up\n61 all tests\n")
     suite(tmp_path / "a.xml", **{f"fast{i}": 0.1 for i in range(20)}, slow=3.25)
     suite(tmp_path / "b.xml", slowest=12)
-    (tmp_path / "pool.json").write_text(json.dumps({"max_threads": 9}))
+    (tmp_path / "pool-1.json").write_text(json.dumps({"max_threads": 9}))
     lines = printed(tmp_path, tmp_path / "phases")
     assert lines[:4] == [
         "seconds  phase",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     yield pools.run
     pools.close()
     if folder := os.environ.get("QSDP_TEST_REPORT"):
-        Path(folder, f"pool-{os.getpid()}.json").write_text(
-            json.dumps({"max_threads": pools.max_threads})
-        )
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        report = json.dumps({"max_threads": pools.max_threads})
+        Path(folder, f"pool-{os.getpid()}.json").write_text(report)
 
 
 @pytest.fixture(scope="session")
@@ -38,5 +39,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-combinations",
         action="store_true",
-        help="run test_combinations.py on all combinations, not on a pairwise selection",
+        help="run every variant: not a pairwise selection, and what is marked heavy",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what starts processes as slow, and leave out heavy variants unless all are asked for."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+    if config.getoption("--all-combinations"):
+        return
+    heavy = [item for item in items if item.get_closest_marker("heavy")]
+    config.hook.pytest_deselected(items=heavy)
+    items[:] = [item for item in items if item not in heavy]
+
+
+def selection(
+    names: str, chosen: Sequence[tuple[Any, ...]], *factors: Sequence[Any]
+) -> pytest.MarkDecorator:
+    """Parametrize by the whole product of ``factors``, of which all but ``chosen`` are heavy."""
+    product = list(itertools.product(*factors))
+    assert set(chosen) <= set(product), "a chosen one is not of the product"
+    return pytest.mark.parametrize(
+        names,
+        [
+            pytest.param(*each, marks=() if each in chosen else pytest.mark.heavy)
+            for each in product
+        ],
     )

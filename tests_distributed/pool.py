@@ -288,7 +288,7 @@ def _serve(
             return
         try:
             result = _call(rank, world_size, store, call)
-            left.check(pickle.loads(call)[0].__name__)
+            left.check(str(pickle.loads(call)[0]))
             answer = pickle.dumps((None, (result, left.max_threads)))
         except BaseException:
             answer = pickle.dumps((time.monotonic_ns(), traceback.format_exc()))

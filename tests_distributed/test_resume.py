@@ -108,7 +108,13 @@ ACDC = ["--acdc", "--acdc-warmup", "3", "--acdc-phase", "4", "--acdc-last-dense"
 ACDC += ["--acdc-last-sparse", "5"]  # compressed: steps 4 to 7, and from 10 on
 
 
-@pytest.mark.parametrize("wire", [[], ["--qsdp-bits", "32"]], ids=["stock", "sparse"])
+@pytest.mark.parametrize(
+    "wire",
+    [
+        pytest.param([], marks=pytest.mark.heavy, id="stock"),
+        pytest.param(["--qsdp-bits", "32"], id="sparse"),
+    ],
+)
 def test_acdc_killed_in_a_phase_on_two_ranks_goes_on_on_four(
     run_jobs: Jobs, tmp_path: Path, wire: list[str]
 ) -> None:

@@ -519,7 +519,7 @@ IN_THE_JOB = (
     ("life", "progress", "said", "number"),
     [
         (_loop, "steps", SENTENCE, signal.SIGKILL),
-        (_loop, "steps", SENTENCE, signal.SIGSTOP),
+        pytest.param(_loop, "steps", SENTENCE, signal.SIGSTOP, marks=pytest.mark.heavy),
         (_quantized_job, "out/metrics.jsonl", IN_THE_JOB, signal.SIGKILL),
         (_quantized_job, "out/metrics.jsonl", IN_THE_JOB, signal.SIGSTOP),
         (_job, "out/metrics.jsonl", IN_THE_JOB, signal.SIGKILL),

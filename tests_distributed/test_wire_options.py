@@ -726,3 +726,23 @@ def test_the_report_knows_what_is_trained_now(run: Run) -> None:
     for before, after in run(2, _thawed):
         assert before == ("none", "default, frozen")
         assert after == ("8 bits", "default")
+
+
+def _installed_again_beside_other_groups() -> list[str]:
+    dist.new_group([0, 1])  # the user's own, which only its ranks know
+    model = shard(make_model())
+    remarks = []
+    for step in range(3):
+        handle = qsdp.install(model, qsdp.QSDPConfig(reduce="two-hop", ranks_per_node=2))
+        torch.autograd.backward(model(*make_batch(model, step)))
+        remarks += handle.report().remarks
+        handle.remove()
+    return remarks
+
+
+def test_two_hops_meet_beside_groups_that_not_all_ranks_know_and_again_after_a_removal(
+    run: Run,
+) -> None:
+    for remarks in run(4, _installed_again_beside_other_groups):
+        assert len(remarks) == 3
+        assert all("two hops over 2 nodes of 2 ranks" in remark for remark in remarks)
