@@ -249,6 +249,8 @@ def _worker_environment() -> Iterator[None]:
     variables = {
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
+        # torch's compiler would start processes of its own, and threads that wait for them.
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
         # A fork server that asked CUDA itself for GPUs could fork no worker that uses one.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     }

@@ -120,6 +120,7 @@ def test_compiled_blocks_train_with_what_fsdp2_offers_besides(
     _assert_alike(eager, run(3, _train, order, options, "aot_eager", False), 3)
 
 
+@pytest.mark.heavy  # its C++ is compiled for half a minute
 @pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler")
 def test_generated_kernels_train_as_eager_ones(run: Run) -> None:
     eager = run(2, _train, None, {}, "eager", False)

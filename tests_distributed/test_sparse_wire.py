@@ -70,7 +70,7 @@ def _trained(method: str, is_told: bool, bits: int, hops: str) -> Any:
 
 @selection(
     "ranks, method",
-    [(2, "cram"), (2, "gmp"), (3, "acdc"), (4, "acdc"), (4, "cram-dense-grad")],
+    [(2, "cram"), (2, "gmp"), (3, "cram-dense-grad"), (4, "acdc")],
     [2, 3, 4],
     ["acdc", "gmp", "cram", "cram-dense-grad"],
 )
