@@ -21,10 +21,10 @@ export QSDP_TEST_REPORT
 SMOKE ?= tests_distributed/test_install.py::test_remove_restores_fsdp2_exactly[True]
 
 # What `make test-torch` runs, as pytest's -k has it: the hooks on and off, exactness, what CrAM does
-# when a pass ends badly, resumes, and the bytes of the kernels.
+# when a pass ends badly, resumes, process groups of two hops, what is freed, and the bytes of the kernels.
 OTHER_CHOICE ?= remove_restores or counters_equal or exact_shows or validation_does_not or resumed_run \
   or not_supported or replicas_take or an_exception or skips_the_step or stay_gathered or killed_runs \
-  or (bytes_and_values and fp32) or opcheck
+  or meet_beside or was_dropped or (bytes_and_values and fp32) or opcheck
 
 # One thread a process: ranks and test workers share the cores.
 export OMP_NUM_THREADS ?= 1
@@ -81,7 +81,7 @@ test-all: setup  ## every test with every combination: an hour
 # which the torch of .venv built.
 OTHER := $(subst ==,-,$(firstword $(TORCH)))
 OTHER_BIN := $(CURDIR)/.venv-$(OTHER)/bin
-OTHER_TESTS := tests/test_codec_kernels.py $(addprefix tests_distributed/,test_install.py test_cram.py test_resume.py)
+OTHER_TESTS := tests/test_codec_kernels.py $(addprefix tests_distributed/,test_install.py test_cram.py test_resume.py test_wire_options.py test_lifetime.py)
 
 test-torch:  ## training and resume with another torch: make test-torch TORCH="torch==2.14.1"
 	@$(MAKE) setup TORCH="$(OWN_TORCH)"
