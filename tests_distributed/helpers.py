@@ -19,8 +19,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
-from qsdp.compat import full_tensor
-
 # Legend: B sequences, T tokens, C width, V vocabulary.
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -210,7 +208,8 @@ def full_grads(model: nn.Module) -> dict[str, Tensor]:
 
 
 def full_of_all(tensors: Mapping[KeyT, Tensor]) -> dict[KeyT, Tensor]:
-    """What `full` returns of each, in one exchange a mesh, which takes a tenth of the time."""
+    """A copy on the CPU of each, gathered exactly if it is sharded, in one exchange for all of a
+    mesh (a collective): a collective for each tensor would take most of a test's time."""
     whole = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
     by_mesh: dict[DeviceMesh, dict[KeyT, DTensor]] = {}
     for name, tensor in tensors.items():
@@ -238,12 +237,6 @@ def _unpacked(dtype: torch.dtype, shape: torch.Size, values: bytes) -> Tensor:
     if not values:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(bytearray(values), dtype=dtype).view(shape)
-
-
-def full(tensor: Tensor) -> Tensor:
-    """A copy of a tensor on the CPU, gathered exactly if it is sharded (a collective)."""
-    tensor = tensor.detach()
-    return (full_tensor(tensor) if isinstance(tensor, DTensor) else tensor).cpu().clone()
 
 
 def found_by_one(function: Callable[[], T]) -> T:

@@ -2,7 +2,7 @@
 
 A rank calls the command's own `main`. What a launcher gives is put in its place: the environment,
 a store to meet through, files for what is printed. A pool of its own ends with each call, as ranks
-do: torch keeps for ever the process groups of the first mesh that it plans for.
+do.
 """
 
 from __future__ import annotations

@@ -289,8 +289,9 @@ def _serve(
         except EOFError:
             return
         try:
-            result = _call(rank, world_size, store, call)
-            left.check(str(pickle.loads(call)[0]))
+            function, args = pickle.loads(call)
+            result = _call(rank, world_size, store, function, args)
+            left.check(str(function))
             answer = pickle.dumps((None, (result, left.max_threads)))
         except BaseException:
             answer = pickle.dumps((time.monotonic_ns(), traceback.format_exc()))
@@ -300,8 +301,9 @@ def _serve(
             return
 
 
-def _call(rank: int, world_size: int, store: str, call: bytes) -> Any:
-    function, args = pickle.loads(call)
+def _call(
+    rank: int, world_size: int, store: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
     if getattr(function, "meets_by_itself", False):
         return function(store, rank, world_size, *args)
     torch.manual_seed(0)
