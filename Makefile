@@ -29,13 +29,16 @@ OTHER_CHOICE ?= remove_restores or counters_equal or exact_shows or validation_d
 # One thread a process: ranks and test workers share the cores.
 export OMP_NUM_THREADS ?= 1
 
+# Every process would compile qsdp and the tests anew, which takes it a second.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
 NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CUDA_FILES := $(wildcard csrc/cuda/*.cu) csrc/register_cuda.cpp
 
-.PHONY: help setup train quick test test-quick test-rest test-all test-torch lint cuda-check gpu clean
+.PHONY: help setup train quick test test-quick test-smoke test-rest test-all test-torch lint cuda-check gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -60,15 +63,17 @@ train: setup  ## train the nano GPT on two processes: 8-bit wire, CrAM; results 
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) launch/train_gpt.py \
 	  --model nano --data stdlib --steps 1000 --qsdp-bits 8 --cram --out $(OUT) $(TRAIN_FLAGS)
 
-quick: lint test-quick  ## lint and the quick tests, for the minute after an edit
+quick: lint test-quick test-smoke  ## lint and the quick tests, for the minute after an edit
 
 test: test-quick test-rest  ## run every test
 
 # What runs under pytest, with its report: $(call pytest,NAME,ARGUMENTS).
-pytest = $(BIN)/python -m pytest --junit-xml $(QSDP_TEST_REPORT)/$(1).xml $(2)
+pytest = $(BIN)/python -m pytest --dist worksteal --junit-xml $(QSDP_TEST_REPORT)/$(1).xml $(2)
 
-test-quick: setup  ## the tests that take a moment, and one training step of two ranks
+test-quick: setup  ## the tests that take a moment
 	$(call pytest,quick,tests -m "not slow" -n $(JOBS))
+
+test-smoke: setup  ## one training step of two ranks
 	$(call pytest,smoke,"$(SMOKE)")
 
 test-rest: setup
@@ -88,7 +93,7 @@ test-torch:  ## training and resume with another torch: make test-torch TORCH="t
 	test -x $(OTHER_BIN)/torchrun || { $(PYTHON) -m venv .venv-$(OTHER) && $(OTHER_BIN)/pip install $(TORCH); }
 	rm -rf build/$(OTHER)
 	QSDP_REQUIRE_NATIVE=1 $(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir build/$(OTHER) .
-	$(OTHER_BIN)/pip install --quiet "$$(echo build/$(OTHER)/qsdp-*.whl)[train]" "pytest>=9" pytest-xdist hypothesis
+	$(OTHER_BIN)/pip install --quiet "$$(echo build/$(OTHER)/qsdp-*.whl)[train]" "pytest>=9" pytest-xdist
 	$(OTHER_BIN)/pip install --quiet --force-reinstall --no-deps build/$(OTHER)/qsdp-*.whl
 	cp -r pyproject.toml launch tests tests_distributed build/$(OTHER)
 	cd build/$(OTHER) && QSDP_REQUIRE_NATIVE=1 $(OTHER_BIN)/python -c \

@@ -1,5 +1,6 @@
 """Fixtures of several files."""
 
+import gc
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,15 @@ import pytest
 import torch.distributed as dist
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def pytest_collection() -> None:
+    gc.disable()  # thousands of items are looked at again and again while they are made
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def test_a_wrong_input_is_refused_in_one_sentence(
 def small_run(folder: Path, *flags: str) -> list[str]:
     return [
         *("--data", str(folder / "text.txt"), "--out", str(folder / "out"), "--steps", "2"),
-        *("--seq-len", "8", "--batch-size", "2", "--eval-batches", "1", *flags),
+        *("--model", "tiny", "--seq-len", "8", "--batch-size", "2", "--eval-batches", "1", *flags),
     ]
 
 
@@ -216,8 +216,7 @@ def test_a_vocabulary_padded_beyond_the_tokenizers_still_ends_with_a_summary(
     prepare_shards([text_file], folder, "byte")
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"vocab_size": 512}))
-    flags = ["--data", str(folder), "--steps", "1", "--batch-size", "1", "--seq-len", "8"]
-    main([*flags, "--eval-batches", "1", "--out", str(tmp_path / "out")])
+    main(small_run(tmp_path, "--data", str(folder), "--steps", "1"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["sample"]
 
@@ -308,7 +307,7 @@ def test_a_diverged_run_ends_with_all_its_results(
     text_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = text_file.parent
-    flags = ["--steps", "6", "--lr", "1e6", "--warmup-steps", "0", "--qsdp-bits", "8"]
+    flags = ["--steps", "4", "--lr", "1e20", "--warmup-steps", "0", "--qsdp-bits", "8"]
     main(small_run(folder, *flags))
     said = capfd.readouterr().out
     assert "not finite" in said

@@ -42,7 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text(TEXT)
     flags = ["--data", str(folder / "text.txt"), "--out", str(folder / "run"), "--steps", "2"]
-    flags += ["--seq-len", "8", "--batch-size", "2", "--eval-batches", "3", "--one-shot", TARGETS]
+    flags += ["--model", "tiny", "--seq-len", "8", "--batch-size", "2", "--eval-batches", "3"]
+    flags += ["--one-shot", TARGETS]
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)

@@ -26,7 +26,7 @@ PHASES = {"warmup": 3, "phase": 4, "last_dense": 3, "last_sparse": 5}
 SCHEDULE = ACDCSchedule(steps=STEPS, **PHASES)
 GRADUAL = GMPSchedule(steps=STEPS, sparsity=0.9, initial=0.3, start=2, every=5, end=19)
 BASES: dict[str, Any] = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, foreach=True),
     "plain sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
 }

@@ -77,12 +77,15 @@ def test_dropout_acts_in_training_only() -> None:
 def test_presets_have_the_published_sizes() -> None:
     millions = {}
     for name in PRESETS:
-        config = GPTConfig.from_preset(name, vocab_size=65 if name in ("nano", "mini") else None)
+        config = GPTConfig.from_preset(
+            name, vocab_size=65 if name in ("tiny", "nano", "mini") else None
+        )
         with torch.device("meta"):
             model = GPT(config)
         millions[name] = sum(p.numel() for p in model.parameters()) / 1e6
     assert millions == pytest.approx(
         {
+            "tiny": 0.106880,
             "nano": 0.804096,
             "mini": 4.771328,
             "gpt2": 124.439808,

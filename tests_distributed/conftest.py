@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests_distributed.jobs import Jobs
-from tests_distributed.pool import Pools
+from tests_distributed.pool import Pools, preloaded
 
 Run = Callable[..., list[Any]]
 
@@ -46,9 +46,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what starts processes as slow, and leave out heavy variants unless all are asked for."""
+    modules = set()
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.slow)
+            modules.add(item.getparent(pytest.Module).module)
+    for module in modules:
+        # PRELOADED of a test module: what else its functions import.
+        preloaded.extend([*getattr(module, "PRELOADED", ()), module.__name__])
     if config.getoption("--all-combinations"):
         return
     heavy = [item for item in items if item.get_closest_marker("heavy")]

@@ -12,8 +12,9 @@ from tests import patience
 
 ROOT = Path(__file__).parents[1]
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom.\n" * 40
-# A tiny job: two sequences of 16 characters a rank and step.
-SMALL = [*("--seq-len", "16"), *("--batch-size", "2"), *("--eval-batches", "1")]
+# A small job: two sequences of 16 characters a rank and step.
+SMALL = [*("--model", "tiny"), *("--seq-len", "16"), *("--batch-size", "2")]
+SMALL += ["--eval-batches", "1"]
 
 
 def environment() -> dict[str, str]:

@@ -39,8 +39,9 @@ CALL_TIMEOUT_S = patience.seconds()
 GRACE_S = 1.0
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What every worker would else import by itself: what FSDP2 and the trainer import when they are
-# first used is among it. None of it may ask for a GPU or start a thread.
-PRELOADED = [
+# first used is among it, and the test modules are added. None of it may ask for a GPU or start a
+# thread.
+preloaded = [
     "torch.distributed.fsdp",
     "torch.testing",
     "torch._dynamo",
@@ -150,7 +151,7 @@ class Pool:
         # A fork server imports torch once: a worker is then a fork of it, which takes milliseconds
         # and shares its memory.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context.set_forkserver_preload(preloaded)
         with _worker_environment():
             for rank in range(world_size):
                 ours, theirs = context.Pipe()

@@ -16,6 +16,7 @@ import qsdp
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import Toy, make_batch, make_model, shard
 
+PRELOADED = ["torch._dynamo.backends.common", "torch._functorch.compile_utils"]
 STEPS = 2
 
 
@@ -71,7 +72,9 @@ def _train(
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = _make(order, options, backend, fullgraph)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True
+    )
     losses = []
     for step in range(STEPS):
         loss = model(*make_batch(model, step))
@@ -100,7 +103,7 @@ def _assert_alike(eager: list[Any], compiled: list[Any], num_ranks: int) -> None
         ("compiled, then sharded", True),
         ("wrapped, then sharded", True),
         ("sharded, then compiled", True),
-        ("sharded, then compiled", False),
+        pytest.param("sharded, then compiled", False, marks=pytest.mark.heavy),
         ("sharded, then wrapped", True),
         ("installed, then compiled", True),
     ],

@@ -123,9 +123,9 @@ def _two_axes() -> None:
     [
         (2, "fsdp", torch.float32),
         (3, "fsdp", torch.float32),
-        (4, "fsdp", torch.float32),
-        (4, "hsdp", torch.float32),
-        (3, "fsdp", torch.bfloat16),
+        pytest.param(4, "fsdp", torch.float32, marks=pytest.mark.heavy),
+        pytest.param(4, "hsdp", torch.float32, marks=pytest.mark.heavy),
+        pytest.param(3, "fsdp", torch.bfloat16, marks=pytest.mark.heavy),
         (4, "hsdp", torch.bfloat16),
     ],
     ids=str,

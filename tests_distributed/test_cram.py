@@ -50,7 +50,7 @@ class Recorder(torch.optim.SGD):
 
     def __init__(self, model: nn.Module, lr: float = 0.1) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad]
-        super().__init__(parameters, lr=lr, momentum=0.9)
+        super().__init__(parameters, lr=lr, momentum=0.9, foreach=True)
         self.grads: list[list[Tensor]] = []
 
     def step(self, closure: Any = None) -> Any:
@@ -129,8 +129,8 @@ def compare_with_one_process(
     assert optimizer.last_grad_norm == pytest.approx(norm, abs=1e-6)
 
 
-def _compare_targets(toy_options: dict[str, Any]) -> None:
-    for options in TARGETS:
+def _compare_targets(first: int, toy_options: dict[str, Any]) -> None:
+    for options in TARGETS[first::2]:
         compare_with_one_process("fsdp", toy_options, True, options)
 
 
@@ -276,9 +276,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @selection(
     "world_size, reshard, tied, options",
     [
-        *((2, True, False, "CrAM+"), (2, False, True, "CrAM"), (2, True, True, "normalized")),
-        *((3, True, True, "CrAM"), (3, False, False, "normalized"), (3, False, True, "CrAM+")),
-        *((4, True, True, "CrAM+"), (4, True, False, "CrAM"), (4, False, False, "normalized")),
+        *((2, True, False, "CrAM+"), (2, False, True, "CrAM")),
+        *((3, True, True, "CrAM"), (3, False, True, "normalized")),
+        *((4, True, True, "CrAM+"), (4, False, False, "normalized")),
     ],
     [2, 3, 4],
     [True, False],
@@ -301,11 +301,17 @@ def test_frozen_unused_and_recomputed_parameters_are_no_exception(
     run(3, compare_with_one_process, "fsdp", toy_options, True, {"max_norm": 0.2})
 
 
-@selection("world_size, conv1d", [(2, True), (3, False)], [2, 3, 4], [False, True])
+@selection(
+    "world_size, first, conv1d",
+    [(2, 1, True), (3, 0, False)],
+    [2, 3, 4],
+    [0, 1],
+    [False, True],
+)
 def test_every_target_is_compressed_to_as_in_one_process(
-    run: Run, world_size: int, conv1d: bool
+    run: Run, world_size: int, first: int, conv1d: bool
 ) -> None:
-    run(world_size, _compare_targets, {"width": 16, "hidden": 8, "conv1d": conv1d})
+    run(world_size, _compare_targets, first, {"width": 16, "hidden": 8, "conv1d": conv1d})
 
 
 def test_replicas_take_the_same_step(run: Run) -> None:

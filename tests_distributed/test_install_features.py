@@ -412,7 +412,7 @@ def _alone(reshard: bool) -> tuple[Any, Any, dict[str, int], Any]:
         model = shard(make_model(1, tied=True, unused=True), reshard=reshard)
         if is_installed:
             handle = qsdp.install(model, qsdp.QSDPConfig(weight_bits=2, grad_bits=2))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
         for step in range(2):
             _backward(model, step)
             optimizer.step()
@@ -448,7 +448,7 @@ def _replicas() -> dict[str, Tensor]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = shard(make_model(1), mesh=mesh)
     qsdp.install(model, qsdp.QSDPConfig(weight_bits=4, grad_bits=4))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     for step in range(3):
         _backward(model, step)
         optimizer.step()

@@ -76,7 +76,7 @@ def _simulated(model: Toy, handle: qsdp.Handle) -> None:
         whole,
         qsdp.QSDPConfig(),
         world_size=2,
-        optimizer=lambda parameters: torch.optim.AdamW(parameters),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, fused=True),
         groups=["blocks.0", "blocks.1"],
     )
     simulation.pass_([[make_batch(whole, 0, rank) for rank in range(2)]])
@@ -165,7 +165,7 @@ def _train(way: Way, mesh: DeviceMesh | None) -> dict[str, weakref.ref[Any]]:
     config = qsdp.QSDPConfig(bucket_size=64, **way.config)
     handle = qsdp.install(model, config, replicate_mesh=replicas)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer: Any = torch.optim.AdamW(trained, lr=1e-2)
+    optimizer: Any = torch.optim.AdamW(trained, lr=1e-2, fused=True)
     if way.method is not None:
         optimizer = way.method(model, optimizer)
         optimizer.share_support(handle.set_support)

@@ -559,7 +559,7 @@ def test_under_torchrun_a_killed_rank_ends_the_job_and_survivors_speak(tmp_path:
     (tmp_path / "text.txt").write_text(TEXT)
     out = tmp_path / "out"
     flags = ["--data", str(tmp_path / "text.txt"), "--out", str(out), *SMALL]
-    job = start(*flags, "--qsdp-bits", "8", "--steps", "1000000", num_ranks=3)
+    job = start(*flags, "--qsdp-bits", "8", "--steps", "1000000", num_ranks=2)
     try:
         _wait_until(lambda: _num_lines(out / "metrics.jsonl") > 3, "no step was taken")
         pid = _pid_of(1, job._process.pid)
@@ -568,7 +568,7 @@ def test_under_torchrun_a_killed_rank_ends_the_job_and_survivors_speak(tmp_path:
         assert job.wait() == 1
     finally:
         job.kill()
-    assert re.search(IN_THE_JOB.format(rank="[02]"), job.output, re.MULTILINE), job.output
+    assert re.search(IN_THE_JOB.format(rank="0"), job.output, re.MULTILINE), job.output
     assert "Signal 9 (SIGKILL) received by PID" in job.output
     assert 'train_gpt.py", line' not in job.output
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1

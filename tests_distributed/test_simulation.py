@@ -18,7 +18,7 @@ from tests_distributed.trainings import (
 )
 
 CASES = {
-    "plain": Case(),
+    "plain": Case(adamw=True),
     "gathered-once": Case(ranks=3, reshard=False, config={"rounding": "dither"}),
     "clipped": Case(max_norm=0.1, config={"grad_bits": 4}),
     "clipped-uneven": Case(ranks=4, max_norm=0.1, config={"rounding": "stochastic"}),
@@ -35,6 +35,7 @@ CASES = {
     "unused": Case(ranks=3, options={"unused": True}, config={"rounding": "dither"}),
     "everything-odd": Case(
         ranks=3,
+        adamw=True,
         reshard=False,
         micro_batches=2,
         max_norm=0.1,
@@ -173,7 +174,10 @@ CASES |= {
 HEAVY = {
     *("clipped", "tied-one-group", "accumulated-after-reduce", "recomputed", "policy-bf16"),
     *("nearest", "other-seed", "small-buckets", "warm-up-at-six-bits", "two-hop-of-single-ranks"),
-    *("bf16-accumulated-in-bf16", "kept-payloads-gathered-once-anyway"),
+    *("bf16-accumulated-in-bf16", "kept-payloads-gathered-once-anyway", "gathered-once", "bf16"),
+    *("clipped-uneven", "unused", "accumulated", "recomputed-gathered-once-bf16", "budget-hsdp"),
+    *("budget-of-gradients-raw-inside-nodes", "learned-levels-quantized-replicas"),
+    "learned-levels-bf16-frozen",
 }
 
 

@@ -23,6 +23,7 @@ import qsdp
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import full_grads
 
+PRELOADED = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama")]
 VOCAB, CONTEXT = 50, 12
 STEPS = 4
 FULL = {"weight_bits": 32, "grad_bits": 32}
@@ -74,7 +75,9 @@ def _batch() -> Tensor:
 
 def _train(model: Any) -> tuple[list[float], dict[str, Tensor]]:
     """Losses, and the first step's gradients."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True
+    )
     losses, grads = [], {}
     tokens = _batch()
     for _ in range(STEPS):

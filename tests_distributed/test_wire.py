@@ -18,6 +18,7 @@ import pytest
 
 from benchmarks.namespaces import Hosts, Unavailable
 from tests import patience
+from tests_distributed.launching import TEXT
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LINK = REPOSITORY / "benchmarks" / "link.py"
@@ -52,7 +53,7 @@ def _hosts_can_be_made() -> None:
 
 
 @pytest.mark.usefixtures("_hosts_can_be_made")
-@pytest.mark.parametrize("piece", [300, 1_000_000])
+@pytest.mark.parametrize("piece", [300, pytest.param(1_000_000, marks=pytest.mark.heavy)])
 def test_the_interface_counts_what_a_program_sends(tmp_path: Path, piece: int) -> None:
     num_bytes = random.randrange(1_000_000, 3_000_000)
     counters = tmp_path / "counters.json"
@@ -113,7 +114,9 @@ def test_without_the_programs_a_tool_says_so_with_status_2(tmp_path: Path, tool:
 @pytest.mark.usefixtures("_hosts_can_be_made")
 def test_counted_bytes_are_the_interfaces_bytes_to_3_percent(tmp_path: Path) -> None:
     result = tmp_path / "wire.json"
-    small = ["--model", "nano", "--data", "stdlib", "--batch-size", "2"]
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    small = ["--model", "nano", "--data", str(text), "--batch-size", "2"]
     _python(WIRE, "--cases", "8", "--steps", "2", "6", "--json", str(result), "--", *small)
     (row,) = json.loads(result.read_text())
     assert abs(row["difference"]) < 0.03

@@ -63,7 +63,8 @@ class GPTConfig:
     def from_preset(cls, name: str, **overrides: Any) -> GPTConfig:
         """The preset `name` with `overrides` (those that are None are left out).
 
-        `nano` and `mini` have no vocabulary of their own: give them the data's `vocab_size`.
+        `tiny`, `nano` and `mini` have no vocabulary of their own: give them the data's
+        `vocab_size`.
         Raises ValueError for an unknown preset or a missing vocabulary.
         """
         if name not in PRESETS:
@@ -85,6 +86,7 @@ def _gpt2(num_layers: int, num_heads: int, width: int, context: int = 1024) -> d
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"num_layers": 2, "num_heads": 2, "width": 64, "context": 64, "bias": False},
     "nano": {"num_layers": 4, "num_heads": 4, "width": 128, "context": 64, "bias": False},
     "mini": {"num_layers": 6, "num_heads": 8, "width": 256, "context": 128, "bias": False},
     "gpt2": _gpt2(12, 12, 768),

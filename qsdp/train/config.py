@@ -35,6 +35,7 @@ _LARGE = {
     "save_every": 1000,
 }
 RECIPES: dict[str, dict[str, Any]] = {
+    "tiny": {},
     "nano": {},
     "mini": {"steps": 1000, "seq_len": 128},
     "gpt2": _LARGE | {"lr": 6e-4},
@@ -50,8 +51,8 @@ class RunFlags:
     """What is trained, on what, for how long, and where the results go."""
 
     model: str = "nano"
-    """Model preset: nano, mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt-1.3b. The other
-    flags' defaults depend on it."""
+    """Model preset: nano, mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt-1.3b, or tiny, which
+    learns little but soon ends. The other flags' defaults depend on it."""
 
     data: str = "stdlib"
     """What to train on: `stdlib` (the sources of the Python standard library), a text file, or a

@@ -133,9 +133,8 @@ def make_optimizer(config: TrainConfig, model: GPT) -> torch.optim.Optimizer:
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    # On a GPU one launch for many tensors: DTensors one by one take longer than their arithmetic.
-    fused = matrices[0].device.type == "cuda" or None
-    base = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
+    # One launch for many tensors: DTensors one by one take longer than their arithmetic.
+    base = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
     prunable, max_norm = config.patterns, config.clip_grad or None
     if config.cram:
         return CrAM(
