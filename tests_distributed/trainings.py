@@ -39,7 +39,7 @@ class Case:
     sync_every: bool = False
     max_norm: float | None = None
     adamw: bool = False
-    """Or SGD with momentum, of which a step of DTensors takes a tenth of the time."""
+    """Or SGD with momentum, in a few operations on all DTensors."""
     columns: bool = False
     """Shard the MLP's down-projection by columns: `shard_placement_fn`, even sizes only."""
     sparse: bool = False
