@@ -20,11 +20,9 @@ export QSDP_TEST_REPORT
 # The test of two ranks that the quick ones end with.
 SMOKE ?= tests_distributed/test_install.py::test_remove_restores_fsdp2_exactly[True]
 
-# What `make test-torch` runs, as pytest's -k has it: the hooks on and off, exactness, what CrAM does
-# when a pass ends badly, resumes, process groups of two hops, what is freed, and the bytes of the kernels.
-OTHER_CHOICE ?= remove_restores or counters_equal or exact_shows or validation_does_not or resumed_run \
-  or not_supported or replicas_take or an_exception or skips_the_step or stay_gathered or killed_runs \
-  or meet_beside or was_dropped or (bytes_and_values and fp32) or opcheck
+# What `make test-torch` chooses from other files than those of install and CrAM, as pytest's -k has
+# it: resumes, process groups of two hops, what is freed, and the bytes of the kernels.
+OTHER_CHOICE ?= killed_runs or meet_beside or was_dropped or (bytes_and_values and fp32) or opcheck
 
 # One thread a process: ranks and test workers share the cores.
 export OMP_NUM_THREADS ?= 1
@@ -65,7 +63,7 @@ train: setup  ## train the nano GPT on two processes: 8-bit wire, CrAM; results 
 
 quick: lint test-quick test-smoke  ## lint and the quick tests, for the minute after an edit
 
-test: test-quick test-rest  ## run every test
+test: test-quick test-rest  ## run every test but the heavy variants of some
 
 # What runs under pytest, with its report: $(call pytest,NAME,ARGUMENTS).
 pytest = $(BIN)/python -m pytest --dist worksteal --junit-xml $(QSDP_TEST_REPORT)/$(1).xml $(2)
@@ -86,7 +84,8 @@ test-all: setup  ## every test with every combination: an hour
 # which the torch of .venv built.
 OTHER := $(subst ==,-,$(firstword $(TORCH)))
 OTHER_BIN := $(CURDIR)/.venv-$(OTHER)/bin
-OTHER_TESTS := tests/test_codec_kernels.py $(addprefix tests_distributed/,test_install.py test_cram.py test_resume.py test_wire_options.py test_lifetime.py)
+OTHER_WHOLE := tests_distributed/test_install.py tests_distributed/test_cram.py
+OTHER_TESTS := tests/test_codec_kernels.py $(addprefix tests_distributed/test_,resume.py wire_options.py lifetime.py)
 
 test-torch:  ## training and resume with another torch: make test-torch TORCH="torch==2.14.1"
 	@$(MAKE) setup TORCH="$(OWN_TORCH)"
@@ -98,8 +97,9 @@ test-torch:  ## training and resume with another torch: make test-torch TORCH="t
 	cp -r pyproject.toml launch tests tests_distributed build/$(OTHER)
 	cd build/$(OTHER) && QSDP_REQUIRE_NATIVE=1 $(OTHER_BIN)/python -c \
 	  "import torch, qsdp; from qsdp.codec import native; print('qsdp', qsdp.__file__, native.capability(), 'torch', torch.__version__)"
-	cd build/$(OTHER) && QSDP_REQUIRE_NATIVE=1 QSDP_TEST_REPORT=$(CURDIR)/build/$(OTHER)/reports $(OTHER_BIN)/python -m pytest $(OTHER_TESTS) \
-	  -k "$(OTHER_CHOICE)"
+	cd build/$(OTHER) && export QSDP_REQUIRE_NATIVE=1 QSDP_TEST_REPORT=$(CURDIR)/build/$(OTHER)/reports; \
+	  $(OTHER_BIN)/python -m pytest $(OTHER_WHOLE) -n $(JOBS) \
+	  && $(OTHER_BIN)/python -m pytest $(OTHER_TESTS) -k "$(OTHER_CHOICE)" -n $(JOBS)
 
 lint: setup  ## formatting, lint rules and types
 	$(BIN)/ruff check

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from tests import patience
+
 ROOT = Path(__file__).parents[1]
 SBATCH = ROOT / "launch" / "slurm" / "train.sbatch"
 K8S = ROOT / "launch" / "k8s" / "train.yaml"
@@ -30,7 +32,9 @@ def run_sbatch(tmp_path: Path, *flags: str) -> list[list[str]]:
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_ID": "31",
     }
-    subprocess.run(["bash", SBATCH, *flags], env=environment, cwd=ROOT, check=True)
+    subprocess.run(
+        ["bash", SBATCH, *flags], env=environment, cwd=ROOT, check=True, timeout=patience.seconds()
+    )
     return [line.split("\t") for line in (tmp_path / "started").read_text().splitlines()]
 
 

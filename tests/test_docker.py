@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import patience
+
 ROOT = Path(__file__).parents[1]
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
 STEPS = ROOT / "docker" / "steps.sh"
@@ -87,6 +89,13 @@ def test_the_shared_script_holds_every_step_but_the_system_packages(dockerfile: 
 
 @pytest.mark.parametrize("words", [[], ["deploy"]])
 def test_the_shared_script_refuses_a_step_it_does_not_know(words: list[str]) -> None:
-    run = subprocess.run([STEPS, *words], env={"VENV": "/nowhere"}, capture_output=True, text=True)
+    run = subprocess.run(
+        [STEPS, *words],
+        env={"VENV": "/nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=patience.seconds(),
+        check=False,
+    )
     assert run.returncode == 2
     assert run.stderr.startswith("usage:")

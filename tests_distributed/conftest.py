@@ -23,16 +23,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     pools = Pools(tmp_path_factory.mktemp("pools"))
     yield pools.run
     pools.close()
-    if folder := os.environ.get("QSDP_TEST_REPORT"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        report = json.dumps({"max_threads": pools.max_threads})
-        Path(folder, f"pool-{os.getpid()}.json").write_text(report)
+    _report("pool", pools.max_threads)
 
 
 @pytest.fixture(scope="session")
-def run_jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+def run_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     """Run the trainer's commands: see `Jobs`."""
-    return Jobs(tmp_path_factory.mktemp("jobs"))
+    jobs = Jobs(tmp_path_factory.mktemp("jobs"))
+    yield jobs
+    _report("pool-jobs", jobs.max_threads)
+
+
+def _report(name: str, max_threads: int) -> None:
+    if folder := os.environ.get("QSDP_TEST_REPORT"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        report = json.dumps({"max_threads": max_threads})
+        Path(folder, f"{name}-{os.getpid()}.json").write_text(report)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

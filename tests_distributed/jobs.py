@@ -68,6 +68,8 @@ class Jobs:
         """`folder` is an empty one for stores and what is printed."""
         self._folder = folder
         self._count = itertools.count()
+        self.max_threads = 0
+        """The most that a rank had after its commands."""
 
     def ends(
         self,
@@ -92,6 +94,7 @@ class Jobs:
         try:
             results = _call(pool, work)
         finally:
+            self.max_threads = max(self.max_threads, pool.max_threads)
             pool.kill()
         return [
             [_end(folder, number, rank, statuses[number]) for rank, statuses in enumerate(results)]

@@ -36,7 +36,9 @@ from tests_distributed import leftovers
 MAX_WORLD_SIZE = 4
 GLOO_TIMEOUT_S = patience.seconds()
 CALL_TIMEOUT_S = patience.seconds()
-GRACE_S = 1.0
+GRACE_S = patience.seconds(1)
+ENDING_S = patience.seconds(30)
+"""For what happens by itself, soon as a rule."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 # What every worker would else import by itself: what FSDP2 and the trainer import when they are
 # first used is among it, and the test modules are added. None of it may ask for a GPU or start a
@@ -228,7 +230,7 @@ class Pool:
 
     def _epitaph(self, rank: int) -> str:
         process = self._processes[rank]
-        process.join(GRACE_S)
+        process.join(ENDING_S)
         stacks = self._stacks(rank)
         text = stacks.read_text() if stacks.exists() else ""
         return f"the process ended with exit code {process.exitcode}\n{text}"
@@ -239,7 +241,12 @@ class Pool:
             assert pid is not None
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGUSR1)
-        time.sleep(GRACE_S)  # a signal handler in a stopped or swapped process has no completion
+        until = time.monotonic() + ENDING_S  # a stopped process writes nothing
+        while not all(self._stacks(rank).stat().st_size for rank in ranks):
+            if time.monotonic() > until:
+                break
+            time.sleep(0.01)
+        time.sleep(GRACE_S)  # the end of a signal handler is not told
         for rank in ranks:
             yield f"stacks of rank {rank}:\n{self._stacks(rank).read_text()}"
 

@@ -22,6 +22,7 @@ from qsdp.sparsity.compression import Prunable, compress_
 from qsdp.sparsity.target import Compression
 from qsdp.train import compress_cli
 from qsdp.train.source import open_source
+from tests import patience
 from tests.bad_inputs import DATA, FLAGS, TEXT, shards_with_late_ids
 from tests_distributed.jobs import Jobs, read_metrics
 from tests_distributed.launching import SMALL, start
@@ -60,18 +61,15 @@ def train(
     return printed, [*zip(map(read_metrics, folders), summaries, strict=True)]
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(n, marks=pytest.mark.heavy) for n in (1, 2))])
 def test_bad_inputs_are_refused_by_both_ranks_and_named_by_the_first(
-    run_jobs: Jobs, tmp_path: Path, part: int
+    run_jobs: Jobs, tmp_path: Path
 ) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     shards = shards_with_late_ids(tmp_path / "shards")
-    # All are tried on one rank in tests/test_cli.py.
-    cases = [*FLAGS, *DATA][part::3]
-    flags = [
-        [[*bad.arguments(tmp_path), *(["--out", str(tmp_path / "out")] if bad in DATA else [])]] * 2
-        for bad in cases
-    ]
+    cases = [*FLAGS, *DATA]
+    flags = [[bad.arguments(tmp_path)] * 2 for bad in cases]
+    for both in flags[len(FLAGS) :]:
+        both[:] = [[*own, "--out", str(tmp_path / "out")] for own in both]
     # Found by one rank alone, but only after all have met.
     homes = [tmp_path / f"home-{rank}" for rank in (0, 1)]
     texts = {"other.txt": (TEXT, TEXT[::-1]), "shorter.txt": (TEXT, TEXT[:-9])}
@@ -119,6 +117,7 @@ def test_a_mistake_of_one_rank_or_of_all_ends_a_launch_soon_with_one_sentence(
         "import os\n"
         "from qsdp.train import cli, errors\n"
         "data = os.path.dirname(__file__)\n"
+        f"errors._PATIENCE_S = {patience.seconds()}\n"
         "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "    errors._PATIENCE_S = 1.0\n"
         "    data = 'stdlib' if os.environ['RANK'] == '0' else 'missing.txt'\n"

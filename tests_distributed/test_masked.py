@@ -23,6 +23,7 @@ from tests.test_masked import (
     GRADUAL,
     SCHEDULE,
     SIZES,
+    STEPS,
     acdc_reference,
     gmp_reference,
 )
@@ -31,7 +32,6 @@ from tests_distributed.helpers import found_by_one, full_state, make_batch, make
 from tests_distributed.test_compression import local_part
 
 NUM_MICRO = 2
-NUM_STEPS = 16  # two compressed phases, or three of the cubic schedule's steps
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "0.9": (0.9, {"sparsity": 0.9}),
     "2:4": ("2:4", {"pattern": (2, 4)}),
@@ -75,7 +75,7 @@ def compare(kind: str, variant: str, toy_options: dict[str, Any], device: str = 
         make = gmp_reference if variant == "gmp" else acdc_reference
         masked = make(plain, BASES["sgd"], keeps, max_norm=0.5)
         found = []
-        for step in range(NUM_STEPS):
+        for step in range(STEPS):
             _backward(plain, plain, step, list(range(world_size)))
             masked.step()
             masks = [mask.clone() for mask in masked.masks.values()]
@@ -97,7 +97,7 @@ def compare(kind: str, variant: str, toy_options: dict[str, Any], device: str = 
         optimizer: Any = GMP(model, base, schedule=GRADUAL, max_norm=0.5)
     else:
         optimizer = ACDC(model, base, schedule=SCHEDULE, target=target, max_norm=0.5)
-    for step in range(NUM_STEPS):
+    for step in range(STEPS):
         expected_masks, expected_parameters = expected_by_step[step]
         _backward(model, toy, step, [rank])
         optimizer.step()
@@ -112,7 +112,7 @@ def compare(kind: str, variant: str, toy_options: dict[str, Any], device: str = 
             assert torch.equal(*_parts(mask, expected)), step
         for mine, theirs in zip(toy.parameters(), expected_parameters, strict=True):
             torch.testing.assert_close(*_parts(mine, theirs), rtol=0, atol=1e-6)
-    assert optimizer.num_steps == NUM_STEPS
+    assert optimizer.num_steps == STEPS
 
 
 def _bad_gradient_on_one_rank() -> None:
@@ -202,7 +202,7 @@ def test_weights_that_stay_gathered_are_refused(run: Run) -> None:
     run(2, _refuse_weights_that_stay_gathered)
 
 
-@selection("base", [("adamw",)], tuple(BASES))
+@selection("base", [("adamw",), ("plain sgd",)], tuple(BASES))
 def test_a_run_goes_on_in_a_compressed_phase_on_more_ranks(
     run: Run, tmp_path: Path, base: str
 ) -> None:

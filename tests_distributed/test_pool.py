@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from tests import patience
 from tests_distributed import leftovers
 from tests_distributed.conftest import Run, selection
 from tests_distributed.helpers import full_grads, full_state, make_batch, make_model, shard
@@ -52,7 +53,7 @@ _kept: list[Any] = []
 
 
 def _leave(what: str) -> None:
-    leftovers._ENDING_S = 0.1
+    leftovers._ENDING_S = 0.1  # of a worker that ends with this call
     if what == "files":
         _kept.append(os.fdopen(os.open(__file__, os.O_RDONLY)))
     if what == "threads":
@@ -109,8 +110,8 @@ def test_the_first_failure_in_time_is_the_one_reported(run: Run) -> None:
 
 
 def test_a_hang_is_cut_and_shows_where(run: Run) -> None:
-    with pytest.raises(RankError, match=r"ranks 0, 1 of 2 did not answer in 3 s") as info:
-        run(2, _sleep_on_rank, 1, timeout=3)
+    with pytest.raises(RankError, match=r"ranks 0, 1 of 2 did not answer in \d+ s") as info:
+        run(2, _sleep_on_rank, 1, timeout=patience.seconds(5))
     assert "in _sleep_on_rank" in str(info.value)
     assert len(run(2, _sum_over_ranks, torch.ones(1))) == 2
 
@@ -126,7 +127,7 @@ def test_a_call_that_leaves_something_behind_has_failed(run: Run, what: str) -> 
     with pytest.raises(RankError, match=rf"_leave at .* left behind: .*{what}") as info:
         run(2, _leave, what)
     assert what != "files" or "test_pool.py" in str(info.value)
-    run(2, _leave, "nothing")
+    assert len(run(2, _sum_over_ranks, torch.ones(1))) == 2
 
 
 def test_what_workers_cannot_import_is_refused(run: Run) -> None:

@@ -28,7 +28,7 @@ from tests import patience
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import all_ranks, full_grads, make_batch, make_model, shard
 from tests_distributed.launching import SMALL, TEXT, start
-from tests_distributed.pool import GLOO_TIMEOUT_S
+from tests_distributed.pool import GLOO_TIMEOUT_S, preloaded
 
 # --- ranks that disagree at install -----------------------------------------------------------
 
@@ -475,6 +475,7 @@ def three(tmp_path: Path) -> Iterator[Callable[..., tuple[list[Any], list[str], 
     ) -> tuple[list[Any], list[str], float]:
         (tmp_path / "text.txt").write_text(TEXT)
         context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(preloaded)
         for rank in range(3):
             process = context.Process(
                 target=_live, args=(life, rank, 3, tmp_path, timeout_s), daemon=True

@@ -173,11 +173,9 @@ CASES |= {
 # Of these, others have the same in other company.
 HEAVY = {
     *("clipped", "tied-one-group", "accumulated-after-reduce", "recomputed", "policy-bf16"),
-    *("nearest", "other-seed", "small-buckets", "warm-up-at-six-bits", "two-hop-of-single-ranks"),
-    *("bf16-accumulated-in-bf16", "kept-payloads-gathered-once-anyway", "gathered-once", "bf16"),
-    *("clipped-uneven", "unused", "accumulated", "recomputed-gathered-once-bf16", "budget-hsdp"),
-    *("budget-of-gradients-raw-inside-nodes", "learned-levels-quantized-replicas"),
-    "learned-levels-bf16-frozen",
+    *("nearest", "small-buckets", "warm-up-at-six-bits", "two-hop-of-single-ranks"),
+    *("bf16-accumulated-in-bf16", "gathered-once", "bf16", "clipped-uneven", "unused"),
+    *("accumulated", "recomputed-gathered-once-bf16", "budget-hsdp", "learned-levels-bf16-frozen"),
 }
 
 

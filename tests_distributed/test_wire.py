@@ -32,7 +32,7 @@ if os.environ["RANK"] == "0":
     while num_bytes > 0:
         num_bytes -= len(connection.recv(1 << 20))
 else:
-    for attempt in range(100):
+    while True:
         try:
             connection = socket.create_connection((os.environ["MASTER_ADDR"], 5000))
             break
@@ -82,7 +82,7 @@ def test_a_shaped_link_is_no_faster_than_asked(tmp_path: Path) -> None:
 def test_a_failure_on_one_host_ends_the_others() -> None:
     program = "import os, time; os.environ['RANK'] == '1' and exit(3); time.sleep(1000)"
     with Hosts(2) as hosts, pytest.raises(RuntimeError, match="failed on host 1 with status 3"):
-        hosts.run([sys.executable, "-c", program])
+        hosts.run([sys.executable, "-c", program], timeout=patience.seconds())
 
 
 @pytest.mark.usefixtures("_hosts_can_be_made")
@@ -104,6 +104,7 @@ def test_without_the_programs_a_tool_says_so_with_status_2(tmp_path: Path, tool:
         env={**os.environ, "PATH": str(tmp_path)},
         capture_output=True,
         text=True,
+        timeout=patience.seconds(),
         check=False,
     )
     assert done.returncode == 2
@@ -116,8 +117,11 @@ def test_counted_bytes_are_the_interfaces_bytes_to_3_percent(tmp_path: Path) -> 
     result = tmp_path / "wire.json"
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
+    patient = ["--timeout", str(patience.seconds())]
     small = ["--model", "nano", "--data", str(text), "--batch-size", "2"]
-    _python(WIRE, "--cases", "8", "--steps", "2", "6", "--json", str(result), "--", *small)
+    _python(
+        WIRE, "--cases", "8", "--steps", "2", "6", "--json", str(result), *patient, "--", *small
+    )
     (row,) = json.loads(result.read_text())
     assert abs(row["difference"]) < 0.03
     assert row["counted_of_fp32"] < 0.265
@@ -130,6 +134,7 @@ def _python(*command: str | Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
+        timeout=patience.seconds(),
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

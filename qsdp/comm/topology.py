@@ -108,7 +108,11 @@ def split(group: dist.ProcessGroup, nodes: list[list[int]]) -> Hops:
     node, place = divmod(group.rank(), len(nodes[0]))
     local = compat.new_group(nodes[node], group, f"{name}, node {node}")
     across = [each[place] for each in nodes]
-    return Hops(local, compat.new_group(across, group, f"{name}, place {place}"), is_owner=True)
+    try:
+        return Hops(local, compat.new_group(across, group, f"{name}, place {place}"), is_owner=True)
+    except BaseException:
+        compat.destroy_group(local)
+        raise
 
 
 def nodes_of(group: dist.ProcessGroup, topology: Topology) -> list[list[int]]:

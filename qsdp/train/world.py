@@ -23,7 +23,7 @@ from qsdp.train.errors import UserError, is_lost, sentence
 
 T = TypeVar("T")
 
-MEETING_TIMEOUT = timedelta(minutes=2)
+MEETING_TIMEOUT = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
