@@ -140,17 +140,15 @@ class ParameterGroup:
         info = self._group.post_forward_mesh_info
         return info is not None and info is self._group.mesh_info
 
+    @property
+    def reshards_after_backward(self) -> bool:
+        """Whether the gathered weights are freed after the backward pass."""
+        reshards: bool = self._group.reshard_after_backward
+        return reshards
+
     def requires_grad(self) -> list[bool]:
         """Whether each parameter is trained, in buffer order."""
         return [p.sharded_param.requires_grad for p in self._group.fsdp_params]
-
-    def versions(self) -> list[tuple[int, int, int]]:
-        """What changes with an in-place edit of each parameter's shard, in buffer order: a DTensor
-        and its local tensor count apart."""
-        return [
-            (local.data_ptr(), local._version, p.sharded_param._version)
-            for p, local in zip(self._group.fsdp_params, self.local_shards(), strict=True)
-        ]
 
     def local_shards(self) -> list[Tensor]:
         """This rank's shard of each parameter, in buffer order."""
@@ -223,7 +221,7 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
     for module in model.modules():
         if not isinstance(module, FSDPModule):
             continue
-        state = module._get_fsdp_state()
+        state = _state(module)
         modules.setdefault(id(state), []).append(module)
         if id(state) not in groups and _param_groups(state):
             members = tuple(_param_groups(state)[0].modules)
@@ -244,6 +242,67 @@ def reshards_after_backward(model: nn.Module) -> bool:
     )
 
 
+def reshard(model: nn.Module) -> None:
+    """Free every gathered weight of ``model``; does nothing where FSDP2 is not used.
+
+    A group that stays gathered after a forward pass (the root does) would hide its shards from
+    `model.parameters()`, and the next forward pass would not see an edit of them; nor would one
+    whose gather is under way, since FSDP2 takes that for the next forward pass.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            reshard_module(module)
+
+
+def reshard_module(module: Any) -> None:
+    """As `reshard`, the group of ``module`` alone."""
+    if any(group._all_gather_result is not None for group in _param_groups(_state(module))):
+        module.unshard()
+    module.reshard()
+
+
+def is_root(module: nn.Module) -> bool:
+    """Whether FSDP2 takes a forward pass of ``module`` for one of the whole model."""
+    return _state(module)._is_root is True
+
+
+def is_part(state: Any, root: nn.Module) -> bool:
+    """Whether the group of ``state`` belongs to ``root``, as FSDP2 has it since its first pass."""
+    return state._state_ctx is _state(root)._state_ctx
+
+
+def stays_gathered_by_default(module: nn.Module) -> bool:
+    """Whether FSDP2 keeps the weights of ``module``, a root, after its forward pass without having
+    been asked to: for a backward pass that follows at once."""
+    return bool(_state(module)._auto_reshard_after_forward)
+
+
+def is_cut_short(module: nn.Module) -> bool:
+    """Whether the last pass through ``module``, a root that is not in a pass, ended in the middle:
+    by an exception."""
+    context = _state(module)._state_ctx
+    return context.post_backward_final_callback_queued or any(
+        state._training_state is not type(state._training_state).IDLE
+        # One call to `fully_shard` for several modules waits for all of them.
+        and not (len(state._modules) > 1 and state._modules_to_run_forward)
+        for state in context.all_states
+    )
+
+
+def rewind_point(model: nn.Module) -> Callable[[], None]:
+    """A function that makes what qsdp's wire of ``model`` counts as it is now: for the second try
+    of a step. Without the wire there is nothing to do."""
+    comms = [group.comms()[0] for group in parameter_groups(model)]
+    wires = {id(c.passes): c.passes for c in comms if hasattr(c, "passes")}
+    points = [passes.rewind_point() for passes in wires.values()]
+
+    def rewind() -> None:
+        for point in points:
+            point()
+
+    return rewind
+
+
 def abandon_pass(model: nn.Module) -> None:
     """Make FSDP2 forget a forward or backward pass that an exception cut short.
 
@@ -252,7 +311,9 @@ def abandon_pass(model: nn.Module) -> None:
     since torch 2.13. Does nothing where FSDP2 is not used.
     """
     for root in _fsdp_roots(model):
-        state = root._get_fsdp_state()
+        state = _state(root)
+        if state._is_root is False:  # a part of a model, which alone can be reset
+            continue
         if hasattr(root, "reset_iter_state"):
             root.reset_iter_state()
         else:
@@ -262,6 +323,13 @@ def abandon_pass(model: nn.Module) -> None:
                 parameter.unsharded_accumulated_grad = None
                 if hasattr(parameter, "_unsharded_param"):
                     parameter._unsharded_param.grad = None
+
+
+def abandon_cut_short(model: nn.Module) -> None:
+    """`abandon_pass` where a pass was cut short; none may be under way."""
+    for root in _fsdp_roots(model):
+        if is_root(root) and is_cut_short(root):
+            abandon_pass(root)
 
 
 def in_backward() -> bool:
@@ -390,6 +458,10 @@ def _reset_iteration(state: Any) -> None:
             group._to_sharded()
     state._state_ctx.iter_forward_root = None
     state._state_ctx.post_backward_final_callback_queued = False
+
+
+def _state(module: Any) -> Any:
+    return module._get_fsdp_state()
 
 
 def _param_groups(state: Any) -> list[Any]:

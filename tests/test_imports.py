@@ -12,8 +12,11 @@ PACKAGE = ROOT / "qsdp"
 # What each part of qsdp may import besides itself, `config` and `compat`.
 MAY_IMPORT: dict[str, set[str]] = {
     "bitmask": set(),
+    "checksum": set(),
     "compat": set(),
     "config": set(),
+    "failures": set(),
+    "meeting": set(),
     "codec": set(),
     "comm": {"codec"},
     "fsdp": {"codec", "comm"},
@@ -26,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"checkpoint", "models", "sparsity"},
     "metrics": set(),
 }
-FOR_ANYONE = {"bitmask", "compat", "config"}
+FOR_ANYONE = {"bitmask", "checksum", "compat", "config", "failures", "meeting"}
 # These stand above all others: the job, and the public interface.
 ABOVE_ALL = {"train", "__init__"}
 

@@ -38,11 +38,13 @@ ITEM_BYTES = {DType.FP32: 4, DType.BF16: 2, DType.FP16: 2, DType.OPAQUE: 1}
 
 class Standing(IntEnum):
     """What a header says of its sender's gradients: they are those that were agreed on, or others,
-    or the sender has heard of both. Random bits, so that damage is not taken for a standing."""
+    or the sender has heard of both; of its weights, that they could not be encoded. Random bits, so
+    that damage is not taken for a standing."""
 
     KEPT = 0
     CHANGED = 0x3C6EF372FE94F82A
     MIXED = 0x510E527FADE682D1
+    FAILED = 0x1F83D9ABFB41BD6B
 
 
 class Field(IntEnum):

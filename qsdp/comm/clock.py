@@ -41,6 +41,11 @@ class Clock:
         self._occurrences[group] += 1
         return self._occurrences[group] - 1
 
+    def rewind(self) -> None:
+        """Forget the reduces of a backward pass that was cut short: the step is taken again."""
+        self._reduced = False
+        self._occurrences.clear()
+
     def gather_key(self, sender: int) -> int:
         """``sender`` is the rank in the shard group: replicas decode the same weights."""
         return Key(self.seed, self.step, GATHER, 0, 0, sender).fold()

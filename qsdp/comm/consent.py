@@ -12,8 +12,10 @@ the set that they agreed on last, and its reduce is as large as that set makes i
     all ranks have other sets       they ask again as the first time, and then reduce
     some ranks have other sets      all raise, and name the parameters
 
-So a set that changes on all ranks at once costs one exchange of the old set's size. Over NCCL only
-ranks with another set read headers, since it stops the stream: they raise, which ends the others.
+So a set that changes on all ranks at once costs one exchange of the old set's size. With replicas
+that qsdp averages, the ranks are those of the shard group and of its replicas, and what a rank has
+heard in its shard group it tells its replicas in the same way. Over NCCL only ranks with another
+set read headers, since it stops the stream: they raise, which ends the others.
 
 A rank that used no parameter of a group does not reduce it, and its next collective meets another
 one of its peers. Headers tell, where sizes happen to be equal; else gloo aborts a rank, whose peers
@@ -21,59 +23,33 @@ then say which group they were at.
 """
 
 from collections.abc import Callable, Sequence
-from hashlib import blake2b
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from qsdp import compat
 from qsdp.codec.payload import HEADER_BYTES, Standing
 from qsdp.comm import transport
-from qsdp.comm.failures import collective, listed
 from qsdp.comm.gather import check_headers
 from qsdp.comm.plan import Plan
 from qsdp.comm.reduce import Hop
+from qsdp.comm.side import Side
+from qsdp.failures import collective, listed
+from qsdp.meeting import compare
 
 Places = tuple[int, ...]
 
 
-def compare(mine: object, groups: Sequence[dist.ProcessGroup], what: str) -> dict[int, Any] | None:
-    """What each global rank calls ``mine``, or None if that is the same on all.
+class Consent:
+    """The parameters of one group that all ranks reduce: see [Note: Consent].
 
     Args:
-        mine: of plain types, so that what is equal has the same `repr`.
-        groups: process groups whose ranks all call this; with two, the rows and columns of a mesh,
-            and every rank hears of all of its ranks.
-        what: this collective's name, if it fails.
-
-    It takes one all-gather of 8 bytes a group; descriptions are sent only if something differs.
+        plan: of the group.
+        replicas: the ranks that hold the same shards, where qsdp averages over them.
     """
-    digest, is_same = _digest(mine), True
-    for group in groups:
-        own = torch.tensor([digest], device=compat.device_of(group))
-        everyone = own.new_empty(group.size())
-        with collective(what):
-            compat.all_gather(everyone, own, group)
-            is_same &= bool((everyone == own).all())
-        # What one axis of the mesh saw, the next one must know, or some ranks would go on.
-        digest = _digest(everyone.tolist())
-    if is_same:
-        return None
-    found = {dist.get_rank(): mine}
-    for group in groups:
-        parts: list[dict[int, Any]] = [{} for _ in range(group.size())]
-        with collective(what):
-            dist.all_gather_object(parts, found, group=group)
-        found = {rank: each for part in parts for rank, each in part.items()}
-    return dict(sorted(found.items()))
 
-
-class Consent:
-    """The parameters of one group that all ranks reduce: see [Note: Consent]."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, replicas: dist.ProcessGroup | None) -> None:
+        self._plan, self._replicas = plan, replicas
         self._agreed: Places | None = None
 
     def settle(
@@ -83,8 +59,10 @@ class Consent:
         hops: Callable[[Places], Sequence[Hop]],
         step: int,
         device: torch.device,
+        averaged: Callable[[Places], Side],
     ) -> None:
-        """Make sure that all ranks of ``group`` are about to reduce the parameters at ``places``.
+        """Make sure that all ranks of ``group``, and their replicas, are about to reduce the
+        parameters at ``places``.
 
         Args:
             places: of this rank's gradients, among the group's parameters.
@@ -92,6 +70,7 @@ class Consent:
             hops: the all-to-alls of a reduce of the parameters at the places it is given.
             step: of the keys' clock.
             device: where the gradients lie.
+            averaged: the side of the average over replicas, of the same.
 
         Raises RuntimeError unless they all have the same, on every rank but over NCCL.
         """
@@ -99,7 +78,8 @@ class Consent:
             return
         if self._agreed is not None:
             standing = self._announce(hops(self._agreed), step, device)
-            if standing == Standing.MIXED:
+            standing = self.tell_replicas(averaged(self._agreed), step, device, standing)
+            if standing != Standing.CHANGED:
                 self.refuse(places, group, device)
         self._ask(places, group)
 
@@ -110,6 +90,22 @@ class Consent:
             self._ask(places, group)
         here = f"rank {dist.get_rank()}"
         raise RuntimeError(self._difference("another rank", self._agreed, here, places))
+
+    def tell_replicas(
+        self, side: Side, step: int, device: torch.device, standing: Standing
+    ) -> Standing:
+        """Take part in an average over the replicas without having anything to average.
+
+        Returns this rank's standing after what it heard.
+        """
+        if self._replicas is None:
+            return standing
+        ranks = dist.get_process_group_ranks(self._replicas)
+        own = _only_header(side, dist.get_rank(), step, standing).to(device)
+        received = own.new_empty(len(ranks) * own.numel())
+        with collective("all-reduce between replicas", self._plan.names, step):
+            transport.all_gather(received, own, self._replicas).wait()
+        return check_headers(received, side, ranks, step, self._plan, standing)
 
     def _announce(self, hops: Sequence[Hop], step: int, device: torch.device) -> Standing:
         """Take part in a reduce of the agreed set without having it.
@@ -123,11 +119,9 @@ class Consent:
             width = len(owned[me])
             senders = [rank for rank in ranks if rank != ranks[me] for _ in range(width)]
             size = side.payload_bytes
-            sent = torch.zeros(len(senders), size, dtype=torch.uint8)
-            header = torch.tensor(side.header(ranks[me], step, standing))
-            sent[:, :HEADER_BYTES] = header.view(torch.uint8)
+            sent = _only_header(side, ranks[me], step, standing).repeat(len(senders))
             # As the others send theirs: a group may have one backend for CPUs and one for GPUs.
-            payloads = sent.view(-1).to(device)
+            payloads = sent.to(device)
             received = torch.empty_like(payloads)
             splits = [width * size if rank != me else 0 for rank in range(group.size())]
             with collective("reduce", self._plan.names, step):
@@ -137,7 +131,8 @@ class Consent:
 
     def _ask(self, places: Places, group: dist.ProcessGroup) -> None:
         plan = self._plan
-        found = compare((plan.index, plan.name, places), [group], f"agreement on {plan.name}")
+        groups = [group] if self._replicas is None else [group, self._replicas]
+        found = compare("a reduce", (plan.index, plan.name, places), groups)
         if found is None:
             self._agreed = places
             return
@@ -163,7 +158,8 @@ class Consent:
         )
 
 
-def _digest(described: object) -> int:
-    return int.from_bytes(
-        blake2b(repr(described).encode(), digest_size=8).digest(), "little", signed=True
-    )
+def _only_header(side: Side, sender: int, step: int, standing: Standing) -> Tensor:
+    """A payload that says nothing but ``standing``."""
+    payload = torch.zeros(side.payload_bytes, dtype=torch.uint8)
+    payload[:HEADER_BYTES] = torch.tensor(side.header(sender, step, standing)).view(torch.uint8)
+    return payload

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from qsdp.codec.payload import HEADER_BYTES, Standing
 from qsdp.comm import transport
-from qsdp.comm.failures import collective
 from qsdp.comm.plan import Plan
 from qsdp.comm.scratch import reads_on_this_stream
 from qsdp.comm.side import Side
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire import Wire
+from qsdp.failures import collective
 
 
 class Payloads(NamedTuple):
@@ -67,15 +67,25 @@ class Gathering:
         own = target.narrow(0, place * size, size)
         header = side.header(plan.rank, self._payloads.step)
         table, own_key = side.tables[plan.rank], keys[plan.rank]
+        self._mistake: RuntimeError | None = None
         with wire.times.measure("gather", "encode", buffer.device):
-            values = side.compact(plan.rank, as_bytes(input), wire.scratch, "compact", strict=True)
-            torch.ops.qsdp.encode(values, table, own_key, header, own, wire.level_values)
+            try:
+                values = side.compact(
+                    plan.rank, as_bytes(input), wire.scratch, "compact", strict=True
+                )
+            except RuntimeError as error:  # the others wait for a payload of this size
+                self._mistake = error
+                header = side.header(plan.rank, self._payloads.step, Standing.FAILED)
+                own[:HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
+            else:
+                torch.ops.qsdp.encode(values, table, own_key, header, own, wire.level_values)
         with self._on_the_wire():
             self._arrival = transport.all_gather(target, own, group, async_op=async_op)
         self._node_payloads = target
 
     def finish(self) -> Payloads:
-        """Wait for the payloads. Raises RuntimeError when a header is not what is expected."""
+        """Wait for the payloads. Raises RuntimeError when a header is not what is expected, or a
+        pruned weight is not zero."""
         plan, wire, payloads = self._plan, self._wire, self._payloads
         size = payloads.side.payload_bytes
         with self._on_the_wire():
@@ -92,6 +102,8 @@ class Gathering:
             wire.traffic.gathered("gather", plan.hops.across, size)
             wire.traffic.gathered("gather", plan.hops.local, size * plan.hops.num_nodes)
         wire.traffic.in_fp32("gather", plan.world_size, payloads.side.num_values)
+        if self._mistake is not None:
+            raise self._mistake
         senders = sorted(range(plan.world_size), key=_places(plan).__getitem__)
         check_headers(seen, payloads.side, senders, payloads.step, plan)
         return payloads
@@ -181,6 +193,11 @@ def check_headers(
     difference = found ^ expected
     heard = difference[:, 3].tolist()
     difference[:, 3] = torch.tensor([each not in list(Standing) for each in heard])
+    if Standing.FAILED in heard:
+        raise RuntimeError(
+            f"rank {senders[heard.index(Standing.FAILED)]} cannot encode its weights of the group "
+            f"of {plan.name}, and says why: do the same on every rank"
+        )
     if difference.any():
         row = int(difference.any(1).nonzero()[0])
         raise RuntimeError(

@@ -9,8 +9,8 @@ from torch import Tensor
 from qsdp import compat
 from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
 from qsdp.codec.payload import Field
-from qsdp.comm.failures import collective
 from qsdp.config import LEARNED_BITS, QSDPConfig
+from qsdp.failures import collective
 
 _STRIDE = sum(1 << bits for bits in LEARNED_BITS)
 

@@ -8,12 +8,12 @@ import torch.distributed as dist
 from torch import nn
 
 from qsdp.codec.payload import DType, Layout, Segment
-from qsdp.comm.failures import title
 from qsdp.comm.levels import offset
 from qsdp.comm.measure import Claim
 from qsdp.comm.side import Masks, Side, SparseSide
 from qsdp.comm.topology import Hops
 from qsdp.config import ROUNDINGS, QSDPConfig
+from qsdp.failures import title
 
 DTYPES = {torch.float32: DType.FP32, torch.bfloat16: DType.BF16, torch.float16: DType.FP16}
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from qsdp.codec.payload import Standing
 from qsdp.comm import transport
 from qsdp.comm.clock import ACROSS, FLAT, LOCAL, REPLICAS
-from qsdp.comm.failures import collective
 from qsdp.comm.gather import as_bytes, check_headers
 from qsdp.comm.plan import Plan
 from qsdp.comm.side import Side
 from qsdp.comm.wire import Wire
+from qsdp.failures import collective
 
 
 class SetsDiffer(Exception):
@@ -188,6 +188,8 @@ def all_reduce(
     too, are decoded and added in fp32 in replica order, so that replicas stay bit-identical. For R
     replicas it takes R - 1 payloads a rank: the least for two, more than a reduce-scatter and an
     all-gather (2 (R - 1) / R, quantized twice) for many.
+
+    Raises SetsDiffer when a replica has other parameters to reduce.
     """
     side = plan.reduce(with_grad, tensor.dtype, wire.least_bits)
     size, clock, device = side.payload_bytes, wire.clock, tensor.device
@@ -210,7 +212,8 @@ def all_reduce(
     wire.traffic.gathered("reduce", group, size)
     # In fp32 it would be a reduce-scatter and an all-gather.
     wire.traffic.in_fp32("reduce", group.size(), 2 * side.num_values // plan.world_size)
-    check_headers(seen, side, ranks, clock.step, plan)
+    if check_headers(seen, side, ranks, clock.step, plan) != Standing.KEPT:
+        raise SetsDiffer
     total_bytes = wire.scratch.take("sums", 4 * values.numel(), device)
     total = total_bytes.view(torch.float32)
     with wire.times.measure("reduce", "decode", device):

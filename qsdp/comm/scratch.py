@@ -18,25 +18,25 @@ class Scratch:
     def take(self, purpose: str, num_bytes: int, device: torch.device) -> Tensor:
         """uint8 [num_bytes], uninitialised, valid until the next call with this purpose."""
         if device.type != "cpu":
-            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            return allocate(num_bytes, device)
         buffer = self._buffers.get(purpose)
         if buffer is None or buffer.numel() < num_bytes:
-            buffer = self._buffers[purpose] = _empty(num_bytes)
+            buffer = self._buffers[purpose] = allocate(num_bytes, device)
         return buffer[:num_bytes]
 
     def borrow(self, num_bytes: int, device: torch.device) -> Tensor:
         """uint8 [num_bytes], uninitialised, the caller's own until `give_back`."""
         if device.type != "cpu":
-            return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            return allocate(num_bytes, device)
         buffer = self._free.pop() if self._free else None
         if buffer is None or buffer.numel() < num_bytes:
-            buffer = _empty(num_bytes)
+            buffer = allocate(num_bytes, device)
         return buffer[:num_bytes]
 
     def give_back(self, borrowed: Tensor) -> None:
         """Let others borrow what `borrow` returned."""
         if borrowed.device.type == "cpu":
-            self._free.append(_empty(0).set_(borrowed.untyped_storage()))
+            self._free.append(allocate(0, borrowed.device).set_(borrowed.untyped_storage()))
             self._free.sort(key=Tensor.numel)  # the largest is lent first
 
 
@@ -47,7 +47,8 @@ def reads_on_this_stream(buffer: Tensor) -> None:
         buffer.record_stream(torch.accelerator.current_stream(buffer.device))
 
 
-def _empty(num_bytes: int) -> Tensor:
-    """Memory that a training step may write, also when a validation in inference mode made it."""
+def allocate(num_bytes: int, device: torch.device) -> Tensor:
+    """Memory that a training step may write, also when a validation in inference mode made it:
+    uint8 [num_bytes], uninitialised."""
     with torch.inference_mode(False):
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from qsdp import bitmask
 from qsdp.comm import transport
-from qsdp.comm.failures import collective
 from qsdp.comm.plan import Plan
 from qsdp.comm.side import Masks
 from qsdp.comm.wire import Wire
+from qsdp.failures import collective
 
 
 def exchange(

@@ -28,19 +28,31 @@ class Wire:
         self.meters: list[Meter | Counts] = []
         """What looks at the gradients that are sent."""
         self.levels: Levels | None = None
+        self.support = 0
+        """The number of the support that holds, 0 where all weights travel."""
         self._under_way: Callable[[], None] | None = None
+        self._output: Tensor | None = None
 
-    def leave_under_way(self, finish: Callable[[], None]) -> None:
-        """Keep a collective's second half for later: for `finish`, which comes before the next
-        collective at the latest, so that the order of collectives stays the same on all ranks."""
+    def leave_under_way(self, finish: Callable[[], None], output: Tensor) -> None:
+        """Keep a collective's second half, which fills ``output``, for later: for `finish`, which
+        comes before the next collective at the latest, so that the order of collectives stays the
+        same on all ranks."""
         self.finish()
-        self._under_way = finish
+        self._under_way, self._output = finish, output
 
     def finish(self) -> None:
         """Finish what was left under way."""
-        finish, self._under_way = self._under_way, None
+        finish, self._under_way, self._output = self._under_way, None, None
         if finish is not None:
             finish()
+
+    def abandon(self) -> None:
+        """Finish what was left under way by a pass that nobody wants any more: with zeros in place
+        of what it brings, since its gradients may have been set to zero meanwhile."""
+        output = self._output
+        self.finish()
+        if output is not None:
+            output.zero_()
 
     def observe(self, table: Tensor, flat: Tensor) -> None:
         """Let the meters look at the gradients of a flat slice that ``table`` describes."""

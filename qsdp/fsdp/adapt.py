@@ -1,8 +1,10 @@
 """What changes while training: bits that follow a budget, levels that are learned."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from qsdp import compat
@@ -20,6 +22,9 @@ class Adaptation:
         plans, groups: of the handle's groups.
         wire: with the config and the step.
         everyone: process groups that together reach all ranks, one after the other.
+
+    Attributes:
+        mark: a short text that is the same for the same bits and levels.
     """
 
     def __init__(
@@ -35,13 +40,17 @@ class Adaptation:
         self._bits: dict[int, tuple[int, int]] = {}
         self._meter: Meter | None = None
         self._counts: Counts | None = None
+        self._mark()
 
     def settle(self) -> None:
         """Do what is due before the step that a gather now would belong to; a collective when
         something is due."""
         step = self._wire.clock.next_step
-        if step <= self._settled:
-            return
+        if step > self._settled:
+            with torch.inference_mode(False):  # what is made now is written in training
+                self._settle(step)
+
+    def _settle(self, step: int) -> None:
         self._settled = step
         meter, counts = self._take_meters()
         if meter is not None:
@@ -51,12 +60,35 @@ class Adaptation:
             counts = counts or self._new_counts()
             self._measure_weights(counts)
             levels.learn(counts, self._everyone)
+            self._mark()
         self._watch(step)
 
     @property
     def is_allotted(self) -> bool:
         """Whether the bits follow the budget by now."""
         return bool(self._bits)
+
+    def watch_again(self) -> None:
+        """Forget what was seen of a backward pass that was cut short: the step is taken again."""
+        self._take_meters()
+        if self._settled >= 0:
+            self._watch(self._settled)
+
+    def rewind_point(self) -> Callable[[], None]:
+        """A function that makes all as it is now."""
+        settled, bits, levels = self._settled, self._bits, self._wire.levels
+        values = None if levels is None else levels.values.clone()
+
+        def rewind() -> None:
+            if bits != self._bits:
+                self._set_bits(bits)
+            if levels is not None and values is not None:
+                levels.values.copy_(values)
+            self._settled = settled
+            self._mark()
+            self.watch_again()
+
+        return rewind
 
     def measure_as_sent(self, meter: Meter) -> None:
         """Let ``meter`` look at this rank's shards as a gather now would send them."""
@@ -87,7 +119,15 @@ class Adaptation:
         self._set_bits({int(i): (int(w), int(g)) for i, w, g in bits})
         if self._wire.levels is not None:
             self._wire.levels.load(state.get("levels", []))
+        self._mark()
         self._watch(self._settled)
+
+    def _mark(self) -> None:
+        """Write down in `mark`, for comparison, what bits and levels are now."""
+        levels = self._wire.level_values
+        values = b"" if levels is None else levels.numpy().tobytes()
+        described = repr(sorted(self._bits.items())).encode() + values
+        self.mark = blake2b(described, digest_size=4).hexdigest()
 
     def _take_meters(self) -> tuple[Meter | None, Counts | None]:
         """What has looked at gradients since the last step, which it now stops doing."""
@@ -147,6 +187,7 @@ class Adaptation:
 
     def _set_bits(self, bits: dict[int, tuple[int, int]]) -> None:
         self._bits = bits
+        self._mark()
         for plan in self._plans:
             plan.set_bits(bits)
 

@@ -1,7 +1,6 @@
 """Ranks that disagree stop at install, and every rank says what the difference is."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,15 +11,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import compat
 from qsdp.codec.payload import VERSION
-from qsdp.comm.consent import compare
-from qsdp.comm.failures import listed
 from qsdp.comm.plan import Plan
 from qsdp.config import QSDPConfig
+from qsdp.failures import listed
+from qsdp.meeting import compare
 
 Description = dict[str, Any]
 """What must be equal on all ranks, in plain types; of a rank that cannot install its mistake."""
 
-_WHAT = "agreement on the model and the config of qsdp"
+CALL = "qsdp.install"
 
 
 def describe(
@@ -74,19 +73,8 @@ def describe_meshes(**meshes: DeviceMesh | None) -> Description:
 
 def by_rank(everyone: Sequence[dist.ProcessGroup], mine: int) -> dict[int, int]:
     """What each global rank calls ``mine``; a collective as `check` is."""
-    found = compare(mine, everyone, "agreement on the nodes")
+    found = compare(CALL, mine, everyone)
     return dict.fromkeys(range(dist.get_world_size()), mine) if found is None else found
-
-
-@contextmanager
-def mistakes_shared(everyone: Sequence[dist.ProcessGroup]) -> Iterator[None]:
-    """Inside, a ValueError or RuntimeError of this rank also reaches the other ranks' `check`,
-    which would wait for this rank in vain."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        compare({"mistake": " ".join(str(error).split())}, everyone, _WHAT)
-        raise
 
 
 def check(everyone: Sequence[dist.ProcessGroup], mine: Description) -> None:
@@ -99,7 +87,7 @@ def check(everyone: Sequence[dist.ProcessGroup], mine: Description) -> None:
         everyone: the process groups of all axes of the model's mesh.
         mine: this rank's description.
     """
-    found = compare(mine, everyone, _WHAT)
+    found = compare(CALL, mine, everyone)
     if found is None:
         return
     for rank, description in found.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,13 +13,16 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from qsdp import compat
+from qsdp.checksum import checksum
+from qsdp.codec.payload import Standing
 from qsdp.comm.consent import Consent, Places
 from qsdp.comm.gather import Gathering, GatheringWork, Payloads, decode, regather
 from qsdp.comm.plan import Plan
 from qsdp.comm.reduce import Hop, SetsDiffer, all_reduce, exhaust, hops_of, reduce
-from qsdp.comm.scratch import reads_on_this_stream
+from qsdp.comm.scratch import allocate, reads_on_this_stream
 from qsdp.comm.side import Side
 from qsdp.comm.wire import Wire
+from qsdp.fsdp.passes import Passes
 
 
 class _Comm:
@@ -33,14 +36,14 @@ class AllGather(_Comm):
     """The all-gather of one group.
 
     With `gather="once"` it keeps payloads: those of a training forward until the backward pass
-    decodes them again, those of frozen parameters until one of these is edited or trained.
+    decodes them again, those of frozen parameters until one of these is edited or trained: the
+    shards' contents are compared, since not every edit raises torch's counters of versions.
 
     Args:
         plan: how the group travels.
-        wire: what it shares with the others.
+        wire, passes: what it shares with the others.
         group: FSDP2's side of it.
         recorders: of all groups, this one's under the plan's index.
-        before: called before a gather that may open a new step.
     """
 
     def __init__(
@@ -49,14 +52,15 @@ class AllGather(_Comm):
         wire: Wire,
         group: compat.ParameterGroup,
         recorders: Sequence[GradRecorder],
-        before: Callable[[], None],
+        passes: Passes,
     ) -> None:
         self._plan, self._wire, self._group = plan, wire, group
-        self._recorders, self._before = recorders, before
+        self._recorders, self.passes = recorders, passes
         self._kept: Payloads | None = None
         self._buffer: Tensor | None = None
         self._frozen: Payloads | None = None
-        self._frozen_mark: tuple[object, ...] = ()
+        self._frozen_sum = 0
+        self._gathered_at = -1
 
     @property
     def kept_bytes(self) -> int:
@@ -79,7 +83,7 @@ class AllGather(_Comm):
         """
         plan, wire = self._plan, self._wire
         if group.size() == self._group.regather_world_size and group is not plan.group:
-            wire.finish()
+            self.passes.before_collective_in_backward(plan)
             regather(output_tensor, input_tensor, group, wire.traffic)
             return None
         given = input_tensor.numel() * input_tensor.element_size()
@@ -96,16 +100,14 @@ class AllGather(_Comm):
         self._kept = None
         if not in_backward:
             self._recorders[plan.index].forget_what_was_dropped()
-        places = plan.places
-        if not wire.is_exact:
-            if not in_backward:
-                wire.finish()
-                self._before()
-                wire.clock.before_forward()
-            places = self._gather_frozen(input_tensor)
+            self.passes.before_gather(plan)
+        self._gathered_at = wire.clock.next_step
+        places = plan.places if wire.is_exact else self._gather_frozen(input_tensor)
         if kept is not None or not places:
             self._decode(kept, output_tensor)
             return None
+        if in_backward:
+            self.passes.before_collective_in_backward(plan)
         wire.finish()
         keeps = not wire.is_exact and not in_backward and self._is_needed_again()
         is_async = async_op and input_tensor.device.type == "cpu"
@@ -135,17 +137,36 @@ class AllGather(_Comm):
         if wire.config.gather == "twice" or not frozen:
             self._frozen = None
             return plan.places
-        versions = self._group.versions()
         # Sent once, so for a warm-up too.
         side = plan.gather(frozen, is_frozen=True)
-        mark = (side, *(versions[i] for i in frozen))
-        if self._frozen is None or mark != self._frozen_mark:
+        if self._frozen is None or self._frozen.side is not side:
+            if compat.in_backward():
+                self.passes.before_collective_in_backward(plan)
             wire.finish()
-            size = plan.world_size * side.payload_bytes
-            buffer = torch.empty(size, dtype=torch.uint8, device=input.device)
+            buffer = allocate(plan.world_size * side.payload_bytes, input.device)
+            self._frozen_sum = self._sum_of_frozen()
             self._frozen = Gathering(plan, side, input, wire, buffer, is_frozen=True).finish()
-            self._frozen_mark = mark
         return tuple(i for i in plan.places if trains[i])
+
+    @property
+    def has_frozen(self) -> bool:
+        return self._frozen is not None
+
+    def frozen_changed(self) -> bool:
+        return self._frozen_sum != self._sum_of_frozen()
+
+    def forget_frozen(self) -> None:
+        self._frozen = None
+
+    def drop_stale(self) -> None:
+        group = self._group
+        is_earlier = 0 <= self._gathered_at < self._wire.clock.next_step
+        if is_earlier and group.is_gathered and group.reshards_after_backward:
+            compat.reshard_module(group.module)
+
+    def _sum_of_frozen(self) -> int:
+        pairs = zip(self._group.local_shards(), self._group.requires_grad(), strict=True)
+        return checksum(shard for shard, is_trained in pairs if not is_trained)
 
     def _is_needed_again(self) -> bool:
         # FSDP2 gathers with autograd off, and so does reentrant checkpointing compute: only the
@@ -158,7 +179,7 @@ class AllGather(_Comm):
         size = self._plan.world_size * side.payload_bytes
         if keeps:
             if self._buffer is None or self._buffer.numel() < size:
-                self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+                self._buffer = allocate(size, device)
             return self._buffer[:size]
         return self._wire.scratch.borrow(size, device)
 
@@ -177,11 +198,12 @@ class ReduceScatter(_Comm):
         wire: Wire,
         group: compat.ParameterGroup,
         recorder: GradRecorder,
+        passes: Passes,
         replicas: dist.ProcessGroup | None,
     ) -> None:
         self._plan, self._wire, self._group = plan, wire, group
-        self._recorder, self._replicas = recorder, replicas
-        self._consent = Consent(plan)
+        self._recorder, self._passes, self._replicas = recorder, passes, replicas
+        self._consent = Consent(plan, replicas)
         self._reduced: tuple[Places, int] | None = None
 
     def __call__(
@@ -198,6 +220,8 @@ class ReduceScatter(_Comm):
         output, the sums come into it before qsdp's next collective, or at the end of the pass.
         """
         plan, wire = self._plan, self._wire
+        if compat.in_backward():
+            self._passes.before_collective_in_backward(plan)
         wire.finish()
         if op != dist.ReduceOp.SUM:
             raise RuntimeError(
@@ -209,14 +233,18 @@ class ReduceScatter(_Comm):
         def hops(places: Places) -> list[Hop]:
             return hops_of(plan, places, input_tensor.dtype, group, wire)
 
-        device = input_tensor.device
-        self._consent.settle(with_grad, group, hops, wire.clock.step, device)
+        def averaged(places: Places) -> Side:
+            return plan.reduce(places, output_tensor.dtype, wire.least_bits)
+
+        step, device = wire.clock.step, input_tensor.device
+        self._consent.settle(with_grad, group, hops, step, device, averaged)
         reducing = reduce(plan, hops(with_grad), output_tensor, input_tensor, wire)
 
         def finish() -> None:
             try:
                 occurrence = exhaust(reducing)
             except SetsDiffer:
+                self._consent.tell_replicas(averaged(with_grad), step, device, Standing.MIXED)
                 self._consent.refuse(with_grad, group, device)
             else:
                 self._reduced = (with_grad, occurrence)
@@ -227,7 +255,7 @@ class ReduceScatter(_Comm):
 
         if self._group.may_fill_later(with_grad, output_tensor):
             next(reducing)
-            wire.leave_under_way(finish_and_divide)
+            wire.leave_under_way(finish_and_divide, output_tensor)
             compat.after_backward(wire.finish)
         else:
             finish()
@@ -240,7 +268,10 @@ class ReduceScatter(_Comm):
         plan, wire = self._plan, self._wire
         # FSDP2 reduced it on another stream, and drops it where gradients have another type.
         reads_on_this_stream(reduce_output)
-        all_reduce(plan, with_grad, reduce_output, self._replicas, occurrence, wire)
+        try:
+            all_reduce(plan, with_grad, reduce_output, self._replicas, occurrence, wire)
+        except SetsDiffer:
+            self._consent.refuse(with_grad, plan.group, reduce_output.device)
 
 
 class GradRecorder:

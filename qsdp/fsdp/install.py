@@ -1,5 +1,6 @@
 """`install(model, config) -> handle`: the quantized wire on a model that the user sharded."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from qsdp.config import QSDPConfig
 from qsdp.fsdp import agreement
 from qsdp.fsdp.adapt import Adaptation
 from qsdp.fsdp.hooks import AllGather, GradRecorder, ReduceScatter
+from qsdp.fsdp.passes import Passes
 from qsdp.fsdp.planning import (
     check_type,
     make_hops,
@@ -31,6 +33,7 @@ from qsdp.fsdp.planning import (
     split_into_nodes,
 )
 from qsdp.fsdp.report import Report, Row
+from qsdp.meeting import meet, mistakes_shared
 
 
 def install(
@@ -94,14 +97,14 @@ class Handle:
         meshes = dict.fromkeys(group.mesh for group in groups)
         everyone = [axis for mesh in meshes for axis in mesh.get_all_groups()]
         # Before anything of replicate_mesh is used, which another rank may lack.
-        with agreement.mistakes_shared(everyone):
+        with mistakes_shared(agreement.CALL, everyone):
             replicas = replica_group(groups, replicate_mesh)
             check_type("node_mesh", node_mesh, DeviceMesh | None)
             given = agreement.describe_meshes(replicate_mesh=replicate_mesh, node_mesh=node_mesh)
         agreement.check(everyone, given)
         everyone += [] if replicas is None else [replicas]
         launched = agreement.by_rank(everyone, launched_ranks())
-        with agreement.mistakes_shared(everyone):
+        with mistakes_shared(agreement.CALL, everyone):
             check_type("config", config, QSDPConfig)
             if any(isinstance(group.comms()[0], AllGather) for group in groups):
                 raise ValueError(
@@ -139,15 +142,18 @@ class Handle:
         if config.levels == "learned":
             self._wire.levels = Levels(len(order))
         self._adaptation = Adaptation(self._plans, groups, self._wire, everyone)
+        self._passes = Passes(self._plans, groups, self._wire, self._adaptation)
         self._grad_meter: Meter | None = None
+        self._num_supports = 0
         self._before = [group.comms() for group in groups]
         self._recorders = [
             GradRecorder(plan, group) for plan, group in zip(self._plans, groups, strict=True)
         ]
-        self._gathers = []
+        self._gathers: list[AllGather] = []
+        self._passes.caches = self._gathers
         for plan, group, recorder in zip(self._plans, groups, self._recorders, strict=True):
-            gather = AllGather(plan, self._wire, group, self._recorders, self._adaptation.settle)
-            reduce = ReduceScatter(plan, self._wire, group, recorder, replicas)
+            gather = AllGather(plan, self._wire, group, self._recorders, self._passes)
+            reduce = ReduceScatter(plan, self._wire, group, recorder, self._passes, replicas)
             self._gathers.append(gather)
             hook = None if replicas is None else reduce.all_reduce
             *_, all_reduce_hook, async_op = group.comms()
@@ -172,6 +178,7 @@ class Handle:
 
         Gathered weights are dropped on entry and on exit, so that neither side sees the other's.
         """
+        self._check_installed()
         self._reshard()
         before, self._wire.is_exact = self._wire.is_exact, True
         try:
@@ -185,7 +192,8 @@ class Handle:
     ) -> None:
         """Send only the weights that ``masks`` keep, and their gradients, until the next call.
 
-        A collective, one bit a weight. Pruned weights arrive as +0.0 and so do their gradients.
+        A collective where masks are given, one bit a weight: all ranks give them for the same
+        parameters. Pruned weights arrive as +0.0 and so do their gradients.
         The optimizers of `qsdp.optim` call it where they are told to: `share_support`.
 
         Args:
@@ -197,34 +205,28 @@ class Handle:
         Raises:
             ValueError: if a mask is no bool tensor of its parameter's local shape, or is given for
                 what FSDP2 does not shard.
+            RuntimeError: if ranks give masks for other parameters; or the handle was removed.
         """
-        for parameter, mask in (masks or {}).items():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            if type(mask) is not torch.Tensor or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"a mask is a {type(mask).__name__} of {getattr(mask, 'dtype', None)}; give a "
-                    "bool tensor of the parameter's local shape (of a DTensor: mask.to_local())"
-                )
-            if mask.shape != local.shape:
-                raise ValueError(
-                    f"a mask has shape {tuple(mask.shape)}, and the local part of its parameter "
-                    f"{tuple(local.shape)}; give a mask of that shape"
-                )
+        self._check_installed()
         self._reshard()
-        left = {id(parameter): (parameter, mask) for parameter, mask in (masks or {}).items()}
-        chosen = [
-            {
-                place: left.pop(id(sharded.parameter))[1]
-                for place, sharded in enumerate(group.parameters() if left else [])
-                if id(sharded.parameter) in left
+        if not masks:
+            self._wire.support = 0
+            exchange(self._plans, [{}] * len(self._plans), self._wire, with_grads=with_grads)
+            return
+        call = "handle.set_support"
+        with mistakes_shared(call, self._everyone):
+            chosen = self._masks_by_place(masks)
+            facts = {
+                "masks of": tuple(
+                    plan.names[place]
+                    for plan, own in zip(self._plans, chosen, strict=True)
+                    for place in sorted(own)
+                ),
+                "with_grads": bool(with_grads),
             }
-            for group in self._groups
-        ]
-        for parameter, _ in left.values():
-            raise ValueError(
-                f"a mask is given for a tensor of shape {tuple(parameter.shape)} that FSDP2 does "
-                "not shard in this model; give masks by the model's own parameters"
-            )
+        meet(call, facts, self._everyone)
+        self._num_supports += 1
+        self._wire.support = self._num_supports
         exchange(self._plans, chosen, self._wire, with_grads=with_grads)
 
     @property
@@ -252,6 +254,8 @@ class Handle:
         Weights are those of now, as a gather now would send them; gradients those reduced inside
         the last `measuring`. None where there were none or they travel raw.
         """
+        self._check_installed()
+        meet("handle.errors", {"measured gradients": self._grad_meter is not None}, self._everyone)
         weights = Meter(self.config, self._wire.level_values)
         meter = weights if self._grad_meter is None else self._grad_meter
         self._adaptation.measure_as_sent(weights)
@@ -272,23 +276,32 @@ class Handle:
         With a `budget` or learned levels it is a collective: what is due before the next step is
         done now.
         """
+        if self.config.budget is not None or self.config.levels == "learned":
+            self._check_installed()
+            facts = {"step": self._wire.clock.next_step, "bits and levels": self._adaptation.mark}
+            meet("handle.state_dict", facts, self._everyone)
         return self._wire.clock.state_dict() | self._adaptation.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, on any number of ranks.
+        """Go on where `state_dict` was taken, on any number of ranks, each with the same state.
 
         Allotted bits are taken over if budget, bits, bucket size and policy are those of then;
         otherwise the config's own hold, and a budget is allotted by the errors of the next step.
         """
+        self._check_installed()
+        self._passes.mend()
+        self._passes.begin_anew()
         self._wire.clock.load_state_dict(state)
         self._adaptation.load_state_dict(state)
 
     def remove(self) -> None:
-        """Give FSDP2 back the collectives it had before `install`. A collective after a two-hop
-        reduce."""
-        if self._is_removed:
-            raise RuntimeError("this handle was removed already; call qsdp.install again")
+        """Give FSDP2 back the collectives it had before `install`. A collective, but where an
+        exception is on its way: the other ranks may not get here."""
+        self._check_installed()
+        if sys.exc_info()[1] is None:
+            meet("handle.remove", {}, self._everyone)
         self._is_removed = True
+        self._passes.remove()
         for recorder in self._recorders:
             recorder.remove()
         for group, before in zip(self._groups, self._before, strict=True):
@@ -297,9 +310,45 @@ class Handle:
         for hops in self._hops.values():
             hops.close()
 
+    def _check_installed(self) -> None:
+        if self._is_removed:
+            raise RuntimeError("this handle was removed already; call qsdp.install again")
+
     def _reshard(self) -> None:
-        self._wire.finish()
+        """Make the next pass gather everything anew: what gathers bring is about to change."""
+        self._passes.mend()
+        self._passes.begin_anew()
         _reshard(self._groups)
+
+    def _masks_by_place(self, masks: Mapping[nn.Parameter, Tensor]) -> list[dict[int, Tensor]]:
+        """By plan and place the masks that `set_support` is given."""
+        for parameter, mask in masks.items():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if type(mask) is not torch.Tensor or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"a mask is a {type(mask).__name__} of {getattr(mask, 'dtype', None)}; give a "
+                    "bool tensor of the parameter's local shape (of a DTensor: mask.to_local())"
+                )
+            if mask.shape != local.shape:
+                raise ValueError(
+                    f"a mask has shape {tuple(mask.shape)}, and the local part of its parameter "
+                    f"{tuple(local.shape)}; give a mask of that shape"
+                )
+        left = {id(parameter): (parameter, mask) for parameter, mask in masks.items()}
+        chosen = [
+            {
+                place: left.pop(id(sharded.parameter))[1]
+                for place, sharded in enumerate(group.parameters() if left else [])
+                if id(sharded.parameter) in left
+            }
+            for group in self._groups
+        ]
+        for parameter, _ in left.values():
+            raise ValueError(
+                f"a mask is given for a tensor of shape {tuple(parameter.shape)} that FSDP2 does "
+                "not shard in this model; give masks by the model's own parameters"
+            )
+        return chosen
 
     def _remarks(self) -> Iterator[str]:
         config = self.config
@@ -336,7 +385,7 @@ class Handle:
 
 def _reshard(groups: Sequence[compat.ParameterGroup]) -> None:
     for group in groups:
-        group.module.reshard()
+        compat.reshard_module(group.module)
 
 
 def _relative(error: float, square: float) -> float | None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsdp.compat import all_gather, reshards_after_backward
+from qsdp.compat import abandon_pass, all_gather, reshard, reshards_after_backward, rewind_point
+from qsdp.meeting import groups_of, meet, mistakes_shared
 from qsdp.sparsity.compression import Prunable
-from qsdp.sparsity.shards import by_groups, local_shard, unique
+from qsdp.sparsity.shards import Groups, local_shard, unique
+
+P = ParamSpec("P")
 
 # A chunk in double precision stays in a CPU's cache; a GPU wants few launches instead.
 _CHUNK_CPU = 1 << 16
@@ -25,20 +31,25 @@ def global_grad_norm(parameters: Iterable[Tensor]) -> float:
     Every rank adds the squares of its shards in fp64; the ranks' sums are gathered and added in
     rank order, so the result does not depend on the order of arrival. A plain or replicated
     parameter (also an HSDP replica's) counts once; its gradient is taken to be the same on every
-    rank, and the first rank's is the one counted. A collective if any gradient is a DTensor.
+    rank, and the first rank's is the one counted. A collective if any parameter is a DTensor,
+    whatever the gradients: a rank may have none.
 
     Args:
-        parameters: Plain tensors or DTensors; those without a gradient are left out, a tied one
-            counts once.
+        parameters: Plain tensors or DTensors, the same on every rank; those without a gradient
+            add nothing, a tied one counts once.
 
     Returns:
         The norm: not finite on all ranks if a gradient is not finite on any; 0.0 without gradients.
     """
-    shards = [local_shard(p.grad) for p in unique(parameters) if p.grad is not None]
-    sums = {
-        groups: _sum_of_squares([shards[i].values for i in indices])
-        for groups, indices in by_groups(shards).items()
-    }
+    grads: dict[Groups, list[Tensor]] = {}
+    devices: dict[Groups, torch.device] = {}
+    for parameter in unique(parameters):
+        if parameter.grad is None and not parameter.requires_grad:
+            continue
+        shard = local_shard(parameter if parameter.grad is None else parameter.grad)
+        devices.setdefault(shard.groups, shard.device)
+        grads.setdefault(shard.groups, []).extend([] if parameter.grad is None else [shard.values])
+    sums = {groups: _sum_of_squares(grads[groups], device) for groups, device in devices.items()}
     whole = float(sums.pop((), 0.0))
     total, wholes = 0.0, [whole]
     for groups, part in sums.items():
@@ -66,13 +77,17 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
 
     Args:
         parameters: As for `global_grad_norm`.
-        max_norm: Above 0.
+        max_norm: Above 0, the same on every rank.
 
     Returns:
         The norm before clipping.
     """
-    check_max_norm(max_norm)
     parameters = unique(parameters)
+    groups, call = groups_of(parameters), "qsdp.clip_grad_norm_"
+    with mistakes_shared(call, groups):
+        check_max_norm(max_norm)
+    num_trained = sum(parameter.requires_grad for parameter in parameters)
+    meet(call, {"max_norm": max_norm, "trained parameters": num_trained}, groups)
     norm = global_grad_norm(parameters)
     scale_grads_(parameters, max_norm, norm)
     return norm
@@ -94,15 +109,54 @@ def check_max_norm(max_norm: float) -> None:
         raise ValueError(f"max_norm is {max_norm}; choose a number above 0")
 
 
-def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """The sum of squares in fp64, a scalar tensor on their device, without a full fp64 copy."""
-    total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """The sum of squares in fp64, a scalar tensor on ``device``, without a full fp64 copy."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
     size = _CHUNK_CPU if total.device.type == "cpu" else _CHUNK_GPU
     for values in tensors:
         for chunk in values.reshape(-1).split(size):
             wide = chunk.double()
             total += wide.dot(wide).to(total.device)
     return total
+
+
+def made_alike(init: Callable[P, None]) -> Callable[P, None]:
+    """Make a constructor ``(self, model, base_optimizer, ...)`` a collective over the ranks that
+    share the model: all of them raise RuntimeError if their arguments differ."""
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def made(*args: P.args, **options: P.kwargs) -> None:
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        self, model, _ = (bound.arguments.pop(name) for name in ("self", "model", "base_optimizer"))
+        facts: dict[str, object] = {name: repr(value) for name, value in bound.arguments.items()}
+        groups = []
+        if isinstance(model, nn.Module):
+            reshard(model)
+            groups = groups_of(model.parameters())
+        call = f"qsdp.{type(self).__name__}"
+        with mistakes_shared(call, groups):
+            init(*args, **options)
+            facts["prunable parameters"] = self.prunable.names
+            facts["base_optimizer"] = f"{type(self.base).__name__} {self.base.defaults}"
+            facts["parameters of the optimizer"] = len(self.parameters())
+        meet(call, facts, groups)
+
+    return made
+
+
+@contextmanager
+def undone_by_exceptions(model: nn.Module) -> Iterator[None]:
+    """An exception inside leaves ``model`` as if no pass had been begun inside: the next try of the
+    step gathers the same weights. Gradients that were not reduced are dropped."""
+    rewind = rewind_point(model)
+    try:
+        yield
+    except BaseException:
+        abandon_pass(model)
+        rewind()
+        raise
 
 
 class TellSupport(Protocol):
@@ -175,6 +229,12 @@ class OptimizerWrapper(torch.optim.Optimizer):
                 f"{type(self).__name__} edits the weights between two passes, which "
                 "set_reshard_after_backward(False) would hide from the second; leave it at True"
             )
+
+    def meet(self, **facts: object) -> None:
+        """Make sure that all ranks are about to take the same step. A collective when sharded."""
+        parameters = self.parameters()
+        facts["trained parameters"] = sum(parameter.requires_grad for parameter in parameters)
+        meet(f"{type(self).__name__}.step", facts, groups_of(parameters))
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dictionary, with what the wrapper remembers in its groups."""

@@ -9,10 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsdp.compat import abandon_pass
-from qsdp.optim.base import OptimizerWrapper, check_max_norm, global_grad_norm, scale_grads_
+from qsdp.compat import abandon_pass, reshard
+from qsdp.optim.base import (
+    OptimizerWrapper,
+    check_max_norm,
+    global_grad_norm,
+    made_alike,
+    scale_grads_,
+    undone_by_exceptions,
+)
 from qsdp.sparsity.compression import PackedMask, compress_, keep_only_
-from qsdp.sparsity.shards import local_shard, reshard, unique
+from qsdp.sparsity.shards import local_shard, unique
 from qsdp.sparsity.target import Compression
 
 Target = float | str | Compression
@@ -54,6 +61,7 @@ class CrAM(OptimizerWrapper):
             clipping; None before. Not finite when the step was skipped.
     """
 
+    @made_alike
     def __init__(
         self,
         model: nn.Module,
@@ -88,6 +96,7 @@ class CrAM(OptimizerWrapper):
         Raises:
             ValueError: If a value is out of range, a prunable parameter cannot have a target's
                 pattern, or the optimizer lacks prunable parameters.
+            RuntimeError: If ranks that share the model give other values.
         """
         if isinstance(sparsity, str) or not isinstance(sparsity, Sequence):
             sparsity = (sparsity,)
@@ -127,6 +136,8 @@ class CrAM(OptimizerWrapper):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; a collective when the model is sharded.
 
+        An exception in the closure is passed on, and the step may be tried again: it was not begun.
+
         Args:
             closure: See the class. Without it the base optimizer steps with the gradients as
                 they are.
@@ -135,21 +146,23 @@ class CrAM(OptimizerWrapper):
             What the closure returned at the unperturbed weights.
 
         Raises:
-            RuntimeError: If FSDP2 keeps its weights gathered after the backward pass.
+            RuntimeError: If FSDP2 keeps its weights gathered after the backward pass, or ranks are
+                not at the same step.
         """
+        self.meet(step=self.num_steps, closure=closure is not None)
         if closure is None:
             return self.base.step()
         self.check_reshards(self.model)
         self.last_target = self.targets[draw(self.seed, self.num_steps) % len(self.targets)]
         try:
-            loss, takes_step = self._compute_grads(closure, self.last_target)
-            self._remember(_STEP, self.num_steps + 1)
-            if takes_step:
-                self.base.step()
-            else:
-                self.skipped_steps += 1
+            with undone_by_exceptions(self.model):
+                loss, takes_step = self._compute_grads(closure, self.last_target)
+                if takes_step:
+                    self.base.step()
         finally:
             self.zero_grad()
+        self.skipped_steps += not takes_step
+        self._remember(_STEP, self.num_steps + 1)
         reshard(self.model)
         return loss
 

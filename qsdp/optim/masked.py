@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsdp.compat import reshard
 from qsdp.optim.base import (
     OptimizerWrapper,
     TellSupport,
     check_max_norm,
     global_grad_norm,
+    made_alike,
     scale_grads_,
+    undone_by_exceptions,
 )
 from qsdp.sparsity.compression import keep_masks, keep_only_
 from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
-from qsdp.sparsity.shards import local_shard, reshard, unique
+from qsdp.sparsity.shards import local_shard, unique
 from qsdp.sparsity.target import Compression
 
 _STEP = "masked_step"
@@ -97,17 +100,30 @@ class MaskedOptimizer(OptimizerWrapper):
                 without one the gradients are there already.
 
         Raises:
-            RuntimeError: If FSDP2 keeps its weights gathered after the backward pass.
+            RuntimeError: If FSDP2 keeps its weights gathered after the backward pass, or ranks are
+                not at the same step.
         """
+        has_state = bool(self.state)
+        self.meet(step=self.num_steps, closure=closure is not None, state=has_state)
         self.check_reshards(self.model)
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._only_makes_state():
-            self.base.step()
-            self._make_masks()
-            return loss
+        with undone_by_exceptions(self.model):
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            if self._only_makes_state():
+                self.base.step()
+                self._make_masks()
+                return loss
+            self._take_step()
+        self._remember(_STEP, self.num_steps + 1)
+        self.last_target = None
+        self._change(self.num_steps)
+        reshard(self.model)
+        return loss
+
+    def _take_step(self) -> None:
+        """Let the base step under the masks, if the gradient is finite."""
         is_masked = self._is_masked(self.num_steps)
         if is_masked:
             for parameter in self.prunable.parameters:
@@ -125,11 +141,6 @@ class MaskedOptimizer(OptimizerWrapper):
                 self._apply_masks()
         else:
             self.skipped_steps += 1
-        self._remember(_STEP, self.num_steps + 1)
-        self.last_target = None
-        self._change(self.num_steps)
-        reshard(self.model)
-        return loss
 
     def _step_base(self) -> None:
         """Hide the masks meanwhile: torch's optimizers make a state where there is nothing yet."""
@@ -155,8 +166,13 @@ class MaskedOptimizer(OptimizerWrapper):
     def _renew_masks(self, target: Compression) -> None:
         """Keep what ``target`` keeps of the weights as they are, and set the others to zero."""
         self.last_target = target
-        if self.before_pruning is not None:
-            self.before_pruning()
+        try:
+            if self.before_pruning is not None:
+                self.before_pruning()
+        finally:  # the step counts as taken: its masks are due whatever happens there
+            self._make_new_masks(target)
+
+    def _make_new_masks(self, target: Compression) -> None:
         reshard(self.model)
         self._make_masks()
         shards = self.prunable.shards()
@@ -272,6 +288,7 @@ class ACDC(MaskedOptimizer):
     end of the last dense phase; `before_pruning` sees it.
     """
 
+    @made_alike
     def __init__(
         self,
         model: nn.Module,
@@ -323,6 +340,7 @@ class GMP(MaskedOptimizer):
     """Gradual magnitude pruning: the mask is renewed at growing sparsity, by the cubic schedule
     (Zhu & Gupta, arXiv 1710.01878; GMP*, arXiv 2210.06384). Pruned weights stay pruned."""
 
+    @made_alike
     def __init__(
         self,
         model: nn.Module,

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from qsdp import bitmask
 from qsdp.codec.magnitude import DTYPES, keys_of
+from qsdp.compat import abandon_cut_short, reshard
+from qsdp.meeting import groups_of, meet, mistakes_shared
 from qsdp.sparsity.groups import whole_groups
 from qsdp.sparsity.prunable import input_dims, prunable_parameters
-from qsdp.sparsity.shards import LocalShard, Part, local_shard, reshard, unique
+from qsdp.sparsity.shards import LocalShard, Part, local_shard, unique
 from qsdp.sparsity.target import Compression
 from qsdp.sparsity.threshold import Threshold, global_threshold, layer_thresholds
 
@@ -197,7 +199,7 @@ def compressed(
     """Within the context, ``model`` is compressed in one shot; afterwards it is as before.
 
     A collective, in place, restored bit for bit also when the body raises. Costs a copy of the
-    prunable shards.
+    prunable shards. All ranks raise RuntimeError where target or patterns differ.
 
     Args:
         model: Any module, sharded or not; not in the middle of a forward or backward pass.
@@ -207,16 +209,21 @@ def compressed(
     Yields:
         The compressed parameters by name.
     """
-    chosen = Compression.of(target)
-    prunable = Prunable.of(model, patterns)
-    prunable.check(chosen)
-    shards = prunable.shards()
+    reshard(model)
+    groups, call = groups_of(model.parameters()), "qsdp.compressed"
+    with mistakes_shared(call, groups):
+        chosen = Compression.of(target)
+        prunable = Prunable.of(model, patterns)
+        prunable.check(chosen)
+        shards = prunable.shards()
+    meet(call, {"target": str(chosen), "prunable parameters": prunable.names}, groups)
     before = [shard.values.clone() for shard in shards]
     try:
         with torch.no_grad():
             compress_(shards, chosen, prunable.dims)
         yield dict(zip(prunable.names, prunable.parameters, strict=True))
     finally:
+        abandon_cut_short(model)
         reshard(model)
         with torch.no_grad():
             for shard, values in zip(shards, before, strict=True):

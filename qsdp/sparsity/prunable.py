@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from qsdp.sparsity.shards import reshard
+from qsdp.compat import reshard
 
 
 def prunable_parameters(

@@ -14,8 +14,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 Groups = tuple[dist.ProcessGroup, ...]
@@ -139,14 +138,3 @@ def by_groups(shards: Sequence[Part]) -> dict[Groups, list[int]]:
 def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors in order, a tied one (the same object twice) once."""
     return list({id(tensor): tensor for tensor in tensors}.values())
-
-
-def reshard(model: nn.Module) -> None:
-    """Free every gathered weight of ``model``; does nothing where FSDP2 is not used.
-
-    A group that stays gathered after a forward pass (the root does) would hide its shards from
-    `model.parameters()`, and the next forward pass would not see an edit of them.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from qsdp.comm.failures import collective
 from qsdp.data import Corpus
+from qsdp.failures import collective
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError
 from qsdp.train.world import World

@@ -40,7 +40,7 @@ def is_lost(error: BaseException) -> bool:
     """Whether `error` comes from a rank that has ended or does not answer."""
     if "torch" not in sys.modules:
         return False
-    from qsdp.comm.failures import is_failure  # loads torch
+    from qsdp.failures import is_failure  # loads torch
 
     return is_failure(error)
 
@@ -51,7 +51,7 @@ def leave_lost(error: BaseException) -> NoReturn:
     The launcher is about to end this process too, and tearing down collectives that have failed may
     hang.
     """
-    from qsdp.comm.failures import root
+    from qsdp.failures import root
 
     print(f"error on rank {os.environ.get('RANK', '0')}: {root(error)}", file=sys.stderr)
     sys.stdout.flush()

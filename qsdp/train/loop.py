@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from qsdp.comm.failures import collective
+from qsdp.failures import collective
 from qsdp.optim import ACDC, CrAM, clip_grad_norm_, global_grad_norm
 from qsdp.optim.masked import MaskedOptimizer
 from qsdp.train import twin

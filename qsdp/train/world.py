@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
-from qsdp.comm.failures import collective
+from qsdp.failures import collective
 from qsdp.train.config import RunFlags
 from qsdp.train.errors import UserError, is_lost, sentence
 

@@ -1,0 +1,223 @@
+"""Where passes of the model begin and end, and what must hold there."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from qsdp import compat
+from qsdp.comm.plan import Plan
+from qsdp.comm.wire import Wire
+from qsdp.failures import collective
+from qsdp.fsdp.adapt import Adaptation
+from qsdp.meeting import meet
+
+
+class Cache(Protocol):
+    """What passes must know of the payloads of frozen parameters that a group keeps."""
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether there are any."""
+
+    def frozen_changed(self) -> bool:
+        """Whether this rank's shards are other ones than those that were sent."""
+
+    def forget_frozen(self) -> None:
+        """Send them anew with the next gather."""
+
+    def drop_stale(self) -> None:
+        """Free gathered weights that a later step would take for its own."""
+
+
+class Passes:
+    """The passes of one handle's model.
+
+    [Note: Passes] A pass begins with the first gather outside a backward pass of a group that was
+    gathered already since the last beginning, and after whatever changes what gathers send. There
+    the ranks meet ([Note: Meeting]): on the step, on what is sent, and on whether any of them has
+    edited a frozen shard whose payload all keep. They meet again where its backward pass reduces
+    or gathers for the first time. It is the ranks of a shard group that meet: replicas may
+    validate on their own.
+
+    An exception that ends a pass in the middle leaves FSDP2 and the wire in the middle of it. What
+    is left is undone before the next pass, so that it equals one of a run without the exception:
+    the step in the keys is that of the pass that was cut short, and gradients that were not
+    reduced are dropped.
+
+    Args:
+        plans, groups: of the handle's groups.
+        wire: what they share.
+        adaptation: of bits and levels.
+
+    Attributes:
+        caches: by plan; set once they are made.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        groups: Sequence[compat.ParameterGroup],
+        wire: Wire,
+        adaptation: Adaptation,
+    ) -> None:
+        self._plans, self._groups = plans, groups
+        self._wire, self._adaptation = wire, adaptation
+        self.caches: Sequence[Cache] = ()
+        self._gathered: dict[dist.ProcessGroup, set[int]] = {}
+        self._agreed: dict[dist.ProcessGroup, object] = {}
+        self._is_in_backward = False
+        self._has_grad: bool | None = None
+        self._handles: list[RemovableHandle] = []
+        # A block's compiler shall not look inside. [Note: Hooks] says why the reference is weak.
+        before, after = (
+            torch.compiler.disable(partial(_call, weakref.ref(self), method))
+            for method in (Passes._before_forward, Passes._after_forward)
+        )
+        for module in dict.fromkeys(module for group in groups for module in group.modules):
+            self._handles += [
+                module.register_forward_pre_hook(before, prepend=True),
+                module.register_forward_hook(after),
+            ]
+
+    def begin_anew(self) -> None:
+        """Let the next gather begin a pass."""
+        self._gathered.clear()
+
+    def before_gather(self, plan: Plan) -> None:
+        """Begin a pass, if a gather of ``plan`` that is no part of a backward pass does so."""
+        self._end_what_was_cut_short()
+        wire = self._wire
+        wire.finish()
+        gathered = self._gathered.setdefault(plan.group, set())
+        if gathered and plan.index not in gathered:
+            gathered.add(plan.index)
+            return
+        self._meet_for_a_pass(plan.group)
+        self._gathered[plan.group] = {plan.index}
+        if not wire.is_exact:
+            self._adaptation.settle()
+            wire.clock.before_forward()
+
+    def before_collective_in_backward(self, plan: Plan) -> None:
+        """Meet, if it is the first of a backward pass."""
+        self._wire.finish()
+        if self._is_in_backward:
+            return
+        self._is_in_backward = True
+        compat.after_backward(self._end_backward)
+        if compat.device_of(plan.group).type == "cpu":  # else nobody would read what is said
+            meet("a backward pass", {"step": self._wire.clock.step}, [plan.group])
+
+    def mend(self) -> None:
+        """Undo what a pass that was cut short has left behind; no pass may be under way."""
+        for group in self._groups:
+            self._abandon(group.modules[0])
+        self._end_what_was_cut_short()
+        self._wire.finish()
+
+    def rewind_point(self) -> Callable[[], None]:
+        """A function that makes what is counted as it is now, for the second try of a step."""
+        clock, state = self._wire.clock, self._wire.clock.state_dict()
+        adaptation = self._adaptation.rewind_point()
+
+        def rewind() -> None:
+            self._end_what_was_cut_short()
+            clock.load_state_dict(state)
+            adaptation()
+            self.begin_anew()
+
+        return rewind
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _abandon(self, module: nn.Module) -> None:
+        if compat.is_root(module) and compat.is_cut_short(module):
+            compat.abandon_pass(module)
+
+    def _end_what_was_cut_short(self) -> None:
+        if self._is_in_backward:
+            self._end_backward()
+            self._wire.abandon()
+            self._wire.clock.rewind()
+            self._adaptation.watch_again()
+
+    def _end_backward(self) -> None:
+        self._is_in_backward = False
+        self.begin_anew()
+
+    def _meet_for_a_pass(self, group: dist.ProcessGroup) -> None:
+        """Agree on all that the gathers of a pass over ``group`` depend on."""
+        wire, config = self._wire, self._wire.config
+        members = [i for i, plan in enumerate(self._plans) if plan.group == group]
+        trained = {i: self._groups[i].requires_grad() for i in members}
+        facts: dict[str, object] = {
+            "weights": "exact" if wire.is_exact else "quantized",
+            "gradients": {True: "on", False: "off", None: "unknown"}[self._has_grad],
+            "bits and levels": self._adaptation.mark,
+            "the seed": wire.clock.seed,
+            "masks": f"of call {wire.support} of set_support" if wire.support else "lifted",
+            "frozen parameters": tuple(
+                name
+                for i in members
+                for name, is_trained in zip(self._plans[i].names, trained[i], strict=True)
+                if not is_trained
+            ),
+        }
+        has_news, is_needed = False, False
+        if config.gather == "once":
+            kept = [i for i in members if self.caches[i].has_frozen]
+            evaluated = [i for i in members if not self._groups[i].modules[0].training]
+            facts["groups in eval mode"] = tuple(self._plans[i].name for i in evaluated)
+            facts["kept payloads"] = tuple(self._plans[i].name for i in kept)
+            changed = [] if wire.is_exact else [i for i in kept if self.caches[i].frozen_changed()]
+            has_news, is_needed = bool(changed), bool(kept)
+        # A GPU's stream is stopped only where something is to be heard.
+        is_read = is_needed or facts != self._agreed.get(group)
+        now = {"step": wire.clock.next_step, **facts}
+        if meet("a forward pass", now, [group], has_news=has_news, is_read=is_read):
+            for i in self._changed_anywhere(changed, group):
+                self.caches[i].forget_frozen()
+        self._agreed[group] = facts
+
+    def _changed_anywhere(self, changed: Sequence[int], group: dist.ProcessGroup) -> list[int]:
+        """The groups whose frozen shards have changed on some rank."""
+        own = torch.zeros(len(self._plans), dtype=torch.uint8, device=compat.device_of(group))
+        own[list(changed)] = 1
+        everyone = own.new_empty(group.size() * own.numel())
+        with collective("exchange of frozen parameters that were edited"):
+            compat.all_gather(everyone, own, group)
+        found: list[int] = everyone.view(group.size(), -1).any(0).nonzero().squeeze(1).tolist()
+        return found
+
+    def _before_forward(self, module: nn.Module) -> None:
+        if compat.in_backward() or not compat.is_root(module):
+            return
+        self._abandon(module)
+        self._end_what_was_cut_short()
+        for group, cache in zip(self._groups, self.caches, strict=True):
+            if compat.is_part(group.state, module):
+                cache.drop_stale()
+        self._has_grad = torch.is_grad_enabled()
+
+    def _after_forward(self, module: nn.Module) -> None:
+        if compat.in_backward() or not compat.is_root(module):
+            return
+        self._has_grad = None
+        # Nobody else would, and `model.parameters()` would show decoded weights.
+        if not torch.is_grad_enabled() and compat.stays_gathered_by_default(module):
+            compat.reshard_module(module)
+
+
+def _call(passes: weakref.ref[Passes], method: Any, module: nn.Module, *_: object) -> None:
+    if (found := passes()) is not None:
+        method(found, module)

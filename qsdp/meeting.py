@@ -1,0 +1,155 @@
+"""[Note: Meeting] Ranks meet before a collective that one of them might enter alone.
+
+A collective that some ranks do not enter, or enter with other sizes, ends a rank by a signal (gloo)
+or hangs them all (NCCL). So every call of qsdp that leads to collectives opens with the same eight
+bytes a rank: a digest of which call it is, and of all that its collectives depend on. Where these
+differ, ranks exchange the words behind them, and every rank raises the same sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from qsdp import compat
+from qsdp.failures import collective, listed
+
+
+def meet(
+    call: str,
+    facts: Mapping[str, object],
+    groups: Sequence[dist.ProcessGroup],
+    *,
+    has_news: bool = False,
+    is_read: bool = True,
+) -> bool:
+    """Make sure that all ranks of ``groups`` are at ``call`` with the same ``facts``.
+
+    A collective; with several groups, the axes of a mesh, all ranks of the mesh hear of each other.
+
+    Args:
+        call: in words that go on after "is at".
+        facts: by what they are called, of plain types, so that what is equal has the same `repr`.
+        groups: process groups whose ranks all call this.
+        has_news: what this rank alone may know, and all shall hear of.
+        is_read: False leaves the digests unread where that would stop a GPU's stream.
+
+    Returns whether any rank has news. Raises RuntimeError, on every rank, where ranks differ.
+    """
+    found, news = _exchange(call, dict(facts), groups, has_news, is_read)
+    if found is not None:
+        raise RuntimeError(_difference(call, found))
+    return news
+
+
+def compare(call: str, facts: object, groups: Sequence[dist.ProcessGroup]) -> dict[int, Any] | None:
+    """What each global rank calls its ``facts``, or None if these are the same on all. See `meet`.
+
+    Raises RuntimeError, on every rank, where another rank is at another call.
+    """
+    found, _ = _exchange(call, facts, groups, False, True)
+    return found
+
+
+@contextmanager
+def mistakes_shared(call: str, groups: Sequence[dist.ProcessGroup]) -> Iterator[None]:
+    """Inside, a mistake that this rank alone finds also reaches the others' next meeting at
+    ``call``, which would wait for this rank in vain."""
+    try:
+        yield
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        compare(call, {"mistake": " ".join(str(error).split())}, groups)
+        raise
+
+
+def groups_of(tensors: Iterable[Tensor]) -> list[dist.ProcessGroup]:
+    """The process groups of all axes of the meshes of ``tensors``: none where all are plain."""
+    meshes = dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, DTensor))
+    groups = dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups())
+    return [group for group in groups if group.size() > 1]
+
+
+def _exchange(
+    call: str,
+    facts: object,
+    groups: Sequence[dist.ProcessGroup],
+    has_news: bool,
+    is_read: bool,
+) -> tuple[dict[int, Any] | None, bool]:
+    digest, differs, news = _digest((call, facts)), False, has_news
+    for group in groups:
+        device = compat.device_of(group)
+        own = torch.tensor([2 * digest + news], device=device)
+        everyone = own.new_empty(group.size())
+        with collective(call):
+            compat.all_gather(everyone, own, group)
+            if not is_read and device.type != "cpu":
+                continue
+            words = everyone.tolist()
+        news = any(word & 1 for word in words)
+        if len({word >> 1 for word in words}) > 1:
+            differs = True
+            # Ranks at other calls may know of other groups: nobody would meet this one there.
+            _check_calls(call, group)
+        # What one axis of the mesh saw, the next one must know, or some ranks would go on.
+        digest = _digest(words)
+    if not differs:
+        return None, news
+    found = {dist.get_rank(): facts}
+    for group in groups:
+        parts: list[dict[int, Any]] = [{} for _ in range(group.size())]
+        with collective(call):
+            dist.all_gather_object(parts, found, group=group)
+        found = {rank: each for part in parts for rank, each in part.items()}
+    return dict(sorted(found.items())), news
+
+
+def _check_calls(call: str, group: dist.ProcessGroup) -> None:
+    calls = [""] * group.size()
+    with collective(call):
+        dist.all_gather_object(calls, call, group=group)
+    ranks = dist.get_process_group_ranks(group)
+    for rank, other in zip(ranks, calls, strict=True):
+        if other != calls[0]:
+            raise RuntimeError(
+                f"rank {rank} is at {other} while rank {ranks[0]} is at {calls[0]}: make the same "
+                "calls on every rank, in the same order"
+            )
+
+
+def _difference(call: str, found: Mapping[int, Mapping[str, object]]) -> str:
+    """One sentence on the first fact that differs."""
+    for rank, facts in found.items():
+        if "mistake" in facts:
+            return f"rank {rank} cannot do what the others do at {call}: {facts['mistake']}"
+    first, *others = found
+    for rank in others:
+        for name in {**found[first], **found[rank]}:
+            one, other = found[rank].get(name), found[first].get(name)
+            if one != other:
+                return (
+                    f"rank {rank} is at {call} with {name} {_told(one, other)}, but rank {first} "
+                    f"with {_told(other, one)}: do the same on every rank"
+                )
+    raise AssertionError(f"ranks differ at {call} in nothing that can be told: {found}")
+
+
+def _told(value: object, other: object) -> str:
+    """``value`` in words; of two lists of names, what only this one has."""
+    if not (isinstance(value, tuple) and isinstance(other, tuple)):
+        return str(value)
+    own = [str(each) for each in value if each not in other]
+    return listed(own) if own else f"{len(value)} others" if value else "none"
+
+
+def _digest(described: object) -> int:
+    """62 bits: one more is for the news."""
+    digest = blake2b(repr(described).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
