@@ -72,6 +72,14 @@ class ParameterGroup:
         """The tensors that autograd sees, in buffer order; None before the first gather."""
         return [getattr(p, "_unsharded_param", None) for p in self._group.fsdp_params]
 
+    def make_buffers(self) -> None:
+        """Gather once outside inference mode, if nothing was gathered yet: FSDP2 keeps the buffers
+        of its first gather, and those of inference mode cannot be written in training."""
+        if None in self.unsharded_parameters():
+            with torch.inference_mode(False), torch.no_grad():
+                self.module.unshard()
+                self.module.reshard()
+
     @property
     def is_gathered(self) -> bool:
         """Whether the whole weights are in memory: a forward pass would not gather them."""
@@ -264,6 +272,14 @@ def reshard_module(module: Any) -> None:
 def is_root(module: nn.Module) -> bool:
     """Whether FSDP2 takes a forward pass of ``module`` for one of the whole model."""
     return _state(module)._is_root is True
+
+
+def becomes_root(module: nn.Module) -> bool:
+    """`is_root`, asked before FSDP2 hears of a forward pass of ``module``: its first one decides."""
+    state = _state(module)
+    if state._is_root is None:
+        state._lazy_init()
+    return is_root(module)
 
 
 def is_part(state: Any, root: nn.Module) -> bool:

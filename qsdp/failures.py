@@ -7,6 +7,9 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 _LONGEST = 240
+_OF_THE_NETWORK = re.compile(
+    r"time-?out|timed out|connect|\bpeer\b|socket|\bstore\b", re.IGNORECASE
+)
 
 
 class CollectiveError(RuntimeError):
@@ -23,13 +26,16 @@ def collective(what: str, names: Sequence[str] = (), step: int | None = None) ->
         step: of the keys' clock.
 
     On CPUs the end of another rank is noticed at once, and one that hangs after the process group's
-    timeout. NCCL works behind the host's back: there its watchdog ends the process instead.
+    timeout. NCCL works behind the host's back: there its watchdog ends the process instead. Errors
+    that are this rank's own (its memory is full, a tensor may not be written) pass as they are.
     """
     try:
         yield
     except CollectiveError:
         raise
-    except RuntimeError as error:  # all errors of torch.distributed are
+    except RuntimeError as error:
+        if not (_is_failed_collective(error) or _OF_THE_NETWORK.search(str(error))):
+            raise
         of = f" of the group of {title(names)}" if names else ""
         at = "" if step is None else f" at step {step}"
         raise CollectiveError(

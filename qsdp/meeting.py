@@ -88,7 +88,7 @@ def _exchange(
         device = compat.device_of(group)
         own = torch.tensor([2 * digest + news], device=device)
         everyone = own.new_empty(group.size())
-        with collective(call):
+        with collective(f"agreement at {call}"):
             compat.all_gather(everyone, own, group)
             if not is_read and device.type != "cpu":
                 continue
@@ -105,7 +105,7 @@ def _exchange(
     found = {dist.get_rank(): facts}
     for group in groups:
         parts: list[dict[int, Any]] = [{} for _ in range(group.size())]
-        with collective(call):
+        with collective(f"agreement at {call}"):
             dist.all_gather_object(parts, found, group=group)
         found = {rank: each for part in parts for rank, each in part.items()}
     return dict(sorted(found.items())), news
@@ -113,7 +113,7 @@ def _exchange(
 
 def _check_calls(call: str, group: dist.ProcessGroup) -> None:
     calls = [""] * group.size()
-    with collective(call):
+    with collective(f"agreement at {call}"):
         dist.all_gather_object(calls, call, group=group)
     ranks = dist.get_process_group_ranks(group)
     for rank, other in zip(ranks, calls, strict=True):

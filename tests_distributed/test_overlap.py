@@ -34,10 +34,10 @@ def _train(way: str, gather: str, bits: int, *, waits: bool) -> tuple[Grads, int
     left = 0
     leave = handle._wire.leave_under_way
 
-    def counted(finish: Any) -> None:
+    def counted(finish: Any, output: Tensor) -> None:
         nonlocal left
         left += 1
-        leave(finish)
+        leave(finish, output)
         assert handle._wire._under_way is finish
 
     handle._wire.leave_under_way = counted  # type: ignore[method-assign]

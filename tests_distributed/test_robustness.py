@@ -363,7 +363,8 @@ def damaged(direction: str, byte: int, bit: int) -> str:
 
     def damage(received: Tensor) -> None:
         # Of the first rank's payload, or of the second's, which is the first that it receives.
-        received[byte] ^= 1 << bit
+        if received.dtype == torch.uint8:  # not what ranks agree on before they send payloads
+            received[byte] ^= 1 << bit
 
     def all_gather(output: Tensor, *args: Any, **options: Any) -> None:
         work = gathers(output, *args, **options)
@@ -507,8 +508,9 @@ def three(tmp_path: Path) -> Iterator[Callable[..., tuple[list[Any], list[str], 
 
 
 SENTENCE = (
-    r"the (gather|reduce) of the group of \S+( and \d+ others?)? at step \d+ failed on rank "
-    r"{rank}: a rank has ended or does not answer \(.+\)"
+    r"the (agreement at a (forward|backward) pass|(gather|reduce) of the group of \S+"
+    r"( and \d+ others?)? at step \d+) failed on rank {rank}: a rank has ended or does not answer "
+    r"\(.+\)"
 )
 IN_THE_JOB = (
     rf"^error on rank {{rank}}: ({SENTENCE}|the sum over all ranks failed on rank {{rank}}: a rank "

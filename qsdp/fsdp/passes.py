@@ -19,6 +19,8 @@ from qsdp.failures import collective
 from qsdp.fsdp.adapt import Adaptation
 from qsdp.meeting import meet
 
+_SWITCH = {True: "on", False: "off"}
+
 
 class Cache(Protocol):
     """What passes must know of the payloads of frozen parameters that a group keeps."""
@@ -74,7 +76,7 @@ class Passes:
         self._gathered: dict[dist.ProcessGroup, set[int]] = {}
         self._agreed: dict[dist.ProcessGroup, object] = {}
         self._is_in_backward = False
-        self._has_grad: bool | None = None
+        self._grad_mode = "unknown"
         self._handles: list[RemovableHandle] = []
         # A block's compiler shall not look inside. [Note: Hooks] says why the reference is weak.
         before, after = (
@@ -162,7 +164,7 @@ class Passes:
         trained = {i: self._groups[i].requires_grad() for i in members}
         facts: dict[str, object] = {
             "weights": "exact" if wire.is_exact else "quantized",
-            "gradients": {True: "on", False: "off", None: "unknown"}[self._has_grad],
+            "gradients": self._grad_mode,
             "bits and levels": self._adaptation.mark,
             "the seed": wire.clock.seed,
             "masks": f"of call {wire.support} of set_support" if wire.support else "lifted",
@@ -200,19 +202,22 @@ class Passes:
         return found
 
     def _before_forward(self, module: nn.Module) -> None:
-        if compat.in_backward() or not compat.is_root(module):
+        if compat.in_backward() or not compat.becomes_root(module):
             return
         self._abandon(module)
         self._end_what_was_cut_short()
+        is_inference = torch.is_inference_mode_enabled()
+        self._grad_mode = "in inference mode" if is_inference else _SWITCH[torch.is_grad_enabled()]
         for group, cache in zip(self._groups, self.caches, strict=True):
             if compat.is_part(group.state, module):
                 cache.drop_stale()
-        self._has_grad = torch.is_grad_enabled()
+                if is_inference:
+                    group.make_buffers()
 
     def _after_forward(self, module: nn.Module) -> None:
         if compat.in_backward() or not compat.is_root(module):
             return
-        self._has_grad = None
+        self._grad_mode = "unknown"
         # Nobody else would, and `model.parameters()` would show decoded weights.
         if not torch.is_grad_enabled() and compat.stays_gathered_by_default(module):
             compat.reshard_module(module)
