@@ -274,8 +274,15 @@ def is_root(module: nn.Module) -> bool:
     return _state(module)._is_root is True
 
 
+def settle(model: nn.Module) -> None:
+    """Let qsdp's wire of ``model`` learn what it would learn of the weights before the next step,
+    before they are edited for something else. Without the wire there is nothing to do."""
+    for passes in _passes_of(model):
+        passes.settle()
+
+
 def becomes_root(module: nn.Module) -> bool:
-    """`is_root`, asked before FSDP2 hears of a forward pass of ``module``: its first one decides."""
+    """`is_root`, asked before FSDP2 hears of a forward pass: the first one decides."""
     state = _state(module)
     if state._is_root is None:
         state._lazy_init()
@@ -308,9 +315,7 @@ def is_cut_short(module: nn.Module) -> bool:
 def rewind_point(model: nn.Module) -> Callable[[], None]:
     """A function that makes what qsdp's wire of ``model`` counts as it is now: for the second try
     of a step. Without the wire there is nothing to do."""
-    comms = [group.comms()[0] for group in parameter_groups(model)]
-    wires = {id(c.passes): c.passes for c in comms if hasattr(c, "passes")}
-    points = [passes.rewind_point() for passes in wires.values()]
+    points = [passes.rewind_point() for passes in _passes_of(model)]
 
     def rewind() -> None:
         for point in points:
@@ -328,7 +333,7 @@ def abandon_pass(model: nn.Module) -> None:
     """
     for root in _fsdp_roots(model):
         state = _state(root)
-        if state._is_root is False:  # a part of a model, which alone can be reset
+        if state._is_root is not True:  # no pass was begun; or a part of a model that alone can be
             continue
         if hasattr(root, "reset_iter_state"):
             root.reset_iter_state()
@@ -438,6 +443,12 @@ def full_tensor(tensor: DTensor) -> Tensor:
         local, on_cpu, tensor.placements, shape=tensor.shape, stride=tensor.stride()
     )
     return parts.full_tensor()
+
+
+def _passes_of(model: nn.Module) -> list[Any]:
+    """The passes (qsdp/fsdp/passes.py) of the wires that are installed on ``model``."""
+    comms = [group.comms()[0] for group in parameter_groups(model)]
+    return list({id(c.passes): c.passes for c in comms if hasattr(c, "passes")}.values())
 
 
 def _fsdp_roots(module: nn.Module) -> Iterator[Any]:

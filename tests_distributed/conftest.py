@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def selection(
-    names: str, chosen: Sequence[tuple[Any, ...]], *factors: Sequence[Any]
+    names: str | Sequence[str], chosen: Sequence[tuple[Any, ...]], *factors: Sequence[Any]
 ) -> pytest.MarkDecorator:
     """Parametrize by the whole product of ``factors``, of which all but ``chosen`` are heavy."""
     product = list(itertools.product(*factors))

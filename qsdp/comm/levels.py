@@ -82,6 +82,12 @@ class Counts:
         self.places = sorted(set(places))
         self.by_place = {place: torch.zeros(BINS, dtype=torch.int64) for place in self.places}
 
+    def copy(self) -> "Counts":
+        """Another one that has seen the same."""
+        other = Counts(self.places)
+        other.by_place = {place: counts.clone() for place, counts in self.by_place.items()}
+        return other
+
     def add_values(self, row: list[int], values: Tensor, *, is_grad: bool) -> None:
         """Count the 1-D ``values`` of one table row's segment."""
         place = (row[Field.LEVELS], row[Field.BITS])

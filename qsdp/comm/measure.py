@@ -39,6 +39,12 @@ class Meter:
             key = (row[Field.PARAMETER], is_grad, bits if self._bits else 0)
             self._sums[key] = self._sums[key] + found if key in self._sums else found
 
+    def copy(self) -> "Meter":
+        """Another one that has seen the same."""
+        other = Meter(self._config, self._levels, self._bits)
+        other._sums = dict(self._sums)
+        return other
+
     def totals(
         self, keys: Iterable[tuple[int, bool, int]], groups: Iterable[dist.ProcessGroup]
     ) -> Tensor:

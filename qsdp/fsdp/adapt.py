@@ -13,6 +13,7 @@ from qsdp.comm.measure import Meter, allot
 from qsdp.comm.plan import Plan, Side
 from qsdp.comm.wire import Wire
 from qsdp.config import CODED_BITS, QSDPConfig
+from qsdp.meeting import meet
 
 
 class Adaptation:
@@ -52,11 +53,14 @@ class Adaptation:
 
     def _settle(self, step: int) -> None:
         self._settled = step
+        learns = self._wire.levels is not None and step in self._wire.config.level_steps
+        if learns or self._meter is not None:
+            meet("what is learned between steps", {"step": step}, self._everyone)
         meter, counts = self._take_meters()
         if meter is not None:
             self._allot(meter)
         levels = self._wire.levels
-        if levels is not None and step in self._wire.config.level_steps:
+        if levels is not None and learns:
             counts = counts or self._new_counts()
             self._measure_weights(counts)
             levels.learn(counts, self._everyone)
@@ -75,9 +79,11 @@ class Adaptation:
             self._watch(self._settled)
 
     def rewind_point(self) -> Callable[[], None]:
-        """A function that makes all as it is now."""
+        """A function that makes all as it is now, between two steps."""
         settled, bits, levels = self._settled, self._bits, self._wire.levels
         values = None if levels is None else levels.values.clone()
+        meter = None if self._meter is None else self._meter.copy()
+        counts = None if self._counts is None else self._counts.copy()
 
         def rewind() -> None:
             if bits != self._bits:
@@ -86,7 +92,9 @@ class Adaptation:
                 levels.values.copy_(values)
             self._settled = settled
             self._mark()
-            self.watch_again()
+            self._take_meters()
+            self._meter, self._counts = meter, counts
+            self._wire.meters += [each for each in (meter, counts) if each is not None]
 
         return rewind
 

@@ -60,7 +60,7 @@ class AllGather(_Comm):
         self._buffer: Tensor | None = None
         self._frozen: Payloads | None = None
         self._frozen_sum = 0
-        self._gathered_at = -1
+        self._gathered_at: tuple[int, str, int] | None = None
 
     @property
     def kept_bytes(self) -> int:
@@ -101,7 +101,7 @@ class AllGather(_Comm):
         if not in_backward:
             self._recorders[plan.index].forget_what_was_dropped()
             self.passes.before_gather(plan)
-        self._gathered_at = wire.clock.next_step
+        self._gathered_at = self.passes.now
         places = plan.places if wire.is_exact else self._gather_frozen(input_tensor)
         if kept is not None or not places:
             self._decode(kept, output_tensor)
@@ -160,8 +160,8 @@ class AllGather(_Comm):
 
     def drop_stale(self) -> None:
         group = self._group
-        is_earlier = 0 <= self._gathered_at < self._wire.clock.next_step
-        if is_earlier and group.is_gathered and group.reshards_after_backward:
+        is_stale = self._gathered_at is not None and self._gathered_at != self.passes.now
+        if is_stale and group.is_gathered and group.reshards_after_backward:
             compat.reshard_module(group.module)
 
     def _sum_of_frozen(self) -> int:

@@ -294,6 +294,17 @@ class Handle:
         self._wire.clock.load_state_dict(state)
         self._adaptation.load_state_dict(state)
 
+    def abandon_step(self) -> None:
+        """Give up a step between two of its passes: gradients that were accumulated, and not
+        reduced, are dropped, as `reset_iter_state` of torch 2.13 says it does.
+
+        An exception inside a pass is noticed without this, at the next pass.
+        """
+        self._check_installed()
+        for group in self._groups:
+            compat.abandon_pass(group.modules[0])
+        self._reshard()
+
     def remove(self) -> None:
         """Give FSDP2 back the collectives it had before `install`. A collective, but where an
         exception is on its way: the other ranks may not get here."""

@@ -6,10 +6,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from qsdp import compat
@@ -77,6 +79,8 @@ class Passes:
         self._agreed: dict[dist.ProcessGroup, object] = {}
         self._is_in_backward = False
         self._grad_mode = "unknown"
+        self._num_edits = 0
+        _LIVE.add(self)
         self._handles: list[RemovableHandle] = []
         # A block's compiler shall not look inside. [Note: Hooks] says why the reference is weak.
         before, after = (
@@ -88,6 +92,12 @@ class Passes:
                 module.register_forward_pre_hook(before, prepend=True),
                 module.register_forward_hook(after),
             ]
+
+    @property
+    def now(self) -> tuple[int, str, int]:
+        """What gathered weights belong to: a step, with its bits and levels, and what optimizers
+        had made of the weights."""
+        return self._wire.clock.next_step, self._adaptation.mark, self._num_edits
 
     def begin_anew(self) -> None:
         """Let the next gather begin a pass."""
@@ -105,7 +115,8 @@ class Passes:
         self._meet_for_a_pass(plan.group)
         self._gathered[plan.group] = {plan.index}
         if not wire.is_exact:
-            self._adaptation.settle()
+            if self._grad_mode == "unknown":  # gathered by hand: it may be for training
+                self._adaptation.settle()
             wire.clock.before_forward()
 
     def before_collective_in_backward(self, plan: Plan) -> None:
@@ -117,6 +128,10 @@ class Passes:
         compat.after_backward(self._end_backward)
         if compat.device_of(plan.group).type == "cpu":  # else nobody would read what is said
             meet("a backward pass", {"step": self._wire.clock.step}, [plan.group])
+
+    def settle(self) -> None:
+        """Do what is due before the next step's pass, with the weights as they are now."""
+        self._adaptation.settle()
 
     def mend(self) -> None:
         """Undo what a pass that was cut short has left behind; no pass may be under way."""
@@ -139,6 +154,7 @@ class Passes:
         return rewind
 
     def remove(self) -> None:
+        _LIVE.discard(self)
         for handle in self._handles:
             handle.remove()
 
@@ -206,6 +222,9 @@ class Passes:
             return
         self._abandon(module)
         self._end_what_was_cut_short()
+        # Not in a validation: its weights may be other ones, compressed or averaged.
+        if torch.is_grad_enabled() and not self._wire.is_exact:
+            self.settle()
         is_inference = torch.is_inference_mode_enabled()
         self._grad_mode = "in inference mode" if is_inference else _SWITCH[torch.is_grad_enabled()]
         for group, cache in zip(self._groups, self.caches, strict=True):
@@ -221,6 +240,17 @@ class Passes:
         # Nobody else would, and `model.parameters()` would show decoded weights.
         if not torch.is_grad_enabled() and compat.stays_gathered_by_default(module):
             compat.reshard_module(module)
+
+
+_LIVE: WeakSet[Passes] = WeakSet()
+
+
+def _count_edit(*_: object) -> None:
+    for passes in _LIVE:
+        passes._num_edits += 1
+
+
+register_optimizer_step_post_hook(_count_edit)  # one for all optimizers: it holds no model
 
 
 def _call(passes: weakref.ref[Passes], method: Any, module: nn.Module, *_: object) -> None:

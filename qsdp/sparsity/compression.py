@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qsdp import bitmask
 from qsdp.codec.magnitude import DTYPES, keys_of
-from qsdp.compat import abandon_cut_short, reshard
+from qsdp.compat import abandon_cut_short, reshard, settle
 from qsdp.meeting import groups_of, meet, mistakes_shared
 from qsdp.sparsity.groups import whole_groups
 from qsdp.sparsity.prunable import input_dims, prunable_parameters
@@ -217,6 +217,7 @@ def compressed(
         prunable.check(chosen)
         shards = prunable.shards()
     meet(call, {"target": str(chosen), "prunable parameters": prunable.names}, groups)
+    settle(model)
     before = [shard.values.clone() for shard in shards]
     try:
         with torch.no_grad():
