@@ -65,8 +65,7 @@ class QSDPConfig:
     gather: str = "twice"
     """`twice`: the backward pass gathers again, and memory stays low. `once`: the payload of the
     forward gather of modules in training mode is kept until the backward pass, and that of frozen
-    parameters until these are edited in place (through the parameter itself: an edit of its `.data`
-    goes unseen)."""
+    parameters until their contents change, on whatever rank and by whatever edit."""
 
     reduce: str = "auto"
     """`flat`: one all-to-all over all ranks. `two-hop`: inside each node, then between nodes; the
