@@ -154,6 +154,24 @@ class ParameterGroup:
         reshards: bool = self._group.reshard_after_backward
         return reshards
 
+    @property
+    def gathers_in_backward(self) -> bool:
+        """Whether weights that the forward pass freed are gathered for the backward pass."""
+        gathers: bool = self._group.unshard_in_backward
+        return gathers
+
+    @property
+    def reduces(self) -> bool:
+        """Whether a backward pass ends with a reduce, and is no part of an accumulation."""
+        reduces: bool = self._group.reduce_grads
+        return reduces
+
+    @property
+    def prefetches(self) -> tuple[list[Any], list[Any]]:
+        """The states of the groups that it gathers ahead, in a forward and in a backward pass,
+        where the user has said which."""
+        return self.state._states_to_forward_prefetch, self.state._states_to_backward_prefetch
+
     def requires_grad(self) -> list[bool]:
         """Whether each parameter is trained, in buffer order."""
         return [p.sharded_param.requires_grad for p in self._group.fsdp_params]
@@ -275,7 +293,7 @@ def is_root(module: nn.Module) -> bool:
 
 
 def becomes_root(module: nn.Module) -> bool:
-    """`is_root`, asked before FSDP2 hears of a forward pass of ``module``: its first one decides."""
+    """`is_root`, asked before FSDP2 hears of a forward pass of ``module``: its first decides."""
     state = _state(module)
     if state._is_root is None:
         state._lazy_init()
@@ -328,7 +346,7 @@ def abandon_pass(model: nn.Module) -> None:
     """
     for root in _fsdp_roots(model):
         state = _state(root)
-        if state._is_root is False:  # a part of a model, which alone can be reset
+        if not state._is_root:  # no pass was begun, or it is a part: only a whole can be reset
             continue
         if hasattr(root, "reset_iter_state"):
             root.reset_iter_state()

@@ -103,7 +103,9 @@ class Handle:
             given = agreement.describe_meshes(replicate_mesh=replicate_mesh, node_mesh=node_mesh)
         agreement.check(everyone, given)
         everyone += [] if replicas is None else [replicas]
-        launched = agreement.by_rank(everyone, launched_ranks())
+        with mistakes_shared(agreement.CALL, everyone):
+            here = launched_ranks()
+        launched = agreement.by_rank(everyone, here)
         with mistakes_shared(agreement.CALL, everyone):
             check_type("config", config, QSDPConfig)
             if any(isinstance(group.comms()[0], AllGather) for group in groups):

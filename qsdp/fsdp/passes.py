@@ -116,7 +116,8 @@ class Passes:
         self._is_in_backward = True
         compat.after_backward(self._end_backward)
         if compat.device_of(plan.group).type == "cpu":  # else nobody would read what is said
-            meet("a backward pass", {"step": self._wire.clock.step}, [plan.group])
+            facts = {"step": self._wire.clock.step, **self._settings(plan.group, is_forward=False)}
+            meet("a backward pass", facts, [plan.group])
 
     def mend(self) -> None:
         """Undo what a pass that was cut short has left behind; no pass may be under way."""
@@ -168,6 +169,7 @@ class Passes:
             "bits and levels": self._adaptation.mark,
             "the seed": wire.clock.seed,
             "masks": f"of call {wire.support} of set_support" if wire.support else "lifted",
+            **self._settings(group, is_forward=True),
             "frozen parameters": tuple(
                 name
                 for i in members
@@ -190,6 +192,34 @@ class Passes:
             for i in self._changed_anywhere(changed, group):
                 self.caches[i].forget_frozen()
         self._agreed[group] = facts
+
+    def _settings(self, shard_group: dist.ProcessGroup, *, is_forward: bool) -> dict[str, object]:
+        """What FSDP2 was told of the groups over ``shard_group`` that decides which collectives
+        there are in a pass, and in which order."""
+        found: dict[str, list[str]] = {}
+        names = {id(g.state): p.name for g, p in zip(self._groups, self._plans, strict=True)}
+        for plan, group in zip(self._plans, self._groups, strict=True):
+            if plan.group != shard_group:
+                continue
+            if is_forward:
+                settings = {
+                    "groups that stay gathered for the backward": not group.reshards_after_forward,
+                    "groups that stay gathered after the backward": (
+                        not group.reshards_after_backward
+                    ),
+                }
+            else:
+                settings = {
+                    "groups that are not reduced": not group.reduces,
+                    "groups that are not gathered again": not group.gathers_in_backward,
+                }
+            for words, is_so in settings.items():
+                found.setdefault(words, []).extend([plan.name] if is_so else [])
+            found.setdefault("groups that are gathered ahead", []).extend(
+                f"{names.get(id(state), 'another')} from {plan.name} on"
+                for state in group.prefetches[not is_forward]
+            )
+        return {words: tuple(groups) for words, groups in found.items()}
 
     def _changed_anywhere(self, changed: Sequence[int], group: dist.ProcessGroup) -> list[int]:
         """The groups whose frozen shards have changed on some rank."""
