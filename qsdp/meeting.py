@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from qsdp import compat
-from qsdp.failures import collective, listed
+from qsdp.failures import CollectiveError, collective, listed
 
 
 def meet(
@@ -64,6 +64,8 @@ def mistakes_shared(call: str, groups: Sequence[dist.ProcessGroup]) -> Iterator[
     ``call``, which would wait for this rank in vain."""
     try:
         yield
+    except CollectiveError:  # nobody would answer
+        raise
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         compare(call, {"mistake": " ".join(str(error).split())}, groups)
         raise

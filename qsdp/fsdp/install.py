@@ -144,7 +144,7 @@ class Handle:
         if config.levels == "learned":
             self._wire.levels = Levels(len(order))
         self._adaptation = Adaptation(self._plans, groups, self._wire, everyone)
-        self._passes = Passes(self._plans, groups, self._wire, self._adaptation)
+        self._passes = Passes(self._plans, groups, self._wire, self._adaptation, replicas)
         self._grad_meter: Meter | None = None
         self._num_supports = 0
         self._before = [group.comms() for group in groups]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,8 +18,9 @@ from qsdp.comm.plan import Plan
 from qsdp.comm.wire import Wire
 from qsdp.failures import collective
 from qsdp.fsdp.adapt import Adaptation
-from qsdp.meeting import meet
+from qsdp.meeting import meet, mistakes_shared
 
+_BACKWARD = "a backward pass"
 _SWITCH = {True: "on", False: "off"}
 
 
@@ -47,7 +49,8 @@ class Passes:
     the ranks meet ([Note: Meeting]): on the step, on what is sent, and on whether any of them has
     edited a frozen shard whose payload all keep. They meet again where its backward pass reduces
     or gathers for the first time. It is the ranks of a shard group that meet: replicas may
-    validate on their own.
+    validate on their own. Where qsdp averages over the replicas, these meet at the beginning of
+    backward passes that end with a reduce, and a rank that fails before that tells them there.
 
     An exception that ends a pass in the middle leaves FSDP2 and the wire in the middle of it. What
     is left is undone before the next pass, so that it equals one of a run without the exception:
@@ -58,6 +61,7 @@ class Passes:
         plans, groups: of the handle's groups.
         wire: what they share.
         adaptation: of bits and levels.
+        replicas: the ranks that hold the same shards, where qsdp averages over them.
 
     Attributes:
         caches: by plan; set once they are made.
@@ -69,12 +73,16 @@ class Passes:
         groups: Sequence[compat.ParameterGroup],
         wire: Wire,
         adaptation: Adaptation,
+        replicas: dist.ProcessGroup | None,
     ) -> None:
         self._plans, self._groups = plans, groups
         self._wire, self._adaptation = wire, adaptation
+        # Elsewhere nobody would read what is said.
+        hears = replicas is not None and compat.device_of(replicas).type == "cpu"
+        self._replicas = [replicas] if replicas is not None and hears else []
         self.caches: Sequence[Cache] = ()
         self._gathered: dict[dist.ProcessGroup, set[int]] = {}
-        self._agreed: dict[dist.ProcessGroup, object] = {}
+        self._agreed: dict[dist.ProcessGroup, dict[str, object]] = {}
         self._is_in_backward = False
         self._grad_mode = "unknown"
         self._handles: list[RemovableHandle] = []
@@ -102,7 +110,8 @@ class Passes:
         if gathered and plan.index not in gathered:
             gathered.add(plan.index)
             return
-        self._meet_for_a_pass(plan.group)
+        with self.mistakes_reach_replicas():
+            self._meet_for_a_pass(plan)
         self._gathered[plan.group] = {plan.index}
         if not wire.is_exact:
             self._adaptation.settle()
@@ -117,7 +126,20 @@ class Passes:
         compat.after_backward(self._end_backward)
         if compat.device_of(plan.group).type == "cpu":  # else nobody would read what is said
             facts = {"step": self._wire.clock.step, **self._settings(plan.group, is_forward=False)}
-            meet("a backward pass", facts, [plan.group])
+            with self.mistakes_reach_replicas():
+                meet(_BACKWARD, facts, [plan.group])
+            if self._replicas and any(group.reduces for group in self._groups):
+                meet(_BACKWARD, facts | self._agreed_facts(plan.group), self._replicas)
+
+    def mistakes_reach_replicas(self) -> AbstractContextManager[None]:
+        """Inside, outside a backward pass, a mistake also reaches the replicas that wait there."""
+        return mistakes_shared(_BACKWARD, self._replicas)
+
+    def _agreed_facts(self, group: dist.ProcessGroup) -> dict[str, object]:
+        """What the shard group has agreed on and the sizes of reduced payloads depend on."""
+        agreed = self._agreed.get(group, {})
+        words = ("bits and levels", "the seed", "masks", "frozen parameters")
+        return {each: agreed.get(each) for each in words}
 
     def mend(self) -> None:
         """Undo what a pass that was cut short has left behind; no pass may be under way."""
@@ -158,12 +180,13 @@ class Passes:
         self._is_in_backward = False
         self.begin_anew()
 
-    def _meet_for_a_pass(self, group: dist.ProcessGroup) -> None:
-        """Agree on all that the gathers of a pass over ``group`` depend on."""
-        wire, config = self._wire, self._wire.config
+    def _meet_for_a_pass(self, first: Plan) -> None:
+        """Agree on all that the gathers of a pass depend on, of which ``first`` is the first."""
+        wire, config, group = self._wire, self._wire.config, first.group
         members = [i for i, plan in enumerate(self._plans) if plan.group == group]
         trained = {i: self._groups[i].requires_grad() for i in members}
         facts: dict[str, object] = {
+            "the first group": first.name,
             "weights": "exact" if wire.is_exact else "quantized",
             "gradients": self._grad_mode,
             "bits and levels": self._adaptation.mark,
