@@ -72,9 +72,10 @@ def mistakes_shared(call: str, groups: Sequence[dist.ProcessGroup]) -> Iterator[
 
 
 def groups_of(tensors: Iterable[Tensor]) -> list[dist.ProcessGroup]:
-    """The process groups of all axes of the meshes of ``tensors``: none where all are plain."""
+    """The process groups of all axes of the meshes of ``tensors``: none where all are plain. The
+    last axes, over which HSDP shards and passes meet, come first."""
     meshes = dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, DTensor))
-    groups = dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups())
+    groups = dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()[::-1])
     return [group for group in groups if group.size() > 1]
 
 

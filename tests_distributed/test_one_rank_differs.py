@@ -344,6 +344,11 @@ def _in_no_grad(stage: Stage) -> None:
         stage.forward()
 
 
+def _in_no_grad_and_train(stage: Stage) -> None:
+    _in_no_grad(stage)
+    stage.train()
+
+
 def _in_inference_mode(stage: Stage) -> None:
     with torch.inference_mode():
         stage.forward()
@@ -1089,9 +1094,9 @@ def go_through(table: str, odd: int, names: list[str] | None = None) -> dict[str
     return {name: _say(points[name], odd) for name in names or points}
 
 
-def _say(point: Point, odd: int) -> str:
+def _say(point: Point, odd: int, kind: type[Stage] = Stage) -> str:
     rank = dist.get_rank()
-    stage = Stage(point, rank, odd)
+    stage = kind(point, rank, odd)
     point.before(stage)
     said = "nothing"
     try:
@@ -1114,3 +1119,160 @@ def test_when_one_rank_differs_all_raise_and_say_how(
     for name, point in TABLES[table].items():
         for rank, said in enumerate(each[name] for each in everyone):
             assert re.fullmatch(point.says(rank, odd % ranks), said), f"{name}: {said}"
+
+
+# --- replicas ---------------------------------------------------------------------------------
+
+SHARED = r"rank (\d) cannot do what the others do at a backward pass: "
+
+
+class ReplicaStage(Stage):
+    """As `Stage`, on two replicas of two ranks each, whose average is qsdp's."""
+
+    def __init__(self, point: Point, rank: int, odd: int) -> None:
+        self.rank, self.odd = rank, odd
+        self.mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        self.model = shard(make_model(num_layers=1, **point.model), mesh=self.mesh["shard"])
+        self.batch = make_batch(self.model, 0)
+        self.handle = qsdp.install(self.model, replicate_mesh=self.mesh["replicate"])
+
+
+def _train_frozen(stage: Stage) -> None:
+    stage.parameter(UP).requires_grad_(False)
+    stage.train()
+
+
+def _train_exact(stage: Stage) -> None:
+    with stage.handle.exact():
+        stage.train()
+
+
+def _at_step(stage: Stage) -> None:
+    stage.handle.load_state_dict(stage.handle.state_dict() | {"step": 5})
+    stage.train()
+
+
+def _lift_and_train(stage: Stage) -> None:
+    stage.handle.set_support(None)
+    stage.train()
+
+
+def _train_unused(stage: Stage) -> None:
+    """A pass in which a norm gets no gradient."""
+    model = stage.model
+    norm, model.norm = model.norm, nn.Identity()
+    try:
+        stage.train()
+    finally:
+        model.norm = norm
+
+
+# What some do while the others train, what all do before, and what differs: in a forward pass of
+# one replica, and between the two.
+REPLICAS: dict[str, tuple[Act, Act, str, str]] = {
+    "frozen": (_train_frozen, _train, f"frozen parameters (none|{UP})", "the same"),
+    "exact": (_train_exact, _train, "weights (exact|quantized)", r"step \d"),
+    "step": (_at_step, _train, r"step \d", "the same"),
+    "masks": (_lift_and_train, _set_pruned, "masks (lifted|of call 1 of set_support)", "the same"),
+    "unused": (_train_unused, lambda stage: None, "", "unused"),
+    "unused later": (_train_unused, _train, "", "unused"),
+    "evaluated": (_in_no_grad_and_train, _train, "gradients (on|off)", ""),
+}
+
+
+def go_through_replicas(odds: list[int]) -> dict[str, str]:
+    """What this rank says at each point, where the ranks ``odds`` differ."""
+    rank = dist.get_rank()
+    said = {}
+    for name, (there, before, *_) in REPLICAS.items():
+        point = Point(there=there, elsewhere=_train, says=both(""), before=before)
+        said[name] = _say(point, rank if rank in odds else -1, ReplicaStage)
+    return said
+
+
+@pytest.mark.parametrize("odds", [[0], [3], [0, 1], [2, 3], [0, 1, 2, 3]])
+def test_when_one_rank_or_replica_differs_all_raise_but_not_when_all_do(
+    run: Run, odds: list[int]
+) -> None:
+    everyone = run(4, go_through_replicas, odds)
+    for name, (*_, alone, apart) in REPLICAS.items():
+        between = alone if apart == "the same" else apart
+        for said in (each[name] for each in everyone):
+            if len(odds) == 4 or (len(odds) == 2 and not between):
+                assert said == "nothing", name
+            elif apart == "unused":
+                missing = (
+                    r"rank \d has no gradient of norm.weight and norm.bias to reduce, but rank"
+                )
+                assert re.fullmatch(f"{missing}.*", said), f"{name}: {said}"
+            elif len(odds) == 2:
+                here = rf"rank \d is at a backward pass with {between}, but rank \d with .*"
+                assert re.fullmatch(here, said), f"{name}: {said}"
+            else:
+                here = rf"({SHARED})?rank \d is at a forward pass with {alone}, but rank \d with .*"
+                assert re.fullmatch(here, said), f"{name}: {said}"
+
+
+# --- what may differ --------------------------------------------------------------------------
+
+
+def _edit_frozen_on_one_rank(gather: str, odd: int) -> list[Tensor]:
+    """Losses before and after one rank edits its shard of a frozen weight, and after a step."""
+    odd %= dist.get_world_size()
+    model: Any = make_model(num_layers=1)
+    model.blocks[0].mlp.up.weight.requires_grad_(False)
+    handle = qsdp.install(shard(model), qsdp.QSDPConfig(gather=gather, weight_bits=32))
+    batch = make_batch(model, 0, rank=0)
+    losses = []
+    for is_edited in (False, True, False):
+        if is_edited and dist.get_rank() == odd:
+            model.blocks[0].mlp.reshard()
+            with torch.no_grad():
+                model.get_parameter(UP).to_local().add_(1.0)
+        loss = model(*batch)
+        torch.autograd.backward(loss)
+        losses.append(loss.detach())
+        model.zero_grad()
+    handle.remove()
+    return losses
+
+
+@selection("ranks,odd", [(2, 0), (3, -1)], [2, 3], [0, -1])
+def test_all_ranks_see_what_one_rank_edits(run: Run, ranks: int, odd: int) -> None:
+    (expected, *_), (found, *others) = (
+        run(ranks, _edit_frozen_on_one_rank, gather, odd) for gather in ("twice", "once")
+    )
+    assert expected[1] != expected[0]
+    for losses in (found, *others):
+        assert losses == expected
+
+
+def _without_gradients(odd: int) -> dict[str, Any]:
+    """Norms where one rank has no gradient at all, and the number of its steps."""
+    odd %= dist.get_world_size()
+    found: dict[str, Any] = {}
+    for name in OPTIONS:
+        stage = Stage(STEPS[f"step of {name}"], dist.get_rank(), odd)
+        _made(name, **OPTIONS[name])(stage)
+
+        def closure(stage: Stage = stage) -> Tensor:
+            loss = stage.train()
+            if stage.rank == odd:
+                stage.optimizer.zero_grad()
+            return loss
+
+        for _ in range(2):
+            stage.optimizer.step(closure)
+        found[name] = stage.optimizer.last_grad_norm, stage.optimizer.num_steps
+        stage.optimizer.zero_grad()
+        closure()
+        found[f"clipped after {name}"] = qsdp.clip_grad_norm_(stage.model.parameters(), 1.0)
+        stage.forward()
+    return found
+
+
+@selection("ranks,odd", [(2, -1), (3, 0)], [2, 3], [0, -1])
+def test_a_rank_may_have_no_gradient(run: Run, ranks: int, odd: int) -> None:
+    first, *others = run(ranks, _without_gradients, odd)
+    assert all(norm and steps == 2 for norm, steps in map(first.get, OPTIONS))
+    assert others == [first] * (ranks - 1)

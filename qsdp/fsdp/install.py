@@ -141,6 +141,9 @@ class Handle:
         self._nodes = nodes
         self._hops = make_hops(self._plans, nodes, node_mesh)
         self._everyone = everyone
+        # Passes meet in shard groups alone: a rank that is not in one is first heard of there.
+        shard_groups = {plan.group for plan in self._plans}
+        self._meets = sorted(everyone, key=lambda group: group not in shard_groups)
         if config.levels == "learned":
             self._wire.levels = Levels(len(order))
         self._adaptation = Adaptation(self._plans, groups, self._wire, everyone)
@@ -216,7 +219,7 @@ class Handle:
             exchange(self._plans, [{}] * len(self._plans), self._wire, with_grads=with_grads)
             return
         call = "handle.set_support"
-        with mistakes_shared(call, self._everyone):
+        with mistakes_shared(call, self._meets):
             chosen = self._masks_by_place(masks)
             facts = {
                 "masks of": tuple(
@@ -226,7 +229,7 @@ class Handle:
                 ),
                 "with_grads": bool(with_grads),
             }
-        meet(call, facts, self._everyone)
+        meet(call, facts, self._meets)
         self._num_supports += 1
         self._wire.support = self._num_supports
         exchange(self._plans, chosen, self._wire, with_grads=with_grads)
@@ -257,7 +260,7 @@ class Handle:
         the last `measuring`. None where there were none or they travel raw.
         """
         self._check_installed()
-        meet("handle.errors", {"measured gradients": self._grad_meter is not None}, self._everyone)
+        meet("handle.errors", {"measured gradients": self._grad_meter is not None}, self._meets)
         weights = Meter(self.config, self._wire.level_values)
         meter = weights if self._grad_meter is None else self._grad_meter
         self._adaptation.measure_as_sent(weights)
@@ -281,7 +284,7 @@ class Handle:
         if self.config.budget is not None or self.config.levels == "learned":
             self._check_installed()
             facts = {"step": self._wire.clock.next_step, "bits and levels": self._adaptation.mark}
-            meet("handle.state_dict", facts, self._everyone)
+            meet("handle.state_dict", facts, self._meets)
         return self._wire.clock.state_dict() | self._adaptation.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -301,7 +304,7 @@ class Handle:
         exception is on its way: the other ranks may not get here."""
         self._check_installed()
         if sys.exc_info()[1] is None:
-            meet("handle.remove", {}, self._everyone)
+            meet("handle.remove", {}, self._meets)
         self._is_removed = True
         self._passes.remove()
         for recorder in self._recorders:
