@@ -115,6 +115,11 @@ class ParameterGroup:
         return getattr(self._group.mesh_info, "replicate_mesh_size", 1)
 
     @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """The process group of the replicate axis (HSDP)."""
+        return getattr(self._group.mesh_info, "replicate_process_group", None)
+
+    @property
     def regather_world_size(self) -> int | None:
         """Ranks of the second gather under `reshard_after_forward=<int>`, else None."""
         info = self._group.post_forward_mesh_info
@@ -165,6 +170,12 @@ class ParameterGroup:
         """Whether a backward pass ends with a reduce, and is no part of an accumulation."""
         reduces: bool = self._group.reduce_grads
         return reduces
+
+    @property
+    def averages(self) -> bool:
+        """Whether FSDP2 averages what was reduced over the replicas of HSDP."""
+        averages: bool = self._group.all_reduce_grads and self.replicas > 1
+        return averages
 
     @property
     def prefetches(self) -> tuple[list[Any], list[Any]]:

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 
 import qsdp
+from qsdp.checkpoint import load, save
 from qsdp.failures import CollectiveError
 from tests_distributed.conftest import Run, selection
 from tests_distributed.helpers import make_batch, make_model, shard
@@ -1211,6 +1212,96 @@ def test_when_one_rank_or_replica_differs_all_raise_but_not_when_all_do(
             else:
                 here = rf"({SHARED})?rank \d is at a forward pass with {alone}, but rank \d with .*"
                 assert re.fullmatch(here, said), f"{name}: {said}"
+
+
+@pytest.mark.parametrize("odds", [[0], [3], [2, 3]])
+def test_with_fsdps_own_average_the_other_replica_hears_too(run: Run, odds: list[int]) -> None:
+    for rank, said in enumerate(run(4, _evaluate_on_own_average, odds)):
+        alone = rank // 2 == odds[0] // 2
+        here = r"rank \d is at a forward pass with gradients (on|off), but rank \d with .*"
+        assert re.fullmatch("nothing" if len(odds) == 2 else ("" if alone else SHARED) + here, said)
+
+
+def _evaluate_on_own_average(odds: list[int]) -> str:
+    rank = dist.get_rank()
+    act = _in_no_grad_and_train
+    point = Point(there=act, elsewhere=_train, says=both(""), before=_train)
+    return _say(point, rank if rank in odds else -1, HybridStage)
+
+
+class HybridStage(Stage):
+    """As `Stage`, on two replicas of two ranks each, whose average is FSDP2's."""
+
+    def __init__(self, point: Point, rank: int, odd: int) -> None:
+        self.rank, self.odd = rank, odd
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        self.model = shard(make_model(num_layers=1), mesh=mesh)
+        self.batch = make_batch(self.model, 0)
+        self.handle = qsdp.install(self.model)
+
+
+# --- checkpoints ------------------------------------------------------------------------------
+
+
+def _save(step: int, has_optimizer: bool = True, folder: str = "", **options: Any) -> Act:
+    def act(stage: Stage) -> None:
+        optimizer = stage.optimizer if has_optimizer else None
+        save(stage.folder / folder, step, stage.model, optimizer, {}, **options)
+
+    return act
+
+
+def _load_step(step: int) -> Act:
+    return lambda stage: load(stage.folder / f"step-{step:08d}", stage.model, stage.optimizer)
+
+
+CHECKPOINTS = {
+    "step": (_save(4), _save(3), differs("checkpoint.save", "step", "4", "3")),
+    "folder": (_save(3, folder="b"), _save(3), differs("checkpoint.save", "folder", r".*b", ".*")),
+    "keep": (_save(3, keep=9), _save(3), differs("checkpoint.save", "keep", "9", "2")),
+    "optimizer": (
+        _save(3, False),
+        _save(3),
+        differs("checkpoint.save", "optimizer", "False", "True"),
+    ),
+    "loaded step": (
+        _load_step(1),
+        _load_step(2),
+        differs("checkpoint.load", "folder", ".*1", ".*2"),
+    ),
+    "missing": (_load_step(9), _load_step(2), differs("checkpoint.load", "folder", ".*9", ".*2")),
+    "loaded while saved": (_load_step(1), _save(3), apart("checkpoint.load", "checkpoint.save")),
+    "not saved": (_forward, _save(3), apart(FORWARD, "checkpoint.save")),
+}
+
+
+def go_through_checkpoints(folder: Path, odd: int) -> dict[str, str]:
+    """What this rank says at each point."""
+    odd %= dist.get_world_size()
+
+    def before(stage: Stage) -> None:
+        _made("CrAM")(stage)
+        stage.folder = folder
+        if not folder.exists():
+            dist.barrier()
+            _save(1)(stage)
+            _save(2)(stage)
+
+    return {
+        name: _say(Point(there=there, elsewhere=elsewhere, says=says, before=before), odd)
+        for name, (there, elsewhere, says) in CHECKPOINTS.items()
+    }
+
+
+@selection("ranks,odd", [(2, -1), (3, 0)], [2, 3], [0, -1])
+def test_when_one_rank_differs_no_checkpoint_is_touched(
+    run: Run, tmp_path: Path, ranks: int, odd: int
+) -> None:
+    everyone = run(ranks, go_through_checkpoints, tmp_path / "checkpoints", odd)
+    for name, (*_, says) in CHECKPOINTS.items():
+        for rank, said in enumerate(each[name] for each in everyone):
+            assert re.fullmatch(says(rank, odd % ranks), said), f"{name}: {said}"
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
 # --- what may differ --------------------------------------------------------------------------

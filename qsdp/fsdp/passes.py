@@ -49,8 +49,8 @@ class Passes:
     the ranks meet ([Note: Meeting]): on the step, on what is sent, and on whether any of them has
     edited a frozen shard whose payload all keep. They meet again where its backward pass reduces
     or gathers for the first time. It is the ranks of a shard group that meet: replicas may
-    validate on their own. Where qsdp averages over the replicas, these meet at the beginning of
-    backward passes that end with a reduce, and a rank that fails before that tells them there.
+    validate on their own. Replicas meet at the beginning of backward passes that end with their
+    average, and a rank that fails before that tells them there.
 
     An exception that ends a pass in the middle leaves FSDP2 and the wire in the middle of it. What
     is left is undone before the next pass, so that it equals one of a run without the exception:
@@ -77,9 +77,14 @@ class Passes:
     ) -> None:
         self._plans, self._groups = plans, groups
         self._wire, self._adaptation = wire, adaptation
+        self._averages = replicas is not None
+        axes = {replicas} if self._averages else {group.replica_group for group in groups}
         # Elsewhere nobody would read what is said.
-        hears = replicas is not None and compat.device_of(replicas).type == "cpu"
-        self._replicas = [replicas] if replicas is not None and hears else []
+        self._replicas = [
+            axis
+            for axis in (axes if len(axes) == 1 else ())
+            if axis is not None and compat.device_of(axis).type == "cpu"
+        ]
         self.caches: Sequence[Cache] = ()
         self._gathered: dict[dist.ProcessGroup, set[int]] = {}
         self._agreed: dict[dist.ProcessGroup, dict[str, object]] = {}
@@ -128,7 +133,7 @@ class Passes:
             facts = {"step": self._wire.clock.step, **self._settings(plan.group, is_forward=False)}
             with self.mistakes_reach_replicas():
                 meet(_BACKWARD, facts, [plan.group])
-            if self._replicas and any(group.reduces for group in self._groups):
+            if any(g.reduces and (self._averages or g.averages) for g in self._groups):
                 meet(_BACKWARD, facts | self._agreed_facts(plan.group), self._replicas)
 
     def mistakes_reach_replicas(self) -> AbstractContextManager[None]:
@@ -136,9 +141,11 @@ class Passes:
         return mistakes_shared(_BACKWARD, self._replicas)
 
     def _agreed_facts(self, group: dist.ProcessGroup) -> dict[str, object]:
-        """What the shard group has agreed on and the sizes of reduced payloads depend on."""
+        """What the shard group has agreed on and the average over the replicas depends on."""
         agreed = self._agreed.get(group, {})
-        words = ("bits and levels", "the seed", "masks", "frozen parameters")
+        words = ["frozen parameters"]
+        if self._averages:
+            words += ["bits and levels", "the seed", "masks"]
         return {each: agreed.get(each) for each in words}
 
     def mend(self) -> None:
@@ -234,6 +241,7 @@ class Passes:
             else:
                 settings = {
                     "groups that are not reduced": not group.reduces,
+                    "groups that are not averaged": group.replicas > 1 and not group.averages,
                     "groups that are not gathered again": not group.gathers_in_backward,
                 }
             for words, is_so in settings.items():
