@@ -458,7 +458,82 @@ def _ahead(direction: str) -> Act:
     return act
 
 
+def _between(change: Act) -> Act:
+    """Change something between a forward pass and its backward pass."""
+
+    def act(stage: Stage) -> None:
+        loss = stage.forward()
+        change(stage)
+        torch.autograd.backward(loss)
+
+    return act
+
+
+def _backward_in_exact(stage: Stage) -> None:
+    loss = stage.forward()
+    with stage.handle.exact():
+        torch.autograd.backward(loss)
+
+
+def _glance(stage: Stage) -> None:
+    with stage.handle.exact():
+        pass
+
+
+def _freeze_unsharded(stage: Stage) -> None:
+    stage.model.blocks[0].mlp.up.weight.requires_grad_(False)
+
+
 PASSES = {
+    "exact in the backward pass": Point(
+        there=_backward_in_exact,
+        elsewhere=_train,
+        says=differs(BACKWARD, "weights", "exact", "quantized"),
+    ),
+    "exact in between": Point(
+        before=lambda stage: stage.model.set_reshard_after_forward(False),
+        there=_between(_glance),
+        elsewhere=_train,
+        says=differs(BACKWARD, "gathered groups", ".*", ".*"),
+    ),
+    "exact in between with payloads kept": Point(
+        before=lambda stage: stage.model.set_reshard_after_forward(False, recurse=False),
+        there=_between(_glance),
+        elsewhere=_train,
+        says=differs(BACKWARD, "gathered groups", ".*", ".*"),
+        config=ONCE,
+    ),
+    "masks lifted in between": Point(
+        before=_set_pruned,
+        there=_between(lambda stage: stage.handle.set_support(None)),
+        elsewhere=_train,
+        says=differs(BACKWARD, "masks", "lifted", "of call 1 of set_support"),
+    ),
+    "a state loaded in between": Point(
+        there=_between(lambda stage: _load(stage, seed=3)),
+        elsewhere=_train,
+        says=differs(BACKWARD, "the seed", "3", "0"),
+    ),
+    "frozen in between": Point(
+        there=_between(_freeze_unsharded),
+        elsewhere=_train,
+        says=differs(BACKWARD, "frozen parameters", UP, "none"),
+        config=ONCE,
+    ),
+    "what is due": Point(
+        before=_train,
+        there=lambda stage: (_load(stage, step=1, reduced=0), stage.forward()),
+        elsewhere=_forward,
+        says=differs(FORWARD, "due before it", "nothing", "bits"),
+        config={"budget": 5},
+    ),
+    "levels that are due": Point(
+        before=_train,
+        there=lambda stage: (_load(stage, step=1, reduced=0), stage.forward()),
+        elsewhere=_forward,
+        says=differs(FORWARD, "due before it", "nothing", "levels"),
+        config={"levels": "learned", "weight_bits": 4, "level_steps": (1,)},
+    ),
     "exact": Point(
         there=_in_exact,
         elsewhere=_forward,

@@ -283,7 +283,11 @@ class Handle:
         """
         if self.config.budget is not None or self.config.levels == "learned":
             self._check_installed()
-            facts = {"step": self._wire.clock.next_step, "bits and levels": self._adaptation.mark}
+            facts = {
+                "step": self._wire.clock.next_step,
+                "bits and levels": self._adaptation.mark,
+                "due": self._adaptation.due,
+            }
             meet("handle.state_dict", facts, self._meets)
         return self._wire.clock.state_dict() | self._adaptation.state_dict()
 

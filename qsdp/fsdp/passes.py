@@ -130,23 +130,25 @@ class Passes:
         self._is_in_backward = True
         compat.after_backward(self._end_backward)
         if compat.device_of(plan.group).type == "cpu":  # else nobody would read what is said
-            facts = {"step": self._wire.clock.step, **self._settings(plan.group, is_forward=False)}
+            facts = {
+                "step": self._wire.clock.step,
+                **self._facts(plan.group),
+                **self._settings(plan.group, is_forward=False),
+            }
             with self.mistakes_reach_replicas():
                 meet(_BACKWARD, facts, [plan.group])
             if any(g.reduces and (self._averages or g.averages) for g in self._groups):
-                meet(_BACKWARD, facts | self._agreed_facts(plan.group), self._replicas)
+                meet(_BACKWARD, self._facts_of_average(facts), self._replicas)
 
     def mistakes_reach_replicas(self) -> AbstractContextManager[None]:
         """Inside, outside a backward pass, a mistake also reaches the replicas that wait there."""
         return mistakes_shared(_BACKWARD, self._replicas)
 
-    def _agreed_facts(self, group: dist.ProcessGroup) -> dict[str, object]:
-        """What the shard group has agreed on and the average over the replicas depends on."""
-        agreed = self._agreed.get(group, {})
-        words = ["frozen parameters"]
-        if self._averages:
-            words += ["bits and levels", "the seed", "masks"]
-        return {each: agreed.get(each) for each in words}
+    def _facts_of_average(self, facts: dict[str, object]) -> dict[str, object]:
+        """What the average over the replicas depends on."""
+        own = ("step", "bits and levels", "the seed", "masks") if self._averages else ()
+        words = (*own, "frozen parameters", "groups that are not reduced")
+        return {each: facts[each] for each in (*words, "groups that are not averaged")}
 
     def mend(self) -> None:
         """Undo what a pass that was cut short has left behind; no pass may be under way."""
@@ -191,21 +193,12 @@ class Passes:
         """Agree on all that the gathers of a pass depend on, of which ``first`` is the first."""
         wire, config, group = self._wire, self._wire.config, first.group
         members = [i for i, plan in enumerate(self._plans) if plan.group == group]
-        trained = {i: self._groups[i].requires_grad() for i in members}
         facts: dict[str, object] = {
             "the first group": first.name,
-            "weights": "exact" if wire.is_exact else "quantized",
             "gradients": self._grad_mode,
-            "bits and levels": self._adaptation.mark,
-            "the seed": wire.clock.seed,
-            "masks": f"of call {wire.support} of set_support" if wire.support else "lifted",
+            **self._facts(group),
             **self._settings(group, is_forward=True),
-            "frozen parameters": tuple(
-                name
-                for i in members
-                for name, is_trained in zip(self._plans[i].names, trained[i], strict=True)
-                if not is_trained
-            ),
+            "due before it": self._adaptation.due,
         }
         has_news, is_needed = False, False
         if config.gather == "once":
@@ -222,6 +215,27 @@ class Passes:
             for i in self._changed_anywhere(changed, group):
                 self.caches[i].forget_frozen()
         self._agreed[group] = facts
+
+    def _facts(self, group: dist.ProcessGroup) -> dict[str, object]:
+        """What payloads over ``group`` depend on, in both directions."""
+        wire = self._wire
+        members = [
+            (plan, own)
+            for plan, own in zip(self._plans, self._groups, strict=True)
+            if plan.group == group
+        ]
+        return {
+            "weights": "exact" if wire.is_exact else "quantized",
+            "bits and levels": self._adaptation.mark,
+            "the seed": wire.clock.seed,
+            "masks": f"of call {wire.support} of set_support" if wire.support else "lifted",
+            "frozen parameters": tuple(
+                name
+                for plan, own in members
+                for name, is_trained in zip(plan.names, own.requires_grad(), strict=True)
+                if not is_trained
+            ),
+        }
 
     def _settings(self, shard_group: dist.ProcessGroup, *, is_forward: bool) -> dict[str, object]:
         """What FSDP2 was told of the groups over ``shard_group`` that decides which collectives
@@ -243,6 +257,7 @@ class Passes:
                     "groups that are not reduced": not group.reduces,
                     "groups that are not averaged": group.replicas > 1 and not group.averages,
                     "groups that are not gathered again": not group.gathers_in_backward,
+                    "gathered groups": group.is_gathered,
                 }
             for words, is_so in settings.items():
                 found.setdefault(words, []).extend([plan.name] if is_so else [])
