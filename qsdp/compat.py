@@ -115,6 +115,11 @@ class ParameterGroup:
         return getattr(self._group.mesh_info, "replicate_mesh_size", 1)
 
     @property
+    def replica_group(self) -> dist.ProcessGroup | None:
+        """The process group of the replicate axis (HSDP)."""
+        return getattr(self._group.mesh_info, "replicate_process_group", None)
+
+    @property
     def regather_world_size(self) -> int | None:
         """Ranks of the second gather under `reshard_after_forward=<int>`, else None."""
         info = self._group.post_forward_mesh_info
@@ -153,6 +158,30 @@ class ParameterGroup:
         """Whether the gathered weights are freed after the backward pass."""
         reshards: bool = self._group.reshard_after_backward
         return reshards
+
+    @property
+    def gathers_in_backward(self) -> bool:
+        """Whether weights that the forward pass freed are gathered for the backward pass."""
+        gathers: bool = self._group.unshard_in_backward
+        return gathers
+
+    @property
+    def reduces(self) -> bool:
+        """Whether a backward pass ends with a reduce, and is no part of an accumulation."""
+        reduces: bool = self._group.reduce_grads
+        return reduces
+
+    @property
+    def averages(self) -> bool:
+        """Whether FSDP2 averages what was reduced over the replicas of HSDP."""
+        averages: bool = self._group.all_reduce_grads and self.replicas > 1
+        return averages
+
+    @property
+    def prefetches(self) -> tuple[list[Any], list[Any]]:
+        """The states of the groups that it gathers ahead, in a forward and in a backward pass,
+        where the user has said which."""
+        return self.state._states_to_forward_prefetch, self.state._states_to_backward_prefetch
 
     def requires_grad(self) -> list[bool]:
         """Whether each parameter is trained, in buffer order."""
@@ -282,7 +311,7 @@ def settle(model: nn.Module) -> None:
 
 
 def becomes_root(module: nn.Module) -> bool:
-    """`is_root`, asked before FSDP2 hears of a forward pass: the first one decides."""
+    """`is_root`, asked before FSDP2 hears of a forward pass of ``module``: its first decides."""
     state = _state(module)
     if state._is_root is None:
         state._lazy_init()
@@ -333,7 +362,7 @@ def abandon_pass(model: nn.Module) -> None:
     """
     for root in _fsdp_roots(model):
         state = _state(root)
-        if state._is_root is not True:  # no pass was begun; or a part of a model that alone can be
+        if not state._is_root:  # no pass was begun, or it is a part: only a whole can be reset
             continue
         if hasattr(root, "reset_iter_state"):
             root.reset_iter_state()

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from qsdp import compat
-from qsdp.failures import collective, listed
+from qsdp.failures import CollectiveError, collective, listed
 
 
 def meet(
@@ -64,15 +64,18 @@ def mistakes_shared(call: str, groups: Sequence[dist.ProcessGroup]) -> Iterator[
     ``call``, which would wait for this rank in vain."""
     try:
         yield
+    except CollectiveError:  # nobody would answer
+        raise
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         compare(call, {"mistake": " ".join(str(error).split())}, groups)
         raise
 
 
 def groups_of(tensors: Iterable[Tensor]) -> list[dist.ProcessGroup]:
-    """The process groups of all axes of the meshes of ``tensors``: none where all are plain."""
+    """The process groups of all axes of the meshes of ``tensors``: none where all are plain. The
+    last axes, over which HSDP shards and passes meet, come first."""
     meshes = dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, DTensor))
-    groups = dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups())
+    groups = dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()[::-1])
     return [group for group in groups if group.size() > 1]
 
 

@@ -332,16 +332,16 @@ def test_what_the_message_advises_helps(run: Run) -> None:
 
 
 def _skip_a_block(odd: int) -> str:
-    """The odd rank leaves out the first of two layers of one size."""
+    """The odd rank leaves out the second of three layers of one size."""
     torch.manual_seed(1)
-    model: Any = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model: Any = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     qsdp.install(model)
     try:
-        model[dist.get_rank() == odd](_noise(0))
+        model[1 + (dist.get_rank() == odd)](model[0](_noise(0)))
     except RuntimeError as error:
         return str(error)
     return "gathered garbage"
@@ -350,7 +350,7 @@ def _skip_a_block(odd: int) -> str:
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_gather_that_meets_that_of_another_group_is_refused(run: Run, ranks: int) -> None:
     for message in run(ranks, _skip_a_block, 1):
-        assert re.search(r"rank \d sent a payload with header .* for the group of [01]\.", message)
+        assert re.search(r"rank \d sent a payload with header .* for the group of [12]\.", message)
 
 
 # --- damage -----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from qsdp.checkpoint.folders import META, begin, checksum, publish, verify
+from qsdp.meeting import meet
 
 
 def save(
@@ -51,8 +52,10 @@ def save(
         keep: how many of the newest checkpoints stay.
 
     Returns: the checkpoint's folder.
-    Raises: RuntimeError, on every rank, if any could not write.
+    Raises: RuntimeError, on every rank, if any could not write, or if ranks differ in what they
+    give.
     """
+    _meet("save", step=step, folder=root, optimizer=optimizer is not None, keep=keep)
     _on_first(lambda: begin(root, step))
     folder = root / f"tmp-step-{step:08d}"
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
@@ -77,8 +80,10 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
     Every file is read once more before, each by one rank, and compared with its checksum.
 
-    Raises: ValueError, on every rank, if any part is missing, damaged or of another shape.
+    Raises: ValueError, on every rank, if any part is missing, damaged or of another shape;
+    RuntimeError if ranks name different checkpoints.
     """
+    _meet("load", folder=path)
     _verify(path, " by --resume PATH")
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
@@ -93,10 +98,17 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 def load_model(path: Path, model: nn.Module) -> None:
     """As `load`, the model alone."""
+    _meet("load_model", folder=path)
     _verify(path)
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     _load(path, state)
     set_model_state_dict(model, state["model"])
+
+
+def _meet(call: str, **facts: object) -> None:
+    assert dist.group.WORLD is not None
+    told = {name: str(value) for name, value in facts.items()}
+    meet(f"checkpoint.{call}", told, [dist.group.WORLD])
 
 
 def _load(path: Path, state: dict[str, Any]) -> None:

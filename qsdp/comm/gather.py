@@ -102,8 +102,12 @@ class Gathering:
             wire.traffic.gathered("gather", plan.hops.across, size)
             wire.traffic.gathered("gather", plan.hops.local, size * plan.hops.num_nodes)
         wire.traffic.in_fp32("gather", plan.world_size, payloads.side.num_values)
-        if self._mistake is not None:
-            raise self._mistake
+        mistake, self._mistake = self._mistake, None
+        if mistake is not None:
+            try:
+                raise mistake
+            finally:  # an error that its own traceback holds would keep the process group
+                del mistake
         senders = sorted(range(plan.world_size), key=_places(plan).__getitem__)
         check_headers(seen, payloads.side, senders, payloads.step, plan)
         return payloads
@@ -132,9 +136,9 @@ class GatheringWork(dist.Work):
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Finish the gather, once."""
-        if self._finish is not None:
-            self._finish()
-            self._finish = None
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
         return True
 
 

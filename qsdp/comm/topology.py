@@ -50,8 +50,16 @@ class Topology:
 
 
 def launched_ranks() -> int:
-    """Ranks on this node, as the launcher says; without one every rank has a node of its own."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Ranks on this node, as the launcher says; without one every rank has a node of its own.
+
+    Raises ValueError where the launcher does not say a number of ranks.
+    """
+    said = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not said.isdecimal() or not int(said):
+        raise ValueError(
+            f"LOCAL_WORLD_SIZE is {said!r}; start with torchrun, or set it to the ranks of a node"
+        )
+    return int(said)
 
 
 def _first_ranks(sizes: Mapping[int, int]) -> dict[int, int] | None:

@@ -68,6 +68,17 @@ class Adaptation:
         self._watch(step)
 
     @property
+    def due(self) -> str:
+        """What `settle` would do now with all ranks."""
+        step, levels = self._wire.clock.next_step, self._wire.levels
+        if step <= self._settled:
+            return "nothing"
+        due = ["bits"] if self._meter is not None else []
+        if levels is not None and step in self._wire.config.level_steps:
+            due.append("levels")
+        return " and ".join(due) or "nothing"
+
+    @property
     def is_allotted(self) -> bool:
         """Whether the bits follow the budget by now."""
         return bool(self._bits)

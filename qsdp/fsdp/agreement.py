@@ -1,6 +1,6 @@
 """Ranks that disagree stop at install, and every rank says what the difference is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -73,8 +73,11 @@ def describe_meshes(**meshes: DeviceMesh | None) -> Description:
 
 def by_rank(everyone: Sequence[dist.ProcessGroup], mine: int) -> dict[int, int]:
     """What each global rank calls ``mine``; a collective as `check` is."""
-    found = compare(CALL, mine, everyone)
-    return dict.fromkeys(range(dist.get_world_size()), mine) if found is None else found
+    found = compare(CALL, {"mine": mine}, everyone)
+    if found is None:
+        return dict.fromkeys(range(dist.get_world_size()), mine)
+    _check_mistakes(found)
+    return {rank: facts["mine"] for rank, facts in found.items()}
 
 
 def check(everyone: Sequence[dist.ProcessGroup], mine: Description) -> None:
@@ -90,16 +93,20 @@ def check(everyone: Sequence[dist.ProcessGroup], mine: Description) -> None:
     found = compare(CALL, mine, everyone)
     if found is None:
         return
+    _check_mistakes(found)
+    first, *others = found
+    for rank in others:
+        if found[rank] != found[first]:
+            raise RuntimeError(_difference(rank, found[rank], first, found[first]))
+
+
+def _check_mistakes(found: Mapping[int, Description]) -> None:
     for rank, description in found.items():
         if "mistake" in description:
             raise RuntimeError(
                 f"rank {rank} cannot install qsdp ({description['mistake']}): give every rank the "
                 "same model and config"
             )
-    first, *others = found
-    for rank in others:
-        if found[rank] != found[first]:
-            raise RuntimeError(_difference(rank, found[rank], first, found[first]))
 
 
 def _difference(rank: int, ours: Description, first: int, theirs: Description) -> str:

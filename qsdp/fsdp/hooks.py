@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -117,7 +118,8 @@ class AllGather(_Comm):
         gathering = Gathering(plan, side, input_tensor, wire, buffer, async_op=is_async)
 
         def finish() -> None:
-            payloads = gathering.finish()
+            with nullcontext() if in_backward else self.passes.mistakes_reach_replicas():
+                payloads = gathering.finish()
             self._decode(payloads, output_tensor)
             if keeps:
                 self._kept = payloads

@@ -103,7 +103,9 @@ class Handle:
             given = agreement.describe_meshes(replicate_mesh=replicate_mesh, node_mesh=node_mesh)
         agreement.check(everyone, given)
         everyone += [] if replicas is None else [replicas]
-        launched = agreement.by_rank(everyone, launched_ranks())
+        with mistakes_shared(agreement.CALL, everyone):
+            here = launched_ranks()
+        launched = agreement.by_rank(everyone, here)
         with mistakes_shared(agreement.CALL, everyone):
             check_type("config", config, QSDPConfig)
             if any(isinstance(group.comms()[0], AllGather) for group in groups):
@@ -139,10 +141,13 @@ class Handle:
         self._nodes = nodes
         self._hops = make_hops(self._plans, nodes, node_mesh)
         self._everyone = everyone
+        # Passes meet in shard groups alone: a rank that is not in one is first heard of there.
+        shard_groups = {plan.group for plan in self._plans}
+        self._meets = sorted(everyone, key=lambda group: group not in shard_groups)
         if config.levels == "learned":
             self._wire.levels = Levels(len(order))
         self._adaptation = Adaptation(self._plans, groups, self._wire, everyone)
-        self._passes = Passes(self._plans, groups, self._wire, self._adaptation)
+        self._passes = Passes(self._plans, groups, self._wire, self._adaptation, replicas)
         self._grad_meter: Meter | None = None
         self._num_supports = 0
         self._before = [group.comms() for group in groups]
@@ -214,7 +219,7 @@ class Handle:
             exchange(self._plans, [{}] * len(self._plans), self._wire, with_grads=with_grads)
             return
         call = "handle.set_support"
-        with mistakes_shared(call, self._everyone):
+        with mistakes_shared(call, self._meets):
             chosen = self._masks_by_place(masks)
             facts = {
                 "masks of": tuple(
@@ -224,7 +229,7 @@ class Handle:
                 ),
                 "with_grads": bool(with_grads),
             }
-        meet(call, facts, self._everyone)
+        meet(call, facts, self._meets)
         self._num_supports += 1
         self._wire.support = self._num_supports
         exchange(self._plans, chosen, self._wire, with_grads=with_grads)
@@ -255,7 +260,7 @@ class Handle:
         the last `measuring`. None where there were none or they travel raw.
         """
         self._check_installed()
-        meet("handle.errors", {"measured gradients": self._grad_meter is not None}, self._everyone)
+        meet("handle.errors", {"measured gradients": self._grad_meter is not None}, self._meets)
         weights = Meter(self.config, self._wire.level_values)
         meter = weights if self._grad_meter is None else self._grad_meter
         self._adaptation.measure_as_sent(weights)
@@ -278,8 +283,12 @@ class Handle:
         """
         if self.config.budget is not None or self.config.levels == "learned":
             self._check_installed()
-            facts = {"step": self._wire.clock.next_step, "bits and levels": self._adaptation.mark}
-            meet("handle.state_dict", facts, self._everyone)
+            facts = {
+                "step": self._wire.clock.next_step,
+                "bits and levels": self._adaptation.mark,
+                "due": self._adaptation.due,
+            }
+            meet("handle.state_dict", facts, self._meets)
         return self._wire.clock.state_dict() | self._adaptation.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -310,7 +319,7 @@ class Handle:
         exception is on its way: the other ranks may not get here."""
         self._check_installed()
         if sys.exc_info()[1] is None:
-            meet("handle.remove", {}, self._everyone)
+            meet("handle.remove", {}, self._meets)
         self._is_removed = True
         self._passes.remove()
         for recorder in self._recorders:

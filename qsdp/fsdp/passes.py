@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -19,8 +20,9 @@ from qsdp.comm.plan import Plan
 from qsdp.comm.wire import Wire
 from qsdp.failures import collective
 from qsdp.fsdp.adapt import Adaptation
-from qsdp.meeting import meet
+from qsdp.meeting import meet, mistakes_shared
 
+_BACKWARD = "a backward pass"
 _SWITCH = {True: "on", False: "off"}
 
 
@@ -49,7 +51,8 @@ class Passes:
     the ranks meet ([Note: Meeting]): on the step, on what is sent, and on whether any of them has
     edited a frozen shard whose payload all keep. They meet again where its backward pass reduces
     or gathers for the first time. It is the ranks of a shard group that meet: replicas may
-    validate on their own.
+    validate on their own. Replicas meet at the beginning of backward passes that end with their
+    average, and a rank that fails before that tells them there.
 
     An exception that ends a pass in the middle leaves FSDP2 and the wire in the middle of it. What
     is left is undone before the next pass, so that it equals one of a run without the exception:
@@ -60,6 +63,7 @@ class Passes:
         plans, groups: of the handle's groups.
         wire: what they share.
         adaptation: of bits and levels.
+        replicas: the ranks that hold the same shards, where qsdp averages over them.
 
     Attributes:
         caches: by plan; set once they are made.
@@ -71,12 +75,21 @@ class Passes:
         groups: Sequence[compat.ParameterGroup],
         wire: Wire,
         adaptation: Adaptation,
+        replicas: dist.ProcessGroup | None,
     ) -> None:
         self._plans, self._groups = plans, groups
         self._wire, self._adaptation = wire, adaptation
+        self._averages = replicas is not None
+        axes = {replicas} if self._averages else {group.replica_group for group in groups}
+        # Elsewhere nobody would read what is said.
+        self._replicas = [
+            axis
+            for axis in (axes if len(axes) == 1 else ())
+            if axis is not None and compat.device_of(axis).type == "cpu"
+        ]
         self.caches: Sequence[Cache] = ()
         self._gathered: dict[dist.ProcessGroup, set[int]] = {}
-        self._agreed: dict[dist.ProcessGroup, object] = {}
+        self._agreed: dict[dist.ProcessGroup, dict[str, object]] = {}
         self._is_in_backward = False
         self._grad_mode = "unknown"
         self._num_edits = 0
@@ -112,7 +125,8 @@ class Passes:
         if gathered and plan.index not in gathered:
             gathered.add(plan.index)
             return
-        self._meet_for_a_pass(plan.group)
+        with self.mistakes_reach_replicas():
+            self._meet_for_a_pass(plan)
         self._gathered[plan.group] = {plan.index}
         if not wire.is_exact:
             if self._grad_mode == "unknown":  # gathered by hand: it may be for training
@@ -127,7 +141,25 @@ class Passes:
         self._is_in_backward = True
         compat.after_backward(self._end_backward)
         if compat.device_of(plan.group).type == "cpu":  # else nobody would read what is said
-            meet("a backward pass", {"step": self._wire.clock.step}, [plan.group])
+            facts = {
+                "step": self._wire.clock.step,
+                **self._facts(plan.group),
+                **self._settings(plan.group, is_forward=False),
+            }
+            with self.mistakes_reach_replicas():
+                meet(_BACKWARD, facts, [plan.group])
+            if any(g.reduces and (self._averages or g.averages) for g in self._groups):
+                meet(_BACKWARD, self._facts_of_average(facts), self._replicas)
+
+    def mistakes_reach_replicas(self) -> AbstractContextManager[None]:
+        """Inside, outside a backward pass, a mistake also reaches the replicas that wait there."""
+        return mistakes_shared(_BACKWARD, self._replicas)
+
+    def _facts_of_average(self, facts: dict[str, object]) -> dict[str, object]:
+        """What the average over the replicas depends on."""
+        own = ("step", "bits and levels", "the seed", "masks") if self._averages else ()
+        words = (*own, "frozen parameters", "groups that are not reduced")
+        return {each: facts[each] for each in (*words, "groups that are not averaged")}
 
     def settle(self) -> None:
         """Do what is due before the next step's pass, with the weights as they are now."""
@@ -173,23 +205,16 @@ class Passes:
         self._is_in_backward = False
         self.begin_anew()
 
-    def _meet_for_a_pass(self, group: dist.ProcessGroup) -> None:
-        """Agree on all that the gathers of a pass over ``group`` depend on."""
-        wire, config = self._wire, self._wire.config
+    def _meet_for_a_pass(self, first: Plan) -> None:
+        """Agree on all that the gathers of a pass depend on, of which ``first`` is the first."""
+        wire, config, group = self._wire, self._wire.config, first.group
         members = [i for i, plan in enumerate(self._plans) if plan.group == group]
-        trained = {i: self._groups[i].requires_grad() for i in members}
         facts: dict[str, object] = {
-            "weights": "exact" if wire.is_exact else "quantized",
+            "the first group": first.name,
             "gradients": self._grad_mode,
-            "bits and levels": self._adaptation.mark,
-            "the seed": wire.clock.seed,
-            "masks": f"of call {wire.support} of set_support" if wire.support else "lifted",
-            "frozen parameters": tuple(
-                name
-                for i in members
-                for name, is_trained in zip(self._plans[i].names, trained[i], strict=True)
-                if not is_trained
-            ),
+            **self._facts(group),
+            **self._settings(group, is_forward=True),
+            "due before it": self._adaptation.due,
         }
         has_news, is_needed = False, False
         if config.gather == "once":
@@ -206,6 +231,57 @@ class Passes:
             for i in self._changed_anywhere(changed, group):
                 self.caches[i].forget_frozen()
         self._agreed[group] = facts
+
+    def _facts(self, group: dist.ProcessGroup) -> dict[str, object]:
+        """What payloads over ``group`` depend on, in both directions."""
+        wire = self._wire
+        members = [
+            (plan, own)
+            for plan, own in zip(self._plans, self._groups, strict=True)
+            if plan.group == group
+        ]
+        return {
+            "weights": "exact" if wire.is_exact else "quantized",
+            "bits and levels": self._adaptation.mark,
+            "the seed": wire.clock.seed,
+            "masks": f"of call {wire.support} of set_support" if wire.support else "lifted",
+            "frozen parameters": tuple(
+                name
+                for plan, own in members
+                for name, is_trained in zip(plan.names, own.requires_grad(), strict=True)
+                if not is_trained
+            ),
+        }
+
+    def _settings(self, shard_group: dist.ProcessGroup, *, is_forward: bool) -> dict[str, object]:
+        """What FSDP2 was told of the groups over ``shard_group`` that decides which collectives
+        there are in a pass, and in which order."""
+        found: dict[str, list[str]] = {}
+        names = {id(g.state): p.name for g, p in zip(self._groups, self._plans, strict=True)}
+        for plan, group in zip(self._plans, self._groups, strict=True):
+            if plan.group != shard_group:
+                continue
+            if is_forward:
+                settings = {
+                    "groups that stay gathered for the backward": not group.reshards_after_forward,
+                    "groups that stay gathered after the backward": (
+                        not group.reshards_after_backward
+                    ),
+                }
+            else:
+                settings = {
+                    "groups that are not reduced": not group.reduces,
+                    "groups that are not averaged": group.replicas > 1 and not group.averages,
+                    "groups that are not gathered again": not group.gathers_in_backward,
+                    "gathered groups": group.is_gathered,
+                }
+            for words, is_so in settings.items():
+                found.setdefault(words, []).extend([plan.name] if is_so else [])
+            found.setdefault("groups that are gathered ahead", []).extend(
+                f"{names.get(id(state), 'another')} from {plan.name} on"
+                for state in group.prefetches[not is_forward]
+            )
+        return {words: tuple(groups) for words, groups in found.items()}
 
     def _changed_anywhere(self, changed: Sequence[int], group: dist.ProcessGroup) -> list[int]:
         """The groups whose frozen shards have changed on some rank."""

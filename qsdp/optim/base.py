@@ -230,11 +230,18 @@ class OptimizerWrapper(torch.optim.Optimizer):
                 "set_reshard_after_backward(False) would hide from the second; leave it at True"
             )
 
-    def meet(self, **facts: object) -> None:
-        """Make sure that all ranks are about to take the same step. A collective when sharded."""
-        parameters = self.parameters()
+    def meet(self, edited: nn.Module | None, **facts: object) -> None:
+        """Make sure that all ranks are about to take the same step. A collective when sharded.
+
+        ``edited``: a model for `check_reshards`.
+        """
+        parameters, call = self.parameters(), f"{type(self).__name__}.step"
+        groups = groups_of(parameters)
+        if edited is not None:
+            with mistakes_shared(call, groups):
+                self.check_reshards(edited)
         facts["trained parameters"] = sum(parameter.requires_grad for parameter in parameters)
-        meet(f"{type(self).__name__}.step", facts, groups_of(parameters))
+        meet(call, facts, groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dictionary, with what the wrapper remembers in its groups."""

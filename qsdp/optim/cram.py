@@ -149,10 +149,10 @@ class CrAM(OptimizerWrapper):
             RuntimeError: If FSDP2 keeps its weights gathered after the backward pass, or ranks are
                 not at the same step.
         """
-        self.meet(step=self.num_steps, closure=closure is not None)
+        edited = None if closure is None else self.model
+        self.meet(edited, step=self.num_steps, closure=closure is not None)
         if closure is None:
             return self.base.step()
-        self.check_reshards(self.model)
         self.last_target = self.targets[draw(self.seed, self.num_steps) % len(self.targets)]
         try:
             with undone_by_exceptions(self.model):

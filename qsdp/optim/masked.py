@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsdp.compat import reshard
+from qsdp.meeting import groups_of, meet
 from qsdp.optim.base import (
     OptimizerWrapper,
     TellSupport,
@@ -103,9 +104,10 @@ class MaskedOptimizer(OptimizerWrapper):
             RuntimeError: If FSDP2 keeps its weights gathered after the backward pass, or ranks are
                 not at the same step.
         """
-        has_state = bool(self.state)
-        self.meet(step=self.num_steps, closure=closure is not None, state=has_state)
-        self.check_reshards(self.model)
+        facts = {"step": self.num_steps, "closure": closure is not None, "state": bool(self.state)}
+        if not self.state:
+            facts["learning rates of 0"] = self._has_no_rate()
+        self.meet(self.model, **facts)
         loss = None
         with undone_by_exceptions(self.model):
             if closure is not None:
@@ -225,10 +227,16 @@ class MaskedOptimizer(OptimizerWrapper):
     def _only_makes_state(self) -> bool:
         """Whether this is DCP's call that makes an optimizer fill its state: learning rates and
         gradients are all zero, and there is no state."""
-        if self.state or any(float(group.get("lr", 1)) for group in self.param_groups):
+        if self.state or not self._has_no_rate():
             return False
-        grads = [p.grad for p in unique(self.parameters()) if p.grad is not None]
-        return global_grad_norm(unique(self.parameters())) == 0.0 and bool(grads)
+        parameters = unique(self.parameters())
+        if global_grad_norm(parameters):
+            return False
+        has_grads = any(parameter.grad is not None for parameter in parameters)
+        return meet(f"{type(self).__name__}.step", {}, groups_of(parameters), has_news=has_grads)
+
+    def _has_no_rate(self) -> bool:
+        return not any(float(group.get("lr", 1)) for group in self.param_groups)
 
     def _take_masks(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Load the masks past torch, which gives what it loads the parameter's dtype and takes a
