@@ -303,9 +303,13 @@ def is_root(module: nn.Module) -> bool:
     return _state(module)._is_root is True
 
 
+def due(model: nn.Module) -> str:
+    """What qsdp's wire of ``model`` would learn of the weights before the next step, in words."""
+    return " and ".join(passes.due for passes in _passes_of(model))
+
+
 def settle(model: nn.Module) -> None:
-    """Let qsdp's wire of ``model`` learn what it would learn of the weights before the next step,
-    before they are edited for something else. Without the wire there is nothing to do."""
+    """Let it learn that now, before the weights are edited for something else."""
     for passes in _passes_of(model):
         passes.settle()
 

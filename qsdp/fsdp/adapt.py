@@ -13,7 +13,6 @@ from qsdp.comm.measure import Meter, allot
 from qsdp.comm.plan import Plan, Side
 from qsdp.comm.wire import Wire
 from qsdp.config import CODED_BITS, QSDPConfig
-from qsdp.meeting import meet
 
 
 class Adaptation:
@@ -54,8 +53,6 @@ class Adaptation:
     def _settle(self, step: int) -> None:
         self._settled = step
         learns = self._wire.levels is not None and step in self._wire.config.level_steps
-        if learns or self._meter is not None:
-            meet("what is learned between steps", {"step": step}, self._everyone)
         meter, counts = self._take_meters()
         if meter is not None:
             self._allot(meter)
@@ -72,11 +69,11 @@ class Adaptation:
         """What `settle` would do now with all ranks."""
         step, levels = self._wire.clock.next_step, self._wire.levels
         if step <= self._settled:
-            return "nothing"
+            return ""
         due = ["bits"] if self._meter is not None else []
         if levels is not None and step in self._wire.config.level_steps:
             due.append("levels")
-        return " and ".join(due) or "nothing"
+        return " and ".join(due)
 
     @property
     def is_allotted(self) -> bool:

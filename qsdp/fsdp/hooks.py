@@ -160,9 +160,11 @@ class AllGather(_Comm):
     def forget_frozen(self) -> None:
         self._frozen = None
 
-    def drop_stale(self) -> None:
+    def drop_stale(self, is_due: bool) -> None:
         group = self._group
-        is_stale = self._gathered_at is not None and self._gathered_at != self.passes.now
+        is_stale = self._gathered_at is not None and (
+            is_due or self._gathered_at != self.passes.now
+        )
         if is_stale and group.is_gathered and group.reshards_after_backward:
             compat.reshard_module(group.module)
 

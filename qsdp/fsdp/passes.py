@@ -39,8 +39,9 @@ class Cache(Protocol):
     def forget_frozen(self) -> None:
         """Send them anew with the next gather."""
 
-    def drop_stale(self) -> None:
-        """Free gathered weights that a later step would take for its own."""
+    def drop_stale(self, is_due: bool) -> None:
+        """Free gathered weights that a later step would take for its own; ``is_due``: also those
+        that what is due before the next step would leave as they are."""
 
 
 class Passes:
@@ -129,7 +130,8 @@ class Passes:
             self._meet_for_a_pass(plan)
         self._gathered[plan.group] = {plan.index}
         if not wire.is_exact:
-            if self._grad_mode == "unknown":  # gathered by hand: it may be for training
+            # Not in a validation: its weights may be other ones, compressed or averaged.
+            if self._grad_mode in ("on", "unknown"):
                 self._adaptation.settle()
             wire.clock.before_forward()
 
@@ -161,8 +163,13 @@ class Passes:
         words = (*own, "frozen parameters", "groups that are not reduced")
         return {each: facts[each] for each in (*words, "groups that are not averaged")}
 
+    @property
+    def due(self) -> str:
+        """What is due before the next pass of training; nothing: an empty text."""
+        return self._adaptation.due
+
     def settle(self) -> None:
-        """Do what is due before the next step's pass, with the weights as they are now."""
+        """Do it, with the weights as they are now: a collective if there is anything."""
         self._adaptation.settle()
 
     def mend(self) -> None:
@@ -214,7 +221,7 @@ class Passes:
             "gradients": self._grad_mode,
             **self._facts(group),
             **self._settings(group, is_forward=True),
-            "due before it": self._adaptation.due,
+            "due before it": self.due or "nothing",
         }
         has_news, is_needed = False, False
         if config.gather == "once":
@@ -298,14 +305,13 @@ class Passes:
             return
         self._abandon(module)
         self._end_what_was_cut_short()
-        # Not in a validation: its weights may be other ones, compressed or averaged.
-        if torch.is_grad_enabled() and not self._wire.is_exact:
-            self.settle()
         is_inference = torch.is_inference_mode_enabled()
         self._grad_mode = "in inference mode" if is_inference else _SWITCH[torch.is_grad_enabled()]
+        # What is due waits for a gather, so that ranks have met before.
+        is_due = torch.is_grad_enabled() and not self._wire.is_exact and bool(self.due)
         for group, cache in zip(self._groups, self.caches, strict=True):
             if compat.is_part(group.state, module):
-                cache.drop_stale()
+                cache.drop_stale(is_due)
                 if is_inference:
                     group.make_buffers()
 

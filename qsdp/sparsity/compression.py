@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qsdp import bitmask
 from qsdp.codec.magnitude import DTYPES, keys_of
-from qsdp.compat import abandon_cut_short, reshard, settle
+from qsdp.compat import abandon_cut_short, due, reshard, settle
 from qsdp.meeting import groups_of, meet, mistakes_shared
 from qsdp.sparsity.groups import whole_groups
 from qsdp.sparsity.prunable import input_dims, prunable_parameters
@@ -216,7 +216,8 @@ def compressed(
         prunable = Prunable.of(model, patterns)
         prunable.check(chosen)
         shards = prunable.shards()
-    meet(call, {"target": str(chosen), "prunable parameters": prunable.names}, groups)
+        facts = {"target": str(chosen), "prunable parameters": prunable.names}
+    meet(call, {**facts, "due before it": due(model)}, groups)
     settle(model)
     before = [shard.values.clone() for shard in shards]
     try:
