@@ -998,6 +998,11 @@ def _with_support(stage: Stage) -> None:
     stage.forward()
 
 
+def _at_another_target(stage: Stage) -> None:
+    stage.optimizer.targets = (qsdp.Compression(pattern=(1, 5)),)
+    _step(stage)
+
+
 def _step_and_forward(stage: Stage) -> None:
     _step(stage)
     stage.forward()
@@ -1025,6 +1030,12 @@ STEPS = {
     **_steps("SAM"),
     **_steps("ACDC"),
     **_steps("GMP"),
+    "target of CrAM": Point(
+        before=_made("CrAM", sparsity=0.5),
+        there=_at_another_target,
+        elsewhere=_step,
+        says=differs("CrAM.step", "target", "1:5", "0.5"),
+    ),
     "support of CrAM": Point(
         before=_made("CrAM"),
         there=_with_support,

@@ -51,9 +51,9 @@ class Passes:
     gathered already since the last beginning, and after whatever changes what gathers send. There
     the ranks meet ([Note: Meeting]): on the step, on what is sent, and on whether any of them has
     edited a frozen shard whose payload all keep. They meet again where its backward pass reduces
-    or gathers for the first time. It is the ranks of a shard group that meet: replicas may
-    validate on their own. Replicas meet at the beginning of backward passes that end with their
-    average, and a rank that fails before that tells them there.
+    or gathers for the first time, since any of it may have changed in between. It is the ranks of
+    a shard group that meet: replicas may validate on their own. Replicas meet at the beginning of
+    backward passes that end with their average, and a rank that fails before that tells them there.
 
     An exception that ends a pass in the middle leaves FSDP2 and the wire in the middle of it. What
     is left is undone before the next pass, so that it equals one of a run without the exception:

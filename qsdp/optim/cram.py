@@ -150,13 +150,15 @@ class CrAM(OptimizerWrapper):
                 not at the same step.
         """
         edited = None if closure is None else self.model
-        self.meet(edited, step=self.num_steps, closure=closure is not None)
+        target = self.targets[draw(self.seed, self.num_steps) % len(self.targets)]
+        facts = {"step": self.num_steps, "closure": closure is not None, "target": str(target)}
+        self.meet(edited, **facts)
         if closure is None:
             return self.base.step()
-        self.last_target = self.targets[draw(self.seed, self.num_steps) % len(self.targets)]
+        self.last_target = target
         try:
             with undone_by_exceptions(self.model):
-                loss, takes_step = self._compute_grads(closure, self.last_target)
+                loss, takes_step = self._compute_grads(closure, target)
                 if takes_step:
                     self.base.step()
         finally:
