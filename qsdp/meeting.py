@@ -100,7 +100,7 @@ def _exchange(
         if len({word >> 1 for word in words}) > 1:
             differs = True
             # Ranks at other calls may know of other groups: nobody would meet this one there.
-            _check_calls(call, group)
+            _check_calls(call, facts, group)
         # What one axis of the mesh saw, the next one must know, or some ranks would go on.
         digest = _digest(words)
     if not differs:
@@ -114,16 +114,22 @@ def _exchange(
     return dict(sorted(found.items())), news
 
 
-def _check_calls(call: str, group: dist.ProcessGroup) -> None:
-    calls = [""] * group.size()
+def _check_calls(call: str, facts: object, group: dist.ProcessGroup) -> None:
+    mine = (call, facts.get("mistake") if isinstance(facts, Mapping) else None)
+    everyone = [mine] * group.size()
     with collective(f"agreement at {call}"):
-        dist.all_gather_object(calls, call, group=group)
+        dist.all_gather_object(everyone, mine, group=group)
     ranks = dist.get_process_group_ranks(group)
-    for rank, other in zip(ranks, calls, strict=True):
-        if other != calls[0]:
+    if len({each for each, _ in everyone}) == 1:
+        return
+    for rank, (_, mistake) in zip(ranks, everyone, strict=True):
+        if mistake is not None:
+            raise RuntimeError(f"rank {rank} cannot do what the others do at {call}: {mistake}")
+    for rank, (other, _) in zip(ranks, everyone, strict=True):
+        if other != everyone[0][0]:
             raise RuntimeError(
-                f"rank {rank} is at {other} while rank {ranks[0]} is at {calls[0]}: make the same "
-                "calls on every rank, in the same order"
+                f"rank {rank} is at {other} while rank {ranks[0]} is at {everyone[0][0]}: make the "
+                "same calls on every rank, in the same order"
             )
 
 

@@ -1277,6 +1277,22 @@ def go_through_replicas(odds: list[int]) -> dict[str, str]:
     return said
 
 
+def ask_for_errors(odds: list[int]) -> str:
+    """Ranks ``odds`` ask for the errors while the others train."""
+    rank = dist.get_rank()
+    there = lambda stage: stage.handle.errors()  # noqa: E731
+    point = Point(there=there, elsewhere=_train, says=both(""), before=_train)
+    return _say(point, rank if rank in odds else -1, ReplicaStage)
+
+
+@pytest.mark.parametrize("odds", [[0], [3], [2, 3]])
+def test_another_call_than_training_reaches_the_replicas(run: Run, odds: list[int]) -> None:
+    calls = r"(handle\.errors|a (for|back)ward pass)"
+    for said in run(4, ask_for_errors, odds):
+        told = rf"({SHARED})?rank \d is at {calls} while rank \d is at {calls}: .*"
+        assert re.fullmatch(told, said), said
+
+
 @pytest.mark.parametrize("odds", [[0], [3], [0, 1], [2, 3], [0, 1, 2, 3]])
 def test_when_one_rank_or_replica_differs_all_raise_but_not_when_all_do(
     run: Run, odds: list[int]

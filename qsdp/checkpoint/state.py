@@ -107,7 +107,10 @@ def load_model(path: Path, model: nn.Module) -> None:
 
 def _meet(call: str, **facts: object) -> None:
     assert dist.group.WORLD is not None
-    told = {name: str(value) for name, value in facts.items()}
+    told = {
+        name: str(value.resolve() if isinstance(value, Path) else value)
+        for name, value in facts.items()
+    }
     meet(f"checkpoint.{call}", told, [dist.group.WORLD])
 
 

@@ -144,6 +144,7 @@ class Handle:
         # Passes meet in shard groups alone: a rank that is not in one is first heard of there.
         shard_groups = {plan.group for plan in self._plans}
         self._meets = sorted(everyone, key=lambda group: group not in shard_groups)
+        self._num_shard_groups = sum(group in shard_groups for group in everyone)
         if config.levels == "learned":
             self._wire.levels = Levels(len(order))
         self._adaptation = Adaptation(self._plans, groups, self._wire, everyone)
@@ -229,7 +230,7 @@ class Handle:
                 ),
                 "with_grads": bool(with_grads),
             }
-        meet(call, facts, self._meets)
+        self._meet(call, facts)
         self._num_supports += 1
         self._wire.support = self._num_supports
         exchange(self._plans, chosen, self._wire, with_grads=with_grads)
@@ -260,7 +261,7 @@ class Handle:
         the last `measuring`. None where there were none or they travel raw.
         """
         self._check_installed()
-        meet("handle.errors", {"measured gradients": self._grad_meter is not None}, self._meets)
+        self._meet("handle.errors", {"measured gradients": self._grad_meter is not None})
         weights = Meter(self.config, self._wire.level_values)
         meter = weights if self._grad_meter is None else self._grad_meter
         self._adaptation.measure_as_sent(weights)
@@ -288,7 +289,7 @@ class Handle:
                 "bits and levels": self._adaptation.mark,
                 "due": self._adaptation.due,
             }
-            meet("handle.state_dict", facts, self._meets)
+            self._meet("handle.state_dict", facts)
         return self._wire.clock.state_dict() | self._adaptation.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -319,7 +320,7 @@ class Handle:
         exception is on its way: the other ranks may not get here."""
         self._check_installed()
         if sys.exc_info()[1] is None:
-            meet("handle.remove", {}, self._meets)
+            self._meet("handle.remove", {})
         self._is_removed = True
         self._passes.remove()
         for recorder in self._recorders:
@@ -329,6 +330,14 @@ class Handle:
         self._reshard()
         for hops in self._hops.values():
             hops.close()
+
+    def _meet(self, call: str, facts: Mapping[str, object]) -> None:
+        """Make sure that all ranks are at ``call``, or that the replicas of those that are not hear
+        of it in their passes."""
+        own, others = self._meets[: self._num_shard_groups], self._meets[self._num_shard_groups :]
+        with self._passes.mistakes_reach_replicas():
+            meet(call, facts, own)
+        meet(call, facts, others)
 
     def _check_installed(self) -> None:
         if self._is_removed:

@@ -307,8 +307,11 @@ class Passes:
         self._end_what_was_cut_short()
         is_inference = torch.is_inference_mode_enabled()
         self._grad_mode = "in inference mode" if is_inference else _SWITCH[torch.is_grad_enabled()]
-        # What is due waits for a gather, so that ranks have met before.
-        is_due = torch.is_grad_enabled() and not self._wire.is_exact and bool(self.due)
+        # What is due with all ranks waits for a gather, so that they have met before.
+        trains = torch.is_grad_enabled() and not self._wire.is_exact
+        is_due = trains and bool(self.due)
+        if trains and not is_due:
+            self.settle()
         for group, cache in zip(self._groups, self.caches, strict=True):
             if compat.is_part(group.state, module):
                 cache.drop_stale(is_due)
