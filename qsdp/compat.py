@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -384,6 +385,11 @@ def abandon_cut_short(model: nn.Module) -> None:
     for root in _fsdp_roots(model):
         if is_root(root) and is_cut_short(root):
             abandon_pass(root)
+
+
+def tensors_in(output: object) -> list[Tensor]:
+    """The tensors of what a module returned, in whatever containers."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def in_backward() -> bool:

@@ -43,10 +43,7 @@ def meet(
 
     Returns whether any rank has news. Raises RuntimeError, on every rank, where ranks differ.
     """
-    found, news = _exchange(call, dict(facts), groups, has_news, is_read)
-    if found is not None:
-        raise RuntimeError(_difference(call, found))
-    return news
+    return Meeting(call, facts, groups, has_news=has_news, is_read=is_read).end()
 
 
 def compare(call: str, facts: object, groups: Sequence[dist.ProcessGroup]) -> dict[int, Any] | None:
@@ -54,8 +51,7 @@ def compare(call: str, facts: object, groups: Sequence[dist.ProcessGroup]) -> di
 
     Raises RuntimeError, on every rank, where another rank is at another call.
     """
-    found, _ = _exchange(call, facts, groups, False, True)
-    return found
+    return Meeting(call, facts, groups).compare()[0]
 
 
 @contextmanager
@@ -79,39 +75,75 @@ def groups_of(tensors: Iterable[Tensor]) -> list[dist.ProcessGroup]:
     return [group for group in groups if group.size() > 1]
 
 
-def _exchange(
-    call: str,
-    facts: object,
-    groups: Sequence[dist.ProcessGroup],
-    has_news: bool,
-    is_read: bool,
-) -> tuple[dict[int, Any] | None, bool]:
-    digest, differs, news = _digest((call, facts)), False, has_news
-    for group in groups:
-        device = compat.device_of(group)
-        own = torch.tensor([2 * digest + news], device=device)
-        everyone = own.new_empty(group.size())
-        with collective(f"agreement at {call}"):
-            compat.all_gather(everyone, own, group)
-            if not is_read and device.type != "cpu":
+class Meeting:
+    """A meeting that has begun: what this rank does until it ends may take place beside it, but for
+    other collectives. The arguments are those of `meet`."""
+
+    def __init__(
+        self,
+        call: str,
+        facts: object,
+        groups: Sequence[dist.ProcessGroup],
+        *,
+        has_news: bool = False,
+        is_read: bool = True,
+    ) -> None:
+        self._call, self._facts, self._groups = call, facts, groups
+        self._news, self._is_read = has_news, is_read
+        self._digest = _digest((call, facts))
+        self._sent: tuple[Tensor, dist.Work | None] | None = None
+        if groups:
+            self._send(groups[0])
+
+    def end(self) -> bool:
+        """Wait for all ranks. Returns whether any has news; raises RuntimeError as `meet` does."""
+        found, news = self.compare()
+        if found is not None:
+            raise RuntimeError(_difference(self._call, found))
+        return news
+
+    def compare(self) -> tuple[dict[int, Any] | None, bool]:
+        """As `end`, but returns the facts by global rank where these differ."""
+        differs = False
+        for group in self._groups:
+            words = self._receive(group)
+            if words is None:
                 continue
-            words = everyone.tolist()
-        news = any(word & 1 for word in words)
-        if len({word >> 1 for word in words}) > 1:
-            differs = True
-            # Ranks at other calls may know of other groups: nobody would meet this one there.
-            _check_calls(call, facts, group)
-        # What one axis of the mesh saw, the next one must know, or some ranks would go on.
-        digest = _digest(words)
-    if not differs:
-        return None, news
-    found = {dist.get_rank(): facts}
-    for group in groups:
-        parts: list[dict[int, Any]] = [{} for _ in range(group.size())]
-        with collective(f"agreement at {call}"):
-            dist.all_gather_object(parts, found, group=group)
-        found = {rank: each for part in parts for rank, each in part.items()}
-    return dict(sorted(found.items())), news
+            self._news = any(word & 1 for word in words)
+            if len({word >> 1 for word in words}) > 1:
+                differs = True
+                # Ranks at other calls may know of other groups: nobody would meet this one there.
+                _check_calls(self._call, self._facts, group)
+            # What one axis of the mesh saw, the next one must know, or some ranks would go on.
+            self._digest = _digest(words)
+        if not differs:
+            return None, self._news
+        found = {dist.get_rank(): self._facts}
+        for group in self._groups:
+            parts: list[dict[int, Any]] = [{} for _ in range(group.size())]
+            with collective(f"agreement at {self._call}"):
+                dist.all_gather_object(parts, found, group=group)
+            found = {rank: each for part in parts for rank, each in part.items()}
+        return dict(sorted(found.items())), self._news
+
+    def _send(self, group: dist.ProcessGroup) -> None:
+        own = torch.tensor([2 * self._digest + self._news], device=compat.device_of(group))
+        everyone = own.new_empty(group.size())
+        with collective(f"agreement at {self._call}"):
+            self._sent = everyone, compat.all_gather(everyone, own, group, async_op=True)
+
+    def _receive(self, group: dist.ProcessGroup) -> list[int] | None:
+        """All ranks' words; None where nobody reads them."""
+        if self._sent is None:
+            self._send(group)
+        assert self._sent is not None
+        (everyone, work), self._sent = self._sent, None
+        with collective(f"agreement at {self._call}"):
+            if work is not None:
+                work.wait()
+            if not self._is_read and everyone.device.type != "cpu":
+                return None
+            return everyone.tolist()
 
 
 def _check_calls(call: str, facts: object, group: dist.ProcessGroup) -> None:

@@ -11,7 +11,7 @@ from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -20,7 +20,7 @@ from qsdp.comm.plan import Plan
 from qsdp.comm.wire import Wire
 from qsdp.failures import collective
 from qsdp.fsdp.adapt import Adaptation
-from qsdp.meeting import meet, mistakes_shared
+from qsdp.meeting import Meeting, meet, mistakes_shared
 
 _BACKWARD = "a backward pass"
 _SWITCH = {True: "on", False: "off"}
@@ -88,10 +88,15 @@ class Passes:
             for axis in (axes if len(axes) == 1 else ())
             if axis is not None and compat.device_of(axis).type == "cpu"
         ]
+        # A gather for the backward pass would come before anything that a meeting could lie beside.
+        is_alone = len({plan.group for plan in plans}) == 1
+        self._meets_early = wire.config.gather == "once" and is_alone
         self.caches: Sequence[Cache] = ()
         self._gathered: dict[dist.ProcessGroup, set[int]] = {}
         self._agreed: dict[dist.ProcessGroup, dict[str, object]] = {}
         self._is_in_backward = False
+        self._meeting: Meeting | None = None
+        self._backward_facts: dict[str, object] = {}
         self._grad_mode = "unknown"
         self._num_edits = 0
         _LIVE.add(self)
@@ -138,20 +143,30 @@ class Passes:
     def before_collective_in_backward(self, plan: Plan) -> None:
         """Meet, if it is the first of a backward pass."""
         self._wire.finish()
-        if self._is_in_backward:
-            return
+        if not self._is_in_backward:
+            self._begin_backward(plan.group)
+        self._end_meeting()
+
+    def _begin_backward(self, group: dist.ProcessGroup) -> None:
+        """Begin the meeting of a backward pass, beside what comes before its first collective."""
         self._is_in_backward = True
         compat.after_backward(self._end_backward)
-        if compat.device_of(plan.group).type == "cpu":  # else nobody would read what is said
-            facts = {
+        if compat.device_of(group).type == "cpu":  # else nobody would read what is said
+            self._backward_facts = {
                 "step": self._wire.clock.step,
-                **self._facts(plan.group),
-                **self._settings(plan.group, is_forward=False),
+                **self._facts(group),
+                **self._settings(group, is_forward=False),
             }
-            with self.mistakes_reach_replicas():
-                meet(_BACKWARD, facts, [plan.group])
-            if any(g.reduces and (self._averages or g.averages) for g in self._groups):
-                meet(_BACKWARD, self._facts_of_average(facts), self._replicas)
+            self._meeting = Meeting(_BACKWARD, self._backward_facts, [group])
+
+    def _end_meeting(self) -> None:
+        meeting, self._meeting = self._meeting, None
+        if meeting is None:
+            return
+        with self.mistakes_reach_replicas():
+            meeting.end()
+        if any(g.reduces and (self._averages or g.averages) for g in self._groups):
+            meet(_BACKWARD, self._facts_of_average(self._backward_facts), self._replicas)
 
     def mistakes_reach_replicas(self) -> AbstractContextManager[None]:
         """Inside, outside a backward pass, a mistake also reaches the replicas that wait there."""
@@ -211,6 +226,7 @@ class Passes:
     def _end_backward(self) -> None:
         self._is_in_backward = False
         self.begin_anew()
+        self._end_meeting()
 
     def _meet_for_a_pass(self, first: Plan) -> None:
         """Agree on all that the gathers of a pass depend on, of which ``first`` is the first."""
@@ -300,7 +316,7 @@ class Passes:
         found: list[int] = everyone.view(group.size(), -1).any(0).nonzero().squeeze(1).tolist()
         return found
 
-    def _before_forward(self, module: nn.Module) -> None:
+    def _before_forward(self, module: nn.Module, *_: object) -> None:
         if compat.in_backward() or not compat.becomes_root(module):
             return
         self._abandon(module)
@@ -318,10 +334,14 @@ class Passes:
                 if is_inference:
                     group.make_buffers()
 
-    def _after_forward(self, module: nn.Module) -> None:
+    def _after_forward(self, module: nn.Module, _: object = None, output: object = None) -> None:
         if compat.in_backward() or not compat.is_root(module):
             return
         self._grad_mode = "unknown"
+        if torch.is_grad_enabled() and self._meets_early:
+            for tensor in compat.tensors_in(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(_gradient_came, weakref.ref(self)))
         # Nobody else would, and `model.parameters()` would show decoded weights.
         if not torch.is_grad_enabled() and compat.stays_gathered_by_default(module):
             compat.reshard_module(module)
@@ -338,6 +358,12 @@ def _count_edit(*_: object) -> None:
 register_optimizer_step_post_hook(_count_edit)  # one for all optimizers: it holds no model
 
 
-def _call(passes: weakref.ref[Passes], method: Any, module: nn.Module, *_: object) -> None:
+def _call(passes: weakref.ref[Passes], method: Any, *args: object) -> None:
     if (found := passes()) is not None:
-        method(found, module)
+        method(found, *args)
+
+
+def _gradient_came(passes: weakref.ref[Passes], _: Tensor) -> None:
+    found = passes()
+    if found is not None and not found._is_in_backward and compat.in_backward():
+        found._begin_backward(found._plans[0].group)
