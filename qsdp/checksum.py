@@ -22,20 +22,22 @@ def checksum(tensors: Iterable[Tensor]) -> int:
         if rest or raw.storage_offset() % 4:
             raw = torch.nn.functional.pad(raw, (0, rest)).clone()
         words = raw.view(torch.int32)
-        is_on_cpu = words.device.type == "cpu"
-        sums = [
-            (chunk * _factors(chunk.device, is_on_cpu)[: chunk.numel()]).sum()
-            for chunk in words.split(_CHUNK_CPU if is_on_cpu else _CHUNK_GPU)
-        ]
+        factors = _factors(words.device)
+        products = torch.empty_like(factors[: words.numel()])
+        sums = []
+        for chunk in words.split(factors.numel()):
+            room = products[: chunk.numel()]
+            sums.append(torch.mul(chunk, factors[: chunk.numel()], out=room).sum())
         for part in torch.stack(sums).tolist() if sums else ():
             total = (total * _FACTOR + part) % (1 << 64)
     return total
 
 
 @cache
-def _factors(device: torch.device, is_on_cpu: bool) -> Tensor:
+def _factors(device: torch.device) -> Tensor:
+    """Odd int64, one a place in a chunk."""
     generator = torch.Generator().manual_seed(0)
-    size = _CHUNK_CPU if is_on_cpu else _CHUNK_GPU
+    size = _CHUNK_CPU if device.type == "cpu" else _CHUNK_GPU
     with torch.inference_mode(False):
         odd = torch.randint(-(1 << 62), 1 << 62, (size,), generator=generator) | 1
         return odd.to(device)
