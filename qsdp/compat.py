@@ -69,6 +69,10 @@ class ParameterGroup:
             for parameter, p in pairs
         ]
 
+    def sharded_parameters(self) -> list[nn.Parameter]:
+        """What optimizers hold, in buffer order."""
+        return [p.sharded_param for p in self._group.fsdp_params]
+
     def unsharded_parameters(self) -> list[Tensor | None]:
         """The tensors that autograd sees, in buffer order; None before the first gather."""
         return [getattr(p, "_unsharded_param", None) for p in self._group.fsdp_params]
@@ -334,16 +338,15 @@ def stays_gathered_by_default(module: nn.Module) -> bool:
     return bool(_state(module)._auto_reshard_after_forward)
 
 
-def is_cut_short(module: nn.Module) -> bool:
-    """Whether the last pass through ``module``, a root that is not in a pass, ended in the middle:
-    by an exception."""
-    context = _state(module)._state_ctx
-    return context.post_backward_final_callback_queued or any(
-        state._training_state is not type(state._training_state).IDLE
-        # One call to `fully_shard` for several modules waits for all of them.
-        and not (len(state._modules) > 1 and state._modules_to_run_forward)
-        for state in context.all_states
-    )
+def num_parts(root: nn.Module) -> int:
+    """How many groups FSDP2 has for a pass through ``root``."""
+    return len(_state(root)._state_ctx.all_states)
+
+
+def is_backward_cut_short(module: nn.Module) -> bool:
+    """Whether the last backward pass through ``module``, a root, has begun but not ended; to be
+    asked outside a backward pass."""
+    return is_root(module) and bool(_state(module)._state_ctx.post_backward_final_callback_queued)
 
 
 def rewind_point(model: nn.Module) -> Callable[[], None]:
@@ -381,9 +384,15 @@ def abandon_pass(model: nn.Module) -> None:
 
 
 def abandon_cut_short(model: nn.Module) -> None:
-    """`abandon_pass` where a pass was cut short; none may be under way."""
+    """`abandon_pass` where FSDP2 is in the middle of a pass; none may be under way."""
     for root in _fsdp_roots(model):
-        if is_root(root) and is_cut_short(root):
+        context = _state(root)._state_ctx
+        if context.post_backward_final_callback_queued or any(
+            state._training_state is not type(state._training_state).IDLE
+            # One call to `fully_shard` for several modules waits for all of them.
+            and not (len(state._modules) > 1 and state._modules_to_run_forward)
+            for state in context.all_states
+        ):
             abandon_pass(root)
 
 

@@ -127,7 +127,8 @@ class Meeting:
         return dict(sorted(found.items())), self._news
 
     def _send(self, group: dist.ProcessGroup) -> None:
-        own = torch.tensor([2 * self._digest + self._news], device=compat.device_of(group))
+        word, device = 2 * self._digest + self._news, compat.device_of(group)
+        own = torch.full((1,), word, dtype=torch.int64, device=device)  # needs no copy to a GPU
         everyone = own.new_empty(group.size())
         with collective(f"agreement at {self._call}"):
             self._sent = everyone, compat.all_gather(everyone, own, group, async_op=True)

@@ -9,12 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 import qsdp
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import Toy, full_state, make_batch, make_model, shard
+from tests_distributed.helpers import (
+    Toy,
+    all_ranks,
+    full_grads,
+    full_state,
+    make_batch,
+    make_model,
+    shard,
+)
 
 NUM_STEPS = 4
 LEARNED = qsdp.QSDPConfig(weight_bits=4, grad_bits=4, levels="learned", level_steps=(1, 3), seed=3)
@@ -395,3 +405,98 @@ def _reshard(model: Toy) -> None:
 
 def test_no_pass_is_made_with_weights_of_an_earlier_step(run: Run) -> None:
     assert run(2, stale_root) == [True, True]
+
+
+# --- what only looks like a pass that was cut short ----------------------------------------------
+
+
+class Recursive(nn.Module):
+    """Two blocks, passed through several times by a module that calls itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, times: int = 0) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        x = self.head(x)
+        return self(x, times - 1) if times else x
+
+    def training_step(self, x: Tensor) -> Tensor:
+        return self(x).square().mean()  # type: ignore[no-any-return]
+
+
+def _recursive(gather: str | None) -> Recursive:
+    model = Recursive()
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=all_ranks())
+    register_fsdp_forward_method(model, "training_step")
+    if gather is not None:
+        qsdp.install(model, qsdp.QSDPConfig(weight_bits=32, grad_bits=32, gather=gather))
+    return model
+
+
+def _input(seed: int) -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def calls_inside_a_pass(gather: str | None) -> list[Tensor]:
+    """Gradients of micro-batches through a registered method and an evaluation between them, and
+    of a root that calls itself."""
+    model = _recursive(gather)
+    for micro in range(3):
+        model.set_requires_gradient_sync(micro == 2)  # type: ignore[operator]
+        torch.autograd.backward(model.training_step(_input(micro)))
+        with torch.no_grad():
+            model(_input(9))
+    model.reshard()  # type: ignore[operator]
+    found = list(full_grads(model).values())
+    model.zero_grad()
+    torch.autograd.backward(model(_input(3), 2).square().mean())
+    return found + list(full_grads(model).values())
+
+
+@pytest.mark.parametrize("gather", ["twice", "once"])
+def test_a_root_may_be_called_inside_its_own_pass(run: Run, gather: str) -> None:
+    for stock, ours in zip(
+        run(2, calls_inside_a_pass, None), run(2, calls_inside_a_pass, gather), strict=True
+    ):
+        torch.testing.assert_close(ours, stock)
+
+
+def edit_after_a_direct_call() -> float:
+    """A frozen head is set to zero after a block was called by itself."""
+    model = _recursive(None).requires_grad_(False)
+    model.blocks[0].requires_grad_(True)
+    qsdp.install(model, qsdp.QSDPConfig(gather="once"))
+    torch.autograd.backward(model(_input(0)).sum())
+    with torch.no_grad():
+        model.blocks[0](_input(1))
+        for parameter in model.head.parameters():
+            assert isinstance(parameter, DTensor)
+            parameter.to_local().zero_()
+        return float(model(_input(2)).abs().sum())
+
+
+def test_an_edit_after_a_direct_call_of_a_block_is_seen(run: Run) -> None:
+    assert run(2, edit_after_a_direct_call) == [0.0, 0.0]
+
+
+def steps_of_other_optimizers() -> float:
+    """One rank trains something of its own between two forward passes."""
+    model = _recursive("twice")
+    first = model(_input(0))
+    if dist.get_rank() == 0:
+        own = nn.Linear(2, 2)
+        own(torch.ones(1, 2)).sum().backward()
+        torch.optim.SGD(own.parameters()).step()
+    torch.autograd.backward((first + model(_input(1))).sum())
+    return sum(float(grad.sum()) for grad in full_grads(model).values())
+
+
+def test_a_rank_may_train_something_of_its_own(run: Run) -> None:
+    first, second = run(2, steps_of_other_optimizers)
+    assert first == second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from qsdp import compat
 from qsdp.comm.plan import Plan
 from qsdp.comm.wire import Wire
-from qsdp.failures import collective
+from qsdp.failures import CollectiveError, collective
 from qsdp.fsdp.adapt import Adaptation
 from qsdp.meeting import Meeting, meet, mistakes_shared
 
@@ -58,7 +59,8 @@ class Passes:
     An exception that ends a pass in the middle leaves FSDP2 and the wire in the middle of it. What
     is left is undone before the next pass, so that it equals one of a run without the exception:
     the step in the keys is that of the pass that was cut short, and gradients that were not
-    reduced are dropped.
+    reduced are dropped. Only what is seen to raise, or not to end, counts as cut short: a root may
+    be called inside its own pass, from a method that FSDP2 was told to take for a forward.
 
     Args:
         plans, groups: of the handle's groups.
@@ -109,7 +111,7 @@ class Passes:
         for module in dict.fromkeys(module for group in groups for module in group.modules):
             self._handles += [
                 module.register_forward_pre_hook(before, prepend=True),
-                module.register_forward_hook(after),
+                module.register_forward_hook(after, always_call=True),
             ]
 
     @property
@@ -193,6 +195,7 @@ class Passes:
             self._abandon(group.modules[0])
         self._end_what_was_cut_short()
         self._wire.finish()
+        self._grad_mode = "unknown"
 
     def rewind_point(self) -> Callable[[], None]:
         """A function that makes what is counted as it is now, for the second try of a step."""
@@ -213,7 +216,7 @@ class Passes:
             handle.remove()
 
     def _abandon(self, module: nn.Module) -> None:
-        if compat.is_root(module) and compat.is_cut_short(module):
+        if compat.is_backward_cut_short(module):
             compat.abandon_pass(module)
 
     def _end_what_was_cut_short(self) -> None:
@@ -321,6 +324,8 @@ class Passes:
             return
         self._abandon(module)
         self._end_what_was_cut_short()
+        if compat.num_parts(module) > 1:  # where blocks are wholes, each would be a pass
+            self.begin_anew()
         is_inference = torch.is_inference_mode_enabled()
         self._grad_mode = "in inference mode" if is_inference else _SWITCH[torch.is_grad_enabled()]
         # What is due with all ranks waits for a gather, so that they have met before.
@@ -338,6 +343,11 @@ class Passes:
         if compat.in_backward() or not compat.is_root(module):
             return
         self._grad_mode = "unknown"
+        error = sys.exc_info()[1]
+        if output is None and error is not None:
+            if not isinstance(error, CollectiveError):  # no rank would answer
+                compat.abandon_pass(module)
+            return
         if torch.is_grad_enabled() and self._meets_early:
             for tensor in compat.tensors_in(output):
                 if tensor.requires_grad:
@@ -350,9 +360,11 @@ class Passes:
 _LIVE: WeakSet[Passes] = WeakSet()
 
 
-def _count_edit(*_: object) -> None:
+def _count_edit(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    edited = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for passes in _LIVE:
-        passes._num_edits += 1
+        own = {id(p) for group in passes._groups for p in group.sharded_parameters()}
+        passes._num_edits += not edited.isdisjoint(own)
 
 
 register_optimizer_step_post_hook(_count_edit)  # one for all optimizers: it holds no model

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import wraps
 from typing import Any, ParamSpec, Protocol
 
@@ -120,6 +121,18 @@ def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
     return total
 
 
+def _described(value: object) -> str:
+    """``value`` in words that do not depend on the process or its GPU."""
+    if isinstance(value, Mapping):
+        return str({name: _described(each) for name, each in value.items()})
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_described, value))}]"
+    if isinstance(value, Tensor):
+        return str(value.tolist())
+    is_plain = value is None or isinstance(value, str | int | float) or is_dataclass(value)
+    return repr(value) if is_plain else type(value).__name__
+
+
 def made_alike(init: Callable[P, None]) -> Callable[P, None]:
     """Make a constructor ``(self, model, base_optimizer, ...)`` a collective over the ranks that
     share the model: all of them raise RuntimeError if their arguments differ."""
@@ -130,7 +143,9 @@ def made_alike(init: Callable[P, None]) -> Callable[P, None]:
         bound = signature.bind(*args, **options)
         bound.apply_defaults()
         self, model, _ = (bound.arguments.pop(name) for name in ("self", "model", "base_optimizer"))
-        facts: dict[str, object] = {name: repr(value) for name, value in bound.arguments.items()}
+        facts: dict[str, object] = {
+            name: _described(value) for name, value in bound.arguments.items()
+        }
         groups = []
         if isinstance(model, nn.Module):
             reshard(model)
@@ -139,7 +154,7 @@ def made_alike(init: Callable[P, None]) -> Callable[P, None]:
         with mistakes_shared(call, groups):
             init(*args, **options)
             facts["prunable parameters"] = self.prunable.names
-            facts["base_optimizer"] = f"{type(self.base).__name__} {self.base.defaults}"
+            facts["base_optimizer"] = f"{type(self.base).__name__} {_described(self.base.defaults)}"
             facts["parameters of the optimizer"] = len(self.parameters())
         meet(call, facts, groups)
 

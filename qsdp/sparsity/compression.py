@@ -224,8 +224,10 @@ def compressed(
         with torch.no_grad():
             compress_(shards, chosen, prunable.dims)
         yield dict(zip(prunable.names, prunable.parameters, strict=True))
-    finally:
+    except BaseException:
         abandon_cut_short(model)
+        raise
+    finally:
         reshard(model)
         with torch.no_grad():
             for shard, values in zip(shards, before, strict=True):
