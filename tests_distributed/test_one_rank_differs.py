@@ -862,7 +862,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 OPTIMIZERS = {
-    "sparsity of CrAM": _argument("CrAM", "sparsity", 0.3, (0.5, 0.7)),
+    "sparsity of CrAM": _argument("CrAM", "sparsity", 0.3, [0.5, 0.7]),
     "rho of CrAM": _argument("CrAM", "rho", 0.1, 0.05),
     "plus": _argument("CrAM", "plus", False, True),
     "normalize": _argument("CrAM", "normalize", True, False),
