@@ -443,9 +443,9 @@ def _input(seed: int) -> Tensor:
     return torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
 
 
-def calls_inside_a_pass(gather: str | None) -> list[Tensor]:
+def calls_inside_a_pass(gather: str | None) -> list[list[Tensor]]:
     """Gradients of micro-batches through a registered method and an evaluation between them, and
-    of a root that calls itself."""
+    of a root that calls itself, where torch can do that (2.11 cannot)."""
     model = _recursive(gather)
     for micro in range(3):
         model.set_requires_gradient_sync(micro == 2)  # type: ignore[operator]
@@ -453,10 +453,12 @@ def calls_inside_a_pass(gather: str | None) -> list[Tensor]:
         with torch.no_grad():
             model(_input(9))
     model.reshard()  # type: ignore[operator]
-    found = list(full_grads(model).values())
+    found = [list(full_grads(model).values())]
     model.zero_grad()
-    torch.autograd.backward(model(_input(3), 2).square().mean())
-    return found + list(full_grads(model).values())
+    if hasattr(model, "reset_iter_state"):
+        torch.autograd.backward(model(_input(3), 2).square().mean())
+        found.append(list(full_grads(model).values()))
+    return found
 
 
 @pytest.mark.parametrize("gather", ["twice", "once"])

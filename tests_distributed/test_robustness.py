@@ -513,8 +513,9 @@ SENTENCE = (
     r"\(.+\)"
 )
 IN_THE_JOB = (
-    rf"^error on rank {{rank}}: ({SENTENCE}|the sum over all ranks failed on rank {{rank}}: a rank "
-    r"has ended or does not answer \(.+\)|a collective failed: a rank .+)$"
+    rf"^error on rank {{rank}}: ({SENTENCE}|the (sum over all ranks|sum of the gradients' norm|"
+    r"agreement at qsdp.clip_grad_norm_) failed on rank {rank}: a rank has ended or does not "
+    r"answer \(.+\)|a collective failed: a rank .+)$"
 )
 
 

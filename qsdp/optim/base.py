@@ -124,7 +124,8 @@ def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
 def _described(value: object) -> str:
     """``value`` in words that do not depend on the process or its GPU."""
     if isinstance(value, Mapping):
-        return str({name: _described(each) for name, each in value.items()})
+        pairs = (f"{name!r}: {_described(each)}" for name, each in value.items())
+        return f"{{{', '.join(pairs)}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_described, value))}]"
     if isinstance(value, Tensor):
