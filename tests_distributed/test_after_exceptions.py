@@ -425,17 +425,25 @@ class Recursive(nn.Module):
         x = self.head(x)
         return self(x, times - 1) if times else x
 
+    def direct_step(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        loss: Tensor = self.head(x).square().mean()
+        return loss
+
     def training_step(self, x: Tensor) -> Tensor:
         return self(x).square().mean()  # type: ignore[no-any-return]
 
 
-def _recursive(gather: str | None) -> Recursive:
+def _recursive(gather: str | None, config: qsdp.QSDPConfig | None = None) -> Recursive:
     model = Recursive()
     for module in (*model.blocks, model):
         fully_shard(module, mesh=all_ranks())
-    register_fsdp_forward_method(model, "training_step")
+    for method in ("training_step", "direct_step"):
+        register_fsdp_forward_method(model, method)
     if gather is not None:
-        qsdp.install(model, qsdp.QSDPConfig(weight_bits=32, grad_bits=32, gather=gather))
+        config = config or qsdp.QSDPConfig(weight_bits=32, grad_bits=32)
+        qsdp.install(model, replace(config, gather=gather))
     return model
 
 
@@ -502,3 +510,30 @@ def steps_of_other_optimizers() -> float:
 def test_a_rank_may_train_something_of_its_own(run: Run) -> None:
     first, second = run(2, steps_of_other_optimizers)
     assert first == second
+
+
+def registered_after_a_failed_evaluation(fails: bool) -> list[float]:
+    """Steps of a registered method, of which no hook hears, and an evaluation before levels are
+    learned."""
+    model = _recursive("twice", LEARNED)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for step in range(3):
+        if step == 1:
+            with pytest.raises(Fault) if fails else nullcontext(), torch.no_grad():
+                hook = model.blocks[1].register_forward_hook(fail) if fails else None
+                try:
+                    model(_input(9))
+                finally:
+                    if hook is not None:
+                        hook.remove()
+        optimizer.zero_grad()
+        loss = model.direct_step(_input(step))
+        torch.autograd.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_failed_evaluation_is_over_for_registered_methods_too(run: Run) -> None:
+    assert run(2, both, registered_after_a_failed_evaluation) == [True, True]

@@ -1469,3 +1469,15 @@ def test_a_rank_may_have_no_gradient(run: Run, ranks: int, odd: int) -> None:
     first, *others = run(ranks, _without_gradients, odd)
     assert all(norm and steps == 2 for norm, steps in map(first.get, OPTIONS))
     assert others == [first] * (ranks - 1)
+
+
+def optimizers_with_objects() -> bool:
+    """Two optimizers whose defaults hold what is another object on every rank."""
+    model = shard(make_model())
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    base.defaults["hook"] = object()
+    return isinstance(qsdp.CrAM(model, base), qsdp.CrAM)
+
+
+def test_objects_of_each_rank_are_no_difference(run: Run) -> None:
+    assert run(2, optimizers_with_objects) == [True, True]

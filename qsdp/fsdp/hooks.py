@@ -109,7 +109,6 @@ class AllGather(_Comm):
             return None
         if in_backward:
             self.passes.before_collective_in_backward(plan)
-        wire.finish()
         keeps = not wire.is_exact and not in_backward and self._is_needed_again()
         is_async = async_op and input_tensor.device.type == "cpu"
         is_exact = wire.is_exact
@@ -144,7 +143,6 @@ class AllGather(_Comm):
         if self._frozen is None or self._frozen.side is not side:
             if compat.in_backward():
                 self.passes.before_collective_in_backward(plan)
-            wire.finish()
             buffer = allocate(plan.world_size * side.payload_bytes, input.device)
             self._frozen_sum = self._sum_of_frozen()
             self._frozen = Gathering(plan, side, input, wire, buffer, is_frozen=True).finish()

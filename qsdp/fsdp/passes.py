@@ -125,7 +125,8 @@ class Passes:
         self._gathered.clear()
 
     def before_gather(self, plan: Plan) -> None:
-        """Begin a pass, if a gather of ``plan`` that is no part of a backward pass does so."""
+        """Begin a pass, if a gather of ``plan`` outside a backward pass does so. What was left
+        under way is finished."""
         self._end_what_was_cut_short()
         wire = self._wire
         wire.finish()
@@ -143,7 +144,7 @@ class Passes:
             wire.clock.before_forward()
 
     def before_collective_in_backward(self, plan: Plan) -> None:
-        """Meet, if it is the first of a backward pass."""
+        """Meet, if it is the first of a backward pass; what was left under way is finished."""
         self._wire.finish()
         if not self._is_in_backward:
             self._begin_backward(plan.group)
