@@ -1,9 +1,9 @@
 """The only file that touches private names of torch, for torch 2.11 to 2.14.
 
-Nothing is patched, and but for `set_comms` and `abandon_pass` everything only reads. What is read
-is what the public seam (`FSDPModule.set_custom_all_gather`, `set_custom_reduce_scatter`) does not
-say: which parameters a group holds and in which order, and the objects to restore when the hooks
-are removed.
+Nothing is patched, and but for `set_comms`, `set_put_off` and `abandon_pass` everything only reads.
+What is read is what the public seam (`FSDPModule.set_custom_all_gather`,
+`set_custom_reduce_scatter`) does not say: which parameters a group holds and in which order, and
+the objects to restore when the hooks are removed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -100,6 +100,16 @@ class ParameterGroup:
             or getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None
         }
 
+    def parameters_with_hooks(self) -> set[int]:
+        """Places of the parameters with hooks that FSDP2 calls when it has their gradients."""
+        parameters = enumerate(self.sharded_parameters())
+        return {i for i, p in parameters if getattr(p, "_post_accumulate_grad_hooks", None)}
+
+    @property
+    def reduces_apart(self) -> bool:
+        """Whether gradients have a process group of their own (torch 2.13)."""
+        return getattr(self._group.mesh_info, "reduce_scatter_process_group", None) is not None
+
     @property
     def shard_group(self) -> dist.ProcessGroup | None:
         """The process group of the all-gather; None when the mesh has no shard axis."""
@@ -177,10 +187,26 @@ class ParameterGroup:
         return reduces
 
     @property
-    def averages(self) -> bool:
-        """Whether FSDP2 averages what was reduced over the replicas of HSDP."""
-        averages: bool = self._group.all_reduce_grads and self.replicas > 1
-        return averages
+    def all_reduces(self) -> bool:
+        """Whether what was reduced is averaged over replicas now, and not put off."""
+        all_reduces: bool = self._group.all_reduce_grads
+        return all_reduces
+
+    @property
+    def has_divisor(self) -> bool:
+        """Whether the user has said what to divide the sum over all ranks by, replicas included."""
+        return self._group.gradient_divide_factor is not None
+
+    @property
+    def put_off(self) -> Tensor | None:
+        """The sums of earlier backward passes that wait for their average over replicas, where
+        FSDP2 keeps those of its own replicas: it drops them together with a pass cut short."""
+        waiting: Tensor | None = self._group._partial_reduce_output
+        return waiting
+
+    def set_put_off(self, waiting: Tensor) -> None:
+        """To be called after a backward pass: each reduce without replicas of FSDP2's clears it."""
+        self._group._partial_reduce_output = waiting
 
     @property
     def prefetches(self) -> tuple[list[Any], list[Any]]:
@@ -207,12 +233,8 @@ class ParameterGroup:
             and output.dtype == group._orig_dtype
             and self.replicas == 1
             and group._all_reduce_hook is None
-            and all(
-                p.sharded_param.grad is None
-                and not p.offload_to_cpu
-                and not getattr(p.sharded_param, "_post_accumulate_grad_hooks", None)
-                for p in params
-            )
+            and all(p.sharded_param.grad is None and not p.offload_to_cpu for p in params)
+            and not self.parameters_with_hooks().intersection(places)
         )
 
     def divide(self, output: Tensor) -> None:
@@ -227,6 +249,15 @@ class ParameterGroup:
             group.force_sum_reduction_for_comms,
         )
         _fsdp_collectives._div_if_needed(output, factor)
+
+    def own_comms(self) -> list[object]:
+        """Its collectives that are not FSDP2's default ones."""
+        group = self._group
+        pairs = (
+            (group._all_gather_comm, _fsdp_collectives.DefaultAllGather),
+            (group._reduce_scatter_comm, _fsdp_collectives.DefaultReduceScatter),
+        )
+        return [comm for comm, default in pairs if type(comm) is not default]
 
     def comms(self) -> tuple[Any, Any, bool, Any, bool]:
         """What `set_comms` takes."""
@@ -403,7 +434,13 @@ def tensors_in(output: object) -> list[Tensor]:
 
 def in_backward() -> bool:
     """Whether the calling thread runs inside an autograd backward pass."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_number() != -1
+
+
+def backward_number() -> int:
+    """A number of the backward pass that the calling thread runs in; -1 outside of one."""
+    number: int = torch._C._current_graph_task_id()
+    return number
 
 
 def after_backward(work: Callable[[], None]) -> None:

@@ -181,8 +181,10 @@ def all_reduce(
     group: dist.ProcessGroup,
     occurrence: int,
     wire: Wire,
+    divisor: int,
 ) -> None:
-    """Average ``tensor`` [shard], a reduced row, over the replicas in ``group``, in place.
+    """Sum ``tensor`` [shard], a reduced row, over the replicas in ``group`` and divide it by
+    ``divisor``, in place.
 
     Every replica sends its row to all others as one payload, quantized once. All rows, the own one
     too, are decoded and added in fp32 in replica order, so that replicas stay bit-identical. For R
@@ -219,4 +221,4 @@ def all_reduce(
     with wire.times.measure("reduce", "decode", device):
         for place, (payload, key) in enumerate(zip(payloads.split(size), keys, strict=True)):
             torch.ops.qsdp.decode(payload, fp32_table, key, as_bytes(total), place > 0, levels)
-    side.expand(plan.rank, total.div_(group.size()), tensor)
+    side.expand(plan.rank, total.div_(divisor), tensor)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from qsdp.comm.reduce import Hop, SetsDiffer, all_reduce, exhaust, hops_of, redu
 from qsdp.comm.scratch import allocate, reads_on_this_stream
 from qsdp.comm.side import Side
 from qsdp.comm.wire import Wire
+from qsdp.failures import listed
 from qsdp.fsdp.passes import Passes
 
 
@@ -205,8 +206,10 @@ class ReduceScatter(_Comm):
     ) -> None:
         self._plan, self._wire, self._group = plan, wire, group
         self._recorder, self._passes, self._replicas = recorder, passes, replicas
-        self._consent = Consent(plan, replicas)
+        # Replicas are not there while their average is put off.
+        self._consents = {True: Consent(plan, replicas), False: Consent(plan, None)}
         self._reduced: tuple[Places, int] | None = None
+        self._put_off: PutOff | None = None
 
     def __call__(
         self,
@@ -239,15 +242,16 @@ class ReduceScatter(_Comm):
             return plan.reduce(places, output_tensor.dtype, wire.least_bits)
 
         step, device = wire.clock.step, input_tensor.device
-        self._consent.settle(with_grad, group, hops, step, device, averaged)
+        consent = self._consents[self._group.all_reduces]
+        consent.settle(with_grad, group, hops, step, device, averaged)
         reducing = reduce(plan, hops(with_grad), output_tensor, input_tensor, wire)
 
         def finish() -> None:
             try:
                 occurrence = exhaust(reducing)
             except SetsDiffer:
-                self._consent.tell_replicas(averaged(with_grad), step, device, Standing.MIXED)
-                self._consent.refuse(with_grad, group, device)
+                consent.tell_replicas(averaged(with_grad), step, device, Standing.MIXED)
+                consent.refuse(with_grad, group, device)
             else:
                 self._reduced = (with_grad, occurrence)
 
@@ -263,17 +267,85 @@ class ReduceScatter(_Comm):
             finish()
 
     def all_reduce(self, reduce_output: Tensor) -> None:
-        """FSDP2's all-reduce hook: average what was just reduced over the replicas, in place."""
+        """FSDP2's all-reduce hook: average what was just reduced over the replicas, in place.
+
+        While `set_requires_all_reduce` puts that off, it becomes zero and its sum waits, as with
+        FSDP2's own replicas.
+        """
         assert self._reduced is not None
         assert self._replicas is not None
         with_grad, occurrence = self._reduced
-        plan, wire = self._plan, self._wire
+        plan, wire, group = self._plan, self._wire, self._group
         # FSDP2 reduced it on another stream, and drops it where gradients have another type.
         reads_on_this_stream(reduce_output)
+        self._add_put_off(with_grad, reduce_output)
+        if not group.all_reduces:
+            self._put_off_average(with_grad, reduce_output)
+            return
+        divisor = 1 if group.has_divisor else self._replicas.size()
         try:
-            all_reduce(plan, with_grad, reduce_output, self._replicas, occurrence, wire)
+            all_reduce(plan, with_grad, reduce_output, self._replicas, occurrence, wire, divisor)
         except SetsDiffer:
-            self._consent.refuse(with_grad, plan.group, reduce_output.device)
+            self._consents[True].refuse(with_grad, plan.group, reduce_output.device)
+
+    def _add_put_off(self, places: Places, reduced: Tensor) -> None:
+        """Add to ``reduced`` the sums whose average was put off, if there are any."""
+        put_off, self._put_off = self._put_off, None
+        waiting = self._group.put_off
+        if put_off is None or (waiting is None and put_off.number != compat.backward_number()):
+            return  # the pass was cut short, or FSDP2 told to forget it
+        if places != put_off.places:
+            plan = self._plan
+            if self._group.all_reduces:  # replicas wait
+                side = plan.reduce(places, reduced.dtype, self._wire.least_bits)
+                step, device = self._wire.clock.step, reduced.device
+                with suppress(RuntimeError):
+                    self._consents[True].tell_replicas(side, step, device, Standing.FAILED)
+            odd = sorted(set(places) ^ set(put_off.places))
+            raise RuntimeError(
+                f"{listed([plan.names[i] for i in odd])} had a gradient in some of the backward "
+                "passes since set_requires_all_reduce(False), but not in all: use the same "
+                "parameters in each, or call set_reduce_scatter_unused_params(True) (torch 2.13)"
+            )
+        reduced += put_off.total
+
+    def _put_off_average(self, places: Places, reduced: Tensor) -> None:
+        """Let ``reduced`` wait, and FSDP2 add zeros to the gradients in its place."""
+        plan, group = self._plan, self._group
+        if not compat.in_backward():
+            raise RuntimeError(
+                f"the group of {plan.name} is reduced outside a backward pass, where replicate_mesh"
+                " cannot put the average off: leave set_requires_all_reduce(True), or shard over "
+                "a 2-D mesh in place of replicate_mesh"
+            )
+        if hooked := group.parameters_with_hooks().intersection(places):
+            raise RuntimeError(
+                f"{listed([plan.names[i] for i in sorted(hooked)])} has a hook on its gradient, "
+                "which would find zeros while set_requires_all_reduce(False) puts the average over "
+                "replicate_mesh off: remove the hook, or leave set_requires_all_reduce(True)"
+            )
+        parameters = group.sharded_parameters()
+        without = [parameters[i] for i in places if parameters[i].grad is None]
+        total = reduced.clone()
+        self._put_off = PutOff(places, total, compat.backward_number())
+        reduced.zero_()
+
+        def leave() -> None:
+            group.set_put_off(total)
+            for parameter in without:
+                parameter.grad = None
+
+        compat.after_backward(leave)
+
+
+class PutOff(NamedTuple):
+    """Sums of gradients over the shard group that wait for their average over replicas."""
+
+    places: Places
+    """Of the parameters."""
+    total: Tensor
+    number: int
+    """Of the backward pass that they are from."""
 
 
 class GradRecorder:

@@ -29,6 +29,7 @@ from qsdp.fsdp.planning import (
     make_hops,
     make_plan,
     make_topology,
+    refuse_own_comms,
     replica_group,
     split_into_nodes,
 )
@@ -91,6 +92,7 @@ class Handle:
         self.config = config
         self._groups = groups
         self._is_removed = False
+        self._averages = replicate_mesh is not None
         _reshard(groups)
         names = {p: compat.name_without_wrappers(name) for name, p in model.named_parameters()}
         order = {name: i for i, name in enumerate(names.values())}
@@ -113,6 +115,7 @@ class Handle:
                     f"qsdp is installed on this {type(model).__name__} already; call "
                     "handle.remove() first"
                 )
+            refuse_own_comms(groups, replicas)
             clean = compat.name_without_wrappers
             aliases = {clean(alias): clean(name) for alias, name in tied_names(model).items()}
             config.check_policy(list(order), aliases)
@@ -165,6 +168,7 @@ class Handle:
             *_, all_reduce_hook, async_op = group.comms()
             async_op |= group.mesh.device_type == "cpu"
             group.set_comms(gather, reduce, True, hook or all_reduce_hook, async_op)
+        self._passes.comms = [group.comms() for group in groups]
 
     def report(self) -> Report:
         """How every parameter travels, at what bits, and why."""
@@ -326,7 +330,9 @@ class Handle:
         for recorder in self._recorders:
             recorder.remove()
         for group, before in zip(self._groups, self._before, strict=True):
-            group.set_comms(*before)
+            gather, reduce, force_sum, hook, async_op = before
+            hook = hook if self._averages else group.comms()[3]  # the user's, of any time
+            group.set_comms(gather, reduce, force_sum, hook, async_op)
         self._reshard()
         for hops in self._hops.values():
             hops.close()

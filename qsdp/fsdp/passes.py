@@ -23,8 +23,15 @@ from qsdp.failures import CollectiveError, collective
 from qsdp.fsdp.adapt import Adaptation
 from qsdp.meeting import Meeting, meet, mistakes_shared
 
-_BACKWARD = "a backward pass"
+_FORWARD, _BACKWARD = "a forward pass", "a backward pass"
 _SWITCH = {True: "on", False: "off"}
+_HOOK = "set_all_reduce_hook"
+_SETTERS = (
+    "set_custom_all_gather",
+    "set_custom_reduce_scatter",
+    "set_force_sum_reduction_for_comms(False)",
+    _HOOK,
+)
 
 
 class Cache(Protocol):
@@ -70,6 +77,7 @@ class Passes:
 
     Attributes:
         caches: by plan; set once they are made.
+        comms: by plan, what FSDP2 was given; set then too.
     """
 
     def __init__(
@@ -94,6 +102,7 @@ class Passes:
         is_alone = len({plan.group for plan in plans}) == 1
         self._meets_early = wire.config.gather == "once" and is_alone
         self.caches: Sequence[Cache] = ()
+        self.comms: Sequence[tuple[Any, ...]] = ()
         self._gathered: dict[dist.ProcessGroup, set[int]] = {}
         self._agreed: dict[dist.ProcessGroup, dict[str, object]] = {}
         self._is_in_backward = False
@@ -154,6 +163,8 @@ class Passes:
         """Begin the meeting of a backward pass, beside what comes before its first collective."""
         self._is_in_backward = True
         compat.after_backward(self._end_backward)
+        for place in range(len(self._plans)):
+            self._refuse(_BACKWARD, place, group)
         if compat.device_of(group).type == "cpu":  # else nobody would read what is said
             self._backward_facts = {
                 "step": self._wire.clock.step,
@@ -168,7 +179,7 @@ class Passes:
             return
         with self.mistakes_reach_replicas():
             meeting.end()
-        if any(g.reduces and (self._averages or g.averages) for g in self._groups):
+        if any(g.reduces and g.all_reduces and self._is_replicated(g) for g in self._groups):
             meet(_BACKWARD, self._facts_of_average(self._backward_facts), self._replicas)
 
     def mistakes_reach_replicas(self) -> AbstractContextManager[None]:
@@ -216,6 +227,32 @@ class Passes:
         for handle in self._handles:
             handle.remove()
 
+    def _is_replicated(self, group: compat.ParameterGroup) -> bool:
+        return self._averages or group.replicas > 1
+
+    def _refuse(self, call: str, place: int, group: dist.ProcessGroup) -> None:
+        """Refuse what takes the group at ``place`` off the wire, or its gradients to other sums."""
+        plan, own = self._plans[place], self._groups[place]
+        kept = zip(_SETTERS, own.comms(), self.comms[place], strict=False)
+        changed = [setter for setter, now, then in kept if now is not then]
+        if not self._averages and _HOOK in changed:
+            changed.remove(_HOOK)  # it is the user's
+        mistake = ""
+        if changed:
+            mistake = (
+                f"{changed[0]} was called on the group of {plan.name} after qsdp.install, which "
+                "needs that for the wire: leave it out, or call handle.remove() first"
+            )
+        elif plan.hops is not None and own.reduces_apart:
+            mistake = (
+                f"set_separate_reduce_scatter_group was called on the group of {plan.name}, which "
+                "reduces in two hops, over process groups of qsdp's own: leave it out, or take "
+                'QSDPConfig(reduce="flat")'
+            )
+        if mistake:
+            with self.mistakes_reach_replicas(), mistakes_shared(call, [group]):
+                raise RuntimeError(mistake)
+
     def _abandon(self, module: nn.Module) -> None:
         if compat.is_backward_cut_short(module):
             compat.abandon_pass(module)
@@ -254,7 +291,7 @@ class Passes:
         # A GPU's stream is stopped only where something is to be heard.
         is_read = is_needed or facts != self._agreed.get(group)
         now = {"step": wire.clock.next_step, **facts}
-        if meet("a forward pass", now, [group], has_news=has_news, is_read=is_read):
+        if meet(_FORWARD, now, [group], has_news=has_news, is_read=is_read):
             for i in self._changed_anywhere(changed, group):
                 self.caches[i].forget_frozen()
         self._agreed[group] = facts
@@ -298,7 +335,9 @@ class Passes:
             else:
                 settings = {
                     "groups that are not reduced": not group.reduces,
-                    "groups that are not averaged": group.replicas > 1 and not group.averages,
+                    "groups that are not averaged": (
+                        self._is_replicated(group) and not group.all_reduces
+                    ),
                     "groups that are not gathered again": not group.gathers_in_backward,
                     "gathered groups": group.is_gathered,
                 }
@@ -334,8 +373,9 @@ class Passes:
         is_due = trains and bool(self.due)
         if trains and not is_due:
             self.settle()
-        for group, cache in zip(self._groups, self.caches, strict=True):
+        for place, (group, cache) in enumerate(zip(self._groups, self.caches, strict=True)):
             if compat.is_part(group.state, module):
+                self._refuse(_FORWARD, place, self._plans[place].group)
                 cache.drop_stale(is_due)
                 if is_inference:
                     group.make_buffers()

@@ -38,6 +38,24 @@ def replica_group(
     return mesh.get_group()
 
 
+def refuse_own_comms(
+    groups: list[compat.ParameterGroup], replicas: dist.ProcessGroup | None
+) -> None:
+    """Raise ValueError where the wire would take the place of what the user gave FSDP2."""
+    for group in groups:
+        if own := group.own_comms():
+            raise ValueError(
+                f"{_name(group)} has a collective of its own, {type(own[0]).__name__}, whose place "
+                "qsdp would take: leave out set_custom_all_gather, set_custom_reduce_scatter, "
+                "set_allocate_memory_from_process_group_for_comm and set_symm_mem_for_comm"
+            )
+        if replicas is not None and group.comms()[3] is not None:
+            raise ValueError(
+                f"{_name(group)} has a hook of set_all_reduce_hook, whose place the average over "
+                "replicate_mesh would take: leave out one of the two"
+            )
+
+
 def check_type(name: str, given: object, wanted: Any) -> None:
     """Raise ValueError unless ``given`` is a ``wanted``, or None where that may be."""
     if not isinstance(given, wanted):
