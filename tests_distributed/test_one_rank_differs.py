@@ -436,6 +436,10 @@ def _without_sync(stage: Stage) -> None:
     stage.train()
 
 
+def _unforced(stage: Stage) -> None:
+    stage.model.blocks[0].mlp.set_force_sum_reduction_for_comms(False)
+
+
 def _told(method: str, *args: Any, passes: int = 1) -> Act:
     """Tell FSDP2 something of the MLP alone, and train."""
 
@@ -606,9 +610,7 @@ PASSES = {
         there=_with_a_pruned_weight_set,
         elsewhere=_forward,
         says=lambda rank, odd: (
-            ".*zero.*"
-            if rank == odd
-            else f"rank {odd} cannot encode its weights of the group of .*"
+            ".*zero.*" if rank == odd else f"rank {odd} cannot send its part of the group of .*"
         ),
     ),
     "a forward pass more": Point(
@@ -631,6 +633,16 @@ PASSES = {
         there=_told("set_requires_gradient_sync", False),
         elsewhere=_train,
         says=differs(BACKWARD, "groups that are not reduced", "blocks.0.mlp.*", "none"),
+    ),
+    "an all-gather of its own": Point(
+        there=_told("set_custom_all_gather", None),
+        elsewhere=_train,
+        says=mistaken(FORWARD, "set_custom_all_gather was called on the group of .*"),
+    ),
+    "a sum that is not forced": Point(
+        there=_between(_unforced),
+        elsewhere=_train,
+        says=mistaken(BACKWARD, r"set_force_sum_reduction_for_comms\(False\) was called on .*"),
     ),
     "kept after the forward pass": Point(
         there=_told("set_reshard_after_forward", False),

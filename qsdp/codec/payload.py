@@ -38,7 +38,7 @@ ITEM_BYTES = {DType.FP32: 4, DType.BF16: 2, DType.FP16: 2, DType.OPAQUE: 1}
 
 class Standing(IntEnum):
     """What a header says of its sender's gradients: they are those that were agreed on, or others,
-    or the sender has heard of both; of its weights, that they could not be encoded. Random bits, so
+    or the sender has heard of both; or that it has nothing to send, and raises. Random bits, so
     that damage is not taken for a standing."""
 
     KEPT = 0

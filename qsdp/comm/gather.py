@@ -199,8 +199,8 @@ def check_headers(
     difference[:, 3] = torch.tensor([each not in list(Standing) for each in heard])
     if Standing.FAILED in heard:
         raise RuntimeError(
-            f"rank {senders[heard.index(Standing.FAILED)]} cannot encode its weights of the group "
-            f"of {plan.name}, and says why: do the same on every rank"
+            f"rank {senders[heard.index(Standing.FAILED)]} cannot send its part of the group of "
+            f"{plan.name}, and says why: do the same on every rank"
         )
     if difference.any():
         row = int(difference.any(1).nonzero()[0])
