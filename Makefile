@@ -84,7 +84,7 @@ test-all: setup  ## every test with every combination: an hour
 # which the torch of .venv built.
 OTHER := $(subst ==,-,$(firstword $(TORCH)))
 OTHER_BIN := $(CURDIR)/.venv-$(OTHER)/bin
-OTHER_WHOLE := tests_distributed/test_install.py tests_distributed/test_cram.py
+OTHER_WHOLE := $(addprefix tests_distributed/test_,install.py cram.py fsdp2_settings.py)
 OTHER_TESTS := tests/test_codec_kernels.py $(addprefix tests_distributed/test_,resume.py wire_options.py lifetime.py)
 
 test-torch:  ## training and resume with another torch: make test-torch TORCH="torch==2.14.1"
@@ -94,7 +94,7 @@ test-torch:  ## training and resume with another torch: make test-torch TORCH="t
 	QSDP_REQUIRE_NATIVE=1 $(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir build/$(OTHER) .
 	$(OTHER_BIN)/pip install --quiet "$$(echo build/$(OTHER)/qsdp-*.whl)[train]" "pytest>=9" pytest-xdist
 	$(OTHER_BIN)/pip install --quiet --force-reinstall --no-deps build/$(OTHER)/qsdp-*.whl
-	cp -r pyproject.toml launch tests tests_distributed build/$(OTHER)
+	cp -r pyproject.toml docs launch tests tests_distributed build/$(OTHER)
 	cd build/$(OTHER) && QSDP_REQUIRE_NATIVE=1 $(OTHER_BIN)/python -c \
 	  "import torch, qsdp; from qsdp.codec import native; print('qsdp', qsdp.__file__, native.capability(), 'torch', torch.__version__)"
 	cd build/$(OTHER) && export QSDP_REQUIRE_NATIVE=1 QSDP_TEST_REPORT=$(CURDIR)/build/$(OTHER)/reports; \

@@ -390,8 +390,10 @@ def _rows() -> list[Any]:
             if j in (i % 3, 3, 4) or switch.refused(layout, time)
         }
         by_switch.append(pytest.param(sorted(chosen), id=name))
-        heavy = pytest.param(sorted(every - chosen), id=f"{name}, all", marks=pytest.mark.heavy)
-        by_switch.append(heavy)
+        for time in switch.times:
+            others = sorted(row for row in every - chosen if row[2] == time)
+            heavy = pytest.param(others, id=f"{name}, {time}", marks=pytest.mark.heavy)
+            by_switch.append(heavy)
     return by_switch
 
 
