@@ -157,8 +157,9 @@ class Handle:
         ]
         self._gathers: list[AllGather] = []
         self._passes.caches = self._gathers
+        unwatched: set[GradRecorder] = set()
         for plan, group, recorder in zip(self._plans, groups, self._recorders, strict=True):
-            gather = AllGather(plan, self._wire, group, self._recorders, self._passes)
+            gather = AllGather(plan, self._wire, group, recorder, unwatched, self._passes)
             reduce = ReduceScatter(plan, self._wire, group, recorder, self._passes, replicas)
             self._gathers.append(gather)
             hook = None if replicas is None else reduce.all_reduce
