@@ -1,4 +1,4 @@
-// What a codec call must be given; the same rules as `check` in qsdp/codec/ops.py.
+// What a codec call must be given; the same rules as `check` in qsdp/codec/table.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

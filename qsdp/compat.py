@@ -358,20 +358,15 @@ def becomes_root(module: nn.Module) -> bool:
     return is_root(module)
 
 
-def is_part(state: Any, root: nn.Module) -> bool:
-    """Whether the group of ``state`` belongs to ``root``, as FSDP2 has it since its first pass."""
-    return state._state_ctx is _state(root)._state_ctx
-
-
 def stays_gathered_by_default(module: nn.Module) -> bool:
     """Whether FSDP2 keeps the weights of ``module``, a root, after its forward pass without having
     been asked to: for a backward pass that follows at once."""
     return bool(_state(module)._auto_reshard_after_forward)
 
 
-def num_parts(root: nn.Module) -> int:
-    """How many groups FSDP2 has for a pass through ``root``."""
-    return len(_state(root)._state_ctx.all_states)
+def parts(root: nn.Module) -> list[Any]:
+    """The states of all groups that FSDP2 has for a pass through ``root``, since its first."""
+    return list(_state(root)._state_ctx.all_states)
 
 
 def is_backward_cut_short(module: nn.Module) -> bool:

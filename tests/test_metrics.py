@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,17 @@ def test_numbers_by_name_are_written_and_kept_on_a_resume(tmp_path: Path) -> Non
     with MetricsWriter(path, last_step=1, needed=["loss"]) as writer:
         assert writer.history == [expected]
     assert read_metrics(path) == [expected]
+
+
+def test_lines_of_a_long_run_are_not_kept_in_memory(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
+        tracemalloc.start()
+        for step in range(2000):
+            writer.log({"step": step, "errors": {f"{step} {i}": float(i) for i in range(20)}})
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert held < 1e5
+        assert [line["step"] for line in writer.history] == [*range(2000)]
 
 
 @pytest.mark.parametrize("value", ["text", [1.0], {"a": "text"}, {"a": {"b": []}}])

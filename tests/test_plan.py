@@ -1,14 +1,19 @@
-"""Which parameters the wire takes for embeddings and heads, and what tied ones are called."""
+"""What a plan keeps, and which parameters the wire takes for embeddings and heads."""
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict
+from typing import Any, cast
 
 import pytest
+import torch
 from torch import nn
 
 import qsdp
-from qsdp.comm.plan import embedding_names, tied_names
+from qsdp.codec.payload import Field
+from qsdp.comm.plan import Parameter, Plan, embedding_names, tied_names
+from qsdp.comm.side import Side
 
 
 class Model(nn.Module):
@@ -63,3 +68,78 @@ def test_a_policy_that_names_a_tied_parameter_by_its_second_name_is_told_the_fir
         ):
             config.check_policy(names, tied_names(model))
     qsdp.QSDPConfig(policy=(("*.weight", 4),)).check_policy(names, tied_names(model))
+
+
+class Ranks:
+    """What a plan asks of a process group."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+
+    def size(self) -> int:
+        return self._num_ranks
+
+    def rank(self) -> int:
+        return 1
+
+
+def _plan(num_ranks: int, num_parameters: int = 8) -> Plan:
+    parameters = [
+        Parameter(
+            name=f"weight {i}",
+            index=i,
+            shape=torch.Size([7 + i, 5]),
+            dtype=torch.float32,
+            shard_dim=0,
+            weight_bits=8 if i % 2 else 32,
+            grad_bits=4,
+            keeps_bits=False,
+            why="",
+        )
+        for i in range(num_parameters)
+    ]
+    return Plan(parameters, 3, cast(Any, Ranks(num_ranks)), qsdp.QSDPConfig())
+
+
+def _same(one: Side, other: Side) -> bool:
+    pairs = zip(one.tables + one.fp32_tables, other.tables + other.fp32_tables, strict=True)
+    return one.header(0, 0) == other.header(0, 0) and all(torch.equal(*pair) for pair in pairs)
+
+
+def test_sets_of_gradients_that_change_with_every_step_are_not_all_kept() -> None:
+    plan = _plan(3)
+    frozen, whole = plan.gather((0, 1), is_frozen=True), plan.gather(plan.places)
+    draw, sets = random.Random(0), {tuple(range(8))}
+    while len(sets) < 100:
+        sets.add(tuple(sorted(draw.sample(range(8), draw.randrange(1, 8)))))
+    for places in sets:
+        side = plan.reduce(places, torch.float32)
+        assert plan.reduce(places, torch.float32) is side
+        assert _same(side, _plan(3).reduce(places, torch.float32))
+    assert len(plan._sides) < 50
+    # Payloads that are kept of the same sides are still of these.
+    assert plan.gather((0, 1), is_frozen=True) is frozen
+    for places in sets - {plan.places}:
+        side = plan.gather(places)
+        assert _same(side, _plan(3).gather(places))
+        assert plan.gather((0, 1), is_frozen=True) is frozen
+    assert len(plan._sides) < 100
+    assert _same(plan.gather(plan.places), whole)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 40])
+def test_ranks_with_equal_slices_share_a_table(num_ranks: int) -> None:
+    plan = _plan(num_ranks)
+    for side in (plan.gather((2, 5)), plan.reduce((1, 4), torch.bfloat16)):
+        for tables in (side.tables, side.fp32_tables):
+            assert len(tables) == num_ranks
+            assert len({id(table) for table in tables}) <= 4  # full, two ragged ones, empty
+        for rank, table in enumerate(side.tables):
+            chosen = (2, 5) if side.tables[0][0, Field.PARAMETER] == 2 else (1, 4)
+            numels = [plan.parameters[i].shard_numel(rank, num_ranks) for i in chosen]
+            assert table[:, Field.NUMEL].tolist() == numels
+    starts = [0]
+    for p in plan.parameters:
+        starts.append(starts[-1] + 4 * p.padded_numel(num_ranks))
+    for table in plan.gather((2, 5)).tables:
+        assert table[:, Field.BUFFER_BYTE].tolist() == [starts[2], starts[5]]

@@ -392,6 +392,20 @@ def test_a_warm_up_is_exact_and_ends() -> None:
     assert error(simulated.state(), train_plainly(Net(), 4, steps=3)) > 1e-4
 
 
+def test_masks_that_change_with_every_step_leave_no_tables_behind() -> None:
+    simulated = simulation()
+    kept = []
+    for step in range(12):
+        mask = torch.rand(20, 12) < 0.5
+        for rows, keep in zip(simulated.shards, mask.chunk(4), strict=True):
+            with torch.no_grad():
+                rows["block.0.weight"].masked_fill_(~keep, 0)
+        simulated.set_support({"block.0.weight": mask})
+        simulated.step(batches(step, 4))
+        kept.append(len(simulated._wire._codecs))
+    assert max(kept) < kept[0] + 8
+
+
 def test_a_frozen_parameter_kept_for_good_is_decoded_alike_in_every_step() -> None:
     decoded = []
     for gather in ("once", "twice"):

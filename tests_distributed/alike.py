@@ -39,8 +39,13 @@ class Case:
     replicas: int = 1
     """With qsdp's own all-reduce between them."""
     is_bf16: bool = False
+    """Weights are gathered in bf16."""
+    reduce_dtype: torch.dtype | None = None
+    """Of gradients, if not fp32."""
     micro_batches: int = 1
     prefetch: bool = False
+    early: bool = False
+    """The last block is asked for in the forward of the one before, on the stream of the model."""
     sparse: bool = False
     """From the second step on a third of the matrices' weights is kept, and the wire knows it."""
     rows: int = 37
@@ -119,16 +124,23 @@ def make(case: Case, device: str) -> tuple[Sums, qsdp.Handle]:
         shape = (case.replicas, case.ranks // case.replicas)
         whole = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard"))
         mesh, replicate_mesh = whole["shard"], whole["replicate"]
-    policy = MixedPrecisionPolicy()
-    if case.is_bf16:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if case.is_bf16 else None,
+        reduce_dtype=case.reduce_dtype or (torch.float32 if case.is_bf16 else None),
+    )
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=case.reshard, mp_policy=policy)
     if case.prefetch:
-        blocks: Any = list(model.blocks)
-        for block, following in pairwise(blocks):
+        for block, following in pairwise(blocks_of(model)):
             block.set_modules_to_forward_prefetch([following])
             following.set_modules_to_backward_prefetch([block])
+    if case.early:
+        *_, before, last = blocks_of(model)
+
+        def ask(*_: object) -> None:
+            last.unshard(async_op=True)
+
+        before.register_forward_pre_hook(ask)
     config = qsdp.QSDPConfig(**{"bucket_size": 64, **case.config})
     handle = qsdp.install(model, config, replicate_mesh=replicate_mesh)
     for module in model.modules():
@@ -136,6 +148,11 @@ def make(case: Case, device: str) -> tuple[Sums, qsdp.Handle]:
             # A GPU divides by a number of ranks that is no power of two in another way.
             module.set_gradient_divide_factor(1.0)
     return model, handle
+
+
+def blocks_of(model: Sums) -> list[Any]:
+    """In the order of the forward pass."""
+    return list(model.blocks)
 
 
 def take_step(
@@ -177,6 +194,25 @@ def keep_a_third(model: Sums, handle: qsdp.Handle) -> None:
                 masks[parameter] = values.abs() > 1
                 values.masked_fill_(~masks[parameter], 0)
     handle.set_support(masks)  # type: ignore[arg-type]
+
+
+def trained_in_order(case: Case, device: str) -> list[Tensor]:
+    """`trained` without streams beside each other: the host waits around the codec's calls."""
+
+    def in_order(work: Any) -> Any:
+        def call(*args: Any, **options: Any) -> None:
+            torch.cuda.synchronize()
+            work(*args, **options)
+            torch.cuda.synchronize()
+
+        return call
+
+    ops = torch.ops.qsdp
+    with (
+        mock.patch.object(ops, "encode", in_order(ops.encode)),
+        mock.patch.object(ops, "decode", in_order(ops.decode)),
+    ):
+        return trained(case, device)
 
 
 @contextmanager

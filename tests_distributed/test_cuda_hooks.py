@@ -11,9 +11,11 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import qsdp
+from qsdp import compat
 from qsdp.codec import native
 from qsdp.comm import transport
 from tests_distributed import alike
@@ -21,6 +23,8 @@ from tests_distributed.alike import Case
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import full_state, make_batch, make_model, shard
 from tests_distributed.launching import SMALL, TEXT, start
+from tests_distributed.pool import meets_by_itself
+from tests_distributed.test_backends import meet
 from tests_distributed.test_cram import compare_with_one_process
 from tests_distributed.test_masked import compare
 from tests_distributed.test_robustness import APART, train_apart
@@ -56,14 +60,19 @@ RACES = {
     "resharded": Case(rows=4096),
     "prefetched": Case(rows=4096, prefetch=True, micro_batches=2, config={"weight_bits": 4}),
     "kept": Case(rows=4096, config={"gather": "once", "grad_bits": 4}),
+    "kept, asked for early": Case(rows=4096, early=True, config={"gather": "once"}),
     "replicas, bf16": Case(ranks=4, replicas=2, rows=4096, is_bf16=True),
+    # FSDP2 casts what was averaged, and drops it: the next group's reduce is given its memory.
+    "replicas, reduced in bf16": Case(
+        ranks=4, replicas=2, rows=4096, reduce_dtype=torch.bfloat16, micro_batches=2
+    ),
 }
 
 
 @pytest.mark.parametrize("case", RACES)
 def test_delays_on_the_streams_change_nothing(run: Run, case: str) -> None:
     chosen = RACES[case]
-    expected = run(chosen.ranks, alike.trained, chosen, DEVICE)
+    expected = run(chosen.ranks, alike.trained_in_order, chosen, DEVICE)
     for seed in range(3):
         found = run(chosen.ranks, alike.trained, chosen, DEVICE, seed)
         _assert_equal(found, expected)
@@ -201,6 +210,36 @@ def test_all_ranks_say_which_gradients_differ(run: Run, case: str) -> None:
     steps, _ = APART[case]
     for message, _ in run(3, train_apart, steps, 1, {}, DEVICE):
         assert "has no gradient of blocks.1.wide.weight" in message
+
+
+@meets_by_itself
+def _over_nccl(store: str, rank: int, size: int, case: Case) -> tuple[list[Tensor], list[str]]:
+    """A training's numbers, and what ranks say that differ, in a group made without a backend."""
+    torch.cuda.set_device(rank)
+    group = meet(store, rank, size, None)
+    assert compat.backend_of(group, torch.device("cuda")) == "nccl"
+    numbers = alike.trained(case, "cuda")
+    told = [train_apart(APART[each][0], 1, {}, "cuda")[0] for each in TOLD_BY_ALL]
+    dist.barrier()
+    dist.destroy_process_group()
+    return numbers, told
+
+
+# Of other cases only the odd rank hears, over NCCL, and ends the others.
+TOLD_BY_ALL = ["at the first step", "when all change"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL takes one rank a GPU: needs two")
+@pytest.mark.parametrize("gather", ["twice", "once"])
+def test_a_group_made_without_a_backend_trains_as_cpus_do_and_tells_of_ranks_that_differ(
+    run: Run, gather: str
+) -> None:
+    case = Case(config={"gather": gather})
+    by_cpu = run(case.ranks, alike.trained, case, "cpu")
+    found = run(case.ranks, _over_nccl, case)
+    _assert_equal([numbers for numbers, _ in found], by_cpu)
+    for _, told in found:
+        assert all("has no gradient of blocks.1." in message for message in told)
 
 
 def _errors() -> dict[str, dict[str, float | None]]:

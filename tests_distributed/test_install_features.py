@@ -253,6 +253,32 @@ def trained_after_install(install: Install) -> Grads:
     return grads | full_grads(model)
 
 
+class Halves(nn.Module):
+    """One group, entered by a method of its own, which does not use all that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.thawed, self.unused = (nn.Linear(6, 6) for _ in range(3))
+        self.thawed.requires_grad_(False)
+
+    def by_another_name(self, x_BC: Tensor) -> Tensor:
+        y_BC: Tensor = self.thawed(torch.tanh(self.used(x_BC)))
+        return y_BC.square().sum()
+
+
+def trained_after_a_gather_and_entered_by_a_method(install: Install) -> Grads:
+    torch.manual_seed(5)
+    model: Any = fully_shard(Halves(), mesh=_mesh())
+    model.unused.requires_grad_(False)
+    register_fsdp_forward_method(model, "by_another_name")
+    install(model)
+    model.by_another_name(_noise(5, 6)).backward()
+    model.zero_grad()
+    model.requires_grad_(True)
+    model.by_another_name(_noise(5, 6)).backward()
+    return full_grads(model)
+
+
 def only_blocks_sharded(install: Install) -> Grads:
     model = make_model(1)
     for block in model.blocks:
@@ -374,6 +400,7 @@ SCENARIOS: list[tuple[Callable[[Install], Grads], int]] = [
     (no_grad_before_training, 2),
     (frozen_after_install, 2),
     (trained_after_install, 2),
+    (trained_after_a_gather_and_entered_by_a_method, 2),
     (only_blocks_sharded, 3),
     (ignored_parameters, 2),
     (divided_by_seven, 3),

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, cast
 from unittest import mock
@@ -671,6 +672,73 @@ def test_errors_are_reported_by_parameter_and_alike_on_all_ranks(run: Run) -> No
         assert errors["norm.weight"] == {"weight": None, "grad": None}
         assert all(seconds > 0 for seconds in times.values())
         assert len(times) == 6
+
+
+def _measured_twice_over() -> list[float | None]:
+    """A gradient's error inside, after an inner `measuring`, after the outer one, after two that an
+    exception ended, after a pass that is not measured, and after a `measuring` without a pass."""
+    model = shard(make_model())
+    handle = qsdp.install(model, qsdp.QSDPConfig(bucket_size=64, rounding="nearest"))
+
+    def take(bits: int) -> None:
+        for plan in handle._plans:
+            plan.set_bits({p.index: (8, bits) for p in plan.parameters if p.grad_bits <= 8})
+        model(*make_batch(model, 1)).backward()
+
+    def error() -> float | None:
+        return handle.errors()["blocks.0.qkv.weight"]["grad"]
+
+    found = []
+    with handle.measuring():
+        take(8)
+        found.append(error())
+        with handle.measuring():
+            take(3)
+        found.append(error())
+        take(8)
+    found.append(error())
+    with suppress(LookupError), handle.measuring(), handle.measuring():
+        take(3)
+        raise LookupError
+    found.append(error())
+    take(8)
+    found.append(error())
+    assert not handle._wire.meters
+    with handle.measuring():
+        pass
+    return [*found, error()]
+
+
+def test_one_measuring_inside_another_leaves_both_whole(run: Run) -> None:
+    eight, three, both, cut_short, later, nothing = run(2, _measured_twice_over)[0]
+    # The outer one saw the same gradient three times, twice at 8 bits and once at 3.
+    assert both**2 == pytest.approx((2 * eight**2 + three**2) / 3)
+    assert three > 10 * eight
+    assert cut_short == later == three
+    assert nothing is None
+
+
+def _gradient_set_by_hand() -> str:
+    model = shard(make_model(unused=True), nested=False)
+    handle = qsdp.install(model)
+    loss = model(*make_batch(model, 1))
+    weight = next(
+        tensor
+        for group in handle._groups
+        for tensor in group.unsharded_parameters()
+        if tensor is not None and tensor.shape == (3, 10)
+    )
+    weight.grad = torch.zeros_like(weight)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return str(error)
+    return "reduced"
+
+
+def test_a_gradient_that_is_set_by_hand_is_told_of(run: Run) -> None:
+    for message in run(2, _gradient_set_by_hand):
+        assert "let autograd bring its gradients" in message
 
 
 def _errors_around_a_warm_up(warmup_bits: int) -> list[dict[str, dict[str, float | None]]]:

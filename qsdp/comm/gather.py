@@ -12,7 +12,7 @@ from torch import Tensor
 from qsdp.codec.payload import HEADER_BYTES, Standing
 from qsdp.comm import transport
 from qsdp.comm.plan import Plan
-from qsdp.comm.scratch import reads_on_this_stream
+from qsdp.comm.scratch import reads_on_this_stream, written_on_this_stream
 from qsdp.comm.side import Side
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire import Wire
@@ -27,6 +27,8 @@ class Payloads(NamedTuple):
     """uint8 [ranks * payload bytes], in the order of `_places`."""
     step: int
     keys: tuple[int, ...]
+    written: torch.Event | None = None
+    """On a GPU: kept payloads may be decoded on another stream than they came on."""
 
 
 class Gathering:
@@ -110,7 +112,7 @@ class Gathering:
                 del mistake
         senders = sorted(range(plan.world_size), key=_places(plan).__getitem__)
         check_headers(seen, payloads.side, senders, payloads.step, plan)
-        return payloads
+        return payloads._replace(written=written_on_this_stream(payloads.buffer.device))
 
     @contextmanager
     def _on_the_wire(self) -> Iterator[None]:
@@ -148,7 +150,9 @@ def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
     side, places = payloads.side, _places(plan)
     size = side.payload_bytes
     slices = as_bytes(output).chunk(plan.world_size)
-    reads_on_this_stream(payloads.buffer)  # kept payloads may have come on another
+    if payloads.written is not None:
+        payloads.written.wait()
+    reads_on_this_stream(payloads.buffer)
     with wire.times.measure("gather", "decode", output.device):
         for rank, (key, table) in enumerate(zip(payloads.keys, side.tables, strict=True)):
             payload = payloads.buffer.narrow(0, places[rank] * size, size)

@@ -15,6 +15,9 @@ from qsdp.comm.topology import Hops
 from qsdp.config import ROUNDINGS, QSDPConfig
 from qsdp.failures import title
 
+_MOST_SIDES = 32
+"""A step uses up to five of each direction: frozen or not, hops, replicas, what was agreed on."""
+
 DTYPES = {torch.float32: DType.FP32, torch.bfloat16: DType.BF16, torch.float16: DType.FP16}
 
 
@@ -111,6 +114,7 @@ class Plan:
         self._support: Mapping[int, Masks] = {}
         self._sparse_grads = True
         self._sides: dict[tuple[object, ...], Side] = {}
+        """In the order of their last use."""
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -169,19 +173,19 @@ class Plan:
         """
         masks = self._masks([] if is_frozen or is_dense else places)
         key = ("gather", places, least_bits, is_frozen, "sparse" if masks else "dense")
-        if key not in self._sides:
-            starts, end = [], 0
-            for p in self.parameters:
-                starts.append(end)
-                end += p.padded_numel(self.world_size) * p.dtype.itemsize
-            chosen = [self.parameters[i] for i in places]
-            segments = [
-                self._segment(p, p.dtype, max(p.weight_bits, least_bits), False) for p in chosen
-            ]
-            if is_frozen:
-                segments = [replace(segment, levels=-1) for segment in segments]
-            self._sides[key] = self._side(segments, chosen, masks, [starts[i] for i in places])
-        return self._sides[key]
+        if (side := self._known(key)) is not None:
+            return side
+        starts, end = [], 0
+        for p in self.parameters:
+            starts.append(end)
+            end += p.padded_numel(self.world_size) * p.dtype.itemsize
+        chosen = [self.parameters[i] for i in places]
+        segments = [
+            self._segment(p, p.dtype, max(p.weight_bits, least_bits), False) for p in chosen
+        ]
+        if is_frozen:
+            segments = [replace(segment, levels=-1) for segment in segments]
+        return self._keep(key, self._side(segments, chosen, masks, [starts[i] for i in places]))
 
     def reduce(
         self,
@@ -196,16 +200,29 @@ class Plan:
         """
         masks = self._masks(with_grad if self._sparse_grads else [])
         key = ("reduce", with_grad, dtype, least_bits, is_local, "sparse" if masks else "dense")
-        if key not in self._sides:
-            chosen = [self.parameters[i] for i in with_grad]
-            segments = []
-            for p in chosen:
-                bits = p.grad_bits
-                if is_local and bits <= 8:
-                    bits = self._config.local_grad_bits or 8
-                segments.append(self._segment(p, dtype, max(bits, least_bits), True))
-            self._sides[key] = self._side(segments, chosen, masks)
-        return self._sides[key]
+        if (side := self._known(key)) is not None:
+            return side
+        chosen = [self.parameters[i] for i in with_grad]
+        segments = []
+        for p in chosen:
+            bits = p.grad_bits
+            if is_local and bits <= 8:
+                bits = self._config.local_grad_bits or 8
+            segments.append(self._segment(p, dtype, max(bits, least_bits), True))
+        return self._keep(key, self._side(segments, chosen, masks))
+
+    def _known(self, key: tuple[object, ...]) -> Side | None:
+        side = self._sides.pop(key, None)
+        if side is not None:
+            self._sides[key] = side
+        return side
+
+    def _keep(self, key: tuple[object, ...], side: Side) -> Side:
+        """Keep ``side``, and of its direction those used last: sets may differ in every step."""
+        self._sides[key] = side
+        for old in [each for each in self._sides if each[0] == key[0]][:-_MOST_SIDES]:
+            del self._sides[old]
+        return side
 
     def _side(
         self,

@@ -47,6 +47,16 @@ def reads_on_this_stream(buffer: Tensor) -> None:
         buffer.record_stream(torch.accelerator.current_stream(buffer.device))
 
 
+def written_on_this_stream(device: torch.device) -> torch.Event | None:
+    """What another stream must wait for before it reads what the current one of ``device`` has been
+    given to write; None on CPUs."""
+    if device.type == "cpu":
+        return None
+    event = torch.Event(device)
+    event.record()
+    return event
+
+
 def allocate(num_bytes: int, device: torch.device) -> Tensor:
     """Memory that a training step may write, also when a validation in inference mode made it:
     uint8 [num_bytes], uninitialised."""

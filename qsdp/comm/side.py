@@ -36,21 +36,27 @@ class Side:
         self._hash = layouts[0].hash
         self.payload_bytes = max(layout.payload_bytes for layout in layouts)
         """Of every rank."""
-        self.tables = self._tables(None)
+        self.tables = self._tables(None, starts)
         self.num_values = sum(map(sum, numels))
         """Of all ranks together, padding left out; pruned ones count."""
-        if starts is not None:
-            for table in self.tables:
-                table[:, Field.BUFFER_BYTE] = torch.tensor(starts)
 
     @cached_property
     def fp32_tables(self) -> list[Tensor]:
         """The same tables for a flat buffer in fp32."""
         return self._tables(DType.FP32)
 
-    def _tables(self, dtype: DType | None) -> list[Tensor]:
-        pairs = zip(self._layouts, self._numels, strict=True)
-        return [torch.tensor(layout.table(n, dtype), dtype=torch.int64) for layout, n in pairs]
+    def _tables(self, dtype: DType | None, starts: Sequence[int] | None = None) -> list[Tensor]:
+        """By rank; those of equal slices, as most are, are one tensor."""
+        made: dict[tuple[int, ...], Tensor] = {}
+        tables = []
+        for layout, numels in zip(self._layouts, self._numels, strict=True):
+            key = (id(layout), *numels)
+            if key not in made:
+                made[key] = torch.tensor(layout.table(numels, dtype), dtype=torch.int64)
+                if starts is not None:
+                    made[key][:, Field.BUFFER_BYTE] = torch.tensor(starts)
+            tables.append(made[key])
+        return tables
 
     def header(self, sender: int, step: int, standing: Standing = Standing.KEPT) -> list[int]:
         """The four int64 words that open a payload."""
@@ -80,7 +86,9 @@ class Masks(NamedTuple):
     """What all ranks keep of their shards of one parameter."""
 
     bits: Tensor
-    """uint8 [ranks, bytes], see `bitmask`."""
+    """uint8 [ranks, bytes], see `bitmask`: of all parameters of the exchange."""
+    start: int
+    """The byte of a row where the parameter's own mask starts."""
     counts: list[int]
     """By rank, the values that are kept."""
 
@@ -94,7 +102,7 @@ class SparseSide(Side):
         segments: of the dense slice.
         group: of the random generator.
         numels, starts: as of `Side`.
-        masks: by segment those of its parameter; None where all values travel.
+        masks: by segment those of its parameter, of one exchange; None where all values travel.
     """
 
     is_sparse = True
@@ -133,13 +141,8 @@ class SparseSide(Side):
         digest = blake2b(described, digest_size=8).digest()
         self._hash = int.from_bytes(digest, "little", signed=True)
         self._segments, self._starts = segments, starts
-        parts = [each.bits for each in masks if each is not None]
-        self._bitmaps = list(torch.cat(parts, dim=1).unbind(0))
-        self._bitmap_starts: list[int] = []
-        end = 0
-        for each in masks:
-            self._bitmap_starts.append(-1 if each is None else end)
-            end += 0 if each is None else each.bits.shape[1]
+        self._bitmaps = next(each.bits for each in masks if each is not None)
+        self._bitmap_starts = [-1 if each is None else each.start for each in masks]
         self._spans: dict[tuple[int, torch.dtype], tuple[Tensor, int]] = {}
 
     def compact(

@@ -7,6 +7,7 @@ will be, until the next change. Payloads carry the codes of the support alone, o
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -56,10 +57,11 @@ def exchange(
         ):
             transport.all_gather(everyone, mine, group).wait()
         wire.traffic.gathered("gather", group, mine.numel())
-        parts = [part.contiguous() for part in everyone.view(group.size(), -1).split(sizes, dim=1)]
+        bits = everyone.view(group.size(), -1)
         # On a GPU the host waits here, once, and not at every side that is made of the masks.
-        counts = torch.stack([bitmask.count(part) for part in parts]).tolist()
-        by_parameter = iter(map(Masks, parts, counts))
+        counts = torch.stack([bitmask.count(part) for part in bits.split(sizes, dim=1)]).tolist()
+        starts = accumulate([0, *sizes[:-1]])
+        by_parameter = iter([Masks(bits, *each) for each in zip(starts, counts, strict=True)])
         for i in members:
             of_plan = {place: next(by_parameter) for place in sorted(masks[i])}
             plans[i].set_support(of_plan, with_grads=with_grads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,7 +45,8 @@ class AllGather(_Comm):
         plan: how the group travels.
         wire, passes: what it shares with the others.
         group: FSDP2's side of it.
-        recorders: of all groups, this one's under the plan's index.
+        recorder: of its gradients.
+        unwatched: what all groups share: the recorders that miss tensors of gathered groups.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class AllGather(_Comm):
         plan: Plan,
         wire: Wire,
         group: compat.ParameterGroup,
-        recorders: Sequence[GradRecorder],
+        recorder: GradRecorder,
+        unwatched: set[GradRecorder],
         passes: Passes,
     ) -> None:
         self._plan, self._wire, self._group = plan, wire, group
-        self._recorders, self.passes = recorders, passes
+        self._recorder, self._unwatched, self.passes = recorder, unwatched, passes
         self._kept: Payloads | None = None
         self._buffer: Tensor | None = None
         self._frozen: Payloads | None = None
@@ -95,13 +97,13 @@ class AllGather(_Comm):
                 f"{plan.name}, but its plan has {plan.buffer_bytes} over {plan.world_size}: "
                 "install qsdp after the model has its final parameters, dtypes and sharding"
             )
-        for recorder in self._recorders:
-            recorder.watch()
+        self._unwatched.add(self._recorder)
+        self._unwatched -= {recorder for recorder in self._unwatched if recorder.watch()}
         in_backward = compat.in_backward()
         kept = self._kept if in_backward and not wire.is_exact else None
         self._kept = None
         if not in_backward:
-            self._recorders[plan.index].forget_what_was_dropped()
+            self._recorder.forget_what_was_dropped()
             self.passes.before_gather(plan)
         self._gathered_at = self.passes.now
         places = plan.places if wire.is_exact else self._gather_frozen(input_tensor)
@@ -353,8 +355,9 @@ class GradRecorder:
 
     FSDP2's reduce buffer holds only those, without names, and a size can be ambiguous. So each
     parameter says so itself, by a hook on the tensor that autograd accumulates into. That tensor is
-    made by the group's first gather: it is looked for at the forward of the group's modules, and at
-    every later gather of any group, for modules that are entered through a method of their own.
+    made by the group's first gather, and stays: it is looked for at the forward of the group's
+    modules, and until it is there at every later gather of any group, for modules that are entered
+    through a method of their own. Frozen parameters are watched too: they may be trained later.
 
     [Note: Hooks] torch keeps a tensor's hooks in C++, where Python's collector does not look: one
     that leads back to its tensor, over whatever it holds, keeps all of that for ever. So a hook on
@@ -365,10 +368,12 @@ class GradRecorder:
         self._plan, self._group = plan, group
         self._padded = [p.padded_numel(plan.world_size) for p in plan.parameters]
         self._got_grad: set[int] = set()
-        self._watched: dict[int, RemovableHandle] = {}
+        self._watched: set[int] = set()
         # A block's compiler shall not look inside: what the hook finds changes from step to step.
         hook = torch.compiler.disable(partial(_watch, weakref.ref(self)))
-        self._handles = [module.register_forward_pre_hook(hook) for module in group.modules]
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_pre_hook(hook) for module in group.modules
+        ]
 
     def take(self, numel: int) -> tuple[int, ...]:
         """Places of the parameters in a reduce buffer of ``numel`` values a rank.
@@ -388,27 +393,37 @@ class GradRecorder:
             raise RuntimeError(
                 f"FSDP2 reduces {numel} values a rank for the group of {self._plan.name}, but "
                 f"{self._numel(found)} belong to the parameters seen to get a gradient "
-                f"({', '.join(names) or 'none'}): call its module through forward() first"
+                f"({', '.join(names) or 'none'}): call its module through forward(), and let "
+                "autograd bring its gradients, since qsdp does not see those that are set by hand"
             )
         self._got_grad.clear()
         return found
 
-    def watch(self) -> None:
-        """Hook on to the tensors that have come into being since the last call."""
-        if len(self._watched) == len(self._plan.parameters):
-            return
-        for i, tensor in enumerate(self._group.unsharded_parameters()):
-            if tensor is not None and tensor.requires_grad and i not in self._watched:
-                hook = partial(_record, self._got_grad, i)
-                self._watched[i] = tensor.register_post_accumulate_grad_hook(hook)
+    def watch(self) -> bool:
+        """Hook on to the tensors that have come into being. Returns whether all have by now."""
+        num_parameters = len(self._plan.parameters)
+        if len(self._watched) < num_parameters:
+            for i, tensor in enumerate(self._group.unsharded_parameters()):
+                if tensor is not None and i not in self._watched:
+                    self._watched.add(i)
+                    self._hook_on(tensor, partial(_record, self._got_grad, i))
+        return len(self._watched) == num_parameters
 
     def forget_what_was_dropped(self) -> None:
         """Keep only records of gradients that still wait: a backward may have been cut short."""
         self._got_grad &= self._group.pending_gradients()
 
     def remove(self) -> None:
-        for handle in (*self._handles, *self._watched.values()):
+        for handle in self._handles:
             handle.remove()
+
+    def _hook_on(self, tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
+        if not tensor.is_floating_point() or tensor.is_inference():  # no gradient will ever come
+            return
+        is_trained = tensor.requires_grad
+        tensor.requires_grad_(True)  # torch hooks on to no other
+        self._handles.append(tensor.register_post_accumulate_grad_hook(hook))
+        tensor.requires_grad_(is_trained)
 
     def _numel(self, places: Sequence[int]) -> int:
         return sum(self._padded[i] for i in places)

@@ -160,8 +160,9 @@ class Handle:
         ]
         self._gathers: list[AllGather] = []
         self._passes.caches = self._gathers
+        unwatched: set[GradRecorder] = set()
         for plan, group, recorder in zip(self._plans, groups, self._recorders, strict=True):
-            gather = AllGather(plan, self._wire, group, self._recorders, self._passes)
+            gather = AllGather(plan, self._wire, group, recorder, unwatched, self._passes)
             reduce = ReduceScatter(plan, self._wire, group, recorder, self._passes, replicas)
             self._gathers.append(gather)
             hook = None if replicas is None else reduce.all_reduce
@@ -248,21 +249,23 @@ class Handle:
     def measuring(self) -> Iterator[None]:
         """Inside, the errors of all gradients that this rank sends are measured, for `errors`.
 
-        It takes about as long again as the codec does.
+        It takes about as long again as the codec does. One inside another measures for both.
         """
-        self._grad_meter = Meter(self.config, self._wire.level_values)
-        self._wire.meters.append(self._grad_meter)
+        meter = self._grad_meter = Meter(self.config, self._wire.level_values)
+        self._wire.meters.append(meter)
         try:
             yield
         finally:
-            self._wire.meters.remove(self._grad_meter)
+            self._wire.meters.remove(meter)
+            self._grad_meter = meter
 
     def errors(self) -> dict[str, dict[str, float | None]]:
         """Relative errors of quantization by parameter name: {"weight": e, "grad": e}, each
         |decoded - value| / |value| in the 2-norm over all ranks. A collective.
 
-        Weights are those of now, as a gather now would send them; gradients those reduced inside
-        the last `measuring`. None where there were none or they travel raw.
+        Weights are those of now, as a gather now would send them; gradients those reduced so far
+        inside the `measuring` that was entered or left last. None where there were none or they
+        travel raw.
         """
         self._check_installed()
         self._meet("handle.errors", {"measured gradients": self._grad_meter is not None})

@@ -110,6 +110,8 @@ class Passes:
         self._backward_facts: dict[str, object] = {}
         self._grad_mode = "unknown"
         self._num_edits = 0
+        self._indices = {id(group.state): i for i, group in enumerate(groups)}
+        self._own: set[int] = set()
         _LIVE.add(self)
         self._handles: list[RemovableHandle] = []
         # A block's compiler shall not look inside. [Note: Hooks] says why the reference is weak.
@@ -146,6 +148,8 @@ class Passes:
         with self.mistakes_reach_replicas():
             self._meet_for_a_pass(plan)
         self._gathered[plan.group] = {plan.index}
+        # Not at every optimizer's step: some users have one a parameter.
+        self._own = {id(p) for group in self._groups for p in group.sharded_parameters()}
         if not wire.is_exact:
             # Not in a validation: its weights may be other ones, compressed or averaged.
             if self._grad_mode in ("on", "unknown"):
@@ -364,7 +368,8 @@ class Passes:
             return
         self._abandon(module)
         self._end_what_was_cut_short()
-        if compat.num_parts(module) > 1:  # where blocks are wholes, each would be a pass
+        parts = compat.parts(module)
+        if len(parts) > 1:  # where blocks are wholes, each would be a pass
             self.begin_anew()
         is_inference = torch.is_inference_mode_enabled()
         self._grad_mode = "in inference mode" if is_inference else _SWITCH[torch.is_grad_enabled()]
@@ -373,12 +378,11 @@ class Passes:
         is_due = trains and bool(self.due)
         if trains and not is_due:
             self.settle()
-        for place, (group, cache) in enumerate(zip(self._groups, self.caches, strict=True)):
-            if compat.is_part(group.state, module):
-                self._refuse(_FORWARD, place, self._plans[place].group)
-                cache.drop_stale(is_due)
-                if is_inference:
-                    group.make_buffers()
+        for i in (self._indices[id(s)] for s in parts if id(s) in self._indices):
+            self._refuse(_FORWARD, i, self._plans[i].group)
+            self.caches[i].drop_stale(is_due)
+            if is_inference:
+                self._groups[i].make_buffers()
 
     def _after_forward(self, module: nn.Module, _: object = None, output: object = None) -> None:
         if compat.in_backward() or not compat.is_root(module):
@@ -404,8 +408,7 @@ _LIVE: WeakSet[Passes] = WeakSet()
 def _count_edit(optimizer: torch.optim.Optimizer, *_: object) -> None:
     edited = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for passes in _LIVE:
-        own = {id(p) for group in passes._groups for p in group.sharded_parameters()}
-        passes._num_edits += not edited.isdisjoint(own)
+        passes._num_edits += not edited.isdisjoint(passes._own)
 
 
 register_optimizer_step_post_hook(_count_edit)  # one for all optimizers: it holds no model

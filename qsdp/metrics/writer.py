@@ -35,17 +35,22 @@ class MetricsWriter:
         Raises: ValueError if TensorBoard is asked for but not installed, OSError if `path` cannot
             be written.
         """
-        lines = read_metrics(path, needed)
-        self.history = [line for line in lines if line["step"] <= last_step]
-        """All lines of the run so far, those before a resume included."""
+        self._path = path
+        lines = [line for line in read_metrics(path, needed) if line["step"] <= last_step]
         replacement = path.with_name(path.name + ".tmp")
         with replacement.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self.history)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
         replacement.rename(path)
         self._events = None if tensorboard is None else _event_writer(tensorboard, last_step)
         self._file = path.open("a", encoding="utf-8")
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """All lines of the run so far, those before a resume included. Read anew: those of a long
+        run are not kept in memory."""
+        return read_metrics(self._path)
 
     def log(self, line: dict[str, Any]) -> None:
         """Write one step's `line`, which has a `step`.
@@ -53,7 +58,6 @@ class MetricsWriter:
         Values are numbers, or dictionaries of such; one that is not finite becomes null.
         """
         line = _finite(line)
-        self.history.append(line)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._events is not None:

@@ -102,6 +102,7 @@ class Wire:
         with ``with_grads`` only their gradients."""
         self._kept = {name: self.cut(name, mask) for name, mask in masks.items()}
         self._sparse_grads = with_grads
+        self._codecs.clear()  # what other masks leave has other sizes
 
     @property
     def is_sparse(self) -> bool:
