@@ -20,6 +20,7 @@ from tests_distributed.helpers import all_ranks
 
 PACKAGE = str(Path(qsdp.__file__).parent)
 WIDTH = 4
+WAYS = ["gathered twice", "gathered once", "no root", "no root, blocks in parts"]
 
 
 class Adapted(nn.Module):
@@ -58,7 +59,9 @@ def _counts(way: str, num_blocks: int) -> list[int]:
     """Calls in the first step and in the third one."""
     torch.manual_seed(0)
     model = nn.Sequential(*(Adapted() for _ in range(num_blocks)))
-    for module in [*model] if way == "no root" else [*model, model]:
+    parts = [part for block in model for part in (block.base, block)]
+    modules = {"no root": [*model], "no root, blocks in parts": parts}.get(way, [*model, model])
+    for module in modules:
         fully_shard(module, mesh=all_ranks())
     qsdp.install(model, qsdp.QSDPConfig(gather="once" if way == "gathered once" else "twice"))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -75,7 +78,7 @@ def _counts(way: str, num_blocks: int) -> list[int]:
     return [found[0], found[2]]
 
 
-@pytest.mark.parametrize("way", ["gathered twice", "gathered once", "no root"])
+@pytest.mark.parametrize("way", WAYS)
 def test_calls_grow_with_the_number_of_groups(run: Run, way: str) -> None:
     few, more, many = (run(2, _counts, way, num_blocks)[0] for num_blocks in (4, 8, 16))
     for one, two, four in zip(few, more, many, strict=True):

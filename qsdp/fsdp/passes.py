@@ -56,8 +56,9 @@ class Passes:
     """The passes of one handle's model.
 
     [Note: Passes] A pass begins with the first gather outside a backward pass of a group that was
-    gathered already since the last beginning, and after whatever changes what gathers send. There
-    the ranks meet ([Note: Meeting]): on the step, on what is sent, and on whether any of them has
+    gathered already since the last beginning, or was not spoken of there, and after whatever
+    changes what gathers send. There the ranks meet ([Note: Meeting]) on behalf of the groups of one
+    forward pass of FSDP2: on the step, on what is sent, and on whether any of them has
     edited a frozen shard whose payload all keep. They meet again where its backward pass reduces
     or gathers for the first time, since any of it may have changed in between. It is the ranks of
     a shard group that meet: replicas may validate on their own. Replicas meet at the beginning of
@@ -103,15 +104,16 @@ class Passes:
         self._meets_early = wire.config.gather == "once" and is_alone
         self.caches: Sequence[Cache] = ()
         self.comms: Sequence[tuple[Any, ...]] = ()
-        self._gathered: dict[dist.ProcessGroup, set[int]] = {}
-        self._agreed: dict[dist.ProcessGroup, dict[str, object]] = {}
+        self._to_come: dict[dist.ProcessGroup, set[int]] = {}
+        self._parts: Sequence[int] = range(len(plans))
+        self._agreed: dict[tuple[int, ...], dict[str, object]] = {}
         self._is_in_backward = False
         self._meeting: Meeting | None = None
         self._backward_facts: dict[str, object] = {}
         self._grad_mode = "unknown"
         self._num_edits = 0
         self._indices = {id(group.state): i for i, group in enumerate(groups)}
-        self._own: set[int] = set()
+        self._own: set[int] | None = None
         _LIVE.add(self)
         self._handles: list[RemovableHandle] = []
         # A block's compiler shall not look inside. [Note: Hooks] says why the reference is weak.
@@ -133,7 +135,7 @@ class Passes:
 
     def begin_anew(self) -> None:
         """Let the next gather begin a pass."""
-        self._gathered.clear()
+        self._to_come.clear()
 
     def before_gather(self, plan: Plan) -> None:
         """Begin a pass, if a gather of ``plan`` outside a backward pass does so. What was left
@@ -141,15 +143,15 @@ class Passes:
         self._end_what_was_cut_short()
         wire = self._wire
         wire.finish()
-        gathered = self._gathered.setdefault(plan.group, set())
-        if gathered and plan.index not in gathered:
-            gathered.add(plan.index)
+        to_come = self._to_come.get(plan.group, set())
+        if plan.index in to_come:
+            to_come.remove(plan.index)
             return
+        members = self._members(plan.group, self._parts)
         with self.mistakes_reach_replicas():
-            self._meet_for_a_pass(plan)
-        self._gathered[plan.group] = {plan.index}
-        # Not at every optimizer's step: some users have one a parameter.
-        self._own = {id(p) for group in self._groups for p in group.sharded_parameters()}
+            self._meet_for_a_pass(plan, members)
+        self._to_come[plan.group] = {*members} - {plan.index}
+        self._own = None
         if not wire.is_exact:
             # Not in a validation: its weights may be other ones, compressed or averaged.
             if self._grad_mode in ("on", "unknown"):
@@ -170,10 +172,11 @@ class Passes:
         for place in range(len(self._plans)):
             self._refuse(_BACKWARD, place, group)
         if compat.device_of(group).type == "cpu":  # else nobody would read what is said
+            members = self._members(group, range(len(self._plans)))
             self._backward_facts = {
                 "step": self._wire.clock.step,
-                **self._facts(group),
-                **self._settings(group, is_forward=False),
+                **self._facts(members),
+                **self._settings(members, is_forward=False),
             }
             self._meeting = Meeting(_BACKWARD, self._backward_facts, [group])
 
@@ -273,15 +276,19 @@ class Passes:
         self.begin_anew()
         self._end_meeting()
 
-    def _meet_for_a_pass(self, first: Plan) -> None:
-        """Agree on all that the gathers of a pass depend on, of which ``first`` is the first."""
+    def _members(self, group: dist.ProcessGroup, places: Sequence[int]) -> list[int]:
+        """Those of ``places`` whose groups travel over ``group``."""
+        return [i for i in places if self._plans[i].group == group]
+
+    def _meet_for_a_pass(self, first: Plan, members: list[int]) -> None:
+        """Agree on all that the gathers of ``members`` in a pass depend on, the ``first`` among
+        them."""
         wire, config, group = self._wire, self._wire.config, first.group
-        members = [i for i, plan in enumerate(self._plans) if plan.group == group]
         facts: dict[str, object] = {
             "the first group": first.name,
             "gradients": self._grad_mode,
-            **self._facts(group),
-            **self._settings(group, is_forward=True),
+            **self._facts(members),
+            **self._settings(members, is_forward=True),
             "due before it": self.due or "nothing",
         }
         has_news, is_needed = False, False
@@ -293,21 +300,16 @@ class Passes:
             changed = [] if wire.is_exact else [i for i in kept if self.caches[i].frozen_changed()]
             has_news, is_needed = bool(changed), bool(kept)
         # A GPU's stream is stopped only where something is to be heard.
-        is_read = is_needed or facts != self._agreed.get(group)
+        is_read = is_needed or facts != self._agreed.get(tuple(members))
         now = {"step": wire.clock.next_step, **facts}
         if meet(_FORWARD, now, [group], has_news=has_news, is_read=is_read):
             for i in self._changed_anywhere(changed, group):
                 self.caches[i].forget_frozen()
-        self._agreed[group] = facts
+        self._agreed[tuple(members)] = facts
 
-    def _facts(self, group: dist.ProcessGroup) -> dict[str, object]:
-        """What payloads over ``group`` depend on, in both directions."""
+    def _facts(self, members: list[int]) -> dict[str, object]:
+        """What payloads of ``members`` depend on, in both directions."""
         wire = self._wire
-        members = [
-            (plan, own)
-            for plan, own in zip(self._plans, self._groups, strict=True)
-            if plan.group == group
-        ]
         return {
             "weights": "exact" if wire.is_exact else "quantized",
             "bits and levels": self._adaptation.mark,
@@ -315,20 +317,19 @@ class Passes:
             "masks": f"of call {wire.support} of set_support" if wire.support else "lifted",
             "frozen parameters": tuple(
                 name
-                for plan, own in members
-                for name, is_trained in zip(plan.names, own.requires_grad(), strict=True)
+                for i in members
+                for name, is_trained in zip(
+                    self._plans[i].names, self._groups[i].requires_grad(), strict=True
+                )
                 if not is_trained
             ),
         }
 
-    def _settings(self, shard_group: dist.ProcessGroup, *, is_forward: bool) -> dict[str, object]:
-        """What FSDP2 was told of the groups over ``shard_group`` that decides which collectives
-        there are in a pass, and in which order."""
+    def _settings(self, members: list[int], *, is_forward: bool) -> dict[str, object]:
+        """What FSDP2 was told of ``members`` that decides which collectives there are in a pass,
+        and in which order."""
         found: dict[str, list[str]] = {}
-        names = {id(g.state): p.name for g, p in zip(self._groups, self._plans, strict=True)}
-        for plan, group in zip(self._plans, self._groups, strict=True):
-            if plan.group != shard_group:
-                continue
+        for plan, group in ((self._plans[i], self._groups[i]) for i in members):
             if is_forward:
                 settings = {
                     "groups that stay gathered for the backward": not group.reshards_after_forward,
@@ -348,10 +349,14 @@ class Passes:
             for words, is_so in settings.items():
                 found.setdefault(words, []).extend([plan.name] if is_so else [])
             found.setdefault("groups that are gathered ahead", []).extend(
-                f"{names.get(id(state), 'another')} from {plan.name} on"
+                f"{self._name_of(state)} from {plan.name} on"
                 for state in group.prefetches[not is_forward]
             )
         return {words: tuple(groups) for words, groups in found.items()}
+
+    def _name_of(self, state: object) -> str:
+        place = self._indices.get(id(state))
+        return "another" if place is None else self._plans[place].name
 
     def _changed_anywhere(self, changed: Sequence[int], group: dist.ProcessGroup) -> list[int]:
         """The groups whose frozen shards have changed on some rank."""
@@ -368,9 +373,11 @@ class Passes:
             return
         self._abandon(module)
         self._end_what_was_cut_short()
-        parts = compat.parts(module)
+        states = map(id, compat.parts(module))
+        parts = [self._indices[state] for state in states if state in self._indices]
         if len(parts) > 1:  # where blocks are wholes, each would be a pass
             self.begin_anew()
+            self._parts = parts
         is_inference = torch.is_inference_mode_enabled()
         self._grad_mode = "in inference mode" if is_inference else _SWITCH[torch.is_grad_enabled()]
         # What is due with all ranks waits for a gather, so that they have met before.
@@ -378,7 +385,7 @@ class Passes:
         is_due = trains and bool(self.due)
         if trains and not is_due:
             self.settle()
-        for i in (self._indices[id(s)] for s in parts if id(s) in self._indices):
+        for i in parts:
             self._refuse(_FORWARD, i, self._plans[i].group)
             self.caches[i].drop_stale(is_due)
             if is_inference:
@@ -388,6 +395,7 @@ class Passes:
         if compat.in_backward() or not compat.is_root(module):
             return
         self._grad_mode = "unknown"
+        self._parts = range(len(self._plans))
         error = sys.exc_info()[1]
         if output is None and error is not None:
             if not isinstance(error, CollectiveError):  # no rank would answer
@@ -408,6 +416,8 @@ _LIVE: WeakSet[Passes] = WeakSet()
 def _count_edit(optimizer: torch.optim.Optimizer, *_: object) -> None:
     edited = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for passes in _LIVE:
+        if passes._own is None:  # once a pass: some users have an optimizer a parameter
+            passes._own = {id(p) for group in passes._groups for p in group.sharded_parameters()}
         passes._num_edits += not edited.isdisjoint(passes._own)
 
 
