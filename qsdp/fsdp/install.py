@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from qsdp import compat
+from qsdp.codec import native
 from qsdp.comm.levels import Levels
 from qsdp.comm.measure import Meter, check_budget
 from qsdp.comm.plan import embedding_names, tied_names
@@ -90,6 +91,7 @@ class Handle:
     ) -> None:
         self.config = config
         self._groups = groups
+        self._device = torch.device(groups[0].mesh.device_type)
         self._is_removed = False
         _reshard(groups)
         names = {p: compat.name_without_wrappers(name) for name, p in model.named_parameters()}
@@ -108,6 +110,7 @@ class Handle:
         launched = agreement.by_rank(everyone, here)
         with mistakes_shared(agreement.CALL, everyone):
             check_type("config", config, QSDPConfig)
+            native.serving(self._device)  # raises where it is not as required
             if any(isinstance(group.comms()[0], AllGather) for group in groups):
                 raise ValueError(
                     f"qsdp is installed on this {type(model).__name__} already; call "
@@ -380,6 +383,7 @@ class Handle:
         return chosen
 
     def _remarks(self) -> Iterator[str]:
+        yield native.remark(self._device)
         config = self.config
         if config.rounding == "nearest":
             yield "rounding to nearest is biased: weights and gradients keep a systematic error"
