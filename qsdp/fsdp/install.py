@@ -94,7 +94,7 @@ class Handle:
         self._device = torch.device(groups[0].mesh.device_type)
         self._is_removed = False
         _reshard(groups)
-        names = {p: compat.name_without_wrappers(name) for name, p in model.named_parameters()}
+        names = {p: name for name, p in compat.named_parameters(model).items()}
         order = {name: i for i, name in enumerate(names.values())}
         meshes = dict.fromkeys(group.mesh for group in groups)
         everyone = [axis for mesh in meshes for axis in mesh.get_all_groups()]
@@ -116,10 +116,11 @@ class Handle:
                     f"qsdp is installed on this {type(model).__name__} already; call "
                     "handle.remove() first"
                 )
-            clean = compat.name_without_wrappers
-            aliases = {clean(alias): clean(name) for alias, name in tied_names(model).items()}
+            tied, tables = tied_names(model), embedding_names(model)
+            clean = compat.clean_names(model, {*tied, *tied.values(), *tables})
+            aliases = {clean[alias]: clean[name] for alias, name in tied.items()}
             config.check_policy(list(order), aliases)
-            embeddings = set(map(clean, embedding_names(model)))
+            embeddings = {clean[name] for name in tables}
             self._plans = [
                 make_plan(group, index, names, order, embeddings, config)
                 for index, group in enumerate(groups)
