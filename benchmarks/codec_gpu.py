@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="a file for the rows")
     arguments = parser.parse_args()
-    if native.cuda_capability() != "cuda":
+    if not native.has_cuda_kernels():
         print("error: this needs a GPU and qsdp built with CUDA kernels", file=sys.stderr)
         sys.exit(2)
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")

@@ -22,7 +22,7 @@ def describe(device: str = "cpu") -> dict[str, str]:
     return {
         "processor": _processor(),
         "cores": str(os.cpu_count()),
-        "kernels": native.capability(),
+        "kernels": native.serving(torch.device(device)),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
         "python": platform.python_version(),

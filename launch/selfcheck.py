@@ -119,9 +119,7 @@ def check_codec(world: World) -> str:
                 if not torch.equal(found_back.cpu(), back):
                     raise Failed(f"{bits} bits, {ROUNDINGS[rounding]}, {dtype.name}: other values")
                 count += 1
-    on_cpu = world.device.type == "cpu"
-    kernels = native.capability() if on_cpu else native.cuda_capability()
-    return f"{count} combinations, {kernels} kernels"
+    return f"{count} combinations, {native.remark(world.device)}"
 
 
 def _codec(

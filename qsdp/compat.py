@@ -6,7 +6,7 @@ What is read is what the public seam (`FSDPModule.set_custom_all_gather`,
 the objects to restore when the hooks are removed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 
@@ -490,10 +491,34 @@ def destroy_group(group: dist.ProcessGroup) -> None:
         dist.destroy_process_group(group)
 
 
-def name_without_wrappers(name: str) -> str:
-    """A parameter's name as the user wrote the model: without those of `torch.compile`'s and the
-    activation checkpointing's wrappers."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+"""What the wrappers of `torch.compile` and of activation checkpointing call what they wrap."""
+
+
+def clean_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """By each of ``names``, of what ``model`` holds, the one in the model as the user wrote it:
+    without those of the wrappers of `torch.compile`, activation checkpointing and DDP.
+
+    Raises ValueError if two become one.
+    """
+    clean: dict[str, str] = {}
+    of: dict[str, str] = {}
+    for name in names:
+        short = _clean_name(model, name)
+        if short in of:
+            raise ValueError(
+                f"{of[short]!r} and {name!r} are both {short!r} once the names of wrappers are "
+                "left out; rename one of them"
+            )
+        clean[name], of[short] = short, name
+    return clean
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of ``model``, tied ones once, in its order, by their `clean_names`."""
+    pairs = list(model.named_parameters())
+    clean = clean_names(model, (name for name, _ in pairs))
+    return {clean[name]: parameter for name, parameter in pairs}
 
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
@@ -523,6 +548,25 @@ def full_tensor(tensor: DTensor) -> Tensor:
         local, on_cpu, tensor.placements, shape=tensor.shape, stride=tensor.stride()
     )
     return parts.full_tensor()
+
+
+def _clean_name(model: nn.Module, name: str) -> str:
+    module: Any = model
+    parts = []
+    for part in name.split("."):
+        # What a wrapper does not have it looks up in what it wraps, so names may skip it.
+        while part not in _WRAPPED and (inner := _wrapped(module)) is not None:
+            module = inner
+        is_ddp = part == "module" and isinstance(module, DistributedDataParallel)
+        if part not in _WRAPPED and not is_ddp:
+            parts.append(part)
+        module = getattr(module, part, None)
+    return ".".join(parts)
+
+
+def _wrapped(module: Any) -> Any:
+    children = getattr(module, "_modules", {})
+    return next((children[name] for name in _WRAPPED if name in children), None)
 
 
 def _passes_of(model: nn.Module) -> list[Any]:

@@ -15,7 +15,7 @@ from tests.gpu_kernels import NO_GPU
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(native.cuda_capability() != "cuda", reason=NO_GPU),
+    pytest.mark.skipif(not native.has_cuda_kernels(), reason=NO_GPU),
 ]
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from qsdp.checkpoint import TensorReader
+from qsdp.codec import native
 from qsdp.export import read_mask
 from qsdp.models import GPT
 from qsdp.sparsity.compression import Prunable, compress_
@@ -145,6 +146,8 @@ def test_a_small_run_leaves_all_that_is_promised(run_jobs: Jobs, tmp_path: Path)
         run_jobs, tmp_path, ("out", flags), num_ranks=2, in_full=True
     )
     assert "pruned in one shot" in printed
+    assert f"kernels: {native.capability()}" in printed
+    assert summary["kernels"] == native.capability()
 
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,7 +119,7 @@ def _pass_without_waiting(case: Case) -> None:
 
 
 # A sparse wire is not among them: its copies are Python's on a GPU, which wait.
-@pytest.mark.skipif(native.cuda_capability() == native.PYTHON, reason="Python's kernels wait")
+@pytest.mark.skipif(not native.has_cuda_kernels(), reason="Python's kernels wait")
 @pytest.mark.parametrize(
     "case",
     [
@@ -282,6 +283,16 @@ def test_ranks_that_share_a_gpu_are_told_of_gloo(tmp_path: Path) -> None:
     job = start("--out", str(tmp_path))
     assert job.wait() != 0
     assert "let ranks share GPUs with --backend gloo" in job.output
+
+
+def _remark() -> str:
+    return qsdp.install(shard(make_model().to(DEVICE))).report().remarks[0]
+
+
+@pytest.mark.skipif(not native.has_cuda_kernels(), reason="qsdp was built without CUDA kernels")
+def test_the_report_names_the_kernels_of_the_gpu(run: Run) -> None:
+    for remark in run(2, _remark):
+        assert re.fullmatch(r"kernels: cuda sm_\d+", remark)
 
 
 def test_the_self_check_holds() -> None:

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import qsdp
 from qsdp import compat
+from qsdp.codec import native
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import Toy, full_grads, full_state, make_batch, make_model, shard
 
@@ -159,11 +161,25 @@ def test_the_report_lists_every_parameter_with_how_and_why(run: Run) -> None:
         assert all(remark in text for remark in report.remarks)
 
 
-def test_a_tied_weight_is_listed_once_and_a_clean_install_has_no_remark(run: Run) -> None:
+def test_a_tied_weight_is_listed_once_and_a_clean_install_names_its_kernels(run: Run) -> None:
     for names, report, _ in run(3, _report, {"tied": True}, {}):
         assert [row.name for row in report.rows] == names
         assert "head.weight" not in names
-        assert report.remarks == ()
+        assert report.remarks == (native.remark(torch.device("cpu")),)
+
+
+def _without_kernels() -> str:
+    """What a rank hears of the other's machine, which lacks what is required."""
+    wrong = RuntimeError("QSDP_REQUIRE_NATIVE=1 but _qsdp_cuda.so is not installed")
+    broken = mock.patch.object(native, "serving", side_effect=wrong)
+    with broken if dist.get_rank() else nullcontext(), pytest.raises(RuntimeError) as raised:
+        qsdp.install(shard(make_model()))
+    return str(raised.value)
+
+
+def test_kernels_that_are_required_but_absent_are_refused_on_all_ranks(run: Run) -> None:
+    for heard in run(2, _without_kernels):
+        assert "_qsdp_cuda.so is not installed" in heard
 
 
 # --- traffic ----------------------------------------------------------------------------------

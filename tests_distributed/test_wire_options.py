@@ -781,7 +781,7 @@ def _remarks(**options: Any) -> tuple[str, ...]:
 
 
 def test_the_report_says_whose_payloads_are_kept(run: Run) -> None:
-    for (remark,) in run(2, functools.partial(_remarks, gather="once")):
+    for _, remark in run(2, functools.partial(_remarks, gather="once")):
         assert remark.startswith("gather once: payloads of modules in training mode are kept")
 
 
@@ -809,7 +809,8 @@ def _installed_again_beside_other_groups() -> list[str]:
     for step in range(3):
         handle = qsdp.install(model, qsdp.QSDPConfig(reduce="two-hop", ranks_per_node=2))
         torch.autograd.backward(model(*make_batch(model, step)))
-        remarks += handle.report().remarks
+        _, *remarks_of_wire = handle.report().remarks
+        remarks += remarks_of_wire
         handle.remove()
     return remarks
 

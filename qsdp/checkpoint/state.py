@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from qsdp.checkpoint.folders import META, begin, checksum, publish, verify
+from qsdp.compat import clean_names
 from qsdp.meeting import meet
 
 
@@ -61,6 +62,7 @@ def save(
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    state = _renamed(state, clean_names(model, state["model"]))
     try:
         dcp.save(state, checkpoint_id=folder)
     except CheckpointException as error:
@@ -87,7 +89,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     _verify(path, " by --resume PATH")
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    _load(path, state)
+    state = _load(path, state, model)
     set_state_dict(
         model,
         optimizer,
@@ -100,8 +102,7 @@ def load_model(path: Path, model: nn.Module) -> None:
     """As `load`, the model alone."""
     _meet("load_model", folder=path)
     _verify(path)
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    _load(path, state)
+    state = _load(path, {"model": get_model_state_dict(model)}, model)
     set_model_state_dict(model, state["model"])
 
 
@@ -114,13 +115,26 @@ def _meet(call: str, **facts: object) -> None:
     meet(f"checkpoint.{call}", told, [dist.group.WORLD])
 
 
-def _load(path: Path, state: dict[str, Any]) -> None:
+def _load(path: Path, state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """`state` with what the checkpoint holds."""
+    names = clean_names(model, state["model"])
+    loaded = _renamed(state, names)
     try:
-        dcp.load(state, checkpoint_id=path)
+        dcp.load(loaded, checkpoint_id=path)
     except CheckpointException as error:
         raise ValueError(
             f"{path} cannot be loaded ({_cause(error)}); name another checkpoint"
         ) from error
+    return _renamed(loaded, {clean: name for name, clean in names.items()})
+
+
+def _renamed(state: Any, names: Mapping[str, str]) -> Any:
+    """`state`, with the same tensors, by other names: DCP leaves the names of some wrappers in."""
+    if isinstance(state, dict):
+        return {names.get(key, key): _renamed(value, names) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_renamed(value, names) for value in state]
+    return names.get(state, state) if isinstance(state, str) else state
 
 
 def _checksums(folder: Path) -> dict[str, str]:

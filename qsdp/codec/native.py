@@ -2,9 +2,10 @@
 
 `load` runs when `qsdp.codec` is imported. Kernels are, best first, "avx512", "avx2", "scalar"
 (plain C++) and "python" (qsdp/codec/ops.py, always there). All give the same bytes. GPUs have those
-of csrc/cuda, where they were built, or else Python's.
+of csrc/cuda, where they were built, or else Python's, which are many times slower.
 
-Environment: ``QSDP_REQUIRE_NATIVE=1`` refuses to go on without the library;
+Environment: ``QSDP_REQUIRE_NATIVE=1`` refuses to go on without the library, and to work on a GPU
+without that of CUDA, which a machine without a GPU need not have;
 ``QSDP_CPU_CAPABILITY=default|avx2|avx512`` chooses among its kernels, default being scalar.
 """
 
@@ -25,6 +26,15 @@ _CAPABILITIES = {"default": "scalar", "avx2": "avx2", "avx512": "avx512"}
 _library: ctypes.CDLL | None = None
 _has_cuda_kernels = False
 _override: torch.library.Library | None = None  # while it lives, Python serves the CPU
+_refusal: torch.library.Library | None = None  # while it lives, nothing serves GPUs
+_KERNELS = {
+    "encode": ops.encode,
+    "decode": ops.decode,
+    "compact": sparse.compact,
+    "expand": sparse.expand,
+    "count_digits": magnitude.count_digits,
+    "mark_above": magnitude.mark_above,
+}
 
 
 def load() -> None:
@@ -34,7 +44,7 @@ def load() -> None:
         RuntimeError: the library is required but absent, or does not fit this torch.
         ValueError: QSDP_CPU_CAPABILITY names kernels that are unknown or cannot run here.
     """
-    global _library, _has_cuda_kernels
+    global _library, _has_cuda_kernels, _refusal
     wanted = os.environ.get("QSDP_CPU_CAPABILITY", "")
     if wanted and wanted not in _CAPABILITIES:
         allowed = ", ".join(_CAPABILITIES)
@@ -42,14 +52,16 @@ def load() -> None:
     if LIBRARY.exists():
         _register(LIBRARY)
         _library = _typed(ctypes.CDLL(str(LIBRARY)))
-    elif os.environ.get("QSDP_REQUIRE_NATIVE") == "1":
-        raise RuntimeError(
-            f"QSDP_REQUIRE_NATIVE=1 but {LIBRARY.name} is not installed; "
-            "install qsdp where torch and a C++20 compiler are, or unset it"
-        )
+    elif _is_required():
+        raise RuntimeError(f"QSDP_REQUIRE_NATIVE=1 but {_missing('cpu')}, or unset it")
     if torch.version.cuda is not None and CUDA_LIBRARY.exists():
         _register(CUDA_LIBRARY)
         _has_cuda_kernels = True
+    elif _is_required():
+        # Not an error yet: whether tensors on a GPU will come is not known.
+        _refusal = torch.library.Library("qsdp", "IMPL")
+        for name in _KERNELS:
+            _refusal.impl(name, _refuse, "CUDA")
     if wanted and _CAPABILITIES[wanted] not in available():
         raise ValueError(
             f"QSDP_CPU_CAPABILITY is {wanted}, which cannot run here; "
@@ -73,11 +85,41 @@ def capability() -> str:
     return str(_library.qsdp_cpu_in_use().decode())
 
 
-def cuda_capability() -> str:
-    """The kernels that serve GPUs: "cuda" or "python"; "none" where there is no GPU."""
-    if not torch.cuda.is_available():
-        return "none"
-    return "cuda" if _has_cuda_kernels else PYTHON
+def has_cuda_kernels() -> bool:
+    """Whether there is a GPU, and the CUDA library."""
+    return _has_cuda_kernels and torch.cuda.is_available()
+
+
+def serving(device: torch.device) -> str:
+    """The kernels that serve tensors of ``device``: as `capability` has it, on a GPU "cuda sm_90",
+    say, or "python".
+
+    Raises:
+        RuntimeError: the CUDA library cannot serve this GPU, or is required but absent.
+    """
+    if device.type == "cpu":
+        return capability()
+    if not _has_cuda_kernels:
+        if _is_required():
+            _refuse()
+        return PYTHON
+    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    if not _runs_on(device):
+        raise RuntimeError(
+            f"{CUDA_LIBRARY.name} has no kernels for this GPU ({architecture}); install qsdp again "
+            "with CUDAARCHS=native in the environment"
+        )
+    return f"cuda {architecture}"
+
+
+def remark(device: torch.device) -> str:
+    """What `serving` says of ``device`` in words, with why and what to do where that is slow."""
+    kernels = serving(device)
+    if kernels != PYTHON:
+        return f"kernels: {kernels}"
+    is_chosen = device.type == "cpu" and _library is not None
+    why = "chosen by native.use" if is_chosen else _missing(device.type)
+    return f"SLOW kernels: plain PyTorch's, many times slower than compiled ones: {why}"
 
 
 def use(capability: str) -> None:
@@ -100,12 +142,34 @@ def use(capability: str) -> None:
     _override = torch.library.Library("qsdp", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a kernel is overridden: it is meant
-        _override.impl("encode", ops.encode, "CPU")
-        _override.impl("decode", ops.decode, "CPU")
-        _override.impl("compact", sparse.compact, "CPU")
-        _override.impl("expand", sparse.expand, "CPU")
-        _override.impl("count_digits", magnitude.count_digits, "CPU")
-        _override.impl("mark_above", magnitude.mark_above, "CPU")
+        for name, kernel in _KERNELS.items():
+            _override.impl(name, kernel, "CPU")
+
+
+def _is_required() -> bool:
+    return os.environ.get("QSDP_REQUIRE_NATIVE") == "1"
+
+
+def _missing(device_type: str) -> str:
+    """Which library is not there, and what to do."""
+    library, tools = LIBRARY, "torch and a C++20 compiler are"
+    if device_type != "cpu":
+        library, tools = CUDA_LIBRARY, "nvcc and a torch that knows CUDA are"
+    return f"{library.name} is not installed; install qsdp where {tools}"
+
+
+def _refuse(*_: object) -> None:
+    raise RuntimeError(f"QSDP_REQUIRE_NATIVE=1 but {_missing('cuda')}, or unset it")
+
+
+def _runs_on(device: torch.device) -> bool:
+    """Whether the CUDA library was compiled for this GPU: it has kernels for some alone."""
+    value = torch.ones(1, device=device)
+    try:
+        torch.ops.qsdp.mark_above(value, 0, torch.empty_like(value, dtype=torch.bool))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _register(library: Path) -> None:

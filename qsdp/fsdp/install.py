@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from qsdp import compat
+from qsdp.codec import native
 from qsdp.comm.levels import Levels
 from qsdp.comm.measure import Meter, check_budget
 from qsdp.comm.plan import embedding_names, tied_names
@@ -91,10 +92,11 @@ class Handle:
     ) -> None:
         self.config = config
         self._groups = groups
+        self._device = torch.device(groups[0].mesh.device_type)
         self._is_removed = False
         self._averages = replicate_mesh is not None
         _reshard(groups)
-        names = {p: compat.name_without_wrappers(name) for name, p in model.named_parameters()}
+        names = {p: name for name, p in compat.named_parameters(model).items()}
         order = {name: i for i, name in enumerate(names.values())}
         meshes = dict.fromkeys(group.mesh for group in groups)
         everyone = [axis for mesh in meshes for axis in mesh.get_all_groups()]
@@ -110,16 +112,18 @@ class Handle:
         launched = agreement.by_rank(everyone, here)
         with mistakes_shared(agreement.CALL, everyone):
             check_type("config", config, QSDPConfig)
+            native.serving(self._device)  # raises where it is not as required
             if any(isinstance(group.comms()[0], AllGather) for group in groups):
                 raise ValueError(
                     f"qsdp is installed on this {type(model).__name__} already; call "
                     "handle.remove() first"
                 )
             refuse_own_comms(groups, replicas)
-            clean = compat.name_without_wrappers
-            aliases = {clean(alias): clean(name) for alias, name in tied_names(model).items()}
+            tied, tables = tied_names(model), embedding_names(model)
+            clean = compat.clean_names(model, {*tied, *tied.values(), *tables})
+            aliases = {clean[alias]: clean[name] for alias, name in tied.items()}
             config.check_policy(list(order), aliases)
-            embeddings = set(map(clean, embedding_names(model)))
+            embeddings = {clean[name] for name in tables}
             self._plans = [
                 make_plan(group, index, names, order, embeddings, config)
                 for index, group in enumerate(groups)
@@ -389,6 +393,7 @@ class Handle:
         return chosen
 
     def _remarks(self) -> Iterator[str]:
+        yield native.remark(self._device)
         config = self.config
         if config.rounding == "nearest":
             yield "rounding to nearest is biased: weights and gradients keep a systematic error"

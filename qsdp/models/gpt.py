@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from qsdp.compat import named_parameters
+
 INIT_STD = 0.02  # GPT-2's, for every matrix and both embeddings
 _INIT_BLOCK_VALUES = (
     1 << 18
@@ -209,7 +211,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
     if seed < 0:
         raise ValueError(f"The seed is {seed}: choose 0 or more.")
     num_layers = sum(isinstance(module, Block) for module in model.modules())
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model).items():
         if parameter.is_meta:
             raise ValueError(
                 f"Parameter {name} is on the meta device: call model.to_empty(device=...) "

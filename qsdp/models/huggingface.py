@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qsdp.compat import full_tensor
+from qsdp.compat import full_tensor, named_parameters
 from qsdp.models.gpt import GPT, GPTConfig, local_slices
 
 _BLOCK_MODULES = {
@@ -134,7 +134,7 @@ def fill(
 
     Raises: ValueError for a tensor that is missing or of another shape than the model's.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model).items():
         their_name, transposed = stored(name)
         if their_name not in files:
             raise ValueError(
@@ -172,7 +172,7 @@ def export_huggingface(model: GPT, folder: str | Path) -> None:
         raise ValueError(f"{path} is a file: choose a folder to export to.")
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model).items():
         full = full_tensor(parameter) if isinstance(parameter, DTensor) else parameter
         if writes:
             their_name, transposed = _their_name(name)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from qsdp.compat import reshard
+from qsdp.compat import named_parameters, reshard
 
 
 def prunable_parameters(
@@ -23,19 +23,21 @@ def prunable_parameters(
 
     Args:
         model: Any module, sharded or not.
-        patterns: Shell-style patterns of full parameter names, for instance
-            ``["blocks.*.mlp.*.weight"]``. By default the weights of `nn.Linear` and of Hugging
-            Face's `Conv1D` inside an `nn.ModuleList` (the blocks), unless an embedding owns them
-            too.
+        patterns: Shell-style patterns of full parameter names as the model was written, whatever
+            wraps it or its blocks by now (`torch.compile`, activation checkpointing, DDP), for
+            instance ``["blocks.*.mlp.*.weight"]``. By default the weights of `nn.Linear` and of
+            Hugging Face's `Conv1D` inside an `nn.ModuleList` (the blocks), unless an embedding
+            owns them too.
 
     Returns:
-        Parameters by the name that `named_parameters` gives them, in its order, tied ones once.
+        Parameters by such a name, in the order of `named_parameters`, tied ones once.
 
     Raises:
-        ValueError: If a pattern matches nothing, or no pattern is given and nothing is found.
+        ValueError: If a pattern matches nothing, or no pattern is given and nothing is found; or
+            two parameters have one name without those of wrappers.
     """
     reshard(model)
-    named = dict(model.named_parameters())
+    named = named_parameters(model)
     if patterns is not None:
         if isinstance(patterns, str):
             raise ValueError(

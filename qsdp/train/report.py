@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 import qsdp
+from qsdp.codec import native
 from qsdp.models import flops_per_token
 from qsdp.sparsity.target import Compression
 from qsdp.train.peak import matmul_flops_per_s
@@ -86,6 +87,7 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
             else f"computed from stock FSDP2's plan over {job.world.backend}",
         },
         "world_size": job.world.size,
+        "kernels": native.serving(job.world.device),
         "sample": sample,
         "versions": {
             "qsdp": qsdp.__version__,

@@ -14,6 +14,7 @@ from torch import nn
 
 import qsdp
 from qsdp import checkpoint
+from qsdp.codec import native
 from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.metrics import MetricsWriter
 from qsdp.models import GPT, GPTConfig
@@ -266,7 +267,8 @@ def _announce(job: Job, source: Path | None, meta: dict[str, Any] | None) -> Non
         f"{_travels(config)}, {config.method}{'+' * (config.cram and config.cram_plus)}, "
         f"{batch_tokens:,} tokens a step of {len(job.corpus.train):,}, results in {job.out}"
     )
-    for remark in () if job.handle is None else job.handle.report().remarks:
+    handle = job.handle
+    for remark in [native.remark(world.device)] if handle is None else handle.report().remarks:
         job.say(f"  {remark}")
     if meta is None:
         return

@@ -1,0 +1,65 @@
+"""AC/DC's dense twin is dense."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from qsdp.checkpoint import TensorReader, latest, read_meta
+from qsdp.models import GPT
+from qsdp.sparsity.prunable import prunable_parameters
+from qsdp.train import cli, loop
+from qsdp.train.evaluate import Evaluator
+from qsdp.train.setup import DENSE_TWIN, Job
+from qsdp.train.source import open_source
+from tests.bad_inputs import TEXT
+
+pytestmark = pytest.mark.usefixtures("world_of_one")
+
+FLAGS = ["--acdc", "--steps", "14", "--acdc-warmup", "2", "--acdc-phase", "2"]
+FLAGS += ["--acdc-last-dense", "3", "--acdc-last-sparse", "3", "--acdc-sparsity", "0.1"]
+FLAGS += ["--model", "tiny", "--seq-len", "8", "--batch-size", "2", "--eval-batches", "1"]
+FLAGS += ["--warmup-steps", "1", "--lr", "1e-2", "--one-shot", "none", "--save-every", "0"]
+LAST_DENSE = (9, 10, 11)  # steps 7 and 8 are compressed, and after step 11 the weights are pruned
+
+
+@pytest.mark.parametrize("eval_every", [1, LAST_DENSE[-1]])
+@pytest.mark.parametrize("skipped", [(), LAST_DENSE[:1], LAST_DENSE], ids=str)
+def test_the_dense_twin_has_no_pruned_weight(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, skipped: tuple[int, ...], eval_every: int
+) -> None:
+    forward_backward = loop.forward_backward
+
+    def with_bad_gradients(job: Job) -> torch.Tensor:
+        loss = forward_backward(job)
+        if job.steps_done + 1 in skipped:
+            next(job.model.parameters()).grad.fill_(math.nan)  # type: ignore[union-attr]
+        return loss
+
+    def better_when_pruned(evaluator: Evaluator, *, exact: bool = True) -> float:
+        return 1 - evaluator.sparsity()["prunable"]
+
+    monkeypatch.setattr(loop, "forward_backward", with_bad_gradients)
+    monkeypatch.setattr(Evaluator, "loss", better_when_pruned)
+    (tmp_path / "text.txt").write_text(TEXT)
+    flags = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
+    cli.main([*flags, *FLAGS, "--eval-every", str(eval_every)])
+
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["sparsity"]["prunable"] == pytest.approx(0.1, abs=1e-3)
+    twin = latest(tmp_path / "run" / DENSE_TWIN)
+    if skipped == LAST_DENSE:  # the model was never dense again
+        assert twin is None
+        assert summary["dense_twin_val_loss"] is None
+        return
+    assert twin is not None
+    assert read_meta(twin)["step"] in LAST_DENSE
+    assert summary["dense_twin_val_loss"] == 1.0
+    with torch.device("meta"):
+        model = GPT(open_source(twin).size)
+    weights = [TensorReader(twin).read(name) for name in prunable_parameters(model)]
+    assert sum(int((weight == 0).sum()) for weight in weights) == 0
