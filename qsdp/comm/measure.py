@@ -1,5 +1,6 @@
 """What quantization costs: squared errors by parameter, and bits allotted by them."""
 
+import heapq
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -141,21 +142,31 @@ def allot(
     """
     left = _left(claims, budget, config, is_grad)
     claims = [claim for claim in claims if claim.kept_bits is None]
-    bits = [CODED_BITS[0]] * len(claims)
-    while True:
-        best, gain, price = None, 0.0, 0
-        for i, (claim, own) in enumerate(zip(claims, bits, strict=True)):
-            if own == CODED_BITS[-1]:
-                continue
-            cost = _size(claim, own + 1, config, is_grad) - _size(claim, own, config, is_grad)
-            place = CODED_BITS.index(own)
+    sizes = [[_size(claim, b, config, is_grad) for b in CODED_BITS] for claim in claims]
+    places = [0] * len(claims)
+    queue: list[tuple[float, int]] = []
+
+    def offer(i: int) -> None:
+        """Queue the next bit of a parameter, the best gain first, then the first parameter."""
+        place = places[i]
+        if place + 1 < len(CODED_BITS):
             saved = errors[i][place] - errors[i][place + 1]
-            if cost <= left and saved / max(cost, 1) > gain:
-                best, gain, price = i, saved / max(cost, 1), cost
-        if best is None:
-            return bits
-        left -= price
-        bits[best] += 1
+            gain = saved / max(sizes[i][place + 1] - sizes[i][place], 1)
+            if gain > 0:
+                heapq.heappush(queue, (-gain, i))
+
+    for i in range(len(claims)):
+        offer(i)
+    while queue:
+        _, i = heapq.heappop(queue)
+        cost = sizes[i][places[i] + 1] - sizes[i][places[i]]
+        assert cost >= 0
+        # What does not fit now never will: nothing gives back what is left.
+        if cost <= left:
+            left -= cost
+            places[i] += 1
+            offer(i)
+    return [CODED_BITS[place] for place in places]
 
 
 def _left(claims: Sequence[Claim], budget: float, config: QSDPConfig, is_grad: bool) -> float:
