@@ -1,4 +1,4 @@
-"""How bits are allotted to a budget: against the plainest way to do it, and how little is asked for it."""
+"""Bits allotted to a budget: those of the plainest way to do it, without its rescans."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from qsdp import compat
 from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
 from qsdp.codec.payload import Field
+from qsdp.comm.traffic import Traffic
 from qsdp.config import LEARNED_BITS, QSDPConfig
 from qsdp.failures import collective
 
@@ -39,9 +40,12 @@ class Levels:
         self.values = slot.repeat(2 * num_parameters)
         self._learned: set[tuple[int, int]] = set()
 
-    def learn(self, counts: "Counts", groups: Iterable[dist.ProcessGroup]) -> None:
-        """Fit all levels that ``counts`` has values for to the counts of all ranks, which are added
-        up over one of ``groups`` after the other: a collective, alike on all ranks."""
+    def learn(
+        self, counts: "Counts", groups: Iterable[dist.ProcessGroup], traffic: Traffic
+    ) -> None:
+        """Fit all levels that ``counts`` has places for to the counts of all ranks, which are added
+        up over one of ``groups`` after the other: a collective, alike on all ranks. Levels of which
+        nothing was counted stay."""
         places = counts.places
         if not places:
             return
@@ -50,6 +54,7 @@ class Levels:
             total = torch.stack([counts.by_place[place].to(device) for place in places])
             with collective("sum of what levels are learned from"):
                 dist.all_reduce(total, group=group)
+            traffic.summed(group, total.nbytes)
             counts.by_place = dict(zip(places, total.cpu(), strict=True))
         for start, bits in places:
             levels = self.values[start : start + (1 << bits)]
@@ -88,8 +93,10 @@ class Counts:
         other.by_place = {place: counts.clone() for place, counts in self.by_place.items()}
         return other
 
-    def add_values(self, row: list[int], values: Tensor, *, is_grad: bool) -> None:
-        """Count the 1-D ``values`` of one table row's segment."""
+    def add_values(
+        self, row: list[int], values: Tensor, *, is_grad: bool, is_frozen: bool = False
+    ) -> None:
+        """Count the 1-D ``values`` of one table row's segment, where it has levels."""
         place = (row[Field.LEVELS], row[Field.BITS])
         if place in self.by_place:
             out = self.by_place[place] = self.by_place[place].to(values.device)

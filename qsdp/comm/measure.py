@@ -31,12 +31,18 @@ class Meter:
         # fp64 [2] each, error and square: on the values' device, so that the host need not wait.
         self._sums: dict[tuple[int, bool, int], Tensor] = {}
 
-    def add_values(self, row: list[int], values: Tensor, *, is_grad: bool) -> None:
-        """Measure the 1-D ``values`` of one table row's segment; raw ones have no error."""
+    def add_values(
+        self, row: list[int], values: Tensor, *, is_grad: bool, is_frozen: bool = False
+    ) -> None:
+        """Measure the 1-D ``values`` of one table row's segment, if they are coded.
+
+        ``is_frozen``: they keep the uniform grid at whatever bits.
+        """
         if not row[Field.BITS]:
             return
         for bits in self._bits or [row[Field.BITS]]:
-            found = self._measure(values.float(), row, bits, is_grad)
+            levels = offset(self._config, row[Field.PARAMETER], bits, is_grad=is_grad)
+            found = self._measure(values.float(), row, bits, is_grad, -1 if is_frozen else levels)
             key = (row[Field.PARAMETER], is_grad, bits if self._bits else 0)
             self._sums[key] = self._sums[key] + found if key in self._sums else found
 
@@ -66,10 +72,9 @@ class Meter:
                 total += part
         return total.view(-1, 2)
 
-    def _measure(self, values: Tensor, row: list[int], bits: int, is_grad: bool) -> Tensor:
-        levels = row[Field.LEVELS]
-        if bits != row[Field.BITS]:
-            levels = offset(self._config, row[Field.PARAMETER], bits, is_grad=is_grad)
+    def _measure(
+        self, values: Tensor, row: list[int], bits: int, is_grad: bool, levels: int
+    ) -> Tensor:
         segment = Segment(
             bits=bits,
             dtype=DType.FP32,

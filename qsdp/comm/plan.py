@@ -90,6 +90,7 @@ class Plan:
     Attributes:
         hops: how the group splits into nodes, where it travels in two hops; set after all ranks
             have agreed.
+        has_sparse_grads: under a support, whether only the gradients of kept weights travel.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Plan:
         self.name = title(self.names)
         self._config = config
         self._support: Mapping[int, Masks] = {}
-        self._sparse_grads = True
+        self.has_sparse_grads = True
         self._sides: dict[tuple[object, ...], Side] = {}
 
     @property
@@ -151,8 +152,13 @@ class Plan:
         ``with_grads``: nobody wants the gradients of the others either.
         """
         if masks or self._support:
-            self._support, self._sparse_grads = masks, with_grads
+            self._support, self.has_sparse_grads = masks, with_grads
             self._sides = {key: side for key, side in self._sides.items() if key[-1] == "dense"}
+
+    @property
+    def num_kept(self) -> dict[int, int]:
+        """By place, the values that all ranks together keep of a parameter under the support."""
+        return {place: sum(masks.counts) for place, masks in self._support.items()}
 
     def gather(
         self,
@@ -194,7 +200,7 @@ class Plan:
 
         ``is_local``: inside a node, where links are fast and more bits are sent.
         """
-        masks = self._masks(with_grad if self._sparse_grads else [])
+        masks = self._masks(with_grad if self.has_sparse_grads else [])
         key = ("reduce", with_grad, dtype, least_bits, is_local, "sparse" if masks else "dense")
         if key not in self._sides:
             chosen = [self.parameters[i] for i in with_grad]

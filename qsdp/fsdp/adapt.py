@@ -10,7 +10,7 @@ import torch.distributed as dist
 from qsdp import compat
 from qsdp.comm.levels import Counts, offset
 from qsdp.comm.measure import Meter, allot
-from qsdp.comm.plan import Plan, Side
+from qsdp.comm.plan import Plan
 from qsdp.comm.wire import Wire
 from qsdp.config import CODED_BITS, QSDPConfig
 
@@ -59,8 +59,8 @@ class Adaptation:
         levels = self._wire.levels
         if levels is not None and learns:
             counts = counts or self._new_counts()
-            self._measure_weights(counts)
-            levels.learn(counts, self._everyone)
+            self._look(counts)
+            levels.learn(counts, self._everyone, self._wire.traffic)
             self._mark()
         self._watch(step)
 
@@ -107,17 +107,10 @@ class Adaptation:
         return rewind
 
     def measure_as_sent(self, meter: Meter) -> None:
-        """Let ``meter`` look at this rank's shards as a gather now would send them."""
+        """Let ``meter`` look at this rank's weights as a gather now would send them."""
         config, step = self._wire.config, self._wire.clock.next_step
-        least_bits = config.warmup_bits if step < config.warmup_steps else 0
-        for plan, group in zip(self._plans, self._groups, strict=True):
-            trains = group.requires_grad()
-            once = tuple(i for i in plan.places if config.gather == "once" and not trains[i])
-            others = tuple(i for i in plan.places if i not in once)
-            if once:
-                _look(meter, plan, group, once, plan.gather(once, is_frozen=True))
-            if others:
-                _look(meter, plan, group, others, plan.gather(others, least_bits))
+        if not self._wire.is_exact:
+            self._look(meter, config.warmup_bits if step < config.warmup_steps else 0)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, in JSON's types."""
@@ -175,16 +168,29 @@ class Adaptation:
                 places += [(start, bits)] if start >= 0 else []
         return Counts(places)
 
-    def _measure_weights(self, meter: Meter | Counts) -> None:
-        """Let ``meter`` look at this rank's shards, at their bits of after the warm-up."""
+    def _look(self, meter: Meter | Counts, least_bits: int = 0) -> None:
+        """Let ``meter`` look at the values that this rank's gathers send, at no fewer than
+        ``least_bits``; with one rank nothing is sent."""
+        once = self._wire.config.gather == "once"
         for plan, group in zip(self._plans, self._groups, strict=True):
-            _look(meter, plan, group, plan.places, plan.gather(plan.places))
+            trains, shards = group.requires_grad(), group.local_shards()
+            for is_frozen in (False, True):
+                places = tuple(i for i in plan.places if (once and not trains[i]) == is_frozen)
+                if not places or plan.world_size == 1:
+                    continue
+                least = 0 if is_frozen else least_bits
+                side = plan.gather(places, least, is_frozen=is_frozen)
+                for number, row in enumerate(side.tables[plan.rank].tolist()):
+                    i = places[number]
+                    values = shards[i].detach().to(plan.parameters[i].dtype).reshape(-1)
+                    sent = side.kept(plan.rank, number, values)
+                    meter.add_values(row, sent, is_grad=False, is_frozen=is_frozen)
 
     def _allot(self, meter: Meter) -> None:
         """Set the bits by the errors of the last step; leave them where one is not finite."""
         config = self._wire.config
         assert config.budget is not None
-        self._measure_weights(meter)
+        self._look(meter)
         found: dict[int, list[int]] = {}
         for is_grad in (False, True):
             coded = [pair for plan in self._plans for pair in plan.claims(is_grad=is_grad)]
@@ -216,17 +222,3 @@ def _request(config: QSDPConfig) -> dict[str, Any]:
         for pattern, bits in config.policy
     ]
     return {name: getattr(config, name) for name in names} | {"policy": policy}
-
-
-def _look(
-    meter: Meter | Counts,
-    plan: Plan,
-    group: compat.ParameterGroup,
-    places: Sequence[int],
-    side: Side,
-) -> None:
-    """Let ``meter`` look at the shards at ``places``, whose rows ``side`` has."""
-    shards = group.local_shards()
-    for row, i in zip(side.tables[plan.rank].tolist(), places, strict=True):
-        values = shards[i].detach().to(plan.parameters[i].dtype).reshape(-1)
-        meter.add_values(row, values, is_grad=False)

@@ -23,8 +23,8 @@ Bits = Mapping[str, tuple[int, int]]
 class Levels:
     """The levels of each parameter and direction, for the bits that they travel at.
 
-    They are fitted before each of `QSDPConfig.level_steps`, to all ranks' weights of that moment
-    and all gradients that were sent in the step before.
+    They are fitted before each of `QSDPConfig.level_steps`, to all ranks' weights as they would be
+    sent at that moment, and all gradients that were sent in the step before.
     """
 
     def __init__(self, config: QSDPConfig) -> None:
