@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 import qsdp
+from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
 from qsdp.comm.measure import Claim, allot
 from qsdp.config import CODED_BITS
 from qsdp.sparsity.shards import local_shard
@@ -96,6 +97,35 @@ def _sent_of(model: Toy, masks: bool) -> dict[str, Tensor]:
         if "blocks" in name and parameter.ndim == 2:
             found[name] = values[values != 0] if masks else values
     return found
+
+
+def _learned() -> Any:
+    """Before levels are learned: the counts of what travels; then the levels."""
+    model, handle = installed(Case(sparse=True, config={"weight_bits": 3, **LEARNED}), 6)
+    _train(model, 1)
+    counts = {}
+    for name, values in _sent_of(model, masks=True).items():
+        counts[name] = torch.zeros(BINS, dtype=torch.int64)
+        histogram(values, BUCKET, counts[name])
+    before = handle.traffic.snapshot()["other_sent_bytes"]
+    levels = {
+        (name, direction, bits): values
+        for name, direction, bits, *values in handle.state_dict()["levels"]
+    }
+    return counts, levels, handle.traffic.snapshot()["other_sent_bytes"] - before
+
+
+def test_levels_are_fitted_to_the_kept_weights_and_what_that_sends_is_counted(run: Run) -> None:
+    (first, levels, sent), (second, same, sent_too) = run(2, _learned)
+    assert levels == same
+    learned = 0
+    for name, counts in first.items():
+        expected = fit(uniform_levels(3), counts + second[name])
+        assert levels[name, "weight", 3] == expected.tolist(), name
+        learned += not torch.equal(expected, uniform_levels(3))
+    assert learned > 4
+    # An all-reduce of int64 bins over two ranks.
+    assert sent == sent_too == 8 * BINS * len(levels)
 
 
 def _allotted() -> Any:

@@ -1,6 +1,7 @@
 """Learned levels of all parameters: where they stand, and how ranks learn them alike."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from qsdp.comm.traffic import Traffic
 from qsdp.config import LEARNED_BITS, QSDPConfig
 from qsdp.failures import collective
 
+KINDS = ("weight", "grad")
 _STRIDE = sum(1 << bits for bits in LEARNED_BITS)
 
 
@@ -21,23 +23,36 @@ def offset(config: QSDPConfig, parameter: int, bits: int, *, is_grad: bool) -> i
     keep the uniform grid."""
     if config.levels == "uniform" or bits not in LEARNED_BITS:
         return -1
-    before = sum(1 << b for b in LEARNED_BITS if b < bits)
-    return (2 * parameter + is_grad) * _STRIDE + before
+    return _start(parameter, bits, is_grad)
+
+
+def _start(parameter: int, bits: int, is_grad: bool) -> int:
+    return (2 * parameter + is_grad) * _STRIDE + sum(1 << b for b in LEARNED_BITS if b < bits)
+
+
+def check_rows(rows: Iterable[Sequence[Any]]) -> None:
+    """Raise ValueError unless each of ``rows``, of `Levels.state`, holds the levels of its bits."""
+    for name, kind, bits, *levels in rows:
+        if kind not in KINDS or bits not in LEARNED_BITS or len(levels) != 1 << bits:
+            raise ValueError(
+                f"the state has {len(levels)} levels for {name}'s {kind} of {bits} bits; "
+                "give 2**bits of a weight or a grad of 2 to 6 bits, as it was taken"
+            )
 
 
 class Levels:
     """The levels of each parameter and direction, for all bits that have learned levels.
 
     Args:
-        num_parameters: of the model.
+        indices: by the names of the model's parameters, their indices from 0 on.
 
     Attributes:
         values: fp32, on the CPU; see `offset`. Changed in place.
     """
 
-    def __init__(self, num_parameters: int) -> None:
-        slot = torch.cat([uniform_levels(bits) for bits in LEARNED_BITS])
-        self.values = slot.repeat(2 * num_parameters)
+    def __init__(self, indices: Mapping[str, int]) -> None:
+        self._indices = indices
+        self.values = self._uniform()
         self._learned: set[tuple[int, int]] = set()
 
     def learn(
@@ -61,19 +76,29 @@ class Levels:
             levels.copy_(fit(levels, counts.by_place[start, bits]))
             self._learned.add((start, bits))
 
-    def state(self) -> list[list[float]]:
-        """Rows [start, bits, level, ...] of what was learned; floats survive JSON exactly."""
-        return [
-            [start, bits, *self.values[start : start + (1 << bits)].tolist()]
-            for start, bits in sorted(self._learned)
-        ]
+    def state(self) -> list[list[Any]]:
+        """Rows [name, "weight" or "grad", bits, level, ...] of what was learned; floats survive
+        JSON exactly."""
+        names = {index: name for name, index in self._indices.items()}
+        rows: list[list[Any]] = []
+        for start, bits in sorted(self._learned):
+            parameter, is_grad = divmod(start // _STRIDE, 2)
+            levels = self.values[start : start + (1 << bits)].tolist()
+            rows.append([names[parameter], KINDS[is_grad], bits, *levels])
+        return rows
 
-    def load(self, state: Sequence[Sequence[float]]) -> None:
-        """Take over what `state` gave."""
-        for start, bits, *levels in state:
-            place = (int(start), int(bits))
-            self.values[place[0] : place[0] + len(levels)] = torch.tensor(levels)
-            self._learned.add(place)
+    def load(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Take over what `state` gave, in place of all that was learned."""
+        self.values.copy_(self._uniform())
+        self._learned.clear()
+        for name, kind, bits, *levels in rows:
+            start = _start(self._indices[name], bits, kind == "grad")
+            self.values[start : start + len(levels)] = torch.tensor(levels)
+            self._learned.add((start, bits))
+
+    def _uniform(self) -> Tensor:
+        slot = torch.cat([uniform_levels(bits) for bits in LEARNED_BITS])
+        return slot.repeat(2 * len(self._indices))
 
 
 class Counts:

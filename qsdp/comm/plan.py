@@ -134,12 +134,12 @@ class Plan:
                 found.append((p, Claim(p.shape.numel(), padded, self.world_size, kept)))
         return found
 
-    def set_bits(self, bits: Mapping[int, tuple[int, int]]) -> None:
-        """Give the parameters of these indices other (weight, gradient) bits than they were made
+    def set_bits(self, bits: Mapping[str, tuple[int, int]]) -> None:
+        """Give the parameters of these names other (weight, gradient) bits than they were made
         with, and the others those again."""
         self.parameters = tuple(
-            replace(p, weight_bits=bits[p.index][0], grad_bits=bits[p.index][1], why="budget")
-            if p.index in bits
+            replace(p, weight_bits=bits[p.name][0], grad_bits=bits[p.name][1], why="budget")
+            if p.name in bits
             else p
             for p in self._made_with
         )

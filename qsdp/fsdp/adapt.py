@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from qsdp import compat
-from qsdp.comm.levels import Counts, offset
+from qsdp.comm.levels import Counts, check_rows, offset
 from qsdp.comm.measure import Meter, allot
 from qsdp.comm.plan import Plan
 from qsdp.comm.wire import Wire
@@ -37,7 +37,7 @@ class Adaptation:
         self._plans, self._groups, self._wire, self._everyone = plans, groups, wire, everyone
         self._settled = -1
         self._request = _request(wire.config)
-        self._bits: dict[int, tuple[int, int]] = {}
+        self._bits: dict[str, tuple[int, int]] = {}
         self._meter: Meter | None = None
         self._counts: Counts | None = None
         self._mark()
@@ -115,21 +115,74 @@ class Adaptation:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, in JSON's types."""
         self.settle()
-        bits = [[index, *both] for index, both in sorted(self._bits.items())]
+        bits = {name: list(both) for name, both in self._bits.items()}
         levels = [] if self._wire.levels is None else self._wire.levels.state()
-        return {"request": self._request, "bits": bits, "levels": levels}
+        parameters = self._shapes() if bits or levels else {}
+        return {"request": self._request, "parameters": parameters, "bits": bits, "levels": levels}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError unless what `load_state_dict` would take over is of these parameters."""
+        bits, levels = self._to_take_over(state)
+        if not bits and not levels:
+            return
+        ours, theirs = self._shapes(), state.get("parameters")
+        advice = (
+            "load it into the model that it was taken from, or give it with empty "
+            '"bits" and "levels", to find both anew'
+        )
+        if not isinstance(theirs, dict):
+            raise ValueError(
+                "the state has bits or levels by the numbers of parameters, as earlier versions of "
+                f"qsdp wrote them, and not by their names; {advice}"
+            )
+        theirs = dict.fromkeys([*bits, *(row[0] for row in levels)], "unknown") | theirs
+        differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        if differing:
+            first = differing[0]
+            there, here = (each.get(first, "missing") for each in (theirs, ours))
+            raise ValueError(
+                f"the state is of another model: {first} is {there} there and {here} here, the "
+                f"first of {len(differing)} differences; {advice}"
+            )
+        odd = sorted(bits.keys() ^ self._allottable()) if bits else []
+        if odd:
+            raise ValueError(
+                f"the state has {'bits' if odd[0] in bits else 'no bits'} for {odd[0]}, the first "
+                f"of {len(odd)} differences to what the budget is allotted to here; {advice}"
+            )
+        check_rows(levels)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over levels, and the bits if they were allotted to the same request; what was due
         before the next step was done when the state was taken."""
         self._take_meters()
         self._settled = self._wire.clock.next_step
-        bits = state.get("bits", []) if state.get("request") == self._request else []
-        self._set_bits({int(i): (int(w), int(g)) for i, w, g in bits})
+        bits, levels = self._to_take_over(state)
+        self._set_bits({name: (int(w), int(g)) for name, (w, g) in bits.items()})
         if self._wire.levels is not None:
-            self._wire.levels.load(state.get("levels", []))
+            self._wire.levels.load(levels)
         self._mark()
         self._watch(self._settled)
+
+    def _to_take_over(self, state: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+        """The bits and the rows of levels in ``state`` that are for this config."""
+        bits = state.get("bits") if state.get("request") == self._request else None
+        levels = None if self._wire.levels is None else state.get("levels")
+        return bits or {}, levels or []
+
+    def _shapes(self) -> dict[str, Any]:
+        """Of all parameters, by name, in JSON's types."""
+        return {p.name: list(p.shape) for plan in self._plans for p in plan.parameters}
+
+    def _allottable(self) -> set[str]:
+        """Names of the parameters that share the budget."""
+        return {
+            p.name
+            for plan in self._plans
+            for is_grad in (False, True)
+            for p, claim in plan.claims(is_grad=is_grad)
+            if claim.kept_bits is None
+        }
 
     def _mark(self) -> None:
         """Write down in `mark`, for comparison, what bits and levels are now."""
@@ -191,7 +244,7 @@ class Adaptation:
         config = self._wire.config
         assert config.budget is not None
         self._look(meter)
-        found: dict[int, list[int]] = {}
+        found: dict[str, list[int]] = {}
         for is_grad in (False, True):
             coded = [pair for plan in self._plans for pair in plan.claims(is_grad=is_grad)]
             chosen = [p for p, claim in coded if claim.kept_bits is None]
@@ -204,10 +257,10 @@ class Adaptation:
             claims, rows = [claim for _, claim in coded], errors.view(len(chosen), -1).tolist()
             bits = allot(claims, rows, config.budget, config, is_grad=is_grad)
             for p, b in zip(chosen, bits, strict=True):
-                found.setdefault(p.index, [p.weight_bits, p.grad_bits])[is_grad] = b
-        self._set_bits({index: (weight, grad) for index, (weight, grad) in found.items()})
+                found.setdefault(p.name, [p.weight_bits, p.grad_bits])[is_grad] = b
+        self._set_bits({name: (weight, grad) for name, (weight, grad) in found.items()})
 
-    def _set_bits(self, bits: dict[int, tuple[int, int]]) -> None:
+    def _set_bits(self, bits: dict[str, tuple[int, int]]) -> None:
         self._bits = bits
         self._mark()
         for plan in self._plans:

@@ -146,7 +146,7 @@ class Handle:
         self._meets = sorted(everyone, key=lambda group: group not in shard_groups)
         self._num_shard_groups = sum(group in shard_groups for group in everyone)
         if config.levels == "learned":
-            self._wire.levels = Levels(len(order))
+            self._wire.levels = Levels(order)
         self._adaptation = Adaptation(self._plans, groups, self._wire, everyone)
         self._passes = Passes(self._plans, groups, self._wire, self._adaptation, replicas)
         self._grad_meter: Meter | None = None
@@ -302,8 +302,14 @@ class Handle:
 
         Allotted bits are taken over if budget, bits, bucket size and policy are those of then;
         otherwise the config's own hold, and a budget is allotted by the errors of the next step.
+        Levels are taken over if they are learned here.
+
+        Raises ValueError, and loads nothing, if there are bits or levels to take over and the state
+        is of a model whose parameters have other names or shapes: a head was replaced, say. With
+        empty "bits" and "levels" such a state is loaded, and both are found anew.
         """
         self._check_installed()
+        self._adaptation.check_state(state)
         self._passes.mend()
         self._passes.begin_anew()
         self._wire.clock.load_state_dict(state)
