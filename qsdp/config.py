@@ -84,7 +84,7 @@ class QSDPConfig:
 
     budget: float | None = None
     """Bits a coded value at most on average, of weights and of gradients, padding and metadata
-    included. Each parameter is given 2 to 8 bits so that the measured squared error is least; the
+    included; pruned values count. Each parameter is given 2 to 8 bits so that the measured squared error is least; the
     measure is taken in the first step after the warm-up, which travels at `weight_bits` and
     `grad_bits`, or the first after it whose errors are finite. Parameters keep the bits that
     `policy`, or an `embedding_bits` that is not None, gives them: if these are coded they count,
