@@ -72,7 +72,7 @@ def _back_to_the_start() -> Any:
 
 def test_a_state_without_levels_lays_those_aside_that_were_learned_since(run: Run) -> None:
     for learned, start, back in run(2, _back_to_the_start):
-        assert learned > 10
+        assert learned > 5
         assert not start["levels"]
         assert back == start
 

@@ -1,6 +1,7 @@
 """Learned levels of all parameters: where they stand, and how ranks learn them alike."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -14,34 +15,47 @@ from qsdp.comm.traffic import Traffic
 from qsdp.config import LEARNED_BITS, QSDPConfig
 from qsdp.failures import collective
 
-KINDS = ("weight", "grad")
+
+class Kind(IntEnum):
+    """What values of a parameter a segment holds: each has levels of its own."""
+
+    WEIGHT = 0
+    GRAD = 1
+    KEPT = 2
+    """Weights under a mask: few are near zero, so that levels of whole weights would not fit."""
+    FROZEN = 3
+    """Weights that are sent once for all steps, on the uniform grid."""
+
+
+_LEARNED_KINDS = {"weight": Kind.WEIGHT, "grad": Kind.GRAD, "kept": Kind.KEPT}
 _STRIDE = sum(1 << bits for bits in LEARNED_BITS)
 
 
-def offset(config: QSDPConfig, parameter: int, bits: int, *, is_grad: bool) -> int:
-    """Where the levels of a parameter's weights or gradients start in `Levels.values`; -1 if they
-    keep the uniform grid."""
-    if config.levels == "uniform" or bits not in LEARNED_BITS:
+def offset(config: QSDPConfig, parameter: int, bits: int, kind: Kind) -> int:
+    """Where the levels of a parameter's values start in `Levels.values`; -1 if these keep the
+    uniform grid."""
+    if config.levels == "uniform" or bits not in LEARNED_BITS or kind == Kind.FROZEN:
         return -1
-    return _start(parameter, bits, is_grad)
+    return _start(parameter, bits, kind)
 
 
-def _start(parameter: int, bits: int, is_grad: bool) -> int:
-    return (2 * parameter + is_grad) * _STRIDE + sum(1 << b for b in LEARNED_BITS if b < bits)
+def _start(parameter: int, bits: int, kind: Kind) -> int:
+    before = sum(1 << b for b in LEARNED_BITS if b < bits)
+    return (len(_LEARNED_KINDS) * parameter + kind) * _STRIDE + before
 
 
 def check_rows(rows: Iterable[Sequence[Any]]) -> None:
     """Raise ValueError unless each of ``rows``, of `Levels.state`, holds the levels of its bits."""
     for name, kind, bits, *levels in rows:
-        if kind not in KINDS or bits not in LEARNED_BITS or len(levels) != 1 << bits:
+        if kind not in _LEARNED_KINDS or bits not in LEARNED_BITS or len(levels) != 1 << bits:
             raise ValueError(
                 f"the state has {len(levels)} levels for {name}'s {kind} of {bits} bits; "
-                "give 2**bits of a weight or a grad of 2 to 6 bits, as it was taken"
+                f"give 2**bits of {', '.join(_LEARNED_KINDS)} at 2 to 6 bits, as it was taken"
             )
 
 
 class Levels:
-    """The levels of each parameter and direction, for all bits that have learned levels.
+    """The levels of each parameter and kind, for all bits that have learned levels.
 
     Args:
         indices: by the names of the model's parameters, their indices from 0 on.
@@ -72,19 +86,20 @@ class Levels:
             traffic.summed(group, total.nbytes)
             counts.by_place = dict(zip(places, total.cpu(), strict=True))
         for start, bits in places:
-            levels = self.values[start : start + (1 << bits)]
-            levels.copy_(fit(levels, counts.by_place[start, bits]))
-            self._learned.add((start, bits))
+            if counts.by_place[start, bits].any():
+                levels = self.values[start : start + (1 << bits)]
+                levels.copy_(fit(levels, counts.by_place[start, bits]))
+                self._learned.add((start, bits))
 
     def state(self) -> list[list[Any]]:
-        """Rows [name, "weight" or "grad", bits, level, ...] of what was learned; floats survive
-        JSON exactly."""
+        """Rows [name, "weight" or "grad" or "kept", bits, level, ...] of what was learned; floats
+        survive JSON exactly."""
         names = {index: name for name, index in self._indices.items()}
         rows: list[list[Any]] = []
         for start, bits in sorted(self._learned):
-            parameter, is_grad = divmod(start // _STRIDE, 2)
+            parameter, kind = divmod(start // _STRIDE, len(_LEARNED_KINDS))
             levels = self.values[start : start + (1 << bits)].tolist()
-            rows.append([names[parameter], KINDS[is_grad], bits, *levels])
+            rows.append([names[parameter], Kind(kind).name.lower(), bits, *levels])
         return rows
 
     def load(self, rows: Iterable[Sequence[Any]]) -> None:
@@ -92,13 +107,13 @@ class Levels:
         self.values.copy_(self._uniform())
         self._learned.clear()
         for name, kind, bits, *levels in rows:
-            start = _start(self._indices[name], bits, kind == "grad")
+            start = _start(self._indices[name], bits, _LEARNED_KINDS[kind])
             self.values[start : start + len(levels)] = torch.tensor(levels)
             self._learned.add((start, bits))
 
     def _uniform(self) -> Tensor:
         slot = torch.cat([uniform_levels(bits) for bits in LEARNED_BITS])
-        return slot.repeat(2 * len(self._indices))
+        return slot.repeat(len(_LEARNED_KINDS) * len(self._indices))
 
 
 class Counts:
@@ -118,9 +133,7 @@ class Counts:
         other.by_place = {place: counts.clone() for place, counts in self.by_place.items()}
         return other
 
-    def add_values(
-        self, row: list[int], values: Tensor, *, is_grad: bool, is_frozen: bool = False
-    ) -> None:
+    def add_values(self, row: list[int], values: Tensor, kind: Kind) -> None:
         """Count the 1-D ``values`` of one table row's segment, where it has levels."""
         place = (row[Field.LEVELS], row[Field.BITS])
         if place in self.by_place:

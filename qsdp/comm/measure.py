@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qsdp import compat
 from qsdp.codec.payload import META_BYTES, DType, Field, Layout, Segment
-from qsdp.comm.levels import offset
+from qsdp.comm.levels import Kind, offset
 from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
 
 
@@ -31,19 +31,13 @@ class Meter:
         # fp64 [2] each, error and square: on the values' device, so that the host need not wait.
         self._sums: dict[tuple[int, bool, int], Tensor] = {}
 
-    def add_values(
-        self, row: list[int], values: Tensor, *, is_grad: bool, is_frozen: bool = False
-    ) -> None:
-        """Measure the 1-D ``values`` of one table row's segment, if they are coded.
-
-        ``is_frozen``: they keep the uniform grid at whatever bits.
-        """
+    def add_values(self, row: list[int], values: Tensor, kind: Kind) -> None:
+        """Measure the 1-D ``values`` of one table row's segment, if they are coded."""
         if not row[Field.BITS]:
             return
         for bits in self._bits or [row[Field.BITS]]:
-            levels = offset(self._config, row[Field.PARAMETER], bits, is_grad=is_grad)
-            found = self._measure(values.float(), row, bits, is_grad, -1 if is_frozen else levels)
-            key = (row[Field.PARAMETER], is_grad, bits if self._bits else 0)
+            found = self._measure(values.float(), row, bits, kind)
+            key = (row[Field.PARAMETER], kind == Kind.GRAD, bits if self._bits else 0)
             self._sums[key] = self._sums[key] + found if key in self._sums else found
 
     def copy(self) -> "Meter":
@@ -72,17 +66,15 @@ class Meter:
                 total += part
         return total.view(-1, 2)
 
-    def _measure(
-        self, values: Tensor, row: list[int], bits: int, is_grad: bool, levels: int
-    ) -> Tensor:
+    def _measure(self, values: Tensor, row: list[int], bits: int, kind: Kind) -> Tensor:
         segment = Segment(
             bits=bits,
             dtype=DType.FP32,
             padded=values.numel(),
             parameter=row[Field.PARAMETER],
-            bucket=self._config.bucket_of(bits, is_grad=is_grad),
+            bucket=self._config.bucket_of(bits, is_grad=kind == Kind.GRAD),
             rounding=ROUNDINGS.index(self._config.rounding_of(bits)),
-            levels=levels,
+            levels=offset(self._config, row[Field.PARAMETER], bits, kind),
         )
         layout = Layout([segment], row[Field.GROUP])
         table = torch.tensor(layout.table([values.numel()]))

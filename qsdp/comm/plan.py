@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qsdp.codec.payload import DType, Layout, Segment
-from qsdp.comm.levels import offset
+from qsdp.comm.levels import Kind, offset
 from qsdp.comm.measure import Claim
 from qsdp.comm.side import Masks, Side, SparseSide
 from qsdp.comm.topology import Hops
@@ -181,11 +181,11 @@ class Plan:
                 starts.append(end)
                 end += p.padded_numel(self.world_size) * p.dtype.itemsize
             chosen = [self.parameters[i] for i in places]
-            segments = [
-                self._segment(p, p.dtype, max(p.weight_bits, least_bits), False) for p in chosen
-            ]
-            if is_frozen:
-                segments = [replace(segment, levels=-1) for segment in segments]
+            kept = [mask is not None for mask in masks] or [False] * len(places)
+            segments = []
+            for p, is_kept in zip(chosen, kept, strict=True):
+                kind = Kind.FROZEN if is_frozen else Kind.KEPT if is_kept else Kind.WEIGHT
+                segments.append(self._segment(p, p.dtype, max(p.weight_bits, least_bits), kind))
             self._sides[key] = self._side(segments, chosen, masks, [starts[i] for i in places])
         return self._sides[key]
 
@@ -209,7 +209,7 @@ class Plan:
                 bits = p.grad_bits
                 if is_local and bits <= 8:
                     bits = self._config.local_grad_bits or 8
-                segments.append(self._segment(p, dtype, max(bits, least_bits), True))
+                segments.append(self._segment(p, dtype, max(bits, least_bits), Kind.GRAD))
             self._sides[key] = self._side(segments, chosen, masks)
         return self._sides[key]
 
@@ -234,9 +234,7 @@ class Plan:
             return []
         return [self._support.get(place) for place in places]
 
-    def _segment(
-        self, parameter: Parameter, dtype: torch.dtype, bits: int, is_grad: bool
-    ) -> Segment:
+    def _segment(self, parameter: Parameter, dtype: torch.dtype, bits: int, kind: Kind) -> Segment:
         own = DTYPES.get(dtype, DType.OPAQUE)
         narrow = bits == 16 and own == DType.FP32
         return Segment(
@@ -245,9 +243,9 @@ class Plan:
             wire=DType.BF16 if narrow else own,
             padded=parameter.padded_numel(self.world_size) * _units(dtype),
             parameter=parameter.index,
-            bucket=self._config.bucket_of(bits, is_grad=is_grad),
+            bucket=self._config.bucket_of(bits, is_grad=kind == Kind.GRAD),
             rounding=ROUNDINGS.index(self._config.rounding_of(bits)),
-            levels=offset(self._config, parameter.index, bits, is_grad=is_grad),
+            levels=offset(self._config, parameter.index, bits, kind),
         )
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from qsdp import compat
-from qsdp.comm.levels import Counts, check_rows, offset
+from qsdp.comm.levels import Counts, Kind, check_rows, offset
 from qsdp.comm.measure import Meter, allot
 from qsdp.comm.plan import Plan
 from qsdp.comm.wire import Wire
@@ -216,8 +216,10 @@ class Adaptation:
         places = []
         for p in (p for plan in self._plans for p in plan.parameters):
             local = config.local_grad_bits or 8
-            for bits, is_grad in ((p.weight_bits, False), (p.grad_bits, True), (local, True)):
-                start = offset(config, p.index, bits, is_grad=is_grad)
+            used = [(p.weight_bits, Kind.WEIGHT), (p.weight_bits, Kind.KEPT)]
+            used += [(p.grad_bits, Kind.GRAD), (local, Kind.GRAD)]
+            for bits, kind in used:
+                start = offset(config, p.index, bits, kind)
                 places += [(start, bits)] if start >= 0 else []
         return Counts(places)
 
@@ -226,7 +228,7 @@ class Adaptation:
         ``least_bits``; with one rank nothing is sent."""
         once = self._wire.config.gather == "once"
         for plan, group in zip(self._plans, self._groups, strict=True):
-            trains, shards = group.requires_grad(), group.local_shards()
+            trains, shards, masked = group.requires_grad(), group.local_shards(), plan.num_kept
             for is_frozen in (False, True):
                 places = tuple(i for i in plan.places if (once and not trains[i]) == is_frozen)
                 if not places or plan.world_size == 1:
@@ -236,8 +238,9 @@ class Adaptation:
                 for number, row in enumerate(side.tables[plan.rank].tolist()):
                     i = places[number]
                     values = shards[i].detach().to(plan.parameters[i].dtype).reshape(-1)
+                    kind = Kind.KEPT if i in masked else Kind.WEIGHT
                     sent = side.kept(plan.rank, number, values)
-                    meter.add_values(row, sent, is_grad=False, is_frozen=is_frozen)
+                    meter.add_values(row, sent, Kind.FROZEN if is_frozen else kind)
 
     def _allot(self, meter: Meter) -> None:
         """Set the bits by the errors of the last step; leave them where one is not finite."""

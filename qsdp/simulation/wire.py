@@ -95,7 +95,7 @@ class Wire:
             for rank, parameters in list(enumerate(shards)) * world.replicas:
                 for name, shard in parameters.items():
                     if not self.is_sent_once(shard):  # on the uniform grid
-                        place = (name, False, self.weight_bits(name, None))
+                        place = (name, self._kind(name), self.weight_bits(name, None))
                         self._levels.observe(place, self._sent(name, shard, rank))
             self._levels.learn()
         self._levels.watch(step, self._bits)
@@ -168,7 +168,7 @@ class Wire:
         """
         key = Key(self.config.seed, step, REDUCE, hop, 0, sender, receiver).fold()
         bits = self.grad_bits(name, hop, step)
-        self._levels.observe((name, True, bits), row)
+        self._levels.observe((name, "grad", bits), row)
         if bits <= 8 and self._budget.is_open(step):
             self._measure(name, row, sender, is_grad=True)
         return self._cross(name, row, key, bits, is_grad=True)
@@ -215,6 +215,10 @@ class Wire:
         is_sparse = name in self._kept and not self.is_sent_once(shard)
         return values[self._kept[name][rank]] if is_sparse else values
 
+    def _kind(self, name: str, is_grad: bool = False) -> str:
+        """Which levels serve a parameter's values: kept weights have few near zero."""
+        return "grad" if is_grad else "kept" if name in self._kept else "weight"
+
     def _measure(
         self, name: str, values: Tensor, rank: int, *, is_grad: bool, is_frozen: bool = False
     ) -> None:
@@ -243,7 +247,7 @@ class Wire:
             return values.to(dtype)
         segment = self.segment(name, values.numel(), values.dtype, bits, is_grad=is_grad)
         # What is sent once keeps the uniform grid: levels may be learned anew.
-        levels = None if is_frozen else self._levels.of((name, is_grad, bits))
+        levels = None if is_frozen else self._levels.of((name, self._kind(name, is_grad), bits))
         if levels is not None:
             segment = replace(segment, levels=0)
         layout, encode_table, decode_table = self._codec(name, segment, is_grad)
