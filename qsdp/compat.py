@@ -521,6 +521,13 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {clean[name]: parameter for name, parameter in pairs}
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What `torch.compile` and activation checkpointing have wrapped into ``module``, or itself."""
+    while (inner := _wrapped(module)) is not None:
+        module = inner
+    return module
+
+
 def device_of(group: dist.ProcessGroup) -> torch.device:
     """Where control messages of ``group`` lie: on the CPU where it serves one, since reading them
     from a GPU waits for all of the stream's work."""
@@ -555,8 +562,8 @@ def _clean_name(model: nn.Module, name: str) -> str:
     parts = []
     for part in name.split("."):
         # What a wrapper does not have it looks up in what it wraps, so names may skip it.
-        while part not in _WRAPPED and (inner := _wrapped(module)) is not None:
-            module = inner
+        if part not in _WRAPPED:
+            module = unwrapped(module)
         is_ddp = part == "module" and isinstance(module, DistributedDataParallel)
         if part not in _WRAPPED and not is_ddp:
             parts.append(part)

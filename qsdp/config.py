@@ -55,8 +55,9 @@ class QSDPConfig:
 
     levels: str = "uniform"
     """`uniform`, or `learned` for parameters of 2 to 6 bits: levels that are fitted to each
-    parameter's normalised values at `level_steps` (QSDP, section 5). Learned levels round
-    stochastically between neighbours; wider parameters keep the uniform grid."""
+    parameter's normalised values at `level_steps` (QSDP, section 5), apart for its gradients, for
+    its whole weights and for those that a mask keeps, as each of them travels then. Learned levels
+    round stochastically between neighbours; wider parameters keep the uniform grid."""
 
     level_steps: tuple[int, ...] = (10, 50, 200, 1000)
     """Steps of the keys' clock before which levels are learned anew. Until the first the grid is
@@ -84,11 +85,11 @@ class QSDPConfig:
 
     budget: float | None = None
     """Bits a coded value at most on average, of weights and of gradients, padding and metadata
-    included. Each parameter is given 2 to 8 bits so that the measured squared error is least; the
-    measure is taken in the first step after the warm-up, which travels at `weight_bits` and
-    `grad_bits`, or the first after it whose errors are finite. Parameters keep the bits that
-    `policy`, or an `embedding_bits` that is not None, gives them: if these are coded they count,
-    and the others share what is left. None: no allocation."""
+    included; pruned values count. Each parameter is given 2 to 8 bits so that the measured squared
+    error is least; the measure is taken in the first step after the warm-up, which travels at
+    `weight_bits` and `grad_bits`, or the first after it whose errors are finite. Parameters keep
+    the bits that `policy`, or an `embedding_bits` that is not None, gives them: if these are coded
+    they count, and the others share what is left. None: no allocation."""
 
     seed: int = 0
     """Seeds every random number of the wire, 0 to 2**63 - 1; the same on all ranks."""

@@ -322,6 +322,40 @@ def test_a_state_goes_with_its_own_prunable_set(method: str, patterns: Any) -> N
     assert other.num_steps == 0
 
 
+@pytest.mark.parametrize("through_dcp", [False, True])
+@pytest.mark.parametrize("method", ["acdc", "gmp"])
+def test_a_mask_goes_to_the_parameter_of_its_name_or_is_refused(
+    method: str, through_dcp: bool
+) -> None:
+    """torch's own state goes by number, and the blocks' matrices have equal shapes."""
+
+    def make(is_turned: bool) -> tuple[Any, MaskedOptimizer]:
+        model = make_model(seed=3)
+        first, second = reversed(model.blocks) if is_turned else model.blocks
+        parts = [model.embed, model.position, first, second, model.norm, model.head]
+        base = torch.optim.AdamW([p for part in parts for p in part.parameters()], lr=1e-2)
+        if method == "acdc":
+            return model, ACDC(model, base, schedule=SCHEDULE)
+        return model, GMP(model, base, schedule=GRADUAL)
+
+    model, optimizer = make(is_turned=False)
+    for step in range(4):
+        backward(model, step)
+        optimizer.step()
+    masks = {name: mask.clone() for name, mask in optimizer.masks().items()}
+    other_model, other = make(is_turned=True)
+    if through_dcp:
+        saved: Any = get_optimizer_state_dict(model, optimizer)
+        set_optimizer_state_dict(other_model, other, optim_state_dict=saved)
+        for name, mask in other.masks().items():
+            assert torch.equal(mask, masks[name])
+        assert not all(mask.all() for mask in masks.values())
+    else:
+        with pytest.raises(ValueError, match=r"a mask of blocks\.0\.\S+ where .* blocks\.1\."):
+            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert other.num_steps == 0
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("bad_step", [0, 2, 4, 6])
 def test_a_gradient_that_is_not_finite_skips_the_step_but_counts_it(

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import qsdp
 from qsdp import checkpoint, compat
+from qsdp.comm.plan import embedding_names
 from qsdp.export import export_compressed, load_export
 from qsdp.models import GPT, GPTConfig, export_huggingface, init_weights, load_huggingface_weights
 from qsdp.optim import ACDC, GMP, SAM, CrAM
@@ -222,3 +223,10 @@ def test_two_parameters_with_one_name_are_refused() -> None:
     model.weight = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"'weight' and 'module\.weight' are both 'weight' once"):
         prunable_parameters(model, ["*"])
+
+
+@pytest.mark.parametrize("wrap", [_compiled, checkpoint_wrapper], ids=["compiled", "checkpointed"])
+def test_a_wrapped_head_is_a_head(wrap: Callable[[Any], Any]) -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), wrap(nn.Linear(4, 9, bias=False)))
+    clean = compat.clean_names(model, embedding_names(model))
+    assert set(clean.values()) == {"0.weight", "2.weight"}

@@ -366,16 +366,16 @@ def _with_state(**changes: Any) -> Act:
 
 
 def _with_other_bits(stage: Stage) -> None:
-    state = stage.handle.state_dict()
-    stage.handle.load_state_dict(state | {"bits": [[2, 3, 3]]})
+    state, rows = stage.handle.state_dict(), stage.handle.report().rows
+    bits = {row.name: [3, 3] for row in rows if "bits" in row.weight}
+    shapes = {row.name: list(row.shape) for row in rows}
+    stage.handle.load_state_dict(state | {"parameters": shapes, "bits": bits})
     stage.forward()
 
 
 def _with_other_levels(stage: Stage) -> None:
     state = stage.handle.state_dict()
-    changed = [
-        [start, bits, *(0.5 * each for each in row)] for start, bits, *row in state["levels"]
-    ]
+    changed = [[*row[:3], *(0.5 * each for each in row[3:])] for row in state["levels"]]
     stage.handle.load_state_dict(state | {"levels": changed})
     stage.forward()
 

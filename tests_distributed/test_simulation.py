@@ -143,6 +143,24 @@ CASES |= {
     "learned-levels-hsdp": Case(
         ranks=2, replicas=2, micro_batches=2, sync_every=True, config=LEARNED
     ),
+    "learned-levels-sparse": Case(ranks=3, sparse=True, config=LEARNED),
+    "learned-levels-sparse-kept-payloads": Case(
+        ranks=3,
+        sparse=True,
+        dtypes=(BF16, BF16),
+        options={"frozen": True},
+        config={**LEARNED, "gather": "once", "warmup_steps": 1, "warmup_bits": 5},
+    ),
+    "learned-levels-sparse-quantized-replicas": Case(
+        ranks=2, replicas=2, quantized_replicas=True, sparse=True, config=LEARNED
+    ),
+    "budget-sparse-hsdp": Case(ranks=2, replicas=2, sparse=True, config={"budget": 4.5}),
+    "budget-and-learned-levels-sparse-two-hop": Case(
+        ranks=4,
+        sparse=True,
+        options={"frozen": True},
+        config={**TWO_HOPS, **LEARNED, "gather": "once", "budget": 5.0, "warmup_steps": 1},
+    ),
     "budget": Case(ranks=3, micro_batches=2, config={"budget": 4.5}),
     "budget-bf16-after-a-warm-up": Case(
         ranks=3,

@@ -610,7 +610,7 @@ def test_learned_levels_are_the_same_on_all_ranks_and_survive_interruptions(run:
     expected = run(2, _adapted, options, None)
     state = expected[0][2]
     assert expected[1][2] == state
-    learned = {int(bits): levels for _, bits, *levels in state["levels"]}
+    learned = {int(bits): levels for _, _, bits, *levels in state["levels"]}
     for bits in (3, 4):
         steps = torch.tensor(learned[bits]).diff()
         assert len(steps) == 2**bits - 1

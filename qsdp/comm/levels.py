@@ -1,6 +1,8 @@
 """Learned levels of all parameters: where they stand, and how ranks learn them alike."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,39 +11,70 @@ from torch import Tensor
 from qsdp import compat
 from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
 from qsdp.codec.payload import Field
+from qsdp.comm.traffic import Traffic
 from qsdp.config import LEARNED_BITS, QSDPConfig
 from qsdp.failures import collective
 
+
+class Kind(IntEnum):
+    """What values of a parameter a segment holds: each has levels of its own."""
+
+    WEIGHT = 0
+    GRAD = 1
+    KEPT = 2
+    """Weights under a mask: few are near zero, so that levels of whole weights would not fit."""
+    FROZEN = 3
+    """Weights that are sent once for all steps, on the uniform grid."""
+
+
+_LEARNED_KINDS = {"weight": Kind.WEIGHT, "grad": Kind.GRAD, "kept": Kind.KEPT}
 _STRIDE = sum(1 << bits for bits in LEARNED_BITS)
 
 
-def offset(config: QSDPConfig, parameter: int, bits: int, *, is_grad: bool) -> int:
-    """Where the levels of a parameter's weights or gradients start in `Levels.values`; -1 if they
-    keep the uniform grid."""
-    if config.levels == "uniform" or bits not in LEARNED_BITS:
+def offset(config: QSDPConfig, parameter: int, bits: int, kind: Kind) -> int:
+    """Where the levels of a parameter's values start in `Levels.values`; -1 if these keep the
+    uniform grid."""
+    if config.levels == "uniform" or bits not in LEARNED_BITS or kind == Kind.FROZEN:
         return -1
+    return _start(parameter, bits, kind)
+
+
+def _start(parameter: int, bits: int, kind: Kind) -> int:
     before = sum(1 << b for b in LEARNED_BITS if b < bits)
-    return (2 * parameter + is_grad) * _STRIDE + before
+    return (len(_LEARNED_KINDS) * parameter + kind) * _STRIDE + before
+
+
+def check_rows(rows: Iterable[Sequence[Any]]) -> None:
+    """Raise ValueError unless each of ``rows``, of `Levels.state`, holds the levels of its bits."""
+    for name, kind, bits, *levels in rows:
+        if kind not in _LEARNED_KINDS or bits not in LEARNED_BITS or len(levels) != 1 << bits:
+            raise ValueError(
+                f"the state has {len(levels)} levels for {name}'s {kind} of {bits} bits; "
+                f"give 2**bits of {', '.join(_LEARNED_KINDS)} at 2 to 6 bits, as it was taken"
+            )
 
 
 class Levels:
-    """The levels of each parameter and direction, for all bits that have learned levels.
+    """The levels of each parameter and kind, for all bits that have learned levels.
 
     Args:
-        num_parameters: of the model.
+        indices: by the names of the model's parameters, their indices from 0 on.
 
     Attributes:
         values: fp32, on the CPU; see `offset`. Changed in place.
     """
 
-    def __init__(self, num_parameters: int) -> None:
-        slot = torch.cat([uniform_levels(bits) for bits in LEARNED_BITS])
-        self.values = slot.repeat(2 * num_parameters)
+    def __init__(self, indices: Mapping[str, int]) -> None:
+        self._indices = indices
+        self.values = self._uniform()
         self._learned: set[tuple[int, int]] = set()
 
-    def learn(self, counts: "Counts", groups: Iterable[dist.ProcessGroup]) -> None:
-        """Fit all levels that ``counts`` has values for to the counts of all ranks, which are added
-        up over one of ``groups`` after the other: a collective, alike on all ranks."""
+    def learn(
+        self, counts: "Counts", groups: Iterable[dist.ProcessGroup], traffic: Traffic
+    ) -> None:
+        """Fit all levels that ``counts`` has places for to the counts of all ranks, which are added
+        up over one of ``groups`` after the other: a collective, alike on all ranks. Levels of which
+        nothing was counted stay."""
         places = counts.places
         if not places:
             return
@@ -50,25 +83,37 @@ class Levels:
             total = torch.stack([counts.by_place[place].to(device) for place in places])
             with collective("sum of what levels are learned from"):
                 dist.all_reduce(total, group=group)
+            traffic.summed(group, total.nbytes)
             counts.by_place = dict(zip(places, total.cpu(), strict=True))
         for start, bits in places:
-            levels = self.values[start : start + (1 << bits)]
-            levels.copy_(fit(levels, counts.by_place[start, bits]))
+            if counts.by_place[start, bits].any():
+                levels = self.values[start : start + (1 << bits)]
+                levels.copy_(fit(levels, counts.by_place[start, bits]))
+                self._learned.add((start, bits))
+
+    def state(self) -> list[list[Any]]:
+        """Rows [name, "weight" or "grad" or "kept", bits, level, ...] of what was learned; floats
+        survive JSON exactly."""
+        names = {index: name for name, index in self._indices.items()}
+        rows: list[list[Any]] = []
+        for start, bits in sorted(self._learned):
+            parameter, kind = divmod(start // _STRIDE, len(_LEARNED_KINDS))
+            levels = self.values[start : start + (1 << bits)].tolist()
+            rows.append([names[parameter], Kind(kind).name.lower(), bits, *levels])
+        return rows
+
+    def load(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Take over what `state` gave, in place of all that was learned."""
+        self.values.copy_(self._uniform())
+        self._learned.clear()
+        for name, kind, bits, *levels in rows:
+            start = _start(self._indices[name], bits, _LEARNED_KINDS[kind])
+            self.values[start : start + len(levels)] = torch.tensor(levels)
             self._learned.add((start, bits))
 
-    def state(self) -> list[list[float]]:
-        """Rows [start, bits, level, ...] of what was learned; floats survive JSON exactly."""
-        return [
-            [start, bits, *self.values[start : start + (1 << bits)].tolist()]
-            for start, bits in sorted(self._learned)
-        ]
-
-    def load(self, state: Sequence[Sequence[float]]) -> None:
-        """Take over what `state` gave."""
-        for start, bits, *levels in state:
-            place = (int(start), int(bits))
-            self.values[place[0] : place[0] + len(levels)] = torch.tensor(levels)
-            self._learned.add(place)
+    def _uniform(self) -> Tensor:
+        slot = torch.cat([uniform_levels(bits) for bits in LEARNED_BITS])
+        return slot.repeat(len(_LEARNED_KINDS) * len(self._indices))
 
 
 class Counts:
@@ -88,8 +133,8 @@ class Counts:
         other.by_place = {place: counts.clone() for place, counts in self.by_place.items()}
         return other
 
-    def add_values(self, row: list[int], values: Tensor, *, is_grad: bool) -> None:
-        """Count the 1-D ``values`` of one table row's segment."""
+    def add_values(self, row: list[int], values: Tensor, kind: Kind) -> None:
+        """Count the 1-D ``values`` of one table row's segment, where it has levels."""
         place = (row[Field.LEVELS], row[Field.BITS])
         if place in self.by_place:
             out = self.by_place[place] = self.by_place[place].to(values.device)

@@ -1,5 +1,6 @@
 """What quantization costs: squared errors by parameter, and bits allotted by them."""
 
+import heapq
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from qsdp import compat
 from qsdp.codec.payload import META_BYTES, DType, Field, Layout, Segment
-from qsdp.comm.levels import offset
+from qsdp.comm.levels import Kind, offset
+from qsdp.comm.scratch import reads_on_this_stream
 from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
 
 
@@ -30,14 +32,17 @@ class Meter:
         # fp64 [2] each, error and square: on the values' device, so that the host need not wait.
         self._sums: dict[tuple[int, bool, int], Tensor] = {}
 
-    def add_values(self, row: list[int], values: Tensor, *, is_grad: bool) -> None:
-        """Measure the 1-D ``values`` of one table row's segment; raw ones have no error."""
+    def add_values(self, row: list[int], values: Tensor, kind: Kind) -> None:
+        """Measure the 1-D ``values`` of one table row's segment, if they are coded."""
         if not row[Field.BITS]:
             return
         for bits in self._bits or [row[Field.BITS]]:
-            found = self._measure(values.float(), row, bits, is_grad)
-            key = (row[Field.PARAMETER], is_grad, bits if self._bits else 0)
-            self._sums[key] = self._sums[key] + found if key in self._sums else found
+            found = self._measure(values.float(), row, bits, kind)
+            key = (row[Field.PARAMETER], kind == Kind.GRAD, bits if self._bits else 0)
+            if key in self._sums:
+                reads_on_this_stream(self._sums[key])  # of a reduce; replicas have another stream
+                found = self._sums[key] + found
+            self._sums[key] = found
 
     def copy(self) -> "Meter":
         """Another one that has seen the same."""
@@ -65,18 +70,15 @@ class Meter:
                 total += part
         return total.view(-1, 2)
 
-    def _measure(self, values: Tensor, row: list[int], bits: int, is_grad: bool) -> Tensor:
-        levels = row[Field.LEVELS]
-        if bits != row[Field.BITS]:
-            levels = offset(self._config, row[Field.PARAMETER], bits, is_grad=is_grad)
+    def _measure(self, values: Tensor, row: list[int], bits: int, kind: Kind) -> Tensor:
         segment = Segment(
             bits=bits,
             dtype=DType.FP32,
             padded=values.numel(),
             parameter=row[Field.PARAMETER],
-            bucket=self._config.bucket_of(bits, is_grad=is_grad),
+            bucket=self._config.bucket_of(bits, is_grad=kind == Kind.GRAD),
             rounding=ROUNDINGS.index(self._config.rounding_of(bits)),
-            levels=levels,
+            levels=offset(self._config, row[Field.PARAMETER], bits, kind),
         )
         layout = Layout([segment], row[Field.GROUP])
         table = torch.tensor(layout.table([values.numel()]))
@@ -141,21 +143,31 @@ def allot(
     """
     left = _left(claims, budget, config, is_grad)
     claims = [claim for claim in claims if claim.kept_bits is None]
-    bits = [CODED_BITS[0]] * len(claims)
-    while True:
-        best, gain, price = None, 0.0, 0
-        for i, (claim, own) in enumerate(zip(claims, bits, strict=True)):
-            if own == CODED_BITS[-1]:
-                continue
-            cost = _size(claim, own + 1, config, is_grad) - _size(claim, own, config, is_grad)
-            place = CODED_BITS.index(own)
+    sizes = [[_size(claim, b, config, is_grad) for b in CODED_BITS] for claim in claims]
+    places = [0] * len(claims)
+    queue: list[tuple[float, int]] = []
+
+    def offer(i: int) -> None:
+        """Queue the next bit of a parameter, the best gain first, then the first parameter."""
+        place = places[i]
+        if place + 1 < len(CODED_BITS):
             saved = errors[i][place] - errors[i][place + 1]
-            if cost <= left and saved / max(cost, 1) > gain:
-                best, gain, price = i, saved / max(cost, 1), cost
-        if best is None:
-            return bits
-        left -= price
-        bits[best] += 1
+            gain = saved / max(sizes[i][place + 1] - sizes[i][place], 1)
+            if gain > 0:
+                heapq.heappush(queue, (-gain, i))
+
+    for i in range(len(claims)):
+        offer(i)
+    while queue:
+        _, i = heapq.heappop(queue)
+        cost = sizes[i][places[i] + 1] - sizes[i][places[i]]
+        assert cost >= 0
+        # What does not fit now never will: nothing gives back what is left.
+        if cost <= left:
+            left -= cost
+            places[i] += 1
+            offer(i)
+    return [CODED_BITS[place] for place in places]
 
 
 def _left(claims: Sequence[Claim], budget: float, config: QSDPConfig, is_grad: bool) -> float:

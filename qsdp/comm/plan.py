@@ -8,10 +8,11 @@ import torch.distributed as dist
 from torch import nn
 
 from qsdp.codec.payload import DType, Layout, Segment
-from qsdp.comm.levels import offset
+from qsdp.comm.levels import Kind, offset
 from qsdp.comm.measure import Claim
 from qsdp.comm.side import Masks, Side, SparseSide
 from qsdp.comm.topology import Hops
+from qsdp.compat import unwrapped
 from qsdp.config import ROUNDINGS, QSDPConfig
 from qsdp.failures import title
 
@@ -70,7 +71,7 @@ def _linears_outside_blocks(module: nn.Module) -> Iterator[nn.Linear]:
     is_container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
     for child in module.children():
         has_table = any(isinstance(m, nn.Embedding) for m in child.modules())
-        if not is_container or has_table or isinstance(child, nn.Linear):
+        if not is_container or has_table or isinstance(unwrapped(child), nn.Linear):
             yield from _linears_outside_blocks(child)
 
 
@@ -93,6 +94,7 @@ class Plan:
     Attributes:
         hops: how the group splits into nodes, where it travels in two hops; set after all ranks
             have agreed.
+        has_sparse_grads: under a support, whether only the gradients of kept weights travel.
     """
 
     def __init__(
@@ -112,7 +114,7 @@ class Plan:
         self.name = title(self.names)
         self._config = config
         self._support: Mapping[int, Masks] = {}
-        self._sparse_grads = True
+        self.has_sparse_grads = True
         self._sides: dict[tuple[object, ...], Side] = {}
         """In the order of their last use."""
 
@@ -137,12 +139,12 @@ class Plan:
                 found.append((p, Claim(p.shape.numel(), padded, self.world_size, kept)))
         return found
 
-    def set_bits(self, bits: Mapping[int, tuple[int, int]]) -> None:
-        """Give the parameters of these indices other (weight, gradient) bits than they were made
+    def set_bits(self, bits: Mapping[str, tuple[int, int]]) -> None:
+        """Give the parameters of these names other (weight, gradient) bits than they were made
         with, and the others those again."""
         self.parameters = tuple(
-            replace(p, weight_bits=bits[p.index][0], grad_bits=bits[p.index][1], why="budget")
-            if p.index in bits
+            replace(p, weight_bits=bits[p.name][0], grad_bits=bits[p.name][1], why="budget")
+            if p.name in bits
             else p
             for p in self._made_with
         )
@@ -155,8 +157,13 @@ class Plan:
         ``with_grads``: nobody wants the gradients of the others either.
         """
         if masks or self._support:
-            self._support, self._sparse_grads = masks, with_grads
+            self._support, self.has_sparse_grads = masks, with_grads
             self._sides = {key: side for key, side in self._sides.items() if key[-1] == "dense"}
+
+    @property
+    def num_kept(self) -> dict[int, int]:
+        """By place, the values that all ranks together keep of a parameter under the support."""
+        return {place: sum(masks.counts) for place, masks in self._support.items()}
 
     def gather(
         self,
@@ -180,11 +187,11 @@ class Plan:
             starts.append(end)
             end += p.padded_numel(self.world_size) * p.dtype.itemsize
         chosen = [self.parameters[i] for i in places]
-        segments = [
-            self._segment(p, p.dtype, max(p.weight_bits, least_bits), False) for p in chosen
-        ]
-        if is_frozen:
-            segments = [replace(segment, levels=-1) for segment in segments]
+        kept = [mask is not None for mask in masks] or [False] * len(places)
+        segments = []
+        for p, is_kept in zip(chosen, kept, strict=True):
+            kind = Kind.FROZEN if is_frozen else Kind.KEPT if is_kept else Kind.WEIGHT
+            segments.append(self._segment(p, p.dtype, max(p.weight_bits, least_bits), kind))
         return self._keep(key, self._side(segments, chosen, masks, [starts[i] for i in places]))
 
     def reduce(
@@ -198,7 +205,7 @@ class Plan:
 
         ``is_local``: inside a node, where links are fast and more bits are sent.
         """
-        masks = self._masks(with_grad if self._sparse_grads else [])
+        masks = self._masks(with_grad if self.has_sparse_grads else [])
         key = ("reduce", with_grad, dtype, least_bits, is_local, "sparse" if masks else "dense")
         if (side := self._known(key)) is not None:
             return side
@@ -208,7 +215,7 @@ class Plan:
             bits = p.grad_bits
             if is_local and bits <= 8:
                 bits = self._config.local_grad_bits or 8
-            segments.append(self._segment(p, dtype, max(bits, least_bits), True))
+            segments.append(self._segment(p, dtype, max(bits, least_bits), Kind.GRAD))
         return self._keep(key, self._side(segments, chosen, masks))
 
     def _known(self, key: tuple[object, ...]) -> Side | None:
@@ -245,9 +252,7 @@ class Plan:
             return []
         return [self._support.get(place) for place in places]
 
-    def _segment(
-        self, parameter: Parameter, dtype: torch.dtype, bits: int, is_grad: bool
-    ) -> Segment:
+    def _segment(self, parameter: Parameter, dtype: torch.dtype, bits: int, kind: Kind) -> Segment:
         own = DTYPES.get(dtype, DType.OPAQUE)
         narrow = bits == 16 and own == DType.FP32
         return Segment(
@@ -256,9 +261,9 @@ class Plan:
             wire=DType.BF16 if narrow else own,
             padded=parameter.padded_numel(self.world_size) * _units(dtype),
             parameter=parameter.index,
-            bucket=self._config.bucket_of(bits, is_grad=is_grad),
+            bucket=self._config.bucket_of(bits, is_grad=kind == Kind.GRAD),
             rounding=ROUNDINGS.index(self._config.rounding_of(bits)),
-            levels=offset(self._config, parameter.index, bits, is_grad=is_grad),
+            levels=offset(self._config, parameter.index, bits, kind),
         )
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qsdp import bitmask
 from qsdp.codec.payload import ITEM_BYTES, VERSION, DType, Field, Layout, Segment, Standing
 from qsdp.codec.sparse import Span
 from qsdp.comm.scratch import Scratch
@@ -71,6 +72,10 @@ class Side:
     ) -> Tensor:
         """What is coded of ``dense``, a 1-D slice that belongs to ``rank``: all of it."""
         return dense
+
+    def kept(self, rank: int, place: int, values: Tensor) -> Tensor:
+        """What is coded of one segment's ``values``, the 1-D shard of ``rank``: all of them."""
+        return values
 
     def room(self, rank: int, dense: Tensor, scratch: Scratch) -> Tensor:
         """Where a payload of ``rank``'s slice is decoded, before `expand` fills ``dense``."""
@@ -157,6 +162,12 @@ class SparseSide(Side):
         given = dense.view(torch.uint8)
         torch.ops.qsdp.compact(given, spans, self._bitmaps[rank], out, strict)
         return out.view(dense.dtype)
+
+    def kept(self, rank: int, place: int, values: Tensor) -> Tensor:
+        start, num = self._bitmap_starts[place], values.numel()
+        if start < 0:
+            return values
+        return values[bitmask.unpack(self._bitmaps[rank][start : start + -(-num // 8)], num)]
 
     def room(self, rank: int, dense: Tensor, scratch: Scratch) -> Tensor:
         num_bytes = self._spans_of(rank, dense.dtype)[1]

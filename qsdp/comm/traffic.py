@@ -17,8 +17,9 @@ class Traffic:
 
     Payloads count whole, header, metadata and raw parts included; transport headers do not. An
     all-gather counts as the ring that gloo and NCCL make of it: all but one of its payloads go to
-    the next rank. `*_fp32_bytes` is what the same gathers and reduces would have sent in fp32, each
-    value once: 4 (N - 1) / N bytes a value of the gathered buffer.
+    the next rank. Masks that ranks exchange ([Note: Support]) count as gathers. `*_fp32_bytes` is
+    what the same gathers and reduces would have sent in fp32, each value once, pruned ones too:
+    4 (N - 1) / N bytes a value of the gathered buffer.
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -31,6 +32,13 @@ class Traffic:
         ranks = dist.get_process_group_ranks(group)
         neighbour = ranks[(group.rank() + 1) % len(ranks)]
         self.sent(direction, [neighbour] * (len(ranks) - 1), payload_bytes)
+
+    def summed(self, group: dist.ProcessGroup, num_bytes: int) -> None:
+        """Count an all-reduce of ``num_bytes`` over ``group`` as `other`: in a ring the next rank
+        is sent every byte twice, but for an own share."""
+        ranks = dist.get_process_group_ranks(group)
+        neighbour = ranks[(group.rank() + 1) % len(ranks)]
+        self.sent("other", [neighbour], 2 * (len(ranks) - 1) * num_bytes // len(ranks))
 
     def sent(self, direction: str, receivers: Iterable[int], payload_bytes: int) -> None:
         """Count ``payload_bytes`` to each of the global ranks ``receivers``."""
@@ -46,7 +54,8 @@ class Traffic:
             self._counts[f"{direction}_fp32_bytes"] += share
 
     def other(self, num_bytes: int) -> None:
-        """Count ``num_bytes`` that are neither a gather nor a reduce of training."""
+        """Count ``num_bytes`` that are neither a gather nor a reduce of training, to a rank that
+        nobody names: as if it were on this node."""
         self._counts["other_intra_node_bytes"] += num_bytes
 
     @contextmanager

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qsdp.codec.payload import Field
 from qsdp.comm.clock import Clock
-from qsdp.comm.levels import Counts, Levels
+from qsdp.comm.levels import Counts, Kind, Levels
 from qsdp.comm.measure import Meter
 from qsdp.comm.scratch import Scratch
 from qsdp.comm.times import Times
@@ -61,7 +61,7 @@ class Wire:
             start = row[Field.BUFFER_BYTE]
             end = start + row[Field.NUMEL] * flat.element_size()
             for meter in self.meters:
-                meter.add_values(row, raw[start:end].view(flat.dtype), is_grad=True)
+                meter.add_values(row, raw[start:end].view(flat.dtype), Kind.GRAD)
 
     @property
     def level_values(self) -> Tensor | None:

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from qsdp import compat
-from qsdp.comm.levels import Counts, offset
+from qsdp.comm.levels import Counts, Kind, check_rows, offset
 from qsdp.comm.measure import Meter, allot
-from qsdp.comm.plan import Plan, Side
+from qsdp.comm.plan import Plan
 from qsdp.comm.wire import Wire
 from qsdp.config import CODED_BITS, QSDPConfig
 
@@ -37,7 +37,7 @@ class Adaptation:
         self._plans, self._groups, self._wire, self._everyone = plans, groups, wire, everyone
         self._settled = -1
         self._request = _request(wire.config)
-        self._bits: dict[int, tuple[int, int]] = {}
+        self._bits: dict[str, tuple[int, int]] = {}
         self._meter: Meter | None = None
         self._counts: Counts | None = None
         self._mark()
@@ -59,8 +59,8 @@ class Adaptation:
         levels = self._wire.levels
         if levels is not None and learns:
             counts = counts or self._new_counts()
-            self._measure_weights(counts)
-            levels.learn(counts, self._everyone)
+            self._look(counts)
+            levels.learn(counts, self._everyone, self._wire.traffic)
             self._mark()
         self._watch(step)
 
@@ -107,36 +107,82 @@ class Adaptation:
         return rewind
 
     def measure_as_sent(self, meter: Meter) -> None:
-        """Let ``meter`` look at this rank's shards as a gather now would send them."""
+        """Let ``meter`` look at this rank's weights as a gather now would send them."""
         config, step = self._wire.config, self._wire.clock.next_step
-        least_bits = config.warmup_bits if step < config.warmup_steps else 0
-        for plan, group in zip(self._plans, self._groups, strict=True):
-            trains = group.requires_grad()
-            once = tuple(i for i in plan.places if config.gather == "once" and not trains[i])
-            others = tuple(i for i in plan.places if i not in once)
-            if once:
-                _look(meter, plan, group, once, plan.gather(once, is_frozen=True))
-            if others:
-                _look(meter, plan, group, others, plan.gather(others, least_bits))
+        if not self._wire.is_exact:
+            self._look(meter, config.warmup_bits if step < config.warmup_steps else 0)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, in JSON's types."""
         self.settle()
-        bits = [[index, *both] for index, both in sorted(self._bits.items())]
+        bits = {name: list(both) for name, both in self._bits.items()}
         levels = [] if self._wire.levels is None else self._wire.levels.state()
-        return {"request": self._request, "bits": bits, "levels": levels}
+        parameters = self._shapes() if bits or levels else {}
+        return {"request": self._request, "parameters": parameters, "bits": bits, "levels": levels}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError unless what `load_state_dict` would take over is of these parameters."""
+        bits, levels = self._to_take_over(state)
+        if not bits and not levels:
+            return
+        ours, theirs = self._shapes(), state.get("parameters")
+        advice = (
+            "load it into the model that it was taken from, or give it with empty "
+            '"bits" and "levels", to find both anew'
+        )
+        if not isinstance(theirs, dict):
+            raise ValueError(
+                "the state has bits or levels by the numbers of parameters, as earlier versions of "
+                f"qsdp wrote them, and not by their names; {advice}"
+            )
+        theirs = dict.fromkeys([*bits, *(row[0] for row in levels)], "unknown") | theirs
+        differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+        if differing:
+            first = differing[0]
+            there, here = (each.get(first, "missing") for each in (theirs, ours))
+            raise ValueError(
+                f"the state is of another model: {first} is {there} there and {here} here, the "
+                f"first of {len(differing)} differences; {advice}"
+            )
+        odd = sorted(bits.keys() ^ self._allottable()) if bits else []
+        if odd:
+            raise ValueError(
+                f"the state has {'bits' if odd[0] in bits else 'no bits'} for {odd[0]}, the first "
+                f"of {len(odd)} differences to what the budget is allotted to here; {advice}"
+            )
+        check_rows(levels)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over levels, and the bits if they were allotted to the same request; what was due
         before the next step was done when the state was taken."""
         self._take_meters()
         self._settled = self._wire.clock.next_step
-        bits = state.get("bits", []) if state.get("request") == self._request else []
-        self._set_bits({int(i): (int(w), int(g)) for i, w, g in bits})
+        bits, levels = self._to_take_over(state)
+        self._set_bits({name: (int(w), int(g)) for name, (w, g) in bits.items()})
         if self._wire.levels is not None:
-            self._wire.levels.load(state.get("levels", []))
+            self._wire.levels.load(levels)
         self._mark()
         self._watch(self._settled)
+
+    def _to_take_over(self, state: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+        """The bits and the rows of levels in ``state`` that are for this config."""
+        bits = state.get("bits") if state.get("request") == self._request else None
+        levels = None if self._wire.levels is None else state.get("levels")
+        return bits or {}, levels or []
+
+    def _shapes(self) -> dict[str, Any]:
+        """Of all parameters, by name, in JSON's types."""
+        return {p.name: list(p.shape) for plan in self._plans for p in plan.parameters}
+
+    def _allottable(self) -> set[str]:
+        """Names of the parameters that share the budget."""
+        return {
+            p.name
+            for plan in self._plans
+            for is_grad in (False, True)
+            for p, claim in plan.claims(is_grad=is_grad)
+            if claim.kept_bits is None
+        }
 
     def _mark(self) -> None:
         """Write down in `mark`, for comparison, what bits and levels are now."""
@@ -170,22 +216,38 @@ class Adaptation:
         places = []
         for p in (p for plan in self._plans for p in plan.parameters):
             local = config.local_grad_bits or 8
-            for bits, is_grad in ((p.weight_bits, False), (p.grad_bits, True), (local, True)):
-                start = offset(config, p.index, bits, is_grad=is_grad)
+            used = [(p.weight_bits, Kind.WEIGHT), (p.weight_bits, Kind.KEPT)]
+            used += [(p.grad_bits, Kind.GRAD), (local, Kind.GRAD)]
+            for bits, kind in used:
+                start = offset(config, p.index, bits, kind)
                 places += [(start, bits)] if start >= 0 else []
         return Counts(places)
 
-    def _measure_weights(self, meter: Meter | Counts) -> None:
-        """Let ``meter`` look at this rank's shards, at their bits of after the warm-up."""
+    def _look(self, meter: Meter | Counts, least_bits: int = 0) -> None:
+        """Let ``meter`` look at the values that this rank's gathers send, at no fewer than
+        ``least_bits``; with one rank nothing is sent."""
+        once = self._wire.config.gather == "once"
         for plan, group in zip(self._plans, self._groups, strict=True):
-            _look(meter, plan, group, plan.places, plan.gather(plan.places))
+            trains, shards, masked = group.requires_grad(), group.local_shards(), plan.num_kept
+            for is_frozen in (False, True):
+                places = tuple(i for i in plan.places if (once and not trains[i]) == is_frozen)
+                if not places or plan.world_size == 1:
+                    continue
+                least = 0 if is_frozen else least_bits
+                side = plan.gather(places, least, is_frozen=is_frozen)
+                for number, row in enumerate(side.tables[plan.rank].tolist()):
+                    i = places[number]
+                    values = shards[i].detach().to(plan.parameters[i].dtype).reshape(-1)
+                    kind = Kind.KEPT if i in masked else Kind.WEIGHT
+                    sent = side.kept(plan.rank, number, values)
+                    meter.add_values(row, sent, Kind.FROZEN if is_frozen else kind)
 
     def _allot(self, meter: Meter) -> None:
         """Set the bits by the errors of the last step; leave them where one is not finite."""
         config = self._wire.config
         assert config.budget is not None
-        self._measure_weights(meter)
-        found: dict[int, list[int]] = {}
+        self._look(meter)
+        found: dict[str, list[int]] = {}
         for is_grad in (False, True):
             coded = [pair for plan in self._plans for pair in plan.claims(is_grad=is_grad)]
             chosen = [p for p, claim in coded if claim.kept_bits is None]
@@ -198,10 +260,10 @@ class Adaptation:
             claims, rows = [claim for _, claim in coded], errors.view(len(chosen), -1).tolist()
             bits = allot(claims, rows, config.budget, config, is_grad=is_grad)
             for p, b in zip(chosen, bits, strict=True):
-                found.setdefault(p.index, [p.weight_bits, p.grad_bits])[is_grad] = b
-        self._set_bits({index: (weight, grad) for index, (weight, grad) in found.items()})
+                found.setdefault(p.name, [p.weight_bits, p.grad_bits])[is_grad] = b
+        self._set_bits({name: (weight, grad) for name, (weight, grad) in found.items()})
 
-    def _set_bits(self, bits: dict[int, tuple[int, int]]) -> None:
+    def _set_bits(self, bits: dict[str, tuple[int, int]]) -> None:
         self._bits = bits
         self._mark()
         for plan in self._plans:
@@ -216,17 +278,3 @@ def _request(config: QSDPConfig) -> dict[str, Any]:
         for pattern, bits in config.policy
     ]
     return {name: getattr(config, name) for name in names} | {"policy": policy}
-
-
-def _look(
-    meter: Meter | Counts,
-    plan: Plan,
-    group: compat.ParameterGroup,
-    places: Sequence[int],
-    side: Side,
-) -> None:
-    """Let ``meter`` look at the shards at ``places``, whose rows ``side`` has."""
-    shards = group.local_shards()
-    for row, i in zip(side.tables[plan.rank].tolist(), places, strict=True):
-        values = shards[i].detach().to(plan.parameters[i].dtype).reshape(-1)
-        meter.add_values(row, values, is_grad=False)

@@ -153,7 +153,7 @@ class Handle:
         self._meets = sorted(everyone, key=lambda group: group not in shard_groups)
         self._num_shard_groups = sum(group in shard_groups for group in everyone)
         if config.levels == "learned":
-            self._wire.levels = Levels(len(order))
+            self._wire.levels = Levels(order)
         self._adaptation = Adaptation(self._plans, groups, self._wire, everyone)
         self._passes = Passes(self._plans, groups, self._wire, self._adaptation, replicas)
         self._grad_meter: Meter | None = None
@@ -267,12 +267,17 @@ class Handle:
         """Relative errors of quantization by parameter name: {"weight": e, "grad": e}, each
         |decoded - value| / |value| in the 2-norm over all ranks. A collective.
 
-        Weights are those of now, as a gather now would send them; gradients those reduced so far
-        inside the `measuring` that was entered or left last. None where there were none or they
-        travel raw.
+        Weights are those of now, the values that a gather now would send (under `set_support` the
+        kept ones); gradients those sent so far inside the `measuring` that was entered or left
+        last. None where nothing was sent, or not in codes: inside `exact`, with one rank, at 16 and
+        32 bits.
         """
         self._check_installed()
-        self._meet("handle.errors", {"measured gradients": self._grad_meter is not None})
+        facts = {
+            "weights": "exact" if self._wire.is_exact else "quantized",
+            "measured gradients": self._grad_meter is not None,
+        }
+        self._meet("handle.errors", facts)
         weights = Meter(self.config, self._wire.level_values)
         meter = weights if self._grad_meter is None else self._grad_meter
         self._adaptation.measure_as_sent(weights)
@@ -308,8 +313,14 @@ class Handle:
 
         Allotted bits are taken over if budget, bits, bucket size and policy are those of then;
         otherwise the config's own hold, and a budget is allotted by the errors of the next step.
+        Levels are taken over if they are learned here.
+
+        Raises ValueError, and loads nothing, if there are bits or levels to take over and the state
+        is of a model whose parameters have other names or shapes: a head was replaced, say. With
+        empty "bits" and "levels" such a state is loaded, and both are found anew.
         """
         self._check_installed()
+        self._adaptation.check_state(state)
         self._passes.mend()
         self._passes.begin_anew()
         self._wire.clock.load_state_dict(state)
@@ -392,6 +403,16 @@ class Handle:
             )
         return chosen
 
+    def _masked(self) -> list[tuple[int, int]]:
+        """Kept and all values of each parameter of which only the kept ones are sent."""
+        once = self.config.gather == "once"
+        return [
+            (num, plan.parameters[place].shape.numel())
+            for plan, group in zip(self._plans, self._groups, strict=True)
+            for place, num in plan.num_kept.items()
+            if group.requires_grad()[place] or not once
+        ]
+
     def _remarks(self) -> Iterator[str]:
         yield native.remark(self._device)
         config = self.config
@@ -408,6 +429,17 @@ class Handle:
         if config.gather == "once":
             kept = "payloads of modules in training mode are kept"
             yield f"gather once: {kept} from the forward to the backward pass"
+            frozen = sum(not each for group in self._groups for each in group.requires_grad())
+            if frozen:
+                how = "whole, on the uniform grid, without a warm-up"
+                yield f"gather once: {frozen} frozen parameters are sent once for all steps, {how}"
+        masked = self._masked()
+        if masked:
+            num_kept, num_all = (sum(column) for column in zip(*masked, strict=True))
+            sparse = any(plan.num_kept and plan.has_sparse_grads for plan in self._plans)
+            share = f"the kept {num_kept / max(1, num_all):.1%} of the weights"
+            grads = "and of the gradients" if sparse else "and all gradients"
+            yield f"masks: of {len(masked)} parameters only {share} travel, {grads}"
         for group, nodes in self._nodes.items():
             hops = f"two hops over {len(nodes)} nodes of {len(nodes[0])} ranks"
             local = config.local_grad_bits or 8

@@ -28,6 +28,7 @@ from qsdp.sparsity.target import Compression
 _STEP = "masked_step"
 _MASK = "mask"
 _PLAN = "mask_plan"
+_NAMES = "mask_names"
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 
@@ -188,7 +189,15 @@ class MaskedOptimizer(OptimizerWrapper):
         super().share_support(tell)
         self._announce()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's, whose states go by number, with the names of the masks."""
+        return {**super().state_dict(), _NAMES: self._names()}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dictionary of this wrapper, or of a bare base optimizer.
+
+        Raises ValueError if its masks were made by another plan or are of other parameters.
+        """
         super().load_state_dict(state_dict)
         self._announce()
 
@@ -256,6 +265,7 @@ class MaskedOptimizer(OptimizerWrapper):
             if _MASK in states.get(key, {})
         ]
         self._check_masked(int(state_dict["param_groups"][0].get(_STEP, 0)))
+        self._check_names(state_dict.get(_NAMES))
         rest = {
             key: {name: value for name, value in state.items() if name != _MASK}
             for key, state in states.items()
@@ -275,6 +285,25 @@ class MaskedOptimizer(OptimizerWrapper):
                 f"{len(self.prunable.parameters)} that this {type(self).__name__} prunes; make it "
                 "with the same prunable set"
             )
+
+    def _check_names(self, theirs: list[str] | None) -> None:
+        """Raise ValueError if the masks to be loaded were of other names. DCP, which puts them in
+        their places by name, brings none."""
+        ours = self._names()
+        if self._loaded_masks and theirs is not None and theirs != ours:
+            was, is_now = next(pair for pair in zip(theirs, ours, strict=True) if len({*pair}) > 1)
+            self._loaded_masks = []
+            raise ValueError(
+                f"the state has a mask of {was} where this {type(self).__name__} has {is_now}: the "
+                "base optimizer's parameters stand in another order; make it as it was, or save "
+                "and load with DCP's get_optimizer_state_dict, which goes by name"
+            )
+
+    def _names(self) -> list[str]:
+        """Of the prunable parameters, in the base optimizer's order."""
+        pairs = zip(self.prunable.parameters, self.prunable.names, strict=True)
+        names = {id(parameter): name for parameter, name in pairs}
+        return [names[id(p)] for p in self.parameters() if id(p) in names]
 
     def _share(self, base: torch.optim.Optimizer) -> None:
         super()._share(base)

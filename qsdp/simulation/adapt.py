@@ -16,23 +16,26 @@ from qsdp.simulation.world import World
 
 Place = tuple[str, bool, int]
 """Parameter, whether it is its gradient, bits."""
+LevelPlace = tuple[str, str, int]
+"""Parameter; `weight`, `grad`, or `kept` for weights under a mask; bits."""
 Bits = Mapping[str, tuple[int, int]]
 """Of weights and of gradients, by parameter name."""
 
 
 class Levels:
-    """The levels of each parameter and direction, for the bits that they travel at.
+    """The levels of each parameter's weights, kept weights and gradients, for the bits that they
+    travel at.
 
-    They are fitted before each of `QSDPConfig.level_steps`, to all ranks' weights of that moment
-    and all gradients that were sent in the step before.
+    They are fitted before each of `QSDPConfig.level_steps`, to all ranks' weights as they would be
+    sent at that moment, and all gradients that were sent in the step before.
     """
 
     def __init__(self, config: QSDPConfig) -> None:
         self._config = config
-        self._values: dict[Place, Tensor] = {}
-        self._counts: dict[Place, Tensor] = {}
+        self._values: dict[LevelPlace, Tensor] = {}
+        self._counts: dict[LevelPlace, Tensor] = {}
 
-    def of(self, place: Place) -> Tensor | None:
+    def of(self, place: LevelPlace) -> Tensor | None:
         """fp32 [2**bits]; None stands for the uniform grid."""
         if self._config.levels == "uniform" or place[2] not in LEARNED_BITS:
             return None
@@ -45,16 +48,16 @@ class Levels:
             return
         local = self._config.local_grad_bits or 8
         self._counts = {
-            (name, is_grad, b): torch.zeros(BINS, dtype=torch.int64)
+            (name, kind, b): torch.zeros(BINS, dtype=torch.int64)
             for name, (weight, grad) in bits.items()
-            for is_grad, b in ((False, weight), (True, grad), (True, local))
+            for kind, b in (("weight", weight), ("kept", weight), ("grad", grad), ("grad", local))
             if b in LEARNED_BITS
         }
 
-    def observe(self, place: Place, values: Tensor) -> None:
+    def observe(self, place: LevelPlace, values: Tensor) -> None:
         """Count what is sent, or would be."""
         if place in self._counts:
-            bucket = self._config.bucket_of(place[2], is_grad=place[1])
+            bucket = self._config.bucket_of(place[2], is_grad=place[1] == "grad")
             histogram(values.reshape(-1), bucket, self._counts[place])
 
     def learn(self) -> None:

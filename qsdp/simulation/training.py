@@ -262,8 +262,9 @@ class Simulation:
     ) -> WireBytes:
         """What a global rank sends in a step after the warm-up, by arithmetic on layouts.
 
-        All trained parameters are taken to get gradients. What FSDP2 sends by itself is not
-        counted: the all-reduce of native HSDP.
+        All trained parameters are taken to get gradients. Not counted are weights that are sent
+        once for all steps (`gather="once"`, frozen), and what FSDP2 sends by itself: the all-reduce
+        of native HSDP.
 
         Args:
             rank: Whose payloads; all ranks send the same sizes, to the same node or to others.

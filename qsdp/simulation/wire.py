@@ -86,14 +86,17 @@ class Wire:
         config, world = self.config, self.world
         if self._budget.is_open(step - 1):
             for rank in range(world.num_ranks):
-                for name, shard in shards[rank % world.world_size].items():
-                    self._measure(name, self._gathered(shard), rank, is_grad=False)
+                own = rank % world.world_size
+                for name, shard in shards[own].items():
+                    sent, is_frozen = self._sent(name, shard, own), self.is_sent_once(shard)
+                    self._measure(name, sent, rank, is_grad=False, is_frozen=is_frozen)
             self._bits = self._budget.allot(self._bits)
         if step in config.level_steps:
-            for own in [*shards] * world.replicas:
-                for name, shard in own.items():
-                    place = (name, False, self.weight_bits(name, None))
-                    self._levels.observe(place, self._gathered(shard))
+            for rank, parameters in list(enumerate(shards)) * world.replicas:
+                for name, shard in parameters.items():
+                    if not self.is_sent_once(shard):  # on the uniform grid
+                        place = (name, self._kind(name), self.weight_bits(name, None))
+                        self._levels.observe(place, self._sent(name, shard, rank))
             self._levels.learn()
         self._levels.watch(step, self._bits)
 
@@ -141,21 +144,20 @@ class Wire:
 
     def weight(self, name: str, shard: Tensor, rank: int, step: int) -> Tensor:
         """What all ranks compute with of the shard of ``rank`` in the shard group."""
-        values = self._gathered(shard)
+        values, sent = self._gathered(shard), self._sent(name, shard, rank)
         if self.world.world_size == 1:
             return values  # FSDP2 calls no collective
         if self.is_sent_once(shard):
             # Whichever step it is sent in: a resumed run sends it again and must decode the same.
             key = Key(self.config.seed, 0, FROZEN, 0, 0, rank).fold()
             bits = self.weight_bits(name, None)
-            return self._cross(name, values, key, bits, is_grad=False, is_frozen=True)
+            return self._cross(name, sent, key, bits, is_grad=False, is_frozen=True)
         key = Key(self.config.seed, step, GATHER, 0, 0, rank).fold()
         bits = self.weight_bits(name, step)
+        decoded = self._cross(name, sent, key, bits, is_grad=False)
         if name not in self._kept:
-            return self._cross(name, values, key, bits, is_grad=False)
-        keep = self._kept[name][rank]
-        decoded = self._cross(name, values[keep], key, bits, is_grad=False)
-        return torch.zeros_like(values).masked_scatter_(keep, decoded)
+            return decoded
+        return torch.zeros_like(values).masked_scatter_(self._kept[name][rank], decoded)
 
     def grad(
         self, name: str, row: Tensor, hop: int, step: int, sender: int, receiver: int
@@ -167,7 +169,7 @@ class Wire:
         """
         key = Key(self.config.seed, step, REDUCE, hop, 0, sender, receiver).fold()
         bits = self.grad_bits(name, hop, step)
-        self._levels.observe((name, True, bits), row)
+        self._levels.observe((name, "grad", bits), row)
         if bits <= 8 and self._budget.is_open(step):
             self._measure(name, row, sender, is_grad=True)
         return self._cross(name, row, key, bits, is_grad=True)
@@ -207,13 +209,26 @@ class Wire:
     def _gathered(self, shard: Tensor) -> Tensor:
         return shard.detach().to(self.weight_dtype(shard))
 
-    def _measure(self, name: str, values: Tensor, rank: int, *, is_grad: bool) -> None:
+    def _sent(self, name: str, shard: Tensor, rank: int) -> Tensor:
+        """What travels of the shard of ``rank`` in the shard group: all, or the kept values, 1-D.
+        What is sent once is sent whole."""
+        values = self._gathered(shard)
+        is_sparse = name in self._kept and not self.is_sent_once(shard)
+        return values[self._kept[name][rank]] if is_sparse else values
+
+    def _kind(self, name: str, is_grad: bool = False) -> str:
+        """Which levels serve a parameter's values: kept weights have few near zero."""
+        return "grad" if is_grad else "kept" if name in self._kept else "weight"
+
+    def _measure(
+        self, name: str, values: Tensor, rank: int, *, is_grad: bool, is_frozen: bool = False
+    ) -> None:
         """Add the squared errors of ``values`` at all bits to those of ``rank``."""
         if self._bits[name][is_grad] > 8 or not values.numel():
             return
         exact = values.float()
         for bits in CODED_BITS:
-            decoded = self._cross(name, exact, 0, bits, is_grad=is_grad)
+            decoded = self._cross(name, exact, 0, bits, is_grad=is_grad, is_frozen=is_frozen)
             error = float((decoded - exact).double().square().sum())
             self._budget.add((name, is_grad, bits), rank, error)
 
@@ -233,7 +248,7 @@ class Wire:
             return values.to(dtype)
         segment = self.segment(name, values.numel(), values.dtype, bits, is_grad=is_grad)
         # What is sent once keeps the uniform grid: levels may be learned anew.
-        levels = None if is_frozen else self._levels.of((name, is_grad, bits))
+        levels = None if is_frozen else self._levels.of((name, self._kind(name, is_grad), bits))
         if levels is not None:
             segment = replace(segment, levels=0)
         layout, encode_table, decode_table = self._codec(name, segment, is_grad)

@@ -48,9 +48,10 @@ class WireUse:
     reduce_inter_node_bytes: float = 0.0
     """Of `reduce_bytes`, what left the node."""
     other_bytes: float = 0.0
-    """The gathers of validation and sampling, and the histograms that find pruning thresholds. Not
-    counted: control messages of a few bytes (norms, sums of metrics, agreement among the ranks)
-    and the metadata of checkpoints."""
+    """The gathers of validation and sampling, and the histograms that find pruning thresholds or
+    that levels are learned from. Not counted: control messages (norms, sums of metrics, agreement
+    among the ranks, a few bytes a parameter where errors are measured) and the metadata of
+    checkpoints."""
     fp32_bytes: float = 0.0
     """The gathers and reduces of training in fp32, each value once: 4 (N - 1) / N bytes a value."""
     gather_encode_s: float = 0.0
