@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from tests import patience
 
@@ -85,10 +86,14 @@ class Leftovers:
 
 def _let_meshes_go() -> None:
     """Let go of the process groups of meshes that torch keeps in what it has once planned for
-    DTensors."""
-    for thing in gc.get_objects():
-        if type(thing) is DeviceMesh:
-            getattr(thing, "_pg_registry", {}).clear()
+    DTensors. An equal mesh of a later call would be taken for an earlier one, whose groups are gone:
+    where there was one of more dimensions, such plans go too."""
+    meshes = [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]
+    for mesh in meshes:
+        getattr(mesh, "_pg_registry", {}).clear()
+    if any(mesh.ndim > 1 for mesh in meshes):
+        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+        torch._C._clear_DTensor_sharding_propagator_cache()
 
 
 def resident_mib() -> float:

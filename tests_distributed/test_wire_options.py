@@ -682,7 +682,7 @@ def _measured_twice_over() -> list[float | None]:
 
     def take(bits: int) -> None:
         for plan in handle._plans:
-            plan.set_bits({p.index: (8, bits) for p in plan.parameters if p.grad_bits <= 8})
+            plan.set_bits({p.name: (8, bits) for p in plan.parameters if p.grad_bits <= 8})
         model(*make_batch(model, 1)).backward()
 
     def error() -> float | None:
