@@ -86,7 +86,7 @@ class Leftovers:
 
 def _let_meshes_go() -> None:
     """Let go of the process groups of meshes that torch keeps in what it has once planned for
-    DTensors. An equal mesh of a later call would be taken for an earlier one, whose groups are gone:
+    DTensors. A later mesh that equals one would be taken for it, whose groups are gone:
     where there was one of more dimensions, such plans go too."""
     meshes = [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]
     for mesh in meshes:

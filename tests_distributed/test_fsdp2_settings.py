@@ -1,6 +1,6 @@
 """Every switch of FSDP2 means with the wire what it means without it, or is refused in a sentence.
 
-The rows are those of the table in docs/fsdp2.md. Each trains for four micro-batches, the last of
+The rows are those of the table in docs/fsdp2.md. Each trains for three micro-batches, the last of
 which belongs to another step, and notes all that its switch may change: gradients and whether they
 are there, what is gathered when, types, and whether FSDP2 took it.
 """
@@ -44,8 +44,8 @@ from qsdp.comm.traffic import Traffic
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import make_batch, make_model
 
-MICRO_BATCHES = 4
-NEXT_STEP = 3  # the first micro-batch of the second step
+MICRO_BATCHES = 3
+NEXT_STEP = 2  # the first micro-batch of the second step
 
 # By name: the replicas of stock FSDP2, what qsdp.QSDPConfig is given, whether replicas are qsdp's.
 LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
@@ -55,8 +55,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "native HSDP": (2, {}, False),
     "replicate_mesh": (2, {}, True),
 }
+REPLICATED = (3, 4)
 # The micro-batch before which a switch is set, or before qsdp.install.
-TIMES: dict[str, int] = {"before install": -1, "after install": 0, "in between": 2}
+TIMES: dict[str, int] = {"before install": -1, "after install": 0, "in between": 1}
 Row = tuple[str, str, str, int]  # a switch, a layout, a time, and bits
 AT_ONCE = ("before install",)
 
@@ -154,21 +155,17 @@ class Event:
 
 
 SWITCHES: dict[str, Switch] = {
-    "set_is_last_backward": _by_micro_batch("set_is_last_backward", False, False, True, True),
-    "set_requires_gradient_sync": _by_micro_batch(
-        "set_requires_gradient_sync", False, False, True, True
-    ),
-    "set_requires_all_reduce": _by_micro_batch("set_requires_all_reduce", False, False, True, True),
+    "set_is_last_backward": _by_micro_batch("set_is_last_backward", False, False, True),
+    "set_requires_gradient_sync": _by_micro_batch("set_requires_gradient_sync", False, False, True),
+    "set_requires_all_reduce": _by_micro_batch("set_requires_all_reduce", False, False, True),
     "set_requires_all_reduce, after gradients": _by_micro_batch(
-        "set_requires_all_reduce", True, False, True, False
+        "set_requires_all_reduce", True, False, True
     ),
     "set_reshard_after_forward": Switch(set=lambda model: model.set_reshard_after_forward(False)),
     "set_reshard_after_forward of the root": Switch(
         set=lambda model: model.set_reshard_after_forward(True, recurse=False)
     ),
-    "set_reshard_after_backward": _by_micro_batch(
-        "set_reshard_after_backward", False, False, True, False
-    ),
+    "set_reshard_after_backward": _by_micro_batch("set_reshard_after_backward", False, True, False),
     "set_modules_to_forward_prefetch": Switch(set=lambda model: _prefetch(model, "forward")),
     "set_modules_to_backward_prefetch": Switch(set=lambda model: _prefetch(model, "backward")),
     "set_custom_all_gather": Switch(
@@ -386,8 +383,8 @@ def _rows() -> list[Any]:
         chosen = {
             (name, layout, time, 8 if i % 5 == j else 32)
             for j, layout in enumerate(LAYOUTS)
-            for time in [switch.times[(i + j) % len(switch.times)]]
-            if j in (i % 3, 3, 4) or switch.refused(layout, time)
+            for time in [switch.times[(i + (j in REPLICATED)) % len(switch.times)]]
+            if j in (i % 3, *REPLICATED) or switch.refused(layout, time)
         }
         by_switch.append(pytest.param(sorted(chosen), id=name))
         for time in switch.times:

@@ -64,7 +64,7 @@ class AllGather(_Comm):
         self._buffer: Tensor | None = None
         self._frozen: Payloads | None = None
         self._frozen_sum = 0
-        self._gathered_at: tuple[int, str, int] | None = None
+        self._gathered_at: tuple[str, int] | None = None
 
     @property
     def kept_bytes(self) -> int:

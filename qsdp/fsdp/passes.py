@@ -48,8 +48,8 @@ class Cache(Protocol):
         """Send them anew with the next gather."""
 
     def drop_stale(self, is_due: bool) -> None:
-        """Free gathered weights that a later step would take for its own; ``is_due``: also those
-        that what is due before the next step would leave as they are."""
+        """Free gathered weights that are not made of the weights, bits and levels of now;
+        ``is_due``: also those that what is due before the next step would leave as they are."""
 
 
 class Passes:
@@ -128,10 +128,10 @@ class Passes:
             ]
 
     @property
-    def now(self) -> tuple[int, str, int]:
-        """What gathered weights belong to: a step, with its bits and levels, and what optimizers
-        had made of the weights."""
-        return self._wire.clock.next_step, self._adaptation.mark, self._num_edits
+    def now(self) -> tuple[str, int]:
+        """What gathered weights belong to: bits and levels, and what optimizers had made of the
+        weights."""
+        return self._adaptation.mark, self._num_edits
 
     def begin_anew(self) -> None:
         """Let the next gather begin a pass."""
