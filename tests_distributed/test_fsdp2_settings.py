@@ -600,6 +600,11 @@ def _with_a_hook(stage: Stage) -> None:
     stage.train(0, averages=False)
 
 
+def _removed(stage: Stage) -> None:
+    stage.train(0, averages=False)
+    stage.handle.remove()
+
+
 def _outside(stage: Stage) -> None:
     stage.model.set_requires_gradient_sync(False)
     stage.model(torch.ones(3, 6)).backward()
@@ -611,7 +616,11 @@ def _outside(stage: Stage) -> None:
 
 @pytest.mark.parametrize(
     ("work", "sentence"),
-    [(_with_a_hook, "has a hook on its gradient"), (_outside, "outside a backward pass")],
+    [
+        (_with_a_hook, "has a hook on its gradient"),
+        (_outside, "outside a backward pass"),
+        (_removed, "wait for their average"),
+    ],
 )
 def test_what_cannot_be_put_off_is_refused(run: Run, work: Any, sentence: str) -> None:
     for said in run(4, _refused, work):
@@ -628,3 +637,131 @@ def _hooks_after_removal() -> list[Any]:
 
 def test_a_hook_that_was_set_after_install_stays(run: Run) -> None:
     assert run(2, _hooks_after_removal) == [[_double]] * 2
+
+
+def _in_mid_accumulation() -> None:
+    stage = Stage()
+    stage.train(0, averages=False)
+    stage.handle.abandon_step()
+    stage.handle.remove()
+
+
+def test_sums_that_wait_may_be_given_up_for_a_removal(run: Run) -> None:
+    run(4, _in_mid_accumulation)
+
+
+# --- one rank alone -----------------------------------------------------------------------------
+
+
+def _wholes() -> Any:
+    """Layers that FSDP2 takes for models of their own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3)))
+    for layer in model:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    return model
+
+
+def _a_later_whole(is_odd: bool) -> None:
+    model = _wholes()
+    qsdp.install(model)
+    if is_odd:
+        model[2].set_custom_all_gather(DefaultAllGather())
+    model(torch.ones(3, 6))
+
+
+def _a_part_on_a_mesh_of_its_own(is_odd: bool) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model: Any = Two()
+    fully_shard(model.first, mesh=mesh["shard"])
+    fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+    qsdp.install(model)
+    if is_odd:
+        model.first.set_custom_reduce_scatter(DefaultReduceScatter())
+    model(torch.ones(3, 6))
+
+
+def _a_hook(is_odd: bool) -> None:
+    stage = Stage()
+    if is_odd:
+        stage.model.first.weight.register_post_accumulate_grad_hook(lambda p: None)
+    stage.train(0, averages=False)
+    stage.train(1, averages=True)
+
+
+def _alone(work: Callable[[bool], None]) -> str:
+    try:
+        work(dist.get_rank() == 0)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "work", "sentence"),
+    [
+        (2, _a_later_whole, "set_custom_all_gather was called"),
+        (4, _a_part_on_a_mesh_of_its_own, "set_custom_reduce_scatter was called"),
+        (4, _a_hook, "has a hook on its gradient"),
+    ],
+)
+def test_what_one_rank_alone_is_refused_all_hear(
+    run: Run, ranks: int, work: Any, sentence: str
+) -> None:
+    for rank, said in enumerate(run(ranks, _alone, work)):
+        assert sentence in said
+        assert rank == 0 or "rank 0 cannot do what the others do at a" in said
+
+
+def _called_by_itself() -> str:
+    model = make_model()
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)))
+    qsdp.install(model)
+    model(*make_batch(model, 0))
+    _all("set_custom_all_gather", DefaultAllGather())(model)
+    try:
+        with torch.no_grad():
+            model.blocks[0](torch.ones(1, 2, 10))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_part_that_is_called_by_itself_is_refused_too(run: Run) -> None:
+    for said in run(2, _called_by_itself):
+        assert "set_custom_all_gather was called" in said
+
+
+# --- several wholes -----------------------------------------------------------------------------
+
+
+def _edited_between_wholes() -> list[Tensor]:
+    model = _wholes().requires_grad_(False)
+    qsdp.install(model, qsdp.QSDPConfig(weight_bits=32, gather="once"))
+    with torch.no_grad():
+        model(torch.ones(3, 6))
+        hidden = model[0](torch.ones(3, 6))
+        model[2].bias.to_local().add_(1)
+        return [model[2](hidden), model[2](hidden)]
+
+
+def test_a_whole_sees_an_edit_that_came_after_the_call_of_another(run: Run) -> None:
+    for first, again in run(2, _edited_between_wholes):
+        assert torch.equal(first, again)
+
+
+def _frozen_between_wholes(is_odd: bool) -> None:
+    model = _wholes()
+    qsdp.install(model, qsdp.QSDPConfig(gather="once"))
+    model(torch.ones(3, 6))
+    hidden = model[0](torch.ones(3, 6))
+    if is_odd:
+        model[2].weight.requires_grad_(False)
+    model[2](hidden)
+
+
+def test_a_whole_that_one_rank_alone_freezes_is_named(run: Run) -> None:
+    for said in run(2, _alone, _frozen_between_wholes):
+        assert "with frozen parameters" in said

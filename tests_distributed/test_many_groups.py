@@ -20,7 +20,7 @@ from tests_distributed.helpers import all_ranks
 
 PACKAGE = str(Path(qsdp.__file__).parent)
 WIDTH = 4
-WAYS = ["gathered twice", "gathered once", "no root", "no root, blocks in parts"]
+WAYS = ["gathered twice", "gathered once", "no root", "no root, blocks in parts", "local losses"]
 
 
 class Adapted(nn.Module):
@@ -60,7 +60,8 @@ def _counts(way: str, num_blocks: int) -> list[int]:
     torch.manual_seed(0)
     model = nn.Sequential(*(Adapted() for _ in range(num_blocks)))
     parts = [part for block in model for part in (block.base, block)]
-    modules = {"no root": [*model], "no root, blocks in parts": parts}.get(way, [*model, model])
+    wholes = {"no root": [*model], "local losses": [*model], "no root, blocks in parts": parts}
+    modules = wholes.get(way, [*model, model])
     for module in modules:
         fully_shard(module, mesh=all_ranks())
     qsdp.install(model, qsdp.QSDPConfig(gather="once" if way == "gathered once" else "twice"))
@@ -70,7 +71,8 @@ def _counts(way: str, num_blocks: int) -> list[int]:
     for _ in range(3):
         counter = Counter()
         with counter.counting():
-            model(torch.randn(2, WIDTH)).square().mean().backward()
+            for part in model if way == "local losses" else [model]:
+                part(torch.randn(2, WIDTH)).square().mean().backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()

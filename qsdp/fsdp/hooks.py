@@ -320,12 +320,6 @@ class ReduceScatter(_Comm):
                 " cannot put the average off: leave set_requires_all_reduce(True), or shard over "
                 "a 2-D mesh in place of replicate_mesh"
             )
-        if hooked := group.parameters_with_hooks().intersection(places):
-            raise RuntimeError(
-                f"{listed([plan.names[i] for i in sorted(hooked)])} has a hook on its gradient, "
-                "which would find zeros while set_requires_all_reduce(False) puts the average over "
-                "replicate_mesh off: remove the hook, or leave set_requires_all_reduce(True)"
-            )
         parameters = group.sharded_parameters()
         without = [parameters[i] for i in places if parameters[i].grad is None]
         total = reduced.clone()

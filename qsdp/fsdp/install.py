@@ -177,6 +177,7 @@ class Handle:
 
     def report(self) -> Report:
         """How every parameter travels, at what bits, and why."""
+        self._check_installed()
         rows = dict(self._outside)
         for plan, group in zip(self._plans, self._groups, strict=True):
             for p, is_trained in zip(plan.parameters, group.requires_grad(), strict=True):
@@ -247,6 +248,7 @@ class Handle:
     @property
     def kept_bytes(self) -> int:
         """What kept payloads (`gather="once"`) take at most on this rank, in bytes."""
+        self._check_installed()
         return sum(gather.kept_bytes for gather in self._gathers)
 
     @contextmanager
@@ -255,6 +257,7 @@ class Handle:
 
         It takes about as long again as the codec does. One inside another measures for both.
         """
+        self._check_installed()
         meter = self._grad_meter = Meter(self.config, self._wire.level_values)
         self._wire.meters.append(meter)
         try:
@@ -298,8 +301,8 @@ class Handle:
         With a `budget` or learned levels it is a collective: what is due before the next step is
         done now.
         """
+        self._check_installed()
         if self.config.budget is not None or self.config.levels == "learned":
-            self._check_installed()
             facts = {
                 "step": self._wire.clock.next_step,
                 "bits and levels": self._adaptation.mark,
@@ -328,11 +331,15 @@ class Handle:
 
     def abandon_step(self) -> None:
         """Give up a step between two of its passes: gradients that were accumulated, and not
-        reduced, are dropped, as `reset_iter_state` of torch 2.13 says it does.
+        reduced, are dropped, as `reset_iter_state` of torch 2.13 says it does; so are sums that
+        wait for their average over replicas.
 
-        An exception inside a pass is noticed without this, at the next pass.
+        An exception inside a pass is noticed without this, at the next pass. A collective, but
+        where an exception is being handled: the other ranks may not get here.
         """
         self._check_installed()
+        if sys.exc_info()[1] is None:
+            self._meet("handle.abandon_step", {})
         for group in self._groups:
             compat.abandon_pass(group.modules[0])
         self._reshard()
@@ -342,14 +349,29 @@ class Handle:
         exception is on its way: the other ranks may not get here."""
         self._check_installed()
         if sys.exc_info()[1] is None:
-            self._meet("handle.remove", {})
+            put_off = [
+                plan.name
+                for plan, group in zip(self._plans, self._groups, strict=True)
+                if self._averages and group.put_off is not None
+            ]
+            self._meet("handle.remove", {"sums that wait for an average": tuple(put_off)})
+            if put_off:
+                raise RuntimeError(
+                    f"sums of gradients of the group of {put_off[0]} wait for their average over "
+                    "replicate_mesh, which set_requires_all_reduce(False) puts off: take a "
+                    "backward pass that averages first, or call handle.abandon_step()"
+                )
         self._is_removed = True
         self._passes.remove()
         for recorder in self._recorders:
             recorder.remove()
-        for group, before in zip(self._groups, self._before, strict=True):
-            gather, reduce, force_sum, hook, async_op = before
-            hook = hook if self._averages else group.comms()[3]  # the user's, of any time
+        pairs = zip(self._before, self._passes.comms, strict=True)
+        for group, (before, installed) in zip(self._groups, pairs, strict=True):
+            # What the user has set since stays.
+            gather, reduce, force_sum, hook, async_op = (
+                was if now is own else now
+                for was, own, now in zip(before, installed, group.comms(), strict=True)
+            )
             group.set_comms(gather, reduce, force_sum, hook, async_op)
         self._reshard()
         for hops in self._hops.values():

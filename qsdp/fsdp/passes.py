@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from qsdp import compat
 from qsdp.comm.plan import Plan
 from qsdp.comm.wire import Wire
-from qsdp.failures import CollectiveError, collective
+from qsdp.failures import CollectiveError, collective, listed
 from qsdp.fsdp.adapt import Adaptation
 from qsdp.meeting import Meeting, meet, mistakes_shared
 
@@ -55,14 +55,14 @@ class Cache(Protocol):
 class Passes:
     """The passes of one handle's model.
 
-    [Note: Passes] A pass begins with the first gather outside a backward pass of a group that was
-    gathered already since the last beginning, or was not spoken of there, and after whatever
-    changes what gathers send. There the ranks meet ([Note: Meeting]) on behalf of the groups of one
-    forward pass of FSDP2: on the step, on what is sent, and on whether any of them has
-    edited a frozen shard whose payload all keep. They meet again where its backward pass reduces
-    or gathers for the first time, since any of it may have changed in between. It is the ranks of
-    a shard group that meet: replicas may validate on their own. Replicas meet at the beginning of
-    backward passes that end with their average, and a rank that fails before that tells them there.
+    [Note: Passes] A pass begins with the first gather of a forward pass of what FSDP2 takes for a
+    whole; elsewhere with that of a group that was gathered already since the last beginning, and
+    after whatever changes what gathers send. There the ranks meet ([Note: Meeting]) on behalf of
+    the whole's groups: on the step, on what is sent, and on whether any of them has edited a frozen
+    shard whose payload all keep. They meet again where a backward pass reduces or gathers for the
+    first time, since any of it may have changed in between. It is the ranks of a shard group that
+    meet: replicas may validate on their own. Replicas meet at the beginning of backward passes that
+    end with their average, and a rank that fails before that tells them there.
 
     An exception that ends a pass in the middle leaves FSDP2 and the wire in the middle of it. What
     is left is undone before the next pass, so that it equals one of a run without the exception:
@@ -109,7 +109,7 @@ class Passes:
         self._agreed: dict[tuple[int, ...], dict[str, object]] = {}
         self._is_in_backward = False
         self._meeting: Meeting | None = None
-        self._backward_facts: dict[str, object] = {}
+        self._trained: set[int] = set()
         self._grad_mode = "unknown"
         self._num_edits = 0
         self._indices = {id(group.state): i for i, group in enumerate(groups)}
@@ -117,15 +117,16 @@ class Passes:
         _LIVE.add(self)
         self._handles: list[RemovableHandle] = []
         # A block's compiler shall not look inside. [Note: Hooks] says why the reference is weak.
-        before, after = (
-            torch.compiler.disable(partial(_call, weakref.ref(self), method))
-            for method in (Passes._before_forward, Passes._after_forward)
-        )
-        for module in dict.fromkeys(module for group in groups for module in group.modules):
-            self._handles += [
-                module.register_forward_pre_hook(before, prepend=True),
-                module.register_forward_hook(after, always_call=True),
-            ]
+        for place, group in enumerate(groups):
+            before, after = (
+                torch.compiler.disable(partial(_call, weakref.ref(self), method, place))
+                for method in (Passes._before_forward, Passes._after_forward)
+            )
+            for module in group.modules:
+                self._handles += [
+                    module.register_forward_pre_hook(before, prepend=True),
+                    module.register_forward_hook(after, always_call=True),
+                ]
 
     @property
     def now(self) -> tuple[str, int]:
@@ -155,6 +156,7 @@ class Passes:
         if not wire.is_exact:
             # Not in a validation: its weights may be other ones, compressed or averaged.
             if self._grad_mode in ("on", "unknown"):
+                self._trained.update(members)
                 self._adaptation.settle()
             wire.clock.before_forward()
 
@@ -169,16 +171,12 @@ class Passes:
         """Begin the meeting of a backward pass, beside what comes before its first collective."""
         self._is_in_backward = True
         compat.after_backward(self._end_backward)
-        for place in range(len(self._plans)):
-            self._refuse(_BACKWARD, place, group)
+        # Not those of other wholes, which may have backward passes of their own.
+        places = sorted(self._trained) or range(len(self._plans))
+        self._refuse(_BACKWARD, places, group)
         if compat.device_of(group).type == "cpu":  # else nobody would read what is said
-            members = self._members(group, range(len(self._plans)))
-            self._backward_facts = {
-                "step": self._wire.clock.step,
-                **self._facts(members),
-                **self._settings(members, is_forward=False),
-            }
-            self._meeting = Meeting(_BACKWARD, self._backward_facts, [group])
+            facts = self._facts_of_backward(self._members(group, places))
+            self._meeting = Meeting(_BACKWARD, facts, [group])
 
     def _end_meeting(self) -> None:
         meeting, self._meeting = self._meeting, None
@@ -186,15 +184,22 @@ class Passes:
             return
         with self.mistakes_reach_replicas():
             meeting.end()
-        if any(g.reduces and g.all_reduces and self._is_replicated(g) for g in self._groups):
-            meet(_BACKWARD, self._facts_of_average(self._backward_facts), self._replicas)
+        averaged = (g.reduces and g.all_reduces and self._is_replicated(g) for g in self._groups)
+        if self._replicas and any(averaged):
+            meet(_BACKWARD, self._facts_of_average(), self._replicas)
 
     def mistakes_reach_replicas(self) -> AbstractContextManager[None]:
         """Inside, outside a backward pass, a mistake also reaches the replicas that wait there."""
         return mistakes_shared(_BACKWARD, self._replicas)
 
-    def _facts_of_average(self, facts: dict[str, object]) -> dict[str, object]:
+    def _facts_of_backward(self, members: Sequence[int]) -> dict[str, object]:
+        """What the collectives of ``members`` in a backward pass depend on."""
+        step = {"step": self._wire.clock.step}
+        return {**step, **self._facts(members), **self._settings(members, is_forward=False)}
+
+    def _facts_of_average(self) -> dict[str, object]:
         """What the average over the replicas depends on."""
+        facts = self._facts_of_backward(range(len(self._plans)))
         own = ("step", "bits and levels", "the seed", "masks") if self._averages else ()
         words = (*own, "frozen parameters", "groups that are not reduced")
         return {each: facts[each] for each in (*words, "groups that are not averaged")}
@@ -237,28 +242,40 @@ class Passes:
     def _is_replicated(self, group: compat.ParameterGroup) -> bool:
         return self._averages or group.replicas > 1
 
-    def _refuse(self, call: str, place: int, group: dist.ProcessGroup) -> None:
-        """Refuse what takes the group at ``place`` off the wire, or its gradients to other sums."""
+    def _refuse(self, call: str, places: Iterable[int], group: dist.ProcessGroup | None) -> None:
+        """Refuse what takes a group at ``places`` off the wire, or its gradients to other sums.
+        ``group``: whose ranks are about to meet at ``call``; None where nobody would hear."""
+        mistakes = (self._mistake(place, call == _BACKWARD) for place in places)
+        if mistake := next(filter(None, mistakes), ""):
+            told = [] if group is None or compat.device_of(group).type != "cpu" else [group]
+            with self.mistakes_reach_replicas(), mistakes_shared(call, told):
+                raise RuntimeError(mistake)
+
+    def _mistake(self, place: int, in_backward: bool) -> str:
         plan, own = self._plans[place], self._groups[place]
         kept = zip(_SETTERS, own.comms(), self.comms[place], strict=False)
         changed = [setter for setter, now, then in kept if now is not then]
         if not self._averages and _HOOK in changed:
             changed.remove(_HOOK)  # it is the user's
-        mistake = ""
         if changed:
-            mistake = (
+            return (
                 f"{changed[0]} was called on the group of {plan.name} after qsdp.install, which "
                 "needs that for the wire: leave it out, or call handle.remove() first"
             )
-        elif plan.hops is not None and own.reduces_apart:
-            mistake = (
+        if plan.hops is not None and own.reduces_apart:
+            return (
                 f"set_separate_reduce_scatter_group was called on the group of {plan.name}, which "
                 "reduces in two hops, over process groups of qsdp's own: leave it out, or take "
                 'QSDPConfig(reduce="flat")'
             )
-        if mistake:
-            with self.mistakes_reach_replicas(), mistakes_shared(call, [group]):
-                raise RuntimeError(mistake)
+        puts_off = in_backward and self._averages and own.reduces and not own.all_reduces
+        if puts_off and (hooked := own.parameters_with_hooks()):
+            return (
+                f"{listed([plan.names[i] for i in sorted(hooked)])} has a hook on its gradient, "
+                "which would find zeros while set_requires_all_reduce(False) puts the average over "
+                "replicate_mesh off: remove the hook, or leave set_requires_all_reduce(True)"
+            )
+        return ""
 
     def _abandon(self, module: nn.Module) -> None:
         if compat.is_backward_cut_short(module):
@@ -273,6 +290,7 @@ class Passes:
 
     def _end_backward(self) -> None:
         self._is_in_backward = False
+        self._trained.clear()
         self.begin_anew()
         self._end_meeting()
 
@@ -307,7 +325,7 @@ class Passes:
                 self.caches[i].forget_frozen()
         self._agreed[tuple(members)] = facts
 
-    def _facts(self, members: list[int]) -> dict[str, object]:
+    def _facts(self, members: Sequence[int]) -> dict[str, object]:
         """What payloads of ``members`` depend on, in both directions."""
         wire = self._wire
         return {
@@ -325,7 +343,7 @@ class Passes:
             ),
         }
 
-    def _settings(self, members: list[int], *, is_forward: bool) -> dict[str, object]:
+    def _settings(self, members: Sequence[int], *, is_forward: bool) -> dict[str, object]:
         """What FSDP2 was told of ``members`` that decides which collectives there are in a pass,
         and in which order."""
         found: dict[str, list[str]] = {}
@@ -368,30 +386,38 @@ class Passes:
         found: list[int] = everyone.view(group.size(), -1).any(0).nonzero().squeeze(1).tolist()
         return found
 
-    def _before_forward(self, module: nn.Module, *_: object) -> None:
-        if compat.in_backward() or not compat.becomes_root(module):
+    def _before_forward(self, place: int, module: nn.Module, *_: object) -> None:
+        if compat.in_backward():
+            return
+        if not compat.becomes_root(module):
+            group = self._plans[place].group
+            is_spoken_of = place in self._to_come.get(group, ())
+            self._refuse(_FORWARD, [place], None if is_spoken_of else group)
             return
         self._abandon(module)
         self._end_what_was_cut_short()
         states = map(id, compat.parts(module))
         parts = [self._indices[state] for state in states if state in self._indices]
-        if len(parts) > 1:  # where blocks are wholes, each would be a pass
-            self.begin_anew()
-            self._parts = parts
+        self.begin_anew()
+        self._parts = parts
+        self._refuse(_FORWARD, parts, self._plans[parts[0]].group if parts else None)
         is_inference = torch.is_inference_mode_enabled()
         self._grad_mode = "in inference mode" if is_inference else _SWITCH[torch.is_grad_enabled()]
         # What is due with all ranks waits for a gather, so that they have met before.
         trains = torch.is_grad_enabled() and not self._wire.is_exact
         is_due = trains and bool(self.due)
-        if trains and not is_due:
-            self.settle()
+        if trains:
+            self._trained.update(parts)
+            if not is_due:
+                self.settle()
         for i in parts:
-            self._refuse(_FORWARD, i, self._plans[i].group)
             self.caches[i].drop_stale(is_due)
             if is_inference:
                 self._groups[i].make_buffers()
 
-    def _after_forward(self, module: nn.Module, _: object = None, output: object = None) -> None:
+    def _after_forward(
+        self, _: int, module: nn.Module, args: object = None, output: object = None
+    ) -> None:
         if compat.in_backward() or not compat.is_root(module):
             return
         self._grad_mode = "unknown"
