@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
+from torch.distributed.checkpoint import state_dict as dcp_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
@@ -516,9 +517,26 @@ def clean_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of ``model``, tied ones once, in its order, by their `clean_names`."""
-    pairs = list(model.named_parameters())
-    clean = clean_names(model, (name for name, _ in pairs))
-    return {clean[name]: parameter for name, parameter in pairs}
+    named = dict(model.named_parameters())
+    return {clean: named[name] for name, clean in clean_names(model, named).items()}
+
+
+def named_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """As `named_parameters`, the buffers."""
+    named = dict(model.named_buffers())
+    return {clean: named[name] for name, clean in clean_names(model, named).items()}
+
+
+def checkpoint_names(model: nn.Module) -> dict[str, str]:
+    """By each name that DCP, which leaves out some wrappers' names itself, has for what ``model``
+    holds: the clean one."""
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return {
+        theirs: clean
+        for names in (parameters, model.state_dict())  # two spellings of what wrappers hold
+        for name, clean in clean_names(model, names).items()
+        for theirs in dcp_state_dict._get_fqns(model, name)
+    }
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -316,7 +316,13 @@ def test_a_state_goes_with_its_own_prunable_set(method: str, patterns: Any) -> N
             each.pop("mask", None)
     else:
         _, other = make(patterns)
-    with pytest.raises(ValueError, match="masks are of other parameters than the") as caught:
+    mistake = {
+        "nothing at all": "the state's 0 masks are of other parameters than the 8",
+        "blocks.0.*.weight": r"no mask of blocks\.0\.norm1.* a mask of blocks\.1\.qkv.* that this",
+        "blocks.*": r"the state has no mask of blocks\.0\.\S+ \(and \d+ more\);",
+    }
+    match = mistake[patterns if isinstance(patterns, str) else patterns[0]]
+    with pytest.raises(ValueError, match=match) as caught:
         other.load_state_dict(state)
     assert "\n" not in str(caught.value)
     assert other.num_steps == 0
@@ -351,9 +357,48 @@ def test_a_mask_goes_to_the_parameter_of_its_name_or_is_refused(
             assert torch.equal(mask, masks[name])
         assert not all(mask.all() for mask in masks.values())
     else:
-        with pytest.raises(ValueError, match=r"a mask of blocks\.0\.\S+ where .* blocks\.1\."):
+        with pytest.raises(ValueError, match=r"places, blocks\.0\.\S+ where .* blocks\.1\."):
             other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         assert other.num_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("order", "mistake"),
+    [
+        ("reversed", r"places, blocks\.0\.qkv\.weight where this ACDC has blocks\.1\.mlp"),
+        ("decayed first", "in other places: the base"),
+    ],
+)
+def test_masks_among_parameters_in_another_order_are_refused_for_that(
+    order: str, mistake: str
+) -> None:
+    """Not for another prunable set, which it is not."""
+
+    def make(is_other: bool) -> tuple[Any, MaskedOptimizer]:
+        model = make_model(seed=3)
+        parameters: Any = list(model.parameters())
+        if is_other and order == "reversed":
+            parameters.reverse()
+        elif is_other:
+            groups = [
+                [p for p in parameters if (p.dim() > 1) is decays] for decays in (True, False)
+            ]
+            parameters = [{"params": group} for group in groups]
+        return model, ACDC(model, torch.optim.SGD(parameters, lr=1e-2), schedule=SCHEDULE)
+
+    model, optimizer = make(is_other=False)
+    for step in range(4):
+        backward(model, step)
+        optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    _, other = make(is_other=True)
+    state["param_groups"] = [
+        {**state["param_groups"][0], "params": group["params"]}
+        for group in other.state_dict()["param_groups"]
+    ]
+    with pytest.raises(ValueError, match=mistake + r".*stand in another order; make it as it was"):
+        other.load_state_dict(state)
+    assert other.num_steps == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

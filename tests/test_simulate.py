@@ -14,9 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 import qsdp
+from qsdp import compat
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.codec.rounding import Key
 
@@ -66,7 +68,9 @@ def simulation(
     config: dict[str, Any] | None = None, model: nn.Module | None = None, **options: Any
 ) -> qsdp.Simulation:
     options = {"world_size": 4, "optimizer": sgd, "groups": ["block"]} | options
-    return qsdp.simulate(model or Net(), qsdp.QSDPConfig(**config or {}), **options)
+    return qsdp.simulate(
+        Net() if model is None else model, qsdp.QSDPConfig(**config or {}), **options
+    )
 
 
 def run(simulated: qsdp.Simulation, steps: int = 3, num_ranks: int = 4) -> dict[str, Tensor]:
@@ -513,6 +517,63 @@ def test_wrong_calls_of_a_simulation_are_named_in_one_sentence() -> None:
     assert "config is a dict" in refusal(
         lambda: qsdp.simulate(Net(), {}, world_size=2, optimizer=sgd)  # type: ignore[arg-type]
     )
+
+
+@pytest.mark.parametrize(
+    ("masks", "mistake"),
+    [
+        ({"block.7": torch.ones(20, 12, dtype=torch.bool)}, "'block.7', which is no parameter"),
+        ({"out.weight": torch.ones(5, dtype=torch.bool)}, r"shape (5,), and the parameter (5, 12)"),
+        ({"out.weight": torch.ones(5, 12)}, "a Tensor of torch.float32; give a bool tensor"),
+        ({"out.weight": [[True] * 12] * 5}, "a list of None; give a bool tensor"),
+    ],
+)
+def test_masks_that_fit_no_parameter_are_refused(masks: Any, mistake: str) -> None:
+    assert mistake in refusal(lambda: simulation().set_support(masks))
+
+
+def _compiled(module: nn.Module) -> Any:
+    return torch.compile(module, backend="eager")
+
+
+@pytest.mark.parametrize("wrap", [_compiled, checkpoint_wrapper], ids=["compiled", "checkpointed"])
+@pytest.mark.parametrize("is_whole", [False, True], ids=["block", "whole"])
+def test_wrappers_change_neither_names_nor_numbers(
+    wrap: Callable[[Any], Any], is_whole: bool
+) -> None:
+    class Counting(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block.register_buffer("scale", torch.ones(1))
+            self.own = nn.Parameter(torch.ones(2, 2))
+
+        def forward(self, tokens_BT: Tensor, targets_B: Tensor) -> Tensor:
+            return super().forward(tokens_BT, targets_B) * self.own.mean()
+
+    def make(is_wrapped: bool) -> Any:
+        model = Counting()
+        if is_wrapped and not is_whole:
+            model.block = wrap(model.block)
+        return wrap(model) if is_wrapped and is_whole else model
+
+    policy = (("block.0.weight", 4), ("own", 3))
+    mask = torch.ones(20, 12, dtype=torch.bool)
+    mask[3:7] = False
+    found, expected = (
+        simulation({"policy": policy}, make(is_wrapped), groups=["block", "block.2"])
+        for is_wrapped in (True, False)
+    )
+    for simulated in (found, expected):
+        run(simulated)
+        for rank, shard in enumerate(simulated.shards):
+            shard["block.0.weight"].data[~mask.chunk(4)[rank]] = 0
+        simulated.set_support({"block.0.weight": mask})
+        simulated.step(batches(4, 4))
+    assert_same(found.state(), expected.state())
+    for is_wrapped in (True, False):
+        model = make(is_wrapped)
+        found.copy_to(model)
+        assert_same(compat.named_parameters(model), expected.state())
 
 
 def test_ranks_that_use_different_parameters_stop_as_fsdp2_would() -> None:

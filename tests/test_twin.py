@@ -30,7 +30,11 @@ LAST_DENSE = (9, 10, 11)  # steps 7 and 8 are compressed, and after step 11 the 
 @pytest.mark.parametrize("eval_every", [1, LAST_DENSE[-1]])
 @pytest.mark.parametrize("skipped", [(), LAST_DENSE[:1], LAST_DENSE], ids=str)
 def test_the_dense_twin_has_no_pruned_weight(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, skipped: tuple[int, ...], eval_every: int
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    skipped: tuple[int, ...],
+    eval_every: int,
 ) -> None:
     forward_backward = loop.forward_backward
 
@@ -51,6 +55,8 @@ def test_the_dense_twin_has_no_pruned_weight(
 
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["sparsity"]["prunable"] == pytest.approx(0.1, abs=1e-3)
+    why = "No dense twin was kept: 10% of the prunable weights were zero in the last dense phase\n"
+    assert (why in capsys.readouterr().out) is (skipped == LAST_DENSE)
     twin = latest(tmp_path / "run" / DENSE_TWIN)
     if skipped == LAST_DENSE:  # the model was never dense again
         assert twin is None
@@ -63,3 +69,13 @@ def test_the_dense_twin_has_no_pruned_weight(
         model = GPT(open_source(twin).size)
     weights = [TensorReader(twin).read(name) for name in prunable_parameters(model)]
     assert sum(int((weight == 0).sum()) for weight in weights) == 0
+
+
+def test_a_run_without_a_finite_loss_says_why_it_has_no_twin(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Evaluator, "loss", lambda *_, **__: math.nan)
+    (tmp_path / "text.txt").write_text(TEXT)
+    flags = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
+    cli.main([*flags, *FLAGS, "--eval-every", "0"])
+    assert "twin was kept: the validation loss was not finite" in capsys.readouterr().out

@@ -210,6 +210,77 @@ class _Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.module = nn.ModuleList([nn.Linear(3, 3)])
+        self.register_buffer("lr", torch.ones(2))
+
+
+class _Fields(nn.Module):
+    """Named as what optimizers keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Parameter(torch.ones(3))
+        self.params = nn.Parameter(torch.ones(3))
+        self.exp_avg = nn.Linear(3, 3)
+        self.mask = _Encoder()
+        self.state = nn.Linear(3, 3)
+        self.register_buffer("lr", torch.ones(2))
+
+
+NESTINGS: dict[str, list[Any]] = {
+    "ddp": [DistributedDataParallel],
+    "compiled": [_compiled],
+    "ckpt": [checkpoint_wrapper],
+    "ddp compiled": [DistributedDataParallel, _compiled],
+    "compiled ddp": [_compiled, DistributedDataParallel],
+    "ddp ckpt": [DistributedDataParallel, checkpoint_wrapper],
+    "ckpt ddp": [checkpoint_wrapper, DistributedDataParallel],
+    "compiled ckpt": [_compiled, checkpoint_wrapper],
+    "ckpt compiled": [checkpoint_wrapper, _compiled],
+    "compiled ckpt ddp": [_compiled, checkpoint_wrapper, DistributedDataParallel],
+}
+"""The first is the innermost."""
+
+
+@pytest.mark.parametrize("method", ["adamw", "acdc"])
+@pytest.mark.parametrize("nesting", list(NESTINGS))
+@pytest.mark.parametrize("kind", [_Encoder, _Fields])
+def test_a_checkpoint_is_that_of_the_model_whatever_its_parts_are_called(
+    kind: Callable[[], Any], nesting: str, method: str, tmp_path: Path
+) -> None:
+    def make(is_wrapped: bool, seed: int) -> tuple[Any, Any]:
+        torch.manual_seed(seed)
+        model = kind()
+        for wrap in NESTINGS[nesting] if is_wrapped else []:
+            model = wrap(model)
+        for value in (*model.parameters(), *model.buffers()):
+            nn.init.normal_(value)
+        base = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if method == "adamw":
+            return model, base
+        schedule = ACDCSchedule(steps=4, warmup=1, phase=1, last_dense=1, last_sparse=1)
+        return model, ACDC(model, base, schedule=schedule, prunable=["*weight"])
+
+    def values(model: Any) -> dict[str, Tensor]:
+        return _values(compat.named_parameters(model) | compat.named_buffers(model))
+
+    for is_wrapped in (True, False):
+        model, optimizer = make(is_wrapped, 1)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        path = checkpoint.save(tmp_path / str(is_wrapped), 1, model, optimizer, {})
+        other, fresh = make(not is_wrapped, 2)
+        checkpoint.load(path, other, fresh)
+        _assert_same(values(other), values(model))
+        state = optimizer.state_dict()["state"]
+        assert state
+        torch.testing.assert_close(fresh.state_dict()["state"], state, rtol=0, atol=0)
+        if method == "acdc":
+            assert not all(mask.all() for mask in optimizer.masks().values())
+            _assert_same(fresh.masks(), optimizer.masks())
+        alone, _ = make(not is_wrapped, 3)
+        checkpoint.load_model(path, alone)
+        _assert_same(values(alone), values(model))
 
 
 @pytest.mark.parametrize("wrap", [nn.Sequential, _compiled, DistributedDataParallel])

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from qsdp.checkpoint.folders import META, begin, checksum, publish, verify
-from qsdp.compat import clean_names
+from qsdp.compat import checkpoint_names
 from qsdp.meeting import meet
 
 
@@ -62,7 +62,7 @@ def save(
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    state = _renamed(state, clean_names(model, state["model"]))
+    state = _renamed(state, checkpoint_names(model))
     try:
         dcp.save(state, checkpoint_id=folder)
     except CheckpointException as error:
@@ -117,7 +117,7 @@ def _meet(call: str, **facts: object) -> None:
 
 def _load(path: Path, state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """`state` with what the checkpoint holds."""
-    names = clean_names(model, state["model"])
+    names = checkpoint_names(model)
     loaded = _renamed(state, names)
     try:
         dcp.load(loaded, checkpoint_id=path)
@@ -128,13 +128,21 @@ def _load(path: Path, state: dict[str, Any], model: nn.Module) -> dict[str, Any]
     return _renamed(loaded, {clean: name for name, clean in names.items()})
 
 
-def _renamed(state: Any, names: Mapping[str, str]) -> Any:
+def _renamed(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """`state`, with the same tensors, by other names: DCP leaves the names of some wrappers in."""
-    if isinstance(state, dict):
-        return {names.get(key, key): _renamed(value, names) for key, value in state.items()}
-    if isinstance(state, list):
-        return [_renamed(value, names) for value in state]
-    return names.get(state, state) if isinstance(state, str) else state
+
+    def by_name(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {names.get(name, name): value for name, value in values.items()}
+
+    renamed = {"model": by_name(state["model"])}
+    if "optimizer" in state:
+        groups = [
+            {**group, "params": [names.get(name, name) for name in group["params"]]}
+            for group in state["optimizer"]["param_groups"]
+        ]
+        of_each = by_name(state["optimizer"]["state"])
+        renamed["optimizer"] = {**state["optimizer"], "state": of_each, "param_groups": groups}
+    return renamed
 
 
 def _checksums(folder: Path) -> dict[str, str]:

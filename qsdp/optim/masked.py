@@ -264,40 +264,46 @@ class MaskedOptimizer(OptimizerWrapper):
             for parameter, key in zip(self.parameters(), keys, strict=False)
             if _MASK in states.get(key, {})
         ]
-        self._check_masked(int(state_dict["param_groups"][0].get(_STEP, 0)))
-        self._check_names(state_dict.get(_NAMES))
+        self._check_masks(int(state_dict["param_groups"][0].get(_STEP, 0)), state_dict.get(_NAMES))
         rest = {
             key: {name: value for name, value in state.items() if name != _MASK}
             for key, state in states.items()
         }
         return {**state_dict, "state": rest}
 
-    def _check_masked(self, step: int) -> None:
-        """Raise ValueError if the masks to be loaded are not those of the prunable parameters."""
+    def _check_masks(self, step: int, theirs: list[str] | None) -> None:
+        """Raise ValueError if the masks to be loaded are not those of the prunable parameters.
+        ``theirs`` are their names; DCP, which puts them in their places by name, brings none."""
         masked = {id(parameter) for parameter, _ in self._loaded_masks}
         # Before the first step there are none.
         if not masked and not self._is_masked(step):
             return
-        if masked != {id(parameter) for parameter in self.prunable.parameters}:
-            self._loaded_masks = []
-            raise ValueError(
-                f"the state's {len(masked)} masks are of other parameters than the "
-                f"{len(self.prunable.parameters)} that this {type(self).__name__} prunes; make it "
-                "with the same prunable set"
+        ours, own = self._names(), f"this {type(self).__name__}"
+        is_in_place = masked == {id(parameter) for parameter in self.prunable.parameters}
+        if is_in_place and theirs in (None, ours):
+            return
+        names = ours if theirs is None else theirs
+        extra = [name for name in names if name not in ours]
+        missing = [name for name in ours if name not in names]
+        if extra or missing:
+            found = [f"no mask of {_first(missing)}"] if missing else []
+            found += [f"a mask of {_first(extra)} that {own} does not prune"] if extra else []
+            mistake = f"the state has {' and '.join(found)}; make it with the same prunable set"
+        elif theirs is not None and len(masked) == len(ours):
+            pairs = zip(theirs, ours, strict=True)
+            moved = [f", {was} where {own} has {now}" for was, now in pairs if was != now]
+            mistake = (
+                f"the state has the masks of {own} in other places{''.join(moved[:1])}: the base "
+                "optimizer's parameters stand in another order; make it as it was, or save and "
+                "load with DCP's get_optimizer_state_dict, which goes by name"
             )
-
-    def _check_names(self, theirs: list[str] | None) -> None:
-        """Raise ValueError if the masks to be loaded were of other names. DCP, which puts them in
-        their places by name, brings none."""
-        ours = self._names()
-        if self._loaded_masks and theirs is not None and theirs != ours:
-            was, is_now = next(pair for pair in zip(theirs, ours, strict=True) if len({*pair}) > 1)
-            self._loaded_masks = []
-            raise ValueError(
-                f"the state has a mask of {was} where this {type(self).__name__} has {is_now}: the "
-                "base optimizer's parameters stand in another order; make it as it was, or save "
-                "and load with DCP's get_optimizer_state_dict, which goes by name"
+        else:
+            mistake = (
+                f"the state's {len(masked)} masks are of other parameters than the {len(ours)} "
+                f"that {own} prunes; make it with the same prunable set"
             )
+        self._loaded_masks = []
+        raise ValueError(mistake)
 
     def _names(self) -> list[str]:
         """Of the prunable parameters, in the base optimizer's order."""
@@ -414,3 +420,8 @@ def _only_pruned(target: Compression) -> Compression:
     if target.bits is not None:
         raise ValueError(f"a mask cannot round weights: the target {target} has bits; leave them")
     return target
+
+
+def _first(names: list[str]) -> str:
+    """The first of `names`, and how many more there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"

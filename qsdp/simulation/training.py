@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
+from qsdp import compat
 from qsdp.config import QSDPConfig
 from qsdp.simulation.volume import WireBytes, count_bytes
 from qsdp.simulation.wire import Reduction, Wire
@@ -110,11 +111,15 @@ class Simulation:
         self._model, self._wire, self._pass = model, wire, _Pass(model, loss)
         self._has_reduced = False
         # A layer that writes its buffers must not write the user's.
-        self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        rows = {name: wire.cut(name, p.detach()) for name, p in model.named_parameters()}
+        self._buffers = {
+            name: buffer.clone() for name, buffer in compat.named_buffers(model).items()
+        }
+        named = compat.named_parameters(model)
+        rows = {name: wire.cut(name, p.detach()) for name, p in named.items()}
+        self._shapes = {name: p.shape for name, p in named.items()}
         self.shards = [
             {
-                name: nn.Parameter(cut[rank].clone(), model.get_parameter(name).requires_grad)
+                name: nn.Parameter(cut[rank].clone(), named[name].requires_grad)
                 for name, cut in rows.items()
             }
             for rank in range(wire.world.world_size)
@@ -230,7 +235,7 @@ class Simulation:
         Raises ValueError when it has others.
         """
         sources = self.state() | self._buffers
-        targets = dict(model.named_parameters()) | dict(model.named_buffers())
+        targets = compat.named_parameters(model) | compat.named_buffers(model)
         for name in sorted(sources.keys() | targets.keys()):
             ours, theirs = (
                 "none" if name not in found else str(tuple(found[name].shape))
@@ -250,7 +255,25 @@ class Simulation:
         Args:
             masks: by name a bool mask of the whole parameter; all other weights must be +0.0.
             with_grads: False sends all gradients.
+
+        Raises ValueError for a mask that is no bool tensor of a parameter's shape.
         """
+        for name, mask in (masks or {}).items():
+            if name not in self._shapes:
+                raise ValueError(
+                    f"a mask is given for {name!r}, which is no parameter of the model; give masks "
+                    "by the names of state()"
+                )
+            if type(mask) is not Tensor or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"the mask of {name} is a {type(mask).__name__} of "
+                    f"{getattr(mask, 'dtype', None)}; give a bool tensor of the parameter's shape"
+                )
+            if mask.shape != self._shapes[name]:
+                raise ValueError(
+                    f"the mask of {name} has shape {tuple(mask.shape)}, and the parameter "
+                    f"{tuple(self._shapes[name])}; give a mask of that shape"
+                )
         self._wire.set_support(masks or {}, with_grads=with_grads)
 
     def wire_bytes(
@@ -323,7 +346,9 @@ class Simulation:
             name: value.detach().requires_grad_(self.shards[0][name].requires_grad)
             for name, value in weights.items()
         }
-        whole = {f"model.{name}": value for name, value in {**self._buffers, **leaves}.items()}
+        whole = {
+            self._pass.names[name]: value for name, value in {**self._buffers, **leaves}.items()
+        }
         loss = functional_call(self._pass, whole, (batch, scale))
         grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         return float(loss.detach()), grads
@@ -356,6 +381,11 @@ class _Pass(nn.Module):
     def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor] | None) -> None:
         super().__init__()
         self.model, self._loss = model, loss
+        held = [*self.named_parameters(), *self.named_buffers()]
+        own = [name for name, _ in held if name.startswith("model.")]  # a loss may hold some too
+        clean = compat.clean_names(self, own)
+        self.names = {short.removeprefix("model."): name for name, short in clean.items()}
+        """By clean name in the model, the one that finds it here."""
 
     def forward(self, batch: Any, scale: float) -> Tensor:
         if isinstance(batch, Mapping):
@@ -386,7 +416,7 @@ def _grads(shards: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def _check_model(model: nn.Module, world: World, shard_dims: Mapping[str, int]) -> None:
-    named = dict(model.named_parameters())
+    named = compat.named_parameters(model)
     if not named:
         raise ValueError(f"{type(model).__name__} has no parameters; give a model to train")
     for name in shard_dims:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qsdp import compat
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.codec.rounding import Key
 from qsdp.comm.measure import Claim
@@ -56,22 +57,25 @@ class Wire:
         numbers: Numbers,
         shard_dims: Mapping[str, int],
     ) -> None:
-        config.check_policy(list(numbers.parameters), tied_names(model))
+        tied, tables = tied_names(model), embedding_names(model)
+        clean = compat.clean_names(model, {*tied, *tied.values(), *tables})
+        aliases = {clean[alias]: clean[name] for alias, name in tied.items()}
+        config.check_policy(list(numbers.parameters), aliases)
         self.config, self.world, self.numbers = config, world, numbers
         self.is_two_hop = world.is_two_hop(config)
         self._shard_dims = shard_dims
         self._codecs: dict[tuple[Segment, int, bool], Codec] = {}
-        embeddings = embedding_names(model)
+        embeddings, named = {clean[name] for name in tables}, compat.named_parameters(model)
         self._bits: Bits = {
             name: _bits(name, parameter, config, name in embeddings)
-            for name, parameter in model.named_parameters()
+            for name, parameter in named.items()
         }
         self._kept: Mapping[str, list[Tensor]] = {}
         self._sparse_grads = True
         order = sorted(self._bits, key=lambda n: (numbers.groups[n], numbers.parameters[n]))
         weights, grads = (
             {
-                name: self._claim(name, model.get_parameter(name), is_grad, name in embeddings)
+                name: self._claim(name, named[name], is_grad, name in embeddings)
                 for name in order
                 if self._bits[name][is_grad] <= 8
             }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from qsdp import compat
 from qsdp.codec.payload import DType
 from qsdp.config import QSDPConfig
 
@@ -85,7 +87,7 @@ class Numbers:
     """Places in the random generator's counter, as `qsdp.install` counts them."""
 
     parameters: Mapping[str, int]
-    """By name, in the order of `named_parameters()`."""
+    """By name, in the order of `compat.named_parameters`."""
     groups: Mapping[str, int]
     """The group of each parameter, in the order of `modules()`."""
     root: int | None
@@ -124,7 +126,7 @@ def number(model: nn.Module, groups: Sequence[Group]) -> Numbers:
     for module in model.modules():
         if call_of.get(module) in used:
             numbers.setdefault(call_of[module], len(numbers))
-    named = dict(model.named_parameters())
+    named = compat.named_parameters(model)
     return Numbers(
         {name: index for index, name in enumerate(named)},
         {name: numbers[found[parameter]] for name, parameter in named.items()},
@@ -136,8 +138,11 @@ def number(model: nn.Module, groups: Sequence[Group]) -> Numbers:
 def _resolve(model: nn.Module, names: Mapping[nn.Module, str], member: object) -> nn.Module:
     if isinstance(member, nn.Module) and member in names:
         return member
-    if isinstance(member, str) and member in names.values():
-        return model.get_submodule(member)
+    if isinstance(member, str):
+        # Wrappers look up in what they wrap, so names may skip them.
+        with suppress(AttributeError):
+            if (module := model.get_submodule(member)) in names:
+                return module
     given = type(member).__name__ if isinstance(member, nn.Module) else repr(member)
     raise ValueError(
         f"groups holds {given}, which is no module of this {type(model).__name__}; give modules of "

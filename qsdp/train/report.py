@@ -103,6 +103,8 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
         plots = write_plots(job.out / "plots", history, summary)
         write_json(job.out / "summary.json", summary)
         print_summary(Console(), summary, plots)
+        if config.acdc and twin_loss is None:
+            print(f"No dense twin was kept: {job.why_no_twin}")
         print(f"Results are in {job.out}", flush=True)
 
     # Nobody leaves before all is on disk: a launcher may end rank 0 when another rank is gone.

@@ -57,6 +57,8 @@ class Job:
     pace_since: int
     """The step after which batch, wire, precision, optimizer and world have been as they are now:
     times and bytes of earlier steps are another run's."""
+    why_no_twin: str = "the run went on from a checkpoint after the last dense phase"
+    """Of AC/DC, as long as nothing was kept."""
 
     @property
     def out(self) -> Path:

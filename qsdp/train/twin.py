@@ -13,21 +13,28 @@ def consider(job: Job, steps_done: int, loss: float | None = None) -> None:
     """Keep the weights, of validation loss `loss`, if they are dense and the best of the last dense
     phase. Called on all ranks alike; without `loss` it is measured."""
     last_dense = job.config.acdc_schedule(job.config.steps).last_dense_steps()
-    if steps_done - 1 not in last_dense or _is_pruned(job):
+    if steps_done - 1 not in last_dense:
+        return
+    if (zeros := _pruned(job)) > 0:
+        job.why_no_twin = f"{zeros:.0%} of the prunable weights were zero in the last dense phase"
         return
     loss = job.evaluator.loss() if loss is None else loss
     kept = job.world.on_main(lambda: kept_loss(job.out))
     if math.isfinite(loss) and (kept is None or loss < kept):
         meta = {"val_loss": loss, "config": job.config.as_dict()}
         checkpoint.save(job.out / DENSE_TWIN, steps_done, job.model, None, meta, keep=1)
+    elif kept is None:
+        job.why_no_twin = "the validation loss was not finite in the last dense phase"
 
 
-def _is_pruned(job: Job) -> bool:
-    """The step does not tell: the phase's last ends with new masks, and after skipped ones the
-    weights are still those of the phase before."""
+def _pruned(job: Job) -> float:
+    """The fraction of the prunable weights that is zero; 0 where the model is dense. The step
+    does not tell: the phase's last ends with new masks, and after skipped ones the weights are
+    still those of the phase before."""
     target = job.config.acdc_compression.fraction
     # A dense model may have a zero by chance, a pruned one has as many as its target says.
-    return job.evaluator.sparsity()["prunable"] > target / 2
+    zeros = job.evaluator.sparsity()["prunable"]
+    return zeros if zeros > target / 2 else 0.0
 
 
 def kept_loss(out: Path) -> float | None:
