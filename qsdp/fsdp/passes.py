@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
@@ -175,7 +175,7 @@ class Passes:
             members = self._members(group, range(len(self._plans)))
             self._backward_facts = {
                 "step": self._wire.clock.step,
-                **self._facts(members),
+                **self.facts(members),
                 **self._settings(members, is_forward=False),
             }
             self._meeting = Meeting(_BACKWARD, self._backward_facts, [group])
@@ -287,7 +287,7 @@ class Passes:
         facts: dict[str, object] = {
             "the first group": first.name,
             "gradients": self._grad_mode,
-            **self._facts(members),
+            **self.facts(members),
             **self._settings(members, is_forward=True),
             "due before it": self.due or "nothing",
         }
@@ -307,7 +307,7 @@ class Passes:
                 self.caches[i].forget_frozen()
         self._agreed[tuple(members)] = facts
 
-    def _facts(self, members: list[int]) -> dict[str, object]:
+    def facts(self, members: Iterable[int]) -> dict[str, object]:
         """What payloads of ``members`` depend on, in both directions."""
         wire = self._wire
         return {
