@@ -365,17 +365,21 @@ def _with_state(**changes: Any) -> Act:
     return act
 
 
-def _with_other_bits(stage: Stage) -> None:
+def _load_other_bits(stage: Stage) -> None:
     state, rows = stage.handle.state_dict(), stage.handle.report().rows
     bits = {row.name: [3, 3] for row in rows if "bits" in row.weight}
     shapes = {row.name: list(row.shape) for row in rows}
     stage.handle.load_state_dict(state | {"parameters": shapes, "bits": bits})
+
+
+def _with_other_bits(stage: Stage) -> None:
+    _load_other_bits(stage)
     stage.forward()
 
 
 def _with_other_levels(stage: Stage) -> None:
     state = stage.handle.state_dict()
-    changed = [[*row[:3], *(0.5 * each for each in row[3:])] for row in state["levels"]]
+    changed = [[*row[:3], *(each * each for each in row[3:])] for row in state["levels"]]
     stage.handle.load_state_dict(state | {"levels": changed})
     stage.forward()
 
@@ -704,6 +708,17 @@ def _train_and_measure(stage: Stage) -> None:
     stage.handle.errors()
 
 
+def _asks_for_errors(change: Act) -> Act:
+    """Change something, and ask for the errors."""
+
+    def act(stage: Stage) -> None:
+        change(stage)
+        stage.handle.errors()
+
+    return act
+
+
+ERRORS = "handle.errors"
 LEARNED = {"levels": "learned", "weight_bits": 4}
 
 HANDLE = {
@@ -762,6 +777,37 @@ HANDLE = {
         says=apart("handle.errors", FORWARD),
         config=LEARNED,
     ),
+    "errors at another step": Point(
+        before=_train,
+        there=_asks_for_errors(lambda stage: _load(stage, step=4, reduced=0)),
+        elsewhere=_then_forward("errors"),
+        says=differs(ERRORS, "step", "4", "1"),
+    ),
+    "errors of other bits": Point(
+        there=_asks_for_errors(_load_other_bits),
+        elsewhere=_asks_for_errors(lambda stage: stage.handle.state_dict()),
+        says=differs(ERRORS, "bits and levels", r"\w+", r"\w+"),
+        config={"budget": 5},
+    ),
+    "errors where bits are due": Point(
+        before=_train,
+        there=_asks_for_errors(lambda stage: _load(stage, step=1, reduced=0)),
+        elsewhere=_then_forward("errors"),
+        says=differs(ERRORS, "due before it", "nothing", "bits"),
+        config={"budget": 5},
+    ),
+    "errors without masks": Point(
+        before=_set_masks(UP),
+        there=_asks_for_errors(lambda stage: stage.handle.set_support(None)),
+        elsewhere=_then_forward("errors"),
+        says=differs(ERRORS, "masks", "lifted", "of call 1 of set_support"),
+    ),
+    "errors of frozen parameters": Point(
+        there=_asks_for_errors(lambda stage: stage.parameter(UP).requires_grad_(False)),
+        elsewhere=_then_forward("errors"),
+        says=differs(ERRORS, "frozen parameters", UP, "none"),
+        config=ONCE,
+    ),
     "state_dict": Point(
         there=_then_forward("state_dict"),
         elsewhere=_forward,
@@ -799,7 +845,7 @@ HANDLE = {
 
 
 def _load(stage: Stage, **changes: Any) -> None:
-    state = stage.handle._wire.clock.state_dict() | {"bits": [], "levels": []}
+    state = stage.handle._wire.clock.state_dict() | {"request": {}, "bits": {}, "levels": []}
     stage.handle.load_state_dict(state | changes)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -146,6 +149,89 @@ def test_what_is_of_another_model_is_refused_in_one_sentence_and_nothing_is_load
     for said in run(2, _refused):
         for what, words in REFUSED.items():
             assert words in said[what]
+            assert "\n" not in said[what]
+
+
+NAME = "blocks.0.qkv.weight"
+
+
+def _with(value: Any, *path: Any) -> Callable[[dict[str, Any]], object]:
+    """Set an entry of a state."""
+
+    def damage(state: Any) -> None:
+        for key in path[:-1]:
+            state = state[key]
+        state[path[-1]] = value
+
+    return damage
+
+
+def _lowered(state: dict[str, Any]) -> None:
+    row = state["levels"][0]
+    row[4], row[5] = row[5] + 0.01, row[4]
+
+
+DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    **{
+        f"no {key}": (operator.methodcaller("pop", key), f"the state lacks {key}; give all that")
+        for key in ("seed", "step", "reduced", "request", "bits", "levels")
+    },
+    **{
+        f"bits {bits}": (_with(bits, "bits", NAME), f"bits of {NAME} are {bits!r}; give [2 to 8, 2")
+        for bits in ([99, 4], [0, 4], [4, 1], [16, 4], [4.7, 4], ["a", "b"], [True, 4], [4], None)
+    },
+    "bits by number": (_with([[NAME, 4, 4]], "bits"), "the state's bits are [['blocks.0.qkv"),
+    "bits of a number": (_with(7, "bits"), "the state's bits is 7; give a dict by name"),
+    "bits of nothing": (_with(None, "bits"), "the state's bits is None"),
+    "levels by name": (_with({"a": 1}, "levels"), "the state's levels is {'a': 1}; give a list"),
+    "a row of nothing": (_with([], "levels", 0), "the state has [] among its levels; give rows"),
+    "a row of a number": (_with(3, "levels", 0), "the state has 3 among its levels"),
+    "a row cut short": (_with([NAME, "grad"], "levels", 0), "'grad'] among its levels"),
+    "a name that is a list": (_with([NAME], "levels", 0, 0), "levels for ['blocks"),
+    "a kind that is a list": (_with(["grad"], "levels", 0, 1), "levels for"),
+    "bits of a row in words": (_with("4", "levels", 0, 2), "levels for"),
+    "a level in words": (_with("x", "levels", 0, 5), "; give numbers from 0 to 1 in ascending"),
+    "a level that is NaN": (_with(math.nan, "levels", 0, 5), "; give numbers from 0 to 1 in asc"),
+    "a level above 1": (_with(5.0, "levels", 0, 5), "; give numbers from 0 to 1 in ascending"),
+    "a last level of infinity": (_with(math.inf, "levels", 0, -1), "; give numbers from 0 to 1"),
+    "levels in another order": (_lowered, "; give numbers from 0 to 1 in ascending order"),
+    "a row twice": (
+        lambda state: state["levels"].append(state["levels"][0]),
+        "twice; give them once",
+    ),
+    "a step in words": (_with("abc", "step"), "the state's step is 'abc'; give a whole number"),
+    "a broken step": (_with(1.5, "step"), "the state's step is 1.5; give a whole number"),
+    "a negative step": (_with(-1, "step"), "the state's step is -1; give a whole number from 0"),
+    "a negative seed": (_with(-3, "seed"), "the state's seed is -3; give a whole number from 0"),
+    "reduced twice": (_with(2, "reduced"), "the state's reduced is 2; give 0 or 1"),
+    "parameters in a list": (_with([1], "parameters"), "the state's parameters is [1]; give a"),
+    "a request in words": (_with("8 bits", "request"), "the state's request is '8 bits'; give a"),
+}
+
+
+def _refuses_damage() -> dict[str, str]:
+    handle = _trained(make_model())
+    state = json.loads(json.dumps(handle.state_dict()))
+    other = _trained(make_model(1), steps=3)
+    before, said = other.state_dict(), {}
+    for what, (damage, _) in DAMAGED.items():
+        damaged = copy.deepcopy(state)
+        damage(damaged)
+        with pytest.raises(ValueError) as caught:
+            other.load_state_dict(damaged)
+        assert other.state_dict() == before, what
+        said[what] = str(caught.value)
+    with pytest.raises(ValueError, match="the state is a list; give the dict"):
+        other.load_state_dict([state])  # type: ignore[arg-type]
+    other.load_state_dict(state)
+    assert other.state_dict() == state
+    return said
+
+
+def test_a_damaged_state_is_refused_in_one_sentence_and_nothing_is_loaded(run: Run) -> None:
+    for said in run(2, _refuses_damage):
+        for what, (_, words) in DAMAGED.items():
+            assert words in said[what], what
             assert "\n" not in said[what]
 
 

@@ -3,6 +3,7 @@ of payloads that are kept, where nothing is quantized at all."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -58,12 +59,13 @@ def _errors(case: Case, steps: int, is_exact: bool) -> Any:
             pass
     done = {
         name: float((found[name] - value).double().norm() / value.double().norm().clamp(1e-30))
-        for name, value in exact.items()
+        for name, value in ((name, value.to(case.dtypes[0])) for name, value in exact.items())
     }
     return said, done
 
 
 NEAREST: dict[str, Any] = {"rounding": "nearest", "weight_bits": 4, "grad_bits": 4}
+EIGHT: dict[str, Any] = {**NEAREST, "weight_bits": 8}
 ONCE: dict[str, Any] = {**NEAREST, "gather": "once"}
 LEARNED: dict[str, Any] = {"levels": "learned", "level_steps": (1,)}
 
@@ -76,8 +78,14 @@ LEARNED: dict[str, Any] = {"levels": "learned", "level_steps": (1,)}
         (Case(sparse=True, config={**NEAREST, "warmup_steps": 1, "warmup_bits": 6}), 0, False),
         (Case(sparse=True, config=NEAREST), 1, True),
         (Case(ranks=1, config=NEAREST), 1, False),
+        (Case(config={**NEAREST, **LEARNED}), 1, False),
+        (Case(config={**NEAREST, **LEARNED, "budget": 5.5}), 1, False),
+        (Case(dtypes=(torch.bfloat16, torch.bfloat16), config=EIGHT), 1, False),
     ],
-    ids=["masks", "masks-gathered-once", "masks-in-a-warm-up", "exact", "one-rank"],
+    ids=[
+        *("masks", "masks-gathered-once", "masks-in-a-warm-up", "exact", "one-rank"),
+        *("levels-due", "budget-due", "bf16"),
+    ],
 )
 def test_the_errors_said_are_those_of_the_weights_that_a_gather_brings(
     run: Run, case: Case, steps: int, is_exact: bool
@@ -87,6 +95,51 @@ def test_the_errors_said_are_those_of_the_weights_that_a_gather_brings(
             assert done[name] == pytest.approx(error or 0.0, rel=1e-4), name
         is_coded = not is_exact and case.ranks > 1
         assert (said["blocks.0.qkv.weight"] is not None) == is_coded
+
+
+def _measured_along_the_way(asks: bool) -> Any:
+    """A training with a budget and learned levels, where errors are asked for at every point of a
+    step: all that it depends on, the errors of its gradients, and what is due at each point."""
+    config: dict[str, Any] = {"budget": 5.5, "levels": "learned", "level_steps": (1, 2)}
+    model, handle = installed(Case(ranks=2, config=config), 9)
+    found: list[Any] = []
+    due = []
+
+    def ask() -> None:
+        if asks:
+            due.append(handle._adaptation.due)
+            before = handle._wire.levels and handle._wire.levels.state()
+            with torch.inference_mode(len(due) % 2 == 0):
+                handle.errors()
+            assert handle._wire.levels
+            assert handle._wire.levels.state() == before
+
+    for step in range(4):
+        with handle.measuring():
+            ask()
+            loss = model(*make_batch(model, step))
+            ask()
+            loss.backward()
+            ask()
+        found.append((float(loss), {n: e["grad"] for n, e in handle.errors().items()}))
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-0.1)
+                p.grad = None
+        ask()
+        if step == 2:
+            found.append(json.dumps(handle.state_dict()))
+    weights = {name: value.tolist() for name, value in full_state(model).items()}
+    return [*found, json.dumps(handle.state_dict()), weights], due
+
+
+def test_a_training_is_the_same_where_errors_are_asked_for(run: Run) -> None:
+    for (expected, _), (found, due) in zip(
+        run(2, _measured_along_the_way, False), run(2, _measured_along_the_way, True), strict=True
+    ):
+        assert {*due} == {"", "bits and levels", "levels"}
+        assert found == expected
 
 
 def _sent_of(model: Toy, masks: bool) -> dict[str, Tensor]:

@@ -554,7 +554,7 @@ def _asked_anew(before: dict[str, Any], after: dict[str, Any], forgets: bool) ->
     state = handle.state_dict()
     assert json.loads(json.dumps(state)) == state
     if forgets:
-        del state["request"]
+        state["request"] = {}
     note(handle)
     handle.load_state_dict(start)
     back = handle

@@ -1,7 +1,9 @@
 """Learned levels of all parameters: where they stand, and how ranks learn them alike."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
+from itertools import pairwise
+from reprlib import repr as shown
 from typing import Any
 
 import torch
@@ -44,14 +46,38 @@ def _start(parameter: int, bits: int, kind: Kind) -> int:
     return (len(_LEARNED_KINDS) * parameter + kind) * _STRIDE + before
 
 
-def check_rows(rows: Iterable[Sequence[Any]]) -> None:
-    """Raise ValueError unless each of ``rows``, of `Levels.state`, holds the levels of its bits."""
-    for name, kind, bits, *levels in rows:
-        if kind not in _LEARNED_KINDS or bits not in LEARNED_BITS or len(levels) != 1 << bits:
+def check_rows(rows: Iterable[Any]) -> None:
+    """Raise ValueError unless ``rows`` are such as `Levels.state` gives: each with levels that the
+    codec can take, and none twice."""
+    seen = set()
+    for row in rows:
+        if not isinstance(row, list | tuple) or len(row) < 3:
             raise ValueError(
-                f"the state has {len(levels)} levels for {name}'s {kind} of {bits} bits; "
+                f"the state has {shown(row)} among its levels; give rows [name, kind, bits, level, "
+                "...], as it was taken"
+            )
+        name, kind, bits, *levels = row
+        whose = f"{name}'s {kind} of {bits} bits"
+        is_known = type(name) is type(kind) is str and kind in _LEARNED_KINDS
+        is_coded = type(bits) is int and bits in LEARNED_BITS
+        if not is_known or not is_coded or len(levels) != 1 << bits:
+            raise ValueError(
+                f"the state has {len(levels)} levels for {whose}; "
                 f"give 2**bits of {', '.join(_LEARNED_KINDS)} at 2 to 6 bits, as it was taken"
             )
+        is_real = all(type(level) in (int, float) for level in levels)
+        if not is_real or (levels[0], levels[-1]) != (0, 1) or not _ascend(levels):
+            raise ValueError(
+                f"the state has the levels {shown(levels)} for {whose}; give numbers from 0 to 1 "
+                "in ascending order, as it was taken"
+            )
+        if (name, kind, bits) in seen:
+            raise ValueError(f"the state has levels for {whose} twice; give them once")
+        seen.add((name, kind, bits))
+
+
+def _ascend(levels: Sequence[float]) -> bool:
+    return all(a <= b for a, b in pairwise(levels))  # a NaN does not
 
 
 class Levels:
@@ -110,6 +136,16 @@ class Levels:
             start = _start(self._indices[name], bits, _LEARNED_KINDS[kind])
             self.values[start : start + len(levels)] = torch.tensor(levels)
             self._learned.add((start, bits))
+
+    def rewind_point(self) -> Callable[[], None]:
+        """A function that makes all as it is now."""
+        values, learned = self.values.clone(), set(self._learned)
+
+        def rewind() -> None:
+            self.values.copy_(values)
+            self._learned = learned
+
+        return rewind
 
     def _uniform(self) -> Tensor:
         slot = torch.cat([uniform_levels(bits) for bits in LEARNED_BITS])

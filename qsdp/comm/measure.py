@@ -17,7 +17,8 @@ from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
 
 
 class Meter:
-    """Adds up, for each parameter and direction, the squares of values and of their errors.
+    """Adds up, for each parameter and direction, the squares of values and of their errors, once
+    decoded as the wire does: weights into their own type, gradients into fp32.
 
     Args:
         config: buckets and roundings.
@@ -37,7 +38,7 @@ class Meter:
         if not row[Field.BITS]:
             return
         for bits in self._bits or [row[Field.BITS]]:
-            found = self._measure(values.float(), row, bits, kind)
+            found = self._measure(values, row, bits, kind)
             key = (row[Field.PARAMETER], kind == Kind.GRAD, bits if self._bits else 0)
             if key in self._sums:
                 reads_on_this_stream(self._sums[key])  # of a reduce; replicas have another stream
@@ -73,7 +74,7 @@ class Meter:
     def _measure(self, values: Tensor, row: list[int], bits: int, kind: Kind) -> Tensor:
         segment = Segment(
             bits=bits,
-            dtype=DType.FP32,
+            dtype=DType(row[Field.DTYPE]),
             padded=values.numel(),
             parameter=row[Field.PARAMETER],
             bucket=self._config.bucket_of(bits, is_grad=kind == Kind.GRAD),
@@ -81,13 +82,18 @@ class Meter:
             levels=offset(self._config, row[Field.PARAMETER], bits, kind),
         )
         layout = Layout([segment], row[Field.GROUP])
-        table = torch.tensor(layout.table([values.numel()]))
+        is_grad = kind == Kind.GRAD
+        encode, decode = (
+            torch.tensor(layout.table([values.numel()], dtype))
+            for dtype in (None, DType.FP32 if is_grad else None)
+        )
         payload = torch.empty(layout.payload_bytes, dtype=torch.uint8, device=values.device)
-        decoded = torch.empty_like(values)
+        decoded = torch.empty_like(values, dtype=torch.float32 if is_grad else None)
         given = values.contiguous().view(torch.uint8)
-        torch.ops.qsdp.encode(given, table, 0, layout.header(0, 0), payload, self._levels)
-        torch.ops.qsdp.decode(payload, table, 0, decoded.view(torch.uint8), levels=self._levels)
-        error, square = (part.double().square().sum() for part in (decoded - values, values))
+        torch.ops.qsdp.encode(given, encode, 0, layout.header(0, 0), payload, self._levels)
+        torch.ops.qsdp.decode(payload, decode, 0, decoded.view(torch.uint8), levels=self._levels)
+        exact = values.float()
+        error, square = (part.double().square().sum() for part in (decoded.float() - exact, exact))
         return torch.stack([error, square])
 
 

@@ -1,7 +1,9 @@
 """What changes while training: bits that follow a budget, levels that are learned."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
+from reprlib import repr as shown
 from typing import Any
 
 import torch
@@ -86,18 +88,33 @@ class Adaptation:
         if self._settled >= 0:
             self._watch(self._settled)
 
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside, bits and levels are those of a gather for training that came now; afterwards
+        what was due is due again. A collective when something is due."""
+        if not self.due or self._wire.is_exact:  # such gathers wait for nothing
+            yield
+            return
+        with torch.inference_mode(False):  # what is copied now is written in training
+            rewind = self.rewind_point()
+        try:
+            self.settle()
+            yield
+        finally:
+            rewind()
+
     def rewind_point(self) -> Callable[[], None]:
         """A function that makes all as it is now, between two steps."""
         settled, bits, levels = self._settled, self._bits, self._wire.levels
-        values = None if levels is None else levels.values.clone()
+        rewind_levels = None if levels is None else levels.rewind_point()
         meter = None if self._meter is None else self._meter.copy()
         counts = None if self._counts is None else self._counts.copy()
 
         def rewind() -> None:
             if bits != self._bits:
                 self._set_bits(bits)
-            if levels is not None and values is not None:
-                levels.values.copy_(values)
+            if rewind_levels is not None:
+                rewind_levels()
             self._settled = settled
             self._mark()
             self._take_meters()
@@ -125,16 +142,22 @@ class Adaptation:
         bits, levels = self._to_take_over(state)
         if not bits and not levels:
             return
-        ours, theirs = self._shapes(), state.get("parameters")
+        ours = self._shapes()
         advice = (
             "load it into the model that it was taken from, or give it with empty "
             '"bits" and "levels", to find both anew'
         )
-        if not isinstance(theirs, dict):
+        if "parameters" not in state:
             raise ValueError(
                 "the state has bits or levels by the numbers of parameters, as earlier versions of "
                 f"qsdp wrote them, and not by their names; {advice}"
             )
+        if not isinstance(bits, dict):
+            raise ValueError(
+                f"the state's bits are {shown(bits)}; give a dict by name, as it was taken"
+            )
+        check_rows(levels)
+        theirs = state["parameters"]
         theirs = dict.fromkeys([*bits, *(row[0] for row in levels)], "unknown") | theirs
         differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
         if differing:
@@ -144,13 +167,21 @@ class Adaptation:
                 f"the state is of another model: {first} is {there} there and {here} here, the "
                 f"first of {len(differing)} differences; {advice}"
             )
-        odd = sorted(bits.keys() ^ self._allottable()) if bits else []
+        allottable = self._allottable() if bits else {}
+        odd = sorted(bits.keys() ^ allottable.keys())
         if odd:
             raise ValueError(
                 f"the state has {'bits' if odd[0] in bits else 'no bits'} for {odd[0]}, the first "
                 f"of {len(odd)} differences to what the budget is allotted to here; {advice}"
             )
-        check_rows(levels)
+        for name, allowed in allottable.items():
+            both = bits[name]
+            if not isinstance(both, list | tuple) or not _are_among(both, allowed):
+                words = ", ".join("2 to 8" if len(own) > 1 else str(*own) for own in allowed)
+                raise ValueError(
+                    f"the state's bits of {name} are {shown(both)}; give [{words}], of weights and "
+                    "of gradients, as it was taken"
+                )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over levels, and the bits if they were allotted to the same request; what was due
@@ -158,7 +189,7 @@ class Adaptation:
         self._take_meters()
         self._settled = self._wire.clock.next_step
         bits, levels = self._to_take_over(state)
-        self._set_bits({name: (int(w), int(g)) for name, (w, g) in bits.items()})
+        self._set_bits({name: (weight, grad) for name, (weight, grad) in bits.items()})
         if self._wire.levels is not None:
             self._wire.levels.load(levels)
         self._mark()
@@ -166,23 +197,24 @@ class Adaptation:
 
     def _to_take_over(self, state: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """The bits and the rows of levels in ``state`` that are for this config."""
-        bits = state.get("bits") if state.get("request") == self._request else None
-        levels = None if self._wire.levels is None else state.get("levels")
-        return bits or {}, levels or []
+        bits = state["bits"] if state["request"] == self._request else {}
+        return bits or {}, [] if self._wire.levels is None else state["levels"]
 
     def _shapes(self) -> dict[str, Any]:
         """Of all parameters, by name, in JSON's types."""
         return {p.name: list(p.shape) for plan in self._plans for p in plan.parameters}
 
-    def _allottable(self) -> set[str]:
-        """Names of the parameters that share the budget."""
-        return {
-            p.name
-            for plan in self._plans
-            for is_grad in (False, True)
-            for p, claim in plan.claims(is_grad=is_grad)
-            if claim.kept_bits is None
-        }
+    def _allottable(self) -> dict[str, list[tuple[int, ...]]]:
+        """By the names of the parameters that share the budget, what bits their weights and their
+        gradients may be given: one of the two may keep its own."""
+        found: dict[str, list[tuple[int, ...]]] = {}
+        for plan in self._plans:
+            for is_grad in (False, True):
+                for p, claim in plan.claims(is_grad=is_grad):
+                    if claim.kept_bits is None:
+                        own = found.setdefault(p.name, [(p.weight_bits,), (p.grad_bits,)])
+                        own[is_grad] = CODED_BITS
+        return found
 
     def _mark(self) -> None:
         """Write down in `mark`, for comparison, what bits and levels are now."""
@@ -268,6 +300,12 @@ class Adaptation:
         self._mark()
         for plan in self._plans:
             plan.set_bits(bits)
+
+
+def _are_among(both: Sequence[Any], allowed: Sequence[tuple[int, ...]]) -> bool:
+    return len(both) == len(allowed) and all(
+        type(bits) is int and bits in own for bits, own in zip(both, allowed, strict=True)
+    )
 
 
 def _request(config: QSDPConfig) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from qsdp.fsdp.planning import (
     split_into_nodes,
 )
 from qsdp.fsdp.report import Report, Row
+from qsdp.fsdp.state import check_form
 from qsdp.meeting import meet, mistakes_shared
 
 
@@ -270,20 +271,23 @@ class Handle:
         """Relative errors of quantization by parameter name: {"weight": e, "grad": e}, each
         |decoded - value| / |value| in the 2-norm over all ranks. A collective.
 
-        Weights are those of now, the values that a gather now would send (under `set_support` the
-        kept ones); gradients those sent so far inside the `measuring` that was entered or left
-        last. None where nothing was sent, or not in codes: inside `exact`, with one rank, at 16 and
-        32 bits.
+        Weights are those of now, the values that a gather for training now would send (under
+        `set_support` the kept ones), at the bits and levels that it would: what is due before it
+        is done for the measure alone, and training goes on as if it had not been. Gradients are
+        those sent so far inside the `measuring` that was entered or left last. None where nothing
+        was sent, or not in codes: inside `exact`, with one rank, at 16 and 32 bits.
         """
         self._check_installed()
         facts = {
-            "weights": "exact" if self._wire.is_exact else "quantized",
+            **self._facts_of_step(),
+            **self._passes.facts(range(len(self._plans))),
             "measured gradients": self._grad_meter is not None,
         }
         self._meet("handle.errors", facts)
         weights = Meter(self.config, self._wire.level_values)
         meter = weights if self._grad_meter is None else self._grad_meter
-        self._adaptation.measure_as_sent(weights)
+        with self._adaptation.settled():
+            self._adaptation.measure_as_sent(weights)
         parameters = [p for plan in self._plans for p in plan.parameters]
         columns = {
             name: [_relative(*pair) for pair in source.totals(keys, self._everyone).tolist()]
@@ -303,12 +307,7 @@ class Handle:
         """
         self._check_installed()
         if self.config.budget is not None or self.config.levels == "learned":
-            facts = {
-                "step": self._wire.clock.next_step,
-                "bits and levels": self._adaptation.mark,
-                "due": self._adaptation.due,
-            }
-            self._meet("handle.state_dict", facts)
+            self._meet("handle.state_dict", self._facts_of_step())
         return self._wire.clock.state_dict() | self._adaptation.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -318,11 +317,13 @@ class Handle:
         otherwise the config's own hold, and a budget is allotted by the errors of the next step.
         Levels are taken over if they are learned here.
 
-        Raises ValueError, and loads nothing, if there are bits or levels to take over and the state
-        is of a model whose parameters have other names or shapes: a head was replaced, say. With
-        empty "bits" and "levels" such a state is loaded, and both are found anew.
+        Raises ValueError, and loads nothing, if the state is not such as `state_dict` gives, or if
+        there are bits or levels to take over and the state is of a model whose parameters have
+        other names or shapes: a head was replaced, say. With empty "bits" and "levels" such a state
+        is loaded, and both are found anew.
         """
         self._check_installed()
+        check_form(state)
         self._adaptation.check_state(state)
         self._passes.mend()
         self._passes.begin_anew()
@@ -376,6 +377,14 @@ class Handle:
         self._reshard()
         for hops in self._hops.values():
             hops.close()
+
+    def _facts_of_step(self) -> dict[str, object]:
+        """What the ranks have come to."""
+        return {
+            "step": self._wire.clock.next_step,
+            "bits and levels": self._adaptation.mark,
+            "due before it": self._adaptation.due or "nothing",
+        }
 
     def _meet(self, call: str, facts: Mapping[str, object]) -> None:
         """Make sure that all ranks are at ``call``, or that the replicas of those that are not hear

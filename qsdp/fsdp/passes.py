@@ -195,7 +195,7 @@ class Passes:
     def _facts_of_backward(self, members: Sequence[int]) -> dict[str, object]:
         """What the collectives of ``members`` in a backward pass depend on."""
         step = {"step": self._wire.clock.step}
-        return {**step, **self._facts(members), **self._settings(members, is_forward=False)}
+        return {**step, **self.facts(members), **self._settings(members, is_forward=False)}
 
     def _facts_of_average(self) -> dict[str, object]:
         """What the average over the replicas depends on."""
@@ -305,7 +305,7 @@ class Passes:
         facts: dict[str, object] = {
             "the first group": first.name,
             "gradients": self._grad_mode,
-            **self._facts(members),
+            **self.facts(members),
             **self._settings(members, is_forward=True),
             "due before it": self.due or "nothing",
         }
@@ -325,7 +325,7 @@ class Passes:
                 self.caches[i].forget_frozen()
         self._agreed[tuple(members)] = facts
 
-    def _facts(self, members: Sequence[int]) -> dict[str, object]:
+    def facts(self, members: Sequence[int]) -> dict[str, object]:
         """What payloads of ``members`` depend on, in both directions."""
         wire = self._wire
         return {

@@ -232,8 +232,8 @@ class Wire:
             return
         exact = values.float()
         for bits in CODED_BITS:
-            decoded = self._cross(name, exact, 0, bits, is_grad=is_grad, is_frozen=is_frozen)
-            error = float((decoded - exact).double().square().sum())
+            decoded = self._cross(name, values, 0, bits, is_grad=is_grad, is_frozen=is_frozen)
+            error = float((decoded.float() - exact).double().square().sum())
             self._budget.add((name, is_grad, bits), rank, error)
 
     def _cross(

@@ -1,0 +1,40 @@
+"""The form of a handle's state: checked before anything of it is loaded."""
+
+from collections.abc import Callable
+from reprlib import repr as shown
+from typing import Any
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "seed": (_is_whole, "a whole number from 0 to 2**63 - 1"),
+    "step": (_is_whole, "a whole number from 0 to 2**63 - 1"),
+    "reduced": (lambda value: type(value) in (int, bool) and value in (0, 1), "0 or 1"),
+    "request": (lambda value: type(value) is dict, "a dict"),
+    "bits": (lambda value: type(value) in (dict, list), "a dict by name"),
+    "levels": (lambda value: type(value) is list, "a list of rows"),
+    "parameters": (lambda value: type(value) is dict, "a dict of shapes by name"),
+}
+"""What each may be, and that in words. Earlier versions wrote no parameters, and a list of bits."""
+
+
+def check_form(state: object) -> None:
+    """Raise ValueError unless ``state`` has the keys that `Handle.state_dict` gives, of its types.
+    What is in its bits and levels, `Adaptation.check_state` looks at."""
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"the state is a {type(state).__name__}; give the dict that handle.state_dict() returns"
+        )
+    missing = [key for key in _KEYS if key not in state and key != "parameters"]
+    if missing:
+        raise ValueError(
+            f"the state lacks {', '.join(missing)}; give all that handle.state_dict() returns"
+        )
+    for key, (is_right, words) in _KEYS.items():
+        if key in state and not is_right(state[key]):
+            raise ValueError(
+                f"the state's {key} is {shown(state[key])}; give {words}, as it was taken"
+            )
