@@ -331,26 +331,42 @@ def test_what_the_message_advises_helps(run: Run) -> None:
         torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-6)
 
 
-def _skip_a_block(odd: int) -> str:
-    """The odd rank leaves out the second of three layers of one size."""
+class Three(nn.Sequential):
+    """Three layers of one size, of which one rank leaves out the second, and others the third."""
+
+    odd: int
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        y_BC: Tensor = self[1 + (dist.get_rank() == self.odd)](self[0](x_BC))
+        return y_BC
+
+
+def _skip_a_block(odd: int, as_wholes: bool) -> str:
     torch.manual_seed(1)
-    model: Any = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+    model: Any = Three(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+    model.odd = odd
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    if not as_wholes:
+        fully_shard(model, mesh=mesh)
     qsdp.install(model)
     try:
-        model[1 + (dist.get_rank() == odd)](model[0](_noise(0)))
+        model(_noise(0))
     except RuntimeError as error:
         return str(error)
     return "gathered garbage"
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_gather_that_meets_that_of_another_group_is_refused(run: Run, ranks: int) -> None:
-    for message in run(ranks, _skip_a_block, 1):
-        assert re.search(r"rank \d sent a payload with header .* for the group of [12]\.", message)
+@pytest.mark.parametrize("as_wholes", [False, True])
+def test_a_gather_that_meets_that_of_another_group_is_refused(
+    run: Run, ranks: int, as_wholes: bool
+) -> None:
+    in_a_pass = r"rank \d sent a payload with header .* for the group of [12]\."
+    at_its_beginning = r"rank 1 is at a forward pass with the first group 2.*, but rank 0 with 1\."
+    for message in run(ranks, _skip_a_block, 1, as_wholes):
+        assert re.search(at_its_beginning if as_wholes else in_a_pass, message)
 
 
 # --- damage -----------------------------------------------------------------------------------
