@@ -37,6 +37,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultReduceScatter,
 )
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 import qsdp
 from qsdp import compat
@@ -765,3 +766,31 @@ def _frozen_between_wholes(is_odd: bool) -> None:
 def test_a_whole_that_one_rank_alone_freezes_is_named(run: Run) -> None:
     for said in run(2, _alone, _frozen_between_wholes):
         assert "with frozen parameters" in said
+
+
+def _in_one_backward(is_odd: bool, way: str) -> None:
+    """Two wholes, of which one rank tells the first not to reduce."""
+    model = _wholes()
+    handle = qsdp.install(model)
+    x_BC = torch.ones(3, 6, requires_grad=way == "recomputed")
+    if way == "recomputed":
+        first = checkpoint(model[0], x_BC, use_reentrant=True)
+    elif way == "exact":
+        with handle.exact():
+            first = model[0](x_BC)
+    else:
+        first = model[0](x_BC)
+    if way == "backward again":
+        first.sum().backward(retain_graph=True)
+    elif way == "older":
+        model[1](x_BC).sum().backward()
+    second = model[1](x_BC if way == "backward again" else first)
+    if is_odd:
+        model[0].set_requires_gradient_sync(False)
+    (first + second).sum().backward()
+
+
+@pytest.mark.parametrize("way", ["recomputed", "exact", "backward again", "older"])
+def test_a_backward_pass_speaks_of_all_wholes_that_it_reaches(run: Run, way: str) -> None:
+    for said in run(2, _alone, partial(_in_one_backward, way=way)):
+        assert "at a backward pass with groups that are not reduced" in said

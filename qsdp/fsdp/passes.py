@@ -109,7 +109,9 @@ class Passes:
         self._agreed: dict[tuple[int, ...], dict[str, object]] = {}
         self._is_in_backward = False
         self._meeting: Meeting | None = None
-        self._trained: set[int] = set()
+        self._whole: dict[int, Sequence[int]] = {}
+        self._open: set[int] = set()
+        self._spoken_of: set[int] = set()
         self._grad_mode = "unknown"
         self._num_edits = 0
         self._indices = {id(group.state): i for i, group in enumerate(groups)}
@@ -149,6 +151,7 @@ class Passes:
             to_come.remove(plan.index)
             return
         members = self._members(plan.group, self._parts)
+        self._open.update(members)
         with self.mistakes_reach_replicas():
             self._meet_for_a_pass(plan, members)
         self._to_come[plan.group] = {*members} - {plan.index}
@@ -156,7 +159,6 @@ class Passes:
         if not wire.is_exact:
             # Not in a validation: its weights may be other ones, compressed or averaged.
             if self._grad_mode in ("on", "unknown"):
-                self._trained.update(members)
                 self._adaptation.settle()
             wire.clock.before_forward()
 
@@ -166,16 +168,27 @@ class Passes:
         if not self._is_in_backward:
             self._begin_backward(plan.group)
         self._end_meeting()
+        whole = self._whole.get(plan.index, [plan.index])
+        if plan.index not in self._spoken_of:  # its forward pass was before another backward pass
+            self._meet_for_a_backward(plan.group, whole)
+            self._end_meeting()
+        self._open.difference_update(whole)
 
     def _begin_backward(self, group: dist.ProcessGroup) -> None:
         """Begin the meeting of a backward pass, beside what comes before its first collective."""
         self._is_in_backward = True
         compat.after_backward(self._end_backward)
-        # Not those of other wholes, which may have backward passes of their own.
-        places = sorted(self._trained) or range(len(self._plans))
+        self._spoken_of.clear()
+        # Not of other wholes, which may have had backward passes of their own.
+        self._meet_for_a_backward(group, sorted(self._open) or range(len(self._plans)))
+
+    def _meet_for_a_backward(self, group: dist.ProcessGroup, places: Sequence[int]) -> None:
+        """Begin a meeting on behalf of those of ``places`` that travel over ``group``."""
         self._refuse(_BACKWARD, places, group)
+        members = self._members(group, places)
+        self._spoken_of.update(members)
         if compat.device_of(group).type == "cpu":  # else nobody would read what is said
-            facts = self._facts_of_backward(self._members(group, places))
+            facts = self._facts_of_backward(members)
             self._meeting = Meeting(_BACKWARD, facts, [group])
 
     def _end_meeting(self) -> None:
@@ -290,7 +303,6 @@ class Passes:
 
     def _end_backward(self) -> None:
         self._is_in_backward = False
-        self._trained.clear()
         self.begin_anew()
         self._end_meeting()
 
@@ -400,16 +412,16 @@ class Passes:
         parts = [self._indices[state] for state in states if state in self._indices]
         self.begin_anew()
         self._parts = parts
+        self._whole.update(dict.fromkeys(parts, parts))
+        self._open.update(parts)  # without gradients too: it may be recomputed in a backward pass
         self._refuse(_FORWARD, parts, self._plans[parts[0]].group if parts else None)
         is_inference = torch.is_inference_mode_enabled()
         self._grad_mode = "in inference mode" if is_inference else _SWITCH[torch.is_grad_enabled()]
         # What is due with all ranks waits for a gather, so that they have met before.
         trains = torch.is_grad_enabled() and not self._wire.is_exact
         is_due = trains and bool(self.due)
-        if trains:
-            self._trained.update(parts)
-            if not is_due:
-                self.settle()
+        if trains and not is_due:
+            self.settle()
         for i in parts:
             self.caches[i].drop_stale(is_due)
             if is_inference:
@@ -421,9 +433,10 @@ class Passes:
         if compat.in_backward() or not compat.is_root(module):
             return
         self._grad_mode = "unknown"
-        self._parts = range(len(self._plans))
+        parts, self._parts = self._parts, range(len(self._plans))
         error = sys.exc_info()[1]
         if output is None and error is not None:
+            self._open.difference_update(parts)
             if not isinstance(error, CollectiveError):  # no rank would answer
                 compat.abandon_pass(module)
             return
