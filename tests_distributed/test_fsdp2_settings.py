@@ -571,12 +571,17 @@ def test_what_was_put_off_is_dropped_with_its_step(run: Run, how: str) -> None:
     torch.testing.assert_close(run(4, _given_up, how), run(4, _given_up, ""), rtol=0, atol=0)
 
 
-def _refused(work: Callable[[Stage], None]) -> str:
+def _said(work: Callable[[], object]) -> str:
+    """What refuses ``work``."""
     try:
-        work(Stage())
+        work()
     except RuntimeError as error:
         return str(error)
-    raise AssertionError("nothing is refused")
+    return "nothing"
+
+
+def _refused(work: Callable[[Stage], None]) -> str:
+    return _said(lambda: work(Stage()))
 
 
 def _with_other_parameters(stage: Stage, replicas: tuple[int, ...]) -> None:
@@ -692,11 +697,7 @@ def _a_hook(is_odd: bool) -> None:
 
 
 def _alone(work: Callable[[bool], None]) -> str:
-    try:
-        work(dist.get_rank() == 0)
-    except RuntimeError as error:
-        return str(error)
-    return "nothing"
+    return _said(lambda: work(dist.get_rank() == 0))
 
 
 @pytest.mark.parametrize(
@@ -722,12 +723,8 @@ def _called_by_itself() -> str:
     qsdp.install(model)
     model(*make_batch(model, 0))
     _all("set_custom_all_gather", DefaultAllGather())(model)
-    try:
-        with torch.no_grad():
-            model.blocks[0](torch.ones(1, 2, 10))
-    except RuntimeError as error:
-        return str(error)
-    return "nothing"
+    with torch.no_grad():
+        return _said(lambda: model.blocks[0](torch.ones(1, 2, 10)))
 
 
 def test_a_part_that_is_called_by_itself_is_refused_too(run: Run) -> None:
