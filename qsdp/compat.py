@@ -21,6 +21,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 
@@ -336,6 +337,61 @@ def reshard_module(module: Any) -> None:
     module.reshard()
 
 
+def wholes(model: nn.Module) -> list[nn.Module]:
+    """``model``, and the FSDP2 roots outside of it that it is a part of, known since their first
+    pass: their groups may hold parameters of ``model``."""
+    found = {id(model): model}
+    for part in _fsdp_roots(model):
+        for state in _state(part)._state_ctx.all_states:
+            if state._is_root and not _state(part)._is_root:
+                found[id(state._modules[0])] = state._modules[0]
+    return list(found.values())
+
+
+def behind_gathered(model: nn.Module) -> dict[int, nn.Parameter]:
+    """By the `id` of a gathered parameter, which modules show as long as it is gathered, the shard
+    that optimizers hold."""
+    return {
+        id(p._unsharded_param): p.sharded_param
+        for whole in wholes(model)
+        for group in parameter_groups(whole)
+        for p in group._group.fsdp_params
+        if hasattr(p, "_unsharded_param")
+    }
+
+
+def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """`named_parameters`, where those that are gathered now are their shards."""
+    behind = behind_gathered(model)
+    return {name: behind.get(id(p), p) for name, p in named_parameters(model).items()}
+
+
+def has_pending_gradients(model: nn.Module) -> bool:
+    """Whether FSDP2 holds gradients of ``model`` that it did not reduce yet."""
+    return any(group.pending_gradients() for group in parameter_groups(model))
+
+
+def keep_buffers(model: nn.Module) -> Callable[[], None]:
+    """A function that makes the buffers of ``model``, and of its `wholes`, what they are now, in
+    place, and puts those back that were replaced meanwhile."""
+    modules = {id(module): module for whole in wholes(model) for module in whole.modules()}
+    kept = [(m, name, b) for m in modules.values() for name, b in m._buffers.items()]
+    buffers = {id(b): b for *_, b in kept if b is not None and not is_lazy(b) and not b.is_nested}
+    saved = [(buffer, buffer.shape, _once(buffer).clone()) for buffer in buffers.values()]
+
+    def restore() -> None:
+        for module, name, buffer in kept:
+            module._buffers[name] = buffer
+        for buffer, shape, values in saved:
+            with torch.inference_mode(buffer.is_inference()):
+                if buffer.shape != shape:
+                    buffer.data = values.expand(shape)
+                else:
+                    _once(buffer).copy_(values)
+
+    return restore
+
+
 def is_root(module: nn.Module) -> bool:
     """Whether FSDP2 takes a forward pass of ``module`` for one of the whole model."""
     return _state(module)._is_root is True
@@ -592,6 +648,16 @@ def _clean_name(model: nn.Module, name: str) -> str:
 def _wrapped(module: Any) -> Any:
     children = getattr(module, "_modules", {})
     return next((children[name] for name in _WRAPPED if name in children), None)
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """A view of ``tensor`` without the values that share the memory of others (`expand`)."""
+    view = tensor.detach()
+    if view.layout == torch.strided:
+        for dim, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):
+            if size > 1 and stride == 0:
+                view = view.narrow(dim, 0, 1)
+    return view
 
 
 def _passes_of(model: nn.Module) -> list[Any]:

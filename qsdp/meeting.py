@@ -8,7 +8,9 @@ differ, ranks exchange the words behind them, and every rank raises the same sen
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any
@@ -16,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from qsdp import compat
 from qsdp.failures import CollectiveError, collective, listed
@@ -67,12 +68,17 @@ def mistakes_shared(call: str, groups: Sequence[dist.ProcessGroup]) -> Iterator[
         raise
 
 
-def groups_of(tensors: Iterable[Tensor]) -> list[dist.ProcessGroup]:
-    """The process groups of all axes of the meshes of ``tensors``: none where all are plain. The
-    last axes, over which HSDP shards and passes meet, come first."""
-    meshes = dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, DTensor))
-    groups = dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()[::-1])
-    return [group for group in groups if group.size() > 1]
+def warn(text: str) -> None:
+    """Give the UserWarning ``text``: all ranks call this, and the first one shows it. Where
+    warnings are errors, all raise."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        warnings.warn(text, stacklevel=2)
+        return
+    for action, message, category, *_ in warnings.filters:
+        if issubclass(UserWarning, category) and (message is None or re.match(message, text)):
+            if action == "error":
+                raise UserWarning(text)
+            return
 
 
 class Meeting:
@@ -114,8 +120,8 @@ class Meeting:
                 differs = True
                 # Ranks at other calls may know of other groups: nobody would meet this one there.
                 _check_calls(self._call, self._facts, group)
-            # What one axis of the mesh saw, the next one must know, or some ranks would go on.
-            self._digest = _digest(words)
+                # What one axis of the mesh saw, the next one must know, or some would go on.
+                self._digest = _digest(words)
         if not differs:
             return None, self._news
         found = {dist.get_rank(): self._facts}

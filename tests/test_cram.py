@@ -336,16 +336,6 @@ def test_a_state_dict_of_a_fresh_optimizer_changes_nothing() -> None:
     assert optimizer.num_steps == optimizer.skipped_steps == 0
 
 
-def test_a_step_without_a_closure_is_the_bases() -> None:
-    ours, plain = make_model(seed=6), make_model(seed=6)
-    optimizer = CrAM(ours, torch.optim.SGD(ours.parameters(), lr=0.1), max_norm=0.01)
-    for model, chosen in ((ours, optimizer), (plain, torch.optim.SGD(plain.parameters(), lr=0.1))):
-        model(*make_batch(model, seed=0, rank=0)).backward()
-        chosen.step()
-    torch.testing.assert_close(_weights(ours), _weights(plain), rtol=0, atol=0)
-    assert optimizer.num_steps == 0
-
-
 def test_frozen_and_unused_parameters_stay_as_they_are() -> None:
     model = make_model(frozen=True, unused=True)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -385,7 +375,7 @@ def test_bad_arguments_are_refused_in_a_sentence(options: dict[str, Any], messag
 
 def test_an_optimizer_of_other_parameters_is_refused() -> None:
     other = make_model()
-    with pytest.raises(ValueError, match=r"lacks 8 prunable parameters, 'blocks\.0\.qkv\.weight'"):
+    with pytest.raises(ValueError, match=r"lacks 8 prunable parameters of the model, 'blocks\.0\."):
         CrAM(make_model(), torch.optim.SGD(other.parameters(), lr=0.1))
 
 

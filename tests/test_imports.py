@@ -17,6 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "failures": set(),
     "meeting": set(),
+    "meshes": set(),
     "codec": set(),
     "comm": {"codec"},
     "fsdp": {"codec", "comm"},
@@ -29,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"checkpoint", "models", "sparsity"},
     "metrics": set(),
 }
-FOR_ANYONE = {"bitmask", "checksum", "compat", "config", "failures", "meeting"}
+FOR_ANYONE = {"bitmask", "checksum", "compat", "config", "failures", "meeting", "meshes"}
 # These stand above all others: the job, and the public interface.
 ABOVE_ALL = {"train", "__init__"}
 

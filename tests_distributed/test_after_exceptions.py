@@ -277,7 +277,7 @@ def differing(setting: Setting, part: int | None) -> tuple[int, list[str]]:
     """How many points there are, and those after which training was not the same; of every fifth
     point, if they are a ``part``."""
     undisturbed = train(setting)
-    every = list(points(setting).items())[part :: 1 if part is None else 3]
+    every = list(points(setting).items())[part :: 1 if part is None else 5]
     found = []
     for name, (step, disturb) in every:
         try:

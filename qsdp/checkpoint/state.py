@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -19,10 +19,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
-from qsdp.checkpoint.folders import META, begin, checksum, publish, verify
-from qsdp.compat import checkpoint_names
+from qsdp.checkpoint.folders import META, begin, publish, verify
+from qsdp.checkpoint.folders import checksum as file_checksum
+from qsdp.checksum import checksum
+from qsdp.compat import checkpoint_names, sharded_parameters
 from qsdp.meeting import meet
+from qsdp.meshes import Reach, ranks_of, spread_of
 
 
 def save(
@@ -54,9 +58,12 @@ def save(
 
     Returns: the checkpoint's folder.
     Raises: RuntimeError, on every rank, if any could not write, or if ranks differ in what they
-    give.
+    give; ValueError if ranks have different tensors under one name.
     """
-    _meet("save", step=step, folder=root, optimizer=optimizer is not None, keep=keep)
+    shards = _spread_shards(model)
+    facts = {"step": step, "folder": root, "optimizer": optimizer is not None, "keep": keep}
+    if _meet("save", has_news=bool(shards), **facts):
+        _check_names(shards)
     _on_first(lambda: begin(root, step))
     folder = root / f"tmp-step-{step:08d}"
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
@@ -106,13 +113,51 @@ def load_model(path: Path, model: nn.Module) -> None:
     set_model_state_dict(model, state["model"])
 
 
-def _meet(call: str, **facts: object) -> None:
+def _meet(call: str, *, has_news: bool = False, **facts: object) -> bool:
     assert dist.group.WORLD is not None
     told = {
         name: str(value.resolve() if isinstance(value, Path) else value)
         for name, value in facts.items()
     }
-    meet(f"checkpoint.{call}", told, [dist.group.WORLD])
+    return meet(f"checkpoint.{call}", told, [dist.group.WORLD], has_news=has_news)
+
+
+def _spread_shards(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...], Tensor]]:
+    """By name, of what is sharded over some of the ranks: the first of these, this rank's place
+    among them, and what it holds. Others may have the same, or a tensor of their own."""
+    named = {n: p for n, p in sharded_parameters(model).items() if isinstance(p, DTensor)}
+    try:
+        spread = spread_of(named.values())
+    except ValueError:  # some ranks have nothing in common
+        meshes = {p.device_mesh for p in named.values()}
+        spread = {mesh: Reach((), True, min(ranks_of(mesh))) for mesh in meshes}
+    return {
+        name: (
+            spread[p.device_mesh].first_rank,
+            tuple(p.device_mesh.get_coordinate() or ()),
+            p.to_local(),
+        )
+        for name, p in named.items()
+        if p.device_mesh in spread
+    }
+
+
+def _check_names(shards: Mapping[str, tuple[int, tuple[int, ...], Tensor]]) -> None:
+    """Raise ValueError, on all ranks, if some have other tensors than others under one name."""
+    mine = {n: (rank, (at, checksum([part]))) for n, (rank, at, part) in shards.items()}
+    everyones = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    for name in dict.fromkeys(name for own in everyones for name in own):
+        tensors: dict[int, set[object]] = {}
+        for first_rank, content in (own[name] for own in everyones if name in own):
+            tensors.setdefault(first_rank, set()).add(content)
+        one, *others = tensors.values()
+        if any(other != one for other in others):
+            raise ValueError(
+                f"{name} is sharded over some of the ranks, and the others have one of their own "
+                "under its name, of which a checkpoint would keep one: save such parameters apart, "
+                "those of each part of the ranks for themselves"
+            )
 
 
 def _load(path: Path, state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -151,7 +196,7 @@ def _checksums(folder: Path) -> dict[str, str]:
     own, failure = {}, None
     try:
         files = [*folder.glob(f"__{rank}_*.distcp"), *([folder / ".metadata"] if not rank else [])]
-        own = {file.name: checksum(file) for file in files}
+        own = {file.name: file_checksum(file) for file in files}
     except OSError as error:
         failure = str(error)
     parts: list[tuple[dict[str, str], str | None]] = [({}, None)] * dist.get_world_size()

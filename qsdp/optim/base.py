@@ -1,9 +1,9 @@
-"""What the optimizers share: exact gradient norms over shards, and a wrapper around a base."""
+"""What the optimizers share: a wrapper around a base, whose parameters it knows by name."""
 
 from __future__ import annotations
 
 import inspect
-import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -11,114 +11,25 @@ from functools import wraps
 from typing import Any, ParamSpec, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsdp.compat import abandon_pass, all_gather, reshard, reshards_after_backward, rewind_point
-from qsdp.meeting import groups_of, meet, mistakes_shared
+from qsdp.compat import (
+    abandon_pass,
+    keep_buffers,
+    reshard,
+    reshards_after_backward,
+    rewind_point,
+    sharded_parameters,
+    wholes,
+)
+from qsdp.meeting import meet, mistakes_shared
+from qsdp.meshes import groups_of
+from qsdp.optim.known import Known
+from qsdp.optim.norms import norm_among
 from qsdp.sparsity.compression import Prunable
-from qsdp.sparsity.shards import Groups, local_shard, unique
+from qsdp.sparsity.shards import unique
 
 P = ParamSpec("P")
-
-# A chunk in double precision stays in a CPU's cache; a GPU wants few launches instead.
-_CHUNK_CPU = 1 << 16
-_CHUNK_GPU = 1 << 24
-
-
-def global_grad_norm(parameters: Iterable[Tensor]) -> float:
-    """The 2-norm of all gradients together, in double precision, the same on every rank.
-
-    Every rank adds the squares of its shards in fp64; the ranks' sums are gathered and added in
-    rank order, so the result does not depend on the order of arrival. A plain or replicated
-    parameter (also an HSDP replica's) counts once; its gradient is taken to be the same on every
-    rank, and the first rank's is the one counted. A collective if any parameter is a DTensor,
-    whatever the gradients: a rank may have none.
-
-    Args:
-        parameters: Plain tensors or DTensors, the same on every rank; those without a gradient
-            add nothing, a tied one counts once.
-
-    Returns:
-        The norm: not finite on all ranks if a gradient is not finite on any; 0.0 without gradients.
-    """
-    grads: dict[Groups, list[Tensor]] = {}
-    devices: dict[Groups, torch.device] = {}
-    for parameter in unique(parameters):
-        if parameter.grad is None and not parameter.requires_grad:
-            continue
-        shard = local_shard(parameter if parameter.grad is None else parameter.grad)
-        devices.setdefault(shard.groups, shard.device)
-        grads.setdefault(shard.groups, []).extend([] if parameter.grad is None else [shard.values])
-    sums = {groups: _sum_of_squares(grads[groups], device) for groups, device in devices.items()}
-    whole = float(sums.pop((), 0.0))
-    total, wholes = 0.0, [whole]
-    for groups, part in sums.items():
-        # The wholes ride along: a rank whose own is not finite must tell the others.
-        rows = torch.stack([part, torch.full_like(part, whole)])
-        for group in groups:
-            gathered = rows.new_empty(dist.get_world_size(group) * rows.numel())
-            all_gather(gathered, rows, group)
-            rows = gathered
-        values = rows.tolist()
-        wholes = values[1::2]
-        for value in values[::2]:
-            total += value
-    counted = wholes[0] if all(map(math.isfinite, wholes)) else math.nan
-    return math.sqrt(total + counted)
-
-
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
-    """Scale all gradients in place so that their global norm is at most ``max_norm``.
-
-    As `torch.nn.utils.clip_grad_norm_`, but exact for DTensors of any mesh together with plain
-    tensors: the coefficient max_norm / (norm + 1e-6), at most 1, is computed in fp64 and applied
-    in the gradients' precision (at least fp32). A norm that is not finite makes every coefficient
-    NaN or 0, as in torch: look at the returned norm before stepping.
-
-    Args:
-        parameters: As for `global_grad_norm`.
-        max_norm: Above 0, the same on every rank.
-
-    Returns:
-        The norm before clipping.
-    """
-    parameters = unique(parameters)
-    groups, call = groups_of(parameters), "qsdp.clip_grad_norm_"
-    with mistakes_shared(call, groups):
-        check_max_norm(max_norm)
-    num_trained = sum(parameter.requires_grad for parameter in parameters)
-    meet(call, {"max_norm": max_norm, "trained parameters": num_trained}, groups)
-    norm = global_grad_norm(parameters)
-    scale_grads_(parameters, max_norm, norm)
-    return norm
-
-
-def scale_grads_(parameters: Iterable[Tensor], max_norm: float, norm: float) -> None:
-    """Clip to ``max_norm`` the gradients whose global norm is known to be ``norm``."""
-    coefficient = max_norm / (norm + 1e-6)
-    if coefficient >= 1:
-        return
-    for parameter in unique(parameters):
-        if parameter.grad is not None:
-            local_shard(parameter.grad).values.mul_(coefficient)
-
-
-def check_max_norm(max_norm: float) -> None:
-    """Raise ValueError unless ``max_norm`` is above 0."""
-    if not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm}; choose a number above 0")
-
-
-def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """The sum of squares in fp64, a scalar tensor on ``device``, without a full fp64 copy."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    size = _CHUNK_CPU if total.device.type == "cpu" else _CHUNK_GPU
-    for values in tensors:
-        for chunk in values.reshape(-1).split(size):
-            wide = chunk.double()
-            total += wide.dot(wide).to(total.device)
-    return total
 
 
 def _described(value: object) -> str:
@@ -132,6 +43,32 @@ def _described(value: object) -> str:
         return str(value.tolist())
     is_plain = value is None or isinstance(value, str | int | float) or is_dataclass(value)
     return repr(value) if is_plain else type(value).__name__
+
+
+def takes_only_its_own(init: Callable[P, None]) -> Callable[P, None]:
+    """Make a constructor say which arguments it takes when it is given another by name."""
+    _, *known = inspect.signature(init).parameters
+
+    @wraps(init)
+    def made(*args: P.args, **options: P.kwargs) -> None:
+        for name in options:
+            if name not in known:
+                own = f"qsdp.{type(args[0]).__name__}"
+                raise TypeError(f"{own} has no argument {name!r}; it takes {', '.join(known)}")
+        init(*args, **options)
+
+    return made
+
+
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls ``method`` as long as its object lives, and does not hold that."""
+    held = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        bound = held()
+        return None if bound is None else bound(*args)
+
+    return call
 
 
 def made_alike(init: Callable[P, None]) -> Callable[P, None]:
@@ -158,21 +95,41 @@ def made_alike(init: Callable[P, None]) -> Callable[P, None]:
             facts["base_optimizer"] = f"{type(self.base).__name__} {_described(self.base.defaults)}"
             facts["parameters of the optimizer"] = len(self.parameters())
         meet(call, facts, groups)
+        self.made_with = facts
 
-    return made
+    return takes_only_its_own(made)
 
 
 @contextmanager
-def undone_by_exceptions(model: nn.Module) -> Iterator[None]:
+def undone_by_exceptions(model: nn.Module, restore: Callable[[], None]) -> Iterator[None]:
     """An exception inside leaves ``model`` as if no pass had been begun inside: the next try of the
-    step gathers the same weights. Gradients that were not reduced are dropped."""
+    step gathers the same weights. Gradients that were not reduced are dropped, and ``restore`` is
+    called."""
     rewind = rewind_point(model)
     try:
         yield
     except BaseException:
-        abandon_pass(model)
+        for whole in wholes(model):
+            abandon_pass(whole)
         rewind()
+        restore()
         raise
+
+
+def bystanders(model: nn.Module, own: Iterable[Tensor] = ()) -> Callable[[], None]:
+    """A function that makes what passes of ``model`` change what it is now: all buffers, and the
+    gradients of all trained parameters but ``own``; also those of an FSDP2 root around it."""
+    restore_buffers, known = keep_buffers(model), {*map(id, own)}
+    parameters = unique(p for whole in wholes(model) for p in whole.parameters())
+    others = [p for p in parameters if p.requires_grad and id(p) not in known]
+    grads = [p.grad if p.grad is None else p.grad.clone() for p in others]
+
+    def restore() -> None:
+        restore_buffers()
+        for parameter, grad in zip(others, grads, strict=True):
+            parameter.grad = grad
+
+    return restore
 
 
 class TellSupport(Protocol):
@@ -191,10 +148,30 @@ class OptimizerWrapper(torch.optim.Optimizer):
     `get_optimizer_state_dict` and the user may hold either of the two. What the wrapper must
     remember between steps stands in the parameter groups, under its own keys: `state_dict` and DCP
     save and restore it with them.
+
+    Parameters are known by their names in ``model``. Where the model has others than at the last
+    step, they are looked up again, and must be in the base's `param_groups`: libraries that prepare
+    a model and its optimizer together put them there.
     """
 
-    def __init__(self, base: torch.optim.Optimizer, remembered: dict[str, Any]) -> None:
-        """Wrap ``base``; ``remembered`` are keys of the parameter groups with initial values."""
+    def __init__(
+        self,
+        model: nn.Module,
+        base: torch.optim.Optimizer,
+        prunable: Sequence[str] | None,
+        remembered: dict[str, Any],
+    ) -> None:
+        """Wrap ``base``.
+
+        Args:
+            model: Has the parameters.
+            base: Steps them.
+            prunable: Name patterns of the prunable set.
+            remembered: Keys of the parameter groups with initial values.
+
+        Raises:
+            ValueError: If the base takes closures or sparse gradients, or lacks parameters.
+        """
         if not isinstance(base, torch.optim.Optimizer):
             raise ValueError(
                 f"the base optimizer is a {type(base).__name__}; give a torch.optim.Optimizer"
@@ -204,14 +181,56 @@ class OptimizerWrapper(torch.optim.Optimizer):
                 f"the base optimizer is {type(base).__name__}; give one whose step() needs no "
                 "closure and takes dense gradients, such as AdamW"
             )
+        self.model = model
         self.base = base
+        self.made_with: dict[str, object] = {}
+        self._known = Known(type(self).__name__, model, base, prunable)
         self._remembered = remembered
         self._tell: TellSupport | None = None
-        super().__init__([p for group in base.param_groups for p in group["params"]], {})
+        try:
+            # Loading gives the base new dictionaries. A hook that held this would keep the model
+            # until garbage is collected.
+            base.register_load_state_dict_post_hook(weakly(self._share))
+        except AttributeError:
+            raise ValueError(
+                f"the base optimizer is a {type(base).__name__} that is none of its own; give the "
+                "one that it wraps, its .optimizer"
+            ) from None
+        # What torch makes here for this one is dropped: groups and state are the base's.
+        self._own: dict[str, Any] | None = {}
+        super().__init__(self.parameters(), {})
+        self._own = None
         self.defaults = base.defaults
-        # Loading gives the base new lists and dictionaries.
-        base.register_load_state_dict_post_hook(self._share)
         self._share(base)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's own, as they are now."""
+        return self.base.param_groups if self._own is None else self._own["param_groups"]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._give("param_groups", groups)
+
+    @property
+    def state(self) -> Any:
+        """The base's own, as it is now."""
+        return self.base.state if self._own is None else self._own["state"]
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._give("state", state)
+
+    def _give(self, name: str, value: Any) -> None:
+        if self._own is None:
+            setattr(self.base, name, value)
+        else:
+            self._own[name] = value
+
+    @property
+    def prunable(self) -> Prunable:
+        """The parameters that may be pruned, as they were found the last time."""
+        return self._known.prunable
 
     def share_support(self, tell: TellSupport) -> None:
         """Call ``tell`` from now on when the weights that are not zero change: for instance
@@ -220,44 +239,45 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     def parameters(self) -> list[Tensor]:
         """All parameters of the base optimizer, in its order."""
-        return [parameter for group in self.base.param_groups for parameter in group["params"]]
+        return self._known.own()
 
-    def prunable_of(self, model: nn.Module, patterns: Sequence[str] | None) -> Prunable:
-        """The prunable set of ``model``.
-
-        Raises ValueError if the base optimizer lacks some of it.
-        """
-        prunable = Prunable.of(model, patterns)
-        known = {id(parameter) for parameter in self.parameters()}
-        pairs = zip(prunable.names, prunable.parameters, strict=True)
-        missing = [name for name, p in pairs if p.requires_grad and id(p) not in known]
-        if missing:
-            raise ValueError(
-                f"the base optimizer lacks {len(missing)} prunable parameters, {missing[0]!r} "
-                "first; make it of all the model's parameters, after sharding"
-            )
-        return prunable
-
-    def check_reshards(self, model: nn.Module) -> None:
+    def check_reshards(self) -> None:
         """Raise RuntimeError if FSDP2 would hide edits of the shards from the next pass."""
-        if not reshards_after_backward(model):
+        if not reshards_after_backward(self.model):
             raise RuntimeError(
                 f"{type(self).__name__} edits the weights between two passes, which "
                 "set_reshard_after_backward(False) would hide from the second; leave it at True"
             )
 
-    def meet(self, edited: nn.Module | None, **facts: object) -> None:
-        """Make sure that all ranks are about to take the same step. A collective when sharded.
+    def meet(self, check: Callable[[], None] | None, **facts: object) -> None:
+        """Make sure that all ranks are about to take the same step, of the model's parameters as
+        they are now. A collective when sharded.
 
-        ``edited``: a model for `check_reshards`.
+        ``check`` raises what else stands against it.
         """
-        parameters, call = self.parameters(), f"{type(self).__name__}.step"
-        groups = groups_of(parameters)
-        if edited is not None:
-            with mistakes_shared(call, groups):
-                self.check_reshards(edited)
-        facts["trained parameters"] = sum(parameter.requires_grad for parameter in parameters)
-        meet(call, facts, groups)
+        call = f"{type(self).__name__}.step"
+        are_current = self._known.are_current
+        groups = self._known.groups
+        if not are_current:
+            groups = groups_of([*sharded_parameters(self.model).values(), *self.parameters()])
+        with mistakes_shared(call, groups):
+            if check is not None:
+                check()
+            if not are_current:
+                self._known.renew()
+                self._known.warn_of_the_joined()
+        own = {"trained parameters": sum(p.requires_grad for p in self.parameters())}
+        # Where the model was plain when this was made, no rank has heard of the others' arguments.
+        now = {"trained": self._known.trained, "prunable parameters": self.prunable.names}
+        meet(call, own | self.made_with | now | facts, groups)
+
+    def _grad_norm(self) -> float:
+        """The norm over all parameters of the base, each once; see `global_grad_norm`."""
+        return norm_among(unique(self.parameters()), self._known.spread)
+
+    def _reshard(self) -> None:
+        for whole in wholes(self.model):
+            reshard(whole)
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dictionary, with what the wrapper remembers in its groups."""
@@ -278,22 +298,40 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Give the base optimizer another group of parameters."""
         super().add_param_group(param_group)
-        self._remember_defaults()
+        if self._own is None:
+            self._known.notice_own()
+            self._remember_defaults()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step; each wrapper says what it does around the base's."""
         raise NotImplementedError
 
+    def _only_makes_state(self) -> bool:
+        """Whether this is DCP's call that makes an optimizer fill its state: learning rates and
+        gradients are all zero, and there is no state, on all ranks. A collective when sharded."""
+        if self.state or not self._has_no_rate() or self._grad_norm():
+            return False
+        return self._on_any_rank(self._has_grads())
+
+    def _on_any_rank(self, is_here: bool) -> bool:
+        """Whether something is so on any rank. A collective when sharded."""
+        return meet(f"{type(self).__name__}.step", {}, self._known.groups, has_news=is_here)
+
+    def _has_grads(self) -> bool:
+        return any(parameter.grad is not None for parameter in self.parameters())
+
+    def _has_no_rate(self) -> bool:
+        return not any(float(group.get("lr", 1)) for group in self.param_groups)
+
     def _recall(self, key: str) -> Any:
-        return self.base.param_groups[0][key]
+        return self.param_groups[0].get(key, self._remembered[key])
 
     def _remember(self, key: str, value: int | float) -> None:
-        for group in self.base.param_groups:
+        self._remembered[key] = value  # groups may be replaced by others
+        for group in self.param_groups:
             group[key] = value
 
     def _share(self, base: torch.optim.Optimizer) -> None:
-        self.param_groups = base.param_groups
-        self.state = base.state
         self._remember_defaults()
 
     def _remember_defaults(self) -> None:

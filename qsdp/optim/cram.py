@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsdp.compat import abandon_pass, reshard
+from qsdp.compat import abandon_cut_short, abandon_pass, has_pending_gradients, wholes
+from qsdp.meeting import warn
 from qsdp.optim.base import (
     OptimizerWrapper,
-    check_max_norm,
-    global_grad_norm,
+    bystanders,
     made_alike,
-    scale_grads_,
+    takes_only_its_own,
     undone_by_exceptions,
 )
+from qsdp.optim.norms import check_max_norm, scale_grads_
 from qsdp.sparsity.compression import PackedMask, compress_, keep_only_
 from qsdp.sparsity.shards import local_shard, unique
 from qsdp.sparsity.target import Compression
@@ -47,7 +48,8 @@ class CrAM(OptimizerWrapper):
     (`set_requires_gradient_sync` or `no_sync` included), and returns the loss. It is called twice
     and must give the same loss for the same weights: without dropout, or with its generator
     seeded inside. `step` clears the gradients of the base optimizer's parameters before each call
-    and after the last.
+    and after the last. To all else, the model's buffers and the gradients of what the base does not
+    have, the step is one call, at w.
 
     When a gradient is not finite on any rank in either pass, the step changes nothing on any rank
     and `skipped_steps` counts it. Works on plain modules, under DDP and under FSDP2;
@@ -76,10 +78,11 @@ class CrAM(OptimizerWrapper):
         prunable: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        """Wrap ``base_optimizer``, made of the parameters of ``model`` after it was sharded.
+        """Wrap ``base_optimizer``, made of the parameters of ``model``.
 
         Args:
-            model: The module whose weights are trained, already sharded.
+            model: The module whose weights are trained. Where it is sharded later, the sharded
+                parameters must be in the base's `param_groups` at the first step.
             base_optimizer: Any optimizer whose `step()` needs no closure.
             sparsity: One or several targets, one of which is drawn for every step: fractions of the
                 prunable weights, texts like "2:4" or "0.7+4bit", or `Compression` objects; see
@@ -107,17 +110,16 @@ class CrAM(OptimizerWrapper):
             raise ValueError(f"rho is {rho}; choose a number of at least 0")
         if max_norm is not None:
             check_max_norm(max_norm)
-        super().__init__(base_optimizer, {_STEP: 0})
-        self.model = model
+        super().__init__(model, base_optimizer, prunable, {_STEP: 0})
         self.rho = rho
         self.plus = plus
         self.normalize = normalize
         self.sparse_grad = sparse_grad
         self.max_norm = max_norm
         self.seed = seed
-        self.prunable = self.prunable_of(model, prunable)
         for target in self.targets:
             self.prunable.check(target)
+        self._warn_of_lacking()
         self.skipped_steps = 0
         self.last_target: Compression | None = None
         self.last_grad_norm: float | None = None
@@ -139,40 +141,80 @@ class CrAM(OptimizerWrapper):
         An exception in the closure is passed on, and the step may be tried again: it was not begun.
 
         Args:
-            closure: See the class. Without it the base optimizer steps with the gradients as
-                they are.
+            closure: See the class. Without it nothing is done after a step with one, as long as
+                there are no gradients.
 
         Returns:
             What the closure returned at the unperturbed weights.
 
         Raises:
-            RuntimeError: If FSDP2 keeps its weights gathered after the backward pass, or ranks are
-                not at the same step.
+            RuntimeError: If there is no closure, or there are gradients of earlier micro-batches
+                beside it; the base optimizer has other parameters than the model;
+                FSDP2 keeps its weights gathered after the backward pass; or ranks are not at the
+                same step.
         """
-        edited = None if closure is None else self.model
         target = self.targets[draw(self.seed, self.num_steps) % len(self.targets)]
         facts = {"step": self.num_steps, "closure": closure is not None, "target": str(target)}
-        self.meet(edited, **facts)
         if closure is None:
-            return self.base.step()
+            self.meet(None, **facts)
+            if self.num_steps and not self._on_any_rank(self._has_grads()):
+                return None  # a trainer's own call after step(closure), which left nothing to do
+            is_used = bool(self.state) or not self._has_no_rate()
+            if not self._on_any_rank(is_used) and self._only_makes_state():
+                return self.base.step()
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{name}.step() was called without a closure and would be a plain step of "
+                f"{type(self.base).__name__}: give one that runs forward and backward, "
+                f"{name}.step(closure), or call {name}.base.step() where a plain step is meant"
+            )
+        self.meet(self._check_begin, **facts)
         self.last_target = target
         try:
-            with undone_by_exceptions(self.model):
+            undo = bystanders(self.model, self.parameters())
+            with undone_by_exceptions(self.model, undo):
                 loss, takes_step = self._compute_grads(closure, target)
                 if takes_step:
                     self.base.step()
+                else:
+                    undo()
         finally:
             self.zero_grad()
         self.skipped_steps += not takes_step
         self._remember(_STEP, self.num_steps + 1)
-        reshard(self.model)
+        self._reshard()
         return loss
+
+    def _warn_of_lacking(self) -> None:
+        own, names = type(self).__name__, self._known.lacking
+        if names:
+            warn(
+                f"the base optimizer of {own} lacks {len(names)} trained parameters of the model, "
+                f"{names[0]!r} first: {own} leaves them where they are in the second pass and "
+                "their gradients as the first pass makes them; give it one optimizer of all "
+                "parameters for these to take part"
+            )
+
+    def _check_begin(self) -> None:
+        """Raise RuntimeError if the two passes would not be all that the step is made of."""
+        self.check_reshards()
+        for whole in wholes(self.model):
+            abandon_cut_short(whole)
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        if has_pending_gradients(self.model) or any(local_shard(g).values.any() for g in grads):
+            name = type(self).__name__
+            raise RuntimeError(
+                f"gradients of earlier micro-batches are there as {name}.step(closure) begins, "
+                "which runs the closure twice, from no gradient each time: run all micro-batches "
+                "inside the closure, or drop what is there by zero_grad() (and "
+                "handle.abandon_step(), where it was not reduced yet)"
+            )
 
     def _compute_grads(self, closure: Callable[[], Any], target: Compression) -> tuple[Any, bool]:
         """Run both passes; leave the step's gradient in place and say whether it is finite."""
         parameters = unique(self.parameters())
         loss = _run(closure, parameters)
-        norm = self.last_grad_norm = global_grad_norm(parameters)
+        norm = self.last_grad_norm = self._grad_norm()
         if not math.isfinite(norm):
             return loss, False
         scale = self.rho / (norm + _TINY) if self.normalize else self.rho
@@ -180,7 +222,7 @@ class CrAM(OptimizerWrapper):
         self._second_pass(closure, parameters, grads, scale, target)
         if self.plus:
             _add_grads(parameters, grads)
-        norm = self.last_grad_norm = global_grad_norm(parameters)
+        norm = self.last_grad_norm = self._grad_norm()
         if not math.isfinite(norm):
             return loss, False
         if self.max_norm is not None:
@@ -198,34 +240,38 @@ class CrAM(OptimizerWrapper):
         """Leave in `.grad` the gradient at the compressed point, and the weights as before."""
         tell = self._tell if target.fraction else None
         ascents = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
-        edited = unique([*(p for p, _ in ascents), *self.prunable.parameters])
+        prunable = self.prunable
+        edited = unique([*(p for p, _ in ascents), *prunable.parameters])
         shards = [local_shard(parameter) for parameter in edited]
         before = [shard.values.clone() for shard in shards]
+        restore = bystanders(self.model, parameters)
         try:
             # A group that had no backward pass is still gathered, and would hide the edit.
-            reshard(self.model)
+            self._reshard()
             for parameter, grad in ascents:
                 local_shard(parameter).values.add_(local_shard(grad).values, alpha=scale)
             masks: list[PackedMask] = []
             if target.fraction or target.bits is not None:  # SAM compresses nothing
-                masks = compress_(self.prunable.shards(), target, self.prunable.dims)
+                masks = compress_(prunable.shards(), target, prunable.dims)
             if tell is not None:
-                pairs = zip(self.prunable.parameters, masks, strict=True)
+                pairs = zip(prunable.parameters, masks, strict=True)
                 kept = {parameter: mask.unpack() for parameter, mask in pairs}
                 tell(kept, with_grads=self.sparse_grad)
             _run(closure, parameters)
             if self.sparse_grad and target.fraction:
                 self._mask_grads(masks)
         except BaseException:
-            abandon_pass(self.model)
+            for whole in wholes(self.model):
+                abandon_pass(whole)
             raise
         finally:
             # A forward pass without a backward one left weights gathered: the compressed ones.
-            reshard(self.model)
+            self._reshard()
             for shard, values in zip(shards, before, strict=True):
                 shard.values.copy_(values)
             if tell is not None:
                 tell(None)
+            restore()
 
     def _mask_grads(self, masks: Sequence[PackedMask]) -> None:
         """Zero the gradients of pruned weights."""
@@ -238,6 +284,7 @@ class SAM(CrAM):
     """Sharpness-aware minimization (Foret et al., ICLR 2021, arXiv 2010.01412): the gradient at
     w + rho * g / |g|, without compression. The baseline of CrAM, by the same code."""
 
+    @takes_only_its_own
     def __init__(
         self,
         model: nn.Module,

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsdp.compat import reshard
-from qsdp.meeting import groups_of, meet
+from qsdp.failures import listed
+from qsdp.meeting import warn
 from qsdp.optim.base import (
     OptimizerWrapper,
     TellSupport,
-    check_max_norm,
-    global_grad_norm,
+    bystanders,
     made_alike,
-    scale_grads_,
     undone_by_exceptions,
+    weakly,
 )
-from qsdp.sparsity.compression import keep_masks, keep_only_
+from qsdp.optim.norms import check_max_norm, scale_grads_
+from qsdp.sparsity.compression import Prunable, keep_masks, keep_only_
 from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
-from qsdp.sparsity.shards import local_shard, unique
+from qsdp.sparsity.shards import local_shard
 from qsdp.sparsity.target import Compression
 
 _STEP = "masked_step"
@@ -42,7 +42,9 @@ class MaskedOptimizer(OptimizerWrapper):
     them, lets the base step, and sets pruned weights to +0.0 again. When a gradient is not finite
     on any rank, weights and moments stay, the step counts, and `skipped_steps` counts it. Masks
     change at the end of a step, so that the next forward pass sees them. Frozen weights could not
-    grow back: they are neither pruned nor counted.
+    grow back: they are neither pruned nor counted while they are. What is unfrozen has the mask
+    that it had, if any, until masks are renewed or lifted; after DCP has loaded the state while it
+    was frozen, it has none.
 
     Attributes:
         skipped_steps: Steps skipped since this object was made.
@@ -64,17 +66,20 @@ class MaskedOptimizer(OptimizerWrapper):
         """``plan`` says when the masks change and to what: a state goes with its own alone."""
         if max_norm is not None:
             check_max_norm(max_norm)
-        super().__init__(base_optimizer, {_STEP: 0, _PLAN: plan})
+        super().__init__(model, base_optimizer, prunable, {_STEP: 0, _PLAN: plan})
         self._plan = plan
-        self.model = model
         self.max_norm = max_norm
-        self.prunable = self.prunable_of(model, prunable).trained()
         self.skipped_steps = 0
         self.last_grad_norm: float | None = None
         self.last_target: Compression | None = None
         self._loaded_masks: list[tuple[Tensor, Tensor]] = []
-        base_optimizer.register_load_state_dict_pre_hook(self._take_masks)
+        base_optimizer.register_load_state_dict_pre_hook(weakly(self._take_masks))
         self.before_pruning: Callable[[], None] | None = None
+
+    @property
+    def prunable(self) -> Prunable:
+        """The parameters that may be pruned: those that are trained now."""
+        return super().prunable.trained()
 
     @property
     def num_steps(self) -> int:
@@ -88,10 +93,9 @@ class MaskedOptimizer(OptimizerWrapper):
 
     def masks(self) -> dict[str, Tensor]:
         """Which weights are trained, by name: bool, DTensors where the parameters are."""
-        return {
-            name: self._mask(parameter)
-            for name, parameter in zip(self.prunable.names, self.prunable.parameters, strict=True)
-        }
+        prunable = self.prunable
+        pairs = zip(prunable.names, prunable.parameters, strict=True)
+        return {name: self._mask(parameter) for name, parameter in pairs}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -102,15 +106,17 @@ class MaskedOptimizer(OptimizerWrapper):
                 without one the gradients are there already.
 
         Raises:
-            RuntimeError: If FSDP2 keeps its weights gathered after the backward pass, or ranks are
-                not at the same step.
+            RuntimeError: If the base optimizer has other parameters than the model; FSDP2 keeps
+                its weights gathered after the backward pass; or ranks are not at the same step.
         """
         facts = {"step": self.num_steps, "closure": closure is not None, "state": bool(self.state)}
         if not self.state:
             facts["learning rates of 0"] = self._has_no_rate()
-        self.meet(self.model, **facts)
+        self.meet(self.check_reshards, **facts)
+        self._check_all_are_masked()
         loss = None
-        with undone_by_exceptions(self.model):
+        restore = _do_nothing if closure is None else bystanders(self.model)
+        with undone_by_exceptions(self.model, restore):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
@@ -122,22 +128,37 @@ class MaskedOptimizer(OptimizerWrapper):
         self._remember(_STEP, self.num_steps + 1)
         self.last_target = None
         self._change(self.num_steps)
-        reshard(self.model)
+        self._reshard()
         return loss
+
+    def _check_all_are_masked(self) -> None:
+        """Say which of the parameters that are trained now no mask prunes, where one should."""
+        pairs = zip(self.prunable.names, self.prunable.parameters, strict=True)
+        without = [name for name, p in pairs if _MASK not in self.state.get(p, {})]
+        if not without or not self.num_steps or not self._is_masked(self.num_steps):
+            return
+        if not any(_MASK in self.state.get(p, {}) for p in self._known.prunable.parameters):
+            raise RuntimeError(
+                f"the masks of {type(self).__name__} are gone from the optimizer's state, and with "
+                "them what was pruned: load the state_dict() of before"
+            )
+        warn(
+            f"from now on {type(self).__name__} trains {listed(without)}, and prunes nothing of it "
+            "before masks are renewed the next time"
+        )
 
     def _take_step(self) -> None:
         """Let the base step under the masks, if the gradient is finite."""
         is_masked = self._is_masked(self.num_steps)
         if is_masked:
-            for parameter in self.prunable.parameters:
+            for parameter in self._known.prunable.parameters:
                 if parameter.grad is not None:
                     mask = local_shard(self._mask(parameter)).values
                     keep_only_(local_shard(parameter.grad).values, mask)
-        parameters = unique(self.parameters())
-        norm = self.last_grad_norm = global_grad_norm(parameters)
+        norm = self.last_grad_norm = self._grad_norm()
         if math.isfinite(norm):
             if self.max_norm is not None:
-                scale_grads_(parameters, self.max_norm, norm)
+                scale_grads_(self.parameters(), self.max_norm, norm)
             self._step_base()
             self._make_masks()
             if is_masked:
@@ -176,7 +197,7 @@ class MaskedOptimizer(OptimizerWrapper):
             self._make_new_masks(target)
 
     def _make_new_masks(self, target: Compression) -> None:
-        reshard(self.model)
+        self._reshard()
         self._make_masks()
         shards = self.prunable.shards()
         masks = keep_masks(shards, target, self.prunable.dims)
@@ -191,35 +212,42 @@ class MaskedOptimizer(OptimizerWrapper):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's, whose states go by number, with the names of the masks."""
-        return {**super().state_dict(), _NAMES: self._names()}
+        masked = {id(key) for key, state in self.state.items() if _MASK in state}
+        named, own = self._known.ids, [*map(id, self.parameters())]
+        names = [named[key] for key in own if key in masked and key in named]
+        return {**super().state_dict(), _NAMES: names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dictionary of this wrapper, or of a bare base optimizer.
 
         Raises ValueError if its masks were made by another plan or are of other parameters.
         """
+        self._known.renew()
         super().load_state_dict(state_dict)
         self._announce()
 
     def _announce(self) -> None:
         """Tell who wants to know which weights are not zero; a collective there."""
         if self._tell is not None:
+            self._known.renew()
             masks = {p: local_shard(self._mask(p)).values for p in self.prunable.parameters}
             self._tell(masks if self._is_masked(self.num_steps) else None)
 
     def _lift_masks(self) -> None:
         """Train all weights again, from zero where they were pruned, without old momentum."""
-        for parameter in self.prunable.parameters:
-            local_shard(self._mask(parameter)).values.fill_(True)
         for state in self.state.values():
+            if _MASK in state:
+                local_shard(state[_MASK]).values.fill_(True)
             for name in _FIRST_MOMENTS:
                 if isinstance(state.get(name), Tensor):
                     local_shard(state[name]).values.zero_()
         self._announce()
 
     def _apply_masks(self) -> None:
-        for shard, parameter in zip(self.prunable.shards(), self.prunable.parameters, strict=True):
-            keep_only_(shard.values, local_shard(self._mask(parameter)).values)
+        for parameter in self._known.prunable.parameters:
+            # The base steps what has a gradient, also where that was frozen since.
+            if parameter.requires_grad or parameter.grad is not None:
+                keep_only_(local_shard(parameter).values, local_shard(self._mask(parameter)).values)
 
     def _mask(self, parameter: Tensor) -> Tensor:
         mask: Tensor | None = self.state.get(parameter, {}).get(_MASK)
@@ -232,20 +260,6 @@ class MaskedOptimizer(OptimizerWrapper):
         for parameter in self.prunable.parameters:
             if _MASK not in self.state[parameter]:
                 self.state[parameter][_MASK] = torch.ones_like(parameter, dtype=torch.bool)
-
-    def _only_makes_state(self) -> bool:
-        """Whether this is DCP's call that makes an optimizer fill its state: learning rates and
-        gradients are all zero, and there is no state."""
-        if self.state or not self._has_no_rate():
-            return False
-        parameters = unique(self.parameters())
-        if global_grad_norm(parameters):
-            return False
-        has_grads = any(parameter.grad is not None for parameter in parameters)
-        return meet(f"{type(self).__name__}.step", {}, groups_of(parameters), has_news=has_grads)
-
-    def _has_no_rate(self) -> bool:
-        return not any(float(group.get("lr", 1)) for group in self.param_groups)
 
     def _take_masks(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Load the masks past torch, which gives what it loads the parameter's dtype and takes a
@@ -278,19 +292,21 @@ class MaskedOptimizer(OptimizerWrapper):
         # Before the first step there are none.
         if not masked and not self._is_masked(step):
             return
-        ours, own = self._names(), f"this {type(self).__name__}"
-        is_in_place = masked == {id(parameter) for parameter in self.prunable.parameters}
-        if is_in_place and theirs in (None, ours):
+        every, own = self._named(self._known.prunable), f"this {type(self).__name__}"
+        ours = [*self._named(self.prunable).values()]
+        found = [name for key, name in every.items() if key in masked]
+        is_in_place = len(found) == len(masked) and {*ours} <= {*found}
+        if is_in_place and theirs in (None, found):
             return
         names = ours if theirs is None else theirs
-        extra = [name for name in names if name not in ours]
+        extra = [name for name in names if name not in every.values()]
         missing = [name for name in ours if name not in names]
         if extra or missing:
-            found = [f"no mask of {_first(missing)}"] if missing else []
-            found += [f"a mask of {_first(extra)} that {own} does not prune"] if extra else []
-            mistake = f"the state has {' and '.join(found)}; make it with the same prunable set"
-        elif theirs is not None and len(masked) == len(ours):
-            pairs = zip(theirs, ours, strict=True)
+            told = [f"no mask of {_first(missing)}"] if missing else []
+            told += [f"a mask of {_first(extra)} that {own} does not prune"] if extra else []
+            mistake = f"the state has {' and '.join(told)}; make it with the same prunable set"
+        elif theirs is not None and len(masked) == len(theirs):
+            pairs = zip(theirs, ours, strict=False)
             moved = [f", {was} where {own} has {now}" for was, now in pairs if was != now]
             mistake = (
                 f"the state has the masks of {own} in other places{''.join(moved[:1])}: the base "
@@ -305,11 +321,11 @@ class MaskedOptimizer(OptimizerWrapper):
         self._loaded_masks = []
         raise ValueError(mistake)
 
-    def _names(self) -> list[str]:
-        """Of the prunable parameters, in the base optimizer's order."""
-        pairs = zip(self.prunable.parameters, self.prunable.names, strict=True)
+    def _named(self, prunable: Prunable) -> dict[int, str]:
+        """By id the names of ``prunable``, in the base optimizer's order."""
+        pairs = zip(prunable.parameters, prunable.names, strict=True)
         names = {id(parameter): name for parameter, name in pairs}
-        return [names[id(p)] for p in self.parameters() if id(p) in names]
+        return {id(p): names[id(p)] for p in self.parameters() if id(p) in names}
 
     def _share(self, base: torch.optim.Optimizer) -> None:
         super()._share(base)
@@ -342,10 +358,11 @@ class ACDC(MaskedOptimizer):
         max_norm: float | None = None,
         prunable: Sequence[str] | None = None,
     ) -> None:
-        """Wrap ``base_optimizer``, made of the parameters of ``model`` after it was sharded.
+        """Wrap ``base_optimizer``, made of the parameters of ``model``.
 
         Args:
-            model: The module whose weights are trained, already sharded.
+            model: The module whose weights are trained. Where it is sharded later, the sharded
+                parameters must be in the base's `param_groups` at the first step.
             base_optimizer: Any optimizer whose `step()` needs no closure.
             schedule: The phases, or how many optimizer steps there will be.
             target: What a compressed phase keeps, as `Compression.of` reads it; no bits.
@@ -414,6 +431,10 @@ class GMP(MaskedOptimizer):
         sparsity = self.schedule.sparsity_after(steps_done)
         if sparsity is not None:
             self._renew_masks(Compression(sparsity=sparsity, scope=self.scope))
+
+
+def _do_nothing() -> None:
+    """There was no pass."""
 
 
 def _only_pruned(target: Compression) -> Compression:

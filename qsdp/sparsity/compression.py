@@ -8,20 +8,21 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from qsdp import bitmask
 from qsdp.codec.magnitude import DTYPES, keys_of
-from qsdp.compat import abandon_cut_short, due, reshard, settle
-from qsdp.meeting import groups_of, meet, mistakes_shared
+from qsdp.compat import abandon_cut_short, due, keep_buffers, reshard, settle, sharded_parameters
+from qsdp.meeting import meet, mistakes_shared
+from qsdp.meshes import Spread, groups_of, spread_of
 from qsdp.sparsity.groups import whole_groups
 from qsdp.sparsity.prunable import input_dims, prunable_parameters
-from qsdp.sparsity.shards import LocalShard, Part, local_shard, unique
+from qsdp.sparsity.shards import LocalShard, Part, local_shard, unique, without_copies
 from qsdp.sparsity.target import Compression
-from qsdp.sparsity.threshold import Threshold, global_threshold, layer_thresholds
+from qsdp.sparsity.threshold import Threshold, global_threshold, layer_thresholds, num_values
 
 BITS_GROUP = 128
 """Consecutive values of a row that share a scale when a model is rounded to few bits."""
@@ -53,27 +54,53 @@ class Prunable:
     parameters: tuple[nn.Parameter, ...]
     dims: tuple[int, ...]
     """The input dimension of each: what the products of its layer sum over."""
+    spread: Spread
+    """Of all the model's parameters."""
 
     @classmethod
     def of(cls, model: nn.Module, patterns: Sequence[str] | None = None) -> Prunable:
         """The prunable set of ``model``; see `prunable_parameters`."""
-        chosen = prunable_parameters(model, patterns)
+        return cls._of(model, prunable_parameters(model, patterns))
+
+    @classmethod
+    def named(cls, model: nn.Module, names: Sequence[str]) -> Prunable:
+        """The parameters of ``model`` that have these names now.
+
+        Raises ValueError if there are none of a name.
+        """
+        named = sharded_parameters(model)
+        missing = [name for name in names if name not in named]
+        if missing:
+            raise ValueError(
+                f"{type(model).__name__} has no parameter of its own called {missing[0]!r} any "
+                "more, which was in the prunable set: it was renamed, removed or tied to another; "
+                "make the optimizer anew"
+            )
+        return cls._of(model, {name: named[name] for name in names})
+
+    @classmethod
+    def _of(cls, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> Prunable:
         dims = input_dims(model)
         return cls(
             tuple(chosen),
             tuple(chosen.values()),
-            tuple(dims.get(id(p), 1) for p in chosen.values()),
+            tuple(dims.get(id(p), p.ndim - 1) for p in chosen.values()),
+            spread_of(sharded_parameters(model).values()),
         )
 
     def trained(self) -> Prunable:
         """Those that are not frozen."""
-        rows = zip(self.names, self.parameters, self.dims, strict=True)
-        kept = [row for row in rows if row[1].requires_grad]
-        return Prunable(*(tuple(row[i] for row in kept) for i in range(3)))  # type: ignore[arg-type]
+        kept = [i for i, parameter in enumerate(self.parameters) if parameter.requires_grad]
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in kept),
+            parameters=tuple(self.parameters[i] for i in kept),
+            dims=tuple(self.dims[i] for i in kept),
+        )
 
     def shards(self) -> list[LocalShard]:
         """This rank's part of each, as it is now."""
-        return [local_shard(parameter) for parameter in self.parameters]
+        return [local_shard(parameter, self.spread) for parameter in self.parameters]
 
     def check(self, target: Compression) -> None:
         """Raise ValueError where a parameter cannot have the target's pattern, blocks or bits, or
@@ -186,7 +213,9 @@ def magnitude_masks(parameters: Mapping[str, Tensor], sparsity: float) -> dict[s
         By name a bool mask of the local shape, True where the weight is kept.
     """
     tensors = unique(parameters.values())
-    shards = [local_shard(tensor) for tensor in tensors]
+    spread = spread_of(tensors)
+    # No parameters: no rank knows which of them the others train.
+    shards = [local_shard(tensor.detach(), spread) for tensor in tensors]
     masks = keep_masks(shards, Compression(sparsity=sparsity), [1] * len(shards))
     by_id = {id(tensor): mask for tensor, mask in zip(tensors, masks, strict=True)}
     return {name: by_id[id(tensor)] for name, tensor in parameters.items()}
@@ -198,8 +227,9 @@ def compressed(
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Within the context, ``model`` is compressed in one shot; afterwards it is as before.
 
-    A collective, in place, restored bit for bit also when the body raises. Costs a copy of the
-    prunable shards. All ranks raise RuntimeError where target or patterns differ.
+    A collective, in place, restored bit for bit, buffers included, also when the body raises. Costs
+    a copy of the prunable shards and of the buffers. All ranks raise RuntimeError where target or
+    patterns differ.
 
     Args:
         model: Any module, sharded or not; not in the middle of a forward or backward pass.
@@ -216,10 +246,14 @@ def compressed(
         prunable = Prunable.of(model, patterns)
         prunable.check(chosen)
         shards = prunable.shards()
-        facts = {"target": str(chosen), "prunable parameters": prunable.names}
+        facts: dict[str, object] = {
+            "target": str(chosen),
+            "prunable parameters": prunable.names,
+            "trained ones": prunable.trained().names,
+        }
     meet(call, {**facts, "due before it": due(model)}, groups)
     settle(model)
-    before = [shard.values.clone() for shard in shards]
+    before, restore_buffers = [shard.values.clone() for shard in shards], keep_buffers(model)
     try:
         with torch.no_grad():
             compress_(shards, chosen, prunable.dims)
@@ -232,14 +266,17 @@ def compressed(
         with torch.no_grad():
             for shard, values in zip(shards, before, strict=True):
                 shard.values.copy_(values)
+        restore_buffers()
 
 
 def find_threshold(shards: Sequence[Part], target: Compression) -> Threshold:
     """Above which magnitudes the values, or the blocks' sums, stay. A collective."""
-    numels = [shard.numel for shard in shards]
     if target.scope == "layer":
+        numels = [shard.numel for shard in shards]
         return layer_thresholds(shards, [n - round(target.sparsity * n) for n in numels])
-    return global_threshold(shards, sum(numels) - round(target.sparsity * sum(numels)))
+    shards = [without_copies(shard) for shard in shards]
+    total = num_values(shards)
+    return global_threshold(shards, total - round(target.sparsity * total))
 
 
 def _pattern(shard: LocalShard, keep: int, size: int, dim: int) -> Tensor:
@@ -268,12 +305,12 @@ class Blocks:
         rest = 1 - dim
         begin = (shard.offset[dim] - self._first) // size
         shape = (shard.shape[dim] // size, shard.shape[rest])
-        self.all = LocalShard(sums_GR, shard.groups, shape, (begin, shard.offset[rest]), shape)
+        offset = (begin, shard.offset[rest])
+        self.all = replace(shard, values=sums_GR, shape=shape, offset=offset, parts=shape)
         # A block that several ranks see is counted by the one that holds its first row.
         own = 1 if self._first else 0
-        self.owned = LocalShard(
-            sums_GR[own:], shard.groups, shape, (begin + own, shard.offset[rest]), shape
-        )
+        offset = (begin + own, shard.offset[rest])
+        self.owned = replace(self.all, values=sums_GR[own:], offset=offset)
 
     def spread(self, keep_GR: Tensor) -> Tensor:
         """The mask of the matrix's local part that the blocks' mask says."""

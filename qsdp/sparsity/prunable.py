@@ -1,17 +1,24 @@
 """Which weights a compression method may prune.
 
-The prunable set is the 2-D weights of the linear layers inside a model's blocks: pruning
-embeddings, head, norms or biases costs accuracy and saves little (GMP*, arXiv 2210.06384).
+The prunable set is the 2-D weights of the linear layers inside a model's blocks, and the 3-D ones
+of experts that are fused into one parameter: pruning embeddings, head, norms or biases costs
+accuracy and saves little (GMP*, arXiv 2210.06384).
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
-from qsdp.compat import named_parameters, reshard
+from qsdp.compat import behind_gathered, named_parameters, reshard
+from qsdp.meeting import warn
+
+_UNSAID = 0.1
+"""The share of the blocks' weights that may stay out of a default set without a word."""
 
 
 def prunable_parameters(
@@ -25,9 +32,11 @@ def prunable_parameters(
         model: Any module, sharded or not.
         patterns: Shell-style patterns of full parameter names as the model was written, whatever
             wraps it or its blocks by now (`torch.compile`, activation checkpointing, DDP), for
-            instance ``["blocks.*.mlp.*.weight"]``. By default the weights of `nn.Linear` and of
-            Hugging Face's `Conv1D` inside an `nn.ModuleList` (the blocks), unless an embedding
-            owns them too.
+            instance ``["blocks.*.mlp.*.weight"]``. By default, inside an `nn.ModuleList` (the
+            blocks), the weights of `nn.Linear` and of Hugging Face's `Conv1D`, and all parameters
+            of three dimensions above 1 (experts), but those of convolutions, parametrized ones and
+            biases, unless an embedding owns them too. A UserWarning names the weights of blocks
+            that the default leaves out, if they are more than a tenth.
 
     Returns:
         Parameters by such a name, in the order of `named_parameters`, tied ones once.
@@ -54,29 +63,67 @@ def prunable_parameters(
             for name, parameter in named.items()
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
         }
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    linears = {
-        id(module.weight)
+    in_blocks = {
+        id(parameter): (module, name, parameter)
         for blocks in model.modules()
         if isinstance(blocks, nn.ModuleList)
         for module in blocks.modules()
-        if _is_linear(module)
-        and isinstance(module.weight, nn.Parameter)
-        and module.weight.ndim == 2
+        for name, parameter in module.named_parameters(recurse=False)
     }
-    chosen = {n: p for n, p in named.items() if id(p) in linears - embeddings}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    taken = {key for key, place in in_blocks.items() if _is_matrix(*place)} - embeddings
+    chosen = {name: p for name, p in named.items() if id(p) in taken}
     if not chosen:
         raise ValueError(
-            f"{type(model).__name__} has no linear layers inside an nn.ModuleList of blocks; "
-            "name the parameters to prune by patterns"
+            f"{type(model).__name__} has no linear layers and no experts inside an nn.ModuleList "
+            "of blocks; name the parameters to prune by patterns"
         )
+    weights = {
+        name: p
+        for name, p in named.items()
+        if id(p) in in_blocks and p.ndim > 1 and "bias" not in re.split(r"[._]", name)
+    }
+    _warn_of_the_rest(model, weights, chosen)
     return chosen
 
 
+def _is_matrix(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether ``parameter``, which ``module`` calls ``name``, is a matrix, or several."""
+    if _is_linear(module):
+        return name == "weight" and parameter.ndim == 2
+    others = nn.Conv1d | nn.ConvTranspose1d | ParametrizationList
+    if isinstance(module, others) or "bias" in name.split("_"):
+        return False
+    return parameter.ndim == 3 and min(parameter.shape) > 1
+
+
+def _warn_of_the_rest(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], chosen: Mapping[str, nn.Parameter]
+) -> None:
+    """Say which ``weights`` of the blocks are not ``chosen``, if they are many."""
+    total = sum(parameter.numel() for parameter in weights.values())
+    left: dict[str, int] = {}
+    for name, parameter in weights.items():
+        if name not in chosen:
+            anywhere = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+            left[anywhere] = left.get(anywhere, 0) + parameter.numel()
+    if sum(left.values()) > _UNSAID * total:
+        largest = sorted(left, key=lambda name: -left[name])
+        told = ", ".join(f"{name} ({left[name] / total:.0%})" for name in largest[:5])
+        more = f" and {len(largest) - 5} more" if len(largest) > 5 else ""
+        warn(
+            f"{sum(left.values()) / total:.0%} of the weights in the blocks of "
+            f"{type(model).__name__} are not in the default prunable set, and stay dense: "
+            f"{told}{more}; give patterns of the names of all that may be pruned"
+        )
+
+
 def input_dims(model: nn.Module) -> dict[int, int]:
-    """By the id of a weight, the dimension that its layer sums over: 0 in Hugging Face's Conv1D."""
+    """By the id of a weight, or of its shard where it is gathered now, the dimension that its layer
+    sums over: 0 in Hugging Face's Conv1D."""
+    behind = behind_gathered(model)
     return {
-        id(module.weight): 0 if _is_conv1d(module) else 1
+        id(behind.get(id(module.weight), module.weight)): 0 if _is_conv1d(module) else 1
         for module in model.modules()
         if _is_linear(module)
     }

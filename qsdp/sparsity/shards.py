@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-Groups = tuple[dist.ProcessGroup, ...]
-"""The process groups, one a sharded mesh axis, over which the parts of a tensor make the whole."""
+from qsdp.checksum import checksum
+from qsdp.compat import all_gather
+from qsdp.meshes import Groups, Reach, Spread
 
 
 class Part(Protocol):
@@ -31,6 +31,10 @@ class Part(Protocol):
     @property
     def groups(self) -> Groups:
         """Whose parts make the whole."""
+
+    @property
+    def reach(self) -> Reach:
+        """Whose parts compete with it, those of other ranks' tensors included."""
 
     @property
     def numel(self) -> int:
@@ -60,6 +64,10 @@ class LocalShard:
     """Index in the whole of the part's first value."""
     parts: tuple[int, ...]
     """By dimension, what all cuts are multiples of: the whole size where there are none."""
+    reach: Reach
+    """Whose parts compete with it."""
+    is_frozen: bool
+    """Whether it is that of a parameter that is not trained."""
 
     @property
     def numel(self) -> int:
@@ -85,11 +93,12 @@ class LocalShard:
         return positions_N
 
 
-def local_shard(tensor: Tensor) -> LocalShard:
+def local_shard(tensor: Tensor, spread: Spread | None = None) -> LocalShard:
     """Describe this rank's part of ``tensor``.
 
     Args:
         tensor: A plain tensor, or a DTensor placed by `Shard` and `Replicate` alone.
+        spread: Of all tensors that it is counted with; None: its own ranks are all.
 
     Raises:
         ValueError: If another placement is met (partial sums, tensor parallelism under FSDP), or a
@@ -100,12 +109,13 @@ def local_shard(tensor: Tensor) -> LocalShard:
             f"a gradient of shape {tuple(tensor.shape)} is {tensor.layout}; only dense ones can be "
             "added up and masked: make the layer without sparse=True"
         )
+    is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
     if not isinstance(tensor, DTensor):
-        values = tensor.detach()
-        return LocalShard(values, (), tuple(values.shape), (0,) * values.ndim, tuple(values.shape))
+        values, shape = tensor.detach(), tuple(tensor.shape)
+        return LocalShard(values, (), shape, (0,) * tensor.ndim, shape, Reach(()), is_frozen)
     mesh = tensor.device_mesh
     sizes, offset, parts = list(tensor.shape), [0] * tensor.ndim, list(tensor.shape)
-    groups = []
+    groups, is_first = [], True
     for axis, placement in enumerate(tensor.placements):
         if type(placement) is Shard:
             # FSDP2 and DTensor cut as torch.chunk does: every part but the last ones is ceil(n/w).
@@ -121,18 +131,60 @@ def local_shard(tensor: Tensor) -> LocalShard:
                 f"a tensor placed as {tensor.placements} cannot be read shard by shard; only Shard "
                 "and Replicate are supported: redistribute it first"
             )
+        else:
+            is_first &= mesh.get_local_rank(axis) == 0
     with torch.no_grad():
         values = tensor.to_local()
     assert list(values.shape) == sizes, f"local shape {tuple(values.shape)}, expected {sizes}"
-    return LocalShard(values, tuple(groups), tuple(tensor.shape), tuple(offset), tuple(parts))
+    reach = Reach(tuple(groups))
+    if spread and mesh in spread:
+        reach = spread[mesh]._replace(is_counted=spread[mesh].is_counted and is_first)
+    return LocalShard(
+        values,
+        tuple(groups),
+        tuple(tensor.shape),
+        tuple(offset),
+        tuple(parts),
+        reach,
+        is_frozen,
+    )
 
 
-def by_groups(shards: Sequence[Part]) -> dict[Groups, list[int]]:
-    """Indices of the shards that share their process groups, in the same order on every rank."""
+def without_copies(shard: Part) -> Part:
+    """``shard``, where a frozen one that is the same on all parts of its reach counts once: what is
+    frozen is often sharded inside nodes, a copy on each. A collective for frozen ones of others'
+    reach."""
+    if not isinstance(shard, LocalShard) or not shard.is_frozen:
+        return shard
+    if shard.reach.groups == shard.groups or not shard.reach.groups:
+        return shard
+    place = hash((shard.offset, shard.values.shape)) % (1 << 62)
+    mine = [shard.reach.first_rank, place, checksum([shard.values]) % (1 << 62)]
+    row = torch.tensor(mine, device=shard.device)
+    parts: dict[int, set[tuple[int, int]]] = {}
+    for rank, *content in gathered(row, shard.reach.groups).view(-1, 3).tolist():
+        parts.setdefault(rank, set()).add(tuple(content))
+    if any(part != parts[shard.reach.first_rank] for part in parts.values()):
+        return shard
+    is_first = shard.reach.is_counted and shard.reach.first_rank == min(parts)
+    return replace(shard, reach=Reach(shard.reach.groups, is_first, min(parts)))
+
+
+def by_groups(reaches: Sequence[Reach]) -> dict[Groups, list[int]]:
+    """Indices of what is counted over the same process groups, in one order on every rank."""
     indices: dict[Groups, list[int]] = {}
-    for i, shard in enumerate(shards):
-        indices.setdefault(shard.groups, []).append(i)
+    for i, reach in enumerate(reaches):
+        indices.setdefault(reach.groups, []).append(i)
     return indices
+
+
+def gathered(values_N: Tensor, groups: Groups) -> Tensor:
+    """What all ranks have: 1-D, in rank order. A collective."""
+    for group in groups:
+        everyones_N = values_N.new_empty(group.size() * values_N.numel())
+        all_gather(everyones_N, values_N, group)
+        values_N = everyones_N
+    return values_N
 
 
 def unique(tensors: Iterable[Tensor]) -> list[Tensor]:

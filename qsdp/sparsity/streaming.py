@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qsdp.meshes import Groups, Reach
 from qsdp.sparsity.compression import Blocks, PackedMask, apply_, compress_, find_threshold
-from qsdp.sparsity.shards import Groups, local_shard
+from qsdp.sparsity.shards import local_shard
 from qsdp.sparsity.target import Compression
 from qsdp.sparsity.threshold import Threshold
 
@@ -95,6 +96,10 @@ class _Competing:
     @property
     def groups(self) -> Groups:
         return ()
+
+    @property
+    def reach(self) -> Reach:
+        return Reach(())
 
     @property
     def numel(self) -> int:

@@ -6,7 +6,8 @@ K-th value down to one pattern. bf16 and fp16 values are fp32 values, so they ma
 
 Entries of exactly that magnitude are kept in global order (the order of the tensors, then the flat
 index in the whole tensor) until K are kept, so that the outcome does not depend on the number of
-ranks. NaN counts as larger than anything: it is kept, and shows in the loss.
+ranks. Where ranks have tensors of their own under one name (experts), all of these compete, in the
+order of their ranks. NaN counts as larger than anything: it is kept, and shows in the loss.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.codec.magnitude import DIGIT_BITS, DTYPES, KEY_BITS, NUM_BINS, keys_of
-from qsdp.sparsity.shards import Part, by_groups
+from qsdp.meshes import Reach
+from qsdp.sparsity.shards import Part, by_groups, gathered
 
 THRESHOLD_BYTES = 3 * 8 * NUM_BINS
 """What one threshold over fp32 shards all-reduces on a shard axis: three histograms."""
@@ -50,19 +52,31 @@ class Threshold:
 def global_threshold(shards: Sequence[Part], num_keep: int) -> Threshold:
     """Find the ``num_keep`` entries of largest magnitude over all shards of all tensors.
 
-    A collective over the shards' process groups: one all-reduce of 16 KiB a round, and a few small
+    A collective over the shards' reach: one all-reduce of 16 KiB a round, and a few small
     ones when only some of the tied entries are kept. The host waits for the device once for the
     three rounds. Reads every local value three times, and a fourth time for cut ties.
 
     Args:
         shards: The tensors' local parts, the same tensors in the same order on every rank, each
             tensor once; float32, bfloat16 or float16.
-        num_keep: K, from 0 to the number of values in all tensors.
+        num_keep: K, from 0 to the `num_values` in all tensors.
 
     Raises:
         ValueError: If K is out of range or a dtype is not supported.
     """
-    return _thresholds(shards, [0] * len(shards), [num_keep])
+    sets, reaches = [0] * len(shards), [shard.reach for shard in shards]
+    return _thresholds(shards, sets, [num_keep], [num_values(shards)], reaches)
+
+
+def num_values(shards: Sequence[Part]) -> int:
+    """Values in all tensors, and in those that other ranks have under the same names.
+
+    A collective where there are such.
+    """
+    spread = [shard for shard in shards if shard.reach.groups != shard.groups]
+    own = [torch.tensor(shard.values.numel(), device=shard.device) for shard in spread]
+    everywhere = _sum_over_ranks(own, [shard.reach for shard in spread])
+    return sum(everywhere) + sum(s.numel for s in shards if s.reach.groups == s.groups)
 
 
 def layer_thresholds(shards: Sequence[Part], num_keep: Sequence[int]) -> Threshold:
@@ -70,11 +84,19 @@ def layer_thresholds(shards: Sequence[Part], num_keep: Sequence[int]) -> Thresho
 
     One all-reduce a round for all tensors together.
     """
-    return _thresholds(shards, list(range(len(shards))), num_keep)
+    totals = [shard.numel for shard in shards]
+    return _thresholds(shards, list(range(len(shards))), num_keep, totals, _own_reaches(shards))
 
 
-def _thresholds(shards: Sequence[Part], sets: Sequence[int], num_keep: Sequence[int]) -> Threshold:
-    """Shard i competes within set number ``sets[i]``, of which ``num_keep[set]`` are kept."""
+def _thresholds(
+    shards: Sequence[Part],
+    sets: Sequence[int],
+    num_keep: Sequence[int],
+    totals: Sequence[int],
+    reaches: Sequence[Reach],
+) -> Threshold:
+    """Shard i competes within set number ``sets[i]``, of whose ``totals[set]`` values
+    ``num_keep[set]`` are kept, with all that is in its reach."""
     for shard in shards:
         if shard.dtype not in DTYPES:
             raise ValueError(
@@ -85,8 +107,7 @@ def _thresholds(shards: Sequence[Part], sets: Sequence[int], num_keep: Sequence[
     limits = [shard.numel for shard in shards]
     members = [[i for i, of in enumerate(sets) if of == chosen] for chosen in range(len(num_keep))]
     searched = []
-    for indices, count in zip(members, num_keep, strict=True):
-        total = sum(shards[i].numel for i in indices)
+    for indices, count, total in zip(members, num_keep, totals, strict=True):
         if not 0 <= count <= total:
             raise ValueError(f"cannot keep {count} of {total} values; choose 0 to {total}")
         if count == 0:
@@ -98,6 +119,7 @@ def _thresholds(shards: Sequence[Part], sets: Sequence[int], num_keep: Sequence[
     found = _select(
         lambda place: _flat(shards[chosen[place]]),
         [shards[i] for i in chosen],
+        [reaches[i] for i in chosen],
         [number for number, (indices, _) in enumerate(searched) for _ in indices],
         [count for _, count in searched],
         KEY_BITS,
@@ -106,25 +128,42 @@ def _thresholds(shards: Sequence[Part], sets: Sequence[int], num_keep: Sequence[
         for i in indices:
             keys[i] = key
         if num_ties != num_equal:
-            cut = _tie_limits([shards[i] for i in indices], key, num_ties)
+            among = [shards[i] for i in indices], [reaches[i] for i in indices]
+            cut = _tie_limits(*among, key, num_ties)
             for i, limit in zip(indices, cut, strict=True):
                 limits[i] = limit
     return Threshold(tuple(keys), tuple(limits))
 
 
-def _tie_limits(shards: Sequence[Part], key: int, num_ties: int) -> tuple[int, ...]:
+def _tie_limits(
+    shards: Sequence[Part], reaches: Sequence[Reach], key: int, num_ties: int
+) -> tuple[int, ...]:
     """Per shard, the position at which the first ``num_ties`` entries equal to ``key`` end."""
-    counts: list[Tensor] = [(keys_of(shard.values) == key).sum() for shard in shards]
     limits = []
-    for shard, count in zip(shards, _sum_over_ranks(shards, counts), strict=True):
-        if num_ties >= count:
-            limits.append(shard.numel)
-        elif num_ties <= 0:
-            limits.append(0)
-        else:
-            limits.append(_position_limit(shard, key, num_ties))
-        num_ties -= count
+    for shard, reach, ties in zip(shards, reaches, _ties(shards, reaches, key), strict=True):
+        limit = 0
+        for first_rank, count in sorted(ties.items()):
+            if first_rank == reach.first_rank and num_ties > 0:
+                is_cut = num_ties < count
+                limit = _position_limit(shard, key, num_ties) if is_cut else shard.numel
+            num_ties -= count
+        limits.append(limit)
     return tuple(limits)
+
+
+def _ties(shards: Sequence[Part], reaches: Sequence[Reach], key: int) -> list[dict[int, int]]:
+    """Per shard, how many entries are equal to ``key`` in its tensor, and in those that other ranks
+    have under its name, by the first rank that holds a tensor."""
+    counts = [(keys_of(shard.values) == key).sum() for shard in shards]
+    own = _sum_over_ranks(counts, _own_reaches(shards))
+    found = [{reach.first_rank: count} for reach, count in zip(reaches, own, strict=True)]
+    for i, (shard, reach) in enumerate(zip(shards, reaches, strict=True)):
+        if reach.groups != shard.groups:
+            mine = torch.tensor([reach.first_rank, reach.is_counted * int(counts[i])])
+            found[i] = {}
+            for rank, count in gathered(mine.to(shard.device), reach.groups).view(-1, 2).tolist():
+                found[i][rank] = found[i].get(rank, 0) + count
+    return found
 
 
 def _position_limit(shard: Part, key: int, num_ties: int) -> int:
@@ -133,13 +172,16 @@ def _position_limit(shard: Part, key: int, num_ties: int) -> int:
     # The smallest positions are the largest distances from the end.
     distances_N = last - shard.positions(_tied(shard, key))
     bits = max(last.bit_length(), 1)
-    ((distance, _, _),) = _select(lambda _: distances_N, [shard], [0], [num_ties], bits)
+    ((distance, _, _),) = _select(
+        lambda _: distances_N, [shard], _own_reaches([shard]), [0], [num_ties], bits
+    )
     return last - distance + 1
 
 
 def _select(
     read: Callable[[int], Tensor],
     shards: Sequence[Part],
+    reaches: Sequence[Reach],
     sets: Sequence[int],
     num_keep: Sequence[int],
     bits: int,
@@ -162,7 +204,7 @@ def _select(
     while bits:
         width = min(DIGIT_BITS, bits)
         bits -= width
-        histogram_SB = _histogram(read, shards, sets, prefix_S, bits, width)
+        histogram_SB = _histogram(read, shards, reaches, sets, prefix_S, bits, width)
         at_least_SB = histogram_SB.flip(1).cumsum(1)
         from_top_S = (at_least_SB < wanted_S[:, None]).sum(1)
         digit_S = NUM_BINS - 1 - from_top_S
@@ -177,6 +219,7 @@ def _select(
 def _histogram(
     read: Callable[[int], Tensor],
     shards: Sequence[Part],
+    reaches: Sequence[Reach],
     sets: Sequence[int],
     prefix_S: Tensor,
     shift: int,
@@ -185,10 +228,10 @@ def _histogram(
     """Over all ranks, how often each next digit follows a set's prefix: int64 [sets, 2048]."""
     shape = (len(prefix_S), NUM_BINS)
     total = torch.zeros(shape, dtype=torch.int64, device=prefix_S.device)
-    for groups, indices in by_groups(shards).items():
+    for groups, indices in by_groups(reaches).items():
         counts = torch.zeros(shape, dtype=torch.int64, device=shards[indices[0]].device)
         prefixes = prefix_S.to(counts.device)
-        for i in indices:
+        for i in (i for i in indices if reaches[i].is_counted):
             at = sets[i]
             torch.ops.qsdp.count_digits(read(i), prefixes[at], shift, width, counts[at])
         for group in groups:
@@ -197,16 +240,22 @@ def _histogram(
     return total
 
 
-def _sum_over_ranks(shards: Sequence[Part], counts: Sequence[Tensor]) -> list[int]:
-    """Add one int64 count a shard over the ranks that hold the other parts."""
-    sums = [0] * len(shards)
-    for groups, indices in by_groups(shards).items():
-        stacked = torch.stack([counts[i].to(counts[indices[0]].device) for i in indices])
+def _sum_over_ranks(counts: Sequence[Tensor], reaches: Sequence[Reach]) -> list[int]:
+    """Add up each int64 count over its reach."""
+    sums = [0] * len(counts)
+    for groups, indices in by_groups(reaches).items():
+        parts = [counts[i] * reaches[i].is_counted for i in indices]
+        stacked = torch.stack([part.to(parts[0].device) for part in parts])
         for group in groups:
             dist.all_reduce(stacked, group=group)
         for i, value in zip(indices, stacked.tolist(), strict=True):
             sums[i] = value
     return sums
+
+
+def _own_reaches(shards: Sequence[Part]) -> list[Reach]:
+    """Those over which the parts of each tensor for itself add up."""
+    return [Reach(shard.groups) for shard in shards]
 
 
 def _flat(shard: Part) -> Tensor:

@@ -1,0 +1,116 @@
+"""Which ranks hold the tensors of a model: its meshes, and what lies on some of the ranks alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+Groups = tuple[dist.ProcessGroup, ...]
+"""The process groups, one a sharded mesh axis, over which the parts of a tensor make the whole."""
+
+
+class Reach(NamedTuple):
+    """Over which ranks what is counted of a tensor adds up to the whole job's."""
+
+    groups: Groups
+    """One after the other."""
+    is_counted: bool = True
+    """Whether this rank's part adds to that: of equal parts one does."""
+    first_rank: int = 0
+    """Of the ranks that share the tensor: tensors of the same name are in this order."""
+
+
+Spread = Mapping[DeviceMesh, Reach]
+"""What the tensors of a mesh are counted over, where that is not their own ranks alone."""
+
+
+def groups_of(tensors: Iterable[Tensor]) -> list[dist.ProcessGroup]:
+    """The process groups of all axes of the meshes of ``tensors``: none where all are plain. The
+    last axes, over which HSDP shards and passes meet, come first."""
+    meshes = dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, DTensor))
+    groups = dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()[::-1])
+    return [group for group in groups if group.size() > 1]
+
+
+def covering(meshes: Iterable[DeviceMesh]) -> DeviceMesh | None:
+    """The first of ``meshes`` that holds the ranks of all others, if any does."""
+    ranks = {mesh: ranks_of(mesh) for mesh in meshes}
+    everyone = frozenset[int]().union(*ranks.values())
+    return next((mesh for mesh, own in ranks.items() if own == everyone), None)
+
+
+def ranks_of(mesh: DeviceMesh) -> frozenset[int]:
+    """The global ranks of ``mesh``."""
+    return frozenset(mesh.mesh.flatten().tolist())
+
+
+def spread_of(tensors: Iterable[Tensor], *, with_replicas: bool = False) -> Spread:
+    """What must be counted over more ranks than share a tensor, so that all get one number.
+
+    These are the meshes of some of the ranks over which others of ``tensors`` are sharded. Each
+    part of the ranks has tensors of its own there under the same names: experts, all of which
+    count. But a mesh that lacks a named axis of another, along which tensors of that are cut, has
+    the same ones on all ranks of the axis, as tensor parallelism leaves what it does not cut: the
+    first ranks' count.
+
+    Args:
+        tensors: All that are counted together.
+        with_replicas: So also where meshes repeat tensors (HSDP), of which the first replica's
+            count then.
+
+    Raises:
+        ValueError: If no mesh holds the ranks of all others.
+    """
+    cut: dict[DeviceMesh, set[int]] = {}
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            axes = cut.setdefault(tensor.device_mesh, set())
+            axes.update(i for i, placed in enumerate(tensor.placements) if placed.is_shard())
+    if not cut or (len(cut) == 1 and not with_replicas):
+        return {}
+    whole = covering(cut)
+    if whole is None:
+        largest, *others = sorted(cut, key=lambda mesh: -mesh.size())
+        other = next(mesh for mesh in others if not ranks_of(mesh) <= ranks_of(largest))
+        raise ValueError(
+            f"some parameters are sharded over ranks {_listed(largest)}, others over ranks "
+            f"{_listed(other)}, and none over all of these: shard some over all ranks that train "
+            "together"
+        )
+
+    groups = tuple(group for group in whole.get_all_groups() if group.size() > 1)
+    spread = {}
+    for mesh in cut:
+        own = ranks_of(mesh)
+        if own < ranks_of(whole):
+            firsts = (_first_repeated(mesh, other, axes) for other, axes in cut.items())
+            first = next((ranks for ranks in firsts if ranks), own)
+            spread[mesh] = Reach(groups, own == first, min(first))
+        elif with_replicas and len(cut[mesh]) < mesh.ndim:
+            spread[mesh] = Reach(groups)
+    return spread
+
+
+def _first_repeated(mesh: DeviceMesh, other: DeviceMesh, cut: set[int]) -> frozenset[int]:
+    """If ``mesh`` is ``other`` without axes of which some are in ``cut``: the ranks that come first
+    along these. Else none."""
+    names, own = other.mesh_dim_names or (), mesh.mesh_dim_names or ()
+    if not own or not set(own) < set(names) or all(names[axis] in own for axis in cut):
+        return frozenset()
+    place = other.get_coordinate()
+    assert place is not None
+    slices, firsts = (
+        tuple(slice(None) if n in own else at for n, at in zip(names, places, strict=True))
+        for places in (place, [0] * len(names))
+    )
+    is_slice = ranks_of(mesh) == frozenset(other.mesh[slices].flatten().tolist())
+    return frozenset(other.mesh[firsts].flatten().tolist()) if is_slice else frozenset()
+
+
+def _listed(mesh: DeviceMesh) -> str:
+    return ", ".join(map(str, sorted(ranks_of(mesh))))

@@ -1,0 +1,181 @@
+"""Which of a model's parameters an optimizer steps and prunes, by their names: what stands in a
+parameter's place may be another object tomorrow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from qsdp.compat import behind_gathered, sharded_parameters
+from qsdp.failures import listed
+from qsdp.meeting import warn
+from qsdp.meshes import groups_of, spread_of
+from qsdp.sparsity.compression import Prunable
+from qsdp.sparsity.prunable import prunable_parameters
+
+_ADVICE = (
+    "make it of the model's parameters, after sharding, or put into its param_groups what "
+    "sharding, load_state_dict(assign=True) or to_empty has put in place of the old ones (an "
+    "engine that steps partitions of its own, as ZeRO does, cannot be wrapped)"
+)
+
+
+class Known:
+    """What ``owner``, an optimizer around ``base``, knows of ``model``. It keeps no parameter
+    alive, and what it looks at stays as it is: one rank may look alone.
+
+    Attributes:
+        names: Of the prunable parameters.
+        groups: Whose ranks share the parameters of both; see `groups_of`.
+        spread: Of these, HSDP's included; see `spread_of`.
+        trained: Names of those of both that need gradients.
+        lacking: Names of the model's that need gradients and that the base does not have.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        model: nn.Module,
+        base: torch.optim.Optimizer,
+        patterns: Sequence[str] | None,
+    ) -> None:
+        """Raises ValueError if the base lacks prunable parameters, or all."""
+        self._owner, self._model, self._base, self._patterns = owner, model, base, patterns
+        self.names = Prunable.of(model, patterns).names
+        self._own_ids: dict[str, int] = {}
+        self._joined: set[str] = set()
+        self._look_up()
+
+    @property
+    def prunable(self) -> Prunable:
+        """The prunable parameters as they were found the last time, at the next step else."""
+        everyone = self.own()
+        if min(self._places, default=0) < 0:  # some that are frozen, which the base need not have
+            behind = behind_gathered(self._model)
+            everyone += [behind.get(id(p), p) for p in reversed([*self._model.parameters()])]
+        count = len(everyone)
+        found = [everyone[at] for at in self._places if -count <= at < count]
+        if [*map(id, found)] != [*self.ids]:
+            self.renew()
+            return self.prunable
+        parameters: Any = tuple(found)
+        return replace(self._prunable, parameters=parameters)
+
+    @property
+    def ids(self) -> dict[int, str]:
+        """The prunable parameters' names by what `id` was of them the last time."""
+        return self._ids
+
+    @property
+    def are_current(self) -> bool:
+        """Whether model and base still have these parameters, and train these."""
+        parameters = [*self._model.parameters()]
+        if self._seen != [*map(id, parameters)]:
+            behind = behind_gathered(self._model)
+            parameters = [behind.get(id(p), p) for p in parameters]
+        return (
+            self._seen == [*map(id, parameters)]
+            and self._seen_own == [*map(id, self.own())]
+            and self._flags == [parameter.requires_grad for parameter in parameters]
+        )
+
+    def renew(self) -> None:
+        """Look the parameters up again, if the model has others.
+
+        Raises RuntimeError unless the base has those too.
+        """
+        try:
+            if not self.are_current:
+                self._look_up()
+        except ValueError as error:
+            raise RuntimeError(str(error)) from None
+
+    def own(self) -> list[Tensor]:
+        """All parameters of the base, in its order."""
+        return [parameter for group in self._base.param_groups for parameter in group["params"]]
+
+    def notice_own(self) -> None:
+        """Remember which of the model's parameters the base has now."""
+        known = {*map(id, self.own())}
+        named = sharded_parameters(self._model)
+        self._own_ids.update((name, id(p)) for name, p in named.items() if id(p) in known)
+
+    def _look_up(self) -> None:
+        """Take the parameters that the model has now under the names that were chosen.
+
+        Raises ValueError unless the base has them.
+        """
+        named, own = sharded_parameters(self._model), self.own()
+        known = {id(parameter) for parameter in own}
+        prunable = Prunable.named(self._model, self.names)
+        trained = [name for name, p in named.items() if p.requires_grad]
+        lacking = [name for name in trained if id(named[name]) not in known]
+        replaced = {name for name, was in self._own_ids.items() if id(named.get(name)) != was}
+        if lost := [name for name in lacking if name in {*self.names} | replaced]:
+            what = "prunable parameters" if lost[0] in self.names else "parameters"
+            raise ValueError(
+                f"the base optimizer lacks {len(lost)} {what} of the model, {lost[0]!r} first; "
+                f"{_ADVICE}"
+            )
+        if trained and len(lacking) == len(trained):
+            raise ValueError(f"the base optimizer has no trained parameter of the model; {_ADVICE}")
+        self._check_state(replaced)
+        self.lacking = tuple(lacking)
+        self.trained = tuple(n for n in trained if n in self.names or n not in lacking)
+        self._warn_of_others([p for p in own if id(p) not in {*map(id, named.values())}])
+        everything = [*named.values(), *own]
+        self.groups = groups_of(everything)
+        self.spread = spread_of(everything, with_replicas=True)
+        parameters = [*named.values()]
+        # Numbers of objects alone: references would keep the unsharded model, and torch swaps the
+        # insides of no tensor that has weak ones.
+        self._ids = {id(p): name for p, name in zip(prunable.parameters, self.names, strict=True)}
+        self._prunable = replace(prunable, parameters=())
+        places = {id(p): -1 - i for i, p in enumerate(parameters)}
+        places |= {id(p): i for i, p in enumerate(own)}
+        self._places = [places[key] for key in self._ids]
+        self._flags = [parameter.requires_grad for parameter in parameters]
+        self._seen, self._seen_own = ([*map(id, each)] for each in (parameters, own))
+        self.notice_own()
+
+    def _check_state(self, replaced: Iterable[str]) -> None:
+        """Raise ValueError if a state would stay with parameters that others have replaced."""
+        state: Any = self._base.state
+        with_state = {id(key) for key in state if isinstance(key, Tensor)}
+        if any(self._own_ids[name] in with_state for name in replaced):
+            raise ValueError(
+                f"the state of {type(self._base).__name__} is of parameters that others have "
+                "replaced, and stays with them: replace parameters before the first step, or make "
+                "both optimizers anew and load the state_dict()"
+            )
+
+    def _warn_of_others(self, others: Sequence[Tensor]) -> None:
+        """Say what base and model do not have in common, where that may be a mistake."""
+        if others and self.lacking:
+            warn(
+                f"the base optimizer of {self._owner} has {len(others)} parameters that the model "
+                f"does not have, and lacks {len(self.lacking)} that it trains, "
+                f"{self.lacking[0]!r} first: if these are the same, {_ADVICE}"
+            )
+        elif any(isinstance(parameter, DTensor) for parameter in others):
+            warn(
+                f"the base optimizer of {self._owner} has sharded parameters outside of the model: "
+                "what an exception in their passes leaves behind is not undone; give a module that "
+                "holds all of them, nn.ModuleList for one"
+            )
+
+    def warn_of_the_joined(self) -> None:
+        """Say which parameters would be prunable and came too late. Frees what is gathered."""
+        now = prunable_parameters(self._model, self._patterns)
+        joined = [n for n, p in now.items() if p.requires_grad and n not in self.names]
+        if joined := [name for name in joined if name not in self._joined]:
+            self._joined.update(joined)
+            warn(
+                f"{listed(joined)} came after {self._owner} was made, which does not prune what "
+                "was not there: make it anew"
+            )

@@ -1,0 +1,122 @@
+"""Exact gradient norms over shards, and clipping by them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from qsdp.meeting import meet, mistakes_shared
+from qsdp.meshes import Groups, Spread, groups_of, spread_of
+from qsdp.sparsity.shards import gathered, local_shard, unique
+
+# A chunk in double precision stays in a CPU's cache; a GPU wants few launches instead.
+_CHUNK_CPU = 1 << 16
+_CHUNK_GPU = 1 << 24
+
+
+def global_grad_norm(parameters: Iterable[Tensor]) -> float:
+    """The 2-norm of all gradients together, in double precision, the same on every rank.
+
+    Every rank adds the squares of its shards in fp64; the ranks' sums are gathered and added in
+    rank order, so the result does not depend on the order of arrival. A plain or replicated
+    parameter (also an HSDP replica's) counts once; its gradient is taken to be the same on every
+    rank, and the first rank's is the one counted. Of parameters that are sharded over some ranks
+    alone, beside others over all (experts), those of all ranks count; see `spread_of`. A
+    collective if any parameter is a DTensor, whatever the gradients: a rank may have none.
+
+    Args:
+        parameters: Plain tensors or DTensors, the same on every rank; those without a gradient
+            add nothing, a tied one counts once.
+
+    Returns:
+        The norm: not finite on all ranks if a gradient is not finite on any; 0.0 without gradients.
+
+    Raises:
+        ValueError: If parameters are sharded over different ranks, and none over all of these.
+    """
+    parameters = unique(parameters)
+    return norm_among(parameters, spread_of(parameters, with_replicas=True))
+
+
+def norm_among(parameters: Sequence[Tensor], spread: Spread) -> float:
+    """`global_grad_norm` of ``parameters``, each once, among those that ``spread`` is of."""
+    grads: dict[Groups, list[Tensor]] = {}
+    devices: dict[Groups, torch.device] = {}
+    for parameter in parameters:
+        if parameter.grad is None and not parameter.requires_grad:
+            continue
+        shard = local_shard(parameter if parameter.grad is None else parameter.grad, spread)
+        groups, is_counted = shard.reach.groups, shard.reach.is_counted
+        devices.setdefault(groups, shard.device)
+        parts = grads.setdefault(groups, [])
+        if parameter.grad is not None and is_counted:
+            parts.append(shard.values)
+    sums = {groups: _sum_of_squares(grads[groups], device) for groups, device in devices.items()}
+    whole = float(sums.pop((), 0.0))
+    total, wholes = 0.0, [whole]
+    # The most ranks last: they hear of all.
+    for groups in sorted(sums, key=lambda groups: math.prod(group.size() for group in groups)):
+        # The wholes ride along: a rank that has seen what is not finite must tell the others.
+        part, known = sums[groups], whole if math.isfinite(total) else math.nan
+        values = gathered(torch.stack([part, torch.full_like(part, known)]), groups).tolist()
+        wholes = values[1::2]
+        for value in values[::2]:
+            total += value
+    counted = wholes[0] if all(map(math.isfinite, wholes)) else math.nan
+    return math.sqrt(total + counted)
+
+
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
+    """Scale all gradients in place so that their global norm is at most ``max_norm``.
+
+    As `torch.nn.utils.clip_grad_norm_`, but exact for DTensors of any mesh together with plain
+    tensors: the coefficient max_norm / (norm + 1e-6), at most 1, is computed in fp64 and applied
+    in the gradients' precision (at least fp32). A norm that is not finite makes every coefficient
+    NaN or 0, as in torch: look at the returned norm before stepping.
+
+    Args:
+        parameters: As for `global_grad_norm`.
+        max_norm: Above 0, the same on every rank.
+
+    Returns:
+        The norm before clipping.
+    """
+    parameters = unique(parameters)
+    groups, call = groups_of(parameters), "qsdp.clip_grad_norm_"
+    with mistakes_shared(call, groups):
+        check_max_norm(max_norm)
+    num_trained = sum(parameter.requires_grad for parameter in parameters)
+    meet(call, {"max_norm": max_norm, "trained parameters": num_trained}, groups)
+    norm = global_grad_norm(parameters)
+    scale_grads_(parameters, max_norm, norm)
+    return norm
+
+
+def scale_grads_(parameters: Iterable[Tensor], max_norm: float, norm: float) -> None:
+    """Clip to ``max_norm`` the gradients whose global norm is known to be ``norm``."""
+    coefficient = max_norm / (norm + 1e-6)
+    if coefficient >= 1:
+        return
+    for parameter in unique(parameters):
+        if parameter.grad is not None:
+            local_shard(parameter.grad).values.mul_(coefficient)
+
+
+def check_max_norm(max_norm: float) -> None:
+    """Raise ValueError unless ``max_norm`` is above 0."""
+    if not max_norm > 0:
+        raise ValueError(f"max_norm is {max_norm}; choose a number above 0")
+
+
+def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """The sum of squares in fp64, a scalar tensor on ``device``, without a full fp64 copy."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    size = _CHUNK_CPU if total.device.type == "cpu" else _CHUNK_GPU
+    for values in tensors:
+        for chunk in values.reshape(-1).split(size):
+            wide = chunk.double()
+            total += wide.dot(wide).to(total.device)
+    return total
