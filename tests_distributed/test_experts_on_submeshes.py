@@ -300,7 +300,7 @@ def _compare_with_one_process(
     "layout, method",
     [
         *(("two of two", each) for each in ("CrAM+", "ACDC around experts")),
-        *(("replicas", each) for each in ("CrAM by layer", "ACDC")),
+        ("replicas", "ACDC"),
         *(("one and two", each) for each in ("CrAM, normalized", "CrAM of experts", "GMP")),
         *(("a rank each", each) for each in ("SAM", "GMP by layer")),
     ],
@@ -314,7 +314,7 @@ def test_a_step_is_that_of_one_process_with_all_experts(run: Run, layout: str, m
 
 @selection(
     "layout, method",
-    [("two of two", "ACDC"), ("a rank each", "CrAM+"), ("replicas", "GMP")],
+    [("two of two", "ACDC"), ("a rank each", "CrAM+")],
     EVEN,
     ("ACDC", "CrAM+", "GMP"),
 )
