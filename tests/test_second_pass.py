@@ -327,23 +327,24 @@ def test_the_first_that_the_base_lacks_is_named() -> None:
 # --- steps that were skipped or cut short --------------------------------------------------------
 
 
-class Job:
-    """A net, of which one optimizer trains the matrices and another the rest."""
+class Steps:
+    """Of a model of which one optimizer trains the matrices and another the rest."""
 
-    def __init__(self, method: str) -> None:
-        self.net = make_net()
-        self.method = method
-        hidden, self.rest = split(self.net)
-        self.hidden = list(hidden.values())
-        self.base = torch.optim.AdamW(self.hidden, lr=1e-2, foreach=True)
-        self.optimizer = made(method, self.net, self.base)
-        self.other = torch.optim.SGD(self.rest.values(), lr=0.1, momentum=0.9)
-        self.losses: list[float] = []
+    method: str
+    model: Any
+    rest: dict[str, nn.Parameter]
+    optimizer: Any
+    other: torch.optim.Optimizer
+    losses: list[float]
+
+    def run_pass(self, step: int, num_micro: int | None = None) -> float:
+        """Forward and backward; returns the loss."""
+        raise NotImplementedError
 
     def prepare(self, step: int) -> None:
         """What is there when a step begins: gradients of an earlier micro-batch."""
         if self.method in MASKED:
-            net_closure(self.net, 100 + step)()
+            self.run_pass(100 + step, 1)
         else:
             for parameter in self.rest.values():
                 parameter.grad = 0.1 * parameter.detach()
@@ -361,13 +362,13 @@ class Job:
         def closure() -> float:
             nonlocal count
             count += 1
-            loss = net_closure(self.net, step)()
+            loss = self.run_pass(step)
             fault(count, "end")
             return loss
 
         handles = [
-            self.net.blocks[1].register_forward_pre_hook(on_forward),
-            self.net.blocks[0].register_forward_hook(on_backward),
+            self.model.blocks[1].register_forward_pre_hook(on_forward),
+            self.model.blocks[0].register_forward_hook(on_backward),
         ]
         try:
             self.losses.append(self.optimizer.step(closure))
@@ -378,7 +379,24 @@ class Job:
     def end(self) -> None:
         """The other optimizer's part of a step."""
         self.other.step()
-        self.net.zero_grad()
+        self.model.zero_grad()
+
+
+class Job(Steps):
+    """Those of a net in one process."""
+
+    def __init__(self, method: str) -> None:
+        self.model = make_net()
+        self.method = method
+        hidden, self.rest = split(self.model)
+        self.hidden = list(hidden.values())
+        self.base = torch.optim.AdamW(self.hidden, lr=1e-2, foreach=True)
+        self.optimizer = made(method, self.model, self.base)
+        self.other = torch.optim.SGD(self.rest.values(), lr=0.1, momentum=0.9)
+        self.losses = []
+
+    def run_pass(self, step: int, num_micro: int | None = None) -> float:
+        return net_closure(self.model, step)()
 
 
 def failing(in_pass: int, where: str) -> Callable[[int, str], None]:
@@ -402,7 +420,7 @@ def test_a_skipped_step_leaves_all_as_before_it(
         job.take(step)
         job.end()
     job.prepare(bad_step)
-    before = everything(job.net, job.base)
+    before = everything(job.model, job.base)
 
     def spoil(count: int, place: str) -> None:
         if (count, place) == (in_pass, "end"):
@@ -411,11 +429,11 @@ def test_a_skipped_step_leaves_all_as_before_it(
             grad.fill_(bad)
 
     job.take(bad_step, spoil)
-    assert everything(job.net, job.base) == before
+    assert everything(job.model, job.base) == before
     assert job.optimizer.skipped_steps == 1
     job.take(bad_step)
     assert job.optimizer.skipped_steps == 1
-    assert everything(job.net, job.base)["weights"] != before["weights"]
+    assert everything(job.model, job.base)["weights"] != before["weights"]
 
 
 @pytest.mark.parametrize(
@@ -432,13 +450,13 @@ def test_a_step_that_was_cut_short_leaves_no_trace(
         for each in (job, undisturbed):
             each.prepare(step)
         if step == bad_step:
-            before = everything(job.net, job.base)
+            before = everything(job.model, job.base)
             with pytest.raises(LookupError):
                 job.take(step, failing(in_pass, where))
-            assert everything(job.net, job.base) == before
+            assert everything(job.model, job.base) == before
         for each in (job, undisturbed):
             each.take(step)
-        assert everything(job.net, job.base) == everything(undisturbed.net, undisturbed.base)
+        assert everything(job.model, job.base) == everything(undisturbed.model, undisturbed.base)
         for each in (job, undisturbed):
             each.end()
     assert job.losses == undisturbed.losses

@@ -21,6 +21,7 @@ import qsdp
 from tests.test_optimizer_references import MASKED, METHODS, TWO_PASSES, all_bits
 from tests.test_second_pass import (
     PAIRS,
+    Steps,
     buffers,
     everything,
     failing,
@@ -53,8 +54,8 @@ def _parallel(kind: str, module: Any) -> Any:
 
 
 @dataclass
-class Job:
-    """A model on all ranks, of which one optimizer trains the matrices and another the rest."""
+class Job(Steps):
+    """Those of a model on all ranks."""
 
     kind: str
     method: str
@@ -69,7 +70,7 @@ class Job:
         self.base = torch.optim.AdamW(self.hidden, lr=1e-2, foreach=True)
         self.optimizer = made(self.method, self.called, self.base)
         self.other = torch.optim.SGD(self.rest.values(), lr=0.1, momentum=0.9, foreach=True)
-        self.losses: list[float] = []
+        self.losses = []
 
     @classmethod
     def of_net(cls, kind: str, method: str, num_micro: int = 1) -> Job:
@@ -92,48 +93,8 @@ class Job:
             total += loss.item()
         return total
 
-    def prepare(self, step: int) -> None:
-        """What is there when a step begins: gradients of an earlier micro-batch."""
-        if self.method in MASKED:
-            self.run_pass(100 + step, 1)
-        else:
-            for parameter in self.rest.values():
-                parameter.grad = 0.1 * parameter.detach()
-
-    def take(self, step: int, fault: Callable[[int, str], None] = lambda _, __: None) -> None:
-        """Take a step, which calls ``fault`` with the number of the pass and the place."""
-        count = 0
-
-        def on_forward(_: Any, __: Any) -> None:
-            fault(count, "forward")
-
-        def on_backward(_: Any, __: Any, output: Tensor) -> None:
-            output.register_hook(lambda _: fault(count, "backward"))
-
-        def closure() -> float:
-            nonlocal count
-            count += 1
-            loss = self.run_pass(step)
-            fault(count, "end")
-            return loss
-
-        handles = [
-            self.model.blocks[1].register_forward_pre_hook(on_forward),
-            self.model.blocks[0].register_forward_hook(on_backward),
-        ]
-        try:
-            self.losses.append(self.optimizer.step(closure))
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def everything(self) -> dict[str, Any]:
         return everything(self.model, self.base)
-
-    def end(self) -> None:
-        """The other optimizer's part of a step."""
-        self.other.step()
-        self.model.zero_grad()
 
 
 # --- buffers ------------------------------------------------------------------------------------

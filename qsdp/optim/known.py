@@ -3,7 +3,7 @@ parameter's place may be another object tomorrow."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ class Known:
 
     Attributes:
         names: Of the prunable parameters.
+        ids: These names by what `id` was of the parameters when they were found.
         groups: Whose ranks share the parameters of both; see `groups_of`.
         spread: Of these, HSDP's included; see `spread_of`.
         trained: Names of those of both that need gradients.
@@ -67,11 +68,6 @@ class Known:
         return replace(self._prunable, parameters=parameters)
 
     @property
-    def ids(self) -> dict[int, str]:
-        """The prunable parameters' names by what `id` was of them the last time."""
-        return self._ids
-
-    @property
     def are_current(self) -> bool:
         """Whether model and base still have these parameters, and train these."""
         parameters = [*self._model.parameters()]
@@ -101,8 +97,9 @@ class Known:
 
     def notice_own(self) -> None:
         """Remember which of the model's parameters the base has now."""
-        known = {*map(id, self.own())}
-        named = sharded_parameters(self._model)
+        self._notice(sharded_parameters(self._model), {*map(id, self.own())})
+
+    def _notice(self, named: Mapping[str, Tensor], known: set[int]) -> None:
         self._own_ids.update((name, id(p)) for name, p in named.items() if id(p) in known)
 
     def _look_up(self) -> None:
@@ -127,21 +124,23 @@ class Known:
         self._check_state(replaced)
         self.lacking = tuple(lacking)
         self.trained = tuple(n for n in trained if n in self.names or n not in lacking)
-        self._warn_of_others([p for p in own if id(p) not in {*map(id, named.values())}])
-        everything = [*named.values(), *own]
+        parameters = [*named.values()]
+        numbers = [*map(id, parameters)]
+        in_model = {*numbers}
+        self._warn_of_others([p for p in own if id(p) not in in_model])
+        everything = [*parameters, *own]
         self.groups = groups_of(everything)
         self.spread = spread_of(everything, with_replicas=True)
-        parameters = [*named.values()]
         # Numbers of objects alone: references would keep the unsharded model, and torch swaps the
         # insides of no tensor that has weak ones.
-        self._ids = {id(p): name for p, name in zip(prunable.parameters, self.names, strict=True)}
+        self.ids = {id(p): name for p, name in zip(prunable.parameters, self.names, strict=True)}
         self._prunable = replace(prunable, parameters=())
-        places = {id(p): -1 - i for i, p in enumerate(parameters)}
-        places |= {id(p): i for i, p in enumerate(own)}
-        self._places = [places[key] for key in self._ids]
+        self._seen, self._seen_own = numbers, [*map(id, own)]
+        places = {key: -1 - i for i, key in enumerate(self._seen)}
+        places |= {key: i for i, key in enumerate(self._seen_own)}
+        self._places = [places[key] for key in self.ids]
         self._flags = [parameter.requires_grad for parameter in parameters]
-        self._seen, self._seen_own = ([*map(id, each)] for each in (parameters, own))
-        self.notice_own()
+        self._notice(named, known)
 
     def _check_state(self, replaced: Iterable[str]) -> None:
         """Raise ValueError if a state would stay with parameters that others have replaced."""

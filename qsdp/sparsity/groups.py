@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qsdp.compat import all_gather
-from qsdp.sparsity.shards import LocalShard
+from qsdp.sparsity.shards import LocalShard, gathered
 
 
 def whole_groups(shard: LocalShard, dim: int, size: int) -> tuple[Tensor, int]:
@@ -48,11 +47,5 @@ def _edges(shard: LocalShard, rows_LR: Tensor, first: int, size: int) -> tuple[T
     if places:
         index[: len(places)] = torch.tensor(places, device=index.device)
         edges[: len(places)] = rows_LR[index[: len(places)] - first]
-    for group in shard.groups:
-        many = group.size()
-        indices = index.new_empty(many * index.numel())
-        all_gather(indices, index, group)
-        rows = edges.new_empty(many * edges.numel())
-        all_gather(rows, edges.reshape(-1), group)
-        index, edges = indices, rows.view(indices.numel(), edges.shape[1])
-    return index, edges
+    edges = gathered(edges.reshape(-1), shard.groups).view(-1, edges.shape[1])
+    return gathered(index, shard.groups), edges
