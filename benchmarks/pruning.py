@@ -56,7 +56,7 @@ from runs import (
 from qsdp import checkpoint
 from qsdp.models import GPT, GPTConfig
 from qsdp.train.config import RECIPES, TrainConfig
-from qsdp.train.setup import DENSE_TWIN as TWIN
+from qsdp.train.results import DENSE_TWIN as TWIN
 
 STEPS = 1000
 EVAL_BATCHES = 75  # about half of nano's validation split

@@ -58,8 +58,11 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, step, model, optimizer, {}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000100"
-    checkpoint.clear_after(tmp_path, 10)
+    assert checkpoint.latest(tmp_path, until=99) == tmp_path / "step-00000010"
+    checkpoint.set_aside(tmp_path, 10)
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000010"
+    assert checkpoint.remove_aside(tmp_path) == ["step-00000100"]
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000010"]
 
 
 def test_a_step_may_be_saved_again(tmp_path: Path) -> None:
@@ -75,7 +78,7 @@ class PowerCut(BaseException):
     """Not an error that anything could handle."""
 
 
-@pytest.mark.parametrize("moment", ["begin", "publish", "sync_folder", "remove"])
+@pytest.mark.parametrize("moment", ["clear_killed", "publish", "sync", "remove"])
 def test_a_crash_while_saving_leaves_the_last_checkpoint_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -87,7 +90,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint_or_the_new_one(
         raise PowerCut
 
     with monkeypatch.context() as patch:
-        if moment in ("sync_folder", "remove"):
+        if moment in ("sync", "remove"):
             patch.setattr(folders, moment, cut)
         else:
             patch.setattr(f"qsdp.checkpoint.state.{moment}", cut)

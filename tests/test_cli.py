@@ -117,7 +117,7 @@ def test_a_resume_from_another_model_is_refused_and_a_finished_run_is_left_alone
     assert (folder / "out" / "checkpoints" / "step-00000002") in {path.parent for path in files}
 
     main(small_run(folder))
-    assert "finished run of 2 steps" in capfd.readouterr().out
+    assert "holds this run, finished after 2 steps" in capfd.readouterr().out
     assert "vocab_size" in refused(small_run(folder, "--tokenizer", "byte"), capfd)
     assert "AdamW, not CrAM" in refused(small_run(folder, "--cram"), capfd)
     (folder / "text.txt").write_text(TEXT.replace("q", "Q"))
@@ -132,7 +132,8 @@ def test_a_damaged_checkpoint_is_refused(
     folder = finished()
     shards = next((folder / "out" / "checkpoints").rglob("*.distcp"))
     shards.write_bytes(shards.read_bytes()[:1000])
-    assert "step-00000002" in refused(small_run(folder, "--steps", "4"), capfd)
+    flags = ["--steps", "4", "--resume", str(folder / "out")]
+    assert "step-00000002" in refused(small_run(folder, *flags), capfd)
 
 
 @pytest.mark.slow
@@ -171,7 +172,8 @@ def test_a_summary_is_of_the_steps_with_its_own_settings(
     lines = (out / "metrics.jsonl").read_text().splitlines()
     (out / "metrics.jsonl").write_text('{"step": 1}\n' + lines[1] + "\n")
     for steps, batch, measured in ((4, 2, 3), (5, 4, 1), (6, 4, 2)):
-        main(small_run(folder, "--steps", str(steps), "--batch-size", str(batch)))
+        flags = ["--steps", str(steps), "--batch-size", str(batch), "--resume", str(out)]
+        main(small_run(folder, *flags))
         summary = json.loads((out / "summary.json").read_text())
         assert (summary["steps"], summary["steps_measured"]) == (steps, measured)
     assert "batch_size 2 -> 4" in capfd.readouterr().out
@@ -330,7 +332,7 @@ def test_a_damaged_line_of_metrics_is_as_good_as_torn(finished: Callable[..., Pa
     folder = finished()
     metrics = folder / "out" / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes() + DEEP + b"\n")
-    main(small_run(folder, "--steps", "3"))
+    main(small_run(folder, "--steps", "3", "--resume", str(folder / "out")))
     assert len(metrics.read_text().splitlines()) == 3
 
 

@@ -16,6 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compat": set(),
     "config": set(),
     "failures": set(),
+    "files": set(),
     "meeting": set(),
     "meshes": set(),
     "codec": set(),
@@ -27,10 +28,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": set(),
     "data": set(),
     "checkpoint": set(),
-    "export": {"checkpoint", "models", "sparsity"},
+    "export": {"checkpoint", "data", "models", "sparsity"},
     "metrics": set(),
 }
-FOR_ANYONE = {"bitmask", "checksum", "compat", "config", "failures", "meeting", "meshes"}
+FOR_ANYONE = {
+    *("bitmask", "checksum", "compat", "config", "failures", "files"),
+    *("meeting", "meshes"),
+}
 # These stand above all others: the job, and the public interface.
 ABOVE_ALL = {"train", "__init__"}
 

@@ -53,5 +53,7 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     events = accumulator.EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {
-        *("loss", "wire_errors/a.weight/weight", "wire_errors/b.weight/grad")
+        *("loss", "wire_errors/a.weight/weight", "wire_errors/b.weight/grad"),
+        "wire_errors/b.weight/weight",
     }
+    assert math.isnan(events.Scalars("wire_errors/b.weight/weight")[0].value)

@@ -14,7 +14,8 @@ from qsdp.models import GPT
 from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.train import cli, loop
 from qsdp.train.evaluate import Evaluator
-from qsdp.train.setup import DENSE_TWIN, Job
+from qsdp.train.results import DENSE_TWIN
+from qsdp.train.setup import Job
 from qsdp.train.source import open_source
 from tests.bad_inputs import TEXT
 

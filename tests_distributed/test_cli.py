@@ -316,13 +316,13 @@ def test_replicas_train_as_one_model_sharded_over_all_ranks(run_jobs: Jobs, tmp_
 
 
 def test_a_run_goes_on_with_other_replicas_and_another_wire(run_jobs: Jobs, tmp_path: Path) -> None:
-    flags = ["--one-shot", "none"]
+    flags, on = ["--one-shot", "none"], ["--resume", str(tmp_path / "out")]
     printed, [(lines, summary)] = train(
         run_jobs,
         tmp_path,
         ("out", [*flags, "--qsdp-budget", "4.5", "--replicas", "2", "--steps", "2"]),
-        ("out", [*flags, "--qsdp-bits", "8", "--replicas", "1", "--steps", "3"]),
-        ("out", [*flags, "--replicas", "2", "--steps", "5"]),
+        ("out", [*flags, "--qsdp-bits", "8", "--replicas", "1", "--steps", "3", *on]),
+        ("out", [*flags, "--replicas", "2", "--steps", "5", *on]),
         num_ranks=4,
     )
     assert "qsdp_budget 4.5 -> unset, replicas 2 -> 1" in printed.replace("steps 2 -> 3", "")

@@ -270,7 +270,8 @@ def _train(tmp_path: Path, *flags: str) -> str:
 def test_a_run_over_gloo_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     flags = ["--qsdp-bits", "8", "--cram", "--precision", "bf16", "--one-shot", "0.5"]
     _train(tmp_path, *flags, "--steps", "6", "--save-every", "3")
-    said = _train(tmp_path, *flags, "--steps", "9", "--save-every", "3")
+    on = ["--resume", str(tmp_path / "out")]
+    said = _train(tmp_path, *flags, "--steps", "9", "--save-every", "3", *on)
     assert "Going on from" in said
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").open()]
     assert [line["step"] for line in lines] == list(range(1, 10))

@@ -96,11 +96,12 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
     wire = checkpoint.read_meta(killed / last)["wire"]
     assert len(wire["levels"]) > 5
     assert len(wire["bits"]) > 5
-    run_jobs.succeed((3,), [*flags("killed"), "--steps", str(STEPS + 1)])
+    on = ["--resume", str(killed), "--steps"]
+    run_jobs.succeed((3,), [*flags("killed"), *on, str(STEPS + 1)])
     later = checkpoint.read_meta(killed / f"checkpoints/step-{STEPS + 1:08d}")["wire"]
     assert (later["levels"], later["bits"]) == (wire["levels"], wire["bits"])
     assert later["step"] > wire["step"]
-    run_jobs.succeed((1,), [*flags("killed"), "--steps", str(STEPS + 2)])
+    run_jobs.succeed((1,), [*flags("killed"), *on, str(STEPS + 2)])
     assert json.loads((killed / "summary.json").read_text())["world_size"] == 1
 
 
@@ -131,7 +132,8 @@ def test_acdc_killed_in_a_phase_on_two_ranks_goes_on_on_four(
     # After a checkpoint in the middle of a compressed phase, before the next.
     is_time = has_logged(tmp_path / "killed", 6)
     run_jobs.killed((2,), flags("killed", 2), is_time, last_step=6)
-    assert "step-00000005" in run_jobs.succeed((4,), flags("killed", 4))
+    on = ["--resume", str(tmp_path / "killed")]
+    assert "step-00000005" in run_jobs.succeed((4,), [*flags("killed", 4), *on])
 
     lines = {name: read_metrics(tmp_path / name) for name in ("whole", "killed")}
     assert [line["step"] for line in lines["killed"]] == list(range(1, 15))

@@ -1,18 +1,29 @@
 """Checkpoints that are whole or absent."""
 
-from qsdp.checkpoint.folders import clear_after, latest, read_meta, resolve, sync_folder, verify
+from qsdp.checkpoint.folders import (
+    identity,
+    latest,
+    outdated,
+    read_meta,
+    remove_aside,
+    resolve,
+    set_aside,
+    verify,
+)
 from qsdp.checkpoint.reader import TensorReader
 from qsdp.checkpoint.state import load, load_model, save
 
 __all__ = [
     "TensorReader",
-    "clear_after",
+    "identity",
     "latest",
     "load",
     "load_model",
+    "outdated",
     "read_meta",
+    "remove_aside",
     "resolve",
     "save",
-    "sync_folder",
+    "set_aside",
     "verify",
 ]

@@ -3,22 +3,29 @@
 step-00000500/             whole: made under another name and renamed when all is on disk
     .metadata  *.distcp    torch.distributed.checkpoint: model and optimizer
     meta.json              the step, checksums of those files, and what the run adds
-tmp-.../                   being written or removed; whoever finds one may delete it
+step-00000500.new/         whole too, and newer than the one beside it, whose name it takes next
+superseded-step-.../       whole: of a history that was given up, until the new one has a checkpoint
+tmp-.../                   being written or removed; what no process claims is a killed one's
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import math
 import re
-import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qsdp.files import claimed_folder, is_claimed, remove_tree, sync
+
 META = "meta.json"
-_COMPLETE = re.compile(r"step-(\d{8,})")
+_REWRITTEN = ".new"
+_ASIDE = "superseded-"
+_REMOVED = "tmp-old-"
+_COMPLETE = re.compile(rf"step-(\d{{8,}})({_REWRITTEN})?")
 
 
 def steps(root: Path) -> dict[int, Path]:
@@ -27,15 +34,20 @@ def steps(root: Path) -> dict[int, Path]:
         return {}
     found = {
         int(match[1]): path
-        for path in root.iterdir()
+        for path in sorted(root.iterdir())  # .new comes after the one that it replaces
         if path.is_dir() and (match := _COMPLETE.fullmatch(path.name))
     }
     return dict(sorted(found.items()))
 
 
-def latest(root: Path) -> Path | None:
-    """The newest whole checkpoint in `root`, if any."""
-    return next(reversed(steps(root).values()), None)
+def latest(root: Path, until: float = math.inf) -> Path | None:
+    """The newest whole checkpoint in `root`, if any; of those that are no later than `until`."""
+    return next((path for step, path in reversed(steps(root).items()) if step <= until), None)
+
+
+def identity(path: Path) -> str:
+    """What tells the checkpoint at `path` from every other, wherever it is moved."""
+    return checksum(path / META)
 
 
 def resolve(path: Path) -> Path:
@@ -106,58 +118,100 @@ def verify(
         raise ValueError(f"{path} cannot be read ({error}); name another checkpoint{how}") from None
 
 
-def begin(root: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of `step` into; clears what crashes left behind."""
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob("tmp-*"):
-        shutil.rmtree(leftover)
-    folder = _temporary(root, step)
-    folder.mkdir()
-    return folder
+@contextlib.contextmanager
+def writing(root: Path, step: int) -> Iterator[Path]:
+    """An empty folder to write the checkpoint of `step` into, which goes if it is not published.
 
-
-def publish(root: Path, step: int, files: Mapping[str, str], keep: int) -> Path:
-    """Add the text `files` to what `begin` made and let it take its name, all or nothing.
-
-    Afterwards the oldest checkpoints go, until `keep` are left.
+    Raises OSError if it cannot be made, or if another process is writing this step.
     """
-    folder, final = _temporary(root, step), root / f"step-{step:08d}"
+    folder = root / f"tmp-step-{step:08d}"
+    try:
+        claim = contextlib.ExitStack()
+        claim.enter_context(claimed_folder(folder))
+    except BlockingIOError:
+        raise OSError(f"another process is writing {folder}") from None
+    with claim:
+        try:
+            yield folder
+        finally:
+            remove_tree(folder)
+
+
+def clear_killed(root: Path) -> list[Path]:
+    """Make the folder `root` if there is none; finish or remove what killed writers left in it.
+
+    Returns what was removed, but for what was about to be.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    _settle(root)
+    left = [path for path in sorted(root.glob("tmp-*")) if path.is_dir() and not is_claimed(path)]
+    for path in left:
+        remove_tree(path)
+    return [path for path in left if not path.name.startswith(_REMOVED)]
+
+
+def publish(folder: Path, files: Mapping[str, str], keep: int) -> Path:
+    """Add the text `files` to what `writing` made and let it take its name, all or nothing.
+
+    Afterwards the oldest checkpoints before it go, until `keep` are left.
+    """
+    root, final = folder.parent, folder.with_name(folder.name.removeprefix("tmp-"))
     for name, text in files.items():
-        with (folder / name).open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-    sync_folder(folder)
-    if final.exists():
-        remove(final)
-    folder.rename(final)
-    sync_folder(root)
-    for path in list(steps(root).values())[:-keep]:
+        (folder / name).write_text(text, encoding="utf-8")
+        sync(folder / name)
+    sync(folder)
+    if final.exists():  # never without one of the two: see `steps`
+        folder.rename(final.with_name(final.name + _REWRITTEN))
+        sync(root)
+        _settle(root)
+    else:
+        folder.rename(final)
+    sync(root)
+    number_of = {path: number for number, path in steps(root).items()}
+    before = [path for path, number in number_of.items() if number < number_of[final]]
+    for path in before[: max(0, len(before) + 1 - keep)]:
         remove(path)
     return final
 
 
 def remove(path: Path) -> None:
     """Delete a checkpoint so that no instant shows half of it under its name."""
-    path = path.rename(path.with_name(f"tmp-old-{path.name}"))
-    shutil.rmtree(path)
+    remove_tree(_renamed(path, f"{_REMOVED}{path.name}"))
 
 
-def clear_after(root: Path, step: int) -> None:
-    """Delete the checkpoints of steps after `step`, which a run that goes on there will rewrite."""
+def outdated(root: Path, step: int) -> list[Path]:
+    """The checkpoints of steps after `step`, and those that `set_aside` renamed."""
+    later = [path for number, path in steps(root).items() if number > step]
+    return later + sorted(root.glob(f"{_ASIDE}*"))
+
+
+def set_aside(root: Path, step: int) -> None:
+    """Give the checkpoints of steps after `step` other names: `steps` lists them no more, but they
+    are whole until `remove_aside`."""
     for number, path in steps(root).items():
         if number > step:
-            remove(path)
+            _renamed(path, f"{_ASIDE}{path.name}")
 
 
-def _temporary(root: Path, step: int) -> Path:
-    return root / f"tmp-step-{step:08d}"
+def remove_aside(root: Path) -> list[str]:
+    """Delete what `set_aside` renamed. Returns the names that these checkpoints had."""
+    aside = sorted(root.glob(f"{_ASIDE}*"))
+    for path in aside:
+        remove(path)
+    return [path.name.removeprefix(_ASIDE) for path in aside]
 
 
-def sync_folder(path: Path) -> None:
-    """Put the names in a folder on disk: without this a rename may be lost with the power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _renamed(path: Path, name: str) -> Path:
+    """`path` under another name, in place of what an earlier crash left there."""
+    remove_tree(path.with_name(name))
+    return path.rename(path.with_name(name))
+
+
+def _settle(root: Path) -> None:
+    """Finish what was cut short: a checkpoint written again takes the place of the old one."""
+    for path in root.glob(f"step-*{_REWRITTEN}"):
+        final = path.with_name(path.name.removesuffix(_REWRITTEN))
+        if final.exists():
+            remove(final)
+        path.rename(final)
+        sync(root)

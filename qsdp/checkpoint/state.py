@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,12 +22,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from qsdp.checkpoint.folders import META, begin, publish, verify
+from qsdp.checkpoint.folders import META, clear_killed, publish, verify, writing
 from qsdp.checkpoint.folders import checksum as file_checksum
 from qsdp.checksum import checksum
 from qsdp.compat import checkpoint_names, sharded_parameters
-from qsdp.meeting import meet
+from qsdp.meeting import meet, warn
 from qsdp.meshes import Reach, ranks_of, spread_of
+
+T = TypeVar("T")
 
 
 def save(
@@ -64,24 +67,30 @@ def save(
     facts = {"step": step, "folder": root, "optimizer": optimizer is not None, "keep": keep}
     if _meet("save", has_news=bool(shards), **facts):
         _check_names(shards)
-    _on_first(lambda: begin(root, step))
     folder = root / f"tmp-step-{step:08d}"
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    state = _renamed(state, checkpoint_names(model))
-    try:
-        dcp.save(state, checkpoint_id=folder)
-    except CheckpointException as error:
-        raise RuntimeError(
-            f"the checkpoint of step {step} cannot be written to {root} ({_cause(error)}); free "
-            "some space there, or choose another --out"
-        ) from error
-    checksums = _checksums(folder)
-    values = {**meta, "step": step, "checksums": checksums}
-    texts = {**(files or {}), META: json.dumps(values, indent=1) + "\n"}
-    _on_first(lambda: publish(root, step, texts, keep))
-    return root / f"step-{step:08d}"
+    with contextlib.ExitStack() as claim:
+
+        def begin() -> list[Path]:
+            left = clear_killed(root)
+            claim.enter_context(writing(root, step))
+            return left
+
+        for path in _on_first(begin):
+            warn(f"{path}, which a killed run left, is removed")
+        state: dict[str, Any] = {"model": get_model_state_dict(model)}
+        if optimizer is not None:
+            state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+        state = _renamed(state, checkpoint_names(model))
+        try:
+            dcp.save(state, checkpoint_id=folder)
+        except CheckpointException as error:
+            raise RuntimeError(
+                f"the checkpoint of step {step} cannot be written to {root} ({_cause(error)}); "
+                "free some space there, or choose another --out"
+            ) from error
+        values = {**meta, "step": step, "checksums": _checksums(folder)}
+        texts = {**(files or {}), META: json.dumps(values, indent=1) + "\n"}
+        return _on_first(lambda: publish(folder, texts, keep))
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -224,17 +233,19 @@ def _verify(path: Path, how: str = "") -> None:
             raise ValueError(first)
 
 
-def _on_first(work: Callable[[], object]) -> None:
-    """Run `work` on rank 0; all wait for it and learn of its failure."""
-    failure: list[str | None] = [None]
+def _on_first(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0; all wait for it, and have its result or learn of its failure."""
+    done: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            work()
+            done[0] = work()
         except OSError as error:
-            failure[0] = str(error)
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise RuntimeError(f"a checkpoint cannot be written ({failure[0]}); choose another --out")
+            done[1] = str(error)
+    dist.broadcast_object_list(done, src=0)
+    result, failure = done
+    if failure is not None:
+        raise RuntimeError(f"a checkpoint cannot be written ({failure}); choose another --out")
+    return cast(T, result)
 
 
 def _cause(error: CheckpointException) -> str:

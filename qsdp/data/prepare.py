@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import mmap
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from qsdp.data.corpus import TRAIN_FRACTION
 from qsdp.data.shards import ShardWriter
 from qsdp.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from qsdp.files import new_folder
 
 PIECE_BYTES = 1 << 20
 
@@ -27,8 +27,7 @@ def prepare_shards(
     """Encode text files, in the order given, into the new folder `out`.
 
     The text is encoded in pieces of about a megabyte, cut after a line end where there is one, so a
-    token never spans a cut's two lines. A folder that is there is whole: it is written under the
-    name `out`.partial, which only a killed process leaves behind and the next call clears.
+    token never spans a cut's two lines. A folder that is there is whole: see `new_folder`.
 
     Args:
         texts: UTF-8 files.
@@ -49,20 +48,10 @@ def prepare_shards(
         raise ValueError(f"val_fraction is {val_fraction}: choose a number between 0 and 1.")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens is {shard_tokens}: choose 1 or more.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already: choose a new folder, or remove it.")
     sizes = [_size(path) for path in texts]
     tokenizer = _tokenizer(tokenizer_spec, texts, document_end)
 
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(
-            f"{out} cannot be made ({error.strerror}): choose a folder where you may write."
-        ) from None
-    try:
+    with new_folder(out) as partial:
         writer = ShardWriter(partial, tokenizer, shard_tokens)
         train_left = round(sum(sizes) * (1 - val_fraction))
         for path, size in zip(texts, sizes, strict=True):
@@ -77,10 +66,6 @@ def prepare_shards(
                 f"The texts are too short to be split: {num_tokens['train']} tokens to train on "
                 f"and {num_tokens['val']} to validate on: give more text, or another val_fraction."
             )
-        partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
     return num_tokens
 
 

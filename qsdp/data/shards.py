@@ -5,7 +5,8 @@
     val-00000.bin ...
 
 The files are memory-mapped, so a corpus may exceed memory, and the processes of one machine share
-its pages. Files made elsewhere do as well: without counts in meta.json the sizes decide.
+its pages. Where meta.json counts the ids in files, those files are the corpus and no others; files
+made elsewhere do as well: without counts all of them are read, and their sizes decide.
 """
 
 from __future__ import annotations
@@ -106,17 +107,18 @@ def read_shards(folder: Path) -> tuple[Tokens, Tokens, Tokenizer | None, int]:
     dtype = _DTYPES[meta["dtype"]]
     splits = {}
     for split in SPLITS:
-        files = sorted(folder.glob(f"{split}-*.bin"))
         counts = meta.get("num_tokens", {})
-        stated = {name for name in counts if name.startswith(f"{split}-")}
-        missing = sorted(stated - {file.name for file in files})
-        if missing or not files:
+        found = sorted(file.name for file in folder.glob(f"{split}-*.bin"))
+        # Files that are not counted are another corpus's, left by a copy over it.
+        names = sorted(name for name in counts if name.startswith(f"{split}-")) if counts else found
+        missing = [name for name in names if name not in found]
+        if missing or not names:
             raise ValueError(
                 f"{folder} lacks {missing[0] if missing else f'{split}-*.bin'}: copy it again, or "
                 "prepare it again with launch/prepare_data.py."
             )
         splits[split] = TokenShards(
-            [_map(file, dtype, counts.get(file.name), meta["vocab_size"]) for file in files],
+            [_map(folder / name, dtype, counts.get(name), meta["vocab_size"]) for name in names],
             meta["vocab_size"],
             f"The {split} split in {folder}",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +27,11 @@ class Tokenizer(Protocol):
 
     def to_json(self) -> str:
         """One JSON object that `tokenizer_from_json` and `load_tokenizer` read."""
+
+
+def hash_of(definition: str) -> str:
+    """SHA-256 of what `Tokenizer.to_json` gave; of "" where there is no tokenizer."""
+    return hashlib.sha256(definition.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsdp.checkpoint import TensorReader, read_meta, sync_folder, verify
+from qsdp.checkpoint import TensorReader, read_meta, verify
+from qsdp.data.tokenizer import hash_of
 from qsdp.export.folder import FACTS, FORMAT, MASKS_FORMAT
 from qsdp.export.tensor_files import TensorFiles
+from qsdp.files import new_folder
 from qsdp.models import GPT, GPTConfig
 from qsdp.sparsity.compression import Prunable
 from qsdp.sparsity.streaming import StoredTensor, compress_stream, num_reads
@@ -41,8 +41,7 @@ def export_compressed(
 
     What is written equals `compress_` on the whole model, bit for bit. In memory there is one
     tensor at a time, with its masks and a few copies of it: not the model. A folder that is there
-    is whole: it is written under the name `out`.partial, which only a killed process leaves behind
-    and the next call clears.
+    is whole: see `new_folder`.
 
     Args:
         checkpoint: a folder step-..., written by any number of ranks.
@@ -71,9 +70,10 @@ def export_compressed(
         for name, parameter in model.named_parameters():
             reader.check(name, parameter.shape)
         zeros = _write(folder, reader, model, prunable, target, file_bytes, counted)
-        has_tokenizer = (checkpoint / TOKENIZER).is_file()
-        if has_tokenizer:
+        tokenizer = None
+        if (checkpoint / TOKENIZER).is_file():
             shutil.copyfile(checkpoint / TOKENIZER, folder / TOKENIZER)
+            tokenizer = hash_of((folder / TOKENIZER).read_text(encoding="utf-8"))
         facts = {
             "format": FORMAT,
             "target": str(target),
@@ -86,38 +86,10 @@ def export_compressed(
             },
             "model": asdict(size),
             "config": meta.get("config"),
+            "tokenizer": tokenizer,
         }
         (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return facts
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `out`, all or nothing, when the body has ended.
-
-    Raises ValueError if `out` is in use or cannot be made.
-    """
-    out = Path(os.path.abspath(out))
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} exists already: choose a new folder, or remove it.")
-        partial_out = out.with_name(out.name + ".partial")
-        shutil.rmtree(partial_out, ignore_errors=True)
-        partial_out.mkdir(parents=True)
-    except OSError as error:
-        raise ValueError(
-            f"{out} cannot be made ({error.strerror}): choose a folder where you may write."
-        ) from None
-    try:
-        yield partial_out
-        for path in partial_out.iterdir():
-            _sync(path)
-        sync_folder(partial_out)
-        partial_out.replace(out)
-        sync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(partial_out, ignore_errors=True)
-        raise
 
 
 def _write(
@@ -198,8 +170,3 @@ class _Counted:
     def add(self, num_bytes: int) -> None:
         self._done += num_bytes
         self._progress(self._done, max(self._done, self.total))
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from qsdp.files import finite, replacing, sync
 
 
 class MetricsWriter:
@@ -24,6 +25,7 @@ class MetricsWriter:
         last_step: int = 0,
         tensorboard: Path | None = None,
         needed: Collection[str] = (),
+        source: Path | None = None,
     ) -> None:
         """
         Args:
@@ -31,18 +33,15 @@ class MetricsWriter:
             last_step: the last step that is done; 0 begins anew.
             tensorboard: folder of the events; None writes none.
             needed: names that every line has; one without them counts as torn.
+            source: the file whose lines the run goes on from, if it is not `path`.
 
         Raises: ValueError if TensorBoard is asked for but not installed, OSError if `path` cannot
             be written.
         """
         self._path = path
-        lines = [line for line in read_metrics(path, needed) if line["step"] <= last_step]
-        replacement = path.with_name(path.name + ".tmp")
-        with replacement.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        replacement.rename(path)
+        lines = read_metrics(path if source is None else source, needed)
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= last_step)
         self._events = None if tensorboard is None else _event_writer(tensorboard, last_step)
         self._file = path.open("a", encoding="utf-8")
 
@@ -55,15 +54,25 @@ class MetricsWriter:
     def log(self, line: dict[str, Any]) -> None:
         """Write one step's `line`, which has a `step`.
 
-        Values are numbers, or dictionaries of such; one that is not finite becomes null.
+        Values are numbers, or dictionaries of such; one that is not finite becomes null in the
+        file, and is shown as it is by TensorBoard.
         """
-        line = _finite(line)
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(finite(line)) + "\n")
         self._file.flush()
         if self._events is not None:
             for name, value in _flat(line):
                 if name != "step" and value is not None:
                     self._events.add_scalar(name, value, line["step"])
+
+    def sync(self) -> None:
+        """Put the lines on disk."""
+        os.fsync(self._file.fileno())
+
+    def rename(self, path: Path) -> None:
+        """Give the file the name `path`, in place of what has it."""
+        self._path.replace(path)
+        sync(path.parent)
+        self._path = path
 
     def close(self) -> None:
         self._file.close()
@@ -104,12 +113,6 @@ def _is_whole(line: Any, needed: Collection[str]) -> bool:
         and line.keys() >= set(needed)
         and all(value is None or isinstance(value, (int, float)) for _, value in _flat(line))
     )
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qsdp.compat import full_tensor, named_parameters
+from qsdp.files import new_folder, replacing, write_text
+from qsdp.meeting import meet, mistakes_shared
 from qsdp.models.gpt import GPT, GPTConfig, local_slices
 
+_WEIGHTS = "model.safetensors"
 _BLOCK_MODULES = {
     "norm_attn": "ln_1",
     "attn.qkv": "attn.c_attn",
@@ -159,18 +165,30 @@ def fill(
 
 
 @torch.no_grad()
-def export_huggingface(model: GPT, folder: str | Path) -> None:
+def export_huggingface(
+    model: GPT, folder: str | Path, *, files: Mapping[str, str] | None = None
+) -> None:
     """Write `model` to `folder` so that transformers' GPT2LMHeadModel.from_pretrained loads it.
 
     Writes config.json and model.safetensors in the parameters' dtype. A model without biases gets
     zero ones, which compute the same. Under FSDP2 every rank calls this: each parameter is gathered
     in full precision, one at a time, and rank 0 keeps it and writes.
-    Raises ValueError when `folder` is an existing file.
+
+    A new folder appears when it is complete. In one that holds a model of the same configuration
+    the weights are replaced in one instant, and the parts that an old one lay in are deleted then.
+
+    Args:
+        model: Whose parameters to write.
+        folder: To be made, empty, or of a model of the same configuration.
+        files: Further texts to write, by file name: the tokenizer.json of the model's tokenizer.
+
+    Raises: ValueError when `folder` holds anything else, or cannot be written; RuntimeError on the
+        other ranks then.
     """
     path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file: choose a folder to export to.")
-    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    is_there = _is_there(path, model.config)
+    world = [dist.group.WORLD] if dist.group.WORLD is not None else []
+    writes = not world or dist.get_rank() == 0
     tensors: dict[str, Tensor] = {}
     for name, parameter in named_parameters(model).items():
         full = full_tensor(parameter) if isinstance(parameter, DTensor) else parameter
@@ -182,13 +200,68 @@ def export_huggingface(model: GPT, folder: str | Path) -> None:
                 .cpu()
                 .clone(memory_format=torch.contiguous_format)
             )
-    if not writes:
-        return
     if not model.config.bias:
         _add_zero_biases(tensors)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(_their_config(model.config), indent=2) + "\n")
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with mistakes_shared("export_huggingface", world):
+        if writes:
+            _write(path, model.config, tensors, files or {}, is_there)
+    meet("export_huggingface", {}, world)
+
+
+def _is_there(path: Path, config: GPTConfig) -> bool:
+    """Whether `path` holds a model of this configuration. Raises ValueError for anything else."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: choose a folder to export to.")
+    if not path.is_dir() or not any(path.iterdir()):
+        return False
+    try:
+        is_alike = _size_of(config_from_huggingface(path)) == _size_of(config)
+    except ValueError:
+        is_alike = False
+    if not is_alike:
+        raise ValueError(
+            f"{path} holds something else than a model of this configuration: choose a new folder "
+            "to export to."
+        )
+    return True
+
+
+def _size_of(config: GPTConfig) -> dict[str, Any]:
+    return _their_config(replace(config, dropout=0.0))
+
+
+def _write(
+    path: Path,
+    config: GPTConfig,
+    tensors: Mapping[str, Tensor],
+    files: Mapping[str, str],
+    is_there: bool,
+) -> None:
+    try:
+        with nullcontext(path) if is_there else new_folder(path) as inside:
+            with replacing(inside / _WEIGHTS) as temporary:
+                save_file(dict(tensors), temporary, metadata={"format": "pt"})
+            if not is_there:
+                write_text(
+                    inside / "config.json", json.dumps(_their_config(config), indent=2) + "\n"
+                )
+            for name, text in files.items():
+                write_text(inside / name, text)
+            _remove_parts(inside)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be written ({error}): free some space there, or choose another folder."
+        ) from None
+
+
+def _remove_parts(folder: Path) -> None:
+    """Delete the parts that the weights lay in before: whoever reads takes the whole file first."""
+    index = folder / f"{_WEIGHTS}.index.json"
+    if index.is_file():
+        parts = set(_read_json(index).get("weight_map", {}).values())
+        index.unlink()
+        for part in parts - {_WEIGHTS}:
+            (folder / Path(part).name).unlink(missing_ok=True)
 
 
 def _their_name(name: str) -> tuple[str, bool]:
@@ -233,14 +306,15 @@ def _their_config(config: GPTConfig) -> dict[str, Any]:
 def find_tensors(folder: Path, stem: str = "model") -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it, of a checkpoint in one or more files.
 
-    Raises ValueError for a file that is missing or not readable.
+    Where there is one file with all of them it is read, as transformers does, whatever an index
+    beside it says. Raises ValueError for a file that is missing or not readable.
     """
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.exists():
+    index, whole = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    if index.exists() and not whole.exists():
         weight_map = _read_json(index).get("weight_map", {})
         files = {folder / file for file in weight_map.values()}
     else:
-        files = {folder / f"{stem}.safetensors"}
+        files = {whole}
     found: dict[str, Path] = {}
     for file in sorted(files):
         if not file.is_file():

@@ -9,6 +9,7 @@ import numpy as np
 import torch.distributed as dist
 
 from qsdp.data import Corpus
+from qsdp.data.tokenizer import hash_of
 from qsdp.failures import collective
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError
@@ -32,7 +33,7 @@ def agree_on_config(config: TrainConfig, world: World) -> None:
 def agree_on_data(corpus: Corpus, world: World) -> None:
     """Raise UserError, on every rank, unless all have read the same tokens, as far as is cheap, and
     tokens of the vocabulary."""
-    difference = _first_difference(_fingerprint(corpus), world)
+    difference = _first_difference(data_facts(corpus), world)
     if difference is not None:
         name, values = difference
         raise UserError(
@@ -43,25 +44,22 @@ def agree_on_data(corpus: Corpus, world: World) -> None:
     world.together(corpus.check)
 
 
-def _fingerprint(corpus: Corpus) -> dict[str, Any]:
+def data_facts(corpus: Corpus) -> dict[str, Any]:
+    """What tells a corpus from others, as far as is cheap: lengths, and hashes of samples."""
     digest = hashlib.sha256()
     for tokens in (corpus.train, corpus.val):
         last = max(0, len(tokens) - _SAMPLE_TOKENS)
         for start in sorted({round(last * i / (_SAMPLES - 1)) for i in range(_SAMPLES)}):
             ids = np.asarray(tokens[start : start + _SAMPLE_TOKENS], dtype="<u4")
             digest.update(ids.tobytes())
-    tokenizer = "" if corpus.tokenizer is None else corpus.tokenizer.to_json()
+    tokenizer = corpus.tokenizer
     return {
         "vocabulary": corpus.vocab_size,
         "length of the training split": len(corpus.train),
         "length of the validation split": len(corpus.val),
-        "hash of the tokenizer": _short_hash(tokenizer.encode("utf-8", "surrogatepass")),
+        "hash of the tokenizer": hash_of("" if tokenizer is None else tokenizer.to_json())[:8],
         "hash of a sample of the tokens": digest.hexdigest()[:8],
     }
-
-
-def _short_hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:8]
 
 
 def _first_difference(own: dict[str, Any], world: World) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, fields
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from qsdp.train.wire_flags import WireFlags, flag
 
 PRECISIONS = ("fp32", "bf16")
 BACKENDS = ("nccl", "gloo")
+
+# What a run looks at and keeps, and where; AC/DC's dense twin is chosen when it validates.
+_RECORDS = (
+    *("out", "resume", "keep", "save_every", "eval_every"),
+    *("tensorboard", "timeout_s", "qsdp_errors"),
+)
+_INPUTS = ("data", "tokenizer")  # their contents count, not where they lie
+_NO_PATHS = ("stdlib", "char", "byte")
 
 # Training defaults of each model preset, where they differ from nano's, which are the field
 # defaults below. Learning rates are those of GPT-3's models of the same size (arXiv 2005.14165,
@@ -106,7 +115,8 @@ class RunFlags:
     quantized."""
 
     out: str | None = None
-    """Folder for all results, seen by every node; out/MODEL-DATA-... unless given."""
+    """Folder for all results, seen by every node. Unset: out/MODEL-DATA-..., another one for every
+    setting that changes a run's numbers."""
 
     eval_every: int = 250
     """Steps between validations, 0 for one at the end only."""
@@ -121,8 +131,12 @@ class RunFlags:
     """How many of the newest checkpoints stay on disk."""
 
     resume: str = "auto"
-    """`auto` goes on from the newest checkpoint in --out, if any; `none` begins anew and removes
-    the checkpoints and metrics there; a path names a checkpoint or a folder of them."""
+    """`auto` goes on from the newest checkpoint in --out, if any, which must be of the same run:
+    every setting that changes its numbers, its data and the number of ranks. A path, of a
+    checkpoint or a folder of them, goes on from there with other settings, if they are of the same
+    model and method; the same command again then goes on from the newest one that came of it.
+    `none` begins anew. What --out holds of later steps goes when the first new checkpoint is on
+    disk."""
 
     backend: str | None = None
     """What collectives run over: `nccl`, a GPU for every rank of a node, or `gloo`, whose ranks may
@@ -218,6 +232,11 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
         """Where results go: `out`, or a folder named after what sets the run apart."""
         if self.out is not None:
             return Path(self.out)
+        inputs = {name: getattr(self, name) for name in _INPUTS}
+        apart = self.identity | {
+            name: text if text in (None, *_NO_PATHS) else str(Path(text).absolute())
+            for name, text in inputs.items()
+        }
         parts = [
             self.model,
             Path(self.data).stem or "data",
@@ -225,13 +244,23 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
             *([f"replicas{self.replicas}"] if self.replicas > 1 else []),
             *self.method_parts,
             f"seed{self.seed}",
+            blake2b(json.dumps(apart, sort_keys=True).encode(), digest_size=4).hexdigest(),
         ]
         return Path("out", "-".join(parts))
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that change a run's numbers, but for its data, as `as_dict` has them."""
+        left_out = {*_RECORDS, *_INPUTS} - ({"eval_every"} if self.acdc else set())
+        values = self._values() | {"min_lr": self.last_lr}
+        return {name: value for name, value in values.items() if name not in left_out}
+
     def as_dict(self) -> dict[str, Any]:
         """All fields, `out` resolved, as JSON and TOML can hold them; unset ones are left out."""
+        return self._values() | {"out": str(self.out_dir)}
+
+    def _values(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["out"] = str(self.out_dir)
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in values.items()

@@ -41,7 +41,8 @@ def train(config: TrainConfig) -> None:
         job = set_up(config, world)
         if job is None:
             return
-        metrics = job.open_metrics()
+        job.open_metrics()
+        metrics = job.metrics
         progress = RunProgress(job.steps_done, config.steps, is_shown=world.is_main)
         if isinstance(job.optimizer, ACDC):
             # Called inside the step, which is not counted yet.
@@ -135,7 +136,7 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
         "wire_bytes_sent": wire.sent_bytes,
         "wire_bytes_other": wire.other_bytes,
         "wire_bytes_fp32": wire.fp32_bytes,
-        **{name: getattr(wire, name) for name in WIRE_METRICS},
+        **{name: _known(getattr(wire, name)) for name in WIRE_METRICS},
         **pruned,
     }
 
@@ -183,6 +184,10 @@ def _clip(job: Job) -> float:
         if job.config.clip_grad:
             return clip_grad_norm_(parameters, job.config.clip_grad)
         return global_grad_norm(parameters)
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _is_due(every: int, step: int, config: TrainConfig, *, at_end: bool) -> bool:

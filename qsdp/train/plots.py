@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from qsdp.files import replacing
 from qsdp.sparsity.target import Compression
 from qsdp.train.error_plot import History, draw_errors
+
+_NAMES = ("loss", "one_shot", "wire", "step_time", "wire_time", "pruned", "errors")
 
 # What a step's time is shown as, from the bottom up: name of the metric, label, colour.
 _WIRE_TIME = (
@@ -52,8 +55,17 @@ def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     if draw_errors(figure, history):
         paths.append(folder / "errors.png")
-        figure.savefig(paths[-1], dpi=130)
+        _write(figure, paths[-1])
     return paths
+
+
+def remove_stale(folder: Path, drawn: list[Path]) -> list[str]:
+    """Delete what `write_plots` drew of an earlier state of the run and not now; their names."""
+    every = [folder / f"{name}.png" for name in _NAMES]
+    stale = [path for path in every if path not in drawn and path.exists()]
+    for path in stale:
+        path.unlink()
+    return [path.name for path in stale]
 
 
 def write_target_plot(path: Path, losses: dict[str, Any], split: str) -> bool:
@@ -89,7 +101,12 @@ def _save(path: Path, draw: Callable[[Any], None]) -> None:
     axes.grid(alpha=0.3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130)
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
 
 
 def _plot_loss(axes: Any, history: History, summary: dict[str, Any]) -> None:

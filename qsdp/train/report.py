@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import platform
 import statistics
 from pathlib import Path
@@ -18,10 +15,11 @@ from rich.text import Text
 
 import qsdp
 from qsdp.codec import native
+from qsdp.files import finite, write_json
 from qsdp.models import flops_per_token
 from qsdp.sparsity.target import Compression
 from qsdp.train.peak import matmul_flops_per_s
-from qsdp.train.plots import write_plots
+from qsdp.train.plots import remove_stale, write_plots
 from qsdp.train.progress import format_bytes
 from qsdp.train.setup import Job
 from qsdp.train.twin import kept_loss
@@ -41,7 +39,7 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
     quantized = None if job.handle is None else job.evaluator.loss(exact=False)
     one_shot = job.evaluator.one_shot()
     sparsity = job.evaluator.sparsity()
-    twin_loss = job.world.on_main(lambda: kept_loss(job.out)) if job.config.acdc else None
+    twin_loss = job.world.on_main(lambda: kept_loss(job)) if job.config.acdc else None
     sample = job.evaluator.sample()
     last_other = job.world.sum((job.wire.total() - before).other_bytes)[0] / job.world.size
     peak = job.world.sum(matmul_flops_per_s(job.world.device, job.config.precision))[0]
@@ -101,8 +99,11 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
 
     def write() -> None:
         plots = write_plots(job.out / "plots", history, summary)
+        stale = remove_stale(job.out / "plots", plots)
         write_json(job.out / "summary.json", summary)
         print_summary(Console(), summary, plots)
+        if stale:
+            print(f"Removed, of an earlier state of the run: {', '.join(stale)}")
         if config.acdc and twin_loss is None:
             print(f"No dense twin was kept: {job.why_no_twin}")
         print(f"Results are in {job.out}", flush=True)
@@ -211,19 +212,3 @@ def _mean_or_none(history: list[dict[str, Any]], name: str) -> float | None:
     """The mean of a metric over the steps that have it; None if none has."""
     has_any = any(line.get(name) is not None for line in history)
     return _mean(history, name) if has_any else None
-
-
-def finite(value: Any) -> Any:
-    """`value` with None, JSON's null, for every number that is not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    replacement = path.with_name(path.name + ".tmp")
-    with replacement.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    replacement.rename(path)

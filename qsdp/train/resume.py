@@ -3,54 +3,87 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from qsdp import checkpoint
 from qsdp.train.config import TrainConfig
+from qsdp.train.results import CHECKPOINTS
 from qsdp.train.world import World
+
+# What a run is, and which of it another run may not change: weights and states are of these.
+_OF_THE_MODEL = ("model", "tokenizer", "optimizer", "seed", "schedule")
+_PARTS = ("model", "tokenizer", "optimizer", "schedule", "data", "settings")
+_UNSET = "unset"
+_MOST_TOLD = 4
 
 # Settings that change the time or the bytes of a step, beside qsdp's.
 _PACE = ("batch_size", "grad_accum", "seq_len", "precision", "replicas", "backend")
 
 
-def find_checkpoint(config: TrainConfig, fingerprint: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from. Raises ValueError if it is of another model."""
-    if config.resume == "none":
+def find_checkpoint(
+    config: TrainConfig, fingerprint: dict[str, Any]
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, and what `read_meta` says of it, if there is one.
+
+    Raises ValueError if what is there is not of this run, or not of this model.
+    """
+    root = config.out_dir / CHECKPOINTS
+    own = checkpoint.latest(root)
+    if config.resume == "none" or (config.resume == "auto" and own is None):
         return None
+    newest = {} if own is None else _read(own)
     if config.resume == "auto":
-        path = checkpoint.latest(config.out_dir / "checkpoints")
-    else:
-        path = checkpoint.resolve(Path(config.resume))
-    if path is None:
-        return None
-    meta = checkpoint.read_meta(path)
-    theirs: Any = meta.get("fingerprint")
-    wire = meta.get("wire", 0)
-    is_whole = (
-        isinstance(theirs, dict)
-        and isinstance(meta.get("config"), dict)
-        and isinstance(meta.get("world_size"), int)
-        and isinstance(meta.get("pace_since"), int)
-        and (wire is None or _is_wire_state(wire))
-    )
-    if not is_whole:
-        raise ValueError(f"{path} was not written by this job; resume from another checkpoint.")
-    # Through JSON, as the other one came: tuples are lists there.
-    ours = json.loads(json.dumps(fingerprint))
-    for part in ours:
-        if theirs.get(part) != ours[part]:
+        assert own is not None
+        if differences := _differences(newest, fingerprint, _PARTS):
             raise ValueError(
-                f"{path} cannot be resumed: it was trained with {_describe(theirs, ours, part)}; "
-                "give the flags of that run, another --out, or --resume none."
+                f"{own} is of another run, with {_listed(differences)}; give another --out, go on "
+                f"from it all the same with --resume {config.out_dir}, or begin anew with --resume "
+                "none."
             )
-    is_told = config.resume == "auto" and is_finished(config, meta["step"])
-    if meta["step"] > config.steps and not is_told:
+        return own, newest
+    path = checkpoint.resolve(Path(config.resume))
+    meta = _read(path)
+    if differences := _differences(meta, fingerprint, _OF_THE_MODEL):
+        raise ValueError(
+            f"{path} cannot be resumed: it was trained with {_listed(differences)}; give the flags "
+            "of that run, another --out, or --resume none."
+        )
+    if meta["step"] > config.steps:
         raise ValueError(
             f"{path} is past the end: {meta['step']} steps are done and --steps is "
             f"{config.steps}; raise --steps, or give another --out."
         )
-    return path
+    if own is None or own.samefile(path):
+        return path, meta
+    came_of_it = newest["origin"] == checkpoint.identity(path)
+    if came_of_it and not _differences(newest, fingerprint, _PARTS):
+        return own, newest  # a launcher starts the same command again
+    if not path.parent.samefile(root):
+        raise ValueError(
+            f"--out {config.out_dir} holds another run, of {newest['step']} steps; give another "
+            "--out, or remove that folder."
+        )
+    return path, meta
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the trainer keeps with a checkpoint. Raises ValueError if it is not all there."""
+    meta = {"history": "", "origin": None} | checkpoint.read_meta(path)
+    kinds = {
+        "fingerprint": dict,
+        "config": dict,
+        "world_size": int,
+        "pace_since": int,
+        "history": str,
+        "origin": str | None,
+    }
+    wire = meta.get("wire", 0)
+    is_whole = all(isinstance(meta.get(name, ...), kind) for name, kind in kinds.items())
+    if not (is_whole and (wire is None or _is_wire_state(wire))):
+        raise ValueError(f"{path} was not written by this job; resume from another checkpoint.")
+    return meta
 
 
 def _is_wire_state(state: object) -> bool:
@@ -59,19 +92,43 @@ def _is_wire_state(state: object) -> bool:
     )
 
 
-def _describe(theirs: dict[str, Any], ours: dict[str, Any], part: str) -> str:
-    if part == "tokenizer" or not isinstance(theirs.get(part), type(ours[part])):
-        return f"another {part}"
-    if part in ("optimizer", "seed"):
-        return f"{part} {theirs[part]}, not {ours[part]}"
-    kind = "schedule of masks" if part == "schedule" else "model"
-    differing = [name for name in ours[part] if theirs[part].get(name) != ours[part][name]]
-    parts = [f"{name} {theirs[part].get(name)}, not {ours[part][name]}" for name in differing[:3]]
-    return f"another {kind} (" + "; ".join(parts) + ")"
+def _differences(
+    meta: dict[str, Any], fingerprint: dict[str, Any], parts: Iterable[str]
+) -> list[str]:
+    """In which of the `parts` the run of a checkpoint differs: `lr 0.001, not 0.002`."""
+    theirs = meta["fingerprint"]
+    ours = json.loads(json.dumps(fingerprint))  # as the other one came: tuples are lists there
+    found = []
+    for part in parts:
+        was, now = theirs.get(part), ours.get(part)
+        if was == now:
+            continue
+        if not isinstance(was, dict) or not isinstance(now, dict):
+            is_told = part in ("optimizer", "seed")
+            found.append(f"{part} {was}, not {now}" if is_told else f"another {part}")
+            continue
+        names = [n for n in dict.fromkeys([*now, *was]) if was.get(n, _UNSET) != now.get(n, _UNSET)]
+        pairs = [f"{n} {was.get(n, _UNSET)}, not {now.get(n, _UNSET)}" for n in names]
+        if part != "settings":
+            kind = {"schedule": "schedule of masks"}.get(part, part)
+            pairs = [f"another {kind} ({_listed(pairs)})"]
+        found += pairs
+    return found
+
+
+def _listed(differences: list[str]) -> str:
+    rest = len(differences) - _MOST_TOLD
+    return "; ".join(differences[:_MOST_TOLD]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def is_finished(config: TrainConfig, steps_done: int) -> bool:
-    return steps_done >= config.steps and (config.out_dir / "summary.json").is_file()
+    """Whether the run has come to its end, and its summary is that of the end."""
+    try:
+        summary = json.loads((config.out_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    is_of_now = isinstance(summary, dict) and summary.get("steps") == steps_done
+    return is_of_now and steps_done >= config.steps
 
 
 def changed(config: TrainConfig, meta: dict[str, Any]) -> list[str]:

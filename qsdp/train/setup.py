@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,14 +16,16 @@ import qsdp
 from qsdp import checkpoint
 from qsdp.codec import native
 from qsdp.data import Batches, Corpus, eval_batches, load_corpus
+from qsdp.data.tokenizer import hash_of
 from qsdp.metrics import MetricsWriter
 from qsdp.models import GPT, GPTConfig
 from qsdp.optim.base import OptimizerWrapper
 from qsdp.sparsity.compression import Prunable
-from qsdp.train.agree import agree_on_config, agree_on_data
+from qsdp.train.agree import agree_on_config, agree_on_data, data_facts
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate import Evaluator
 from qsdp.train.parallelize import build, check_nodes, check_replicas, make_optimizer, model_config
+from qsdp.train.results import CHECKPOINTS, METRICS, Results
 from qsdp.train.resume import changed, find_checkpoint, is_finished, pace_since
 from qsdp.train.wire import QuantizedWire, StockWire, Wire
 from qsdp.train.world import World
@@ -33,8 +35,6 @@ STEP_METRICS = (
     *("loss", "lr", "grad_norm", "step_s", "tokens_per_s", "tokens"),
     *("wire_bytes_sent", "wire_bytes_other", "wire_bytes_fp32"),
 )
-DENSE_TWIN = "dense-twin"
-"""Folder, in that of the results, of the dense twin of AC/DC's model."""
 _SHARED_FOLDER_S = 10.0  # how long a network file system may take to show a new file
 
 
@@ -52,13 +52,20 @@ class Job:
     wire: Wire
     evaluator: Evaluator
     fingerprint: dict[str, Any]
-    """What a checkpoint must share with the run that goes on from it."""
+    """What tells the run from others: all that changes its numbers."""
+    origin: str | None
+    """The identity of the checkpoint that --resume PATH named, if this came of one."""
+    results: Results
     steps_done: int
     pace_since: int
     """The step after which batch, wire, precision, optimizer and world have been as they are now:
     times and bytes of earlier steps are another run's."""
     why_no_twin: str = "the run went on from a checkpoint after the last dense phase"
     """Of AC/DC, as long as nothing was kept."""
+    metrics: MetricsWriter | None = None
+    """On rank 0, once it is open."""
+    has_checkpoint: bool = False
+    """Whether this process has written one."""
 
     @property
     def out(self) -> Path:
@@ -69,13 +76,13 @@ class Job:
         if self.world.is_main:
             print(text, flush=True)
 
-    def open_metrics(self) -> MetricsWriter | None:
-        """The metrics file, on rank 0. Raises UserError everywhere if it cannot be written."""
+    def open_metrics(self) -> None:
+        """Open the metrics file, on rank 0. Raises UserError everywhere if it cannot be written."""
         folder = self.out / "tensorboard" if self.config.tensorboard else None
-        path = self.out / "metrics.jsonl"
-        return self.world.together(
+        source = self.out / METRICS if self.results.has_lines else None
+        self.metrics = self.world.together(
             lambda: (
-                MetricsWriter(path, self.steps_done, folder, STEP_METRICS)
+                MetricsWriter(self.results.metrics, self.steps_done, folder, STEP_METRICS, source)
                 if self.world.is_main
                 else None
             )
@@ -83,22 +90,59 @@ class Job:
 
     def save(self) -> None:
         """Write the checkpoint of the steps done."""
-        tokenizer = self.corpus.tokenizer
+        if self.metrics is not None:
+            self.metrics.sync()  # whoever finds the checkpoint finds the lines of its steps
+        self.keep(CHECKPOINTS, self.steps_done, self.optimizer, {}, self.config.keep)
+        if not self.has_checkpoint:
+            self.has_checkpoint = True
+            self._say_removed(self.world.on_main(self._settle))
+            self.results.outdated.clear()
+
+    def keep(
+        self,
+        folder: str,
+        steps_done: int,
+        optimizer: torch.optim.Optimizer | None,
+        more: dict[str, Any],
+        number: int,
+    ) -> None:
+        """Write a checkpoint into `folder` of the results, with `more` beside what all of them
+        have; the newest `number` stay."""
+        tokenizer, results = self.corpus.tokenizer, self.results
+        is_outdated = folder in results.outdated
+        if is_outdated:
+            self.world.on_main(lambda: results.set_aside(folder))
         checkpoint.save(
-            self.out / "checkpoints",
-            self.steps_done,
+            self.out / folder,
+            steps_done,
             self.model,
-            self.optimizer,
+            optimizer,
             {
                 "fingerprint": self.fingerprint,
                 "config": self.config.as_dict(),
                 "wire": None if self.handle is None else self.handle.state_dict(),
                 "world_size": self.world.size,
                 "pace_since": self.pace_since,
+                "history": results.history,
+                "origin": self.origin,
+                **more,
             },
             files={} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()},
-            keep=self.config.keep,
+            keep=number,
         )
+        if is_outdated:
+            results.outdated.remove(folder)
+            self._say_removed(self.world.on_main(lambda: results.remove_aside(folder)))
+
+    def _settle(self) -> list[str]:
+        removed = self.results.settle()
+        if self.metrics is not None and self.results.replaces:
+            self.metrics.rename(self.out / METRICS)
+        return removed
+
+    def _say_removed(self, names: list[str]) -> None:
+        if names:
+            self.say(f"Removed from {self.out}, as outdated now: {', '.join(names)}")
 
 
 def set_up(config: TrainConfig, world: World) -> Job | None:
@@ -114,14 +158,15 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
     agree_on_data(corpus, world)
     size = world.together(lambda: model_config(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))
-    fingerprint = _fingerprint(config, size, corpus)
-    source = world.on_main(lambda: find_checkpoint(config, fingerprint))
-    meta = None if source is None else world.together(lambda: checkpoint.read_meta(source))
+    fingerprint = _fingerprint(config, size, corpus, world)
+    found = world.on_main(lambda: find_checkpoint(config, fingerprint))
+    source, meta = found if found is not None else (None, None)
     if meta is not None and config.resume == "auto" and is_finished(config, meta["step"]):
         if world.is_main:
             print(
-                f"{config.out_dir} holds a finished run of {meta['step']} steps: nothing to train. "
-                "Raise --steps, choose another --out, or begin anew with --resume none."
+                f"{config.out_dir} holds this run, finished after {meta['step']} steps: nothing to "
+                f"train. To go on, give more --steps and --resume {config.out_dir}; to train "
+                "again, another --out, or --resume none."
             )
         return None
 
@@ -139,7 +184,9 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
         if handle is not None and meta["wire"] is not None:
             load, state = handle.load_state_dict, meta["wire"]
             all_alike(world, lambda: load(state))
-    world.on_main(lambda: _begin_folder(config, steps_done))
+    origin, results = world.on_main(lambda: _results(config, source, meta))
+    before = None if meta is None else meta["history"]
+    removed, results.outdated = world.on_main(lambda: results.begin(before))
     job = Job(
         config=config,
         world=world,
@@ -151,10 +198,12 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
         wire=wire,
         evaluator=Evaluator(config, world, corpus, model, wire),
         fingerprint=fingerprint,
+        origin=origin,
+        results=results,
         steps_done=steps_done,
         pace_since=0 if meta is None else pace_since(config, world, meta),
     )
-    _announce(job, source, meta)
+    _announce(job, source, meta, removed)
     return job
 
 
@@ -239,27 +288,45 @@ def _make_batches(config: TrainConfig, world: World, corpus: Corpus) -> Batches:
     )
 
 
-def _fingerprint(config: TrainConfig, size: GPTConfig, corpus: Corpus) -> dict[str, Any]:
+def _fingerprint(
+    config: TrainConfig, size: GPTConfig, corpus: Corpus, world: World
+) -> dict[str, Any]:
+    """All that changes a run's numbers."""
     tokenizer = corpus.tokenizer
-    text = "" if tokenizer is None else tokenizer.to_json()
     schedule = config.mask_schedule(config.steps)
     return {
         "model": asdict(size),
-        "tokenizer": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(),
+        "tokenizer": hash_of("" if tokenizer is None else tokenizer.to_json()),
         "optimizer": config.method,
         "seed": config.seed,
+        "data": data_facts(corpus),
+        "settings": config.identity | {"backend": world.backend, "ranks": world.size},
     } | ({} if schedule is None else {"schedule": asdict(schedule)})
 
 
-def _begin_folder(config: TrainConfig, steps_done: int) -> None:
-    """Leave in the folder of results only what belongs to this run so far."""
-    for folder in ("checkpoints", DENSE_TWIN):
-        checkpoint.clear_after(config.out_dir / folder, steps_done)
-    (config.out_dir / "summary.json").unlink(missing_ok=True)
-    (config.out_dir / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+def _results(
+    config: TrainConfig, source: Path | None, meta: dict[str, Any] | None
+) -> tuple[str | None, Results]:
+    """Where the history of this run began, if that was another run's checkpoint, and its folder."""
+    root = config.out_dir / CHECKPOINTS
+    newest = checkpoint.latest(root)
+    is_newest = source is not None and newest is not None and source.samefile(newest)
+    origin = None
+    if source is not None and meta is not None:
+        origin = meta["origin"] if is_newest else checkpoint.identity(source)
+    return origin, Results(
+        out=config.out_dir,
+        config=config.to_toml(),
+        history=meta["history"] if meta is not None and is_newest else secrets.token_hex(4),
+        began_at=0 if meta is None else meta["step"],
+        replaces=newest is not None and not is_newest,
+        has_lines=source is not None and root.exists() and source.parent.samefile(root),
+    )
 
 
-def _announce(job: Job, source: Path | None, meta: dict[str, Any] | None) -> None:
+def _announce(
+    job: Job, source: Path | None, meta: dict[str, Any] | None, removed: list[str]
+) -> None:
     config, world = job.config, job.world
     num_parameters = sum(p.numel() for p in job.model.parameters())
     batch_tokens = world.size * config.batch_size * config.grad_accum * config.seq_len
@@ -272,6 +339,13 @@ def _announce(job: Job, source: Path | None, meta: dict[str, Any] | None) -> Non
     handle = job.handle
     for remark in [native.remark(world.device)] if handle is None else handle.report().remarks:
         job.say(f"  {remark}")
+    if removed:
+        job.say(f"  removed, of an attempt that had no checkpoint: {', '.join(removed)}")
+    if job.results.replaces:
+        job.say(
+            f"  the other checkpoints in {job.out}, and what belongs to them, stay until this run "
+            "has one"
+        )
     if meta is None:
         return
     before, after = meta["config"], config.as_dict()

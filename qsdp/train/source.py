@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from qsdp import checkpoint
+from qsdp.data.tokenizer import hash_of
 from qsdp.export import FACTS, load_export, read_facts
 from qsdp.models import GPTConfig
 from qsdp.train.config import TrainConfig
@@ -55,16 +56,17 @@ def open_source(path: Path) -> Source:
         source, target = facts["source"], facts["target"]
         config, size = facts["config"], facts["model"]
         step, world_size = source.get("step"), source.get("world_size")
+        tokenizer = facts.get("tokenizer")
     else:
         path, target = checkpoint.resolve(path), None
         meta = checkpoint.read_meta(path)
         fingerprint = meta.get("fingerprint")
         config, step, world_size = meta.get("config"), meta["step"], meta.get("world_size")
-        size = fingerprint.get("model") if isinstance(fingerprint, dict) else None
+        fingerprint = fingerprint if isinstance(fingerprint, dict) else {}
+        size, tokenizer = fingerprint.get("model"), fingerprint.get("tokenizer")
+    _check_tokenizer(path, tokenizer)
     try:
-        settings = _settings(config)
-        # AC/DC's dense twin has neither of the two.
-        model = _preset(path, settings) if size is None else GPTConfig(**size)
+        settings, model = _settings(config), GPTConfig(**size)
         return Source(path, target, int(step), settings, int(world_size or 1), model)
     except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(
@@ -81,6 +83,13 @@ def _settings(config: Any) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def _preset(path: Path, config: TrainConfig) -> GPTConfig:
-    rows = checkpoint.TensorReader(path).shape("embed.weight")[0]
-    return GPTConfig.from_preset(config.model, vocab_size=rows)
+def _check_tokenizer(path: Path, stated: Any) -> None:
+    """Raise ValueError unless the tokenizer beside a model is the one that was written there:
+    another would give other ids, and nobody would see it."""
+    stored = path / "tokenizer.json"
+    if stated in (None, hash_of("")):
+        return
+    if not stored.is_file():
+        raise ValueError(f"{path} lacks tokenizer.json, which the model was trained with; copy it.")
+    if hash_of(stored.read_text(encoding="utf-8", errors="replace")) != stated:
+        raise ValueError(f"{stored} is not the one that the model was trained with; copy it again.")

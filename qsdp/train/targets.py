@@ -14,6 +14,7 @@ from rich.table import Table
 
 import qsdp
 from qsdp.data import Corpus, TokenRange, Tokens, eval_batches, load_corpus
+from qsdp.files import finite, write_json
 from qsdp.sparsity.compression import Prunable, compressed
 from qsdp.sparsity.target import Compression
 from qsdp.train.agree import agree_on_config, agree_on_data
@@ -22,7 +23,7 @@ from qsdp.train.evaluate import Evaluator
 from qsdp.train.evaluate_cli import TARGETS, EvaluateFlags
 from qsdp.train.parallelize import shard
 from qsdp.train.plots import write_target_plot
-from qsdp.train.report import finite, label, write_json
+from qsdp.train.report import label
 from qsdp.train.setup import all_alike
 from qsdp.train.source import Source, open_source
 from qsdp.train.wire import StockWire
@@ -212,8 +213,13 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
         "val_loss": dense,
         "one_shot": {row["target"]: row["loss"] for row in rows if row["target"] is not None},
     }
-    has_plot = write_target_plot(out / "evaluation.png", losses, name.lower())
-    noted = "" if has_plot else "; no plot: matplotlib is not installed"
+    plot = out / "evaluation.png"
+    noted = ""
+    if not write_target_plot(plot, losses, name.lower()):
+        noted = "; no plot: matplotlib is not installed"
+        if plot.exists():
+            plot.unlink()
+            noted += ", and the one of an earlier evaluation is removed"
     console.print(f"Results are in {out}{noted}", highlight=False, markup=False, soft_wrap=True)
 
 

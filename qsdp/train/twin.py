@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from qsdp import checkpoint
-from qsdp.train.setup import DENSE_TWIN, Job
+from qsdp.train.results import DENSE_TWIN
+from qsdp.train.setup import Job
 
 
 def consider(job: Job, steps_done: int, loss: float | None = None) -> None:
@@ -19,10 +19,9 @@ def consider(job: Job, steps_done: int, loss: float | None = None) -> None:
         job.why_no_twin = f"{zeros:.0%} of the prunable weights were zero in the last dense phase"
         return
     loss = job.evaluator.loss() if loss is None else loss
-    kept = job.world.on_main(lambda: kept_loss(job.out))
+    kept = job.world.on_main(lambda: kept_loss(job))
     if math.isfinite(loss) and (kept is None or loss < kept):
-        meta = {"val_loss": loss, "config": job.config.as_dict()}
-        checkpoint.save(job.out / DENSE_TWIN, steps_done, job.model, None, meta, keep=1)
+        job.keep(DENSE_TWIN, steps_done, None, {"val_loss": loss}, 1)
     elif kept is None:
         job.why_no_twin = "the validation loss was not finite in the last dense phase"
 
@@ -37,7 +36,7 @@ def _pruned(job: Job) -> float:
     return zeros if zeros > target / 2 else 0.0
 
 
-def kept_loss(out: Path) -> float | None:
-    """The validation loss of the dense twin in the folder of results `out`; None without one."""
-    path = checkpoint.latest(out / DENSE_TWIN)
+def kept_loss(job: Job) -> float | None:
+    """The validation loss of the dense twin that the run has kept so far; None without one."""
+    path = job.results.latest(DENSE_TWIN)
     return None if path is None else float(checkpoint.read_meta(path)["val_loss"])

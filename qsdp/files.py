@@ -1,0 +1,190 @@
+"""Files and folders that are whole or absent: made beside the old, put on disk, then renamed.
+
+What is being made has a name of its own, ending in .tmp or .partial, and its maker holds a lock on
+it (flock) that ends with the process. So a killed maker leaves one such thing behind, the next one
+takes it over, and nobody touches what another process is still making.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write that takes the name ``path`` when the body has ended: the old one, or the new
+    one, at every instant.
+
+    Of two processes that write one file the second waits. If the body raises, the old file stays.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with _made(temporary, lambda: os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)) as file:
+        try:
+            os.ftruncate(file, 0)
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+        except BaseException as error:
+            temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename == str(temporary):
+                error.filename = str(path)  # what the user knows
+            raise
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file ``path`` by one that holds ``text`` in UTF-8, all or nothing."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `write_text`, with the JSON of ``value``, made `finite`."""
+    write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None, JSON's null, for every number in it that is not finite: JSON has no NaN.
+
+    Tuples become lists, as JSON has them.
+    """
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``out``, all or nothing, when the body has ended.
+
+    Until then its name is ``out``.partial, which only a killed process leaves behind and the next
+    call clears.
+
+    Raises: ValueError if ``out`` is in use, is being made by another process, or cannot be made.
+    """
+    out = Path(os.path.abspath(out))
+    partial = out.with_name(out.name + ".partial")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} exists already: choose a new folder, or remove it.")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = contextlib.ExitStack()
+        lock.enter_context(claimed_folder(partial))
+    except BlockingIOError:
+        raise ValueError(
+            f"{out} is being made by another process: wait for it, or choose another folder."
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"{out} cannot be made ({error.strerror}): choose a folder where you may write."
+        ) from None
+    with lock:
+        try:
+            yield partial
+            for path in partial.iterdir():
+                sync(path)
+            sync(partial)
+            partial.replace(out)
+            sync(out.parent)
+        except BaseException:
+            remove_tree(partial)
+            raise
+
+
+@contextlib.contextmanager
+def claimed_folder(path: Path) -> Iterator[Path]:
+    """Inside, ``path`` is an empty folder that no other process claims; a killed one's is cleared.
+
+    The claim follows the folder when it is renamed.
+
+    Raises: BlockingIOError if another process holds it.
+    """
+
+    def open_folder() -> int:
+        path.mkdir(exist_ok=True)
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    with _made(path, open_folder, is_waiting=False):
+        for inner in path.iterdir():
+            remove_tree(inner)
+        yield path
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether another process is making the folder ``path``."""
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _has_locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(folder)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a file or a folder with all that is in it; what is gone already is no error."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            for inner in path.iterdir():
+                remove_tree(inner)
+            path.rmdir()
+        else:
+            path.unlink()
+
+
+def sync(path: Path) -> None:
+    """Put a file on disk, or the names in a folder: without this a rename may be lost."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _made(path: Path, make: Callable[[], int], *, is_waiting: bool = True) -> Iterator[int]:
+    """A descriptor of what ``make`` opens at ``path``, locked, and still of that name."""
+    while True:
+        descriptor = make()
+        try:
+            how = fcntl.LOCK_EX if is_waiting else fcntl.LOCK_EX | fcntl.LOCK_NB
+            if not _has_locked(descriptor, how):
+                raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(path))
+            if _is_named(descriptor, path):
+                yield descriptor
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _has_locked(descriptor: int, how: int) -> bool:
+    """Whether the lock was had, or cannot be had at all: some file systems know none."""
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    """Whether ``path`` still names the open file: who held the lock before may have renamed it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
