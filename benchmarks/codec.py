@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -33,6 +32,7 @@ from qsdp.codec import native
 from qsdp.codec.levels import uniform_levels
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.config import LEVELS, ROUNDINGS
+from qsdp.files import write_json
 
 DTYPES = {
     "fp32": (DType.FP32, torch.float32),
@@ -244,7 +244,7 @@ def main() -> None:
     if arguments.json is not None:
         record = {"machine": described, "levels": arguments.levels, "bucket": arguments.bucket}
         record |= {"zeros": arguments.zeros, "rows": rows}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(arguments.json, record)
     sys.exit(1 if missed else 0)
 
 

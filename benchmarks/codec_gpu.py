@@ -13,7 +13,6 @@ than write 32 bytes, calls following one another: the host's work shows, as it d
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import torch
 from qsdp.codec import native
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.config import ROUNDINGS
+from qsdp.files import write_json
 
 DTYPES = {
     "fp32": (DType.FP32, torch.float32),
@@ -206,7 +206,7 @@ def main() -> None:
     if arguments.json is not None:
         record = {"machine": described, "copy_gb_s": 2 * COPY_BYTES / copy_s / 1e9}
         record |= {"floor_us": 1e6 * floor, "rows": rows}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(arguments.json, record)
     sys.exit(1 if missed else 0)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import resource
 import sys
@@ -32,6 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import qsdp
+from qsdp.files import write_json
 from qsdp.models import GPT, GPTConfig, init_weights
 from qsdp.train.world import end_process, keep_freed_memory
 
@@ -314,7 +314,7 @@ def main() -> None:
             "peak_rss_bytes": peak_rss_bytes(),
             "rows": rows,
         }
-        arguments.out.write_text(json.dumps(record) + "\n")
+        write_json(arguments.out, record)
     dist.barrier()
     end_process(0)
 

@@ -15,7 +15,6 @@ phase) more than 1.03, or the threshold more than 1 %.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import qsdp
+from qsdp.files import write_json
 from qsdp.models import GPT, GPTConfig, init_weights
 from qsdp.sparsity.compression import Prunable, keep_masks
 from qsdp.train.world import end_process, keep_freed_memory
@@ -51,7 +51,7 @@ def main() -> None:
         print(machine.one_line(described))
         if arguments.json is not None:
             record = {"machine": described, "tokens": arguments.tokens, "rows": rows}
-            arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+            write_json(arguments.json, record)
         sys.stdout.flush()
     dist.barrier()
     end_process(0 if is_met else 1)

@@ -12,7 +12,6 @@ rank the runs, and say nothing of NCCL. On machines without a GPU it trains on t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 import qsdp
 from qsdp.data import Batches, Corpus, load_corpus
+from qsdp.files import write_json
 from qsdp.models import GPTConfig, init_weights
 from qsdp.optim import CrAM, clip_grad_norm_
 from qsdp.sparsity.shards import local_shard
@@ -185,7 +185,7 @@ def report(rows: list[dict[str, Any]], world: World, arguments: argparse.Namespa
     if arguments.json is not None:
         settings = {k: v for k, v in vars(arguments).items() if k != "json"}
         record = {"machine": described, "settings": settings, "rows": rows}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(arguments.json, record)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ from contestants import add_arguments, contestants, is_chosen
 from link_table import adds_up, plot, table, verdicts
 from namespaces import HEADER_BYTES, MASTER_PORT, Counters, Hosts, Unavailable, exit_on_termination
 
+from qsdp.files import write_json
+
 LOOPBACK = "loopback"
 
 
@@ -100,7 +102,7 @@ def run_command(arguments: argparse.Namespace) -> None:
             | {"received_payload": count.received_payload}
             for count in counters
         ]
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(arguments.json, rows)
 
 
 def compare(arguments: argparse.Namespace) -> int:
@@ -116,7 +118,7 @@ def compare(arguments: argparse.Namespace) -> int:
     record |= {"link": link, "hosts": arguments.hosts, "machine": described}
     found = [*verdicts(record), *adds_up(record)]
     record["targets"] = found
-    (arguments.out / "link.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(arguments.out / "link.json", record)
     print(table(record))
     for verdict in found:
         limit = f"at {'least' if verdict['is_least'] else 'most'} {verdict['limit']}"

@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from qsdp.train.plots import save_png
+
 Record = dict[str, Any]
 
 REFERENCES = {
@@ -157,7 +159,7 @@ def plot(record: Record, path: Path) -> bool:
         fontsize=10,
     )
     axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
+    save_png(figure, path)
     return True
 
 

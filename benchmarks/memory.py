@@ -40,6 +40,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import qsdp
+from qsdp.files import write_json
 from qsdp.models import GPT, GPTConfig, init_weights
 from qsdp.train.world import end_process
 
@@ -117,7 +118,7 @@ def main() -> None:
                 for row in rows
             ]
             record = {"machine": described, "ranks": dist.get_world_size(), "rows": lines}
-            arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+            write_json(arguments.json, record)
     dist.barrier()
     end_process(0 if all(row.is_met for row in rows) else 1)
 

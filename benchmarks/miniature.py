@@ -20,7 +20,6 @@ takes that many times as long. Ratios are medians over rounds; root is needed, a
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -31,6 +30,8 @@ from contestants import add_arguments
 from link import take_turns
 from link_table import plot, table
 from namespaces import Unavailable, exit_on_termination
+
+from qsdp.files import write_json
 
 OPERATIONS = 8192 * (6 * 1.3e9 + 12 * 24 * 2048 * 2048)
 COMPUTE_S = OPERATIONS / 40e12
@@ -63,9 +64,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     described = machine.describe()
-    (arguments.out / "miniature.json").write_text(
-        json.dumps({"machine": described, "links": results}, indent=1) + "\n"
-    )
+    write_json(arguments.out / "miniature.json", {"machine": described, "links": results})
     for result in results:
         print(f"\nthe paper's {result['gbit']:g} Gbit/s: {result['rate']}, communication ", end="")
         print(f"{result['ratio']:.2f} times computation\n{table(result)}")

@@ -40,6 +40,8 @@ import machine
 from link import torchrun
 from namespaces import Hosts, Unavailable, exit_on_termination
 
+from qsdp.files import write_json
+
 HERE = Path(__file__).resolve().parent
 TRAIN = HERE.parent / "launch" / "train_gpt.py"
 NODES, RANKS_PER_NODE = 2, 2
@@ -106,7 +108,7 @@ def main() -> None:
             "lines": [asdict(line) | {"difference": line.difference} for line in lines],
             "ratios": [asdict(ratio) | {"is_met": ratio.is_met} for ratio in ratios],
         }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(arguments.json, record)
     sys.exit(1 if mistakes(lines) or not all(ratio.is_met for ratio in ratios) else 0)
 
 

@@ -14,7 +14,6 @@ read at the same places. Three kinds of pass tell gathers from reduces:
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
+from qsdp.files import write_json
 from qsdp.models import GPT, GPTConfig, init_weights
 from qsdp.train.world import end_process
 
@@ -54,7 +54,7 @@ def main() -> None:
                     row = measure(config, kind, arguments.passes)
                     rows.append({"bits": bits, "reduce": reduce, "gather": gather, **row})
     if dist.get_rank() == 0:
-        arguments.out.write_text(json.dumps(rows))
+        write_json(arguments.out, rows)
     dist.barrier()
     end_process(0)
 

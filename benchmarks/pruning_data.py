@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from qsdp.data import eval_batches, load_corpus
 from qsdp.data.shards import Tokens
+from qsdp.files import write_text
 from qsdp.models import GPT, GPTConfig
 from qsdp.sparsity.compression import compressed
 
@@ -50,11 +51,11 @@ def split(paths: Sequence[Path], folder: Path, bpe_tokens: int | None) -> Texts:
     text = data.decode()
     cut = round(len(text) * (1 - TEST_FRACTION))
     train, tokenizer = folder / "train.txt", "char"
-    train.write_bytes(text[:cut].encode())
+    write_text(train, text[:cut])
     if bpe_tokens is not None:
         tokenizer = str(folder / "tokenizer.json")
         definition = make_tokenizer(text[:cut], bpe_tokens)
-        Path(tokenizer).write_text(definition)
+        write_text(Path(tokenizer), definition)
         data += definition.encode()
     corpus = load_corpus(train, tokenizer)
     assert corpus.tokenizer is not None

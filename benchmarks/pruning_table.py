@@ -13,6 +13,8 @@ from pruning_methods import METHODS, TARGETS
 from rich.table import Table
 from runs import Record
 
+from qsdp.train.plots import save_png
+
 COLUMNS = ("dense", *TARGETS)
 PRUNED = ("0.5", "0.6", "0.7", "0.8", "0.9")
 TWIN = "acdc-twin"
@@ -197,7 +199,7 @@ def plot(rows: Sequence[Row], path: Path, title: str, split: str) -> bool:
     axes.legend(fontsize=7)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130)
+    save_png(figure, path)
     return True
 
 

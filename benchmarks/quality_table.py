@@ -12,6 +12,8 @@ from quality_wires import GATHERS, WIRES
 from rich.table import Table
 from runs import Record
 
+from qsdp.train.plots import save_png
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -186,5 +188,5 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> bool:
     axes.legend()
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=130)
+    save_png(figure, path)
     return True

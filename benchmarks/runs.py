@@ -18,6 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
+from qsdp.files import write_json
+
 Record = dict[str, Any]
 Processes = set[subprocess.Popen[str]]
 ROOT = Path(__file__).resolve().parent.parent
@@ -154,13 +156,6 @@ def trainings_end_with_us() -> Iterator[Processes]:
     finally:
         for process in [*processes]:
             process.terminate()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write all of a file or nothing: an interrupted call must leave no half of one."""
-    replacement = path.with_name(path.name + ".tmp")
-    replacement.write_text(json.dumps(value, indent=1) + "\n")
-    replacement.replace(path)
 
 
 def report_failures(failed: dict[str, str]) -> None:

@@ -13,7 +13,6 @@ before any model was made: it includes whatever the allocator keeps.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -22,6 +21,9 @@ from typing import Any
 import machine
 from contestants import MODELS, add_arguments
 from link import LOOPBACK, take_turns
+
+from qsdp.files import write_json
+from qsdp.train.plots import save_png
 
 THEIRS, OURS = "fsdp-fp32", "qsdp-w8g8-once-fp32"
 OTHER = "qsdp-w4g4-once-fp32"
@@ -44,9 +46,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     described = machine.describe()
-    (arguments.out / "scaling.json").write_text(
-        json.dumps({"machine": described, "rows": rows}, indent=1) + "\n"
-    )
+    write_json(arguments.out / "scaling.json", {"machine": described, "rows": rows})
     print(machine.one_line(described))
     if not plot(rows, arguments.out / "scaling.png"):
         print("no plot: it needs matplotlib")
@@ -137,7 +137,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> bool:
         axes.set_xlabel(AXES[axis])
     panels[0][0].set_ylabel("seconds a step, FSDP2 fp32 = 1")
     panels[0][0].legend(frameon=False)
-    figure.savefig(path, dpi=130)
+    save_png(figure, path)
     return True
 
 

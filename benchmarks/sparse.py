@@ -34,6 +34,7 @@ from namespaces import Hosts, Unavailable, exit_on_termination
 from passes import SIZE, build, forward, forward_backward, run, state
 
 import qsdp
+from qsdp.files import write_json
 from qsdp.sparsity.shards import local_shard
 from qsdp.train.world import end_process
 
@@ -75,7 +76,7 @@ def main() -> None:
     print(machine.one_line(described))
     if arguments.json is not None:
         record = {"machine": described, "sparsity": arguments.sparsity, "rows": rows}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(arguments.json, record)
     sys.exit(0 if all(is_met(row) for row in rows) else 1)
 
 
@@ -99,7 +100,7 @@ def count(arguments: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     rows = [row_of(bits, arguments) for bits in arguments.bits]
     if dist.get_rank() == 0:
-        arguments.out.write_text(json.dumps(rows))
+        write_json(arguments.out, rows)
     dist.barrier()
     end_process(0)
 

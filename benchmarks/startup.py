@@ -12,7 +12,6 @@ Exits with status 1 if the import takes more than 0.3 s or the first step comes 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,8 @@ import time
 from pathlib import Path
 
 import machine
+
+from qsdp.files import write_json
 
 TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train_gpt.py"
 IMPORT_AT_MOST_S, STEP_AT_MOST_S = 0.3, 15.0
@@ -45,7 +46,7 @@ def main() -> None:
     described = machine.describe()
     print(machine.one_line(described))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
+        write_json(arguments.json, {"machine": described, "rows": rows})
     sys.exit(0 if all(each["is_met"] for each in rows) else 1)
 
 

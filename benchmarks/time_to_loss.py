@@ -22,6 +22,9 @@ from typing import Any
 import machine
 from namespaces import Hosts, Unavailable, exit_on_termination
 
+from qsdp.files import write_json
+from qsdp.train.plots import save_png
+
 TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train_gpt.py"
 FIRST = "FSDP2 fp32"
 WIRES = {
@@ -58,7 +61,7 @@ def main() -> None:
         sys.exit(1)
     described = machine.describe()
     record = {"machine": described, "steps": arguments.steps, "links": links}
-    (arguments.out / "time_to_loss.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(arguments.out / "time_to_loss.json", record)
     for link in links:
         print(f"\n{link['rate']}: seconds to a validation loss of {link['target']:.3f}")
         for row in link["rows"]:
@@ -163,7 +166,7 @@ def plot(links: list[dict[str, Any]], path: Path) -> bool:
         axes.set_xscale("log")
     panels[0][0].set_ylabel("validation loss, nats")
     panels[0][0].legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=130)
+    save_png(figure, path)
     return True
 
 

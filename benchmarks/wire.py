@@ -26,6 +26,8 @@ from typing import Any
 
 from namespaces import Hosts, Unavailable, exit_on_termination
 
+from qsdp.files import write_json
+
 TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train_gpt.py"
 CASES = {
     "stock": ("stock FSDP2, fp32", []),
@@ -50,7 +52,7 @@ def main() -> None:
         sys.exit(2)
     print(table(rows))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(arguments.json, rows)
     wrong = [row for row in rows if abs(row["difference"]) > TOLERANCE]
     for row in wrong:
         print(f"{row['case']}: counted and seen bytes differ by {row['difference']:+.2%}")

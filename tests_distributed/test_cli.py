@@ -176,7 +176,7 @@ def test_a_small_run_leaves_all_that_is_promised(run_jobs: Jobs, tmp_path: Path)
     gathers, reduces = 2 * 2 * (2 * blocks + own), 2 * (blocks + own)
     assert summary["wire"]["fp32_bytes_per_step"] == 4 * (gathers + reduces) / 2
     config = tomllib.loads((out / "config.toml").read_text())
-    assert summary["config"] == config | {"resume": "auto"}
+    assert summary["config"] == config | {"resume": "auto", "take_over": False}
     assert config["qsdp_bits"] == 8
     names = {path.name for path in (out / "plots").iterdir()}
     plots = ("loss", "one_shot", "pruned", "wire", "step_time", "wire_time")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -62,6 +63,11 @@ class CountingReduce(DefaultReduceScatter):
 
 
 def compare(folder: Path, options: dict[str, Any]) -> None:
+    with ExitStack() as held:
+        compare_steps(folder, options, held)
+
+
+def compare_steps(folder: Path, options: dict[str, Any], held: ExitStack) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     world = World(rank, size, torch.device("cpu"), "gloo", init_device_mesh("cpu", (size,)))
     config = TrainConfig(
@@ -70,7 +76,7 @@ def compare(folder: Path, options: dict[str, Any]) -> None:
         **{"model": "tiny", "steps": 9, "seq_len": 16, "batch_size": 2, "eval_batches": 3}
         | options,
     )
-    job = set_up(config, world)
+    job = set_up(config, world, held)
     assert job is not None
     counter = Counter()
     for module in job.model.modules():

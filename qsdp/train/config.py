@@ -24,7 +24,7 @@ BACKENDS = ("nccl", "gloo")
 # What a run looks at and keeps, and where; AC/DC's dense twin is chosen when it validates.
 _RECORDS = (
     *("out", "resume", "keep", "save_every", "eval_every"),
-    *("tensorboard", "timeout_s", "qsdp_errors"),
+    *("tensorboard", "timeout_s", "take_over", "qsdp_errors"),
 )
 _INPUTS = ("data", "tokenizer")  # their contents count, not where they lie
 _NO_PATHS = ("stdlib", "char", "byte")
@@ -137,6 +137,10 @@ class RunFlags:
     model and method; the same command again then goes on from the newest one that came of it.
     `none` begins anew. What --out holds of later steps goes when the first new checkpoint is on
     disk."""
+
+    take_over: bool = False
+    """Take --out from a run that holds it and is alive, or on a machine of which nothing is known:
+    that run ends when it saves next."""
 
     backend: str | None = None
     """What collectives run over: `nccl`, a GPU for every rank of a node, or `gloo`, whose ranks may
@@ -268,12 +272,13 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
         }
 
     def to_toml(self) -> str:
-        """A file that --config reads back as this configuration, but for `resume`: `none` would
-        delete the very run that the file was taken from."""
+        """A file that --config reads back as this configuration, but for `resume`, whose `none`
+        would delete the very run that the file was taken from, and `take_over`."""
         # JSON's strings, numbers, booleans and lists are TOML's too, but for two things: TOML has
         # no pairs of surrogates, and wants DEL escaped.
-        values = {name: value for name, value in self.as_dict().items() if name != "resume"}
         lines = [
-            f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items()
+            f"{name} = {json.dumps(value, ensure_ascii=False)}\n"
+            for name, value in self.as_dict().items()
+            if name not in ("resume", "take_over")
         ]
         return "".join(lines).replace("\x7f", "\\u007f")

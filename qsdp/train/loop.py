@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -37,8 +37,8 @@ def train(config: TrainConfig) -> None:
     Called on every rank, under torchrun or alone.
     Raises UserError, on every rank, for whatever the user can correct.
     """
-    with open_world(config.timeout_s, config.backend) as world:
-        job = set_up(config, world)
+    with open_world(config.timeout_s, config.backend) as world, ExitStack() as held:
+        job = set_up(config, world, held)
         if job is None:
             return
         job.open_metrics()

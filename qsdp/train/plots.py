@@ -55,7 +55,7 @@ def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list
     figure = Figure(figsize=(12, 7.5), layout="constrained")
     if draw_errors(figure, history):
         paths.append(folder / "errors.png")
-        _write(figure, paths[-1])
+        save_png(figure, paths[-1])
     return paths
 
 
@@ -101,10 +101,11 @@ def _save(path: Path, draw: Callable[[Any], None]) -> None:
     axes.grid(alpha=0.3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    _write(figure, path)
+    save_png(figure, path)
 
 
-def _write(figure: Any, path: Path) -> None:
+def save_png(figure: Any, path: Path) -> None:
+    """Replace the file `path` by a picture of the `figure`, all or nothing."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
 

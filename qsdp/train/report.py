@@ -98,6 +98,7 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
     summary = finite(summary)
 
     def write() -> None:
+        job.check_lock()
         plots = write_plots(job.out / "plots", history, summary)
         stale = remove_stale(job.out / "plots", plots)
         write_json(job.out / "summary.json", summary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from qsdp.sparsity.compression import Prunable
 from qsdp.train.agree import agree_on_config, agree_on_data, data_facts
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate import Evaluator
+from qsdp.train.lock import Lock, hold
 from qsdp.train.parallelize import build, check_nodes, check_replicas, make_optimizer, model_config
 from qsdp.train.results import CHECKPOINTS, METRICS, Results
 from qsdp.train.resume import changed, find_checkpoint, is_finished, pace_since
@@ -56,6 +58,8 @@ class Job:
     origin: str | None
     """The identity of the checkpoint that --resume PATH named, if this came of one."""
     results: Results
+    lock: Lock | None
+    """Of the folder of results, on rank 0."""
     steps_done: int
     pace_since: int
     """The step after which batch, wire, precision, optimizer and world have been as they are now:
@@ -110,6 +114,7 @@ class Job:
         have; the newest `number` stay."""
         tokenizer, results = self.corpus.tokenizer, self.results
         is_outdated = folder in results.outdated
+        self.world.on_main(self.check_lock)
         if is_outdated:
             self.world.on_main(lambda: results.set_aside(folder))
         checkpoint.save(
@@ -134,6 +139,11 @@ class Job:
             results.outdated.remove(folder)
             self._say_removed(self.world.on_main(lambda: results.remove_aside(folder)))
 
+    def check_lock(self) -> None:
+        """Raise ValueError, on rank 0, if the folder of results is another run's now."""
+        if self.lock is not None:
+            self.lock.check()
+
     def _settle(self) -> list[str]:
         removed = self.results.settle()
         if self.metrics is not None and self.results.replaces:
@@ -145,13 +155,16 @@ class Job:
             self.say(f"Removed from {self.out}, as outdated now: {', '.join(names)}")
 
 
-def set_up(config: TrainConfig, world: World) -> Job | None:
+def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     """Build the job of `config` on all ranks; None if it is finished already, which is said.
 
+    The folder of results is this run's until `held` is closed.
     Raises UserError, on every rank, for whatever the user can correct.
     """
     agree_on_config(config, world)
     _make_shared_folder(config.out_dir, world)
+    holding = hold(config.out_dir, takes_over=config.take_over)
+    lock = world.together(lambda: held.enter_context(holding) if world.is_main else None)
     world.together(lambda: check_replicas(config, world))
     world.together(lambda: check_nodes(config, world))
     corpus = world.together(lambda: _load_corpus(config))
@@ -200,6 +213,7 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
         fingerprint=fingerprint,
         origin=origin,
         results=results,
+        lock=lock,
         steps_done=steps_done,
         pace_since=0 if meta is None else pace_since(config, world, meta),
     )

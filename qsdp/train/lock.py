@@ -1,0 +1,160 @@
+"""One run a folder of results: a lock that tells whose the folder is, and a heartbeat."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qsdp.files import write_json
+
+HEARTBEAT_S = 30.0
+MISSED = 4
+"""Heartbeats after which a run is taken for dead: its machine has gone, or it stands still."""
+_JOB_VARIABLES = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+
+
+class Lock:
+    """OUT/run.lock, from `hold`.
+
+    Whose process has ended holds nothing. Of a process on another machine nobody knows: it holds
+    nothing if its heart has stopped, or if it was an earlier start of the same job, by SLURM_JOB_ID
+    or torchrun's id. So a job that is started again after it was preempted finds its folder free.
+    """
+
+    def __init__(self, path: Path, owner: Mapping[str, Any]) -> None:
+        self._path, self._owner = path, owner
+        self._has_ended = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="qsdp-lock", daemon=True)
+        self._heart.start()
+
+    def check(self) -> None:
+        """Raise ValueError if another run has taken the folder over."""
+        holder = _read(self._path)
+        if holder != self._owner:
+            raise ValueError(
+                f"{self._path.parent} was taken over by {_told(holder)}; this run ends, and what "
+                "it has not saved is not written there"
+            )
+
+    def end(self) -> None:
+        """Let go of the folder."""
+        self._has_ended.set()
+        self._heart.join()
+        if _read(self._path) == self._owner:
+            self._path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._has_ended.wait(HEARTBEAT_S):
+            try:
+                if _read(self._path) == self._owner:
+                    os.utime(self._path)
+            except OSError:
+                continue  # a file system that is away for a while must not end a run
+
+
+@contextmanager
+def hold(out: Path, *, takes_over: bool) -> Iterator[Lock]:
+    """Hold the folder ``out`` inside.
+
+    Args:
+        out: The folder of results.
+        takes_over: Whether to take it from a run that is alive: that one ends when it saves next.
+
+    Raises: ValueError if another run holds it.
+    """
+    path, owner = out / "run.lock", _owner()
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        if not takes_over:
+            _check_is_free(path, owner)
+        write_json(path, owner)
+        if _read(path) != owner:  # of two that found it free at once the last has it
+            _refuse(path)
+    else:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(owner, file)
+    lock = Lock(path, owner)
+    try:
+        yield lock
+    finally:
+        lock.end()
+
+
+def _owner() -> dict[str, Any]:
+    return {
+        "id": secrets.token_hex(8),
+        "job": job_id(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process": _process(os.getpid()),
+    }
+
+
+def job_id() -> str | None:
+    """What the scheduler or torchrun calls this job, the same when it is started again."""
+    named = {name: os.environ.get(name, "") for name in _JOB_VARIABLES}
+    # Without a name torchrun says "none".
+    return next((f"{n}={v}" for n, v in named.items() if v not in ("", "none")), None)
+
+
+def _process(pid: int) -> str | None:
+    """What tells a process of this machine from all that had its number before; None without it."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+    return f"{boot} {namespace} {started}"
+
+
+def _check_is_free(path: Path, owner: Mapping[str, Any]) -> None:
+    """Raise ValueError if whoever holds the lock may still be there."""
+    holder = _read(path)
+    if holder is None:
+        return
+    machine = str(owner["process"]).split()[:2]
+    if owner["process"] is not None and str(holder.get("process")).split()[:2] == machine:
+        is_free = _process(holder["pid"]) != holder["process"]
+    else:
+        is_same_job = owner["job"] is not None and holder.get("job") == owner["job"]
+        is_free = is_same_job or _silence_s(path) > MISSED * HEARTBEAT_S
+    if not is_free:
+        _refuse(path)
+
+
+def _refuse(path: Path) -> None:
+    raise ValueError(
+        f"{path.parent} is in use by {_told(_read(path))}; wait for its end, give another --out, "
+        "or end that run by --take-over"
+    )
+
+
+def _told(holder: Mapping[str, Any] | None) -> str:
+    if holder is None:
+        return "nobody: its lock is gone"
+    job = f", {holder['job']}" if holder.get("job") else ""
+    return f"another run (process {holder.get('pid')} on {holder.get('host')}{job})"
+
+
+def _silence_s(path: Path) -> float:
+    """How long ago the heart beat last, by the clock of the file system: hosts may differ."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".now-") as now:
+        return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return holder if isinstance(holder, dict) else None
