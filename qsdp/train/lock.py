@@ -71,17 +71,22 @@ def hold(out: Path, *, takes_over: bool) -> Iterator[Lock]:
     Raises: ValueError if another run holds it.
     """
     path, owner = out / "run.lock", _owner()
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-        if not takes_over:
-            _check_is_free(path, owner)
-        write_json(path, owner)
-        if _read(path) != owner:  # of two that found it free at once the last has it
-            _refuse(path)
-    else:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(owner, file)
+    while True:
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            try:
+                if not (takes_over or _is_free(path, owner)):
+                    _refuse(path)
+            except FileNotFoundError:
+                continue  # it was let go of in between
+            write_json(path, owner)
+        else:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(owner, file)
+        break
+    if _read(path) != owner:  # of two that found it free at once the last has it
+        _refuse(path)
     lock = Lock(path, owner)
     try:
         yield lock
@@ -106,7 +111,7 @@ def job_id() -> str | None:
     return next((f"{n}={v}" for n, v in named.items() if v not in ("", "none")), None)
 
 
-def _process(pid: int) -> str | None:
+def _process(pid: object) -> str | None:
     """What tells a process of this machine from all that had its number before; None without it."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
@@ -117,19 +122,14 @@ def _process(pid: int) -> str | None:
     return f"{boot} {namespace} {started}"
 
 
-def _check_is_free(path: Path, owner: Mapping[str, Any]) -> None:
-    """Raise ValueError if whoever holds the lock may still be there."""
-    holder = _read(path)
-    if holder is None:
-        return
+def _is_free(path: Path, owner: Mapping[str, Any]) -> bool:
+    """Whether whoever holds the lock cannot be there any more."""
+    holder = _read(path) or {}
     machine = str(owner["process"]).split()[:2]
     if owner["process"] is not None and str(holder.get("process")).split()[:2] == machine:
-        is_free = _process(holder["pid"]) != holder["process"]
-    else:
-        is_same_job = owner["job"] is not None and holder.get("job") == owner["job"]
-        is_free = is_same_job or _silence_s(path) > MISSED * HEARTBEAT_S
-    if not is_free:
-        _refuse(path)
+        return _process(holder.get("pid")) != holder["process"]
+    is_same_job = owner["job"] is not None and holder.get("job") == owner["job"]
+    return is_same_job or _silence_s(path) > MISSED * HEARTBEAT_S
 
 
 def _refuse(path: Path) -> None:
@@ -140,8 +140,8 @@ def _refuse(path: Path) -> None:
 
 
 def _told(holder: Mapping[str, Any] | None) -> str:
-    if holder is None:
-        return "nobody: its lock is gone"
+    if not holder:
+        return "a run that its lock does not name"
     job = f", {holder['job']}" if holder.get("job") else ""
     return f"another run (process {holder.get('pid')} on {holder.get('host')}{job})"
 
