@@ -16,6 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compat": set(),
     "config": set(),
     "failures": set(),
+    "file_names": set(),
     "meeting": set(),
     "meshes": set(),
     "codec": set(),
@@ -30,7 +31,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": {"checkpoint", "models", "sparsity"},
     "metrics": set(),
 }
-FOR_ANYONE = {"bitmask", "checksum", "compat", "config", "failures", "meeting", "meshes"}
+FOR_ANYONE = {
+    *("bitmask", "checksum", "compat", "config", "failures", "file_names", "meeting", "meshes"),
+}
 # These stand above all others: the job, and the public interface.
 ABOVE_ALL = {"train", "__init__"}
 

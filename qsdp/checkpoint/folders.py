@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qsdp.file_names import is_file_name
+
 META = "meta.json"
 _COMPLETE = re.compile(r"step-(\d{8,})")
 
@@ -54,7 +56,7 @@ def resolve(path: Path) -> Path:
 def read_meta(path: Path) -> dict[str, Any]:
     """What `save` was given as `meta`, with `step` and `checksums`.
 
-    Raises ValueError if it cannot be read, or lacks one of these two.
+    Raises ValueError if it cannot be read, lacks one of these two, or lists what is no file's name.
     """
     try:
         meta = json.loads((path / META).read_text(encoding="utf-8"))
@@ -66,6 +68,12 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / META} states no step; resume from another checkpoint.")
     if not isinstance(meta.get("checksums"), dict):
         raise ValueError(f"{path / META} states no checksums; resume from another checkpoint.")
+    for name in meta["checksums"]:
+        if not is_file_name(name):
+            raise ValueError(
+                f"{path / META} lists {name[:100]!r}, which is not the name of a file beside it: "
+                "it is refused; resume from another checkpoint."
+            )
     return meta
 
 
