@@ -11,7 +11,9 @@ from torch import nn
 from qsdp import checkpoint
 from qsdp.export import FACTS, load_export, read_facts
 from qsdp.models import GPTConfig
+from qsdp.train.cli import typed_settings
 from qsdp.train.config import TrainConfig
+from qsdp.train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -62,23 +64,21 @@ def open_source(path: Path) -> Source:
         config, step, world_size = meta.get("config"), meta["step"], meta.get("world_size")
         size = fingerprint.get("model") if isinstance(fingerprint, dict) else None
     try:
-        settings = _settings(config)
+        settings = _settings(path, config)
         # AC/DC's dense twin has neither of the two.
         model = _preset(path, settings) if size is None else GPTConfig(**size)
         return Source(path, target, int(step), settings, int(world_size or 1), model)
-    except (TypeError, AttributeError, ValueError) as error:
+    except (UserError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path} was not written by this version of launch/train_gpt.py ({error}); name "
             "another checkpoint."
         ) from None
 
 
-def _settings(config: Any) -> TrainConfig:
+def _settings(path: Path, config: Any) -> TrainConfig:
     """The settings that `TrainConfig.as_dict` gave: JSON has lists for tuples."""
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
-    }
-    return TrainConfig(**values)
+    given = {name: value for name, value in config.items() if value is not None}
+    return TrainConfig(**dict.fromkeys(config) | typed_settings(path, given))
 
 
 def _preset(path: Path, config: TrainConfig) -> GPTConfig:
