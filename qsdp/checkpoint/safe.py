@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem, WriteItemType
 from torch.futures import Future
 
-from qsdp.checkpoint.folders import read_meta
+from qsdp.checkpoint.folders import META, read_meta
 from qsdp.file_names import is_file_name
 
 TABLE = ".metadata"
@@ -195,7 +195,7 @@ def _read_table(path: Path, files: Collection[str]) -> Metadata:
         data = path.read_bytes()
         unpickler = _TableUnpickler(io.BytesIO(data))
         try:
-            return _metadata(unpickler.load(), files)
+            return _metadata(path, unpickler.load(), files)
         except Refused:
             raise
         except Exception:
@@ -217,7 +217,7 @@ def _refused(path: Path, name: str) -> Refused:
     )
 
 
-def _metadata(table: Any, files: Collection[str]) -> Metadata:
+def _metadata(path: Path, table: Any, files: Collection[str]) -> Metadata:
     """DCP's objects of a table's records. Raises anything if it is not as DCP writes it."""
     contents = _fields(table, "Metadata")
     entries = {_text(n): _entry(e) for n, e in _dict(contents["state_dict_metadata"]).items()}
@@ -226,8 +226,8 @@ def _metadata(table: Any, files: Collection[str]) -> Metadata:
         place = _place(record)
         if place.relative_path not in files or not is_file_name(place.relative_path):
             raise Refused(
-                f"the table of contents of a checkpoint names {place.relative_path[:100]!r}, which "
-                "is none of the files that it lists: it is refused; name another checkpoint"
+                f"{path} names {place.relative_path[:100]!r}, which is none of the files that "
+                f"{META} lists: it is refused; name another checkpoint"
             )
         places[_index(index)] = place
     return Metadata(entries, storage_data=places, storage_meta=StorageMeta())
