@@ -254,6 +254,17 @@ def test_an_entry_that_calls_is_refused(copy: Path, index: MetadataIndex, form: 
     assert not canary.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", "fast"), ("lr", {"a": 1}), ("params", 5), ("params", [[1], {}])],
+)
+def test_values_of_another_kind_are_refused(copy: Path, name: str, value: Any) -> None:
+    blob = io.BytesIO()
+    torch.save(value, blob)
+    trick_an_entry(copy, MetadataIndex(f"optimizer.param_groups.0.{name}"), blob.getvalue())
+    refused(copy, whole=False)
+
+
 @pytest.mark.parametrize("place", ["table", "tensor", "value"])
 def test_the_commands_refuse_what_calls_in_one_sentence(
     run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], place: str
@@ -353,6 +364,13 @@ def test_a_manifest_that_leads_out_of_the_folder_is_refused(copy: Path, name: st
     assert "not the name of a file" in refused(copy)
 
 
+def test_a_manifest_without_the_table_is_refused(copy: Path) -> None:
+    meta = json.loads((copy / "meta.json").read_text())
+    del meta["checksums"][".metadata"]
+    (copy / "meta.json").write_text(json.dumps(meta))
+    assert "does not list .metadata" in refused(copy)
+
+
 class Choice(Enum):
     ONE = 1
 
@@ -379,7 +397,7 @@ def test_the_settings_of_optimizers_come_back(tmp_path: Path, options: dict[str,
     model, optimizer = make(**options)
     group = optimizer.param_groups[0]
     group |= {"note": "a", "kinds": {"x": (torch.bfloat16, 1 + 2j)}, "extra": [None, True, b"b"]}
-    again, again_optimizer = make(**options)
+    again, again_optimizer = make(**options | {"foreach": False})
     again_optimizer.param_groups[0] |= {"note": "", "kinds": {"x": ()}, "extra": []}
     with a_world():
         checkpoint.load(checkpoint.save(tmp_path, 1, model, optimizer, {}), again, again_optimizer)

@@ -13,9 +13,8 @@ import math
 import pickle
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +39,6 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem, WriteIte
 from torch.futures import Future
 
 from qsdp.checkpoint.folders import META, read_meta
-from qsdp.file_names import is_file_name
 
 TABLE = ".metadata"
 _DCP = "torch.distributed.checkpoint"
@@ -75,7 +73,10 @@ class Reader(FileSystemReader):
     def __init__(self, path: Path) -> None:
         """Raises ValueError if the table cannot be read, asks for code, or leads out of `path`."""
         super().__init__(path)
-        self.metadata = _read_table(path / TABLE, read_meta(path)["checksums"])
+        files = read_meta(path)["checksums"]
+        if TABLE not in files:
+            raise Refused(f"{path / META} does not list {TABLE}; name another checkpoint")
+        self.metadata = _read_table(path / TABLE, files)
 
     # Without keywords, so that DCP does not look for tables of single ranks.
     def read_metadata(self) -> Metadata:
@@ -96,9 +97,15 @@ class ReadingPlanner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
         loaded = torch.load(value, weights_only=True)
-        held = self.state_dict[name]
-        if isinstance(held, Tensor) and held.dim() and not isinstance(loaded, Tensor):
-            raise TypeError(f"{name} is no tensor")
+        held, numbers = self.state_dict[name], (int, float, Tensor)
+        if isinstance(held, Tensor) and held.dim():
+            is_alike = isinstance(loaded, Tensor)
+        else:  # a switch may have been unset
+            is_alike = (
+                loaded is None or isinstance(loaded, numbers) or not isinstance(held, numbers)
+            )
+        if not is_alike:
+            raise TypeError(f"{name} is of another kind")
         # The default planner unpickles without a limit, so it gets what was written here.
         again = io.BytesIO()
         torch.save(loaded, again)
@@ -161,14 +168,14 @@ class _TableUnpickler(pickle.Unpickler):
     """Knows nothing but sizes, dtypes, and classes that are its own: a pickle may call what it
     names, and set attributes of it."""
 
-    def __init__(self, file: io.BytesIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
         super().__init__(file)
+        self._path = path
         self._known: dict[tuple[str, str], Any] = {("torch", "Size"): torch.Size}
         for place in _RECORDS:
             self._known[place] = type("Record", (_Record,), {"kind": place[1]})
         for place in _UNUSED:
             self._known[place] = type("Unused", (_Record,), {"__init__": lambda self, *_: None})
-        self.asked: str | None = None
 
     def find_class(self, module: str, name: str) -> Any:
         """By its whole name only: pickle itself would follow the dots in one."""
@@ -176,12 +183,10 @@ class _TableUnpickler(pickle.Unpickler):
             return self._known[module, name]
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
-        self.asked = f"{module}.{name}"
-        raise pickle.UnpicklingError
+        raise _refused(self._path, f"{module}.{name}")
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """As DCP's `_StorageInfo`: where in which file an entry lies."""
 
     relative_path: str
@@ -192,16 +197,8 @@ class _Place:
 
 def _read_table(path: Path, files: Collection[str]) -> Metadata:
     try:
-        data = path.read_bytes()
-        unpickler = _TableUnpickler(io.BytesIO(data))
-        try:
-            return _metadata(path, unpickler.load(), files)
-        except Refused:
-            raise
-        except Exception:
-            if unpickler.asked is not None:
-                raise _refused(path, unpickler.asked) from None
-            raise
+        with path.open("rb") as file:
+            return _metadata(path, _TableUnpickler(path, file).load(), files)
     except Refused:
         raise
     except Exception as error:  # it is a pickle: anything may come of a damaged one
@@ -224,7 +221,7 @@ def _metadata(path: Path, table: Any, files: Collection[str]) -> Metadata:
     places = {}
     for index, record in _dict(contents["storage_data"]).items():
         place = _place(record)
-        if place.relative_path not in files or not is_file_name(place.relative_path):
+        if place.relative_path not in files:
             raise Refused(
                 f"{path} names {place.relative_path[:100]!r}, which is none of the files that "
                 f"{META} lists: it is refused; name another checkpoint"
@@ -290,4 +287,5 @@ def _count(value: Any) -> int:
 
 def _size(value: Any) -> torch.Size:
     assert type(value) is torch.Size
-    return torch.Size(map(_count, value))
+    assert min(value, default=0) >= 0
+    return value

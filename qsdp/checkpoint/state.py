@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,21 +101,35 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     reader = _verify(path, " by --resume PATH")
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    state = _load(reader, state, model)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-    )
+    with _fitting(path):
+        state = _load(reader, state, model)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
 
 
 def load_model(path: Path, model: nn.Module) -> None:
     """As `load`, the model alone."""
     _meet("load_model", folder=path)
     reader = _verify(path)
-    state = _load(reader, {"model": get_model_state_dict(model)}, model)
-    set_model_state_dict(model, state["model"])
+    with _fitting(path):
+        state = _load(reader, {"model": get_model_state_dict(model)}, model)
+        set_model_state_dict(model, state["model"])
+
+
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Raises ValueError where torch stumbles over values of another kind than it expects."""
+    try:
+        yield
+    except (TypeError, LookupError, AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"{path} does not fit this model and optimizer ({type(error).__name__}); name another "
+            "checkpoint"
+        ) from error
 
 
 def _meet(call: str, *, has_news: bool = False, **facts: object) -> bool:
