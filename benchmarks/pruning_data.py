@@ -7,17 +7,15 @@ launch/train_gpt.py is given, and its first 90 % train, the rest validate.
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import machine
 import torch
-import torch.distributed.checkpoint as dcp
 from pruning_methods import TARGETS
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
+from qsdp.checkpoint import TensorReader
 from qsdp.data import eval_batches, load_corpus
 from qsdp.data.shards import Tokens
 from qsdp.files import write_text
@@ -87,9 +85,10 @@ def make_tokenizer(text: str, num_tokens: int) -> str:
 def losses_on_test(checkpoint: Path, model: str, texts: Texts, seq_len: int) -> dict[str, float]:
     """Nats a token of the test split: `dense` for the weights as they are, and by target."""
     gpt = GPT(GPTConfig.from_preset(model, vocab_size=texts.vocab_size))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load({"model": get_model_state_dict(gpt)}, checkpoint_id=checkpoint, no_dist=True)
+    reader = TensorReader(checkpoint)
+    with torch.no_grad():
+        for name, parameter in gpt.named_parameters():
+            parameter.copy_(reader.read(name))
     gpt.eval().to(machine.device())
     losses = {"dense": _loss(gpt, texts.test, seq_len)}
     for target in TARGETS:

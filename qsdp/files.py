@@ -134,6 +134,15 @@ def is_claimed(path: Path) -> bool:
         os.close(folder)
 
 
+def is_file_name(name: object) -> bool:
+    """Whether `name` is that of something in a folder: no path, and not the folder above."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and not any(character in name for character in "/\\\0")
+    )
+
+
 def remove_tree(path: Path) -> None:
     """Delete a file or a folder with all that is in it; what is gone already is no error."""
     with contextlib.suppress(FileNotFoundError):

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from qsdp import checkpoint
 from qsdp.data import load_corpus
 from qsdp.models import GPT, GPTConfig
 from qsdp.train.cli import parse
@@ -160,16 +162,16 @@ def test_the_tokenizer_is_made_of_the_training_text_alone_and_always_the_same(
 def test_the_test_loss_is_of_the_checkpoint_compressed_and_put_back(
     load: Any, text: Path, tmp_path: Path
 ) -> None:
-    import torch.distributed.checkpoint as dcp
-
     data = load("pruning_data")
     texts = data.split([text], tmp_path, None)
     torch.manual_seed(random.randrange(1 << 30))
     model = GPT(GPTConfig.from_preset("nano", vocab_size=texts.vocab_size))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "saved", no_dist=True)
-    losses = data.losses_on_test(tmp_path / "saved", "nano", texts, 64)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    saved = checkpoint.save(tmp_path / "saved", 1, model, None, {})
+    dist.destroy_process_group()
+    losses = data.losses_on_test(saved, "nano", texts, 64)
     windows = (len(texts.test) - 1) // 64
     ids = torch.from_numpy(texts.test[: windows * 64 + 1].astype("int64"))
     _, expected = model(ids[:-1].view(windows, 64), ids[1:].view(windows, 64))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qsdp.files import claimed_folder, is_claimed, remove_tree, sync
+from qsdp.files import claimed_folder, is_claimed, is_file_name, remove_tree, sync
 
 META = "meta.json"
 _REWRITTEN = ".new"
@@ -66,7 +66,7 @@ def resolve(path: Path) -> Path:
 def read_meta(path: Path) -> dict[str, Any]:
     """What `save` was given as `meta`, with `step` and `checksums`.
 
-    Raises ValueError if it cannot be read, or lacks one of these two.
+    Raises ValueError if it cannot be read, lacks one of these two, or lists what is no file's name.
     """
     try:
         meta = json.loads((path / META).read_text(encoding="utf-8"))
@@ -78,6 +78,12 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / META} states no step; resume from another checkpoint.")
     if not isinstance(meta.get("checksums"), dict):
         raise ValueError(f"{path / META} states no checksums; resume from another checkpoint.")
+    for name in meta["checksums"]:
+        if not is_file_name(name):
+            raise ValueError(
+                f"{path / META} lists {name[:100]!r}, which is not the name of a file beside it: "
+                "it is refused; resume from another checkpoint."
+            )
     return meta
 
 

@@ -6,23 +6,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from qsdp.checkpoint.safe import Reader, ReadingPlanner, Refused
 
 
 class TensorReader:
     """The model of one checkpoint; a tensor is in memory only while its reader holds it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError if the checkpoint has no readable table of contents."""
+        """Raises ValueError if the checkpoint has no readable table of contents, or one that asks
+        for code."""
         self._path = path
-        self._reader = FileSystemReader(path)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except Exception as error:  # it is a pickle: anything may come of a damaged one
-            raise ValueError(
-                f"{path} cannot be read ({type(error).__name__}); name another checkpoint"
-            ) from None
+        self._reader = Reader(path)
+        self._metadata = self._reader.metadata
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -43,13 +40,24 @@ class TensorReader:
             )
 
     def read(self, name: str) -> Tensor:
-        """The whole parameter `name`, on the CPU. Holds one rank's part of it beside it."""
+        """The whole parameter `name`, on the CPU. Holds one rank's part of it beside it.
+
+        Raises ValueError if there is none, or it cannot be read.
+        """
         stored = self._stored(name)
-        tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner({_key(name): tensor}, self._metadata, is_coordinator=True)
-        plan = self._reader.prepare_local_plan(planner.create_local_plan())
-        self._reader.read_data(plan, planner).wait()
+        planner = ReadingPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
+            planner.set_up_planner({_key(name): tensor}, self._metadata, is_coordinator=True)
+            plan = self._reader.prepare_local_plan(planner.create_local_plan())
+            self._reader.read_data(plan, planner).wait()
+        except Refused:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{name} of {self._path} cannot be read ({type(error).__name__}); name another "
+                "checkpoint"
+            ) from error
         return tensor
 
     def _stored(self, name: str) -> TensorStorageMetadata:

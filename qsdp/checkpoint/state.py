@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -24,8 +24,10 @@ from torch.distributed.tensor import DTensor
 
 from qsdp.checkpoint.folders import META, clear_killed, publish, verify, writing
 from qsdp.checkpoint.folders import checksum as file_checksum
+from qsdp.checkpoint.safe import Reader, ReadingPlanner, Refused, WritingPlanner
 from qsdp.checksum import checksum
 from qsdp.compat import checkpoint_names, sharded_parameters
+from qsdp.failures import listed
 from qsdp.meeting import meet, warn
 from qsdp.meshes import Reach, ranks_of, spread_of
 
@@ -61,7 +63,8 @@ def save(
 
     Returns: the checkpoint's folder.
     Raises: RuntimeError, on every rank, if any could not write, or if ranks differ in what they
-    give; ValueError if ranks have different tensors under one name.
+    give; ValueError if ranks have different tensors under one name, or the state holds objects
+    that only code could load.
     """
     shards = _spread_shards(model)
     facts = {"step": step, "folder": root, "optimizer": optimizer is not None, "keep": keep}
@@ -82,8 +85,9 @@ def save(
             state["optimizer"] = get_optimizer_state_dict(model, optimizer)
         state = _renamed(state, checkpoint_names(model))
         try:
-            dcp.save(state, checkpoint_id=folder)
+            dcp.save(state, checkpoint_id=folder, planner=WritingPlanner())
         except CheckpointException as error:
+            _raise_refused(error)
             raise RuntimeError(
                 f"the checkpoint of step {step} cannot be written to {root} ({_cause(error)}); "
                 "free some space there, or choose another --out"
@@ -96,30 +100,45 @@ def save(
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put the checkpoint at `path` into `model` and `optimizer`, in place, on any number of ranks.
 
-    Every file is read once more before, each by one rank, and compared with its checksum.
+    Every file is read once more before, each by one rank, and compared with its checksum. Nothing
+    in them is run.
 
-    Raises: ValueError, on every rank, if any part is missing, damaged or of another shape;
-    RuntimeError if ranks name different checkpoints.
+    Raises: ValueError, on every rank, if any part is missing, damaged, of another shape, or asks
+    for code; RuntimeError if ranks name different checkpoints.
     """
     _meet("load", folder=path)
-    _verify(path, " by --resume PATH")
+    reader = _verify(path, " by --resume PATH")
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    state = _load(path, state, model)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-    )
+    with _fitting(path):
+        state = _load(reader, state, model)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
 
 
 def load_model(path: Path, model: nn.Module) -> None:
     """As `load`, the model alone."""
     _meet("load_model", folder=path)
-    _verify(path)
-    state = _load(path, {"model": get_model_state_dict(model)}, model)
-    set_model_state_dict(model, state["model"])
+    reader = _verify(path)
+    with _fitting(path):
+        state = _load(reader, {"model": get_model_state_dict(model)}, model)
+        set_model_state_dict(model, state["model"])
+
+
+@contextlib.contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Raises ValueError where torch stumbles over values of another kind than it expects."""
+    try:
+        yield
+    except (TypeError, LookupError, AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"{path} does not fit this model and optimizer ({type(error).__name__}); name another "
+            "checkpoint"
+        ) from error
 
 
 def _meet(call: str, *, has_news: bool = False, **facts: object) -> bool:
@@ -169,17 +188,39 @@ def _check_names(shards: Mapping[str, tuple[int, tuple[int, ...], Tensor]]) -> N
             )
 
 
-def _load(path: Path, state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def _load(reader: Reader, state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """`state` with what the checkpoint holds."""
     names = checkpoint_names(model)
     loaded = _renamed(state, names)
+    _check_all_is_taken(reader, loaded)
     try:
-        dcp.load(loaded, checkpoint_id=path)
+        dcp.load(loaded, storage_reader=reader, planner=ReadingPlanner())
     except CheckpointException as error:
+        _raise_refused(error)
         raise ValueError(
-            f"{path} cannot be loaded ({_cause(error)}); name another checkpoint"
+            f"{reader.path} cannot be loaded ({_cause(error)}); name another checkpoint"
         ) from error
     return _renamed(loaded, {clean: name for name, clean in names.items()})
+
+
+def _check_all_is_taken(reader: Reader, state: Mapping[str, Any]) -> None:
+    """Raise ValueError if the checkpoint holds what would be dropped: of the model, or of a
+    parameter's state, the mask for one. What is frozen now has no state."""
+    taken: dict[str, Collection[str]] = {"model": state["model"]}
+    for name, entries in state.get("optimizer", {}).get("state", {}).items():
+        taken[f"optimizer.state.{name}"] = entries
+    dropped = []
+    for stored in reader.metadata.state_dict_metadata:
+        owner, _, entry = stored.rpartition(".")
+        if stored.startswith("model."):
+            owner, entry = "model", stored.removeprefix("model.")
+        if owner in taken and entry not in taken[owner]:
+            dropped.append(stored)
+    if dropped:
+        raise ValueError(
+            f"{reader.path} holds {listed(sorted(dropped))}, which would be lost: make model and "
+            "optimizer as they were, with the same prunable set"
+        )
 
 
 def _renamed(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -218,12 +259,14 @@ def _checksums(folder: Path) -> dict[str, str]:
     return {name: value for part, _ in parts for name, value in sorted(part.items())}
 
 
-def _verify(path: Path, how: str = "") -> None:
-    """Raise ValueError, on every rank, unless all files are as `save` left them."""
+def _verify(path: Path, how: str = "") -> Reader:
+    """A reader of the checkpoint. Raises ValueError, on every rank, unless all files are as `save`
+    left them."""
     rank, size = dist.get_rank(), dist.get_world_size()
     mistake = None
     try:
         verify(path, rank, size, how=how)
+        reader = Reader(path)
     except ValueError as error:
         mistake = str(error)
     mistakes: list[str | None] = [None] * size
@@ -231,6 +274,7 @@ def _verify(path: Path, how: str = "") -> None:
     for first in mistakes:
         if first is not None:
             raise ValueError(first)
+    return reader
 
 
 def _on_first(work: Callable[[], T]) -> T:
@@ -246,6 +290,13 @@ def _on_first(work: Callable[[], T]) -> T:
     if failure is not None:
         raise RuntimeError(f"a checkpoint cannot be written ({failure}); choose another --out")
     return cast(T, result)
+
+
+def _raise_refused(error: CheckpointException) -> None:
+    """Raise the first refusal among the ranks' failures, if there is one."""
+    for first, _ in error.failures.values():
+        if isinstance(first, Refused):
+            raise first from None
 
 
 def _cause(error: CheckpointException) -> str:

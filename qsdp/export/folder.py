@@ -16,6 +16,7 @@ tokenizer.json         the run's tokenizer, if it has one
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def load_export(folder: Path, model: nn.Module) -> None:
 def read_mask(folder: Path, name: str) -> Tensor:
     """Which weights of the prunable parameter `name` were kept: bool of its shape, on the CPU.
 
-    Raises ValueError if the folder has no mask of that name.
+    Raises ValueError if the folder has no mask of that name, or one of another size.
     """
     masks, weights = find_tensors(folder, "masks"), find_tensors(folder)
     if name not in masks or name not in weights:
@@ -65,5 +66,6 @@ def read_mask(folder: Path, name: str) -> Tensor:
         shape = tuple(tensors.get_slice(name).get_shape())
     with safe_open(masks[name], framework="pt") as tensors:
         bits: Tensor = tensors.get_tensor(name)
-    assert bits.dtype == torch.uint8
+    if (bits.dtype, tuple(bits.shape)) != (torch.uint8, (-(-math.prod(shape) // 8),)):
+        raise ValueError(f"{folder} holds a mask of {name} that is not its size: export it again.")
     return PackedMask(bits, shape).unpack()

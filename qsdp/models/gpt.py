@@ -49,9 +49,10 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "num_heads", "width", "context"):
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}, but a GPT needs at least 1: raise it."
+                    f"{name} is {value!r}, but a GPT needs a whole number from 1: change it."
                 )
         if self.width % self.num_heads:
             raise ValueError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qsdp.compat import full_tensor, named_parameters
-from qsdp.files import new_folder, replacing, write_text
+from qsdp.files import is_file_name, new_folder, replacing, write_text
 from qsdp.meeting import meet, mistakes_shared
 from qsdp.models.gpt import GPT, GPTConfig, local_slices
 
@@ -311,7 +311,15 @@ def find_tensors(folder: Path, stem: str = "model") -> dict[str, Path]:
     """
     index, whole = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
     if index.exists() and not whole.exists():
-        weight_map = _read_json(index).get("weight_map", {})
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map of files: copy or save it again.")
+        for file in weight_map.values():
+            if not is_file_name(file):
+                raise ValueError(
+                    f"{index} names {str(file)[:100]!r}, which is not the name of a file beside "
+                    "it, and is refused: choose another checkpoint."
+                )
         files = {folder / file for file in weight_map.values()}
     else:
         files = {whole}
@@ -337,7 +345,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"There is no {path}: choose the folder of a Hugging Face checkpoint.")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON ({error}): copy or save it again.") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is not a JSON object: copy or save it again.")

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -150,6 +150,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path} cannot be read: {error.strerror}; {wanted}.") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"--config {path} is not a TOML file: {error}; {wanted}.") from None
+    return typed_settings(path, settings)
+
+
+def typed_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings`, as a file at `path` has them. Raises UserError for an unknown key or a value of
+    another type than the setting's."""
     hints = get_type_hints(TrainConfig)
     values: dict[str, Any] = {}
     for key, value in settings.items():

@@ -12,7 +12,9 @@ from qsdp import checkpoint
 from qsdp.data.tokenizer import hash_of
 from qsdp.export import FACTS, load_export, read_facts
 from qsdp.models import GPTConfig
+from qsdp.train.cli import typed_settings
 from qsdp.train.config import TrainConfig
+from qsdp.train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -66,21 +68,19 @@ def open_source(path: Path) -> Source:
         size, tokenizer = fingerprint.get("model"), fingerprint.get("tokenizer")
     _check_tokenizer(path, tokenizer)
     try:
-        settings, model = _settings(config), GPTConfig(**size)
+        settings, model = _settings(path, config), GPTConfig(**size)
         return Source(path, target, int(step), settings, int(world_size or 1), model)
-    except (TypeError, AttributeError, ValueError) as error:
+    except (UserError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path} was not written by this version of launch/train_gpt.py ({error}); name "
             "another checkpoint."
         ) from None
 
 
-def _settings(config: Any) -> TrainConfig:
+def _settings(path: Path, config: Any) -> TrainConfig:
     """The settings that `TrainConfig.as_dict` gave: JSON has lists for tuples."""
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
-    }
-    return TrainConfig(**values)
+    given = {name: value for name, value in config.items() if value is not None}
+    return TrainConfig(**dict.fromkeys(config) | typed_settings(path, given))
 
 
 def _check_tokenizer(path: Path, stated: Any) -> None:
