@@ -442,7 +442,8 @@ class Passes:
             return
         if torch.is_grad_enabled() and self._meets_early:
             for tensor in compat.tensors_in(output):
-                if tensor.requires_grad:
+                # A leaf, a parameter for one, outlives the pass, and would gather hooks.
+                if tensor.requires_grad and not tensor.is_leaf:
                     tensor.register_hook(partial(_gradient_came, weakref.ref(self)))
         # Nobody else would, and `model.parameters()` would show decoded weights.
         if not torch.is_grad_enabled() and compat.stays_gathered_by_default(module):
