@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +37,7 @@ class MetricsWriter:
             be written.
         """
         self._path = path
-        lines = [line for line in read_metrics(path, needed) if line["step"] <= last_step]
+        lines = (line for line in _whole_lines(path, needed) if line["step"] <= last_step)
         replacement = path.with_name(path.name + ".tmp")
         with replacement.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -84,17 +85,26 @@ class MetricsWriter:
 
 def read_metrics(path: Path, needed: Collection[str] = ()) -> list[dict[str, Any]]:
     """The whole lines of a metrics file, which have numbers only and all of the `needed` ones."""
+    return [*_whole_lines(path, needed)]
+
+
+def _whole_lines(path: Path, needed: Collection[str]) -> Iterator[dict[str, Any]]:
+    """One after the other: the file of a long run is large."""
     if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if _is_whole(line, needed):
-            lines.append(line)
-    return lines
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text, object_pairs_hook=_with_shared_names)
+            except (ValueError, RecursionError):
+                continue
+            if _is_whole(line, needed):
+                yield line
+
+
+def _with_shared_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary whose names, the same in most lines, are in memory once."""
+    return {sys.intern(name): value for name, value in pairs}
 
 
 def _is_whole(line: Any, needed: Collection[str]) -> bool:
