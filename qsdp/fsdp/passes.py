@@ -471,5 +471,7 @@ def _call(passes: weakref.ref[Passes], method: Any, *args: object) -> None:
 
 def _gradient_came(passes: weakref.ref[Passes], _: Tensor) -> None:
     found = passes()
-    if found is not None and not found._is_in_backward and compat.in_backward():
+    if found is None or found not in _LIVE:  # removed since the forward pass
+        return
+    if not found._is_in_backward and compat.in_backward():
         found._begin_backward(found._plans[0].group)
