@@ -97,6 +97,26 @@ def test_remove_restores_fsdp2_exactly(run: Run, reshard: bool) -> None:
         _assert_equal(removed[1], stock[1])
 
 
+def _removed_within_a_step(gather: str) -> list[dict[str, Tensor]]:
+    grads = []
+    for is_installed in (False, True):
+        model = shard(make_model(2))
+        if is_installed:
+            handle = qsdp.install(model, qsdp.QSDPConfig(weight_bits=32, gather=gather))
+        loss = model(*make_batch(model, 3))
+        if is_installed:
+            handle.remove()
+        torch.autograd.backward(loss)
+        grads.append(full_grads(model))
+    return grads
+
+
+@pytest.mark.parametrize("gather", ["twice", "once"])
+def test_a_backward_pass_after_remove_is_that_of_fsdp2(run: Run, gather: str) -> None:
+    for stock, removed in run(2, _removed_within_a_step, gather):
+        _assert_equal(removed, stock)
+
+
 def _full_precision(options: dict[str, Any]) -> tuple[Any, Any]:
     both = []
     for is_installed in (False, True):

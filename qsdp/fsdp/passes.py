@@ -442,7 +442,8 @@ class Passes:
             return
         if torch.is_grad_enabled() and self._meets_early:
             for tensor in compat.tensors_in(output):
-                if tensor.requires_grad:
+                # A leaf, a parameter for one, outlives the pass, and would gather hooks.
+                if tensor.requires_grad and not tensor.is_leaf:
                     tensor.register_hook(partial(_gradient_came, weakref.ref(self)))
         # Nobody else would, and `model.parameters()` would show decoded weights.
         if not torch.is_grad_enabled() and compat.stays_gathered_by_default(module):
@@ -470,5 +471,7 @@ def _call(passes: weakref.ref[Passes], method: Any, *args: object) -> None:
 
 def _gradient_came(passes: weakref.ref[Passes], _: Tensor) -> None:
     found = passes()
-    if found is not None and not found._is_in_backward and compat.in_backward():
+    if found is None or found not in _LIVE:  # removed since the forward pass
+        return
+    if not found._is_in_backward and compat.in_backward():
         found._begin_backward(found._plans[0].group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +40,7 @@ class MetricsWriter:
             be written.
         """
         self._path = path
-        lines = read_metrics(path if source is None else source, needed)
+        lines = _whole_lines(path if source is None else source, needed)
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= last_step)
         self._events = None if tensorboard is None else _event_writer(tensorboard, last_step)
@@ -93,17 +94,26 @@ class MetricsWriter:
 
 def read_metrics(path: Path, needed: Collection[str] = ()) -> list[dict[str, Any]]:
     """The whole lines of a metrics file, which have numbers only and all of the `needed` ones."""
+    return [*_whole_lines(path, needed)]
+
+
+def _whole_lines(path: Path, needed: Collection[str]) -> Iterator[dict[str, Any]]:
+    """One after the other: the file of a long run is large."""
     if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if _is_whole(line, needed):
-            lines.append(line)
-    return lines
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text, object_pairs_hook=_with_shared_names)
+            except (ValueError, RecursionError):
+                continue
+            if _is_whole(line, needed):
+                yield line
+
+
+def _with_shared_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary whose names, the same in most lines, are in memory once."""
+    return {sys.intern(name): value for name, value in pairs}
 
 
 def _is_whole(line: Any, needed: Collection[str]) -> bool:

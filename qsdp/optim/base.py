@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import wraps
-from typing import Any, ParamSpec, Protocol
+from typing import Any, ParamSpec, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,15 +60,17 @@ def takes_only_its_own(init: Callable[P, None]) -> Callable[P, None]:
     return made
 
 
-def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls ``method`` as long as its object lives, and does not hold that."""
+def hook_weakly(register: Callable[..., Any], method: Callable[..., Any]) -> None:
+    """Give ``register`` a hook that calls ``method``, does not hold its object, and goes with it: a
+    base may be wrapped again and again."""
     held = weakref.WeakMethod(method)
 
     def call(*args: Any) -> Any:
         bound = held()
         return None if bound is None else bound(*args)
 
-    return call
+    end = weakref.finalize(cast(Any, method).__self__, register(call).remove)
+    end.atexit = False
 
 
 def made_alike(init: Callable[P, None]) -> Callable[P, None]:
@@ -190,7 +192,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         try:
             # Loading gives the base new dictionaries. A hook that held this would keep the model
             # until garbage is collected.
-            base.register_load_state_dict_post_hook(weakly(self._share))
+            hook_weakly(base.register_load_state_dict_post_hook, self._share)
         except AttributeError:
             raise ValueError(
                 f"the base optimizer is a {type(base).__name__} that is none of its own; give the "

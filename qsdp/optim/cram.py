@@ -254,9 +254,7 @@ class CrAM(OptimizerWrapper):
             if target.fraction or target.bits is not None:  # SAM compresses nothing
                 masks = compress_(prunable.shards(), target, prunable.dims)
             if tell is not None:
-                pairs = zip(prunable.parameters, masks, strict=True)
-                kept = {parameter: mask.unpack() for parameter, mask in pairs}
-                tell(kept, with_grads=self.sparse_grad)
+                tell(_unpacked(prunable.parameters, masks), with_grads=self.sparse_grad)
             _run(closure, parameters)
             if self.sparse_grad and target.fraction:
                 self._mask_grads(masks)
@@ -322,6 +320,13 @@ def _run(closure: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:
         parameter.grad = None
     with torch.enable_grad():
         return closure()
+
+
+def _unpacked(
+    parameters: Sequence[nn.Parameter], masks: Sequence[PackedMask]
+) -> dict[nn.Parameter, Tensor]:
+    """A byte a weight, which no name may hold through a pass."""
+    return {p: mask.unpack() for p, mask in zip(parameters, masks, strict=True)}
 
 
 def _take_grad(parameter: Tensor) -> Tensor | None:

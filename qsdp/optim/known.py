@@ -100,7 +100,9 @@ class Known:
         self._notice(sharded_parameters(self._model), {*map(id, self.own())})
 
     def _notice(self, named: Mapping[str, Tensor], known: set[int]) -> None:
-        self._own_ids.update((name, id(p)) for name, p in named.items() if id(p) in known)
+        # Of what the model has dropped the number may soon be another object's.
+        kept = {name: was for name, was in self._own_ids.items() if name in named}
+        self._own_ids = kept | {name: id(p) for name, p in named.items() if id(p) in known}
 
     def _look_up(self) -> None:
         """Take the parameters that the model has now under the names that were chosen.
@@ -172,9 +174,10 @@ class Known:
         """Say which parameters would be prunable and came too late. Frees what is gathered."""
         now = prunable_parameters(self._model, self._patterns)
         joined = [n for n, p in now.items() if p.requires_grad and n not in self.names]
-        if joined := [name for name in joined if name not in self._joined]:
-            self._joined.update(joined)
+        new = [name for name in joined if name not in self._joined]
+        self._joined = {*joined}
+        if new:
             warn(
-                f"{listed(joined)} came after {self._owner} was made, which does not prune what "
+                f"{listed(new)} came after {self._owner} was made, which does not prune what "
                 "was not there: make it anew"
             )

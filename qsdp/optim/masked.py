@@ -15,9 +15,9 @@ from qsdp.optim.base import (
     OptimizerWrapper,
     TellSupport,
     bystanders,
+    hook_weakly,
     made_alike,
     undone_by_exceptions,
-    weakly,
 )
 from qsdp.optim.norms import check_max_norm, scale_grads_
 from qsdp.sparsity.compression import Prunable, keep_masks, keep_only_
@@ -73,7 +73,7 @@ class MaskedOptimizer(OptimizerWrapper):
         self.last_grad_norm: float | None = None
         self.last_target: Compression | None = None
         self._loaded_masks: list[tuple[Tensor, Tensor]] = []
-        base_optimizer.register_load_state_dict_pre_hook(weakly(self._take_masks))
+        hook_weakly(base_optimizer.register_load_state_dict_pre_hook, self._take_masks)
         self.before_pruning: Callable[[], None] | None = None
 
     @property
