@@ -277,7 +277,8 @@ def _check_files(config: TrainConfig) -> None:
             f"--tokenizer {tokenizer} {state}; choose char, byte or a JSON file of the "
             "tokenizers library."
         )
-    if config.resume not in ("auto", "none") and not Path(config.resume).is_dir():
+    is_named = config.resume not in ("auto", "none") and not config.resumes_own
+    if is_named and not Path(config.resume).is_dir():
         raise UserError(
             f"--resume {config.resume} does not exist; choose auto, none or a checkpoint's folder."
         )

@@ -134,7 +134,9 @@ class RunFlags:
     """`auto` goes on from the newest checkpoint in --out, if any, which must be of the same run:
     every setting that changes its numbers, its data and the number of ranks. A path, of a
     checkpoint or a folder of them, goes on from there with other settings, if they are of the same
-    model and method; the same command again then goes on from the newest one that came of it.
+    model and method; the same command again then goes on from the newest one that came of it. So
+    does the folder of --out itself, which may be empty still: for a job that may be started again
+    on another number of ranks.
     `none` begins anew. What --out holds of later steps goes when the first new checkpoint is on
     disk."""
 
@@ -251,6 +253,11 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
             blake2b(json.dumps(apart, sort_keys=True).encode(), digest_size=4).hexdigest(),
         ]
         return Path("out", "-".join(parts))
+
+    @property
+    def resumes_own(self) -> bool:
+        """Whether `resume` names the folder of results itself."""
+        return Path(self.resume).absolute() == self.out_dir.absolute()
 
     @property
     def identity(self) -> dict[str, Any]:

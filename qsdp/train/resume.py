@@ -43,6 +43,8 @@ def find_checkpoint(
                 "none."
             )
         return own, newest
+    if own is None and config.resumes_own:
+        return None  # the first start of a command that may be started again with other ranks
     path = checkpoint.resolve(Path(config.resume))
     meta = _read(path)
     if differences := _differences(meta, fingerprint, _OF_THE_MODEL):
