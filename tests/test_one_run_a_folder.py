@@ -93,7 +93,9 @@ def test_a_job_does_not_take_its_folder_from_itself(
 
 def test_who_was_taken_over_hears_of_it_and_leaves_the_lock_alone(tmp_path: Path) -> None:
     with hold(tmp_path, takes_over=False) as first:
-        first.check()
+        (tmp_path / "run.lock").unlink()
+        first.check()  # nobody else has it
+        assert lock.holder(tmp_path) == first.owner
         second = hold(tmp_path, takes_over=True)
         with second as theirs:
             with pytest.raises(ValueError, match="taken over by another run"):
@@ -239,7 +241,7 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         if flags not in done:
             done[flags] = tmp_path_factory.mktemp("finished")
             (done[flags] / "text.txt").write_text(TEXT)
-            # The folder itself, which holds nothing still, as a job has it that may change its ranks.
+            # The folder itself, empty still: so has it a job that may change its ranks.
             main(small_run(done[flags], *flags, "--resume", str(done[flags] / "out")))
         return done[flags]
 

@@ -18,6 +18,7 @@ from qsdp.files import write_json
 HEARTBEAT_S = 30.0
 MISSED = 4
 """Heartbeats after which a run is taken for dead: its machine has gone, or it stands still."""
+_NAME = "run.lock"
 _JOB_VARIABLES = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 
 
@@ -30,17 +31,19 @@ class Lock:
     """
 
     def __init__(self, path: Path, owner: Mapping[str, Any]) -> None:
-        self._path, self._owner = path, owner
+        self._path, self.owner = path, dict(owner)
         self._has_ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="qsdp-lock", daemon=True)
         self._heart.start()
 
     def check(self) -> None:
         """Raise ValueError if another run has taken the folder over."""
-        holder = _read(self._path)
-        if holder != self._owner:
+        found = _read(self._path)
+        if not found:  # somebody has removed it, and nobody else holds the folder
+            write_json(self._path, self.owner)
+        elif found != self.owner:
             raise ValueError(
-                f"{self._path.parent} was taken over by {_told(holder)}; this run ends, and what "
+                f"{self._path.parent} was taken over by {_told(found)}; this run ends, and what "
                 "it has not saved is not written there"
             )
 
@@ -48,13 +51,13 @@ class Lock:
         """Let go of the folder."""
         self._has_ended.set()
         self._heart.join()
-        if _read(self._path) == self._owner:
+        if _read(self._path) == self.owner:
             self._path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._has_ended.wait(HEARTBEAT_S):
             try:
-                if _read(self._path) == self._owner:
+                if _read(self._path) == self.owner:
                     os.utime(self._path)
             except OSError:
                 continue  # a file system that is away for a while must not end a run
@@ -70,7 +73,7 @@ def hold(out: Path, *, takes_over: bool) -> Iterator[Lock]:
 
     Raises: ValueError if another run holds it.
     """
-    path, owner = out / "run.lock", _owner()
+    path, owner = out / _NAME, _owner()
     while True:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -94,17 +97,22 @@ def hold(out: Path, *, takes_over: bool) -> Iterator[Lock]:
         lock.end()
 
 
+def holder(out: Path) -> dict[str, Any] | None:
+    """Whose the folder ``out`` is, as `Lock.owner` says; None if it is free."""
+    return _read(out / _NAME)
+
+
 def _owner() -> dict[str, Any]:
     return {
         "id": secrets.token_hex(8),
-        "job": job_id(),
+        "job": _job_id(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "process": _process(os.getpid()),
     }
 
 
-def job_id() -> str | None:
+def _job_id() -> str | None:
     """What the scheduler or torchrun calls this job, the same when it is started again."""
     named = {name: os.environ.get(name, "") for name in _JOB_VARIABLES}
     # Without a name torchrun says "none".
@@ -116,19 +124,19 @@ def _process(pid: object) -> str | None:
     try:
         namespace = os.readlink("/proc/self/ns/pid")
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return f"{boot} {namespace} {started}"
+    return None if state in "ZX" else f"{boot} {namespace} {fields[18]}"  # when it started
 
 
 def _is_free(path: Path, owner: Mapping[str, Any]) -> bool:
     """Whether whoever holds the lock cannot be there any more."""
-    holder = _read(path) or {}
+    found = _read(path) or {}
     machine = str(owner["process"]).split()[:2]
-    if owner["process"] is not None and str(holder.get("process")).split()[:2] == machine:
-        return _process(holder.get("pid")) != holder["process"]
-    is_same_job = owner["job"] is not None and holder.get("job") == owner["job"]
+    if owner["process"] is not None and str(found.get("process")).split()[:2] == machine:
+        return _process(found.get("pid")) != found["process"]
+    is_same_job = owner["job"] is not None and found.get("job") == owner["job"]
     return is_same_job or _silence_s(path) > MISSED * HEARTBEAT_S
 
 
@@ -139,11 +147,11 @@ def _refuse(path: Path) -> None:
     )
 
 
-def _told(holder: Mapping[str, Any] | None) -> str:
-    if not holder:
+def _told(found: Mapping[str, Any] | None) -> str:
+    if not found:
         return "a run that its lock does not name"
-    job = f", {holder['job']}" if holder.get("job") else ""
-    return f"another run (process {holder.get('pid')} on {holder.get('host')}{job})"
+    job = f", {found['job']}" if found.get("job") else ""
+    return f"another run (process {found.get('pid')} on {found.get('host')}{job})"
 
 
 def _silence_s(path: Path) -> float:
@@ -154,7 +162,7 @@ def _silence_s(path: Path) -> float:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
         return None
-    return holder if isinstance(holder, dict) else None
+    return found if isinstance(found, dict) else None

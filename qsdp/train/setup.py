@@ -25,7 +25,7 @@ from qsdp.sparsity.compression import Prunable
 from qsdp.train.agree import agree_on_config, agree_on_data, data_facts
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate import Evaluator
-from qsdp.train.lock import Lock, hold
+from qsdp.train.lock import Lock, hold, holder
 from qsdp.train.parallelize import build, check_nodes, check_replicas, make_optimizer, model_config
 from qsdp.train.results import CHECKPOINTS, METRICS, Results
 from qsdp.train.resume import changed, find_checkpoint, is_finished, pace_since
@@ -162,9 +162,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     Raises UserError, on every rank, for whatever the user can correct.
     """
     agree_on_config(config, world)
-    _make_shared_folder(config.out_dir, world)
-    holding = hold(config.out_dir, takes_over=config.take_over)
-    lock = world.together(lambda: held.enter_context(holding) if world.is_main else None)
+    lock = _take_folder(config, world, held)
     world.together(lambda: check_replicas(config, world))
     world.together(lambda: check_nodes(config, world))
     corpus = world.together(lambda: _load_corpus(config))
@@ -249,23 +247,26 @@ def all_alike(world: World, collective: Callable[[], None]) -> None:
     world.together(report)
 
 
-def _make_shared_folder(out: Path, world: World) -> None:
-    """Make the folder of results and see that every rank sees the same one."""
-    probe = out / f".probe-{world.on_main(time.time_ns)}"
+def _take_folder(config: TrainConfig, world: World, held: ExitStack) -> Lock | None:
+    """Make the folder of results, lock it on rank 0, and see that every rank sees the same one."""
+    out = config.out_dir
 
-    def make() -> None:
+    def take() -> Lock:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            probe.touch()
+            return held.enter_context(hold(out, takes_over=config.take_over))
         except OSError as error:
             raise ValueError(
                 f"--out {out} cannot be made or written to ({error.strerror}); give a folder where "
                 "you may write."
             ) from None
 
+    lock = world.together(lambda: take() if world.is_main else None)
+    owner = world.on_main(lambda: lock and lock.owner)
+
     def see() -> None:
         deadline = time.monotonic() + _SHARED_FOLDER_S
-        while not probe.exists():
+        while holder(out) != owner:
             if time.monotonic() > deadline:
                 raise ValueError(
                     f"--out {out} is not one folder for all nodes: what rank 0 writes there does "
@@ -273,12 +274,8 @@ def _make_shared_folder(out: Path, world: World) -> None:
                 )
             time.sleep(0.1)
 
-    world.on_main(make)
-    try:
-        world.together(see)
-    finally:
-        if world.is_main:
-            probe.unlink(missing_ok=True)
+    world.together(see)
+    return lock
 
 
 def _load_corpus(config: TrainConfig) -> Corpus:
