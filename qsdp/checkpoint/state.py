@@ -25,7 +25,7 @@ from qsdp.checkpoint.folders import META, begin, publish, verify
 from qsdp.checkpoint.folders import checksum as file_checksum
 from qsdp.checksum import checksum
 from qsdp.compat import checkpoint_names, sharded_parameters
-from qsdp.meeting import meet
+from qsdp.meeting import meet, mistakes_shared
 from qsdp.meshes import Reach, ranks_of, spread_of
 
 
@@ -58,8 +58,12 @@ def save(
 
     Returns: the checkpoint's folder.
     Raises: RuntimeError, on every rank, if any could not write, or if ranks differ in what they
-    give; ValueError if ranks have different tensors under one name.
+    give; ValueError if ranks have different tensors under one name, or `keep` is below 1.
     """
+    assert dist.group.WORLD is not None
+    with mistakes_shared("checkpoint.save", [dist.group.WORLD]):
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; choose 1 or more")
     shards = _spread_shards(model)
     facts = {"step": step, "folder": root, "optimizer": optimizer is not None, "keep": keep}
     if _meet("save", has_news=bool(shards), **facts):

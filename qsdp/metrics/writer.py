@@ -32,9 +32,11 @@ class MetricsWriter:
             tensorboard: folder of the events; None writes none.
             needed: names that every line has; one without them counts as torn.
 
-        Raises: ValueError if TensorBoard is asked for but not installed, OSError if `path` cannot
-            be written.
+        Raises: ValueError if TensorBoard is asked for but not installed or `last_step` is below 0,
+            OSError if `path` cannot be written.
         """
+        if last_step < 0:
+            raise ValueError(f"last_step is {last_step}; choose 0 or more")
         self._path = path
         lines = [line for line in read_metrics(path, needed) if line["step"] <= last_step]
         replacement = path.with_name(path.name + ".tmp")

@@ -74,6 +74,8 @@ def _config(flags: EvaluateFlags, source: Source) -> TrainConfig:
     """The run's settings, with what the flags change, on stock FSDP2."""
     given = [name for name in source.config.as_dict() if name.startswith("qsdp_")]
     stock: dict[str, Any] = dict.fromkeys(given) | {"qsdp_errors": False, "replicas": 1}
+    if flags.prunable is not None:
+        stock["one_shot"] = TrainConfig.one_shot  # patterns are for what is evaluated here
     return replace(
         source.config,
         **stock,
