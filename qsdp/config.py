@@ -1,6 +1,6 @@
 """What a user of the quantized wire chooses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -296,6 +296,17 @@ class QSDPConfig:
                     "it match; put it before them, or leave it out"
                 )
             left -= named
+
+    def check_embeddings(self, names: Collection[str]) -> None:
+        """Raise ValueError where `embedding_bits` are given and set the bits of none of the
+        embeddings ``names``."""
+        if self.embedding_bits is None or any(self.bits_by_policy(n) is None for n in names):
+            return
+        why = "which the policy gives bits already" if names else "of which the model has none"
+        raise ValueError(
+            f"embedding_bits is {self.embedding_bits}, for embeddings and the head, {why}; leave "
+            "it out"
+        )
 
     def bits_by_policy(self, name: str) -> tuple[int, int] | None:
         """Weight and gradient bits that the first matching pattern gives to ``name``, if any."""

@@ -130,6 +130,15 @@ def test_a_policy_pattern_that_sets_no_bits_of_a_model_is_refused():
     swapped.check_policy(["a.weight", "a.bias", "a.scale", "b.weight"], {})
 
 
+def test_bits_of_embeddings_that_are_not_there_are_refused():
+    config = QSDPConfig(embedding_bits=4, policy=(("head.*", 8),))
+    config.check_embeddings({"head.weight", "embed.weight"})
+    QSDPConfig().check_embeddings(())
+    for names, why in (((), "has none"), (("head.weight",), "gives bits already")):
+        with pytest.raises(ValueError, match=rf"embedding_bits is 4, .* {why}; leave it out"):
+            config.check_embeddings(names)
+
+
 @pytest.mark.parametrize("steps", [(), "10", 10, (0,), (1.5,)])
 def test_steps_of_levels_that_cannot_be_are_named(steps):
     assert refusal(**LEARNED, level_steps=steps).startswith("level_steps ")

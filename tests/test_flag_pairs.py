@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from qsdp.codec.payload import Field
 from qsdp.comm.plan import Parameter, Plan
 from qsdp.config import QSDPConfig
 from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
@@ -167,8 +168,8 @@ class Ranks:
 
 
 @cache
-def travels(wire: QSDPConfig) -> list[Any]:
-    """How parameters travel: the tables that the codec is given."""
+def travels(wire: QSDPConfig, least_bits: int = 0) -> list[list[int]]:
+    """What the codec reads of the tables that it is given, and whether it has learned levels."""
     names = {"embed.weight": True, "blocks.0.up.weight": False, "blocks.1.up.weight": False}
     parameters = [
         Parameter(
@@ -186,20 +187,29 @@ def travels(wire: QSDPConfig) -> list[Any]:
         for weight_bits, grad_bits in [wire.bits_of(name, is_embedding)]
     ]
     plan, places = Plan(parameters, 0, cast(Any, Ranks()), wire), (0, 1, 2)
-    sides = [
-        side
-        for least in (0, *([wire.least_warmup_bits] if wire.warmup_steps else []))
-        for side in (
-            plan.gather(places, least),
-            plan.reduce(places, torch.float32, least),
-            *(
-                [plan.reduce(places, torch.float32, least, is_local=True)]
-                if wire.reduce != "flat"
-                else []
-            ),
-        )
+    sides = [plan.gather(places, least_bits)]
+    sides += [
+        plan.reduce(places, torch.float32, least_bits, is_local=is_local)
+        for is_local in (False, *([True] if wire.reduce != "flat" else []))
     ]
-    return [side.tables[0].tolist() for side in sides]
+    rows: list[list[int]] = [row for side in sides for row in side.tables[0].tolist()]
+    for row in rows:
+        if row[Field.BITS] == 0:
+            row[Field.BUCKET] = row[Field.ROUNDING] = 0
+    return rows
+
+
+def wired(wire: QSDPConfig) -> list[Any]:
+    """What is read of the wire."""
+    rows, warm = travels(wire), travels(wire, wire.least_warmup_bits)
+    has_codes = wire.budget is not None or any(row[Field.BITS] for row in rows)
+    is_learned = any(row[Field.LEVELS] >= 0 for row in rows)
+    is_warmed = wire.warmup_steps > 0 and (warm != rows or wire.budget is not None)
+    return [
+        *(rows, has_codes, wire.gather, wire.reduce, wire.ranks_per_node, wire.seed, wire.budget),
+        *(is_learned, wire.learning_steps if is_learned else ()),
+        (wire.warmup_steps, warm) if is_warmed else None,
+    ]
 
 
 @cache
@@ -241,18 +251,14 @@ def seen(values: Values, made: list[Values]) -> list[Any]:
             options["schedule"] = masked(options["schedule"])
     has_patterns = bool(config.one_shot_targets)
     rates = [learning_rate(config, step) for step in (0, 50, 99, 731, config.steps - 1)]
-    wire = config.wire
-    wired: list[Any] = []
-    if wire is not None:
-        wired = [travels(wire), wire.gather, wire.reduce, wire.ranks_per_node, wire.seed]
-        wired += [wire.budget, config.qsdp_errors and wire.has_codes]
-        wired += [wire.learning_steps if wire.levels == "learned" else None, wire.warmup_steps]
+    wire = None if config.wire is None else wired(config.wire)
+    has_errors = wire is not None and wire[1] and config.qsdp_errors
     names = """model data tokenizer steps batch_size grad_accum seq_len seed precision replicas
         eval_every eval_batches save_every keep resume backend timeout_s tensorboard clip_grad out
         passes one_shot_targets"""
     return [
         *(getattr(config, name) for name in names.split()),
-        *(optimizers, rates, wired, config.patterns if has_patterns else None),
+        *(optimizers, rates, wire, has_errors, config.patterns if has_patterns else None),
     ]
 
 

@@ -467,6 +467,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "param_dtype": ({"param_dtype": torch.float64}, "param_dtype is torch.float64"),
     "reduce_dtype": ({"reduce_dtype": torch.int32}, "reduce_dtype is torch.int32"),
     "policy": ({"config": {"policy": (("*.bolck.*", 4),)}}, "matches no parameter"),
+    "embedding_bits": (
+        {"config": {"embedding_bits": 4}, "model": lambda: nn.Linear(4, 4), "groups": []},
+        "embedding_bits is 4, for embeddings and the head, of which the model has none",
+    ),
     "small budget": ({"config": {"budget": 2.2}}, "the budget is 2.2 bits"),
     "budget for nothing": (
         {"config": {"budget": 4, "policy": (("*", 4),)}},

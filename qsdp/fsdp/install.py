@@ -68,9 +68,9 @@ def install(
         ValueError: the model is not sharded by FSDP2, has the wire already, or uses what qsdp does
             not support: CPUOffloadPolicy, per-parameter meshes, tensor parallelism, a mesh without
             a shard axis, float64 in parameters or reduces, parameters with an all-gather of their
-            own; a policy pattern sets the bits of no parameter; the budget is less than 2 bits and
-            their metadata take, or has nothing to allot; the shard group does not split into nodes
-            as a two-hop reduce needs; or replicate_mesh is not such a mesh.
+            own; a policy pattern, or `embedding_bits`, sets the bits of no parameter; the budget is
+            less than 2 bits and their metadata take, or has nothing to allot; the shard group does
+            not split into nodes as a two-hop reduce needs; or replicate_mesh is not such a mesh.
         RuntimeError: the ranks do not have the same model, config and meshes.
     """
     groups = compat.parameter_groups(model)
@@ -127,6 +127,7 @@ class Handle:
             aliases = {clean[alias]: clean[name] for alias, name in tied.items()}
             config.check_policy(list(order), aliases)
             embeddings = {clean[name] for name in tables}
+            config.check_embeddings(embeddings)
             self._plans = [
                 make_plan(group, index, names, order, embeddings, config)
                 for index, group in enumerate(groups)

@@ -66,6 +66,7 @@ class Wire:
         self._shard_dims = shard_dims
         self._codecs: dict[tuple[Segment, int, bool], Codec] = {}
         embeddings, named = {clean[name] for name in tables}, compat.named_parameters(model)
+        config.check_embeddings(embeddings)
         self._bits: Bits = {
             name: _bits(name, parameter, config, name in embeddings)
             for name, parameter in named.items()
