@@ -28,10 +28,10 @@ KeyT = TypeVar("KeyT")
 T = TypeVar("T")
 
 
-def wire_config(bucket_size: int, **settings: Any) -> QSDPConfig:
-    """A config with small buckets, unless `settings` give others or leave nothing to be coded."""
+def wire_config(size: int, /, **settings: Any) -> QSDPConfig:
+    """A config with buckets of ``size``, unless ``settings`` have others or nothing is coded."""
     is_coded = QSDPConfig(**settings).has_codes
-    return QSDPConfig(**{"bucket_size": bucket_size if is_coded else None, **settings})
+    return QSDPConfig(**{"bucket_size": size if is_coded else None, **settings})
 
 
 @dataclass(frozen=True, kw_only=True)
