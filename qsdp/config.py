@@ -1,6 +1,6 @@
 """What a user of the quantized wire chooses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -12,6 +12,7 @@ REDUCES = ("auto", "flat", "two-hop")
 CODED_BITS = tuple(range(2, 9))
 WIRE_BITS = (*CODED_BITS, 16, 32)
 MAX_BUCKET_SIZE = 1 << 20
+LEVEL_STEPS = (10, 50, 200, 1000)
 
 
 def check_bits(name: str, bits: object) -> None:
@@ -27,7 +28,11 @@ def _check_whole(name: str, value: object, least: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class QSDPConfig:
-    """How weights and gradients cross the wire (QSDP, arXiv 2302.02390)."""
+    """How weights and gradients cross the wire (QSDP, arXiv 2302.02390).
+
+    Raises ValueError, in one sentence that begins with the field's name, for a value that cannot be
+    and for one that nothing would heed beside the others.
+    """
 
     weight_bits: int = 8
     """Bits a weight in the all-gather: 2 to 8, 16 sends fp32 as bf16, 32 sends the values as they
@@ -41,8 +46,8 @@ class QSDPConfig:
     `grad_bits`, but at least 8: few values, whose errors cost most."""
 
     local_grad_bits: int | None = None
-    """Bits a gradient value inside a node, in the first hop of a two-hop reduce; None takes
-    `grad_bits`, but at least 8: links inside a node are fast."""
+    """Bits a coded gradient value inside a node, in the first hop of a two-hop reduce; None is 8:
+    links inside a node are fast. Not with a flat reduce."""
 
     bucket_size: int | None = None
     """Values that share one (min, scale) pair: a multiple of 8. Smaller is more exact and costs
@@ -59,9 +64,9 @@ class QSDPConfig:
     its whole weights and for those that a mask keeps, as each of them travels then. Learned levels
     round stochastically between neighbours; wider parameters keep the uniform grid."""
 
-    level_steps: tuple[int, ...] = (10, 50, 200, 1000)
-    """Steps of the keys' clock before which levels are learned anew. Until the first the grid is
-    uniform."""
+    level_steps: tuple[int, ...] | None = None
+    """Steps of the keys' clock before which learned levels are learned anew. Until the first the
+    grid is uniform. None: 10, 50, 200 and 1000."""
 
     gather: str = "twice"
     """`twice`: the backward pass gathers again, and memory stays low. `once`: the payload of the
@@ -74,14 +79,15 @@ class QSDPConfig:
     size. Both are flat unless there are several nodes of several ranks each."""
 
     ranks_per_node: int | None = None
-    """Ranks of one node, consecutive ones. None: the launcher's LOCAL_WORLD_SIZE, or 1."""
+    """Ranks of one node, consecutive ones, also for the counters of bytes. None: the launcher's
+    LOCAL_WORLD_SIZE, or 1."""
 
     warmup_steps: int = 0
     """First steps of the keys' clock during which no fewer than `warmup_bits` are sent, but for
     frozen weights that are gathered once."""
 
-    warmup_bits: int = 32
-    """Least bits a value during the warm-up: 2 to 8, 16 or 32."""
+    warmup_bits: int | None = None
+    """Least bits a value during the warm-up: 2 to 8, 16 or 32. None: 32."""
 
     budget: float | None = None
     """Bits a coded value at most on average, of weights and of gradients, padding and metadata
@@ -100,9 +106,9 @@ class QSDPConfig:
     be coded."""
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "grad_bits", "warmup_bits"):
+        for name in ("weight_bits", "grad_bits"):
             check_bits(name, getattr(self, name))
-        for name in ("embedding_bits", "local_grad_bits"):
+        for name in ("embedding_bits", "local_grad_bits", "warmup_bits"):
             if getattr(self, name) is not None:
                 check_bits(name, getattr(self, name))
         size = self.bucket_size
@@ -123,11 +129,12 @@ class QSDPConfig:
         if self.ranks_per_node is not None:
             _check_whole("ranks_per_node", self.ranks_per_node, least=1)
         _check_whole("warmup_steps", self.warmup_steps, least=0)
-        if not isinstance(self.level_steps, list | tuple):
-            raise ValueError(f"level_steps is {self.level_steps!r}; give steps from 1 on")
-        for step in self.level_steps:
-            _check_whole("level_steps", step, least=1)
-        object.__setattr__(self, "level_steps", tuple(sorted(set(self.level_steps))))
+        if self.level_steps is not None:
+            if not isinstance(self.level_steps, list | tuple) or not self.level_steps:
+                raise ValueError(f"level_steps is {self.level_steps!r}; give steps from 1 on")
+            for step in self.level_steps:
+                _check_whole("level_steps", step, least=1)
+            object.__setattr__(self, "level_steps", tuple(sorted(set(self.level_steps))))
         if self.budget is not None and not (
             isinstance(self.budget, int | float) and 2 < self.budget <= 9
         ):
@@ -148,6 +155,84 @@ class QSDPConfig:
                 check_bits(f"policy for {name!r}", each)
             policy.append((name, both if isinstance(bits, list | tuple) else bits))
         object.__setattr__(self, "policy", tuple(policy))
+        self._check_company()
+        self._check_widths()
+
+    def _check_company(self) -> None:
+        """Raise ValueError for a field that another one's value leaves without effect."""
+        for name, is_heeded, needed in (
+            ("level_steps", self.levels == "learned", "levels='learned'"),
+            ("warmup_bits", self.warmup_steps > 0, "warmup_steps=N"),
+            ("local_grad_bits", self.reduce != "flat", "reduce='two-hop'"),
+        ):
+            if getattr(self, name) is not None and not is_heeded:
+                raise ValueError(
+                    f"{name} is given without {needed}, so that nothing would heed it; add that, "
+                    "or leave it out"
+                )
+        if self.embedding_bits is not None and any(name == "*" for name, _ in self.policy):
+            raise ValueError(
+                "embedding_bits is given beside a policy for '*', which is for embeddings too; "
+                "leave one of the two out"
+            )
+
+    def _check_widths(self) -> None:
+        """Raise ValueError for a field that is for widths of which no value is."""
+        grads = {grad for _, grad in self._pairs}
+        first = {weight for weight, _ in self._pairs} | grads
+        if self.reduce != "flat" and min(grads) <= 8:
+            first.add(self.local_grad_bits or 8)
+        # A budget is allotted after the warm-up, so that it waits for the end of one.
+        is_allotted, least = self.budget is not None, self.least_warmup_bits
+        sent = {*first, *(CODED_BITS if is_allotted else ())}
+        if self.warmup_steps:
+            sent |= {max(bits, least) for bits in first}
+        is_coded, is_raised = self.has_codes, min(first) < least
+        is_learned = self.levels == "learned"
+        own = self.rounding if is_learned and self.rounding in ("shift", "dither") else None
+        narrow, below = "values of 8 bits or fewer", f"values of fewer than {least} bits"
+        for name, value, wanted, is_heeded in (
+            ("bucket_size", self.bucket_size, narrow, is_coded),
+            ("rounding", self.rounding, narrow, is_coded),
+            ("rounding", own, "values of 7 or 8 bits beside learned levels", bool(sent & {7, 8})),
+            ("levels", is_learned or None, "values of 2 to 6 bits", bool(sent & {*LEARNED_BITS})),
+            ("warmup_bits", self.warmup_bits, below, is_raised),
+            ("warmup_steps", self.warmup_steps or None, below, is_raised or is_allotted),
+            (
+                "local_grad_bits",
+                self.local_grad_bits,
+                "gradients of 8 bits or fewer",
+                is_allotted or min(grads) <= 8,
+            ),
+        ):
+            if value is not None and not is_heeded:
+                raise ValueError(
+                    f"{name} is for {wanted}, but there are none; choose other bits, or leave it "
+                    "out"
+                )
+
+    @property
+    def _pairs(self) -> list[tuple[int, int]]:
+        """Weight and gradient bits that parameters may have before a budget gives them others."""
+        by_policy = [_pair(bits) for _, bits in self.policy]
+        if any(pattern == "*" for pattern, _ in self.policy):
+            return by_policy
+        return [*by_policy, *(self._bits_by_kind(is_embedding) for is_embedding in (False, True))]
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether any value may travel at 8 bits or fewer."""
+        return self.budget is not None or min(map(min, self._pairs)) <= 8
+
+    @property
+    def learning_steps(self) -> tuple[int, ...]:
+        """Steps before which levels are learned, where they are."""
+        return LEVEL_STEPS if self.level_steps is None else self.level_steps
+
+    @property
+    def least_warmup_bits(self) -> int:
+        """Least bits a value during the warm-up, where there is one."""
+        return 32 if self.warmup_bits is None else self.warmup_bits
 
     def bucket_of(self, bits: int, *, is_grad: bool) -> int:
         """Values a bucket of ``bits``-bit codes of weights, or of gradients."""
@@ -170,6 +255,10 @@ class QSDPConfig:
         by_policy = self.bits_by_policy(name)
         if by_policy is not None:
             return by_policy
+        return self._bits_by_kind(is_embedding)
+
+    def _bits_by_kind(self, is_embedding: bool) -> tuple[int, int]:
+        """Weight and gradient bits of parameters that no policy names."""
         if not is_embedding:
             return self.weight_bits, self.grad_bits
         if self.embedding_bits is not None:
@@ -182,12 +271,15 @@ class QSDPConfig:
         return by_embedding_bits or self.bits_by_policy(name) is not None
 
     def check_policy(self, names: Sequence[str], aliases: Mapping[str, str]) -> None:
-        """Raise ValueError unless every pattern matches one of a model's parameter ``names``.
+        """Raise ValueError unless every pattern sets the bits of one of a model's parameter
+        ``names``.
 
         ``aliases`` are further names of tied parameters, each with the one among ``names``.
         """
+        left = set(names)
         for pattern, _ in self.policy:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            named = {name for name in names if fnmatchcase(name, pattern)}
+            if not named:
                 for alias, name in aliases.items():
                     if fnmatchcase(alias, pattern):
                         raise ValueError(
@@ -198,10 +290,31 @@ class QSDPConfig:
                     f"the policy pattern {pattern!r} matches no parameter; names look like "
                     f"{names[0]!r}, and * stands for any characters"
                 )
+            if left.isdisjoint(named):
+                raise ValueError(
+                    f"the policy pattern {pattern!r} matches only parameters that patterns before "
+                    "it match; put it before them, or leave it out"
+                )
+            left -= named
+
+    def check_embeddings(self, names: Collection[str]) -> None:
+        """Raise ValueError where `embedding_bits` are given and set the bits of none of the
+        embeddings ``names``."""
+        if self.embedding_bits is None or any(self.bits_by_policy(n) is None for n in names):
+            return
+        why = "which the policy gives bits already" if names else "of which the model has none"
+        raise ValueError(
+            f"embedding_bits is {self.embedding_bits}, for embeddings and the head, {why}; leave "
+            "it out"
+        )
 
     def bits_by_policy(self, name: str) -> tuple[int, int] | None:
         """Weight and gradient bits that the first matching pattern gives to ``name``, if any."""
         for pattern, bits in self.policy:
             if fnmatchcase(name, pattern):
-                return bits if isinstance(bits, tuple) else (bits, bits)
+                return _pair(bits)
         return None
+
+
+def _pair(bits: int | tuple[int, int]) -> tuple[int, int]:
+    return bits if isinstance(bits, tuple) else (bits, bits)

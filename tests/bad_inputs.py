@@ -67,8 +67,8 @@ FLAGS = [
         "deep.toml is not a TOML file",
         ("deep.toml", b"steps = " + DEEP),
     ),
-    BadInput("a bucket of 0", "--qsdp-bucket-size 0", "--qsdp-bucket-size is 0"),
-    BadInput("an unknown rounding", "--qsdp-rounding up", "--qsdp-rounding is 'up'"),
+    BadInput("a bucket of 0", "--qsdp-bits 8 --qsdp-bucket-size 0", "--qsdp-bucket-size is 0"),
+    BadInput("an unknown rounding", "--qsdp-bits 8 --qsdp-rounding up", "--qsdp-rounding is 'up'"),
     BadInput("a sparsity of 1.2", "--cram --cram-sparsity 0.5,1.2", "--cram-sparsity is"),
     BadInput("a sparsity in words", "--cram --cram-sparsity half", "--cram-sparsity"),
     BadInput("a pattern of 5:4", "--cram --cram-targets 5:4", "--cram-targets: pattern is 5:4"),
@@ -83,6 +83,39 @@ FLAGS = [
         "--acdc-sparsity is given without --acdc",
     ),
     BadInput("CrAM's flag for CrAM", "--cram-plus", "--cram-plus is given without --cram"),
+    BadInput(
+        "CrAM's sparsities as by default, and targets",
+        "--cram --cram-targets 2:4 --cram-sparsity 0.5,0.7,0.9",
+        "--cram-sparsity is given beside --cram-targets",
+    ),
+    BadInput(
+        "AC/DC's sparsity as by default, and a target",
+        "--acdc --acdc-sparsity=0.9 --acdc-target=2:4",
+        "--acdc-sparsity is given beside --acdc-target",
+    ),
+    BadInput(
+        "bits of all and of both directions",
+        "--qsdp-bits 8 --qsdp-weight-bits 4 --qsdp-grad-bits 4",
+        "--qsdp-bits is 8 beside --qsdp-weight-bits 4",
+    ),
+    BadInput(
+        "a mask of gradients, as by default, for targets without one",
+        "--cram --cram-targets 4bit,8bit --cram-sparse-grad",
+        "--cram-sparse-grad is for targets that prune, but 4bit and 8bit",
+    ),
+    BadInput("patterns of nothing", "--prunable * --one-shot none", "--prunable is '*', but no"),
+    BadInput("a rate after the end", "--min-lr 0 --steps 9 --warmup-steps 9", "--min-lr is 0, but"),
+    BadInput(
+        "errors of a wire without codes",
+        "--qsdp-bits 16 --qsdp-errors",
+        "--qsdp-errors is for values of 8 bits or fewer",
+    ),
+    BadInput(
+        "a file that says bits twice",
+        "--config {}/twice.toml",
+        "--qsdp-bits is 6 beside",
+        ("twice.toml", b"qsdp_bits = 6\nqsdp_weight_bits = 4\nqsdp_grad_bits = 2\n"),
+    ),
     BadInput("CrAM's targets alone", "--cram-targets=2:4", "--cram-targets is given without"),
     BadInput(
         "a list as by default",
@@ -98,7 +131,9 @@ FLAGS = [
     BadInput("AC/DC from the start", "--acdc --acdc-warmup 0", "--acdc-warmup is 0"),
     BadInput("phases too long", "--acdc --steps 9 --acdc-last-dense 9", "--acdc: warmup"),
     BadInput("falling sparsity", "--gmp --gmp-initial 0.95", "--gmp: gradual pruning goes"),
-    BadInput("a rounding of nothing", "--qsdp-bits 32 --qsdp-rounding shift", "--qsdp-rounding is"),
+    BadInput(
+        "a rounding of nothing", "--qsdp-bits 32 --qsdp-rounding shift", "--qsdp-rounding is for"
+    ),
     BadInput("levels of 8 bits", "--qsdp-bits 8 --qsdp-levels learned", "--qsdp-levels is for"),
     BadInput(
         "levels after the end",
@@ -129,7 +164,11 @@ FLAGS = [
     BadInput("a checkpoint's name too long", f"--resume {300 * 'x'}", "File name too long"),
     BadInput("a budget of 2 bits", "--qsdp-budget 2", "--qsdp-budget is 2"),
     BadInput("a budget that is no number", "--qsdp-budget nan", "--qsdp-budget is nan"),
-    BadInput("1 bit for embeddings", "--qsdp-embedding-bits 1", "--qsdp-embedding-bits is 1"),
+    BadInput(
+        "1 bit for embeddings",
+        "--qsdp-bits 8 --qsdp-embedding-bits 1",
+        "--qsdp-embedding-bits is 1",
+    ),
     BadInput(
         "an unknown gather", "--qsdp-bits 8 --qsdp-gather thrice", "--qsdp-gather is 'thrice'"
     ),
@@ -176,7 +215,11 @@ FLAGS = [
         "--qsdp-errors",
         "--qsdp-errors is given without --qsdp-bits",
     ),
-    BadInput("no ranks a node", "--qsdp-ranks-per-node 0", "--qsdp-ranks-per-node holds 0"),
+    BadInput(
+        "no ranks a node",
+        "--qsdp-bits 8 --qsdp-ranks-per-node 0",
+        "--qsdp-ranks-per-node holds 0",
+    ),
     BadInput(
         "a policy without bits",
         "--qsdp-bits 8 --qsdp-policy blocks.0.*",
@@ -209,7 +252,7 @@ DATA = [
     ),
     BadInput(
         "names that are not there",
-        "--data {}/text.txt --one-shot none --prunable mlp",
+        "--data {}/text.txt --cram --one-shot none --prunable mlp",
         "--prunable: the prunable pattern 'mlp' matches no parameter",
     ),
     BadInput(

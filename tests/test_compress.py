@@ -37,6 +37,8 @@ FLAGS = [
     BadInput("a pattern without a colon", "{}/run --pattern 24", "--pattern is '24'; give N:M"),
     BadInput("a pattern that keeps all", "{}/run --pattern 4:4", "--pattern is 4:4"),
     BadInput("a pattern and a sparsity", "{}/run --pattern 2:4 --sparsity 0.5", "goes with no"),
+    BadInput("a pattern and no sparsity", "{}/run --pattern 2:4 --sparsity 0", "goes with no"),
+    BadInput("a scope of nothing", "{}/run --sparsity 0 --scope layer", "--scope is given without"),
     BadInput("1 bit", "{}/run --bits 1", "--bits is 1"),
     BadInput("an unknown scope", "{}/run --sparsity 0.5 --scope row", "--scope is 'row'"),
     BadInput("blocks of nothing", "{}/run --bits 4 --block 4", "--block is given without"),
@@ -195,6 +197,11 @@ def test_a_failure_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         export_compressed(path, SIZE, Compression(sparsity=0.5), tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_files_that_hold_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="file_bytes is 0; choose 1 or more"):
+        export_compressed(tmp_path, SIZE, Compression(bits=4), tmp_path / "out", file_bytes=0)
 
 
 @pytest.mark.parametrize("bad", FLAGS, ids=lambda bad: bad.name)

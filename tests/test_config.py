@@ -76,6 +76,74 @@ def test_a_bad_policy_is_named_with_the_form_it_must_have(policy, named):
     assert "pattern" in message or "2 to 8" in message
 
 
+FOUR = {"weight_bits": 4, "grad_bits": 4}
+RAW = {"weight_bits": 32, "grad_bits": 16}
+LEARNED = {**FOUR, "levels": "learned"}
+ALL_LEARNED = {**LEARNED, "embedding_bits": 6, "reduce": "flat"}
+WIDE = (("*", (7, 16)),)
+
+# What nothing would heed, by field, and what is taken although it looks alike.
+UNHEEDED = [
+    ("level_steps", {"level_steps": (3,)}, {**LEARNED, "level_steps": (3,)}),
+    ("warmup_bits", {**FOUR, "warmup_bits": 8}, {**FOUR, "warmup_bits": 8, "warmup_steps": 1}),
+    ("warmup_bits", {"warmup_steps": 1, "warmup_bits": 8}, {"warmup_steps": 1, "warmup_bits": 16}),
+    ("warmup_bits", {"warmup_steps": 1, "warmup_bits": 8, "budget": 4}, {"budget": 4}),
+    (
+        "warmup_steps",
+        {"weight_bits": 32, "grad_bits": 32, "warmup_steps": 1},
+        {**RAW, "warmup_steps": 1},
+    ),
+    ("local_grad_bits", {"reduce": "flat", "local_grad_bits": 4}, {"local_grad_bits": 4}),
+    ("local_grad_bits", {**RAW, "local_grad_bits": 4}, {"grad_bits": 8, "local_grad_bits": 4}),
+    ("local_grad_bits", {"policy": WIDE, "local_grad_bits": 4}, {"local_grad_bits": 16}),
+    ("bucket_size", {**RAW, "bucket_size": 64}, {**RAW, "bucket_size": 64, "embedding_bits": 8}),
+    ("rounding", {**RAW, "rounding": "nearest"}, {**RAW, "rounding": "nearest", "budget": 4}),
+    ("rounding", {**ALL_LEARNED, "rounding": "shift"}, {**LEARNED, "rounding": "shift"}),
+    ("rounding", {**ALL_LEARNED, "rounding": "dither"}, {**ALL_LEARNED, "rounding": "nearest"}),
+    (
+        "rounding",
+        {**ALL_LEARNED, "rounding": "dither", "warmup_steps": 1},
+        {**ALL_LEARNED, "rounding": "dither", "warmup_steps": 1, "warmup_bits": 8},
+    ),
+    ("levels", {"levels": "learned"}, {"levels": "learned", "budget": 4}),
+    ("levels", {**RAW, "levels": "learned"}, {"levels": "learned", "local_grad_bits": 6}),
+    ("levels", {**FOUR, "levels": "learned", "policy": WIDE}, {**FOUR, "levels": "learned"}),
+    ("embedding_bits", {"embedding_bits": 4, "policy": WIDE}, {"embedding_bits": 4}),
+]
+
+
+@pytest.mark.parametrize(("field", "ignored", "heeded"), UNHEEDED)
+def test_a_field_that_nothing_would_heed_is_refused_by_its_name(field, ignored, heeded):
+    assert refusal(**ignored).startswith(f"{field} is ")
+    without = {name: value for name, value in ignored.items() if name != field}
+    assert QSDPConfig(**without) == dataclasses.replace(QSDPConfig(), **without)
+    assert QSDPConfig(**heeded)
+
+
+def test_a_policy_pattern_that_sets_no_bits_of_a_model_is_refused():
+    config = QSDPConfig(policy=(("a.*", 4), ("*.weight", 8), ("a.bias", 2)))
+    with pytest.raises(ValueError, match=r"'a\.bias' matches only parameters that patterns before"):
+        config.check_policy(["a.weight", "a.bias", "b.weight"], {})
+    with pytest.raises(ValueError, match=r"'\*\.weight' matches only"):
+        config.check_policy(["a.weight", "a.bias"], {})
+    swapped = dataclasses.replace(config, policy=config.policy[::-1])
+    swapped.check_policy(["a.weight", "a.bias", "a.scale", "b.weight"], {})
+
+
+def test_bits_of_embeddings_that_are_not_there_are_refused():
+    config = QSDPConfig(embedding_bits=4, policy=(("head.*", 8),))
+    config.check_embeddings({"head.weight", "embed.weight"})
+    QSDPConfig().check_embeddings(())
+    for names, why in (((), "has none"), (("head.weight",), "gives bits already")):
+        with pytest.raises(ValueError, match=rf"embedding_bits is 4, .* {why}; leave it out"):
+            config.check_embeddings(names)
+
+
+@pytest.mark.parametrize("steps", [(), "10", 10, (0,), (1.5,)])
+def test_steps_of_levels_that_cannot_be_are_named(steps):
+    assert refusal(**LEARNED, level_steps=steps).startswith("level_steps ")
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16, 32])
 def test_every_documented_width_is_accepted(bits):
     config = QSDPConfig(weight_bits=bits, grad_bits=bits, policy=(("*", bits),))
@@ -98,6 +166,7 @@ def test_the_defaults_are_the_papers_practice():
     config = QSDPConfig()
     assert (config.weight_bits, config.grad_bits, config.bucket_of(8, is_grad=True)) == (8, 8, 1024)
     assert (config.rounding_of(8), config.seed, config.policy) == ("shift", 0, ())
+    assert (config.least_warmup_bits, config.learning_steps) == (32, (10, 50, 200, 1000))
 
 
 def test_a_config_is_keyword_only_frozen_and_comparable():

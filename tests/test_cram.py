@@ -365,6 +365,9 @@ def test_the_sparsity_is_a_function_of_seed_and_step() -> None:
         ({"rho": math.nan}, "rho is nan"),
         ({"max_norm": 0.0}, "max_norm is 0.0"),
         ({"prunable": ["nothing"]}, "matches no parameter"),
+        ({"normalize": True, "rho": 0.0}, "normalize is given where"),
+        ({"sparse_grad": False, "sparsity": ("4bit", 0.0)}, "sparse_grad is given where"),
+        ({"prunable": ["*.weight"], "sparsity": 0.0}, "prunable is given where"),
     ],
 )
 def test_bad_arguments_are_refused_in_a_sentence(options: dict[str, Any], message: str) -> None:

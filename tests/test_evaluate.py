@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 
 from qsdp.data import TokenRange, TokenShards
-from qsdp.train import cli, compress_cli, evaluate_cli
+from qsdp.models import GPTConfig
+from qsdp.train import cli, compress_cli, evaluate_cli, targets
+from qsdp.train.config import TrainConfig
+from qsdp.train.source import Source
 from tests.bad_inputs import TEXT, BadInput
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -49,6 +52,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             patch.delenv(name, raising=False)
         cli.main([*flags, "--qsdp-bits", "8"])
     return folder
+
+
+def test_patterns_are_for_what_is_evaluated_whatever_the_run_compressed(tmp_path: Path) -> None:
+    run = TrainConfig(one_shot=("none",), qsdp_bits=8)
+    source = Source(tmp_path, None, 2, run, 1, GPTConfig.from_preset("tiny", vocab_size=9))
+    flags = evaluate_cli.parse([str(tmp_path), "--prunable", "a.*,b.*", "--targets", "none"])
+    assert targets._config(flags, source).patterns == ["a.*", "b.*"]
+    flags = evaluate_cli.parse([str(tmp_path)])
+    assert targets._config(flags, source).patterns is None
 
 
 def evaluated(out: Path, *flags: str) -> tuple[dict[str, Any], dict[str | None, Any]]:

@@ -211,6 +211,7 @@ def test_schedules_that_cannot_be_are_refused(call: str) -> None:
             ({"phase": 0}, "phase is 0; choose 1"),
             ({"last_sparse": 0}, "last_sparse is 0; choose 1"),
             ({"warmup": 90}, "take 115 of 100 steps"),
+            ({"warmup": 75, "phase": 5}, "phase is 5, but"),
         ]
         made: Any = ACDCSchedule.of
     else:
@@ -220,6 +221,8 @@ def test_schedules_that_cannot_be_are_refused(call: str) -> None:
             ({"sparsity": 0.9, "start": 0}, "from step 0"),
             ({"sparsity": 0.9, "every": 0}, "every 0"),
             ({"sparsity": 0.9, "end": 101}, "to 101"),
+            ({"sparsity": 0.9, "start": 9, "end": 9, "every": 5}, "every is 5, but the pruning of"),
+            ({"sparsity": 0.9, "start": 9, "end": 12, "initial": 0.1}, "initial is 0.1, but"),
         ]
         made = GMPSchedule.of
     for options, message in cases:

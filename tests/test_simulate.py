@@ -398,6 +398,8 @@ def test_a_warm_up_is_exact_and_ends() -> None:
 
 def test_masks_that_change_with_every_step_leave_no_tables_behind() -> None:
     simulated = simulation()
+    with pytest.raises(ValueError, match="with_grads is False without masks"):
+        simulated.set_support(None, with_grads=False)
     kept = []
     for step in range(12):
         mask = torch.rand(20, 12) < 0.5
@@ -453,6 +455,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "replicas": ({"replicas": 2.0}, "replicas is 2.0"),
     "ranks_per_node": ({"ranks_per_node": -1}, "ranks_per_node is -1"),
     "uneven nodes": ({"config": {"reduce": "two-hop"}, "ranks_per_node": 3}, "nodes of 3"),
+    "nodes of two sizes": (
+        {"config": {"ranks_per_node": 2}, "ranks_per_node": 4},
+        "ranks_per_node is 4, and that of the config is 2",
+    ),
     "one replica": ({"quantized_replicas": True}, "1 replicas"),
     "one rank a replica": (
         {"quantized_replicas": True, "replicas": 2, "world_size": 1},
@@ -461,6 +467,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "param_dtype": ({"param_dtype": torch.float64}, "param_dtype is torch.float64"),
     "reduce_dtype": ({"reduce_dtype": torch.int32}, "reduce_dtype is torch.int32"),
     "policy": ({"config": {"policy": (("*.bolck.*", 4),)}}, "matches no parameter"),
+    "embedding_bits": (
+        {"config": {"embedding_bits": 4}, "model": lambda: nn.Linear(4, 4), "groups": []},
+        "embedding_bits is 4, for embeddings and the head, of which the model has none",
+    ),
     "small budget": ({"config": {"budget": 2.2}}, "the budget is 2.2 bits"),
     "budget for nothing": (
         {"config": {"budget": 4, "policy": (("*", 4),)}},

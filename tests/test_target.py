@@ -42,7 +42,10 @@ def test_what_a_target_says_of_itself_is_read_back_as_the_same() -> None:
         "bits": [None, 2, 8],
     }
     for values in itertools.product(*choices.values()):
-        target = Compression(**dict(zip(choices, values, strict=True)))
+        given = dict(zip(choices, values, strict=True))
+        if not given["sparsity"]:
+            given |= {"scope": "global", "block": 1}  # of what is pruned
+        target = Compression(**given)
         assert Compression.of(str(target)) == target
     for bits in choices["bits"]:
         target = Compression(pattern=(4, 8), bits=bits)
@@ -83,6 +86,9 @@ def test_what_is_pruned_and_in_which_groups(target: Any, fraction: float, size: 
         ("0.5+", "has the term ''; give"),
         ("2:4:8", "has the term '2:4:8'; give"),
         ("rows", "has the term 'rows'; give"),
+        ("layer", "scope is 'layer', but sparsity is 0"),
+        ("4bit+layer", "scope is 'layer', but sparsity is 0"),
+        ("0+block4", "block is 4, but sparsity is 0"),
     ],
     ids=str,
 )

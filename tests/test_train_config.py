@@ -91,18 +91,34 @@ def test_a_written_configuration_is_read_back_whatever_the_folders_name(
     [
         (["--qsdp-bits", "8"], (8, 8)),
         (["--qsdp-bits=8", "--qsdp-grad-bits", "3"], (8, 3)),
-        (["--qsdp-grad-bits", "3"], (4, 3)),
-        ([], (4, 2)),
+        (["--qsdp-weight-bits", "4", "--qsdp-grad-bits", "3"], (4, 3)),
+        (["--qsdp-weight-bits", "4"], (4, 2)),
+        ([], (6, 2)),
     ],
 )
-def test_a_flag_for_all_bits_wins_over_a_files_bits_of_one_direction(
+def test_a_flag_for_bits_wins_over_a_files_bits_that_it_stands_in_place_of(
     tmp_path: Path, flags: list[str], bits: tuple[int, int]
 ) -> None:
     file = tmp_path / "config.toml"
-    file.write_text("qsdp_bits = 6\nqsdp_weight_bits = 4\nqsdp_grad_bits = 2\n")
+    file.write_text("qsdp_bits = 6\nqsdp_grad_bits = 2\n")
     wire = parse(["--config", str(file), *flags]).wire
     assert wire is not None
     assert (wire.weight_bits, wire.grad_bits) == bits
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "targets"),
+    [
+        ("cram = true\ncram_sparsity = [0.25]", ["--cram-targets", "2:4"], ["2:4"]),
+        ("cram = true\ncram_targets = ['2:4']", ["--cram-sparsity", "0.25"], ["0.25"]),
+    ],
+)
+def test_a_flag_for_targets_wins_over_a_files_sparsities_and_the_other_way(
+    tmp_path: Path, given: str, flags: list[str], targets: list[str]
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(given)
+    assert [*map(str, parse(["--config", str(file), *flags]).targets)] == targets
 
 
 def test_cram_alone_is_cram_plus_multi_as_published() -> None:
@@ -259,7 +275,7 @@ def test_a_file_with_a_mistake_is_refused_by_name(tmp_path: Path, text: str, sai
 
 @pytest.mark.parametrize(("warmup", "steps"), [(10, 100), (0, 5), (100, 100), (1000, 20), (4, 5)])
 def test_the_learning_rate_warms_up_then_falls_to_its_minimum(warmup: int, steps: int) -> None:
-    config = TrainConfig(warmup_steps=warmup, steps=steps, lr=1e-2, min_lr=1e-3)
+    config = TrainConfig(warmup_steps=warmup, steps=steps, lr=1e-2)  # to a tenth
     rates = [learning_rate(config, step) for step in range(steps)]
     assert all(0 < rate <= 1e-2 for rate in rates)
     rising = rates[:warmup]

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import qsdp
 from qsdp.sparsity.shards import local_shard
-from tests_distributed.helpers import all_ranks
+from tests_distributed.helpers import all_ranks, wire_config
 
 STEPS = 4
 _RATE = 2.0**-5
@@ -141,7 +141,7 @@ def make(case: Case, device: str) -> tuple[Sums, qsdp.Handle]:
             last.unshard(async_op=True)
 
         before.register_forward_pre_hook(ask)
-    config = qsdp.QSDPConfig(**{"bucket_size": 64, **case.config})
+    config = wire_config(64, **case.config)
     handle = qsdp.install(model, config, replicate_mesh=replicate_mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -19,11 +19,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
+from qsdp.config import QSDPConfig
+
 # Legend: B sequences, T tokens, C width, V vocabulary.
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 KeyT = TypeVar("KeyT")
 T = TypeVar("T")
+
+
+def wire_config(size: int, /, **settings: Any) -> QSDPConfig:
+    """A config with buckets of ``size``, unless ``settings`` have others or nothing is coded."""
+    is_coded = QSDPConfig(**settings).has_codes
+    return QSDPConfig(**{"bucket_size": size if is_coded else None, **settings})
 
 
 @dataclass(frozen=True, kw_only=True)

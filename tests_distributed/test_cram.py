@@ -263,7 +263,7 @@ TARGETS: list[dict[str, Any]] = [
     {"sparsity": ("2:4", "4:8", "1:4")},
     {"sparsity": "0.7+layer", "plus": False},
     {"sparsity": "0.5+block4", "normalize": True, "rho": 0.5},
-    {"sparsity": "4bit", "sparse_grad": False},
+    {"sparsity": "4bit"},
     {"sparsity": ("2:4+4bit", "0.5+4bit", "0.5+block4+layer+5bit")},
 ]
 OPTIONS: dict[str, dict[str, Any]] = {

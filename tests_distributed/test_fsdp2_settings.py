@@ -43,7 +43,7 @@ import qsdp
 from qsdp import compat
 from qsdp.comm.traffic import Traffic
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import make_batch, make_model
+from tests_distributed.helpers import make_batch, make_model, wire_config
 
 MICRO_BATCHES = 3
 NEXT_STEP = 2  # the first micro-batch of the second step
@@ -298,7 +298,7 @@ def _train(row: Row, mesh: DeviceMesh, is_stock: bool) -> Any:
         if not is_stock:
             handle = qsdp.install(
                 model,
-                qsdp.QSDPConfig(weight_bits=bits, grad_bits=bits, bucket_size=32, **config),
+                wire_config(32, weight_bits=bits, grad_bits=bits, **config),
                 replicate_mesh=mesh["replicate"] if is_ours else None,
             )
         for micro in range(MICRO_BATCHES):

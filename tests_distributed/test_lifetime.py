@@ -18,7 +18,7 @@ import qsdp
 from qsdp import compat
 from tests_distributed import leftovers
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import Toy, make_batch, make_model, shard
+from tests_distributed.helpers import Toy, make_batch, make_model, shard, wire_config
 
 STEPS = 3
 SCHEDULE = qsdp.ACDCSchedule(steps=STEPS, warmup=1, phase=1, last_dense=0, last_sparse=1)
@@ -162,7 +162,7 @@ def _train(way: Way, mesh: DeviceMesh | None) -> dict[str, weakref.ref[Any]]:
     model = make_model(1, **way.options)
     shard(model, reshard=way.reshard, nested=False, mesh=shards)
     replicas = None if mesh is None else mesh["replicate"]
-    config = qsdp.QSDPConfig(bucket_size=64, **way.config)
+    config = wire_config(64, **way.config)
     handle = qsdp.install(model, config, replicate_mesh=replicas)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: Any = torch.optim.AdamW(trained, lr=1e-2, fused=True)

@@ -165,9 +165,16 @@ def _install(config: Any = None, **options: Any) -> Act:
     return act
 
 
-def _configured(there: Mapping[str, Any], what: str, one: str, other: str) -> Point:
+def _configured(
+    there: Mapping[str, Any], what: str, one: str, other: str, **everywhere: Any
+) -> Point:
     says = installs(f"installs qsdp with {what}", re.escape(one), re.escape(other))
-    return Point(there=_install(dict(there)), elsewhere=_install(), says=says, config=None)
+    return Point(
+        there=_install({**everywhere, **there}),
+        elsewhere=_install(everywhere),
+        says=says,
+        config=None,
+    )
 
 
 def _install_anew(**options: Any) -> Act:
@@ -229,11 +236,13 @@ def _reduces_unused(stage: Stage) -> None:
 
 INSTALL = {
     "local_grad_bits": _configured({"local_grad_bits": 4}, "local_grad_bits", "4", "None"),
-    "levels": _configured({"levels": "learned"}, "levels", "'learned'", "'uniform'"),
-    "level_steps": _configured({"level_steps": (3,)}, "level_steps", "(3,)", "(10, 50, 200, 1000)"),
+    "levels": _configured({"levels": "learned"}, "levels", "'learned'", "'uniform'", weight_bits=4),
+    "level_steps": _configured(
+        {"level_steps": (3,)}, "level_steps", "(3,)", "None", levels="learned", weight_bits=4
+    ),
     "reduce": _configured({"reduce": "flat"}, "reduce", "'flat'", "'auto'"),
     "ranks_per_node": _configured({"ranks_per_node": 1}, "ranks_per_node", "1", "None"),
-    "warmup_bits": _configured({"warmup_bits": 16}, "warmup_bits", "16", "32"),
+    "warmup_bits": _configured({"warmup_bits": 16}, "warmup_bits", "16", "None", warmup_steps=1),
     "budget": _configured({"budget": 4}, "budget", "4", "None"),
     "a budget with nothing to allot": Point(
         there=_install({"budget": 5, "policy": (("*", 8),)}),

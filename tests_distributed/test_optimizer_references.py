@@ -48,6 +48,7 @@ from tests_distributed.helpers import (
     make_batch,
     make_model,
     shard,
+    wire_config,
 )
 
 PRELOADED = ["torch._dynamo.backends.common"]
@@ -72,7 +73,7 @@ def _whole(model: nn.Module) -> dict[str, Any]:
 
 def _told(optimizer: Any, model: nn.Module, wire_bits: int | None) -> None:
     if wire_bits is not None:
-        config = qsdp.QSDPConfig(weight_bits=wire_bits, grad_bits=wire_bits, bucket_size=16)
+        config = wire_config(16, weight_bits=wire_bits, grad_bits=wire_bits)
         optimizer.share_support(qsdp.install(model, config).set_support)
 
 

@@ -35,7 +35,14 @@ from tests.test_second_pass import (
     train_with_two,
 )
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import found_by_one, full_state, make_batch, make_model, shard
+from tests_distributed.helpers import (
+    found_by_one,
+    full_state,
+    make_batch,
+    make_model,
+    shard,
+    wire_config,
+)
 from tests_distributed.test_optimizer_references import collected
 
 KINDS = ("fsdp", "fsdp, 8 bits", "ddp", "ddp, views of buckets")
@@ -48,7 +55,7 @@ def _parallel(kind: str, module: Any) -> Any:
     shard(module, nested=False)
     if "bits" in kind:
         num_bits = int(kind.split()[1])
-        config = qsdp.QSDPConfig(weight_bits=num_bits, grad_bits=num_bits, bucket_size=16)
+        config = wire_config(16, weight_bits=num_bits, grad_bits=num_bits)
         qsdp.install(module, config)
     return module
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 import qsdp
 from qsdp.sparsity.shards import local_shard
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import full_state, make_batch, make_model, shard
+from tests_distributed.helpers import full_state, make_batch, make_model, shard, wire_config
 from tests_distributed.trainings import Case, counted
 
 SCHEDULE = qsdp.ACDCSchedule(steps=9, warmup=2, phase=2, last_dense=2, last_sparse=2)
@@ -37,9 +37,7 @@ def test_a_pruned_weight_costs_nothing(run: Run, bits: int, gather: str) -> None
 
 def _trained(method: str, is_told: bool, bits: int, hops: str) -> Any:
     model = shard(make_model(tied=True))
-    config = qsdp.QSDPConfig(
-        weight_bits=bits, grad_bits=bits, bucket_size=16, reduce=hops, ranks_per_node=2
-    )
+    config = wire_config(16, weight_bits=bits, grad_bits=bits, reduce=hops, ranks_per_node=2)
     handle = qsdp.install(model, config)
     base = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     optimizer: Any

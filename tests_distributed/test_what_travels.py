@@ -230,6 +230,8 @@ def _remarks(gather: str) -> list[list[str]]:
     for with_grads in (True, False):
         handle.set_support(cast(Any, masks), with_grads=with_grads)
         found.append([*handle.report().remarks])
+    with pytest.raises(ValueError, match="with_grads is False without masks"):
+        handle.set_support(None, with_grads=False)
     handle.set_support(None)
     found.append([*handle.report().remarks])
     return found

@@ -23,7 +23,15 @@ import qsdp
 from qsdp.comm.gather import GatheringWork
 from qsdp.fsdp import hooks
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import Toy, full_grads, full_state, make_batch, make_model, shard
+from tests_distributed.helpers import (
+    Toy,
+    full_grads,
+    full_state,
+    make_batch,
+    make_model,
+    shard,
+    wire_config,
+)
 
 State = dict[str, Tensor]
 
@@ -260,6 +268,18 @@ def test_ranks_that_do_not_fill_nodes_are_refused(run: Run) -> None:
         assert "do not fill nodes of 2 evenly" in sentence
 
 
+def _nodes_said_twice() -> str:
+    mesh = init_device_mesh("cpu", (1, 2))
+    with pytest.raises(ValueError) as caught:
+        qsdp.install(shard(make_model()), qsdp.QSDPConfig(ranks_per_node=2), node_mesh=mesh)
+    return str(caught.value)
+
+
+def test_nodes_that_are_said_twice_are_refused(run: Run) -> None:
+    for sentence in run(2, _nodes_said_twice):
+        assert "ranks_per_node is 2 and a node_mesh is given" in sentence
+
+
 def _launched(sizes: list[int] | None) -> Any:
     """As if launchers had started this many ranks on the node of each rank."""
     size = {} if sizes is None else {"LOCAL_WORLD_SIZE": str(sizes[dist.get_rank()])}
@@ -377,7 +397,7 @@ def test_at_full_precision_quantized_replicas_train_as_native_ones(run: Run) -> 
 
 def _warmed_up(config: dict[str, Any]) -> Any:
     model = shard(make_model())
-    handle = qsdp.install(model, qsdp.QSDPConfig(bucket_size=16, **config))
+    handle = qsdp.install(model, wire_config(16, **config))
     sent = [0]
     for step in range(3):
         _train(model, steps=1, first=step)

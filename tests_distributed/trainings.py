@@ -17,7 +17,15 @@ import qsdp
 from qsdp.comm.traffic import LINKS
 from qsdp.sparsity.shards import local_shard
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import Toy, full_grads, full_state, make_batch, make_model, shard
+from tests_distributed.helpers import (
+    Toy,
+    full_grads,
+    full_state,
+    make_batch,
+    make_model,
+    shard,
+    wire_config,
+)
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -220,7 +228,7 @@ def simulated(case: Case, seed: int) -> list[Outcome]:
 
 
 def _config(case: Case, seed: int) -> qsdp.QSDPConfig:
-    return qsdp.QSDPConfig(**{"bucket_size": 64, "seed": seed, **case.config})
+    return wire_config(64, **{"seed": seed, **case.config})
 
 
 def _optimizer(case: Case, parameters: Any) -> torch.optim.Optimizer:

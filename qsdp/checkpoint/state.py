@@ -28,7 +28,7 @@ from qsdp.checkpoint.safe import Reader, ReadingPlanner, Refused, WritingPlanner
 from qsdp.checksum import checksum
 from qsdp.compat import checkpoint_names, sharded_parameters
 from qsdp.failures import listed
-from qsdp.meeting import meet, warn
+from qsdp.meeting import meet, mistakes_shared, warn
 from qsdp.meshes import Reach, ranks_of, spread_of
 
 T = TypeVar("T")
@@ -63,9 +63,13 @@ def save(
 
     Returns: the checkpoint's folder.
     Raises: RuntimeError, on every rank, if any could not write, or if ranks differ in what they
-    give; ValueError if ranks have different tensors under one name, or the state holds objects
-    that only code could load.
+    give; ValueError if ranks have different tensors under one name, the state holds objects that
+    only code could load, or `keep` is below 1.
     """
+    assert dist.group.WORLD is not None
+    with mistakes_shared("checkpoint.save", [dist.group.WORLD]):
+        if keep < 1:
+            raise ValueError(f"keep is {keep}; choose 1 or more")
     shards = _spread_shards(model)
     facts = {"step": step, "folder": root, "optimizer": optimizer is not None, "keep": keep}
     if _meet("save", has_news=bool(shards), **facts):

@@ -71,4 +71,4 @@ class Wire:
     @property
     def least_bits(self) -> int:
         """Bits that no value may fall short of in this step."""
-        return self.config.warmup_bits if self.clock.step < self.config.warmup_steps else 0
+        return self.config.least_warmup_bits if self.clock.step < self.config.warmup_steps else 0

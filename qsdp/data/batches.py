@@ -50,6 +50,7 @@ class Batches:
             that takes more tokens than the split has.
         """
         _check_sizes(tokens, batch_size, seq_len, "training")
+        _check_place(rank, world_size)
         if grad_accum < 1:
             raise ValueError(f"grad_accum is {grad_accum}: choose 1 or more.")
         if not 0 <= seed < 1 << 64:
@@ -101,6 +102,7 @@ def eval_batches(
     Raises: ValueError, at the call, for a number out of range or a split without one whole window.
     """
     _check_sizes(tokens, batch_size, seq_len, "validation")
+    _check_place(rank, world_size)
     if num_batches is not None and num_batches < 1:
         raise ValueError(f"num_batches is {num_batches}: choose 1 or more, or None for all.")
     num_windows = (len(tokens) - 1) // seq_len
@@ -131,6 +133,13 @@ def _mix(x: _UInt64s) -> _UInt64s:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def _check_place(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"The rank is {rank} of {world_size}: choose one from 0 to below the number of ranks."
+        )
 
 
 def _check_sizes(tokens: Tokens, batch_size: int, seq_len: int, split: str) -> None:

@@ -56,6 +56,8 @@ def export_compressed(
     Raises: ValueError for a damaged checkpoint, one of another model, a target that a parameter
         cannot have, and an `out` that is in use.
     """
+    if file_bytes < 1:
+        raise ValueError(f"file_bytes is {file_bytes}; choose 1 or more")
     meta = read_meta(checkpoint)
     with torch.device("meta"):
         model = GPT(size)

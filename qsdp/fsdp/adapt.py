@@ -54,7 +54,7 @@ class Adaptation:
 
     def _settle(self, step: int) -> None:
         self._settled = step
-        learns = self._wire.levels is not None and step in self._wire.config.level_steps
+        learns = self._wire.levels is not None and step in self._wire.config.learning_steps
         meter, counts = self._take_meters()
         if meter is not None:
             self._allot(meter)
@@ -73,7 +73,7 @@ class Adaptation:
         if step <= self._settled:
             return ""
         due = ["bits"] if self._meter is not None else []
-        if levels is not None and step in self._wire.config.level_steps:
+        if levels is not None and step in self._wire.config.learning_steps:
             due.append("levels")
         return " and ".join(due)
 
@@ -127,7 +127,7 @@ class Adaptation:
         """Let ``meter`` look at this rank's weights as a gather now would send them."""
         config, step = self._wire.config, self._wire.clock.next_step
         if not self._wire.is_exact:
-            self._look(meter, config.warmup_bits if step < config.warmup_steps else 0)
+            self._look(meter, config.least_warmup_bits if step < config.warmup_steps else 0)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, in JSON's types."""
@@ -235,7 +235,7 @@ class Adaptation:
     def _watch(self, step: int) -> None:
         """Look at the gradients of ``step`` if bits are allotted or levels learned after it."""
         config = self._wire.config
-        if config.levels == "learned" and step + 1 in config.level_steps:
+        if config.levels == "learned" and step + 1 in config.learning_steps:
             self._counts = self._new_counts()
             self._wire.meters.append(self._counts)
         if config.budget is not None and step >= config.warmup_steps and not self._bits:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -57,7 +58,8 @@ def install(
         replicate_mesh: HSDP with a quantized all-reduce: a 1-D mesh over the ranks that hold the
             same shards, of a model that was sharded over a 1-D mesh of its own.
         node_mesh: a 2-D mesh [nodes, ranks of a node] over the shard group's ranks, in place of
-            `ranks_per_node`, also for the counters of bytes.
+            `ranks_per_node`, also for the counters of bytes; where it holds all ranks, not beside
+            it.
 
     Returns:
         A `Handle`: report, traffic counters, state for checkpoints, removal.
@@ -66,9 +68,9 @@ def install(
         ValueError: the model is not sharded by FSDP2, has the wire already, or uses what qsdp does
             not support: CPUOffloadPolicy, per-parameter meshes, tensor parallelism, a mesh without
             a shard axis, float64 in parameters or reduces, parameters with an all-gather of their
-            own; a policy pattern matches no parameter; the budget is less than 2 bits and their
-            metadata take, or has nothing to allot; the shard group does not split into nodes
-            as a two-hop reduce needs; or replicate_mesh is not such a mesh.
+            own; a policy pattern, or `embedding_bits`, sets the bits of no parameter; the budget is
+            less than 2 bits and their metadata take, or has nothing to allot; the shard group does
+            not split into nodes as a two-hop reduce needs; or replicate_mesh is not such a mesh.
         RuntimeError: the ranks do not have the same model, config and meshes.
     """
     groups = compat.parameter_groups(model)
@@ -125,6 +127,7 @@ class Handle:
             aliases = {clean[alias]: clean[name] for alias, name in tied.items()}
             config.check_policy(list(order), aliases)
             embeddings = {clean[name] for name in tables}
+            config.check_embeddings(embeddings)
             self._plans = [
                 make_plan(group, index, names, order, embeddings, config)
                 for index, group in enumerate(groups)
@@ -134,6 +137,15 @@ class Handle:
                 for is_grad in (False, True)
             )
             check_budget(weights, grads, config)
+            if (
+                node_mesh is not None
+                and config.ranks_per_node is not None
+                and node_mesh.size() == dist.get_world_size()
+            ):
+                raise ValueError(
+                    f"ranks_per_node is {config.ranks_per_node} and a node_mesh is given, which "
+                    "holds all ranks and says how they split; leave one of the two out"
+                )
             topology = make_topology(self._plans, launched, config, node_mesh)
             nodes = split_into_nodes(self._plans, topology, config, node_mesh)
         planned = {p.name for plan in self._plans for p in plan.parameters}
@@ -221,16 +233,19 @@ class Handle:
 
         Raises:
             ValueError: if a mask is no bool tensor of its parameter's local shape, or is given for
-                what FSDP2 does not shard.
+                what FSDP2 does not shard; or `with_grads` is False without masks.
             RuntimeError: if ranks give masks for other parameters; or the handle was removed.
         """
         self._check_installed()
+        call = "handle.set_support"
+        with mistakes_shared(call, self._meets):
+            if not masks and not with_grads:
+                raise ValueError("with_grads is False without masks; give masks, or leave it out")
         self._reshard()
         if not masks:
             self._wire.support = 0
             exchange(self._plans, [{}] * len(self._plans), self._wire, with_grads=with_grads)
             return
-        call = "handle.set_support"
         with mistakes_shared(call, self._meets):
             chosen = self._masks_by_place(masks)
             facts = {
@@ -479,10 +494,10 @@ class Handle:
             elif config.reduce == "two-hop":
                 yield f"{hops} would save nothing: reduces and gathers are flat"
         if config.levels == "learned":
-            steps = ", ".join(map(str, config.level_steps))
+            steps = ", ".join(map(str, config.learning_steps))
             yield f"learned levels for 2 to 6 bits, fitted before steps {steps}"
         if config.warmup_steps:
-            least = f"at least {config.warmup_bits} bits"
+            least = f"at least {config.least_warmup_bits} bits"
             yield f"warm-up: {least} in the first {config.warmup_steps} steps"
         if config.budget is not None:
             when = "allotted" if self._adaptation.is_allotted else "to be allotted when measured"

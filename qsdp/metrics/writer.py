@@ -36,9 +36,11 @@ class MetricsWriter:
             needed: names that every line has; one without them counts as torn.
             source: the file whose lines the run goes on from, if it is not `path`.
 
-        Raises: ValueError if TensorBoard is asked for but not installed, OSError if `path` cannot
-            be written.
+        Raises: ValueError if TensorBoard is asked for but not installed or `last_step` is below 0,
+            OSError if `path` cannot be written.
         """
+        if last_step < 0:
+            raise ValueError(f"last_step is {last_step}; choose 0 or more")
         self._path = path
         lines = _whole_lines(path if source is None else source, needed)
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:

@@ -110,6 +110,17 @@ class CrAM(OptimizerWrapper):
             raise ValueError(f"rho is {rho}; choose a number of at least 0")
         if max_norm is not None:
             check_max_norm(max_norm)
+        is_pruned = any(target.fraction for target in self.targets)
+        is_compressed = is_pruned or any(target.bits is not None for target in self.targets)
+        for name, is_given, is_heeded, wanted in (
+            ("normalize", normalize, rho > 0, "a rho above 0"),
+            ("sparse_grad", not sparse_grad, is_pruned, "a target that prunes"),
+            ("prunable", bool(prunable), is_compressed, "a target that prunes or rounds"),
+        ):
+            if is_given and not is_heeded:
+                raise ValueError(
+                    f"{name} is given where nothing would heed it; give {wanted}, or leave it out"
+                )
         super().__init__(model, base_optimizer, prunable, {_STEP: 0})
         self.rho = rho
         self.plus = plus

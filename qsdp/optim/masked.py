@@ -430,7 +430,9 @@ class GMP(MaskedOptimizer):
     def _change(self, steps_done: int) -> None:
         sparsity = self.schedule.sparsity_after(steps_done)
         if sparsity is not None:
-            self._renew_masks(Compression(sparsity=sparsity, scope=self.scope))
+            # A pruning may begin with nothing pruned, for which there is no scope.
+            scope = self.scope if sparsity else "global"
+            self._renew_masks(Compression(sparsity=sparsity, scope=scope))
 
 
 def _do_nothing() -> None:

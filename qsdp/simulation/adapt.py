@@ -44,7 +44,7 @@ class Levels:
     def watch(self, step: int, bits: Bits) -> None:
         """Count from now on if levels are learned after ``step``."""
         self._counts = {}
-        if self._config.levels == "uniform" or step + 1 not in self._config.level_steps:
+        if self._config.levels == "uniform" or step + 1 not in self._config.learning_steps:
             return
         local = self._config.local_grad_bits or 8
         self._counts = {

@@ -57,7 +57,8 @@ def simulate(
             `model.parameters()`; returns an optimizer.
         groups: What `fully_shard` is called on, but for the root, which always is: modules, their
             names, or lists of these for one call on several modules. Groups number random keys.
-        ranks_per_node: Consecutive ranks on one node; None takes `config.ranks_per_node`, or 1.
+        ranks_per_node: Consecutive ranks on one node, where `config.ranks_per_node` does not say
+            it; None is 1.
         replicas: Ranks of the replicate axis (HSDP), of which each has a shard group.
         quantized_replicas: The replicas' all-reduce is that of `install(..., replicate_mesh=...)`.
         param_dtype: Of `MixedPrecisionPolicy`: what gathered parameters are cast to.
@@ -77,6 +78,11 @@ def simulate(
         raise ValueError(f"config is a {type(config).__name__}; give a qsdp.QSDPConfig")
     if ranks_per_node is None:
         ranks_per_node = config.ranks_per_node or 1
+    elif config.ranks_per_node not in (None, ranks_per_node):
+        raise ValueError(
+            f"ranks_per_node is {ranks_per_node}, and that of the config is "
+            f"{config.ranks_per_node}; leave one of the two out"
+        )
     world = World(
         world_size=world_size,
         ranks_per_node=ranks_per_node,
@@ -258,6 +264,8 @@ class Simulation:
 
         Raises ValueError for a mask that is no bool tensor of a parameter's shape.
         """
+        if not masks and not with_grads:
+            raise ValueError("with_grads is False without masks; give masks, or leave it out")
         for name, mask in (masks or {}).items():
             if name not in self._shapes:
                 raise ValueError(

@@ -66,6 +66,7 @@ class Wire:
         self._shard_dims = shard_dims
         self._codecs: dict[tuple[Segment, int, bool], Codec] = {}
         embeddings, named = {clean[name] for name in tables}, compat.named_parameters(model)
+        config.check_embeddings(embeddings)
         self._bits: Bits = {
             name: _bits(name, parameter, config, name in embeddings)
             for name, parameter in named.items()
@@ -95,7 +96,7 @@ class Wire:
                     sent, is_frozen = self._sent(name, shard, own), self.is_sent_once(shard)
                     self._measure(name, sent, rank, is_grad=False, is_frozen=is_frozen)
             self._bits = self._budget.allot(self._bits)
-        if step in config.level_steps:
+        if step in config.learning_steps:
             for rank, parameters in list(enumerate(shards)) * world.replicas:
                 for name, shard in parameters.items():
                     if not self.is_sent_once(shard):  # on the uniform grid
@@ -277,7 +278,7 @@ class Wire:
 
     def _warm(self, bits: int, step: int | None) -> int:
         is_warm_up = step is not None and step < self.config.warmup_steps
-        return max(bits, self.config.warmup_bits) if is_warm_up else bits
+        return max(bits, self.config.least_warmup_bits) if is_warm_up else bits
 
 
 class Reduction:

@@ -25,11 +25,10 @@ class ACDCSchedule:
         for name, least in (("warmup", 0), ("phase", 1), ("last_dense", 0), ("last_sparse", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; choose {least} steps or more")
-        used = self.warmup + self.last_dense + self.last_sparse
-        if used > self.steps:
+        if self._between < 0:
             raise ValueError(
-                f"warmup, last_dense and last_sparse take {used} of {self.steps} steps; make them "
-                "shorter or the run longer"
+                f"warmup, last_dense and last_sparse take {self.steps - self._between} of "
+                f"{self.steps} steps; make them shorter or the run longer"
             )
 
     @classmethod
@@ -41,14 +40,23 @@ class ACDCSchedule:
         last_dense: int | None = None,
         last_sparse: int | None = None,
     ) -> ACDCSchedule:
-        """What is None takes its share of ``steps``: 10, 5, 10 and 15 %."""
-        return cls(
+        """What is None takes its share of ``steps``: 10, 5, 10 and 15 %.
+
+        Raises ValueError for a ``phase`` where there is no step for one.
+        """
+        schedule = cls(
             steps=steps,
             warmup=round(steps * 0.1) if warmup is None else warmup,
             phase=max(1, round(steps * 0.05)) if phase is None else phase,
             last_dense=round(steps * 0.1) if last_dense is None else last_dense,
             last_sparse=max(1, round(steps * 0.15)) if last_sparse is None else last_sparse,
         )
+        if phase is not None and not schedule._between:
+            raise ValueError(
+                f"phase is {phase}, but warmup, last_dense and last_sparse take all of {steps} "
+                "steps; make one of them shorter, or leave it out"
+            )
+        return schedule
 
     def is_compressed(self, step: int) -> bool:
         """Whether optimizer step number ``step``, the first being 0, is taken compressed."""
@@ -59,6 +67,11 @@ class ACDCSchedule:
         if step >= self.steps - self.last_sparse - self.last_dense:
             return False
         return (step - self.warmup) // self.phase % 2 == 0
+
+    @property
+    def _between(self) -> int:
+        """Steps between the warm-up and the last dense phase."""
+        return self.steps - self.warmup - self.last_dense - self.last_sparse
 
     def last_dense_steps(self) -> range:
         """Numbers of the steps of the dense phase that no other dense phase follows."""
@@ -109,9 +122,12 @@ class GMPSchedule:
         end: int | None = None,
     ) -> GMPSchedule:
         """What is None takes its share of ``steps``: from 10 % to 75 %, every 5 %. ``initial`` is
-        then 0.5, or ``sparsity`` if that is less."""
+        then 0.5, or ``sparsity`` if that is less.
+
+        Raises ValueError for ``initial`` or ``every`` where there is one pruning only.
+        """
         start = max(1, round(steps * 0.1)) if start is None else start
-        return cls(
+        schedule = cls(
             steps=steps,
             sparsity=sparsity,
             initial=min(0.5, sparsity) if initial is None else initial,
@@ -119,6 +135,16 @@ class GMPSchedule:
             every=max(1, round(steps * 0.05)) if every is None else every,
             end=max(start, round(steps * 0.75)) if end is None else end,
         )
+        for name, value, is_heeded in (
+            ("initial", initial, schedule._last > 0),
+            ("every", every, schedule.end > start),
+        ):
+            if value is not None and not is_heeded:
+                raise ValueError(
+                    f"{name} is {value}, but the pruning of step {start} is the last one; choose a "
+                    "later end or more prunings, or leave it out"
+                )
+        return schedule
 
     def sparsity_after(self, steps_done: int) -> float | None:
         """What is pruned when ``steps_done`` steps are done; None where nothing changes then."""

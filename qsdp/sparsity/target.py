@@ -51,6 +51,12 @@ class Compression:
                 )
         if not 1 <= self.block <= 64:
             raise ValueError(f"block is {self.block}; choose 1 to 64 weights")
+        for name, default in (("scope", "global"), ("block", 1)):
+            if getattr(self, name) != default and not self.fraction:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but sparsity is 0 and nothing is pruned; "
+                    "choose a sparsity above 0, or leave it out"
+                )
         if self.bits is not None and not 2 <= self.bits <= 8:
             raise ValueError(f"bits is {self.bits}; choose 2 to 8")
 

@@ -16,10 +16,17 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from qsdp.train.config import RECIPES, TrainConfig
 from qsdp.train.errors import UserError, is_lost, leave, leave_lost, sentence
+from qsdp.train.method_flags import INSTEAD
+from qsdp.train.wire_flags import BITS_OF_ONE_DIRECTION
 
 T = TypeVar("T")
 
-_BITS_OF_ONE_DIRECTION = ("qsdp_weight_bits", "qsdp_grad_bits")
+# By flag, what it replaces of --config: settings that it would leave without effect, or that would
+# leave it without.
+_REPLACED = {
+    "qsdp_bits": BITS_OF_ONE_DIRECTION,
+    **{name: (other,) for pair in INSTEAD.items() for name, other in (pair, pair[::-1])},
+}
 _INTERRUPTED = 130  # as a shell reports SIGINT
 _FILE_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
@@ -104,17 +111,15 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", nargs="?")
     first.add_argument("--config", nargs="?")
-    first.add_argument("--qsdp-bits", "--qsdp_bits", nargs="?")
     numbers = {name: hint for name, hint in get_type_hints(TrainConfig).items() if hint in _NUMBERS}
-    for name in numbers.keys() - {"qsdp_bits"}:
+    for name in numbers:
         first.add_argument("--" + name.replace("_", "-"), f"--{name}", dest=name, nargs="?")
     known, _ = first.parse_known_args(argv)
     for name, hint in numbers.items():
         _check_number(name, getattr(known, name), hint)
     from_file = {} if known.config is None else read_config_file(Path(known.config))
-    if known.qsdp_bits is not None:
-        # The flag is for both directions, so it wins over what the file says of either.
-        from_file = {k: v for k, v in from_file.items() if k not in _BITS_OF_ONE_DIRECTION}
+    given = _given(argv)
+    _drop_replaced(from_file, given)
     model = known.model or from_file.get("model", TrainConfig.model)
     # An unknown model has no recipe; the check comes below, with all other checks.
     defaults = CommandLine(**{"model": model} | RECIPES.get(model, {}) | from_file)
@@ -122,7 +127,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     values = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig)}
     try:
         config = TrainConfig(**values)
-        config.check_heeded(_given(argv))
+        config.check_heeded(given)
     except ValueError as error:
         raise UserError(str(error)) from None
     try:
@@ -137,6 +142,16 @@ def _given(argv: Sequence[str] | None) -> list[str]:
     texts = sys.argv[1:] if argv is None else argv
     names = (text[2:].partition("=")[0].replace("-", "_") for text in texts if text[:2] == "--")
     return [name.removeprefix("no_") for name in names]
+
+
+def _drop_replaced(from_file: dict[str, Any], given: Sequence[str]) -> None:
+    """Take out of a file's settings those that flags ``given`` stand in place of."""
+    both = {*BITS_OF_ONE_DIRECTION}
+    if both & {*given} and both <= {*given, *from_file}:
+        from_file.pop("qsdp_bits", None)
+    for name in given:
+        for other in _REPLACED.get(name, ()):
+            from_file.pop(other, None)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

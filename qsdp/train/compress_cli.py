@@ -75,8 +75,12 @@ class CompressFlags:
                 raise ValueError(f"--pattern is {self.pattern!r}; give N:M, such as 2:4")
             pattern = int(match[1]), int(match[2])
         for name in ("scope", "block"):
-            if getattr(self, name) is not None and self.sparsity is None:
-                raise ValueError(f"--{name} is given without --sparsity; give both or neither")
+            if getattr(self, name) is not None and not self.sparsity:
+                raise ValueError(
+                    f"--{name} is given without --sparsity above 0; give both or neither"
+                )
+        if self.sparsity is not None and self.pattern is not None:
+            raise ValueError("--pattern goes with no --sparsity; give one or the other")
         try:
             return Compression(
                 sparsity=self.sparsity or 0.0,

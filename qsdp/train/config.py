@@ -87,7 +87,8 @@ class RunFlags:
     """Learning rate after the warm-up."""
 
     min_lr: float | None = None
-    """Learning rate at the end of the cosine. Unset: a tenth of --lr."""
+    """Learning rate at the end of the cosine, which begins after --warmup-steps. Unset: a tenth of
+    --lr."""
 
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly; may exceed --steps."""
@@ -211,6 +212,16 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
             _ = self.one_shot_targets
         except ValueError as error:
             raise ValueError(f"--one-shot: {error}.") from None
+        if self.prunable is not None and not self.prunes and not self.one_shot_targets:
+            raise ValueError(
+                f"--prunable is {self.prunable!r}, but no method is to prune, and --one-shot is "
+                "none, so that nothing would heed it; add one, or leave it out."
+            )
+        if self.min_lr is not None and self.warmup_steps >= self.steps - 1:
+            raise ValueError(
+                f"--min-lr is {self.min_lr:g}, but of {self.steps} steps none follows the warm-up "
+                f"of {self.warmup_steps}; shorten --warmup-steps, or leave it out."
+            )
         self.check_wire_steps(self.passes * self.steps)  # raises for what it cannot be too
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:

@@ -11,6 +11,8 @@ from qsdp.train.wire_flags import flag
 
 METHODS = {"cram": "CrAM", "acdc": "AC/DC", "gmp": "GMP", "sam": "SAM"}
 """By flag; none of them is plain AdamW."""
+INSTEAD = {"cram_sparsity": "cram_targets", "acdc_sparsity": "acdc_target"}
+"""Flags that nothing heeds beside another, which says the same in place of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +34,14 @@ class MethodFlags:
     """Length of CrAM's ascent step, in gradients."""
 
     cram_normalize: bool = False
-    """Ascend by --cram-rho along the gradient's direction, whatever its norm, as SAM does."""
+    """Ascend by --cram-rho, above 0, along the gradient's direction, whatever its norm, as SAM
+    does."""
 
     cram_plus: bool = True
     """Add the dense gradient to the compressed model's; --no-cram-plus is CrAM without it."""
 
     cram_sparse_grad: bool = True
-    """Mask the compressed model's gradient as its weights are."""
+    """Mask the compressed model's gradient as its weights are, where targets prune."""
 
     acdc: bool = False
     """Train with AC/DC: compressed and dense phases alternate, and the model ends sparse; its dense
@@ -54,7 +57,8 @@ class MethodFlags:
     """Dense steps before the first compressed phase. Unset: 10 % of --steps."""
 
     acdc_phase: int | None = None
-    """Steps a phase. Unset: 5 % of --steps."""
+    """Steps a phase, where there are phases between the warm-up and the last two. Unset: 5 % of
+    --steps."""
 
     acdc_last_dense: int | None = None
     """Steps of the last dense phase. Unset: 10 % of --steps."""
@@ -70,8 +74,8 @@ class MethodFlags:
     """Fraction of the prunable weights pruned in the end."""
 
     gmp_initial: float | None = None
-    """Fraction pruned at first, at most --gmp-sparsity. Unset: 0.5, or --gmp-sparsity if that is
-    less."""
+    """Fraction pruned at first, at most --gmp-sparsity, where there are several prunings. Unset:
+    0.5, or --gmp-sparsity if that is less."""
 
     gmp_start: int | None = None
     """Steps before the first pruning. Unset: 10 % of --steps."""
@@ -89,8 +93,8 @@ class MethodFlags:
     """Length of SAM's ascent step, whatever the gradient's norm."""
 
     prunable: str | None = None
-    """Shell-style patterns of the parameters that may be pruned, with commas between. Unset: the
-    weights of linear layers inside the blocks."""
+    """Shell-style patterns of the parameters that may be pruned, with commas between, for a method
+    that prunes or --one-shot. Unset: the weights of linear layers inside the blocks."""
 
     @property
     def method(self) -> str:
@@ -164,7 +168,6 @@ class MethodFlags:
         if len(chosen) > 1:
             raise ValueError(f"--{chosen[0]} and --{chosen[1]} are both given; choose one method.")
         given = [f.name for f in fields(MethodFlags) if getattr(self, f.name) != f.default]
-        self.check_heeded(given)
         for name in given:
             if getattr(self, name) in ("", ()):
                 raise ValueError(f"{flag(name)} is empty; give a value, or leave it out.")
@@ -177,6 +180,7 @@ class MethodFlags:
                 make()
             except ValueError as error:
                 raise ValueError(f"{name}: {error}.") from None
+        self.check_heeded(given)
         if self.acdc and self.acdc_compression.bits is not None:
             raise ValueError(
                 f"--acdc-target is {self.acdc_target!r}; AC/DC prunes: leave bits out."
@@ -184,15 +188,38 @@ class MethodFlags:
         if self.acdc and self.acdc_schedule(steps).is_compressed(0):
             raise ValueError("--acdc-warmup is 0; AC/DC begins dense: choose 1 step or more.")
 
+    @property
+    def prunes(self) -> bool:
+        """Whether the method compresses weights."""
+        return self.cram or self.acdc or self.gmp
+
     def check_heeded(self, given: Iterable[str]) -> None:
-        """Raise ValueError if of the fields ``given`` one belongs to a method that is not chosen:
-        also where it is given as it is by default."""
+        """Raise ValueError if of the fields ``given`` one belongs to a method that is not chosen,
+        or has no effect beside others: also where it is given as it is by default."""
         for name in given:
-            method = name.partition("_")[0]
-            if name == method or method not in METHODS or getattr(self, method):
-                continue
-            no = "no-" if getattr(self, name) is False else ""
-            raise ValueError(
-                f"--{no}{flag(name)[2:]} is given without --{method}, so that nothing would heed "
-                "it; add that, or leave it out."
-            )
+            method, other = name.partition("_")[0], INSTEAD.get(name)
+            if name != method and method in METHODS and not getattr(self, method):
+                raise ValueError(
+                    f"{self._given(name)} is given without --{method}, so that nothing would heed "
+                    "it; add that, or leave it out."
+                )
+            if other is not None and getattr(self, other) is not None:
+                raise ValueError(
+                    f"{flag(name)} is given beside {flag(other)}, which stands in place of it; "
+                    "leave one of the two out."
+                )
+            if name == "cram_sparse_grad" and not any(t.fraction for t in self.targets):
+                raise ValueError(
+                    f"{self._given(name)} is for targets that prune, but "
+                    f"{' and '.join(map(str, self.targets))} masks nothing; give another target, "
+                    "or leave it out."
+                )
+            if name == "cram_normalize" and not self.cram_rho:
+                raise ValueError(
+                    f"{self._given(name)} is for an ascent step, but --cram-rho is 0; give a "
+                    "larger one, or leave it out."
+                )
+
+    def _given(self, name: str) -> str:
+        """The flag that gave a field its value."""
+        return f"--{'no-' if getattr(self, name) is False else ''}{flag(name)[2:]}"

@@ -16,6 +16,11 @@ from qsdp.train.cli import typed_settings
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError
 
+_USED = (
+    *("model", "data", "tokenizer", "seq_len", "batch_size", "eval_batches"),
+    *("seed", "precision", "prunable"),
+)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -26,7 +31,7 @@ class Source:
     """What an export was compressed to; None for a checkpoint."""
     step: int
     config: TrainConfig
-    """Of the run that trained it."""
+    """Of the run that trained it, what concerns its data and its prunable set."""
     world_size: int
     """Ranks of that run."""
     size: GPTConfig
@@ -78,9 +83,10 @@ def open_source(path: Path) -> Source:
 
 
 def _settings(path: Path, config: Any) -> TrainConfig:
-    """The settings that `TrainConfig.as_dict` gave: JSON has lists for tuples."""
-    given = {name: value for name, value in config.items() if value is not None}
-    return TrainConfig(**dict.fromkeys(config) | typed_settings(path, given))
+    """What a model's data and size are read from of the settings that `TrainConfig.as_dict` gave:
+    the others may be such as no new run could have."""
+    given = {name: config[name] for name in _USED if config.get(name) is not None}
+    return TrainConfig(**typed_settings(path, given))
 
 
 def _check_tokenizer(path: Path, stated: Any) -> None:

@@ -72,12 +72,9 @@ def evaluate(flags: EvaluateFlags) -> None:
 
 
 def _config(flags: EvaluateFlags, source: Source) -> TrainConfig:
-    """The run's settings, with what the flags change, on stock FSDP2."""
-    given = [name for name in source.config.as_dict() if name.startswith("qsdp_")]
-    stock: dict[str, Any] = dict.fromkeys(given) | {"qsdp_errors": False, "replicas": 1}
+    """What is known of the run's settings, with what the flags change, on stock FSDP2."""
     return replace(
         source.config,
-        **stock,
         data=source.config.data if flags.data is None else flags.data,
         prunable=source.config.prunable if flags.prunable is None else flags.prunable,
         out=None if flags.out is None else str(flags.out),

@@ -9,7 +9,8 @@ from typing import Any
 
 from qsdp.config import QSDPConfig, check_bits
 
-_BITS = ("qsdp_bits", "qsdp_weight_bits", "qsdp_grad_bits")
+BITS_OF_ONE_DIRECTION = ("qsdp_weight_bits", "qsdp_grad_bits")
+_BITS = ("qsdp_bits", *BITS_OF_ONE_DIRECTION)
 Policy = tuple[tuple[str, int | tuple[int, int]], ...]
 
 
@@ -20,7 +21,7 @@ class WireFlags:
     qsdp_bits: int | None = None
     """Bits a value on the wire for weights and gradients, 2 to 8; 16 (bf16) and 32 (fp32) are
     baselines through the same collectives. Unset: stock FSDP2. As a flag it also replaces what
-    --config says of weights or gradients alone."""
+    --config says of weights or gradients alone; beside flags for both of these it is refused."""
 
     qsdp_weight_bits: int | None = None
     """Bits a weight in the all-gather, in place of --qsdp-bits; 32 if only the gradients' are
@@ -100,6 +101,18 @@ class WireFlags:
         fallback = both if both is not None else 32 if is_given else 8
         settings = {name.removeprefix("qsdp_"): value for name, value in self._details().items()}
         settings.pop("errors", None)
+        if None not in (both, weights, grads):
+            raise ValueError(
+                f"--qsdp-bits is {both} beside --qsdp-weight-bits {weights} and --qsdp-grad-bits "
+                f"{grads}, which leave it nothing to set; leave it out."
+            )
+        if not is_given and self.qsdp_budget is None:
+            for name in self._details():
+                raise ValueError(
+                    f"{flag(name)} is given without --qsdp-bits, and stock FSDP2 would not heed "
+                    "it; add bits (of weights, gradients or both) or a budget, or leave it out."
+                )
+            return None
         if self.qsdp_policy is not None:
             settings["policy"] = parse_policy(self.qsdp_policy)
         try:
@@ -110,12 +123,13 @@ class WireFlags:
                 **settings,
             )
         except ValueError as error:
-            # Each message begins with the name of the field.
-            name, _, rest = str(error).partition(" ")
-            raise ValueError(f"{flag('qsdp_' + name)} {rest}") from None
-        self._refuse_what_has_no_effect(is_given or self.qsdp_budget is not None)
-        self._refuse_what_no_value_heeds(config)
-        return config if is_given or self.qsdp_budget is not None else None
+            raise ValueError(_with_flags(str(error))) from None
+        if self.qsdp_errors and not config.has_codes:
+            raise ValueError(
+                "--qsdp-errors is for values of 8 bits or fewer, but there are none; choose other "
+                "bits, or leave it out."
+            )
+        return config
 
     def folder_parts(self, seed: int) -> list[str]:
         """What sets a run with this wire apart, as parts of the name of its folder."""
@@ -142,49 +156,6 @@ class WireFlags:
             if value is not None and value is not False and name not in _BITS
         }
 
-    def _refuse_what_has_no_effect(self, is_quantized: bool) -> None:
-        if not is_quantized:
-            for name in self._details():
-                raise ValueError(
-                    f"{flag(name)} is given without --qsdp-bits, and stock FSDP2 would not heed "
-                    "it; add bits (of weights, gradients or both) or a budget, or leave it out."
-                )
-        for name, other, value, is_heeded in (
-            ("qsdp_level_steps", "qsdp_levels", "learned", self.qsdp_levels == "learned"),
-            ("qsdp_warmup_bits", "qsdp_warmup_steps", "N", self.qsdp_warmup_steps is not None),
-            ("qsdp_local_grad_bits", "qsdp_reduce", "two-hop", self.qsdp_reduce != "flat"),
-        ):
-            if getattr(self, name) is not None and not is_heeded:
-                raise ValueError(
-                    f"{flag(name)} is given without {flag(other)} {value}, so that nothing would "
-                    "heed it; add that, or leave it out."
-                )
-
-    def _refuse_what_no_value_heeds(self, config: QSDPConfig) -> None:
-        """Raise ValueError for a flag that the bits of all values rule out."""
-        if config.budget is not None:
-            return
-        by_policy = [bits for _, each in config.policy for bits in _pair(each)]
-        local = config.local_grad_bits if config.grad_bits <= 8 else None
-        chosen = [config.weight_bits, config.grad_bits, *by_policy]
-        chosen += [bits for bits in (config.embedding_bits, local) if bits is not None]
-        least = min(chosen)
-        for name, allowed, is_heeded in (
-            ("qsdp_bucket_size", "8 bits or fewer", least <= 8),
-            ("qsdp_rounding", "8 bits or fewer", least <= 8),
-            ("qsdp_levels", "2 to 6 bits", self.qsdp_levels == "uniform" or least <= 6),
-            (
-                "qsdp_warmup_steps",
-                f"fewer than {config.warmup_bits} bits",
-                least < config.warmup_bits,
-            ),
-        ):
-            if getattr(self, name) is not None and not is_heeded:
-                raise ValueError(
-                    f"{flag(name)} is for values of {allowed}, but none has fewer than {least}; "
-                    "give fewer bits, or leave it out."
-                )
-
     def check_wire_steps(self, num_passes: int) -> None:
         """Raise ValueError for what would be due after the last of ``num_passes``."""
         wire = self.wire_config(0)
@@ -195,15 +166,21 @@ class WireFlags:
                 f"--qsdp-budget is allotted after a warm-up of {wire.warmup_steps} steps, but the "
                 f"run takes {num_passes}; shorten --qsdp-warmup-steps, or leave the budget out."
             )
-        if self.qsdp_level_steps is not None and min(wire.level_steps) >= num_passes:
+        if self.qsdp_level_steps is not None and min(wire.learning_steps) >= num_passes:
             raise ValueError(
-                f"--qsdp-level-steps begins with {min(wire.level_steps)}, but the run takes "
+                f"--qsdp-level-steps begins with {min(wire.learning_steps)}, but the run takes "
                 f"{num_passes}; give earlier ones, or leave it out."
             )
 
 
-def _pair(bits: int | tuple[int, int]) -> tuple[int, int]:
-    return (bits, bits) if isinstance(bits, int) else bits
+def _with_flags(message: str) -> str:
+    """A message of `QSDPConfig`, which begins with a field's name, for the command line."""
+    name, _, rest = message.partition(" ")
+    names = "|".join(each.name for each in fields(QSDPConfig))
+    rest = re.sub(
+        rf"\b({names})='?([\w-]+)'?", lambda found: f"{flag('qsdp_' + found[1])} {found[2]}", rest
+    )
+    return f"{flag('qsdp_' + name)} {rest}."
 
 
 def parse_policy(text: str) -> Policy:
