@@ -17,7 +17,7 @@ from qsdp.data import TokenRange, TokenShards
 from qsdp.models import GPTConfig
 from qsdp.train import cli, compress_cli, evaluate_cli, targets
 from qsdp.train.config import TrainConfig
-from qsdp.train.source import Source
+from qsdp.train.source import Source, _settings
 from tests.bad_inputs import TEXT, BadInput
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -55,8 +55,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_patterns_are_for_what_is_evaluated_whatever_the_run_compressed(tmp_path: Path) -> None:
-    run = TrainConfig(one_shot=("none",), qsdp_bits=8)
-    source = Source(tmp_path, None, 2, run, 1, GPTConfig.from_preset("tiny", vocab_size=9))
+    run = TrainConfig(one_shot=("none",), qsdp_bits=8, batch_size=7).as_dict()
+    # As an older version took it: no run could have both now.
+    run |= {"cram": True, "cram_sparsity": [0.5], "cram_targets": ["2:4"]}
+    settings = _settings(tmp_path, run)
+    assert settings.batch_size == 7
+    source = Source(tmp_path, None, 2, settings, 1, GPTConfig.from_preset("tiny", vocab_size=9))
     flags = evaluate_cli.parse([str(tmp_path), "--prunable", "a.*,b.*", "--targets", "none"])
     assert targets._config(flags, source).patterns == ["a.*", "b.*"]
     flags = evaluate_cli.parse([str(tmp_path)])
