@@ -26,6 +26,7 @@ from qsdp.checkpoint.folders import META, clear_killed, publish, verify, writing
 from qsdp.checkpoint.folders import checksum as file_checksum
 from qsdp.checksum import checksum
 from qsdp.compat import checkpoint_names, sharded_parameters
+from qsdp.files import sync
 from qsdp.meeting import meet, warn
 from qsdp.meshes import Reach, ranks_of, spread_of
 
@@ -45,8 +46,8 @@ def save(
     """Write the checkpoint of `step` into `root`; a crash at any instant leaves it whole or absent.
 
     1. rank 0 makes a temporary folder;
-    2. all ranks write their shards into it, exact fp32, and sync them to disk;
-    3. every rank takes the checksums of the files that it wrote;
+    2. all ranks write their shards into it, exact fp32;
+    3. every rank syncs the files that it wrote to disk, and takes their checksums;
     4. rank 0 adds `files` and meta.json with the checksums, syncs, renames the folder, and removes
        old checkpoints.
 
@@ -200,12 +201,18 @@ def _renamed(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """The checksum of every file of DCP in `folder`, on all ranks; each rank reads its own."""
+    """The checksum of every file of DCP in `folder`, on all ranks; each rank reads its own.
+
+    They are on disk then: DCP syncs a file before Python has written the last of its buffer.
+    """
     rank = dist.get_rank()
-    own, failure = {}, None
+    own: dict[str, str] = {}
+    failure = None
     try:
         files = [*folder.glob(f"__{rank}_*.distcp"), *([folder / ".metadata"] if not rank else [])]
-        own = {file.name: file_checksum(file) for file in files}
+        for file in files:
+            sync(file)
+            own[file.name] = file_checksum(file)
     except OSError as error:
         failure = str(error)
     parts: list[tuple[dict[str, str], str | None]] = [({}, None)] * dist.get_world_size()
