@@ -14,7 +14,6 @@ import errno
 import io
 import json
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -41,13 +40,17 @@ def tree(folder: Path) -> Tree:
 
 def put_back(folder: Path, content: Tree) -> None:
     """Make `folder` hold `content` and nothing else."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
+        name = str(path.relative_to(folder))
+        if name not in content or path.is_dir() != (content[name] is None):
+            path.rmdir() if path.is_dir() else path.unlink()
     for name, data in content.items():
+        path = folder / name
         if data is None:
-            (folder / name).mkdir()
-        else:
-            (folder / name).write_bytes(data)
+            path.mkdir(exist_ok=True)
+        elif not path.exists() or path.read_bytes() != data:
+            path.write_bytes(data)
 
 
 def debris(folder: Path) -> list[str]:
@@ -73,7 +76,7 @@ def states(folder: Path, work: Callable[[], object]) -> list[State]:
     def keep(operation: str, name: str) -> None:
         nonlocal count
         count += 1
-        for how, content in (("killed", tree(folder)), ("power cut", disk.durable_tree())):
+        for how, content in (("killed", disk.tree()), ("power cut", disk.durable_tree())):
             found.setdefault(
                 hash(frozenset(content.items())), State("", content)
             ).when = f"{how} before operation {count}: {operation} {name}"
@@ -140,6 +143,7 @@ class _Disk:
         self._tell = before
         self._patch = pytest.MonkeyPatch()
         self._durable: dict[int, int] = {}
+        self._read: dict[tuple[int, int, int, int], bytes] = {}
         self.moved: list[str] = []
         """Renames that are not on disk yet."""
 
@@ -161,13 +165,28 @@ class _Disk:
     def __exit__(self, *_: object) -> None:
         self._patch.undo()
 
+    def tree(self) -> Tree:
+        """As `tree`; what nobody has written to since the last time is not read again."""
+        content: Tree = {}
+        for path in sorted(self._folder.rglob("*")):
+            status = path.stat()
+            data = None
+            if not stat.S_ISDIR(status.st_mode):
+                key = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+                if key not in self._read:
+                    self._read[key] = path.read_bytes()
+                data = self._read[key]
+            content[str(path.relative_to(self._folder))] = data
+        return content
+
     def durable_tree(self) -> Tree:
         """What is in the folder after a power cut: of what was not put on disk, half."""
-        content = tree(self._folder)
+        content = self.tree()
         for name, data in content.items():
             if data is not None:
                 safe = self._durable.get((self._folder / name).stat().st_ino, 0)
-                content[name] = data[: safe + max(0, len(data) - safe) // 2]
+                if safe < len(data):
+                    content[name] = data[: safe + (len(data) - safe) // 2]
         return content
 
     def _name(self, path: Any) -> str | None:
