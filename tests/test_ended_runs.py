@@ -215,3 +215,20 @@ def test_a_run_that_finds_no_room_leaves_the_old_one_where_it_was(
         replaced.check()
         if replaced.is_old_whole():
             assert [n for n in tree(replaced.out) if n.startswith("checkpoints")] == places
+
+
+def test_a_summary_of_another_run_does_not_end_this_one(replaced: Replaced) -> None:
+    command = [*replaced.command, "--save-every", "0"]
+
+    def is_mixed(state: State) -> bool:
+        names = [f"checkpoints/{name}step-{STEPS:08d}" for name in ("superseded-", "")]
+        return "summary.json" in state.content and all(name in state.content for name in names)
+
+    mixed = [state for state in states(replaced.out, lambda: cli.main(command)) if is_mixed(state)]
+    assert mixed
+    put_back(replaced.out, mixed[0].content)
+    cli.main([*flags(replaced.out, "new"), "--save-every", "0"])
+    told = summary(replaced.out)
+    assert told is not None
+    assert told["config"]["lr"] == RATES["new"]
+    assert told["val_loss"] == replaced.new_summary["val_loss"]
