@@ -186,7 +186,7 @@ def remove(path: Path) -> None:
 def outdated(root: Path, step: int) -> list[Path]:
     """The checkpoints of steps after `step`, and those that `set_aside` renamed."""
     later = [path for number, path in steps(root).items() if number > step]
-    return later + sorted(root.glob(f"{_ASIDE}*"))
+    return later + aside(root)
 
 
 def set_aside(root: Path, step: int) -> None:
@@ -197,12 +197,25 @@ def set_aside(root: Path, step: int) -> None:
             _renamed(path, f"{_ASIDE}{path.name}")
 
 
+def aside(root: Path) -> list[Path]:
+    """What `set_aside` renamed, oldest first."""
+    return sorted(root.glob(f"{_ASIDE}*"))
+
+
+def restore_aside(root: Path) -> None:
+    """Undo `set_aside`."""
+    for path in aside(root):
+        final = path.with_name(path.name.removeprefix(_ASIDE))
+        if not final.exists():
+            path.rename(final)
+
+
 def remove_aside(root: Path) -> list[str]:
     """Delete what `set_aside` renamed. Returns the names that these checkpoints had."""
-    aside = sorted(root.glob(f"{_ASIDE}*"))
-    for path in aside:
+    found = aside(root)
+    for path in found:
         remove(path)
-    return [path.name.removeprefix(_ASIDE) for path in aside]
+    return [path.name.removeprefix(_ASIDE) for path in found]
 
 
 def _renamed(path: Path, name: str) -> Path:

@@ -16,6 +16,20 @@ DENSE_TWIN = "dense-twin"
 METRICS = "metrics.jsonl"
 
 
+def restore(out: Path) -> None:
+    """Give back their names to the checkpoints that a history has set aside which then came to no
+    checkpoint of its own."""
+    for folder in (CHECKPOINTS, DENSE_TWIN):
+        root = out / folder
+        set_aside, newest = checkpoint.aside(root), checkpoint.latest(root)
+        if set_aside and (newest is None or _history(newest) == _history(set_aside[-1])):
+            checkpoint.restore_aside(root)
+
+
+def _history(path: Path) -> object:
+    return checkpoint.read_meta(path).get("history")
+
+
 @dataclass
 class Results:
     """What is done in OUT when. All ranks have the same; one calls the methods that write.
@@ -78,7 +92,8 @@ class Results:
 
     def remove_aside(self, folder: str) -> list[str]:
         """That checkpoint is there: delete what it replaces. Returns what that was."""
-        return [f"{folder}/{name}" for name in checkpoint.remove_aside(self.out / folder)]
+        removed = self._remove_summary() if folder == CHECKPOINTS else []
+        return removed + [f"{folder}/{name}" for name in checkpoint.remove_aside(self.out / folder)]
 
     def settle(self) -> list[str]:
         """The first checkpoint is there: delete what is left of earlier histories."""
@@ -86,10 +101,15 @@ class Results:
         for folder in self.outdated:
             self.set_aside(folder)
             removed += self.remove_aside(folder)
-        summary = self.out / "summary.json"
-        if summary.exists():
-            summary.unlink()
-            removed.append(summary.name)
+        removed += self._remove_summary()
         if self.replaces:
             write_text(self.out / "config.toml", self.config)
         return removed
+
+    def _remove_summary(self) -> list[str]:
+        """Delete the summary of an earlier state, which nobody is to find without its run."""
+        summary = self.out / "summary.json"
+        if not summary.exists():
+            return []
+        summary.unlink()
+        return [summary.name]

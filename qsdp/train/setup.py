@@ -23,9 +23,10 @@ from qsdp.optim.base import OptimizerWrapper
 from qsdp.sparsity.compression import Prunable
 from qsdp.train.agree import agree_on_config, agree_on_data, data_facts
 from qsdp.train.config import TrainConfig
+from qsdp.train.errors import UserError, is_lost
 from qsdp.train.evaluate import Evaluator
 from qsdp.train.parallelize import build, check_nodes, check_replicas, make_optimizer, model_config
-from qsdp.train.results import CHECKPOINTS, METRICS, Results
+from qsdp.train.results import CHECKPOINTS, METRICS, Results, restore
 from qsdp.train.resume import changed, find_checkpoint, is_finished, pace_since
 from qsdp.train.wire import QuantizedWire, StockWire, Wire
 from qsdp.train.world import World
@@ -110,26 +111,31 @@ class Job:
         have; the newest `number` stay."""
         tokenizer, results = self.corpus.tokenizer, self.results
         is_outdated = folder in results.outdated
-        if is_outdated:
-            self.world.on_main(lambda: results.set_aside(folder))
-        checkpoint.save(
-            self.out / folder,
-            steps_done,
-            self.model,
-            optimizer,
-            {
-                "fingerprint": self.fingerprint,
-                "config": self.config.as_dict(),
-                "wire": None if self.handle is None else self.handle.state_dict(),
-                "world_size": self.world.size,
-                "pace_since": self.pace_since,
-                "history": results.history,
-                "origin": self.origin,
-                **more,
-            },
-            files={} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()},
-            keep=number,
-        )
+        try:
+            if is_outdated:
+                self.world.on_main(lambda: results.set_aside(folder))
+            checkpoint.save(
+                self.out / folder,
+                steps_done,
+                self.model,
+                optimizer,
+                {
+                    "fingerprint": self.fingerprint,
+                    "config": self.config.as_dict(),
+                    "wire": None if self.handle is None else self.handle.state_dict(),
+                    "world_size": self.world.size,
+                    "pace_since": self.pace_since,
+                    "history": results.history,
+                    "origin": self.origin,
+                    **more,
+                },
+                files={} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()},
+                keep=number,
+            )
+        except (RuntimeError, UserError) as error:
+            if is_outdated and not is_lost(error):
+                self.world.on_main(lambda: restore(self.out))
+            raise
         if is_outdated:
             results.outdated.remove(folder)
             self._say_removed(self.world.on_main(lambda: results.remove_aside(folder)))
@@ -159,9 +165,10 @@ def set_up(config: TrainConfig, world: World) -> Job | None:
     size = world.together(lambda: model_config(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))
     fingerprint = _fingerprint(config, size, corpus, world)
+    world.on_main(lambda: restore(config.out_dir))
     found = world.on_main(lambda: find_checkpoint(config, fingerprint))
     source, meta = found if found is not None else (None, None)
-    if meta is not None and config.resume == "auto" and is_finished(config, meta["step"]):
+    if meta is not None and config.resume == "auto" and is_finished(config, meta):
         if world.is_main:
             print(
                 f"{config.out_dir} holds this run, finished after {meta['step']} steps: nothing to "
