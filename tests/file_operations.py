@@ -15,7 +15,7 @@ import io
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,13 @@ def count_operations(folder: Path, work: Callable[[], object]) -> int:
 
 
 @contextlib.contextmanager
-def full_disk(folder: Path, after: int) -> Iterator[None]:
+def full_disk(folder: Path, after: int, needs: Sequence[str] = _NEEDS_ROOM) -> Iterator[None]:
     """Inside, operation number `after` of those that need room, and all that follow, have none."""
     count = 0
 
     def refuse(operation: str, name: str) -> None:
         nonlocal count
-        if operation in _NEEDS_ROOM:
+        if operation in needs:
             count += 1
             if count >= after:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / name))
