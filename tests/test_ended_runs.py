@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from qsdp import checkpoint
 from qsdp.train import cli
@@ -202,17 +204,27 @@ def test_a_run_that_ends_twice_leaves_the_old_run_or_the_new_one(replaced: Repla
     at_each(replaced, states(replaced.out, replaced.work), replaced.check)
 
 
+@pytest.fixture
+def no_group_left() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail("the process group was left")
+
+
+@pytest.mark.usefixtures("no_group_left")
+@pytest.mark.parametrize("where", ["checkpoints", "."])
 def test_a_run_that_finds_no_room_leaves_the_old_one_where_it_was(
-    replaced: Replaced, capsys: pytest.CaptureFixture[str]
+    replaced: Replaced, where: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = [name for name in tree(replaced.out) if name.startswith("checkpoints")]
     needs = ("open", "write", "mkdir", "fsync")  # names can be changed on a full disk
-    for after in (4, 8, 12, 20, 30):
+    for after in (1, 2, 5, 6, 8, 12, 20, 30):
         put_back(replaced.out, replaced.old)
-        with full_disk(replaced.out, after, needs), pytest.raises(SystemExit) as stop:
+        with full_disk(replaced.out / where, after, needs), pytest.raises(SystemExit) as stop:
             replaced.work()
         assert stop.value.code == 2
-        assert "No space left" in capsys.readouterr().err
+        assert re.fullmatch(r"error: .*No space left.*\n", capsys.readouterr().err)
         replaced.check()
         if replaced.is_old_whole():
             assert [n for n in tree(replaced.out) if n.startswith("checkpoints")] == places
