@@ -77,6 +77,18 @@ class Job:
         if self.world.is_main:
             print(text, flush=True)
 
+    @property
+    def has_mistake(self) -> bool:
+        """Whether this rank has something to say in `check`."""
+        has_lost_lines = self.metrics is not None and self.metrics.mistake is not None
+        return has_lost_lines or self.corpus.mistake() is not None
+
+    def check(self) -> None:
+        """Raise ValueError for tokens that cannot be, OSError for lines that were not written."""
+        self.corpus.check()
+        if self.metrics is not None:
+            self.metrics.check()
+
     def open_metrics(self) -> None:
         """Open the metrics file, on rank 0. Raises UserError everywhere if it cannot be written."""
         folder = self.out / "tensorboard" if self.config.tensorboard else None
@@ -91,8 +103,8 @@ class Job:
 
     def save(self) -> None:
         """Write the checkpoint of the steps done."""
-        if self.metrics is not None:
-            self.metrics.sync()  # whoever finds the checkpoint finds the lines of its steps
+        # Whoever finds the checkpoint finds the lines of its steps.
+        self.world.on_main(lambda: None if self.metrics is None else self.metrics.sync())
         self.keep(CHECKPOINTS, self.steps_done, self.optimizer, {}, self.config.keep)
         if not self.has_checkpoint:
             self.has_checkpoint = True
