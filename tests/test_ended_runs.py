@@ -23,7 +23,7 @@ from tests.file_operations import State, Tree, debris, full_disk, put_back, stat
 pytestmark = [pytest.mark.usefixtures("world_of_one", "brief_ends"), pytest.mark.slow]
 
 STEPS = 3
-NUM_RESTARTS = 6
+NUM_RESTARTS = 4
 RATES = {"old": 1e-3, "new": 3e-3}
 # What two runs of one command have in common.
 SAME = ("step", "loss", "val_loss", "lr", "grad_norm", "tokens", "wire_bytes_sent")
@@ -184,16 +184,13 @@ def at_each(run: Replaced, found: list[State], do: Callable[[], None]) -> None:
 def test_a_run_that_ends_anywhere_leaves_the_old_run_or_the_new_one(replaced: Replaced) -> None:
     found = states(replaced.out, replaced.work)
     at_each(replaced, found, replaced.check)
+    at_each(replaced, found, replaced.check_summary)
 
     def restart() -> None:
         replaced.work()
         replaced.check_end()
 
     at_each(replaced, sample(found, NUM_RESTARTS), restart)
-
-
-def test_no_summary_is_of_a_run_that_is_gone(replaced: Replaced) -> None:
-    at_each(replaced, states(replaced.out, replaced.work), replaced.check_summary)
 
 
 def test_a_run_that_ends_twice_leaves_the_old_run_or_the_new_one(replaced: Replaced) -> None:
@@ -219,7 +216,7 @@ def test_a_run_that_finds_no_room_leaves_the_old_one_where_it_was(
 ) -> None:
     places = [name for name in tree(replaced.out) if name.startswith("checkpoints")]
     needs = ("open", "write", "mkdir", "fsync")  # names can be changed on a full disk
-    for after in (1, 2, 5, 6, 8, 12, 20, 30):
+    for after in (2, 6, 8, 12, 20):
         put_back(replaced.out, replaced.old)
         with full_disk(replaced.out / where, after, needs), pytest.raises(SystemExit) as stop:
             replaced.work()
