@@ -224,23 +224,26 @@ def test_a_folder_that_another_makes_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_writer_waits_for_the_one_before_it(tmp_path: Path) -> None:
-    path, temporary = tmp_path / "a.txt", tmp_path / "a.txt.tmp"
+    path, temporary, seen = (tmp_path / name for name in ("a.txt", "a.txt.tmp", "seen"))
 
     def write_second() -> bool:
         while not temporary.exists():
             time.sleep(0.001)
+        seen.touch()
         files.write_text(path, "second")
         return True
 
     child = in_child(write_second)  # before there is a lock that it would inherit
     with files.replacing(path) as made:
         made.write_text("first")
-        time.sleep(0.05)
+        while not seen.exists():
+            time.sleep(0.001)
+        time.sleep(0.05)  # for a writer that does not wait
         assert made.read_text() == "first"
         assert not path.exists()
     assert ended(child) == {"result": True}
     assert path.read_text() == "second"
-    assert set(tree(tmp_path)) == {"a.txt"}
+    assert set(tree(tmp_path)) == {"a.txt", "seen"}
 
 
 @pytest.fixture
