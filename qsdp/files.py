@@ -91,45 +91,49 @@ def new_folder(out: Path) -> Iterator[Path]:
             f"{out} cannot be made ({error.strerror}): choose a folder where you may write."
         ) from None
     with lock:
-        try:
-            yield partial
-            for path in partial.iterdir():
-                sync(path)
-            sync(partial)
-            partial.replace(out)
-            sync(out.parent)
-        except BaseException:
-            remove_tree(partial)
-            raise
+        yield partial
+        for path in partial.iterdir():
+            sync(path)
+        sync(partial)
+        partial.replace(out)
+        sync(out.parent)
 
 
 @contextlib.contextmanager
 def claimed_folder(path: Path) -> Iterator[Path]:
     """Inside, ``path`` is an empty folder that no other process claims; a killed one's is cleared.
 
-    The claim follows the folder when it is renamed.
+    The claim follows the folder when it is renamed; one that was not is deleted at the end.
 
     Raises: BlockingIOError if another process holds it.
     """
 
     def open_folder() -> int:
-        path.mkdir(exist_ok=True)
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        while True:
+            path.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process has just cleared it
+                return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
-    with _made(path, open_folder, is_waiting=False):
-        for inner in path.iterdir():
-            remove_tree(inner)
-        yield path
+    with _made(path, open_folder, is_waiting=False) as folder:
+        try:
+            for inner in path.iterdir():
+                remove_tree(inner)
+            yield path
+        finally:
+            if _is_named(folder, path):  # else the name may be another process's by now
+                remove_tree(path)
 
 
-def is_claimed(path: Path) -> bool:
-    """Whether another process is making the folder ``path``."""
+@contextlib.contextmanager
+def unclaimed(path: Path) -> Iterator[bool]:
+    """Whether the folder `path` is there and no process claims it; inside, none can."""
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
-        return False
+        yield False
+        return
     try:
-        return not _has_locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield _has_locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) and _is_named(folder, path)
     finally:
         os.close(folder)
 

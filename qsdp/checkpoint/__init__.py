@@ -1,12 +1,14 @@
 """Checkpoints that are whole or absent."""
 
 from qsdp.checkpoint.folders import (
+    aside,
     identity,
     latest,
     outdated,
     read_meta,
     remove_aside,
     resolve,
+    restore_aside,
     set_aside,
     verify,
 )
@@ -15,6 +17,7 @@ from qsdp.checkpoint.state import load, load_model, save
 
 __all__ = [
     "TensorReader",
+    "aside",
     "identity",
     "latest",
     "load",
@@ -23,6 +26,7 @@ __all__ = [
     "read_meta",
     "remove_aside",
     "resolve",
+    "restore_aside",
     "save",
     "set_aside",
     "verify",

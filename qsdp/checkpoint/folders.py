@@ -14,12 +14,13 @@ import contextlib
 import json
 import math
 import re
+import secrets
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qsdp.files import claimed_folder, is_claimed, is_file_name, remove_tree, sync
+from qsdp.files import claimed_folder, is_file_name, remove_tree, sync, unclaimed
 
 META = "meta.json"
 _REWRITTEN = ".new"
@@ -137,10 +138,7 @@ def writing(root: Path, step: int) -> Iterator[Path]:
     except BlockingIOError:
         raise OSError(f"another process is writing {folder}") from None
     with claim:
-        try:
-            yield folder
-        finally:
-            remove_tree(folder)
+        yield folder
 
 
 def clear_killed(root: Path) -> list[Path]:
@@ -149,32 +147,42 @@ def clear_killed(root: Path) -> list[Path]:
     Returns what was removed, but for what was about to be.
     """
     root.mkdir(parents=True, exist_ok=True)
-    _settle(root)
-    left = [path for path in sorted(root.glob("tmp-*")) if path.is_dir() and not is_claimed(path)]
-    for path in left:
-        remove_tree(path)
+    left = []
+    for path in sorted(path for path in root.iterdir() if path.is_dir()):
+        with unclaimed(path) as is_free:  # what another process makes is its own
+            if is_free and path.name.startswith("tmp-"):
+                remove_tree(path)
+                left.append(path)
+            elif is_free and path.name.endswith(_REWRITTEN) and _COMPLETE.fullmatch(path.name):
+                _settle(path)
     return [path for path in left if not path.name.startswith(_REMOVED)]
 
 
-def publish(folder: Path, files: Mapping[str, str], keep: int) -> Path:
+def publish(
+    folder: Path, files: Mapping[str, str], keep: int, goes_on_from: int | None = None
+) -> Path:
     """Add the text `files` to what `writing` made and let it take its name, all or nothing.
 
-    Afterwards the oldest checkpoints before it go, until `keep` are left.
+    Afterwards the oldest checkpoints before it go, until `keep` are left. Those of steps after
+    `goes_on_from` are of a history that was given up: they are set aside, whole, under names that
+    `steps` does not list, until `remove_aside`.
     """
     root, final = folder.parent, folder.with_name(folder.name.removeprefix("tmp-"))
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
         sync(folder / name)
     sync(folder)
+    if goes_on_from is not None:
+        set_aside(root, goes_on_from)
     if final.exists():  # never without one of the two: see `steps`
-        folder.rename(final.with_name(final.name + _REWRITTEN))
+        rewritten = folder.rename(final.with_name(final.name + _REWRITTEN))
         sync(root)
-        _settle(root)
+        _settle(rewritten)
     else:
         folder.rename(final)
     sync(root)
-    number_of = {path: number for number, path in steps(root).items()}
-    before = [path for path, number in number_of.items() if number < number_of[final]]
+    own = int(final.name.removeprefix("step-"))
+    before = [path for number, path in steps(root).items() if number < own]
     for path in before[: max(0, len(before) + 1 - keep)]:
         remove(path)
     return final
@@ -182,29 +190,43 @@ def publish(folder: Path, files: Mapping[str, str], keep: int) -> Path:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint so that no instant shows half of it under its name."""
-    remove_tree(_renamed(path, f"{_REMOVED}{path.name}"))
+    with contextlib.suppress(FileNotFoundError):  # another process has removed it
+        # A name of its own: nobody else renames to it.
+        remove_tree(path.rename(path.with_name(f"{_REMOVED}{secrets.token_hex(4)}-{path.name}")))
 
 
 def outdated(root: Path, step: int) -> list[Path]:
-    """The checkpoints of steps after `step`, and those that `set_aside` renamed."""
+    """The checkpoints of steps after `step`, and those that were set aside."""
     later = [path for number, path in steps(root).items() if number > step]
-    return later + sorted(root.glob(f"{_ASIDE}*"))
+    return later + aside(root)
 
 
 def set_aside(root: Path, step: int) -> None:
-    """Give the checkpoints of steps after `step` other names: `steps` lists them no more, but they
-    are whole until `remove_aside`."""
+    """Give the checkpoints of steps after `step` names under which none looks for them."""
     for number, path in steps(root).items():
         if number > step:
             _renamed(path, f"{_ASIDE}{path.name}")
 
 
+def aside(root: Path) -> list[Path]:
+    """What was set aside and is not deleted, oldest first."""
+    return sorted(root.glob(f"{_ASIDE}*"))
+
+
+def restore_aside(root: Path) -> None:
+    """Give what was set aside its names again."""
+    for path in aside(root):
+        final = path.with_name(path.name.removeprefix(_ASIDE))
+        if not final.exists():
+            path.rename(final)
+
+
 def remove_aside(root: Path) -> list[str]:
-    """Delete what `set_aside` renamed. Returns the names that these checkpoints had."""
-    aside = sorted(root.glob(f"{_ASIDE}*"))
-    for path in aside:
+    """Delete what was set aside. Returns the names that these checkpoints had."""
+    found = aside(root)
+    for path in found:
         remove(path)
-    return [path.name.removeprefix(_ASIDE) for path in aside]
+    return [path.name.removeprefix(_ASIDE) for path in found]
 
 
 def _renamed(path: Path, name: str) -> Path:
@@ -213,11 +235,10 @@ def _renamed(path: Path, name: str) -> Path:
     return path.rename(path.with_name(name))
 
 
-def _settle(root: Path) -> None:
-    """Finish what was cut short: a checkpoint written again takes the place of the old one."""
-    for path in root.glob(f"step-*{_REWRITTEN}"):
-        final = path.with_name(path.name.removesuffix(_REWRITTEN))
-        if final.exists():
-            remove(final)
-        path.rename(final)
-        sync(root)
+def _settle(path: Path) -> None:
+    """Let a checkpoint that was written again take the place of the old one."""
+    final = path.with_name(path.name.removesuffix(_REWRITTEN))
+    if final.exists():
+        remove(final)
+    path.rename(final)
+    sync(path.parent)

@@ -28,6 +28,7 @@ from qsdp.checkpoint.safe import Reader, ReadingPlanner, Refused, WritingPlanner
 from qsdp.checksum import checksum
 from qsdp.compat import checkpoint_names, sharded_parameters
 from qsdp.failures import listed
+from qsdp.files import sync
 from qsdp.meeting import meet, mistakes_shared, warn
 from qsdp.meshes import Reach, ranks_of, spread_of
 
@@ -43,12 +44,13 @@ def save(
     *,
     files: Mapping[str, str] | None = None,
     keep: int = 2,
+    goes_on_from: int | None = None,
 ) -> Path:
     """Write the checkpoint of `step` into `root`; a crash at any instant leaves it whole or absent.
 
     1. rank 0 makes a temporary folder;
-    2. all ranks write their shards into it, exact fp32, and sync them to disk;
-    3. every rank takes the checksums of the files that it wrote;
+    2. all ranks write their shards into it, exact fp32;
+    3. every rank syncs the files that it wrote to disk, and takes their checksums;
     4. rank 0 adds `files` and meta.json with the checksums, syncs, renames the folder, and removes
        old checkpoints.
 
@@ -60,6 +62,8 @@ def save(
         meta: JSON values to keep with it.
         files: texts to keep with it, by file name.
         keep: how many of the newest checkpoints stay.
+        goes_on_from: where a run has gone back, the step that it went on from: the checkpoints of
+            later steps are of what it gave up, and are set aside when this one is there.
 
     Returns: the checkpoint's folder.
     Raises: RuntimeError, on every rank, if any could not write, or if ranks differ in what they
@@ -71,7 +75,8 @@ def save(
         if keep < 1:
             raise ValueError(f"keep is {keep}; choose 1 or more")
     shards = _spread_shards(model)
-    facts = {"step": step, "folder": root, "optimizer": optimizer is not None, "keep": keep}
+    facts = {"step": step, "folder": root, "optimizer": optimizer is not None}
+    facts |= {"keep": keep, "goes_on_from": goes_on_from}
     if _meet("save", has_news=bool(shards), **facts):
         _check_names(shards)
     folder = root / f"tmp-step-{step:08d}"
@@ -98,7 +103,7 @@ def save(
             ) from error
         values = {**meta, "step": step, "checksums": _checksums(folder)}
         texts = {**(files or {}), META: json.dumps(values, indent=1) + "\n"}
-        return _on_first(lambda: publish(folder, texts, keep))
+        return _on_first(lambda: publish(folder, texts, keep, goes_on_from))
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -245,12 +250,18 @@ def _renamed(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, An
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """The checksum of every file of DCP in `folder`, on all ranks; each rank reads its own."""
+    """The checksum of every file of DCP in `folder`, on all ranks; each rank reads its own.
+
+    They are on disk then: DCP syncs a file before Python has written the last of its buffer.
+    """
     rank = dist.get_rank()
-    own, failure = {}, None
+    own: dict[str, str] = {}
+    failure = None
     try:
         files = [*folder.glob(f"__{rank}_*.distcp"), *([folder / ".metadata"] if not rank else [])]
-        own = {file.name: file_checksum(file) for file in files}
+        for file in files:
+            sync(file)
+            own[file.name] = file_checksum(file)
     except OSError as error:
         failure = str(error)
     parts: list[tuple[dict[str, str], str | None]] = [({}, None)] * dist.get_world_size()

@@ -41,6 +41,9 @@ class MetricsWriter:
         """
         if last_step < 0:
             raise ValueError(f"last_step is {last_step}; choose 0 or more")
+        self.mistake: str | None = None
+        """Why a line could not be written, the first time. No exception: the writer is one rank of
+        many, and all of them must stop at the same place, which `check` is for."""
         self._path = path
         lines = _whole_lines(path if source is None else source, needed)
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -60,15 +63,27 @@ class MetricsWriter:
         Values are numbers, or dictionaries of such; one that is not finite becomes null in the
         file, and is shown as it is by TensorBoard.
         """
-        self._file.write(json.dumps(finite(line)) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(finite(line)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self.mistake = self.mistake or (
+                f"{self._path} cannot be written ({error.strerror}); free some space there, or "
+                "choose another --out"
+            )
         if self._events is not None:
             for name, value in _flat(line):
                 if name != "step" and value is not None:
                     self._events.add_scalar(name, value, line["step"])
 
+    def check(self) -> None:
+        """Raise OSError if a line could not be written."""
+        if self.mistake is not None:
+            raise OSError(self.mistake)
+
     def sync(self) -> None:
-        """Put the lines on disk."""
+        """Put the lines on disk. Raises OSError if one of them could not be written."""
+        self.check()
         os.fsync(self._file.fileno())
 
     def rename(self, path: Path) -> None:
@@ -78,7 +93,11 @@ class MetricsWriter:
         self._path = path
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:
+            if self.mistake is None:
+                raise
         if self._events is not None:
             self._events.close()
 

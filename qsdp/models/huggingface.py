@@ -259,9 +259,9 @@ def _remove_parts(folder: Path) -> None:
     index = folder / f"{_WEIGHTS}.index.json"
     if index.is_file():
         parts = set(_read_json(index).get("weight_map", {}).values())
-        index.unlink()
         for part in parts - {_WEIGHTS}:
             (folder / Path(part).name).unlink(missing_ok=True)
+        index.unlink()  # last: who is killed before this finds the rest by it the next time
 
 
 def _their_name(name: str) -> tuple[str, bool]:

@@ -115,9 +115,9 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
     job.steps_done += 1
     used = asdict(job.wire.total() - before)
     # The sum waits for the device, so the time that follows is the whole step's.
-    *sums, mistakes = world.sum(loss, *used.values(), job.corpus.mistake() is not None)
+    *sums, mistakes = world.sum(loss, *used.values(), job.has_mistake)
     if mistakes:
-        world.together(job.corpus.check)
+        world.together(job.check)
     loss_mean, *means = (total / world.size for total in sums)
     step_s = time.perf_counter() - started
     wire = WireUse(**dict(zip(used, means, strict=True)))

@@ -61,6 +61,8 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
         "method": config.method,
         "sparsity": sparsity,
         "steps": job.steps_done,
+        # As the checkpoints of the run have it: another run in the same folder has another.
+        "history": job.results.history,
         # The steps that the times and bytes below are of.
         "steps_measured": len(alike),
         "step_s_median": step_s,

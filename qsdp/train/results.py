@@ -16,6 +16,29 @@ DENSE_TWIN = "dense-twin"
 METRICS = "metrics.jsonl"
 
 
+def recover(out: Path) -> None:
+    """Finish, or undo, what a history was at when it ended: its first checkpoint, which decides, is
+    there or is not."""
+    for folder in (CHECKPOINTS, DENSE_TWIN):
+        root = out / folder
+        aside, newest = checkpoint.aside(root), checkpoint.latest(root)
+        if aside and (newest is None or _history(newest) == _history(aside[-1])):
+            checkpoint.restore_aside(root)
+    newest = checkpoint.latest(out / CHECKPOINTS)
+    beside = None if newest is None else _metrics(out, _history(newest))
+    if beside is not None and beside.exists():
+        beside.replace(out / METRICS)
+
+
+def _history(path: Path) -> str:
+    return str(checkpoint.read_meta(path).get("history"))
+
+
+def _metrics(out: Path, history: str) -> Path:
+    """Where a history writes its metrics while those of another one are there."""
+    return out / f"metrics.{history}.jsonl"
+
+
 @dataclass
 class Results:
     """What is done in OUT when. All ranks have the same; one calls the methods that write.
@@ -38,17 +61,12 @@ class Results:
     outdated: list[str] = field(default_factory=list)
     """Folders that hold what goes when this history has a checkpoint there."""
 
-    def begin(self, before: str | None) -> tuple[list[str], list[str]]:
-        """Make OUT ready; `before` is the history of the checkpoint that the run goes on from.
+    def begin(self) -> tuple[list[str], list[str]]:
+        """Make OUT, which `recover` has seen, ready.
 
         Returns what was removed, which attempts left that never had a checkpoint, and `outdated`.
         """
-        removed = []
-        for path in sorted(self.out.glob("metrics.*.jsonl")):
-            if path.name == f"metrics.{before}.jsonl":
-                path.replace(self.out / METRICS)  # a crash after its first checkpoint left it
-            else:
-                removed.append(path)
+        removed = sorted(self.out.glob("metrics.*.jsonl"))
         if not self.replaces:
             write_text(self.out / "config.toml", self.config)
             removed += [] if self.has_lines else [self.out / METRICS]
@@ -65,31 +83,29 @@ class Results:
     @property
     def metrics(self) -> Path:
         """Where metrics go until `settle`."""
-        return self.out / (f"metrics.{self.history}.jsonl" if self.replaces else METRICS)
+        return _metrics(self.out, self.history) if self.replaces else self.out / METRICS
 
     def latest(self, folder: str) -> Path | None:
         """The newest checkpoint of this history in `folder`."""
         until = self.began_at if folder in self.outdated else math.inf
         return checkpoint.latest(self.out / folder, until)
 
-    def set_aside(self, folder: str) -> None:
-        """Make room for this history's first checkpoint in `folder`."""
-        checkpoint.set_aside(self.out / folder, self.began_at)
-
-    def remove_aside(self, folder: str) -> list[str]:
-        """That checkpoint is there: delete what it replaces. Returns what that was."""
+    def forget(self, folder: str) -> list[str]:
+        """Delete what this history's first checkpoint in `folder` took the place of, and return
+        what that was."""
         return [f"{folder}/{name}" for name in checkpoint.remove_aside(self.out / folder)]
 
     def settle(self) -> list[str]:
         """The first checkpoint is there: delete what is left of earlier histories."""
         removed = []
-        for folder in self.outdated:
-            self.set_aside(folder)
-            removed += self.remove_aside(folder)
         summary = self.out / "summary.json"
-        if summary.exists():
+        if summary.exists():  # none is to be found without the checkpoints that it is of
             summary.unlink()
             removed.append(summary.name)
         if self.replaces:
             write_text(self.out / "config.toml", self.config)
+        if DENSE_TWIN in self.outdated:  # no twin of this history has taken its place
+            checkpoint.set_aside(self.out / DENSE_TWIN, self.began_at)
+        for folder in self.outdated:
+            removed += self.forget(folder)
         return removed

@@ -123,14 +123,17 @@ def _listed(differences: list[str]) -> str:
     return "; ".join(differences[:_MOST_TOLD]) + (f"; and {rest} more" if rest > 0 else "")
 
 
-def is_finished(config: TrainConfig, steps_done: int) -> bool:
-    """Whether the run has come to its end, and its summary is that of the end."""
+def is_finished(config: TrainConfig, meta: dict[str, Any]) -> bool:
+    """Whether the run has come to its end with the checkpoint of `meta`, and the summary is that
+    of its end."""
     try:
         summary = json.loads((config.out_dir / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    is_of_now = isinstance(summary, dict) and summary.get("steps") == steps_done
-    return is_of_now and steps_done >= config.steps
+    if not isinstance(summary, dict) or meta["step"] < config.steps:
+        return False
+    stated = summary.get("steps"), summary.get("history", "")
+    return stated == (meta["step"], meta["history"])
 
 
 def changed(config: TrainConfig, meta: dict[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate import Evaluator
 from qsdp.train.lock import Lock, hold, holder
 from qsdp.train.parallelize import build, check_nodes, check_replicas, make_optimizer, model_config
-from qsdp.train.results import CHECKPOINTS, METRICS, Results
+from qsdp.train.results import CHECKPOINTS, DENSE_TWIN, METRICS, Results, recover
 from qsdp.train.resume import changed, find_checkpoint, is_finished, pace_since
 from qsdp.train.wire import QuantizedWire, StockWire, Wire
 from qsdp.train.world import World
@@ -80,6 +80,18 @@ class Job:
         if self.world.is_main:
             print(text, flush=True)
 
+    @property
+    def has_mistake(self) -> bool:
+        """Whether this rank has something to say in `check`."""
+        has_lost_lines = self.metrics is not None and self.metrics.mistake is not None
+        return has_lost_lines or self.corpus.mistake() is not None
+
+    def check(self) -> None:
+        """Raise ValueError for tokens that cannot be, OSError for lines that were not written."""
+        self.corpus.check()
+        if self.metrics is not None:
+            self.metrics.check()
+
     def open_metrics(self) -> None:
         """Open the metrics file, on rank 0. Raises UserError everywhere if it cannot be written."""
         folder = self.out / "tensorboard" if self.config.tensorboard else None
@@ -94,15 +106,22 @@ class Job:
 
     def save(self) -> None:
         """Write the checkpoint of the steps done."""
-        if self.metrics is not None:
-            self.metrics.sync()  # whoever finds the checkpoint finds the lines of its steps
-        self.keep(CHECKPOINTS, self.steps_done, self.optimizer, {}, self.config.keep)
+        # Whoever finds the checkpoint finds the lines of its steps.
+        self.world.on_main(lambda: None if self.metrics is None else self.metrics.sync())
+        self._write(CHECKPOINTS, self.steps_done, self.optimizer, {}, self.config.keep)
         if not self.has_checkpoint:
             self.has_checkpoint = True
             self._say_removed(self.world.on_main(self._settle))
             self.results.outdated.clear()
 
-    def keep(
+    def keep_twin(self, steps_done: int, loss: float) -> None:
+        """Write the weights, of validation loss `loss`, as the dense twin."""
+        self._write(DENSE_TWIN, steps_done, None, {"val_loss": loss}, 1)
+        if DENSE_TWIN in self.results.outdated:
+            self.results.outdated.remove(DENSE_TWIN)
+            self._say_removed(self.world.on_main(lambda: self.results.forget(DENSE_TWIN)))
+
+    def _write(
         self,
         folder: str,
         steps_done: int,
@@ -115,8 +134,6 @@ class Job:
         tokenizer, results = self.corpus.tokenizer, self.results
         is_outdated = folder in results.outdated
         self.world.on_main(self.check_lock)
-        if is_outdated:
-            self.world.on_main(lambda: results.set_aside(folder))
         checkpoint.save(
             self.out / folder,
             steps_done,
@@ -134,10 +151,8 @@ class Job:
             },
             files={} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()},
             keep=number,
+            goes_on_from=results.began_at if is_outdated else None,
         )
-        if is_outdated:
-            results.outdated.remove(folder)
-            self._say_removed(self.world.on_main(lambda: results.remove_aside(folder)))
 
     def check_lock(self) -> None:
         """Raise ValueError, on rank 0, if the folder of results is another run's now."""
@@ -170,9 +185,10 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     size = world.together(lambda: model_config(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))
     fingerprint = _fingerprint(config, size, corpus, world)
+    world.on_main(lambda: recover(config.out_dir))
     found = world.on_main(lambda: find_checkpoint(config, fingerprint))
     source, meta = found if found is not None else (None, None)
-    if meta is not None and config.resume == "auto" and is_finished(config, meta["step"]):
+    if meta is not None and config.resume == "auto" and is_finished(config, meta):
         if world.is_main:
             print(
                 f"{config.out_dir} holds this run, finished after {meta['step']} steps: nothing to "
@@ -196,8 +212,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
             load, state = handle.load_state_dict, meta["wire"]
             all_alike(world, lambda: load(state))
     origin, results = world.on_main(lambda: _results(config, source, meta))
-    before = None if meta is None else meta["history"]
-    removed, results.outdated = world.on_main(lambda: results.begin(before))
+    removed, results.outdated = world.on_main(results.begin)
     job = Job(
         config=config,
         world=world,

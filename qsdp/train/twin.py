@@ -21,7 +21,7 @@ def consider(job: Job, steps_done: int, loss: float | None = None) -> None:
     loss = job.evaluator.loss() if loss is None else loss
     kept = job.world.on_main(lambda: kept_loss(job))
     if math.isfinite(loss) and (kept is None or loss < kept):
-        job.keep(DENSE_TWIN, steps_done, None, {"val_loss": loss}, 1)
+        job.keep_twin(steps_done, loss)
     elif kept is None:
         job.why_no_twin = "the validation loss was not finite in the last dense phase"
 

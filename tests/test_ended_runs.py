@@ -1,0 +1,244 @@
+"""A run that replaces another, ended anywhere: the folder of results is of one of the two."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from qsdp import checkpoint
+from qsdp.train import cli
+from tests.bad_inputs import TEXT
+from tests.file_operations import State, Tree, debris, full_disk, put_back, states, tree
+
+pytestmark = [pytest.mark.usefixtures("world_of_one", "brief_ends"), pytest.mark.slow]
+
+STEPS = 3
+NUM_RESTARTS = 4
+RATES = {"old": 1e-3, "new": 3e-3}
+# What two runs of one command have in common.
+SAME = ("step", "loss", "val_loss", "lr", "grad_norm", "tokens", "wire_bytes_sent")
+
+
+@pytest.fixture
+def brief_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qsdp.train.evaluate.Evaluator.sample", lambda evaluator: None)
+    monkeypatch.setattr("qsdp.train.report.write_plots", lambda folder, history, summary: [])
+    monkeypatch.setattr("qsdp.train.report.matmul_flops_per_s", lambda device, precision: 1e9)
+
+
+def flags(out: Path, which: str, *more: str) -> list[str]:
+    return [
+        *("--data", str(out.parent / "text.txt"), "--out", str(out), "--steps", str(STEPS)),
+        *("--model", "tiny", "--seq-len", "8", "--batch-size", "2", "--eval-batches", "1"),
+        *("--one-shot", "none", "--warmup-steps", "1", "--eval-every", "2", "--save-every", "1"),
+        *("--keep", "3", "--lr", str(RATES[which]), *more),
+    ]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    reader = checkpoint.TensorReader(path)
+    names = ("embed.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.down.weight")
+    return {name: reader.read(name) for name in names}
+
+
+def lines(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    path = out / name
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # torn
+        found.append({name: line[name] for name in SAME if name in line})
+    return found
+
+
+def rate_of(path: Path) -> float:
+    """Which run's checkpoint is at `path`. Raises ValueError if it is not whole."""
+    content = tuple(sorted(tree(path).items()))
+    if content not in _RATES:
+        checkpoint.verify(path)
+        _RATES[content] = float(checkpoint.read_meta(path)["config"]["lr"])
+    return _RATES[content]
+
+
+_RATES: dict[tuple[tuple[str, bytes | None], ...], float] = {}
+
+
+def summary(out: Path) -> dict[str, Any] | None:
+    path = out / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+@dataclass
+class Replaced:
+    """A finished run in `out`, and one that replaces it."""
+
+    out: Path
+    command: list[str]
+    old: Tree
+    old_lines: list[dict[str, Any]]
+    new_lines: list[dict[str, Any]]
+    new_weights: dict[str, torch.Tensor]
+    new_summary: dict[str, Any]
+
+    def work(self) -> None:
+        cli.main(self.command)
+
+    def is_old_whole(self) -> bool:
+        """Whether all of the old run is there, its later checkpoints perhaps by other names."""
+        folder = self.out / "checkpoints"
+        for step in range(1, STEPS + 1):
+            found = [folder / f"{prefix}step-{step:08d}" for prefix in ("", "superseded-")]
+            if not any(path.exists() and rate_of(path) == RATES["old"] for path in found):
+                return False
+        current = tree(self.out)
+        files = ("metrics.jsonl", "config.toml", "summary.json")
+        return all(current.get(name) == self.old[name] for name in files)
+
+    def check(self) -> None:
+        """Whatever ended the new run, one of the two is there, and nothing of both in one."""
+        newest = checkpoint.latest(self.out / "checkpoints")
+        is_new = newest is not None and rate_of(newest) == RATES["new"]
+        is_old = self.is_old_whole()
+        assert is_old or is_new, "neither run is there"
+        config = tomllib.loads((self.out / "config.toml").read_text())
+        assert config["lr"] in RATES.values()
+        found = lines(self.out)
+        num = len(found)
+        assert [line["step"] for line in found] == list(range(1, num + 1))
+        assert found in (self.old_lines[:num], self.new_lines[:num]), "lines of two histories"
+        if newest is not None and is_new:
+            step = checkpoint.read_meta(newest)["step"]
+            names = [path.name for path in self.out.glob("metrics*.jsonl")]
+            assert any(lines(self.out, n)[:step] == self.new_lines[:step] for n in names), (
+                "whoever finds a checkpoint finds the lines of its steps"
+            )
+
+    def check_summary(self) -> None:
+        """No summary is of a run that is not wholly there."""
+        told = summary(self.out)
+        if told is not None and told["config"]["lr"] == RATES["old"]:
+            assert self.is_old_whole(), "a summary of a run that is not there any more"
+
+    def check_end(self) -> None:
+        assert not debris(self.out)
+        assert lines(self.out) == self.new_lines
+        newest = checkpoint.latest(self.out / "checkpoints")
+        assert newest is not None
+        for name, weight in weights(newest).items():
+            assert torch.equal(weight, self.new_weights[name])
+        told = summary(self.out)
+        assert told is not None
+        assert {name: told[name] for name in self.new_summary} == self.new_summary
+
+
+@pytest.fixture(params=["anew", "back"])
+def replaced(
+    request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Replaced:
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "out"
+    cli.main(flags(out, "old"))
+    old, old_lines = tree(out), lines(out)
+    first = out / "checkpoints" / f"step-{1:08d}"
+    source = "none" if request.param == "anew" else str(first)
+    command = flags(out, "new", "--resume", source)
+    cli.main(command)
+    newest = checkpoint.latest(out / "checkpoints")
+    assert newest is not None
+    told = summary(out)
+    assert told is not None
+    expected = {name: told[name] for name in ("val_loss", "steps", "sparsity", "method", "config")}
+    found = Replaced(out, command, old, old_lines, lines(out), weights(newest), expected)
+    assert found.new_lines != old_lines
+    put_back(out, old)
+    return found
+
+
+def sample(found: list[State], number: int) -> list[State]:
+    """Some states, so that their names are as many kinds as can be, and the first of all."""
+    first, *of_names = {tuple(state.content): state for state in found}.values()
+    return [first, *random.sample(of_names, min(number, len(of_names)))]
+
+
+def at_each(run: Replaced, found: list[State], do: Callable[[], None]) -> None:
+    for state in found:
+        put_back(run.out, state.content)
+        try:
+            do()
+        except Exception as error:
+            raise AssertionError(f"{state.when}: {sorted(state.content)}") from error
+
+
+def test_a_run_that_ends_anywhere_leaves_the_old_run_or_the_new_one(replaced: Replaced) -> None:
+    found = states(replaced.out, replaced.work)
+    at_each(replaced, found, replaced.check)
+    at_each(replaced, found, replaced.check_summary)
+
+    def restart() -> None:
+        replaced.work()
+        replaced.check_end()
+
+    at_each(replaced, sample(found, NUM_RESTARTS), restart)
+
+
+def test_a_run_that_ends_twice_leaves_the_old_run_or_the_new_one(replaced: Replaced) -> None:
+    first = states(replaced.out, replaced.work)
+    aside = [state for state in first if any("superseded" in name for name in state.content)]
+    assert aside
+    put_back(replaced.out, random.choice(aside).content)
+    at_each(replaced, states(replaced.out, replaced.work), replaced.check)
+
+
+@pytest.fixture
+def no_group_left() -> Iterator[None]:
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail("the process group was left")
+
+
+@pytest.mark.usefixtures("no_group_left")
+@pytest.mark.parametrize("where", ["checkpoints", "."])
+def test_a_run_that_finds_no_room_leaves_the_old_one_where_it_was(
+    replaced: Replaced, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [name for name in tree(replaced.out) if name.startswith("checkpoints")]
+    needs = ("open", "write", "mkdir", "fsync")  # names can be changed on a full disk
+    for after in (2, 6, 8, 12, 20):
+        put_back(replaced.out, replaced.old)
+        with full_disk(replaced.out / where, after, needs), pytest.raises(SystemExit) as stop:
+            replaced.work()
+        assert stop.value.code == 2
+        assert re.fullmatch(r"error: .*No space left.*\n", capsys.readouterr().err)
+        replaced.check()
+        if replaced.is_old_whole():
+            assert [n for n in tree(replaced.out) if n.startswith("checkpoints")] == places
+
+
+def test_a_summary_of_another_run_does_not_end_this_one(replaced: Replaced) -> None:
+    command = [*replaced.command, "--save-every", "0"]
+
+    def is_mixed(state: State) -> bool:
+        names = [f"checkpoints/{name}step-{STEPS:08d}" for name in ("superseded-", "")]
+        return "summary.json" in state.content and all(name in state.content for name in names)
+
+    mixed = [state for state in states(replaced.out, lambda: cli.main(command)) if is_mixed(state)]
+    assert mixed
+    put_back(replaced.out, mixed[0].content)
+    cli.main([*flags(replaced.out, "new"), "--save-every", "0"])
+    told = summary(replaced.out)
+    assert told is not None
+    assert told["config"]["lr"] == RATES["new"]
+    assert told["val_loss"] == replaced.new_summary["val_loss"]

@@ -1,0 +1,431 @@
+"""A file is the old one or the new one, whatever ends a process or fills the disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock, Mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qsdp import checkpoint, files
+from qsdp.data import prepare_shards
+from qsdp.export import export_compressed
+from qsdp.metrics import MetricsWriter
+from qsdp.models import export_huggingface, load_huggingface
+from qsdp.sparsity.target import Compression
+from qsdp.train import plots, targets
+from tests.file_operations import (
+    Tree,
+    count_operations,
+    debris,
+    full_disk,
+    put_back,
+    states,
+    tree,
+)
+from tests.test_compress import SIZE
+from tests.test_compress import save as save_model
+from tests.test_huggingface import our_model, their_model
+from tests.test_plots import short_history, short_summary
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*which a killed run left, is removed")
+
+_VALUES: dict[tuple[tuple[str, bytes | None], ...], float] = {}
+TOKENIZER = {"tokenizer.json": '{"kind": "byte"}\n'}
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def model_of(value: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model whose weights and moments tell which one it is."""
+    model = nn.Linear(5, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.data.fill_(value + number)
+        parameter.grad = torch.full_like(parameter, value)
+    optimizer.step()
+    return model, optimizer
+
+
+def save(
+    root: Path, step: int, value: float, keep: int = 2, goes_on_from: int | None = None
+) -> None:
+    meta = {"value": value}
+    options = {"files": TOKENIZER, "keep": keep, "goes_on_from": goes_on_from}
+    checkpoint.save(root, step, *model_of(value), meta, **options)
+
+
+def value_of(path: Path) -> float:
+    """Which model is at `path`, all of it bit for bit."""
+    content = tuple(sorted(tree(path).items()))
+    if content not in _VALUES:
+        _VALUES[content] = _loaded(path)
+    return _VALUES[content]
+
+
+def _loaded(path: Path) -> float:
+    checkpoint.verify(path)
+    assert (path / "tokenizer.json").read_text() == TOKENIZER["tokenizer.json"]
+    value = checkpoint.read_meta(path)["value"]
+    (model, optimizer), (expected, expected_optimizer) = model_of(math.pi), model_of(value)
+    checkpoint.load(path, model, optimizer)
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        own, other = optimizer.state[ours], expected_optimizer.state[theirs]
+        assert own.keys() == other.keys()
+        assert all(torch.equal(own[name], other[name]) for name in own)
+    return value
+
+
+def values(root: Path) -> dict[str, float]:
+    return {path.name: value_of(path) for path in sorted(root.iterdir())}
+
+
+@dataclass
+class Case:
+    """Something that is written into a folder."""
+
+    before: Callable[[Path], object]
+    """Makes what is in the folder."""
+    work: Callable[[Path], object]
+    refusal: type[Exception] | tuple[type[Exception], ...] = OSError
+    """What a full disk makes of `work`."""
+    show: Callable[[Path], Any] = tree
+    """What is to be as if nothing had happened, once `work` is done again."""
+    is_whole: Callable[[Path], object] = lambda folder: True
+    """Raises, or is false, for what is neither the old nor the new."""
+    is_replaced: bool = True
+    """Whether each file is the old one or the new one, byte for byte."""
+
+
+def assert_every_kill_leaves_old_or_new(folder: Path, case: Case) -> None:
+    """Whatever ends `work` early, what it leaves is whole; the same `work` then leaves what an
+    undisturbed one leaves, and nothing else."""
+    old, new = _prepared(folder, case)
+    seen: set[tuple[str, ...]] = set()
+    for state in states(folder, lambda: case.work(folder)):
+        put_back(folder, state.content)
+        names = tuple(state.content)
+        try:
+            _assert_old_or_new(folder, case, state.content, old, new)
+            if names not in seen:  # what a torn file lacks changes nothing that is done next
+                seen.add(names)
+                case.work(folder)
+                _assert_is(folder, case, new)
+        except Exception as error:
+            raise AssertionError(f"{state.when}: {sorted(state.content)}") from error
+
+
+def assert_a_full_disk_leaves_old_or_new(folder: Path, case: Case) -> None:
+    """Whichever operation finds no room, one exception says so, what is there is whole, and no
+    room is taken; once there is room, `work` leaves what an undisturbed one leaves."""
+    old, new = _prepared(folder, case)
+    start = tree(folder)
+    seen: set[tuple[str, ...]] = set()
+    count = count_operations(folder, lambda: case.work(folder))
+    for number in range(1, count + 1):
+        put_back(folder, start)
+        try:
+            with full_disk(folder, number), pytest.raises(case.refusal) as refusal:
+                case.work(folder)
+            assert "No space left" in str(refusal.value)
+            content = tree(folder)
+            names = tuple(content)
+            # Whole checkpoints keep these names until there is a newer one.
+            left = [n for n in debris(folder) if not n.startswith("superseded-")]
+            assert [name for name in left if not name.endswith(".new")] == []
+            _assert_old_or_new(folder, case, content, old, new)
+            if names not in seen:
+                seen.add(names)
+                case.work(folder)
+                _assert_is(folder, case, new)
+        except (Exception, pytest.fail.Exception) as error:
+            raise AssertionError(f"no room for operation {number} of {count}") from error
+
+
+def _prepared(folder: Path, case: Case) -> tuple[Tree, tuple[Tree, Any]]:
+    """What the folder holds before `work`, which it does again now, and what it holds after."""
+    folder.mkdir()
+    case.before(folder)
+    old = tree(folder)
+    case.work(folder)
+    assert not debris(folder)
+    new = tree(folder), case.show(folder)
+    put_back(folder, old)
+    return old, new
+
+
+def _assert_old_or_new(
+    folder: Path, case: Case, content: Tree, old: Tree, new: tuple[Tree, Any]
+) -> None:
+    assert case.is_whole(folder)
+    if case.is_replaced:
+        left = set(debris(folder))
+        for name, data in content.items():
+            if not {name, *map(str, Path(name).parents)} & left:
+                allowed = [each[name] for each in (old, new[0]) if name in each]
+                assert data in allowed, f"{name} is neither the old nor the new one"
+
+
+def _assert_is(folder: Path, case: Case, new: tuple[Tree, Any]) -> None:
+    assert not debris(folder)
+    assert case.show(folder) == new[1]
+
+
+def saved(before: tuple[int, ...], step: int, keep: int) -> Case:
+    """A checkpoint beside others."""
+
+    def fill(folder: Path) -> None:
+        for old in before:
+            save(folder, old, float(old), keep=9)
+
+    def is_whole(folder: Path) -> bool:
+        found = checkpoint.latest(folder)
+        if found is None:
+            return not before
+        return value_of(found) in (float(max(before, default=0)), 40.0)
+
+    return Case(
+        fill, lambda root: save(root, step, 40.0, keep), RuntimeError, values, is_whole, False
+    )
+
+
+def new_history() -> Case:
+    """A checkpoint in place of later ones of another history."""
+
+    def fill(folder: Path) -> None:
+        for old in (1, 2, 3):
+            save(folder, old, float(old), keep=9)
+
+    def work(folder: Path) -> None:
+        save(folder, 2, 40.0, goes_on_from=1)
+
+    def is_whole(folder: Path) -> bool:
+        of_old = [folder / f"{name}step-00000003" for name in ("", "superseded-")]
+        of_new = folder / "step-00000002"
+        is_old = any(path.exists() and value_of(path) == 3.0 for path in of_old)
+        found = checkpoint.latest(folder)
+        is_known = found is not None and value_of(found) in (1.0, 2.0, 3.0, 40.0)
+        return is_known and (is_old or value_of(of_new) == 40.0)
+
+    return Case(fill, work, (RuntimeError, OSError), values, is_whole, False)
+
+
+CHECKPOINTS = {
+    "the first": saved((), 4, 1),
+    "over the last": saved((3,), 4, 1),
+    "over several": saved((1, 2, 3), 4, 2),
+    "once more": saved((3, 4), 4, 2),
+    "of a new history": new_history(),
+}
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_save_that_ends_anywhere_leaves_the_last_checkpoint_or_the_new_one(
+    tmp_path: Path, name: str
+) -> None:
+    assert_every_kill_leaves_old_or_new(tmp_path / "root", CHECKPOINTS[name])
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_save_without_room_leaves_the_last_checkpoint_or_the_new_one(
+    tmp_path: Path, name: str
+) -> None:
+    assert_a_full_disk_leaves_old_or_new(tmp_path / "root", CHECKPOINTS[name])
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def files_written(folder: Path) -> None:
+    files.write_text(folder / "a.txt", "new é\n" * 9)
+    files.write_json(folder / "b.json", {"new": [1.0]})
+    with files.replacing(folder / "c.bin") as temporary:
+        temporary.write_bytes(bytes(20_000))
+
+
+def files_before(folder: Path) -> None:
+    for name in ("a.txt", "b.json", "c.bin"):
+        (folder / name).write_text("old")
+
+
+def metrics_written(folder: Path) -> None:
+    with MetricsWriter(folder / "metrics.jsonl", last_step=2) as metrics:
+        metrics.log({"step": 3, "loss": math.nan})
+        metrics.sync()
+
+
+def metrics_before(folder: Path) -> None:
+    lines = [f'{{"step": {step}, "loss": {step}.0}}\n' for step in (1, 2, 3, 4)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+
+
+def metrics_are_whole(folder: Path) -> bool:
+    """The lines of done steps are never lost; one that was being written may be torn."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [line[:10] for line in lines[:2]] == ['{"step": 1', '{"step": 2']
+
+
+def shards_prepared(folder: Path) -> None:
+    if (folder / "shards").exists():
+        return  # it would be refused
+    prepare_shards([folder.parent / "text.txt"], folder / "shards", "char", shard_tokens=200)
+
+
+def shards_are_whole(folder: Path) -> bool:
+    found = sorted(path.name for path in (folder / "shards").glob("*"))
+    return not found or ("meta.json" in found and "val-00000.bin" in found)
+
+
+def exported(folder: Path) -> None:
+    path = folder.parent / "checkpoints" / "step-00000007"
+    if (folder / "out").exists():
+        return  # it would be refused
+    export_compressed(path, SIZE, Compression(sparsity=0.5), folder / "out", file_bytes=25_000)
+
+
+def export_is_whole(folder: Path) -> bool:
+    found = {path.name for path in (folder / "out").glob("*")}
+    needed = {"compression.json", "tokenizer.json", "model.safetensors.index.json"}
+    return not found or needed < found
+
+
+def evaluation_reported(folder: Path) -> None:
+    results = {
+        "results": [
+            {"target": target, "loss": 2.0, "perplexity": None, "zeros": ZEROS}
+            for target in (None, "0.5")
+        ],
+        "split": "val",
+        "source": "run",
+        "step": 3,
+        "tokens": 9,
+        "compressed_to": None,
+        "tokens_seen_in_validation": 0,
+    }
+    targets._report(results, folder / "evaluation")
+
+
+FULL = (ValueError, OSError)
+ZEROS = {"prunable": 0.0, "model": 0.0}
+
+
+def evaluation_before(folder: Path) -> None:
+    (folder / "evaluation").mkdir()
+    for name in ("evaluation.json", "evaluation.png"):
+        (folder / "evaluation" / name).write_text("old")
+
+
+def plots_written(folder: Path) -> None:
+    drawn = plots.write_plots(folder / "plots", short_history(3, 1.0), short_summary(2.0))
+    plots.remove_stale(folder / "plots", drawn)
+
+
+def plots_before(folder: Path) -> None:
+    (folder / "plots").mkdir()
+    for name in ("loss", "errors"):
+        (folder / "plots" / f"{name}.png").write_text("old")
+
+
+OTHERS = {
+    "files": Case(nothing, files_written),
+    "files over old ones": Case(files_before, files_written),
+    "metrics": Case(nothing, metrics_written, is_replaced=False),
+    "metrics over old ones": Case(
+        metrics_before, metrics_written, is_whole=metrics_are_whole, is_replaced=False
+    ),
+    "token shards": Case(nothing, shards_prepared, FULL, is_whole=shards_are_whole),
+    "a compressed model": Case(nothing, exported, FULL, is_whole=export_is_whole),
+    "an evaluation": Case(nothing, evaluation_reported),
+    "an evaluation over an old one": Case(evaluation_before, evaluation_reported),
+    "plots": Case(nothing, plots_written),
+    "plots over old ones": Case(plots_before, plots_written),
+}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What some cases read; plots are not drawn, which takes long."""
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    save_model(tmp_path)
+
+    def figure(**_: object) -> Mock:
+        return MagicMock(savefig=lambda path, **_: Path(path).write_bytes(b"\x89PNG" * 5))
+
+    monkeypatch.setattr("matplotlib.figure.Figure", figure)
+    monkeypatch.setattr("qsdp.train.plots.draw_errors", lambda figure, history: False)
+
+
+@pytest.mark.usefixtures("world", "inputs")
+@pytest.mark.parametrize("name", OTHERS)
+def test_whatever_ends_anywhere_leaves_the_old_or_the_new(tmp_path: Path, name: str) -> None:
+    assert_every_kill_leaves_old_or_new(tmp_path / "folder", OTHERS[name])
+
+
+@pytest.mark.usefixtures("world", "inputs")
+@pytest.mark.parametrize("name", OTHERS)
+def test_whatever_finds_no_room_leaves_the_old_or_the_new(tmp_path: Path, name: str) -> None:
+    assert_a_full_disk_leaves_old_or_new(tmp_path / "folder", OTHERS[name])
+
+
+def exports(kind: str) -> Case:
+    """A model for transformers, in place of one of the same configuration."""
+    old, new = our_model(), our_model()
+    theirs = their_model() if kind == "in parts" else None
+
+    def before(folder: Path) -> None:
+        if kind == "one file":
+            export_huggingface(old, folder / "out")
+        if theirs is not None:
+            theirs.save_pretrained(folder / "out", max_shard_size="2KB")
+            known.append(_weights(folder / "out"))
+
+    known = [old.state_dict(), new.state_dict()]
+
+    def is_whole(folder: Path) -> bool:
+        out = folder / "out"
+        if kind == "new" and not out.exists():
+            return True
+        found = _weights(out)
+        return any(all(torch.equal(found[name], each[name]) for name in found) for each in known)
+
+    def work(folder: Path) -> None:
+        export_huggingface(new, folder / "out", files={"tokenizer.json": "{}"})
+
+    return Case(before, work, ValueError, is_whole=is_whole)
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_huggingface(folder).state_dict()
+
+
+EXPORTS = ("new", "one file", "in parts")
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_an_export_that_ends_anywhere_leaves_the_old_or_the_new_weights(
+    tmp_path: Path, kind: str
+) -> None:
+    assert_every_kill_leaves_old_or_new(tmp_path / "folder", exports(kind))
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_an_export_without_room_leaves_the_old_or_the_new_weights(
+    tmp_path: Path, kind: str
+) -> None:
+    assert_a_full_disk_leaves_old_or_new(tmp_path / "folder", exports(kind))
