@@ -58,8 +58,10 @@ class Results:
         Returns what was removed, which attempts left that never had a checkpoint, and `outdated`.
         """
         removed = []
+        newest = checkpoint.latest(self.out / CHECKPOINTS)
+        kept = (before, None if newest is None else _history(newest))
         for path in sorted(self.out.glob("metrics.*.jsonl")):
-            if path.name == f"metrics.{before}.jsonl":
+            if path.name in [f"metrics.{history}.jsonl" for history in kept]:
                 path.replace(self.out / METRICS)  # a crash after its first checkpoint left it
             else:
                 removed.append(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from qsdp import checkpoint
 from qsdp.codec import native
 from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.data.tokenizer import hash_of
+from qsdp.files import claimed_folder, remove_tree, unclaimed
 from qsdp.metrics import MetricsWriter
 from qsdp.models import GPT, GPTConfig
 from qsdp.optim.base import OptimizerWrapper
@@ -257,11 +259,16 @@ def all_alike(world: World, collective: Callable[[], None]) -> None:
 def _make_shared_folder(out: Path, world: World) -> None:
     """Make the folder of results and see that every rank sees the same one."""
     probe = out / f".probe-{world.on_main(time.time_ns)}"
+    claim = contextlib.ExitStack()
 
     def make() -> None:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            probe.touch()
+            for path in filter(Path.is_dir, out.glob(".probe-*")):
+                with unclaimed(path) as is_free:
+                    if is_free:  # a killed run's
+                        remove_tree(path)
+            claim.enter_context(claimed_folder(probe))
         except OSError as error:
             raise ValueError(
                 f"--out {out} cannot be made or written to ({error.strerror}); give a folder where "
@@ -278,12 +285,9 @@ def _make_shared_folder(out: Path, world: World) -> None:
                 )
             time.sleep(0.1)
 
-    world.on_main(make)
-    try:
+    with claim:
+        world.on_main(make)
         world.together(see)
-    finally:
-        if world.is_main:
-            probe.unlink(missing_ok=True)
 
 
 def _load_corpus(config: TrainConfig) -> Corpus:
