@@ -65,6 +65,7 @@ class Results:
                 path.replace(self.out / METRICS)  # a crash after its first checkpoint left it
             else:
                 removed.append(path)
+        removed += self.out.glob("metrics.*.jsonl.tmp")  # of histories that nobody goes on with
         if not self.replaces:
             write_text(self.out / "config.toml", self.config)
             removed += [] if self.has_lines else [self.out / METRICS]
