@@ -12,11 +12,13 @@ import builtins
 import contextlib
 import errno
 import io
-import json
+import multiprocessing
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -290,33 +292,38 @@ class _Disk:
         return call
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Start a process that does `work` and ends; its number, for `ended`."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child:
-        os.close(writer)
-        _READERS[child] = reader
-        return child
-    os.close(reader)
-    said: dict[str, Any] = {}
-    try:
+class Child:
+    """A process that calls a function which can be pickled; `ended` is how it came out."""
+
+    def __init__(self, work: Callable[..., object], *args: object) -> None:
+        self._ours, theirs = _CONTEXT.Pipe(duplex=False)
+        self._process = _CONTEXT.Process(target=_report, args=(theirs, work, args))
+        self._process.start()
+        theirs.close()
+
+    def ended(self) -> dict[str, Any]:
+        """Wait for its `result`, or its `error` and `text`; {} if it was killed."""
         try:
-            said = {"result": work()}
-        except BaseException as error:
-            said = {"error": type(error).__name__, "text": str(error)}
-        with os.fdopen(writer, "w") as pipe:
-            json.dump(said, pipe)
-    finally:
-        os._exit(0)
+            said = self._ours.recv()
+        except EOFError:
+            said = {}
+        self._process.join()
+        self._ours.close()
+        return dict(said)
 
 
-def ended(child: int) -> dict[str, Any]:
-    """Wait for a process of `in_child`: its `result`, or its `error` and `text`; {} if killed."""
-    with os.fdopen(_READERS.pop(child)) as pipe:
-        text = pipe.read()
-    os.waitpid(child, 0)
-    return json.loads(text) if text else {}
+def _report(pipe: Connection, work: Callable[..., object], args: tuple[object, ...]) -> None:
+    try:
+        pipe.send({"result": work(*args)})
+    except BaseException as error:
+        pipe.send({"error": type(error).__name__, "text": str(error)})
 
 
-_READERS: dict[int, int] = {}
+# Forked from a server with one thread: a fork of this process may wait for threads that it lacks.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.test_two_writers"])
+
+
+def barrier(number: int) -> Barrier:
+    """Where processes wait for each other."""
+    return _CONTEXT.Barrier(number)

@@ -61,6 +61,11 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path, until=99) == tmp_path / "step-00000010"
     # A run that has gone back to step 5 and does not come as far again.
     checkpoint.save(tmp_path, 7, model, optimizer, {}, keep=2, goes_on_from=5)
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000007"
+    assert [path.name for path in checkpoint.aside(tmp_path)] == [
+        *("superseded-step-00000010", "superseded-step-00000100")
+    ]
+    assert checkpoint.remove_aside(tmp_path) == ["step-00000010", "step-00000100"]
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
 
 

@@ -167,9 +167,9 @@ def replaced(
 
 
 def sample(found: list[State], number: int) -> list[State]:
-    """Some states, so that their names are as many kinds as can be, and the first of all."""
-    first, *of_names = {tuple(state.content): state for state in found}.values()
-    return [first, *random.sample(of_names, min(number, len(of_names)))]
+    """Some states, so that their names are as many kinds as can be, and the first ones."""
+    before, probing, *of_names = {tuple(state.content): state for state in found}.values()
+    return [before, probing, *random.sample(of_names, min(number, len(of_names)))]
 
 
 def at_each(run: Replaced, found: list[State], do: Callable[[], None]) -> None:

@@ -211,6 +211,7 @@ def new_history() -> Case:
 
     def work(folder: Path) -> None:
         save(folder, 2, 40.0, goes_on_from=1)
+        checkpoint.remove_aside(folder)
 
     def is_whole(folder: Path) -> bool:
         of_old = [folder / f"{name}step-00000003" for name in ("", "superseded-")]

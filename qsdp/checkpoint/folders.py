@@ -29,21 +29,25 @@ _REMOVED = "tmp-old-"
 _COMPLETE = re.compile(rf"step-(\d{{8,}})({_REWRITTEN})?")
 
 
-def steps(root: Path) -> dict[int, Path]:
+def steps(root: Path, prefix: str = "") -> dict[int, Path]:
     """The whole checkpoints in `root` by their step, oldest first."""
     if not root.is_dir():
         return {}
     found = {
         int(match[1]): path
         for path in sorted(root.iterdir())  # .new comes after the one that it replaces
-        if path.is_dir() and (match := _COMPLETE.fullmatch(path.name))
+        if path.name.startswith(prefix)
+        and (match := _COMPLETE.fullmatch(path.name.removeprefix(prefix)))
+        and path.is_dir()
     }
     return dict(sorted(found.items()))
 
 
 def latest(root: Path, until: float = math.inf) -> Path | None:
     """The newest whole checkpoint in `root`, if any; of those that are no later than `until`."""
-    return next((path for step, path in reversed(steps(root).items()) if step <= until), None)
+    # All are set aside only while one that takes their place is about to be there.
+    found = steps(root) or steps(root, _ASIDE)
+    return next((path for step, path in reversed(found.items()) if step <= until), None)
 
 
 def identity(path: Path) -> str:
@@ -210,7 +214,7 @@ def set_aside(root: Path, step: int) -> None:
 
 def aside(root: Path) -> list[Path]:
     """What was set aside and is not deleted, oldest first."""
-    return sorted(root.glob(f"{_ASIDE}*"))
+    return [*steps(root, _ASIDE).values()]
 
 
 def restore_aside(root: Path) -> None:

@@ -4,6 +4,7 @@ checkpoint of this run is on disk, so that at no instant there is neither."""
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ CHECKPOINTS = "checkpoints"
 DENSE_TWIN = "dense-twin"
 """Folder, in that of the results, of the dense twin of AC/DC's model."""
 METRICS = "metrics.jsonl"
+_BESIDE = re.compile(r"metrics\.[0-9a-f]{8}\.jsonl(\.tmp)?")
 
 
 def recover(out: Path) -> None:
@@ -66,7 +68,7 @@ class Results:
 
         Returns what was removed, which attempts left that never had a checkpoint, and `outdated`.
         """
-        removed = sorted(self.out.glob("metrics.*.jsonl"))
+        removed = [path for path in sorted(self.out.iterdir()) if _BESIDE.fullmatch(path.name)]
         if not self.replaces:
             write_text(self.out / "config.toml", self.config)
             removed += [] if self.has_lines else [self.out / METRICS]
