@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -28,18 +31,21 @@ def replacing(path: Path) -> Iterator[Path]:
     Of two processes that write one file the second waits. If the body raises, the old file stays.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with _made(temporary, lambda: os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)) as file:
-        try:
-            os.ftruncate(file, 0)
-            yield temporary
-            sync(temporary)
-            temporary.replace(path)
-        except BaseException as error:
-            temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename == str(temporary):
-                error.filename = str(path)  # what the user knows
-            raise
-    sync(path.parent)
+    try:
+        with _made(temporary, lambda: os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)) as file:
+            try:
+                os.ftruncate(file, 0)
+                yield temporary
+                sync(temporary)
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        sync(path.parent)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)  # what the user knows
+        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,8 +62,10 @@ def write_json(path: Path, value: Any) -> None:
 def finite(value: Any) -> Any:
     """``value`` with None, JSON's null, for every number in it that is not finite: JSON has no NaN.
 
-    Tuples become lists, as JSON has them.
+    Tuples become lists, as JSON has them, and NumPy's numbers Python's.
     """
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -72,31 +80,54 @@ def new_folder(out: Path) -> Iterator[Path]:
     Until then its name is ``out``.partial, which only a killed process leaves behind and the next
     call clears.
 
-    Raises: ValueError if ``out`` is in use, is being made by another process, or cannot be made.
+    Raises: ValueError if ``out`` is in use, is being made by another process, or cannot be made or
+    written.
     """
-    out = Path(os.path.abspath(out))
+    named, out = out, Path(os.path.realpath(out))
     partial = out.with_name(out.name + ".partial")
     try:
+        if os.path.ismount(out):
+            raise ValueError(f"{named} is a mount point: choose a folder in it.")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} exists already: choose a new folder, or remove it.")
+            raise ValueError(f"{named} exists already: choose a new folder, or remove it.")
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = contextlib.ExitStack()
         lock.enter_context(claimed_folder(partial))
     except BlockingIOError:
         raise ValueError(
-            f"{out} is being made by another process: wait for it, or choose another folder."
+            f"{named} is being made by another process: wait for it, or choose another folder."
         ) from None
     except OSError as error:
         raise ValueError(
-            f"{out} cannot be made ({error.strerror}): choose a folder where you may write."
+            f"{named} cannot be made ({error.strerror}): choose a folder where you may write."
         ) from None
-    with lock:
-        yield partial
-        for path in partial.iterdir():
-            sync(path)
-        sync(partial)
-        partial.replace(out)
-        sync(out.parent)
+    try:
+        with lock:
+            yield partial
+            for path in partial.iterdir():
+                sync(path)
+            sync(partial)
+            partial.replace(out)
+            sync(out.parent)
+    except OSError as error:
+        is_ours = error.errno in _NO_ROOM or str(error.filename).startswith(str(partial))
+        if not is_ours:
+            raise
+        raise ValueError(
+            f"{named} cannot be written ({error.strerror}): free some space there, or choose "
+            "another folder."
+        ) from None
+
+
+@contextlib.contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Inside, no other process is inside for the same folder: it waits."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _has_locked(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager

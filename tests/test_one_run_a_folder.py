@@ -261,7 +261,7 @@ def contents(out: Path) -> dict[str, bytes]:
         (["--seed", "1"], "seed 0, not 1"),
         (["--one-shot", "0.5"], "one_shot"),
         (["--cram"], "optimizer AdamW, not CrAM"),
-        (["--qsdp-bits", "8"], "qsdp_bits unset, not 8"),
+        (["--qsdp-bits", "8"], "qsdp_weight_bits unset, not 8"),
         (["--data", "{}/other.txt"], "another data"),
     ],
     ids=lambda value: str(value[0]) if isinstance(value, list) else "",
@@ -387,7 +387,7 @@ def test_a_checkpoint_of_another_folder_begins_a_run_but_takes_none_away(
     (out / "metrics.jsonl").write_text((source.parents[1] / "metrics.jsonl").read_text())
     flags = small_run(tmp_path / "free", *LONGER, *named)
     interrupted(monkeypatch, flags, 4)
-    assert "removed, of an attempt that had no checkpoint: metrics.jsonl" in capfd.readouterr().out
+    assert "removed, of attempts that ended before: metrics.jsonl" in capfd.readouterr().out
     main(flags)
     assert f"Going on from {out}/checkpoints/step-00000003" in capfd.readouterr().out
     lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]

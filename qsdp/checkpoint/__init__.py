@@ -2,9 +2,7 @@
 
 from qsdp.checkpoint.folders import (
     aside,
-    identity,
     latest,
-    outdated,
     read_meta,
     remove_aside,
     resolve,
@@ -18,11 +16,9 @@ from qsdp.checkpoint.state import load, load_model, save
 __all__ = [
     "TensorReader",
     "aside",
-    "identity",
     "latest",
     "load",
     "load_model",
-    "outdated",
     "read_meta",
     "remove_aside",
     "resolve",

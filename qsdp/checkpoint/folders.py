@@ -50,11 +50,6 @@ def latest(root: Path, until: float = math.inf) -> Path | None:
     return next((path for step, path in reversed(found.items()) if step <= until), None)
 
 
-def identity(path: Path) -> str:
-    """What tells the checkpoint at `path` from every other, wherever it is moved."""
-    return checksum(path / META)
-
-
 def resolve(path: Path) -> Path:
     """The checkpoint that a user means by `path`: itself, or the newest one in that folder.
 
@@ -79,7 +74,8 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path / META} cannot be read ({error}); resume from another checkpoint."
         ) from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
+    step = meta.get("step") if isinstance(meta, dict) else None
+    if type(step) is not int or step < 0:
         raise ValueError(f"{path / META} states no step; resume from another checkpoint.")
     if not isinstance(meta.get("checksums"), dict):
         raise ValueError(f"{path / META} states no checksums; resume from another checkpoint.")
@@ -197,12 +193,6 @@ def remove(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # another process has removed it
         # A name of its own: nobody else renames to it.
         remove_tree(path.rename(path.with_name(f"{_REMOVED}{secrets.token_hex(4)}-{path.name}")))
-
-
-def outdated(root: Path, step: int) -> list[Path]:
-    """The checkpoints of steps after `step`, and those that were set aside."""
-    later = [path for number, path in steps(root).items() if number > step]
-    return later + aside(root)
 
 
 def set_aside(root: Path, step: int) -> None:

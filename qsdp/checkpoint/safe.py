@@ -12,7 +12,8 @@ import io
 import math
 import pickle
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -63,6 +64,9 @@ _UNUSED = (  # how memory was laid out (in Python 3.11.0 an enum by `getattr`), 
 )
 
 
+_Box = tuple[Sequence[int], Sequence[int]]
+
+
 class Refused(ValueError):
     """A checkpoint holds what it may not, or would; the message is the whole sentence."""
 
@@ -84,7 +88,8 @@ class Reader(FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         try:
-            return super().read_data(plan, planner)
+            with _plain_only():
+                return super().read_data(plan, planner)
         except pickle.UnpicklingError as error:
             asked = re.search(r"GLOBAL (\S+)", str(error))
             name = asked[1] if asked else "more than plain data"
@@ -96,7 +101,8 @@ class ReadingPlanner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
-        loaded = torch.load(value, weights_only=True)
+        with _plain_only():
+            loaded = torch.load(value, weights_only=True)
         held, numbers = self.state_dict[name], (int, float, Tensor)
         if isinstance(held, Tensor) and held.dim():
             is_alike = isinstance(loaded, Tensor)
@@ -126,6 +132,18 @@ class WritingPlanner(DefaultSavePlanner):
         return plan
 
 
+@contextmanager
+def _plain_only() -> Iterator[None]:
+    """Inside, torch's restricted unpickler makes no object of the classes that were added to its
+    list: torch itself adds some, and one of them, DeviceMesh, opens process groups."""
+    given = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(given)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
@@ -141,7 +159,8 @@ def _check_readable(name: str, value: object) -> None:
     try:
         torch.save(value, written)
         written.seek(0)
-        torch.load(written, weights_only=True)
+        with _plain_only():
+            torch.load(written, weights_only=True)
     except Exception:  # pickling calls the value's own methods
         raise Refused(
             f"{name} is or holds an object ({_name_of(type(value))}) that could only be loaded by "
@@ -242,8 +261,30 @@ def _entry(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     parts = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
     chunks = [ChunkStorageMetadata(_size(p["offsets"]), _size(p["sizes"])) for p in parts]
     # What no chunk holds would be read as whatever was in memory.
-    _check(sum(math.prod(chunk.sizes) for chunk in chunks) == math.prod(size))
+    boxes = [(chunk.offsets, chunk.sizes) for chunk in chunks if math.prod(chunk.sizes)]
+    _check(not math.prod(size) or _fill(boxes, range(len(size)), size))
     return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+
+
+def _fill(boxes: Sequence[_Box], dims: Iterable[int], size: torch.Size) -> bool:
+    """Whether the boxes, alike in all but ``dims``, fill a tensor of ``size`` without overlap: cut
+    along one dimension, and what lies between two cuts along the others."""
+    dims = list(dims)
+    if not boxes or not dims:
+        return len(boxes) == 1
+    for dim in dims:
+        between: dict[tuple[int, int], list[_Box]] = {}
+        for offsets, sizes in boxes:
+            between.setdefault((offsets[dim], offsets[dim] + sizes[dim]), []).append(
+                (offsets, sizes)
+            )
+        cuts = sorted(between)
+        ends = [0, *(end for _, end in cuts)]
+        rest = [other for other in dims if other != dim]
+        is_cut = [begin for begin, _ in cuts] == ends[:-1] and ends[-1] == size[dim]
+        if is_cut and all(_fill(inner, rest, size) for inner in between.values()):
+            return True
+    return False
 
 
 def _index(record: Any) -> MetadataIndex:

@@ -24,11 +24,11 @@ from torch.distributed.tensor import DTensor
 
 from qsdp.checkpoint.folders import META, clear_killed, publish, verify, writing
 from qsdp.checkpoint.folders import checksum as file_checksum
-from qsdp.checkpoint.safe import Reader, ReadingPlanner, Refused, WritingPlanner
+from qsdp.checkpoint.safe import TABLE, Reader, ReadingPlanner, Refused, WritingPlanner
 from qsdp.checksum import checksum
 from qsdp.compat import checkpoint_names, sharded_parameters
 from qsdp.failures import listed
-from qsdp.files import sync
+from qsdp.files import is_file_name, sync
 from qsdp.meeting import meet, mistakes_shared, warn
 from qsdp.meshes import Reach, ranks_of, spread_of
 
@@ -68,12 +68,11 @@ def save(
     Returns: the checkpoint's folder.
     Raises: RuntimeError, on every rank, if any could not write, or if ranks differ in what they
     give; ValueError if ranks have different tensors under one name, the state holds objects that
-    only code could load, or `keep` is below 1.
+    only code could load, or an argument is not as above.
     """
     assert dist.group.WORLD is not None
     with mistakes_shared("checkpoint.save", [dist.group.WORLD]):
-        if keep < 1:
-            raise ValueError(f"keep is {keep}; choose 1 or more")
+        _check(step, meta, files or {}, keep)
     shards = _spread_shards(model)
     facts = {"step": step, "folder": root, "optimizer": optimizer is not None}
     facts |= {"keep": keep, "goes_on_from": goes_on_from}
@@ -104,6 +103,21 @@ def save(
         values = {**meta, "step": step, "checksums": _checksums(folder)}
         texts = {**(files or {}), META: json.dumps(values, indent=1) + "\n"}
         return _on_first(lambda: publish(folder, texts, keep, goes_on_from))
+
+
+def _check(step: int, meta: Mapping[str, Any], files: Mapping[str, str], keep: int) -> None:
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step is {step!r}; give an integer from 0")
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; choose 1 or more")
+    for name in files:
+        if not is_file_name(name) or name in (META, TABLE) or name.endswith(".distcp"):
+            raise ValueError(f"files holds {name!r}; give names of files that stand beside {META}")
+    try:
+        json.dumps(dict(meta))
+        "".join(files.values()).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"meta and files are JSON values and texts, but: {error}") from None
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -295,15 +309,18 @@ def _verify(path: Path, how: str = "") -> Reader:
 def _on_first(work: Callable[[], T]) -> T:
     """Run `work` on rank 0; all wait for it, and have its result or learn of its failure."""
     done: list[Any] = [None, None]
+    failure = None
     if dist.get_rank() == 0:
         try:
             done[0] = work()
-        except OSError as error:
-            done[1] = str(error)
+        except Exception as error:
+            done[1], failure = f"{type(error).__name__}: {error}", error
     dist.broadcast_object_list(done, src=0)
-    result, failure = done
-    if failure is not None:
-        raise RuntimeError(f"a checkpoint cannot be written ({failure}); choose another --out")
+    result, said = done
+    if said is not None:
+        said = said.removeprefix("OSError: ")
+        text = f"a checkpoint cannot be written ({said}); choose another --out"
+        raise RuntimeError(text) from failure
     return cast(T, result)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qsdp.files import finite, replacing, sync
+from qsdp.files import finite, replacing
 
 
 class MetricsWriter:
@@ -71,6 +71,9 @@ class MetricsWriter:
                 f"{self._path} cannot be written ({error.strerror}); free some space there, or "
                 "choose another --out"
             )
+        self._show(line)
+
+    def _show(self, line: dict[str, Any]) -> None:
         if self._events is not None:
             for name, value in _flat(line):
                 if name != "step" and value is not None:
@@ -86,11 +89,15 @@ class MetricsWriter:
         self.check()
         os.fsync(self._file.fileno())
 
-    def rename(self, path: Path) -> None:
-        """Give the file the name `path`, in place of what has it."""
-        self._path.replace(path)
-        sync(path.parent)
+    def moved(self, path: Path, tensorboard: Path | None = None, last_step: int = 0) -> None:
+        """Note that the file has the name `path` now. From now on TensorBoard's events go to
+        `tensorboard`, those of the lines after `last_step` first."""
         self._path = path
+        if tensorboard is not None:
+            self._events = _event_writer(tensorboard, last_step)
+            for line in _whole_lines(path, ()):
+                if line["step"] > last_step:
+                    self._show(line)
 
     def close(self) -> None:
         try:

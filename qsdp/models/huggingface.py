@@ -7,6 +7,7 @@ Only safetensors is needed: the transformers library is not imported.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,6 +27,7 @@ from qsdp.meeting import meet, mistakes_shared
 from qsdp.models.gpt import GPT, GPTConfig, local_slices
 
 _WEIGHTS = "model.safetensors"
+_PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _BLOCK_MODULES = {
     "norm_attn": "ln_1",
     "attn.qkv": "attn.c_attn",
@@ -186,6 +188,9 @@ def export_huggingface(
         other ranks then.
     """
     path = Path(folder)
+    for name in files or {}:
+        if not is_file_name(name) or name in (_WEIGHTS, "config.json"):
+            raise ValueError(f"files holds {name!r}: give names of files that stand beside these.")
     is_there = _is_there(path, model.config)
     world = [dist.group.WORLD] if dist.group.WORLD is not None else []
     writes = not world or dist.get_rank() == 0
@@ -258,9 +263,9 @@ def _remove_parts(folder: Path) -> None:
     """Delete the parts that the weights lay in before: whoever reads takes the whole file first."""
     index = folder / f"{_WEIGHTS}.index.json"
     if index.is_file():
-        parts = set(_read_json(index).get("weight_map", {}).values())
-        for part in parts - {_WEIGHTS}:
-            (folder / Path(part).name).unlink(missing_ok=True)
+        for part in folder.iterdir():
+            if _PART.fullmatch(part.name):
+                part.unlink()
         index.unlink()  # last: who is killed before this finds the rest by it the next time
 
 

@@ -293,7 +293,9 @@ def _check_files(config: TrainConfig) -> None:
             "tokenizers library."
         )
     is_named = config.resume not in ("auto", "none") and not config.resumes_own
-    if is_named and not Path(config.resume).is_dir():
+    # Where it is there no more, what came of it may be in --out.
+    has_begun = (config.out_dir / "checkpoints").exists()
+    if is_named and not has_begun and not Path(config.resume).is_dir():
         raise UserError(
             f"--resume {config.resume} does not exist; choose auto, none or a checkpoint's folder."
         )

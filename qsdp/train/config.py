@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ BACKENDS = ("nccl", "gloo")
 _RECORDS = (
     *("out", "resume", "keep", "save_every", "eval_every"),
     *("tensorboard", "timeout_s", "take_over", "qsdp_errors"),
+)
+_OF_THE_SCHEDULE = (
+    *("acdc_warmup", "acdc_phase", "acdc_last_dense", "acdc_last_sparse"),
+    *("gmp_sparsity", "gmp_initial", "gmp_start", "gmp_every", "gmp_end"),
 )
 _INPUTS = ("data", "tokenizer")  # their contents count, not where they lie
 _NO_PATHS = ("stdlib", "char", "byte")
@@ -274,8 +278,26 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
     def identity(self) -> dict[str, Any]:
         """The settings that change a run's numbers, but for its data, as `as_dict` has them."""
         left_out = {*_RECORDS, *_INPUTS} - ({"eval_every"} if self.acdc else set())
-        values = self._values() | {"min_lr": self.last_lr}
-        return {name: value for name, value in values.items() if name not in left_out}
+        chosen = {
+            name: value
+            for name, value in self._values().items()
+            if name not in left_out and not name.startswith("qsdp_")
+        }
+        # What was given in two ways may be the same.
+        chosen |= {"min_lr": self.last_lr}
+        if self.wire is not None:
+            chosen |= {f"qsdp_{name}": value for name, value in asdict(self.wire).items()}
+            chosen["qsdp_level_steps"] = list(self.wire.learning_steps)
+        if self.cram:
+            chosen["cram_targets"] = [str(target) for target in self.targets]
+            del chosen["cram_sparsity"]
+        if self.acdc:
+            chosen["acdc_target"] = str(self.acdc_compression)
+            del chosen["acdc_sparsity"]
+        schedule = self.mask_schedule(self.steps)
+        if schedule is not None:
+            chosen |= {f"{self.method_flag}_schedule": asdict(schedule)}
+        return {n: v for n, v in chosen.items() if n not in _OF_THE_SCHEDULE}
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, `out` resolved, as JSON and TOML can hold them; unset ones are left out."""

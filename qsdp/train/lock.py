@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qsdp.files import write_json
+from qsdp.files import locked_folder, write_json
 
 HEARTBEAT_S = 30.0
 MISSED = 4
@@ -27,11 +27,12 @@ class Lock:
 
     Whose process has ended holds nothing. Of a process on another machine nobody knows: it holds
     nothing if its heart has stopped, or if it was an earlier start of the same job, by SLURM_JOB_ID
-    or torchrun's id. So a job that is started again after it was preempted finds its folder free.
+    and SLURM_RESTART_COUNT, or by torchrun's id. So a job that is started again after it was
+    preempted finds its folder free. Who took a folder over leaves the lock behind at the end.
     """
 
-    def __init__(self, path: Path, owner: Mapping[str, Any]) -> None:
-        self._path, self.owner = path, dict(owner)
+    def __init__(self, path: Path, owner: Mapping[str, Any], took_over: bool) -> None:
+        self._path, self.owner, self._took_over = path, dict(owner), took_over
         self._has_ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="qsdp-lock", daemon=True)
         self._heart.start()
@@ -39,7 +40,7 @@ class Lock:
     def check(self) -> None:
         """Raise ValueError if another run has taken the folder over."""
         found = _read(self._path)
-        if not found:  # somebody has removed it, and nobody else holds the folder
+        if not found:  # somebody has removed it, and nobody else has held the folder since
             write_json(self._path, self.owner)
         elif found != self.owner:
             raise ValueError(
@@ -48,11 +49,14 @@ class Lock:
             )
 
     def end(self) -> None:
-        """Let go of the folder."""
+        """Let go of the folder. Who was taken over is to find whose it was."""
         self._has_ended.set()
         self._heart.join()
         if _read(self._path) == self.owner:
-            self._path.unlink(missing_ok=True)
+            if self._took_over:
+                write_json(self._path, self.owner | {"has_ended": True})
+            else:
+                self._path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._has_ended.wait(HEARTBEAT_S):
@@ -74,23 +78,12 @@ def hold(out: Path, *, takes_over: bool) -> Iterator[Lock]:
     Raises: ValueError if another run holds it.
     """
     path, owner = out / _NAME, _owner()
-    while True:
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            try:
-                if not (takes_over or _is_free(path, owner)):
-                    _refuse(path)
-            except FileNotFoundError:
-                continue  # it was let go of in between
-            write_json(path, owner)
-        else:
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(owner, file)
-        break
-    if _read(path) != owner:  # of two that found it free at once the last has it
-        _refuse(path)
-    lock = Lock(path, owner)
+    with locked_folder(out):  # of two that find it free at once the second finds the first
+        found = _read(path)
+        if path.exists() and not takes_over and not _is_free(path, found or {}, owner):
+            _refuse(path)
+        write_json(path, owner)
+    lock = Lock(path, owner, found is not None and not _has_ended(found))
     try:
         yield lock
     finally:
@@ -106,9 +99,10 @@ def _owner() -> dict[str, Any]:
     return {
         "id": secrets.token_hex(8),
         "job": _job_id(),
+        "start": os.environ.get("SLURM_RESTART_COUNT", "0"),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "process": _process(os.getpid()),
+        "process": process_id(os.getpid()),
     }
 
 
@@ -119,7 +113,7 @@ def _job_id() -> str | None:
     return next((f"{n}={v}" for n, v in named.items() if v not in ("", "none")), None)
 
 
-def _process(pid: object) -> str | None:
+def process_id(pid: object) -> str | None:
     """What tells a process of this machine from all that had its number before; None without it."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
@@ -130,14 +124,28 @@ def _process(pid: object) -> str | None:
     return None if state in "ZX" else f"{boot} {namespace} {fields[18]}"  # when it started
 
 
-def _is_free(path: Path, owner: Mapping[str, Any]) -> bool:
+def _is_free(path: Path, found: Mapping[str, Any], owner: Mapping[str, Any]) -> bool:
     """Whether whoever holds the lock cannot be there any more."""
-    found = _read(path) or {}
-    machine = str(owner["process"]).split()[:2]
-    if owner["process"] is not None and str(found.get("process")).split()[:2] == machine:
-        return _process(found.get("pid")) != found["process"]
+    if _has_ended(found):
+        return True
+    if _is_here(found):
+        return False
+    # An allocation may run several at once: of Slurm's an earlier start alone is another's end.
     is_same_job = owner["job"] is not None and found.get("job") == owner["job"]
+    is_same_job &= "SLURM" not in str(owner["job"]) or found.get("start") != owner["start"]
     return is_same_job or _silence_s(path) > MISSED * HEARTBEAT_S
+
+
+def _has_ended(found: Mapping[str, Any]) -> bool:
+    """Whether a run is known to have ended: it said so, or its process was of this machine."""
+    is_gone = _is_here(found) and process_id(found.get("pid")) != found["process"]
+    return bool(found.get("has_ended")) or is_gone
+
+
+def _is_here(found: Mapping[str, Any]) -> bool:
+    """Whether a process is, or was, of this machine."""
+    own = process_id(os.getpid())
+    return own is not None and str(found.get("process")).split()[:2] == own.split()[:2]
 
 
 def _refuse(path: Path) -> None:
@@ -163,6 +171,6 @@ def _silence_s(path: Path) -> float:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

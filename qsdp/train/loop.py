@@ -65,6 +65,8 @@ def train(config: TrainConfig) -> None:
                 progress.show(line)
                 if _is_due(config.save_every, step, config, at_end=True):
                     save(job)
+            if job.results.is_beside:  # no step was left to take
+                save(job)
         finish(job, [] if metrics is None else metrics.history)
 
 

@@ -1,53 +1,87 @@
-"""The folder of results while it holds what an earlier run left: that stays until the first
-checkpoint of this run is on disk, so that at no instant there is neither."""
+"""The folder of results while it holds what another history left: that stays until the first
+checkpoint of this one is on disk, so that at no instant there is neither.
+
+A history is a line of steps that checkpoints were made from one after the other, with the same
+settings. A run that begins anew, goes back to an earlier checkpoint, or goes on with other settings
+begins a new one. Until its first checkpoint all that it writes lies beside: metrics.HISTORY.jsonl,
+dense-twin.HISTORY. The first checkpoint, which names its history, decides: `commit` then removes
+the rest of the old one and gives the new files their names, those of the metrics last. So who finds
+them beside knows what a crash cut short.
+"""
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from qsdp import checkpoint
-from qsdp.files import write_text
+from qsdp.files import remove_tree, write_text
 
 CHECKPOINTS = "checkpoints"
 DENSE_TWIN = "dense-twin"
 """Folder, in that of the results, of the dense twin of AC/DC's model."""
 METRICS = "metrics.jsonl"
-_BESIDE = re.compile(r"metrics\.[0-9a-f]{8}\.jsonl(\.tmp)?")
+PLOTS = "plots"
+SUMMARY = "summary.json"
+_OLD_TWIN = f"{DENSE_TWIN}.old"
+_BESIDE = re.compile(r"metrics\.[0-9a-f]{8}\.jsonl(\.tmp)?|dense-twin\.([0-9a-f]{8}|old)")
 
 
-def recover(out: Path) -> None:
-    """Finish, or undo, what a history was at when it ended: its first checkpoint, which decides, is
-    there or is not."""
-    for folder in (CHECKPOINTS, DENSE_TWIN):
-        root = out / folder
-        aside, newest = checkpoint.aside(root), checkpoint.latest(root)
-        if aside and (newest is None or _history(newest) == _history(aside[-1])):
-            checkpoint.restore_aside(root)
-    newest = checkpoint.latest(out / CHECKPOINTS)
-    beside = None if newest is None else _metrics(out, _history(newest))
-    if beside is not None and beside.exists():
-        beside.replace(out / METRICS)
+def recover(out: Path) -> list[str]:
+    """Finish what the history of the newest checkpoint was at when it ended, or undo what another
+    one had begun. Returns what was removed."""
+    root = out / CHECKPOINTS
+    newest = checkpoint.latest(root)
+    history = "" if newest is None else str(checkpoint.read_meta(newest).get("history"))
+    if _metrics(out, history).exists():
+        return commit(out, history)
+    checkpoint.restore_aside(root)
+    return []
 
 
-def _history(path: Path) -> str:
-    return str(checkpoint.read_meta(path).get("history"))
+def commit(out: Path, history: str) -> list[str]:
+    """The first checkpoint of `history` is there: delete what is left of others. Returns its names.
+
+    Any part of it may have been done before.
+    """
+    removed = _remove_outcome(out)
+    names = checkpoint.remove_aside(out / CHECKPOINTS)
+    removed += [f"{CHECKPOINTS}/{name}" for name in names]
+    twin = out / DENSE_TWIN
+    if _twin(out, history).exists():
+        if twin.exists():
+            remove_tree(out / _OLD_TWIN)
+            twin.rename(out / _OLD_TWIN)
+            removed.append(DENSE_TWIN)
+        _twin(out, history).rename(twin)
+        remove_tree(out / _OLD_TWIN)
+    if _metrics(out, history).exists():
+        _metrics(out, history).replace(out / METRICS)
+    return removed
+
+
+def _remove_outcome(out: Path) -> list[str]:
+    """None of this is to be found without the checkpoints that it is of."""
+    found = [
+        path for path in (out / SUMMARY, *sorted((out / PLOTS).glob("*.png"))) if path.exists()
+    ]
+    for path in found:
+        path.unlink()
+    return [str(path.relative_to(out)) for path in found]
 
 
 def _metrics(out: Path, history: str) -> Path:
-    """Where a history writes its metrics while those of another one are there."""
     return out / f"metrics.{history}.jsonl"
+
+
+def _twin(out: Path, history: str) -> Path:
+    return out / f"{DENSE_TWIN}.{history}"
 
 
 @dataclass
 class Results:
-    """What is done in OUT when. All ranks have the same; one calls the methods that write.
-
-    A history is a line of steps that checkpoints were made from one after the other: a run that
-    begins anew, or goes back to an earlier checkpoint, begins a new one.
-    """
+    """What is done in OUT when. All ranks have the same; one calls the methods that write."""
 
     out: Path
     config: str
@@ -55,59 +89,56 @@ class Results:
     history: str
     """Names the history."""
     began_at: int
-    """The step after which this process, or the history before it, goes on."""
-    replaces: bool
-    """Whether OUT holds checkpoints of another history, to be replaced."""
-    has_lines: bool
-    """Whether the lines of OUT/metrics.jsonl up to `began_at` are those of this history."""
-    outdated: list[str] = field(default_factory=list)
-    """Folders that hold what goes when this history has a checkpoint there."""
+    """The step that this process, or its history, goes on from."""
+    is_beside: bool
+    """Whether OUT holds checkpoints of another history, which the first one here replaces."""
+    has_past: bool
+    """Whether what OUT holds up to `began_at` is the past of this history."""
 
-    def begin(self) -> tuple[list[str], list[str]]:
-        """Make OUT, which `recover` has seen, ready.
-
-        Returns what was removed, which attempts left that never had a checkpoint, and `outdated`.
-        """
+    def begin(self) -> list[str]:
+        """Make OUT, which `recover` has seen, ready. Returns what was removed: what attempts left
+        that never had a checkpoint."""
         removed = [path for path in sorted(self.out.iterdir()) if _BESIDE.fullmatch(path.name)]
-        if not self.replaces:
+        if not self.is_beside:
             write_text(self.out / "config.toml", self.config)
-            removed += [] if self.has_lines else [self.out / METRICS]
-        removed = [path for path in removed if path.exists()]
+            if not self.has_past and (self.out / METRICS).exists():
+                removed.append(self.out / METRICS)
         for path in removed:
-            path.unlink()
-        outdated = [
-            folder
-            for folder in (CHECKPOINTS, DENSE_TWIN)
-            if checkpoint.outdated(self.out / folder, self.began_at)
-        ]
-        return [path.name for path in removed], outdated
+            remove_tree(path)
+        return [path.name for path in removed]
 
     @property
     def metrics(self) -> Path:
         """Where metrics go until `settle`."""
-        return _metrics(self.out, self.history) if self.replaces else self.out / METRICS
+        return _metrics(self.out, self.history) if self.is_beside else self.out / METRICS
 
-    def latest(self, folder: str) -> Path | None:
-        """The newest checkpoint of this history in `folder`."""
-        until = self.began_at if folder in self.outdated else math.inf
-        return checkpoint.latest(self.out / folder, until)
+    @property
+    def dense_twin(self) -> Path:
+        """Where the dense twin goes until `settle`."""
+        return _twin(self.out, self.history) if self.is_beside else self.out / DENSE_TWIN
 
-    def forget(self, folder: str) -> list[str]:
-        """Delete what this history's first checkpoint in `folder` took the place of, and return
-        what that was."""
-        return [f"{folder}/{name}" for name in checkpoint.remove_aside(self.out / folder)]
+    def latest_twin(self) -> Path | None:
+        """The dense twin of this history and its past."""
+        own = checkpoint.latest(self.dense_twin)
+        if own is None and self.is_beside and self.has_past:
+            return checkpoint.latest(self.out / DENSE_TWIN, self.began_at)
+        return own
 
     def settle(self) -> list[str]:
-        """The first checkpoint is there: delete what is left of earlier histories."""
-        removed = []
-        summary = self.out / "summary.json"
-        if summary.exists():  # none is to be found without the checkpoints that it is of
-            summary.unlink()
-            removed.append(summary.name)
-        if self.replaces:
+        """The first checkpoint is there. Returns what was removed."""
+        removed = _remove_outcome(self.out)
+        if self.is_beside:
             write_text(self.out / "config.toml", self.config)
-        if DENSE_TWIN in self.outdated:  # no twin of this history has taken its place
-            checkpoint.set_aside(self.out / DENSE_TWIN, self.began_at)
-        for folder in self.outdated:
-            removed += self.forget(folder)
-        return removed
+            if not self.dense_twin.exists():
+                removed += self._remove_twins()
+        return removed + commit(self.out, self.history)
+
+    def _remove_twins(self) -> list[str]:
+        """Delete the dense twins that are not of this history's past."""
+        folder = self.out / DENSE_TWIN
+        if self.latest_twin() is None:
+            was_there = folder.exists()
+            remove_tree(folder)
+            return [DENSE_TWIN] * was_there
+        checkpoint.set_aside(folder, self.began_at)
+        return [f"{DENSE_TWIN}/{name}" for name in checkpoint.remove_aside(folder)]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qsdp import checkpoint
 from qsdp.train.config import TrainConfig
+from qsdp.train.lock import process_id
 from qsdp.train.results import CHECKPOINTS
 from qsdp.train.world import World
 
@@ -22,29 +26,53 @@ _MOST_TOLD = 4
 _PACE = ("batch_size", "grad_accum", "seq_len", "precision", "replicas", "backend")
 
 
-def find_checkpoint(
-    config: TrainConfig, fingerprint: dict[str, Any]
-) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from, and what `read_meta` says of it, if there is one.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    history: str
+    """See `results`."""
+    source: Path | None = None
+    """The checkpoint to go on from."""
+    meta: dict[str, Any] | None = None
+    """What `read_meta` says of it."""
+    origin: str | None = None
+    """What --resume named when the history began, or is to be told of it."""
+    is_beside: bool = False
+    """Whether the folder of results holds another history."""
+    has_past: bool = False
+    """Whether it holds the past of this one."""
+
+
+def find_start(config: TrainConfig, fingerprint: dict[str, Any]) -> Start:
+    """Where a run of this `fingerprint` begins.
 
     Raises ValueError if what is there is not of this run, or not of this model.
     """
     root = config.out_dir / CHECKPOINTS
     own = checkpoint.latest(root)
-    if config.resume == "none" or (config.resume == "auto" and own is None):
-        return None
     newest = {} if own is None else _read(own)
-    if config.resume == "auto":
-        assert own is not None
-        if differences := _differences(newest, fingerprint, _PARTS):
+    named = None if config.resume in ("auto", "none") else str(Path(config.resume).absolute())
+    anew = Start(secrets.token_hex(4), origin=named, is_beside=own is not None)
+    if own is None and (named is None or config.resumes_own):
+        return anew  # perhaps the first start of a command that may be started again
+    same = Start(newest.get("history", ""), own, newest, newest.get("origin"), False, True)
+    # A launcher starts the same command again: it goes on from what came of it.
+    is_again = own is not None and (
+        newest["origin"] == named if named is not None else newest["launch"] == _restarted_launch()
+    )
+    if config.resume == "auto" or is_again:
+        differences = _differences(newest, fingerprint, _PARTS)
+        if not differences:
+            return same
+        if config.resume == "auto":
             raise ValueError(
                 f"{own} is of another run, with {_listed(differences)}; give another --out, go on "
                 f"from it all the same with --resume {config.out_dir}, or begin anew with --resume "
                 "none."
             )
-        return own, newest
-    if own is None and config.resumes_own:
-        return None  # the first start of a command that may be started again with other ranks
+    if named is None:
+        return anew
     path = checkpoint.resolve(Path(config.resume))
     meta = _read(path)
     if differences := _differences(meta, fingerprint, _OF_THE_MODEL):
@@ -57,22 +85,31 @@ def find_checkpoint(
             f"{path} is past the end: {meta['step']} steps are done and --steps is "
             f"{config.steps}; raise --steps, or give another --out."
         )
-    if own is None or own.samefile(path):
-        return path, meta
-    came_of_it = newest["origin"] == checkpoint.identity(path)
-    if came_of_it and not _differences(newest, fingerprint, _PARTS):
-        return own, newest  # a launcher starts the same command again
-    if not path.parent.samefile(root):
+    has_past = own is not None and path.parent.samefile(root)
+    if own is not None and not has_past:
         raise ValueError(
             f"--out {config.out_dir} holds another run, of {newest['step']} steps; give another "
             "--out, or remove that folder."
         )
-    return path, meta
+    if own is not None and own.samefile(path) and not _differences(meta, fingerprint, _PARTS):
+        return replace(same, origin=named)
+    return replace(anew, source=path, meta=meta, has_past=has_past)
+
+
+def launch_id() -> str | None:
+    """What tells torchrun's launches apart, on rank 0: restarts are of the same."""
+    return process_id(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+def _restarted_launch() -> str:
+    """The launch that has restarted this process by --max-restarts; "" if none has."""
+    is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return (launch_id() or "") if is_restarted else ""
 
 
 def _read(path: Path) -> dict[str, Any]:
     """What the trainer keeps with a checkpoint. Raises ValueError if it is not all there."""
-    meta = {"history": "", "origin": None} | checkpoint.read_meta(path)
+    meta = {"history": "", "origin": None, "launch": None} | checkpoint.read_meta(path)
     kinds = {
         "fingerprint": dict,
         "config": dict,
@@ -80,6 +117,7 @@ def _read(path: Path) -> dict[str, Any]:
         "pace_since": int,
         "history": str,
         "origin": str | None,
+        "launch": str | None,
     }
     wire = meta.get("wire", 0)
     is_whole = all(isinstance(meta.get(name, ...), kind) for name, kind in kinds.items())
@@ -107,7 +145,10 @@ def _differences(
             continue
         if not isinstance(was, dict) or not isinstance(now, dict):
             is_told = part in ("optimizer", "seed")
-            found.append(f"{part} {was}, not {now}" if is_told else f"another {part}")
+            is_known = part in theirs or part == "schedule"
+            unknown = f"{part} that an older version did not write down"
+            another = f"another {part}" if is_known else unknown
+            found.append(f"{part} {was}, not {now}" if is_told else another)
             continue
         names = [n for n in dict.fromkeys([*now, *was]) if was.get(n, _UNSET) != now.get(n, _UNSET)]
         pairs = [f"{n} {was.get(n, _UNSET)}, not {now.get(n, _UNSET)}" for n in names]

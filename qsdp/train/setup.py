@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,8 +27,8 @@ from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate import Evaluator
 from qsdp.train.lock import Lock, hold, holder
 from qsdp.train.parallelize import build, check_nodes, check_replicas, make_optimizer, model_config
-from qsdp.train.results import CHECKPOINTS, DENSE_TWIN, METRICS, Results, recover
-from qsdp.train.resume import changed, find_checkpoint, is_finished, pace_since
+from qsdp.train.results import CHECKPOINTS, METRICS, Results, recover
+from qsdp.train.resume import changed, find_start, is_finished, launch_id, pace_since
 from qsdp.train.wire import QuantizedWire, StockWire, Wire
 from qsdp.train.world import World
 
@@ -56,7 +56,7 @@ class Job:
     fingerprint: dict[str, Any]
     """What tells the run from others: all that changes its numbers."""
     origin: str | None
-    """The identity of the checkpoint that --resume PATH named, if this came of one."""
+    """The PATH of --resume, if this came of one."""
     results: Results
     lock: Lock | None
     """Of the folder of results, on rank 0."""
@@ -94,64 +94,66 @@ class Job:
 
     def open_metrics(self) -> None:
         """Open the metrics file, on rank 0. Raises UserError everywhere if it cannot be written."""
-        folder = self.out / "tensorboard" if self.config.tensorboard else None
-        source = self.out / METRICS if self.results.has_lines else None
-        self.metrics = self.world.together(
-            lambda: (
-                MetricsWriter(self.results.metrics, self.steps_done, folder, STEP_METRICS, source)
-                if self.world.is_main
-                else None
-            )
-        )
+        results = self.results
+        events = None if results.is_beside else self._events
+        past = self.out / METRICS if results.has_past else None
+
+        def make() -> MetricsWriter | None:
+            if not self.world.is_main:
+                return None
+            return MetricsWriter(results.metrics, self.steps_done, events, STEP_METRICS, past)
+
+        self.metrics = self.world.together(make)
 
     def save(self) -> None:
         """Write the checkpoint of the steps done."""
         # Whoever finds the checkpoint finds the lines of its steps.
         self.world.on_main(lambda: None if self.metrics is None else self.metrics.sync())
-        self._write(CHECKPOINTS, self.steps_done, self.optimizer, {}, self.config.keep)
-        if not self.has_checkpoint:
-            self.has_checkpoint = True
-            self._say_removed(self.world.on_main(self._settle))
-            self.results.outdated.clear()
+        results, is_first = self.results, not self.has_checkpoint
+        goes_on_from = results.began_at if is_first and results.is_beside else None
+        self._write(
+            self.out / CHECKPOINTS,
+            self.steps_done,
+            self.optimizer,
+            {},
+            keep=self.config.keep,
+            goes_on_from=goes_on_from,
+        )
+        self.has_checkpoint = True
+        if is_first:
+            removed = self.world.on_main(self._settle)
+            results.is_beside = False
+            if removed:
+                self.say(f"Removed from {self.out}, as outdated now: {', '.join(removed)}")
 
     def keep_twin(self, steps_done: int, loss: float) -> None:
         """Write the weights, of validation loss `loss`, as the dense twin."""
-        self._write(DENSE_TWIN, steps_done, None, {"val_loss": loss}, 1)
-        if DENSE_TWIN in self.results.outdated:
-            self.results.outdated.remove(DENSE_TWIN)
-            self._say_removed(self.world.on_main(lambda: self.results.forget(DENSE_TWIN)))
+        self._write(self.results.dense_twin, steps_done, None, {"val_loss": loss}, keep=1)
 
     def _write(
         self,
-        folder: str,
+        root: Path,
         steps_done: int,
         optimizer: torch.optim.Optimizer | None,
         more: dict[str, Any],
-        number: int,
+        **options: Any,
     ) -> None:
-        """Write a checkpoint into `folder` of the results, with `more` beside what all of them
-        have; the newest `number` stay."""
-        tokenizer, results = self.corpus.tokenizer, self.results
-        is_outdated = folder in results.outdated
+        """Write a checkpoint into `root`, with `more` beside what all of them have."""
         self.world.on_main(self.check_lock)
+        tokenizer = self.corpus.tokenizer
+        meta = {
+            "fingerprint": self.fingerprint,
+            "config": self.config.as_dict(),
+            "wire": None if self.handle is None else self.handle.state_dict(),
+            "world_size": self.world.size,
+            "pace_since": self.pace_since,
+            "history": self.results.history,
+            "origin": self.origin,
+            "launch": launch_id(),
+        }
+        files = {} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()}
         checkpoint.save(
-            self.out / folder,
-            steps_done,
-            self.model,
-            optimizer,
-            {
-                "fingerprint": self.fingerprint,
-                "config": self.config.as_dict(),
-                "wire": None if self.handle is None else self.handle.state_dict(),
-                "world_size": self.world.size,
-                "pace_since": self.pace_since,
-                "history": results.history,
-                "origin": self.origin,
-                **more,
-            },
-            files={} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()},
-            keep=number,
-            goes_on_from=results.began_at if is_outdated else None,
+            root, steps_done, self.model, optimizer, meta | more, files=files, **options
         )
 
     def check_lock(self) -> None:
@@ -161,13 +163,13 @@ class Job:
 
     def _settle(self) -> list[str]:
         removed = self.results.settle()
-        if self.metrics is not None and self.results.replaces:
-            self.metrics.rename(self.out / METRICS)
+        if self.metrics is not None and self.results.is_beside:
+            self.metrics.moved(self.out / METRICS, self._events, self.results.began_at)
         return removed
 
-    def _say_removed(self, names: list[str]) -> None:
-        if names:
-            self.say(f"Removed from {self.out}, as outdated now: {', '.join(names)}")
+    @property
+    def _events(self) -> Path | None:
+        return self.out / "tensorboard" if self.config.tensorboard else None
 
 
 def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
@@ -185,9 +187,9 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     size = world.together(lambda: model_config(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))
     fingerprint = _fingerprint(config, size, corpus, world)
-    world.on_main(lambda: recover(config.out_dir))
-    found = world.on_main(lambda: find_checkpoint(config, fingerprint))
-    source, meta = found if found is not None else (None, None)
+    removed = world.on_main(lambda: recover(config.out_dir))
+    start = world.on_main(lambda: find_start(config, fingerprint))
+    source, meta = start.source, start.meta
     if meta is not None and config.resume == "auto" and is_finished(config, meta):
         if world.is_main:
             print(
@@ -211,8 +213,15 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         if handle is not None and meta["wire"] is not None:
             load, state = handle.load_state_dict, meta["wire"]
             all_alike(world, lambda: load(state))
-    origin, results = world.on_main(lambda: _results(config, source, meta))
-    removed, results.outdated = world.on_main(results.begin)
+    results = Results(
+        out=config.out_dir,
+        config=config.to_toml(),
+        history=start.history,
+        began_at=steps_done,
+        is_beside=start.is_beside,
+        has_past=start.has_past,
+    )
+    removed += world.on_main(results.begin)
     job = Job(
         config=config,
         world=world,
@@ -224,7 +233,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         wire=wire,
         evaluator=Evaluator(config, world, corpus, model, wire),
         fingerprint=fingerprint,
-        origin=origin,
+        origin=start.origin,
         results=results,
         lock=lock,
         steps_done=steps_done,
@@ -318,6 +327,11 @@ def _fingerprint(
     config: TrainConfig, size: GPTConfig, corpus: Corpus, world: World
 ) -> dict[str, Any]:
     """All that changes a run's numbers."""
+    place = {"backend": world.backend, "device": world.device.type, "ranks": world.size}
+    if config.wire is not None and config.wire.reduce != "flat":
+        place["ranks_per_node"] = config.wire.ranks_per_node or int(
+            os.environ.get("LOCAL_WORLD_SIZE", "1")
+        )
     tokenizer = corpus.tokenizer
     schedule = config.mask_schedule(config.steps)
     return {
@@ -326,28 +340,8 @@ def _fingerprint(
         "optimizer": config.method,
         "seed": config.seed,
         "data": data_facts(corpus),
-        "settings": config.identity | {"backend": world.backend, "ranks": world.size},
+        "settings": config.identity | place,
     } | ({} if schedule is None else {"schedule": asdict(schedule)})
-
-
-def _results(
-    config: TrainConfig, source: Path | None, meta: dict[str, Any] | None
-) -> tuple[str | None, Results]:
-    """Where the history of this run began, if that was another run's checkpoint, and its folder."""
-    root = config.out_dir / CHECKPOINTS
-    newest = checkpoint.latest(root)
-    is_newest = source is not None and newest is not None and source.samefile(newest)
-    origin = None
-    if source is not None and meta is not None:
-        origin = meta["origin"] if is_newest else checkpoint.identity(source)
-    return origin, Results(
-        out=config.out_dir,
-        config=config.to_toml(),
-        history=meta["history"] if meta is not None and is_newest else secrets.token_hex(4),
-        began_at=0 if meta is None else meta["step"],
-        replaces=newest is not None and not is_newest,
-        has_lines=source is not None and root.exists() and source.parent.samefile(root),
-    )
 
 
 def _announce(
@@ -366,8 +360,8 @@ def _announce(
     for remark in [native.remark(world.device)] if handle is None else handle.report().remarks:
         job.say(f"  {remark}")
     if removed:
-        job.say(f"  removed, of an attempt that had no checkpoint: {', '.join(removed)}")
-    if job.results.replaces:
+        job.say(f"  removed, of attempts that ended before: {', '.join(removed)}")
+    if job.results.is_beside:
         job.say(
             f"  the other checkpoints in {job.out}, and what belongs to them, stay until this run "
             "has one"
@@ -378,7 +372,7 @@ def _announce(
     changes = [
         f"{name} {before.get(name, 'unset')} -> {after.get(name, 'unset')}"
         for name in changed(config, meta)
-        if name not in ("out", "resume", "keep")
+        if name not in ("out", "resume", "keep", "take_over")
     ]
     if meta.get("world_size") != world.size:
         changes.append(f"ranks {meta.get('world_size')} -> {world.size}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from qsdp import checkpoint
-from qsdp.train.results import DENSE_TWIN
 from qsdp.train.setup import Job
 
 
@@ -38,5 +37,5 @@ def _pruned(job: Job) -> float:
 
 def kept_loss(job: Job) -> float | None:
     """The validation loss of the dense twin that the run has kept so far; None without one."""
-    path = job.results.latest(DENSE_TWIN)
+    path = job.results.latest_twin()
     return None if path is None else float(checkpoint.read_meta(path)["val_loss"])
