@@ -13,7 +13,7 @@ from qsdp.files import replacing
 from qsdp.sparsity.target import Compression
 from qsdp.train.error_plot import History, draw_errors
 
-_NAMES = ("loss", "one_shot", "wire", "step_time", "wire_time", "pruned", "errors")
+PLOT_NAMES = ("loss", "one_shot", "wire", "step_time", "wire_time", "pruned", "errors")
 
 # What a step's time is shown as, from the bottom up: name of the metric, label, colour.
 _WIRE_TIME = (
@@ -61,7 +61,7 @@ def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list
 
 def remove_stale(folder: Path, drawn: list[Path]) -> list[str]:
     """Delete what `write_plots` drew of an earlier state of the run and not now; their names."""
-    every = [folder / f"{name}.png" for name in _NAMES]
+    every = [folder / f"{name}.png" for name in PLOT_NAMES]
     stale = [path for path in every if path not in drawn and path.exists()]
     for path in stale:
         path.unlink()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qsdp import checkpoint
 from qsdp.files import remove_tree, write_text
+from qsdp.train.plots import PLOT_NAMES
 
 CHECKPOINTS = "checkpoints"
 DENSE_TWIN = "dense-twin"
@@ -63,9 +64,8 @@ def commit(out: Path, history: str) -> list[str]:
 
 def _remove_outcome(out: Path) -> list[str]:
     """None of this is to be found without the checkpoints that it is of."""
-    found = [
-        path for path in (out / SUMMARY, *sorted((out / PLOTS).glob("*.png"))) if path.exists()
-    ]
+    plots = [out / PLOTS / f"{name}.png" for name in PLOT_NAMES]
+    found = [path for path in (out / SUMMARY, *plots) if path.exists()]
     for path in found:
         path.unlink()
     return [str(path.relative_to(out)) for path in found]
