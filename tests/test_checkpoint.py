@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,6 +156,34 @@ def test_one_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
     (path / name).unlink()
     with pytest.raises(ValueError, match="cannot be read"):
         checkpoint.load(path, *make())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"files": {name: ""}} for name in ("../out", "meta.json", ".metadata", "__9_0.distcp")),
+        *({"files": {"a.txt": "\ud800"}}, {"meta": {"x": {1, 2}}}, {"keep": 0}),
+        *({"step": -1}, {"step": True}),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_kept_is_refused_before_anything_is_written(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    values: dict[str, Any] = {"step": 1, "meta": {}} | given
+    step, meta = values.pop("step"), values.pop("meta")
+    with pytest.raises(ValueError, match=f"^({'|'.join(given)})"):
+        checkpoint.save(tmp_path / "root", step, *make(), meta, **values)
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_failure_of_any_kind_on_the_first_rank_is_heard_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "sync", lambda path: {}["x"])
+    with pytest.raises(RuntimeError, match=r"cannot be written .*KeyError.*choose another"):
+        checkpoint.save(tmp_path, 1, *make(), {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_metrics_keep_one_line_a_step_over_crashes(tmp_path: Path) -> None:

@@ -158,3 +158,28 @@ def test_export_onto_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(ValueError, match="is a file: choose a folder"):
         export_huggingface(our_model(), tmp_path / "taken")
+
+
+@pytest.mark.parametrize("listed", [{"a": "config.json", "b": "../other", "c": 7}, ["a"], None])
+def test_an_index_names_nothing_that_an_export_deletes(folder: Path, listed: object) -> None:
+    (folder.parent / "other").write_text("")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model-00001-of-00002.safetensors").write_text("")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    ours = our_model()
+    export_huggingface(ours, folder)
+    assert (folder.parent / "other").exists()
+    names = {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    again = load_huggingface(folder)
+    torch.testing.assert_close(again.state_dict(), ours.state_dict(), rtol=0, atol=0)
+
+
+def test_an_export_takes_no_place_that_is_taken(folder: Path) -> None:
+    with pytest.raises(ValueError, match="something else than a model of this configuration"):
+        export_huggingface(our_model(width=16), folder)
+    for name in ("../out.txt", "model.safetensors", "config.json", "", "a/b"):
+        with pytest.raises(ValueError, match="files holds"):
+            export_huggingface(our_model(), folder, files={name: "text"})
+    export_huggingface(our_model(), folder, files={"tokenizer.json": "{}"})
+    assert (folder / "tokenizer.json").read_text() == "{}"

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def test_a_lock_of_another_machine_is_free_when_it_is_of_this_job_or_silent(
         with pytest.raises(ValueError, match=f"process 4711 on elsewhere, {name}=7"):
             hold(tmp_path, takes_over=False).__enter__()
     monkeypatch.setenv(name, "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with hold(tmp_path, takes_over=False):
         pass
     path.write_text(json.dumps(FRESH))
@@ -102,6 +104,29 @@ def test_who_was_taken_over_hears_of_it_and_leaves_the_lock_alone(tmp_path: Path
                 first.check()
             first.end()
             theirs.check()
+
+
+def test_who_was_taken_over_ends_also_when_the_other_one_has_ended(tmp_path: Path) -> None:
+    with hold(tmp_path, takes_over=False) as first:
+        with hold(tmp_path, takes_over=True):
+            pass
+        with pytest.raises(ValueError, match="taken over by another run"):
+            first.check()
+    with hold(tmp_path, takes_over=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("start", "is_free"), [("1", True), ("0", False)])
+def test_of_one_allocation_an_earlier_start_alone_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, is_free: bool
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", start)
+    (tmp_path / "run.lock").write_text(json.dumps(FRESH | {"job": "SLURM_JOB_ID=7", "start": "0"}))
+    expected = nullcontext() if is_free else pytest.raises(ValueError, match="in use")
+    with expected, hold(tmp_path, takes_over=False):
+        pass
 
 
 def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +246,21 @@ def test_every_setting_is_part_of_a_run_or_changes_no_number() -> None:
     assert replace(coded, qsdp_errors=True).identity == coded.identity
     for name in ("data", "tokenizer"):
         assert replace(plain, **{name: "else"}).out_dir != plain.out_dir
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"qsdp_bits": 8}, {"qsdp_weight_bits": 8, "qsdp_grad_bits": 8}),
+        ({"qsdp_bits": 8}, {"qsdp_bits": 8, "qsdp_gather": "twice", "qsdp_reduce": "auto"}),
+        ({"cram": True, "cram_sparsity": (0.5,)}, {"cram": True, "cram_targets": ("0.5",)}),
+        ({"acdc": True}, {"acdc": True, "acdc_target": "0.9"}),
+        ({"acdc": True}, {"acdc": True, "acdc_warmup": 200}),
+        ({"lr": 1e-3}, {"lr": 1e-3, "min_lr": 1e-4}),
+    ],
+)
+def test_the_same_run_may_be_spelled_in_several_ways(one: Any, other: Any) -> None:
+    assert TrainConfig(**one).identity == TrainConfig(**other).identity
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -417,3 +457,80 @@ def test_a_crash_between_the_first_checkpoint_and_its_metrics_loses_no_line(
     assert {path.name for path in out.iterdir()} == {
         *("checkpoints", "config.toml", "metrics.jsonl", "summary.json")
     }
+
+
+def step_of(out: Path) -> int:
+    newest = checkpoint.latest(out / "checkpoints")
+    assert newest is not None
+    return int(checkpoint.read_meta(newest)["step"])
+
+
+@pytest.mark.slow
+def test_a_command_that_names_the_newest_checkpoint_may_be_started_again_and_again(
+    finished_once: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished_once(*LONGER), tmp_path / "run")
+    out = tmp_path / "run" / "out"
+    named = out / "checkpoints" / "step-00000004"
+    flags = small_run(tmp_path / "run", *LONGER, "--resume", str(named), "--steps", "8")
+    interrupted(monkeypatch, flags, 7)
+    assert step_of(out) == 6
+    shutil.rmtree(named)  # as --keep may have it
+    interrupted(monkeypatch, flags, 8)
+    assert step_of(out) == 7
+    main(flags)
+    assert [*rates(out)] == [*range(1, 9)]
+
+
+@pytest.mark.slow
+def test_a_run_without_a_step_left_leaves_nothing_of_two(
+    finished_once: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished_once(*LONGER), tmp_path / "run")
+    out = tmp_path / "run" / "out"
+    back = str(out / "checkpoints" / "step-00000002")
+    main(small_run(tmp_path / "run", *LONGER, "--resume", back, "--steps", "2"))
+    assert (step_of(out), [*rates(out)]) == (2, [1, 2])
+    assert json.loads((out / "summary.json").read_text())["steps"] == 2
+    main(small_run(tmp_path / "run", *LONGER, "--steps", "2", "--resume", str(out), "--seed", "0"))
+    main(["--config", str(out / "config.toml")])
+    assert "holds this run, finished after 2 steps" in capfd.readouterr().out
+    assert [path.name for path in out.glob("metrics*")] == ["metrics.jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_restarted", [True, False])
+def test_torchrun_does_not_begin_anew_what_it_restarts(
+    finished_once: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_restarted: bool,
+) -> None:
+    shutil.copytree(finished_once(*LONGER), tmp_path / "run")
+    out = tmp_path / "run" / "out"
+    # torchrun tells its processes of it, and one alone is a world without its store.
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    flags = small_run(tmp_path / "run", *LONGER, "--resume", "none", "--lr", "5e-3")
+    interrupted(monkeypatch, flags, 3)
+    assert step_of(out) == 2
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(int(is_restarted)))
+    interrupted(monkeypatch, flags, 4 if is_restarted else 2)
+    assert step_of(out) == (3 if is_restarted else 1)
+
+
+@pytest.mark.slow
+def test_events_are_of_the_run_whose_checkpoints_are_there(
+    finished_once: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    shutil.copytree(finished_once(*LONGER), tmp_path / "run")
+    out = tmp_path / "run" / "out"
+    flags = small_run(tmp_path / "run", *LONGER, "--resume", "none", "--lr", "5e-3")
+    flags += ["--tensorboard", "--save-every", "2"]
+    interrupted(monkeypatch, flags, 2)
+    assert not (out / "tensorboard").exists()
+    main(flags)
+    events = accumulator.EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("lr")}
+    assert shown == pytest.approx(rates(out))

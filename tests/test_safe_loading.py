@@ -22,9 +22,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    StorageMeta,
+)
+from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import checkpoint
+from qsdp.checkpoint import safe
 from qsdp.data import load_corpus
 from qsdp.data.shards import read_shards
 from qsdp.export import load_export, read_mask
@@ -254,6 +260,38 @@ def test_an_entry_that_calls_is_refused(copy: Path, index: MetadataIndex, form: 
     assert not canary.exists()
 
 
+class Mesh:
+    """Is unpickled as a mesh, which opens a process group where there is none."""
+
+    def __reduce__(self) -> Any:
+        return DeviceMesh, ("cpu", [0])
+
+
+def test_what_torch_itself_would_make_is_made_of_no_entry(copy: Path) -> None:
+    blob = io.BytesIO()
+    torch.save(Mesh(), blob)
+    assert DeviceMesh in torch.serialization.get_safe_globals()
+    trick_an_entry(copy, VALUE, blob.getvalue())
+    assert "run code" in refused(copy, whole=False)
+    assert DeviceMesh in torch.serialization.get_safe_globals()
+
+
+@pytest.mark.parametrize(
+    ("boxes", "is_full"),
+    [
+        ([((0, 0), (2, 3)), ((2, 0), (2, 3))], True),
+        ([((0, 0), (1, 3)), ((1, 0), (3, 2)), ((1, 2), (3, 1))], True),  # uneven, in two dimensions
+        ([((0, 0), (1, 1)), ((1, 0), (3, 1)), ((0, 1), (4, 2))], True),  # columns first
+        ([((0, 0), (2, 3)), ((1, 0), (2, 3))], False),
+        ([((0, 0), (2, 3)), ((3, 0), (1, 3)), ((2, 0), (1, 2))], False),
+        ([((0, 0), (4, 3)), ((0, 0), (4, 3))], False),
+        ([((0, 0), (5, 3))], False),
+    ],
+)
+def test_chunks_fill_a_tensor_once(boxes: Any, is_full: bool) -> None:
+    assert safe._fill(boxes, range(2), torch.Size([4, 3])) is is_full
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("lr", "fast"), ("lr", {"a": 1}), ("params", 5), ("params", [[1], {}])],
@@ -304,6 +342,15 @@ def _grow(table: Any) -> None:
     stored.size = stored.chunks[0].sizes = torch.Size([10**8, 10**8])
 
 
+def _overlap(table: Any) -> None:
+    """As many values as there are, half of them twice."""
+    stored = table.state_dict_metadata["model.weight"]
+    rows, columns = stored.size
+    assert rows * columns == 15
+    sizes = [torch.Size([1, columns])] * rows
+    stored.chunks = [ChunkStorageMetadata(torch.Size([0, 0]), each) for each in sizes]
+
+
 def _uncover(table: Any) -> None:
     table.state_dict_metadata["model.weight"].chunks.clear()
 
@@ -326,6 +373,7 @@ def _as_bytes(table: Any) -> None:
     [
         pytest.param(_grow, id="a tensor beyond all memory"),
         pytest.param(_uncover, id="a tensor of no chunks"),
+        pytest.param(_overlap, id="a tensor of chunks that overlap"),
         pytest.param(_as_bytes, id="a number for a tensor"),
         pytest.param(_lead_to("../elsewhere.distcp"), id="a file above"),
         pytest.param(_lead_to("/etc/hostname"), id="a file elsewhere"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from qsdp.checkpoint import TensorReader, latest, read_meta
 from qsdp.models import GPT
@@ -19,13 +21,20 @@ from qsdp.train.setup import Job
 from qsdp.train.source import open_source
 from tests.bad_inputs import TEXT
 
-pytestmark = pytest.mark.usefixtures("world_of_one")
+pytestmark = pytest.mark.usefixtures("world_of_one", "brief_ends")
 
 FLAGS = ["--acdc", "--steps", "14", "--acdc-warmup", "2", "--acdc-phase", "2"]
 FLAGS += ["--acdc-last-dense", "3", "--acdc-last-sparse", "3", "--acdc-sparsity", "0.1"]
 FLAGS += ["--model", "tiny", "--seq-len", "8", "--batch-size", "2", "--eval-batches", "1"]
 FLAGS += ["--warmup-steps", "1", "--lr", "1e-2", "--one-shot", "none", "--save-every", "0"]
 LAST_DENSE = (9, 10, 11)  # steps 7 and 8 are compressed, and after step 11 the weights are pruned
+
+
+@pytest.fixture
+def brief_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without a sample and plots, which take most of their time."""
+    monkeypatch.setattr(Evaluator, "sample", lambda evaluator: None)
+    monkeypatch.setattr("qsdp.train.report.write_plots", lambda folder, history, summary: [])
 
 
 @pytest.mark.parametrize("eval_every", [1, LAST_DENSE[-1]])
@@ -80,3 +89,42 @@ def test_a_run_without_a_finite_loss_says_why_it_has_no_twin(
     flags = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
     cli.main([*flags, *FLAGS, "--eval-every", "0"])
     assert "twin was kept: the validation loss was not finite" in capsys.readouterr().out
+
+
+def test_a_twin_stays_until_the_run_that_replaces_it_has_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "run"
+    flags = ["--data", str(tmp_path / "text.txt"), "--out", str(out), *FLAGS, "--eval-every", "0"]
+
+    def loss() -> float:
+        summary = json.loads((out / "summary.json").read_text())
+        twin = latest(out / DENSE_TWIN)
+        assert twin is not None
+        assert summary["dense_twin_val_loss"] == read_meta(twin)["val_loss"]
+        assert read_meta(twin)["config"]["lr"] == summary["config"]["lr"]
+        return float(summary["dense_twin_val_loss"])
+
+    cli.main(flags)
+    old = loss()
+    take = loop.train_step
+
+    def cut_after_the_twin(job: Job, **options: Any) -> Any:
+        if job.steps_done == LAST_DENSE[-1]:
+            raise KeyboardInterrupt
+        return take(job, **options)
+
+    other = [*flags, "--lr", "2e-2", "--resume", "none"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", cut_after_the_twin)
+        with pytest.raises(SystemExit):
+            cli.main(other)
+    dist.destroy_process_group()
+    assert loss() == old
+    assert len([*out.glob("dense-twin.*")]) == 1
+    cli.main(flags)  # which is finished
+    assert loss() == old
+    cli.main(other)
+    assert loss() != old
+    assert [path.name for path in out.glob("dense-twin*")] == ["dense-twin"]

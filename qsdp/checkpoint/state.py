@@ -115,9 +115,12 @@ def _check(step: int, meta: Mapping[str, Any], files: Mapping[str, str], keep: i
             raise ValueError(f"files holds {name!r}; give names of files that stand beside {META}")
     try:
         json.dumps(dict(meta))
-        "".join(files.values()).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"meta and files are JSON values and texts, but: {error}") from None
+        raise ValueError(f"meta holds what JSON cannot ({error}); give JSON values") from None
+    try:
+        "".join(files.values()).encode()
+    except (TypeError, UnicodeEncodeError) as error:
+        raise ValueError(f"files holds what is no text ({error}); give texts by name") from None
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
