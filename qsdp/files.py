@@ -84,10 +84,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     written.
     """
     named, out = out, Path(os.path.realpath(out))
+    if os.path.ismount(out):
+        raise ValueError(f"{named} is a mount point: choose a folder in it.")
     partial = out.with_name(out.name + ".partial")
     try:
-        if os.path.ismount(out):
-            raise ValueError(f"{named} is a mount point: choose a folder in it.")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{named} exists already: choose a new folder, or remove it.")
         out.parent.mkdir(parents=True, exist_ok=True)
