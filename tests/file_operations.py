@@ -30,7 +30,10 @@ Tree = dict[str, bytes | None]
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _NEEDS_ROOM = ("open", "write", "mkdir", "rename", "fsync")
 # What debris is called: of files, of folders, of checkpoints.
-DEBRIS = ("*.tmp", "*.partial", "tmp-*", "superseded-*", "*.new", ".probe-*", "metrics.*.jsonl")
+DEBRIS = (
+    *("*.tmp", "*.partial", "tmp-*", "*.new"),
+    *("metrics.*.jsonl", "config.*.toml", "dense-twin.*"),
+)
 
 
 def tree(folder: Path) -> Tree:

@@ -60,14 +60,12 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000100"]
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000100"
     assert checkpoint.latest(tmp_path, until=99) == tmp_path / "step-00000010"
-    # A run that has gone back to step 5 and does not come as far again.
-    checkpoint.save(tmp_path, 7, model, optimizer, {}, keep=2, goes_on_from=5)
-    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000007"
-    assert [path.name for path in checkpoint.aside(tmp_path)] == [
-        *("superseded-step-00000010", "superseded-step-00000100")
-    ]
-    assert checkpoint.remove_aside(tmp_path) == ["step-00000010", "step-00000100"]
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
+    # A step before others takes nothing of theirs away.
+    path = checkpoint.save(tmp_path, 7, model, optimizer, {}, keep=1)
+    assert [*checkpoint.steps(tmp_path)] == [7, 10, 100]
+    checkpoint.remove(path)
+    assert [*checkpoint.steps(tmp_path)] == [10, 100]
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 def test_a_step_may_be_saved_again(tmp_path: Path) -> None:

@@ -96,40 +96,43 @@ class Replaced:
         cli.main(self.command)
 
     def is_old_whole(self) -> bool:
-        """Whether all of the old run is there, its later checkpoints perhaps by other names."""
+        """Whether all of the old run is there."""
         folder = self.out / "checkpoints"
-        for step in range(1, STEPS + 1):
-            found = [folder / f"{prefix}step-{step:08d}" for prefix in ("", "superseded-")]
-            if not any(path.exists() and rate_of(path) == RATES["old"] for path in found):
-                return False
+        paths = [folder / f"step-{step:08d}" for step in range(1, STEPS + 1)]
+        if not all(path.exists() and rate_of(path) == RATES["old"] for path in paths):
+            return False
         current = tree(self.out)
         files = ("metrics.jsonl", "config.toml", "summary.json")
         return all(current.get(name) == self.old[name] for name in files)
 
+    def new_step(self) -> int | None:
+        """The last step that the new run has a checkpoint of."""
+        found = checkpoint.steps(self.out / "checkpoints").items()
+        return max((s for s, path in found if rate_of(path) == RATES["new"]), default=None)
+
     def check(self) -> None:
-        """Whatever ended the new run, one of the two is there, and nothing of both in one."""
-        newest = checkpoint.latest(self.out / "checkpoints")
-        is_new = newest is not None and rate_of(newest) == RATES["new"]
-        is_old = self.is_old_whole()
-        assert is_old or is_new, "neither run is there"
+        """Whatever ended the new run: the old one is all there until the new one has a checkpoint,
+        and then that one is, with its lines."""
+        assert checkpoint.latest(self.out / "checkpoints") is not None
+        step = self.new_step()
+        assert step is not None or self.is_old_whole(), "neither run is there"
         config = tomllib.loads((self.out / "config.toml").read_text())
         assert config["lr"] in RATES.values()
         found = lines(self.out)
         num = len(found)
         assert [line["step"] for line in found] == list(range(1, num + 1))
         assert found in (self.old_lines[:num], self.new_lines[:num]), "lines of two histories"
-        if newest is not None and is_new:
-            step = checkpoint.read_meta(newest)["step"]
-            names = [path.name for path in self.out.glob("metrics*.jsonl")]
-            assert any(lines(self.out, n)[:step] == self.new_lines[:step] for n in names), (
-                "whoever finds a checkpoint finds the lines of its steps"
-            )
+        names = [path.name for path in self.out.glob("metrics*.jsonl")]
+        assert step is None or any(
+            lines(self.out, n)[:step] == self.new_lines[:step] for n in names
+        ), "whoever finds a checkpoint finds the lines of its steps"
 
     def check_summary(self) -> None:
-        """No summary is of a run that is not wholly there."""
+        """No summary is of a run whose end is not there."""
         told = summary(self.out)
         if told is not None and told["config"]["lr"] == RATES["old"]:
-            assert self.is_old_whole(), "a summary of a run that is not there any more"
+            last = self.out / "checkpoints" / f"step-{STEPS:08d}"
+            assert rate_of(last) == RATES["old"], "a summary of a run that is not there any more"
 
     def check_end(self) -> None:
         assert not debris(self.out)
@@ -172,6 +175,17 @@ def sample(found: list[State], number: int) -> list[State]:
     return [before, probing, *random.sample(of_names, min(number, len(of_names)))]
 
 
+def is_mixed(state: State) -> bool:
+    """Whether the new run has a checkpoint, and its metrics have not taken their name."""
+    rates = [
+        json.loads(data)["config"]["lr"]
+        for name, data in state.content.items()
+        if re.fullmatch("checkpoints/step-.*/meta.json", name) and data
+    ]
+    is_beside = any(re.fullmatch(r"metrics\..*\.jsonl", name) for name in state.content)
+    return is_beside and RATES["new"] in rates
+
+
 def at_each(run: Replaced, found: list[State], do: Callable[[], None]) -> None:
     for state in found:
         put_back(run.out, state.content)
@@ -194,10 +208,9 @@ def test_a_run_that_ends_anywhere_leaves_the_old_run_or_the_new_one(replaced: Re
 
 
 def test_a_run_that_ends_twice_leaves_the_old_run_or_the_new_one(replaced: Replaced) -> None:
-    first = states(replaced.out, replaced.work)
-    aside = [state for state in first if any("superseded" in name for name in state.content)]
-    assert aside
-    put_back(replaced.out, random.choice(aside).content)
+    mixed = [state for state in states(replaced.out, replaced.work) if is_mixed(state)]
+    assert mixed
+    put_back(replaced.out, random.choice(mixed).content)
     at_each(replaced, states(replaced.out, replaced.work), replaced.check)
 
 
@@ -230,11 +243,8 @@ def test_a_run_that_finds_no_room_leaves_the_old_one_where_it_was(
 def test_a_summary_of_another_run_does_not_end_this_one(replaced: Replaced) -> None:
     command = [*replaced.command, "--save-every", "0"]
 
-    def is_mixed(state: State) -> bool:
-        names = [f"checkpoints/{name}step-{STEPS:08d}" for name in ("superseded-", "")]
-        return "summary.json" in state.content and all(name in state.content for name in names)
-
-    mixed = [state for state in states(replaced.out, lambda: cli.main(command)) if is_mixed(state)]
+    found = states(replaced.out, lambda: cli.main(command))
+    mixed = [state for state in found if is_mixed(state) and "summary.json" in state.content]
     assert mixed
     put_back(replaced.out, mixed[0].content)
     cli.main([*flags(replaced.out, "new"), "--save-every", "0"])

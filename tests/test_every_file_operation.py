@@ -59,12 +59,9 @@ def model_of(value: float) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def save(
-    root: Path, step: int, value: float, keep: int = 2, goes_on_from: int | None = None
-) -> None:
+def save(root: Path, step: int, value: float, keep: int = 2) -> None:
     meta = {"value": value}
-    options = {"files": TOKENIZER, "keep": keep, "goes_on_from": goes_on_from}
-    checkpoint.save(root, step, *model_of(value), meta, **options)
+    checkpoint.save(root, step, *model_of(value), meta, files=TOKENIZER, keep=keep)
 
 
 def value_of(path: Path) -> float:
@@ -144,7 +141,7 @@ def assert_a_full_disk_leaves_old_or_new(folder: Path, case: Case) -> None:
             content = tree(folder)
             names = tuple(content)
             # Whole checkpoints keep these names until there is a newer one.
-            left = [n for n in debris(folder) if not n.startswith("superseded-")]
+            left = debris(folder)
             assert [name for name in left if not name.endswith(".new")] == []
             _assert_old_or_new(folder, case, content, old, new)
             if names not in seen:
@@ -202,34 +199,11 @@ def saved(before: tuple[int, ...], step: int, keep: int) -> Case:
     )
 
 
-def new_history() -> Case:
-    """A checkpoint in place of later ones of another history."""
-
-    def fill(folder: Path) -> None:
-        for old in (1, 2, 3):
-            save(folder, old, float(old), keep=9)
-
-    def work(folder: Path) -> None:
-        save(folder, 2, 40.0, goes_on_from=1)
-        checkpoint.remove_aside(folder)
-
-    def is_whole(folder: Path) -> bool:
-        of_old = [folder / f"{name}step-00000003" for name in ("", "superseded-")]
-        of_new = folder / "step-00000002"
-        is_old = any(path.exists() and value_of(path) == 3.0 for path in of_old)
-        found = checkpoint.latest(folder)
-        is_known = found is not None and value_of(found) in (1.0, 2.0, 3.0, 40.0)
-        return is_known and (is_old or value_of(of_new) == 40.0)
-
-    return Case(fill, work, (RuntimeError, OSError), values, is_whole, False)
-
-
 CHECKPOINTS = {
     "the first": saved((), 4, 1),
     "over the last": saved((3,), 4, 1),
     "over several": saved((1, 2, 3), 4, 2),
     "once more": saved((3, 4), 4, 2),
-    "of a new history": new_history(),
 }
 
 

@@ -110,11 +110,11 @@ def test_who_was_taken_over_ends_also_when_the_other_one_has_ended(tmp_path: Pat
     with hold(tmp_path, takes_over=False) as first:
         with hold(tmp_path, takes_over=True):
             pass
-        with pytest.raises(ValueError, match="taken over by another run"):
-            first.check()
-    with hold(tmp_path, takes_over=False):
-        pass
-    assert list(tmp_path.iterdir()) == []
+        for _ in range(2):  # also many starts later
+            with hold(tmp_path, takes_over=False):
+                pass
+            with pytest.raises(ValueError, match="taken over by another run"):
+                first.check()
 
 
 @pytest.mark.parametrize(("start", "is_free"), [("1", True), ("0", False)])
@@ -379,7 +379,8 @@ def test_what_an_earlier_run_left_stays_until_the_new_one_has_a_checkpoint(
     interrupted(monkeypatch, flags, first)
     after = contents(out)
     assert {name: after[name] for name in before} == before
-    assert all(name.startswith("metrics.") for name in after.keys() - before.keys())
+    beside = {name.partition(".")[0] for name in after.keys() - before.keys()}
+    assert beside == {"metrics", "config"}
     # The old run is still the one that is found.
     assert "finished after 4 steps" in (main(small_run(folder, *LONGER)), capfd.readouterr().out)[1]
 
@@ -417,7 +418,7 @@ def test_a_checkpoint_of_another_folder_begins_a_run_but_takes_none_away(
     before = contents(tmp_path / "taken" / "out")
     named = ["--resume", str(source)]
     said = refused(small_run(tmp_path / "taken", *LONGER, *named), capfd)
-    assert "holds another run, of 2 steps" in said
+    assert "holds another run, with step-00000002" in said
     assert contents(tmp_path / "taken" / "out") == before
 
     (tmp_path / "free" / "out").mkdir(parents=True)
@@ -433,7 +434,7 @@ def test_a_checkpoint_of_another_folder_begins_a_run_but_takes_none_away(
     lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert lines == [3, 4]
     told = refused(small_run(tmp_path / "free", *LONGER, *named, "--lr", "1"), capfd)
-    assert "holds another run, of 4 steps" in told
+    assert "holds another run, with step-00000004" in told
 
 
 @pytest.mark.slow
@@ -447,8 +448,9 @@ def test_a_crash_between_the_first_checkpoint_and_its_metrics_loses_no_line(
     with monkeypatch.context() as patch:
         patch.setattr("qsdp.train.setup.Job._settle", lambda job: (_ for _ in ()).throw(Cut))
         cut([*flags, "--resume", "none"])
-    assert checkpoint.latest(out / "checkpoints") == out / "checkpoints" / "step-00000001"
-    assert rates(out) == old
+    first = checkpoint.read_meta(out / "checkpoints" / "step-00000001")
+    assert first["config"]["lr"] == 5e-3
+    assert (step_of(out), rates(out)) == (4, old)
     interrupted(monkeypatch, flags, 2)
     assert [*rates(out)] == [1]
     main(flags)
@@ -534,3 +536,22 @@ def test_events_are_of_the_run_whose_checkpoints_are_there(
     events.Reload()
     shown = {event.step: event.value for event in events.Scalars("lr")}
     assert shown == pytest.approx(rates(out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meta", ["{", '{"step": 4, "checksums": {}}'])
+def test_a_newest_checkpoint_that_cannot_be_read_is_in_nobodys_way(
+    finished_once: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    meta: str,
+) -> None:
+    shutil.copytree(finished_once(*LONGER), tmp_path / "run")
+    folder = tmp_path / "run" / "out" / "checkpoints"
+    (folder / "step-00000004" / "meta.json").write_text(meta)
+    flags = small_run(tmp_path / "run", *LONGER)
+    assert "step-00000004" in refused(flags, capfd)
+    interrupted(monkeypatch, [*flags, "--resume", str(folder / "step-00000003")], 4)
+    interrupted(monkeypatch, [*flags, "--resume", "none"], 2)
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]

@@ -128,3 +128,30 @@ def test_a_twin_stays_until_the_run_that_replaces_it_has_a_checkpoint(
     cli.main(other)
     assert loss() != old
     assert [path.name for path in out.glob("dense-twin*")] == ["dense-twin"]
+
+
+def test_a_run_that_is_cut_where_it_takes_over_has_no_twin_of_the_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "run"
+    flags = ["--data", str(tmp_path / "text.txt"), "--out", str(out), *FLAGS, "--eval-every", "0"]
+    flags += ["--save-every", "4", "--keep", "9"]
+    cli.main(flags)
+    back = str(out / "checkpoints" / "step-00000004")
+    other = [*flags, "--lr", "1e-4", "--resume", back]
+
+    def cut(job: Job) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "_settle", cut)
+        with pytest.raises(SystemExit):
+            cli.main(other)
+    dist.destroy_process_group()
+    cli.main(other)
+    summary = json.loads((out / "summary.json").read_text())
+    twin = latest(out / DENSE_TWIN)
+    assert twin is not None
+    assert read_meta(twin)["config"]["lr"] == summary["config"]["lr"] == 1e-4
+    assert summary["dense_twin_val_loss"] == read_meta(twin)["val_loss"]

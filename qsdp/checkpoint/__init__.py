@@ -1,13 +1,11 @@
 """Checkpoints that are whole or absent."""
 
 from qsdp.checkpoint.folders import (
-    aside,
     latest,
     read_meta,
-    remove_aside,
+    remove,
     resolve,
-    restore_aside,
-    set_aside,
+    steps,
     verify,
 )
 from qsdp.checkpoint.reader import TensorReader
@@ -15,15 +13,13 @@ from qsdp.checkpoint.state import load, load_model, save
 
 __all__ = [
     "TensorReader",
-    "aside",
     "latest",
     "load",
     "load_model",
     "read_meta",
-    "remove_aside",
+    "remove",
     "resolve",
-    "restore_aside",
     "save",
-    "set_aside",
+    "steps",
     "verify",
 ]

@@ -4,7 +4,6 @@ step-00000500/             whole: made under another name and renamed when all i
     .metadata  *.distcp    torch.distributed.checkpoint: model and optimizer
     meta.json              the step, checksums of those files, and what the run adds
 step-00000500.new/         whole too, and newer than the one beside it, whose name it takes next
-superseded-step-.../       whole: of a history that was given up, until the new one has a checkpoint
 tmp-.../                   being written or removed; what no process claims is a killed one's
 """
 
@@ -24,30 +23,25 @@ from qsdp.files import claimed_folder, is_file_name, remove_tree, sync, unclaime
 
 META = "meta.json"
 _REWRITTEN = ".new"
-_ASIDE = "superseded-"
 _REMOVED = "tmp-old-"
 _COMPLETE = re.compile(rf"step-(\d{{8,}})({_REWRITTEN})?")
 
 
-def steps(root: Path, prefix: str = "") -> dict[int, Path]:
+def steps(root: Path) -> dict[int, Path]:
     """The whole checkpoints in `root` by their step, oldest first."""
     if not root.is_dir():
         return {}
     found = {
         int(match[1]): path
         for path in sorted(root.iterdir())  # .new comes after the one that it replaces
-        if path.name.startswith(prefix)
-        and (match := _COMPLETE.fullmatch(path.name.removeprefix(prefix)))
-        and path.is_dir()
+        if path.is_dir() and (match := _COMPLETE.fullmatch(path.name))
     }
     return dict(sorted(found.items()))
 
 
 def latest(root: Path, until: float = math.inf) -> Path | None:
     """The newest whole checkpoint in `root`, if any; of those that are no later than `until`."""
-    # All are set aside only while one that takes their place is about to be there.
-    found = steps(root) or steps(root, _ASIDE)
-    return next((path for step, path in reversed(found.items()) if step <= until), None)
+    return next((path for step, path in reversed(steps(root).items()) if step <= until), None)
 
 
 def resolve(path: Path) -> Path:
@@ -158,22 +152,16 @@ def clear_killed(root: Path) -> list[Path]:
     return [path for path in left if not path.name.startswith(_REMOVED)]
 
 
-def publish(
-    folder: Path, files: Mapping[str, str], keep: int, goes_on_from: int | None = None
-) -> Path:
+def publish(folder: Path, files: Mapping[str, str], keep: int) -> Path:
     """Add the text `files` to what `writing` made and let it take its name, all or nothing.
 
-    Afterwards the oldest checkpoints before it go, until `keep` are left. Those of steps after
-    `goes_on_from` are of a history that was given up: they are set aside, whole, under names that
-    `steps` does not list, until `remove_aside`.
+    Afterwards the oldest checkpoints before it go, until `keep` are left. Later ones stay.
     """
     root, final = folder.parent, folder.with_name(folder.name.removeprefix("tmp-"))
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
         sync(folder / name)
     sync(folder)
-    if goes_on_from is not None:
-        set_aside(root, goes_on_from)
     if final.exists():  # never without one of the two: see `steps`
         rewritten = folder.rename(final.with_name(final.name + _REWRITTEN))
         sync(root)
@@ -193,40 +181,6 @@ def remove(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # another process has removed it
         # A name of its own: nobody else renames to it.
         remove_tree(path.rename(path.with_name(f"{_REMOVED}{secrets.token_hex(4)}-{path.name}")))
-
-
-def set_aside(root: Path, step: int) -> None:
-    """Give the checkpoints of steps after `step` names under which none looks for them."""
-    for number, path in steps(root).items():
-        if number > step:
-            _renamed(path, f"{_ASIDE}{path.name}")
-
-
-def aside(root: Path) -> list[Path]:
-    """What was set aside and is not deleted, oldest first."""
-    return [*steps(root, _ASIDE).values()]
-
-
-def restore_aside(root: Path) -> None:
-    """Give what was set aside its names again."""
-    for path in aside(root):
-        final = path.with_name(path.name.removeprefix(_ASIDE))
-        if not final.exists():
-            path.rename(final)
-
-
-def remove_aside(root: Path) -> list[str]:
-    """Delete what was set aside. Returns the names that these checkpoints had."""
-    found = aside(root)
-    for path in found:
-        remove(path)
-    return [path.name.removeprefix(_ASIDE) for path in found]
-
-
-def _renamed(path: Path, name: str) -> Path:
-    """`path` under another name, in place of what an earlier crash left there."""
-    remove_tree(path.with_name(name))
-    return path.rename(path.with_name(name))
 
 
 def _settle(path: Path) -> None:

@@ -44,7 +44,6 @@ def save(
     *,
     files: Mapping[str, str] | None = None,
     keep: int = 2,
-    goes_on_from: int | None = None,
 ) -> Path:
     """Write the checkpoint of `step` into `root`; a crash at any instant leaves it whole or absent.
 
@@ -61,9 +60,7 @@ def save(
         optimizer: whose state to save; None for the model alone.
         meta: JSON values to keep with it.
         files: texts to keep with it, by file name.
-        keep: how many of the newest checkpoints stay.
-        goes_on_from: where a run has gone back, the step that it went on from: the checkpoints of
-            later steps are of what it gave up, and are set aside when this one is there.
+        keep: how many checkpoints stay, this one and those before it; later ones stay.
 
     Returns: the checkpoint's folder.
     Raises: RuntimeError, on every rank, if any could not write, or if ranks differ in what they
@@ -75,7 +72,7 @@ def save(
         _check(step, meta, files or {}, keep)
     shards = _spread_shards(model)
     facts = {"step": step, "folder": root, "optimizer": optimizer is not None}
-    facts |= {"keep": keep, "goes_on_from": goes_on_from}
+    facts |= {"keep": keep}
     if _meet("save", has_news=bool(shards), **facts):
         _check_names(shards)
     folder = root / f"tmp-step-{step:08d}"
@@ -102,14 +99,16 @@ def save(
             ) from error
         values = {**meta, "step": step, "checksums": _checksums(folder)}
         texts = {**(files or {}), META: json.dumps(values, indent=1) + "\n"}
-        return _on_first(lambda: publish(folder, texts, keep, goes_on_from))
+        return _on_first(lambda: publish(folder, texts, keep))
 
 
 def _check(step: int, meta: Mapping[str, Any], files: Mapping[str, str], keep: int) -> None:
     if type(step) is not int or step < 0:
         raise ValueError(f"step is {step!r}; give an integer from 0")
-    if keep < 1:
-        raise ValueError(f"keep is {keep}; choose 1 or more")
+    if type(keep) is not int or keep < 1:
+        raise ValueError(f"keep is {keep!r}; choose 1 or more")
+    if not isinstance(files, Mapping):
+        raise ValueError(f"files is {files!r}; give texts by name")
     for name in files:
         if not is_file_name(name) or name in (META, TABLE) or name.endswith(".distcp"):
             raise ValueError(f"files holds {name!r}; give names of files that stand beside {META}")
@@ -118,7 +117,7 @@ def _check(step: int, meta: Mapping[str, Any], files: Mapping[str, str], keep: i
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"meta holds what JSON cannot ({error}); give JSON values") from None
     try:
-        "".join(files.values()).encode()
+        "".join([*files, *files.values()]).encode()
     except (TypeError, UnicodeEncodeError) as error:
         raise ValueError(f"files holds what is no text ({error}); give texts by name") from None
 

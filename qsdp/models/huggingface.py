@@ -188,11 +188,11 @@ def export_huggingface(
         other ranks then.
     """
     path = Path(folder)
-    for name in files or {}:
-        if not is_file_name(name) or name in (_WEIGHTS, "config.json"):
-            raise ValueError(f"files holds {name!r}: give names of files that stand beside these.")
-    is_there = _is_there(path, model.config)
     world = [dist.group.WORLD] if dist.group.WORLD is not None else []
+    with mistakes_shared("export_huggingface", world):
+        _check_files(path, files or {})
+        is_there = _is_there(path, model.config)
+    meet("export_huggingface", {}, world)
     writes = not world or dist.get_rank() == 0
     tensors: dict[str, Tensor] = {}
     for name, parameter in named_parameters(model).items():
@@ -211,6 +211,17 @@ def export_huggingface(
         if writes:
             _write(path, model.config, tensors, files or {}, is_there)
     meet("export_huggingface", {}, world)
+
+
+def _check_files(path: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        is_ours = name in (_WEIGHTS, f"{_WEIGHTS}.index.json", "config.json")
+        if not is_file_name(name) or is_ours or _PART.fullmatch(name) or (path / name).is_dir():
+            raise ValueError(f"files holds {name!r}: give names of files that stand beside these.")
+        try:
+            text.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise ValueError(f"files holds no text for {name} ({error}): give one.") from None
 
 
 def _is_there(path: Path, config: GPTConfig) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
@@ -272,7 +273,7 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
     @property
     def resumes_own(self) -> bool:
         """Whether `resume` names the folder of results itself."""
-        return Path(self.resume).absolute() == self.out_dir.absolute()
+        return os.path.realpath(self.resume) == os.path.realpath(self.out_dir)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -28,11 +28,11 @@ class Lock:
     Whose process has ended holds nothing. Of a process on another machine nobody knows: it holds
     nothing if its heart has stopped, or if it was an earlier start of the same job, by SLURM_JOB_ID
     and SLURM_RESTART_COUNT, or by torchrun's id. So a job that is started again after it was
-    preempted finds its folder free. Who took a folder over leaves the lock behind at the end.
+    preempted finds its folder free. A lock that was taken over is left behind, for who lost it.
     """
 
-    def __init__(self, path: Path, owner: Mapping[str, Any], took_over: bool) -> None:
-        self._path, self.owner, self._took_over = path, dict(owner), took_over
+    def __init__(self, path: Path, owner: Mapping[str, Any]) -> None:
+        self._path, self.owner = path, dict(owner)
         self._has_ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="qsdp-lock", daemon=True)
         self._heart.start()
@@ -53,7 +53,7 @@ class Lock:
         self._has_ended.set()
         self._heart.join()
         if _read(self._path) == self.owner:
-            if self._took_over:
+            if self.owner["took_over"]:
                 write_json(self._path, self.owner | {"has_ended": True})
             else:
                 self._path.unlink(missing_ok=True)
@@ -79,11 +79,14 @@ def hold(out: Path, *, takes_over: bool) -> Iterator[Lock]:
     """
     path, owner = out / _NAME, _owner()
     with locked_folder(out):  # of two that find it free at once the second finds the first
-        found = _read(path)
-        if path.exists() and not takes_over and not _is_free(path, found or {}, owner):
+        found = _read(path) or {}
+        if path.exists() and not takes_over and not _is_free(path, found, owner):
             _refuse(path)
+        # Who lost it may still be there, many starts later.
+        was_lost = bool(found) and (found.get("took_over") or not _has_ended(found))
+        owner["took_over"] = bool(was_lost)
         write_json(path, owner)
-    lock = Lock(path, owner, found is not None and not _has_ended(found))
+    lock = Lock(path, owner)
     try:
         yield lock
     finally:

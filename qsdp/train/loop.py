@@ -17,7 +17,6 @@ from qsdp.optim import ACDC, CrAM, clip_grad_norm_, global_grad_norm
 from qsdp.optim.masked import MaskedOptimizer
 from qsdp.train import twin
 from qsdp.train.config import TrainConfig
-from qsdp.train.errors import UserError, is_lost
 from qsdp.train.progress import RunProgress
 from qsdp.train.report import finish
 from qsdp.train.setup import Job, set_up
@@ -64,9 +63,9 @@ def train(config: TrainConfig) -> None:
                     metrics.log(line)
                 progress.show(line)
                 if _is_due(config.save_every, step, config, at_end=True):
-                    save(job)
+                    job.save()
             if job.results.is_beside:  # no step was left to take
-                save(job)
+                job.save()
         finish(job, [] if metrics is None else metrics.history)
 
 
@@ -168,16 +167,6 @@ def evaluate(job: Job, progress: RunProgress) -> dict[str, float]:
     progress.note(text)
     spent = job.wire.total() - before
     return losses | {"eval_bytes_sent": spent.other_bytes}
-
-
-def save(job: Job) -> None:
-    """Write a checkpoint. Raises UserError, on every rank, if that fails."""
-    try:
-        job.save()
-    except RuntimeError as error:
-        if is_lost(error):
-            raise
-        raise UserError(str(error), is_shared=True) from error
 
 
 def _clip(job: Job) -> float:

@@ -38,6 +38,8 @@ class Start:
     """What `read_meta` says of it."""
     origin: str | None = None
     """What --resume named when the history began, or is to be told of it."""
+    went_on_from: int = 0
+    """The step before the first of the history."""
     is_beside: bool = False
     """Whether the folder of results holds another history."""
     has_past: bool = False
@@ -51,16 +53,25 @@ def find_start(config: TrainConfig, fingerprint: dict[str, Any]) -> Start:
     """
     root = config.out_dir / CHECKPOINTS
     own = checkpoint.latest(root)
-    newest = {} if own is None else _read(own)
-    named = None if config.resume in ("auto", "none") else str(Path(config.resume).absolute())
+    named = None if config.resume in ("auto", "none") else os.path.realpath(config.resume)
     anew = Start(secrets.token_hex(4), origin=named, is_beside=own is not None)
     if own is None and (named is None or config.resumes_own):
         return anew  # perhaps the first start of a command that may be started again
-    same = Start(newest.get("history", ""), own, newest, newest.get("origin"), False, True)
+    newest = _unread()
+    if own is not None:
+        try:
+            newest = _read(own)
+        except ValueError:
+            if config.resume == "auto":
+                raise
+    same = Start(
+        newest["history"], own, newest, newest["origin"], newest["went_on_from"], False, True
+    )
     # A launcher starts the same command again: it goes on from what came of it.
     is_again = own is not None and (
         newest["origin"] == named if named is not None else newest["launch"] == _restarted_launch()
     )
+    is_again = is_again and "step" in newest
     if config.resume == "auto" or is_again:
         differences = _differences(newest, fingerprint, _PARTS)
         if not differences:
@@ -88,12 +99,12 @@ def find_start(config: TrainConfig, fingerprint: dict[str, Any]) -> Start:
     has_past = own is not None and path.parent.samefile(root)
     if own is not None and not has_past:
         raise ValueError(
-            f"--out {config.out_dir} holds another run, of {newest['step']} steps; give another "
-            "--out, or remove that folder."
+            f"--out {config.out_dir} holds another run, with {own.name}; give another --out, or "
+            "remove that folder."
         )
     if own is not None and own.samefile(path) and not _differences(meta, fingerprint, _PARTS):
         return replace(same, origin=named)
-    return replace(anew, source=path, meta=meta, has_past=has_past)
+    return replace(anew, source=path, meta=meta, went_on_from=meta["step"], has_past=has_past)
 
 
 def launch_id() -> str | None:
@@ -109,7 +120,7 @@ def _restarted_launch() -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """What the trainer keeps with a checkpoint. Raises ValueError if it is not all there."""
-    meta = {"history": "", "origin": None, "launch": None} | checkpoint.read_meta(path)
+    meta = _unread() | checkpoint.read_meta(path)
     kinds = {
         "fingerprint": dict,
         "config": dict,
@@ -118,12 +129,18 @@ def _read(path: Path) -> dict[str, Any]:
         "history": str,
         "origin": str | None,
         "launch": str | None,
+        "went_on_from": int,
     }
     wire = meta.get("wire", 0)
     is_whole = all(isinstance(meta.get(name, ...), kind) for name, kind in kinds.items())
     if not (is_whole and (wire is None or _is_wire_state(wire))):
         raise ValueError(f"{path} was not written by this job; resume from another checkpoint.")
     return meta
+
+
+def _unread() -> dict[str, Any]:
+    """What older versions did not write."""
+    return {"history": "", "origin": None, "launch": None, "went_on_from": 0}
 
 
 def _is_wire_state(state: object) -> bool:

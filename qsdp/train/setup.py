@@ -24,10 +24,11 @@ from qsdp.optim.base import OptimizerWrapper
 from qsdp.sparsity.compression import Prunable
 from qsdp.train.agree import agree_on_config, agree_on_data, data_facts
 from qsdp.train.config import TrainConfig
+from qsdp.train.errors import UserError, is_lost
 from qsdp.train.evaluate import Evaluator
 from qsdp.train.lock import Lock, hold, holder
 from qsdp.train.parallelize import build, check_nodes, check_replicas, make_optimizer, model_config
-from qsdp.train.results import CHECKPOINTS, METRICS, Results, recover
+from qsdp.train.results import CHECKPOINTS, DENSE_TWIN, METRICS, Results, recover
 from qsdp.train.resume import changed, find_start, is_finished, launch_id, pace_since
 from qsdp.train.wire import QuantizedWire, StockWire, Wire
 from qsdp.train.world import World
@@ -66,6 +67,8 @@ class Job:
     times and bytes of earlier steps are another run's."""
     why_no_twin: str = "the run went on from a checkpoint after the last dense phase"
     """Of AC/DC, as long as nothing was kept."""
+    recovered: int | None = None
+    """The step after which TensorBoard may lack the history's lines."""
     metrics: MetricsWriter | None = None
     """On rank 0, once it is open."""
     has_checkpoint: bool = False
@@ -95,13 +98,18 @@ class Job:
     def open_metrics(self) -> None:
         """Open the metrics file, on rank 0. Raises UserError everywhere if it cannot be written."""
         results = self.results
-        events = None if results.is_beside else self._events
+        is_late = results.is_beside or self.recovered is not None
+        events = None if is_late else self._events
         past = self.out / METRICS if results.has_past else None
 
         def make() -> MetricsWriter | None:
             if not self.world.is_main:
                 return None
-            return MetricsWriter(results.metrics, self.steps_done, events, STEP_METRICS, past)
+            path = results.path(METRICS)
+            metrics = MetricsWriter(path, self.steps_done, events, STEP_METRICS, past)
+            if self.recovered is not None and not results.is_beside:
+                metrics.moved(path, self._events, self.recovered)
+            return metrics
 
         self.metrics = self.world.together(make)
 
@@ -109,26 +117,18 @@ class Job:
         """Write the checkpoint of the steps done."""
         # Whoever finds the checkpoint finds the lines of its steps.
         self.world.on_main(lambda: None if self.metrics is None else self.metrics.sync())
-        results, is_first = self.results, not self.has_checkpoint
-        goes_on_from = results.began_at if is_first and results.is_beside else None
-        self._write(
-            self.out / CHECKPOINTS,
-            self.steps_done,
-            self.optimizer,
-            {},
-            keep=self.config.keep,
-            goes_on_from=goes_on_from,
-        )
-        self.has_checkpoint = True
-        if is_first:
+        root = self.out / CHECKPOINTS
+        self._write(root, self.steps_done, self.optimizer, {}, self.config.keep)
+        if not self.has_checkpoint:
+            self.has_checkpoint = True
             removed = self.world.on_main(self._settle)
-            results.is_beside = False
+            self.results.is_beside = False
             if removed:
                 self.say(f"Removed from {self.out}, as outdated now: {', '.join(removed)}")
 
     def keep_twin(self, steps_done: int, loss: float) -> None:
         """Write the weights, of validation loss `loss`, as the dense twin."""
-        self._write(self.results.dense_twin, steps_done, None, {"val_loss": loss}, keep=1)
+        self._write(self.results.path(DENSE_TWIN), steps_done, None, {"val_loss": loss}, 1)
 
     def _write(
         self,
@@ -136,9 +136,10 @@ class Job:
         steps_done: int,
         optimizer: torch.optim.Optimizer | None,
         more: dict[str, Any],
-        **options: Any,
+        keep: int,
     ) -> None:
-        """Write a checkpoint into `root`, with `more` beside what all of them have."""
+        """Write a checkpoint into `root`, with `more` beside what all of them have. Raises
+        UserError, on every rank, if that fails."""
         self.world.on_main(self.check_lock)
         tokenizer = self.corpus.tokenizer
         meta = {
@@ -148,13 +149,19 @@ class Job:
             "world_size": self.world.size,
             "pace_since": self.pace_since,
             "history": self.results.history,
+            "went_on_from": self.results.went_on_from,
             "origin": self.origin,
             "launch": launch_id(),
         }
         files = {} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()}
-        checkpoint.save(
-            root, steps_done, self.model, optimizer, meta | more, files=files, **options
-        )
+        try:
+            checkpoint.save(
+                root, steps_done, self.model, optimizer, meta | more, files=files, keep=keep
+            )
+        except RuntimeError as error:
+            if is_lost(error):
+                raise
+            raise UserError(str(error), is_shared=True) from error
 
     def check_lock(self) -> None:
         """Raise ValueError, on rank 0, if the folder of results is another run's now."""
@@ -164,7 +171,7 @@ class Job:
     def _settle(self) -> list[str]:
         removed = self.results.settle()
         if self.metrics is not None and self.results.is_beside:
-            self.metrics.moved(self.out / METRICS, self._events, self.results.began_at)
+            self.metrics.moved(self.out / METRICS, self._events, self.results.went_on_from)
         return removed
 
     @property
@@ -187,7 +194,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     size = world.together(lambda: model_config(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))
     fingerprint = _fingerprint(config, size, corpus, world)
-    removed = world.on_main(lambda: recover(config.out_dir))
+    removed, recovered = world.on_main(lambda: recover(config.out_dir))
     start = world.on_main(lambda: find_start(config, fingerprint))
     source, meta = start.source, start.meta
     if meta is not None and config.resume == "auto" and is_finished(config, meta):
@@ -217,7 +224,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         out=config.out_dir,
         config=config.to_toml(),
         history=start.history,
-        began_at=steps_done,
+        went_on_from=start.went_on_from,
         is_beside=start.is_beside,
         has_past=start.has_past,
     )
@@ -236,6 +243,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         origin=start.origin,
         results=results,
         lock=lock,
+        recovered=recovered,
         steps_done=steps_done,
         pace_since=0 if meta is None else pace_since(config, world, meta),
     )
