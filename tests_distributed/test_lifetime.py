@@ -228,7 +228,13 @@ def _added(name: str) -> tuple[list[str], float]:
     return leftovers.added_since(before), leftovers.resident_mib() - resident
 
 
-@pytest.mark.parametrize("way", ["AC/DC", "two hops", "an exception in backward, gather once"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        *("AC/DC", "an exception in backward, gather once"),
+        pytest.param("two hops", marks=pytest.mark.heavy),
+    ],
+)
 def test_rounds_of_training_add_nothing_to_a_process(run: Run, way: str) -> None:
     for added, mib in run(WAYS[way].ranks, _added, way):
         assert added == []

@@ -202,7 +202,7 @@ def test_weights_that_stay_gathered_are_refused(run: Run) -> None:
     run(2, _refuse_weights_that_stay_gathered)
 
 
-@selection("base", [("adamw",), ("plain sgd",)], tuple(BASES))
+@selection("base", [("adamw",)], tuple(BASES))
 def test_a_run_goes_on_in_a_compressed_phase_on_more_ranks(
     run: Run, tmp_path: Path, base: str
 ) -> None:

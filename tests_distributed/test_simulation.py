@@ -194,6 +194,9 @@ HEAVY = {
     *("nearest", "small-buckets", "warm-up-at-six-bits", "two-hop-of-single-ranks"),
     *("bf16-accumulated-in-bf16", "gathered-once", "bf16", "clipped-uneven", "unused"),
     *("accumulated", "recomputed-gathered-once-bf16", "budget-hsdp", "learned-levels-bf16-frozen"),
+    *("budget-of-gradients-raw-inside-nodes", "quantized-replicas-fp16", "two-hop-fp16"),
+    *("learned-levels-quantized-replicas", "budget-quantized-replicas", "regathered-by-two"),
+    *("two-hop-bf16", "budget-beside-bits-of-choice", "two-hop-in-each-replica"),
 }
 
 
