@@ -22,6 +22,18 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def shorten_ends(patch: pytest.MonkeyPatch) -> None:
+    """Let runs end without a sample and plots, which take most of the time of a few steps."""
+    patch.setattr("qsdp.train.evaluate.Evaluator.sample", lambda evaluator: None)
+    patch.setattr("qsdp.train.report.write_plots", lambda folder, history, summary: [])
+
+
+@pytest.fixture
+def brief_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See `shorten_ends`."""
+    shorten_ends(monkeypatch)
+
+
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Import a program, which finds its neighbours as it does when it is run."""

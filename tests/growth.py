@@ -13,11 +13,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tests import patience
 
 _CONTAINERS = (dict, list, set, frozenset, tuple, deque)
+
+
+class Experts(nn.Module):
+    """Of its layers others take part in every step."""
+
+    def __init__(self, width: int, number: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(number))
+        self.chosen: tuple[int, ...] = ()
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        return x_BC + torch.stack([torch.tanh(self.layers[i](x_BC)) for i in self.chosen]).sum(0)
 
 
 def held() -> Counter[str]:

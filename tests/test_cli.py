@@ -101,13 +101,6 @@ def finished(
     return copy
 
 
-@pytest.fixture
-def brief_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs end without a sample and plots, which take most of the time of two steps."""
-    monkeypatch.setattr("qsdp.train.evaluate.Evaluator.sample", lambda evaluator: None)
-    monkeypatch.setattr("qsdp.train.report.write_plots", lambda folder, history, summary: [])
-
-
 @pytest.mark.slow
 def test_a_resume_from_another_model_is_refused_and_a_finished_run_is_left_alone(
     finished: Callable[..., Path], capfd: pytest.CaptureFixture[str]

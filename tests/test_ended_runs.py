@@ -20,7 +20,7 @@ from qsdp.train import cli
 from tests.bad_inputs import TEXT
 from tests.file_operations import State, Tree, debris, full_disk, put_back, states, tree
 
-pytestmark = [pytest.mark.usefixtures("world_of_one", "brief_ends"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("world_of_one", "brief_ends", "no_peak"), pytest.mark.slow]
 
 STEPS = 3
 NUM_RESTARTS = 2
@@ -30,9 +30,7 @@ SAME = ("step", "loss", "val_loss", "lr", "grad_norm", "tokens", "wire_bytes_sen
 
 
 @pytest.fixture
-def brief_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qsdp.train.evaluate.Evaluator.sample", lambda evaluator: None)
-    monkeypatch.setattr("qsdp.train.report.write_plots", lambda folder, history, summary: [])
+def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qsdp.train.report.matmul_flops_per_s", lambda device, precision: 1e9)
 
 

@@ -17,23 +17,10 @@ from torch import Tensor, nn
 import qsdp
 from qsdp.metrics import MetricsWriter
 from qsdp.train.progress import RunProgress
-from tests.growth import grown_since, held
+from tests.growth import Experts, grown_since, held
 
 WIDTH, EXPERTS, RANKS = 8, 6, 2
 SETS = [*itertools.combinations(range(EXPERTS), 3)]
-
-
-class Experts(nn.Module):
-    """Of its layers others take part in every step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(EXPERTS))
-        self.chosen: tuple[int, ...] = ()
-
-    def forward(self, x_BC: Tensor) -> Tensor:
-        y_BCs = [torch.tanh(self.layers[i](x_BC)) for i in self.chosen]
-        return torch.stack(y_BCs).square().mean()
 
 
 def _grown(do: Callable[[int], object], early: int, steps: int) -> dict[str, tuple[int, int]]:
@@ -47,12 +34,16 @@ def _grown(do: Callable[[int], object], early: int, steps: int) -> dict[str, tup
 
 
 def test_a_simulation_does_not_grow_with_its_steps() -> None:
-    model = Experts()
+    model = Experts(WIDTH, EXPERTS)
     config = qsdp.QSDPConfig(
         weight_bits=4, grad_bits=4, levels="learned", level_steps=(*range(1, 100, 2),), budget=5.0
     )
     simulated = qsdp.simulate(
-        model, config, world_size=RANKS, optimizer=lambda p: torch.optim.SGD(p, lr=0.01)
+        model,
+        config,
+        world_size=RANKS,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.01),
+        loss=lambda y_BC: y_BC.square().mean(),
     )
 
     def step(number: int) -> None:
@@ -134,7 +125,7 @@ def test_an_optimizer_forgets_the_parameters_that_its_model_has_dropped() -> Non
 
 @pytest.mark.parametrize("method", [qsdp.SAM, partial(qsdp.ACDC, prunable=["*"], schedule=10)])
 def test_wrapping_a_base_again_leaves_no_hook_of_the_last_time(method: Any) -> None:
-    model = Experts()
+    model = Experts(WIDTH, EXPERTS)
     base = torch.optim.SGD(model.parameters(), lr=0.01)
     assert _grown(lambda _: method(model, base), 2, 2) == {}
     assert not base._optimizer_load_state_dict_pre_hooks

@@ -23,6 +23,7 @@ from qsdp.train import lock
 from qsdp.train.config import TrainConfig
 from qsdp.train.lock import hold
 from tests.bad_inputs import TEXT
+from tests.conftest import shorten_ends
 from tests.test_cli import main, refused, small_run
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -265,10 +266,8 @@ def test_the_same_run_may_be_spelled_in_several_ways(one: Any, other: Any) -> No
 
 @pytest.fixture(autouse=True, scope="module")
 def _brief_ends() -> Iterator[None]:
-    """Runs end without a sample and plots, which take most of the time of two steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qsdp.train.evaluate.Evaluator.sample", lambda evaluator: None)
-        patch.setattr("qsdp.train.report.write_plots", lambda folder, history, summary: [])
+        shorten_ends(patch)
         yield
 
 

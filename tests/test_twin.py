@@ -30,13 +30,6 @@ FLAGS += ["--warmup-steps", "1", "--lr", "1e-2", "--one-shot", "none", "--save-e
 LAST_DENSE = (9, 10, 11)  # steps 7 and 8 are compressed, and after step 11 the weights are pruned
 
 
-@pytest.fixture
-def brief_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs end without a sample and plots, which take most of their time."""
-    monkeypatch.setattr(Evaluator, "sample", lambda evaluator: None)
-    monkeypatch.setattr("qsdp.train.report.write_plots", lambda folder, history, summary: [])
-
-
 @pytest.mark.parametrize("eval_every", [1, LAST_DENSE[-1]])
 @pytest.mark.parametrize("skipped", [(), LAST_DENSE[:1], LAST_DENSE], ids=str)
 def test_the_dense_twin_has_no_pruned_weight(

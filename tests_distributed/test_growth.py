@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 import qsdp
 from qsdp.comm import plan
-from tests.growth import grown_since, held
+from tests.growth import Experts, grown_since, held
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import all_ranks
 
@@ -26,22 +26,10 @@ CLOCK = 15
 """By which the step in the keys advances in a round."""
 
 
-class Experts(nn.Module):
-    """Of its layers others take part in every step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(EXPERTS))
-        self.chosen: tuple[int, ...] = ()
-
-    def forward(self, x_BC: Tensor) -> Tensor:
-        return x_BC + torch.stack([torch.tanh(self.layers[i](x_BC)) for i in self.chosen]).sum(0)
-
-
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Experts()])
+        self.blocks = nn.ModuleList([Experts(WIDTH, EXPERTS)])
         self.scale = nn.Parameter(torch.ones(WIDTH))
 
     def forward(self, x_BC: Tensor) -> tuple[Tensor, Tensor]:

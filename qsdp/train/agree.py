@@ -30,10 +30,11 @@ def agree_on_config(config: TrainConfig, world: World) -> None:
         )
 
 
-def agree_on_data(corpus: Corpus, world: World) -> None:
-    """Raise UserError, on every rank, unless all have read the same tokens, as far as is cheap, and
-    tokens of the vocabulary."""
-    difference = _first_difference(data_facts(corpus), world)
+def agree_on_data(corpus: Corpus, world: World) -> dict[str, Any]:
+    """What tells the corpus from others. Raises UserError, on every rank, unless all have read the
+    same tokens, as far as is cheap, and tokens of the vocabulary."""
+    facts = _facts(corpus)
+    difference = _first_difference(facts, world)
     if difference is not None:
         name, values = difference
         raise UserError(
@@ -42,10 +43,11 @@ def agree_on_data(corpus: Corpus, world: World) -> None:
             is_shared=True,
         )
     world.together(corpus.check)
+    return facts
 
 
-def data_facts(corpus: Corpus) -> dict[str, Any]:
-    """What tells a corpus from others, as far as is cheap: lengths, and hashes of samples."""
+def _facts(corpus: Corpus) -> dict[str, Any]:
+    """Lengths, and hashes of samples."""
     digest = hashlib.sha256()
     for tokens in (corpus.train, corpus.val):
         last = max(0, len(tokens) - _SAMPLE_TOKENS)

@@ -297,7 +297,7 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
             del chosen["acdc_sparsity"]
         schedule = self.mask_schedule(self.steps)
         if schedule is not None:
-            chosen |= {f"{self.method_flag}_schedule": asdict(schedule)}
+            chosen["schedule"] = asdict(schedule)
         return {n: v for n, v in chosen.items() if n not in _OF_THE_SCHEDULE}
 
     def as_dict(self) -> dict[str, Any]:

@@ -83,8 +83,8 @@ def hold(out: Path, *, takes_over: bool) -> Iterator[Lock]:
         if path.exists() and not takes_over and not _is_free(path, found, owner):
             _refuse(path)
         # Who lost it may still be there, many starts later.
-        was_lost = bool(found) and (found.get("took_over") or not _has_ended(found))
-        owner["took_over"] = bool(was_lost)
+        is_lost = found.get("took_over", False) or not _has_ended(found)
+        owner["took_over"] = bool(found) and is_lost
         write_json(path, owner)
     lock = Lock(path, owner)
     try:

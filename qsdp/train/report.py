@@ -62,7 +62,7 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
         "sparsity": sparsity,
         "steps": job.steps_done,
         # As the checkpoints of the run have it: another run in the same folder has another.
-        "history": job.results.history,
+        "history": job.results.start.history,
         # The steps that the times and bytes below are of.
         "steps_measured": len(alike),
         "step_s_median": step_s,

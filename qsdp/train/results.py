@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qsdp import checkpoint
 from qsdp.files import remove_tree, write_text
@@ -91,44 +92,58 @@ def _beside(out: Path, name: str, history: str) -> Path:
     return out / f"{stem}.{history}{dot}{suffix}"
 
 
-@dataclass
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    history: str
+    """Names its history."""
+    source: Path | None = None
+    """The checkpoint to go on from."""
+    meta: dict[str, Any] | None = None
+    """What `read_meta` says of it."""
+    origin: str | None = None
+    """The path that --resume named, if the history came of one."""
+    went_on_from: int = 0
+    """The step before the first of the history."""
+    is_beside: bool = False
+    """Whether OUT holds checkpoints of another history, which the first one here replaces."""
+    has_past: bool = False
+    """Whether what OUT holds up to that step is the past of this history."""
+
+
 class Results:
     """What is done in OUT when. All ranks have the same; one calls the methods that write."""
 
-    out: Path
-    config: str
-    """What OUT/config.toml is to hold."""
-    history: str
-    """Names the history."""
-    went_on_from: int
-    """The step before its first."""
-    is_beside: bool
-    """Whether OUT holds checkpoints of another history, which the first one here replaces."""
-    has_past: bool
-    """Whether what OUT holds up to that step is the past of this history."""
+    def __init__(self, out: Path, config: str, start: Start) -> None:
+        """`config` is what OUT/config.toml is to hold."""
+        self.out, self.start, self._config = out, start, config
+        self.is_beside = start.is_beside
+        """Whether the first checkpoint is still to come, where another history is there."""
 
     def begin(self) -> list[str]:
         """Make OUT, which `recover` has seen, ready. Returns what was removed: what attempts left
         that never had a checkpoint."""
         removed = [path for path in sorted(self.out.iterdir()) if _BESIDE.fullmatch(path.name)]
-        if not self.is_beside and not self.has_past:
+        if not self.is_beside and not self.start.has_past:
             removed += [path for n in (METRICS, DENSE_TWIN) if (path := self.out / n).exists()]
         for path in removed:
             remove_tree(path)
-        write_text(self.path(CONFIG), self.config)
+        write_text(self.path(CONFIG), self._config)
         return [path.name for path in removed]
 
     def path(self, name: str) -> Path:
         """Where the file or folder `name` is until `settle`."""
-        return _beside(self.out, name, self.history) if self.is_beside else self.out / name
+        return _beside(self.out, name, self.start.history) if self.is_beside else self.out / name
 
     def latest_twin(self) -> Path | None:
         """The dense twin of this history and its past."""
         own = checkpoint.latest(self.path(DENSE_TWIN))
-        if own is None and self.is_beside and self.has_past:
-            return checkpoint.latest(self.out / DENSE_TWIN, self.went_on_from)
+        if own is None and self.is_beside and self.start.has_past:
+            return checkpoint.latest(self.out / DENSE_TWIN, self.start.went_on_from)
         return own
 
     def settle(self) -> list[str]:
         """The first checkpoint is there. Returns what was removed."""
-        return commit(self.out, self.history, self.went_on_from)
+        self.is_beside = False
+        return commit(self.out, self.start.history, self.start.went_on_from)

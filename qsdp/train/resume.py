@@ -6,14 +6,14 @@ import json
 import os
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qsdp import checkpoint
 from qsdp.train.config import TrainConfig
 from qsdp.train.lock import process_id
-from qsdp.train.results import CHECKPOINTS
+from qsdp.train.results import CHECKPOINTS, Start
 from qsdp.train.world import World
 
 # What a run is, and which of it another run may not change: weights and states are of these.
@@ -22,28 +22,11 @@ _PARTS = ("model", "tokenizer", "optimizer", "schedule", "data", "settings")
 _UNSET = "unset"
 _MOST_TOLD = 4
 
+# What older versions did not write down.
+_OLDER: dict[str, Any] = {"history": "", "origin": None, "launch": None, "went_on_from": 0}
+
 # Settings that change the time or the bytes of a step, beside qsdp's.
 _PACE = ("batch_size", "grad_accum", "seq_len", "precision", "replicas", "backend")
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins."""
-
-    history: str
-    """See `results`."""
-    source: Path | None = None
-    """The checkpoint to go on from."""
-    meta: dict[str, Any] | None = None
-    """What `read_meta` says of it."""
-    origin: str | None = None
-    """What --resume named when the history began, or is to be told of it."""
-    went_on_from: int = 0
-    """The step before the first of the history."""
-    is_beside: bool = False
-    """Whether the folder of results holds another history."""
-    has_past: bool = False
-    """Whether it holds the past of this one."""
 
 
 def find_start(config: TrainConfig, fingerprint: dict[str, Any]) -> Start:
@@ -57,7 +40,7 @@ def find_start(config: TrainConfig, fingerprint: dict[str, Any]) -> Start:
     anew = Start(secrets.token_hex(4), origin=named, is_beside=own is not None)
     if own is None and (named is None or config.resumes_own):
         return anew  # perhaps the first start of a command that may be started again
-    newest = _unread()
+    newest = _OLDER
     if own is not None:
         try:
             newest = _read(own)
@@ -68,10 +51,9 @@ def find_start(config: TrainConfig, fingerprint: dict[str, Any]) -> Start:
         newest["history"], own, newest, newest["origin"], newest["went_on_from"], False, True
     )
     # A launcher starts the same command again: it goes on from what came of it.
-    is_again = own is not None and (
+    is_again = "step" in newest and (
         newest["origin"] == named if named is not None else newest["launch"] == _restarted_launch()
     )
-    is_again = is_again and "step" in newest
     if config.resume == "auto" or is_again:
         differences = _differences(newest, fingerprint, _PARTS)
         if not differences:
@@ -120,7 +102,7 @@ def _restarted_launch() -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     """What the trainer keeps with a checkpoint. Raises ValueError if it is not all there."""
-    meta = _unread() | checkpoint.read_meta(path)
+    meta = _OLDER | checkpoint.read_meta(path)
     kinds = {
         "fingerprint": dict,
         "config": dict,
@@ -136,11 +118,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not (is_whole and (wire is None or _is_wire_state(wire))):
         raise ValueError(f"{path} was not written by this job; resume from another checkpoint.")
     return meta
-
-
-def _unread() -> dict[str, Any]:
-    """What older versions did not write."""
-    return {"history": "", "origin": None, "launch": None, "went_on_from": 0}
 
 
 def _is_wire_state(state: object) -> bool:

@@ -22,7 +22,7 @@ from qsdp.metrics import MetricsWriter
 from qsdp.models import GPT, GPTConfig
 from qsdp.optim.base import OptimizerWrapper
 from qsdp.sparsity.compression import Prunable
-from qsdp.train.agree import agree_on_config, agree_on_data, data_facts
+from qsdp.train.agree import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError, is_lost
 from qsdp.train.evaluate import Evaluator
@@ -56,8 +56,6 @@ class Job:
     evaluator: Evaluator
     fingerprint: dict[str, Any]
     """What tells the run from others: all that changes its numbers."""
-    origin: str | None
-    """The PATH of --resume, if this came of one."""
     results: Results
     lock: Lock | None
     """Of the folder of results, on rank 0."""
@@ -100,7 +98,7 @@ class Job:
         results = self.results
         is_late = results.is_beside or self.recovered is not None
         events = None if is_late else self._events
-        past = self.out / METRICS if results.has_past else None
+        past = self.out / METRICS if results.start.has_past else None
 
         def make() -> MetricsWriter | None:
             if not self.world.is_main:
@@ -141,16 +139,16 @@ class Job:
         """Write a checkpoint into `root`, with `more` beside what all of them have. Raises
         UserError, on every rank, if that fails."""
         self.world.on_main(self.check_lock)
-        tokenizer = self.corpus.tokenizer
+        tokenizer, start = self.corpus.tokenizer, self.results.start
         meta = {
             "fingerprint": self.fingerprint,
             "config": self.config.as_dict(),
             "wire": None if self.handle is None else self.handle.state_dict(),
             "world_size": self.world.size,
             "pace_since": self.pace_since,
-            "history": self.results.history,
-            "went_on_from": self.results.went_on_from,
-            "origin": self.origin,
+            "history": start.history,
+            "went_on_from": start.went_on_from,
+            "origin": start.origin,
             "launch": launch_id(),
         }
         files = {} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()}
@@ -169,9 +167,10 @@ class Job:
             self.lock.check()
 
     def _settle(self) -> list[str]:
+        was_beside = self.results.is_beside
         removed = self.results.settle()
-        if self.metrics is not None and self.results.is_beside:
-            self.metrics.moved(self.out / METRICS, self._events, self.results.went_on_from)
+        if self.metrics is not None and was_beside:
+            self.metrics.moved(self.out / METRICS, self._events, self.results.start.went_on_from)
         return removed
 
     @property
@@ -190,10 +189,10 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     world.together(lambda: check_replicas(config, world))
     world.together(lambda: check_nodes(config, world))
     corpus = world.together(lambda: _load_corpus(config))
-    agree_on_data(corpus, world)
+    data = agree_on_data(corpus, world)
     size = world.together(lambda: model_config(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))
-    fingerprint = _fingerprint(config, size, corpus, world)
+    fingerprint = _fingerprint(config, size, corpus, data, world)
     removed, recovered = world.on_main(lambda: recover(config.out_dir))
     start = world.on_main(lambda: find_start(config, fingerprint))
     source, meta = start.source, start.meta
@@ -220,14 +219,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         if handle is not None and meta["wire"] is not None:
             load, state = handle.load_state_dict, meta["wire"]
             all_alike(world, lambda: load(state))
-    results = Results(
-        out=config.out_dir,
-        config=config.to_toml(),
-        history=start.history,
-        went_on_from=start.went_on_from,
-        is_beside=start.is_beside,
-        has_past=start.has_past,
-    )
+    results = Results(config.out_dir, config.to_toml(), start)
     removed += world.on_main(results.begin)
     job = Job(
         config=config,
@@ -240,7 +232,6 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         wire=wire,
         evaluator=Evaluator(config, world, corpus, model, wire),
         fingerprint=fingerprint,
-        origin=start.origin,
         results=results,
         lock=lock,
         recovered=recovered,
@@ -332,7 +323,7 @@ def _make_batches(config: TrainConfig, world: World, corpus: Corpus) -> Batches:
 
 
 def _fingerprint(
-    config: TrainConfig, size: GPTConfig, corpus: Corpus, world: World
+    config: TrainConfig, size: GPTConfig, corpus: Corpus, data: dict[str, Any], world: World
 ) -> dict[str, Any]:
     """All that changes a run's numbers."""
     place = {"backend": world.backend, "device": world.device.type, "ranks": world.size}
@@ -340,16 +331,16 @@ def _fingerprint(
         place["ranks_per_node"] = config.wire.ranks_per_node or int(
             os.environ.get("LOCAL_WORLD_SIZE", "1")
         )
-    tokenizer = corpus.tokenizer
-    schedule = config.mask_schedule(config.steps)
+    tokenizer, settings = corpus.tokenizer, config.identity | place
+    schedule = settings.pop("schedule", None)
     return {
         "model": asdict(size),
         "tokenizer": hash_of("" if tokenizer is None else tokenizer.to_json()),
         "optimizer": config.method,
         "seed": config.seed,
-        "data": data_facts(corpus),
-        "settings": config.identity | place,
-    } | ({} if schedule is None else {"schedule": asdict(schedule)})
+        "data": data,
+        "settings": settings,
+    } | ({} if schedule is None else {"schedule": schedule})
 
 
 def _announce(
