@@ -105,7 +105,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint_or_the_new_one(
         if moment in ("sync", "remove"):
             patch.setattr(folders, moment, cut)
         else:
-            patch.setattr(f"qsdp.checkpoint.state.{moment}", cut)
+            patch.setattr(f"qsdp.checkpoint.saving.{moment}", cut)
         with pytest.raises(PowerCut):
             checkpoint.save(tmp_path, 2, model, optimizer, {}, keep=1)
     survivor = checkpoint.latest(tmp_path)

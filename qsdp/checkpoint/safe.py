@@ -127,8 +127,7 @@ class WritingPlanner(DefaultSavePlanner):
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
                 name = item.index.fqn
-                self.state_dict[name] = _plain(self.state_dict[name])
-                _check_readable(name, self.state_dict[name])
+                self.state_dict[name] = readable(name, self.state_dict[name])
         return plan
 
 
@@ -154,7 +153,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _check_readable(name: str, value: object) -> None:
+def readable(name: str, value: object) -> Any:
+    """What `ReadingPlanner` gives for `value` later. Raises Refused if it could not read that."""
+    value = _plain(value)
     written = io.BytesIO()
     try:
         torch.save(value, written)
@@ -167,6 +168,7 @@ def _check_readable(name: str, value: object) -> None:
             "running code, which a checkpoint never does: keep tensors, numbers, strings, and "
             "lists, tuples and dicts of these"
         ) from None
+    return value
 
 
 def _name_of(kind: type) -> str:
