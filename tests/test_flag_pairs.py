@@ -57,6 +57,7 @@ SAMPLES: dict[str, tuple[Values, Values]] = {
     "save_every": ({"save_every": 9}, ADAMW),
     "keep": ({"keep": 3}, ADAMW),
     "resume": ({"resume": "none"}, ADAMW),
+    "save_async": ({"save_async": True}, ADAMW),
     "backend": ({"backend": "gloo"}, ADAMW),
     "timeout_s": ({"timeout_s": 77}, ADAMW),
     "one_shot": ({"one_shot": ("2:4",)}, ADAMW),
@@ -255,8 +256,8 @@ def seen(values: Values, made: list[Values]) -> list[Any]:
     wire = None if config.wire is None else wired(config.wire)
     has_errors = wire is not None and wire[1] and config.qsdp_errors
     names = """model data tokenizer steps batch_size grad_accum seq_len seed precision replicas
-        eval_every eval_batches save_every keep resume backend timeout_s tensorboard take_over
-        clip_grad out passes one_shot_targets"""
+        eval_every eval_batches save_every save_async keep resume backend timeout_s tensorboard
+        take_over clip_grad out passes one_shot_targets"""
     return [
         *(getattr(config, name) for name in names.split()),
         *(optimizers, rates, wire, has_errors, config.patterns if has_patterns else None),

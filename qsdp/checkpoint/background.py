@@ -234,7 +234,7 @@ def _copied(value: Any, name: str, copies: dict[Any, Tensor]) -> Any:
     """
     if isinstance(value, Tensor):
         held = value.to_local() if isinstance(value, DTensor) else value
-        layout = (value.dtype, value.shape, held.shape, held.stride())
+        layout = (type(value), value.dtype, value.shape, held.shape, held.stride())
         place = (held.device, held.data_ptr() or id(value), layout)  # without values: at no address
         if place not in copies:
             copies[place] = value.detach().to("cpu", copy=True)

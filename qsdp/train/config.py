@@ -24,7 +24,7 @@ BACKENDS = ("nccl", "gloo")
 
 # What a run looks at and keeps, and where; AC/DC's dense twin is chosen when it validates.
 _RECORDS = (
-    *("out", "resume", "keep", "save_every", "eval_every"),
+    *("out", "resume", "keep", "save_every", "save_async", "eval_every"),
     *("tensorboard", "timeout_s", "take_over", "qsdp_errors"),
 )
 _OF_THE_SCHEDULE = (
@@ -132,6 +132,11 @@ class RunFlags:
 
     save_every: int = 500
     """Steps between checkpoints, 0 for one at the end only."""
+
+    save_async: bool = False
+    """Write checkpoints while training goes on, but for the first one of each start: a save takes
+    as long as a copy of this rank's part of the weights and of the optimizer's state, which stays
+    in host memory until it is on disk. The next save, and the end, wait for it."""
 
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""

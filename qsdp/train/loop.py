@@ -66,6 +66,7 @@ def train(config: TrainConfig) -> None:
                     job.save()
             if job.results.is_beside:  # no step was left to take
                 job.save()
+            job.wait_saved()
         finish(job, [] if metrics is None else metrics.history)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from qsdp import checkpoint
 from qsdp.train.setup import Job
@@ -36,6 +37,22 @@ def _pruned(job: Job) -> float:
 
 
 def kept_loss(job: Job) -> float | None:
-    """The validation loss of the dense twin that the run has kept so far; None without one."""
-    path = job.results.latest_twin()
-    return None if path is None else float(checkpoint.read_meta(path)["val_loss"])
+    """The validation loss of the dense twin that the run has kept so far; None without one. On
+    rank 0, which says once of a damaged one that it counts as none."""
+    path = job.results.latest_twin(job.damaged)
+    if path is None:
+        return None
+    try:
+        if not job.has_twin:  # it was found
+            checkpoint.verify(path)
+        return float(checkpoint.read_meta(path)["val_loss"])
+    except checkpoint.Damaged as error:
+        job.damaged.add(path.resolve())
+        job.why_no_twin = f"{error.file} is damaged: {error.why}"
+        print(
+            f"warning: {job.why_no_twin}. The dense twin of step {checkpoint.step_of(path)} counts "
+            "as none",
+            file=sys.stderr,
+            flush=True,
+        )
+        return kept_loss(job)
