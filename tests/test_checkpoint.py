@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,29 @@ def test_a_checkpoint_of_an_older_version_loads(tmp_path: Path) -> None:
     # What was read may be given again.
     again = checkpoint.save(tmp_path, 2, model, optimizer, checkpoint.read_meta(path))
     assert checkpoint.read_meta(again)["a"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*which a killed run left, is removed")
+@pytest.mark.parametrize("is_rewritten", [True, False])
+def test_what_is_damaged_counts_for_nothing_and_goes_when_another_is_there(
+    tmp_path: Path, is_rewritten: bool
+) -> None:
+    model, optimizer = make()
+    take_step(model, optimizer)
+    for step in (1, 2, 3):
+        path = checkpoint.save(tmp_path, step, model, optimizer, {}, keep=9)
+    damaged = path.with_name(path.name + ".new") if is_rewritten else path
+    if is_rewritten:  # the old one is still there
+        shutil.copytree(path, damaged)
+    (damaged / ".metadata").unlink()
+    assert checkpoint.latest(tmp_path) == damaged
+    without = {damaged.resolve()}
+    step = 3 if is_rewritten else 2
+    assert checkpoint.latest(tmp_path, without=without) == checkpoint.steps(tmp_path, without)[step]
+    checkpoint.save(tmp_path, 4, model, optimizer, {}, keep=2, damaged=without)
+    assert [*checkpoint.steps(tmp_path)] == [step, 4]
+    for path in tmp_path.iterdir():
+        checkpoint.verify(path)
 
 
 def test_a_file_that_cannot_be_read_is_refused_but_not_called_damaged(

@@ -13,7 +13,7 @@ from qsdp import checkpoint
 from tests.bad_inputs import TEXT
 from tests.conftest import shorten_ends
 from tests.test_cli import main, refused, small_run
-from tests.test_one_run_a_folder import contents, interrupted
+from tests.test_one_run_a_folder import Cut, contents, cut, interrupted
 
 pytestmark = [pytest.mark.usefixtures("world_of_one"), pytest.mark.slow]
 
@@ -175,3 +175,17 @@ def test_what_cannot_be_read_is_refused_and_not_passed_over(
     assert f"{LAST}/meta.json cannot be read" in refused(small_run(folder, *FLAGS), capfd)
     monkeypatch.undo()
     assert contents(folder / "out") == before
+
+
+def test_a_damaged_first_checkpoint_of_another_history_replaces_nothing(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = folder / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("qsdp.train.setup.Job._settle", lambda job: (_ for _ in ()).throw(Cut))
+        cut(small_run(folder, *FLAGS, "--resume", "none", "--lr", "5e-3"))
+    damage(folder, "step-00000001")
+    before = contents(out)
+    main(small_run(folder, *FLAGS))
+    assert "finished after 4 steps" in capfd.readouterr().out
+    assert contents(out) == before

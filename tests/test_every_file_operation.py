@@ -64,6 +64,11 @@ def save(root: Path, step: int, value: float, keep: int = 2) -> None:
     checkpoint.save(root, step, *model_of(value), meta, files=TOKENIZER, keep=keep)
 
 
+def save_beside(root: Path, step: int, value: float, keep: int = 2) -> None:
+    with checkpoint.AsyncSaver() as saver:
+        saver.save(root, step, *model_of(value), {"value": value}, files=TOKENIZER, keep=keep)
+
+
 def value_of(path: Path) -> float:
     """Which model is at `path`, all of it bit for bit."""
     content = tuple(sorted(tree(path).items()))
@@ -181,7 +186,7 @@ def _assert_is(folder: Path, case: Case, new: tuple[Tree, Any]) -> None:
     assert case.show(folder) == new[1]
 
 
-def saved(before: tuple[int, ...], step: int, keep: int) -> Case:
+def saved(before: tuple[int, ...], step: int, keep: int, how: Callable[..., None] = save) -> Case:
     """A checkpoint beside others."""
 
     def fill(folder: Path) -> None:
@@ -195,7 +200,7 @@ def saved(before: tuple[int, ...], step: int, keep: int) -> Case:
         return value_of(found) in (float(max(before, default=0)), 40.0)
 
     return Case(
-        fill, lambda root: save(root, step, 40.0, keep), RuntimeError, values, is_whole, False
+        fill, lambda root: how(root, step, 40.0, keep), RuntimeError, values, is_whole, False
     )
 
 
@@ -204,6 +209,7 @@ CHECKPOINTS = {
     "over the last": saved((3,), 4, 1),
     "over several": saved((1, 2, 3), 4, 2),
     "once more": saved((3, 4), 4, 2),
+    "beside training": saved((3, 4), 4, 1, save_beside),
 }
 
 
