@@ -57,6 +57,7 @@ SAMPLES: dict[str, tuple[Values, Values]] = {
     "save_every": ({"save_every": 9}, ADAMW),
     "keep": ({"keep": 3}, ADAMW),
     "resume": ({"resume": "none"}, ADAMW),
+    "save_every 0": ({"save_every": 0}, ADAMW),
     "save_async": ({"save_async": True}, ADAMW),
     "backend": ({"backend": "gloo"}, ADAMW),
     "timeout_s": ({"timeout_s": 77}, ADAMW),
@@ -130,6 +131,7 @@ EXCLUDED = {
         ("gmp_every", "one pruning"),
         ("prunable", "one_shot none"),
         ("min_lr", "warmup_steps to the end"),
+        ("save_async", "save_every 0"),
         ("qsdp_local_grad_bits", "qsdp_reduce flat"),
         *((f"qsdp_{name}", "qsdp_bits without codes") for name in NEEDS_CODES),
     )

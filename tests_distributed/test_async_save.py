@@ -49,6 +49,14 @@ def _save(folder: str) -> list[str]:
                 saver.wait()
         said.append(str(error.value))
 
+        saver.save(root / "beside", 5, model, optimizer, {})
+        assert saver._writing is not None
+        saver._writing.join()
+        if rank == 1:  # of which no other rank knows
+            saver._writing.failure = RuntimeError("no memory")
+        with pytest.raises(RuntimeError, match="no memory"):
+            saver.wait()
+
     damaged = path / "__1_0.distcp"
     if rank == 0:
         damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -69,6 +77,6 @@ def test_all_ranks_save_what_they_had_and_fail_alike(run: Run, tmp_path: Path) -
     assert "cannot be read back (no way to __1_0.distcp)" in first[0]
     assert "__1_0.distcp is damaged: its checksum is not" in first[1]
     names = sorted(path.name for path in tmp_path.glob("*/*"))
-    assert names == ["step-00000003", "step-00000003"]
-    files = {path.name for path in tmp_path.glob("beside/*/*.distcp")}
+    assert names == ["step-00000003", "step-00000003", "step-00000005"]
+    files = {path.name for path in tmp_path.glob("beside/step-00000003/*.distcp")}
     assert len(files) == 4

@@ -103,7 +103,7 @@ class AsyncSaver:
         self._writing.join()
         writing, self._writing = self._writing, None
         assert dist.group.WORLD is not None
-        with mistakes_shared("AsyncSaver.wait", [dist.group.WORLD]):
+        with mistakes_shared("checkpoint.AsyncSaver.wait", [dist.group.WORLD]):
             if writing.failure is not None:
                 raise writing.failure
         meet_at("AsyncSaver.wait")

@@ -142,8 +142,8 @@ class RunFlags:
     """How many of the newest checkpoints stay on disk."""
 
     resume: str = "auto"
-    """`auto` goes on from the newest checkpoint in --out, if any, which must be of the same run:
-    every setting that changes its numbers, its data and the number of ranks. A path, of a
+    """`auto` goes on from the newest checkpoint in --out, if any, which must be of the same run (one
+    that is damaged is passed over, which is said, unless it is the only one or was named): every setting that changes its numbers, its data and the number of ranks. A path, of a
     checkpoint or a folder of them, goes on from there with other settings, if they are of the same
     model and method; the same command again then goes on from the newest one that came of it. So
     does the folder of --out itself, which may be empty still: for a job that may be started again
@@ -217,6 +217,11 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
         for name in ("acdc_sparsity", "gmp_sparsity"):
             is_fraction = 0 <= getattr(self, name) < 1
             self._require(name, is_fraction, "choose a fraction from 0 to below 1")
+        if self.save_async and not self.save_every:
+            raise ValueError(
+                "--save-async is given, but --save-every is 0, and of the only checkpoint the end "
+                "waits anyway; raise --save-every, or leave --save-async out."
+            )
         self.check_method(self.steps)
         try:
             _ = self.one_shot_targets
