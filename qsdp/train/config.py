@@ -142,12 +142,12 @@ class RunFlags:
     """How many of the newest checkpoints stay on disk."""
 
     resume: str = "auto"
-    """`auto` goes on from the newest checkpoint in --out, if any, which must be of the same run (one
-    that is damaged is passed over, which is said, unless it is the only one or was named): every setting that changes its numbers, its data and the number of ranks. A path, of a
-    checkpoint or a folder of them, goes on from there with other settings, if they are of the same
-    model and method; the same command again then goes on from the newest one that came of it. So
-    does the folder of --out itself, which may be empty still: for a job that may be started again
-    on another number of ranks.
+    """`auto` goes on from the newest checkpoint in --out, if any, which must be of the same run:
+    every setting that changes its numbers, its data and the number of ranks. One that is damaged is
+    passed over, aloud. A path, of a checkpoint or a folder of them, goes on from there with other
+    settings, if they are of the same model and method; the same command again then goes on from the
+    newest one that came of it. So does the folder of --out itself, which may be empty still: for a
+    job that may be started again on another number of ranks.
     `none` begins anew. What --out holds of later steps goes when the first new checkpoint is on
     disk."""
 
