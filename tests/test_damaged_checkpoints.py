@@ -123,14 +123,16 @@ def test_where_all_are_damaged_nothing_is_removed_and_nothing_begins_anew(
     assert kept(folder) == ["step-00000001"]
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", "meta.json"])
+@pytest.mark.parametrize(
+    ("name", "spoil"), [("__0_0.distcp", flip), ("meta.json", flip), ("meta.json", Path.unlink)]
+)
 def test_a_named_checkpoint_that_is_damaged_is_refused_by_the_newest_whole_one(
-    folder: Path, capfd: pytest.CaptureFixture[str], name: str
+    folder: Path, capfd: pytest.CaptureFixture[str], name: str, spoil: Callable[[Path], None]
 ) -> None:
     out = folder / "out"
     damage(folder, LAST)
     named = out / "checkpoints" / "step-00000002"
-    flip(named / name)
+    spoil(named / name)
     before = contents(out)
     said = refused(small_run(folder, *FLAGS, "--resume", str(named)), capfd)
     assert f"{named / name} is damaged" in said

@@ -75,9 +75,11 @@ def resolve(path: Path, without: Collection[Path] = ()) -> Path:
 
     Raises ValueError if there is none.
     """
-    if (path / META).is_file() or (step_of(path) is not None and path.is_dir()):
+    if (path / META).is_file():
         return path
     found = latest(path, without=without) or latest(path / "checkpoints", without=without)
+    if found is None and step_of(path) is not None and path.is_dir():
+        return path  # which is damaged
     if found is None:
         raise ValueError(f"{path} holds no complete checkpoint; give a folder named step-...")
     return found
