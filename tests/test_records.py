@@ -15,6 +15,8 @@ from typing import Any, TextIO
 
 import pytest
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from qsdp import checkpoint
 from qsdp.metrics import MetricsWriter
@@ -178,22 +180,47 @@ def brief_run(
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_what_is_printed_may_be_lost(
-    name: str, brief_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+def test_what_is_printed_may_be_lost(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def show() -> None:
+        for _ in range(2):
+            print("\N{SNOWMAN}" * 10_000, flush=True)
+            print("\N{SNOWMAN}", file=sys.stderr)
+            Console().print("[red]\N{SNOWMAN}")
+        with Progress() as progress:
+            progress.advance(progress.add_task("\N{SNOWMAN}", total=1))
+
+    assert ended_with(name, show, monkeypatch) == 0
+
+
+@pytest.mark.parametrize("name", ["a full disk", "none"])
+def test_a_run_whose_words_are_lost_comes_to_its_end(
+    name: str, brief_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert ended_with(name, lambda: brief_run("run") and None, monkeypatch) == 0
+    assert (tmp_path / "run" / "out" / "summary.json").exists()
+
+
+def ended_with(name: str, work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit status of a command that does `work`."""
     ended: list[int] = []
-    monkeypatch.setattr(os, "_exit", ended.append)
+
+    def command() -> None:
+        with cli.one_sentence_at_the_end("nothing is lost"):
+            work()
+
     with monkeypatch.context() as patch:
+        patch.setattr(os, "_exit", ended.append)
         patch.setattr(sys, "stdout", STREAMS[name]())
         patch.setattr(sys, "stderr", STREAMS[name]())
         streams = sys.stdout, sys.stderr
-        with pytest.raises(SystemExit):  # where `os._exit` did not end it
-            cli.run(lambda: brief_run("\N{SNOWMAN}" if name == "ASCII" else "run") and None)
+        with pytest.raises(SystemExit):  # where `os._exit` does not end it
+            cli.run(command)
         assert (sys.stdout, sys.stderr) == streams
-        for stream in streams:
-            if name == "a reader that has gone":
+        if name == "a reader that has gone":
+            for stream in streams:
                 stream.close()  # what is left goes nowhere, without an error
-    assert ended == [0]
+    (status,) = ended
+    return status
 
 
 def test_what_cannot_be_encoded_is_printed_in_other_words(monkeypatch: pytest.MonkeyPatch) -> None:

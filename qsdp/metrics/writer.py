@@ -178,4 +178,9 @@ def _event_writer(folder: Path, last_step: int) -> Any:
             "--tensorboard needs the tensorboard package; run 'pip install tensorboard', or leave "
             "the flag out."
         ) from None
+    except Exception as error:  # of a package beside it, of another version
+        raise ValueError(
+            f"--tensorboard: the tensorboard package cannot be loaded ({error}); install it anew, "
+            "or leave the flag out."
+        ) from None
     return SummaryWriter(str(folder), purge_step=last_step + 1)
