@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem, WriteItemType
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from qsdp.checkpoint.folders import META, read_meta
@@ -123,6 +124,12 @@ class WritingPlanner(DefaultSavePlanner):
     """Refuses what `ReadingPlanner` could not read. NumPy's numbers become Python's."""
 
     def create_local_plan(self) -> SavePlan:
+        for name, value in self.state_dict.items():
+            with torch.no_grad():
+                value = value.to_local() if isinstance(value, DTensor) else value
+            # Of another class, an 8-bit optimizer's for one: code would have to make it.
+            if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter):
+                raise _unreadable(name, type(value))
         plan = super().create_local_plan()
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
@@ -162,11 +169,15 @@ def _check_readable(name: str, value: object) -> None:
         with _plain_only():
             torch.load(written, weights_only=True)
     except Exception:  # pickling calls the value's own methods
-        raise Refused(
-            f"{name} is or holds an object ({_name_of(type(value))}) that could only be loaded by "
-            "running code, which a checkpoint never does: keep tensors, numbers, strings, and "
-            "lists, tuples and dicts of these"
-        ) from None
+        raise _unreadable(name, type(value)) from None
+
+
+def _unreadable(name: str, kind: type) -> Refused:
+    return Refused(
+        f"{name} is or holds an object ({_name_of(kind)}) that could only be loaded by running "
+        "code, which a checkpoint never does: keep plain tensors, numbers, strings, and lists, "
+        "tuples and dicts of these"
+    )
 
 
 def _name_of(kind: type) -> str:

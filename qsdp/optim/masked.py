@@ -19,6 +19,7 @@ from qsdp.optim.base import (
     made_alike,
     undone_by_exceptions,
 )
+from qsdp.optim.moments import FirstMoments
 from qsdp.optim.norms import check_max_norm, scale_grads_
 from qsdp.sparsity.compression import Prunable, keep_masks, keep_only_
 from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
@@ -29,7 +30,6 @@ _STEP = "masked_step"
 _MASK = "mask"
 _PLAN = "mask_plan"
 _NAMES = "mask_names"
-_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 
 class MaskedOptimizer(OptimizerWrapper):
@@ -112,7 +112,7 @@ class MaskedOptimizer(OptimizerWrapper):
         facts = {"step": self.num_steps, "closure": closure is not None, "state": bool(self.state)}
         if not self.state:
             facts["learning rates of 0"] = self._has_no_rate()
-        self.meet(self.check_reshards, **facts)
+        self.meet(self._check_begin, **facts)
         self._check_all_are_masked()
         loss = None
         restore = _do_nothing if closure is None else bystanders(self.model)
@@ -130,6 +130,10 @@ class MaskedOptimizer(OptimizerWrapper):
         self._change(self.num_steps)
         self._reshard()
         return loss
+
+    def _check_begin(self) -> None:
+        """Raise RuntimeError if the step cannot be taken, or a later one could not."""
+        self.check_reshards()
 
     def _check_all_are_masked(self) -> None:
         """Say which of the parameters that are trained now no mask prunes, where one should."""
@@ -234,13 +238,10 @@ class MaskedOptimizer(OptimizerWrapper):
             self._tell(masks if self._is_masked(self.num_steps) else None)
 
     def _lift_masks(self) -> None:
-        """Train all weights again, from zero where they were pruned, without old momentum."""
+        """Train all weights again, from zero where they were pruned."""
         for state in self.state.values():
             if _MASK in state:
                 local_shard(state[_MASK]).values.fill_(True)
-            for name in _FIRST_MOMENTS:
-                if isinstance(state.get(name), Tensor):
-                    local_shard(state[name]).values.zero_()
         self._announce()
 
     def _apply_masks(self) -> None:
@@ -347,6 +348,8 @@ class ACDC(MaskedOptimizer):
     end of the last dense phase; `before_pruning` sees it.
     """
 
+    _has_checked_moments: bool
+
     @made_alike
     def __init__(
         self,
@@ -370,7 +373,8 @@ class ACDC(MaskedOptimizer):
             prunable: Name patterns of the prunable set; see `sparsity.prunable_parameters`.
 
         Raises:
-            ValueError: If a value is out of range, or the optimizer lacks prunable parameters.
+            ValueError: If a value is out of range, the optimizer lacks prunable parameters, or its
+                first moments are of a class that cannot be set to zero.
         """
         self.schedule = ACDCSchedule.of(schedule) if isinstance(schedule, int) else schedule
         self.target = _only_pruned(Compression.of(target))
@@ -381,6 +385,7 @@ class ACDC(MaskedOptimizer):
         self.prunable.check(self.target)
         if self.num_steps == 0 and self._is_masked(0):
             raise ValueError("AC/DC begins dense: give it a warm-up of 1 step or more")
+        self._moments = FirstMoments(self.base, type(self).__name__)
 
     def _is_masked(self, step: int) -> bool:
         return self.schedule.is_compressed(step)
@@ -393,7 +398,18 @@ class ACDC(MaskedOptimizer):
         if is_now and not was:
             self._renew_masks(self.target)
         elif was and not is_now:
+            self._moments.zero_()
             self._lift_masks()
+
+    def _check_begin(self) -> None:
+        super()._check_begin()
+        if not self._has_checked_moments and self.state:
+            self._moments.check()
+            self._has_checked_moments = True
+
+    def _share(self, base: torch.optim.Optimizer) -> None:
+        super()._share(base)
+        self._has_checked_moments = False  # what was loaded may be of other classes
 
 
 class GMP(MaskedOptimizer):

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from qsdp.failures import collective
 from qsdp.optim import ACDC, CrAM, clip_grad_norm_, global_grad_norm
 from qsdp.optim.masked import MaskedOptimizer
+from qsdp.streams import forgiving_output
 from qsdp.train import twin
 from qsdp.train.config import TrainConfig
 from qsdp.train.progress import RunProgress
@@ -36,7 +37,11 @@ def train(config: TrainConfig) -> None:
     Called on every rank, under torchrun or alone.
     Raises UserError, on every rank, for whatever the user can correct.
     """
-    with open_world(config.timeout_s, config.backend) as world, ExitStack() as held:
+    with (
+        forgiving_output(),
+        open_world(config.timeout_s, config.backend) as world,
+        ExitStack() as held,
+    ):
         job = set_up(config, world, held)
         if job is None:
             return

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from qsdp.files import replacing
 from qsdp.sparsity.target import Compression
+from qsdp.streams import complain
 from qsdp.train.error_plot import History, draw_errors
+
+T = TypeVar("T")
 
 PLOT_NAMES = ("loss", "one_shot", "wire", "step_time", "wire_time", "pruned", "errors")
 
@@ -57,6 +60,17 @@ def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list
         paths.append(folder / "errors.png")
         save_png(figure, paths[-1])
     return paths
+
+
+def may_fail(what: str, draw: Callable[[], T]) -> T | None:
+    """What ``draw`` returns; None, and a line on standard error, if it fails in whatever way: a
+    picture of results is none of them."""
+    try:
+        return draw()
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        complain(f"warning: {what} cannot be drawn, or not as a whole ({told})")
+        return None
 
 
 def remove_stale(folder: Path, drawn: list[Path]) -> list[str]:

@@ -84,14 +84,11 @@ class Job:
     @property
     def has_mistake(self) -> bool:
         """Whether this rank has something to say in `check`."""
-        has_lost_lines = self.metrics is not None and self.metrics.mistake is not None
-        return has_lost_lines or self.corpus.mistake() is not None
+        return self.corpus.mistake() is not None
 
     def check(self) -> None:
-        """Raise ValueError for tokens that cannot be, OSError for lines that were not written."""
+        """Raise ValueError for tokens that cannot be."""
         self.corpus.check()
-        if self.metrics is not None:
-            self.metrics.check()
 
     def open_metrics(self) -> None:
         """Open the metrics file, on rank 0. Raises UserError everywhere if it cannot be written."""
@@ -114,7 +111,8 @@ class Job:
     def save(self) -> None:
         """Write the checkpoint of the steps done."""
         # Whoever finds the checkpoint finds the lines of its steps.
-        self.world.on_main(lambda: None if self.metrics is None else self.metrics.sync())
+        if self.metrics is not None:
+            self.metrics.sync()
         root = self.out / CHECKPOINTS
         self._write(root, self.steps_done, self.optimizer, {}, self.config.keep)
         if not self.has_checkpoint:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 from qsdp import checkpoint
+from qsdp.streams import complain
+from qsdp.train.errors import sentence
 from qsdp.train.setup import Job
 
 
@@ -36,6 +38,12 @@ def _pruned(job: Job) -> float:
 
 
 def kept_loss(job: Job) -> float | None:
-    """The validation loss of the dense twin that the run has kept so far; None without one."""
-    path = job.results.latest_twin()
-    return None if path is None else float(checkpoint.read_meta(path)["val_loss"])
+    """The validation loss of the dense twin that the run has kept so far; None without one that can
+    be read."""
+    try:
+        path = job.results.latest_twin()
+        return None if path is None else float(checkpoint.read_meta(path)["val_loss"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        job.why_no_twin = f"it cannot be read ({sentence(error)})"
+        complain(f"warning: the dense twin in {job.out} cannot be read ({sentence(error)})")
+        return None

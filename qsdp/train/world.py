@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from qsdp.failures import collective
+from qsdp.streams import bring_out
 from qsdp.train.config import RunFlags
 from qsdp.train.errors import UserError, is_lost, sentence
 
@@ -93,8 +93,7 @@ def end_process(status: int) -> NoReturn:
     Python is being finalized ends the process with SIGABRT ("terminate called without an active
     exception", torch 2.13): the launcher would report a failed run.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    bring_out()
     os._exit(status)
 
 
