@@ -135,11 +135,10 @@ def test_a_loss_rides_on_the_norms_collective_and_decides_nothing_where_there_is
         assert norms == [2.0, 2.0]
 
 
-def _learn_past_a_bad_step() -> tuple[dict[str, Any], dict[str, Any]]:
-    """The wire's state after a step whose gradients, of which it was to learn, are bad, and after
-    another."""
+def _learn_past_a_bad_step(config: qsdp.QSDPConfig) -> list[dict[str, Any]]:
+    """The wire's state after a step whose gradients, of which it was to learn, are not finite on
+    one rank, and after another step."""
     model = shard(make_model(1), nested=False)
-    config = qsdp.QSDPConfig(budget=5.0, levels="learned", level_steps=(2, 3), warmup_steps=1)
     handle = qsdp.install(model, config)
     states = []
     for step in range(3):
@@ -149,20 +148,22 @@ def _learn_past_a_bad_step() -> tuple[dict[str, Any], dict[str, Any]]:
         model.zero_grad()
         states.append(handle.state_dict())
     for state in states:
-        handle.load_state_dict(state)  # which refuses what is not finite
-    return states[1], states[2]
+        handle.load_state_dict(state)  # which refuses levels that are not finite
+    return states[1:]
 
 
 def test_what_the_wire_learns_of_a_bad_step_is_finite_and_bits_wait_for_the_next(run: Run) -> None:
-    found = run(2, _learn_past_a_bad_step)
-    assert found == [found[0]] * 2
-    bad, good = found[0]
-    assert not bad["bits"]
-    assert good["bits"]
-    for state in (bad, good):
-        levels = [level for _, _, _, *row in state["levels"] for level in row]
-        assert levels
-        assert all(map(math.isfinite, levels))
+    learned = wire_config(16, weight_bits=4, grad_bits=4, levels="learned", level_steps=(2, 3))
+    for config in (learned, qsdp.QSDPConfig(budget=5.0, warmup_steps=1)):
+        one, other = run(2, _learn_past_a_bad_step, config)
+        assert one == other
+        bad, good = one
+        assert not bad["bits"]
+        assert bool(good["bits"]) == (config.budget is not None)
+        for state in one:
+            levels = [level for _, _, _, *row in state["levels"] for level in row]
+            assert bool(levels) == (config.levels == "learned")
+            assert all(map(math.isfinite, levels))
 
 
 def test_all_ranks_end_alike_and_keep_the_last_good_checkpoint(
