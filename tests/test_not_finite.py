@@ -128,6 +128,7 @@ def test_a_run_goes_on_as_if_the_step_had_been_left_out(
     printed = capsys.readouterr().out
     named = what if what == "loss" else f"gradient of {what}"
     assert f"step 3 is skipped, not finite is the {named}" in printed
+    assert "  1 skipped  " in printed  # the last step's line of progress
     assert "Of 5 steps 1 were skipped" in " ".join(printed.split())
     assert lines(tmp_path / "skipping", "skipped_steps") == [0, 0, 1, 1, 1]
     assert [norm is None for norm in lines(tmp_path / "skipping", "grad_norm")][2]
@@ -211,13 +212,13 @@ def test_a_loss_that_is_not_finite_makes_the_norm_nan_and_another_changes_nothin
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.tensor([3.0, 4.0, 0.0])
     for fine in (None, 2.5, torch.tensor(1e30), torch.tensor([-1.0], dtype=torch.bfloat16)):
-        assert global_grad_norm([weight], fine) == 5.0
-    assert math.isnan(global_grad_norm([weight], loss))
-    assert math.isnan(clip_grad_norm_([weight], 1.0, loss))
+        assert global_grad_norm([weight], loss=fine) == 5.0
+    assert math.isnan(global_grad_norm([weight], loss=loss))
+    assert math.isnan(clip_grad_norm_([weight], 1.0, loss=loss))
 
 
 @pytest.mark.parametrize("loss", ["low", torch.ones(2), torch.tensor(1), (1.0,)])
 def test_what_is_no_loss_is_refused(loss: Any) -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match=r"loss is .*; give a float, or"):
-        clip_grad_norm_([weight], 1.0, loss)
+        clip_grad_norm_([weight], 1.0, loss=loss)

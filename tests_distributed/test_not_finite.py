@@ -70,7 +70,7 @@ def _leave_out(method: str, num_bits: int, faults: list[Fault]) -> list[Any]:
         before = _parts(model, base) if step else {}
         model.zero_grad()
         if wrapper is None:
-            norm = qsdp.clip_grad_norm_(model.parameters(), 1.0, closure())
+            norm = qsdp.clip_grad_norm_(model.parameters(), 1.0, loss=closure())
             if math.isfinite(norm):
                 base.step()
         else:
@@ -123,8 +123,10 @@ def _norms_with_a_loss() -> tuple[list[int], list[float]]:
     plain.grad = torch.ones(4)
     loss = math.nan if dist.get_rank() == 1 else 1.0
     given = (None, loss)
-    counts = [_count_gathers(lambda v=v: global_grad_norm(model.parameters(), v)) for v in given]
-    return counts, [global_grad_norm([plain], v) for v in given]
+    counts = [
+        _count_gathers(lambda v=v: global_grad_norm(model.parameters(), loss=v)) for v in given
+    ]
+    return counts, [global_grad_norm([plain], loss=v) for v in given]
 
 
 def test_a_loss_rides_on_the_norms_collective_and_decides_nothing_where_there_is_none(

@@ -19,7 +19,7 @@ _CHUNK_CPU = 1 << 16
 _CHUNK_GPU = 1 << 24
 
 
-def global_grad_norm(parameters: Iterable[Tensor], loss: Tensor | float | None = None) -> float:
+def global_grad_norm(parameters: Iterable[Tensor], *, loss: Tensor | float | None = None) -> float:
     """The 2-norm of all gradients together, in double precision, the same on every rank.
 
     Every rank adds the squares of its shards in fp64; the ranks' sums are gathered and added in
@@ -83,7 +83,7 @@ def norm_among(
 
 
 def clip_grad_norm_(
-    parameters: Iterable[Tensor], max_norm: float, loss: Tensor | float | None = None
+    parameters: Iterable[Tensor], max_norm: float, *, loss: Tensor | float | None = None
 ) -> float:
     """Scale all gradients in place so that their global norm is at most ``max_norm``.
 
@@ -108,7 +108,7 @@ def clip_grad_norm_(
         check_loss(loss)
     num_trained = sum(parameter.requires_grad for parameter in parameters)
     meet(call, {"max_norm": max_norm, "trained parameters": num_trained}, groups)
-    norm = global_grad_norm(parameters, loss)
+    norm = global_grad_norm(parameters, loss=loss)
     scale_grads_(parameters, max_norm, norm)
     return norm
 

@@ -184,13 +184,13 @@ def evaluate(job: Job, progress: RunProgress) -> dict[str, float]:
 
 def _clip(job: Job, loss: Tensor) -> tuple[float, str | None]:
     """Clip the gradients. Returns their norm, and what is not finite of them and the loss."""
-    parameters = sharded_parameters(job.model)
+    parameters = list(job.model.parameters())
     with collective("sum of the gradients' norm"):
-        norm = global_grad_norm(parameters.values(), loss)
+        norm = global_grad_norm(parameters, loss=loss)
     if not math.isfinite(norm):
-        return norm, name_not_finite(parameters, loss, groups_of(parameters.values()))
+        return norm, name_not_finite(sharded_parameters(job.model), loss, groups_of(parameters))
     if job.config.clip_grad:
-        scale_grads_(parameters.values(), job.config.clip_grad, norm)
+        scale_grads_(parameters, job.config.clip_grad, norm)
     return norm, None
 
 
