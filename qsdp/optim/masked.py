@@ -39,15 +39,15 @@ class MaskedOptimizer(OptimizerWrapper):
     state: `state_dict` and DCP save them, and restore them on any number of ranks.
 
     ``step`` is called after the backward pass, as any optimizer's. It masks the gradients, clips
-    them, lets the base step, and sets pruned weights to +0.0 again. When a gradient is not finite
-    on any rank, weights and moments stay, the step counts, and `skipped_steps` counts it. Masks
-    change at the end of a step, so that the next forward pass sees them. Frozen weights could not
-    grow back: they are neither pruned nor counted while they are. What is unfrozen has the mask
-    that it had, if any, until masks are renewed or lifted; after DCP has loaded the state while it
-    was frozen, it has none.
+    them, lets the base step, and sets pruned weights to +0.0 again. When a gradient, or the loss
+    that a closure returns (as for `CrAM`), is not finite on any rank, weights and moments stay, and
+    with a closure buffers and gradients; the step counts, `skipped_steps` counts it, and `last_bad`
+    says why. Masks change at the end of a step, so that the next forward pass sees them. Frozen
+    weights could not grow back: they are neither pruned nor counted while they are. What is
+    unfrozen has the mask that it had, if any, until masks are renewed or lifted; after DCP has
+    loaded the state while it was frozen, it has none.
 
     Attributes:
-        skipped_steps: Steps skipped since this object was made.
         last_grad_norm: Norm of the (masked) gradient of the last step, before clipping.
         last_target: What the masks were renewed to after the last step; None if they stayed.
         before_pruning: Called, when set, just before masks are renewed: the weights are still
@@ -69,7 +69,6 @@ class MaskedOptimizer(OptimizerWrapper):
         super().__init__(model, base_optimizer, prunable, {_STEP: 0, _PLAN: plan})
         self._plan = plan
         self.max_norm = max_norm
-        self.skipped_steps = 0
         self.last_grad_norm: float | None = None
         self.last_target: Compression | None = None
         self._loaded_masks: list[tuple[Tensor, Tensor]] = []
@@ -114,7 +113,7 @@ class MaskedOptimizer(OptimizerWrapper):
             facts["learning rates of 0"] = self._has_no_rate()
         self.meet(self._check_begin, **facts)
         self._check_all_are_masked()
-        loss = None
+        loss, self.last_bad = None, None
         restore = _do_nothing if closure is None else bystanders(self.model)
         with undone_by_exceptions(self.model, restore):
             if closure is not None:
@@ -124,7 +123,8 @@ class MaskedOptimizer(OptimizerWrapper):
                 self.base.step()
                 self._make_masks()
                 return loss
-            self._take_step()
+            if not self._take_step(loss):
+                restore()
         self._remember(_STEP, self.num_steps + 1)
         self.last_target = None
         self._change(self.num_steps)
@@ -151,24 +151,25 @@ class MaskedOptimizer(OptimizerWrapper):
             "before masks are renewed the next time"
         )
 
-    def _take_step(self) -> None:
-        """Let the base step under the masks, if the gradient is finite."""
+    def _take_step(self, loss: Any) -> bool:
+        """Let the base step under the masks. Returns whether: gradient and ``loss`` are finite."""
         is_masked = self._is_masked(self.num_steps)
         if is_masked:
             for parameter in self._known.prunable.parameters:
                 if parameter.grad is not None:
                     mask = local_shard(self._mask(parameter)).values
                     keep_only_(local_shard(parameter.grad).values, mask)
-        norm = self.last_grad_norm = self._grad_norm()
-        if math.isfinite(norm):
-            if self.max_norm is not None:
-                scale_grads_(self.parameters(), self.max_norm, norm)
-            self._step_base()
-            self._make_masks()
-            if is_masked:
-                self._apply_masks()
-        else:
-            self.skipped_steps += 1
+        norm = self.last_grad_norm = self._grad_norm(loss)
+        if not math.isfinite(norm):
+            self._count_skipped(loss)
+            return False
+        if self.max_norm is not None:
+            scale_grads_(self.parameters(), self.max_norm, norm)
+        self._step_base()
+        self._make_masks()
+        if is_masked:
+            self._apply_masks()
+        return True
 
     def _step_base(self) -> None:
         """Hide the masks meanwhile: torch's optimizers make a state where there is nothing yet."""

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from qsdp.compat import sharded_parameters
 from qsdp.failures import collective
-from qsdp.optim import ACDC, CrAM, clip_grad_norm_, global_grad_norm
+from qsdp.meshes import groups_of
+from qsdp.optim import ACDC, CrAM, global_grad_norm
+from qsdp.optim.finite import name_not_finite
 from qsdp.optim.masked import MaskedOptimizer
+from qsdp.optim.norms import scale_grads_
 from qsdp.streams import forgiving_output
 from qsdp.train import twin
 from qsdp.train.config import TrainConfig
@@ -51,6 +55,7 @@ def train(config: TrainConfig) -> None:
         if isinstance(job.optimizer, ACDC):
             # Called inside the step, which is not counted yet.
             job.optimizer.before_pruning = lambda: twin.consider(job, job.steps_done + 1)
+        is_save_due = False
         with metrics or nullcontext(), progress:
             while job.steps_done < config.steps:
                 step = job.steps_done + 1
@@ -67,8 +72,14 @@ def train(config: TrainConfig) -> None:
                 if metrics is not None:
                     metrics.log(line)
                 progress.show(line)
-                if _is_due(config.save_every, step, config, at_end=True):
+                if job.bad_in_row == 1:
+                    progress.note(f"step {step} is skipped, not finite is {job.last_bad}")
+                job.check_bad_steps()
+                is_save_due |= _is_due(config.save_every, step, config, at_end=True)
+                # What may be the last good checkpoint is not rotated out meanwhile.
+                if is_save_due and (not job.bad_in_row or step == config.steps):
                     job.save()
+                    is_save_due = False
             if job.results.is_beside:  # no step was left to take
                 job.save()
         finish(job, [] if metrics is None else metrics.history)
@@ -92,7 +103,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
-    """Take one optimizer step and return its metrics; a step without a finite gradient is skipped.
+    """Take one optimizer step and return its metrics; all ranks skip it where a loss or a gradient
+    of any of them is not finite.
 
     Bytes, and the seconds of the wire's parts, are means over ranks. `is_measured`: the handle
     measures the errors of the gradients that it reduces.
@@ -107,7 +119,7 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
         if isinstance(optimizer, CrAM | MaskedOptimizer):
             optimizer.zero_grad()
             loss = optimizer.step(lambda: forward_backward(job))
-            grad_norm = optimizer.last_grad_norm or 0.0
+            grad_norm, bad = optimizer.last_grad_norm or 0.0, optimizer.last_bad
             if optimizer.last_target is not None:
                 num_matrices = len(optimizer.prunable.names)
                 num_shards = world.size // config.replicas
@@ -115,10 +127,10 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
         else:
             optimizer.zero_grad()
             loss = forward_backward(job)
-            grad_norm = _clip(job)
-            if math.isfinite(grad_norm):
+            grad_norm, bad = _clip(job, loss)
+            if bad is None:
                 optimizer.step()
-    job.steps_done += 1
+    job.count_step(bad)
     used = asdict(job.wire.total() - before)
     # The sum waits for the device, so the time that follows is the whole step's.
     *sums, mistakes = world.sum(loss, *used.values(), job.has_mistake)
@@ -136,6 +148,7 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
         "loss": loss_mean,
         "lr": lr,
         "grad_norm": grad_norm,
+        "skipped_steps": job.skipped_steps,
         "tokens_per_s": step_tokens / step_s,
         "step_s": step_s,
         "tokens": job.steps_done * step_tokens,
@@ -174,12 +187,16 @@ def evaluate(job: Job, progress: RunProgress) -> dict[str, float]:
     return losses | {"eval_bytes_sent": spent.other_bytes}
 
 
-def _clip(job: Job) -> float:
+def _clip(job: Job, loss: Tensor) -> tuple[float, str | None]:
+    """Clip the gradients. Returns their norm, and what is not finite of them and the loss."""
     parameters = list(job.model.parameters())
     with collective("sum of the gradients' norm"):
-        if job.config.clip_grad:
-            return clip_grad_norm_(parameters, job.config.clip_grad)
-        return global_grad_norm(parameters)
+        norm = global_grad_norm(parameters, loss=loss)
+    if not math.isfinite(norm):
+        return norm, name_not_finite(sharded_parameters(job.model), loss, groups_of(parameters))
+    if job.config.clip_grad:
+        scale_grads_(parameters, job.config.clip_grad, norm)
+    return norm, None
 
 
 def _known(value: float) -> float | None:

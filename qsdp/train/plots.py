@@ -132,6 +132,10 @@ def _plot_loss(axes: Any, history: History, summary: dict[str, Any]) -> None:
     history = [*history, last]
     axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
     axes.plot(steps, list(_smoothed(losses)), color="C0", label="training, smoothed")
+    skipped = [line["step"] for line in history if line.get("grad_norm", 0.0) is None]
+    if skipped:
+        edge = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot(skipped, [0.0] * len(skipped), "|", color="C3", label="skipped", **edge)
     # The two may lie on each other: both must be seen.
     for name, label, style in (
         ("val_loss", "validation", {"color": "C1", "marker": "o", "markersize": 4}),

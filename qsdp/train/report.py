@@ -63,6 +63,8 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
         "method": config.method,
         "sparsity": sparsity,
         "steps": job.steps_done,
+        # Of these, those whose loss or gradient was not finite.
+        "skipped_steps": job.skipped_steps,
         # As the checkpoints of the run have it: another run in the same folder has another.
         "history": job.results.start.history,
         # The steps that the times and bytes below are of.
@@ -164,6 +166,12 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         console.print(
             f"{summary['step_s_median'] * 1e3:,.0f} ms a step (median), "
             f"{summary['tokens_per_s']:,.0f} tokens/s{share}",
+            highlight=False,
+        )
+    if summary["skipped_steps"]:
+        console.print(
+            f"Of {summary['steps']:,} steps {summary['skipped_steps']:,} were skipped: their loss "
+            "or gradient was not finite.",
             highlight=False,
         )
     if summary["sample"] is not None:

@@ -16,11 +16,13 @@ from torch import nn
 import qsdp
 from qsdp import checkpoint
 from qsdp.codec import native
+from qsdp.compat import sharded_parameters
 from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.data.tokenizer import hash_of
 from qsdp.metrics import MetricsWriter
 from qsdp.models import GPT, GPTConfig
 from qsdp.optim.base import OptimizerWrapper
+from qsdp.optim.finite import first_not_finite
 from qsdp.sparsity.compression import Prunable
 from qsdp.train.agree import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
@@ -71,6 +73,12 @@ class Job:
     """On rank 0, once it is open."""
     has_checkpoint: bool = False
     """Whether this process has written one."""
+    skipped_steps: int = 0
+    """Steps of the run so far that were not finite."""
+    bad_in_row: int = 0
+    """How many of them were the last ones."""
+    last_bad: str | None = None
+    """What was not finite in the last step; None if it was taken."""
 
     @property
     def out(self) -> Path:
@@ -108,6 +116,35 @@ class Job:
 
         self.metrics = self.world.together(make)
 
+    def count_step(self, bad: str | None) -> None:
+        """Count a step, and that it was skipped if something was not finite, which `bad` names."""
+        self.steps_done += 1
+        self.last_bad = bad
+        self.skipped_steps += bad is not None
+        self.bad_in_row = 0 if bad is None else self.bad_in_row + 1
+
+    def check_bad_steps(self) -> None:
+        """Raise UserError, on every rank, after --max-bad-steps skipped steps in a row."""
+        if self.bad_in_row < self.config.max_bad_steps:
+            return
+        first, last = self.steps_done - self.bad_in_row + 1, self.steps_done
+        steps = f"step {last}" if first == last else f"steps {first} to {last}"
+        raise UserError(
+            f"--max-bad-steps is {self.config.max_bad_steps}, and {steps} had no finite loss and "
+            f"gradient: not finite in step {last} was {self.last_bad}; "
+            f"{self.world.on_main(self._way_out)}.",
+            is_shared=True,
+        )
+
+    def _way_out(self) -> str:
+        """The last checkpoint, and what to do, of a run whose numbers are not finite any more."""
+        start, root = self.results.start, self.out / CHECKPOINTS
+        path = start.source if self.results.is_beside else checkpoint.latest(root) or start.source
+        change = "a lower --lr or --clip-grad"
+        if path is None:
+            return f"there is no checkpoint yet, so begin anew with {change}"
+        return f"the last good checkpoint is {path}: go on from it by --resume with {change}"
+
     def save(self) -> None:
         """Write the checkpoint of the steps done."""
         # Whoever finds the checkpoint finds the lines of its steps.
@@ -135,8 +172,8 @@ class Job:
         keep: int,
     ) -> None:
         """Write a checkpoint into `root`, with `more` beside what all of them have. Raises
-        UserError, on every rank, if that fails."""
-        self.world.on_main(self.check_lock)
+        UserError, on every rank, if that fails, or if the weights are not finite."""
+        self.world.together(lambda: self._check_before_saving(steps_done))
         tokenizer, start = self.corpus.tokenizer, self.results.start
         meta = {
             "fingerprint": self.fingerprint,
@@ -148,6 +185,7 @@ class Job:
             "went_on_from": start.went_on_from,
             "origin": start.origin,
             "launch": launch_id(),
+            "skipped_steps": self.skipped_steps,
         }
         files = {} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()}
         try:
@@ -158,6 +196,16 @@ class Job:
             if is_lost(error):
                 raise
             raise UserError(str(error), is_shared=True) from error
+
+    def _check_before_saving(self, steps_done: int) -> None:
+        self.check_lock()
+        tensors = sharded_parameters(self.model) | dict(self.model.named_buffers())
+        name = first_not_finite(tensors)
+        if name is not None:
+            raise ValueError(
+                f"{name} is not finite on rank {self.world.rank} after step {steps_done}, from "
+                f"which no training recovers, so that no checkpoint is written; {self._way_out()}."
+            )
 
     def check_lock(self) -> None:
         """Raise ValueError, on rank 0, if the folder of results is another run's now."""
@@ -234,6 +282,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         lock=lock,
         recovered=recovered,
         steps_done=steps_done,
+        skipped_steps=0 if meta is None else meta["skipped_steps"],
         pace_since=0 if meta is None else pace_since(config, world, meta),
     )
     _announce(job, source, meta, removed)
