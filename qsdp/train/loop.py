@@ -20,6 +20,7 @@ from qsdp.train.config import TrainConfig
 from qsdp.train.progress import RunProgress
 from qsdp.train.report import finish
 from qsdp.train.setup import Job, set_up
+from qsdp.train.signals import heeded
 from qsdp.train.wire import SECONDS, WireUse, threshold_bytes
 from qsdp.train.world import open_world, to_device
 
@@ -33,10 +34,15 @@ WIRE_METRICS = (
 def train(config: TrainConfig) -> None:
     """Run the job that `config` describes, from the step where it was left, to its summary.
 
-    Called on every rank, under torchrun or alone.
+    Called on every rank, under torchrun or alone. Told to end by a signal (`train/signals.py`), it
+    saves the steps done and returns.
     Raises UserError, on every rank, for whatever the user can correct.
     """
-    with open_world(config.timeout_s, config.backend) as world, ExitStack() as held:
+    with (
+        heeded() as stop,
+        open_world(config.timeout_s, config.backend, stop) as world,
+        ExitStack() as held,
+    ):
         job = set_up(config, world, held)
         if job is None:
             return
@@ -46,14 +52,18 @@ def train(config: TrainConfig) -> None:
         if isinstance(job.optimizer, ACDC):
             # Called inside the step, which is not counted yet.
             job.optimizer.before_pruning = lambda: twin.consider(job, job.steps_done + 1)
+        saved = job.steps_done
         with metrics or nullcontext(), progress:
-            while job.steps_done < config.steps:
+            while job.steps_done < config.steps and not stop.is_agreed:
                 step = job.steps_done + 1
                 is_validated = _is_due(config.eval_every, step, config, at_end=False)
                 # `finish` validates after the last step.
                 is_measured = config.qsdp_errors and (is_validated or step == config.steps)
                 line = train_step(job, is_measured=is_measured)
                 if is_validated:
+                    if stop.is_agreed:  # there may be no time for the validation
+                        job.save()
+                        saved = step
                     line |= evaluate(job, progress)
                     if config.acdc:
                         twin.consider(job, step, line["val_loss"])
@@ -62,11 +72,14 @@ def train(config: TrainConfig) -> None:
                 if metrics is not None:
                     metrics.log(line)
                 progress.show(line)
-                if _is_due(config.save_every, step, config, at_end=True):
+                is_due = _is_due(config.save_every, step, config, at_end=True)
+                if saved < step and (is_due or stop.is_agreed):
                     job.save()
-            if job.results.is_beside:  # no step was left to take
+                    saved = step
+            if job.results.is_beside and job.steps_done == config.steps:  # no step was left to take
                 job.save()
-        finish(job, [] if metrics is None else metrics.history)
+        if stop.is_agreed or not finish(job, [] if metrics is None else metrics.history):
+            job.say(_stopped(job))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -167,6 +180,15 @@ def evaluate(job: Job, progress: RunProgress) -> dict[str, float]:
     progress.note(text)
     spent = job.wire.total() - before
     return losses | {"eval_bytes_sent": spent.other_bytes}
+
+
+def _stopped(job: Job) -> str:
+    """What a run says that a signal has ended."""
+    config, done = job.config, job.steps_done
+    again = "the same command" + " with --resume auto" * (config.resume == "none")
+    what = "is evaluated from there" if done == config.steps else "goes on from there"
+    saved = f"step {done} of {config.steps} is saved, {again} {what}" if done else again
+    return f"{job.world.stop.why}: {saved}"
 
 
 def _clip(job: Job) -> float:

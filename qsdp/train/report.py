@@ -29,15 +29,18 @@ NAMES = {"gather": "weights", "reduce": "gradients"}
 PARTS = ("encode", "wire", "decode")
 
 
-def finish(job: Job, history: list[dict[str, Any]]) -> None:
+def finish(job: Job, history: list[dict[str, Any]]) -> bool:
     """Evaluate, then write and print what the run came to; called on all ranks alike.
 
-    `history` holds the metrics of all steps, on rank 0.
+    `history` holds the metrics of all steps, on rank 0. Returns whether it came to that: not if
+    the ranks agree meanwhile that the run is to end.
     """
     before = job.wire.total()
     val_loss = job.evaluator.loss()
     quantized = None if job.handle is None else job.evaluator.loss(exact=False)
     one_shot = job.evaluator.one_shot()
+    if job.world.stop.is_agreed:
+        return False
     sparsity = job.evaluator.sparsity()
     twin_loss = job.world.on_main(lambda: kept_loss(job)) if job.config.acdc else None
     sample = job.evaluator.sample()
@@ -113,6 +116,7 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
 
     # Nobody leaves before all is on disk: a launcher may end rank 0 when another rank is gone.
     job.world.on_main(write)
+    return True
 
 
 def print_summary(console: Console, summary: dict[str, Any], plots: list[Path]) -> None:
