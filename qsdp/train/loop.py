@@ -184,11 +184,11 @@ def evaluate(job: Job, progress: RunProgress) -> dict[str, float]:
 
 def _stopped(job: Job) -> str:
     """What a run says that a signal has ended."""
-    config, done = job.config, job.steps_done
-    again = "the same command" + " with --resume auto" * (config.resume == "none")
-    what = "is evaluated from there" if done == config.steps else "goes on from there"
-    saved = f"step {done} of {config.steps} is saved, {again} {what}" if done else again
-    return f"{job.world.stop.why}: {saved}"
+    done, steps = job.steps_done, job.config.steps
+    saved = f"step {done} of {steps} is saved" if done else "no step was taken"
+    again = "the same command" + " with --resume auto" * (job.config.resume == "none")
+    what = "ends the run with its last evaluation" if done == steps else "goes on from there"
+    return f"{job.world.stop.why}: {saved}; {again} {what}"
 
 
 def _clip(job: Job) -> float:
