@@ -37,7 +37,8 @@ def finish(job: Job, history: list[dict[str, Any]]) -> bool:
     """
     before = job.wire.total()
     val_loss = job.evaluator.loss()
-    quantized = None if job.handle is None else job.evaluator.loss(exact=False)
+    has_another = job.handle is not None and not job.world.stop.is_agreed
+    quantized = job.evaluator.loss(exact=False) if has_another else None
     one_shot = job.evaluator.one_shot()
     if job.world.stop.is_agreed:
         return False

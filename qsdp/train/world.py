@@ -42,7 +42,7 @@ class World:
     """`nccl` or `gloo`."""
     mesh: DeviceMesh
     """One axis over all ranks."""
-    stop: Stop = field(default_factory=Stop)
+    stop: Stop = field(default_factory=Stop, compare=False)
     """Whether a scheduler wants the run to end. `together`, `on_main` and `sum` let ranks agree."""
 
     @property
