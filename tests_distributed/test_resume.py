@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,11 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
     often = [*flags("killed"), "--save-every", "1"]
     printed = run_jobs.killed((2,), often, is_writing, disk_s=0.05)
     assert "Going on from" in printed
+    assert not (killed / "summary.json").exists()
+    # A scheduler may tell one rank alone that its node is wanted.
+    printed = run_jobs.succeed((2,), flags("killed"), told=1)
+    assert "Going on from" in printed
+    assert re.search(rf"a signal to another rank: step \d of {STEPS} is saved", printed)
     assert not (killed / "summary.json").exists()
     assert "Going on from" in run_jobs.succeed((2,), flags("killed"))
 

@@ -66,8 +66,8 @@ class MetricsWriter:
         return found + kept
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write one step's `line`, which has a `step`. What cannot be written ends nothing: lines
-        wait for room, and events stop.
+        """Write one step's `line`, which has a `step`; another one of that step takes its place for
+        readers here. What cannot be written ends nothing: lines wait for room, and events stop.
 
         Values are numbers, or dictionaries of such; one that is not finite becomes null in the
         file, and is shown as it is by TensorBoard.
@@ -134,17 +134,23 @@ def read_metrics(path: Path, needed: Collection[str] = ()) -> list[dict[str, Any
 
 
 def _whole_lines(path: Path, needed: Collection[str]) -> Iterator[dict[str, Any]]:
-    """One after the other: the file of a long run is large."""
+    """One after the other: the file of a long run is large. Of two of one step the later."""
     if not path.exists():
         return
+    before = None
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
                 line = json.loads(text, object_pairs_hook=_with_shared_names)
             except (ValueError, RecursionError):
                 continue
-            if _is_whole(line, needed):
-                yield line
+            if not _is_whole(line, needed):
+                continue
+            if before is not None and before["step"] != line["step"]:
+                yield before
+            before = line
+    if before is not None:
+        yield before
 
 
 def _with_shared_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from types import FrameType
 from typing import NoReturn
 
 from qsdp.streams import bring_out, complain
+from qsdp.train.signals import were_heeded
 
 EXIT_STATUS = 2
 LOST_STATUS = 1
 _PATIENCE_S = 10.0
+_SHORT_PATIENCE_S = 1.0
 
 
 class UserError(Exception):
@@ -72,6 +74,9 @@ def leave(error: UserError) -> NoReturn:
         complain(f"error: {sentence(error)}")
         raise SystemExit(EXIT_STATUS)
     signal.signal(signal.SIGTERM, _leave_now)
+    if were_heeded():  # the launcher's signal came too early for this handler, and no other will
+        time.sleep(min(_PATIENCE_S, _SHORT_PATIENCE_S))
+        raise SystemExit(EXIT_STATUS)
     time.sleep(_PATIENCE_S)
     if not error.is_shared:
         complain(f"error on rank {rank}: {sentence(error)}")

@@ -25,6 +25,7 @@ from qsdp.train.config import TrainConfig
 from qsdp.train.progress import RunProgress
 from qsdp.train.report import finish
 from qsdp.train.setup import Job, set_up
+from qsdp.train.signals import heeded
 from qsdp.train.wire import SECONDS, WireUse, threshold_bytes
 from qsdp.train.world import open_world, to_device
 
@@ -38,12 +39,14 @@ WIRE_METRICS = (
 def train(config: TrainConfig) -> None:
     """Run the job that `config` describes, from the step where it was left, to its summary.
 
-    Called on every rank, under torchrun or alone.
+    Called on every rank, under torchrun or alone. Told to end by a signal (`train/signals.py`), it
+    saves the steps done and returns.
     Raises UserError, on every rank, for whatever the user can correct.
     """
     with (
         forgiving_output(),
-        open_world(config.timeout_s, config.backend) as world,
+        heeded() as stop,
+        open_world(config.timeout_s, config.backend, stop) as world,
         ExitStack() as held,
     ):
         job = set_up(config, world, held)
@@ -55,15 +58,20 @@ def train(config: TrainConfig) -> None:
         if isinstance(job.optimizer, ACDC):
             # Called inside the step, which is not counted yet.
             job.optimizer.before_pruning = lambda: twin.consider(job, job.steps_done + 1)
-        is_save_due = False
+        saved, is_save_due = job.steps_done, False
         with metrics or nullcontext(), progress:
-            while job.steps_done < config.steps:
+            while job.steps_done < config.steps and not stop.is_agreed:
                 step = job.steps_done + 1
                 is_validated = _is_due(config.eval_every, step, config, at_end=False)
                 # `finish` validates after the last step.
                 is_measured = config.qsdp_errors and (is_validated or step == config.steps)
                 line = train_step(job, is_measured=is_measured)
                 if is_validated:
+                    if stop.is_agreed:  # there may be no time for the validation
+                        if metrics is not None:
+                            metrics.log(line)
+                        job.save()
+                        saved = step
                     line |= evaluate(job, progress)
                     if config.acdc:
                         twin.consider(job, step, line["val_loss"])
@@ -77,12 +85,14 @@ def train(config: TrainConfig) -> None:
                 job.check_bad_steps()
                 is_save_due |= _is_due(config.save_every, step, config, at_end=True)
                 # What may be the last good checkpoint is not rotated out meanwhile.
-                if is_save_due and (not job.bad_in_row or step == config.steps):
+                is_put_off = job.bad_in_row and step < config.steps
+                if saved < step and (stop.is_agreed or (is_save_due and not is_put_off)):
                     job.save()
-                    is_save_due = False
-            if job.results.is_beside:  # no step was left to take
+                    saved, is_save_due = step, False
+            if job.results.is_beside and job.steps_done == config.steps:  # no step was left to take
                 job.save()
-        finish(job, [] if metrics is None else metrics.history)
+        if stop.is_agreed or not finish(job, [] if metrics is None else metrics.history):
+            job.say(_stopped(job))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -185,6 +195,15 @@ def evaluate(job: Job, progress: RunProgress) -> dict[str, float]:
     progress.note(text)
     spent = job.wire.total() - before
     return losses | {"eval_bytes_sent": spent.other_bytes}
+
+
+def _stopped(job: Job) -> str:
+    """What a run says that a signal has ended."""
+    done, steps = job.steps_done, job.config.steps
+    saved = f"step {done} of {steps} is saved" if done else "no step was taken"
+    again = "the same command" + " with --resume auto" * (job.config.resume == "none")
+    what = "ends the run with its last evaluation" if done == steps else "goes on from there"
+    return f"{job.world.stop.why}: {saved}; {again} {what}"
 
 
 def _clip(job: Job, loss: Tensor) -> tuple[float, str | None]:

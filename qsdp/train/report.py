@@ -31,15 +31,19 @@ NAMES = {"gather": "weights", "reduce": "gradients"}
 PARTS = ("encode", "wire", "decode")
 
 
-def finish(job: Job, history: list[dict[str, Any]]) -> None:
+def finish(job: Job, history: list[dict[str, Any]]) -> bool:
     """Evaluate, then write and print what the run came to; called on all ranks alike.
 
-    `history` holds the metrics of all steps, on rank 0.
+    `history` holds the metrics of all steps, on rank 0. Returns whether it came to that: not if
+    the ranks agree meanwhile that the run is to end.
     """
     before = job.wire.total()
     val_loss = job.evaluator.loss()
-    quantized = None if job.handle is None else job.evaluator.loss(exact=False)
+    has_another = job.handle is not None and not job.world.stop.is_agreed
+    quantized = job.evaluator.loss(exact=False) if has_another else None
     one_shot = job.evaluator.one_shot()
+    if job.world.stop.is_agreed:
+        return False
     sparsity = job.evaluator.sparsity()
     twin_loss = job.world.on_main(lambda: kept_loss(job)) if job.config.acdc else None
     sample = job.evaluator.sample()
@@ -124,6 +128,7 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
 
     # Nobody leaves before all is on disk: a launcher may end rank 0 when another rank is gone.
     job.world.on_main(write)
+    return True
 
 
 def _write_summary(job: Job, summary: dict[str, Any]) -> None:
