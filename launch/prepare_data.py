@@ -21,6 +21,7 @@ from rich.progress import (
 
 from qsdp.data.corpus import TRAIN_FRACTION
 from qsdp.data.prepare import prepare_shards
+from qsdp.streams import forgiving_output
 from qsdp.train.cli import one_sentence
 from qsdp.train.errors import EXIT_STATUS, UserError, sentence
 
@@ -43,7 +44,9 @@ class Options:
 
 def main() -> None:
     try:
-        prepare(one_sentence(lambda: tyro.cli(Options, description=__doc__)))
+        options = one_sentence(lambda: tyro.cli(Options, description=__doc__))
+        with forgiving_output():
+            prepare(options)
     except (UserError, ValueError, OSError) as error:
         print(sentence(error), file=sys.stderr)
         sys.exit(EXIT_STATUS)

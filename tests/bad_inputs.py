@@ -148,6 +148,7 @@ FLAGS = [
     BadInput("a negative rho", "--cram --cram-rho=-0.1", "--cram-rho is -0.1"),
     BadInput("an unknown preset", "--model gpt5", "--model is 'gpt5'"),
     BadInput("no steps", "--steps 0", "--steps is 0"),
+    BadInput("no bad step", "--max-bad-steps 0", "--max-bad-steps is 0; choose 1 or more"),
     BadInput("no time to wait", "--timeout-s 0", "--timeout-s is 0"),
     BadInput("half a step", "--steps 1.5", "--steps"),
     BadInput("an unknown flag", "--stepz 3", "--stepz"),

@@ -127,6 +127,18 @@ def full_disk(folder: Path, after: int, needs: Sequence[str] = _NEEDS_ROOM) -> I
 
 
 @contextlib.contextmanager
+def refusing(folder: Path, is_refused: Callable[[str], bool]) -> Iterator[None]:
+    """Inside, nothing can be changed or put on disk whose path in `folder` is refused."""
+
+    def refuse(operation: str, name: str) -> None:
+        if is_refused(name):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder / name))
+
+    with _Disk(folder, refuse):
+        yield
+
+
+@contextlib.contextmanager
 def killed(folder: Path, after: int) -> Iterator[None]:
     """Inside, this process ends at operation number `after`, without a word."""
     count = 0
@@ -197,9 +209,9 @@ class _Disk:
 
     def _name(self, path: Any) -> str | None:
         """Of what lies in the folder, the path there."""
-        if not isinstance(path, str | os.PathLike):
+        if not isinstance(path, str | bytes | os.PathLike):
             return None
-        full = Path(os.path.abspath(path))
+        full = Path(os.path.abspath(os.fsdecode(path)))
         if full == self._folder:
             return "."
         inside = full.is_relative_to(self._folder)

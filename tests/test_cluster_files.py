@@ -1,10 +1,14 @@
-"""The files for Slurm and Kubernetes start one launcher a node, which meet by c10d."""
+"""The files for Slurm and Kubernetes start one launcher a node, which meet by c10d, and hand on
+what the scheduler tells them."""
 
 import os
+import signal
 import stat
 import subprocess
+import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests import patience
@@ -12,6 +16,17 @@ from tests import patience
 ROOT = Path(__file__).parents[1]
 SBATCH = ROOT / "launch" / "slurm" / "train.sbatch"
 K8S = ROOT / "launch" / "k8s" / "train.yaml"
+POD = ROOT / "launch" / "k8s" / "run.sh"
+
+# A command that takes no end until it is told to, and then its time: its words are in `told`.
+WAITING = """
+hear() { echo "$1" >> told; touch heard; }
+trap 'hear USR1' USR1
+trap 'hear TERM' TERM
+echo $$ > running.new; mv running.new running
+while [[ ! -e heard ]]; do sleep 0.01; done
+sleep 0.2
+"""
 
 
 def stub(folder: Path, name: str, text: str) -> None:
@@ -20,20 +35,28 @@ def stub(folder: Path, name: str, text: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """For the batch script, with the stubs of `folder`."""
+    return {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "node-[7,9]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "31",
+    }
+
+
 def run_sbatch(tmp_path: Path, *flags: str) -> list[list[str]]:
     """What each node's launcher is started with, by stand-ins for the commands of Slurm."""
     stub(tmp_path, "scontrol", 'printf "%s\\n" node-7 node-9')
     srun = 'while [[ $1 == --* ]]; do shift; done\nfor _ in 1 2; do "$@"; done'
     stub(tmp_path, "srun", srun)
     stub(tmp_path, "torchrun", f'(IFS=$\'\\t\'; echo "$*") >> "{tmp_path}/started"')
-    environment = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "SLURM_JOB_NODELIST": "node-[7,9]",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_ID": "31",
-    }
     subprocess.run(
-        ["bash", SBATCH, *flags], env=environment, cwd=ROOT, check=True, timeout=patience.seconds()
+        ["bash", SBATCH, *flags],
+        env=environment(tmp_path),
+        cwd=ROOT,
+        check=True,
+        timeout=patience.seconds(),
     )
     return [line.split("\t") for line in (tmp_path / "started").read_text().splitlines()]
 
@@ -42,15 +65,16 @@ def test_slurm_starts_one_launcher_a_node_and_they_meet_on_the_first(tmp_path: P
     started = run_sbatch(tmp_path, "--out", "a folder")
     assert len(started) == 2
     assert started[0] == started[1]
-    options = dict(zip(started[0][0:10:2], started[0][1:10:2], strict=True))
+    options = dict(zip(started[0][0:12:2], started[0][1:12:2], strict=True))
     assert options == {
         "--nnodes": "2",
         "--nproc-per-node": "gpu",
         "--rdzv-id": "31",
         "--rdzv-backend": "c10d",
         "--rdzv-endpoint": "node-7:29500",
+        "--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     }
-    script, *flags = started[0][10:]
+    script, *flags = started[0][12:]
     assert (ROOT / script).is_file()
     assert flags[-2:] == ["--out", "a folder"]
 
@@ -59,6 +83,87 @@ def test_slurm_asks_for_two_nodes_and_one_task_on_each() -> None:
     lines = SBATCH.read_text().splitlines()
     assert "#SBATCH --nodes=2" in lines
     assert "#SBATCH --ntasks-per-node=1" in lines
+
+
+def wait_for(path: Path) -> str:
+    deadline = time.monotonic() + patience.seconds()
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
+    return path.read_text()
+
+
+@pytest.mark.parametrize("told", [None, signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("status", [0, 1])
+def test_slurm_waits_for_what_a_run_saves_and_queues_it_again_when_time_is_up(
+    tmp_path: Path, told: signal.Signals | None, status: int
+) -> None:
+    stub(tmp_path, "scontrol", '[[ $1 == show ]] && echo node-7 || echo "$*" >> told')
+    waiting = "touch heard" if told is None else ""
+    stub(tmp_path, "srun", f"{waiting}\n{WAITING}\necho ended >> told\nexit {status}")
+    shell = subprocess.Popen(["bash", SBATCH], env=environment(tmp_path), cwd=tmp_path)
+    try:
+        srun = int(wait_for(tmp_path / "running"))
+        if told is not None:
+            shell.send_signal(told)
+        if told == signal.SIGTERM:  # Slurm tells all processes of the job
+            os.kill(srun, told)
+        assert shell.wait(patience.seconds()) == status
+    finally:
+        shell.kill()
+    lines = (tmp_path / "told").read_text().splitlines()
+    assert (
+        lines
+        == {
+            None: ["ended"],
+            signal.SIGUSR1: ["USR1", "ended", "requeue 31"],
+            signal.SIGTERM: ["TERM", "ended"],
+        }[told]
+    )
+
+
+def test_schedulers_let_ranks_take_less_time_than_they_have() -> None:
+    lines = SBATCH.read_text().splitlines()
+    (signalled,) = [line for line in lines if line.startswith("#SBATCH --signal=B:USR1@")]
+    (ranks,) = [line for line in lines if line.startswith("export TORCH_ELASTIC_SHUTDOWN_TIMEOUT")]
+    assert int(ranks.rpartition(":-")[2].rstrip("}")) < int(signalled.rpartition("@")[2])
+    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(lines)
+    _service, job = yaml.safe_load_all(K8S.read_text())
+    pod = job["spec"]["template"]["spec"]
+    (timeout,) = pod["containers"][0]["env"]
+    assert timeout["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    assert int(timeout["value"]) < pod["terminationGracePeriodSeconds"]
+
+
+@pytest.mark.parametrize(
+    ("is_told", "status", "is_finished", "expected"),
+    [
+        (True, 1, False, 75),
+        (True, 1, True, 0),  # told when all was done
+        (False, 0, False, 75),  # another pod was told
+        (False, 0, True, 0),
+        (False, 3, True, 3),
+    ],
+)
+def test_a_pod_has_completed_when_the_run_has(
+    tmp_path: Path, is_told: bool, status: int, is_finished: bool, expected: int
+) -> None:
+    end = f"{'touch out/summary.json' if is_finished else ''}\necho ended >> told\nexit {status}"
+    stub(tmp_path, "torchrun", f"{'' if is_told else 'touch heard'}\n{WAITING}\n{end}")
+    (tmp_path / "out").mkdir()
+    pod = subprocess.Popen(
+        ["bash", POD, "--nnodes=2", "launch/train_gpt.py", "--out=out"],
+        env=environment(tmp_path) | {"PATIENCE_S": "0" if expected == 75 else "30"},
+        cwd=tmp_path,
+    )
+    try:
+        wait_for(tmp_path / "running")
+        if is_told:
+            pod.terminate()
+        assert pod.wait(patience.seconds()) == expected
+    finally:
+        pod.kill()
+    assert (tmp_path / "told").read_text().split() == ["TERM"] * is_told + ["ended"]
 
 
 def test_kubernetes_pods_find_the_first_by_the_name_of_the_service() -> None:

@@ -158,7 +158,7 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak")
 def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_model(tmp_path: Path) -> None:
     sizes = {
-        layers: GPTConfig(vocab_size=11, num_layers=layers, num_heads=2, width=256, context=8)
+        layers: GPTConfig(vocab_size=11, num_layers=layers, num_heads=2, width=160, context=8)
         for layers in (1, 24)
     }
     models = {layers: save(tmp_path / str(layers), size) for layers, size in sizes.items()}
@@ -176,7 +176,7 @@ def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_model(tmp_path: 
     grown = int(done.stdout.split()[-1])
     largest = max(p.nbytes for p in models[24].parameters())
     # Tables of contents grow with the number of tensors; the weights must not be among them.
-    assert model_bytes > 70e6
+    assert model_bytes > 29e6
     assert grown < 16 * largest + 8e6, (grown, largest, model_bytes)
 
 

@@ -56,6 +56,7 @@ SAMPLES: dict[str, tuple[Values, Values]] = {
     "eval_batches": ({"eval_batches": 3}, ADAMW),
     "save_every": ({"save_every": 9}, ADAMW),
     "keep": ({"keep": 3}, ADAMW),
+    "max_bad_steps": ({"max_bad_steps": 3}, ADAMW),
     "resume": ({"resume": "none"}, ADAMW),
     "save_every 0": ({"save_every": 0}, ADAMW),
     "save_async": ({"save_async": True}, ADAMW),
@@ -259,7 +260,7 @@ def seen(values: Values, made: list[Values]) -> list[Any]:
     has_errors = wire is not None and wire[1] and config.qsdp_errors
     names = """model data tokenizer steps batch_size grad_accum seq_len seed precision replicas
         eval_every eval_batches save_every save_async keep resume backend timeout_s tensorboard
-        take_over clip_grad out passes one_shot_targets"""
+        take_over clip_grad max_bad_steps out passes one_shot_targets"""
     return [
         *(getattr(config, name) for name in names.split()),
         *(optimizers, rates, wire, has_errors, config.patterns if has_patterns else None),

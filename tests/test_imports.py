@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": set(),
     "meeting": set(),
     "meshes": set(),
+    "streams": set(),
     "codec": set(),
     "comm": {"codec"},
     "fsdp": {"codec", "comm"},
@@ -33,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 FOR_ANYONE = {
     *("bitmask", "checksum", "compat", "config", "failures", "files"),
-    *("meeting", "meshes"),
+    *("meeting", "meshes", "streams"),
 }
 # These stand above all others: the job, and the public interface.
 ABOVE_ALL = {"train", "__init__"}

@@ -183,6 +183,7 @@ NO_CHANGES: dict[str, Any] = {
     "out": "elsewhere",
     "resume": "none",
     "keep": 3,
+    "max_bad_steps": 3,
     "save_every": 7,
     "save_async": True,
     "eval_every": 9,

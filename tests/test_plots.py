@@ -113,6 +113,16 @@ def test_a_plot_of_the_wire_is_drawn_only_where_something_was_sent(
         assert sorted(path.stem for path in paths) == expected
 
 
+def test_skipped_steps_are_marked() -> None:
+    from matplotlib.figure import Figure
+
+    lines = [{"step": n, "loss": 2.0, "grad_norm": None if n in (2, 5) else 1.0} for n in range(7)]
+    axes = Figure().add_subplot()
+    _plot_loss(axes, lines, SUMMARY)
+    (marks,) = (line for line in axes.get_lines() if line.get_label() == "skipped")
+    assert [*marks.get_xdata()] == [2, 5]
+
+
 def test_validation_is_seen_beside_that_off_the_wire_and_steps_are_whole() -> None:
     from matplotlib.figure import Figure
 

@@ -349,8 +349,9 @@ class Steps:
             for parameter in self.rest.values():
                 parameter.grad = 0.1 * parameter.detach()
 
-    def take(self, step: int, fault: Callable[[int, str], None] = lambda _, __: None) -> None:
-        """Take a step, which calls ``fault`` with the number of the pass and the place."""
+    def take(self, step: int, fault: Callable[[int, str], Any] = lambda _, __: None) -> None:
+        """Take a step, which calls ``fault`` with the number of the pass and the place. What it
+        returns at the end of a pass takes the loss's place."""
         count = 0
 
         def on_forward(_: Any, __: Any) -> None:
@@ -363,8 +364,8 @@ class Steps:
             nonlocal count
             count += 1
             loss = self.run_pass(step)
-            fault(count, "end")
-            return loss
+            other = fault(count, "end")
+            return loss if other is None else other
 
         handles = [
             self.model.blocks[1].register_forward_pre_hook(on_forward),
@@ -407,12 +408,14 @@ def failing(in_pass: int, where: str) -> Callable[[int, str], None]:
     return fault
 
 
-@of_two_passes
-@pytest.mark.parametrize("in_pass", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "in_pass"),
+    [*((method, n) for method in TWO_PASSES for n in (1, 2)), *((method, 1) for method in MASKED)],
+)
 @pytest.mark.parametrize("bad_step", [0, 1])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("what", "bad"), [("gradient", math.nan), ("loss", math.inf)])
 def test_a_skipped_step_leaves_all_as_before_it(
-    method: str, in_pass: int, bad_step: int, bad: float
+    method: str, in_pass: int, bad_step: int, bad: float, what: str
 ) -> None:
     job = Job(method)
     for step in range(bad_step):
@@ -422,17 +425,29 @@ def test_a_skipped_step_leaves_all_as_before_it(
     job.prepare(bad_step)
     before = everything(job.model, job.base)
 
-    def spoil(count: int, place: str) -> None:
-        if (count, place) == (in_pass, "end"):
+    def spoil(count: int, place: str) -> float | None:
+        if (count, place) != (in_pass, "end"):
+            return None
+        if what == "gradient":
             grad = job.hidden[0].grad  # of which the second pass drops a part
             assert grad is not None
             grad.fill_(bad)
+            return None
+        return bad
 
     job.take(bad_step, spoil)
-    assert everything(job.model, job.base) == before
+    after = everything(job.model, job.base)
+    if method in MASKED:  # whose masks change all the same
+        before, after = ({n: each[n] for n in ("gradients", "buffers")} for each in (before, after))
+    assert after == before
     assert job.optimizer.skipped_steps == 1
+    named = "the loss" if what == "loss" else "the gradient of blocks.0.linear.weight"
+    assert job.optimizer.last_bad.startswith(named)
+    assert ("second" in job.optimizer.last_bad) == (in_pass == 2)
+    before = everything(job.model, job.base)
     job.take(bad_step)
     assert job.optimizer.skipped_steps == 1
+    assert job.optimizer.last_bad is None
     assert everything(job.model, job.base)["weights"] != before["weights"]
 
 

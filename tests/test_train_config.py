@@ -243,7 +243,8 @@ def test_help_explains_every_flag_of_the_contract(capsys: pytest.CaptureFixture[
         save-async resume qsdp-bits qsdp-weight-bits qsdp-grad-bits qsdp-bucket-size qsdp-rounding
         cram cram-sparsity cram-rho no-cram-plus config replicas qsdp-embedding-bits
         qsdp-local-grad-bits qsdp-levels qsdp-level-steps qsdp-policy qsdp-budget qsdp-warmup-steps
-        qsdp-warmup-bits qsdp-gather qsdp-reduce qsdp-ranks-per-node qsdp-errors"""
+        qsdp-warmup-bits qsdp-gather qsdp-reduce qsdp-ranks-per-node qsdp-errors
+        max-bad-steps"""
     for flag in flags.split():
         assert f"--{flag}" in text
 

@@ -25,7 +25,7 @@ from unittest import mock
 import torch.distributed as dist
 
 from qsdp.metrics import MetricsWriter
-from qsdp.train import errors, evaluate, evaluate_cli, report, world
+from qsdp.train import errors, evaluate, evaluate_cli, loop, report, world
 from qsdp.train.cli import main
 from tests import patience
 from tests_distributed.leftovers import held
@@ -59,6 +59,7 @@ class _Work:
     in_full: bool = False
     last_step: int | None = None
     disk_s: float = 0.0
+    told: int | None = None
 
 
 class Jobs:
@@ -77,6 +78,7 @@ class Jobs:
         *commands: Flags | list[Flags],
         homes: Sequence[Path] = (),
         in_full: bool = False,
+        told: int | None = None,
     ) -> list[list[End]]:
         """Run commands one after the other and return, for each, how it ended on every rank.
 
@@ -87,9 +89,17 @@ class Jobs:
             homes: By rank, the folder that it works in.
             in_full: With what takes longest at the end of a run: plots, a long sample, the rate of
                 matrix products.
+            told: The rank that gets SIGUSR1 in the first step of each command.
         """
         folder = self._new_folder()
-        work = _Work(folder, _by_rank(commands, sum(nodes)), tuple(nodes), tuple(homes), in_full)
+        work = _Work(
+            folder,
+            _by_rank(commands, sum(nodes)),
+            tuple(nodes),
+            tuple(homes),
+            in_full,
+            told=told,
+        )
         pool = Pool(sum(nodes), folder)
         try:
             results = _call(pool, work)
@@ -101,9 +111,15 @@ class Jobs:
             for number in range(len(commands))
         ]
 
-    def succeed(self, nodes: Sequence[int], *commands: Flags, in_full: bool = False) -> str:
+    def succeed(
+        self,
+        nodes: Sequence[int],
+        *commands: Flags,
+        in_full: bool = False,
+        told: int | None = None,
+    ) -> str:
         """Run commands that end well on every rank, and return what rank 0 printed."""
-        ends = self.ends(nodes, *commands, in_full=in_full)
+        ends = self.ends(nodes, *commands, in_full=in_full, told=told)
         for end in itertools.chain(*ends):
             assert end.status == 0, end.complaint
         assert all(not end.printed for _, *others in ends for end in others)
@@ -207,6 +223,8 @@ def _run(store: str, rank: int, size: int, work: _Work) -> list[object]:
         if work.last_step is not None:
             stack.enter_context(_waiting_after(work.last_step))
         stack.enter_context(_syncing_late(work.disk_s))
+        if work.told == rank:
+            stack.enter_context(_told())
         for number, flags in enumerate(work.commands):
             # Where no command has met before, as under a launcher of its own.
             meeting = (dist.PrefixStore(f"command-{number}", shared), rank, size)
@@ -268,6 +286,19 @@ def _short_end() -> Iterator[None]:
         mock.patch.object(report, "matmul_flops_per_s", return_value=1e10),
         mock.patch.object(report, "write_plots", return_value=[]),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Inside, SIGUSR1 comes in the first step of each command."""
+    forward_backward = loop.forward_backward
+
+    def interrupted(job: Any) -> Any:
+        signal.raise_signal(signal.SIGUSR1)
+        return forward_backward(job)
+
+    with mock.patch.object(loop, "forward_backward", interrupted):
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -68,6 +69,20 @@ class Job:
         assert self.wait() == 0, self.output
         return self.output
 
+    def tell(self, number: int) -> None:
+        """Send the launcher a signal."""
+        self._process.send_signal(number)
+
+    def ranks(self) -> dict[int, int]:
+        """The processes of its ranks, by rank."""
+        found = {}
+        for child in self._children():
+            with contextlib.suppress(OSError):  # one that has just ended
+                for text in Path(f"/proc/{child}/environ").read_text().split("\0"):
+                    if text.startswith("RANK="):
+                        found[int(text.removeprefix("RANK="))] = child
+        return found
+
     def kill(self) -> None:
         """SIGKILL the launcher and all ranks, if they still run."""
         if self._process.poll() is not None:
@@ -79,10 +94,13 @@ class Job:
     def _process_groups(self) -> set[int]:
         """torchrun gives every rank a session of its own: find them by their parent."""
         groups = {self._process.pid}
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-        for child in children.read_text().split():
+        for child in self._children():
             try:
-                groups.add(os.getpgid(int(child)))
+                groups.add(os.getpgid(child))
             except ProcessLookupError:
                 continue
         return groups
+
+    def _children(self) -> list[int]:
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        return [int(child) for child in children.read_text().split()]

@@ -240,7 +240,7 @@ class Pool:
             pid = self._processes[rank].pid
             assert pid is not None
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGUSR1)
+                os.kill(pid, signal.SIGUSR2)
         until = time.monotonic() + ENDING_S  # a stopped process writes nothing
         while not all(self._stacks(rank).stat().st_size for rank in ranks):
             if time.monotonic() > until:
@@ -286,7 +286,7 @@ def _serve(
     """The life of a worker: answer calls until the pipe ends."""
     dump = stacks.open("w")
     faulthandler.enable(dump)
-    faulthandler.register(signal.SIGUSR1, dump, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, dump, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
     gc.freeze()  # the modules live for ever: collecting after each call need not look at them

@@ -99,7 +99,7 @@ def _norms(layout: Layout, lacks_grads: int | None) -> dict[str, Any]:
         for name, parameter in parameters.items():
             parameter.grad = None if name != "beside" else parameter.grad
     before = _grads(parameters)
-    norm = global_grad_norm(parameters.values())
+    norm = global_grad_norm(parameters.values(), loss=float(dist.get_rank()))  # a loss adds nothing
     returned = clip_grad_norm_(parameters.values(), 0.01)
     after, clipped = _grads(parameters), global_grad_norm(parameters.values())
     poisoned = []
@@ -112,6 +112,8 @@ def _norms(layout: Layout, lacks_grads: int | None) -> dict[str, Any]:
             weight.grad.to_local()[0, 0] = value
         poisoned.append(global_grad_norm(parameters.values()))
         weight.grad.to_local().copy_(good)
+        loss = torch.tensor(value if dist.get_rank() == rank else 1.0)
+        poisoned.append(global_grad_norm(parameters.values(), loss=loss))
     return {
         "norms": (norm, returned, clipped),
         "before": before,

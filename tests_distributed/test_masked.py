@@ -27,6 +27,8 @@ from tests.test_masked import (
     acdc_reference,
     gmp_reference,
 )
+from tests.test_moments import SCHEDULE as SHORT
+from tests.test_moments import Halves, KnowsNothing, Momentum, values_of
 from tests_distributed.conftest import Run, selection
 from tests_distributed.helpers import found_by_one, full_state, make_batch, make_model, shard
 from tests_distributed.test_compression import local_part
@@ -144,6 +146,35 @@ def _refuse_weights_that_stay_gathered() -> None:
         optimizer.step()
 
 
+def _moments_of_any_class() -> None:
+    """Where shards are uneven and empty, and states of two kinds."""
+    model = shard(make_model(seed=3))
+    optimizer = ACDC(model, Momentum(model.parameters()), schedule=SHORT, target=0.8)
+    for step in range(SHORT.steps):
+        _backward(model, model, step, [0])
+        optimizer.step()
+        moments = [values_of(state["exp_avg"]) for state in optimizer.state.values()]
+        assert len(moments) == len([*model.parameters()])
+        is_lifted = SHORT.is_compressed(step) and not SHORT.is_compressed(step + 1)
+        assert any(moment.any() for moment in moments) != is_lifted
+
+
+def _a_class_that_cannot_be_zeroed_on_one_rank() -> None:
+    model = shard(make_model(seed=3))
+
+    class Secretive(Momentum):
+        kind = KnowsNothing if dist.get_rank() == 1 else Halves
+
+        def __init__(self) -> None:
+            super().__init__(model.parameters())
+
+    optimizer = ACDC(model, Secretive(), schedule=SHORT, target=0.8)
+    _backward(model, model, 0, [0])
+    optimizer.step()
+    with pytest.raises((ValueError, RuntimeError), match="KnowsNothing, which cannot be set"):
+        optimizer.step()
+
+
 def _resumable(base: str, folder: Path, steps: range, resume: bool) -> Any:
     """Train on the four sequences of each step; the losses, and the masks at the end."""
     phases = ACDCSchedule.of(60, warmup=2, phase=6, last_dense=4, last_sparse=8)
@@ -200,6 +231,11 @@ def test_one_ranks_bad_gradient_skips_the_step_on_all(run: Run) -> None:
 
 def test_weights_that_stay_gathered_are_refused(run: Run) -> None:
     run(2, _refuse_weights_that_stay_gathered)
+
+
+def test_first_moments_of_any_class_are_zeroed_or_refused_on_all_ranks(run: Run) -> None:
+    run(4, _moments_of_any_class)
+    run(2, _a_class_that_cannot_be_zeroed_on_one_rank)
 
 
 @selection("base", [("adamw",)], tuple(BASES))

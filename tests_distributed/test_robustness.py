@@ -27,7 +27,7 @@ from qsdp.comm import transport
 from tests import patience
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import all_ranks, full_grads, make_batch, make_model, shard
-from tests_distributed.launching import SMALL, TEXT, start
+from tests_distributed.launching import SMALL, TEXT, Job, start
 from tests_distributed.pool import GLOO_TIMEOUT_S, preloaded
 
 # --- ranks that disagree at install -----------------------------------------------------------
@@ -566,29 +566,56 @@ def test_when_a_rank_ends_or_hangs_the_others_end_and_name_the_collective(
             assert "Traceback" not in output
 
 
-def _pid_of(rank: int, launcher: int) -> int | None:
-    """The process that torchrun started as ``rank``."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    for child in children:
-        if f"RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text().replace("LOCAL_", "-"):
-            return int(child)
-    return None
-
-
-def test_under_torchrun_a_killed_rank_ends_the_job_and_survivors_speak(tmp_path: Path) -> None:
+def test_under_torchrun_a_killed_rank_is_replaced_and_a_job_that_is_told_to_end_saves(
+    tmp_path: Path,
+) -> None:
+    # One launch for all: starting ranks takes longest.
+    program = tmp_path / "told.py"
+    program.write_text(
+        "import os, pathlib\n"
+        "from qsdp.train import cli, world\n"
+        "end = world.end_process\n"
+        "def end_and_say(status):\n"
+        "    name = f'status-{os.environ[\"RANK\"]}'\n"
+        "    (pathlib.Path(__file__).parent / name).write_text(str(status))\n"
+        "    end(status)\n"
+        "world.end_process = end_and_say\n"
+        "cli.run(cli.main)\n"
+    )
     (tmp_path / "text.txt").write_text(TEXT)
     out = tmp_path / "out"
-    flags = ["--data", str(tmp_path / "text.txt"), "--out", str(out), *SMALL]
-    job = start(*flags, "--qsdp-bits", "8", "--steps", "1000000", num_ranks=2)
+    flags = ["--data", str(tmp_path / "text.txt"), "--out", str(out), *SMALL, "--eval-every", "0"]
+    flags += ["--qsdp-bits", "8", "--steps", "1000000", "--save-every", "3"]
+    launcher = ("--standalone", "--max-restarts", "1")
+    job = start(*flags, program=str(program), launcher=launcher, num_ranks=2)
+    checkpoints = out / "checkpoints"
     try:
-        _wait_until(lambda: _num_lines(out / "metrics.jsonl") > 3, "no step was taken")
-        pid = _pid_of(1, job._process.pid)
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        pids = _have_saved(job, checkpoints, {})
+        os.kill(pids[1], signal.SIGKILL)
+        _have_saved(job, checkpoints, pids)
+        job.tell(signal.SIGTERM)
         assert job.wait() == 1
     finally:
         job.kill()
     assert re.search(IN_THE_JOB.format(rank="0"), job.output, re.MULTILINE), job.output
-    assert "Signal 9 (SIGKILL) received by PID" in job.output
-    assert 'train_gpt.py", line' not in job.output
-    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
+    assert 'told.py", line' not in job.output
+    assert [(tmp_path / f"status-{rank}").read_text() for rank in (0, 1)] == ["0", "0"]
+    lines = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [*range(1, len(lines) + 1)]
+    assert f"SIGTERM: step {len(lines)} of 1000000 is saved" in job.output
+    assert (checkpoints / f"step-{len(lines):08d}").is_dir()
+
+
+def _have_saved(job: Job, checkpoints: Path, earlier: dict[int, int]) -> dict[int, int]:
+    """Wait until other processes than the earlier ones have saved, and return that of each rank."""
+
+    def are_others() -> bool:
+        return len(job.ranks()) == 2 and not {*job.ranks().values()} & {*earlier.values()}
+
+    def steps() -> set[str]:
+        return {path.name for path in checkpoints.glob("step-????????")}
+
+    _wait_until(are_others, "torchrun has started nobody")
+    found = steps()
+    _wait_until(lambda: bool(steps() - found), "none was saved")
+    return job.ranks()

@@ -19,10 +19,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
 from torch.distributed.checkpoint.staging import AsyncStager
-from torch.distributed.tensor import DTensor
 
 from qsdp import compat
-from qsdp.checkpoint.safe import readable
+from qsdp.checkpoint.safe import plain_part, readable
 from qsdp.checkpoint.saving import Request, agree, claimed, finished, state_of, written
 from qsdp.checkpoint.state import meet_at
 from qsdp.failures import CollectiveError, is_failure, root
@@ -233,7 +232,7 @@ def _copied(value: Any, name: str, copies: dict[Any, Tensor]) -> Any:
     Raises Refused for what could only be loaded by running code.
     """
     if isinstance(value, Tensor):
-        held = value.to_local() if isinstance(value, DTensor) else value
+        held = plain_part(name, value)
         layout = (type(value), value.dtype, value.shape, held.shape, held.stride())
         place = (held.device, held.data_ptr() or id(value), layout)  # without values: at no address
         if place not in copies:

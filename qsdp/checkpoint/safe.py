@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
     DefaultSavePlanner,
@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem, WriteItemType
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from qsdp.checkpoint.folders import META, read_meta
@@ -123,6 +124,9 @@ class WritingPlanner(DefaultSavePlanner):
     """Refuses what `ReadingPlanner` could not read. NumPy's numbers become Python's."""
 
     def create_local_plan(self) -> SavePlan:
+        for name, value in self.state_dict.items():
+            if isinstance(value, Tensor):
+                plain_part(name, value)
         plan = super().create_local_plan()
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
@@ -153,6 +157,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def plain_part(name: str, tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor. Raises Refused for one of another class, an 8-bit optimizer's
+    for one: code would have to make it."""
+    with torch.no_grad():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if type(part) not in (Tensor, nn.Parameter):
+        raise _unreadable(name, type(part))
+    return part
+
+
 def readable(name: str, value: object) -> Any:
     """What `ReadingPlanner` gives for `value` later. Raises Refused if it could not read that."""
     value = _plain(value)
@@ -163,12 +177,16 @@ def readable(name: str, value: object) -> Any:
         with _plain_only():
             torch.load(written, weights_only=True)
     except Exception:  # pickling calls the value's own methods
-        raise Refused(
-            f"{name} is or holds an object ({_name_of(type(value))}) that could only be loaded by "
-            "running code, which a checkpoint never does: keep tensors, numbers, strings, and "
-            "lists, tuples and dicts of these"
-        ) from None
+        raise _unreadable(name, type(value)) from None
     return value
+
+
+def _unreadable(name: str, kind: type) -> Refused:
+    return Refused(
+        f"{name} is or holds an object ({_name_of(kind)}) that could only be loaded by running "
+        "code, which a checkpoint never does: keep plain tensors, numbers, strings, and lists, "
+        "tuples and dicts of these"
+    )
 
 
 def _name_of(kind: type) -> str:

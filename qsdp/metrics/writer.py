@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import math
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from types import TracebackType
 from typing import Any
 
 from qsdp.files import finite, replacing
+from qsdp.metrics.lines import Lines
+from qsdp.streams import complain
 
 
 class MetricsWriter:
@@ -41,37 +44,37 @@ class MetricsWriter:
         """
         if last_step < 0:
             raise ValueError(f"last_step is {last_step}; choose 0 or more")
-        self.mistake: str | None = None
-        """Why a line could not be written, the first time. No exception: the writer is one rank of
-        many, and all of them must stop at the same place, which `check` is for."""
-        self._path = path
         lines = _whole_lines(path if source is None else source, needed)
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= last_step)
         self._events = None if tensorboard is None else _event_writer(tensorboard, last_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._lines = Lines(path)
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """All lines of the run so far, those before a resume included. Read anew: those of a long
-        run are not kept in memory."""
-        return read_metrics(self._path)
+        """All lines of the run so far, those before a resume and those that wait included. Read
+        anew: those of a long run are not kept in memory."""
+        kept = [json.loads(line, object_pairs_hook=_with_shared_names) for line in self._lines.kept]
+        first = kept[0]["step"] if kept else math.inf
+        found = []
+        try:
+            for line in _whole_lines(self._lines.path, ()):
+                if line["step"] < first:
+                    found.append(line)
+        except OSError as error:
+            complain(f"warning: {self._lines.path} cannot be read ({error.strerror or error})")
+        return found + kept
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write one step's `line`, which has a `step`.
+        """Write one step's `line`, which has a `step`; another one of that step takes its place for
+        readers here. What cannot be written ends nothing: lines wait for room, and events stop.
 
         Values are numbers, or dictionaries of such; one that is not finite becomes null in the
         file, and is shown as it is by TensorBoard.
         """
-        try:
-            self._file.write(json.dumps(finite(line)) + "\n")
-            self._file.flush()
-        except OSError as error:
-            self.mistake = self.mistake or (
-                f"{self._path} cannot be written ({error.strerror}); free some space there, or "
-                "choose another --out"
-            )
-        self._show(line)
+        self._lines.append(json.dumps(finite(line)))
+        with self._events_may_fail():
+            self._show(line)
 
     def _show(self, line: dict[str, Any]) -> None:
         if self._events is not None:
@@ -79,34 +82,39 @@ class MetricsWriter:
                 if name != "step" and value is not None:
                     self._events.add_scalar(name, value, line["step"])
 
-    def check(self) -> None:
-        """Raise OSError if a line could not be written."""
-        if self.mistake is not None:
-            raise OSError(self.mistake)
+    @contextlib.contextmanager
+    def _events_may_fail(self) -> Iterator[None]:
+        """TensorBoard writes in a thread, whose errors, of any kind, come out at a later call. It
+        is not even closed after one: that could wait for the thread."""
+        try:
+            yield
+        except Exception as error:
+            self._events = None
+            complain(
+                f"warning: TensorBoard's events cannot be written ({error}): the run goes on "
+                "without them"
+            )
 
     def sync(self) -> None:
-        """Put the lines on disk. Raises OSError if one of them could not be written."""
-        self.check()
-        os.fsync(self._file.fileno())
+        """Put the lines on disk, if that can be done now."""
+        self._lines.sync()
 
     def moved(self, path: Path, tensorboard: Path | None = None, last_step: int = 0) -> None:
         """Note that the file has the name `path` now. From now on TensorBoard's events go to
         `tensorboard`, those of the lines after `last_step` first."""
-        self._path = path
+        self._lines.path = path
         if tensorboard is not None:
-            self._events = _event_writer(tensorboard, last_step)
-            for line in _whole_lines(path, ()):
-                if line["step"] > last_step:
-                    self._show(line)
+            with self._events_may_fail():
+                self._events = _event_writer(tensorboard, last_step)
+                for line in self.history:
+                    if line["step"] > last_step:
+                        self._show(line)
 
     def close(self) -> None:
-        try:
-            self._file.close()
-        except OSError:
-            if self.mistake is None:
-                raise
-        if self._events is not None:
-            self._events.close()
+        self._lines.close()
+        with self._events_may_fail():
+            if self._events is not None:
+                self._events.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -126,17 +134,23 @@ def read_metrics(path: Path, needed: Collection[str] = ()) -> list[dict[str, Any
 
 
 def _whole_lines(path: Path, needed: Collection[str]) -> Iterator[dict[str, Any]]:
-    """One after the other: the file of a long run is large."""
+    """One after the other: the file of a long run is large. Of two of one step the later."""
     if not path.exists():
         return
+    before = None
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
                 line = json.loads(text, object_pairs_hook=_with_shared_names)
             except (ValueError, RecursionError):
                 continue
-            if _is_whole(line, needed):
-                yield line
+            if not _is_whole(line, needed):
+                continue
+            if before is not None and before["step"] != line["step"]:
+                yield before
+            before = line
+    if before is not None:
+        yield before
 
 
 def _with_shared_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -169,5 +183,10 @@ def _event_writer(folder: Path, last_step: int) -> Any:
         raise ValueError(
             "--tensorboard needs the tensorboard package; run 'pip install tensorboard', or leave "
             "the flag out."
+        ) from None
+    except Exception as error:  # of a package beside it, of another version
+        raise ValueError(
+            f"--tensorboard: the tensorboard package cannot be loaded ({error}); install it anew, "
+            "or leave the flag out."
         ) from None
     return SummaryWriter(str(folder), purge_step=last_step + 1)

@@ -24,6 +24,7 @@ from qsdp.compat import (
 )
 from qsdp.meeting import meet, mistakes_shared
 from qsdp.meshes import groups_of
+from qsdp.optim.finite import name_not_finite, number_in
 from qsdp.optim.known import Known
 from qsdp.optim.norms import norm_among
 from qsdp.sparsity.compression import Prunable
@@ -154,6 +155,11 @@ class OptimizerWrapper(torch.optim.Optimizer):
     Parameters are known by their names in ``model``. Where the model has others than at the last
     step, they are looked up again, and must be in the base's `param_groups`: libraries that prepare
     a model and its optimizer together put them there.
+
+    Attributes:
+        skipped_steps: Steps skipped since this object was made.
+        last_bad: What was not finite in the last step, in words that are the same on all ranks;
+            None if it was not skipped.
     """
 
     def __init__(
@@ -186,6 +192,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.model = model
         self.base = base
         self.made_with: dict[str, object] = {}
+        self.skipped_steps = 0
+        self.last_bad: str | None = None
         self._known = Known(type(self).__name__, model, base, prunable)
         self._remembered = remembered
         self._tell: TellSupport | None = None
@@ -273,9 +281,19 @@ class OptimizerWrapper(torch.optim.Optimizer):
         now = {"trained": self._known.trained, "prunable parameters": self.prunable.names}
         meet(call, own | self.made_with | now | facts, groups)
 
-    def _grad_norm(self) -> float:
-        """The norm over all parameters of the base, each once; see `global_grad_norm`."""
-        return norm_among(unique(self.parameters()), self._known.spread)
+    def _grad_norm(self, loss: Any = None) -> float:
+        """The norm over all parameters of the base, each once, and NaN if ``loss``, which a closure
+        has returned, is a number and not finite; see `global_grad_norm`."""
+        return norm_among(unique(self.parameters()), self._known.spread, number_in(loss))
+
+    def _count_skipped(self, loss: Any, when: str = "") -> None:
+        """Note that the step is skipped, ``when`` in it, and why. Gradients are still there."""
+        own = {id(p): p for p in self.parameters()}
+        in_model = sharded_parameters(self.model).items()
+        named: dict[str, Tensor] = {n: own.pop(id(p)) for n, p in in_model if id(p) in own}
+        named |= {f"parameter {i} outside of the model": p for i, p in enumerate(own.values())}
+        self.skipped_steps += 1
+        self.last_bad = name_not_finite(named, loss, self._known.groups) + when
 
     def _reshard(self) -> None:
         for whole in wholes(self.model):

@@ -51,13 +51,14 @@ class CrAM(OptimizerWrapper):
     and after the last. To all else, the model's buffers and the gradients of what the base does not
     have, the step is one call, at w.
 
-    When a gradient is not finite on any rank in either pass, the step changes nothing on any rank
-    and `skipped_steps` counts it. Works on plain modules, under DDP and under FSDP2;
+    When a gradient, or the loss that the closure returns (if it is a float or a tensor of one
+    value), is not finite on any rank in either pass, the step changes nothing on any rank,
+    `skipped_steps` counts it, and `last_bad` says what it was and in which pass. Works on plain
+    modules, under DDP (where gradients alone decide) and under FSDP2;
     `set_reshard_after_backward(False)` is refused, because the second pass would see the weights
     of the first. `torch.amp.GradScaler` refuses closures: train in bf16, which needs no scaling.
 
     Attributes:
-        skipped_steps: Steps skipped since this object was made.
         last_target: The target drawn in the last step; None before.
         last_grad_norm: Norm of what the base optimizer was given in the last step, before
             clipping; None before. Not finite when the step was skipped.
@@ -131,7 +132,6 @@ class CrAM(OptimizerWrapper):
         for target in self.targets:
             self.prunable.check(target)
         self._warn_of_lacking()
-        self.skipped_steps = 0
         self.last_target: Compression | None = None
         self.last_grad_norm: float | None = None
 
@@ -180,7 +180,7 @@ class CrAM(OptimizerWrapper):
                 f"{name}.step(closure), or call {name}.base.step() where a plain step is meant"
             )
         self.meet(self._check_begin, **facts)
-        self.last_target = target
+        self.last_target, self.last_bad = target, None
         try:
             undo = bystanders(self.model, self.parameters())
             with undone_by_exceptions(self.model, undo):
@@ -191,7 +191,6 @@ class CrAM(OptimizerWrapper):
                     undo()
         finally:
             self.zero_grad()
-        self.skipped_steps += not takes_step
         self._remember(_STEP, self.num_steps + 1)
         self._reshard()
         return loss
@@ -225,16 +224,18 @@ class CrAM(OptimizerWrapper):
         """Run both passes; leave the step's gradient in place and say whether it is finite."""
         parameters = unique(self.parameters())
         loss = _run(closure, parameters)
-        norm = self.last_grad_norm = self._grad_norm()
+        norm = self.last_grad_norm = self._grad_norm(loss)
         if not math.isfinite(norm):
+            self._count_skipped(loss, ", in the first pass")
             return loss, False
         scale = self.rho / (norm + _TINY) if self.normalize else self.rho
         grads = [_take_grad(parameter) for parameter in parameters]
-        self._second_pass(closure, parameters, grads, scale, target)
+        second_loss = self._second_pass(closure, parameters, grads, scale, target)
         if self.plus:
             _add_grads(parameters, grads)
-        norm = self.last_grad_norm = self._grad_norm()
+        norm = self.last_grad_norm = self._grad_norm(second_loss)
         if not math.isfinite(norm):
+            self._count_skipped(second_loss, ", in the second pass")
             return loss, False
         if self.max_norm is not None:
             scale_grads_(parameters, self.max_norm * (2 if self.plus else 1), norm)
@@ -247,8 +248,9 @@ class CrAM(OptimizerWrapper):
         grads: list[Tensor | None],
         scale: float,
         target: Compression,
-    ) -> None:
-        """Leave in `.grad` the gradient at the compressed point, and the weights as before."""
+    ) -> Any:
+        """Leave in `.grad` the gradient at the compressed point, and the weights as before. Returns
+        what the closure does."""
         tell = self._tell if target.fraction else None
         ascents = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
         prunable = self.prunable
@@ -266,9 +268,10 @@ class CrAM(OptimizerWrapper):
                 masks = compress_(prunable.shards(), target, prunable.dims)
             if tell is not None:
                 tell(_unpacked(prunable.parameters, masks), with_grads=self.sparse_grad)
-            _run(closure, parameters)
+            loss = _run(closure, parameters)
             if self.sparse_grad and target.fraction:
                 self._mask_grads(masks)
+            return loss
         except BaseException:
             for whole in wholes(self.model):
                 abandon_pass(whole)

@@ -19,6 +19,7 @@ from qsdp.optim.base import (
     made_alike,
     undone_by_exceptions,
 )
+from qsdp.optim.moments import FirstMoments
 from qsdp.optim.norms import check_max_norm, scale_grads_
 from qsdp.sparsity.compression import Prunable, keep_masks, keep_only_
 from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
@@ -29,7 +30,6 @@ _STEP = "masked_step"
 _MASK = "mask"
 _PLAN = "mask_plan"
 _NAMES = "mask_names"
-_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 
 
 class MaskedOptimizer(OptimizerWrapper):
@@ -39,15 +39,15 @@ class MaskedOptimizer(OptimizerWrapper):
     state: `state_dict` and DCP save them, and restore them on any number of ranks.
 
     ``step`` is called after the backward pass, as any optimizer's. It masks the gradients, clips
-    them, lets the base step, and sets pruned weights to +0.0 again. When a gradient is not finite
-    on any rank, weights and moments stay, the step counts, and `skipped_steps` counts it. Masks
-    change at the end of a step, so that the next forward pass sees them. Frozen weights could not
-    grow back: they are neither pruned nor counted while they are. What is unfrozen has the mask
-    that it had, if any, until masks are renewed or lifted; after DCP has loaded the state while it
-    was frozen, it has none.
+    them, lets the base step, and sets pruned weights to +0.0 again. When a gradient, or the loss
+    that a closure returns (as for `CrAM`), is not finite on any rank, weights and moments stay, and
+    with a closure buffers and gradients; the step counts, `skipped_steps` counts it, and `last_bad`
+    says why. Masks change at the end of a step, so that the next forward pass sees them. Frozen
+    weights could not grow back: they are neither pruned nor counted while they are. What is
+    unfrozen has the mask that it had, if any, until masks are renewed or lifted; after DCP has
+    loaded the state while it was frozen, it has none.
 
     Attributes:
-        skipped_steps: Steps skipped since this object was made.
         last_grad_norm: Norm of the (masked) gradient of the last step, before clipping.
         last_target: What the masks were renewed to after the last step; None if they stayed.
         before_pruning: Called, when set, just before masks are renewed: the weights are still
@@ -69,7 +69,6 @@ class MaskedOptimizer(OptimizerWrapper):
         super().__init__(model, base_optimizer, prunable, {_STEP: 0, _PLAN: plan})
         self._plan = plan
         self.max_norm = max_norm
-        self.skipped_steps = 0
         self.last_grad_norm: float | None = None
         self.last_target: Compression | None = None
         self._loaded_masks: list[tuple[Tensor, Tensor]] = []
@@ -112,9 +111,9 @@ class MaskedOptimizer(OptimizerWrapper):
         facts = {"step": self.num_steps, "closure": closure is not None, "state": bool(self.state)}
         if not self.state:
             facts["learning rates of 0"] = self._has_no_rate()
-        self.meet(self.check_reshards, **facts)
+        self.meet(self._check_begin, **facts)
         self._check_all_are_masked()
-        loss = None
+        loss, self.last_bad = None, None
         restore = _do_nothing if closure is None else bystanders(self.model)
         with undone_by_exceptions(self.model, restore):
             if closure is not None:
@@ -124,12 +123,17 @@ class MaskedOptimizer(OptimizerWrapper):
                 self.base.step()
                 self._make_masks()
                 return loss
-            self._take_step()
+            if not self._take_step(loss):
+                restore()
         self._remember(_STEP, self.num_steps + 1)
         self.last_target = None
         self._change(self.num_steps)
         self._reshard()
         return loss
+
+    def _check_begin(self) -> None:
+        """Raise RuntimeError if the step cannot be taken, or a later one could not."""
+        self.check_reshards()
 
     def _check_all_are_masked(self) -> None:
         """Say which of the parameters that are trained now no mask prunes, where one should."""
@@ -147,24 +151,25 @@ class MaskedOptimizer(OptimizerWrapper):
             "before masks are renewed the next time"
         )
 
-    def _take_step(self) -> None:
-        """Let the base step under the masks, if the gradient is finite."""
+    def _take_step(self, loss: Any) -> bool:
+        """Let the base step under the masks. Returns whether: gradient and ``loss`` are finite."""
         is_masked = self._is_masked(self.num_steps)
         if is_masked:
             for parameter in self._known.prunable.parameters:
                 if parameter.grad is not None:
                     mask = local_shard(self._mask(parameter)).values
                     keep_only_(local_shard(parameter.grad).values, mask)
-        norm = self.last_grad_norm = self._grad_norm()
-        if math.isfinite(norm):
-            if self.max_norm is not None:
-                scale_grads_(self.parameters(), self.max_norm, norm)
-            self._step_base()
-            self._make_masks()
-            if is_masked:
-                self._apply_masks()
-        else:
-            self.skipped_steps += 1
+        norm = self.last_grad_norm = self._grad_norm(loss)
+        if not math.isfinite(norm):
+            self._count_skipped(loss)
+            return False
+        if self.max_norm is not None:
+            scale_grads_(self.parameters(), self.max_norm, norm)
+        self._step_base()
+        self._make_masks()
+        if is_masked:
+            self._apply_masks()
+        return True
 
     def _step_base(self) -> None:
         """Hide the masks meanwhile: torch's optimizers make a state where there is nothing yet."""
@@ -234,13 +239,10 @@ class MaskedOptimizer(OptimizerWrapper):
             self._tell(masks if self._is_masked(self.num_steps) else None)
 
     def _lift_masks(self) -> None:
-        """Train all weights again, from zero where they were pruned, without old momentum."""
+        """Train all weights again, from zero where they were pruned."""
         for state in self.state.values():
             if _MASK in state:
                 local_shard(state[_MASK]).values.fill_(True)
-            for name in _FIRST_MOMENTS:
-                if isinstance(state.get(name), Tensor):
-                    local_shard(state[name]).values.zero_()
         self._announce()
 
     def _apply_masks(self) -> None:
@@ -347,6 +349,8 @@ class ACDC(MaskedOptimizer):
     end of the last dense phase; `before_pruning` sees it.
     """
 
+    _has_checked_moments: bool
+
     @made_alike
     def __init__(
         self,
@@ -370,7 +374,8 @@ class ACDC(MaskedOptimizer):
             prunable: Name patterns of the prunable set; see `sparsity.prunable_parameters`.
 
         Raises:
-            ValueError: If a value is out of range, or the optimizer lacks prunable parameters.
+            ValueError: If a value is out of range, the optimizer lacks prunable parameters, or its
+                first moments are of a class that cannot be set to zero.
         """
         self.schedule = ACDCSchedule.of(schedule) if isinstance(schedule, int) else schedule
         self.target = _only_pruned(Compression.of(target))
@@ -381,6 +386,7 @@ class ACDC(MaskedOptimizer):
         self.prunable.check(self.target)
         if self.num_steps == 0 and self._is_masked(0):
             raise ValueError("AC/DC begins dense: give it a warm-up of 1 step or more")
+        self._moments = FirstMoments(self.base, type(self).__name__)
 
     def _is_masked(self, step: int) -> bool:
         return self.schedule.is_compressed(step)
@@ -393,7 +399,18 @@ class ACDC(MaskedOptimizer):
         if is_now and not was:
             self._renew_masks(self.target)
         elif was and not is_now:
+            self._moments.zero_()
             self._lift_masks()
+
+    def _check_begin(self) -> None:
+        super()._check_begin()
+        if not self._has_checked_moments and self.state:
+            self._moments.check()
+            self._has_checked_moments = True
+
+    def _share(self, base: torch.optim.Optimizer) -> None:
+        super()._share(base)
+        self._has_checked_moments = False  # what was loaded may be of other classes
 
 
 class GMP(MaskedOptimizer):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.meeting import meet, mistakes_shared
 from qsdp.meshes import Groups, Spread, groups_of, spread_of
+from qsdp.optim.finite import number_in
 from qsdp.sparsity.shards import gathered, local_shard, unique
 
 # A chunk in double precision stays in a CPU's cache; a GPU wants few launches instead.
@@ -17,7 +19,7 @@ _CHUNK_CPU = 1 << 16
 _CHUNK_GPU = 1 << 24
 
 
-def global_grad_norm(parameters: Iterable[Tensor]) -> float:
+def global_grad_norm(parameters: Iterable[Tensor], *, loss: Tensor | float | None = None) -> float:
     """The 2-norm of all gradients together, in double precision, the same on every rank.
 
     Every rank adds the squares of its shards in fp64; the ranks' sums are gathered and added in
@@ -30,18 +32,27 @@ def global_grad_norm(parameters: Iterable[Tensor]) -> float:
     Args:
         parameters: Plain tensors or DTensors, the same on every rank; those without a gradient
             add nothing, a tied one counts once.
+        loss: This rank's loss, or None: one value, which adds nothing but makes the norm NaN on
+            all ranks if it is not finite. It rides along with the sums. Where there is nothing to
+            ride on it decides alone in a job of one process, and in larger ones (DDP) nothing: a
+            rank that skips its step alone would have other weights than the rest, and gradients
+            that are averaged over all ranks tell all of them.
 
     Returns:
         The norm: not finite on all ranks if a gradient is not finite on any; 0.0 without gradients.
 
     Raises:
-        ValueError: If parameters are sharded over different ranks, and none over all of these.
+        ValueError: If parameters are sharded over different ranks, and none over all of these, or
+            ``loss`` is no float and no floating-point tensor of one value.
     """
     parameters = unique(parameters)
-    return norm_among(parameters, spread_of(parameters, with_replicas=True))
+    check_loss(loss)
+    return norm_among(parameters, spread_of(parameters, with_replicas=True), loss)
 
 
-def norm_among(parameters: Sequence[Tensor], spread: Spread) -> float:
+def norm_among(
+    parameters: Sequence[Tensor], spread: Spread, loss: Tensor | float | None = None
+) -> float:
     """`global_grad_norm` of ``parameters``, each once, among those that ``spread`` is of."""
     grads: dict[Groups, list[Tensor]] = {}
     devices: dict[Groups, torch.device] = {}
@@ -55,6 +66,8 @@ def norm_among(parameters: Sequence[Tensor], spread: Spread) -> float:
         if parameter.grad is not None and is_counted:
             parts.append(shard.values)
     sums = {groups: _sum_of_squares(grads[groups], device) for groups, device in devices.items()}
+    if loss is not None and _is_heard_by_all(devices):
+        sums = {groups: part + _nothing(loss, part.device) for groups, part in sums.items()}
     whole = float(sums.pop((), 0.0))
     total, wholes = 0.0, [whole]
     # The most ranks last: they hear of all.
@@ -69,7 +82,9 @@ def norm_among(parameters: Sequence[Tensor], spread: Spread) -> float:
     return math.sqrt(total + counted)
 
 
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
+def clip_grad_norm_(
+    parameters: Iterable[Tensor], max_norm: float, *, loss: Tensor | float | None = None
+) -> float:
     """Scale all gradients in place so that their global norm is at most ``max_norm``.
 
     As `torch.nn.utils.clip_grad_norm_`, but exact for DTensors of any mesh together with plain
@@ -80,6 +95,8 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
     Args:
         parameters: As for `global_grad_norm`.
         max_norm: Above 0, the same on every rank.
+        loss: As for `global_grad_norm`: give it to skip a step whose loss is not finite on any
+            rank, though all gradients are.
 
     Returns:
         The norm before clipping.
@@ -88,9 +105,10 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> float:
     groups, call = groups_of(parameters), "qsdp.clip_grad_norm_"
     with mistakes_shared(call, groups):
         check_max_norm(max_norm)
+        check_loss(loss)
     num_trained = sum(parameter.requires_grad for parameter in parameters)
     meet(call, {"max_norm": max_norm, "trained parameters": num_trained}, groups)
-    norm = global_grad_norm(parameters)
+    norm = global_grad_norm(parameters, loss=loss)
     scale_grads_(parameters, max_norm, norm)
     return norm
 
@@ -109,6 +127,30 @@ def check_max_norm(max_norm: float) -> None:
     """Raise ValueError unless ``max_norm`` is above 0."""
     if not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}; choose a number above 0")
+
+
+def check_loss(loss: object) -> None:
+    """Raise ValueError unless ``loss`` is None or one floating-point number."""
+    if loss is not None and number_in(loss) is None:
+        what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss is {what}; give a float, or a floating-point tensor of one value")
+
+
+def _is_heard_by_all(reaches: Collection[Groups]) -> bool:
+    """Whether the sums over ``reaches`` come to all ranks that take the same step: plain parameters
+    (DDP) are shared with ranks that no group may know of."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    most = max((math.prod(group.size() for group in groups) for groups in reaches), default=1)
+    return () not in reaches or most >= size
+
+
+def _nothing(loss: Tensor | float, device: torch.device) -> Tensor | float:
+    """0, or NaN if ``loss`` is not finite. No device waits for it that has what is needed."""
+    value = number_in(loss)
+    if not isinstance(value, Tensor):
+        return 0.0 if value is None else 0.0 * value
+    nothing = value.reshape(()).double() * 0.0
+    return nothing if nothing.is_cpu else nothing.to(device)
 
 
 def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
+from qsdp.streams import bring_out, complain, forgiving_output
 from qsdp.train.config import RECIPES, TrainConfig
 from qsdp.train.errors import UserError, is_lost, leave, leave_lost, sentence
 from qsdp.train.method_flags import INSTEAD
@@ -73,9 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def one_sentence_at_the_end(if_interrupted: str) -> Iterator[None]:
-    """Inside, what ends a command before its time becomes one sentence and an exit status."""
+    """Inside, what ends a command before its time becomes one sentence and an exit status; what
+    cannot be printed ends nothing."""
     try:
-        yield
+        with forgiving_output():
+            yield
     except (UserError, RuntimeError) as error:
         if is_lost(error):
             leave_lost(error)
@@ -84,7 +87,7 @@ def one_sentence_at_the_end(if_interrupted: str) -> Iterator[None]:
         leave(error)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print(f"interrupted; {if_interrupted}", file=sys.stderr)
+            complain(f"interrupted; {if_interrupted}")
         raise SystemExit(_INTERRUPTED) from None
 
 
@@ -239,24 +242,13 @@ def one_sentence(read_flags: Callable[[], T]) -> T:
     """
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with forgiving_output(), contextlib.redirect_stderr(complaint):
             return read_flags()
     except SystemExit as stop:
         if stop.code:
             raise UserError(_first_paragraph(complaint.getvalue())) from None
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            _drop_output()
+        bring_out()
         raise
-    except BrokenPipeError:
-        _drop_output()
-        raise SystemExit(0) from None
-
-
-def _drop_output() -> None:
-    """Let nobody wait for what is still to be printed: Python would fail once more at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check_number(name: str, text: str | None, hint: Any) -> None:

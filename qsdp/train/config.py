@@ -25,7 +25,7 @@ BACKENDS = ("nccl", "gloo")
 # What a run looks at and keeps, and where; AC/DC's dense twin is chosen when it validates.
 _RECORDS = (
     *("out", "resume", "keep", "save_every", "save_async", "eval_every"),
-    *("tensorboard", "timeout_s", "take_over", "qsdp_errors"),
+    *("tensorboard", "timeout_s", "take_over", "qsdp_errors", "max_bad_steps"),
 )
 _OF_THE_SCHEDULE = (
     *("acdc_warmup", "acdc_phase", "acdc_last_dense", "acdc_last_sparse"),
@@ -108,6 +108,10 @@ class RunFlags:
     """Largest global gradient norm, 0 for no clipping. CrAM+ adds two gradients, so it is clipped
     at twice this."""
 
+    max_bad_steps: int = 10
+    """After how many steps in a row without a finite loss and gradient the run ends, 1 or more.
+    Each such step is skipped: it leaves weights and optimizer as they were."""
+
     seed: int = 0
     """Seed of the weights, the data order, the wire's rounding and CrAM's draws."""
 
@@ -183,7 +187,7 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
             raise ValueError(f"--model is {self.model!r}; choose one of {', '.join(RECIPES)}.")
         for name in (
             *("steps", "batch_size", "grad_accum", "seq_len"),
-            *("replicas", "eval_batches", "keep"),
+            *("replicas", "eval_batches", "keep", "max_bad_steps"),
         ):
             self._require(name, getattr(self, name) >= 1, "choose 1 or more")
         for name in ("warmup_steps", "eval_every", "save_every"):

@@ -13,9 +13,13 @@ import time
 from types import FrameType
 from typing import NoReturn
 
+from qsdp.streams import bring_out, complain
+from qsdp.train.signals import were_heeded
+
 EXIT_STATUS = 2
 LOST_STATUS = 1
 _PATIENCE_S = 10.0
+_SHORT_PATIENCE_S = 1.0
 
 
 class UserError(Exception):
@@ -53,9 +57,8 @@ def leave_lost(error: BaseException) -> NoReturn:
     """
     from qsdp.failures import root
 
-    print(f"error on rank {os.environ.get('RANK', '0')}: {root(error)}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    complain(f"error on rank {os.environ.get('RANK', '0')}: {root(error)}")
+    bring_out()
     os._exit(LOST_STATUS)
 
 
@@ -68,12 +71,15 @@ def leave(error: UserError) -> NoReturn:
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
-        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+        complain(f"error: {sentence(error)}")
         raise SystemExit(EXIT_STATUS)
     signal.signal(signal.SIGTERM, _leave_now)
+    if were_heeded():  # the launcher's signal came too early for this handler, and no other will
+        time.sleep(min(_PATIENCE_S, _SHORT_PATIENCE_S))
+        raise SystemExit(EXIT_STATUS)
     time.sleep(_PATIENCE_S)
     if not error.is_shared:
-        print(f"error on rank {rank}: {sentence(error)}", file=sys.stderr, flush=True)
+        complain(f"error on rank {rank}: {sentence(error)}")
     raise SystemExit(EXIT_STATUS)
 
 

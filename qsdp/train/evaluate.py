@@ -63,10 +63,13 @@ class Evaluator:
         return total / total_tokens
 
     def one_shot(self) -> dict[str, float]:
-        """The exact weights' loss after compression, by target; weights are put back."""
+        """The exact weights' loss after compression, by target; weights are put back. Without those
+        that were still to come when the ranks agreed that the run is to end."""
         losses = {}
         num_shards = self._world.size // self._config.replicas
         for target in self._config.one_shot_targets:
+            if self._world.stop.is_agreed:
+                break
             with compressed(self._model, target, self._config.patterns) as parameters:
                 self._wire.other(threshold_bytes(target, len(parameters), num_shards))
                 losses[str(target)] = self.loss()

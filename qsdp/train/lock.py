@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -9,7 +10,6 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class Lock:
         """Raise ValueError if another run has taken the folder over."""
         found = _read(self._path)
         if not found:  # somebody has removed it, and nobody else has held the folder since
-            write_json(self._path, self.owner)
+            with contextlib.suppress(OSError):
+                write_json(self._path, self.owner)
         elif found != self.owner:
             raise ValueError(
                 f"{self._path.parent} was taken over by {_told(found)}; this run ends, and what "
@@ -52,7 +53,9 @@ class Lock:
         """Let go of the folder. Who was taken over is to find whose it was."""
         self._has_ended.set()
         self._heart.join()
-        if _read(self._path) == self.owner:
+        if _read(self._path) != self.owner:
+            return
+        with contextlib.suppress(OSError):  # the lock of a process that has ended binds nobody
             if self.owner["took_over"]:
                 write_json(self._path, self.owner | {"has_ended": True})
             else:
@@ -67,7 +70,7 @@ class Lock:
                 continue  # a file system that is away for a while must not end a run
 
 
-@contextmanager
+@contextlib.contextmanager
 def hold(out: Path, *, takes_over: bool) -> Iterator[Lock]:
     """Hold the folder ``out`` inside.
 

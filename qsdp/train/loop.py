@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from qsdp.compat import sharded_parameters
 from qsdp.failures import collective
-from qsdp.optim import ACDC, CrAM, clip_grad_norm_, global_grad_norm
+from qsdp.meshes import groups_of
+from qsdp.optim import ACDC, CrAM, global_grad_norm
+from qsdp.optim.finite import name_not_finite
 from qsdp.optim.masked import MaskedOptimizer
+from qsdp.optim.norms import scale_grads_
+from qsdp.streams import forgiving_output
 from qsdp.train import twin
 from qsdp.train.config import TrainConfig
 from qsdp.train.progress import RunProgress
 from qsdp.train.report import finish
 from qsdp.train.setup import Job, set_up
+from qsdp.train.signals import heeded
 from qsdp.train.wire import SECONDS, WireUse, threshold_bytes
 from qsdp.train.world import open_world, to_device
 
@@ -33,10 +39,16 @@ WIRE_METRICS = (
 def train(config: TrainConfig) -> None:
     """Run the job that `config` describes, from the step where it was left, to its summary.
 
-    Called on every rank, under torchrun or alone.
+    Called on every rank, under torchrun or alone. Told to end by a signal (`train/signals.py`), it
+    saves the steps done and returns.
     Raises UserError, on every rank, for whatever the user can correct.
     """
-    with open_world(config.timeout_s, config.backend) as world, ExitStack() as held:
+    with (
+        forgiving_output(),
+        heeded() as stop,
+        open_world(config.timeout_s, config.backend, stop) as world,
+        ExitStack() as held,
+    ):
         job = set_up(config, world, held)
         if job is None:
             return
@@ -46,14 +58,21 @@ def train(config: TrainConfig) -> None:
         if isinstance(job.optimizer, ACDC):
             # Called inside the step, which is not counted yet.
             job.optimizer.before_pruning = lambda: twin.consider(job, job.steps_done + 1)
+        saved, is_save_due = job.steps_done, False
         with metrics or nullcontext(), progress:
-            while job.steps_done < config.steps:
+            while job.steps_done < config.steps and not stop.is_agreed:
                 step = job.steps_done + 1
                 is_validated = _is_due(config.eval_every, step, config, at_end=False)
                 # `finish` validates after the last step.
                 is_measured = config.qsdp_errors and (is_validated or step == config.steps)
                 line = train_step(job, is_measured=is_measured)
                 if is_validated:
+                    if stop.is_agreed:  # there may be no time for the validation
+                        if metrics is not None:
+                            metrics.log(line)
+                        job.save()
+                        job.wait_saved()
+                        saved = step
                     line |= evaluate(job, progress)
                     if config.acdc:
                         twin.consider(job, step, line["val_loss"])
@@ -62,12 +81,20 @@ def train(config: TrainConfig) -> None:
                 if metrics is not None:
                     metrics.log(line)
                 progress.show(line)
-                if _is_due(config.save_every, step, config, at_end=True):
+                if job.bad_in_row == 1:
+                    progress.note(f"step {step} is skipped, not finite is {job.last_bad}")
+                job.check_bad_steps()
+                is_save_due |= _is_due(config.save_every, step, config, at_end=True)
+                # What may be the last good checkpoint is not rotated out meanwhile.
+                is_put_off = job.bad_in_row and step < config.steps
+                if saved < step and (stop.is_agreed or (is_save_due and not is_put_off)):
                     job.save()
-            if job.results.is_beside:  # no step was left to take
+                    saved, is_save_due = step, False
+            if job.results.is_beside and job.steps_done == config.steps:  # no step was left to take
                 job.save()
             job.wait_saved()
-        finish(job, [] if metrics is None else metrics.history)
+        if stop.is_agreed or not finish(job, [] if metrics is None else metrics.history):
+            job.say(_stopped(job))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -88,7 +115,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
-    """Take one optimizer step and return its metrics; a step without a finite gradient is skipped.
+    """Take one optimizer step and return its metrics; all ranks skip it where a loss or a gradient
+    of any of them is not finite.
 
     Bytes, and the seconds of the wire's parts, are means over ranks. `is_measured`: the handle
     measures the errors of the gradients that it reduces.
@@ -103,7 +131,7 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
         if isinstance(optimizer, CrAM | MaskedOptimizer):
             optimizer.zero_grad()
             loss = optimizer.step(lambda: forward_backward(job))
-            grad_norm = optimizer.last_grad_norm or 0.0
+            grad_norm, bad = optimizer.last_grad_norm or 0.0, optimizer.last_bad
             if optimizer.last_target is not None:
                 num_matrices = len(optimizer.prunable.names)
                 num_shards = world.size // config.replicas
@@ -111,10 +139,10 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
         else:
             optimizer.zero_grad()
             loss = forward_backward(job)
-            grad_norm = _clip(job)
-            if math.isfinite(grad_norm):
+            grad_norm, bad = _clip(job, loss)
+            if bad is None:
                 optimizer.step()
-    job.steps_done += 1
+    job.count_step(bad)
     used = asdict(job.wire.total() - before)
     # The sum waits for the device, so the time that follows is the whole step's.
     *sums, mistakes = world.sum(loss, *used.values(), job.has_mistake)
@@ -132,6 +160,7 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
         "loss": loss_mean,
         "lr": lr,
         "grad_norm": grad_norm,
+        "skipped_steps": job.skipped_steps,
         "tokens_per_s": step_tokens / step_s,
         "step_s": step_s,
         "tokens": job.steps_done * step_tokens,
@@ -170,12 +199,25 @@ def evaluate(job: Job, progress: RunProgress) -> dict[str, float]:
     return losses | {"eval_bytes_sent": spent.other_bytes}
 
 
-def _clip(job: Job) -> float:
+def _stopped(job: Job) -> str:
+    """What a run says that a signal has ended."""
+    done, steps = job.steps_done, job.config.steps
+    saved = f"step {done} of {steps} is saved" if done else "no step was taken"
+    again = "the same command" + " with --resume auto" * (job.config.resume == "none")
+    what = "ends the run with its last evaluation" if done == steps else "goes on from there"
+    return f"{job.world.stop.why}: {saved}; {again} {what}"
+
+
+def _clip(job: Job, loss: Tensor) -> tuple[float, str | None]:
+    """Clip the gradients. Returns their norm, and what is not finite of them and the loss."""
     parameters = list(job.model.parameters())
     with collective("sum of the gradients' norm"):
-        if job.config.clip_grad:
-            return clip_grad_norm_(parameters, job.config.clip_grad)
-        return global_grad_norm(parameters)
+        norm = global_grad_norm(parameters, loss=loss)
+    if not math.isfinite(norm):
+        return norm, name_not_finite(sharded_parameters(job.model), loss, groups_of(parameters))
+    if job.config.clip_grad:
+        scale_grads_(parameters, job.config.clip_grad, norm)
+    return norm, None
 
 
 def _known(value: float) -> float | None:

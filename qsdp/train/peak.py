@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
 
 _SECONDS = 0.3
+_NO_MEMORY = ("can't allocate memory", "ALLOC_FAILED")  # of the CPU's allocator, of cuBLAS
 
 
 def matmul_flops_per_s(device: torch.device, precision: str) -> float:
     """Floating-point operations a second of square matrix products on `device`, measured.
 
     A data sheet's peak would need a table of devices and would be out of reach; this is what the
-    same torch gets out of the same cores, so it is called on all ranks at the same time.
+    same torch gets out of the same cores, so it is called on all ranks at the same time. Not a
+    number where there is no memory left to measure it in.
     """
+    try:
+        return _measured(device, precision)
+    except (RuntimeError, MemoryError) as error:
+        is_full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_full and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        return math.nan
+
+
+def _measured(device: torch.device, precision: str) -> float:
     size = 8192 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.ones(size, size, dtype=dtype, device=device)

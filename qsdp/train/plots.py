@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from qsdp.files import replacing
 from qsdp.sparsity.target import Compression
+from qsdp.streams import complain
 from qsdp.train.error_plot import History, draw_errors
+
+T = TypeVar("T")
 
 PLOT_NAMES = ("loss", "one_shot", "wire", "step_time", "wire_time", "pruned", "errors")
 
@@ -57,6 +60,17 @@ def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list
         paths.append(folder / "errors.png")
         save_png(figure, paths[-1])
     return paths
+
+
+def may_fail(what: str, draw: Callable[[], T]) -> T | None:
+    """What ``draw`` returns; None, and a line on standard error, if it fails in whatever way: a
+    picture of results is none of them."""
+    try:
+        return draw()
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        complain(f"warning: {what} cannot be drawn, or not as a whole ({told})")
+        return None
 
 
 def remove_stale(folder: Path, drawn: list[Path]) -> list[str]:
@@ -118,6 +132,10 @@ def _plot_loss(axes: Any, history: History, summary: dict[str, Any]) -> None:
     history = [*history, last]
     axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
     axes.plot(steps, list(_smoothed(losses)), color="C0", label="training, smoothed")
+    skipped = [line["step"] for line in history if line.get("grad_norm", 0.0) is None]
+    if skipped:
+        edge = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+        axes.plot(skipped, [0.0] * len(skipped), "|", color="C3", label="skipped", **edge)
     # The two may lie on each other: both must be seen.
     for name, label, style in (
         ("val_loss", "validation", {"color": "C1", "marker": "o", "markersize": 4}),

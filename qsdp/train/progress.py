@@ -40,6 +40,8 @@ class RunProgress:
             f"loss {line['loss']:.4f}  {line['tokens_per_s']:,.0f} tokens/s  "
             f"{format_bytes(line['wire_bytes_sent'])} sent"
         )
+        if line.get("skipped_steps"):
+            text += f"  {line['skipped_steps']} skipped"
         step = line["step"]
         self._bar.update(self._task, completed=step, description=text)
         now = time.monotonic()

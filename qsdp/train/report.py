@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +18,11 @@ from qsdp.codec import native
 from qsdp.files import finite, write_json
 from qsdp.models import flops_per_token
 from qsdp.sparsity.target import Compression
+from qsdp.train.errors import UserError
 from qsdp.train.peak import matmul_flops_per_s
-from qsdp.train.plots import remove_stale, write_plots
+from qsdp.train.plots import may_fail, remove_stale, write_plots
 from qsdp.train.progress import format_bytes
+from qsdp.train.results import CHECKPOINTS
 from qsdp.train.setup import Job
 from qsdp.train.twin import kept_loss
 from qsdp.train.wire import SECONDS
@@ -29,15 +31,19 @@ NAMES = {"gather": "weights", "reduce": "gradients"}
 PARTS = ("encode", "wire", "decode")
 
 
-def finish(job: Job, history: list[dict[str, Any]]) -> None:
+def finish(job: Job, history: list[dict[str, Any]]) -> bool:
     """Evaluate, then write and print what the run came to; called on all ranks alike.
 
-    `history` holds the metrics of all steps, on rank 0.
+    `history` holds the metrics of all steps, on rank 0. Returns whether it came to that: not if
+    the ranks agree meanwhile that the run is to end.
     """
     before = job.wire.total()
     val_loss = job.evaluator.loss()
-    quantized = None if job.handle is None else job.evaluator.loss(exact=False)
+    has_another = job.handle is not None and not job.world.stop.is_agreed
+    quantized = job.evaluator.loss(exact=False) if has_another else None
     one_shot = job.evaluator.one_shot()
+    if job.world.stop.is_agreed:
+        return False
     sparsity = job.evaluator.sparsity()
     twin_loss = job.world.on_main(lambda: kept_loss(job)) if job.config.acdc else None
     sample = job.evaluator.sample()
@@ -61,13 +67,15 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
         "method": config.method,
         "sparsity": sparsity,
         "steps": job.steps_done,
+        # Of these, those whose loss or gradient was not finite.
+        "skipped_steps": job.skipped_steps,
         # As the checkpoints of the run have it: another run in the same folder has another.
         "history": job.results.start.history,
         # The steps that the times and bytes below are of.
         "steps_measured": len(alike),
         "step_s_median": step_s,
         "tokens_per_s": tokens_per_s,
-        "mfu": None if tokens_per_s is None else flops_per_s / peak,
+        "mfu": flops_per_s / peak if tokens_per_s and math.isfinite(peak) else None,
         "mfu_peak_flops_per_s": peak,
         "mfu_peak_source": "a square matmul in the run's precision, timed on all ranks at once",
         "wire": {
@@ -100,22 +108,45 @@ def finish(job: Job, history: list[dict[str, Any]]) -> None:
     summary = finite(summary)
 
     def write() -> None:
-        job.check_lock()
-        plots = write_plots(job.out / "plots", history, summary)
-        stale = remove_stale(job.out / "plots", plots)
-        write_json(job.out / "summary.json", summary)
-        print_summary(Console(), summary, plots)
-        if stale:
-            print(f"Removed, of an earlier state of the run: {', '.join(stale)}")
+        # First what needs no disk.
+        print_summary(Console(), summary)
         if config.acdc and twin_loss is None:
             print(f"No dense twin was kept: {job.why_no_twin}")
+        job.check_lock()
+        may_fail(f"the plots in {job.out / 'plots'}", draw)
+        _write_summary(job, summary)
         print(f"Results are in {job.out}", flush=True)
+
+    def draw() -> None:
+        plots = write_plots(job.out / "plots", history, summary)
+        if plots:
+            print(f"Plots: {', '.join(str(path) for path in plots)}")
+        else:
+            print("No plots: matplotlib is not installed.")
+        if stale := remove_stale(job.out / "plots", plots):
+            print(f"Removed, of an earlier state of the run: {', '.join(stale)}")
 
     # Nobody leaves before all is on disk: a launcher may end rank 0 when another rank is gone.
     job.world.on_main(write)
+    return True
 
 
-def print_summary(console: Console, summary: dict[str, Any], plots: list[Path]) -> None:
+def _write_summary(job: Job, summary: dict[str, Any]) -> None:
+    path = job.out / "summary.json"
+    try:
+        write_json(path, summary)
+    except OSError as error:
+        command = "the same command"
+        if job.config.resume == "none":
+            command += ", with --resume auto,"
+        raise UserError(
+            f"the training is done, with its last checkpoint in {job.out / CHECKPOINTS}, but "
+            f"{path} cannot be written ({error.strerror or error}); free some space there, and "
+            f"{command} writes it"
+        ) from None
+
+
+def print_summary(console: Console, summary: dict[str, Any]) -> None:
     """Print the tables and the sample of a `summary.json`."""
     losses = Table(title="Validation loss, nats a token")
     losses.add_column("weights")
@@ -135,9 +166,17 @@ def print_summary(console: Console, summary: dict[str, Any], plots: list[Path]) 
     if None not in seconds.values():
         console.print(_time_table(seconds))
     if summary["step_s_median"] is not None:
+        mfu = summary["mfu"]
+        share = "" if mfu is None else f", {mfu:.1%} of the matmul rate"
         console.print(
             f"{summary['step_s_median'] * 1e3:,.0f} ms a step (median), "
-            f"{summary['tokens_per_s']:,.0f} tokens/s, {summary['mfu']:.1%} of the matmul rate",
+            f"{summary['tokens_per_s']:,.0f} tokens/s{share}",
+            highlight=False,
+        )
+    if summary["skipped_steps"]:
+        console.print(
+            f"Of {summary['steps']:,} steps {summary['skipped_steps']:,} were skipped: their loss "
+            "or gradient was not finite.",
             highlight=False,
         )
     if summary["sample"] is not None:
@@ -148,10 +187,6 @@ def print_summary(console: Console, summary: dict[str, Any], plots: list[Path]) 
         console.print(Panel(Text(printable), title="Sample"))
     elif summary["val_loss"] is None:
         console.print("No sample: the model's logits are not finite, the training has diverged.")
-    if plots:
-        console.print(f"Plots: {', '.join(str(path) for path in plots)}", highlight=False)
-    else:
-        console.print("No plots: matplotlib is not installed.", highlight=False)
 
 
 def _wire_table(summary: dict[str, Any]) -> Table:

@@ -27,7 +27,13 @@ _UNSET = "unset"
 _MOST_TOLD = 4
 
 # What older versions did not write down.
-_OLDER: dict[str, Any] = {"history": "", "origin": None, "launch": None, "went_on_from": 0}
+_OLDER: dict[str, Any] = {
+    "history": "",
+    "origin": None,
+    "launch": None,
+    "went_on_from": 0,
+    "skipped_steps": 0,
+}
 
 # Settings that change the time or the bytes of a step, beside qsdp's.
 _PACE = ("batch_size", "grad_accum", "seq_len", "precision", "replicas", "backend")
@@ -224,6 +230,7 @@ def _read(path: Path) -> dict[str, Any]:
         "origin": str | None,
         "launch": str | None,
         "went_on_from": int,
+        "skipped_steps": int,
     }
     wire = meta.get("wire", 0)
     is_whole = all(isinstance(meta.get(name, ...), kind) for name, kind in kinds.items())

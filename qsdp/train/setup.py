@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,12 +16,15 @@ from torch import nn
 import qsdp
 from qsdp import checkpoint
 from qsdp.codec import native
+from qsdp.compat import sharded_parameters
 from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.data.tokenizer import hash_of
 from qsdp.metrics import MetricsWriter
 from qsdp.models import GPT, GPTConfig
 from qsdp.optim.base import OptimizerWrapper
+from qsdp.optim.finite import first_not_finite
 from qsdp.sparsity.compression import Prunable
+from qsdp.streams import complain
 from qsdp.train.agree import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError, is_lost
@@ -86,6 +88,12 @@ class Job:
     may know of more."""
     saver: checkpoint.AsyncSaver | None = None
     """With --save-async."""
+    skipped_steps: int = 0
+    """Steps of the run so far that were not finite."""
+    bad_in_row: int = 0
+    """How many of them were the last ones."""
+    last_bad: str | None = None
+    """What was not finite in the last step; None if it was taken."""
 
     @property
     def out(self) -> Path:
@@ -99,14 +107,11 @@ class Job:
     @property
     def has_mistake(self) -> bool:
         """Whether this rank has something to say in `check`."""
-        has_lost_lines = self.metrics is not None and self.metrics.mistake is not None
-        return has_lost_lines or self.corpus.mistake() is not None
+        return self.corpus.mistake() is not None
 
     def check(self) -> None:
-        """Raise ValueError for tokens that cannot be, OSError for lines that were not written."""
+        """Raise ValueError for tokens that cannot be."""
         self.corpus.check()
-        if self.metrics is not None:
-            self.metrics.check()
 
     def open_metrics(self) -> None:
         """Open the metrics file, on rank 0. Raises UserError everywhere if it cannot be written."""
@@ -126,11 +131,43 @@ class Job:
 
         self.metrics = self.world.together(make)
 
+    def count_step(self, bad: str | None) -> None:
+        """Count a step, and that it was skipped if something was not finite, which `bad` names."""
+        self.steps_done += 1
+        self.last_bad = bad
+        self.skipped_steps += bad is not None
+        self.bad_in_row = 0 if bad is None else self.bad_in_row + 1
+
+    def check_bad_steps(self) -> None:
+        """Raise UserError, on every rank, after --max-bad-steps skipped steps in a row."""
+        if self.bad_in_row < self.config.max_bad_steps:
+            return
+        self.wait_saved()
+        first, last = self.steps_done - self.bad_in_row + 1, self.steps_done
+        steps = f"step {last}" if first == last else f"steps {first} to {last}"
+        raise UserError(
+            f"--max-bad-steps is {self.config.max_bad_steps}, and {steps} had no finite loss and "
+            f"gradient: not finite in step {last} was {self.last_bad}; "
+            f"{self.world.on_main(self._way_out)}.",
+            is_shared=True,
+        )
+
+    def _way_out(self) -> str:
+        """The last checkpoint, and what to do, of a run whose numbers are not finite any more."""
+        start, root = self.results.start, self.out / CHECKPOINTS
+        path = None if self.results.is_beside else checkpoint.latest(root, without=self.damaged)
+        path = path or start.source
+        change = "a lower --lr or --clip-grad"
+        if path is None:
+            return f"there is no checkpoint yet, so begin anew with {change}"
+        return f"the last good checkpoint is {path}: go on from it by --resume with {change}"
+
     def save(self) -> None:
         """Write the checkpoint of the steps done; with --save-async from the second one on beside
         training. The first one decides what becomes of other histories' files."""
         # Whoever finds the checkpoint finds the lines of its steps.
-        self.world.on_main(lambda: None if self.metrics is None else self.metrics.sync())
+        if self.metrics is not None:
+            self.metrics.sync()
         root = self.out / CHECKPOINTS
         saver = self.saver if self.has_checkpoint else None
         self._write(root, self.steps_done, self.optimizer, {}, self.config.keep, saver)
@@ -163,9 +200,10 @@ class Job:
         saver: checkpoint.AsyncSaver | None = None,
     ) -> None:
         """Write a checkpoint into `root`, with `more` beside what all of them have, or let `saver`
-        do it. Raises UserError, on every rank, if that fails, or the one before has failed."""
+        do it. Raises UserError, on every rank, if that fails, if the one before has failed, or if
+        the weights are not finite."""
         self.wait_saved()
-        self.world.on_main(self.check_lock)
+        self.world.together(lambda: self._check_before_saving(steps_done))
         tokenizer, start = self.corpus.tokenizer, self.results.start
         meta = {
             "fingerprint": self.fingerprint,
@@ -177,6 +215,7 @@ class Job:
             "went_on_from": start.went_on_from,
             "origin": start.origin,
             "launch": launch_id(),
+            "skipped_steps": self.skipped_steps,
         }
         files = {} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()}
         save = checkpoint.save if saver is None else saver.save
@@ -193,6 +232,16 @@ class Job:
         if damaged:
             names = ", ".join(sorted(f"{root.name}/{path.name}" for path in damaged))
             self.say(f"Removed from {self.out}, as damaged: {names}")
+
+    def _check_before_saving(self, steps_done: int) -> None:
+        self.check_lock()
+        tensors = sharded_parameters(self.model) | dict(self.model.named_buffers())
+        name = first_not_finite(tensors)
+        if name is not None:
+            raise ValueError(
+                f"{name} is not finite on rank {self.world.rank} after step {steps_done}, from "
+                f"which no training recovers, so that no checkpoint is written; {self._way_out()}."
+            )
 
     def check_lock(self) -> None:
         """Raise ValueError, on rank 0, if the folder of results is another run's now."""
@@ -231,7 +280,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     source, meta = start.source, start.meta
     if world.is_main:
         for line in told_as_damaged(start, damaged):
-            print(f"warning: {line}", file=sys.stderr, flush=True)
+            complain(f"warning: {line}")
     if meta is not None and config.resume == "auto" and is_finished(config, meta):
         if world.is_main:
             print(
@@ -274,6 +323,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         damaged={error.checkpoint.resolve() for error in damaged},
         saver=held.enter_context(_saving_beside()) if config.save_async else None,
         steps_done=steps_done,
+        skipped_steps=0 if meta is None else meta["skipped_steps"],
         pace_since=0 if meta is None else pace_since(config, world, meta),
     )
     _announce(job, source, meta, removed)

@@ -22,7 +22,7 @@ from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate import Evaluator
 from qsdp.train.evaluate_cli import TARGETS, EvaluateFlags
 from qsdp.train.parallelize import shard
-from qsdp.train.plots import write_target_plot
+from qsdp.train.plots import may_fail, write_target_plot
 from qsdp.train.report import label
 from qsdp.train.source import Source, open_source
 from qsdp.train.wire import StockWire
@@ -211,7 +211,7 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
     }
     plot = out / "evaluation.png"
     noted = ""
-    if not write_target_plot(plot, losses, name.lower()):
+    if may_fail(f"{plot}", lambda: write_target_plot(plot, losses, name.lower())) is False:
         noted = "; no plot: matplotlib is not installed"
         if plot.exists():
             plot.unlink()

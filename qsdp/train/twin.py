@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 
 from qsdp import checkpoint
+from qsdp.streams import complain
+from qsdp.train.errors import sentence
 from qsdp.train.setup import Job
 
 
@@ -37,22 +38,19 @@ def _pruned(job: Job) -> float:
 
 
 def kept_loss(job: Job) -> float | None:
-    """The validation loss of the dense twin that the run has kept so far; None without one. On
-    rank 0, which says once of a damaged one that it counts as none."""
-    path = job.results.latest_twin(job.damaged)
-    if path is None:
-        return None
+    """The validation loss of the dense twin that the run has kept so far; None without one that can
+    be read. On rank 0, which says once of a damaged one that it counts as none."""
     try:
-        if not job.has_twin:  # it was found
+        path = job.results.latest_twin(job.damaged)
+        if path is not None and not job.has_twin:  # it was found
             checkpoint.verify(path)
-        return float(checkpoint.read_meta(path)["val_loss"])
+        return None if path is None else float(checkpoint.read_meta(path)["val_loss"])
     except checkpoint.Damaged as error:
-        job.damaged.add(path.resolve())
+        job.damaged.add(error.checkpoint.resolve())
         job.why_no_twin = f"{error.file} is damaged: {error.why}"
-        print(
-            f"warning: {job.why_no_twin}. The dense twin of step {checkpoint.step_of(path)} counts "
-            "as none",
-            file=sys.stderr,
-            flush=True,
-        )
+        complain(f"warning: {job.why_no_twin}. This dense twin counts as none")
         return kept_loss(job)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        job.why_no_twin = f"it cannot be read ({sentence(error)})"
+        complain(f"warning: the dense twin in {job.out} cannot be read ({sentence(error)})")
+        return None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
-import sys
+import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -18,12 +20,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from qsdp.failures import collective
+from qsdp.streams import bring_out
 from qsdp.train.config import RunFlags
 from qsdp.train.errors import UserError, is_lost, sentence
+from qsdp.train.signals import Stop
 
 T = TypeVar("T")
 
 MEETING_TIMEOUT = timedelta(minutes=5)
+_LOOK_AGAIN = timedelta(seconds=1)
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class World:
     """`nccl` or `gloo`."""
     mesh: DeviceMesh
     """One axis over all ranks."""
+    stop: Stop = field(default_factory=Stop, compare=False)
+    """Whether a scheduler wants the run to end. `together`, `on_main` and `sum` let ranks agree."""
 
     @property
     def is_main(self) -> bool:
@@ -54,10 +61,11 @@ class World:
             result = work()
         except (ValueError, RuntimeError, OSError, UserError) as error:
             mistake = sentence(error)
-        mistakes: list[str | None] = [None] * self.size
+        said: list[tuple[str | None, bool]] = [(None, False)] * self.size
         with collective("agreement that all is well"):
-            dist.all_gather_object(mistakes, mistake)
-        for first in mistakes:
+            dist.all_gather_object(said, (mistake, self.stop.asked is not None))
+        self.stop.is_agreed |= any(is_asked for _, is_asked in said)
+        for first, _ in said:
             if first is not None:
                 raise UserError(first, is_shared=True)
         return result
@@ -71,12 +79,15 @@ class World:
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """Add each value up over all ranks, in fp64. Waits for the device."""
+        parts = [*values, self.stop.asked is not None]
         total = torch.stack(
-            [torch.as_tensor(v, device=self.device).detach().double() for v in values]
+            [torch.as_tensor(v, device=self.device).detach().double() for v in parts]
         )
         with collective("sum over all ranks"):
             dist.all_reduce(total)
-            return total.tolist()
+            *sums, num_asked = total.tolist()
+        self.stop.is_agreed |= num_asked > 0
+        return sums
 
 
 def all_alike(world: World, collective: Callable[[], T]) -> T:
@@ -109,14 +120,15 @@ def end_process(status: int) -> NoReturn:
     Python is being finalized ends the process with SIGABRT ("terminate called without an active
     exception", torch 2.13): the launcher would report a failed run.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    bring_out()
     os._exit(status)
 
 
 @contextmanager
 def open_world(
-    timeout_s: int = RunFlags.timeout_s, backend: str | None = RunFlags.backend
+    timeout_s: int = RunFlags.timeout_s,
+    backend: str | None = RunFlags.backend,
+    stop: Stop | None = None,
 ) -> Iterator[World]:
     """Meet the other ranks that torchrun started, or be a world of one without it.
 
@@ -146,7 +158,7 @@ def open_world(
             "earlier message on another node, and at the address that torchrun was given."
         ) from None
     try:
-        yield World(rank, size, device, backend, mesh)
+        yield World(rank, size, device, backend, mesh, stop or Stop())
     except UserError as error:
         # All ranks are here, so taking leave of each other cannot hang; after other errors it may.
         if not is_lost(error):
@@ -190,9 +202,37 @@ def _alone() -> tuple[int, int, Any]:
 
 
 def _meet() -> tuple[int, int, Any]:
-    """Wait, less long than for a collective, until every rank has come to torchrun's store."""
+    """Wait, less long than for a collective, until every rank has come to torchrun's store.
+
+    torchrun keeps its store when it restarts ranks, and their number of restarts may differ between
+    nodes. What ranks of before have left there (addresses, NCCL's id) would be taken for that of
+    these, so each meeting has a part of the store to itself, which rank 0 names:
+
+    1. Rank 0 writes down the meeting's name, then waits for a word from every other rank.
+    2. A rank reads the name, which may still be that of an earlier meeting, and leaves a random
+       word there.
+    3. Rank 0 gives back all the words. Who finds its own has met; who does not begins again at 2.
+
+    Returns rank, size and the part of the store. Raises RuntimeError when time is up.
+    """
     store, rank, size = next(rendezvous("env://", timeout=MEETING_TIMEOUT))
-    if store.add("qsdp/arrived", 1) == size:
-        store.set("qsdp/all_arrived", "1")
-    store.wait(["qsdp/all_arrived"], MEETING_TIMEOUT)
-    return rank, size, store
+    words = [f"word-{other}" for other in range(1, size)]
+    if rank == 0:
+        name = secrets.token_hex(8)
+        here = dist.PrefixStore(f"qsdp/{name}", store)
+        store.set("qsdp/meeting", name)
+        here.wait(words, MEETING_TIMEOUT)
+        here.set("words", json.dumps([here.get(word).decode() for word in words]))
+        return rank, size, here
+    own, deadline = secrets.token_hex(8), time.monotonic() + MEETING_TIMEOUT.total_seconds()
+    while time.monotonic() < deadline:
+        here = dist.PrefixStore(f"qsdp/{store.get('qsdp/meeting').decode()}", store)
+        here.set(words[rank - 1], own)
+        try:
+            here.wait(["words"], _LOOK_AGAIN)
+        except RuntimeError:  # not all are here, or this is an earlier meeting that never was one
+            continue
+        if json.loads(here.get("words"))[rank - 1] == own:
+            return rank, size, here
+        time.sleep(_LOOK_AGAIN.total_seconds() / 10)
+    raise RuntimeError(f"rank 0 or another one did not come within {MEETING_TIMEOUT}")

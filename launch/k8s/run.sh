@@ -1,0 +1,36 @@
+#!/bin/bash
+# What a pod runs: torchrun with the arguments given, which have the run's --out=FOLDER among them.
+#
+# When one pod is evicted, the run saves and the ranks of all pods end with status 0. A pod whose run
+# has not come to its end must not count as completed: it ends with status 75, and is made anew.
+set -euo pipefail
+
+out=
+for argument; do
+    [[ $argument != --out=* ]] || out=${argument#--out=}
+done
+: "${out:?give the run --out=FOLDER}"
+
+# Kubernetes tells the first process of the container alone.
+is_told=
+trap 'woken=1 is_told=1; kill -s TERM "${!-}" || true' TERM
+
+torchrun "$@" &
+launcher=$!
+until
+    woken=
+    status=0
+    wait "$launcher" || status=$?
+    [[ -z $woken ]]
+do :; done
+
+if [[ $status != 0 && -z $is_told ]]; then
+    exit "$status"
+fi
+# A file that another pod has written may come late over the network.
+for _ in $(seq "${PATIENCE_S:-30}"); do
+    [[ ! -e $out/summary.json ]] || exit 0
+    [[ -z $is_told ]] || break
+    sleep 1
+done
+exit 75

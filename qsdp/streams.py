@@ -1,0 +1,84 @@
+"""What a run prints, where printing may fail: a log on a full disk, a reader that has gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+
+@contextlib.contextmanager
+def forgiving_output() -> Iterator[None]:
+    """Inside, nothing that is printed can fail: what cannot be written is dropped.
+
+    A reader that has gone, as `head` does, is not waited for: whatever is printed later, by this
+    process or by what it starts, goes nowhere.
+    """
+    before = {"stdout": sys.stdout, "stderr": sys.stderr}
+    own = {name: _forgiving(stream) for name, stream in before.items()}
+    sys.stdout, sys.stderr = own["stdout"], own["stderr"]
+    try:
+        yield
+    finally:
+        for name, stream in before.items():
+            if getattr(sys, name) is own[name]:  # else whoever put another there takes it away
+                setattr(sys, name, stream)
+
+
+def complain(text: str) -> None:
+    """Print one line on standard error, if that can be written."""
+    if sys.stderr is not None:
+        print(text, file=_forgiving(sys.stderr), flush=True)
+
+
+def bring_out() -> None:
+    """Write what was printed and is still in memory, as far as it can be written."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            _forgiving(stream).flush()
+
+
+class _Forgiving:
+    """A text stream that drops what cannot be written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._try(lambda: self._stream.write(text))
+        except UnicodeEncodeError as error:
+            printable = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+            self._try(lambda: self._stream.write(printable))
+        return len(text)
+
+    def writelines(self, lines: list[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except BrokenPipeError:
+            # What is left in memory would fail again, at the latest when Python ends.
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+        except UnicodeEncodeError:
+            raise
+        except (OSError, ValueError):  # ValueError: it is closed
+            return
+
+
+def _forgiving(stream: TextIO | None) -> Any:
+    """None is what Python makes of a stream that was closed when the process began."""
+    return stream if stream is None or isinstance(stream, _Forgiving) else _Forgiving(stream)

@@ -1,0 +1,65 @@
+"""A scheduler's signals: a run that is told to end finishes its step, saves, and ends with 0.
+
+SIGTERM and SIGUSR1 only set a flag here. `World` lets it ride on what all ranks exchange anyway, so
+that all of them know at the same place, whichever of them was told.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass
+class Stop:
+    """Whether a run is to end before its time."""
+
+    asked: signal.Signals | None = None
+    """The first signal that this process got."""
+    is_agreed: bool = False
+    """Whether all ranks know that one of them was asked: the same on all ranks."""
+
+    @property
+    def why(self) -> str:
+        """What came, in words."""
+        return "a signal to another rank" if self.asked is None else self.asked.name
+
+
+_latest = Stop()
+
+
+@contextmanager
+def heeded() -> Iterator[Stop]:
+    """Inside, `SIGNALS` to this process set `Stop.asked`, however often they come.
+
+    A thread other than the main one may not handle signals: they are left as they are.
+    """
+    global _latest
+    _latest = stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        stop.asked = stop.asked or signal.Signals(signum)
+
+    former = {number: signal.signal(number, ask) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.siginterrupt(number, False)  # what other threads wait for in C goes on
+    try:
+        yield stop
+    finally:
+        for number, handler in former.items():
+            # None: a handler that Python does not know and cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def were_heeded() -> bool:
+    """Whether this process was told to end in the latest `heeded`, which nobody will tell again."""
+    return _latest.asked is not None
