@@ -520,8 +520,11 @@ def unused_name(parent: dist.ProcessGroup) -> str:
     return f"qsdp {number} of {parent.group_name}"
 
 
-def new_group(ranks: list[int], parent: dist.ProcessGroup, name: str) -> dist.ProcessGroup:
-    """A process group of ``ranks``, which alone call this, with backends and timeout of ``parent``.
+def new_group(
+    ranks: list[int], parent: dist.ProcessGroup, name: str, backend: str | None = None
+) -> dist.ProcessGroup:
+    """A process group of ``ranks``, which alone call this, with the timeout of ``parent``, and its
+    backends where no other ``backend`` is given.
 
     `dist.new_group` lets ranks meet at a name with the number of groups that each knows. Ranks may
     know of different groups, and once one was destroyed the next has its name.
@@ -533,7 +536,7 @@ def new_group(ranks: list[int], parent: dist.ProcessGroup, name: str) -> dist.Pr
         len(ranks),
         ranks.index(dist.get_rank()),
         ranks,
-        distributed_c10d.Backend(dist.get_backend_config(parent)),
+        distributed_c10d.Backend(backend or dist.get_backend_config(parent)),
         store,
         cast(Any, name),
         timeout=timeout,

@@ -3,9 +3,11 @@
 import random
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from qsdp.train.cli import parse
 
@@ -31,6 +33,22 @@ def a_record(
         "parameters": 1000,
         "ranks": 2,
     } | more
+
+
+# saving.py
+
+
+def test_a_save_is_timed_both_ways(load: Any, tmp_path: Path) -> None:
+    saving = load("saving")
+    options = SimpleNamespace(model="tiny", rounds=1, tokens=8, folder=tmp_path)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        row = saving.measure(options)
+    finally:
+        dist.destroy_process_group()
+    assert row["bytes"] > 3 * 4 * 10_000  # the weights and two moments of each
+    assert min(row.values()) > 0
+    assert not [*tmp_path.iterdir()]
 
 
 # quality.py

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,8 @@ def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path: Path) 
     again, again_optimizer = make()
     checkpoint.load(path, again, again_optimizer)
     meta = checkpoint.read_meta(path)
-    assert meta.pop("checksums").keys() == {".metadata", "__0_0.distcp"}
+    assert meta.pop("checksums").keys() == {".metadata", "__0_0.distcp", "a.txt"}
+    assert meta.pop("checksum").startswith("crc32:")
     assert meta == {"note": "é", "step": 1}
     assert (path / "a.txt").read_text() == "hello"
     for pair in ((model, optimizer), (again, again_optimizer)):
@@ -105,7 +108,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint_or_the_new_one(
         if moment in ("sync", "remove"):
             patch.setattr(folders, moment, cut)
         else:
-            patch.setattr(f"qsdp.checkpoint.state.{moment}", cut)
+            patch.setattr(f"qsdp.checkpoint.saving.{moment}", cut)
         with pytest.raises(PowerCut):
             checkpoint.save(tmp_path, 2, model, optimizer, {}, keep=1)
     survivor = checkpoint.latest(tmp_path)
@@ -141,19 +144,85 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
         checkpoint.load(path, other, torch.optim.AdamW(other.parameters()))
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
-def test_one_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
+FILES = ("__0_0.distcp", ".metadata", "a.txt", "meta.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_noticed_before_anything_is_loaded(tmp_path: Path, name: str) -> None:
     model, optimizer = make()
     take_step(model, optimizer)
-    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
-    damaged = bytearray((path / name).read_bytes())
-    damaged[len(damaged) // 2] ^= 4
-    (path / name).write_bytes(damaged)
-    with pytest.raises(ValueError, match=f"{name} is damaged.*--resume PATH"):
-        checkpoint.load(path, *make())
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {"é": 1}, files={"a.txt": "hello"})
+    whole = (path / name).read_bytes()
+    places = range(len(whole)) if name == "meta.json" else [0, len(whole) // 2, len(whole) - 1]
+    flipped = [whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :] for i in places]
+    other, other_optimizer = make()
+    before = [parameter.clone() for parameter in other.parameters()]
+
+    def is_noticed() -> None:
+        with pytest.raises(checkpoint.Damaged, match=f"{name} is damaged") as error:
+            checkpoint.load(path, other, other_optimizer)
+        assert (error.value.checkpoint, error.value.file) == (path, path / name)
+
+    for damaged in (*flipped, whole[:-1], whole[: len(whole) // 2], b""):
+        (path / name).write_bytes(damaged)
+        is_noticed()
     (path / name).unlink()
-    with pytest.raises(ValueError, match="cannot be read"):
-        checkpoint.load(path, *make())
+    is_noticed()
+    assert all(map(torch.equal, before, other.parameters()))
+    (path / name).write_bytes(whole)
+    checkpoint.load(path, other, other_optimizer)
+
+
+def test_a_checkpoint_of_an_older_version_loads(tmp_path: Path) -> None:
+    model, optimizer = make()
+    take_step(model, optimizer)
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {"a": 1}, files={"a.txt": "hello"})
+    meta = checkpoint.read_meta(path)
+    del meta["checksum"], meta["checksums"]["a.txt"]
+    (path / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    checkpoint.load(path, *make())
+    # What was read may be given again.
+    again = checkpoint.save(tmp_path, 2, model, optimizer, checkpoint.read_meta(path))
+    assert checkpoint.read_meta(again)["a"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*which a killed run left, is removed")
+@pytest.mark.parametrize("is_rewritten", [True, False])
+def test_what_is_damaged_counts_for_nothing_and_goes_when_another_is_there(
+    tmp_path: Path, is_rewritten: bool
+) -> None:
+    model, optimizer = make()
+    take_step(model, optimizer)
+    for step in (1, 2, 3):
+        path = checkpoint.save(tmp_path, step, model, optimizer, {}, keep=9)
+    damaged = path.with_name(path.name + ".new") if is_rewritten else path
+    if is_rewritten:  # the old one is still there
+        shutil.copytree(path, damaged)
+    (damaged / ".metadata").unlink()
+    assert checkpoint.latest(tmp_path) == damaged
+    without = {damaged.resolve()}
+    step = 3 if is_rewritten else 2
+    assert checkpoint.latest(tmp_path, without=without) == checkpoint.steps(tmp_path, without)[step]
+    checkpoint.save(tmp_path, 4, model, optimizer, {}, keep=2, damaged=without)
+    assert [*checkpoint.steps(tmp_path)] == [step, 4]
+    for path in tmp_path.iterdir():
+        checkpoint.verify(path)
+
+
+def test_a_file_that_cannot_be_read_is_refused_but_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint.save(tmp_path, 1, *make(), {})
+
+    def refuse(file: Path, *_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(file))
+
+    for kind, name in ((Path, "read_bytes"), (folders, "checksum")):
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, refuse)
+            with pytest.raises(ValueError, match=r"cannot be read .Input/output") as error:
+                checkpoint.check(path)
+        assert type(error.value) is ValueError
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ def test_patterns_are_for_what_is_evaluated_whatever_the_run_compressed(tmp_path
     run |= {"cram": True, "cram_sparsity": [0.5], "cram_targets": ["2:4"]}
     settings = _settings(tmp_path, run)
     assert settings.batch_size == 7
-    source = Source(tmp_path, None, 2, settings, 1, GPTConfig.from_preset("tiny", vocab_size=9))
+    source = Source(
+        tmp_path, None, 2, settings, 1, GPTConfig.from_preset("tiny", vocab_size=9), True
+    )
     flags = evaluate_cli.parse([str(tmp_path), "--prunable", "a.*,b.*", "--targets", "none"])
     assert targets._config(flags, source).patterns == ["a.*", "b.*"]
     flags = evaluate_cli.parse([str(tmp_path)])

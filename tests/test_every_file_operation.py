@@ -66,6 +66,11 @@ def save(root: Path, step: int, value: float, keep: int = 2) -> None:
     checkpoint.save(root, step, *model_of(value), meta, files=TOKENIZER, keep=keep)
 
 
+def save_beside(root: Path, step: int, value: float, keep: int = 2) -> None:
+    with checkpoint.AsyncSaver() as saver:
+        saver.save(root, step, *model_of(value), {"value": value}, files=TOKENIZER, keep=keep)
+
+
 def value_of(path: Path) -> float:
     """Which model is at `path`, all of it bit for bit."""
     content = tuple(sorted(tree(path).items()))
@@ -191,7 +196,7 @@ def _assert_is(folder: Path, case: Case, new: tuple[Tree, Any]) -> None:
     assert case.show(folder) == new[1]
 
 
-def saved(before: tuple[int, ...], step: int, keep: int) -> Case:
+def saved(before: tuple[int, ...], step: int, keep: int, how: Callable[..., None] = save) -> Case:
     """A checkpoint beside others."""
 
     def fill(folder: Path) -> None:
@@ -205,7 +210,7 @@ def saved(before: tuple[int, ...], step: int, keep: int) -> Case:
         return value_of(found) in (float(max(before, default=0)), 40.0)
 
     return Case(
-        fill, lambda root: save(root, step, 40.0, keep), RuntimeError, values, is_whole, False
+        fill, lambda root: how(root, step, 40.0, keep), RuntimeError, values, is_whole, False
     )
 
 
@@ -215,14 +220,15 @@ CHECKPOINTS = {
     "over several": saved((1, 2, 3), 4, 2),
     "once more": saved((3, 4), 4, 2),
 }
+BESIDE = {"beside training": saved((3,), 4, 1, save_beside)}
 
 
 @pytest.mark.usefixtures("world")
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", [*CHECKPOINTS, *BESIDE])
 def test_a_save_that_ends_anywhere_leaves_the_last_checkpoint_or_the_new_one(
     tmp_path: Path, name: str
 ) -> None:
-    assert_every_kill_leaves_old_or_new(tmp_path / "root", CHECKPOINTS[name])
+    assert_every_kill_leaves_old_or_new(tmp_path / "root", (CHECKPOINTS | BESIDE)[name])
 
 
 @pytest.mark.usefixtures("world")

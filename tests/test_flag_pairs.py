@@ -58,6 +58,8 @@ SAMPLES: dict[str, tuple[Values, Values]] = {
     "keep": ({"keep": 3}, ADAMW),
     "max_bad_steps": ({"max_bad_steps": 3}, ADAMW),
     "resume": ({"resume": "none"}, ADAMW),
+    "save_every 0": ({"save_every": 0}, ADAMW),
+    "save_async": ({"save_async": True}, ADAMW),
     "backend": ({"backend": "gloo"}, ADAMW),
     "timeout_s": ({"timeout_s": 77}, ADAMW),
     "one_shot": ({"one_shot": ("2:4",)}, ADAMW),
@@ -130,6 +132,7 @@ EXCLUDED = {
         ("gmp_every", "one pruning"),
         ("prunable", "one_shot none"),
         ("min_lr", "warmup_steps to the end"),
+        ("save_async", "save_every 0"),
         ("qsdp_local_grad_bits", "qsdp_reduce flat"),
         *((f"qsdp_{name}", "qsdp_bits without codes") for name in NEEDS_CODES),
     )
@@ -256,8 +259,8 @@ def seen(values: Values, made: list[Values]) -> list[Any]:
     wire = None if config.wire is None else wired(config.wire)
     has_errors = wire is not None and wire[1] and config.qsdp_errors
     names = """model data tokenizer steps batch_size grad_accum seq_len seed precision replicas
-        eval_every eval_batches save_every keep resume backend timeout_s tensorboard take_over
-        clip_grad max_bad_steps out passes one_shot_targets"""
+        eval_every eval_batches save_every save_async keep resume backend timeout_s tensorboard
+        take_over clip_grad max_bad_steps out passes one_shot_targets"""
     return [
         *(getattr(config, name) for name in names.split()),
         *(optimizers, rates, wire, has_errors, config.patterns if has_patterns else None),

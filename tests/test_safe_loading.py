@@ -31,6 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import checkpoint
 from qsdp.checkpoint import safe
+from qsdp.checkpoint.folders import sealed
 from qsdp.data import load_corpus
 from qsdp.data.shards import read_shards
 from qsdp.export import load_export, read_mask
@@ -155,7 +156,7 @@ def seal(folder: Path) -> None:
     meta = json.loads((folder / "meta.json").read_text())
     for name in meta["checksums"]:
         meta["checksums"][name] = f"crc32:{zlib.crc32((folder / name).read_bytes()):08x}"
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(sealed(meta))
 
 
 def change_table(folder: Path, change: Callable[[Any], None]) -> None:
@@ -408,14 +409,14 @@ def test_a_table_that_is_none_is_refused(copy: Path, table: bytes | None) -> Non
 def test_a_manifest_that_leads_out_of_the_folder_is_refused(copy: Path, name: str) -> None:
     meta = json.loads((copy / "meta.json").read_text())
     meta["checksums"][name] = "crc32:00000000"
-    (copy / "meta.json").write_text(json.dumps(meta))
+    (copy / "meta.json").write_text(sealed(meta))
     assert "not the name of a file" in refused(copy)
 
 
 def test_a_manifest_without_the_table_is_refused(copy: Path) -> None:
     meta = json.loads((copy / "meta.json").read_text())
     del meta["checksums"][".metadata"]
-    (copy / "meta.json").write_text(json.dumps(meta))
+    (copy / "meta.json").write_text(sealed(meta))
     assert "does not list .metadata" in refused(copy)
 
 

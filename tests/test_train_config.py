@@ -240,8 +240,8 @@ def test_help_explains_every_flag_of_the_contract(capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     flags = """model data tokenizer steps batch-size grad-accum seq-len lr min-lr warmup-steps
         weight-decay beta2 clip-grad seed precision out eval-every eval-batches save-every keep
-        resume qsdp-bits qsdp-weight-bits qsdp-grad-bits qsdp-bucket-size qsdp-rounding cram
-        cram-sparsity cram-rho no-cram-plus config replicas qsdp-embedding-bits
+        save-async resume qsdp-bits qsdp-weight-bits qsdp-grad-bits qsdp-bucket-size qsdp-rounding
+        cram cram-sparsity cram-rho no-cram-plus config replicas qsdp-embedding-bits
         qsdp-local-grad-bits qsdp-levels qsdp-level-steps qsdp-policy qsdp-budget qsdp-warmup-steps
         qsdp-warmup-bits qsdp-gather qsdp-reduce qsdp-ranks-per-node qsdp-errors
         max-bad-steps"""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qsdp.checkpoint import TensorReader, latest, read_meta
+from qsdp.checkpoint import TensorReader, latest, read_meta, verify
 from qsdp.models import GPT
 from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.train import cli, loop
@@ -148,3 +150,33 @@ def test_a_run_that_is_cut_where_it_takes_over_has_no_twin_of_the_other(
     assert twin is not None
     assert read_meta(twin)["config"]["lr"] == summary["config"]["lr"] == 1e-4
     assert summary["dense_twin_val_loss"] == read_meta(twin)["val_loss"]
+
+
+@pytest.mark.parametrize("save_every", [5, 12])
+def test_a_damaged_twin_counts_as_none(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], save_every: int
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "run"
+    flags = ["--data", str(tmp_path / "text.txt"), "--out", str(out), *FLAGS, "--eval-every", "0"]
+    flags += ["--save-every", str(save_every)]
+    cli.main(flags)
+    twin = latest(out / DENSE_TWIN)
+    assert twin is not None
+    data = twin / "__0_0.distcp"
+    data.write_bytes(data.read_bytes()[:-1])
+    shutil.rmtree(out / "checkpoints" / "step-00000014")
+    capfd.readouterr()
+    cli.main(flags)
+    printed = capfd.readouterr()
+    assert re.fullmatch(rf"warning: {data} is damaged: .* counts as none\n", printed.err)
+    loss = json.loads((out / "summary.json").read_text())["dense_twin_val_loss"]
+    if save_every == 12:  # the last dense phase was over
+        assert loss is None
+        assert f"No dense twin was kept: {data} is damaged" in printed.out
+        return
+    again = latest(out / DENSE_TWIN)
+    assert again is not None
+    verify(again)
+    assert loss == read_meta(again)["val_loss"]
+    assert len([*(out / DENSE_TWIN).iterdir()]) == 1

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,16 +63,14 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
     checkpoints = killed / "checkpoints"
     last_step = random.randint(3, STEPS - 4)  # by then there is a checkpoint of step 2
     run_jobs.killed((2,), flags("killed"), has_logged(killed, last_step), last_step=last_step)
-    started = time.time()
+    before = max(checkpoint.steps(checkpoints))
 
     def is_writing() -> bool:
-        # Not what the first crash may have left.
-        with contextlib.suppress(FileNotFoundError):
-            return any(p.stat().st_mtime > started for p in checkpoints.glob("tmp-step-*"))
-        return False
+        # The first checkpoint of a start is not written beside training.
+        return any(p.name > f"tmp-step-{before + 1:08d}" for p in checkpoints.glob("tmp-step-*"))
 
     # Whoever saves more often ends with the same weights, and is caught at it more easily.
-    often = [*flags("killed"), "--save-every", "1"]
+    often = [*flags("killed"), "--save-every", "1", "--save-async"]
     printed = run_jobs.killed((2,), often, is_writing, disk_s=0.05)
     assert "Going on from" in printed
     assert not (killed / "summary.json").exists()
@@ -83,7 +79,17 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
     assert "Going on from" in printed
     assert re.search(rf"a signal to another rank: step \d of {STEPS} is saved", printed)
     assert not (killed / "summary.json").exists()
-    assert "Going on from" in run_jobs.succeed((2,), flags("killed"))
+
+    # All ranks hear of what one of them finds damaged.
+    *_, (before, used), (last_step, newest) = checkpoint.steps(checkpoints).items()
+    damaged = newest / "__1_0.distcp"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    [ends] = run_jobs.ends((2,), flags("killed"))
+    assert [end.status for end in ends] == [0, 0]
+    assert f"Going on from {used}" in ends[0].printed
+    assert f"{damaged} is damaged" in ends[0].complaint
+    assert re.search(rf"\b{last_step - before} steps? (is|are) lost", ends[0].complaint)
+    assert not ends[1].complaint
 
     last = f"checkpoints/step-{STEPS:08d}"
     expected = tensors(whole / last, tmp_path / "whole.pt")

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from qsdp import checkpoint
+from qsdp.checkpoint.folders import sealed
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import make_batch, make_model, shard
 
@@ -68,11 +69,10 @@ def _trick(path: Path, place: str) -> None:
         file.write_bytes(data[: info.offset] + padded + data[info.offset + info.length :])
     if place == "table":
         (path / "table").write_bytes(written)
-    meta = path / "meta.json"
-    text = meta.read_text()
-    for name, stated in checkpoint.read_meta(path)["checksums"].items():
-        text = text.replace(stated, f"crc32:{zlib.crc32((path / name).read_bytes()):08x}")
-    meta.write_text(text)
+    meta = checkpoint.read_meta(path)
+    for name in meta["checksums"]:
+        meta["checksums"][name] = f"crc32:{zlib.crc32((path / name).read_bytes()):08x}"
+    (path / "meta.json").write_text(sealed(meta))
 
 
 def test_all_ranks_refuse_alike_and_nothing_runs(run: Run, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 step-00000500/             whole: made under another name and renamed when all is on disk
     .metadata  *.distcp    torch.distributed.checkpoint: model and optimizer
-    meta.json              the step, checksums of those files, and what the run adds
+    meta.json              the step, checksums of all files and its own, and what the run adds
 step-00000500.new/         whole too, and newer than the one beside it, whose name it takes next
 tmp-.../                   being written or removed; what no process claims is a killed one's
 """
@@ -15,64 +15,106 @@ import math
 import re
 import secrets
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qsdp.files import claimed_folder, is_file_name, remove_tree, sync, unclaimed
 
 META = "meta.json"
+OWN_CHECKSUM = "checksum"
+"""The last entry of meta.json, of versions that list all files: the checksum of its own bytes, with
+zeros in the place of that checksum."""
 _REWRITTEN = ".new"
 _REMOVED = "tmp-old-"
 _COMPLETE = re.compile(rf"step-(\d{{8,}})({_REWRITTEN})?")
+_NO_CHECKSUM = f"crc32:{0:08x}"
+_SEAL = re.compile(rf',\n "{OWN_CHECKSUM}": "(crc32:[0-9a-f]{{8}})"\n}}\n'.encode())
 
 
-def steps(root: Path) -> dict[int, Path]:
-    """The whole checkpoints in `root` by their step, oldest first."""
+class Damaged(ValueError):
+    """A file of a checkpoint is missing, truncated or altered."""
+
+    def __init__(self, checkpoint: Path, name: str, why: str) -> None:
+        super().__init__(checkpoint, name, why)
+        self.checkpoint, self.file, self.why = checkpoint, checkpoint / name, why
+
+    def __str__(self) -> str:
+        return f"{self.file} is damaged: {self.why}; name another checkpoint"
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's folder is named after; None if it has another name."""
+    named = _COMPLETE.fullmatch(path.name)
+    return None if named is None else int(named[1])
+
+
+def steps(root: Path, without: Collection[Path] = ()) -> dict[int, Path]:
+    """The complete checkpoints in `root` by their step, oldest first; `without` some, by their real
+    paths."""
     if not root.is_dir():
         return {}
     found = {
-        int(match[1]): path
+        step: path
         for path in sorted(root.iterdir())  # .new comes after the one that it replaces
-        if path.is_dir() and (match := _COMPLETE.fullmatch(path.name))
+        if path.is_dir() and (step := step_of(path)) is not None and path.resolve() not in without
     }
     return dict(sorted(found.items()))
 
 
-def latest(root: Path, until: float = math.inf) -> Path | None:
-    """The newest whole checkpoint in `root`, if any; of those that are no later than `until`."""
-    return next((path for step, path in reversed(steps(root).items()) if step <= until), None)
+def latest(root: Path, until: float = math.inf, without: Collection[Path] = ()) -> Path | None:
+    """The newest complete checkpoint in `root`, if any; of those that are no later than `until`,
+    `without` some as in `steps`."""
+    found = reversed(steps(root, without).items())
+    return next((path for step, path in found if step <= until), None)
 
 
-def resolve(path: Path) -> Path:
-    """The checkpoint that a user means by `path`: itself, or the newest one in that folder.
+def resolve(path: Path, without: Collection[Path] = ()) -> Path:
+    """The checkpoint that a user means by `path`: itself, or the newest one in that folder,
+    `without` some as in `steps`.
 
     Raises ValueError if there is none.
     """
     if (path / META).is_file():
         return path
-    found = latest(path) or latest(path / "checkpoints")
+    found = latest(path, without=without) or latest(path / "checkpoints", without=without)
+    if found is None and step_of(path) is not None and path.is_dir():
+        return path  # which is damaged
     if found is None:
         raise ValueError(f"{path} holds no complete checkpoint; give a folder named step-...")
     return found
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What `save` was given as `meta`, with `step` and `checksums`.
+    """What `save` was given as `meta`, with `step`, `checksums` and its own `checksum`; older
+    versions wrote no `checksum`, and of the files only DCP's into `checksums`.
 
-    Raises ValueError if it cannot be read, lacks one of these two, or lists what is no file's name.
+    Raises Damaged if it is not as it was written, ValueError if it cannot be read or lists what is
+    no file's name.
     """
     try:
-        meta = json.loads((path / META).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = (path / META).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(path, META, "it is missing") from None
+    except OSError as error:
         raise ValueError(
-            f"{path / META} cannot be read ({error}); resume from another checkpoint."
+            f"{path / META} cannot be read ({error.strerror}); resume from another checkpoint."
         ) from None
+    try:
+        meta = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(path, META, f"it is not JSON ({error})") from None
     step = meta.get("step") if isinstance(meta, dict) else None
     if type(step) is not int or step < 0:
-        raise ValueError(f"{path / META} states no step; resume from another checkpoint.")
+        raise Damaged(path, META, "it states no step")
     if not isinstance(meta.get("checksums"), dict):
-        raise ValueError(f"{path / META} states no checksums; resume from another checkpoint.")
+        raise Damaged(path, META, "it states no checksums")
+    seal = _SEAL.search(data, max(0, len(data) - 50))
+    if seal is not None:
+        if seal[1].decode() != _sealed_by(data[: seal.start(1)], data[seal.end(1) :]):
+            raise Damaged(path, META, "its checksum is not the one that it states")
+    elif [*meta][-1] != "checksums":  # which older versions wrote last
+        raise Damaged(path, META, "it does not end with its checksum")
     for name in meta["checksums"]:
         if not is_file_name(name):
             raise ValueError(
@@ -80,6 +122,29 @@ def read_meta(path: Path) -> dict[str, Any]:
                 "it is refused; resume from another checkpoint."
             )
     return meta
+
+
+def lists(meta: Mapping[str, Any], name: str) -> bool:
+    """Whether the file `name` is of the checkpoint of `meta`, as far as that tells: older versions
+    did not list texts."""
+    return OWN_CHECKSUM not in meta or name in meta["checksums"]
+
+
+def sealed(meta: Mapping[str, Any]) -> str:
+    """The text of meta.json, with the checksum of its own bytes at its end."""
+    values = {name: value for name, value in meta.items() if name != OWN_CHECKSUM}
+    text = json.dumps({**values, OWN_CHECKSUM: _NO_CHECKSUM}, indent=1) + "\n"
+    before, _, after = text.rpartition(_NO_CHECKSUM)
+    return before + _sealed_by(before.encode(), after.encode()) + after
+
+
+def _sealed_by(before: bytes, after: bytes) -> str:
+    return checksum_of(before + _NO_CHECKSUM.encode() + after)
+
+
+def checksum_of(data: bytes) -> str:
+    """As `checksum`, of bytes."""
+    return f"crc32:{zlib.crc32(data):08x}"
 
 
 def checksum(path: Path) -> str:
@@ -99,24 +164,24 @@ def verify(
     rank: int = 0,
     size: int = 1,
     progress: Callable[[int], None] = lambda num_bytes: None,
-    how: str = "",
 ) -> None:
-    """Raise ValueError unless this rank's part of the files is as `save` left them.
+    """Check that this rank's part of the files is as `save` left them.
 
-    `progress` is called with the number of bytes that were just read; `how` ends the message: how
-    another checkpoint is named.
+    `progress` is called with the number of bytes that were just read.
+    Raises Damaged if it is not, ValueError if it cannot be read.
     """
     stated = read_meta(path)["checksums"]
-    try:
-        for name in sorted(stated)[rank::size]:
+    for name in sorted(stated)[rank::size]:
+        try:
             if checksum(path / name) != stated[name]:
-                raise ValueError(
-                    f"{path / name} is damaged: its checksum is not the one in {META}; name an "
-                    f"earlier checkpoint{how}"
-                )
+                raise Damaged(path, name, f"its checksum is not the one in {META}")
             progress((path / name).stat().st_size)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error}); name another checkpoint{how}") from None
+        except FileNotFoundError:
+            raise Damaged(path, name, "it is missing") from None
+        except OSError as error:
+            raise ValueError(
+                f"{path / name} cannot be read ({error.strerror}); name another checkpoint"
+            ) from None
 
 
 @contextlib.contextmanager
@@ -135,7 +200,7 @@ def writing(root: Path, step: int) -> Iterator[Path]:
         yield folder
 
 
-def clear_killed(root: Path) -> list[Path]:
+def clear_killed(root: Path, damaged: Collection[Path] = ()) -> list[Path]:
     """Make the folder `root` if there is none; finish or remove what killed writers left in it.
 
     Returns what was removed, but for what was about to be.
@@ -147,15 +212,22 @@ def clear_killed(root: Path) -> list[Path]:
             if is_free and path.name.startswith("tmp-"):
                 remove_tree(path)
                 left.append(path)
-            elif is_free and path.name.endswith(_REWRITTEN) and _COMPLETE.fullmatch(path.name):
-                _settle(path)
+            elif is_free and path.name.endswith(_REWRITTEN) and step_of(path) is not None:
+                if path.resolve() in damaged:  # the old one is better
+                    remove(path)
+                    left.append(path)
+                else:
+                    _settle(path)
     return [path for path in left if not path.name.startswith(_REMOVED)]
 
 
-def publish(folder: Path, files: Mapping[str, str], keep: int) -> Path:
+def publish(
+    folder: Path, files: Mapping[str, str], keep: int, damaged: Collection[Path] = ()
+) -> Path:
     """Add the text `files` to what `writing` made and let it take its name, all or nothing.
 
-    Afterwards the oldest checkpoints before it go, until `keep` are left. Later ones stay.
+    Afterwards what is `damaged` there (real paths) goes, and of the checkpoints before this one the
+    oldest, until `keep` are left. Later ones stay.
     """
     root, final = folder.parent, folder.with_name(folder.name.removeprefix("tmp-"))
     for name, text in files.items():
@@ -169,7 +241,11 @@ def publish(folder: Path, files: Mapping[str, str], keep: int) -> Path:
     else:
         folder.rename(final)
     sync(root)
-    own = int(final.name.removeprefix("step-"))
+    for path in damaged:
+        if path.name != final.name and path.parent == root.resolve():
+            remove(path)
+    own = step_of(final)
+    assert own is not None
     before = [path for number, path in steps(root).items() if number < own]
     for path in before[: max(0, len(before) + 1 - keep)]:
         remove(path)

@@ -134,8 +134,7 @@ class WritingPlanner(DefaultSavePlanner):
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
                 name = item.index.fqn
-                self.state_dict[name] = _plain(self.state_dict[name])
-                _check_readable(name, self.state_dict[name])
+                self.state_dict[name] = readable(name, self.state_dict[name])
         return plan
 
 
@@ -161,7 +160,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _check_readable(name: str, value: object) -> None:
+def readable(name: str, value: object) -> Any:
+    """What `ReadingPlanner` gives for `value` later. Raises Refused if it could not read that."""
+    value = _plain(value)
     written = io.BytesIO()
     try:
         torch.save(value, written)
@@ -170,6 +171,7 @@ def _check_readable(name: str, value: object) -> None:
             torch.load(written, weights_only=True)
     except Exception:  # pickling calls the value's own methods
         raise _unreadable(name, type(value)) from None
+    return value
 
 
 def _unreadable(name: str, kind: type) -> Refused:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsdp.checkpoint import TensorReader, read_meta, verify
+from qsdp.checkpoint import TensorReader, lists, read_meta, verify
 from qsdp.data.tokenizer import hash_of
 from qsdp.export.folder import FACTS, FORMAT, MASKS_FORMAT
 from qsdp.export.tensor_files import TensorFiles
@@ -73,7 +73,7 @@ def export_compressed(
             reader.check(name, parameter.shape)
         zeros = _write(folder, reader, model, prunable, target, file_bytes, counted)
         tokenizer = None
-        if (checkpoint / TOKENIZER).is_file():
+        if lists(meta, TOKENIZER) and (checkpoint / TOKENIZER).is_file():
             shutil.copyfile(checkpoint / TOKENIZER, folder / TOKENIZER)
             tokenizer = hash_of((folder / TOKENIZER).read_text(encoding="utf-8"))
         facts = {

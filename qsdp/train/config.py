@@ -24,7 +24,7 @@ BACKENDS = ("nccl", "gloo")
 
 # What a run looks at and keeps, and where; AC/DC's dense twin is chosen when it validates.
 _RECORDS = (
-    *("out", "resume", "keep", "save_every", "eval_every"),
+    *("out", "resume", "keep", "save_every", "save_async", "eval_every"),
     *("tensorboard", "timeout_s", "take_over", "qsdp_errors", "max_bad_steps"),
 )
 _OF_THE_SCHEDULE = (
@@ -137,16 +137,21 @@ class RunFlags:
     save_every: int = 500
     """Steps between checkpoints, 0 for one at the end only."""
 
+    save_async: bool = False
+    """Write checkpoints while training goes on, but for the first one of each start: a save takes
+    as long as a copy of this rank's part of the weights and of the optimizer's state, which stays
+    in host memory until it is on disk. The next save, and the end, wait for it."""
+
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
 
     resume: str = "auto"
     """`auto` goes on from the newest checkpoint in --out, if any, which must be of the same run:
-    every setting that changes its numbers, its data and the number of ranks. A path, of a
-    checkpoint or a folder of them, goes on from there with other settings, if they are of the same
-    model and method; the same command again then goes on from the newest one that came of it. So
-    does the folder of --out itself, which may be empty still: for a job that may be started again
-    on another number of ranks.
+    every setting that changes its numbers, its data and the number of ranks. One that is damaged is
+    passed over, aloud. A path, of a checkpoint or a folder of them, goes on from there with other
+    settings, if they are of the same model and method; the same command again then goes on from the
+    newest one that came of it. So does the folder of --out itself, which may be empty still: for a
+    job that may be started again on another number of ranks.
     `none` begins anew. What --out holds of later steps goes when the first new checkpoint is on
     disk."""
 
@@ -216,6 +221,11 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
         for name in ("acdc_sparsity", "gmp_sparsity"):
             is_fraction = 0 <= getattr(self, name) < 1
             self._require(name, is_fraction, "choose a fraction from 0 to below 1")
+        if self.save_async and not self.save_every:
+            raise ValueError(
+                "--save-async is given, but --save-every is 0, and of the only checkpoint the end "
+                "waits anyway; raise --save-every, or leave --save-async out."
+            )
         self.check_method(self.steps)
         try:
             _ = self.one_shot_targets

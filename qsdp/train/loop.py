@@ -91,6 +91,7 @@ def train(config: TrainConfig) -> None:
                     saved, is_save_due = step, False
             if job.results.is_beside and job.steps_done == config.steps:  # no step was left to take
                 job.save()
+            job.wait_saved()
         if stop.is_agreed or not finish(job, [] if metrics is None else metrics.history):
             job.say(_stopped(job))
 

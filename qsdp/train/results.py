@@ -12,6 +12,7 @@ metrics last. So who finds them beside knows what a crash cut short.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def recover(out: Path) -> tuple[list[str], int | None]:
     """
     for path in checkpoint.steps(out / CHECKPOINTS).values():
         history, went_on_from = _history(path)
-        if _beside(out, METRICS, history).exists():
+        if _beside(out, METRICS, history).exists() and _is_whole(path):
             return commit(out, history, went_on_from), went_on_from
     return [], None
 
@@ -80,10 +81,19 @@ def _history(path: Path) -> tuple[str, int]:
     """Of a checkpoint, and the step that it went on from."""
     try:
         meta = checkpoint.read_meta(path)
-    except ValueError:  # one that cannot be read is nobody's
+    except checkpoint.Damaged:  # nobody's
         return "", 0
     history, went_on_from = meta.get("history"), meta.get("went_on_from")
     return str(history), went_on_from if isinstance(went_on_from, int) else 0
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether nothing of a checkpoint is damaged: else it is no reason to delete others."""
+    try:
+        checkpoint.verify(path)
+    except checkpoint.Damaged:
+        return False
+    return True
 
 
 def _beside(out: Path, name: str, history: str) -> Path:
@@ -136,11 +146,11 @@ class Results:
         """Where the file or folder `name` is until `settle`."""
         return _beside(self.out, name, self.start.history) if self.is_beside else self.out / name
 
-    def latest_twin(self) -> Path | None:
-        """The dense twin of this history and its past."""
-        own = checkpoint.latest(self.path(DENSE_TWIN))
+    def latest_twin(self, without: Collection[Path] = ()) -> Path | None:
+        """The dense twin of this history and its past, `without` some, by their real paths."""
+        own = checkpoint.latest(self.path(DENSE_TWIN), without=without)
         if own is None and self.is_beside and self.start.has_past:
-            return checkpoint.latest(self.out / DENSE_TWIN, self.start.went_on_from)
+            return checkpoint.latest(self.out / DENSE_TWIN, self.start.went_on_from, without)
         return own
 
     def settle(self) -> list[str]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qsdp import checkpoint
+from qsdp.checkpoint import Damaged
 from qsdp.train.config import TrainConfig
+from qsdp.train.errors import UserError
 from qsdp.train.lock import process_id
 from qsdp.train.results import CHECKPOINTS, Start
-from qsdp.train.world import World
+from qsdp.train.world import World, all_alike
 
 # What a run is, and which of it another run may not change: weights and states are of these.
 _OF_THE_MODEL = ("model", "tokenizer", "optimizer", "seed", "schedule")
@@ -35,21 +39,121 @@ _OLDER: dict[str, Any] = {
 _PACE = ("batch_size", "grad_accum", "seq_len", "precision", "replicas", "backend")
 
 
-def find_start(config: TrainConfig, fingerprint: dict[str, Any]) -> Start:
-    """Where a run of this `fingerprint` begins.
+def find_whole_start(
+    config: TrainConfig, world: World, fingerprint: dict[str, Any]
+) -> tuple[Start, list[Damaged]]:
+    """Where a run of this `fingerprint` begins, and the damaged checkpoints that are passed over
+    for it: the checkpoint to go on from has been read, each file by one rank.
 
-    Raises ValueError if what is there is not of this run, or not of this model.
+    A collective. Raises UserError as `find_start`, and for a damaged checkpoint that was named.
+    """
+    damaged: list[Damaged] = []
+
+    def find() -> tuple[Start | None, list[Damaged]]:
+        found = list(damaged)
+        while True:
+            try:
+                return find_start(config, fingerprint, found), found
+            except Damaged as error:
+                found.append(error)
+                if _is_named(config, error.checkpoint):
+                    return None, found
+
+    while True:
+        start, damaged = world.on_main(find)
+        if start is None:
+            break
+        source = start.source
+        error = None if source is None else all_alike(world, partial(_damage, source))
+        if error is None:
+            return start, damaged
+        damaged.append(error)
+        if _is_named(config, error.checkpoint):
+            break
+    named = damaged[-1]
+    raise UserError(
+        f"{named.file} is damaged: {named.why}; {_instead(named, world)}.", is_shared=True
+    )
+
+
+def told_as_damaged(start: Start, damaged: Sequence[Damaged]) -> list[str]:
+    """What is lost where `start` is used instead, a line for each."""
+    if start.source is None or start.meta is None:  # to begin anew was asked for
+        return []
+    lines = []
+    for error in damaged:
+        lost = (checkpoint.step_of(error.checkpoint) or 0) - start.meta["step"]
+        if lost < 0:  # somewhere else
+            continue
+        lines.append(
+            f"{error.file} is damaged: {error.why}. The run goes on from {start.source} instead: "
+            f"{lost} step{' is' if lost == 1 else 's are'} lost"
+        )
+    return lines
+
+
+def _damage(path: Path) -> Damaged | None:
+    """What is damaged of a checkpoint."""
+    try:
+        checkpoint.check(path)
+    except Damaged as error:
+        return error
+    return None
+
+
+def _is_named(config: TrainConfig, path: Path) -> bool:
+    """Whether --resume names this very checkpoint."""
+    is_path = config.resume not in ("auto", "none")
+    return is_path and os.path.realpath(config.resume) == os.path.realpath(path)
+
+
+def _instead(named: Damaged, world: World) -> str:
+    """What to name instead of a damaged checkpoint."""
+    folder, without = named.checkpoint.parent, {named.checkpoint.resolve()}
+    while path := world.on_main(lambda: checkpoint.latest(folder, without=without)):
+        with contextlib.suppress(UserError):  # of one that cannot be read
+            if all_alike(world, partial(_damage, path)) is None:
+                return f"{path} is the newest whole one there: name it by --resume"
+        without.add(path.resolve())
+    return "none beside it is whole: bring one back from a copy, or begin anew with --resume none"
+
+
+def _all_damaged(folder: Path, damaged: Sequence[Damaged]) -> str:
+    first = damaged[0]
+    return (
+        f"{folder} holds no whole checkpoint ({first.file} is damaged: {first.why}): nothing was "
+        "removed; bring one back from a copy, or begin anew with --resume none."
+    )
+
+
+def _but_for(damaged: Sequence[Damaged]) -> str:
+    """What a sentence on an older checkpoint begins with."""
+    return f"{damaged[0].file} is damaged ({damaged[0].why}), and " if damaged else ""
+
+
+def find_start(
+    config: TrainConfig, fingerprint: dict[str, Any], damaged: Sequence[Damaged] = ()
+) -> Start:
+    """Where a run of this `fingerprint` begins, as if `damaged` checkpoints were not there.
+
+    Raises Damaged for one that is not among these, ValueError if what is there is not of this run,
+    or not of this model.
     """
     root = config.out_dir / CHECKPOINTS
-    own = checkpoint.latest(root)
+    without = {error.checkpoint.resolve() for error in damaged}
+    is_taken, own = bool(checkpoint.steps(root)), checkpoint.latest(root, without=without)
     named = None if config.resume in ("auto", "none") else os.path.realpath(config.resume)
-    anew = Start(secrets.token_hex(4), origin=named, is_beside=own is not None)
-    if own is None and (named is None or config.resumes_own):
+    anew = Start(secrets.token_hex(4), origin=named, is_beside=is_taken)
+    if not is_taken and (named is None or config.resumes_own):
         return anew  # perhaps the first start of a command that may be started again
+    if own is None and config.resume == "auto":
+        raise ValueError(_all_damaged(root, damaged))
     newest = _OLDER
     if own is not None:
         try:
             newest = _read(own)
+        except Damaged:
+            raise
         except ValueError:
             if config.resume == "auto":
                 raise
@@ -66,26 +170,34 @@ def find_start(config: TrainConfig, fingerprint: dict[str, Any]) -> Start:
             return same
         if config.resume == "auto":
             raise ValueError(
-                f"{own} is of another run, with {_listed(differences)}; give another --out, go on "
-                f"from it all the same with --resume {config.out_dir}, or begin anew with --resume "
-                "none."
+                f"{_but_for(damaged)}{own} is of another run, with {_listed(differences)}; give "
+                f"another --out, go on from it all the same with --resume {config.out_dir}, or "
+                "begin anew with --resume none."
             )
     if named is None:
         return anew
-    path = checkpoint.resolve(Path(config.resume))
+    given = Path(config.resume)
+    try:
+        path = checkpoint.resolve(given, without)
+    except ValueError:
+        if not damaged:
+            raise
+        raise ValueError(_all_damaged(given, damaged)) from None
     meta = _read(path)
     if differences := _differences(meta, fingerprint, _OF_THE_MODEL):
         raise ValueError(
-            f"{path} cannot be resumed: it was trained with {_listed(differences)}; give the flags "
-            "of that run, another --out, or --resume none."
+            f"{_but_for(damaged)}{path} cannot be resumed: it was trained with "
+            f"{_listed(differences)}; give the flags of that run, another --out, or --resume none."
         )
     if meta["step"] > config.steps:
         raise ValueError(
             f"{path} is past the end: {meta['step']} steps are done and --steps is "
             f"{config.steps}; raise --steps, or give another --out."
         )
-    has_past = own is not None and path.parent.samefile(root)
-    if own is not None and not has_past:
+    has_past = is_taken and path.parent.samefile(root)
+    if is_taken and not has_past:
+        if own is None:
+            raise ValueError(_all_damaged(root, damaged))
         raise ValueError(
             f"--out {config.out_dir} holds another run, with {own.name}; give another --out, or "
             "remove that folder."

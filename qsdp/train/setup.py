@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,16 @@ from qsdp.train.evaluate import Evaluator
 from qsdp.train.lock import Lock, hold, holder
 from qsdp.train.parallelize import build, check_nodes, check_replicas, make_optimizer, model_config
 from qsdp.train.results import CHECKPOINTS, DENSE_TWIN, METRICS, Results, recover
-from qsdp.train.resume import changed, find_start, is_finished, launch_id, pace_since
+from qsdp.train.resume import (
+    changed,
+    find_whole_start,
+    is_finished,
+    launch_id,
+    pace_since,
+    told_as_damaged,
+)
 from qsdp.train.wire import QuantizedWire, StockWire, Wire
-from qsdp.train.world import World
+from qsdp.train.world import World, all_alike
 
 # What every line of metrics.jsonl has; a validation adds more.
 STEP_METRICS = (
@@ -79,6 +87,13 @@ class Job:
     """How many of them were the last ones."""
     last_bad: str | None = None
     """What was not finite in the last step; None if it was taken."""
+    has_twin: bool = False
+    """Whether this process has written a dense twin."""
+    damaged: set[Path] = field(default_factory=set)
+    """Checkpoints and dense twins, by their real paths, that are as if they were not there; rank 0
+    may know of more."""
+    saver: checkpoint.AsyncSaver | None = None
+    """With --save-async."""
 
     @property
     def out(self) -> Path:
@@ -127,6 +142,7 @@ class Job:
         """Raise UserError, on every rank, after --max-bad-steps skipped steps in a row."""
         if self.bad_in_row < self.config.max_bad_steps:
             return
+        self.wait_saved()
         first, last = self.steps_done - self.bad_in_row + 1, self.steps_done
         steps = f"step {last}" if first == last else f"steps {first} to {last}"
         raise UserError(
@@ -146,12 +162,14 @@ class Job:
         return f"the last good checkpoint is {path}: go on from it by --resume with {change}"
 
     def save(self) -> None:
-        """Write the checkpoint of the steps done."""
+        """Write the checkpoint of the steps done; with --save-async from the second one on beside
+        training. The first one decides what becomes of other histories' files."""
         # Whoever finds the checkpoint finds the lines of its steps.
         if self.metrics is not None:
             self.metrics.sync()
         root = self.out / CHECKPOINTS
-        self._write(root, self.steps_done, self.optimizer, {}, self.config.keep)
+        saver = self.saver if self.has_checkpoint else None
+        self._write(root, self.steps_done, self.optimizer, {}, self.config.keep, saver)
         if not self.has_checkpoint:
             self.has_checkpoint = True
             removed = self.world.on_main(self._settle)
@@ -159,9 +177,17 @@ class Job:
             if removed:
                 self.say(f"Removed from {self.out}, as outdated now: {', '.join(removed)}")
 
+    def wait_saved(self) -> None:
+        """Wait until the last checkpoint is there. Raises UserError, on every rank, if it could not
+        be written."""
+        if self.saver is not None:
+            with _failures_told():
+                self.saver.wait()
+
     def keep_twin(self, steps_done: int, loss: float) -> None:
         """Write the weights, of validation loss `loss`, as the dense twin."""
         self._write(self.results.path(DENSE_TWIN), steps_done, None, {"val_loss": loss}, 1)
+        self.has_twin = True
 
     def _write(
         self,
@@ -170,9 +196,12 @@ class Job:
         optimizer: torch.optim.Optimizer | None,
         more: dict[str, Any],
         keep: int,
+        saver: checkpoint.AsyncSaver | None = None,
     ) -> None:
-        """Write a checkpoint into `root`, with `more` beside what all of them have. Raises
-        UserError, on every rank, if that fails, or if the weights are not finite."""
+        """Write a checkpoint into `root`, with `more` beside what all of them have, or let `saver`
+        do it. Raises UserError, on every rank, if that fails, the one before has failed, or the
+        weights are not finite."""
+        self.wait_saved()
         self.world.together(lambda: self._check_before_saving(steps_done))
         tokenizer, start = self.corpus.tokenizer, self.results.start
         meta = {
@@ -188,14 +217,20 @@ class Job:
             "skipped_steps": self.skipped_steps,
         }
         files = {} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()}
-        try:
-            checkpoint.save(
-                root, steps_done, self.model, optimizer, meta | more, files=files, keep=keep
+        save = checkpoint.save if saver is None else saver.save
+        damaged = [path for path in self.damaged if path.parent == root.resolve()]
+        with _failures_told():
+            save(
+                *(root, steps_done, self.model, optimizer, meta | more),
+                files=files,
+                keep=keep,
+                damaged=damaged,
+                may_appear=self.check_lock,
             )
-        except RuntimeError as error:
-            if is_lost(error):
-                raise
-            raise UserError(str(error), is_shared=True) from error
+        self.damaged.difference_update(damaged)
+        if damaged:
+            names = ", ".join(sorted(f"{root.name}/{path.name}" for path in damaged))
+            self.say(f"Removed from {self.out}, as damaged: {names}")
 
     def _check_before_saving(self, steps_done: int) -> None:
         self.check_lock()
@@ -240,8 +275,11 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     batches = world.together(lambda: _make_batches(config, world, corpus))
     fingerprint = _fingerprint(config, size, corpus, data, world)
     removed, recovered = world.on_main(lambda: recover(config.out_dir))
-    start = world.on_main(lambda: find_start(config, fingerprint))
+    start, damaged = find_whole_start(config, world, fingerprint)
     source, meta = start.source, start.meta
+    if world.is_main:
+        for line in told_as_damaged(start, damaged):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
     if meta is not None and config.resume == "auto" and is_finished(config, meta):
         if world.is_main:
             print(
@@ -260,7 +298,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         optimizer.share_support(handle.set_support)
     steps_done = 0
     if source is not None and meta is not None:
-        all_alike(world, lambda: checkpoint.load(source, model, optimizer))
+        all_alike(world, lambda: checkpoint.load(source, model, optimizer, is_checked=True))
         steps_done = meta["step"]
         if handle is not None and meta["wire"] is not None:
             load, state = handle.load_state_dict, meta["wire"]
@@ -281,12 +319,37 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         results=results,
         lock=lock,
         recovered=recovered,
+        damaged={error.checkpoint.resolve() for error in damaged},
+        saver=held.enter_context(_saving_beside()) if config.save_async else None,
         steps_done=steps_done,
         skipped_steps=0 if meta is None else meta["skipped_steps"],
         pace_since=0 if meta is None else pace_since(config, world, meta),
     )
     _announce(job, source, meta, removed)
     return job
+
+
+@contextmanager
+def _failures_told() -> Iterator[None]:
+    """Inside a checkpoint is written; what fails on all ranks alike is the user's to correct."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if is_lost(error):
+            raise
+        raise UserError(str(error), is_shared=True) from error
+
+
+@contextmanager
+def _saving_beside() -> Iterator[checkpoint.AsyncSaver]:
+    """A saver that is waited for, whatever ends the run."""
+    saver = checkpoint.AsyncSaver()
+    try:
+        yield saver
+        with _failures_told():
+            saver.wait()
+    finally:
+        saver.close()
 
 
 def _check_targets(config: TrainConfig, model: nn.Module) -> None:
@@ -300,21 +363,6 @@ def _check_targets(config: TrainConfig, model: nn.Module) -> None:
             prunable.check(target)
         except ValueError as error:
             raise ValueError(f"--one-shot: {error}.") from None
-
-
-def all_alike(world: World, collective: Callable[[], None]) -> None:
-    """Run what communicates and fails on all ranks alike, or on none."""
-    mistake = None
-    try:
-        collective()
-    except (ValueError, RuntimeError) as error:
-        mistake = error
-
-    def report() -> None:
-        if mistake is not None:
-            raise mistake
-
-    world.together(report)
 
 
 def _take_folder(config: TrainConfig, world: World, held: ExitStack) -> Lock | None:
@@ -418,7 +466,7 @@ def _announce(
     changes = [
         f"{name} {before.get(name, 'unset')} -> {after.get(name, 'unset')}"
         for name in changed(config, meta)
-        if name not in ("out", "resume", "keep", "take_over")
+        if name not in ("out", "resume", "keep", "save_async", "take_over")
     ]
     if meta.get("world_size") != world.size:
         changes.append(f"ranks {meta.get('world_size')} -> {world.size}")

@@ -35,12 +35,14 @@ class Source:
     world_size: int
     """Ranks of that run."""
     size: GPTConfig
+    has_tokenizer: bool
+    """Whether a tokenizer beside it is its own."""
 
     @property
     def tokenizer(self) -> str | None:
         """What `load_corpus` is to read text with."""
         stored = self.path / "tokenizer.json"
-        if stored.is_file():
+        if self.has_tokenizer and stored.is_file():
             return str(stored)
         is_stdlib = self.config.tokenizer is None and self.config.data == "stdlib"
         return "byte" if is_stdlib else self.config.tokenizer
@@ -63,7 +65,7 @@ def open_source(path: Path) -> Source:
         source, target = facts["source"], facts["target"]
         config, size = facts["config"], facts["model"]
         step, world_size = source.get("step"), source.get("world_size")
-        tokenizer = facts.get("tokenizer")
+        tokenizer, has_tokenizer = facts.get("tokenizer"), True
     else:
         path, target = checkpoint.resolve(path), None
         meta = checkpoint.read_meta(path)
@@ -71,10 +73,12 @@ def open_source(path: Path) -> Source:
         config, step, world_size = meta.get("config"), meta["step"], meta.get("world_size")
         fingerprint = fingerprint if isinstance(fingerprint, dict) else {}
         size, tokenizer = fingerprint.get("model"), fingerprint.get("tokenizer")
+        has_tokenizer = checkpoint.lists(meta, "tokenizer.json")
     _check_tokenizer(path, tokenizer)
     try:
         settings, model = _settings(path, config), GPTConfig(**size)
-        return Source(path, target, int(step), settings, int(world_size or 1), model)
+        num_ranks = int(world_size or 1)
+        return Source(path, target, int(step), settings, num_ranks, model, has_tokenizer)
     except (UserError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path} was not written by this version of launch/train_gpt.py ({error}); name "

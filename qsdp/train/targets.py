@@ -24,10 +24,9 @@ from qsdp.train.evaluate_cli import TARGETS, EvaluateFlags
 from qsdp.train.parallelize import shard
 from qsdp.train.plots import may_fail, write_target_plot
 from qsdp.train.report import label
-from qsdp.train.setup import all_alike
 from qsdp.train.source import Source, open_source
 from qsdp.train.wire import StockWire
-from qsdp.train.world import World, open_world
+from qsdp.train.world import World, all_alike, open_world
 
 
 def evaluate(flags: EvaluateFlags) -> None:

@@ -90,6 +90,22 @@ class World:
         return sums
 
 
+def all_alike(world: World, collective: Callable[[], T]) -> T:
+    """Run what communicates and fails on all ranks alike, or on none; errors as in `together`."""
+    mistake = None
+    try:
+        result = collective()
+    except (ValueError, RuntimeError) as error:
+        mistake = error
+
+    def report() -> T:
+        if mistake is not None:
+            raise mistake
+        return result
+
+    return world.together(report)
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on ``device``, without waiting for what that still computes."""
     if device.type == "cpu":

@@ -1,0 +1,275 @@
+"""Saving model and optimizer with torch.distributed.checkpoint (DCP): `save`, and the steps of it
+that saving in the background has too."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from qsdp.checkpoint.folders import (
+    META,
+    checksum_of,
+    clear_killed,
+    publish,
+    sealed,
+    writing,
+)
+from qsdp.checkpoint.folders import checksum as file_checksum
+from qsdp.checkpoint.safe import TABLE, WritingPlanner
+from qsdp.checkpoint.state import cause, meet_at, raise_refused, renamed
+from qsdp.checksum import checksum
+from qsdp.compat import checkpoint_names, sharded_parameters
+from qsdp.files import is_file_name, sync
+from qsdp.meeting import mistakes_shared, warn
+from qsdp.meshes import Reach, ranks_of, spread_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `save` was asked for, but for model and optimizer."""
+
+    root: Path
+    step: int
+    meta: Mapping[str, Any]
+    files: Mapping[str, str]
+    keep: int
+    damaged: Collection[Path]
+    may_appear: Callable[[], None]
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        return self.root / f"tmp-step-{self.step:08d}"
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be kept."""
+        step, keep, files = self.step, self.keep, self.files
+        if type(step) is not int or step < 0:
+            raise ValueError(f"step is {step!r}; give an integer from 0")
+        if type(keep) is not int or keep < 1:
+            raise ValueError(f"keep is {keep!r}; choose 1 or more")
+        if not isinstance(files, Mapping):
+            raise ValueError(f"files is {files!r}; give texts by name")
+        for name in files:
+            if not is_file_name(name) or name in (META, TABLE) or name.endswith(".distcp"):
+                raise ValueError(
+                    f"files holds {name!r}; give names of files that stand beside {META}"
+                )
+        try:
+            json.dumps(dict(self.meta))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"meta holds what JSON cannot ({error}); give JSON values") from None
+        try:
+            "".join([*files, *files.values()]).encode()
+        except (TypeError, UnicodeEncodeError) as error:
+            raise ValueError(f"files holds what is no text ({error}); give texts by name") from None
+
+
+def save(
+    root: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    meta: Mapping[str, Any],
+    *,
+    files: Mapping[str, str] | None = None,
+    keep: int = 2,
+    damaged: Collection[Path] = (),
+    may_appear: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write the checkpoint of `step` into `root`; a crash at any instant leaves it whole or absent.
+
+    1. rank 0 makes a temporary folder;
+    2. all ranks write their shards into it, exact fp32;
+    3. every rank syncs the files that it wrote to disk, and takes their checksums;
+    4. rank 0 adds `files` and meta.json with all checksums, syncs, renames the folder, and removes
+       what is damaged and old checkpoints.
+
+    Args:
+        root: folder of the run's checkpoints, which every rank sees.
+        step: optimizer steps done.
+        model: whose parameters and buffers to save, sharded or not.
+        optimizer: whose state to save; None for the model alone.
+        meta: JSON values to keep with it.
+        files: texts to keep with it, by file name.
+        keep: how many checkpoints stay, this one and those before it; later ones stay.
+        damaged: real paths of checkpoints that are known to be damaged, on rank 0: those in `root`
+            do not count, and go when this one is there.
+        may_appear: called on rank 0 when all is written; raises ValueError if it may not appear.
+
+    Returns: the checkpoint's folder.
+    Raises: RuntimeError, on every rank, if any could not write, or if ranks differ in what they
+        give; ValueError if ranks have different tensors under one name, the state holds objects
+        that only code could load, or an argument is not as above.
+    """
+    request = Request(root, step, meta, files or {}, keep, damaged, may_appear)
+    agree(request, model, optimizer)
+    with claimed(request):
+        state = state_of(model, optimizer)
+        with written(request):
+            dcp.save(state, checkpoint_id=request.folder, planner=WritingPlanner())
+        return finished(request)
+
+
+def agree(request: Request, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise, on every rank, if ranks differ or the request cannot be kept."""
+    assert dist.group.WORLD is not None
+    with mistakes_shared("checkpoint.save", [dist.group.WORLD]):
+        request.check()
+    shards = _spread_shards(model)
+    facts = {"step": request.step, "folder": request.root, "optimizer": optimizer is not None}
+    facts |= {"keep": request.keep}
+    if meet_at("save", has_news=bool(shards), **facts):
+        _check_names(shards)
+
+
+@contextlib.contextmanager
+def claimed(request: Request) -> Iterator[None]:
+    """Inside, the folder to write to is there; it goes again if it is not `finished`."""
+    with contextlib.ExitStack() as claim:
+
+        def begin() -> list[Path]:
+            left = clear_killed(request.root, request.damaged)
+            claim.enter_context(writing(request.root, request.step))
+            return left
+
+        for path in _on_first(begin):
+            warn(f"{path}, which a killed run left, is removed")
+        yield
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """What to write: the tensors themselves, by their names."""
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if optimizer is not None:
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    return renamed(state, checkpoint_names(model))
+
+
+@contextlib.contextmanager
+def written(request: Request) -> Iterator[None]:
+    """Inside DCP writes, whose failures are told in one sentence."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise_refused(error)
+        raise RuntimeError(
+            f"the checkpoint of step {request.step} cannot be written to {request.root} "
+            f"({cause(error)}); free some space there, or choose another --out"
+        ) from error
+
+
+def finished(request: Request, group: dist.ProcessGroup | None = None) -> Path:
+    """Let what is written appear. A collective over `group`, of all ranks."""
+    checksums = _checksums(request.folder, group)
+    checksums |= {name: checksum_of(text.encode()) for name, text in request.files.items()}
+    text = sealed({**request.meta, "step": request.step, "checksums": checksums})
+    texts = {**request.files, META: text}
+
+    def appear() -> Path:
+        request.may_appear()
+        return publish(request.folder, texts, request.keep, request.damaged)
+
+    return _on_first(appear, group)
+
+
+def _spread_shards(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...], Tensor]]:
+    """By name, of what is sharded over some of the ranks: the first of these, this rank's place
+    among them, and what it holds. Others may have the same, or a tensor of their own."""
+    named = {n: p for n, p in sharded_parameters(model).items() if isinstance(p, DTensor)}
+    try:
+        spread = spread_of(named.values())
+    except ValueError:  # some ranks have nothing in common
+        meshes = {p.device_mesh for p in named.values()}
+        spread = {mesh: Reach((), True, min(ranks_of(mesh))) for mesh in meshes}
+    return {
+        name: (
+            spread[p.device_mesh].first_rank,
+            tuple(p.device_mesh.get_coordinate() or ()),
+            p.to_local(),
+        )
+        for name, p in named.items()
+        if p.device_mesh in spread
+    }
+
+
+def _check_names(shards: Mapping[str, tuple[int, tuple[int, ...], Tensor]]) -> None:
+    """Raise ValueError, on all ranks, if some have other tensors than others under one name."""
+    mine = {n: (rank, (at, checksum([part]))) for n, (rank, at, part) in shards.items()}
+    everyones = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    for name in dict.fromkeys(name for own in everyones for name in own):
+        tensors: dict[int, set[object]] = {}
+        for first_rank, content in (own[name] for own in everyones if name in own):
+            tensors.setdefault(first_rank, set()).add(content)
+        one, *others = tensors.values()
+        if any(other != one for other in others):
+            raise ValueError(
+                f"{name} is sharded over some of the ranks, and the others have one of their own "
+                "under its name, of which a checkpoint would keep one: save such parameters apart, "
+                "those of each part of the ranks for themselves"
+            )
+
+
+def _checksums(folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
+    """The checksum of every file of DCP in `folder`, on all ranks; each rank reads its own.
+
+    They are on disk then: DCP syncs a file before Python has written the last of its buffer.
+    """
+    rank = dist.get_rank()
+    own: dict[str, str] = {}
+    failure = None
+    try:
+        files = [*folder.glob(f"__{rank}_*.distcp"), *([folder / ".metadata"] if not rank else [])]
+        for file in files:
+            sync(file)
+            own[file.name] = file_checksum(file)
+    except Exception as error:
+        failure = str(error)
+    parts: list[tuple[dict[str, str], str | None]] = [({}, None)] * dist.get_world_size()
+    dist.all_gather_object(parts, (own, failure), group=group)
+    for _, failure in parts:
+        if failure is not None:
+            raise RuntimeError(
+                f"a checkpoint cannot be read back ({failure}); choose another --out"
+            )
+    return {name: value for part, _ in parts for name, value in sorted(part.items())}
+
+
+def _on_first(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run `work` on rank 0; all wait for it, and have its result or learn of its failure."""
+    done: list[Any] = [None, None]
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            done[0] = work()
+        except ValueError as error:
+            done[1], failure = (str(error),), error
+        except Exception as error:
+            done[1], failure = f"{type(error).__name__}: {error}", error
+    dist.broadcast_object_list(done, src=0, group=group)
+    result, said = done
+    if isinstance(said, tuple):
+        raise ValueError(*said) from failure
+    if said is not None:
+        said = said.removeprefix("OSError: ")
+        text = f"a checkpoint cannot be written ({said}); choose another --out"
+        raise RuntimeError(text) from failure
+    return cast(T, result)
