@@ -153,7 +153,7 @@ def kills(
         if not end.status:
             row.wrong.append("status 0, though it was killed")
         rows.append(row)
-        if row.hangs or end.status == 2:  # the others would be alike
+        if row.hangs or 2 in (end.status, *end.ranks):  # the others would be alike
             break
     return [*rows, life.to_the_end(f"goes on after {len(rows)} kills")]
 
