@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "launch" / "train_gpt.py"
 WRAPPED = ROOT / "benchmarks" / "crash_rank.py"
 POLL_S = 0.001
+_LEAST_S = 10.0
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -61,8 +63,14 @@ class Job:
     """One start of a command, by torchrun if there are several ranks; its logs are in `folder`."""
 
     def __init__(
-        self, folder: Path, flags: Sequence[str], ranks: int, launcher: Sequence[str]
+        self,
+        folder: Path,
+        flags: Sequence[str],
+        ranks: int,
+        launcher: Sequence[str],
+        patience_s: float,
     ) -> None:
+        """Whatever waits for it waits until `patience_s` have gone since it was started."""
         folder.mkdir(parents=True)
         self._folder, self._ranks = folder, ranks
         command = [sys.executable, str(TRAIN)]
@@ -73,7 +81,7 @@ class Job:
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         inherited = {name: text for name, text in os.environ.items() if name not in _LAUNCHERS}
-        self.started = time.time()
+        self.started, self._deadline = time.time(), time.monotonic() + patience_s
         with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
             self._process = subprocess.Popen(
                 [*command, *flags],
@@ -90,9 +98,9 @@ class Job:
     def is_running(self) -> bool:
         return self._process.poll() is None
 
-    def wait_until(self, is_time: Callable[[], bool], patience_s: float) -> bool:
-        """Whether `is_time` came while the job ran, before `patience_s` had gone."""
-        deadline = time.monotonic() + patience_s
+    def wait_until(self, is_time: Callable[[], bool], at_most_s: float = math.inf) -> bool:
+        """Whether `is_time` came while the job ran, before all patience had gone."""
+        deadline = min(self._deadline, time.monotonic() + at_most_s)
         while self.is_running and time.monotonic() < deadline:
             if is_time():
                 return True
@@ -120,15 +128,15 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def wait(self, patience_s: float) -> Ended:
+    def wait(self) -> Ended:
         """Wait for its end, and kill what then is left."""
         has_hung = False
         self._look()
         try:
-            self._process.wait(patience_s)
+            self._process.wait(max(_LEAST_S, self._deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             has_hung = True
-        deadline = time.monotonic() + min(10.0, patience_s)
+        deadline = time.monotonic() + _LEAST_S  # ranks end after their launcher
         while not has_hung and self._left():
             has_hung = time.monotonic() > deadline
             time.sleep(POLL_S)
@@ -192,7 +200,7 @@ class Stage:
 
     def __init__(self, folder: Path, flags: Sequence[str], ranks: int, patience_s: float) -> None:
         """`flags` are those of every start, but for --out."""
-        self.folder, self.flags, self.ranks, self.patience_s = folder, [*flags], ranks, patience_s
+        self.folder, self.flags, self.ranks, self._patience_s = folder, [*flags], ranks, patience_s
         self._jobs: list[Job] = []
         self._count = itertools.count()
         self._is_stopped = False
@@ -202,13 +210,14 @@ class Stage:
         if self._is_stopped:
             raise Stopped("the benchmark was ended")
         log = self.folder / f"start-{next(self._count)}"
-        job = Job(log, [*self.flags, *more, "--out", str(out)], self.ranks, launcher)
+        given = [*self.flags, *more, "--out", str(out)]
+        job = Job(log, given, self.ranks, launcher, self._patience_s)
         self._jobs.append(job)
         return job
 
     def run(self, out: Path, *more: str) -> Ended:
         """Start it, and wait for its end."""
-        return self.start(out, *more).wait(self.patience_s)
+        return self.start(out, *more).wait()
 
     def terminate(self) -> None:
         """End all of it."""

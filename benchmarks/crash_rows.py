@@ -60,7 +60,7 @@ class Instant:
         count = rng.randint(1, 2) if kind == "writing" else rng.randint(1, 2 * save_every)
         return cls(kind, count, rng.uniform(0, {"writing": 0.04, "step": 0.1, "start": 4}[kind]))
 
-    def wait(self, job: Job, out: Path, patience_s: float) -> bool:
+    def wait(self, job: Job, out: Path) -> bool:
         """Whether it has come before the job's end."""
         # A run that goes on takes again what came after its checkpoint: this is beyond.
         target, begun = num_lines(out) + self.count, set[str]()
@@ -71,7 +71,7 @@ class Instant:
                 return len(begun) >= self.count
             return self.kind == "start" or num_lines(out) >= target
 
-        if not job.wait_until(is_time, patience_s):
+        if not job.wait_until(is_time):
             return False
         job.wait_until(lambda: False, self.delay_s)
         return job.is_running
@@ -93,9 +93,9 @@ class Life:
         for _ in range(10):
             before = newest_step(self.out)
             job = self.stage.start(self.out, launcher=self._launcher)
-            if instant.wait(job, self.out, self.stage.patience_s) and blow(job):
+            if instant.wait(job, self.out) and blow(job):
                 break
-            end = job.wait(self.stage.patience_s)
+            end = job.wait()
             row.note(end)
             if row.faults or end.status:
                 row.wrong.append("it ended before it was struck")
@@ -103,7 +103,7 @@ class Life:
             judge_end(row, end, self.out, self.whole)
             row.ended = row.said = ""
             self._number += 1
-        end = job.wait(self.stage.patience_s)
+        end = job.wait()
         row.note(end)
         writing = [path.name for path in (self.out / "checkpoints").glob("tmp-step-*")]
         row.when = f"after step {num_lines(self.out)}"
@@ -170,14 +170,14 @@ def restarts(stage: Stage, whole: Whole, rng: random.Random, save_every: int) ->
         def is_time(count: int = count) -> bool:
             return num_lines(out) >= count
 
-        if not (job.wait_until(is_time, stage.patience_s) and job.send(signal.SIGKILL, rank)):
+        if not (job.wait_until(is_time) and job.send(signal.SIGKILL, rank)):
             row.wrong.append(f"it ended before rank {rank} was killed")
             break
         places.append(f"rank {rank} after step {num_lines(out)}")
         last = newest_step(out)
-        job.wait_until(lambda last=last: newest_step(out) > last, stage.patience_s)
+        job.wait_until(lambda last=last: newest_step(out) > last)
     row.when = ", ".join(places)
-    end = job.wait(stage.patience_s)
+    end = job.wait()
     row.note(end)
     row.expect_status(end, 0)
     judge_end(row, end, out, whole)
@@ -280,12 +280,12 @@ def two_jobs(stage: Stage, whole: Whole) -> list[Row]:
     out = stage.folder / "held"
     row = Row("a second job on the folder of one that runs")
     first = stage.start(out)
-    if first.wait_until(lambda: num_lines(out) >= 3, stage.patience_s):
+    if first.wait_until(lambda: num_lines(out) >= 3):
         first.send_all(signal.SIGSTOP)
         row.when = f"after step {num_lines(out)}"
         refused(row, stage.run, out, out)
         first.send_all(signal.SIGCONT)
-    end = first.wait(stage.patience_s)
+    end = first.wait()
     row.note(end)
     row.expect_status(end, 0)
     judge_end(row, end, out, whole)
@@ -293,7 +293,7 @@ def two_jobs(stage: Stage, whole: Whole) -> list[Row]:
     out = stage.folder / "at once"
     both = Row("two jobs on one folder, started at once")
     jobs = [stage.start(out), stage.start(out)]
-    ends = sorted((job.wait(stage.patience_s) for job in jobs), key=lambda end: end.status)
+    ends = sorted((job.wait() for job in jobs), key=lambda end: end.status)
     for end, status in zip(ends, (0, 2), strict=True):
         both.note(end)
         both.expect_status(end, status)
@@ -316,7 +316,7 @@ def full_for_checkpoints(stage: Stage, whole: Whole) -> list[Row]:
         judge_stopped(row, out, whole, 0)
         found = checkpoint.steps(out / "checkpoints")
         if not found:
-            row.lost.append("no checkpoint is there")
+            (row.lost if num_lines(out) else row.wrong).append("no checkpoint is there")
         for path in found.values():
             try:
                 checkpoint.verify(path)
@@ -345,14 +345,14 @@ def full_for_metrics(stage: Stage, whole: Whole, save_every: int) -> list[Row]:
     row = Row("a full disk for metrics, for a while")
     with _apart(out):
         job = stage.start(out)
-        if job.wait_until(lambda: newest_step(out) >= save_every, stage.patience_s):
+        if job.wait_until(lambda: newest_step(out) >= save_every):
             ballast, full_at = fill(out), num_lines(out)
-            job.wait_until(lambda: bool(job.complaints()), stage.patience_s)
+            job.wait_until(lambda: bool(job.complaints()))
             later = newest_step(out) + 3 * save_every
-            job.wait_until(lambda: newest_step(out) >= later, stage.patience_s)
+            job.wait_until(lambda: newest_step(out) >= later)
             row.when = f"from step {full_at} to {newest_step(out)}"
             ballast.unlink()
-        end = job.wait(stage.patience_s)
+        end = job.wait()
         row.note(end)
         row.expect_status(end, 0)
         if "metrics" not in "".join(end.complaints):
@@ -385,9 +385,9 @@ def full_for_summary(stage: Stage, whole: Whole) -> list[Row]:
     row = Row("a full disk for the summary", "at the end")
     with _apart(out):
         job = stage.start(out)
-        job.wait_until(lambda: num_lines(out) >= len(whole.lines), stage.patience_s)
+        job.wait_until(lambda: num_lines(out) >= len(whole.lines))
         ballast = fill(out)
-        end = job.wait(stage.patience_s)
+        end = job.wait()
         row.note(end)
         row.expect_status(end, 2)
         if "Validation loss" not in end.printed:
