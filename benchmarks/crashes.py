@@ -50,6 +50,9 @@ class Options:
     short: bool = False
     """A minute of it: in one process, some kills and signals, one kind of damage."""
 
+    parts: tuple[str, ...] | None = None
+    """Names of parts to run, if not all."""
+
     kills: int | None = None
     """SIGKILLs of each run that is killed, 20 unless given (in the short form 3)."""
 
@@ -86,7 +89,7 @@ def main(options: Options) -> int:
     if not console.is_terminal:
         console = Console(width=160)  # a log is no reason to break lines
     try:
-        all_parts = {part.name: part for part in parts(options)}
+        all_parts = {part.name: part for part in chosen(options)}
         out = options.out or Path("out", "crashes-short" if options.short else "crashes")
         runs = plan(options, [*all_parts.values()])
         records = read_records(out, runs)
@@ -130,8 +133,19 @@ def main(options: Options) -> int:
     return 1 if any(totals[name] for name in ("lost", "hangs", "differs", "wrong")) else 0
 
 
+def chosen(options: Options) -> list[Part]:
+    """The parts that `options` ask for. Raises Mistake for what cannot be run."""
+    found = {part.name: part for part in parts(options)}
+    if options.parts is None:
+        return [*found.values()]
+    for name in options.parts:
+        if name not in found:
+            raise Mistake(f"--parts holds {name!r}; choose of {', '.join(found)}")
+    return [found[name] for name in options.parts]
+
+
 def parts(options: Options) -> list[Part]:
-    """All of the matrix that `options` ask for. Raises Mistake for what cannot be run."""
+    """The whole matrix, or its short form. Raises Mistake for what cannot be run."""
     if options.kills is not None and options.kills < 1:
         raise Mistake(f"--kills is {options.kills}; choose 1 or more")
     if options.jobs < 1:

@@ -187,7 +187,13 @@ def test_an_older_checkpoint_is_taken_aloud(
 
 
 @pytest.mark.parametrize(
-    ("option", "named"), [({"kills": 0}, "0"), ({"jobs": 0}, "0"), ({"patience_s": -1.0}, "-1.0")]
+    ("option", "named"),
+    [
+        ({"kills": 0}, "0"),
+        ({"jobs": 0}, "0"),
+        ({"patience_s": -1.0}, "-1.0"),
+        ({"parts": ("floods",)}, "'floods'"),
+    ],
 )
 def test_the_matrix_refuses_what_it_cannot_run_in_one_sentence(
     matrix: Any, tmp_path: Path, capsys: Any, option: dict[str, Any], named: str
