@@ -212,8 +212,8 @@ def parts(options: Options) -> list[Part]:
         Part("kills, two ranks, async", 2, killed, late),
         Part("signals, two ranks", 2, signalled),
         Part("signals, two ranks, async", 2, signalled, late),
-        Part("--max-restarts", 2, restarted),
-        Part("--max-restarts, async", 2, restarted, late),
+        Part("restarts by torchrun", 2, restarted),
+        Part("restarts by torchrun, async", 2, restarted, late),
         Part("disk full for checkpoints, two ranks", 2, full_checkpoints, needs_mount=True),
     ]
     # Those of one process are killed by the way, beside what is shorter.
