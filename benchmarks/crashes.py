@@ -299,7 +299,7 @@ def table(records: list[Record]) -> Table:
         found.add_column(name, overflow="fold")
     for record in records:
         for row in record["rows"]:
-            said = row["said"] if len(row["said"]) <= 160 else f"...{row['said'][-160:]}"
+            said = row["said"] if len(row["said"]) <= 160 else f"{row['said'][:160]}..."
             verdict = "holds" if not row["faults"] else "FAILS: " + "; ".join(row["faults"])
             cells = (record["kind"], row["what"], row["when"], row["ended"], said, verdict)
             found.add_row(*(cell.replace("[", "\\[") for cell in cells))
