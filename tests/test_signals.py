@@ -17,6 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from qsdp import checkpoint
+from qsdp.metrics.writer import read_metrics
 from qsdp.train import errors, loop, setup, world
 from qsdp.train.cli import main
 from qsdp.train.errors import UserError, leave
@@ -118,6 +119,26 @@ def test_a_signal_at_any_time_costs_nothing(
     run(FLAGS)
     run(FLAGS, "whole")
     assert outcome(out) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("world_of_one", "brief_ends")
+def test_a_run_killed_in_the_validation_after_its_last_step_has_the_line_of_that_step(
+    run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, told(loop, "forward_backward", 3, signal.SIGTERM):
+        patch.setattr(loop, "evaluate", killed)
+        with pytest.raises(Killed):
+            run(FLAGS)
+    dist.destroy_process_group()
+    run(FLAGS)
+    lines = read_metrics(tmp_path / "told" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.usefixtures("world_of_one", "brief_ends")

@@ -81,6 +81,12 @@ class Job:
     """On rank 0, once it is open."""
     has_checkpoint: bool = False
     """Whether this process has written one."""
+    skipped_steps: int = 0
+    """Steps of the run so far that were not finite."""
+    bad_in_row: int = 0
+    """How many of them were the last ones."""
+    last_bad: str | None = None
+    """What was not finite in the last step; None if it was taken."""
     has_twin: bool = False
     """Whether this process has written a dense twin."""
     damaged: set[Path] = field(default_factory=set)
@@ -88,12 +94,6 @@ class Job:
     may know of more."""
     saver: checkpoint.AsyncSaver | None = None
     """With --save-async."""
-    skipped_steps: int = 0
-    """Steps of the run so far that were not finite."""
-    bad_in_row: int = 0
-    """How many of them were the last ones."""
-    last_bad: str | None = None
-    """What was not finite in the last step; None if it was taken."""
 
     @property
     def out(self) -> Path:
@@ -200,8 +200,8 @@ class Job:
         saver: checkpoint.AsyncSaver | None = None,
     ) -> None:
         """Write a checkpoint into `root`, with `more` beside what all of them have, or let `saver`
-        do it. Raises UserError, on every rank, if that fails, if the one before has failed, or if
-        the weights are not finite."""
+        do it. Raises UserError, on every rank, if that fails, the one before has failed, or the
+        weights are not finite."""
         self.wait_saved()
         self.world.together(lambda: self._check_before_saving(steps_done))
         tokenizer, start = self.corpus.tokenizer, self.results.start

@@ -38,17 +38,22 @@ def _pruned(job: Job) -> float:
 
 
 def kept_loss(job: Job) -> float | None:
-    """The validation loss of the dense twin that the run has kept so far; None without one that can
-    be read. On rank 0, which says once of a damaged one that it counts as none."""
+    """The validation loss of the dense twin that the run has kept so far; None without one. On
+    rank 0, which says of one that is damaged or cannot be read that it counts as none."""
+    path = job.results.latest_twin(job.damaged)
+    if path is None:
+        return None
     try:
-        path = job.results.latest_twin(job.damaged)
-        if path is not None and not job.has_twin:  # it was found
+        if not job.has_twin:  # it was found
             checkpoint.verify(path)
-        return None if path is None else float(checkpoint.read_meta(path)["val_loss"])
+        return float(checkpoint.read_meta(path)["val_loss"])
     except checkpoint.Damaged as error:
-        job.damaged.add(error.checkpoint.resolve())
+        job.damaged.add(path.resolve())
         job.why_no_twin = f"{error.file} is damaged: {error.why}"
-        complain(f"warning: {job.why_no_twin}. This dense twin counts as none")
+        complain(
+            f"warning: {job.why_no_twin}. The dense twin of step {checkpoint.step_of(path)} counts "
+            "as none"
+        )
         return kept_loss(job)
     except (OSError, ValueError, KeyError, TypeError) as error:
         job.why_no_twin = f"it cannot be read ({sentence(error)})"

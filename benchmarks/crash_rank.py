@@ -1,0 +1,29 @@
+"""launch/train_gpt.py as torchrun starts it for crashes.py: the exit status is noted in a folder.
+
+    torchrun ... benchmarks/crash_rank.py FOLDER FLAGS
+
+torchrun does not tell the statuses of ranks that end after a signal. A rank that a signal ended
+notes nothing.
+"""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+FOLDER = Path(sys.argv.pop(1))
+TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train_gpt.py"
+end_at_once = os._exit
+
+
+def end(status: int) -> None:
+    """Note the status before the process ends with it."""
+    (FOLDER / f"status-{os.environ['RANK']}").write_text(str(status))
+    end_at_once(status)
+
+
+os._exit = end  # type: ignore[assignment]
+try:
+    runpy.run_path(str(TRAIN), run_name="__main__")
+except SystemExit as stop:
+    end(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
