@@ -11,6 +11,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from qsdp.files import write_text
+
 FOLDER = Path(sys.argv.pop(1))
 TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train_gpt.py"
 end_at_once = os._exit
@@ -18,7 +20,8 @@ end_at_once = os._exit
 
 def end(status: int) -> None:
     """Note the status before the process ends with it."""
-    (FOLDER / f"status-{os.environ['RANK']}").write_text(str(status))
+    path = FOLDER / f"status-{os.environ['RANK']}"
+    write_text(path, str(status))  # it may be killed here
     end_at_once(status)
 
 

@@ -74,22 +74,21 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
     printed = run_jobs.killed((2,), often, is_writing, disk_s=0.05)
     assert "Going on from" in printed
     assert not (killed / "summary.json").exists()
-    # A scheduler may tell one rank alone that its node is wanted.
-    printed = run_jobs.succeed((2,), flags("killed"), told=1)
-    assert "Going on from" in printed
-    assert re.search(rf"a signal to another rank: step \d of {STEPS} is saved", printed)
-    assert not (killed / "summary.json").exists()
-
-    # All ranks hear of what one of them finds damaged.
+    # All ranks hear of what one of them finds damaged, and a scheduler may tell one of them alone
+    # that its node is wanted.
     *_, (before, used), (last_step, newest) = checkpoint.steps(checkpoints).items()
     damaged = newest / "__1_0.distcp"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    [ends] = run_jobs.ends((2,), flags("killed"))
+    [ends] = run_jobs.ends((2,), flags("killed"), told=1)
     assert [end.status for end in ends] == [0, 0]
     assert f"Going on from {used}" in ends[0].printed
     assert f"{damaged} is damaged" in ends[0].complaint
     assert re.search(rf"\b{last_step - before} steps? (is|are) lost", ends[0].complaint)
     assert not ends[1].complaint
+    said = rf"a signal to another rank: step {before + 1} of {STEPS} is saved"
+    assert re.search(said, ends[0].printed)
+    assert not (killed / "summary.json").exists()
+    assert "Going on from" in run_jobs.succeed((2,), flags("killed"))
 
     last = f"checkpoints/step-{STEPS:08d}"
     expected = tensors(whole / last, tmp_path / "whole.pt")

@@ -192,6 +192,7 @@ def evaluate(job: Job, progress: RunProgress) -> dict[str, float]:
     losses = {"val_loss": job.evaluator.loss()}
     text = f"step {job.steps_done}: validation loss {losses['val_loss']:.4f}"
     if job.handle is not None:
+        job.handle.state_dict()  # bits and levels are those of a checkpoint, saved before or after
         losses["val_loss_quantized"] = job.evaluator.loss(exact=False)
         text += f", with quantized weights {losses['val_loss_quantized']:.4f}"
     progress.note(text)
