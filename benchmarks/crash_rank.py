@@ -7,14 +7,13 @@ notes nothing.
 """
 
 import os
-import runpy
 import sys
 from pathlib import Path
 
 from qsdp.files import write_text
+from qsdp.train.cli import main, run
 
 FOLDER = Path(sys.argv.pop(1))
-TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train_gpt.py"
 end_at_once = os._exit
 
 
@@ -27,6 +26,6 @@ def end(status: int) -> None:
 
 os._exit = end  # type: ignore[assignment]
 try:
-    runpy.run_path(str(TRAIN), run_name="__main__")
+    run(main)
 except SystemExit as stop:
     end(stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1)
