@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from qsdp.checkpoint import state as checkpoint
+from qsdp import checkpoint
 from qsdp.optim import ACDC, GMP
 from qsdp.sparsity.schedule import ACDCSchedule
 from tests.test_masked import (
