@@ -69,7 +69,7 @@ test: test-quick test-rest  ## run every test but the heavy variants of some
 pytest = $(BIN)/python -m pytest --dist worksteal --junit-xml $(QSDP_TEST_REPORT)/$(1).xml $(2)
 
 test-quick: setup  ## the tests that take a moment
-	$(call pytest,quick,tests -m "not slow" -n $(JOBS))
+	$(call pytest,quick,tests -m "not slow and not heavy" -n $(JOBS))
 
 test-smoke: setup  ## one training step of two ranks
 	$(call pytest,smoke,"$(SMOKE)")

@@ -456,6 +456,10 @@ class TestCommandLine:
             (["--out", "{}/out", "--shard-tokens", "x"], "--shard-tokens"),
             (["--out", "{}/out", "--shardz", "1"], "--shardz"),
             ([], "--out"),
+            (
+                ["{}/absent.txt", "--out", "{}/out"],
+                r"There is no text file .*absent\.txt: give files that exist\.",
+            ),
         ],
     )
     def test_each_mistake_is_one_sentence(
@@ -476,11 +480,3 @@ class TestCommandLine:
         told = capfd.readouterr().err
         assert re.search(said, told)
         assert re.fullmatch(r"\S.*\.\n", told), told
-
-    @pytest.mark.slow
-    def test_bad_input_gives_one_sentence_and_status_2(self, tmp_path: Path) -> None:
-        done = self.prepare("--texts", tmp_path / "absent.txt", "--out", tmp_path / "out")
-        assert done.returncode == 2
-        assert done.stderr == (
-            f"There is no text file {tmp_path / 'absent.txt'}: give files that exist.\n"
-        )

@@ -241,7 +241,7 @@ NESTINGS: dict[str, list[Any]] = {
 """The first is the innermost."""
 
 
-@pytest.mark.parametrize("method", ["adamw", "acdc"])
+@pytest.mark.parametrize("method", [pytest.param("adamw", marks=pytest.mark.heavy), "acdc"])
 @pytest.mark.parametrize("nesting", list(NESTINGS))
 @pytest.mark.parametrize("kind", [_Encoder, _Fields])
 def test_a_checkpoint_is_that_of_the_model_whatever_its_parts_are_called(

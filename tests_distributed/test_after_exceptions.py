@@ -274,10 +274,10 @@ def train(setting: Setting, at: int = -1, disturb: Disturb = lambda _: None) -> 
 
 
 def differing(setting: Setting, part: int | None) -> tuple[int, list[str]]:
-    """How many points there are, and those after which training was not the same; of every tenth
-    point, if they are a ``part``."""
+    """How many points there are, and those after which training was not the same; of every
+    twentieth point, if they are a ``part``."""
     undisturbed = train(setting)
-    every = list(points(setting).items())[part :: 1 if part is None else 10]
+    every = list(points(setting).items())[part :: 1 if part is None else 20]
     found = []
     for name, (step, disturb) in every:
         try:
@@ -312,7 +312,7 @@ WAYS = {
     WAYS,
     (None, False),
     (1, 2),
-    range(10),
+    range(20),
 )
 def test_the_next_step_is_that_of_a_run_without(
     run: Run, way: str, reshard: bool | None, num_micro: int, part: int

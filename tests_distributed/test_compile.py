@@ -101,7 +101,7 @@ def _assert_alike(eager: list[Any], compiled: list[Any], num_ranks: int) -> None
     ("order", "fullgraph"),
     [
         ("compiled, then sharded", True),
-        ("wrapped, then sharded", True),
+        pytest.param("wrapped, then sharded", True, marks=pytest.mark.heavy),
         ("sharded, then compiled", True),
         pytest.param("sharded, then compiled", False, marks=pytest.mark.heavy),
         ("sharded, then wrapped", True),

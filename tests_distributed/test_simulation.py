@@ -197,6 +197,7 @@ HEAVY = {
     *("budget-of-gradients-raw-inside-nodes", "quantized-replicas-fp16", "two-hop-fp16"),
     *("learned-levels-quantized-replicas", "budget-quantized-replicas", "regathered-by-two"),
     *("two-hop-bf16", "budget-beside-bits-of-choice", "two-hop-in-each-replica"),
+    *("learned-levels-sparse", "budget-sparse-hsdp", "budget-and-learned-levels-two-hop", "budget"),
 }
 
 
