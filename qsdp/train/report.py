@@ -45,7 +45,7 @@ def finish(job: Job, history: list[dict[str, Any]]) -> bool:
     if job.world.stop.is_agreed:
         return False
     sparsity = job.evaluator.sparsity()
-    twin_loss = job.world.on_main(lambda: kept_loss(job)) if job.config.acdc else None
+    twin_loss = kept_loss(job) if job.config.acdc else None
     sample = job.evaluator.sample()
     last_other = job.world.sum((job.wire.total() - before).other_bytes)[0] / job.world.size
     peak = job.world.sum(matmul_flops_per_s(job.world.device, job.config.precision))[0]
