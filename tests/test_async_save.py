@@ -201,6 +201,30 @@ def test_copies_are_freed_and_a_dropped_saver_ends(
     assert bool(checkpoint.steps(tmp_path)) is not fails
 
 
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_group_that_ends_before_the_checkpoint_is_heard_of(
+    tmp_path: Path, may_write: threading.Event, is_asked: bool
+) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    saver = checkpoint.AsyncSaver()
+    saver.save(tmp_path, 1, *make(), {})
+    dist.destroy_process_group()
+    may_write.set()
+    if is_asked:
+        with pytest.raises(RuntimeError, match="process group was destroyed before"):
+            saver.wait()
+    else:
+        with pytest.warns(UserWarning, match="step 1 is not there: the process group was"):
+            dropped(saver)
+    assert not [*tmp_path.iterdir()]
+
+
+def dropped(saver: checkpoint.AsyncSaver) -> None:
+    thread = saver._last[0].thread
+    background._leave_alone(saver._last)
+    thread.join()
+
+
 RUN = ("--steps", "4", "--save-every", "1", "--one-shot", "none", "--eval-every", "0")
 
 

@@ -206,6 +206,11 @@ def _leave_alone(last: list[_Writing]) -> None:
 
 def _told(error: Exception) -> Exception:
     """`error` without its traceback, which holds the copy of the weights."""
+    if not dist.is_initialized():
+        return RuntimeError(
+            "the process group was destroyed before the checkpoint was written; wait for it, or "
+            "close the saver, before that"
+        )
     if is_failure(error):
         return CollectiveError(root(error))
     if isinstance(error, ValueError | RuntimeError):

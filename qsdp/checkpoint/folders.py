@@ -295,4 +295,4 @@ def _tidying(path: Path, lines: list[str]) -> Iterator[None]:
         yield
     except OSError as error:
         why = error.strerror or error
-        lines.append(f"{path} cannot be removed ({why}); the next save there tries again")
+        lines.append(f"{path} cannot be removed yet ({why}); the next save there tries again")

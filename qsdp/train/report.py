@@ -18,6 +18,7 @@ from qsdp.codec import native
 from qsdp.files import finite, write_json
 from qsdp.models import flops_per_token
 from qsdp.sparsity.target import Compression
+from qsdp.streams import printable
 from qsdp.train.errors import UserError
 from qsdp.train.peak import matmul_flops_per_s
 from qsdp.train.plots import may_fail, remove_stale, write_plots
@@ -181,10 +182,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         )
     if summary["sample"] is not None:
         # The model may well write what looks like markup or a control sequence.
-        printable = "".join(
-            c if c.isprintable() or c == "\n" else "\ufffd" for c in summary["sample"]
-        )
-        console.print(Panel(Text(printable), title="Sample"))
+        console.print(Panel(Text(printable(summary["sample"])), title="Sample"))
     elif summary["val_loss"] is None:
         console.print("No sample: the model's logits are not finite, the training has diverged.")
 

@@ -278,10 +278,12 @@ def is_finished(config: TrainConfig, meta: dict[str, Any]) -> bool:
     return stated == (meta["step"], meta["history"])
 
 
-def changed(config: TrainConfig, meta: dict[str, Any]) -> list[str]:
-    """The settings that are not those of the checkpoint's run."""
-    before, after = meta["config"], config.as_dict()
-    return [name for name in sorted(before.keys() | after) if before.get(name) != after.get(name)]
+def changed(config: TrainConfig, meta: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that are not those of the checkpoint's run: what they were and are."""
+    # What an older version did not know was as it is by default.
+    before, after = TrainConfig().as_dict() | meta["config"], config.as_dict()
+    pairs = {n: (before.get(n, _UNSET), after.get(n, _UNSET)) for n in sorted(before | after)}
+    return {name: (was, now) for name, (was, now) in pairs.items() if was != now}
 
 
 def pace_since(config: TrainConfig, world: World, meta: dict[str, Any]) -> int:

@@ -24,7 +24,7 @@ from qsdp.models import GPT, GPTConfig
 from qsdp.optim.base import OptimizerWrapper
 from qsdp.optim.finite import first_not_finite
 from qsdp.sparsity.compression import Prunable
-from qsdp.streams import complain
+from qsdp.streams import complain, printable
 from qsdp.train.agree import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError, is_lost, sentence
@@ -103,7 +103,7 @@ class Job:
     def say(self, text: str) -> None:
         """Print on rank 0."""
         if self.world.is_main:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     @property
     def has_mistake(self) -> bool:
@@ -474,11 +474,11 @@ def _announce(
         )
     if meta is None:
         return
-    before, after = meta["config"], config.as_dict()
+    unheard = ("out", "resume", "keep", "save_async", "take_over")
     changes = [
-        f"{name} {before.get(name, 'unset')} -> {after.get(name, 'unset')}"
-        for name in changed(config, meta)
-        if name not in ("out", "resume", "keep", "save_async", "take_over")
+        " ".join(f"{name} {was} -> {now}".split())
+        for name, (was, now) in changed(config, meta).items()
+        if name not in unheard
     ]
     if meta.get("world_size") != world.size:
         changes.append(f"ranks {meta.get('world_size')} -> {world.size}")
