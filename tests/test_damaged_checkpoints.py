@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -216,6 +217,22 @@ def test_a_run_goes_on_where_outdated_things_cannot_be_removed_yet(
     assert [path.name for path in (folder / "out").glob("metrics*")] == ["metrics.jsonl"]
     for name in kept(folder):
         assert checkpoint.read_meta(folder / "out" / "checkpoints" / name)["config"]["lr"] == 5e-3
+
+
+def test_a_checkpoint_past_the_end_is_refused_by_auto_too(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "out" / "checkpoints" / LAST
+    path = path.rename(path.with_name("step-00000009"))
+    (path / "meta.json").write_text(sealed(checkpoint_meta(path, step=9)))
+    said = refused(small_run(folder, *FLAGS), capfd)
+    assert "step-00000009 is past the end: 9 steps are done and --steps is 4" in said
+
+
+def checkpoint_meta(path: Path, **changes: Any) -> dict[str, Any]:
+    """What a checkpoint's meta.json states, with `changes`."""
+    found: dict[str, Any] = json.loads((path / "meta.json").read_text())
+    return found | changes
 
 
 def test_a_strangers_settings_steer_no_terminal(

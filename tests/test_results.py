@@ -5,12 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from qsdp import checkpoint
+from qsdp.checkpoint import folders
 from qsdp.train import results
+from qsdp.train.twin import kept_loss
+from qsdp.train.world import World
 from tests.test_checkpoint import make
 
 OWN, OTHER = "0a0a0a0a", "0b0b0b0b"
@@ -101,3 +107,41 @@ def test_checkpoints_of_versions_that_named_no_history_are_one(tmp_path: Path) -
     for step in (1, 2):
         checkpoint.save(tmp_path / "checkpoints", step, *make(), {}, keep=9)
     assert results.commit(tmp_path, "", 0) == []
+
+
+def test_ranks_read_together_what_one_alone_would_read_for_long(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, read_alone, is_alone = [], [], False
+    on_main, checksum = World.on_main, folders.checksum
+
+    def alone(world: World, work: Callable[[], Any]) -> Any:
+        nonlocal is_alone
+        is_alone = True
+        try:
+            return on_main(world, work)
+        finally:
+            is_alone = False
+
+    def seen(path: Path) -> str:
+        (read_alone if is_alone else read).append(path.parent.relative_to(out))
+        return checksum(path)
+
+    monkeypatch.setattr(World, "on_main", alone)
+    monkeypatch.setattr(folders, "checksum", seen)
+    mesh: Any = None
+    world = World(0, 1, torch.device("cpu"), "gloo", mesh)
+    twin = out / "dense-twin" / "step-00000002"
+    outcome: Any = SimpleNamespace(latest_twin=lambda damaged: None if damaged else twin)
+    job: Any = SimpleNamespace(
+        world=world, results=outcome, damaged=set(), has_twin=False, out=out, why_no_twin=""
+    )
+    assert kept_loss(job) is None
+    assert "states no validation loss" in job.why_no_twin
+    (twin / ".metadata").unlink()
+    assert kept_loss(job) is None
+    assert job.damaged == {twin.resolve()}
+    removed, went_on_from = results.recover(out, world)
+    assert (len(removed), went_on_from) == (3, 0)
+    assert {str(path) for path in read} == {TWO[1], "checkpoints/step-00000003"}
+    assert not read_alone
