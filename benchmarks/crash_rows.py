@@ -108,7 +108,7 @@ class Life:
         writing = [path.name for path in (self.out / "checkpoints").glob("tmp-step-*")]
         row.when = f"after step {num_lines(self.out)}"
         if writing:
-            row.when += f", writing {writing[0].removeprefix('tmp-')}"
+            row.when += f", writing {writing[0].removeprefix('tmp-').rpartition('-')[0]}"
         elif instant.kind == "start" or not num_lines(self.out):
             row.when += f", {instant.delay_s:.1f} s after the start"
         judge_stopped(row, self.out, self.whole, before)

@@ -30,7 +30,12 @@ def forgiving_output() -> Iterator[None]:
 def complain(text: str) -> None:
     """Print one line on standard error, if that can be written."""
     if sys.stderr is not None:
-        print(text, file=_forgiving(sys.stderr), flush=True)
+        print(printable(text), file=_forgiving(sys.stderr), flush=True)
+
+
+def printable(text: str) -> str:
+    """`text` as a terminal shows it: files of others may hold what would steer one."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def bring_out() -> None:

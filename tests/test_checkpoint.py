@@ -230,7 +230,8 @@ def test_a_file_that_cannot_be_read_is_refused_but_not_called_damaged(
     [
         *({"files": {name: ""}} for name in ("../out", "meta.json", ".metadata", "__9_0.distcp")),
         *({"files": {"a.txt": "\ud800"}}, {"meta": {"x": {1, 2}}}, {"keep": 0}),
-        *({"step": -1}, {"step": True}),
+        *({"step": -1}, {"step": True}, {"files": []}, {"may_appear": None}),
+        *({"damaged": given} for given in (None, "step-1", ["step-1"])),
     ],
     ids=str,
 )
@@ -242,6 +243,69 @@ def test_what_cannot_be_kept_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=f"^({'|'.join(given)})"):
         checkpoint.save(tmp_path / "root", step, *make(), meta, **values)
     assert not (tmp_path / "root").exists()
+
+
+def test_a_root_may_be_text_and_is_a_path(tmp_path: Path) -> None:
+    root: Any = str(tmp_path / "root")
+    assert checkpoint.save(root, 1, *make(), {}) == tmp_path / "root" / "step-00000001"
+    with pytest.raises(ValueError, match=r"^root is 7"):
+        checkpoint.save(7, 1, *make(), {})  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 3, *make(), {})
+    for name in ("step-00000003.new", "best"):
+        path = path.rename(tmp_path / name)
+        checkpoint.verify(path)
+    with pytest.raises(checkpoint.Damaged, match="it is of step 3"):
+        checkpoint.read_meta(path.rename(tmp_path / "step-00000009"))
+
+
+@pytest.mark.parametrize("refused", ["rename", "remove_tree"])
+def test_what_only_tidies_fails_no_save_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    def refuse(path: Path) -> Path:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    name = {"rename": "_set_aside"}.get(refused, refused)
+    checkpoint.save(tmp_path, 1, *make(), {"run": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, name, refuse)
+        for step in (2, 1):
+            with pytest.warns(UserWarning, match="cannot be removed yet .Permission denied"):
+                path = checkpoint.save(tmp_path, step, *make(), {"run": 2}, keep=1)
+            assert checkpoint.read_meta(path)["run"] == 2
+        assert checkpoint.read_meta(checkpoint.steps(tmp_path)[1])["run"] == 2
+    checkpoint.save(tmp_path, 3, *make(), {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_of_two_that_save_one_step_at_once_the_later_one_replaces_the_other(
+    tmp_path: Path,
+) -> None:
+    def another_one() -> None:
+        checkpoint.save(tmp_path, 3, *make(), {"run": 1})
+
+    path = checkpoint.save(tmp_path, 3, *make(), {"run": 2}, may_appear=another_one)
+    assert checkpoint.read_meta(path)["run"] == 2
+    checkpoint.verify(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_a_process_group_a_sentence_says_so(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, *make(), {})
+    dist.destroy_process_group()
+    try:
+        for call in (
+            lambda: checkpoint.save(tmp_path, 2, *make(), {}),
+            lambda: checkpoint.load_model(path, make()[0]),
+            checkpoint.AsyncSaver,
+        ):
+            with pytest.raises(RuntimeError, match="there is no process group"):
+                call()
+    finally:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def test_a_failure_of_any_kind_on_the_first_rank_is_heard_of(

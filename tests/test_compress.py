@@ -230,7 +230,7 @@ def test_a_folder_in_use_a_damaged_checkpoint_and_many_processes_are_refused(
     shards.write_bytes(content)
     assert "is damaged" in refused(flags, tmp_path / "out", capfd)
     shards.unlink()
-    assert "No such file" in refused(flags, tmp_path / "out", capfd)
+    assert "is damaged: it is missing" in refused(flags, tmp_path / "out", capfd)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in refused(flags, tmp_path / "out", capfd)
     assert not (tmp_path / "out").exists()

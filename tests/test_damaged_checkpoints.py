@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qsdp import checkpoint
+from qsdp.checkpoint.folders import sealed
+from qsdp.train import results
 from tests.bad_inputs import TEXT
 from tests.conftest import shorten_ends
 from tests.test_cli import main, refused, small_run
@@ -177,6 +181,73 @@ def test_what_cannot_be_read_is_refused_and_not_passed_over(
     assert f"{LAST}/meta.json cannot be read" in refused(small_run(folder, *FLAGS), capfd)
     monkeypatch.undo()
     assert contents(folder / "out") == before
+
+
+@pytest.mark.parametrize("more", [(), ("--resume", LAST, "--steps", "5"), ("--resume", "none")])
+def test_what_cannot_be_read_and_nobody_needs_is_in_nobodys_way(
+    folder: Path, more: tuple[str, ...]
+) -> None:
+    checkpoints = folder / "out" / "checkpoints"
+    meta = checkpoints / "step-00000001" / "meta.json"
+    if more[1:] == ("none",):
+        meta = meta.parents[1] / LAST / "meta.json"
+    meta.unlink()
+    meta.mkdir()
+    main(small_run(folder, *FLAGS, *(str(checkpoints / m) if m == LAST else m for m in more)))
+    assert meta.is_dir() or more
+
+
+def test_a_run_goes_on_where_outdated_things_cannot_be_removed_yet(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, num_tries = results.commit, 2
+
+    def refuse_first(*arguments: Any) -> Any:
+        nonlocal num_tries
+        num_tries -= 1
+        if num_tries >= 0:
+            raise PermissionError(13, "Permission denied", "x")
+        return commit(*arguments)
+
+    monkeypatch.setattr(results, "commit", refuse_first)
+    main(small_run(folder, *FLAGS, "--resume", "none", "--lr", "5e-3"))
+    printed = capfd.readouterr()
+    assert printed.err.count("cannot be removed yet (x: Permission denied)") == 2
+    assert "as outdated now: summary.json" in printed.out
+    assert [path.name for path in (folder / "out").glob("metrics*")] == ["metrics.jsonl"]
+    for name in kept(folder):
+        assert checkpoint.read_meta(folder / "out" / "checkpoints" / name)["config"]["lr"] == 5e-3
+
+
+def test_a_checkpoint_past_the_end_is_refused_by_auto_too(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "out" / "checkpoints" / LAST
+    path = path.rename(path.with_name("step-00000009"))
+    (path / "meta.json").write_text(sealed(checkpoint_meta(path, step=9)))
+    said = refused(small_run(folder, *FLAGS), capfd)
+    assert "step-00000009 is past the end: 9 steps are done and --steps is 4" in said
+
+
+def checkpoint_meta(path: Path, **changes: Any) -> dict[str, Any]:
+    """What a checkpoint's meta.json states, with `changes`."""
+    found: dict[str, Any] = json.loads((path / "meta.json").read_text())
+    return found | changes
+
+
+def test_a_strangers_settings_steer_no_terminal(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "out" / "checkpoints" / LAST
+    meta = checkpoint.read_meta(path)
+    del meta["config"]["max_bad_steps"]  # of a version that did not know it
+    meta["config"] |= {"\x1b]0;x\n": "\x1b[2J\nrun \u202e"}
+    (path / "meta.json").write_text(sealed(meta))
+    main(small_run(folder, *FLAGS, "--steps", "5", "--resume", str(folder / "out")))
+    (line,) = re.findall(r"^Going on from .*", capfd.readouterr().out, re.MULTILINE)
+    assert line.replace("\ufffd", "").isprintable()
+    assert "[2J run" in line
+    assert "max_bad_steps" not in line
 
 
 def test_a_damaged_first_checkpoint_of_another_history_replaces_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -105,6 +106,21 @@ def test_who_was_taken_over_hears_of_it_and_leaves_the_lock_alone(tmp_path: Path
                 first.check()
             first.end()
             theirs.check()
+
+
+def test_a_lock_that_cannot_be_read_for_once_goes_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, **options: Any) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+    with hold(tmp_path, takes_over=False) as first, hold(tmp_path, takes_over=True) as theirs:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", refuse)
+            first.check()
+        theirs.check()
+        with pytest.raises(ValueError, match="taken over"):
+            first.check()
 
 
 def test_who_was_taken_over_ends_also_when_the_other_one_has_ended(tmp_path: Path) -> None:

@@ -50,10 +50,10 @@ def _save(folder: str) -> list[str]:
         said.append(str(error.value))
 
         saver.save(root / "beside", 5, model, optimizer, {})
-        assert saver._writing is not None
-        saver._writing.join()
+        (writing,) = saver._last
+        writing.thread.join()
         if rank == 1:  # of which no other rank knows
-            saver._writing.failure = RuntimeError("no memory")
+            writing.failure = RuntimeError("no memory")
         with pytest.raises(RuntimeError, match="no memory"):
             saver.wait()
 

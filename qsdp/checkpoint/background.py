@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,8 +21,16 @@ from torch.distributed.checkpoint.staging import AsyncStager
 
 from qsdp import compat
 from qsdp.checkpoint.safe import plain_part, readable
-from qsdp.checkpoint.saving import Request, agree, claimed, finished, state_of, written
-from qsdp.checkpoint.state import meet_at
+from qsdp.checkpoint.saving import (
+    Request,
+    agreed,
+    claimed,
+    finished,
+    state_of,
+    unwritable,
+    written,
+)
+from qsdp.checkpoint.state import everyone, meet_at
 from qsdp.failures import CollectiveError, is_failure, root
 from qsdp.meeting import mistakes_shared, warn
 
@@ -37,14 +44,16 @@ class AsyncSaver:
     own, since collectives of two threads in one group would mix.
 
     Use it as a context manager, or call `close`: either waits for the last checkpoint. A saver that
-    is dropped lets it appear too, but nobody hears of a failure.
+    is dropped lets it appear too; a failure is a warning then.
     """
 
     def __init__(self) -> None:
         """A collective over all ranks."""
         meet_at("AsyncSaver")
         self._group: _Group | None = _Group()
-        self._writing: _Writing | None = None
+        self._last: list[_Writing] = []
+        """The checkpoint that is being written, if any."""
+        weakref.finalize(self, _leave_alone, self._last)
 
     def save(
         self,
@@ -68,28 +77,26 @@ class AsyncSaver:
         self.wait()
         if self._group is None:
             raise RuntimeError("the saver is closed; make another one")
-        request = Request(root, step, meta, files or {}, keep, tuple(damaged), may_appear)
-        agree(request, model, optimizer)
-        request = replace(request, meta=copy.deepcopy(dict(meta)), files=dict(request.files))
-        assert dist.group.WORLD is not None
+        request = Request(root, step, meta, files, keep, damaged, may_appear)
+        request = agreed(request, model, optimizer)
         with contextlib.ExitStack() as claim:
-            claim.enter_context(claimed(request))
+            folder = claim.enter_context(claimed(request))
             state = state_of(model, optimizer)
-            with mistakes_shared("checkpoint.save", [dist.group.WORLD]):
+            with mistakes_shared("checkpoint.save", [everyone()]):
                 staged = _copied(state, "", {})
             meet_at("save", step=step)
             threads: list[threading.Thread] = []
             response: Any = dcp.async_save(
                 staged,
                 # Nothing is on a GPU any more, and nothing of this is to make a stream there.
-                storage_writer=FileSystemWriter(request.folder, per_thread_copy_ahead=0),
+                storage_writer=FileSystemWriter(folder, per_thread_copy_ahead=0),
                 planner=_Planner(threads),
                 process_group=self._group.group,
                 async_stager=_Staged(),
             )
             future = getattr(response, "upload_completion", response)
-            self._writing = _Writing(request)
-            self._writing.start(future, threads, claim.pop_all(), self._group)
+            group, rest = self._group, claim.pop_all()
+            self._last.append(_Writing(request, folder, future, threads, group, rest))
 
     def wait(self) -> Path | None:
         """Wait for the checkpoint that is being written, and return it; None without one.
@@ -97,12 +104,11 @@ class AsyncSaver:
         A collective. Raises, on every rank, RuntimeError if it could not be written, ValueError if
         it may not appear.
         """
-        if self._writing is None:
+        writing = self._ended()
+        if writing is None:
             return None
-        self._writing.join()
-        writing, self._writing = self._writing, None
-        assert dist.group.WORLD is not None
-        with mistakes_shared("checkpoint.AsyncSaver.wait", [dist.group.WORLD]):
+        groups = [everyone()] if dist.is_initialized() else []
+        with mistakes_shared("checkpoint.AsyncSaver.wait", groups):
             if writing.failure is not None:
                 raise writing.failure
         meet_at("AsyncSaver.wait")
@@ -111,14 +117,19 @@ class AsyncSaver:
     def close(self) -> None:
         """Wait for the checkpoint that is being written, and end the group. No collective of all
         ranks: a failure is a warning. May be called again."""
-        if self._writing is not None:
-            self._writing.join()
-            writing, self._writing = self._writing, None
-            if writing.failure is not None:
-                warn(str(writing.failure))
+        writing = self._ended()
+        if writing is not None:
+            writing.warn()
         if self._group is not None:
             self._group.end()
             self._group = None
+
+    def _ended(self) -> _Writing | None:
+        """The checkpoint that was being written, which nobody else is told of then."""
+        if not self._last:
+            return None
+        self._last[0].thread.join()
+        return self._last.pop()
 
     def __enter__(self) -> AsyncSaver:
         return self
@@ -137,66 +148,74 @@ class _Group:
     """A gloo group of all ranks that ends with this object."""
 
     def __init__(self) -> None:
-        world = dist.group.WORLD
-        assert world is not None
+        world = everyone()
         name = f"{compat.unused_name(world)}, of checkpoints"
         self.group = compat.new_group([*range(world.size())], world, name, backend="gloo")
         self.end = weakref.finalize(self, compat.destroy_group, self.group)
         self.end.atexit = False
 
 
-@dataclass
 class _Writing:
-    """A checkpoint on its way to disk."""
+    """A checkpoint on its way to disk: a thread waits for DCP, then lets it appear."""
 
-    request: Request
-    path: Path | None = None
-    failure: Exception | None = None
-    _thread: threading.Thread | None = None
+    def __init__(self, request: Request, folder: Path, *rest: Any) -> None:
+        self.path: Path | None = None
+        self.failure: Exception | None = None
+        self.is_alone = False
+        """Whether nobody waits for it any more."""
+        self._step = request.step
+        # Not kept here, but by the thread until it ends: DCP's future holds the copy.
+        arguments = (request, folder, *rest)
+        self.thread = threading.Thread(target=self._run, args=arguments, name="qsdp-checkpoint")
+        self.thread.start()
 
-    def start(
+    def _run(
         self,
+        request: Request,
+        folder: Path,
         future: Future[Any],
         threads: list[threading.Thread],
-        claim: contextlib.ExitStack,
         group: _Group,
+        claim: contextlib.ExitStack,
     ) -> None:
-        arguments = (self, future, threads, claim, group)
-        self._thread = threading.Thread(target=_write, args=arguments, name="qsdp-checkpoint")
-        self._thread.start()
+        try:
+            with claim:
+                with written(request):
+                    future.result()
+                self.path = finished(request, folder, group.group)
+        except Exception as error:
+            self.failure = _told(error)
+        for thread in threads:
+            thread.join()
+        if self.is_alone:
+            self.warn()
 
-    def join(self) -> None:
-        assert self._thread is not None
-        self._thread.join()
+    def warn(self) -> None:
+        """Say what has failed, if anything has and it was not said before."""
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            warn(f"the checkpoint of step {self._step} is not there: {failure}")
 
 
-def _write(
-    writing: _Writing,
-    future: Future[Any],
-    threads: list[threading.Thread],
-    claim: contextlib.ExitStack,
-    group: _Group,
-) -> None:
-    """Wait for DCP, then let the checkpoint appear."""
-    try:
-        with claim:
-            with written(writing.request):
-                future.result()
-            writing.path = finished(writing.request, group.group)
-    except Exception as error:
-        writing.failure = _told(error)
-    for thread in threads:
-        thread.join()
+def _leave_alone(last: list[_Writing]) -> None:
+    """The saver has gone, or Python ends: nobody will ask how the last checkpoint has ended."""
+    for writing in last:
+        writing.is_alone = True
+        writing.warn()  # else the thread does, when it ends
 
 
 def _told(error: Exception) -> Exception:
     """`error` without its traceback, which holds the copy of the weights."""
+    if not dist.is_initialized():
+        return RuntimeError(
+            "the process group was destroyed before the checkpoint was written; wait for it, or "
+            "close the saver, before that"
+        )
     if is_failure(error):
         return CollectiveError(root(error))
     if isinstance(error, ValueError | RuntimeError):
         return (ValueError if isinstance(error, ValueError) else RuntimeError)(str(error))
-    said = f"{type(error).__name__}: {error}"
-    return RuntimeError(f"a checkpoint cannot be written ({said}); choose another --out")
+    return unwritable(f"{type(error).__name__}: {error}")
 
 
 class _Staged(AsyncStager):

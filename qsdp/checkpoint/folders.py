@@ -4,7 +4,8 @@ step-00000500/             whole: made under another name and renamed when all i
     .metadata  *.distcp    torch.distributed.checkpoint: model and optimizer
     meta.json              the step, checksums of all files and its own, and what the run adds
 step-00000500.new/         whole too, and newer than the one beside it, whose name it takes next
-tmp-.../                   being written or removed; what no process claims is a killed one's
+tmp-.../                   being written, each save under a name of its own, or removed; what no
+                           process claims is a killed one's
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qsdp.files import claimed_folder, is_file_name, remove_tree, sync, unclaimed
+from qsdp.files import (
+    claimed_folder,
+    is_file_name,
+    locked_folder,
+    remove_tree,
+    sync,
+    unclaimed,
+)
 
 META = "meta.json"
 OWN_CHECKSUM = "checksum"
@@ -107,6 +115,8 @@ def read_meta(path: Path) -> dict[str, Any]:
     step = meta.get("step") if isinstance(meta, dict) else None
     if type(step) is not int or step < 0:
         raise Damaged(path, META, "it states no step")
+    if step_of(path) not in (None, step):
+        raise Damaged(path, META, f"it is of step {step}")
     if not isinstance(meta.get("checksums"), dict):
         raise Damaged(path, META, "it states no checksums")
     seal = _SEAL.search(data, max(0, len(data) - 50))
@@ -186,83 +196,103 @@ def verify(
 
 @contextlib.contextmanager
 def writing(root: Path, step: int) -> Iterator[Path]:
-    """An empty folder to write the checkpoint of `step` into, which goes if it is not published.
-
-    Raises OSError if it cannot be made, or if another process is writing this step.
-    """
-    folder = root / f"tmp-step-{step:08d}"
-    try:
-        claim = contextlib.ExitStack()
-        claim.enter_context(claimed_folder(folder))
-    except BlockingIOError:
-        raise OSError(f"another process is writing {folder}") from None
-    with claim:
+    """An empty folder, of this call alone, to write the checkpoint of `step` into; it goes if it is
+    not published. Raises OSError if it cannot be made."""
+    with claimed_folder(root / f"tmp-step-{step:08d}-{secrets.token_hex(4)}") as folder:
         yield folder
 
 
-def clear_killed(root: Path, damaged: Collection[Path] = ()) -> list[Path]:
+def clear_killed(root: Path, damaged: Collection[Path] = ()) -> list[str]:
     """Make the folder `root` if there is none; finish or remove what killed writers left in it.
 
-    Returns what was removed, but for what was about to be.
+    Returns a line for each thing that was removed, but for what was about to be, and for each that
+    cannot be.
     """
     root.mkdir(parents=True, exist_ok=True)
-    left = []
-    for path in sorted(path for path in root.iterdir() if path.is_dir()):
-        with unclaimed(path) as is_free:  # what another process makes is its own
-            if is_free and path.name.startswith("tmp-"):
-                remove_tree(path)
-                left.append(path)
-            elif is_free and path.name.endswith(_REWRITTEN) and step_of(path) is not None:
-                if path.resolve() in damaged:  # the old one is better
-                    remove(path)
-                    left.append(path)
-                else:
-                    _settle(path)
-    return [path for path in left if not path.name.startswith(_REMOVED)]
+    lines: list[str] = []
+    for path in sorted(root.iterdir()):
+        is_rewritten = path.name.endswith(_REWRITTEN) and step_of(path) is not None
+        if not path.is_dir() or not (is_rewritten or path.name.startswith("tmp-")):
+            continue
+        with _tidying(path, lines), unclaimed(path) as is_free:
+            if not is_free:  # what another process makes is its own
+                continue
+            if is_rewritten and path.resolve() not in damaged:  # else the old one is better
+                _settle(path)
+                continue
+            remove(path) if is_rewritten else remove_tree(path)
+            if not path.name.startswith(_REMOVED):
+                lines.append(f"{path}, which a killed run left, is removed")
+    return lines
 
 
 def publish(
-    folder: Path, files: Mapping[str, str], keep: int, damaged: Collection[Path] = ()
-) -> Path:
-    """Add the text `files` to what `writing` made and let it take its name, all or nothing.
+    folder: Path,
+    step: int,
+    files: Mapping[str, str],
+    keep: int,
+    damaged: Collection[Path] = (),
+) -> tuple[Path, list[str]]:
+    """Add the text `files` to what `writing` made and let it take the name of `step`, all or
+    nothing; of two that do so at once for one step, the later one's stays.
 
     Afterwards what is `damaged` there (real paths) goes, and of the checkpoints before this one the
     oldest, until `keep` are left. Later ones stay.
+
+    Returns where it is, and a line for each thing that could not be removed.
     """
-    root, final = folder.parent, folder.with_name(folder.name.removeprefix("tmp-"))
+    root, final = folder.parent, folder.with_name(f"step-{step:08d}")
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
         sync(folder / name)
     sync(folder)
-    if final.exists():  # never without one of the two: see `steps`
-        rewritten = folder.rename(final.with_name(final.name + _REWRITTEN))
+    lines: list[str] = []
+    with locked_folder(root):
+        is_again = final.exists()  # never without one of the two: see `steps`
+        path = folder.rename(final.with_name(final.name + _REWRITTEN) if is_again else final)
         sync(root)
-        _settle(rewritten)
-    else:
-        folder.rename(final)
-    sync(root)
-    for path in damaged:
-        if path.name != final.name and path.parent == root.resolve():
-            remove(path)
-    own = step_of(final)
-    assert own is not None
-    before = [path for number, path in steps(root).items() if number < own]
-    for path in before[: max(0, len(before) + 1 - keep)]:
-        remove(path)
-    return final
+        if is_again:
+            with _tidying(final, lines):
+                _settle(path)
+            path = path if path.exists() else final
+    with _tidying(root, lines):
+        old = [p for p in damaged if p.name != final.name and p.parent == root.resolve()]
+        before = [p for number, p in steps(root, damaged).items() if number < step]
+        for each in (*old, *before[: max(0, len(before) + 1 - keep)]):
+            with _tidying(each, lines):
+                remove(each)
+    return path, lines
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint so that no instant shows half of it under its name."""
+    """Delete a checkpoint so that no instant shows half of it under its name. Raises OSError if it
+    cannot be: what has lost its name then goes with the next save beside it."""
     with contextlib.suppress(FileNotFoundError):  # another process has removed it
-        # A name of its own: nobody else renames to it.
-        remove_tree(path.rename(path.with_name(f"{_REMOVED}{secrets.token_hex(4)}-{path.name}")))
+        remove_tree(_set_aside(path))
+
+
+def _set_aside(path: Path) -> Path:
+    # A name of its own: nobody else renames to it.
+    return path.rename(path.with_name(f"{_REMOVED}{secrets.token_hex(4)}-{path.name}"))
 
 
 def _settle(path: Path) -> None:
     """Let a checkpoint that was written again take the place of the old one."""
     final = path.with_name(path.name.removesuffix(_REWRITTEN))
-    if final.exists():
-        remove(final)
-    path.rename(final)
+    old = _set_aside(final) if final.exists() else None
+    try:
+        path.rename(final)
+    finally:
+        if old is not None:
+            remove_tree(old)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def _tidying(path: Path, lines: list[str]) -> Iterator[None]:
+    """Inside `path` is removed; that it cannot be is a line, and no error."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        lines.append(f"{path} cannot be removed yet ({why}); the next save there tries again")

@@ -4,9 +4,11 @@ that saving in the background has too."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -31,7 +33,7 @@ from qsdp.checkpoint.folders import (
 )
 from qsdp.checkpoint.folders import checksum as file_checksum
 from qsdp.checkpoint.safe import TABLE, WritingPlanner
-from qsdp.checkpoint.state import cause, meet_at, raise_refused, renamed
+from qsdp.checkpoint.state import cause, everyone, meet_at, raise_refused, renamed
 from qsdp.checksum import checksum
 from qsdp.compat import checkpoint_names, sharded_parameters
 from qsdp.files import is_file_name, sync
@@ -43,24 +45,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Request:
-    """What `save` was asked for, but for model and optimizer."""
+    """What `save` was asked for, but for model and optimizer; what may be of another type until it
+    has been `checked`."""
 
     root: Path
     step: int
     meta: Mapping[str, Any]
-    files: Mapping[str, str]
+    files: Mapping[str, str] | None
     keep: int
     damaged: Collection[Path]
     may_appear: Callable[[], None]
 
-    @property
-    def folder(self) -> Path:
-        """Where it is written."""
-        return self.root / f"tmp-step-{self.step:08d}"
-
-    def check(self) -> None:
-        """Raise ValueError for what cannot be kept."""
-        step, keep, files = self.step, self.keep, self.files
+    def checked(self) -> Request:
+        """The same, sharing nothing with the caller. Raises ValueError for what cannot be kept."""
+        step, keep, damaged = self.step, self.keep, self.damaged
+        files = {} if self.files is None else self.files
+        if not isinstance(self.root, str | os.PathLike):
+            raise ValueError(f"root is {self.root!r}; give the path of a folder")
         if type(step) is not int or step < 0:
             raise ValueError(f"step is {step!r}; give an integer from 0")
         if type(keep) is not int or keep < 1:
@@ -76,10 +77,17 @@ class Request:
             json.dumps(dict(self.meta))
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"meta holds what JSON cannot ({error}); give JSON values") from None
+        is_many = isinstance(damaged, Collection) and not isinstance(damaged, str | bytes)
+        if not is_many or not all(isinstance(path, Path) for path in damaged):
+            raise ValueError(f"damaged is {damaged!r}; give real paths of checkpoints")
+        if not callable(self.may_appear):
+            raise ValueError(f"may_appear is {self.may_appear!r}; give a function")
         try:
             "".join([*files, *files.values()]).encode()
         except (TypeError, UnicodeEncodeError) as error:
             raise ValueError(f"files holds what is no text ({error}); give texts by name") from None
+        meta = copy.deepcopy(dict(self.meta))
+        return replace(self, root=Path(self.root), meta=meta, files=dict(files), damaged=[*damaged])
 
 
 def save(
@@ -103,7 +111,7 @@ def save(
        what is damaged and old checkpoints.
 
     Args:
-        root: folder of the run's checkpoints, which every rank sees.
+        root: folder of the run's checkpoints, which every rank sees; made if it is not there.
         step: optimizer steps done.
         model: whose parameters and buffers to save, sharded or not.
         optimizer: whose state to save; None for the model alone.
@@ -119,40 +127,40 @@ def save(
         give; ValueError if ranks have different tensors under one name, the state holds objects
         that only code could load, or an argument is not as above.
     """
-    request = Request(root, step, meta, files or {}, keep, damaged, may_appear)
-    agree(request, model, optimizer)
-    with claimed(request):
+    request = Request(root, step, meta, files, keep, damaged, may_appear)
+    request = agreed(request, model, optimizer)
+    with claimed(request) as folder:
         state = state_of(model, optimizer)
         with written(request):
-            dcp.save(state, checkpoint_id=request.folder, planner=WritingPlanner())
-        return finished(request)
+            dcp.save(state, checkpoint_id=folder, planner=WritingPlanner())
+        return finished(request, folder)
 
 
-def agree(request: Request, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise, on every rank, if ranks differ or the request cannot be kept."""
-    assert dist.group.WORLD is not None
-    with mistakes_shared("checkpoint.save", [dist.group.WORLD]):
-        request.check()
+def agreed(request: Request, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Request:
+    """The request, `checked`. Raises, on every rank, if ranks differ or it cannot be kept."""
+    with mistakes_shared("checkpoint.save", [everyone()]):
+        request = request.checked()
     shards = _spread_shards(model)
     facts = {"step": request.step, "folder": request.root, "optimizer": optimizer is not None}
     facts |= {"keep": request.keep}
     if meet_at("save", has_news=bool(shards), **facts):
         _check_names(shards)
+    return request
 
 
 @contextlib.contextmanager
-def claimed(request: Request) -> Iterator[None]:
-    """Inside, the folder to write to is there; it goes again if it is not `finished`."""
+def claimed(request: Request) -> Iterator[Path]:
+    """A folder to write to, which goes again if it is not `finished`."""
     with contextlib.ExitStack() as claim:
 
-        def begin() -> list[Path]:
-            left = clear_killed(request.root, request.damaged)
-            claim.enter_context(writing(request.root, request.step))
-            return left
+        def begin() -> tuple[Path, list[str]]:
+            lines = clear_killed(request.root, request.damaged)
+            return claim.enter_context(writing(request.root, request.step)), lines
 
-        for path in _on_first(begin):
-            warn(f"{path}, which a killed run left, is removed")
-        yield
+        folder, lines = _on_first(begin)
+        for line in lines:
+            warn(line)
+        yield folder
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -176,18 +184,26 @@ def written(request: Request) -> Iterator[None]:
         ) from error
 
 
-def finished(request: Request, group: dist.ProcessGroup | None = None) -> Path:
-    """Let what is written appear. A collective over `group`, of all ranks."""
-    checksums = _checksums(request.folder, group)
-    checksums |= {name: checksum_of(text.encode()) for name, text in request.files.items()}
-    text = sealed({**request.meta, "step": request.step, "checksums": checksums})
-    texts = {**request.files, META: text}
+def finished(request: Request, folder: Path, group: dist.ProcessGroup | None = None) -> Path:
+    """Let what is written into `folder` appear. A collective over `group`, of all ranks."""
+    files = dict(request.files or {})
+    checksums = _checksums(folder, group)
+    checksums |= {name: checksum_of(text.encode()) for name, text in files.items()}
+    files[META] = sealed({**request.meta, "step": request.step, "checksums": checksums})
 
-    def appear() -> Path:
+    def appear() -> tuple[Path, list[str]]:
         request.may_appear()
-        return publish(request.folder, texts, request.keep, request.damaged)
+        return publish(folder, request.step, files, request.keep, request.damaged)
 
-    return _on_first(appear, group)
+    path, lines = _on_first(appear, group)
+    for line in lines:
+        warn(line)
+    return path
+
+
+def unwritable(said: str) -> RuntimeError:
+    said = said.removeprefix("OSError: ")
+    return RuntimeError(f"a checkpoint cannot be written ({said}); choose another --out")
 
 
 def _spread_shards(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...], Tensor]]:
@@ -269,7 +285,5 @@ def _on_first(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> 
     if isinstance(said, tuple):
         raise ValueError(*said) from failure
     if said is not None:
-        said = said.removeprefix("OSError: ")
-        text = f"a checkpoint cannot be written ({said}); choose another --out"
-        raise RuntimeError(text) from failure
+        raise unwritable(said) from failure
     return cast(T, result)

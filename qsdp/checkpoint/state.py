@@ -82,13 +82,23 @@ def _fitting(path: Path) -> Iterator[None]:
         ) from error
 
 
+def everyone() -> dist.ProcessGroup:
+    """All ranks. Raises RuntimeError if there is no process group."""
+    if dist.group.WORLD is None:
+        raise RuntimeError(
+            "there is no process group of all ranks; call torch.distributed.init_process_group "
+            "before checkpoints are saved or loaded, and end it after"
+        )
+    return dist.group.WORLD
+
+
 def meet_at(call: str, *, has_news: bool = False, **facts: object) -> bool:
-    assert dist.group.WORLD is not None
+    world = everyone()
     told = {
         name: str(value.resolve() if isinstance(value, Path) else value)
         for name, value in facts.items()
     }
-    return meet(f"checkpoint.{call}", told, [dist.group.WORLD], has_news=has_news)
+    return meet(f"checkpoint.{call}", told, [world], has_news=has_news)
 
 
 def _load(reader: Reader, state: dict[str, Any], model: nn.Module) -> dict[str, Any]:

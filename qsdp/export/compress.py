@@ -65,7 +65,8 @@ def export_compressed(
     prunable.check(target)
     with new_folder(out) as folder:
         counted = _Counted(progress)
-        counted.total = sum((checkpoint / name).stat().st_size for name in meta["checksums"])
+        files = [checkpoint / name for name in meta["checksums"]]
+        counted.total = sum(file.stat().st_size for file in files if file.is_file())
         counted.total += _read_bytes(model, prunable, target)
         verify(checkpoint, progress=counted.add)
         reader = TensorReader(checkpoint)

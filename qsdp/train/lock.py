@@ -40,10 +40,10 @@ class Lock:
     def check(self) -> None:
         """Raise ValueError if another run has taken the folder over."""
         found = _read(self._path)
-        if not found:  # somebody has removed it, and nobody else has held the folder since
+        if found is None:  # somebody has removed it, and nobody else has held the folder since
             with contextlib.suppress(OSError):
                 write_json(self._path, self.owner)
-        elif found != self.owner:
+        elif found and found != self.owner:  # what cannot be read now will be looked at again
             raise ValueError(
                 f"{self._path.parent} was taken over by {_told(found)}; this run ends, and what "
                 "it has not saved is not written there"
@@ -175,8 +175,11 @@ def _silence_s(path: Path) -> float:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """What a lock says: nothing, if it cannot be read; None if there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except FileNotFoundError:
         return None
-    return found if isinstance(found, dict) else None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

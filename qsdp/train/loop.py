@@ -90,7 +90,8 @@ def train(config: TrainConfig) -> None:
                 if saved < step and (stop.is_agreed or (is_save_due and not is_put_off)):
                     job.save()
                     saved, is_save_due = step, False
-            if job.results.is_beside and job.steps_done == config.steps:  # no step was left to take
+            is_new = job.results.is_beside and not job.has_checkpoint
+            if is_new and job.steps_done == config.steps:  # no step was left to take
                 job.save()
             job.wait_saved()
         if stop.is_agreed or not finish(job, [] if metrics is None else metrics.history):

@@ -18,6 +18,7 @@ from qsdp.codec import native
 from qsdp.files import finite, write_json
 from qsdp.models import flops_per_token
 from qsdp.sparsity.target import Compression
+from qsdp.streams import printable
 from qsdp.train.errors import UserError
 from qsdp.train.peak import matmul_flops_per_s
 from qsdp.train.plots import may_fail, remove_stale, write_plots
@@ -45,7 +46,7 @@ def finish(job: Job, history: list[dict[str, Any]]) -> bool:
     if job.world.stop.is_agreed:
         return False
     sparsity = job.evaluator.sparsity()
-    twin_loss = job.world.on_main(lambda: kept_loss(job)) if job.config.acdc else None
+    twin_loss = kept_loss(job) if job.config.acdc else None
     sample = job.evaluator.sample()
     last_other = job.world.sum((job.wire.total() - before).other_bytes)[0] / job.world.size
     peak = job.world.sum(matmul_flops_per_s(job.world.device, job.config.precision))[0]
@@ -181,10 +182,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         )
     if summary["sample"] is not None:
         # The model may well write what looks like markup or a control sequence.
-        printable = "".join(
-            c if c.isprintable() or c == "\n" else "\ufffd" for c in summary["sample"]
-        )
-        console.print(Panel(Text(printable), title="Sample"))
+        console.print(Panel(Text(printable(summary["sample"])), title="Sample"))
     elif summary["val_loss"] is None:
         console.print("No sample: the model's logits are not finite, the training has diverged.")
 

@@ -11,15 +11,19 @@ metrics last. So who finds them beside knows what a crash cut short.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qsdp import checkpoint
+from qsdp.checkpoint import Damaged
 from qsdp.files import remove_tree, write_text
 from qsdp.train.plots import PLOT_NAMES
+from qsdp.train.world import World, all_alike
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.toml"
@@ -33,24 +37,51 @@ _BESIDE = re.compile(
 )
 
 
-def recover(out: Path) -> tuple[list[str], int | None]:
-    """Finish what a history was at when it ended, if its first checkpoint is there.
+def recover(out: Path, world: World) -> tuple[list[str], int | None]:
+    """Finish what a history was at when it ended, if its first checkpoint is there. A collective.
 
     Returns what was removed, and the step that this history went on from; None if there is none.
     """
-    for path in checkpoint.steps(out / CHECKPOINTS).values():
-        history, went_on_from = _history(path)
-        if _beside(out, METRICS, history).exists() and _is_whole(path):
-            return commit(out, history, went_on_from), went_on_from
+    for path, history, went_on_from in world.on_main(lambda: _unfinished(out)):
+        if damage(path, world) is None:  # else it is no reason to delete others
+            removed = world.on_main(partial(commit, out, history, went_on_from))
+            return removed, went_on_from
     return [], None
+
+
+def damage(path: Path, world: World) -> Damaged | None:
+    """What is damaged of a checkpoint, which the ranks read together. A collective. Raises
+    UserError, on every rank, if it cannot be read."""
+
+    def check() -> Damaged | None:
+        try:
+            checkpoint.check(path)
+        except Damaged as error:
+            return error
+        return None
+
+    return all_alike(world, check)
+
+
+def _unfinished(out: Path) -> list[tuple[Path, str, int]]:
+    """The checkpoints of a history whose metrics lie beside, with `_history` of each."""
+    found = []
+    for path in checkpoint.steps(out / CHECKPOINTS).values():
+        with contextlib.suppress(ValueError):  # what cannot be read may be nobody's concern
+            history, went_on_from = _history(path)
+            if _beside(out, METRICS, history).exists():
+                found.append((path, history, went_on_from))
+    return found
 
 
 def commit(out: Path, history: str, went_on_from: int) -> list[str]:
     """The first checkpoint of `history` is there: delete what is left of others after the step that
     it went on from. Returns what that was.
 
-    Any part of it may have been done before.
+    Any part of it may have been done before. Raises OSError for what cannot be: the metrics then
+    still lie beside, and whoever finds them does the rest.
     """
+    is_new = _beside(out, METRICS, history).exists()
     plots = [out / "plots" / f"{name}.png" for name in PLOT_NAMES]
     # None of these is to be found without the checkpoints that it is of.
     outcome = [path for path in (out / "summary.json", *plots) if path.exists()]
@@ -66,34 +97,43 @@ def commit(out: Path, history: str, went_on_from: int) -> list[str]:
             (out / DENSE_TWIN).rename(out / _OLD_TWIN)
             removed.append(DENSE_TWIN)
         twin.rename(out / DENSE_TWIN)
-        remove_tree(out / _OLD_TWIN)
+        with contextlib.suppress(OSError):  # the next start tries again
+            remove_tree(out / _OLD_TWIN)
     for folder in (DENSE_TWIN, CHECKPOINTS):
         for step, path in checkpoint.steps(out / folder).items():
-            if step > went_on_from and _history(path)[0] != history:
-                checkpoint.remove(path)
-                removed.append(f"{folder}/{path.name}")
-    if _beside(out, METRICS, history).exists():
+            remark = _outdated(path, history, is_new=is_new) if step > went_on_from else None
+            if remark is not None:
+                _remove(path)
+                removed.append(f"{folder}/{path.name}{remark}")
+    if is_new:
         _beside(out, METRICS, history).replace(out / METRICS)
     return removed
 
 
-def _history(path: Path) -> tuple[str, int]:
-    """Of a checkpoint, and the step that it went on from."""
+def _outdated(path: Path, history: str, *, is_new: bool) -> str | None:
+    """A remark on a checkpoint that is another history's; None for one that stays: this one's, and
+    what may be. A new history has none yet but its first one."""
     try:
-        meta = checkpoint.read_meta(path)
-    except checkpoint.Damaged:  # nobody's
-        return "", 0
-    history, went_on_from = meta.get("history"), meta.get("went_on_from")
+        return "" if _history(path)[0] != history else None
+    except Damaged:
+        return " (damaged)" if is_new else None
+    except ValueError:
+        return None
+
+
+def _history(path: Path) -> tuple[str, int]:
+    """Of a checkpoint, and the step that it went on from. Raises as `read_meta`."""
+    meta = checkpoint.read_meta(path)
+    history, went_on_from = meta.get("history", ""), meta.get("went_on_from")
     return str(history), went_on_from if isinstance(went_on_from, int) else 0
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether nothing of a checkpoint is damaged: else it is no reason to delete others."""
+def _remove(path: Path) -> None:
     try:
-        checkpoint.verify(path)
-    except checkpoint.Damaged:
-        return False
-    return True
+        checkpoint.remove(path)
+    except OSError:
+        if path.exists():  # else it is out of the way, and the next save deletes it
+            raise
 
 
 def _beside(out: Path, name: str, history: str) -> Path:
@@ -154,6 +194,7 @@ class Results:
         return own
 
     def settle(self) -> list[str]:
-        """The first checkpoint is there. Returns what was removed."""
+        """The first checkpoint is there. Returns what was removed. Raises OSError as `commit`."""
+        removed = commit(self.out, self.start.history, self.start.went_on_from)
         self.is_beside = False
-        return commit(self.out, self.start.history, self.start.went_on_from)
+        return removed

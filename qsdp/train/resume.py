@@ -8,7 +8,6 @@ import os
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from qsdp.checkpoint import Damaged
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError
 from qsdp.train.lock import process_id
-from qsdp.train.results import CHECKPOINTS, Start
-from qsdp.train.world import World, all_alike
+from qsdp.train.results import CHECKPOINTS, Start, damage
+from qsdp.train.world import World
 
 # What a run is, and which of it another run may not change: weights and states are of these.
 _OF_THE_MODEL = ("model", "tokenizer", "optimizer", "seed", "schedule")
@@ -49,31 +48,24 @@ def find_whole_start(
     """
     damaged: list[Damaged] = []
 
-    def find() -> tuple[Start | None, list[Damaged]]:
-        found = list(damaged)
-        while True:
-            try:
-                return find_start(config, fingerprint, found), found
-            except Damaged as error:
-                found.append(error)
-                if _is_named(config, error.checkpoint):
-                    return None, found
+    def find() -> Start | Damaged:
+        try:
+            return find_start(config, fingerprint, damaged)
+        except Damaged as error:
+            return error
 
     while True:
-        start, damaged = world.on_main(find)
-        if start is None:
-            break
-        source = start.source
-        error = None if source is None else all_alike(world, partial(_damage, source))
-        if error is None:
-            return start, damaged
-        damaged.append(error)
-        if _is_named(config, error.checkpoint):
-            break
-    named = damaged[-1]
-    raise UserError(
-        f"{named.file} is damaged: {named.why}; {_instead(named, world)}.", is_shared=True
-    )
+        found = world.on_main(find)
+        if isinstance(found, Start):
+            error = None if found.source is None else damage(found.source, world)
+            if error is None:
+                return found, damaged
+            found = error
+        damaged.append(found)
+        if _is_named(config, found.checkpoint):
+            raise UserError(
+                f"{found.file} is damaged: {found.why}; {_instead(found, world)}.", is_shared=True
+            )
 
 
 def told_as_damaged(start: Start, damaged: Sequence[Damaged]) -> list[str]:
@@ -92,15 +84,6 @@ def told_as_damaged(start: Start, damaged: Sequence[Damaged]) -> list[str]:
     return lines
 
 
-def _damage(path: Path) -> Damaged | None:
-    """What is damaged of a checkpoint."""
-    try:
-        checkpoint.check(path)
-    except Damaged as error:
-        return error
-    return None
-
-
 def _is_named(config: TrainConfig, path: Path) -> bool:
     """Whether --resume names this very checkpoint."""
     is_path = config.resume not in ("auto", "none")
@@ -112,7 +95,7 @@ def _instead(named: Damaged, world: World) -> str:
     folder, without = named.checkpoint.parent, {named.checkpoint.resolve()}
     while path := world.on_main(lambda: checkpoint.latest(folder, without=without)):
         with contextlib.suppress(UserError):  # of one that cannot be read
-            if all_alike(world, partial(_damage, path)) is None:
+            if damage(path, world) is None:
                 return f"{path} is the newest whole one there: name it by --resume"
         without.add(path.resolve())
     return "none beside it is whole: bring one back from a copy, or begin anew with --resume none"
@@ -167,6 +150,7 @@ def find_start(
     if config.resume == "auto" or is_again:
         differences = _differences(newest, fingerprint, _PARTS)
         if not differences:
+            _check_steps(config, own, newest)
             return same
         if config.resume == "auto":
             raise ValueError(
@@ -189,11 +173,7 @@ def find_start(
             f"{_but_for(damaged)}{path} cannot be resumed: it was trained with "
             f"{_listed(differences)}; give the flags of that run, another --out, or --resume none."
         )
-    if meta["step"] > config.steps:
-        raise ValueError(
-            f"{path} is past the end: {meta['step']} steps are done and --steps is "
-            f"{config.steps}; raise --steps, or give another --out."
-        )
+    _check_steps(config, path, meta)
     has_past = is_taken and path.parent.samefile(root)
     if is_taken and not has_past:
         if own is None:
@@ -205,6 +185,14 @@ def find_start(
     if own is not None and own.samefile(path) and not _differences(meta, fingerprint, _PARTS):
         return replace(same, origin=named)
     return replace(anew, source=path, meta=meta, went_on_from=meta["step"], has_past=has_past)
+
+
+def _check_steps(config: TrainConfig, path: Path | None, meta: dict[str, Any]) -> None:
+    if meta["step"] > config.steps:
+        raise ValueError(
+            f"{path} is past the end: {meta['step']} steps are done and --steps is "
+            f"{config.steps}; raise --steps, or give another --out."
+        )
 
 
 def launch_id() -> str | None:
@@ -290,10 +278,12 @@ def is_finished(config: TrainConfig, meta: dict[str, Any]) -> bool:
     return stated == (meta["step"], meta["history"])
 
 
-def changed(config: TrainConfig, meta: dict[str, Any]) -> list[str]:
-    """The settings that are not those of the checkpoint's run."""
-    before, after = meta["config"], config.as_dict()
-    return [name for name in sorted(before.keys() | after) if before.get(name) != after.get(name)]
+def changed(config: TrainConfig, meta: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that are not those of the checkpoint's run: what they were and are."""
+    # What an older version did not know was as it is by default.
+    before, after = TrainConfig().as_dict() | meta["config"], config.as_dict()
+    pairs = {n: (before.get(n, _UNSET), after.get(n, _UNSET)) for n in sorted(before | after)}
+    return {name: (was, now) for name, (was, now) in pairs.items() if was != now}
 
 
 def pace_since(config: TrainConfig, world: World, meta: dict[str, Any]) -> int:

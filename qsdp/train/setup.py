@@ -24,10 +24,10 @@ from qsdp.models import GPT, GPTConfig
 from qsdp.optim.base import OptimizerWrapper
 from qsdp.optim.finite import first_not_finite
 from qsdp.sparsity.compression import Prunable
-from qsdp.streams import complain
+from qsdp.streams import complain, printable
 from qsdp.train.agree import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
-from qsdp.train.errors import UserError, is_lost
+from qsdp.train.errors import UserError, is_lost, sentence
 from qsdp.train.evaluate import Evaluator
 from qsdp.train.lock import Lock, hold, holder
 from qsdp.train.parallelize import build, check_nodes, check_replicas, make_optimizer, model_config
@@ -81,6 +81,8 @@ class Job:
     """On rank 0, once it is open."""
     has_checkpoint: bool = False
     """Whether this process has written one."""
+    is_settled: bool = False
+    """Whether what the first of them decided on has been done."""
     skipped_steps: int = 0
     """Steps of the run so far that were not finite."""
     bad_in_row: int = 0
@@ -90,8 +92,7 @@ class Job:
     has_twin: bool = False
     """Whether this process has written a dense twin."""
     damaged: set[Path] = field(default_factory=set)
-    """Checkpoints and dense twins, by their real paths, that are as if they were not there; rank 0
-    may know of more."""
+    """Checkpoints and dense twins, by their real paths, that are as if they were not there."""
     saver: checkpoint.AsyncSaver | None = None
     """With --save-async."""
 
@@ -102,7 +103,7 @@ class Job:
     def say(self, text: str) -> None:
         """Print on rank 0."""
         if self.world.is_main:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     @property
     def has_mistake(self) -> bool:
@@ -171,10 +172,11 @@ class Job:
         root = self.out / CHECKPOINTS
         saver = self.saver if self.has_checkpoint else None
         self._write(root, self.steps_done, self.optimizer, {}, self.config.keep, saver)
-        if not self.has_checkpoint:
-            self.has_checkpoint = True
+        self.has_checkpoint = True
+        if not self.is_settled:
             removed = self.world.on_main(self._settle)
-            self.results.is_beside = False
+            self.is_settled = removed is not None
+            self.results.is_beside &= not self.is_settled
             if removed:
                 self.say(f"Removed from {self.out}, as outdated now: {', '.join(removed)}")
 
@@ -248,9 +250,18 @@ class Job:
         if self.lock is not None:
             self.lock.check()
 
-    def _settle(self) -> list[str]:
+    def _settle(self) -> list[str] | None:
+        """What was removed, on rank 0; None if it cannot be yet: the next save, and the next start,
+        try again."""
         was_beside = self.results.is_beside
-        removed = self.results.settle()
+        try:
+            removed = self.results.settle()
+        except OSError as error:
+            complain(
+                f"warning: what is outdated in {self.out} cannot be removed yet "
+                f"({sentence(error)}); the next checkpoint tries again"
+            )
+            return None
         if self.metrics is not None and was_beside:
             self.metrics.moved(self.out / METRICS, self._events, self.results.start.went_on_from)
         return removed
@@ -275,7 +286,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     size = world.together(lambda: model_config(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))
     fingerprint = _fingerprint(config, size, corpus, data, world)
-    removed, recovered = world.on_main(lambda: recover(config.out_dir))
+    removed, recovered = recover(config.out_dir, world)
     start, damaged = find_whole_start(config, world, fingerprint)
     source, meta = start.source, start.meta
     if world.is_main:
@@ -463,11 +474,11 @@ def _announce(
         )
     if meta is None:
         return
-    before, after = meta["config"], config.as_dict()
+    unheard = ("out", "resume", "keep", "save_async", "take_over")
     changes = [
-        f"{name} {before.get(name, 'unset')} -> {after.get(name, 'unset')}"
-        for name in changed(config, meta)
-        if name not in ("out", "resume", "keep", "save_async", "take_over")
+        " ".join(f"{name} {was} -> {now}".split())
+        for name, (was, now) in changed(config, meta).items()
+        if name not in unheard
     ]
     if meta.get("world_size") != world.size:
         changes.append(f"ranks {meta.get('world_size')} -> {world.size}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from pathlib import Path
 
 from qsdp import checkpoint
 from qsdp.streams import complain
-from qsdp.train.errors import sentence
+from qsdp.train.errors import UserError
+from qsdp.train.results import damage
 from qsdp.train.setup import Job
 
 
@@ -20,7 +23,7 @@ def consider(job: Job, steps_done: int, loss: float | None = None) -> None:
         job.why_no_twin = f"{zeros:.0%} of the prunable weights were zero in the last dense phase"
         return
     loss = job.evaluator.loss() if loss is None else loss
-    kept = job.world.on_main(lambda: kept_loss(job))
+    kept = kept_loss(job)
     if math.isfinite(loss) and (kept is None or loss < kept):
         job.keep_twin(steps_done, loss)
     elif kept is None:
@@ -38,24 +41,30 @@ def _pruned(job: Job) -> float:
 
 
 def kept_loss(job: Job) -> float | None:
-    """The validation loss of the dense twin that the run has kept so far; None without one. On
-    rank 0, which says of one that is damaged or cannot be read that it counts as none."""
-    path = job.results.latest_twin(job.damaged)
-    if path is None:
-        return None
+    """The validation loss of the dense twin that the run has kept so far; None without one. A
+    collective; rank 0 says of one that is damaged or cannot be read that it counts as none."""
+    world = job.world
     try:
-        if not job.has_twin:  # it was found
-            checkpoint.verify(path)
-        return float(checkpoint.read_meta(path)["val_loss"])
-    except checkpoint.Damaged as error:
-        job.damaged.add(path.resolve())
-        job.why_no_twin = f"{error.file} is damaged: {error.why}"
-        complain(
-            f"warning: {job.why_no_twin}. The dense twin of step {checkpoint.step_of(path)} counts "
-            "as none"
-        )
-        return kept_loss(job)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        job.why_no_twin = f"it cannot be read ({sentence(error)})"
-        complain(f"warning: the dense twin in {job.out} cannot be read ({sentence(error)})")
-        return None
+        while path := world.on_main(lambda: job.results.latest_twin(job.damaged)):
+            error = None if job.has_twin else damage(path, world)
+            if error is None:
+                return world.on_main(partial(_loss, path))
+            job.damaged.add(path.resolve())
+            job.why_no_twin = f"{error.file} is damaged: {error.why}"
+            if world.is_main:
+                complain(
+                    f"warning: {job.why_no_twin}. The dense twin of step "
+                    f"{checkpoint.step_of(path)} counts as none"
+                )
+    except UserError as error:
+        job.why_no_twin = f"it cannot be read ({error})"
+        if world.is_main:
+            complain(f"warning: the dense twin in {job.out} cannot be read ({error})")
+    return None
+
+
+def _loss(path: Path) -> float:
+    loss = checkpoint.read_meta(path).get("val_loss")
+    if not isinstance(loss, float | int):
+        raise ValueError(f"{path} states no validation loss")
+    return float(loss)
