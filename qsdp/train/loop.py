@@ -215,7 +215,8 @@ def _clip(job: Job, loss: Tensor) -> tuple[float, str | None]:
     with collective("sum of the gradients' norm"):
         norm = global_grad_norm(parameters, loss=loss)
     if not math.isfinite(norm):
-        return norm, name_not_finite(sharded_parameters(job.model), loss, groups_of(parameters))
+        groups = groups_of(parameters, with_replicas=True)
+        return norm, name_not_finite(sharded_parameters(job.model), loss, groups)
     if job.config.clip_grad:
         scale_grads_(parameters, job.config.clip_grad, norm)
     return norm, None
