@@ -1,9 +1,11 @@
-"""Which ranks hold the tensors of a model: its meshes, and what lies on some of the ranks alone."""
+"""Which ranks hold the tensors of a model: its meshes, what lies on some of the ranks alone, and
+replicas that no mesh tells of."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch.distributed as dist
 from torch import Tensor
@@ -29,12 +31,37 @@ Spread = Mapping[DeviceMesh, Reach]
 """What the tensors of a mesh are counted over, where that is not their own ranks alone."""
 
 
-def groups_of(tensors: Iterable[Tensor]) -> list[dist.ProcessGroup]:
+class Averaged(Protocol):
+    """A sharded model whose gradients are averaged over replicas that its meshes do not hold."""
+
+    @property
+    def replicas(self) -> dist.ProcessGroup | None: ...
+
+    def parameters(self) -> Iterable[Tensor]: ...
+
+
+averaged: WeakSet[Averaged] = WeakSet()
+"""All that there are now: `qsdp.install` with a ``replicate_mesh`` knows, and parameters do not."""
+
+
+def replicas_of(tensors: Iterable[Tensor]) -> list[dist.ProcessGroup]:
+    """The process groups over which gradients of ``tensors`` are averaged, of `averaged` models."""
+    if not averaged:
+        return []
+    owners = {id(p): model.replicas for model in averaged for p in model.parameters()}
+    found = dict.fromkeys(owners.get(id(tensor)) for tensor in tensors)
+    return [group for group in found if group is not None and group.size() > 1]
+
+
+def groups_of(tensors: Iterable[Tensor], *, with_replicas: bool = False) -> list[dist.ProcessGroup]:
     """The process groups of all axes of the meshes of ``tensors``: none where all are plain. The
-    last axes, over which HSDP shards and passes meet, come first."""
+    last axes, over which HSDP shards and passes meet, come first; ``with_replicas``, those of
+    `replicas_of` come last: all these ranks take one step."""
+    tensors = list(tensors)
     meshes = dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, DTensor))
     groups = dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()[::-1])
-    return [group for group in groups if group.size() > 1]
+    replicas = replicas_of(tensors) if with_replicas else []
+    return [group for group in groups if group.size() > 1] + replicas
 
 
 def covering(meshes: Iterable[DeviceMesh]) -> DeviceMesh | None:
@@ -60,12 +87,13 @@ def spread_of(tensors: Iterable[Tensor], *, with_replicas: bool = False) -> Spre
 
     Args:
         tensors: All that are counted together.
-        with_replicas: So also where meshes repeat tensors (HSDP), of which the first replica's
-            count then.
+        with_replicas: So also where meshes repeat tensors (HSDP), or `replicas_of` does, of which
+            the first replica's count then.
 
     Raises:
         ValueError: If no mesh holds the ranks of all others.
     """
+    tensors = list(tensors)
     cut: dict[DeviceMesh, set[int]] = {}
     for tensor in tensors:
         if isinstance(tensor, DTensor):
@@ -83,16 +111,18 @@ def spread_of(tensors: Iterable[Tensor], *, with_replicas: bool = False) -> Spre
             "together"
         )
 
-    groups = tuple(group for group in whole.get_all_groups() if group.size() > 1)
+    replicas = replicas_of(tensors) if with_replicas else []
+    is_first = all(group.rank() == 0 for group in replicas)
+    groups = tuple(group for group in [*whole.get_all_groups(), *replicas] if group.size() > 1)
     spread = {}
     for mesh in cut:
         own = ranks_of(mesh)
         if own < ranks_of(whole):
             firsts = (_first_repeated(mesh, other, axes) for other, axes in cut.items())
             first = next((ranks for ranks in firsts if ranks), own)
-            spread[mesh] = Reach(groups, own == first, min(first))
-        elif with_replicas and len(cut[mesh]) < mesh.ndim:
-            spread[mesh] = Reach(groups)
+            spread[mesh] = Reach(groups, own == first and is_first, min(first))
+        elif replicas or (with_replicas and len(cut[mesh]) < mesh.ndim):
+            spread[mesh] = Reach(groups, is_first)
     return spread
 
 

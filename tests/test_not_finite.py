@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from qsdp.train.setup import Job
 from tests.bad_inputs import TEXT
 from tests.test_cli import refused
 from tests.test_ended_runs import weights
+from tests.test_signals import told
 
 pytestmark = pytest.mark.usefixtures("world_of_one", "brief_ends", "no_peak")
 
@@ -183,6 +185,69 @@ def test_the_end_of_a_run_is_saved_though_its_last_step_was_bad(
     cli.main(flags(tmp_path, "--save-every", "4"))
     final(tmp_path)
     assert [*checkpoint.steps(tmp_path / "out/checkpoints")] == [5]
+
+
+@pytest.mark.parametrize("method", ["adamw", "cram", "gmp"])
+def test_a_run_told_to_end_before_its_first_good_step_goes_on_as_if_it_had_not_been_told(
+    tmp_path: Path, spoil: Callable[[dict[int, Fault]], None], method: str
+) -> None:
+    """Neither the gradients that a bad step leaves nor DCP, which fills an empty state by a step
+    that the base would count, tell in what is saved."""
+    for name in ("told", "whole"):
+        (tmp_path / name).mkdir()
+    faults: dict[int, Fault] = {1: ("loss", 1), 2: ("loss", 1)}
+    spoil(faults)
+    cli.main(flags(tmp_path / "whole", *METHODS[method], "--save-every", "0"))
+    spoil(faults)
+    command = flags(tmp_path / "told", *METHODS[method], "--save-every", "0")
+    for _ in range(2):
+        with told(loop, "forward_backward", 1, signal.SIGTERM):
+            cli.main(command)
+    assert [*checkpoint.steps(tmp_path / "told/out/checkpoints")] == [1, 2]
+    cli.main(command)
+    if method == "cram":  # neither had a second pass
+        assert lines(tmp_path / "told", "pruned")[:2] == [0.0, 0.0]
+    expected = final(tmp_path / "whole")
+    for name, found in final(tmp_path / "told").items():
+        assert torch.equal(found, expected[name]), name
+
+
+def test_a_row_of_bad_steps_goes_on_over_resumes_and_keeps_what_was_good(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], spoil: Callable[[dict[int, Fault]], None]
+) -> None:
+    spoil(dict.fromkeys((3, 4, 5), ("loss", 1)))
+    good = ("--save-every", "2", "--keep", "1", "--max-bad-steps", "3", "--eval-every", "1")
+    command = flags(tmp_path, *good)
+    with told(loop, "forward_backward", 3, signal.SIGTERM):
+        cli.main(command)
+    with told(loop, "forward_backward", 1, signal.SIGTERM):
+        cli.main(command)
+    folder = tmp_path / "out/checkpoints"
+    assert [*checkpoint.steps(folder)] == [2, 3, 4]
+    capfd.readouterr()
+    with told(loop, "forward_backward", 1, signal.SIGTERM):  # the row comes first
+        said = refused(command, capfd)
+    assert "steps 3 to 5 had no finite loss" in said
+    assert f"the last good checkpoint is {folder / 'step-00000002'}: go on" in said
+    assert [*checkpoint.steps(folder)] == [2, 3, 4]
+
+
+def test_moments_that_are_not_finite_are_never_saved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Gradients are, and weights: these would never move again."""
+    forward_backward = loop.forward_backward
+
+    def huge(job: Job) -> torch.Tensor:
+        loss = forward_backward(job)
+        for parameter in job.model.parameters():
+            cast(Any, parameter.grad).mul_(1e22)
+        return loss
+
+    monkeypatch.setattr(loop, "forward_backward", huge)
+    said = refused(flags(tmp_path, "--clip-grad", "0", "--save-every", "1"), capfd)
+    assert "exp_avg_sq of embed.weight is not finite on rank 0 after step 1" in said
+    assert not checkpoint.steps(tmp_path / "out/checkpoints")
 
 
 @pytest.mark.slow

@@ -6,17 +6,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import qsdp
 from qsdp import checkpoint
 from qsdp.optim import global_grad_norm
 from qsdp.sparsity import shards
+from qsdp.train import loop
 from tests.test_optimizer_references import METHODS, RARELY_RENEWED, TWO_PASSES, adamw, all_bits
 from tests_distributed.conftest import Run, selection
 from tests_distributed.helpers import make_batch, make_model, shard, wire_config
@@ -38,18 +41,26 @@ def _parts(model: nn.Module, base: torch.optim.Optimizer) -> dict[str, Any]:
     return all_bits(parts)
 
 
-def _leave_out(method: str, num_bits: int, faults: list[Fault]) -> list[Any]:
-    """What the optimizer says of each of the bad steps."""
-    model = shard(make_model(1), nested=False)
+def _leave_out(method: str, num_bits: int, faults: list[Fault], num_replicas: int = 1) -> list[Any]:
+    """What the optimizer says of each of the bad steps, and this rank's bits after a good one, with
+    replicas."""
+    meshes: dict[str, Any] = {}
+    if num_replicas > 1:
+        shape = (num_replicas, dist.get_world_size() // num_replicas)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        meshes = {"mesh": mesh if num_bits == 32 else mesh["shard"]}
+    model = shard(make_model(1), nested=False, **meshes)
     base = adamw(model)
     wrapper: Any = None
     if method != "adamw":
         wrapper = (RARELY_RENEWED | {m: METHODS[m] for m in TWO_PASSES})[method](model, base)
     if num_bits < 32:
         config = wire_config(16, weight_bits=num_bits, grad_bits=num_bits)
-        handle = qsdp.install(model, config)
+        replicas = {"replicate_mesh": mesh["replicate"]} if num_replicas > 1 else {}
+        handle = qsdp.install(model, config, **replicas)
         if wrapper is not None:
             wrapper.share_support(handle.set_support)
+    job: Any = SimpleNamespace(model=model, config=SimpleNamespace(clip_grad=1.0))
     told: list[Any] = []
     for step, fault in enumerate([None, *faults, None]):
         passes = 0
@@ -70,9 +81,14 @@ def _leave_out(method: str, num_bits: int, faults: list[Fault]) -> list[Any]:
         before = _parts(model, base) if step else {}
         model.zero_grad()
         if wrapper is None:
-            norm = qsdp.clip_grad_norm_(model.parameters(), 1.0, loss=closure())
+            loss = closure()
+            _, bad = loop._clip(job, loss)  # which leaves what is not finite as it is
+            norm = qsdp.clip_grad_norm_(model.parameters(), 1.0, loss=loss)
+            assert math.isfinite(norm) == (bad is None)
             if math.isfinite(norm):
                 base.step()
+            else:
+                told.append((bad, len(told) + 1))
         else:
             wrapper.step(closure)
             norm = wrapper.last_grad_norm
@@ -81,7 +97,7 @@ def _leave_out(method: str, num_bits: int, faults: list[Fault]) -> list[Any]:
         if fault is not None and wrapper is not None:
             told.append((wrapper.last_bad, wrapper.skipped_steps))
     assert all(p.isfinite().all() for p in model.parameters())
-    return told
+    return [told, _parts(model, base) if num_replicas > 1 else None]
 
 
 @selection(
@@ -98,14 +114,34 @@ def test_all_ranks_leave_a_step_out_whose_loss_or_gradient_is_bad_on_one(
     faults = [("loss", 1, 1), (WEIGHT, last, 2), ("loss", last, 0)]
     found = run(RANKS, _leave_out, method, num_bits, faults)
     assert found == [found[0]] * RANKS
-    if method == "adamw":
-        return
-    (first, second, third), counts = zip(*found[0], strict=True)
+    (first, second, third), counts = zip(*found[0][0], strict=True)
     assert counts == (1, 2, 3)
     assert first.startswith("the loss on rank 1")
     assert second.startswith(f"the gradient of {WEIGHT} on rank 2")
     assert third.startswith("the loss on rank 0")
     assert all(("second pass" in words) == (last == 2) for words in (second, third))
+
+
+@selection(
+    "method, num_bits",
+    [("adamw", 8), ("CrAM+", 8), ("ACDC", 8), ("adamw", 32)],
+    ("adamw", *METHODS),
+    (8, 32),
+)
+def test_replicas_leave_out_what_is_bad_on_one_rank_of_one_of_them(
+    run: Run, method: str, num_bits: int
+) -> None:
+    """Ranks 0 and 1 are a replica, whose meshes do not hold the others: the wire averages."""
+    last = 2 if method in TWO_PASSES else 1
+    faults = [("loss", 1, 3), (WEIGHT, last, 2), (WEIGHT, last, 0)]
+    (told, one), (_, other), *others = run(4, _leave_out, method, num_bits, faults, 2)
+    assert others == [[told, one], [told, other]]
+    assert one.keys() == other.keys()
+    assert [words.partition(",")[0] for words, _ in told] == [
+        *("the loss on rank 3", f"the gradient of {WEIGHT} on rank 2"),
+        f"the gradient of {WEIGHT} on rank 0",
+    ]
+    assert [count for _, count in told] == [1, 2, 3]
 
 
 def _count_gathers(work: Callable[[], object]) -> int:

@@ -167,8 +167,22 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[
     """What to write: the tensors themselves, by their names."""
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+        with _as_it_is(optimizer):
+            state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     return renamed(state, checkpoint_names(model))
+
+
+@contextlib.contextmanager
+def _as_it_is(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, DCP finds a state to be there, which it would fill by a step that counts."""
+    state: Any = optimizer.state
+    empty = [] if state else [p for group in optimizer.param_groups for p in group["params"]]
+    state.update((parameter, {}) for parameter in empty)
+    try:
+        yield
+    finally:
+        for parameter in empty:
+            state.pop(parameter, None)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,8 @@ from qsdp.compat import checkpoint_names
 from qsdp.failures import listed
 from qsdp.meeting import meet
 
+_STATE = "optimizer.state."
+
 
 def check(path: Path) -> None:
     """Read every file of the checkpoint at `path`, each by one rank, and compare it with its
@@ -43,7 +45,8 @@ def load(
 ) -> None:
     """Put the checkpoint at `path` into `model` and `optimizer`, in place, on any number of ranks.
 
-    Before, it is read as `check` does, unless that `is_checked` already. Nothing in it is run.
+    Before, it is read as `check` does, unless that `is_checked` already. Nothing in it is run. The
+    optimizer has a state afterwards if the one that was saved had taken a step.
 
     Raises: as `check`; ValueError, on every rank, if anything is missing or of another shape.
     """
@@ -59,6 +62,8 @@ def load(
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
+    if not any(optimizer.state.values()):  # torch's entries of what no step has made
+        optimizer.state.clear()
 
 
 def load_model(path: Path, model: nn.Module) -> None:
@@ -105,6 +110,8 @@ def _load(reader: Reader, state: dict[str, Any], model: nn.Module) -> dict[str, 
     """`state` with what the checkpoint holds."""
     names = checkpoint_names(model)
     loaded = renamed(state, names)
+    if "optimizer" in loaded:
+        _want_no_more(reader, loaded["optimizer"]["state"])
     _check_all_is_taken(reader, loaded)
     try:
         dcp.load(loaded, storage_reader=reader, planner=ReadingPlanner())
@@ -116,12 +123,25 @@ def _load(reader: Reader, state: dict[str, Any], model: nn.Module) -> dict[str, 
     return renamed(loaded, {clean: name for name, clean in names.items()})
 
 
+def _want_no_more(reader: Reader, states: dict[str, Any]) -> None:
+    """Take out of `states`, of the optimizer by parameter, what the checkpoint of one that has
+    taken no step yet does not have: it holds masks at most."""
+    stored = {
+        tuple(name.removeprefix(_STATE).rpartition(".")[::2])
+        for name in reader.metadata.state_dict_metadata
+        if name.startswith(_STATE)
+    }
+    if {entry for _, entry in stored} <= {"mask"}:
+        for name, entries in states.items():
+            states[name] = {key: v for key, v in entries.items() if (name, key) in stored}
+
+
 def _check_all_is_taken(reader: Reader, state: Mapping[str, Any]) -> None:
     """Raise ValueError if the checkpoint holds what would be dropped: of the model, or of a
     parameter's state, the mask for one. What is frozen now has no state."""
     taken: dict[str, Collection[str]] = {"model": state["model"]}
     for name, entries in state.get("optimizer", {}).get("state", {}).items():
-        taken[f"optimizer.state.{name}"] = entries
+        taken[f"{_STATE}{name}"] = entries
     dropped = []
     for stored in reader.metadata.state_dict_metadata:
         owner, _, entry = stored.rpartition(".")

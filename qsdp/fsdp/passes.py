@@ -22,6 +22,7 @@ from qsdp.comm.wire import Wire
 from qsdp.failures import CollectiveError, collective, listed
 from qsdp.fsdp.adapt import Adaptation
 from qsdp.meeting import Meeting, meet, mistakes_shared
+from qsdp.meshes import averaged
 
 _FORWARD, _BACKWARD = "a forward pass", "a backward pass"
 _SWITCH = {True: "on", False: "off"}
@@ -91,6 +92,7 @@ class Passes:
     ) -> None:
         self._plans, self._groups = plans, groups
         self._wire, self._adaptation = wire, adaptation
+        self.replicas = replicas
         self._averages = replicas is not None
         axes = {replicas} if self._averages else {group.replica_group for group in groups}
         # Elsewhere nobody would read what is said.
@@ -117,6 +119,8 @@ class Passes:
         self._indices = {id(group.state): i for i, group in enumerate(groups)}
         self._own: set[int] | None = None
         _LIVE.add(self)
+        if self._averages:
+            averaged.add(self)
         self._handles: list[RemovableHandle] = []
         # A block's compiler shall not look inside. [Note: Hooks] says why the reference is weak.
         for place, group in enumerate(groups):
@@ -249,8 +253,13 @@ class Passes:
 
     def remove(self) -> None:
         _LIVE.discard(self)
+        averaged.discard(self)
         for handle in self._handles:
             handle.remove()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What optimizers hold of the groups."""
+        return [p for group in self._groups for p in group.sharded_parameters()]
 
     def _is_replicated(self, group: compat.ParameterGroup) -> bool:
         return self._averages or group.replicas > 1
@@ -457,7 +466,7 @@ def _count_edit(optimizer: torch.optim.Optimizer, *_: object) -> None:
     edited = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for passes in _LIVE:
         if passes._own is None:  # once a pass: some users have an optimizer a parameter
-            passes._own = {id(p) for group in passes._groups for p in group.sharded_parameters()}
+            passes._own = {*map(id, passes.parameters())}
         passes._num_edits += not edited.isdisjoint(passes._own)
 
 

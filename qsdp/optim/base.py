@@ -269,7 +269,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
         are_current = self._known.are_current
         groups = self._known.groups
         if not are_current:
-            groups = groups_of([*sharded_parameters(self.model).values(), *self.parameters()])
+            everything = [*sharded_parameters(self.model).values(), *self.parameters()]
+            groups = groups_of(everything, with_replicas=True)
         with mistakes_shared(call, groups):
             if check is not None:
                 check()

@@ -59,7 +59,8 @@ class CrAM(OptimizerWrapper):
     of the first. `torch.amp.GradScaler` refuses closures: train in bf16, which needs no scaling.
 
     Attributes:
-        last_target: The target drawn in the last step; None before.
+        last_target: The target drawn for the second pass of the last step; None before, and if
+            the step was skipped without one.
         last_grad_norm: Norm of what the base optimizer was given in the last step, before
             clipping; None before. Not finite when the step was skipped.
     """
@@ -180,7 +181,7 @@ class CrAM(OptimizerWrapper):
                 f"{name}.step(closure), or call {name}.base.step() where a plain step is meant"
             )
         self.meet(self._check_begin, **facts)
-        self.last_target, self.last_bad = target, None
+        self.last_target, self.last_bad = None, None
         try:
             undo = bystanders(self.model, self.parameters())
             with undone_by_exceptions(self.model, undo):
@@ -228,6 +229,7 @@ class CrAM(OptimizerWrapper):
         if not math.isfinite(norm):
             self._count_skipped(loss, ", in the first pass")
             return loss, False
+        self.last_target = target
         scale = self.rho / (norm + _TINY) if self.normalize else self.rho
         grads = [_take_grad(parameter) for parameter in parameters]
         second_loss = self._second_pass(closure, parameters, grads, scale, target)

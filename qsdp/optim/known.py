@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from qsdp.compat import behind_gathered, sharded_parameters
 from qsdp.failures import listed
 from qsdp.meeting import warn
-from qsdp.meshes import groups_of, spread_of
+from qsdp.meshes import groups_of, replicas_of, spread_of
 from qsdp.sparsity.compression import Prunable
 from qsdp.sparsity.prunable import prunable_parameters
 
@@ -32,7 +32,7 @@ class Known:
     Attributes:
         names: Of the prunable parameters.
         ids: These names by what `id` was of the parameters when they were found.
-        groups: Whose ranks share the parameters of both; see `groups_of`.
+        groups: Whose ranks share the parameters of both, or are replicas; see `groups_of`.
         spread: Of these, HSDP's included; see `spread_of`.
         trained: Names of those of both that need gradients.
         lacking: Names of the model's that need gradients and that the base does not have.
@@ -69,7 +69,8 @@ class Known:
 
     @property
     def are_current(self) -> bool:
-        """Whether model and base still have these parameters, and train these."""
+        """Whether model and base still have these parameters, and train these, with these
+        replicas."""
         parameters = [*self._model.parameters()]
         if self._seen != [*map(id, parameters)]:
             behind = behind_gathered(self._model)
@@ -78,6 +79,7 @@ class Known:
             self._seen == [*map(id, parameters)]
             and self._seen_own == [*map(id, self.own())]
             and self._flags == [parameter.requires_grad for parameter in parameters]
+            and self._replicas == replicas_of([*parameters, *self.own()])
         )
 
     def renew(self) -> None:
@@ -131,7 +133,8 @@ class Known:
         in_model = {*numbers}
         self._warn_of_others([p for p in own if id(p) not in in_model])
         everything = [*parameters, *own]
-        self.groups = groups_of(everything)
+        self._replicas = replicas_of(everything)
+        self.groups = groups_of(everything, with_replicas=True)
         self.spread = spread_of(everything, with_replicas=True)
         # Numbers of objects alone: references would keep the unsharded model, and torch swaps the
         # insides of no tensor that has weak ones.

@@ -404,7 +404,8 @@ class ACDC(MaskedOptimizer):
 
     def _check_begin(self) -> None:
         super()._check_begin()
-        if not self._has_checked_moments and self.state:
+        has_stepped = any(state.keys() - {_MASK} for state in self.state.values())
+        if not self._has_checked_moments and has_stepped:
             self._moments.check()
             self._has_checked_moments = True
 

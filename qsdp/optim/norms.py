@@ -55,17 +55,23 @@ def norm_among(
 ) -> float:
     """`global_grad_norm` of ``parameters``, each once, among those that ``spread`` is of."""
     grads: dict[Groups, list[Tensor]] = {}
+    repeated: dict[Groups, list[Tensor]] = {}
     devices: dict[Groups, torch.device] = {}
     for parameter in parameters:
         if parameter.grad is None and not parameter.requires_grad:
             continue
         shard = local_shard(parameter if parameter.grad is None else parameter.grad, spread)
-        groups, is_counted = shard.reach.groups, shard.reach.is_counted
+        groups = shard.reach.groups
         devices.setdefault(groups, shard.device)
-        parts = grads.setdefault(groups, [])
-        if parameter.grad is not None and is_counted:
-            parts.append(shard.values)
-    sums = {groups: _sum_of_squares(grads[groups], device) for groups, device in devices.items()}
+        if parameter.grad is not None:
+            parts = grads if shard.reach.is_counted else repeated
+            parts.setdefault(groups, []).append(shard.values)
+    sums = {
+        groups: _sum_of_squares(grads.get(groups, ()), device)
+        # What is equal adds nothing, unless it is equal no more: NaN then.
+        + _sum_of_squares(repeated.get(groups, ()), device) * 0.0
+        for groups, device in devices.items()
+    }
     if loss is not None and _is_heard_by_all(devices):
         sums = {groups: part + _nothing(loss, part.device) for groups, part in sums.items()}
     whole = float(sums.pop((), 0.0))
@@ -102,7 +108,7 @@ def clip_grad_norm_(
         The norm before clipping.
     """
     parameters = unique(parameters)
-    groups, call = groups_of(parameters), "qsdp.clip_grad_norm_"
+    groups, call = groups_of(parameters, with_replicas=True), "qsdp.clip_grad_norm_"
     with mistakes_shared(call, groups):
         check_max_norm(max_norm)
         check_loss(loss)
@@ -153,7 +159,7 @@ def _nothing(loss: Tensor | float, device: torch.device) -> Tensor | float:
     return nothing if nothing.is_cpu else nothing.to(device)
 
 
-def _sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+def _sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """The sum of squares in fp64, a scalar tensor on ``device``, without a full fp64 copy."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     size = _CHUNK_CPU if total.device.type == "cpu" else _CHUNK_GPU

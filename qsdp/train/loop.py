@@ -66,7 +66,7 @@ def train(config: TrainConfig) -> None:
                 # `finish` validates after the last step.
                 is_measured = config.qsdp_errors and (is_validated or step == config.steps)
                 line = train_step(job, is_measured=is_measured)
-                if is_validated:
+                if is_validated and not job.has_failed:
                     if stop.is_agreed:  # there may be no time for the validation
                         if metrics is not None:
                             metrics.log(line)
@@ -204,7 +204,9 @@ def evaluate(job: Job, progress: RunProgress) -> dict[str, float]:
 def _stopped(job: Job) -> str:
     """What a run says that a signal has ended."""
     done, steps = job.steps_done, job.config.steps
-    saved = f"step {done} of {steps} is saved" if done else "no step was taken"
+    if not done:  # OUT may hold another run, which --resume auto would go on with
+        return f"{job.world.stop.why}: no step was taken; the same command begins again"
+    saved = f"step {done} of {steps} is saved"
     again = "the same command" + " with --resume auto" * (job.config.resume == "none")
     what = "ends the run with its last evaluation" if done == steps else "goes on from there"
     return f"{job.world.stop.why}: {saved}; {again} {what}"
@@ -216,7 +218,8 @@ def _clip(job: Job, loss: Tensor) -> tuple[float, str | None]:
     with collective("sum of the gradients' norm"):
         norm = global_grad_norm(parameters, loss=loss)
     if not math.isfinite(norm):
-        return norm, name_not_finite(sharded_parameters(job.model), loss, groups_of(parameters))
+        groups = groups_of(parameters, with_replicas=True)
+        return norm, name_not_finite(sharded_parameters(job.model), loss, groups)
     if job.config.clip_grad:
         scale_grads_(parameters, job.config.clip_grad, norm)
     return norm, None

@@ -32,6 +32,7 @@ _OLDER: dict[str, Any] = {
     "launch": None,
     "went_on_from": 0,
     "skipped_steps": 0,
+    "bad_in_row": 0,
 }
 
 # Settings that change the time or the bytes of a step, beside qsdp's.
@@ -219,6 +220,7 @@ def _read(path: Path) -> dict[str, Any]:
         "launch": str | None,
         "went_on_from": int,
         "skipped_steps": int,
+        "bad_in_row": int,
     }
     wire = meta.get("wire", 0)
     is_whole = all(isinstance(meta.get(name, ...), kind) for name, kind in kinds.items())

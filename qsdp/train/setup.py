@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import qsdp
 from qsdp import checkpoint
@@ -86,7 +87,7 @@ class Job:
     skipped_steps: int = 0
     """Steps of the run so far that were not finite."""
     bad_in_row: int = 0
-    """How many of them were the last ones."""
+    """How many of them were the last ones, those before a resume included."""
     last_bad: str | None = None
     """What was not finite in the last step; None if it was taken."""
     has_twin: bool = False
@@ -139,9 +140,14 @@ class Job:
         self.skipped_steps += bad is not None
         self.bad_in_row = 0 if bad is None else self.bad_in_row + 1
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether --max-bad-steps steps in a row were skipped."""
+        return self.bad_in_row >= self.config.max_bad_steps
+
     def check_bad_steps(self) -> None:
-        """Raise UserError, on every rank, after --max-bad-steps skipped steps in a row."""
-        if self.bad_in_row < self.config.max_bad_steps:
+        """Raise UserError, on every rank, if the run `has_failed`."""
+        if not self.has_failed:
             return
         self.wait_saved()
         first, last = self.steps_done - self.bad_in_row + 1, self.steps_done
@@ -156,8 +162,12 @@ class Job:
     def _way_out(self) -> str:
         """The last checkpoint, and what to do, of a run whose numbers are not finite any more."""
         start, root = self.results.start, self.out / CHECKPOINTS
-        path = None if self.results.is_beside else checkpoint.latest(root, without=self.damaged)
-        path = path or start.source
+        # A signal in a row of bad steps, or the end of the run, is saved beside what was good.
+        good = self.steps_done - self.bad_in_row
+        is_ours = not self.results.is_beside
+        path = checkpoint.latest(root, good, without=self.damaged) if is_ours else None
+        if path is None and start.meta is not None and start.meta["step"] <= good:
+            path = start.source
         change = "a lower --lr or --clip-grad"
         if path is None:
             return f"there is no checkpoint yet, so begin anew with {change}"
@@ -165,13 +175,15 @@ class Job:
 
     def save(self) -> None:
         """Write the checkpoint of the steps done; with --save-async from the second one on beside
-        training. The first one decides what becomes of other histories' files."""
+        training. The first one decides what becomes of other histories' files. In a row of bad
+        steps no earlier one goes."""
         # Whoever finds the checkpoint finds the lines of its steps.
         if self.metrics is not None:
             self.metrics.sync()
         root = self.out / CHECKPOINTS
         saver = self.saver if self.has_checkpoint else None
-        self._write(root, self.steps_done, self.optimizer, {}, self.config.keep, saver)
+        keep = sys.maxsize if self.bad_in_row else self.config.keep
+        self._write(root, self.steps_done, self.optimizer, {}, keep, saver)
         self.has_checkpoint = True
         if not self.is_settled:
             removed = self.world.on_main(self._settle)
@@ -203,9 +215,9 @@ class Job:
     ) -> None:
         """Write a checkpoint into `root`, with `more` beside what all of them have, or let `saver`
         do it. Raises UserError, on every rank, if that fails, the one before has failed, or the
-        weights are not finite."""
+        weights or the optimizer's state are not finite."""
         self.wait_saved()
-        self.world.together(lambda: self._check_before_saving(steps_done))
+        self.world.together(lambda: self._check_before_saving(steps_done, optimizer))
         tokenizer, start = self.corpus.tokenizer, self.results.start
         meta = {
             "fingerprint": self.fingerprint,
@@ -218,6 +230,7 @@ class Job:
             "origin": start.origin,
             "launch": launch_id(),
             "skipped_steps": self.skipped_steps,
+            "bad_in_row": self.bad_in_row,
         }
         files = {} if tokenizer is None else {"tokenizer.json": tokenizer.to_json()}
         save = checkpoint.save if saver is None else saver.save
@@ -235,13 +248,21 @@ class Job:
             names = ", ".join(sorted(f"{root.name}/{path.name}" for path in damaged))
             self.say(f"Removed from {self.out}, as damaged: {names}")
 
-    def _check_before_saving(self, steps_done: int) -> None:
+    def _check_before_saving(
+        self, steps_done: int, optimizer: torch.optim.Optimizer | None
+    ) -> None:
         self.check_lock()
-        tensors = sharded_parameters(self.model) | dict(self.model.named_buffers())
-        name = first_not_finite(tensors)
-        if name is not None:
+        parameters = sharded_parameters(self.model)
+        tensors: dict[str, Tensor] = parameters | dict(self.model.named_buffers())
+        states: Any = {} if optimizer is None else optimizer.state
+        for name, parameter in parameters.items():
+            for key, value in states.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{key} of {name}"] = value
+        bad = first_not_finite(tensors)
+        if bad is not None:
             raise ValueError(
-                f"{name} is not finite on rank {self.world.rank} after step {steps_done}, from "
+                f"{bad} is not finite on rank {self.world.rank} after step {steps_done}, from "
                 f"which no training recovers, so that no checkpoint is written; {self._way_out()}."
             )
 
@@ -335,6 +356,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         saver=held.enter_context(_saving_beside()) if config.save_async else None,
         steps_done=steps_done,
         skipped_steps=0 if meta is None else meta["skipped_steps"],
+        bad_in_row=0 if meta is None else meta["bad_in_row"],
         pace_since=0 if meta is None else pace_since(config, world, meta),
     )
     _announce(job, source, meta, removed)
