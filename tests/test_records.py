@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import os
 import resource
 import sys
@@ -23,7 +24,8 @@ from qsdp.metrics import MetricsWriter
 from qsdp.metrics import lines as metrics_lines
 from qsdp.streams import forgiving_output
 from qsdp.train import cli
-from qsdp.train.loop import train_step
+from qsdp.train.loop import WIRE_METRICS, train_step
+from qsdp.train.setup import STEP_METRICS
 from tests.bad_inputs import TEXT
 from tests.file_operations import refusing
 from tests.test_cli import small_run
@@ -114,6 +116,43 @@ def test_lines_that_wait_have_a_bound_and_lost_ones_are_counted(
     assert f"warning: 99 lines of {path} were never written\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_a_file_that_is_gone_is_made_again(
+    is_moved: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        for last in (3, 6):
+            write_steps(writer, range(last - 2, last + 1))
+            path.rename(tmp_path / "elsewhere") if is_moved else path.unlink()
+            writer.sync()
+            assert steps(path) == [*range(1, last + 1)]
+            said = f"warning: {path} was gone: it is there again, with all its lines\n"
+            assert capsys.readouterr().err == said
+        write_steps(writer, range(7, 8))
+        path.unlink()
+    assert steps(path) == [*range(1, 8)]
+
+
+def test_a_file_that_may_not_appear_again_is_missed_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise ValueError("the folder is another run's now")
+
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path, may_appear=refuse) as writer:
+        write_steps(writer, range(1, 4))
+        path.unlink()
+        writer.sync()
+        write_steps(writer, range(4, 6))
+        writer.sync()
+    assert not path.exists()
+    first, last = capsys.readouterr().err.splitlines()
+    assert "cannot be written (the folder is another run's now): the run goes on" in first
+    assert last == f"warning: 5 lines of {path} were never written"
+
+
 def test_events_that_cannot_be_written_stop_with_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,6 +216,35 @@ def brief_run(
         return folder / "out"
 
     return run
+
+
+ODD_LINES = [
+    {"step": 1},
+    dict.fromkeys(STEP_METRICS, 1.0) | {"step": 1, "step_s": None},
+    {key: {"a": 1.0} for key in (*STEP_METRICS, *WIRE_METRICS, "eval_bytes_sent")} | {"step": 1},
+    dict.fromkeys(STEP_METRICS, 1e308) | {"step": 1},
+    dict.fromkeys(STEP_METRICS, 10**300) | {"step": 10**30},
+    dict.fromkeys(STEP_METRICS, 1) | {key: {} for key in (*WIRE_METRICS, "pruned")} | {"step": -7},
+    dict.fromkeys(STEP_METRICS, 0) | {"step": 1, "wire_errors": 1.0, "val_loss": {"a": {}}},
+]
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_run_with_lines_of_others_among_its_own_comes_to_its_end(
+    is_replaced: bool, brief_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(job: Any, **options: Any) -> Any:
+        path, text = job.out / "metrics.jsonl", "".join(f"{json.dumps(o)}\n" for o in ODD_LINES)
+        if job.steps_done == 1:
+            path.unlink() if is_replaced else None
+            path.write_text(text)
+        return train_step(job, **options)
+
+    monkeypatch.setattr("qsdp.train.loop.train_step", step)
+    out = brief_run("run")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert math.isfinite(summary["step_s_median"] + summary["wire"]["sent_bytes_per_step"])
 
 
 @pytest.mark.parametrize("name", STREAMS)
