@@ -9,6 +9,7 @@ import json
 import math
 import os
 import resource
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ from qsdp.train.setup import STEP_METRICS
 from tests.bad_inputs import TEXT
 from tests.file_operations import refusing
 from tests.test_cli import small_run
+
+LAUNCH = Path(__file__).parents[1] / "launch"
 
 
 def steps(path: Path) -> list[int]:
@@ -268,6 +271,27 @@ def test_a_run_whose_words_are_lost_comes_to_its_end(
     assert (tmp_path / "run" / "out" / "summary.json").exists()
 
 
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("name", ["a full disk", "none"])
+def test_a_command_whose_words_are_lost_has_its_status(
+    name: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[Any] = []
+    for flag, expected in (("--help", 0), ("--bad", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "_exit", ended.append)
+            patch.setattr(sys, "argv", [str(path), flag])
+            patch.setattr(sys, "stdout", STREAMS[name]())
+            patch.setattr(sys, "stderr", STREAMS[name]())
+            with pytest.raises(SystemExit) as stop:
+                runpy.run_path(str(path), run_name="__main__")
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.close()  # as Python does, which would end with another status
+        assert stop.value.code == expected
+        assert ended in ([], [expected])
+        ended.clear()
+
+
 def ended_with(name: str, work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit status of a command that does `work`."""
     ended: list[int] = []
@@ -284,9 +308,8 @@ def ended_with(name: str, work: Callable[[], None], monkeypatch: pytest.MonkeyPa
         with pytest.raises(SystemExit):  # where `os._exit` does not end it
             cli.run(command)
         assert (sys.stdout, sys.stderr) == streams
-        if name == "a reader that has gone":
-            for stream in streams:
-                stream.close()  # what is left goes nowhere, without an error
+        for stream in filter(None, streams):
+            stream.close()  # what is left goes nowhere, without an error
     (status,) = ended
     return status
 
