@@ -21,7 +21,7 @@ from rich.progress import (
 
 from qsdp.data.corpus import TRAIN_FRACTION
 from qsdp.data.prepare import prepare_shards
-from qsdp.streams import forgiving_output
+from qsdp.streams import bring_out, complain, forgiving_output
 from qsdp.train.cli import one_sentence
 from qsdp.train.errors import EXIT_STATUS, UserError, sentence
 
@@ -44,12 +44,13 @@ class Options:
 
 def main() -> None:
     try:
-        options = one_sentence(lambda: tyro.cli(Options, description=__doc__))
         with forgiving_output():
-            prepare(options)
+            prepare(one_sentence(lambda: tyro.cli(Options, description=__doc__)))
     except (UserError, ValueError, OSError) as error:
-        print(sentence(error), file=sys.stderr)
+        complain(sentence(error))
         sys.exit(EXIT_STATUS)
+    finally:
+        bring_out()
 
 
 def prepare(options: Options) -> None:

@@ -30,9 +30,10 @@ from qsdp.codec.rounding import Key
 from qsdp.comm import transport
 from qsdp.config import CODED_BITS, ROUNDINGS
 from qsdp.models import GPT, GPTConfig, init_weights
+from qsdp.train.cli import one_sentence, one_sentence_at_the_end, run
 from qsdp.train.config import BACKENDS
-from qsdp.train.errors import UserError, leave
-from qsdp.train.world import World, end_process, open_world
+from qsdp.train.errors import UserError
+from qsdp.train.world import World, open_world
 
 STEPS = 10
 
@@ -41,16 +42,15 @@ class Failed(Exception):
     """A promise that does not hold on this rank."""
 
 
-def main() -> int:
-    """Run all checks. Returns the exit status."""
-    flags = tyro.cli(Flags, description=__doc__)
-    try:
+def main() -> None:
+    """Run all checks. Exits with 0 if all hold, 1 if not, 2 on a user's mistake."""
+    with one_sentence_at_the_end("nothing was proved"):
+        flags = one_sentence(lambda: tyro.cli(Flags, description=__doc__))
         if flags.backend not in (None, *BACKENDS):
             raise UserError(f"--backend is {flags.backend!r}; choose nccl or gloo.")
         with open_world(backend=flags.backend) as world:
-            return _run(world)
-    except UserError as error:
-        leave(error)
+            status = _run(world)
+        raise SystemExit(status)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,4 +249,4 @@ def _wait(world: World) -> None:
 
 
 if __name__ == "__main__":
-    end_process(main())
+    run(main)

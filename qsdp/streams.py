@@ -14,17 +14,22 @@ def forgiving_output() -> Iterator[None]:
     """Inside, nothing that is printed can fail: what cannot be written is dropped.
 
     A reader that has gone, as `head` does, is not waited for: whatever is printed later, by this
-    process or by what it starts, goes nowhere.
+    process or by what it starts, goes nowhere. A stream that is not there is one into nowhere.
     """
     before = {"stdout": sys.stdout, "stderr": sys.stderr}
-    own = {name: _forgiving(stream) for name, stream in before.items()}
-    sys.stdout, sys.stderr = own["stdout"], own["stderr"]
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as opened:
+        own: dict[str, Any] = {}
         for name, stream in before.items():
-            if getattr(sys, name) is own[name]:  # else whoever put another there takes it away
-                setattr(sys, name, stream)
+            if stream is None:  # as Python has it where it was closed when the process began
+                stream = opened.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            own[name] = _forgiving(stream)
+        sys.stdout, sys.stderr = own["stdout"], own["stderr"]
+        try:
+            yield
+        finally:
+            for name, stream in before.items():
+                if getattr(sys, name) is own[name]:  # else whoever put another there takes it away
+                    setattr(sys, name, stream)
 
 
 def complain(text: str) -> None:
@@ -39,10 +44,15 @@ def printable(text: str) -> str:
 
 
 def bring_out() -> None:
-    """Write what was printed and is still in memory, as far as it can be written."""
+    """Write what was printed and is still in memory, as far as it can be written: the rest goes
+    nowhere, since it would fail again when Python ends, with another exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            _forgiving(stream).flush()
+        own = stream._stream if isinstance(stream, _Forgiving) else stream
+        if own is not None:
+            try:
+                own.flush()
+            except (OSError, ValueError):
+                _send_nowhere(own)
 
 
 class _Forgiving:
@@ -74,16 +84,20 @@ class _Forgiving:
             work()
         except BrokenPipeError:
             # What is left in memory would fail again, at the latest when Python ends.
-            with contextlib.suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
+            _send_nowhere(self._stream)
         except UnicodeEncodeError:
             raise
         except (OSError, ValueError):  # ValueError: it is closed
             return
 
 
-def _forgiving(stream: TextIO | None) -> Any:
-    """None is what Python makes of a stream that was closed when the process began."""
-    return stream if stream is None or isinstance(stream, _Forgiving) else _Forgiving(stream)
+def _send_nowhere(stream: TextIO) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        number = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+
+
+def _forgiving(stream: TextIO) -> Any:
+    return stream if isinstance(stream, _Forgiving) else _Forgiving(stream)

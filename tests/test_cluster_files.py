@@ -93,6 +93,46 @@ def wait_for(path: Path) -> str:
     return path.read_text()
 
 
+def tell_again(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Several times, each of which the process has the time to hear."""
+    for _ in range(3):
+        process.send_signal(number)
+        time.sleep(0.02)
+
+
+# What takes its time before the launcher is started: until `go` is there.
+HELD = "touch looking; while [[ ! -e go ]]; do sleep 0.01; done"
+
+
+def told_before_the_launcher_is_started(
+    folder: Path, command: list[str | Path], number: signal.Signals
+) -> int:
+    """The exit status of a `command` whose stub is HELD meanwhile."""
+    shell = subprocess.Popen(["bash", *command], env=environment(folder), cwd=folder)
+    try:
+        wait_for(folder / "looking")
+        shell.send_signal(number)
+        (folder / "go").touch()
+        return shell.wait(patience.seconds())
+    finally:
+        (folder / "go").touch()
+        shell.kill()
+
+
+@pytest.mark.parametrize(
+    ("told", "status", "requeued"), [(signal.SIGUSR1, 0, "requeue 31\n"), (signal.SIGTERM, 143, "")]
+)
+def test_slurm_starts_nothing_when_it_was_told_before(
+    tmp_path: Path, told: signal.Signals, status: int, requeued: str
+) -> None:
+    (tmp_path / "told").touch()
+    show = f"[[ $1 == show ]] && {{ {HELD}; echo node-7; }}"
+    stub(tmp_path, "scontrol", f'{show} || echo "$*" >> told')
+    stub(tmp_path, "srun", "echo started >> told")
+    assert told_before_the_launcher_is_started(tmp_path, [SBATCH], told) == status
+    assert (tmp_path / "told").read_text() == requeued
+
+
 @pytest.mark.parametrize("told", [None, signal.SIGUSR1, signal.SIGTERM])
 @pytest.mark.parametrize("status", [0, 1])
 def test_slurm_waits_for_what_a_run_saves_and_queues_it_again_when_time_is_up(
@@ -108,6 +148,9 @@ def test_slurm_waits_for_what_a_run_saves_and_queues_it_again_when_time_is_up(
             shell.send_signal(told)
         if told == signal.SIGTERM:  # Slurm tells all processes of the job
             os.kill(srun, told)
+        if told is not None:  # torchrun is to hear it once
+            wait_for(tmp_path / "heard")
+            tell_again(shell, signal.SIGUSR1)
         assert shell.wait(patience.seconds()) == status
     finally:
         shell.kill()
@@ -117,7 +160,7 @@ def test_slurm_waits_for_what_a_run_saves_and_queues_it_again_when_time_is_up(
         == {
             None: ["ended"],
             signal.SIGUSR1: ["USR1", "ended", "requeue 31"],
-            signal.SIGTERM: ["TERM", "ended"],
+            signal.SIGTERM: ["TERM", "ended", "requeue 31"],
         }[told]
     )
 
@@ -135,35 +178,57 @@ def test_schedulers_let_ranks_take_less_time_than_they_have() -> None:
     assert int(timeout["value"]) < pod["terminationGracePeriodSeconds"]
 
 
-@pytest.mark.parametrize(
-    ("is_told", "status", "is_finished", "expected"),
-    [
-        (True, 1, False, 75),
-        (True, 1, True, 0),  # told when all was done
-        (False, 0, False, 75),  # another pod was told
-        (False, 0, True, 0),
-        (False, 3, True, 3),
-    ],
-)
-def test_a_pod_has_completed_when_the_run_has(
-    tmp_path: Path, is_told: bool, status: int, is_finished: bool, expected: int
-) -> None:
-    end = f"{'touch out/summary.json' if is_finished else ''}\necho ended >> told\nexit {status}"
-    stub(tmp_path, "torchrun", f"{'' if is_told else 'touch heard'}\n{WAITING}\n{end}")
-    (tmp_path / "out").mkdir()
+# What torchrun does, whether a summary of an earlier run is there, and what the pod ends with.
+PODS: dict[str, tuple[str, bool, int]] = {
+    "told": ("exit 1", False, 75),
+    "told, as another run was finished": ("exit 1", True, 75),
+    "told when all was done": ("touch -d 2001-01-01 out/summary.json; exit 1", True, 0),
+    "another pod was told": ("exit 0", False, 75),
+    "another pod was told, as another run was finished": (
+        "mkdir -p out/checkpoints/step-9; exit 0",
+        True,
+        75,
+    ),
+    "finished": ("touch out/summary.json; exit 0", False, 0),
+    "finished, as another run was": ("touch out/summary.json; exit 0", True, 0),
+    "finished before": ("exit 0", True, 0),
+    "failed": ("touch out/summary.json; exit 3", False, 3),
+}
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_a_pod_has_completed_when_the_run_has(tmp_path: Path, name: str) -> None:
+    end, has_summary, expected = PODS[name]
+    is_told = name.startswith("told")
+    waiting = "" if is_told else "touch heard"
+    stub(tmp_path, "torchrun", f"{waiting}\n{WAITING}\necho ended >> told\n{end}")
+    (tmp_path / "out" / "checkpoints" / "step-8").mkdir(parents=True)
+    if has_summary:
+        (tmp_path / "out" / "summary.json").touch()
+    is_news = "summary.json" in end
     pod = subprocess.Popen(
         ["bash", POD, "--nnodes=2", "launch/train_gpt.py", "--out=out"],
-        env=environment(tmp_path) | {"PATIENCE_S": "0" if expected == 75 else "30"},
+        env=environment(tmp_path) | {"PATIENCE_S": "30" if is_news or is_told else "0"},
         cwd=tmp_path,
     )
     try:
         wait_for(tmp_path / "running")
         if is_told:
             pod.terminate()
+            wait_for(tmp_path / "heard")
+            tell_again(pod, signal.SIGTERM)  # torchrun is to hear it once
         assert pod.wait(patience.seconds()) == expected
     finally:
         pod.kill()
     assert (tmp_path / "told").read_text().split() == ["TERM"] * is_told + ["ended"]
+
+
+def test_a_pod_that_was_told_before_starts_nothing(tmp_path: Path) -> None:
+    stub(tmp_path, "stat", HELD)
+    stub(tmp_path, "torchrun", "touch started")
+    command = [POD, "--out=out"]
+    assert told_before_the_launcher_is_started(tmp_path, command, signal.SIGTERM) == 75
+    assert not (tmp_path / "started").exists()
 
 
 def test_kubernetes_pods_find_the_first_by_the_name_of_the_service() -> None:

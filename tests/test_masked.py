@@ -557,3 +557,28 @@ def test_a_closure_gives_the_loss() -> None:
     optimizer = ACDC(model, torch.optim.SGD(model.parameters(), lr=0.1), schedule=SCHEDULE)
     assert optimizer.step(lambda: backward(model, 0)) > 0
     assert optimizer.num_steps == 1
+
+
+@pytest.mark.parametrize("is_kept", [False, True], ids=["gone", "kept"])
+def test_who_wraps_a_base_last_says_what_its_states_are_of(is_kept: bool) -> None:
+    def wrapped() -> ACDC:
+        return ACDC(model, base, schedule=SCHEDULE, target=0.5)
+
+    model = make_model()
+    base = torch.optim.AdamW(model.parameters())
+    earlier = GMP(model, base, schedule=GRADUAL) if is_kept else None
+    ACDC(model, base, schedule=SCHEDULE, target=0.9)
+    optimizer = wrapped()
+    for step in range(4):
+        backward(model, step)
+        optimizer.step()
+    saved, masks = copy.deepcopy(optimizer.state_dict()), optimizer.masks()
+    optimizer.load_state_dict(saved)
+    base = torch.optim.AdamW(model.parameters())
+    again = wrapped()
+    again.load_state_dict(saved)
+    torch.testing.assert_close(again.masks(), masks, rtol=0, atol=0)
+    torch.testing.assert_close(optimizer.masks(), masks, rtol=0, atol=0)
+    assert earlier is None or not earlier._loaded_masks
+    with pytest.raises(ValueError, match="the state was made under"):
+        ACDC(model, base, schedule=SCHEDULE, target=0.9).load_state_dict(saved)

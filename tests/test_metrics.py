@@ -39,11 +39,24 @@ def test_lines_of_a_long_run_are_not_kept_in_memory(tmp_path: Path) -> None:
         assert [line["step"] for line in writer.history] == [*range(2000)]
 
 
-@pytest.mark.parametrize("value", ["text", [1.0], {"a": "text"}, {"a": {"b": []}}])
+@pytest.mark.parametrize(
+    "value", ["text", [1.0], {"a": "text"}, {"a": {"b": []}}, True, math.nan, math.inf, 10**400]
+)
 def test_a_line_with_anything_but_numbers_counts_as_torn(tmp_path: Path, value: object) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1, "loss": value}) + '\n{"step": 2, "loss": 1.0}\n')
     assert read_metrics(path) == [{"step": 2, "loss": 1.0}]
+
+
+def test_a_needed_number_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = {"step": 3, "step_s": 1, "loss": None}
+    torn = [{"step": 1, "loss": 1.0}, {"step": 2, "step_s": None, "loss": 1.0}]
+    torn += [{"step": 2, "step_s": {"a": 1.0}, "loss": 1.0}, {"step": 2, "step_s": 1.0}]
+    torn += [{"step": 2, "step_s": 1.0, "loss": {"a": 1.0}}]
+    with MetricsWriter(path, last_step=3, needed=["step_s", "loss"]) as writer:
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in [*torn, whole]))
+        assert writer.history == [whole]
 
 
 def test_tensorboard_gets_every_number(tmp_path: Path) -> None:

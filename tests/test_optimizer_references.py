@@ -725,3 +725,53 @@ def test_an_argument_that_is_none_is_refused_with_those_that_are(method: Any) ->
     model = make_model(1)
     with pytest.raises(TypeError, match=r"has no argument 'sparse'; it takes model, base_optim"):
         method(model, adamw(model), sparse=0.5)
+
+
+class Unsettable(torch.optim.SGD):
+    """Its momentum is of a class that nothing can be copied to."""
+
+    class Momentum(Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            raise NotImplementedError(func)
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["exp_avg"] = torch.ones(1).as_subclass(self.Momentum)
+
+
+def differing(*_: Any, **__: Any) -> bool:
+    raise RuntimeError("ranks differ")
+
+
+REFUSALS: dict[str, Callable[[nn.Module, torch.optim.Optimizer], object]] = {
+    "pattern of ACDC": lambda m, base: ACDC(m, base, schedule=9, target="4:8", prunable=["*"]),
+    "pattern of CrAM": lambda m, base: CrAM(m, base, sparsity="5:7"),
+    "begins sparse": lambda m, base: ACDC(
+        m, base, schedule=ACDCSchedule(steps=9, warmup=0, phase=2, last_dense=2, last_sparse=2)
+    ),
+    **{f"ranks that differ, {name}": METHODS[name] for name in ("CrAM", "ACDC", "GMP")},
+    "state": lambda m, base: ACDC(m, base, schedule=9),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_is_refused_leaves_the_base_as_it_was(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def marks() -> Any:
+        hooks = {key: [*value] for key, value in vars(base).items() if key.endswith("_hooks")}
+        groups = [{n: v for n, v in g.items() if n != "params"} for g in base.param_groups]
+        return groups, hooks, len(base.state), base.defaults
+
+    model = make_model(1)
+    base = Unsettable(model.parameters(), lr=0.1) if name == "state" else adamw(model)
+    if name.startswith("ranks"):
+        monkeypatch.setattr("qsdp.optim.base.meet", differing)
+    before = copy.deepcopy(marks())
+    with pytest.raises((ValueError, RuntimeError)) as refusal:
+        REFUSALS[name](model, base)
+    assert marks() == before, refusal  # while the exception holds what was refused

@@ -6,8 +6,10 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import os
 import resource
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,10 +25,13 @@ from qsdp.metrics import MetricsWriter
 from qsdp.metrics import lines as metrics_lines
 from qsdp.streams import forgiving_output
 from qsdp.train import cli
-from qsdp.train.loop import train_step
+from qsdp.train.loop import WIRE_METRICS, train_step
+from qsdp.train.setup import STEP_METRICS
 from tests.bad_inputs import TEXT
 from tests.file_operations import refusing
 from tests.test_cli import small_run
+
+LAUNCH = Path(__file__).parents[1] / "launch"
 
 
 def steps(path: Path) -> list[int]:
@@ -114,6 +119,43 @@ def test_lines_that_wait_have_a_bound_and_lost_ones_are_counted(
     assert f"warning: 99 lines of {path} were never written\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_a_file_that_is_gone_is_made_again(
+    is_moved: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        for last in (3, 6):
+            write_steps(writer, range(last - 2, last + 1))
+            path.rename(tmp_path / "elsewhere") if is_moved else path.unlink()
+            writer.sync()
+            assert steps(path) == [*range(1, last + 1)]
+            said = f"warning: {path} was gone: it is there again, with all its lines\n"
+            assert capsys.readouterr().err == said
+        write_steps(writer, range(7, 8))
+        path.unlink()
+    assert steps(path) == [*range(1, 8)]
+
+
+def test_a_file_that_may_not_appear_again_is_missed_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise ValueError("the folder is another run's now")
+
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path, may_appear=refuse) as writer:
+        write_steps(writer, range(1, 4))
+        path.unlink()
+        writer.sync()
+        write_steps(writer, range(4, 6))
+        writer.sync()
+    assert not path.exists()
+    first, last = capsys.readouterr().err.splitlines()
+    assert "cannot be written (the folder is another run's now): the run goes on" in first
+    assert last == f"warning: 5 lines of {path} were never written"
+
+
 def test_events_that_cannot_be_written_stop_with_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +221,35 @@ def brief_run(
     return run
 
 
+ODD_LINES = [
+    {"step": 1},
+    dict.fromkeys(STEP_METRICS, 1.0) | {"step": 1, "step_s": None},
+    {key: {"a": 1.0} for key in (*STEP_METRICS, *WIRE_METRICS, "eval_bytes_sent")} | {"step": 1},
+    dict.fromkeys(STEP_METRICS, 1e308) | {"step": 1},
+    dict.fromkeys(STEP_METRICS, 10**300) | {"step": 10**30},
+    dict.fromkeys(STEP_METRICS, 1) | {key: {} for key in (*WIRE_METRICS, "pruned")} | {"step": -7},
+    dict.fromkeys(STEP_METRICS, 0) | {"step": 1, "wire_errors": 1.0, "val_loss": {"a": {}}},
+]
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_run_with_lines_of_others_among_its_own_comes_to_its_end(
+    is_replaced: bool, brief_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(job: Any, **options: Any) -> Any:
+        path, text = job.out / "metrics.jsonl", "".join(f"{json.dumps(o)}\n" for o in ODD_LINES)
+        if job.steps_done == 1:
+            path.unlink() if is_replaced else None
+            path.write_text(text)
+        return train_step(job, **options)
+
+    monkeypatch.setattr("qsdp.train.loop.train_step", step)
+    out = brief_run("run")
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["steps"] == 3
+    assert math.isfinite(summary["step_s_median"] + summary["wire"]["sent_bytes_per_step"])
+
+
 @pytest.mark.parametrize("name", STREAMS)
 def test_what_is_printed_may_be_lost(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def show() -> None:
@@ -200,6 +271,27 @@ def test_a_run_whose_words_are_lost_comes_to_its_end(
     assert (tmp_path / "run" / "out" / "summary.json").exists()
 
 
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("name", ["a full disk", "none"])
+def test_a_command_whose_words_are_lost_has_its_status(
+    name: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[Any] = []
+    for flag, expected in (("--help", 0), ("--bad", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "_exit", ended.append)
+            patch.setattr(sys, "argv", [str(path), flag])
+            patch.setattr(sys, "stdout", STREAMS[name]())
+            patch.setattr(sys, "stderr", STREAMS[name]())
+            with pytest.raises(SystemExit) as stop:
+                runpy.run_path(str(path), run_name="__main__")
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.close()  # as Python does, which would end with another status
+        assert stop.value.code == expected
+        assert ended in ([], [expected])
+        ended.clear()
+
+
 def ended_with(name: str, work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit status of a command that does `work`."""
     ended: list[int] = []
@@ -216,9 +308,8 @@ def ended_with(name: str, work: Callable[[], None], monkeypatch: pytest.MonkeyPa
         with pytest.raises(SystemExit):  # where `os._exit` does not end it
             cli.run(command)
         assert (sys.stdout, sys.stderr) == streams
-        if name == "a reader that has gone":
-            for stream in streams:
-                stream.close()  # what is left goes nowhere, without an error
+        for stream in filter(None, streams):
+            stream.close()  # what is left goes nowhere, without an error
     (status,) = ended
     return status
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from qsdp import checkpoint
 from qsdp.metrics.writer import read_metrics
-from qsdp.train import errors, loop, setup, world
+from qsdp.train import cli, errors, loop, setup, world
 from qsdp.train.cli import main
 from qsdp.train.errors import UserError, leave
 from qsdp.train.evaluate import Evaluator
@@ -175,6 +175,55 @@ def test_signals_are_left_alone_by_a_thread_and_after_a_run() -> None:
         assert stop.asked == signal.SIGUSR1
         raise ValueError("a mistake")
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_what_comes_after_a_run_that_was_told_does_not_end_the_process(
+    is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command() -> None:
+        with heeded():
+            if is_told:
+                signal.raise_signal(signal.SIGUSR1)
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    at_the_end: list[Any] = []
+
+    def end(status: int) -> None:
+        assert status == 0
+        at_the_end.extend(signal.getsignal(number) for number in SIGNALS)
+
+    monkeypatch.setattr("os._exit", end)
+    try:
+        with pytest.raises(SystemExit):
+            cli.run(command)
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+    assert at_the_end == ([signal.SIG_IGN] * len(SIGNALS) if is_told else before)
+    with heeded():
+        signal.raise_signal(signal.SIGUSR1)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.usefixtures("world_of_one")
+def test_a_rank_that_waits_for_others_is_ended_by_a_signal(
+    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Met(BaseException):
+        pass
+
+    def look(*_: Any) -> Any:
+        assert before == [signal.getsignal(number) for number in SIGNALS]
+        raise Met
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    for place, name in ((world, "_alone"), (dist, "barrier")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, look)
+            with pytest.raises(Met):
+                run(FLAGS)
+    dist.destroy_process_group()
 
 
 def test_a_rank_whose_launcher_has_spoken_leaves_without_waiting(

@@ -11,12 +11,27 @@ for argument; do
 done
 : "${out:?give the run --out=FOLDER}"
 
-# Kubernetes tells the first process of the container alone.
-is_told=
-trap 'woken=1 is_told=1; kill -s TERM "${!-}" || true' TERM
+summary() { stat -c '%i %y %s' "$out/summary.json" 2> /dev/null || true; }
+checkpoints() { ls "$out/checkpoints" 2> /dev/null || true; }
 
+# Kubernetes tells the first process of the container alone. torchrun is told once: a third signal
+# would end it before its ranks.
+is_told= is_passed_on= launcher=
+pass_on() {
+    [[ -n $launcher && -z $is_passed_on ]] || return 0
+    is_passed_on=1
+    kill -s TERM "$launcher" || true
+}
+trap 'woken=1 is_told=1; pass_on' TERM
+
+# What an earlier run has left is no end of this one.
+old_summary=$(summary)
+old_checkpoints=$(checkpoints)
+
+[[ -z $is_told ]] || exit 75
 torchrun "$@" &
 launcher=$!
+[[ -z $is_told ]] || pass_on
 until
     woken=
     status=0
@@ -29,8 +44,10 @@ if [[ $status != 0 && -z $is_told ]]; then
 fi
 # A file that another pod has written may come late over the network.
 for _ in $(seq "${PATIENCE_S:-30}"); do
-    [[ ! -e $out/summary.json ]] || exit 0
+    [[ ! -e $out/summary.json || $(summary) == "$old_summary" ]] || exit 0
     [[ -z $is_told ]] || break
     sleep 1
 done
+# Nothing was left to do, and the run has said so.
+[[ -n $is_told || -z $old_summary || $(checkpoints) != "$old_checkpoints" ]] || exit 0
 exit 75

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from qsdp.files import replacing
 from qsdp.streams import complain
 
 _RETRY_S = 5.0
@@ -24,16 +27,23 @@ class Lines:
     say only there that they had no room. Standard error says when it begins, when all is written
     again, and in the end what never was.
 
+    `sync` and `close` look whether the file still has its name. If nothing has, the file is made
+    again, with all that was in it; another file in its place is not touched, and lines wait.
+
     Attributes:
         path: The file, under the name that it has now.
         kept: The last lines, those that wait among them, each with its end of line.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises OSError if the file ``path`` cannot be opened."""
+    def __init__(self, path: Path, may_appear: Callable[[], None] | None = None) -> None:
+        """``may_appear`` raises ValueError if a file that is gone is not to be made again.
+
+        Raises OSError if the file ``path`` cannot be opened.
+        """
         self.path = path
         self.kept: list[bytes] = []
-        self._file = path.open("ab", buffering=0)
+        self._may_appear = may_appear
+        self._file = path.open("a+b", buffering=0)
         status = os.fstat(self._file.fileno())
         self._number = status.st_ino
         self._size = status.st_size  # before the kept lines
@@ -51,6 +61,7 @@ class Lines:
 
     def sync(self) -> None:
         """Put all lines on disk, if that can be done now."""
+        self._look_for_name()
         self._write()
         if self._failure is None:
             try:
@@ -63,11 +74,41 @@ class Lines:
 
     def close(self) -> None:
         """Write what waits, if that can be done now, and close the file."""
+        self._look_for_name()
         self._write()
         with contextlib.suppress(OSError):
             self._file.close()
         if lost := len(self.kept) - self._num_written + self._num_dropped:
             complain(f"warning: {lost} lines of {self.path} were never written")
+
+    def _look_for_name(self) -> None:
+        """See that the file is the one that has the name."""
+        if self._failure is not None:
+            return
+        try:
+            if not self.path.exists():
+                self._make_again()
+            if not os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
+                raise self._replaced()
+        except (OSError, ValueError) as error:
+            self._num_written = 0
+            self._fail(error if isinstance(error, OSError) else OSError(errno.ENOENT, str(error)))
+
+    def _make_again(self) -> None:
+        """Give what was in the file the name that it had."""
+        if self._may_appear is not None:
+            self._may_appear()
+        self._file.seek(0)
+        with replacing(self.path) as temporary, temporary.open("wb") as file:
+            shutil.copyfileobj(self._file, file)
+        former, self._file = self._file, self.path.open("a+b", buffering=0)
+        former.close()
+        self._number = os.fstat(self._file.fileno()).st_ino
+        complain(f"warning: {self.path} was gone: it is there again, with all its lines")
+
+    def _replaced(self) -> OSError:
+        """By another run's file, perhaps."""
+        return OSError(errno.ESTALE, "another file has taken its place", str(self.path))
 
     def _write(self) -> None:
         try:
@@ -90,9 +131,9 @@ class Lines:
         """Open the file of before, by its name, and cut off what was not written as a whole."""
         with contextlib.suppress(OSError):
             self._file.close()
-        if self.path.stat().st_ino != self._number:  # another run's
-            raise OSError(errno.ESTALE, "another file has taken its place", str(self.path))
-        self._file = self.path.open("ab", buffering=0)
+        if self.path.stat().st_ino != self._number:
+            raise self._replaced()
+        self._file = self.path.open("a+b", buffering=0)
         whole = self._size + sum(map(len, self.kept[: self._num_written]))
         if os.fstat(self._file.fileno()).st_size > whole:
             os.ftruncate(self._file.fileno(), whole)

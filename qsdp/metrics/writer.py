@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +14,9 @@ from typing import Any
 from qsdp.files import finite, replacing
 from qsdp.metrics.lines import Lines
 from qsdp.streams import complain
+
+_MAY_BE_NULL = {"loss", "grad_norm"}
+_MOST = 1e300  # beyond what is ever measured: sums stay finite
 
 
 class MetricsWriter:
@@ -30,14 +33,17 @@ class MetricsWriter:
         tensorboard: Path | None = None,
         needed: Collection[str] = (),
         source: Path | None = None,
+        may_appear: Callable[[], None] | None = None,
     ) -> None:
         """
         Args:
             path: the file, made if missing.
             last_step: the last step that is done; 0 begins anew.
             tensorboard: folder of the events; None writes none.
-            needed: names that every line has; one without them counts as torn.
+            needed: names of the numbers that every line has, null for a loss or a norm that was
+                not finite; one without them counts as torn.
             source: the file whose lines the run goes on from, if it is not `path`.
+            may_appear: raises ValueError if a file that is gone is not to be made again.
 
         Raises: ValueError if TensorBoard is asked for but not installed or `last_step` is below 0,
             OSError if `path` cannot be written.
@@ -48,7 +54,8 @@ class MetricsWriter:
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= last_step)
         self._events = None if tensorboard is None else _event_writer(tensorboard, last_step)
-        self._lines = Lines(path)
+        self._lines = Lines(path, may_appear)
+        self._needed = needed
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -58,7 +65,7 @@ class MetricsWriter:
         first = kept[0]["step"] if kept else math.inf
         found = []
         try:
-            for line in _whole_lines(self._lines.path, ()):
+            for line in _whole_lines(self._lines.path, self._needed):
                 if line["step"] < first:
                     found.append(line)
         except OSError as error:
@@ -162,9 +169,16 @@ def _is_whole(line: Any, needed: Collection[str]) -> bool:
     return (
         isinstance(line, dict)
         and isinstance(line.get("step"), int)
-        and line.keys() >= set(needed)
-        and all(value is None or isinstance(value, (int, float)) for _, value in _flat(line))
+        and all(value is None or _is_number(value) for _, value in _flat(line))
+        and all(
+            _is_number(line.get(name)) or (name in _MAY_BE_NULL and line.get(name, 0) is None)
+            for name in needed
+        )
     )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -_MOST <= value <= _MOST
 
 
 def _flat(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

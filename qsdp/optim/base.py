@@ -99,6 +99,7 @@ def made_alike(init: Callable[P, None]) -> Callable[P, None]:
             facts["parameters of the optimizer"] = len(self.parameters())
         meet(call, facts, groups)
         self.made_with = facts
+        self.take_hold()
 
     return takes_only_its_own(made)
 
@@ -133,6 +134,10 @@ def bystanders(model: nn.Module, own: Iterable[Tensor] = ()) -> Callable[[], Non
             parameter.grad = grad
 
     return restore
+
+
+def _do_nothing(_: torch.optim.Optimizer) -> None:
+    """A hook that shows whether there can be one."""
 
 
 class TellSupport(Protocol):
@@ -198,9 +203,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self._remembered = remembered
         self._tell: TellSupport | None = None
         try:
-            # Loading gives the base new dictionaries. A hook that held this would keep the model
-            # until garbage is collected.
-            hook_weakly(base.register_load_state_dict_post_hook, self._share)
+            base.register_load_state_dict_post_hook(_do_nothing).remove()
         except AttributeError:
             raise ValueError(
                 f"the base optimizer is a {type(base).__name__} that is none of its own; give the "
@@ -211,7 +214,14 @@ class OptimizerWrapper(torch.optim.Optimizer):
         super().__init__(self.parameters(), {})
         self._own = None
         self.defaults = base.defaults
-        self._share(base)
+
+    def take_hold(self) -> None:
+        """Leave marks and hooks on the base. Only when all ranks have agreed that this is made:
+        what is refused leaves the base as it was."""
+        # Loading gives the base new dictionaries. A hook that held this would keep the model until
+        # garbage is collected.
+        hook_weakly(self.base.register_load_state_dict_post_hook, self._share)
+        self._share(self.base)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -347,7 +357,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def _recall(self, key: str) -> Any:
         return self.param_groups[0].get(key, self._remembered[key])
 
-    def _remember(self, key: str, value: int | float) -> None:
+    def _remember(self, key: str, value: int | float | str) -> None:
         self._remembered[key] = value  # groups may be replaced by others
         for group in self.param_groups:
             group[key] = value

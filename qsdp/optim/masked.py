@@ -72,8 +72,12 @@ class MaskedOptimizer(OptimizerWrapper):
         self.last_grad_norm: float | None = None
         self.last_target: Compression | None = None
         self._loaded_masks: list[tuple[Tensor, Tensor]] = []
-        hook_weakly(base_optimizer.register_load_state_dict_pre_hook, self._take_masks)
         self.before_pruning: Callable[[], None] | None = None
+
+    def take_hold(self) -> None:
+        super().take_hold()
+        self._remember(_PLAN, self._plan)  # an earlier wrapper's may be there
+        hook_weakly(self.base.register_load_state_dict_pre_hook, self._take_masks)
 
     @property
     def prunable(self) -> Prunable:
@@ -266,6 +270,8 @@ class MaskedOptimizer(OptimizerWrapper):
     def _take_masks(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Load the masks past torch, which gives what it loads the parameter's dtype and takes a
         state with nothing but a mask for a damaged one."""
+        if self._recall(_PLAN) != self._plan:
+            return state_dict  # another one has wrapped the base since
         plan = state_dict["param_groups"][0].get(_PLAN, self._plan)
         if plan != self._plan:
             raise ValueError(

@@ -18,6 +18,7 @@ from qsdp.streams import bring_out, complain, forgiving_output
 from qsdp.train.config import RECIPES, TrainConfig
 from qsdp.train.errors import UserError, is_lost, leave, leave_lost, sentence
 from qsdp.train.method_flags import INSTEAD
+from qsdp.train.signals import process_ends
 from qsdp.train.wire_flags import BITS_OF_ONE_DIRECTION
 
 T = TypeVar("T")
@@ -95,7 +96,8 @@ def run(command: Callable[[], None]) -> NoReturn:
     """Run a command that may have opened a world, and end the process with its exit status."""
     status: object = 0
     try:
-        command()
+        with process_ends():
+            command()
     except SystemExit as stop:
         status = stop.code
     if "torch" in sys.modules and (status is None or isinstance(status, int)):
@@ -103,6 +105,7 @@ def run(command: Callable[[], None]) -> NoReturn:
         from qsdp.train.world import end_process
 
         end_process(status or 0)
+    bring_out()
     raise SystemExit(status)
 
 

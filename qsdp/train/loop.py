@@ -45,10 +45,12 @@ def train(config: TrainConfig) -> None:
     """
     with (
         forgiving_output(),
-        heeded() as stop,
-        open_world(config.timeout_s, config.backend, stop) as world,
+        ExitStack() as heeding,
+        open_world(config.timeout_s, config.backend) as world,
         ExitStack() as held,
     ):
+        # Only now: a rank that waits for others in C++ would not heed a signal.
+        stop = heeding.enter_context(heeded(world.stop))
         job = set_up(config, world, held)
         if job is None:
             return

@@ -53,9 +53,9 @@ def finish(job: Job, history: list[dict[str, Any]]) -> bool:
     # A run may go on with another batch, another wire or other ranks, whose steps do not compare.
     alike = [line for line in history if line["step"] > job.pace_since]
     steps = max(1, len(alike))
-    step_s = statistics.median([line["step_s"] for line in alike]) if alike else None
+    step_s = _median(alike, "step_s")
     config = job.config
-    tokens_per_s = statistics.median(line["tokens_per_s"] for line in alike) if alike else None
+    tokens_per_s = _median(alike, "tokens_per_s")
     flops_per_s = (
         config.passes * flops_per_token(job.model.config, config.seq_len) * (tokens_per_s or 0)
     )
@@ -166,7 +166,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     seconds = summary["wire"]["seconds_per_step"]
     if None not in seconds.values():
         console.print(_time_table(seconds))
-    if summary["step_s_median"] is not None:
+    if summary["step_s_median"] is not None and summary["tokens_per_s"] is not None:
         mfu = summary["mfu"]
         share = "" if mfu is None else f", {mfu:.1%} of the matmul rate"
         console.print(
@@ -240,11 +240,21 @@ def _signed(count: float) -> str:
 
 def _mean(history: list[dict[str, Any]], name: str, over: int = 0) -> float:
     """The mean of a metric over the steps that have it, or its sum over `over` steps."""
-    values = [line[name] for line in history if line.get(name) is not None]
+    values = _numbers(history, name)
     return sum(values) / max(1, over or len(values))
 
 
 def _mean_or_none(history: list[dict[str, Any]], name: str) -> float | None:
     """The mean of a metric over the steps that have it; None if none has."""
-    has_any = any(line.get(name) is not None for line in history)
-    return _mean(history, name) if has_any else None
+    return _mean(history, name) if _numbers(history, name) else None
+
+
+def _median(history: list[dict[str, Any]], name: str) -> float | None:
+    """The median of a metric over the steps that have it; None if none has."""
+    values = _numbers(history, name)
+    return statistics.median(values) if values else None
+
+
+def _numbers(history: list[dict[str, Any]], name: str) -> list[float]:
+    """A metric of the steps that have it. What another one has written there is left out."""
+    return [float(line[name]) for line in history if isinstance(line.get(name), int | float)]

@@ -44,7 +44,7 @@ from qsdp.train.resume import (
 from qsdp.train.wire import QuantizedWire, StockWire, Wire
 from qsdp.train.world import World, all_alike
 
-# What every line of metrics.jsonl has; a validation adds more.
+# The numbers that every line of metrics.jsonl has; a validation adds more.
 STEP_METRICS = (
     *("loss", "lr", "grad_norm", "step_s", "tokens_per_s", "tokens"),
     *("wire_bytes_sent", "wire_bytes_other", "wire_bytes_fp32"),
@@ -126,7 +126,9 @@ class Job:
             if not self.world.is_main:
                 return None
             path = results.path(METRICS)
-            metrics = MetricsWriter(path, self.steps_done, events, STEP_METRICS, past)
+            metrics = MetricsWriter(
+                path, self.steps_done, events, STEP_METRICS, past, may_appear=self.check_lock
+            )
             if self.recovered is not None and not results.is_beside:
                 metrics.moved(path, self._events, self.recovered)
             return metrics

@@ -32,16 +32,29 @@ class Stop:
 
 
 _latest = Stop()
+_process_ends = False
 
 
 @contextmanager
-def heeded() -> Iterator[Stop]:
-    """Inside, `SIGNALS` to this process set `Stop.asked`, however often they come.
+def process_ends() -> Iterator[None]:
+    """Inside, what follows `heeded` only ends the process: one that was told ignores what comes
+    then, which would end it with another status."""
+    global _process_ends
+    _process_ends = True
+    try:
+        yield
+    finally:
+        _process_ends = False
+
+
+@contextmanager
+def heeded(stop: Stop | None = None) -> Iterator[Stop]:
+    """Inside, `SIGNALS` to this process set ``stop.asked``, however often they come.
 
     A thread other than the main one may not handle signals: they are left as they are.
     """
     global _latest
-    _latest = stop = Stop()
+    _latest = stop = stop or Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
@@ -55,9 +68,12 @@ def heeded() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        for number, handler in former.items():
-            # None: a handler that Python does not know and cannot put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # none comes after the look at what was asked
+        if not (_process_ends and stop.asked):
+            for number, handler in former.items():
+                # None: a handler that Python does not know and cannot put back.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def were_heeded() -> bool:

@@ -128,7 +128,6 @@ def end_process(status: int) -> NoReturn:
 def open_world(
     timeout_s: int = RunFlags.timeout_s,
     backend: str | None = RunFlags.backend,
-    stop: Stop | None = None,
 ) -> Iterator[World]:
     """Meet the other ranks that torchrun started, or be a world of one without it.
 
@@ -158,7 +157,7 @@ def open_world(
             "earlier message on another node, and at the address that torchrun was given."
         ) from None
     try:
-        yield World(rank, size, device, backend, mesh, stop or Stop())
+        yield World(rank, size, device, backend, mesh)
     except UserError as error:
         # All ranks are here, so taking leave of each other cannot hang; after other errors it may.
         if not is_lost(error):
