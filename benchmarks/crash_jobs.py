@@ -108,9 +108,12 @@ class Job:
         return False
 
     def send(self, number: int, rank: int | None = None) -> bool:
-        """Send a signal to a rank, or to torchrun (the process that runs alone). False if it was
-        not there."""
-        pid = self._process.pid if rank is None or self._ranks == 1 else self._pid(rank)
+        """Send a signal to a rank, as soon as it is there, or to torchrun (the process that runs
+        alone). False if the job has ended."""
+        pid: int | None = self._process.pid
+        if rank is not None and self._ranks > 1:
+            self.wait_until(lambda: self._pid(rank) is not None)
+            pid = self._pid(rank)
         self._look()
         with contextlib.suppress(ProcessLookupError):
             if pid is not None and self.is_running:

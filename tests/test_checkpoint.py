@@ -281,6 +281,31 @@ def test_what_only_tidies_fails_no_save_and_is_tried_again(
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
+def test_a_state_is_read_whatever_the_optimizer_was_left_with(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"used": nn.Linear(3, 3), "unused": nn.Linear(2, 2)})
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.save(tmp_path, 0, model, optimizer, {})  # before any state
+    model["used"].weight.grad = torch.ones(3, 3)
+    optimizer.step()
+    path = checkpoint.save(tmp_path, 1, model, optimizer, {})
+
+    other = torch.optim.AdamW(model.parameters())
+    grads = [p.grad for p in model.parameters()]  # of a step that was given up
+    checkpoint.load(path, model, other)
+    assert all(p.grad is grad for p, grad in zip(model.parameters(), grads, strict=True))
+    assert torch.equal(
+        other.state[model["used"].weight]["exp_avg"],
+        optimizer.state[model["used"].weight]["exp_avg"],
+    )
+    assert not other.state.get(model["unused"].weight)
+    without = torch.optim.SGD(model.parameters())
+    with pytest.raises(
+        ValueError, match=r"optimizer\.state\.used\.weight\.exp_avg.* would be lost"
+    ):
+        checkpoint.load(path, model, without)
+    assert not without.state
+
+
 def test_of_two_that_save_one_step_at_once_the_later_one_replaces_the_other(
     tmp_path: Path,
 ) -> None:

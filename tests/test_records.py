@@ -137,6 +137,44 @@ def test_a_file_that_is_gone_is_made_again(
     assert steps(path) == [*range(1, 8)]
 
 
+def test_a_file_that_is_gone_is_made_again_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(metrics_lines, "_RETRY_S", 0.0)
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        write_steps(writer, range(1, 4))
+        path.unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(metrics_lines.shutil, "copyfileobj", refuse)
+            writer.sync()
+            write_steps(writer, range(4, 6))
+        write_steps(writer, range(6, 7))
+        assert steps(path) == [*range(1, 7)]
+        with no_sync():
+            writer.sync()
+        path.unlink()  # beside another failure
+        writer.sync()
+        assert steps(path) == [*range(1, 7)]
+
+
+def test_another_file_is_never_taken_for_the_one_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_lines, "_RETRY_S", 0.0)
+    path, others = tmp_path / "metrics.jsonl", tmp_path / "others"
+    with MetricsWriter(path) as writer:
+        for number in range(1, 6):  # file systems use the numbers of closed files again
+            write_steps(writer, range(number, number + 1))
+            others.write_text("another run's\n" * 9)
+            others.replace(path)
+            writer.sync()
+    assert path.read_text() == "another run's\n" * 9
+
+
 def test_a_file_that_may_not_appear_again_is_missed_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,7 +191,8 @@ def test_a_file_that_may_not_appear_again_is_missed_once(
     assert not path.exists()
     first, last = capsys.readouterr().err.splitlines()
     assert "cannot be written (the folder is another run's now): the run goes on" in first
-    assert last == f"warning: 5 lines of {path} were never written"
+    lost = f"warning: 5 lines of {path} were never written"
+    assert last == f"{lost}, and the file is gone with those before"
 
 
 def test_events_that_cannot_be_written_stop_with_one_line(

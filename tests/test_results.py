@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -101,6 +103,26 @@ def test_what_cannot_be_removed_is_tried_again(out: Path, monkeypatch: pytest.Mo
         results.commit(out, OTHER, 0)
     assert there(out) == ["checkpoints/step-00000003"]
     assert (out / "metrics.jsonl").exists()
+
+
+def test_what_is_of_the_new_history_stays_whenever_the_rest_goes(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A removal that fails is made up for at the next start, when the run may be at its end."""
+    checkpoint.save(out / f"dense-twin.{OTHER}", 3, *make(), {"history": OTHER, "val_loss": 1.5})
+    start = results.Start(OTHER, is_beside=True)
+    run = results.Results(out, "", start)
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "_remove", Mock(side_effect=OSError("busy")))
+        with pytest.raises(OSError, match="busy"):
+            run.settle()
+    run.is_beside = True
+    assert (twin := run.latest_twin()) is not None
+    assert twin.name == "step-00000003"
+    (out / "summary.json").write_text(json.dumps({"history": OTHER}))
+    assert "summary.json" not in results.commit(out, OTHER, 0)
+    assert (out / "summary.json").exists()
+    assert there(out) == ["checkpoints/step-00000003", "dense-twin/step-00000003"]
 
 
 def test_checkpoints_of_versions_that_named_no_history_are_one(tmp_path: Path) -> None:

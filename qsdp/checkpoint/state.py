@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from qsdp.checkpoint.folders import Damaged, verify
 from qsdp.checkpoint.safe import Reader, ReadingPlanner, Refused
-from qsdp.compat import checkpoint_names
+from qsdp.compat import checkpoint_names, sharded_parameters
 from qsdp.failures import listed
 from qsdp.meeting import meet
 
@@ -52,9 +52,9 @@ def load(
     """
     meet_at("load", folder=path, is_checked=is_checked)
     reader = _reader(path, is_checked=is_checked)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    with _fitting(path):
+    with _made_ready(optimizer), _fitting(path):
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
         state = _load(reader, state, model)
         set_state_dict(
             model,
@@ -64,6 +64,30 @@ def load(
         )
     if not any(optimizer.state.values()):  # torch's entries of what no step has made
         optimizer.state.clear()
+
+
+@contextlib.contextmanager
+def _made_ready(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, an optimizer that has taken no step has neither gradients nor masks: with these DCP
+    would not make the state that is read into. An exception leaves it as it was."""
+    masks = dict(optimizer.state)
+    if any(entries.keys() - {"mask"} for entries in masks.values()):
+        yield
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    optimizer.state.clear()
+    try:
+        yield
+    except BaseException:
+        optimizer.state.clear()
+        optimizer.state.update(masks)
+        raise
+    finally:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
 
 
 def load_model(path: Path, model: nn.Module) -> None:
@@ -112,7 +136,8 @@ def _load(reader: Reader, state: dict[str, Any], model: nn.Module) -> dict[str, 
     loaded = renamed(state, names)
     if "optimizer" in loaded:
         _want_no_more(reader, loaded["optimizer"]["state"])
-    _check_all_is_taken(reader, loaded)
+    frozen = {n for n, p in sharded_parameters(model).items() if not p.requires_grad}
+    _check_all_is_taken(reader, loaded, frozen)
     try:
         dcp.load(loaded, storage_reader=reader, planner=ReadingPlanner())
     except CheckpointException as error:
@@ -124,23 +149,27 @@ def _load(reader: Reader, state: dict[str, Any], model: nn.Module) -> dict[str, 
 
 
 def _want_no_more(reader: Reader, states: dict[str, Any]) -> None:
-    """Take out of `states`, of the optimizer by parameter, what the checkpoint of one that has
-    taken no step yet does not have: it holds masks at most."""
-    stored = {
-        tuple(name.removeprefix(_STATE).rpartition(".")[::2])
-        for name in reader.metadata.state_dict_metadata
-        if name.startswith(_STATE)
-    }
-    if {entry for _, entry in stored} <= {"mask"}:
-        for name, entries in states.items():
-            states[name] = {key: v for key, v in entries.items() if (name, key) in stored}
+    """Take out of `states`, of the optimizer by parameter, what the checkpoint does not have of one
+    that no step has changed yet: it holds masks at most."""
+    stored: dict[str, set[str]] = {}
+    for name in reader.metadata.state_dict_metadata:
+        if name.startswith(_STATE):
+            owner, _, entry = name.removeprefix(_STATE).rpartition(".")
+            stored.setdefault(owner, set()).add(entry)
+    for name, entries in states.items():
+        held = stored.get(name, set())
+        if held <= {"mask"}:
+            states[name] = {key: value for key, value in entries.items() if key in held}
 
 
-def _check_all_is_taken(reader: Reader, state: Mapping[str, Any]) -> None:
+def _check_all_is_taken(reader: Reader, state: Mapping[str, Any], frozen: Collection[str]) -> None:
     """Raise ValueError if the checkpoint holds what would be dropped: of the model, or of a
-    parameter's state, the mask for one. What is frozen now has no state."""
+    parameter's state, the mask for one. What is ``frozen`` now has no state."""
     taken: dict[str, Collection[str]] = {"model": state["model"]}
-    for name, entries in state.get("optimizer", {}).get("state", {}).items():
+    optimizer = state.get("optimizer", {})
+    for group in optimizer.get("param_groups", ()):
+        taken |= {f"{_STATE}{name}": () for name in group["params"] if name not in frozen}
+    for name, entries in optimizer.get("state", {}).items():
         taken[f"{_STATE}{name}"] = entries
     dropped = []
     for stored in reader.metadata.state_dict_metadata:

@@ -49,7 +49,7 @@ class Lines:
         self._size = status.st_size  # before the kept lines
         self._num_written = 0  # of the kept lines
         self._num_dropped = 0
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         self._next_try = 0.0
 
     def append(self, text: str) -> None:
@@ -78,8 +78,10 @@ class Lines:
         self._write()
         with contextlib.suppress(OSError):
             self._file.close()
-        if lost := len(self.kept) - self._num_written + self._num_dropped:
-            complain(f"warning: {lost} lines of {self.path} were never written")
+        lost = len(self.kept) - self._num_written + self._num_dropped
+        gone = "" if self.path.exists() else ", and the file is gone with those before"
+        if lost or gone:
+            complain(f"warning: {lost} lines of {self.path} were never written{gone}")
 
     def _look_for_name(self) -> None:
         """See that the file is the one that has the name."""
@@ -92,7 +94,7 @@ class Lines:
                 raise self._replaced()
         except (OSError, ValueError) as error:
             self._num_written = 0
-            self._fail(error if isinstance(error, OSError) else OSError(errno.ENOENT, str(error)))
+            self._fail(error)
 
     def _make_again(self) -> None:
         """Give what was in the file the name that it had."""
@@ -102,7 +104,8 @@ class Lines:
         with replacing(self.path) as temporary, temporary.open("wb") as file:
             shutil.copyfileobj(self._file, file)
         former, self._file = self._file, self.path.open("a+b", buffering=0)
-        former.close()
+        with contextlib.suppress(OSError):
+            former.close()
         self._number = os.fstat(self._file.fileno()).st_ino
         complain(f"warning: {self.path} was gone: it is there again, with all its lines")
 
@@ -119,7 +122,7 @@ class Lines:
                 while rest:
                     rest = rest[self._file.write(rest) :]
                 self._num_written += 1
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._fail(error)
             return
         if self._failure is not None:
@@ -128,21 +131,27 @@ class Lines:
             complain(f"{self.path} is written again: all lines that waited are in it{but}")
 
     def _open_again(self) -> None:
-        """Open the file of before, by its name, and cut off what was not written as a whole."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-        if self.path.stat().st_ino != self._number:
+        """Open the file of before, by its name, and cut off what was not written as a whole. The
+        one that is open stays so until then: its number is no other file's, and its lines are there
+        if the name is gone."""
+        if not self.path.exists():
+            self._make_again()
+        elif self.path.stat().st_ino != self._number:
             raise self._replaced()
-        self._file = self.path.open("a+b", buffering=0)
+        else:
+            former, self._file = self._file, self.path.open("a+b", buffering=0)
+            with contextlib.suppress(OSError):
+                former.close()
         whole = self._size + sum(map(len, self.kept[: self._num_written]))
         if os.fstat(self._file.fileno()).st_size > whole:
             os.ftruncate(self._file.fileno(), whole)
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: OSError | ValueError) -> None:
         self._next_try = time.monotonic() + _RETRY_S
         if self._failure is None:
+            why = getattr(error, "strerror", None) or error
             complain(
-                f"warning: {self.path} cannot be written ({error.strerror or error}): the run goes "
+                f"warning: {self.path} cannot be written ({why}): the run goes "
                 "on, and what belongs there waits in memory until there is room"
             )
         self._failure = error

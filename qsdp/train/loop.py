@@ -96,6 +96,7 @@ def train(config: TrainConfig) -> None:
             if is_new and job.steps_done == config.steps:  # no step was left to take
                 job.save()
             job.wait_saved()
+            job.settle()
         if stop.is_agreed or not finish(job, [] if metrics is None else metrics.history):
             job.say(_stopped(job))
 

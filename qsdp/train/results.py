@@ -12,6 +12,7 @@ metrics last. So who finds them beside knows what a crash cut short.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -84,30 +85,41 @@ def commit(out: Path, history: str, went_on_from: int) -> list[str]:
     is_new = _beside(out, METRICS, history).exists()
     plots = [out / "plots" / f"{name}.png" for name in PLOT_NAMES]
     # None of these is to be found without the checkpoints that it is of.
-    outcome = [path for path in (out / "summary.json", *plots) if path.exists()]
+    is_own = stated(out).get("history") == history
+    outcome = [path for path in (out / "summary.json", *plots) if path.exists() and not is_own]
     for path in outcome:
         path.unlink()
     removed = [str(path.relative_to(out)) for path in outcome]
     if _beside(out, CONFIG, history).exists():
         _beside(out, CONFIG, history).replace(out / CONFIG)
-    twin = _beside(out, DENSE_TWIN, history)
-    if twin.exists():
-        remove_tree(out / _OLD_TWIN)
-        if (out / DENSE_TWIN).exists():
-            (out / DENSE_TWIN).rename(out / _OLD_TWIN)
-            removed.append(DENSE_TWIN)
-        twin.rename(out / DENSE_TWIN)
-        with contextlib.suppress(OSError):  # the next start tries again
-            remove_tree(out / _OLD_TWIN)
     for folder in (DENSE_TWIN, CHECKPOINTS):
         for step, path in checkpoint.steps(out / folder).items():
             remark = _outdated(path, history, is_new=is_new) if step > went_on_from else None
             if remark is not None:
                 _remove(path)
                 removed.append(f"{folder}/{path.name}{remark}")
+    # Until all of that is done the twin is where `Results.latest_twin` looks for it.
+    twin = _beside(out, DENSE_TWIN, history)
+    if twin.exists():
+        remove_tree(out / _OLD_TWIN)
+        if (out / DENSE_TWIN).exists():
+            removed += [DENSE_TWIN] if checkpoint.steps(out / DENSE_TWIN) else []
+            (out / DENSE_TWIN).rename(out / _OLD_TWIN)
+        twin.rename(out / DENSE_TWIN)
+        with contextlib.suppress(OSError):  # the next start tries again
+            remove_tree(out / _OLD_TWIN)
     if is_new:
         _beside(out, METRICS, history).replace(out / METRICS)
     return removed
+
+
+def stated(out: Path) -> dict[str, Any]:
+    """What summary.json says; nothing where there is none that can be read."""
+    try:
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _outdated(path: Path, history: str, *, is_new: bool) -> str | None:

@@ -16,7 +16,7 @@ from qsdp.checkpoint import Damaged
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError
 from qsdp.train.lock import process_id
-from qsdp.train.results import CHECKPOINTS, Start, damage
+from qsdp.train.results import CHECKPOINTS, Start, damage, stated
 from qsdp.train.world import World
 
 # What a run is, and which of it another run may not change: weights and states are of these.
@@ -270,14 +270,9 @@ def _listed(differences: list[str]) -> str:
 def is_finished(config: TrainConfig, meta: dict[str, Any]) -> bool:
     """Whether the run has come to its end with the checkpoint of `meta`, and the summary is that
     of its end."""
-    try:
-        summary = json.loads((config.out_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    if not isinstance(summary, dict) or meta["step"] < config.steps:
-        return False
-    stated = summary.get("steps"), summary.get("history", "")
-    return stated == (meta["step"], meta["history"])
+    summary = stated(config.out_dir)
+    found = summary.get("steps"), summary.get("history", "")
+    return meta["step"] >= config.steps and found == (meta["step"], meta["history"])
 
 
 def changed(config: TrainConfig, meta: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,12 +187,17 @@ class Job:
         keep = sys.maxsize if self.bad_in_row else self.config.keep
         self._write(root, self.steps_done, self.optimizer, {}, keep, saver)
         self.has_checkpoint = True
-        if not self.is_settled:
-            removed = self.world.on_main(self._settle)
-            self.is_settled = removed is not None
-            self.results.is_beside &= not self.is_settled
-            if removed:
-                self.say(f"Removed from {self.out}, as outdated now: {', '.join(removed)}")
+        self.settle()
+
+    def settle(self) -> None:
+        """Do what the first checkpoint of this process has decided on, if that is still to do."""
+        if not self.has_checkpoint or self.is_settled:
+            return
+        removed = self.world.on_main(self._settle)
+        self.is_settled = removed is not None
+        self.results.is_beside &= not self.is_settled
+        if removed:
+            self.say(f"Removed from {self.out}, as outdated now: {', '.join(removed)}")
 
     def wait_saved(self) -> None:
         """Wait until the last checkpoint is there. Raises UserError, on every rank, if it could not
@@ -282,7 +287,8 @@ class Job:
         except OSError as error:
             complain(
                 f"warning: what is outdated in {self.out} cannot be removed yet "
-                f"({sentence(error)}); the next checkpoint tries again"
+                f"({sentence(error)}); the next checkpoint or start tries again, and until then "
+                f"the metrics are in {self.results.path(METRICS).name}"
             )
             return None
         if self.metrics is not None and was_beside:
@@ -310,6 +316,8 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     batches = world.together(lambda: _make_batches(config, world, corpus))
     fingerprint = _fingerprint(config, size, corpus, data, world)
     removed, recovered = recover(config.out_dir, world)
+    if removed and world.is_main:  # now: what follows may be refused
+        print(f"Removed from {config.out_dir}, as outdated: {', '.join(removed)}", flush=True)
     start, damaged = find_whole_start(config, world, fingerprint)
     source, meta = start.source, start.meta
     if world.is_main:
@@ -317,6 +325,9 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
             complain(f"warning: {line}")
     if meta is not None and config.resume == "auto" and is_finished(config, meta):
         if world.is_main:
+            # Who waits for the end of this start, as a job file does, sees that this is it.
+            with suppress(OSError):
+                os.utime(config.out_dir / "summary.json")
             print(
                 f"{config.out_dir} holds this run, finished after {meta['step']} steps: nothing to "
                 f"train. To go on, give more --steps and --resume {config.out_dir}; to train "
@@ -339,7 +350,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
             load, state = handle.load_state_dict, meta["wire"]
             all_alike(world, lambda: load(state))
     results = Results(config.out_dir, config.to_toml(), start)
-    removed += world.on_main(results.begin)
+    removed = world.on_main(results.begin)
     job = Job(
         config=config,
         world=world,
