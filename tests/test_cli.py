@@ -110,8 +110,11 @@ def test_a_resume_from_another_model_is_refused_and_a_finished_run_is_left_alone
     files = {path: path.read_bytes() for path in (folder / "out").rglob("*") if path.is_file()}
     assert (folder / "out" / "checkpoints" / "step-00000002") in {path.parent for path in files}
 
+    summary = folder / "out" / "summary.json"
+    os.utime(summary, (1, 1))
     main(small_run(folder))
     assert "holds this run, finished after 2 steps" in capfd.readouterr().out
+    assert summary.stat().st_mtime > 1  # who waits for the end of this start sees it
     assert "vocab_size" in refused(small_run(folder, "--tokenizer", "byte"), capfd)
     assert "AdamW, not CrAM" in refused(small_run(folder, "--cram"), capfd)
     (folder / "text.txt").write_text(TEXT.replace("q", "Q"))
