@@ -27,6 +27,8 @@ from qsdp.failures import listed
 from qsdp.meeting import meet
 
 _STATE = "optimizer.state."
+_BEFORE_STEPS = {"mask"}
+"""What the state of a parameter that no step has changed may hold, of AC/DC and GMP."""
 
 
 def check(path: Path) -> None:
@@ -71,7 +73,7 @@ def _made_ready(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside, an optimizer that has taken no step has neither gradients nor masks: with these DCP
     would not make the state that is read into. An exception leaves it as it was."""
     masks = dict(optimizer.state)
-    if any(entries.keys() - {"mask"} for entries in masks.values()):
+    if any(entries.keys() - _BEFORE_STEPS for entries in masks.values()):
         yield
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -158,7 +160,7 @@ def _want_no_more(reader: Reader, states: dict[str, Any]) -> None:
             stored.setdefault(owner, set()).add(entry)
     for name, entries in states.items():
         held = stored.get(name, set())
-        if held <= {"mask"}:
+        if held <= _BEFORE_STEPS:
             states[name] = {key: value for key, value in entries.items() if key in held}
 
 

@@ -210,9 +210,8 @@ def _stopped(job: Job) -> str:
     if not done:  # OUT may hold another run, which --resume auto would go on with
         return f"{job.world.stop.why}: no step was taken; the same command begins again"
     saved = f"step {done} of {steps} is saved"
-    again = "the same command" + " with --resume auto" * (job.config.resume == "none")
     what = "ends the run with its last evaluation" if done == steps else "goes on from there"
-    return f"{job.world.stop.why}: {saved}; {again} {what}"
+    return f"{job.world.stop.why}: {saved}; {job.same_command} {what}"
 
 
 def _clip(job: Job, loss: Tensor) -> tuple[float, str | None]:

@@ -137,13 +137,10 @@ def _write_summary(job: Job, summary: dict[str, Any]) -> None:
     try:
         write_json(path, summary)
     except OSError as error:
-        command = "the same command"
-        if job.config.resume == "none":
-            command += ", with --resume auto,"
         raise UserError(
             f"the training is done, with its last checkpoint in {job.out / CHECKPOINTS}, but "
             f"{path} cannot be written ({error.strerror or error}); free some space there, and "
-            f"{command} writes it"
+            f"{job.same_command} writes it"
         ) from None
 
 

@@ -101,6 +101,11 @@ class Job:
     def out(self) -> Path:
         return self.config.out_dir
 
+    @property
+    def same_command(self) -> str:
+        """What goes on from the checkpoints of this run, in words."""
+        return "the same command" + " with --resume auto" * (self.config.resume == "none")
+
     def say(self, text: str) -> None:
         """Print on rank 0."""
         if self.world.is_main:

@@ -126,8 +126,7 @@ def end_process(status: int) -> NoReturn:
 
 @contextmanager
 def open_world(
-    timeout_s: int = RunFlags.timeout_s,
-    backend: str | None = RunFlags.backend,
+    timeout_s: int = RunFlags.timeout_s, backend: str | None = RunFlags.backend
 ) -> Iterator[World]:
     """Meet the other ranks that torchrun started, or be a world of one without it.
 
