@@ -6,8 +6,10 @@ What is read is what the public seam (`FSDPModule.set_custom_all_gather`,
 the objects to restore when the hooks are removed.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -225,23 +227,32 @@ class ParameterGroup:
         """This rank's shard of each parameter, in buffer order."""
         return [p._sharded_local_tensor for p in self._group.fsdp_params]
 
-    def may_fill_later(self, places: Sequence[int], output: Tensor) -> bool:
-        """Whether FSDP2, after its reduce, only takes views of ``output`` as the gradients of the
-        parameters at ``places``, and nobody reads them before the backward pass ends."""
-        group = self._group
-        params = [group.fsdp_params[i] for i in places]
+    def only_views(self, output: Tensor) -> bool:
+        """Whether FSDP2, after its reduce, only divides ``output`` and takes views of it as
+        gradients, if that depends on what all ranks have in common; and there is an end of a
+        backward pass to wait for."""
         return (
             output.device.type == "cpu"
             and in_backward()
-            and output.dtype == group._orig_dtype
+            and not in_compiled_backward()
+            and output.dtype == self._group._orig_dtype
             and self.replicas == 1
-            and group._all_reduce_hook is None
+        )
+
+    def may_fill_later(self, places: Sequence[int]) -> bool:
+        """The same for what a rank may have alone: whether nothing is added to the gradients of the
+        parameters at ``places``, and nobody is shown them, before the backward pass ends."""
+        group = self._group
+        params = [group.fsdp_params[i] for i in places]
+        return (
+            group._all_reduce_hook is None
             and all(p.sharded_param.grad is None and not p.offload_to_cpu for p in params)
             and not self.parameters_with_hooks().intersection(places)
         )
 
-    def divide(self, output: Tensor) -> None:
-        """What FSDP2 does to the sum of a reduce, in place: for sums that it did not see yet."""
+    def divider(self, output: Tensor) -> Callable[[Tensor], None]:
+        """What FSDP2 does to the sum of a reduce, in place, as things are now: for a sum like
+        ``output`` that it has not seen yet."""
         group = self._group
         _, factor, *_ = _fsdp_collectives._get_gradient_divide_factors(
             self.shard_group,
@@ -251,7 +262,7 @@ class ParameterGroup:
             group.gradient_divide_factor,
             group.force_sum_reduction_for_comms,
         )
-        _fsdp_collectives._div_if_needed(output, factor)
+        return partial(_fsdp_collectives._div_if_needed, div_factor=factor)
 
     def own_comms(self) -> list[object]:
         """Its collectives that are not FSDP2's default ones."""
@@ -452,6 +463,8 @@ def abandon_pass(model: nn.Module) -> None:
     and gradients that were not reduced are dropped. The public `reset_iter_state` does most of it
     since torch 2.13. Does nothing where FSDP2 is not used.
     """
+    for passes in _passes_of(model):
+        passes.abandon_what_is_late()
     for root in _fsdp_roots(model):
         state = _state(root)
         if not state._is_root:  # no pass was begun, or it is a part: only a whole can be reset
@@ -488,6 +501,12 @@ def tensors_in(output: object) -> list[Tensor]:
 def in_backward() -> bool:
     """Whether the calling thread runs inside an autograd backward pass."""
     return backward_number() != -1
+
+
+def in_compiled_backward() -> bool:
+    """Whether a backward pass runs that `torch.compile` has made a graph of."""
+    compiled = sys.modules.get("torch._dynamo.compiled_autograd")  # a second to import
+    return compiled is not None and bool(compiled.in_compiled_autograd_region)
 
 
 def backward_number() -> int:

@@ -34,15 +34,14 @@ def _train(way: str, gather: str, bits: int, *, waits: bool) -> tuple[Grads, int
         model, qsdp.QSDPConfig(weight_bits=bits, grad_bits=bits, gather=gather, seed=3)
     )
     left = 0
-    leave = handle._wire.leave_under_way
+    leave = handle._wire.late.leave
 
-    def counted(finish: Any, output: Tensor) -> None:
+    def counted(late: Any) -> None:
         nonlocal left
         left += 1
-        leave(finish, output)
-        assert handle._wire._under_way is finish
+        leave(late)
 
-    handle._wire.leave_under_way = counted  # type: ignore[method-assign]
+    handle._wire.late.leave = counted  # type: ignore[method-assign]
     before = compat.ParameterGroup.may_fill_later
     if waits:
         compat.ParameterGroup.may_fill_later = lambda *_: False  # type: ignore[method-assign]
@@ -52,7 +51,7 @@ def _train(way: str, gather: str, bits: int, *, waits: bool) -> tuple[Grads, int
             if way != "accumulated":
                 model.zero_grad()
             _backward(model, step)
-            assert handle._wire._under_way is None
+            assert not handle._wire.late
             found.append(full_grads(model))
     finally:
         compat.ParameterGroup.may_fill_later = before  # type: ignore[method-assign]
@@ -164,11 +163,11 @@ def _cut_short() -> dict[str, Tensor]:
     watching.remove()
     with pytest.raises(KeyboardInterrupt):
         torch.autograd.backward(loss)
-    assert handle._wire._under_way is not None
+    assert handle._wire.late
     compat.abandon_pass(model)
     model.zero_grad()
     _backward(model, 1)
-    assert handle._wire._under_way is None
+    assert not handle._wire.late
     return full_grads(model)
 
 

@@ -10,12 +10,16 @@ the set that they agreed on last, and its reduce is as large as that set makes i
     a rank has another set          it sends as many bytes, whose headers say so (`Standing`); the
                                     others see it where they check headers anyway
     all ranks have other sets       they ask again as the first time, and then reduce
-    some ranks have other sets      all raise, and name the parameters
+    some ranks have other sets      all ask each other, and raise: they name the parameters
 
 So a set that changes on all ranks at once costs one exchange of the old set's size. With replicas
 that qsdp averages, the ranks are those of the shard group and of its replicas, and what a rank has
 heard in its shard group it tells its replicas in the same way. Over NCCL only ranks with another
 set read headers, since it stops the stream: they raise, which ends the others.
+
+Where a reduce may be left under way ([Note: Late] in `comm/late.py`) the ranks hear of it at
+different times. There all, also those that know at once, go on with every further collective of the
+backward pass, gradients of NaN in place of the group's, and ask each other at its end.
 
 A rank that used no parameter of a group does not reduce it, and its next collective meets another
 one of its peers. Headers tell, where sizes happen to be equal; else gloo aborts a rank, whose peers
@@ -31,6 +35,7 @@ from torch import Tensor
 from qsdp.codec.payload import HEADER_BYTES, Standing
 from qsdp.comm import transport
 from qsdp.comm.gather import check_headers
+from qsdp.comm.late import SetsDiffer
 from qsdp.comm.plan import Plan
 from qsdp.comm.reduce import Hop
 from qsdp.comm.side import Side
@@ -72,7 +77,8 @@ class Consent:
             device: where the gradients lie.
             averaged: the side of the average over replicas, of the same.
 
-        Raises RuntimeError unless they all have the same, on every rank but over NCCL.
+        Raises RuntimeError where all have changed to different ones, on every rank but over NCCL;
+        SetsDiffer where some ranks have the agreed ones: the others hear of it in their reduce.
         """
         if places == self._agreed:
             return
@@ -80,7 +86,7 @@ class Consent:
             standing = self._announce(hops(self._agreed), step, device)
             standing = self.tell_replicas(averaged(self._agreed), step, device, standing)
             if standing != Standing.CHANGED:
-                self.refuse(places, group, device)
+                raise SetsDiffer
         self._ask(places, group)
 
     def refuse(self, places: Places, group: dist.ProcessGroup, device: torch.device) -> None:

@@ -11,14 +11,11 @@ from qsdp.codec.payload import Standing
 from qsdp.comm import transport
 from qsdp.comm.clock import ACROSS, FLAT, LOCAL, REPLICAS
 from qsdp.comm.gather import as_bytes, check_headers
+from qsdp.comm.late import SetsDiffer
 from qsdp.comm.plan import Plan
 from qsdp.comm.side import Side
 from qsdp.comm.wire import Wire
 from qsdp.failures import collective
-
-
-class SetsDiffer(Exception):
-    """Some ranks have the agreed gradients to reduce, and some have others: [Note: Consent]."""
 
 
 class Hop(NamedTuple):
@@ -59,18 +56,20 @@ def hops_of(
 
 
 def reduce(
-    plan: Plan, hops: list[Hop], output: Tensor, input: Tensor, wire: Wire
+    plan: Plan, hops: list[Hop], output: Tensor, input: Tensor, wire: Wire, *, is_late: bool = False
 ) -> Generator[None, None, int]:
     """Sum ``input`` [world * shard] over ranks, this rank's row into ``output`` [shard].
 
     A generator that stops once a hop, where the payloads are on the wire and, on CPUs, this thread
-    can do something else: but no other reduce, which needs the same buffers.
+    can do something else. All that the keys and the codec depend on is bound before the first stop,
+    and buffers are its own to the end.
 
     Args:
         plan: of the group.
         hops: see `hops_of`.
         output, input: of one dtype.
         wire: with the step, counters and buffers.
+        is_late: ``input`` is not held beyond the first stop: what is needed of it is copied.
 
     Returns how many reduces the group had before in this step. Raises RuntimeError when a header is
     not what this rank expects, SetsDiffer when another rank has other parameters to reduce.
@@ -78,40 +77,39 @@ def reduce(
     occurrence = wire.clock.before_reduce(plan.index)
     side, standing = hops[0].side, Standing.KEPT
     # Rows are without what is pruned at their owner from here to the end.
-    rows = [
-        side.compact(rank, row, wire.scratch, f"row {rank}")
+    rows = {
+        rank: side.compact(rank, row, wire.scratch, f"row {rank}")
         for rank, row in enumerate(input.chunk(plan.world_size))
-    ]
+    }
+    del input
+    borrowed: list[Tensor] = []
     for hop in hops:
         is_last = hop is hops[-1] and output.dtype == torch.float32
         into = output if is_last and not side.is_sparse else None
-        standing = yield from _take(plan, hop, rows, occurrence, wire, into, standing)
+        keeps = is_late and hop is hops[0]
+        taking = _take(plan, hop, rows, occurrence, wire, borrowed, into, standing, keeps)
+        standing = yield from taking
     if standing != Standing.KEPT:
         raise SetsDiffer
     side.expand(plan.rank, rows[plan.rank], output)
+    wire.scratch.give_back(*borrowed)  # after an error others may still be writing there
     wire.traffic.in_fp32("reduce", plan.world_size, hops[-1].side.num_values)
     return occurrence
-
-
-def exhaust(reducing: Generator[None, None, int]) -> int:
-    """Go through all that is left of a reduce. Returns what it returns."""
-    while True:
-        try:
-            next(reducing)
-        except StopIteration as end:
-            return int(end.value)
 
 
 def _take(
     plan: Plan,
     hop: Hop,
-    rows: list[Tensor],
+    rows: dict[int, Tensor],
     occurrence: int,
     wire: Wire,
+    borrowed: list[Tensor],
     output: Tensor | None,
     standing: Standing,
+    keeps: bool,
 ) -> Generator[None, None, Standing]:
-    """Take one hop: the rows that this rank owns become fp32 sums over the hop's group.
+    """Take one hop: the rows that this rank owns, which alone are left of ``rows``, become fp32
+    sums over the hop's group.
 
     1. Encode the rows of every other rank: unbiased, each with a key of its own.
     2. One all-to-all of payloads; nothing is sent to oneself.
@@ -119,53 +117,69 @@ def _take(
     4. Add the rows in fp32 in rank order, the only one into ``output`` if it is given. This rank's
        own rows never cross the wire and are added as they are; no sum is quantized again.
 
-    Returns this rank's standing after what it heard; sums are valid until the next such hop.
+    Returns this rank's standing after what it heard. ``borrowed`` takes all buffers, sums too; with
+    ``keeps`` this rank's own rows are copied there.
     """
     side, number, group, owned = hop
-    device, me, mine = rows[0].device, group.rank(), owned[group.rank()]
+    me, mine = group.rank(), owned[group.rank()]
     if group.size() == 1:
         for row in mine:
             rows[row] = rows[row].float()
         return standing
-    size, width, clock = side.payload_bytes, len(mine), wire.clock
+    device, scratch = rows[mine[0]].device, wire.scratch
+    size, width, step = side.payload_bytes, len(mine), wire.clock.step
     levels = wire.level_values
     peers = [rank for rank in range(group.size()) if rank != me]
     global_ranks = dist.get_process_group_ranks(group)
-    sent = wire.scratch.take("send", len(peers) * width * size, device)
-    received = wire.scratch.take("receive", len(peers) * width * size, device)
-    header = side.header(global_ranks[me], clock.step, standing)
+
+    def borrow(num_bytes: int) -> Tensor:
+        borrowed.append(scratch.borrow(num_bytes, device))
+        return borrowed[-1]
+
+    def key(sender: int, row: int) -> int:
+        return wire.clock.reduce_key(number, occurrence, global_ranks[sender], row)
+
+    sent = borrow(len(peers) * width * size)
+    received = borrow(len(peers) * width * size)
+    header = side.header(global_ranks[me], step, standing)
     to_send = [row for peer in peers for row in owned[peer]]
     with wire.times.measure("reduce", "encode", device):
         for row, payload in zip(to_send, sent.split(size), strict=True):
-            key = clock.reduce_key(number, occurrence, global_ranks[me], row)
             torch.ops.qsdp.encode(
-                as_bytes(rows[row]), side.tables[row], key, header, payload, levels
+                as_bytes(rows[row]), side.tables[row], key(me, row), header, payload, levels
             )
     for row in to_send:
         wire.observe(side.tables[row], rows[row])
 
     splits = [width * size if rank != me else 0 for rank in range(group.size())]
-    with collective("reduce", plan.names, clock.step), wire.times.measure("reduce", "wire", device):
+    with collective("reduce", plan.names, step), wire.times.measure("reduce", "wire", device):
         arrival = transport.all_to_all(received, sent, splits, splits, group)
+    for row in [*rows]:
+        if row not in mine:
+            del rows[row]
+        elif keeps:
+            own = borrow(rows[row].nbytes).view(rows[row].dtype)
+            rows[row] = own.copy_(rows[row])
+    keys = {(peer, row): key(peer, row) for peer in peers for row in mine}
     yield
-    with collective("reduce", plan.names, clock.step), wire.times.measure("reduce", "wire", device):
+    with collective("reduce", plan.names, step), wire.times.measure("reduce", "wire", device):
         seen = arrival.wait()
     wire.traffic.sent("reduce", [global_ranks[peer] for peer in peers], width * size)
     senders = [global_ranks[peer] for peer in peers for _ in range(width)]
-    standing = check_headers(seen, side, senders, clock.step, plan, standing)
+    standing = check_headers(seen, side, senders, step, plan, standing)
 
-    numels = [rows[row].numel() for row in mine]
-    memory = wire.scratch.take(f"sums {number}", 4 * sum(numels), device)
-    sums = list(memory.view(torch.float32).split(numels)) if output is None else [output]
     payloads = received.split(size)
     with wire.times.measure("reduce", "decode", device):
-        for i, (total, row) in enumerate(zip(sums, mine, strict=True)):
+        for i, row in enumerate(mine):
+            total = output
+            if total is None:
+                total = borrow(4 * rows[row].numel()).view(torch.float32)
             table = side.fp32_tables[row]
             for rank in range(group.size()):
                 if rank != me:
                     payload = payloads[peers.index(rank) * width + i]
-                    key = clock.reduce_key(number, occurrence, global_ranks[rank], row)
-                    torch.ops.qsdp.decode(payload, table, key, as_bytes(total), rank > 0, levels)
+                    into, own_key = as_bytes(total), keys[rank, row]
+                    torch.ops.qsdp.decode(payload, table, own_key, into, rank > 0, levels)
                 elif rank == 0:
                     total.copy_(rows[row])
                 else:

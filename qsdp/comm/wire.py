@@ -1,12 +1,11 @@
 """What all groups of one handle share."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from qsdp.codec.payload import Field
 from qsdp.comm.clock import Clock
+from qsdp.comm.late import Late
 from qsdp.comm.levels import Counts, Kind, Levels
 from qsdp.comm.measure import Meter
 from qsdp.comm.scratch import Scratch
@@ -30,29 +29,7 @@ class Wire:
         self.levels: Levels | None = None
         self.support = 0
         """The number of the support that holds, 0 where all weights travel."""
-        self._under_way: Callable[[], None] | None = None
-        self._output: Tensor | None = None
-
-    def leave_under_way(self, finish: Callable[[], None], output: Tensor) -> None:
-        """Keep a collective's second half, which fills ``output``, for later: for `finish`, which
-        comes before the next collective at the latest, so that the order of collectives stays the
-        same on all ranks."""
-        self.finish()
-        self._under_way, self._output = finish, output
-
-    def finish(self) -> None:
-        """Finish what was left under way."""
-        finish, self._under_way, self._output = self._under_way, None, None
-        if finish is not None:
-            finish()
-
-    def abandon(self) -> None:
-        """Finish what was left under way by a pass that nobody wants any more: with zeros in place
-        of what it brings, since its gradients may have been set to zero meanwhile."""
-        output = self._output
-        self.finish()
-        if output is not None:
-            output.zero_()
+        self.late = Late()
 
     def observe(self, table: Tensor, flat: Tensor) -> None:
         """Let the meters look at the gradients of a flat slice that ``table`` describes."""

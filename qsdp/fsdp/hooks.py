@@ -18,8 +18,9 @@ from qsdp.checksum import checksum
 from qsdp.codec.payload import Standing
 from qsdp.comm.consent import Consent, Places
 from qsdp.comm.gather import Gathering, GatheringWork, Payloads, decode, regather
+from qsdp.comm.late import LateReduce, SetsDiffer, exhaust
 from qsdp.comm.plan import Plan
-from qsdp.comm.reduce import Hop, SetsDiffer, all_reduce, exhaust, hops_of, reduce
+from qsdp.comm.reduce import Hop, all_reduce, hops_of, reduce
 from qsdp.comm.scratch import allocate, reads_on_this_stream
 from qsdp.comm.side import Side
 from qsdp.comm.wire import Wire
@@ -223,13 +224,12 @@ class ReduceScatter(_Comm):
     ) -> None:
         """Reduce on the current stream, complete in stream order on return.
 
-        On CPUs the payloads travel beside the backward pass: where FSDP2 only takes views of the
-        output, the sums come into it before qsdp's next collective, or at the end of the pass.
+        On CPUs, where FSDP2 only takes views of the output, it is left under way: [Note: Late].
         """
         plan, wire = self._plan, self._wire
         if compat.in_backward():
             self._passes.before_collective_in_backward(plan)
-        wire.finish()
+        wire.late.finish(plan.index)
         if op != dist.ReduceOp.SUM:
             raise RuntimeError(
                 f"FSDP2 asks the group of {plan.name} for {op}; qsdp sums: leave "
@@ -245,28 +245,29 @@ class ReduceScatter(_Comm):
 
         step, device = wire.clock.step, input_tensor.device
         consent = self._consents[self._group.all_reduces]
-        consent.settle(with_grad, group, hops, step, device, averaged)
-        reducing = reduce(plan, hops(with_grad), output_tensor, input_tensor, wire)
-
-        def finish() -> None:
-            try:
-                occurrence = exhaust(reducing)
-            except SetsDiffer:
-                consent.tell_replicas(averaged(with_grad), step, device, Standing.MIXED)
-                consent.refuse(with_grad, group, device)
-            else:
-                self._reduced = (with_grad, occurrence)
-
-        def finish_and_divide() -> None:
-            finish()
-            self._group.divide(output_tensor)
-
-        if self._group.may_fill_later(with_grad, output_tensor):
-            next(reducing)
-            wire.leave_under_way(finish_and_divide, output_tensor)
-            compat.after_backward(wire.finish)
+        refuse = partial(consent.refuse, with_grad, group, device)
+        may_others_be_late = self._replicas is None and self._group.only_views(output_tensor)
+        is_late = may_others_be_late and self._group.may_fill_later(with_grad)
+        try:
+            consent.settle(with_grad, group, hops, step, device, averaged)
+            own = hops(with_grad)
+            reducing = reduce(plan, own, output_tensor, input_tensor, wire, is_late=is_late)
+            if not is_late:
+                try:
+                    self._reduced = (with_grad, exhaust(reducing))
+                except SetsDiffer:
+                    consent.tell_replicas(averaged(with_grad), step, device, Standing.MIXED)
+                    raise
+                return
+        except SetsDiffer:
+            if not may_others_be_late:
+                refuse()
+            wire.late.refuse_at_the_end(LateReduce(plan.index, output_tensor, refuse))
         else:
-            finish()
+            divide = self._group.divider(output_tensor)
+            late = LateReduce(plan.index, output_tensor, refuse, reducing, len(own), divide)
+            wire.late.leave(late)
+        compat.after_backward(self._passes.end_what_is_late)
 
     def all_reduce(self, reduce_output: Tensor) -> None:
         """FSDP2's all-reduce hook: average what was just reduced over the replicas, in place.

@@ -321,6 +321,7 @@ class Handle:
         done now.
         """
         self._check_installed()
+        self._passes.settle_what_was_cut_short()
         if self.config.budget is not None or self.config.levels == "learned":
             self._meet("handle.state_dict", self._facts_of_step())
         return self._wire.clock.state_dict() | self._adaptation.state_dict()

@@ -145,11 +145,9 @@ class Passes:
         self._to_come.clear()
 
     def before_gather(self, plan: Plan) -> None:
-        """Begin a pass, if a gather of ``plan`` outside a backward pass does so. What was left
-        under way is finished."""
+        """Begin a pass, if a gather of ``plan`` outside a backward pass does so."""
         self._end_what_was_cut_short()
         wire = self._wire
-        wire.finish()
         to_come = self._to_come.get(plan.group, set())
         if plan.index in to_come:
             to_come.remove(plan.index)
@@ -167,8 +165,8 @@ class Passes:
             wire.clock.before_forward()
 
     def before_collective_in_backward(self, plan: Plan) -> None:
-        """Meet, if it is the first of a backward pass; what was left under way is finished."""
-        self._wire.finish()
+        """Meet, if it is the first of a backward pass; reduces under way start their last hops."""
+        self._wire.late.start_hops()
         if not self._is_in_backward:
             self._begin_backward(plan.group)
         self._end_meeting()
@@ -235,7 +233,6 @@ class Passes:
         for group in self._groups:
             self._abandon(group.modules[0])
         self._end_what_was_cut_short()
-        self._wire.finish()
         self._grad_mode = "unknown"
 
     def rewind_point(self) -> Callable[[], None]:
@@ -303,10 +300,28 @@ class Passes:
         if compat.is_backward_cut_short(module):
             compat.abandon_pass(module)
 
+    def end_what_is_late(self) -> None:
+        """At the end of a backward pass: what was left under way is there, or refused."""
+        try:
+            self._wire.late.end()
+        except BaseException:
+            self._is_in_backward = True  # until the next pass, which begins as after a cut
+            raise
+
+    def abandon_what_is_late(self) -> None:
+        """Finish what a pass that was cut short has left under way."""
+        self._is_in_backward |= bool(self._wire.late)
+        self._wire.late.abandon()
+
+    def settle_what_was_cut_short(self) -> None:
+        """Undo what a backward pass that was cut short has counted, if one was."""
+        if not compat.in_backward():
+            self._end_what_was_cut_short()
+
     def _end_what_was_cut_short(self) -> None:
+        self.abandon_what_is_late()
         if self._is_in_backward:
             self._end_backward()
-            self._wire.abandon()
             self._wire.clock.rewind()
             self._adaptation.watch_again()
 
