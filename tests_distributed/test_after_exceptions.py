@@ -357,7 +357,7 @@ def gradients_set_to_zero(cut_short: bool) -> list[list[bytes]]:
         if cut_short and step == 0:
             with pytest.raises(Fault), _hooked(job.model, "backward"):
                 torch.autograd.backward(job.model(*make_batch(job.model, 9)))
-            assert job.handle._wire._under_way is not None, "no reduce was under way"
+            assert job.handle._wire.late, "no reduce was under way"
         job.base.zero_grad(set_to_none=False)
         torch.autograd.backward(job.model(*make_batch(job.model, step)))
         job.base.step()

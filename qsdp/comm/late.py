@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 MOST_UNDER_WAY = 2
-"""Reduces, whose buffers and own rows take memory."""
+"""Reduces: each has buffers and a copy of this rank's own row."""
 
 
 class SetsDiffer(Exception):
@@ -38,8 +38,10 @@ class LateReduce:
     """What to do at the end if ranks reduce different gradients."""
     reducing: Generator[None, None, int] | None = None
     """As `comm.reduce.reduce` makes it, late; None: ranks are known to differ."""
-    num_hops: int = 1
+    num_hops: int = 0
     """How often ``reducing`` stops."""
+    slot: int = 0
+    """Of its buffers."""
     divide: Callable[[Tensor], None] | None = None
     """What makes of the finished sum what FSDP2 would have made of it."""
 
@@ -87,10 +89,17 @@ class Late:
         for late in self._reduces:
             late.start_hops(late.num_hops)
 
+    def make_room(self, group: int) -> int:
+        """To be called before a reduce of ``group``: finish what is under way of it, since FSDP2
+        may add to what that fills, and the first of too many. Returns a free slot."""
+        for late in self._under_way():
+            if late.group == group or self.num_under_way == MOST_UNDER_WAY:
+                self._finish(late)
+        taken = {late.slot for late in self._under_way()}
+        return min(set(range(MOST_UNDER_WAY)) - taken)
+
     def leave(self, late: LateReduce) -> None:
         """Start ``late``, and leave it under way."""
-        while self.num_under_way >= MOST_UNDER_WAY:
-            self._finish(self._under_way()[0])
         late.start_hops(1)
         late.output.fill_(math.nan)
         self._reduces.append(late)
@@ -99,12 +108,6 @@ class Late:
         """Let ``late``, of which this rank knows by now that ranks differ, wait for the end."""
         late.output.fill_(math.nan)
         self._reduces.append(late)
-
-    def finish(self, group: int) -> None:
-        """Finish what is under way of ``group``: FSDP2 may add to what that fills."""
-        for late in self._under_way():
-            if late.group == group:
-                self._finish(late)
 
     def end(self) -> None:
         """Finish all, at the end of a backward pass. Raises what was to be refused."""

@@ -56,19 +56,26 @@ def hops_of(
 
 
 def reduce(
-    plan: Plan, hops: list[Hop], output: Tensor, input: Tensor, wire: Wire, *, is_late: bool = False
+    plan: Plan,
+    hops: list[Hop],
+    output: Tensor,
+    input: Tensor,
+    wire: Wire,
+    slot: int,
+    *,
+    is_late: bool,
 ) -> Generator[None, None, int]:
     """Sum ``input`` [world * shard] over ranks, this rank's row into ``output`` [shard].
 
     A generator that stops once a hop, where the payloads are on the wire and, on CPUs, this thread
-    can do something else. All that the keys and the codec depend on is bound before the first stop,
-    and buffers are its own to the end.
+    can do something else. All that the keys and the codec depend on is bound before it stops.
 
     Args:
         plan: of the group.
         hops: see `hops_of`.
         output, input: of one dtype.
         wire: with the step, counters and buffers.
+        slot: of the buffers, which no other reduce may use meanwhile.
         is_late: ``input`` is not held beyond the first stop: what is needed of it is copied.
 
     Returns how many reduces the group had before in this step. Raises RuntimeError when a header is
@@ -82,17 +89,14 @@ def reduce(
         for rank, row in enumerate(input.chunk(plan.world_size))
     }
     del input
-    borrowed: list[Tensor] = []
     for hop in hops:
         is_last = hop is hops[-1] and output.dtype == torch.float32
         into = output if is_last and not side.is_sparse else None
         keeps = is_late and hop is hops[0]
-        taking = _take(plan, hop, rows, occurrence, wire, borrowed, into, standing, keeps)
-        standing = yield from taking
+        standing = yield from _take(plan, hop, rows, occurrence, wire, slot, into, standing, keeps)
     if standing != Standing.KEPT:
         raise SetsDiffer
     side.expand(plan.rank, rows[plan.rank], output)
-    wire.scratch.give_back(*borrowed)  # after an error others may still be writing there
     wire.traffic.in_fp32("reduce", plan.world_size, hops[-1].side.num_values)
     return occurrence
 
@@ -103,7 +107,7 @@ def _take(
     rows: dict[int, Tensor],
     occurrence: int,
     wire: Wire,
-    borrowed: list[Tensor],
+    slot: int,
     output: Tensor | None,
     standing: Standing,
     keeps: bool,
@@ -117,8 +121,8 @@ def _take(
     4. Add the rows in fp32 in rank order, the only one into ``output`` if it is given. This rank's
        own rows never cross the wire and are added as they are; no sum is quantized again.
 
-    Returns this rank's standing after what it heard. ``borrowed`` takes all buffers, sums too; with
-    ``keeps`` this rank's own rows are copied there.
+    Returns this rank's standing after what it heard; sums are valid until the next reduce of this
+    ``slot``. ``keeps``: copy this rank's own rows before the first stop.
     """
     side, number, group, owned = hop
     me, mine = group.rank(), owned[group.rank()]
@@ -126,21 +130,20 @@ def _take(
         for row in mine:
             rows[row] = rows[row].float()
         return standing
-    device, scratch = rows[mine[0]].device, wire.scratch
+    device = rows[mine[0]].device
     size, width, step = side.payload_bytes, len(mine), wire.clock.step
     levels = wire.level_values
     peers = [rank for rank in range(group.size()) if rank != me]
     global_ranks = dist.get_process_group_ranks(group)
 
-    def borrow(num_bytes: int) -> Tensor:
-        borrowed.append(scratch.borrow(num_bytes, device))
-        return borrowed[-1]
+    def take(purpose: str, num_bytes: int) -> Tensor:
+        return wire.scratch.take(f"{purpose} {slot}", num_bytes, device)
 
     def key(sender: int, row: int) -> int:
         return wire.clock.reduce_key(number, occurrence, global_ranks[sender], row)
 
-    sent = borrow(len(peers) * width * size)
-    received = borrow(len(peers) * width * size)
+    sent = take("send", len(peers) * width * size)
+    received = take("receive", len(peers) * width * size)
     header = side.header(global_ranks[me], step, standing)
     to_send = [row for peer in peers for row in owned[peer]]
     with wire.times.measure("reduce", "encode", device):
@@ -158,8 +161,8 @@ def _take(
         if row not in mine:
             del rows[row]
         elif keeps:
-            own = borrow(rows[row].nbytes).view(rows[row].dtype)
-            rows[row] = own.copy_(rows[row])
+            own = take(f"own row {row}", rows[row].nbytes)
+            rows[row] = own.view(rows[row].dtype).copy_(rows[row])
     keys = {(peer, row): key(peer, row) for peer in peers for row in mine}
     yield
     with collective("reduce", plan.names, step), wire.times.measure("reduce", "wire", device):
@@ -168,12 +171,12 @@ def _take(
     senders = [global_ranks[peer] for peer in peers for _ in range(width)]
     standing = check_headers(seen, side, senders, step, plan, standing)
 
+    numels = [rows[row].numel() for row in mine]
+    memory = take(f"sums {number}", 4 * sum(numels) if output is None else 0)
+    sums = list(memory.view(torch.float32).split(numels)) if output is None else [output]
     payloads = received.split(size)
     with wire.times.measure("reduce", "decode", device):
-        for i, row in enumerate(mine):
-            total = output
-            if total is None:
-                total = borrow(4 * rows[row].numel()).view(torch.float32)
+        for i, (total, row) in enumerate(zip(sums, mine, strict=True)):
             table = side.fp32_tables[row]
             for rank in range(group.size()):
                 if rank != me:

@@ -28,20 +28,16 @@ class Scratch:
         """uint8 [num_bytes], uninitialised, the caller's own until `give_back`."""
         if device.type != "cpu":
             return allocate(num_bytes, device)
-        fitting = (i for i, buffer in enumerate(self._free) if buffer.numel() >= num_bytes)
-        place = next(fitting, None)
-        if place is not None:
-            return self._free.pop(place)[:num_bytes]
-        if self._free:  # one of a size that is asked for takes its place
-            self._free.pop()
-        return allocate(num_bytes, device)
+        buffer = self._free.pop() if self._free else None
+        if buffer is None or buffer.numel() < num_bytes:
+            buffer = allocate(num_bytes, device)
+        return buffer[:num_bytes]
 
-    def give_back(self, *borrowed: Tensor) -> None:
+    def give_back(self, borrowed: Tensor) -> None:
         """Let others borrow what `borrow` returned."""
-        for tensor in borrowed:
-            if tensor.device.type == "cpu":
-                self._free.append(allocate(0, tensor.device).set_(tensor.untyped_storage()))
-        self._free.sort(key=Tensor.numel)  # the smallest that fits is lent
+        if borrowed.device.type == "cpu":
+            self._free.append(allocate(0, borrowed.device).set_(borrowed.untyped_storage()))
+            self._free.sort(key=Tensor.numel)  # the largest is lent first
 
 
 def reads_on_this_stream(buffer: Tensor) -> None:

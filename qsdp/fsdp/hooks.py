@@ -229,7 +229,9 @@ class ReduceScatter(_Comm):
         plan, wire = self._plan, self._wire
         if compat.in_backward():
             self._passes.before_collective_in_backward(plan)
-        wire.late.finish(plan.index)
+        else:
+            self._passes.settle_what_was_cut_short()
+        slot = wire.late.make_room(plan.index)
         if op != dist.ReduceOp.SUM:
             raise RuntimeError(
                 f"FSDP2 asks the group of {plan.name} for {op}; qsdp sums: leave "
@@ -248,10 +250,12 @@ class ReduceScatter(_Comm):
         refuse = partial(consent.refuse, with_grad, group, device)
         may_others_be_late = self._replicas is None and self._group.only_views(output_tensor)
         is_late = may_others_be_late and self._group.may_fill_later(with_grad)
+        if may_others_be_late:  # ranks that are not end what they refuse in the same place
+            compat.after_backward(self._passes.end_what_is_late)
         try:
             consent.settle(with_grad, group, hops, step, device, averaged)
             own = hops(with_grad)
-            reducing = reduce(plan, own, output_tensor, input_tensor, wire, is_late=is_late)
+            reducing = reduce(plan, own, output_tensor, input_tensor, wire, slot, is_late=is_late)
             if not is_late:
                 try:
                     self._reduced = (with_grad, exhaust(reducing))
@@ -265,9 +269,8 @@ class ReduceScatter(_Comm):
             wire.late.refuse_at_the_end(LateReduce(plan.index, output_tensor, refuse))
         else:
             divide = self._group.divider(output_tensor)
-            late = LateReduce(plan.index, output_tensor, refuse, reducing, len(own), divide)
+            late = LateReduce(plan.index, output_tensor, refuse, reducing, len(own), slot, divide)
             wire.late.leave(late)
-        compat.after_backward(self._passes.end_what_is_late)
 
     def all_reduce(self, reduce_output: Tensor) -> None:
         """FSDP2's all-reduce hook: average what was just reduced over the replicas, in place.
