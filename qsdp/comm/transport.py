@@ -10,26 +10,42 @@ torch keeps a pool of pinned memory and knows which copies still read it: a stag
 from there with every exchange, and dropped after it.
 """
 
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from threading import Thread
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import compat
 
+_TAG = 0x95D
+"""Of qsdp's messages between two ranks, so that those of others (pipelining) are not taken for its
+own."""
+
 
 class Arrival:
-    """A collective under way: its output may be used once it was waited for."""
+    """A collective under way: its output may be used once it was waited for.
 
-    def __init__(self, output: Tensor, host: Tensor | None, work: dist.Work | None = None) -> None:
-        self._output, self._host, self._work = output, host, work
+    One that is dropped before is waited for by a thread: gloo would otherwise end the connection at
+    which its message arrives.
+    """
+
+    def __init__(self, output: Tensor, host: Tensor | None, works: list[dist.Work]) -> None:
+        self._output, self._host, self._works = output, host, works
+        self._dropped = weakref.finalize(self, _settle, works)
+        self._dropped.atexit = False
 
     def wait(self) -> Tensor | None:
         """Complete the output, in the order of the current stream; to be called once.
 
         Returns the same bytes where the host can read them at once; None on NCCL.
         """
-        if self._work is not None:
-            self._work.wait()
+        for work in self._works:
+            work.wait()
+        self._dropped.detach()
         if self._host is not None and self._host is not self._output:
             self._output.copy_(self._host, non_blocking=True)
         return self._host
@@ -42,16 +58,20 @@ def all_gather(
 
     ``async_op``: beside what this thread does until it waits for the arrival.
     """
-    if not is_staged(group, output.device):
-        work = compat.all_gather(output, input, group, async_op=async_op)
-        return Arrival(output, output if output.device.type == "cpu" else None, work)
-    host = _staging_of(output)
-    own = host.chunk(group.size())[group.rank()]
-    _to_host(own, input)
-    work = compat.all_gather(
-        host.view(torch.uint8), own.view(torch.uint8), group, async_op=async_op
-    )
-    return Arrival(output, host, work)
+    host, own = output, input
+    if is_staged(group, output.device):
+        host = _staging_of(output).view(torch.uint8)
+        own = host.chunk(group.size())[group.rank()]
+        _to_host(own, input.view(torch.uint8))
+    if group.size() == 2 and _is_gloo(host, group):
+        parts = list(host.chunk(2))
+        if own.data_ptr() != parts[group.rank()].data_ptr():
+            parts[group.rank()].copy_(own)
+        works = _exchange(parts, [own, own], group)
+    else:
+        work = compat.all_gather(host, own, group, async_op=async_op)
+        works = [] if work is None else [work]
+    return _arrival(output, host.view(output.dtype), works)
 
 
 def all_to_all(
@@ -61,18 +81,59 @@ def all_to_all(
     sent: list[int],
     group: dist.ProcessGroup,
 ) -> Arrival:
-    """Send ``sent[r]`` values of 1-D ``input`` to rank r, and receive ``received[r]`` from it.
+    """Send ``sent[r]`` values of 1-D ``input`` to rank r, and receive ``received[r]`` from it; none
+    to and from itself.
 
     On CPUs it runs beside what this thread does until it waits for the arrival.
     """
-    on_cpu = output.device.type == "cpu"
-    if not is_staged(group, output.device):
-        work = dist.all_to_all_single(output, input, received, sent, group=group, async_op=on_cpu)
-        return Arrival(output, output if on_cpu else None, work)
-    host, own = _staging_of(output), _staging_of(input)
-    _to_host(own, input)
-    dist.all_to_all_single(host, own, received, sent, group=group)
-    return Arrival(output, host)
+    host, own = output, input
+    if is_staged(group, output.device):
+        host, own = _staging_of(output), _staging_of(input)
+        _to_host(own, input)
+    if _is_gloo(host, group):
+        works = _exchange(host.split(received), own.split(sent), group)
+    else:
+        is_async = host.device.type == "cpu"
+        work = dist.all_to_all_single(host, own, received, sent, group=group, async_op=is_async)
+        works = [] if work is None else [work]
+    return _arrival(output, host, works)
+
+
+def _exchange(
+    received: Sequence[Tensor], sent: Sequence[Tensor], group: dist.ProcessGroup
+) -> list[dist.Work]:
+    """Send ``sent[r]`` to every other rank r, and receive ``received[r]`` from it.
+
+    Receives are posted first. gloo sends nothing before it has heard that the receiver is ready,
+    which the receiver says on the connection that its own message takes: a rank that sends first,
+    as gloo's own all-to-all does, lets the other one wait until that message is through, and the
+    two directions of the link work in turns.
+    """
+    me, size = group.rank(), group.size()
+    # Not all to one rank at once.
+    to, of = ([(me + sign * i) % size for i in range(1, size)] for sign in (1, -1))
+    works = [dist.irecv(received[r], group=group, group_src=r, tag=_TAG) for r in of]
+    works += [dist.isend(sent[r], group=group, group_dst=r, tag=_TAG) for r in to]
+    return [work for work in works if work is not None]
+
+
+def _arrival(output: Tensor, host: Tensor, works: list[dist.Work]) -> Arrival:
+    return Arrival(output, host if host.device.type == "cpu" else None, works)
+
+
+def _is_gloo(tensor: Tensor, group: dist.ProcessGroup) -> bool:
+    return tensor.device.type == "cpu" and compat.backend_of(group, tensor.device) == "gloo"
+
+
+def _settle(works: list[dist.Work]) -> None:
+    with suppress(RuntimeError):  # Python ends, and has no more threads
+        Thread(target=_wait_for, args=(works,), name="qsdp dropped", daemon=True).start()
+
+
+def _wait_for(works: list[dist.Work]) -> None:
+    with suppress(RuntimeError):  # the group was destroyed, or a rank is lost
+        for work in works:
+            work.wait()
 
 
 def is_staged(group: dist.ProcessGroup, device: torch.device) -> bool:
