@@ -386,7 +386,8 @@ def damaged(direction: str, byte: int, bit: int) -> str:
 
     def damaged_on_the_way(arrival: Any) -> Tensor | None:
         seen = wait(arrival)
-        damage(arrival._output)
+        assert seen is not None
+        damage(seen)
         return seen
 
     try:
