@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.hooks import RemovableHandle
 
 import qsdp
 from qsdp import compat
@@ -125,6 +126,7 @@ class Job:
         self.handle = qsdp.install(self.model, self.config, **options)
         self.models: list[Any] = [self.model]
         self.found: dict[str, Tensor] = {}
+        self.hooks: list[RemovableHandle] = []
         self.watch = Watch(self.model)
         way.prepare(self)
         trained = [p for model in self.models for p in model.parameters() if p.requires_grad]
@@ -164,6 +166,8 @@ class Job:
         for i, model in enumerate(self.models):
             parameters = model.named_parameters()
             self.note({f"{name} of {i}": p.to_local().detach() for name, p in parameters})
+        for hook in self.hooks:  # torch keeps them in C++, and what they hold with them
+            hook.remove()
         return self.found
 
 

@@ -183,7 +183,8 @@ def _hook_some(job: Job, ranks: tuple[int, ...] | None = None) -> None:
         job.note({"gradient in a hook": parameter.grad.to_local()})
 
     for name in ("blocks.1.qkv.weight", "blocks.1.mlp.gain", "norm.bias"):
-        job.model.get_parameter(name).register_post_accumulate_grad_hook(see)
+        hook = job.model.get_parameter(name).register_post_accumulate_grad_hook(see)
+        job.hooks.append(hook)
 
 
 def _optimize_inside(job: Job) -> None:

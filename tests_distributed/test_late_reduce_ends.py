@@ -1,0 +1,373 @@
+"""What is seen of reduces that are under way, and what becomes of them when a pass is cut short."""
+
+from __future__ import annotations
+
+import gc
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import qsdp
+from qsdp import compat
+from tests_distributed.conftest import Run, selection
+from tests_distributed.helpers import make_batch, make_model, shard
+from tests_distributed.late import (
+    MOST,
+    Job,
+    Way,
+    differing,
+    groups_of,
+    is_late,
+    num_under_way,
+    waiting,
+)
+
+GATHERS = ("twice", "once")
+PLAIN = Way()
+
+# --- in the middle of a backward pass -------------------------------------------------------------
+
+
+class Look:
+    """What a hook in the middle of a block's backward pass finds."""
+
+    def __init__(self, job: Job) -> None:
+        groups = job.watch.groups
+        self.late = [place for place, group in enumerate(groups) if is_late(group)]
+        self.num_under_way = num_under_way(job.handle)
+        self.grads = [
+            [p.grad.to_local().clone() for p in group if p.grad is not None]  # type: ignore[attr-defined]
+            for group in groups
+        ]
+
+
+def _looks(gather: str) -> tuple[list[list[int]], bool, bool]:
+    """By look: which groups are late. Whether these are NaN as a whole, and the others right."""
+    job = Job(Way(options={"num_layers": 5}), gather)
+    looks: list[Look] = []
+
+    def look(module: nn.Module, args: object, output: Tensor) -> None:
+        output.register_hook(lambda _: looks.append(Look(job)))
+
+    for block in job.model.blocks:
+        block.norm1.register_forward_hook(look)
+    job.take(0)
+    end = Look(job)
+    looks.append(end)
+    whole = all(
+        bool(grad.isnan().all()) for at in looks for place in at.late for grad in at.grads[place]
+    )
+    right = all(
+        torch.equal(found, grad)
+        for at in looks
+        for place, grads in enumerate(at.grads)
+        for found, grad in zip(grads, end.grads[place], strict=False)  # or it has none yet
+        if place not in at.late
+    )
+    assert [at.num_under_way for at in looks] == [len(at.late) for at in looks]
+    return [at.late for at in looks], whole, right
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_gradients_are_nan_until_the_third_reduce_begins_and_then_right(
+    run: Run, gather: str
+) -> None:
+    # The root comes first of the groups, and the last block first in the backward pass.
+    expected = [[], [5], [4, 5], [3, 4], [2, 3], []]
+    assert run(2, _looks, gather) == [(expected, True, True)] * 2
+
+
+# --- an exception in the backward pass of all ranks -----------------------------------------------
+
+
+class Fault(Exception):
+    """What a user's code raises."""
+
+
+def _fail(*_: object) -> None:
+    raise Fault
+
+
+def _cut_short(model: Any, seed: int) -> None:
+    """A backward pass that raises in the middle of the first block."""
+
+    def watch(module: nn.Module, args: object, output: Tensor) -> None:
+        output.register_hook(_fail)
+
+    watching = model.blocks[0].norm1.register_forward_hook(watch)
+    loss = model(*make_batch(model, seed))
+    watching.remove()
+    with pytest.raises(Fault):
+        torch.autograd.backward(loss)
+
+
+def _validate(job: Job) -> None:
+    with torch.no_grad():
+        job.note({"loss of a validation": job.loss(50)})
+
+
+def _validate_exactly(job: Job) -> None:
+    with job.handle.exact():
+        assert not num_under_way(job.handle)
+        _validate(job)
+
+
+def _support(job: Job) -> None:
+    weight = job.model.blocks[1].get_parameter("qkv.weight")
+    job.handle.set_support({weight: torch.ones_like(weight.to_local(), dtype=torch.bool)})
+
+
+DRAINS: dict[str, Callable[[Job], object]] = {
+    "forward": lambda job: job.loss(50),
+    "validation": _validate,
+    "exact": _validate_exactly,
+    "abandon_pass": lambda job: compat.abandon_pass(job.model),
+    "abandon_step": lambda job: job.handle.abandon_step(),
+    "state_dict": lambda job: job.handle.state_dict(),
+    "load_state_dict": lambda job: job.handle.load_state_dict(
+        {**job.handle.state_dict(), "step": 4, "reduced": 0}
+    ),
+    "set_support": _support,
+    "set_support of nothing": lambda job: job.handle.set_support(None),
+    "remove": lambda job: job.handle.remove(),
+}
+
+
+def _drained(drain: str, gather: str, way: Way, zero: str) -> tuple[list[str], list[int]]:
+    """What differs after an exception and ``drain``, from a run without the exception; how many
+    groups were late before the drain, and after it.
+
+    ``zero``: how gradients are set to zero between the two.
+    """
+    found: list[dict[str, Tensor]] = []
+    late: list[int] = []
+    for fails in (True, False):
+        job = Job(way, gather)
+        job.take(0)
+        job.optimizer.zero_grad()
+        if fails:
+            _cut_short(job.model, 1)
+            late += [job.watch.num_late(), num_under_way(job.handle)]
+        if zero:
+            job.optimizer.zero_grad(set_to_none=zero == "none")
+        DRAINS[drain](job)
+        if fails:
+            late += [job.watch.num_late(), num_under_way(job.handle)]
+        if not zero:
+            job.optimizer.zero_grad()
+        for step in (1, 2):
+            job.backward(job.loss(step))
+            job.optimizer.step()
+            job.optimizer.zero_grad()
+        job.note({name: p.to_local().detach() for name, p in job.model.named_parameters()})
+        found.append(job.found)
+    return differing(*found), late
+
+
+def _drained_in_every_way(drain: str, gather: str) -> dict[str, tuple[list[str], list[int]]]:
+    return {zero: _drained(drain, gather, PLAIN, zero) for zero in ("", "none", "in place")}
+
+
+@selection(
+    "drain, gather",
+    [(drain, GATHERS[i % 2]) for i, drain in enumerate(DRAINS)],
+    DRAINS,
+    GATHERS,
+)
+def test_what_an_exception_left_under_way_is_drained_and_forgotten(
+    run: Run, drain: str, gather: str
+) -> None:
+    for outcome in run(2, _drained_in_every_way, drain, gather):
+        for zero, (differs, late) in outcome.items():
+            assert differs == [], zero
+            assert late == [MOST, MOST, 0, 0], zero
+
+
+def _drained_by_another_whole(gather: str, reshard: bool) -> tuple[list[str], int, int]:
+    """The backward pass of a second model, on the same wire, after that of the first was cut short.
+
+    Where its weights stay gathered, it begins with a reduce.
+    """
+    found: list[dict[str, Tensor]] = []
+    for fails in (True, False):
+        models: Any = nn.ModuleList(
+            shard(make_model(seed, num_layers=3), nested=False, reshard=reshard) for seed in (1, 2)
+        )
+        handle = qsdp.install(models, qsdp.QSDPConfig(gather=gather))
+        first, second = models
+        loss = second(*make_batch(second, 0))
+        if fails:
+            _cut_short(first, 1)
+            before = sum(map(is_late, groups_of(first)))
+        torch.autograd.backward(loss)
+        if fails:
+            after = sum(map(is_late, groups_of(models)))
+        assert not num_under_way(handle)
+        parameters = second.named_parameters()
+        found.append({name: p.grad.to_local().clone() for name, p in parameters})
+    return differing(*found), before, after
+
+
+@pytest.mark.parametrize(("gather", "reshard"), [("twice", True), ("once", False)])
+def test_the_first_collective_of_another_model_drains_too(
+    run: Run, gather: str, reshard: bool
+) -> None:
+    outcome = run(2, _drained_by_another_whole, gather, reshard)
+    assert outcome == [([], MOST, 0)] * 2
+
+
+def _dropped(gather: str) -> tuple[int, list[str], list[str]]:
+    """How many groups were late when all was dropped, what is alive after it, and what is wrong
+    with a training that follows. Threads that are left the pool would find."""
+    job = Job(PLAIN, gather)
+    job.take(0)
+    job.optimizer.zero_grad()
+    _cut_short(job.model, 1)
+    late = job.watch.num_late()
+    made: dict[str, Any] = {"the model": job.model, "the handle": job.handle}
+    for name, parameter in job.model.named_parameters():
+        made |= {name: parameter, f"the gradient of {name}": parameter.grad}
+    references = {name: weakref.ref(each) for name, each in made.items() if each is not None}
+    del job, made, parameter
+    gc.collect()
+    alive = [name for name, reference in references.items() if reference() is not None]
+    found = Job(PLAIN, gather).train()
+    with waiting():
+        expected = Job(PLAIN, gather).train()
+    return late, alive, differing(found, expected)
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_what_is_under_way_dies_with_its_model(run: Run, gather: str) -> None:
+    assert run(2, _dropped, gather) == [(MOST, [], [])] * 2
+
+
+# --- one rank that differs ------------------------------------------------------------------------
+
+
+@contextmanager
+def _without_a_norm(block: Any) -> Iterator[None]:
+    """Inside, passes leave out a norm of ``block``, which gets no gradient."""
+    with mock.patch.dict(block._modules, {"norm2": nn.Identity()}):
+        yield
+
+
+def _wait_at_once(job: Job, how: str, place: int) -> None:
+    """Let this rank wait for the reduces of a block's group."""
+    parameter = job.model.blocks[place].get_parameter("qkv.weight")
+    if how == "hook":
+        job.hooks.append(parameter.register_post_accumulate_grad_hook(lambda _: None))
+    else:
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def _apart(
+    way: Way, gather: str, places: list[int | None], waits: list[tuple[str, int] | None]
+) -> tuple[str, list[str]]:
+    """What is said of a step for which each rank leaves out a norm of the block at its place, or
+    none. Then what differs in the steps after it from those of a run without that step.
+
+    ``waits``: by rank, how it comes to wait at once, and for which block's group.
+    """
+    rank = dist.get_rank()
+    said, found = "nothing", []
+    for is_apart in (True, False):
+        job = Job(way, gather)
+        job.take(0)
+        job.optimizer.zero_grad()
+        if is_apart:
+            if (mine := waits[rank]) is not None:
+                _wait_at_once(job, *mine)
+            place = places[rank]
+            with nullcontext() if place is None else _without_a_norm(job.model.blocks[place]):
+                try:
+                    torch.autograd.backward(job.loss(1))
+                except RuntimeError as error:
+                    said = str(error)
+            dist.barrier()  # no collective is left half done
+            for hook in job.hooks:
+                hook.remove()
+        job.take(2)
+        assert not num_under_way(job.handle)
+        assert not job.watch.num_late()
+        found.append(job.found)
+    return said, differing(*found)
+
+
+LAST = 2
+"""The block whose group is reduced first: a gather and two groups' reduces come after it."""
+WAITS: dict[str, Callable[[int], tuple[str, int] | None]] = {
+    "nobody": lambda place: None,
+    "for the same group, a hook": lambda place: ("hook", place),
+    "for the same group, a gradient": lambda place: ("gradient", place),
+    "for the next group": lambda place: ("hook", (place - 1) % (LAST + 1)),
+}
+
+
+def _one_apart(odd: int, gather: str, by_whom: str) -> dict[tuple[str, int], tuple[str, list[str]]]:
+    """By how a rank waits at once, and by the block of which a norm is left out."""
+    ranks = range(dist.get_world_size())
+    waiter = odd if by_whom == "the odd rank" else (odd + 1) % len(ranks)
+    return {
+        (how, place): _apart(
+            PLAIN,
+            gather,
+            [place if rank == odd else None for rank in ranks],
+            [WAITS[how](place) if rank == waiter else None for rank in ranks],
+        )
+        for how in WAITS
+        for place in range(LAST + 1)
+    }
+
+
+@selection(
+    "ranks, odd, gather, by_whom",
+    [(3, 1, "twice", "another"), (3, 0, "once", "the odd rank")],
+    (2, 3),
+    (0, 1),
+    GATHERS,
+    ("another", "the odd rank"),
+)
+def test_another_set_of_gradients_on_one_rank_ends_in_one_sentence_on_all(
+    run: Run, ranks: int, odd: int, gather: str, by_whom: str
+) -> None:
+    outcomes = run(ranks, _one_apart, odd, gather, by_whom)
+    for how, place in outcomes[0]:
+        said, differs = zip(*(outcome[how, place] for outcome in outcomes), strict=True)
+        norm = rf"blocks\.{place}\.norm2"
+        sentence = rf"rank \d has no gradient of {norm}\.weight and {norm}\.bias to reduce, but .*"
+        assert re.fullmatch(sentence, said[0]), (how, place)
+        assert said == (said[0],) * ranks, (how, place)
+        assert differs == ([],) * ranks, (how, place)
+
+
+def _several_apart(gather: str) -> list[tuple[str, list[str]]]:
+    """Two ranks have other sets, of two groups; all have another one of the first group."""
+    here = Way(options={"num_layers": 3})
+    nobody: list[Any] = [None] * 3
+    return [
+        _apart(here, gather, [None, 2, 1], nobody),
+        _apart(here, gather, [0, 2, None], [None, None, ("hook", 1)]),
+        _apart(here, gather, [2, 2, 2], nobody),
+    ]
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_several_other_sets_end_in_one_sentence_too_unless_all_ranks_change(
+    run: Run, gather: str
+) -> None:
+    outcomes = run(3, _several_apart, gather)
+    for case, each in enumerate(zip(*outcomes, strict=True)):
+        said = {sentence for sentence, _ in each}
+        assert len(said) == 1, case
+        assert ("nothing" in said) == (case == 2), case
+    # A step that all ranks took in another way than the run without it is no step less.
+    assert all(differs == [] for outcome in outcomes for _, differs in outcome[:2])
