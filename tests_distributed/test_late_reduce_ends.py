@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import gc
-import re
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import qsdp
@@ -248,126 +244,3 @@ def _dropped(gather: str) -> tuple[int, list[str], list[str]]:
 @pytest.mark.parametrize("gather", GATHERS)
 def test_what_is_under_way_dies_with_its_model(run: Run, gather: str) -> None:
     assert run(2, _dropped, gather) == [(MOST, [], [])] * 2
-
-
-# --- one rank that differs ------------------------------------------------------------------------
-
-
-@contextmanager
-def _without_a_norm(block: Any) -> Iterator[None]:
-    """Inside, passes leave out a norm of ``block``, which gets no gradient."""
-    with mock.patch.dict(block._modules, {"norm2": nn.Identity()}):
-        yield
-
-
-def _wait_at_once(job: Job, how: str, place: int) -> None:
-    """Let this rank wait for the reduces of a block's group."""
-    parameter = job.model.blocks[place].get_parameter("qkv.weight")
-    if how == "hook":
-        job.hooks.append(parameter.register_post_accumulate_grad_hook(lambda _: None))
-    else:
-        parameter.grad = torch.zeros_like(parameter)
-
-
-def _apart(
-    way: Way, gather: str, places: list[int | None], waits: list[tuple[str, int] | None]
-) -> tuple[str, list[str]]:
-    """What is said of a step for which each rank leaves out a norm of the block at its place, or
-    none. Then what differs in the steps after it from those of a run without that step.
-
-    ``waits``: by rank, how it comes to wait at once, and for which block's group.
-    """
-    rank = dist.get_rank()
-    said, found = "nothing", []
-    for is_apart in (True, False):
-        job = Job(way, gather)
-        job.take(0)
-        job.optimizer.zero_grad()
-        if is_apart:
-            if (mine := waits[rank]) is not None:
-                _wait_at_once(job, *mine)
-            place = places[rank]
-            with nullcontext() if place is None else _without_a_norm(job.model.blocks[place]):
-                try:
-                    torch.autograd.backward(job.loss(1))
-                except RuntimeError as error:
-                    said = str(error)
-            dist.barrier()  # no collective is left half done
-            for hook in job.hooks:
-                hook.remove()
-        job.take(2)
-        assert not num_under_way(job.handle)
-        assert not job.watch.num_late()
-        found.append(job.found)
-    return said, differing(*found)
-
-
-LAST = 2
-"""The block whose group is reduced first: a gather and two groups' reduces come after it."""
-WAITS: dict[str, Callable[[int], tuple[str, int] | None]] = {
-    "nobody": lambda place: None,
-    "for the same group, a hook": lambda place: ("hook", place),
-    "for the same group, a gradient": lambda place: ("gradient", place),
-    "for the next group": lambda place: ("hook", (place - 1) % (LAST + 1)),
-}
-
-
-def _one_apart(odd: int, gather: str, by_whom: str) -> dict[tuple[str, int], tuple[str, list[str]]]:
-    """By how a rank waits at once, and by the block of which a norm is left out."""
-    ranks = range(dist.get_world_size())
-    waiter = odd if by_whom == "the odd rank" else (odd + 1) % len(ranks)
-    return {
-        (how, place): _apart(
-            PLAIN,
-            gather,
-            [place if rank == odd else None for rank in ranks],
-            [WAITS[how](place) if rank == waiter else None for rank in ranks],
-        )
-        for how in WAITS
-        for place in range(LAST + 1)
-    }
-
-
-@selection(
-    "ranks, odd, gather, by_whom",
-    [(3, 1, "twice", "another"), (3, 0, "once", "the odd rank")],
-    (2, 3),
-    (0, 1),
-    GATHERS,
-    ("another", "the odd rank"),
-)
-def test_another_set_of_gradients_on_one_rank_ends_in_one_sentence_on_all(
-    run: Run, ranks: int, odd: int, gather: str, by_whom: str
-) -> None:
-    outcomes = run(ranks, _one_apart, odd, gather, by_whom)
-    for how, place in outcomes[0]:
-        said, differs = zip(*(outcome[how, place] for outcome in outcomes), strict=True)
-        norm = rf"blocks\.{place}\.norm2"
-        sentence = rf"rank \d has no gradient of {norm}\.weight and {norm}\.bias to reduce, but .*"
-        assert re.fullmatch(sentence, said[0]), (how, place)
-        assert said == (said[0],) * ranks, (how, place)
-        assert differs == ([],) * ranks, (how, place)
-
-
-def _several_apart(gather: str) -> list[tuple[str, list[str]]]:
-    """Two ranks have other sets, of two groups; all have another one of the first group."""
-    here = Way(options={"num_layers": 3})
-    nobody: list[Any] = [None] * 3
-    return [
-        _apart(here, gather, [None, 2, 1], nobody),
-        _apart(here, gather, [0, 2, None], [None, None, ("hook", 1)]),
-        _apart(here, gather, [2, 2, 2], nobody),
-    ]
-
-
-@pytest.mark.parametrize("gather", GATHERS)
-def test_several_other_sets_end_in_one_sentence_too_unless_all_ranks_change(
-    run: Run, gather: str
-) -> None:
-    outcomes = run(3, _several_apart, gather)
-    for case, each in enumerate(zip(*outcomes, strict=True)):
-        said = {sentence for sentence, _ in each}
-        assert len(said) == 1, case
-        assert ("nothing" in said) == (case == 2), case
-    # A step that all ranks took in another way than the run without it is no step less.
-    assert all(differs == [] for outcome in outcomes for _, differs in outcome[:2])
