@@ -21,7 +21,7 @@ import qsdp
 from qsdp import compat
 from tests_distributed.helpers import Toy, make_batch, make_model, shard, wire_config
 
-NUM_STEPS, NUM_LAYERS = 3, 3
+NUM_LAYERS = 3
 MOST = 2
 """Groups whose reduces may be under way at once."""
 
@@ -89,6 +89,7 @@ class Way:
 
     ranks: tuple[int, ...] = (2, 3)
     """Of the shard group and its replicas, those it can be had with."""
+    num_steps: int = 2
     late: bool | None = True
     """Whether reduces are seen to be under way; None: either way is right."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -158,9 +159,9 @@ class Job:
         self.backward(self.loss(step))
         self.optimizer.step()
 
-    def train(self, num_steps: int = NUM_STEPS) -> dict[str, Tensor]:
+    def train(self) -> dict[str, Tensor]:
         """Take the way's steps. Returns all that was noted, and the weights at the end."""
-        for step in range(num_steps):
+        for step in range(self.way.num_steps):
             self.way.step(self, step)
             assert not num_under_way(self.handle)
         for i, model in enumerate(self.models):

@@ -137,39 +137,40 @@ DRAINS: dict[str, Callable[[Job], object]] = {
 }
 
 
-def _drained(drain: str, gather: str, way: Way, zero: str) -> tuple[list[str], list[int]]:
-    """What differs after an exception and ``drain``, from a run without the exception; how many
-    groups were late before the drain, and after it.
+def _drained(drain: str, gather: str, zero: str | None) -> tuple[dict[str, Tensor], list[int]]:
+    """Steps after an exception and ``drain``; how many groups were late before that, and after it.
 
-    ``zero``: how gradients are set to zero between the two.
+    ``zero``: how gradients are set to zero between the two; None: there is no exception.
     """
-    found: list[dict[str, Tensor]] = []
     late: list[int] = []
-    for fails in (True, False):
-        job = Job(way, gather)
-        job.take(0)
+    job = Job(PLAIN, gather)
+    job.take(0)
+    job.optimizer.zero_grad()
+    if zero is not None:
+        _cut_short(job.model, 1)
+        late += [job.watch.num_late(), num_under_way(job.handle)]
+    if zero:
+        job.optimizer.zero_grad(set_to_none=zero == "to none")
+    DRAINS[drain](job)
+    late += [job.watch.num_late(), num_under_way(job.handle)]
+    if not zero:
         job.optimizer.zero_grad()
-        if fails:
-            _cut_short(job.model, 1)
-            late += [job.watch.num_late(), num_under_way(job.handle)]
-        if zero:
-            job.optimizer.zero_grad(set_to_none=zero == "none")
-        DRAINS[drain](job)
-        if fails:
-            late += [job.watch.num_late(), num_under_way(job.handle)]
-        if not zero:
-            job.optimizer.zero_grad()
-        for step in (1, 2):
-            job.backward(job.loss(step))
-            job.optimizer.step()
-            job.optimizer.zero_grad()
-        job.note({name: p.to_local().detach() for name, p in job.model.named_parameters()})
-        found.append(job.found)
-    return differing(*found), late
+    for step in (1, 2):
+        job.backward(job.loss(step))
+        job.optimizer.step()
+        job.optimizer.zero_grad()
+    job.note({name: p.to_local().detach() for name, p in job.model.named_parameters()})
+    return job.found, late
 
 
 def _drained_in_every_way(drain: str, gather: str) -> dict[str, tuple[list[str], list[int]]]:
-    return {zero: _drained(drain, gather, PLAIN, zero) for zero in ("", "none", "in place")}
+    """By how gradients are set to zero, what differs from a run without the exception."""
+    expected, _ = _drained(drain, gather, None)
+    outcomes = {}
+    for zero in ("", "to none", "in place"):
+        found, late = _drained(drain, gather, zero)
+        outcomes[zero] = differing(found, expected), late
+    return outcomes
 
 
 @selection(
