@@ -1,0 +1,247 @@
+"""What is seen of reduces that are under way, and what becomes of them when a pass is cut short."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qsdp
+from qsdp import compat
+from tests_distributed.conftest import Run, selection
+from tests_distributed.helpers import make_batch, make_model, shard
+from tests_distributed.late import (
+    MOST,
+    Job,
+    Way,
+    differing,
+    groups_of,
+    is_late,
+    num_under_way,
+    waiting,
+)
+
+GATHERS = ("twice", "once")
+PLAIN = Way()
+
+# --- in the middle of a backward pass -------------------------------------------------------------
+
+
+class Look:
+    """What a hook in the middle of a block's backward pass finds."""
+
+    def __init__(self, job: Job) -> None:
+        groups = job.watch.groups
+        self.late = [place for place, group in enumerate(groups) if is_late(group)]
+        self.num_under_way = num_under_way(job.handle)
+        self.grads = [
+            [p.grad.to_local().clone() for p in group if p.grad is not None]  # type: ignore[attr-defined]
+            for group in groups
+        ]
+
+
+def _looks(gather: str) -> tuple[list[list[int]], bool, bool]:
+    """By look: which groups are late. Whether these are NaN as a whole, and the others right."""
+    job = Job(Way(options={"num_layers": 5}), gather)
+    looks: list[Look] = []
+
+    def look(module: nn.Module, args: object, output: Tensor) -> None:
+        output.register_hook(lambda _: looks.append(Look(job)))
+
+    for block in job.model.blocks:
+        block.norm1.register_forward_hook(look)
+    job.take(0)
+    end = Look(job)
+    looks.append(end)
+    whole = all(
+        bool(grad.isnan().all()) for at in looks for place in at.late for grad in at.grads[place]
+    )
+    right = all(
+        torch.equal(found, grad)
+        for at in looks
+        for place, grads in enumerate(at.grads)
+        for found, grad in zip(grads, end.grads[place], strict=False)  # or it has none yet
+        if place not in at.late
+    )
+    assert [at.num_under_way for at in looks] == [len(at.late) for at in looks]
+    return [at.late for at in looks], whole, right
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_gradients_are_nan_until_the_third_reduce_begins_and_then_right(
+    run: Run, gather: str
+) -> None:
+    # The root comes first of the groups, and the last block first in the backward pass.
+    expected = [[], [5], [4, 5], [3, 4], [2, 3], []]
+    assert run(2, _looks, gather) == [(expected, True, True)] * 2
+
+
+# --- an exception in the backward pass of all ranks -----------------------------------------------
+
+
+class Fault(Exception):
+    """What a user's code raises."""
+
+
+def _fail(*_: object) -> None:
+    raise Fault
+
+
+def _cut_short(model: Any, seed: int) -> None:
+    """A backward pass that raises in the middle of the first block."""
+
+    def watch(module: nn.Module, args: object, output: Tensor) -> None:
+        output.register_hook(_fail)
+
+    watching = model.blocks[0].norm1.register_forward_hook(watch)
+    loss = model(*make_batch(model, seed))
+    watching.remove()
+    with pytest.raises(Fault):
+        torch.autograd.backward(loss)
+
+
+def _validate(job: Job) -> None:
+    with torch.no_grad():
+        job.note({"loss of a validation": job.loss(50)})
+
+
+def _validate_exactly(job: Job) -> None:
+    with job.handle.exact():
+        assert not num_under_way(job.handle)
+        _validate(job)
+
+
+def _support(job: Job) -> None:
+    weight = job.model.blocks[1].get_parameter("qkv.weight")
+    job.handle.set_support({weight: torch.ones_like(weight.to_local(), dtype=torch.bool)})
+
+
+DRAINS: dict[str, Callable[[Job], object]] = {
+    "forward": lambda job: job.loss(50),
+    "validation": _validate,
+    "exact": _validate_exactly,
+    "abandon_pass": lambda job: compat.abandon_pass(job.model),
+    "abandon_step": lambda job: job.handle.abandon_step(),
+    "state_dict": lambda job: job.handle.state_dict(),
+    "load_state_dict": lambda job: job.handle.load_state_dict(
+        {**job.handle.state_dict(), "step": 4, "reduced": 0}
+    ),
+    "set_support": _support,
+    "set_support of nothing": lambda job: job.handle.set_support(None),
+    "remove": lambda job: job.handle.remove(),
+}
+
+
+def _drained(drain: str, gather: str, zero: str | None) -> tuple[dict[str, Tensor], list[int]]:
+    """Steps after an exception and ``drain``; how many groups were late before that, and after it.
+
+    ``zero``: how gradients are set to zero between the two; None: there is no exception.
+    """
+    late: list[int] = []
+    job = Job(PLAIN, gather)
+    job.take(0)
+    job.optimizer.zero_grad()
+    if zero is not None:
+        _cut_short(job.model, 1)
+        late += [job.watch.num_late(), num_under_way(job.handle)]
+    if zero:
+        job.optimizer.zero_grad(set_to_none=zero == "to none")
+    DRAINS[drain](job)
+    late += [job.watch.num_late(), num_under_way(job.handle)]
+    if not zero:
+        job.optimizer.zero_grad()
+    for step in (1, 2):
+        job.backward(job.loss(step))
+        job.optimizer.step()
+        job.optimizer.zero_grad()
+    job.note({name: p.to_local().detach() for name, p in job.model.named_parameters()})
+    return job.found, late
+
+
+def _drained_in_every_way(drain: str, gather: str) -> dict[str, tuple[list[str], list[int]]]:
+    """By how gradients are set to zero, what differs from a run without the exception."""
+    expected, _ = _drained(drain, gather, None)
+    outcomes = {}
+    for zero in ("", "to none", "in place"):
+        found, late = _drained(drain, gather, zero)
+        outcomes[zero] = differing(found, expected), late
+    return outcomes
+
+
+@selection(
+    "drain, gather",
+    [(drain, GATHERS[i % 2]) for i, drain in enumerate(DRAINS)],
+    DRAINS,
+    GATHERS,
+)
+def test_what_an_exception_left_under_way_is_drained_and_forgotten(
+    run: Run, drain: str, gather: str
+) -> None:
+    for outcome in run(2, _drained_in_every_way, drain, gather):
+        for zero, (differs, late) in outcome.items():
+            assert differs == [], zero
+            assert late == [MOST, MOST, 0, 0], zero
+
+
+def _drained_by_another_whole(gather: str, reshard: bool) -> tuple[list[str], int, int]:
+    """The backward pass of a second model, on the same wire, after that of the first was cut short.
+
+    Where its weights stay gathered, it begins with a reduce.
+    """
+    found: list[dict[str, Tensor]] = []
+    for fails in (True, False):
+        models: Any = nn.ModuleList(
+            shard(make_model(seed, num_layers=3), nested=False, reshard=reshard) for seed in (1, 2)
+        )
+        handle = qsdp.install(models, qsdp.QSDPConfig(gather=gather))
+        first, second = models
+        loss = second(*make_batch(second, 0))
+        if fails:
+            _cut_short(first, 1)
+            before = sum(map(is_late, groups_of(first)))
+        torch.autograd.backward(loss)
+        if fails:
+            after = sum(map(is_late, groups_of(models)))
+        assert not num_under_way(handle)
+        parameters = second.named_parameters()
+        found.append({name: p.grad.to_local().clone() for name, p in parameters})
+    return differing(*found), before, after
+
+
+@pytest.mark.parametrize(("gather", "reshard"), [("twice", True), ("once", False)])
+def test_the_first_collective_of_another_model_drains_too(
+    run: Run, gather: str, reshard: bool
+) -> None:
+    outcome = run(2, _drained_by_another_whole, gather, reshard)
+    assert outcome == [([], MOST, 0)] * 2
+
+
+def _dropped(gather: str) -> tuple[int, list[str], list[str]]:
+    """How many groups were late when all was dropped, what is alive after it, and what is wrong
+    with a training that follows. Threads that are left the pool would find."""
+    job = Job(PLAIN, gather)
+    job.take(0)
+    job.optimizer.zero_grad()
+    _cut_short(job.model, 1)
+    late = job.watch.num_late()
+    made: dict[str, Any] = {"the model": job.model, "the handle": job.handle}
+    for name, parameter in job.model.named_parameters():
+        made |= {name: parameter, f"the gradient of {name}": parameter.grad}
+    references = {name: weakref.ref(each) for name, each in made.items() if each is not None}
+    del job, made, parameter
+    gc.collect()
+    alive = [name for name, reference in references.items() if reference() is not None]
+    found = Job(PLAIN, gather).train()
+    with waiting():
+        expected = Job(PLAIN, gather).train()
+    return late, alive, differing(found, expected)
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_what_is_under_way_dies_with_its_model(run: Run, gather: str) -> None:
+    assert run(2, _dropped, gather) == [(MOST, [], [])] * 2
