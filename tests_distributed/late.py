@@ -30,7 +30,7 @@ MOST = 2
 
 def num_under_way(handle: qsdp.Handle) -> int:
     """How many reduces a handle's wire has left to finish."""
-    return int(handle._wire._under_way is not None)
+    return handle._wire.late.num_under_way
 
 
 @contextmanager
