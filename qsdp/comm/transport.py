@@ -24,6 +24,8 @@ from qsdp import compat
 _TAG = 0x95D
 """Of qsdp's messages between two ranks, so that those of others (pipelining) are not taken for its
 own."""
+DROPPED = "qsdp: a dropped exchange"
+"""The name of threads that wait for what nobody else does."""
 
 
 class Arrival:
@@ -127,7 +129,7 @@ def _is_gloo(tensor: Tensor, group: dist.ProcessGroup) -> bool:
 
 def _settle(works: list[dist.Work]) -> None:
     with suppress(RuntimeError):  # Python ends, and has no more threads
-        Thread(target=_wait_for, args=(works,), name="qsdp dropped", daemon=True).start()
+        Thread(target=_wait_for, args=(works,), name=DROPPED, daemon=True).start()
 
 
 def _wait_for(works: list[dist.Work]) -> None:
