@@ -126,7 +126,7 @@ def test_offsets_above_2_to_the_31() -> None:
 
 _STOPS = """
 import torch
-import qsdp
+import qsdp.codec
 values = torch.ones(5000, device="cuda")
 out = torch.empty(20000, dtype=torch.uint8, device="cuda")
 bits = torch.full((625,), {bits}, dtype=torch.uint8, device="cuda")

@@ -55,8 +55,8 @@ QSDP_INLINE V each_word(V value, const Shuffle& shuffle) {
 // The value of the lane whose number differs by the bit ``offset``.
 template <class V>
 QSDP_INLINE V across(V value, int offset) {
-    return each_word(
-        value, [=](uint32_t word) { return __shfl_xor_sync(0xFFFFFFFFu, word, offset); });
+    return each_word(value,
+                     [=](uint32_t word) { return __shfl_xor_sync(0xFFFFFFFFu, word, offset); });
 }
 #endif
 
@@ -126,8 +126,8 @@ QSDP_INLINE void from_owners(PerLane<V>& values, int group, PerLane<V>& found) {
     found.own = values.own;
     if (Groups == 1) return;
     const int lane = Own::first_of(static_cast<int>(threadIdx.x % kWarp), group);
-    found.own = each_word(
-        values.own, [=](uint32_t word) { return __shfl_sync(0xFFFFFFFFu, word, lane); });
+    found.own =
+        each_word(values.own, [=](uint32_t word) { return __shfl_sync(0xFFFFFFFFu, word, lane); });
 #else
     for (int lane = 0; lane < kWarp; ++lane) found[lane] = values[Own::first_of(lane, group)];
 #endif
