@@ -5,8 +5,8 @@
 Trains gpt2 (124M, its own vocabulary, of which bytes are used) in bf16 on text, from the same
 weights and on the same batches: at 32 bits, 8 and 4 bits through qsdp's own collectives, each
 plain and with CrAM+. A loss is the mean over ranks and the last steps; a difference is to the run
-at 32 bits of the same method. Step times are medians, of a wire through the host's memory: they
-rank the runs, and say nothing of NCCL. On machines without a GPU it trains on the CPU.
+at 32 bits of the same method. Step times are medians; over gloo the wire goes through the host's
+memory, so they rank the runs and say nothing of NCCL. Without a GPU it trains on the CPU.
 """
 
 from __future__ import annotations

@@ -528,8 +528,8 @@ QSDP_INLINE bool encode_whole_unit(const Work& work, int64_t unit) {
         if (lane % Own::kLanes == 0) store_grid(meta + bucket * kMetaBytes, own);
         const float inverse = inverse_step({1.0f, own.low, fabsf(own.scale)});
         scale[lane] = {own.low, copysignf(inverse, own.scale), 0.0f};
-        if (noise == Noise::kUniform &&
-            item.rounding == kShift) {  // a unit's buckets share a block
+        if (noise == Noise::kUniform && item.rounding == kShift) {
+            // A unit's buckets share a block.
             const uint64_t number = static_cast<uint64_t>(unit * kBuckets);
             const uint32_t index = static_cast<uint32_t>(number) + static_cast<uint32_t>(bucket);
             scale[lane].r = centred(half_of(philox(stream, number / kRun), index));

@@ -60,7 +60,7 @@ void launch_spans(const std::vector<Span>& spans, const uint8_t* from, const uin
 // wrong numbers, and the host, which does not wait, learns of it at its next call.
 QSDP_INLINE void stop(const char* why) {
 #if defined(__CUDA_ARCH__)
-    // After a trap what printf has written does not reach the host; an assertion's words do.
+    // Its words stand on standard error, above those of torch, which names the assertion.
     __assert_fail(why, "qsdp", __LINE__, "the sparse wire");
 #else
     printf("qsdp: %s\n", why);
