@@ -6,8 +6,9 @@ Bytes moved are those of the values read or written plus those of the payload wr
 adding reads its target too; a copy reads and writes. Every round times a copy of 1 GiB and a batch
 of calls of each operation by events of the stream; the fraction is the median over rounds of (bytes
 a second moved) / (the copy's, same round). A batch goes round as many buffers as fill twice the L2
-cache. Of small sizes the microseconds a call stand beside those of a launch that does nothing else
-than write 32 bytes, calls following one another: the host's work shows, as it does in training.
+cache. Copies of the other sizes stand beside: a launch and its end cost these, too. Of small sizes
+the microseconds a call stand beside those of a launch that does nothing else than write 32 bytes,
+calls following one another: the host's work shows, as it does in training.
 """
 
 from __future__ import annotations
@@ -149,6 +150,25 @@ def measure(case: Case, rounds: int, copy: Callable[[int], object]) -> list[dict
     ]
 
 
+def copy_row(mib: int, rounds: int) -> dict[str, Any]:
+    """A row for a plain copy of that size, as cases are measured."""
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    num_bytes = mib * 2**20
+    buffers = [
+        torch.full((2, num_bytes), 1, dtype=torch.uint8, device="cuda")
+        for _ in range(max(1, 2 * l2_bytes // num_bytes + 1))
+    ]
+
+    def copy(i: int) -> object:
+        target, source = buffers[i % len(buffers)]
+        return target.copy_(source)
+
+    times = max(1, min(100, 512 // mib))
+    seconds(copy, 3)
+    taken = statistics.median(seconds(copy, times) for _ in range(rounds))
+    return {"mib": mib, "us": 1e6 * taken, "gb_s": 2 * num_bytes / taken / 1e9}
+
+
 def launch_floor(rounds: int) -> float:
     """Seconds of an encode of nothing: one launch, which writes a header."""
     layout = Layout([Segment(bits=8, dtype=DType.FP32, padded=8, parameter=0)], group=0)
@@ -201,11 +221,14 @@ def main() -> None:
     )
     print(f"an encode of no value: {1e6 * floor:.1f} us")
     print(f"a copy of 1 GiB: {2 * COPY_BYTES / copy_s / 1e9:.0f} GB/s moved")
+    by_size = [copy_row(mib, arguments.rounds) for mib in arguments.mib]
+    for row in by_size:
+        print(f"copies of {row['mib']} MiB: {row['us']:.1f} us, {row['gb_s']:.0f} GB/s moved")
     described = machine.describe("cuda")
     print(machine.one_line(described))
     if arguments.json is not None:
         record = {"machine": described, "copy_gb_s": 2 * COPY_BYTES / copy_s / 1e9}
-        record |= {"floor_us": 1e6 * floor, "rows": rows}
+        record |= {"floor_us": 1e6 * floor, "copies": by_size, "rows": rows}
         write_json(arguments.json, record)
     sys.exit(1 if missed else 0)
 

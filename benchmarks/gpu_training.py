@@ -1,12 +1,12 @@
-"""Whether training on a quantized wire follows full precision on a GPU that gloo ranks share.
+"""Whether training on a quantized wire follows full precision on a GPU that ranks share.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/gpu_training.py --json gpu_training.json
 
 Trains gpt2 (124M, its own vocabulary, of which bytes are used) in bf16 on text, from the same
 weights and on the same batches: at 32 bits, 8 and 4 bits through qsdp's own collectives, each
 plain and with CrAM+. A loss is the mean over ranks and the last steps; a difference is to the run
-at 32 bits of the same method. Step times are medians, of a wire through the host's memory: they
-rank the runs, and say nothing of NCCL. On machines without a GPU it trains on the CPU.
+at 32 bits of the same method. Step times are medians; over gloo the wire goes through the host's
+memory, so they rank the runs and say nothing of NCCL. Without a GPU it trains on the CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qsdp.files import write_json
 from qsdp.models import GPTConfig, init_weights
 from qsdp.optim import CrAM, clip_grad_norm_
 from qsdp.sparsity.shards import local_shard
-from qsdp.train.config import TrainConfig
+from qsdp.train.config import BACKENDS, TrainConfig
 from qsdp.train.errors import UserError, leave
 from qsdp.train.parallelize import make_optimizer, shard
 from qsdp.train.world import World, end_process, open_world, to_device
@@ -39,7 +39,7 @@ METHODS = ("plain", "CrAM+")
 def main() -> None:
     arguments = parse()
     try:
-        with open_world(backend="gloo") as world:
+        with open_world(backend=arguments.backend) as world:
             rows = measure(world, arguments)
             if world.is_main:
                 report(rows, world, arguments)
@@ -61,6 +61,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--bits", type=int, nargs="+", default=list(BITS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--backend", default="gloo", choices=BACKENDS, help="nccl: a GPU a rank")
     parser.add_argument("--json", type=Path, help="a file for the table")
     return parser.parse_args()
 

@@ -29,6 +29,8 @@ def _device(
         with open_world(backend=backend) as world:
             assert isinstance(world, World)
             assert made == [world.backend]
+            own = [world.device.index] if world.backend == "nccl" else None
+            dist.barrier.assert_called_once_with(device_ids=own)
             return world.device, world.backend
 
 

@@ -58,6 +58,10 @@ def added_since(before: Held) -> list[str]:
     return added
 
 
+kept_open: set[str] = set()
+"""What a call in this process has opened whose threads and files are for good: it adds a name."""
+
+
 class Leftovers:
     """What the calls in one process leave behind."""
 
@@ -65,7 +69,7 @@ class Leftovers:
         start = held()
         # torch's compiler keeps a thread.
         self._limit = Held(start.threads + Counter(python=1), start.files)
-        self._uses_gpu = False
+        self._kept_open: set[str] = set()
         self.max_threads = 0
 
     def check(self, call: str) -> None:
@@ -77,11 +81,22 @@ class Leftovers:
         gc.collect()
         gc.freeze()  # what is left is here to stay: the next collection need not look at it
         self.max_threads = max(self.max_threads, _threads().total())
-        if torch.cuda.is_initialized() and not self._uses_gpu:
-            # CUDA's own threads and files are for good.
-            self._uses_gpu, self._limit = True, held()
+        if more := (kept_open | _cuda()) - self._kept_open:
+            self._kept_open |= more
+            self._limit = held()
         if added := added_since(self._limit):
             raise AssertionError(f"{call} left behind: {', '.join(added)}")
+
+
+def _cuda() -> set[str]:
+    """CUDA's threads and files are for good: those of the driver, which autograd asks for GPUs in a
+    backward pass on the CPU too, and those of a GPU that is used."""
+    found = set()
+    if any(name.startswith("/dev/nvidia") for name in _files()):
+        found.add("driver")
+    if torch.cuda.is_initialized():
+        found.add("GPU")
+    return found
 
 
 def _let_meshes_go() -> None:

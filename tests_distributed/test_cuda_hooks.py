@@ -12,11 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import qsdp
-from qsdp import compat
 from qsdp.codec import native
 from qsdp.comm import transport
 from tests_distributed import alike
@@ -24,8 +22,6 @@ from tests_distributed.alike import Case
 from tests_distributed.conftest import Run
 from tests_distributed.helpers import full_state, make_batch, make_model, shard
 from tests_distributed.launching import SMALL, TEXT, start
-from tests_distributed.pool import meets_by_itself
-from tests_distributed.test_backends import meet
 from tests_distributed.test_cram import compare_with_one_process
 from tests_distributed.test_masked import compare
 from tests_distributed.test_robustness import APART, train_apart
@@ -54,7 +50,7 @@ def test_a_gpu_trains_as_cpus_do_bit_for_bit(run: Run, case: str) -> None:
     chosen = (CASES | MORE_CASES)[case]
     by_cpu = run(chosen.ranks, alike.trained, chosen, "cpu")
     by_gpu = run(chosen.ranks, alike.trained, chosen, DEVICE)
-    _assert_equal(by_gpu, by_cpu)
+    assert_equal(by_gpu, by_cpu)
 
 
 RACES = {
@@ -76,10 +72,11 @@ def test_delays_on_the_streams_change_nothing(run: Run, case: str) -> None:
     expected = run(chosen.ranks, alike.trained_in_order, chosen, DEVICE)
     for seed in range(3):
         found = run(chosen.ranks, alike.trained, chosen, DEVICE, seed)
-        _assert_equal(found, expected)
+        assert_equal(found, expected)
 
 
-def _assert_equal(found: list[list[Tensor]], expected: list[list[Tensor]]) -> None:
+def assert_equal(found: list[list[Tensor]], expected: list[list[Tensor]]) -> None:
+    """Of every rank, bit for bit."""
     for rank, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
             assert torch.equal(one, other), f"tensor {i} of {len(ours)} on rank {rank}"
@@ -93,8 +90,9 @@ def _no_waiting() -> Iterator[None]:
         output.view(group.size(), -1)[:] = input.clone()
         return transport.Arrival(output, None)
 
-    def all_to_all(output: Tensor, input: Tensor, *_: Any) -> None:
+    def all_to_all(output: Tensor, input: Tensor, *_: Any) -> transport.Arrival:
         output.copy_(input)
+        return transport.Arrival(output, None)
 
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -211,36 +209,6 @@ def test_all_ranks_say_which_gradients_differ(run: Run, case: str) -> None:
     steps, _ = APART[case]
     for message, _ in run(3, train_apart, steps, 1, {}, DEVICE):
         assert "has no gradient of blocks.1.wide.weight" in message
-
-
-@meets_by_itself
-def _over_nccl(store: str, rank: int, size: int, case: Case) -> tuple[list[Tensor], list[str]]:
-    """A training's numbers, and what ranks say that differ, in a group made without a backend."""
-    torch.cuda.set_device(rank)
-    group = meet(store, rank, size, None)
-    assert compat.backend_of(group, torch.device("cuda")) == "nccl"
-    numbers = alike.trained(case, "cuda")
-    told = [train_apart(APART[each][0], 1, {}, "cuda")[0] for each in TOLD_BY_ALL]
-    dist.barrier()
-    dist.destroy_process_group()
-    return numbers, told
-
-
-# Of other cases only the odd rank hears, over NCCL, and ends the others.
-TOLD_BY_ALL = ["at the first step", "when all change"]
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL takes one rank a GPU: needs two")
-@pytest.mark.parametrize("gather", ["twice", "once"])
-def test_a_group_made_without_a_backend_trains_as_cpus_do_and_tells_of_ranks_that_differ(
-    run: Run, gather: str
-) -> None:
-    case = Case(config={"gather": gather})
-    by_cpu = run(case.ranks, alike.trained, case, "cpu")
-    found = run(case.ranks, _over_nccl, case)
-    _assert_equal([numbers for numbers, _ in found], by_cpu)
-    for _, told in found:
-        assert all("has no gradient of blocks.1." in message for message in told)
 
 
 def _errors() -> dict[str, dict[str, float | None]]:

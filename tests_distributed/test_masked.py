@@ -80,7 +80,7 @@ def compare(kind: str, variant: str, toy_options: dict[str, Any], device: str = 
         for step in range(STEPS):
             _backward(plain, plain, step, list(range(world_size)))
             masked.step()
-            masks = [mask.clone() for mask in masked.masks.values()]
+            masks = [mask.to(device, copy=True) for mask in masked.masks.values()]
             found.append((masks, [p.detach().clone() for p in plain.parameters()]))
         return found
 

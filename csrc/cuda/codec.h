@@ -163,19 +163,21 @@ QSDP_INLINE float add_exactly(float a, float b) {
 
 // Least and greatest value, and whether there is a zero, or a value that is not finite.
 struct Extent {
+    static constexpr uint32_t kZero = 1, kBroken = 2;
     float low, high;
-    uint32_t zeros, broken;
+    uint32_t flags;
 
     QSDP_MEMBER void merge(const Extent& other) {
         low = fminf(other.low, low);
         high = fmaxf(other.high, high);
-        zeros |= other.zeros;
-        broken |= other.broken;
+        flags |= other.flags;
     }
+    QSDP_MEMBER bool has_zero() const { return (flags & kZero) != 0; }
+    QSDP_MEMBER bool is_broken() const { return (flags & kBroken) != 0; }
 };
 
 QSDP_INLINE Extent nothing() {
-    return {bits_float(0x7F800000u), bits_float(0xFF800000u), 0u, 0u};
+    return {bits_float(0x7F800000u), bits_float(0xFF800000u), 0u};
 }
 
 // ``SkipZeros`` leaves zeros out of low and high; without it they are wrong if there are zeros.
@@ -193,8 +195,7 @@ QSDP_INLINE void measure(const Run& run, Extent& extent) {
         extent.low = fminf(x, extent.low);
         extent.high = fmaxf(x, extent.high);
     }
-    extent.zeros |= has_zero;
-    extent.broken |= products != products;
+    extent.flags |= (has_zero ? Extent::kZero : 0u) | (products != products ? Extent::kBroken : 0u);
 }
 
 // What the values of a bucket have in common on either side.
@@ -353,12 +354,17 @@ struct Plain {
     int bits;
 };
 
-QSDP_INLINE Plain make_plain(Grid grid, float r, int bits) {
-    const bool has_zero = float_bits(grid.scale) >> 31;
+QSDP_INLINE bool is_negative(float x) {
+    return float_bits(x) >> 31 != 0;
+}
+
+// ``step`` is needed to decode, ``inverse`` to encode.
+QSDP_INLINE Plain make_plain(float low, float step, float inverse, float r, bool has_zero,
+                             int bits) {
     Plain plain;
-    plain.low = grid.low;
-    plain.step = fabsf(grid.scale);
-    plain.inverse = 0.0f;
+    plain.low = low;
+    plain.step = step;
+    plain.inverse = inverse;
     plain.r = r;
     plain.last = (1u << bits) - 1;
     plain.steps = static_cast<float>(plain.last - has_zero);
@@ -456,18 +462,40 @@ QSDP_INLINE void store_grid(uint8_t* to, Grid grid) {
 }
 
 QSDP_INLINE Grid grid_of(const Extent& extent, int bits) {
-    Grid grid = make_grid(extent.low, extent.high, extent.zeros != 0, extent.broken != 0, bits);
-    if (extent.broken != 0) grid.low = bits_float(0x7FC00000u);
+    Grid grid = make_grid(extent.low, extent.high, extent.has_zero(), extent.is_broken(), bits);
+    if (extent.is_broken()) grid.low = bits_float(0x7FC00000u);
     return grid;
 }
 
-// A whole unit of buckets of ``Bucket`` values, read once. Returns false where a bucket is special:
-// encode_bucket must write the unit then.
+// What of a bucket's grid its values are encoded by.
+struct Scale {
+    float low;
+    float inverse;  // of the step; negative, -0 too, where there are zeros
+    float r;
+};
+
+// The extents of groups of ``Together`` rows.
+template <bool SkipZeros, int Together>
+QSDP_INLINE void measure_groups(PerLane<Run[kRows]>& held,
+                                PerLane<Extent[kRows / Together]>& extents) {
+    each_lane([&](int lane) {
+        QSDP_UNROLL(8)
+        for (int row = 0; row < kRows; ++row) {
+            Extent& extent = extents[lane][row / Together];
+            if (row % Together == 0) extent = nothing();
+            measure<SkipZeros>(held[lane][row], extent);
+        }
+    });
+}
+
+// A whole unit of buckets of ``Bucket`` values, read once. Of each bucket some lanes, its owners,
+// make the grid. Returns false, having done nothing, where a bucket is special.
 template <class T, int Bucket, Noise noise>
 QSDP_INLINE bool encode_whole_unit(const Work& work, int64_t unit) {
     constexpr int kTogether = Bucket < kRow ? 1 : Bucket / kRow;   // rows of a bucket
     constexpr int kWidth = Bucket < kRow ? Bucket / kRun : kWarp;  // lanes of a bucket
-    constexpr int kBuckets = kUnit / Bucket;
+    constexpr int kBuckets = kUnit / Bucket, kGroups = kRows / kTogether;
+    using Own = Owners<kWidth, kGroups>;
     const Item& item = *work.item;
     const int bits = item.bits;
     const Stream stream{work.key, item.parameter, item.group};
@@ -481,47 +509,46 @@ QSDP_INLINE bool encode_whole_unit(const Work& work, int64_t unit) {
             held[lane][row] = load_run(from + (row * kRow + lane * kRun) * sizeof(T), T{});
         }
     });
-    PhiloxBlock block{};  // a unit's buckets share it
-    if (item.rounding == kShift) block = philox(stream, static_cast<uint64_t>(unit * kBuckets) / 8);
-    QSDP_UNROLL(8)
-    for (int first = 0; first < kRows; first += kTogether) {
-        PerLane<Extent> extent;
-        each_lane([&](int lane) {
-            extent[lane] = nothing();
-            QSDP_UNROLL(8)
-            for (int i = 0; i < kTogether; ++i) {
-                measure<false>(held[lane][first + i], extent[lane]);
-            }
-        });
-        combine<kWidth>(extent);
-        const bool has_zeros = any(extent, [](const Extent& e) { return e.zeros != 0; });
-        if (has_zeros) {
-            each_lane([&](int lane) {
-                extent[lane] = nothing();
-                QSDP_UNROLL(8)
-                for (int i = 0; i < kTogether; ++i) {
-                    measure<true>(held[lane][first + i], extent[lane]);
-                }
-            });
-            combine<kWidth>(extent);
+    PerLane<Extent[kGroups]> extents;
+    PerLane<Extent> extent;
+    measure_groups<false, kTogether>(held, extents);
+    combine_groups<kWidth, kGroups>(extents, extent);
+    const bool has_zeros = any(extent, [](const Extent& own) { return own.has_zero(); });
+    if (has_zeros) {
+        measure_groups<true, kTogether>(held, extents);
+        combine_groups<kWidth, kGroups>(extents, extent);
+    }
+    PerLane<Grid> grid;
+    each_lane([&](int lane) { grid[lane] = grid_of(extent[lane], bits); });
+    if (any(grid, [](Grid own) { return !is_plain(own); })) return false;
+    PerLane<Scale> scale;
+    each_lane([&](int lane) {
+        const Grid own = grid[lane];
+        const int bucket = (Own::group_of(lane) * kTogether * kRow + lane * kRun) / Bucket;
+        if (lane % Own::kLanes == 0) store_grid(meta + bucket * kMetaBytes, own);
+        const float inverse = inverse_step({1.0f, own.low, fabsf(own.scale)});
+        scale[lane] = {own.low, copysignf(inverse, own.scale), 0.0f};
+        if (noise == Noise::kUniform && item.rounding == kShift) {
+            // A unit's buckets share a block.
+            const uint64_t number = static_cast<uint64_t>(unit * kBuckets);
+            const uint32_t index = static_cast<uint32_t>(number) + static_cast<uint32_t>(bucket);
+            scale[lane].r = centred(half_of(philox(stream, number / kRun), index));
         }
-        PerLane<Grid> grid;
-        each_lane([&](int lane) { grid[lane] = grid_of(extent[lane], bits); });
-        if (any(grid, [](Grid own) { return !is_plain(own); })) return false;
+    });
+    QSDP_UNROLL(8)
+    for (int group = 0; group < kGroups; ++group) {
+        PerLane<Scale> shared;
+        from_owners<kWidth, kGroups>(scale, group, shared);
         each_lane([&](int lane) {
-            const int offset = first * kRow + lane * kRun, bucket = offset / Bucket;
-            if (lane % kWidth == 0) store_grid(meta + bucket * kMetaBytes, grid[lane]);
-            float shift = 0.0f;
-            if (noise == Noise::kUniform && item.rounding == kShift) {
-                shift = centred(half_of(block, static_cast<uint32_t>(unit * kBuckets + bucket)));
-            }
-            Plain plain = make_plain(grid[lane], shift, bits);
-            plain.inverse = inverse_step({1.0f, plain.low, plain.step});
+            const Scale own = shared[lane];
+            const Plain plain = make_plain(own.low, 0.0f, fabsf(own.inverse), own.r,
+                                           is_negative(own.inverse), bits);
             QSDP_UNROLL(8)
             for (int i = 0; i < kTogether; ++i) {
-                const Run& run = held[lane][first + i];
-                const int64_t index = unit * kUnit + offset + i * kRow;
-                store_stream(data + (offset + i * kRow) / kRun * bits,
+                const int row = group * kTogether + i, offset = row * kRow + lane * kRun;
+                const Run& run = held[lane][row];
+                const int64_t index = unit * kUnit + offset;
+                store_stream(data + offset / kRun * bits,
                              has_zeros ? encode_plain<noise, true>(run, plain, stream, index)
                                        : encode_plain<noise, false>(run, plain, stream, index),
                              bits);
@@ -549,7 +576,7 @@ QSDP_INLINE void encode_bucket(const Work& work, int64_t bucket) {
         for (int64_t i = lane * kRun; i < count; i += kRow) measure<false>(load(i), extent[lane]);
     });
     combine<kWarp>(extent);
-    if (any(extent, [](const Extent& e) { return e.zeros != 0; })) {
+    if (any(extent, [](const Extent& e) { return e.has_zero(); })) {
         each_lane([&](int lane) {
             extent[lane] = nothing();
             for (int64_t i = lane * kRun; i < count; i += kRow) {
@@ -563,8 +590,8 @@ QSDP_INLINE void encode_bucket(const Work& work, int64_t bucket) {
         const Extent own = extent[lane];
         const Grid grid = grid_of(own, bits);
         if (lane == 0) store_grid(work.to + item.meta_byte + bucket * kMetaBytes, grid);
-        const Coder coder = make_coder(item, work.key, work.levels, grid, own.zeros != 0,
-                                       own.broken != 0, shifts.at(item, work.key, bucket));
+        const Coder coder = make_coder(item, work.key, work.levels, grid, own.has_zero(),
+                                       own.is_broken(), shifts.at(item, work.key, bucket));
         const float inverse = inverse_of(coder);
         for (int64_t i = lane * kRun; i < count; i += kRow) {
             const int64_t rest = count - i;
@@ -632,7 +659,9 @@ QSDP_INLINE void decode_whole_rows(const Work& work, int64_t unit, int bucket_lo
             const int offset = row * kRow + lane * kRun;
             const int64_t index = unit * kUnit + offset;
             const float shift = shifts.at(item, work.key, index >> bucket_log2);
-            const Plain plain = make_plain(grid[lane][row], shift, item.bits);
+            const Grid own = grid[lane][row];
+            const Plain plain = make_plain(own.low, fabsf(own.scale), 0.0f, shift,
+                                           is_negative(own.scale), item.bits);
             Run run = decode_plain<Dither, Zeros>(codes[lane][row], plain, stream, index, T{});
             uint8_t* out = to + offset * sizeof(T);
             if (Add) {
@@ -672,7 +701,7 @@ QSDP_INLINE bool decode_whole(const Work& work, int64_t unit) {
         });
     };
     if (any_row([](Grid own) { return !is_plain(own); })) return false;
-    const bool has_zeros = any_row([](Grid own) { return float_bits(own.scale) >> 31 != 0; });
+    const bool has_zeros = any_row([](Grid own) { return is_negative(own.scale); });
     if (item.rounding == kDither) {
         has_zeros ? decode_whole_rows<T, Add, true, true>(work, unit, bucket_log2, codes, grid)
                   : decode_whole_rows<T, Add, true, false>(work, unit, bucket_log2, codes, grid);

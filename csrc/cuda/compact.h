@@ -59,10 +59,11 @@ void launch_spans(const std::vector<Span>& spans, const uint8_t* from, const uin
 // Ends the kernel, and with it the use of this GPU by this process: nothing goes on from here with
 // wrong numbers, and the host, which does not wait, learns of it at its next call.
 QSDP_INLINE void stop(const char* why) {
-    printf("qsdp: %s\n", why);
 #if defined(__CUDA_ARCH__)
-    __trap();
+    // Its words stand on standard error, above those of torch, which names the assertion.
+    __assert_fail(why, "qsdp", __LINE__, "the sparse wire");
 #else
+    printf("qsdp: %s\n", why);
     __builtin_trap();
 #endif
 }

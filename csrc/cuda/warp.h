@@ -40,28 +40,96 @@ QSDP_INLINE void each_lane(const Body& body) {
 #endif
 }
 
+#if defined(__CUDA_ARCH__)
+// Calls ``shuffle`` with each 32-bit word of a value.
+template <class V, class Shuffle>
+QSDP_INLINE V each_word(V value, const Shuffle& shuffle) {
+    uint32_t words[sizeof(V) / 4];
+    memcpy(words, &value, sizeof words);
+    QSDP_UNROLL(8)
+    for (uint32_t& word : words) word = shuffle(word);
+    memcpy(&value, words, sizeof words);
+    return value;
+}
+
+// The value of the lane whose number differs by the bit ``offset``.
+template <class V>
+QSDP_INLINE V across(V value, int offset) {
+    return each_word(value,
+                     [=](uint32_t word) { return __shfl_xor_sync(0xFFFFFFFFu, word, offset); });
+}
+#endif
+
 // Combines, by ``a.merge(b)``, the values of ``Width`` consecutive lanes into each of theirs. V is
 // made of 32-bit words.
 template <int Width, class V>
 QSDP_INLINE void combine(PerLane<V>& values) {
 #if defined(__CUDA_ARCH__)
-    constexpr int kWords = sizeof(V) / 4;
+    QSDP_UNROLL(8)
     for (int offset = Width / 2; offset > 0; offset /= 2) {
-        uint32_t words[kWords];
-        memcpy(words, &values.own, sizeof words);
-        QSDP_UNROLL(8)
-        for (int i = 0; i < kWords; ++i) {
-            words[i] = __shfl_xor_sync(0xFFFFFFFFu, words[i], offset);
-        }
-        V other;
-        memcpy(&other, words, sizeof words);
-        values.own.merge(other);
+        values.own.merge(across(values.own, offset));
     }
 #else
     for (int first = 0; first < kWarp; first += Width) {
         for (int lane = first + 1; lane < first + Width; ++lane) values[first].merge(values[lane]);
         for (int lane = first + 1; lane < first + Width; ++lane) values[lane] = values[first];
     }
+#endif
+}
+
+// Of ``Width`` consecutive lanes, which hold a value of each of ``Groups``, the lanes that own a
+// group: the first Width / Groups of them own the first.
+template <int Width, int Groups>
+struct Owners {
+    static constexpr int kLanes = Width / Groups;
+    static QSDP_MEMBER int group_of(int lane) { return lane % Width / kLanes; }
+    static QSDP_MEMBER int first_of(int lane, int group) {
+        return lane / Width * Width + group * kLanes;
+    }
+};
+
+// As combine, of each group for its owners alone: with every step a lane gives away half of the
+// groups that it still has.
+template <int Width, int Groups, class V>
+QSDP_INLINE void combine_groups(PerLane<V[Groups]>& values, PerLane<V>& combined) {
+#if defined(__CUDA_ARCH__)
+    const int lane = static_cast<int>(threadIdx.x % kWarp);
+    int offset = Width / 2;
+    QSDP_UNROLL(8)
+    for (int count = Groups / 2; count > 0; count /= 2, offset /= 2) {
+        const bool is_upper = (lane & offset) != 0;
+        QSDP_UNROLL(8)
+        for (int i = 0; i < count; ++i) {
+            const V low = values.own[i], high = values.own[count + i];
+            values.own[i] = is_upper ? high : low;
+            values.own[i].merge(across(is_upper ? low : high, offset));
+        }
+    }
+    combined.own = values.own[0];
+    QSDP_UNROLL(8)
+    for (; offset > 0; offset /= 2) combined.own.merge(across(combined.own, offset));
+#else
+    using Own = Owners<Width, Groups>;
+    for (int lane = 0; lane < kWarp; ++lane) {
+        const int group = Own::group_of(lane), first = lane / Width * Width;
+        combined[lane] = values[first][group];
+        for (int i = 1; i < Width; ++i) combined[lane].merge(values[first + i][group]);
+    }
+#endif
+}
+
+// Gives every lane the value that the owners of ``group`` have.
+template <int Width, int Groups, class V>
+QSDP_INLINE void from_owners(PerLane<V>& values, int group, PerLane<V>& found) {
+    using Own = Owners<Width, Groups>;
+#if defined(__CUDA_ARCH__)
+    found.own = values.own;
+    if (Groups == 1) return;
+    const int lane = Own::first_of(static_cast<int>(threadIdx.x % kWarp), group);
+    found.own =
+        each_word(values.own, [=](uint32_t word) { return __shfl_sync(0xFFFFFFFFu, word, lane); });
+#else
+    for (int lane = 0; lane < kWarp; ++lane) found[lane] = values[Own::first_of(lane, group)];
 #endif
 }
 

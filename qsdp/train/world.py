@@ -148,8 +148,9 @@ def open_world(
         # Of the group itself: `init_device_mesh` would make another, of NCCL where it finds a GPU.
         assert dist.group.WORLD is not None
         mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
-        # The first collective shows whether all can reach each other.
-        dist.barrier()
+        # The first collective shows whether all can reach each other. NCCL would guess its GPU from
+        # the rank, which is another's where nodes have different numbers of them.
+        dist.barrier(device_ids=[device.index] if backend == "nccl" else None)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"The ranks did not all meet over {backend} ({sentence(error)[:200]}); look for an "
