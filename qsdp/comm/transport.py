@@ -35,7 +35,9 @@ class Arrival:
     which its message arrives.
     """
 
-    def __init__(self, output: Tensor, host: Tensor | None, works: list[dist.Work]) -> None:
+    def __init__(
+        self, output: Tensor, host: Tensor | None, works: Sequence[dist.Work] = ()
+    ) -> None:
         self._output, self._host, self._works = output, host, works
         self._dropped = weakref.finalize(self, _settle, works)
         self._dropped.atexit = False
@@ -127,12 +129,14 @@ def _is_gloo(tensor: Tensor, group: dist.ProcessGroup) -> bool:
     return tensor.device.type == "cpu" and compat.backend_of(group, tensor.device) == "gloo"
 
 
-def _settle(works: list[dist.Work]) -> None:
+def _settle(works: Sequence[dist.Work]) -> None:
+    if not works:
+        return
     with suppress(RuntimeError):  # Python ends, and has no more threads
         Thread(target=_wait_for, args=(works,), name=DROPPED, daemon=True).start()
 
 
-def _wait_for(works: list[dist.Work]) -> None:
+def _wait_for(works: Sequence[dist.Work]) -> None:
     with suppress(RuntimeError):  # the group was destroyed, or a rank is lost
         for work in works:
             work.wait()
