@@ -171,6 +171,11 @@ def chosen(arguments: argparse.Namespace) -> list[Contestant]:
     ]
 
 
+def trained(arguments: argparse.Namespace) -> list[Contestant]:
+    """Those of `chosen` whose loss says something."""
+    return [one for one in chosen(arguments) if one.role != YARDSTICK]
+
+
 def add_arguments(parser: argparse._ActionsContainer) -> None:
     """What a comparison's driver hands through to its ranks."""
     parser.add_argument("--model", choices=MODELS, default="19m", help="its number of parameters")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import FLOOR, Contestant, add_arguments, chosen
+from contestants import FLOOR, Contestant, add_arguments, trained
 from ranks import Ranks
 from rounds import read
 from steps import MODELS, Ready, parameters
@@ -25,6 +25,7 @@ from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.files import write_json
 from qsdp.train.world import end_process
 
+CONTEXT = 64  # short, as steps must be many
 EVAL_TOKENS = 1 << 16
 POWERSGD_START = 10  # after one step in so many, as torch's documentation advises
 
@@ -32,9 +33,17 @@ POWERSGD_START = 10  # after one step in so many, as torch's documentation advis
 def main() -> None:
     arguments = parse()
     ranks = Ranks.meet(arguments)
+    train_all(arguments, ranks)
+    ranks.barrier()
+    end_process(0)
+
+
+def train_all(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    """Add the losses that the file lacks."""
+    arguments.tokens, arguments.context = arguments.loss_tokens, CONTEXT
     corpus = load_corpus(arguments.data)
     record: dict[str, Any] = ranks.decided(lambda: read(arguments.out))
-    for one in chosen(arguments):
+    for one in trained(arguments):
         if one.name in record["rows"]:
             continue
         record["rows"][one.name] = row = train(one, ranks, corpus, arguments)
@@ -42,8 +51,6 @@ def main() -> None:
             write_json(arguments.out, record)
         ranks.say(f"{one.name}: validation loss {row['val_loss']:.3f}, {row['seconds']:.0f} s")
         gc.collect()  # the model is in circles of modules and hooks
-    ranks.barrier()
-    end_process(0)
 
 
 def parse() -> argparse.Namespace:
@@ -61,6 +68,7 @@ def add_loss_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--data", default="stdlib", help="'stdlib', or a text file, for losses")
     parser.add_argument("--loss-model", choices=MODELS, default="1m", help="which trains for them")
     parser.add_argument("--loss-steps", type=int, default=300, help="of that model; 0: no losses")
+    parser.add_argument("--loss-tokens", type=int, default=384, help="of its, a rank and step")
 
 
 def train(
@@ -87,7 +95,9 @@ def train(
     num_batches = max(1, EVAL_TOKENS // (batch * world * arguments.context))
     held_out = eval_batches(corpus.val, batch, arguments.context, num_batches, rank, world)
     val_sum, num_tokens = validate(ready, held_out, ranks)
-    sums = torch.stack([loss_sum.cpu(), val_sum.cpu(), torch.tensor(num_tokens, dtype=torch.float64)])
+    sums = torch.stack(
+        [loss_sum.cpu(), val_sum.cpu(), torch.tensor(num_tokens, dtype=torch.float64)]
+    )
     dist.all_reduce(sums, group=ranks.control)
     return {
         "train_loss": float(sums[0]) / (tail * ranks.size),

@@ -10,11 +10,10 @@ import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import machine
 import torch
-from contestants import chosen
+from contestants import chosen, trained
 from namespaces import MASTER_PORT, Hosts
 from rounds import Record, due, kept, read, seconds_of
 from runs import Mistake
@@ -23,9 +22,10 @@ from qsdp.data import load_corpus
 
 LOOPBACK = "loopback"
 HERE = Path(__file__).resolve().parent
-TURNS = ("groups", "rounds", "warmup", "settle")
-BOTH = ("model", "tokens", "context", "threads", "device", "powersgd_rank")
-LOSSES = ("data", "loss_model", "loss_steps")
+BOTH = ("threads", "device", "powersgd_rank")
+TURNS = ("model", "tokens", "context", "groups", "settle")
+HOW_OFTEN = ("rounds", "warmup")
+LOSSES = ("data", "loss_model", "loss_steps", "loss_tokens")
 
 
 def device_of(arguments: argparse.Namespace) -> str:
@@ -48,7 +48,7 @@ def settings_of(arguments: argparse.Namespace) -> Record:
         "link": link_of(arguments),
         "hosts": arguments.hosts,
         "ranks": arguments.hosts * (arguments.nproc_per_node or 1),
-        **{name: getattr(arguments, name) for name in (*BOTH, "groups", "settle")},
+        **{name: getattr(arguments, name) for name in (*BOTH, *TURNS)},
         "contestants": [one.name for one in chosen(arguments)],
         **described,
         "deepspeed": _version("deepspeed"),
@@ -62,16 +62,19 @@ def link_of(arguments: argparse.Namespace) -> str:
 
 
 def loss_settings_of(arguments: argparse.Namespace) -> Record:
-    """All that a loss depends on. Raises ValueError for data that cannot be read."""
+    """All that a loss depends on. Raises Mistake for data that cannot be read."""
     settings = settings_of(arguments)
-    for name in ("link", "hosts", "model", "groups", "settle"):
+    for name in ("link", "hosts", *TURNS):
         del settings[name]
-    corpus = load_corpus(arguments.data)
+    try:
+        corpus = load_corpus(arguments.data)
+    except ValueError as error:
+        raise Mistake(str(error)) from None
     digest = hashlib.sha256()
     for tokens in (corpus.train, corpus.val):
         digest.update(memoryview(tokens[:]).cast("B"))
     return settings | {
-        **{name: str(getattr(arguments, name)) for name in LOSSES},
+        **{name: getattr(arguments, name) for name in LOSSES},
         "data_sha256": digest.hexdigest()[:16],
     }
 
@@ -91,7 +94,12 @@ def take_turns(arguments: argparse.Namespace, path: Path | None = None) -> Recor
     if record["rounds"]:
         print(f"{len(record['rounds'])} rounds are there already: {path}")
     if due(record["rounds"], names, arguments.rounds):
-        command = [str(HERE / "turns.py"), "--out", str(path), *_flags(arguments, TURNS)]
+        command = [
+            str(HERE / "turns.py"),
+            "--out",
+            str(path),
+            *_flags(arguments, (*TURNS, *HOW_OFTEN)),
+        ]
         if arguments.rate == LOOPBACK:
             run_here(command, arguments)
         else:
@@ -115,11 +123,15 @@ def take_turns(arguments: argparse.Namespace, path: Path | None = None) -> Recor
     return {"settings": record["settings"], **record["facts"], "rows": rows}
 
 
+def begin_losses(arguments: argparse.Namespace, path: Path) -> Record:
+    """What is at ``path`` for these settings already. Raises Mistake if it is of others."""
+    return kept(path, loss_settings_of(arguments), {"rows": {}})
+
+
 def take_losses(arguments: argparse.Namespace, path: Path) -> Record:
     """What losses.py finds, kept at ``path``. Raises as `take_turns` does."""
-    record = kept(path, loss_settings_of(arguments), {"rows": {}})
-    names = [one.name for one in chosen(arguments)]
-    if any(name not in record["rows"] for name in names):
+    record = begin_losses(arguments, path)
+    if any(one.name not in record["rows"] for one in trained(arguments)):
         command = [str(HERE / "losses.py"), "--out", str(path), *_flags(arguments, LOSSES)]
         run_here(command, arguments)
         record = read(path)
@@ -182,7 +194,16 @@ def _code() -> str:
     files = [path for path in ours.rglob("*") if path.suffix in (".py", ".so")]
     files += [
         HERE / f"{name}.py"
-        for name in ("contestants", "losses", "ranks", "rivals", "rounds", "steps", "turns")
+        for name in (
+            "contestants",
+            "losses",
+            "namespaces",
+            "ranks",
+            "rivals",
+            "rounds",
+            "steps",
+            "turns",
+        )
     ]
     digest = hashlib.sha256()
     for path in sorted(files):

@@ -76,6 +76,7 @@ def zero3(*, is_bf16: bool) -> Callable[[Setting], Ready]:
             "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True},
             "zero_allow_untested_optimizer": True,
             "bf16": {"enabled": is_bf16},
+            "gradient_clipping": 0.0,  # by itself it clips to 1, which no other does
             "steps_per_print": 10**9,
         }
         engine, *_ = deepspeed.initialize(

@@ -31,13 +31,19 @@ VOCAB_SIZE = 256
 
 def main() -> None:
     arguments = parse()
-    started = time.perf_counter()
     ranks = Ranks.meet(arguments)
+    take_turns(arguments, ranks)
+    ranks.barrier()
+    end_process(0)
+
+
+def take_turns(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    """Add the rounds that the file lacks."""
+    started = time.perf_counter()
     setting = ranks.setting(arguments, arguments.model, VOCAB_SIZE)
     generator = torch.Generator().manual_seed(ranks.rank)
-    tokens_BT = torch.randint(
-        VOCAB_SIZE, (setting.batch, arguments.context), generator=generator
-    ).to(ranks.device)
+    shape = (setting.batch, arguments.context)
+    tokens_BT = torch.randint(VOCAB_SIZE, shape, generator=generator).to(ranks.device)
     record: dict[str, Any] = ranks.decided(lambda: read(arguments.out))
     names = [one.name for one in chosen(arguments)]
     todo = due(record["rounds"], names, arguments.rounds)
@@ -46,15 +52,15 @@ def main() -> None:
     gc.collect()
     gc.freeze()
     ranks.say(f"{len(ready)} contestants ready in {time.perf_counter() - started:.0f} s")
-    for name, one in ready.items():
+    for one in ready.values():
         for _ in range(one.lead_in):
             one.step(tokens_BT, tokens_BT)
-        if one.lead_in:
-            ranks.say(f"{name}: {one.lead_in} steps before it is what it is")
     for turn in range(arguments.warmup):
-        taken = take_round(ready, tokens_BT, ranks, arguments.settle)
-        ranks.say(described(f"warm-up {turn + 1}", taken))
+        began = time.perf_counter()
+        take_round(ready, tokens_BT, ranks, arguments.settle)
+        ranks.say(f"warm-up {turn + 1}: {time.perf_counter() - began:.1f} s")
     while todo:
+        began = time.perf_counter()
         taken = take_round({name: ready[name] for name in todo}, tokens_BT, ranks, arguments.settle)
         record["rounds"].append(taken)
         record["facts"] = {
@@ -69,9 +75,9 @@ def main() -> None:
             write_json(arguments.out, record)
         # By rank 0's record, which is every rank's but for the parts of its steps.
         todo = ranks.decided(lambda: due(record["rounds"], names, arguments.rounds))
-        ranks.say(described(f"round {len(record['rounds'])}", taken))
-    ranks.barrier()
-    end_process(0)
+        seconds, count = time.perf_counter() - began, len(record["rounds"])
+        left = timedelta(seconds=round(seconds * (arguments.rounds - count) if todo else 0))
+        ranks.say(f"round {count}: {seconds:.1f} s, at most about {left} left")
 
 
 def parse() -> argparse.Namespace:
@@ -127,12 +133,6 @@ def sent_bytes() -> int:
 def peak_rss_bytes() -> int:
     """The largest resident set of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def described(what: str, taken: dict[str, Any]) -> str:
-    """A line of progress."""
-    seconds = sum(one["seconds"] for one in taken.values())
-    return f"{what}: timed steps of {len(taken)} took {timedelta(seconds=round(seconds))}"
 
 
 if __name__ == "__main__":
