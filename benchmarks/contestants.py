@@ -92,7 +92,7 @@ def contestants(powersgd_rank: int = 4) -> list[Contestant]:
     rows.append(
         Contestant(
             name="waiting-w4g4-once-bf16",
-            what="the same, reduces waited for",
+            what="qsdp W4G4 once, bf16, reduces waited for",
             make=fsdp(BF16_FP32_REDUCE, config, waits=True),
             role=YARDSTICK,
         )

@@ -78,10 +78,11 @@ def report(folders: list[Path]) -> str:
             if name in found and found[name]["val_loss"] is not None
         )
         lines += ["", f"Validation loss: {values} ({losses_in_words(losses)})."]
-    commands = " ".join(f"--rate {record['link']}," for record in records).rstrip(",")
+    commands = ", ".join(f"`--rate {record['link']}`" for record in records)
     lines += [
         "",
-        f"Command: `sudo python benchmarks/link.py --hosts {first['hosts']}`, {commands}.",
+        f"Command: `sudo python benchmarks/link.py --hosts {first['hosts']} --model "
+        f"{settings['model']}` with {commands}.",
     ]
     if len(codes) > 1:
         lines += ["", "The links were measured with different states of the code."]

@@ -62,7 +62,7 @@ def table(record: Record) -> str:
         if name != FIRST:
             lines.append(f"{name}: {row['what']}")
     heads = {FIRST: "FSDP2 fp32", "the best that shards": "best sharded"}
-    head = f"{'':38}{'ms':>8}{'spread':>14}{'MB sent':>9}"
+    head = f"{'':42}{'ms':>8}{'spread':>14}{'MB sent':>9}"
     head += "".join(f"{heads.get(name, 'best rival'):>14}" for name in against)
     head += f"{'train loss':>12}{'val loss':>10}" if losses else ""
     lines += ["", head]
@@ -70,7 +70,7 @@ def table(record: Record) -> str:
         seconds = row["seconds"]
         spread = f"{1e3 * min(seconds):.0f}-{1e3 * max(seconds):.0f}"
         sent = statistics.median(row["sent_bytes"]) / 1e6
-        line = f"{row['what']:38}{1e3 * median_of(row):8.0f}{spread:>14}{sent:9.2f}"
+        line = f"{row['what']:42}{1e3 * median_of(row):8.0f}{spread:>14}{sent:9.2f}"
         line += "".join(f"{ratio(other, row):13.2f}x" for other in against.values())
         if losses and (loss := losses["rows"].get(row["name"])):
             line += f"{_nats(loss['train_loss']):>12}{_nats(loss['val_loss']):>10}"
@@ -135,10 +135,10 @@ def explanation_table(found: list[dict[str, Any]]) -> str:
     keys += [f"{way}_{phase}_s" for way in ("gather", "reduce") for phase in PHASES]
     lines = [
         "what a step is made of, ms: computation, FSDP2's copies, and what qsdp's collectives took",
-        f"{'':38}" + "".join(f"{head:>15}" for head in [*heads, "sum", "measured", "off"]),
+        f"{'':42}" + "".join(f"{head:>15}" for head in [*heads, "sum", "measured", "off"]),
     ]
     for one in found:
-        line = f"{one['what']:38}"
+        line = f"{one['what']:42}"
         line += "".join(f"{1e3 * one[key]:15.0f}" for key in [*keys, "sum_s", "measured_s"])
         lines.append(f"{line}{100 * one['off']:+14.1f}%")
     return "\n".join(lines)
