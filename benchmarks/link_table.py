@@ -130,17 +130,18 @@ def explanations(record: Record) -> list[dict[str, Any]]:
 
 def explanation_table(found: list[dict[str, Any]]) -> str:
     """Milliseconds, a line a contestant."""
-    heads = ["floor", "copies", *(f"{way} {p}" for way in ("gather", "reduce") for p in PHASES)]
     keys = ["floor_s", "copies_s"]
     keys += [f"{way}_{phase}_s" for way in ("gather", "reduce") for phase in PHASES]
+    keys += ["sum_s", "measured_s"]
+    heads = ["floor", "copies", *PHASES, *PHASES, "sum", "measured", "off"]
     lines = [
         "what a step is made of, ms: computation, FSDP2's copies, and what qsdp's collectives took",
-        f"{'':42}" + "".join(f"{head:>15}" for head in [*heads, "sum", "measured", "off"]),
+        f"{'':60}{'gather':>15}{'reduce':>27}",
+        f"{'':42}" + "".join(f"{head:>9}" for head in heads),
     ]
     for one in found:
-        line = f"{one['what']:42}"
-        line += "".join(f"{1e3 * one[key]:15.0f}" for key in [*keys, "sum_s", "measured_s"])
-        lines.append(f"{line}{100 * one['off']:+14.1f}%")
+        line = f"{one['what']:42}" + "".join(f"{1e3 * one[key]:9.0f}" for key in keys)
+        lines.append(f"{line}{100 * one['off']:+8.1f}%")
     return "\n".join(lines)
 
 
@@ -177,7 +178,7 @@ def plot(record: Record, path: Path) -> bool:
         if row["name"] in losses:
             text += f"   (loss {_nats(losses[row['name']]['val_loss'])})"
         axes.text(medians[place], place, text, va="center", fontsize=8)
-    axes.margins(x=0.18)
+    axes.margins(x=0.25)
     for row in rows:
         if row["role"] == FLOOR and row["name"].endswith("fp32"):
             axes.axvline(median_of(row), color="0.5", linewidth=0.8, linestyle=":")
