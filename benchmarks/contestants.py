@@ -1,54 +1,30 @@
-"""What a user would run instead: one process of a comparison on the same link, under link.py.
-
-Builds every contestant's own copy of one GPT and lets them take turns: each round one training step
-of each, on the same tokens. Rank 0 writes rows of JSON: seconds a step (the slowest rank's), bytes
-that left the hosts' interfaces, and for qsdp where the time of its collectives went.
-
-    sudo python benchmarks/link.py --hosts 2 --rate 100mbit -- contestants.py --out rows.json
-"""
+"""Who takes part in a comparison by link.py: no communication, FSDP2, its rivals, and qsdp."""
 
 from __future__ import annotations
 
 import argparse
-import gc
-import os
-import resource
-import sys
-import time
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from rivals import ddp, powersgd, zero3
+from steps import MODELS, Ready, Setting, whole_model, with_adamw
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import qsdp
-from qsdp.files import write_json
-from qsdp.models import GPT, GPTConfig, init_weights
-from qsdp.train.world import end_process, keep_freed_memory
-
-LR = 1e-3
-MODELS = {
-    "1m": (4, 128),
-    "5m": (6, 256),
-    "19m": (6, 512),
-    "50m": (7, 768),
-    "116m": (12, 896),
-    "302m": (24, 1024),
-}
-"""Layers and width by name, which is about the number of parameters."""
+from qsdp.models import GPT, init_weights
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 BF16_FP32_REDUCE = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 FP32 = MixedPrecisionPolicy()
+
+FLOOR, YARDSTICK, RIVAL, OURS = "floor", "yardstick", "rival", "ours"
+"""What a contestant is for: a yardstick explains others' time, and stands in no comparison."""
+
+SHORT = ("alone-fp32", "fsdp-fp32", "ddp-fp32", "ddp-powersgd-fp32", "qsdp-w4g4-once-fp32")
+"""Who is in the short form, beside ZeRO-3 or, where it is not installed, qsdp with 8 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,98 +33,93 @@ class Contestant:
 
     name: str
     what: str
-    make: Callable[[Setting], Step]
+    make: Callable[[Setting], Ready]
+    role: str = RIVAL
+    shards: bool = False
+    """Whether a rank holds only its part of weights and optimizer state."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What all contestants share."""
-
-    size: GPTConfig
-    tokens: Tensor
-    """int64 [batch, context]: inputs and, for want of better, targets."""
-    mesh: DeviceMesh
-    alone: DeviceMesh
-    """Of this rank only."""
-    groups: int
-    """FSDP2 groups of blocks, beside the root's."""
-
-
-@dataclass
-class Step:
-    """A model ready to train."""
-
-    run: Callable[[], None]
-    handle: qsdp.Handle | None = None
-    seconds: list[float] = field(default_factory=list)
-    sent_bytes: list[int] = field(default_factory=list)
-    parts: list[dict[str, float]] = field(default_factory=list)
-
-
-def contestants() -> list[Contestant]:
+def contestants(powersgd_rank: int = 4) -> list[Contestant]:
     """All of them, in the order of the table."""
-    rows = [
-        Contestant(name="alone-fp32", what="no communication, fp32", make=alone(torch.float32)),
-        Contestant(name="alone-bf16", what="no communication, bf16", make=alone(torch.bfloat16)),
-        Contestant(
-            name="fsdp-alone-fp32", what="FSDP2 over one rank, fp32", make=fsdp(FP32, is_alone=True)
-        ),
-        Contestant(
-            name="fsdp-alone-bf16",
-            what="FSDP2 over one rank, bf16",
-            make=fsdp(BF16_FP32_REDUCE, is_alone=True),
-        ),
-        Contestant(name="fsdp-fp32", what="FSDP2 fp32", make=fsdp(FP32)),
-        Contestant(name="fsdp-bf16", what="FSDP2 bf16", make=fsdp(BF16)),
-        Contestant(
-            name="fsdp-bf16-fp32-reduce",
-            what="FSDP2 bf16, fp32 reduce",
-            make=fsdp(BF16_FP32_REDUCE),
-        ),
+    rows = []
+    for name, dtype, policy in (
+        ("fp32", torch.float32, FP32),
+        ("bf16", torch.bfloat16, BF16_FP32_REDUCE),
+    ):
+        rows += [
+            Contestant(
+                name=f"alone-{name}",
+                what=f"no communication, {name}",
+                make=alone(dtype),
+                role=FLOOR,
+            ),
+            Contestant(
+                name=f"fsdp-alone-{name}",
+                what=f"FSDP2 over one rank, {name}",
+                make=fsdp(policy, is_alone=True),
+                role=YARDSTICK,
+            ),
+        ]
+    for name, what, policy in (
+        ("fsdp-fp32", "FSDP2 fp32", FP32),
+        ("fsdp-bf16", "FSDP2 bf16", BF16),
+        ("fsdp-bf16-fp32-reduce", "FSDP2 bf16, fp32 reduce", BF16_FP32_REDUCE),
+    ):
+        rows.append(Contestant(name=name, what=what, make=fsdp(policy), shards=True))
+    low_rank = f"DDP PowerSGD rank {powersgd_rank}"
+    rows += [
         Contestant(name="ddp-fp32", what="DDP fp32", make=ddp(is_bf16=False)),
         Contestant(name="ddp-bf16", what="DDP bf16, bf16 hook", make=ddp(is_bf16=True)),
-        Contestant(name="zero3-fp32", what="DeepSpeed ZeRO-3 fp32", make=zero3(is_bf16=False)),
-        Contestant(name="zero3-bf16", what="DeepSpeed ZeRO-3 bf16", make=zero3(is_bf16=True)),
         Contestant(
-            name="qsdp-32",
-            what="qsdp fp32 values, fp32",
-            make=fsdp(FP32, qsdp.QSDPConfig(weight_bits=32, grad_bits=32)),
+            name="ddp-powersgd-fp32", what=f"{low_rank}, fp32", make=powersgd(is_bf16=False)
+        ),
+        Contestant(name="ddp-powersgd-bf16", what=f"{low_rank}, bf16", make=powersgd(is_bf16=True)),
+        Contestant(
+            name="zero3-fp32", what="DeepSpeed ZeRO-3 fp32", make=zero3(is_bf16=False), shards=True
         ),
         Contestant(
-            name="qsdp-16",
-            what="qsdp bf16 values, bf16",
-            make=fsdp(BF16, qsdp.QSDPConfig(weight_bits=32, grad_bits=32)),
+            name="zero3-bf16", what="DeepSpeed ZeRO-3 bf16", make=zero3(is_bf16=True), shards=True
         ),
     ]
-    for bits in (8, 4):
-        for gather in ("twice", "once"):
-            for precision, policy in (("fp32", FP32), ("bf16", BF16_FP32_REDUCE)):
-                config = qsdp.QSDPConfig(weight_bits=bits, grad_bits=bits, gather=gather)
-                rows.append(
-                    Contestant(
-                        name=f"qsdp-w{bits}g{bits}-{gather}-{precision}",
-                        what=f"qsdp W{bits}G{bits} gathered {gather}, {precision}",
-                        make=fsdp(policy, config),
-                    )
-                )
+    rows += [
+        of_qsdp(bits, gather, precision)
+        for precision in ("fp32", "bf16")
+        for bits in (32, 16, 8, 4)
+        for gather in ("twice", "once")
+        if (bits, precision) != (16, "bf16")  # at 32 bf16 values travel as they are
+    ]
     config = qsdp.QSDPConfig(weight_bits=4, grad_bits=4, gather="once")
     rows.append(
         Contestant(
             name="waiting-w4g4-once-bf16",
-            what="the same, reduces waited for",
+            what="qsdp W4G4 once, bf16, reduces waited for",
             make=fsdp(BF16_FP32_REDUCE, config, waits=True),
+            role=YARDSTICK,
         )
     )
     return rows
 
 
-def alone(dtype: torch.dtype) -> Callable[[Setting], Step]:
+def of_qsdp(bits: int, gather: str, precision: str) -> Contestant:
+    """FSDP2 with qsdp's wire; of 32 bits in bf16, values are bf16 both ways."""
+    is_bf16 = precision == "bf16"
+    values = {32: f"{precision} values", 16: "bf16 values"}.get(bits, f"W{bits}G{bits}")
+    config = qsdp.QSDPConfig(weight_bits=bits, grad_bits=bits, gather=gather)
+    policy = (BF16 if bits == 32 else BF16_FP32_REDUCE) if is_bf16 else FP32
+    return Contestant(
+        name=f"qsdp-w{bits}g{bits}-{gather}-{precision}",
+        what=f"qsdp {values} gathered {gather}, {precision}",
+        make=fsdp(policy, config),
+        role=OURS,
+        shards=True,
+    )
+
+
+def alone(dtype: torch.dtype) -> Callable[[Setting], Ready]:
     """The floor: every rank trains a whole model and hears of nobody."""
 
-    def make(setting: Setting) -> Step:
-        model = GPT(setting.size)
-        init_weights(model, seed=0)
-        return Step(trainer(model.to(dtype), setting))
+    def make(setting: Setting) -> Ready:
+        return with_adamw(whole_model(setting).to(dtype), setting)
 
     return make
 
@@ -159,12 +130,12 @@ def fsdp(
     *,
     is_alone: bool = False,
     waits: bool = False,
-) -> Callable[[Setting], Step]:
+) -> Callable[[Setting], Ready]:
     """FSDP2 as launch/train_gpt.py uses it, with qsdp's wire where there is a config; alone it has
     nobody to talk to, and what is left is its own work and the computation. Where gradients are
     read in the backward pass (``waits``), qsdp's reduces cannot travel beside it."""
 
-    def make(setting: Setting) -> Step:
+    def make(setting: Setting) -> Ready:
         with torch.device("meta"):
             model = GPT(setting.size)
         mesh = setting.alone if is_alone else setting.mesh
@@ -176,167 +147,44 @@ def fsdp(
         fully_shard(model, mesh=mesh, mp_policy=policy)
         for module, following in pairwise([model, *(blocks[0] for blocks in groups)]):
             module.set_modules_to_forward_prefetch([following])
-        model.to_empty(device="cpu")
+        model.to_empty(device=setting.device)
         init_weights(model, seed=0)
         for parameter in model.parameters() if waits else ():
             parameter.register_post_accumulate_grad_hook(lambda _: None)
         handle = None if config is None else qsdp.install(model, config)
-        return Step(trainer(model, setting), handle)
+        return with_adamw(model, setting, handle)
 
     return make
 
 
-def ddp(*, is_bf16: bool) -> Callable[[Setting], Step]:
-    """DDP with fp32 weights; in bf16 by autocast, its gradients through the bf16 hook."""
+def chosen(arguments: argparse.Namespace) -> list[Contestant]:
+    """Those that the patterns of --contestants and --without leave; maybe none."""
+    patterns = arguments.contestants or (["*"] if arguments.device == "cuda" else ["*-fp32"])
 
-    def make(setting: Setting) -> Step:
-        model = GPT(setting.size)
-        init_weights(model, seed=0)
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        if is_bf16:
-            wrapped.register_comm_hook(None, averaged_in_bf16)
-        return Step(trainer(wrapped, setting, autocast=is_bf16))
+    def matches(name: str, patterns: list[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
 
-    return make
-
-
-def averaged_in_bf16(_, bucket):  # DDP refuses annotations that are texts
-    """What torch's bf16_compress_hook does, which it refuses to do over gloo."""
-    halves = bucket.buffer().to(torch.bfloat16).div_(dist.get_world_size())
-    future = dist.all_reduce(halves, async_op=True).get_future()
-    return future.then(lambda done: bucket.buffer().copy_(done.value()[0]))
+    return [
+        one
+        for one in contestants(arguments.powersgd_rank)
+        if matches(one.name, patterns) and not matches(one.name, arguments.without)
+    ]
 
 
-def zero3(*, is_bf16: bool) -> Callable[[Setting], Step]:
-    """DeepSpeed ZeRO stage 3 as its documentation sets it up, with torch's AdamW."""
-
-    def make(setting: Setting) -> Step:
-        import deepspeed
-
-        model = GPT(setting.size)
-        init_weights(model, seed=0)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-        config = {
-            "train_micro_batch_size_per_gpu": setting.tokens.shape[0],
-            "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True},
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": is_bf16},
-            "steps_per_print": 10**9,
-        }
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config, dist_init_required=False
-        )
-
-        def run() -> None:
-            _, loss = engine(setting.tokens, setting.tokens)
-            engine.backward(loss)
-            engine.step()
-
-        return Step(run)
-
-    return make
+def trained(arguments: argparse.Namespace) -> list[Contestant]:
+    """Those of `chosen` whose loss says something."""
+    return [one for one in chosen(arguments) if one.role != YARDSTICK]
 
 
-def trainer(model: nn.Module, setting: Setting, *, autocast: bool = False) -> Callable[[], None]:
-    """One AdamW step of a model whose forward gives (None, loss)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-
-    def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            _, loss = model(setting.tokens, setting.tokens)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
-
-
-def main() -> None:
-    arguments = parse()
-    warnings.simplefilter("ignore", FutureWarning)  # of FSDP2's and DeepSpeed's own calls
-    torch.set_num_threads(arguments.threads)
-    keep_freed_memory()  # as qsdp's trainer does; all contestants have it
-    started = time.perf_counter()
-    dist.init_process_group("gloo", timeout=timedelta(minutes=30))
-    size, rank = dist.get_world_size(), dist.get_rank()
-    layers, width = MODELS[arguments.model]
-    config = GPTConfig(
-        vocab_size=256,
-        num_layers=layers,
-        num_heads=width // 64,
-        width=width,
-        context=arguments.context,
-    )
-    shape = (max(1, arguments.tokens // arguments.context), arguments.context)
-    generator = torch.Generator().manual_seed(rank)
-    setting = Setting(
-        size=config,
-        tokens=torch.randint(config.vocab_size, shape, generator=generator),
-        mesh=init_device_mesh("cpu", (size,)),
-        alone=init_device_mesh("cpu", (size, 1), mesh_dim_names=("rank", "self"))["self"],
-        groups=min(arguments.groups or layers, layers),
-    )
-    chosen = [c for c in contestants() if is_chosen(c.name, arguments)]
-    bare_rss_bytes = peak_rss_bytes()
-    steps = {contestant.name: contestant.make(setting) for contestant in chosen}
-    gc.collect()
-    gc.freeze()
-    say(f"{len(steps)} contestants ready in {time.perf_counter() - started:.0f} s")
-    for turn in range(arguments.warmup + arguments.rounds):
-        begun = time.perf_counter()
-        for step in steps.values():
-            for _ in range(arguments.settle):
-                step.run()
-            measure(step, is_kept=turn >= arguments.warmup)
-        what = "warm-up" if turn < arguments.warmup else "round"
-        count = turn + 1 if turn < arguments.warmup else turn + 1 - arguments.warmup
-        taken = time.perf_counter() - begun
-        left = taken * (arguments.warmup + arguments.rounds - turn - 1)
-        say(f"{what} {count}: {taken:.1f} s, about {timedelta(seconds=round(left))} left")
-    if rank == 0:
-        rows = [
-            {
-                "name": contestant.name,
-                "what": contestant.what,
-                "seconds": step.seconds,
-                "sent_bytes": step.sent_bytes,
-                "parts": step.parts,
-            }
-            for contestant, step in zip(chosen, steps.values(), strict=True)
-        ]
-        record = {
-            "parameters": parameters(config),
-            "tokens": shape[0] * shape[1],
-            "ranks": size,
-            "groups": setting.groups,
-            "threads": arguments.threads,
-            "bare_rss_bytes": bare_rss_bytes,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "rows": rows,
-        }
-        write_json(arguments.out, record)
-    dist.barrier()
-    end_process(0)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help="a file for the rows")
-    return parser.parse_args()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the driver hands through."""
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    """What a comparison's driver hands through to its ranks."""
     parser.add_argument("--model", choices=MODELS, default="19m", help="its number of parameters")
     parser.add_argument(
         "--groups", type=int, default=0, help="FSDP2 groups of blocks; 0: each block is its own"
     )
-    parser.add_argument("--tokens", type=int, default=768, help="a rank and step")
+    parser.add_argument("--tokens", type=int, default=1024, help="a rank and step")
     parser.add_argument("--context", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each contestant")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contestant")
     parser.add_argument("--warmup", type=int, default=1, help="untimed rounds before")
     parser.add_argument(
         "--settle",
@@ -347,65 +195,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, default=1, help="of torch, a rank")
     parser.add_argument(
-        "--contestants", nargs="+", default=["*"], help="shell-style patterns of names"
+        "--device", choices=("cpu", "cuda"), help="a GPU a rank where there are enough, else CPUs"
+    )
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        help="shell-style patterns of names; by default *-fp32, on GPUs all",
     )
     parser.add_argument("--without", nargs="+", default=[], help="patterns of names to leave out")
-
-
-def is_chosen(name: str, arguments: argparse.Namespace) -> bool:
-    """Whether a contestant runs."""
-    chosen, left_out = (
-        any(fnmatchcase(name, pattern) for pattern in patterns)
-        for patterns in (arguments.contestants, arguments.without)
-    )
-    return chosen and not left_out
-
-
-def parameters(size: GPTConfig) -> int:
-    """Values of a model."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in GPT(size).parameters())
-
-
-def measure(step: Step, *, is_kept: bool) -> None:
-    """Take one step of a contestant and write down what it took."""
-    before = {} if step.handle is None else step.handle.times.snapshot()
-    dist.barrier()
-    sent = sent_bytes()
-    started = time.perf_counter()
-    step.run()
-    seconds = time.perf_counter() - started
-    dist.barrier()
-    found = torch.tensor([seconds, float(sent_bytes() - sent)], dtype=torch.float64)
-    slowest = found.clone()
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    if not is_kept:
-        return
-    step.seconds.append(float(slowest[0]))
-    step.sent_bytes.append(int(slowest[1]))
-    if step.handle is not None:
-        after = step.handle.times.snapshot()
-        step.parts.append({name: after[name] - before[name] for name in after})
-
-
-def sent_bytes() -> int:
-    """What has left this host's interface; 0 where gloo was not given one."""
-    interface = os.environ.get("GLOO_SOCKET_IFNAME")
-    if not interface:
-        return 0
-    return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def say(text: str) -> None:
-    """Print progress on rank 0."""
-    if dist.get_rank() == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    parser.add_argument("--powersgd-rank", type=int, default=4, help="of its matrices")

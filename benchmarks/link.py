@@ -1,53 +1,65 @@
 """Hosts with a slow link between them on this machine: run a command there, or compare contestants.
 
     sudo python benchmarks/link.py --hosts 2 --rate 100mbit
+    sudo python benchmarks/link.py --short
     sudo python benchmarks/link.py --hosts 2 --rate 1gbit --nproc-per-node 2 -- program.py --flags
+    python benchmarks/link.py --report out/100mbit out/1gbit out/loopback
 
 Hosts are network namespaces. Without a command the contestants of contestants.py train the same GPT
-on them, in turns: no communication, FSDP2, DDP, DeepSpeed ZeRO-3 (where it is installed) and qsdp.
-Every ratio is the median over rounds of two steps of the same round. At the end a table, link.json
-and link.png are in --out. `--rate loopback` compares in plain processes, without hosts or root.
+on them, in turns (turns.py): no communication, FSDP2, DDP, DDP with PowerSGD, DeepSpeed ZeRO-3
+(where it is installed) and qsdp. Then each trains a small model on real text, without the link, and
+its loss stands beside its time (losses.py). In the end a table, link.json and link.png are in
+--out. Killed, the same command goes on after the last finished round or training; more --rounds add
+to those that are there. `--rate loopback` compares in plain processes, without hosts or root;
+--short is 100 Mbit/s with the floor and five contestants; --report makes one table of several
+finished --out.
 
 With a command every host runs it once, and ranks meet through the environment (RANK, WORLD_SIZE,
 MASTER_ADDR, ...); with --nproc-per-node every host runs torchrun. gloo uses the interface of the
 link. At the end each interface's bytes and packets are printed, and written to --json.
 
-Linux only; hosts need root and iproute2. Exits with status 2 without them, and with 1 if a command
-fails, or, after a comparison, if a target is missed.
+Linux only; hosts need root and iproute2. Exits with status 2 without them and for what cannot be
+run, and with 1 if a command fails, or, after a comparison, if a target is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
-import subprocess
+import re
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import machine
-from contestants import add_arguments, contestants, is_chosen
-from link_table import adds_up, plot, table, verdicts
-from namespaces import HEADER_BYTES, MASTER_PORT, Counters, Hosts, Unavailable, exit_on_termination
+from contestants import SHORT, add_arguments, chosen, contestants
+from link_report import report
+from link_table import explanation_table, explanations, plot, table
+from link_targets import adds_up, in_words, verdicts
+from losses import CONTEXT, add_loss_arguments
+from namespaces import HEADER_BYTES, Counters, Hosts, Unavailable, exit_on_termination
+from race import LOOPBACK, begin_losses, device_of, link_of, take_losses, take_turns, torchrun
+from runs import Mistake
 
-from qsdp.files import write_json
+from qsdp.files import unclaimed, write_json
 
-LOOPBACK = "loopback"
+SHORT_FORM = {"rate": "100mbit", "rounds": 3, "settle": 0, "loss_steps": 200}
 
 
 def main() -> None:
     arguments = parse()
     exit_on_termination()
     try:
-        if arguments.command:
+        if arguments.report:
+            print(report(arguments.report))
+        elif arguments.command:
+            check_link(arguments)
             run_command(arguments)
         else:
+            check_link(arguments)
+            check_comparison(arguments)
             sys.exit(compare(arguments))
-    except Unavailable as error:
+    except (Unavailable, Mistake) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, ValueError) as error:
@@ -71,20 +83,67 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="a file for a command's counters")
     comparison = parser.add_argument_group("comparison")
     comparison.add_argument("--out", type=Path, default=Path("out/link"), help="a folder")
+    comparison.add_argument(
+        "--short", action="store_true", help="the short form: under 8 minutes on two cores"
+    )
+    comparison.add_argument(
+        "--report", type=Path, nargs="+", metavar="OUT", help="make one table of finished folders"
+    )
     add_arguments(comparison)
-    arguments = parser.parse_args()
+    add_loss_arguments(comparison)
+    if parser.parse_args().short:
+        parser.set_defaults(**SHORT_FORM, contestants=short_list())
+    return parser.parse_args()
+
+
+def short_list() -> list[str]:
+    """The floor and five, in the fifth place a rival that shards if there is one to run."""
+    return [*SHORT, "zero3-fp32" if find_spec("deepspeed") else "qsdp-w8g8-once-fp32"]
+
+
+def check_link(arguments: argparse.Namespace) -> None:
+    """Raise Mistake for hosts or a rate that cannot be."""
     if arguments.rate == LOOPBACK and arguments.command:
-        parser.error("--rate is loopback, which is for comparisons: run the command by itself")
-    if not arguments.command:
-        if arguments.rounds < 1 or arguments.warmup < 0:
-            parser.error(
-                f"--rounds is {arguments.rounds} and --warmup {arguments.warmup}: give at least "
-                "1 and 0"
+        raise Mistake("--rate is loopback, which is for comparisons: run the command by itself")
+    if arguments.short and arguments.command:
+        raise Mistake("--short is for comparisons, but a command is given: leave one of them out")
+    if arguments.rate not in (None, LOOPBACK) and not re.fullmatch(
+        r"(?=.*[1-9])\d+(\.\d+)?[kmgt]?bit", arguments.rate
+    ):
+        raise Mistake(
+            f"--rate is {arguments.rate!r}: give a rate as tc writes it, for instance 100mbit or "
+            "1gbit, or loopback"
+        )
+    for name in ("hosts", "nproc_per_node"):
+        value = getattr(arguments, name)
+        if value is not None and not 1 <= value <= 250:
+            raise Mistake(f"--{name.replace('_', '-')} is {value}: give 1 to 250")
+
+
+def check_comparison(arguments: argparse.Namespace) -> None:
+    """Raise Mistake for a comparison that cannot be run."""
+    least = {"rounds": 1, "warmup": 0, "settle": 0, "groups": 0, "threads": 1, "context": 1}
+    least |= {"powersgd_rank": 1, "loss_steps": 0}
+    least |= {"tokens": arguments.context, "loss_tokens": CONTEXT}
+    for name, limit in least.items():
+        value = getattr(arguments, name)
+        if value < limit:
+            raise Mistake(f"--{name.replace('_', '-')} is {value}: give at least {limit}")
+    if arguments.loss_steps in range(1, 20):
+        raise Mistake(f"--loss-steps is {arguments.loss_steps}: give at least 20, or 0 for none")
+    for name, unit in (("tokens", arguments.context), ("loss_tokens", CONTEXT)):
+        if getattr(arguments, name) % unit:
+            raise Mistake(
+                f"--{name.replace('_', '-')} is {getattr(arguments, name)}: give a multiple of "
+                f"{unit}, the tokens of a sequence"
             )
-        if not any(is_chosen(one.name, arguments) for one in contestants()):
-            names = ", ".join(one.name for one in contestants())
-            parser.error(f"--contestants and --without leave none of {names}")
-    return arguments
+    arguments.device = device_of(arguments)
+    if find_spec("deepspeed") is None:
+        arguments.without = [*arguments.without, "zero3-*"]
+        print("DeepSpeed is not installed: pip install 'qsdp[deepspeed]' for its rows")
+    if not chosen(arguments):
+        names = ", ".join(one.name for one in contestants())
+        raise Mistake(f"--contestants and --without leave none of {names}")
 
 
 def run_command(arguments: argparse.Namespace) -> None:
@@ -107,66 +166,33 @@ def run_command(arguments: argparse.Namespace) -> None:
 
 def compare(arguments: argparse.Namespace) -> int:
     """Let the contestants take turns; print, write and draw. Returns the exit status."""
-    without = [*arguments.without]
-    if find_spec("deepspeed") is None:
-        without.append("zero3-*")
-        print("DeepSpeed is not installed: pip install 'qsdp[deepspeed]' for its rows")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    record = take_turns(arguments, without)
-    described = machine.describe()
-    link = LOOPBACK if arguments.rate == LOOPBACK else arguments.rate or "no limit"
-    record |= {"link": link, "hosts": arguments.hosts, "machine": described}
-    found = [*verdicts(record), *adds_up(record)]
-    record["targets"] = found
-    write_json(arguments.out / "link.json", record)
-    print(table(record))
-    for verdict in found:
-        limit = f"at {'least' if verdict['is_least'] else 'most'} {verdict['limit']}"
-        state = "met" if verdict["is_met"] else "MISSED"
-        print(f"{verdict['what']}: {verdict['value']:.3f}, {limit}: {state}")
-    print(machine.one_line(described))
-    if not plot(record, arguments.out / "link.png"):
-        print("no plot: it needs matplotlib")
+    out = arguments.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Mistake(f"--out is {out}, which cannot be made ({error.strerror})") from None
+    with unclaimed(out) as is_ours:
+        if not is_ours:
+            raise Mistake(f"--out is {out}, where another comparison runs: wait, or give another")
+        if arguments.loss_steps:
+            begin_losses(arguments, out / "losses.json")  # heard of now rather than after turns
+        record = take_turns(arguments, out / "turns.json")
+        described = machine.describe(arguments.device)
+        record |= {"link": link_of(arguments), "hosts": arguments.hosts, "machine": described}
+        if arguments.loss_steps:
+            record["losses"] = take_losses(arguments, out / "losses.json")
+        found = [*verdicts(record), *adds_up(record)]
+        record |= {"targets": found, "explanations": explanations(record)}
+        write_json(out / "link.json", record)
+        print(table(record))
+        if record["explanations"]:
+            print(f"\n{explanation_table(record['explanations'])}\n")
+        for verdict in found:
+            print(in_words(verdict))
+        print(machine.one_line(described))
+        if not plot(record, out / "link.png"):
+            print("no plot: it needs matplotlib")
     return 0 if all(verdict["is_met"] for verdict in found) else 1
-
-
-def take_turns(arguments: argparse.Namespace, without: list[str]) -> dict[str, Any]:
-    """What contestants.py writes."""
-    environment = {"OMP_NUM_THREADS": str(arguments.threads), "DS_ACCELERATOR": "cpu"}
-    nproc = arguments.nproc_per_node
-    with tempfile.TemporaryDirectory(prefix="qsdp-link-") as folder:
-        out = Path(folder) / "rows.json"
-        command = [str(Path(__file__).with_name("contestants.py")), "--out", str(out)]
-        names = ("model", "groups", "tokens", "context", "rounds", "warmup", "settle", "threads")
-        for name in names:
-            command += [f"--{name}", str(getattr(arguments, name))]
-        command += ["--contestants", *arguments.contestants]
-        command += ["--without", *without] if without else []
-        if arguments.rate == LOOPBACK:
-            ranks = str(arguments.hosts * (nproc or 1))
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            launcher += ["--nproc-per-node", ranks, *command]
-            done = subprocess.run(launcher, env=os.environ | environment, check=False)
-            if done.returncode:
-                raise RuntimeError(f"contestants.py failed with status {done.returncode}")
-        else:
-            launched = (
-                [sys.executable, *command]
-                if nproc is None
-                else torchrun(arguments.hosts, nproc, command)
-            )
-            with Hosts(arguments.hosts, arguments.rate, offload=True) as hosts:
-                hosts.run(launched, env=environment, timeout=arguments.timeout)
-        record: dict[str, Any] = json.loads(out.read_text())
-        return record
-
-
-def torchrun(num_hosts: int, nproc_per_node: int, command: list[str]) -> list[str]:
-    """The command line that starts `command` with torchrun on every host."""
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
-    launcher += ["--nnodes", str(num_hosts), "--node-rank", "{host}"]
-    launcher += ["--nproc-per-node", str(nproc_per_node)]
-    return [*launcher, "--master-addr", "10.77.0.1", "--master-port", str(MASTER_PORT), *command]
 
 
 def counters_table(counters: list[Counters]) -> str:

@@ -27,9 +27,10 @@ from typing import Any
 
 import machine
 from contestants import add_arguments
-from link import take_turns
 from link_table import plot, table
+from link_table import ratio as ratio_of_rows
 from namespaces import Unavailable, exit_on_termination
+from race import take_turns
 
 from qsdp.files import write_json
 
@@ -37,7 +38,13 @@ OPERATIONS = 8192 * (6 * 1.3e9 + 12 * 24 * 2048 * 2048)
 COMPUTE_S = OPERATIONS / 40e12
 NODE_BYTES = 3 * 4 * 1.3e9
 ASKED = 2.2
-CONTESTANTS = ("fsdp-alone-fp32", "fsdp-fp32", "qsdp-32", "qsdp-w8g8-*-fp32", "qsdp-w4g4-once-*")
+CONTESTANTS = (
+    "fsdp-alone-fp32",
+    "fsdp-fp32",
+    "qsdp-w32g32-twice-fp32",
+    "qsdp-w8g8-*-fp32",
+    "qsdp-w4g4-once-*",
+)
 
 
 def ratio(gbit: float) -> float:
@@ -52,7 +59,7 @@ def main() -> None:
     try:
         # How long the computation takes, and how much FSDP2 sends: the rate follows.
         arguments.rate, arguments.contestants = "10gbit", ["fsdp-alone-fp32", "fsdp-fp32"]
-        alone, sharded = take_turns(arguments, [])["rows"]
+        alone, sharded = take_turns(arguments)["rows"]
         compute_s = statistics.median(alone["seconds"])
         sent_bytes = statistics.median(sharded["sent_bytes"])
         arguments.contestants = list(CONTESTANTS)
@@ -84,16 +91,15 @@ def at(
     """All contestants on the link that stands for one of the paper's."""
     kbit = round(8 * sent_bytes / (ratio(gbit) * compute_s) / 1e3)
     arguments.rate = f"{kbit}kbit"
-    record = take_turns(arguments, [])
+    record = take_turns(arguments)
     record |= {"hosts": arguments.hosts, "link": f"{kbit / 1e3:.0f} Mbit/s"}
-    rows = {row["name"]: row["seconds"] for row in record["rows"]}
-    pairs = zip(rows["fsdp-fp32"], rows["qsdp-w8g8-twice-fp32"], strict=True)
+    rows = {row["name"]: row for row in record["rows"]}
     plot(record, arguments.out / f"miniature-{gbit:g}gbit.png")
     return record | {
         "gbit": gbit,
         "rate": record["link"],
         "ratio": ratio(gbit),
-        "speed_up": statistics.median(theirs / ours for theirs, ours in pairs),
+        "speed_up": ratio_of_rows(rows["fsdp-fp32"], rows["qsdp-w8g8-twice-fp32"]),
     }
 
 

@@ -201,6 +201,10 @@ class Hosts:
             "MASTER_ADDR": _address(0),
             "MASTER_PORT": str(MASTER_PORT),  # the hosts are ours alone: no port is taken
             "GLOO_SOCKET_IFNAME": INTERFACE,
+            # NCCL would see one machine, and take its memory for the way to the other hosts.
+            "NCCL_SOCKET_IFNAME": INTERFACE,
+            "NCCL_HOSTID": self._hosts[host],
+            "NCCL_IB_DISABLE": "1",
             "PYTHONUNBUFFERED": "1",
         }
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from contestants import MODELS, add_arguments
-from link import LOOPBACK, take_turns
+from contestants import add_arguments
+from race import LOOPBACK, take_turns
+from steps import MODELS
 
 from qsdp.files import write_json
 from qsdp.train.plots import save_png
@@ -71,7 +72,7 @@ def parse() -> argparse.Namespace:
 def point(arguments: argparse.Namespace, changes: dict[str, Any]) -> dict[str, Any]:
     """One setting."""
     chosen = argparse.Namespace(**vars(arguments) | changes)
-    record = take_turns(chosen, [])
+    record = take_turns(chosen)
     seconds = {row["name"]: row["seconds"] for row in record["rows"]}
     found: dict[str, Any] = {
         "model": chosen.model,
@@ -80,7 +81,11 @@ def point(arguments: argparse.Namespace, changes: dict[str, Any]) -> dict[str, A
         "groups": record["groups"],
         "seconds": seconds,
         "of_fsdp": {
-            name: [ours / theirs for ours, theirs in zip(taken, seconds[THEIRS], strict=True)]
+            name: [
+                ours / theirs
+                # Fewer rounds are taken where a step is slow.
+                for ours, theirs in zip(taken, seconds[THEIRS], strict=False)
+            ]
             for name, taken in seconds.items()
         },
     }
@@ -89,7 +94,7 @@ def point(arguments: argparse.Namespace, changes: dict[str, Any]) -> dict[str, A
         found["memory_bytes"] = {}
         for name in (THEIRS, OURS, OTHER):
             chosen.contestants = [name]
-            alone = take_turns(chosen, [])
+            alone = take_turns(chosen)
             found["memory_bytes"][name] = alone["peak_rss_bytes"] - alone["bare_rss_bytes"]
     return found
 
