@@ -111,6 +111,7 @@ def _odd_cases(ranks: int, odd: int, by_the_odd: bool, is_root: bool) -> dict[st
     [
         *((3, 1, "twice", False, is_root) for is_root in (False, True)),
         *((3, 0, "once", True, is_root) for is_root in (False, True)),
+        (4, 1, "twice", False, False),  # in two hops
     ],
     (2, 3, 4),
     (0, 1),
