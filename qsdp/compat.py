@@ -111,6 +111,11 @@ class ParameterGroup:
         return {i for i, p in parameters if getattr(p, "_post_accumulate_grad_hooks", None)}
 
     @property
+    def shows_gradients(self) -> bool:
+        """Whether it has hooks that FSDP2 calls with what a reduce has brought."""
+        return self._group._all_reduce_hook is not None or bool(self.parameters_with_hooks())
+
+    @property
     def reduces_apart(self) -> bool:
         """Whether gradients have a process group of their own (torch 2.13)."""
         return getattr(self._group.mesh_info, "reduce_scatter_process_group", None) is not None

@@ -90,8 +90,6 @@ class Gathering:
         pruned weight is not zero."""
         plan, wire, payloads = self._plan, self._wire, self._payloads
         size = payloads.side.payload_bytes
-        if plan.hops is not None:  # the second hop is a collective: [Note: Late]
-            wire.late.start_hops()
         with self._on_the_wire():
             seen = self._arrival.wait()
             if plan.hops is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,7 +27,7 @@ def exhaust(reducing: Generator[None, None, int]) -> int:
 
 @dataclass(eq=False)
 class LateReduce:
-    """A reduce under way."""
+    """A reduce under way, or one of which this rank knows that ranks reduce different gradients."""
 
     group: int
     """The plan's index."""
@@ -37,40 +36,35 @@ class LateReduce:
     refuse: Callable[[], None]
     """What to do at the end if ranks reduce different gradients."""
     reducing: Generator[None, None, int] | None = None
-    """As `comm.reduce.reduce` makes it, late; None: ranks are known to differ."""
-    num_hops: int = 0
-    """How often ``reducing`` stops."""
+    """As `comm.reduce.reduce` makes it, late; None: nothing is under way."""
     slot: int = 0
     """Of its buffers."""
     divide: Callable[[Tensor], None] | None = None
     """What makes of the finished sum what FSDP2 would have made of it."""
 
-    def start_hops(self, num_hops: int) -> None:
-        """Let so many more hops, of those that are left, start."""
-        for _ in range(min(num_hops, self.num_hops)):
-            assert self.reducing is not None
-            next(self.reducing)
-            self.num_hops -= 1
-
-    def finish(self) -> None:
-        """Fill the output. Raises SetsDiffer where ranks reduce different gradients."""
+    def finish(self) -> bool:
+        """Fill the output. Returns False, and it stays NaN, where ranks reduce different ones."""
         assert self.reducing is not None
         assert self.divide is not None
-        reducing, self.reducing, self.num_hops = self.reducing, None, 0
-        exhaust(reducing)
+        reducing, self.reducing = self.reducing, None
+        try:
+            exhaust(reducing)
+        except SetsDiffer:
+            self.output.fill_(math.nan)
+            return False
         self.divide(self.output)
+        return True
 
 
 class Late:
     """What is under way, in the order in which it began. It holds no model.
 
-    [Note: Late] A reduce returns as soon as its first payloads travel. It is finished before the
-    second reduce after it, before another one of its group, and at the end of the backward pass.
-    To finish is to wait, decode and add: no matter of other ranks, so each may do so when it likes,
-    also at once. What is theirs too comes at places that all ranks have, in the same order on all:
-    the second hop starts before whatever is qsdp's next collective, and ranks that find out that
-    they reduce different gradients go on to the end of the backward pass, where all say so
-    ([Note: Consent] in `comm/consent.py`).
+    [Note: Late] A reduce returns as soon as the payloads of its last hop travel; an earlier hop is
+    inside a node, and waited for. It is finished before the second reduce after it, before another
+    one of its group, and at the end of the backward pass. To finish is to wait, decode and add:
+    no matter of other ranks, so each may do so when it likes, also at once. Ranks that find out
+    that they reduce different gradients, at whatever time, go on to the end of the backward pass,
+    where all say so ([Note: Consent] in `comm/consent.py`).
     """
 
     def __init__(self) -> None:
@@ -84,11 +78,6 @@ class Late:
     def num_under_way(self) -> int:
         return len(self._under_way())
 
-    def start_hops(self) -> None:
-        """To be called before every collective of a backward pass."""
-        for late in self._reduces:
-            late.start_hops(late.num_hops)
-
     def make_room(self, group: int) -> int:
         """To be called before a reduce of ``group``: finish what is under way of it, since FSDP2
         may add to what that fills, and the first of too many. Returns a free slot."""
@@ -98,14 +87,15 @@ class Late:
         taken = {late.slot for late in self._under_way()}
         return min(set(range(MOST_UNDER_WAY)) - taken)
 
-    def leave(self, late: LateReduce) -> None:
-        """Start ``late``, and leave it under way."""
-        late.start_hops(1)
-        late.output.fill_(math.nan)
-        self._reduces.append(late)
+    def leave(self, late: LateReduce, num_hops: int) -> None:
+        """Let the hops of ``late`` start, and leave the last one under way."""
+        assert late.reducing is not None
+        for _ in range(num_hops):
+            next(late.reducing)
+        self.refuse_at_the_end(late)
 
     def refuse_at_the_end(self, late: LateReduce) -> None:
-        """Let ``late``, of which this rank knows by now that ranks differ, wait for the end."""
+        """Let ``late`` wait for the end: of what is under way only if ranks turn out to differ."""
         late.output.fill_(math.nan)
         self._reduces.append(late)
 
@@ -119,24 +109,27 @@ class Late:
 
     def abandon(self) -> None:
         """Finish all that a pass left behind which nobody wants any more, with zeros in place of
-        what it brings: its gradients may have been set to zero meanwhile."""
+        what it brings: its gradients may have been set to zero meanwhile. An error is raised when
+        all are done."""
         left, self._reduces = self._reduces, []
+        errors = []
         for late in left:
-            if late.reducing is not None:
-                with suppress(SetsDiffer):
+            try:
+                if late.reducing is not None:
                     late.finish()
+            except Exception as error:  # a rank is lost, or has sent something else
+                errors.append(error)
             late.output.zero_()
+        if errors:
+            raise errors[0]
 
     def _under_way(self) -> list[LateReduce]:
         return [late for late in self._reduces if late.reducing is not None]
 
     def _finish(self, late: LateReduce) -> None:
+        is_to_be_refused = False
         try:
-            late.finish()
-        except SetsDiffer:
-            late.output.fill_(math.nan)
-            return
-        except BaseException:
-            self._reduces.remove(late)
-            raise
-        self._reduces.remove(late)
+            is_to_be_refused = not late.finish()
+        finally:
+            if not is_to_be_refused:
+                self._reduces.remove(late)

@@ -68,7 +68,7 @@ def reduce(
     """Sum ``input`` [world * shard] over ranks, this rank's row into ``output`` [shard].
 
     A generator that stops once a hop, where the payloads are on the wire and, on CPUs, this thread
-    can do something else. All that the keys and the codec depend on is bound before it stops.
+    can do something else. All that a hop's keys and codec depend on is bound before its stop.
 
     Args:
         plan: of the group.
@@ -76,7 +76,7 @@ def reduce(
         output, input: of one dtype.
         wire: with the step, counters and buffers.
         slot: of the buffers, which no other reduce may use meanwhile.
-        is_late: ``input`` is not held beyond the first stop: what is needed of it is copied.
+        is_late: ``input`` is not needed after the last stop: what is left of it is copied.
 
     Returns how many reduces the group had before in this step. Raises RuntimeError when a header is
     not what this rank expects, SetsDiffer when another rank has other parameters to reduce.
@@ -92,7 +92,7 @@ def reduce(
     for hop in hops:
         is_last = hop is hops[-1] and output.dtype == torch.float32
         into = output if is_last and not side.is_sparse else None
-        keeps = is_late and hop is hops[0]
+        keeps = is_late and len(hops) == 1  # else only sums are needed when the last hop stops
         standing = yield from _take(plan, hop, rows, occurrence, wire, slot, into, standing, keeps)
     if standing != Standing.KEPT:
         raise SetsDiffer

@@ -137,8 +137,8 @@ def _settle(works: Sequence[dist.Work]) -> None:
 
 
 def _wait_for(works: Sequence[dist.Work]) -> None:
-    with suppress(RuntimeError):  # the group was destroyed, or a rank is lost
-        for work in works:
+    for work in works:
+        with suppress(RuntimeError):  # a rank is lost
             work.wait()
 
 

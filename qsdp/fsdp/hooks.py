@@ -248,10 +248,14 @@ class ReduceScatter(_Comm):
         step, device = wire.clock.step, input_tensor.device
         consent = self._consents[self._group.all_reduces]
         refuse = partial(consent.refuse, with_grad, group, device)
-        may_others_be_late = self._replicas is None and self._group.only_views(output_tensor)
+        may_others_be_late = (
+            self._replicas is None
+            and self._group.only_views(output_tensor)
+            and self._passes.may_be_late(plan)
+        )
         is_late = may_others_be_late and self._group.may_fill_later(with_grad)
-        if may_others_be_late:  # ranks that are not end what they refuse in the same place
-            compat.after_backward(self._passes.end_what_is_late)
+        if may_others_be_late:
+            self._passes.end_late()
         try:
             consent.settle(with_grad, group, hops, step, device, averaged)
             own = hops(with_grad)
@@ -269,8 +273,8 @@ class ReduceScatter(_Comm):
             wire.late.refuse_at_the_end(LateReduce(plan.index, output_tensor, refuse))
         else:
             divide = self._group.divider(output_tensor)
-            late = LateReduce(plan.index, output_tensor, refuse, reducing, len(own), slot, divide)
-            wire.late.leave(late)
+            late = LateReduce(plan.index, output_tensor, refuse, reducing, slot, divide)
+            wire.late.leave(late, len(own))
 
     def all_reduce(self, reduce_output: Tensor) -> None:
         """FSDP2's all-reduce hook: average what was just reduced over the replicas, in place.

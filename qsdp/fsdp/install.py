@@ -318,7 +318,7 @@ class Handle:
         """What a resumed run needs to send the same bytes, in JSON's types.
 
         With a `budget` or learned levels it is a collective: what is due before the next step is
-        done now.
+        done now. Of a backward pass that was cut short it waits for what is under way.
         """
         self._check_installed()
         self._passes.settle_what_was_cut_short()
@@ -390,9 +390,11 @@ class Handle:
                 for was, own, now in zip(before, installed, group.comms(), strict=True)
             )
             group.set_comms(gather, reduce, force_sum, hook, async_op)
-        self._reshard()
-        for hops in self._hops.values():
-            hops.close()
+        try:
+            self._reshard()
+        finally:
+            for hops in self._hops.values():
+                hops.close()
 
     def _facts_of_step(self) -> dict[str, object]:
         """What the ranks have come to."""

@@ -110,10 +110,14 @@ class Passes:
         self._parts: Sequence[int] = range(len(plans))
         self._agreed: dict[tuple[int, ...], dict[str, object]] = {}
         self._is_in_backward = False
-        self._meeting: Meeting | None = None
+        self._ends_late = False
+        self._number = -1
+        self._running: Callable[[], _End | None] = lambda: None
+        self._meeting: tuple[Meeting, Sequence[int], dist.ProcessGroup] | None = None
         self._whole: dict[int, Sequence[int]] = {}
         self._open: set[int] = set()
         self._spoken_of: set[int] = set()
+        self._shown: set[int] = set()
         self._grad_mode = "unknown"
         self._num_edits = 0
         self._indices = {id(group.state): i for i, group in enumerate(groups)}
@@ -165,8 +169,9 @@ class Passes:
             wire.clock.before_forward()
 
     def before_collective_in_backward(self, plan: Plan) -> None:
-        """Meet, if it is the first of a backward pass; reduces under way start their last hops."""
-        self._wire.late.start_hops()
+        """Meet, if it is the first of a backward pass."""
+        if self._is_in_backward and self._running() is None:  # another one's: it was cut short
+            self._end_what_was_cut_short()
         if not self._is_in_backward:
             self._begin_backward(plan.group)
         self._end_meeting()
@@ -178,9 +183,14 @@ class Passes:
 
     def _begin_backward(self, group: dist.ProcessGroup) -> None:
         """Begin the meeting of a backward pass, beside what comes before its first collective."""
-        self._is_in_backward = True
-        compat.after_backward(self._end_backward)
+        self._is_in_backward, self._ends_late = True, False
+        self._number = compat.backward_number()
+        # autograd alone holds it, until its pass has ended, or was cut short.
+        end = _End(self)
+        self._running = weakref.ref(end)
+        compat.after_backward(end)
         self._spoken_of.clear()
+        self._shown.clear()
         # Not of other wholes, which may have had backward passes of their own.
         self._meet_for_a_backward(group, sorted(self._open) or range(len(self._plans)))
 
@@ -191,14 +201,19 @@ class Passes:
         self._spoken_of.update(members)
         if compat.device_of(group).type == "cpu":  # else nobody would read what is said
             facts = self._facts_of_backward(members)
-            self._meeting = Meeting(_BACKWARD, facts, [group])
+            shown = [i for i in members if self._groups[i].shows_gradients]
+            meeting = Meeting(_BACKWARD, facts, [group], has_news=bool(shown))
+            self._meeting = meeting, shown, group
 
     def _end_meeting(self) -> None:
-        meeting, self._meeting = self._meeting, None
-        if meeting is None:
+        begun, self._meeting = self._meeting, None
+        if begun is None:
             return
+        meeting, shown, group = begun
         with self.mistakes_reach_replicas():
-            meeting.end()
+            if meeting.end():
+                hooked = "groups whose gradients have hooks"
+                self._shown.update(self._on_any_rank(shown, group, hooked))
         averaged = (g.reduces and g.all_reduces and self._is_replicated(g) for g in self._groups)
         if self._replicas and any(averaged):
             meet(_BACKWARD, self._facts_of_average(), self._replicas)
@@ -300,17 +315,26 @@ class Passes:
         if compat.is_backward_cut_short(module):
             compat.abandon_pass(module)
 
-    def end_what_is_late(self) -> None:
-        """At the end of a backward pass: what was left under way is there, or refused."""
-        try:
-            self._wire.late.end()
-        except BaseException:
-            self._is_in_backward = True  # until the next pass, which begins as after a cut
-            raise
+    def may_be_late(self, plan: Plan) -> bool:
+        """Whether no rank has a hook that is shown the gradients of ``plan`` in the middle of this
+        backward pass: an optimizer's would step with those that are to be refused."""
+        return plan.index not in self._shown
+
+    def end_late(self) -> None:
+        """See to it that what is left under way is finished, or refused, when the backward pass
+        ends: on all ranks in one place, also those that have left nothing."""
+        is_whole = compat.backward_number() == self._number  # not one inside, which recomputes
+        self._ends_late |= is_whole
+        compat.after_backward(partial(self._end_what_is_late, is_whole))
+
+    def _end_what_is_late(self, is_whole: bool) -> None:
+        self._wire.late.end()  # if it raises, the pass counts as cut short
+        if is_whole:
+            self._ends_late = False
+            self._end_backward()
 
     def abandon_what_is_late(self) -> None:
         """Finish what a pass that was cut short has left under way."""
-        self._is_in_backward |= bool(self._wire.late)
         self._wire.late.abandon()
 
     def settle_what_was_cut_short(self) -> None:
@@ -319,11 +343,13 @@ class Passes:
             self._end_what_was_cut_short()
 
     def _end_what_was_cut_short(self) -> None:
-        self.abandon_what_is_late()
-        if self._is_in_backward:
-            self._end_backward()
-            self._wire.clock.rewind()
-            self._adaptation.watch_again()
+        try:
+            self.abandon_what_is_late()
+        finally:
+            if self._is_in_backward:
+                self._wire.clock.rewind()
+                self._adaptation.watch_again()
+                self._end_backward()
 
     def _end_backward(self) -> None:
         self._is_in_backward = False
@@ -357,7 +383,8 @@ class Passes:
         is_read = is_needed or facts != self._agreed.get(tuple(members))
         now = {"step": wire.clock.next_step, **facts}
         if meet(_FORWARD, now, [group], has_news=has_news, is_read=is_read):
-            for i in self._changed_anywhere(changed, group):
+            edited = "frozen parameters that were edited"
+            for i in self._on_any_rank(changed, group, edited):
                 self.caches[i].forget_frozen()
         self._agreed[tuple(members)] = facts
 
@@ -412,12 +439,12 @@ class Passes:
         place = self._indices.get(id(state))
         return "another" if place is None else self._plans[place].name
 
-    def _changed_anywhere(self, changed: Sequence[int], group: dist.ProcessGroup) -> list[int]:
-        """The groups whose frozen shards have changed on some rank."""
+    def _on_any_rank(self, places: Sequence[int], group: dist.ProcessGroup, what: str) -> list[int]:
+        """The groups that are among ``places`` on some rank of ``group``."""
         own = torch.zeros(len(self._plans), dtype=torch.uint8, device=compat.device_of(group))
-        own[list(changed)] = 1
+        own[list(places)] = 1
         everyone = own.new_empty(group.size() * own.numel())
-        with collective("exchange of frozen parameters that were edited"):
+        with collective(f"exchange of {what}"):
             compat.all_gather(everyone, own, group)
         found: list[int] = everyone.view(group.size(), -1).any(0).nonzero().squeeze(1).tolist()
         return found
@@ -472,6 +499,17 @@ class Passes:
         # Nobody else would, and `model.parameters()` would show decoded weights.
         if not torch.is_grad_enabled() and compat.stays_gathered_by_default(module):
             compat.reshard_module(module)
+
+
+class _End:
+    """What ends a backward pass; it is gone when the pass is, however that ended."""
+
+    def __init__(self, passes: Passes) -> None:
+        self._passes = passes
+
+    def __call__(self) -> None:
+        if not self._passes._ends_late:  # else what does so comes later
+            self._passes._end_backward()
 
 
 _LIVE: WeakSet[Passes] = WeakSet()
