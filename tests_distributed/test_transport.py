@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import threading
 from typing import Any
 from unittest import mock
 
@@ -82,10 +81,9 @@ def test_a_rank_says_that_it_is_ready_before_it_sends(run: Run, ranks: int) -> N
     assert run(ranks, _order) == [["irecv"] * others + ["isend"] * others] * ranks
 
 
-def _dropped() -> int:
-    """Drops exchanges that are larger than what a connection buffers; says how many threads are
-    left once all has arrived."""
-    before = threading.active_count()
+def _dropped() -> list[int]:
+    """Drops exchanges that are larger than what a connection buffers; says how many are kept, and
+    how many when one more has arrived."""
     group = dist.group.WORLD
     assert group is not None
     others = dist.get_world_size() - 1
@@ -96,13 +94,30 @@ def _dropped() -> int:
         transport.all_to_all(torch.zeros_like(sent), sent, splits, splits, group)
     del sent
     gc.collect()
-    for thread in threading.enumerate():
-        if thread.name == transport.DROPPED:
-            thread.join()
+    dist.barrier()  # on the same connections
+    kept = [len(transport._unclaimed[group])]
     _all_ways()
-    return threading.active_count() - before
+    return [*kept, len(transport._unclaimed)]
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_message_that_nobody_waits_for_harms_no_other(run: Run, ranks: int) -> None:
-    assert run(ranks, _dropped) == [0] * ranks
+    assert run(ranks, _dropped) == [[3, 0]] * ranks
+
+
+def _dropped_later() -> list[int]:
+    """Two exchanges, of which the second is dropped before the first has arrived."""
+    group = dist.group.WORLD
+    assert group is not None
+    splits = [8 if rank != dist.get_rank() else 0 for rank in range(dist.get_world_size())]
+    sent = torch.ones(sum(splits), dtype=torch.uint8)
+    first = transport.all_to_all(torch.zeros_like(sent), sent, splits, splits, group)
+    transport.all_to_all(torch.zeros_like(sent), sent, splits, splits, group)
+    first.wait()
+    kept = [len(transport._unclaimed[group])]
+    _all_to_all(8)
+    return [*kept, len(transport._unclaimed)]
+
+
+def test_what_came_after_an_arrival_is_kept(run: Run) -> None:
+    assert run(2, _dropped_later) == [[1, 0]] * 2

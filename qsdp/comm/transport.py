@@ -12,8 +12,8 @@ from there with every exchange, and dropped after it.
 
 import weakref
 from collections.abc import Sequence
-from contextlib import suppress
-from threading import Thread
+from itertools import count
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -24,22 +24,30 @@ from qsdp import compat
 _TAG = 0x95D
 """Of qsdp's messages between two ranks, so that those of others (pipelining) are not taken for its
 own."""
-DROPPED = "qsdp: a dropped exchange"
-"""The name of threads that wait for what nobody else does."""
+
+_unclaimed: WeakKeyDictionary[dist.ProcessGroup, list[tuple[int, list[dist.Work]]]]
+_unclaimed = WeakKeyDictionary()
+"""Messages under way that nobody waits for any more, with the numbers of their exchanges."""
+_numbers = count()
 
 
 class Arrival:
     """A collective under way: its output may be used once it was waited for.
 
-    One that is dropped before is waited for by a thread: gloo would otherwise end the connection at
-    which its message arrives.
+    The messages of one that is dropped before are kept until a later exchange of the same ranks has
+    arrived, behind them: gloo ends a connection at which a message arrives that has no buffer.
     """
 
     def __init__(
-        self, output: Tensor, host: Tensor | None, works: Sequence[dist.Work] = ()
+        self,
+        output: Tensor,
+        host: Tensor | None,
+        group: dist.ProcessGroup | None = None,
+        works: Sequence[dist.Work] = (),
     ) -> None:
-        self._output, self._host, self._works = output, host, works
-        self._dropped = weakref.finalize(self, _settle, works)
+        self._output, self._host, self._group, self._works = output, host, group, works
+        self._number = next(_numbers)
+        self._dropped = weakref.finalize(self, _keep, group, self._number, works)
         self._dropped.atexit = False
 
     def wait(self) -> Tensor | None:
@@ -50,6 +58,8 @@ class Arrival:
         for work in self._works:
             work.wait()
         self._dropped.detach()
+        if self._works and self._group is not None and self._group in _unclaimed:
+            _claim(self._group, self._number)
         if self._host is not None and self._host is not self._output:
             self._output.copy_(self._host, non_blocking=True)
         return self._host
@@ -75,7 +85,7 @@ def all_gather(
     else:
         work = compat.all_gather(host, own, group, async_op=async_op)
         works = [] if work is None else [work]
-    return _arrival(output, host.view(output.dtype), works)
+    return _arrival(output, host.view(output.dtype), group, works)
 
 
 def all_to_all(
@@ -100,7 +110,7 @@ def all_to_all(
         is_async = host.device.type == "cpu"
         work = dist.all_to_all_single(host, own, received, sent, group=group, async_op=is_async)
         works = [] if work is None else [work]
-    return _arrival(output, host, works)
+    return _arrival(output, host, group, works)
 
 
 def _exchange(
@@ -121,25 +131,29 @@ def _exchange(
     return [work for work in works if work is not None]
 
 
-def _arrival(output: Tensor, host: Tensor, works: list[dist.Work]) -> Arrival:
-    return Arrival(output, host if host.device.type == "cpu" else None, works)
+def _arrival(
+    output: Tensor, host: Tensor, group: dist.ProcessGroup, works: list[dist.Work]
+) -> Arrival:
+    return Arrival(output, host if host.device.type == "cpu" else None, group, works)
 
 
 def _is_gloo(tensor: Tensor, group: dist.ProcessGroup) -> bool:
     return tensor.device.type == "cpu" and compat.backend_of(group, tensor.device) == "gloo"
 
 
-def _settle(works: Sequence[dist.Work]) -> None:
-    if not works:
-        return
-    with suppress(RuntimeError):  # Python ends, and has no more threads
-        Thread(target=_wait_for, args=(works,), name=DROPPED, daemon=True).start()
+def _keep(group: dist.ProcessGroup | None, number: int, works: Sequence[dist.Work]) -> None:
+    if group is not None and works:
+        _unclaimed.setdefault(group, []).append((number, [*works]))
 
 
-def _wait_for(works: Sequence[dist.Work]) -> None:
-    for work in works:
-        with suppress(RuntimeError):  # a rank is lost
+def _claim(group: dist.ProcessGroup, number: int) -> None:
+    """Let go of what came before the exchange ``number``, which has arrived."""
+    kept = _unclaimed.pop(group)
+    for other, works in kept:
+        for work in works if other < number else ():
             work.wait()
+    if later := [(other, works) for other, works in kept if other > number]:
+        _unclaimed[group] = later
 
 
 def is_staged(group: dist.ProcessGroup, device: torch.device) -> bool:
