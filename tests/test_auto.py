@@ -46,7 +46,7 @@ def test_one_rank_trains_without_a_wire_and_says_so(
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize("limit_s", [30.0, 1e-9])
+@pytest.mark.parametrize("limit_s", [300.0, 1e-9])
 def test_the_computation_is_that_of_the_whole_batch_and_draws_no_numbers(
     monkeypatch: pytest.MonkeyPatch, batch: int, limit_s: float
 ) -> None:
@@ -114,9 +114,8 @@ def test_a_links_rate_is_found_in_its_share_of_the_time_behind_a_burst(
 
     monkeypatch.setattr(links, "_timed", timed)
     found = links._transfer(cast(Any, lambda size: size), 4 << 20, 2.0)
-    # The largest that is tried is begun where four of the one before would fit.
-    assert spent[0] <= max(2.0, 4 * latency_s + 2 * (1 << 16) / rate + 2 * latency_s)
-    assert found.latency_s == pytest.approx(latency_s)
+    assert spent[0] <= 2.0 + 4 * latency_s + (1 << 16) / rate  # at least one of 64 KiB is sent
+    assert found.latency_s == pytest.approx(latency_s, rel=0.01)
     assert found.bytes_per_s == pytest.approx(rate, rel=0.05)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
+import tomllib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ from qsdp.train.loop import train_step
 from qsdp.train.setup import Job, set_up
 from qsdp.train.world import World
 from tests_distributed.conftest import Run
-from tests_distributed.launching import TEXT
+from tests_distributed.jobs import Jobs, read_metrics
+from tests_distributed.launching import SMALL, TEXT
 
 SIZE = GPTConfig(vocab_size=64, num_layers=3, num_heads=2, width=64, context=64)
 
@@ -142,3 +146,35 @@ def test_a_run_is_that_of_the_chosen_flags_bit_for_bit_and_keeps_them(
 ) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     run(2, go_on, tmp_path)
+
+
+def test_the_command_says_in_one_line_what_it_chose_and_writes_it_down(
+    run_jobs: Jobs, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def flags(name: str, *more: str) -> list[str]:
+        data = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / name)]
+        return [*data, *SMALL, "--steps", "3", "--one-shot", "none", *more]
+
+    printed = run_jobs.succeed((2,), flags("auto", "--qsdp-bits", "auto"))
+    lines = [line for line in printed.splitlines() if line.startswith("--qsdp-bits auto: ")]
+    assert len(lines) == 1
+    assert re.search(
+        r"since the link carries [\d,]+ Mbit/s .* s a step predicted, .* s with", lines[0]
+    )
+    text = (tmp_path / "auto" / "config.toml").read_text()
+    assert text.startswith(f"# {lines[0]}\n")
+    summary = json.loads((tmp_path / "auto" / "summary.json").read_text())
+    choice, settings = summary["choice"], tomllib.loads(text)
+    chosen = {name: value for name, value in choice["settings"].items() if value is not None}
+    assert chosen == {n: v for n, v in settings.items() if n.startswith("qsdp_") and v}
+    assert choice["predicted_s"].keys() >= {"stock FSDP2", "8 bits gathered once"}
+
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
+    run_jobs.succeed((2,), flags("hand", *given))
+    losses = [[line["loss"] for line in read_metrics(tmp_path / n)] for n in ("auto", "hand")]
+    assert losses[0] == losses[1]
+    by_hand = json.loads((tmp_path / "hand" / "summary.json").read_text())
+    assert by_hand["choice"] is None
+    assert by_hand["val_loss"] == summary["val_loss"]

@@ -98,7 +98,7 @@ def choose(config: TrainConfig, size: GPTConfig, world: World) -> Choice:
         what=str(way),
         why=why,
         predicted_s={str(each): seconds for each, seconds in predicted.items()},
-        measured=asdict(measured),
+        measured=json.loads(json.dumps(asdict(measured))),  # as it comes back from a file
         took_s=time.perf_counter() - started,
     )
 
