@@ -36,7 +36,7 @@ def measured(bytes_per_s: float, latency_s: float = 1e-4, **changes: Any) -> Mea
         Measured(
             num_ranks=2,
             ranks_per_node=1,
-            is_gpu=False,
+            has_streams=False,
             num_blocks=6,
             passes=1,
             micro_batches=1,
@@ -78,7 +78,7 @@ def test_ways_that_are_as_fast_keep_more_bits_and_less_memory() -> None:
 
 
 def test_where_each_collective_waits_the_fewest_are_taken() -> None:
-    slow_to_answer = measured(FAST, latency_s=0.2, is_gpu=True)
+    slow_to_answer = measured(FAST, latency_s=0.2, has_streams=True)
     assert chosen(slow_to_answer).gather == "once"
     # Stock FSDP2 has no kept payloads: it waits for two gathers a block.
     assert step_s(slow_to_answer, Way(bits=STOCK)) > step_s(

@@ -146,7 +146,7 @@ def measure(config: TrainConfig, size: GPTConfig, world: World) -> Measured:
     return Measured(
         num_ranks=world.size,
         ranks_per_node=1 if hops is None else hops.ranks_per_node,
-        is_gpu=world.device.type != "cpu",
+        has_streams=world.backend == "nccl",
         num_blocks=size.num_layers,
         passes=config.passes,
         micro_batches=config.grad_accum,

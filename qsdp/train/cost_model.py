@@ -14,15 +14,17 @@ idle part, a wait for the link beside which something else can be computed.
 M are the micro-batches. Gathered once, the backward pass waits for nothing and only decodes. What
 of a collective is busy:
 
-- on a GPU nothing: collectives and codec run on streams of their own, stock FSDP2's too;
-- stock FSDP2 on CPUs all of it: it waits for each collective where it is asked for;
-- qsdp on CPUs the codec and the processor time of the transfer itself (sockets, copies), which the
-  computation needs as well; reduces also wait where micro-batches are added up.
+- over NCCL nothing: collectives and codec run on streams of their own, stock FSDP2's too;
+- of stock FSDP2 over gloo all of it: it waits for each collective where it is asked for;
+- of qsdp over gloo the codec and the processor time of the transfer itself (sockets, copies), which the
+  computation needs as well (on GPUs, whose payloads the host copies, all of it); reduces are
+  waited for where micro-batches are added up.
 
 With N ranks and n values in a rank's shard a gather encodes n values and decodes N n; a reduce does
 N - 1 times n of both. In two hops, over nodes of K ranks, the second gather hop brings what the
 first brought and nothing hides it; the first reduce hop travels in 8 bits, for each rank of the
-node and each node. Left out is what all ways have in common: FSDP2's copies, norms, metrics.
+node and each node. Left out is what all ways have in common (FSDP2's copies, norms, metrics), and
+that payloads are shorter while AC/DC or GMP has pruned weights.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ class Measured:
     num_ranks: int
     ranks_per_node: int
     """1 where there are no several nodes of several ranks."""
-    is_gpu: bool
+    has_streams: bool
+    """Whether collectives run beside the host: over NCCL."""
     num_blocks: int
     passes: int
     micro_batches: int
@@ -178,7 +181,7 @@ def step_s(measured: Measured, way: Way) -> float:
         again = gathers[1]
     else:
         decoding = measured.num_ranks * block.values * measured.decode_s[way.bits]
-        again = Cost(0.0, decoding) if measured.is_gpu else Cost(decoding, 0.0)
+        again = Cost(0.0, decoding) if measured.has_streams else Cost(decoding, 0.0)
     forward = root.forward_s + blocks * block.forward_s
     forward += gathers[0].busy_s + blocks * gathers[1].busy_s
     forward += gathers[0].idle_s + gathers[1].idle_s
@@ -228,7 +231,7 @@ def _reduce(measured: Measured, way: Way, group: Group) -> Cost:
 
 
 def _stock(measured: Measured, seconds: float) -> Cost:
-    return Cost(0.0, seconds) if measured.is_gpu else Cost(seconds, 0.0)
+    return Cost(0.0, seconds) if measured.has_streams else Cost(seconds, 0.0)
 
 
 def _cost(
@@ -240,7 +243,7 @@ def _cost(
     is_waited_for: bool = False,
 ) -> Cost:
     seconds = transfer.seconds(num_bytes)
-    if measured.is_gpu:
+    if measured.has_streams:
         return Cost(0.0, codec_s + seconds)
     if is_waited_for:
         return Cost(codec_s + seconds, 0.0)

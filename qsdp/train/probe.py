@@ -126,6 +126,7 @@ class Links:
         all together, the same on all ranks."""
         self._group, self._device, self._hops = group, device, hops
         self._most, self._left = most_bytes, limit_s
+        self._is_staged = device.type != "cpu" and transport.is_staged(group, device)
 
     def measured(self) -> dict[str, Transfer]:
         """By the names of `Measured`, whatever there is."""
@@ -168,7 +169,8 @@ class Links:
         if times > 0:
             seconds, busy = self._timed(prepare(size), times)
         rate = size / max(seconds - latency, 1e-9)
-        is_busy = 0.0 if self._device.type != "cpu" else min(1.0, busy / seconds)
+        is_on_host = self._device.type == "cpu"
+        is_busy = min(1.0, busy / seconds) if is_on_host else float(self._is_staged)
         return Transfer(latency_s=latency, bytes_per_s=rate, busy=is_busy)
 
     def _timed(self, run: Callable[[], Any], times: int) -> tuple[float, float]:
