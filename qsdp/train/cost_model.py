@@ -16,8 +16,8 @@ of a collective is busy:
 
 - over NCCL nothing: collectives and codec run on streams of their own, stock FSDP2's too;
 - of stock FSDP2 over gloo all of it: it waits for each collective where it is asked for;
-- of qsdp over gloo the codec and the processor time of the transfer itself (sockets, copies), which the
-  computation needs as well (on GPUs, whose payloads the host copies, all of it); reduces are
+- of qsdp over gloo the codec and the processor time of the transfer itself (sockets, copies), which
+  the computation needs as well (on GPUs, whose payloads the host copies, all of it); reduces are
   waited for where micro-batches are added up.
 
 With N ranks and n values in a rank's shard a gather encodes n values and decodes N n; a reduce does
