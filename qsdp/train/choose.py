@@ -82,7 +82,11 @@ def choose(config: TrainConfig, size: GPTConfig, world: World) -> Choice:
         )
     started = time.perf_counter()
     measured = measure(config, size, world)
-    way, predicted = world.on_main(lambda: decide(measured))
+    return world.on_main(lambda: _decided(measured, started))
+
+
+def _decided(measured: Measured, started: float) -> Choice:
+    way, predicted = decide(measured)
     stock = Way(bits=STOCK)
     why = (
         f"the link carries {measured.link_mbit_per_s:,.0f} Mbit/s a rank and a step computes "

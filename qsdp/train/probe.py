@@ -261,7 +261,8 @@ def _passes(
 def _median(run: Callable[[], Any], device: torch.device, limit_s: float) -> float:
     """Seconds that ``run`` takes, the first time left out."""
     run()
-    started, found = _now(device), []
+    started = _now(device)
+    found: list[float] = []
     while len(found) < _MOST_REPEATS:
         begun = _now(device)
         run()
