@@ -24,10 +24,11 @@ from qsdp.models import GPT, GPTConfig
 from qsdp.train.config import TrainConfig
 from qsdp.train.cost_model import Transfer
 
-LIMIT_S = 10.0
-"""Of all measuring together, about: the last thing that was begun is ended."""
+LIMIT_S = 9.0
+"""Of all measuring together: 10 less what ends late, since whatever was begun is ended."""
 COMPUTE_S = 3.0
 CODEC_S = 1.0
+_MOST_TRIES = 20  # of passes
 _MOST_REPEATS = 5
 _SHORT = 32  # tokens of the first try: a block may be too slow for a whole batch
 _OF_A_KIND = 1 << 20  # values that are coded, or stepped, to find out how fast it goes
@@ -66,11 +67,10 @@ def computation_s(
 
     # Dropout would draw from torch's own generators.
     with torch.random.fork_rng([] if device.type == "cpu" else [device.index]):
-        measured = [
-            _grown(run, config.batch_size, config.seq_len, COMPUTE_S / 2)
-            for run in (of_block, of_root)
-        ]
-    return measured[0], measured[1]
+        ends = time.perf_counter() + COMPUTE_S
+        whole = config.batch_size, config.seq_len
+        rest = _grown(of_root, *whole, COMPUTE_S / 2)
+        return _grown(of_block, *whole, ends - time.perf_counter()), rest
 
 
 def optimizer_s(device: torch.device) -> float:
@@ -214,23 +214,21 @@ def _grown(
     run: Callable[[int, int], tuple[float, float]], batch: int, length: int, limit_s: float
 ) -> tuple[float, float]:
     """What ``run`` takes for ``batch`` sequences of ``length``; for fewer tokens, and scaled up,
-    where that would take too long."""
-    started = time.perf_counter()
-    shape, seconds = (1, 1), (0.0, 0.0)
+    where that would take too long. The median of its tries but the first, which still has to find
+    its memory: the fastest may be one beside which another rank of the machine did nothing."""
+    ends = time.perf_counter() + limit_s
+    shape, tries = (1, 1), [(0.0, 0.0)]
     for shape in _shapes(batch, length):
-        seconds = run(*shape)
-        left = limit_s - (time.perf_counter() - started)
-        if 5 * sum(seconds) > left:  # the next one is up to four times as large
+        tries = [run(*shape)]
+        if 5 * sum(tries[0]) > ends - time.perf_counter():  # the next is up to four times as large
             break
-    found = [seconds]
-    while len(found) <= _MOST_REPEATS:
-        if time.perf_counter() - started + sum(seconds) > limit_s:
-            break
-        found.append(run(*shape))
-    found = found[1:] or found  # the first of a size finds memory that is not there yet
+    while len(tries) < 2 or (
+        len(tries) < _MOST_TRIES and time.perf_counter() + min(map(sum, tries)) < ends
+    ):
+        tries.append(run(*shape))
     scale = batch * length / (shape[0] * shape[1])
-    forward, backward = (statistics.median(each) for each in zip(*found, strict=True))
-    return scale * forward, scale * backward
+    forward, backward = (scale * statistics.median(s) for s in zip(*tries[1:], strict=True))
+    return forward, backward
 
 
 def _shapes(batch: int, length: int) -> Iterator[tuple[int, int]]:
