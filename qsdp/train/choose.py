@@ -63,7 +63,7 @@ def is_choice(record: dict[str, Any]) -> bool:
         record.keys() == {field.name for field in fields(Choice)}
         and isinstance(settings, dict)
         and settings.keys() <= {"qsdp_bits", "qsdp_gather", "qsdp_reduce"}
-        and settings.get("qsdp_bits") != AUTO
+        and settings.get("qsdp_bits", AUTO) != AUTO
         and all(isinstance(record[name], str) for name in ("what", "why"))
         and all(record[name].isprintable() for name in ("what", "why"))
     )

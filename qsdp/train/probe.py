@@ -43,6 +43,7 @@ def computation_s(
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Seconds of a forward and of a backward pass of one block, and of the model without blocks,
     on a micro-batch of this rank. Takes about `COMPUTE_S` at most."""
+    ends = time.perf_counter() + COMPUTE_S
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
@@ -67,7 +68,6 @@ def computation_s(
 
     # Dropout would draw from torch's own generators.
     with torch.random.fork_rng([] if device.type == "cpu" else [device.index]):
-        ends = time.perf_counter() + COMPUTE_S
         whole = config.batch_size, config.seq_len
         rest = _grown(of_root, *whole, COMPUTE_S / 2)
         return _grown(of_block, *whole, ends - time.perf_counter()), rest
@@ -215,19 +215,21 @@ def _grown(
 ) -> tuple[float, float]:
     """What ``run`` takes for ``batch`` sequences of ``length``; for fewer tokens, and scaled up,
     where that would take too long. The median of its tries but the first, which still has to find
-    its memory: the fastest may be one beside which another rank of the machine did nothing."""
+    its memory, unless that takes too long for a second: the fastest may be one beside which another
+    rank of the machine did nothing."""
     ends = time.perf_counter() + limit_s
     shape, tries = (1, 1), [(0.0, 0.0)]
     for shape in _shapes(batch, length):
         tries = [run(*shape)]
         if 5 * sum(tries[0]) > ends - time.perf_counter():  # the next is up to four times as large
             break
-    while len(tries) < 2 or (
+    # The first may have taken all the time, and the next be a fraction of it.
+    while (len(tries) < 2 and sum(tries[0]) < limit_s) or (
         len(tries) < _MOST_TRIES and time.perf_counter() + min(map(sum, tries)) < ends
     ):
         tries.append(run(*shape))
-    scale = batch * length / (shape[0] * shape[1])
-    forward, backward = (scale * statistics.median(s) for s in zip(*tries[1:], strict=True))
+    scale, kept = batch * length / (shape[0] * shape[1]), tries[1:] or tries
+    forward, backward = (scale * statistics.median(each) for each in zip(*kept, strict=True))
     return forward, backward
 
 
