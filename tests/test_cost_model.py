@@ -77,6 +77,14 @@ def test_ways_that_are_as_fast_keep_more_bits_and_less_memory() -> None:
     assert chosen(measured(FAST, decode_s={8: 3e-10, 4: 2e-8})).bits == 8
 
 
+def test_memory_is_spared_where_it_costs_next_to_nothing() -> None:
+    """Of two gathers one more is waited for, which here takes a given part of the step."""
+    for part, gather in ((0.002, "twice"), (0.02, "once")):
+        facts = measured(FAST, encode_s={8: 0.0, 4: 0.0}, decode_s={8: 0.0, 4: 0.0})
+        wait = Transfer(latency_s=part * facts.compute_s, bytes_per_s=1e15, busy=0.0)
+        assert chosen(replace(facts, gather=wait, reduce=wait)) == Way(bits=8, gather=gather)
+
+
 def test_where_each_collective_waits_the_fewest_are_taken() -> None:
     slow_to_answer = measured(FAST, latency_s=0.2, has_streams=True)
     assert chosen(slow_to_answer).gather == "once"

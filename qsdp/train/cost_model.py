@@ -40,8 +40,10 @@ CODED = (8, 4)
 is ever chosen."""
 LOCAL_BITS = 8
 NEAR = 1.03
-"""Ways that take this much of the fastest one's time are as good: more bits, less memory and fewer
-hops decide."""
+"""The most bits are taken that take at most this much of the fastest way's time."""
+AS_FAST = 1.01
+"""And of the ways with these bits one with less memory, or fewer hops, that takes at most this much
+of the fastest one's: less, since what they spare costs no accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +170,10 @@ def decide(measured: Measured) -> tuple[Way, dict[Way, float]]:
     """The way to go, and the seconds a step that each is predicted to take."""
     predicted = {way: step_s(measured, way) for way in ways(measured)}
     limit = NEAR * min(predicted.values())
-    return next(way for way, seconds in predicted.items() if seconds <= limit), predicted
+    bits = max(way.bits for way, seconds in predicted.items() if seconds <= limit)
+    alike = {way: seconds for way, seconds in predicted.items() if way.bits == bits}
+    limit = AS_FAST * min(alike.values())
+    return next(way for way, seconds in alike.items() if seconds <= limit), predicted
 
 
 def step_s(measured: Measured, way: Way) -> float:
