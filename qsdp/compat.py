@@ -534,6 +534,12 @@ def all_gather(
     return work
 
 
+def reduce_scatter(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
+    """Sum-reduce-scatter 1-D ``input`` into ``output``, as FSDP2 does (renamed in torch 2.13)."""
+    single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    single(output, input, group=group)
+
+
 _num_names: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 

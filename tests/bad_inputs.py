@@ -55,7 +55,22 @@ FLAGS = [
     BadInput("1 bit", "--qsdp-bits 1", "--qsdp-bits is 1"),
     BadInput("9 bits", "--qsdp-weight-bits 9", "--qsdp-weight-bits is 9"),
     BadInput("bits in words", "--qsdp-grad-bits four", "is 'four'; give an integer"),
-    BadInput("bits with a point", "--qsdp-bits 8.0", "--qsdp-bits is '8.0'; give an integer"),
+    BadInput(
+        "bits with a point", "--qsdp-bits 8.0", "--qsdp-bits is '8.0'; give an integer or auto"
+    ),
+    BadInput(
+        "bits to choose and bits",
+        "--qsdp-bits auto --qsdp-grad-bits 4",
+        "--qsdp-grad-bits is given beside",
+    ),
+    BadInput(
+        "bits to choose and a gather",
+        "--qsdp-bits auto --qsdp-gather once",
+        "--qsdp-gather is given beside --qsdp-bits auto",
+    ),
+    BadInput(
+        "bits to choose and replicas", "--qsdp-bits auto --replicas 2", "--replicas is 2 beside"
+    ),
     BadInput("a rate in words", "--min-lr=low", "--min-lr is 'low'; give a number"),
     BadInput("no tokenizer's name", "--tokenizer=", "--tokenizer is ''; choose"),
     BadInput("no data's name", "--data=", "--data is ''; give"),

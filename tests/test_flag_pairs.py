@@ -94,6 +94,7 @@ SAMPLES: dict[str, tuple[Values, Values]] = {
     "sam": (SAM, ADAMW),
     "sam_rho": ({"sam_rho": 0.1}, SAM),
     "qsdp_bits": (WIRE, ADAMW),
+    "qsdp_bits auto": ({"qsdp_bits": "auto"}, ADAMW),
     "qsdp_bits without codes": ({"qsdp_bits": 16}, ADAMW),
     "qsdp_weight_bits": ({"qsdp_weight_bits": 5}, ADAMW),
     "qsdp_grad_bits": ({"qsdp_grad_bits": 5}, ADAMW),
@@ -115,6 +116,12 @@ SAMPLES: dict[str, tuple[Values, Values]] = {
     "qsdp_errors": ({"qsdp_errors": True}, WIRE),
 }
 
+
+def is_beside_bits(values: Values) -> bool:
+    """Whether a sample is of the wire, and not of the bits that are given for all of it."""
+    return all(name.startswith("qsdp_") and name != "qsdp_bits" for name in values)
+
+
 NEEDS_CODES = ("bucket_size", "rounding", "rounding to nearest", "errors", "local_grad_bits")
 NEEDS_CODES += ("levels", "level_steps", "warmup_bits")
 
@@ -135,6 +142,8 @@ EXCLUDED = {
         ("save_async", "save_every 0"),
         ("qsdp_local_grad_bits", "qsdp_reduce flat"),
         *((f"qsdp_{name}", "qsdp_bits without codes") for name in NEEDS_CODES),
+        *((name, "qsdp_bits auto") for name, (own, _) in SAMPLES.items() if is_beside_bits(own)),
+        ("replicas", "qsdp_bits auto"),
     )
 }
 
@@ -263,7 +272,14 @@ def seen(values: Values, made: list[Values]) -> list[Any]:
         take_over clip_grad max_bad_steps out passes one_shot_targets"""
     return [
         *(getattr(config, name) for name in names.split()),
-        *(optimizers, rates, wire, has_errors, config.patterns if has_patterns else None),
+        *(
+            config.qsdp_bits == "auto",
+            optimizers,
+            rates,
+            wire,
+            has_errors,
+            config.patterns if has_patterns else None,
+        ),
     ]
 
 

@@ -282,6 +282,17 @@ def test_the_same_run_may_be_spelled_in_several_ways(one: Any, other: Any) -> No
     assert TrainConfig(**one).identity == TrainConfig(**other).identity
 
 
+def test_what_auto_comes_to_is_the_same_run_as_if_given_by_hand() -> None:
+    auto = TrainConfig(qsdp_bits="auto")
+    chosen = auto.resolved({"qsdp_bits": 4, "qsdp_gather": "once"})
+    by_hand = TrainConfig(qsdp_bits=4, qsdp_gather="once")
+    assert chosen.identity == by_hand.identity
+    assert (chosen.out_dir, chosen.wire) == (auto.out_dir, by_hand.wire)
+    assert auto.resolved({"qsdp_bits": None}).identity == TrainConfig().identity
+    folders = {str(c.out_dir) for c in (auto, by_hand, TrainConfig(), TrainConfig(qsdp_bits=8))}
+    assert len(folders) == 4
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _brief_ends() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:

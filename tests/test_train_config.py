@@ -194,6 +194,16 @@ def test_a_budget_alone_measures_at_8_bits() -> None:
     )
 
 
+def test_auto_is_taken_as_a_flag_and_from_a_file_and_has_no_wire_yet(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(parse(["--qsdp-bits", "auto"]).to_toml(), encoding="utf-8")
+    for config in (parse(["--qsdp-bits=auto"]), parse(["--config", str(file)])):
+        assert (config.qsdp_bits, config.wire, config.out_dir.name.split("-")[2]) == (
+            *("auto", None, "auto"),
+        )
+    assert parse(["--config", str(file), "--qsdp-bits", "4"]).qsdp_bits == 4
+
+
 @pytest.mark.parametrize("field", [f.name for f in fields(WireFlags)])
 def test_no_flag_of_the_wire_is_ignored_under_stock_fsdp2(field: str) -> None:
     value = getattr(parse(FULL_WIRE), field)
@@ -260,6 +270,7 @@ def test_help_explains_every_flag_of_the_contract(capsys: pytest.CaptureFixture[
         ("cram_sparsity = [true]", "a list of numbers"),
         ("qsdp_level_steps = [1.5]", "a list of integers"),
         ("qsdp_level_steps = 10", "a list of integers"),
+        ('qsdp_bits = "8"', "an integer or auto"),
         ("qsdp-policy = ['*=4']", "a string"),
         ("steps = ", "not a TOML file"),
         ("[model]\nname = 3", "a string"),

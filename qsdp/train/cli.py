@@ -12,14 +12,14 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
 
 from qsdp.streams import bring_out, complain, forgiving_output
 from qsdp.train.config import RECIPES, TrainConfig
 from qsdp.train.errors import UserError, is_lost, leave, leave_lost, sentence
 from qsdp.train.method_flags import INSTEAD
 from qsdp.train.signals import process_ends
-from qsdp.train.wire_flags import BITS_OF_ONE_DIRECTION
+from qsdp.train.wire_flags import AUTO, BITS_OF_ONE_DIRECTION
 
 T = TypeVar("T")
 
@@ -30,10 +30,12 @@ _REPLACED = {
     **{name: (other,) for pair in INSTEAD.items() for name, other in (pair, pair[::-1])},
 }
 _INTERRUPTED = 130  # as a shell reports SIGINT
+_OR_AUTO: Any = int | Literal["auto"] | None
 _FILE_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
     int: ((int,), "an integer"),
     int | None: ((int,), "an integer"),
+    _OR_AUTO: ((int, str), f"an integer or {AUTO}"),
     float: ((int, float), "a number"),
     float | None: ((int, float), "a number"),
     str: ((str,), "a string"),
@@ -44,7 +46,13 @@ _LISTS: dict[Any, tuple[tuple[type, ...], str]] = {
     tuple[int, ...] | None: ((int,), "a list of integers"),
     tuple[str, ...] | None: ((str,), "a list of strings"),
 }
-_NUMBERS: dict[Any, type] = {int: int, int | None: int, float: float, float | None: float}
+_NUMBERS: dict[Any, Callable[[str], object]] = {
+    int: int,
+    int | None: int,
+    float: float,
+    float | None: float,
+    _OR_AUTO: lambda text: text if text == AUTO else int(text),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +198,8 @@ def typed_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             values[name] = tuple(_to_float(path, key, v) if float in types else v for v in value)
             continue
         types, description = _FILE_TYPES[hints[name]]
-        if not _is_a(value, types):
+        is_word = isinstance(value, str) and hints[name] == _OR_AUTO
+        if not _is_a(value, types) or (is_word and value != AUTO):
             raise UserError(f"{path} sets {key} to {value!r}; give {description}.")
         is_float = hints[name] in (float, float | None)
         values[name] = _to_float(path, key, value) if is_float else value

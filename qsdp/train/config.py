@@ -9,7 +9,8 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from qsdp.config import QSDPConfig
 from qsdp.sparsity.target import Compression
 from qsdp.train.method_flags import MethodFlags
-from qsdp.train.wire_flags import WireFlags, flag
+from qsdp.train.wire_flags import AUTO, WireFlags, flag
 
 PRECISIONS = ("fp32", "bf16")
 BACKENDS = ("nccl", "gloo")
@@ -242,6 +243,11 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
                 f"of {self.warmup_steps}; shorten --warmup-steps, or leave it out."
             )
         self.check_wire_steps(self.passes * self.steps)  # raises for what it cannot be too
+        if self.qsdp_bits == AUTO and self.replicas > 1:
+            raise ValueError(
+                f"--replicas is {self.replicas} beside --qsdp-bits {AUTO}, which does not measure "
+                "what replicas average; give bits, or leave out one of the two."
+            )
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -260,8 +266,12 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
 
     @property
     def wire(self) -> QSDPConfig | None:
-        """What crosses the wire, None for stock FSDP2."""
+        """What crosses the wire, None for stock FSDP2, and for `auto` until it is `resolved`."""
         return self.wire_config(self.seed)
+
+    def resolved(self, settings: Mapping[str, Any]) -> TrainConfig:
+        """The same run with the flags of the wire that --qsdp-bits auto has come to."""
+        return replace(self, out=str(self.out_dir), **settings)
 
     @property
     def out_dir(self) -> Path:
@@ -300,6 +310,8 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
         }
         # What was given in two ways may be the same.
         chosen |= {"min_lr": self.last_lr}
+        if self.qsdp_bits == AUTO:
+            chosen["qsdp_bits"] = AUTO
         if self.wire is not None:
             chosen |= {f"qsdp_{name}": value for name, value in asdict(self.wire).items()}
             chosen["qsdp_level_steps"] = list(self.wire.learning_steps)

@@ -54,6 +54,7 @@ def train(config: TrainConfig) -> None:
         job = set_up(config, world, held)
         if job is None:
             return
+        config = job.config  # what --qsdp-bits auto has come to
         job.open_metrics()
         metrics = job.metrics
         progress = RunProgress(job.steps_done, config.steps, is_shown=world.is_main)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import statistics
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -95,6 +96,8 @@ def finish(job: Job, history: list[dict[str, Any]]) -> bool:
             if job.handle is not None
             else f"computed from stock FSDP2's plan over {job.world.backend}",
         },
+        # What --qsdp-bits auto measured and chose; the flags that say the same are in `config`.
+        "choice": None if job.choice is None else asdict(job.choice),
         "world_size": job.world.size,
         "kernels": native.serving(job.world.device),
         "sample": sample,

@@ -6,23 +6,27 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qsdp import checkpoint
 from qsdp.checkpoint import Damaged
+from qsdp.train.choose import is_choice
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError
 from qsdp.train.lock import process_id
 from qsdp.train.results import CHECKPOINTS, Start, damage, stated
+from qsdp.train.wire_flags import AUTO
 from qsdp.train.world import World
 
 # What a run is, and which of it another run may not change: weights and states are of these.
 _OF_THE_MODEL = ("model", "tokenizer", "optimizer", "seed", "schedule")
 _PARTS = ("model", "tokenizer", "optimizer", "schedule", "data", "settings")
 _UNSET = "unset"
+Fingerprint = Callable[[TrainConfig], dict[str, Any]]
+"""Gives all that changes a run's numbers."""
 _MOST_TOLD = 4
 
 # What older versions did not write down.
@@ -30,6 +34,7 @@ _OLDER: dict[str, Any] = {
     "history": "",
     "origin": None,
     "launch": None,
+    "choice": None,
     "went_on_from": 0,
     "skipped_steps": 0,
     "bad_in_row": 0,
@@ -40,9 +45,9 @@ _PACE = ("batch_size", "grad_accum", "seq_len", "precision", "replicas", "backen
 
 
 def find_whole_start(
-    config: TrainConfig, world: World, fingerprint: dict[str, Any]
+    config: TrainConfig, world: World, fingerprint: Fingerprint
 ) -> tuple[Start, list[Damaged]]:
-    """Where a run of this `fingerprint` begins, and the damaged checkpoints that are passed over
+    """Where a run of this configuration begins, and the damaged checkpoints that are passed over
     for it: the checkpoint to go on from has been read, each file by one rank.
 
     A collective. Raises UserError as `find_start`, and for a damaged checkpoint that was named.
@@ -116,13 +121,17 @@ def _but_for(damaged: Sequence[Damaged]) -> str:
 
 
 def find_start(
-    config: TrainConfig, fingerprint: dict[str, Any], damaged: Sequence[Damaged] = ()
+    config: TrainConfig, fingerprint: Fingerprint, damaged: Sequence[Damaged] = ()
 ) -> Start:
-    """Where a run of this `fingerprint` begins, as if `damaged` checkpoints were not there.
+    """Where a run of this configuration begins, as if `damaged` checkpoints were not there.
 
     Raises Damaged for one that is not among these, ValueError if what is there is not of this run,
     or not of this model.
     """
+
+    def differences_of(meta: dict[str, Any], parts: Iterable[str]) -> list[str]:
+        return _differences(meta, fingerprint(with_choice(config, meta)), parts)
+
     root = config.out_dir / CHECKPOINTS
     without = {error.checkpoint.resolve() for error in damaged}
     is_taken, own = bool(checkpoint.steps(root)), checkpoint.latest(root, without=without)
@@ -149,7 +158,7 @@ def find_start(
         newest["origin"] == named if named is not None else newest["launch"] == _restarted_launch()
     )
     if config.resume == "auto" or is_again:
-        differences = _differences(newest, fingerprint, _PARTS)
+        differences = differences_of(newest, _PARTS)
         if not differences:
             _check_steps(config, own, newest)
             return same
@@ -169,7 +178,7 @@ def find_start(
             raise
         raise ValueError(_all_damaged(given, damaged)) from None
     meta = _read(path)
-    if differences := _differences(meta, fingerprint, _OF_THE_MODEL):
+    if differences := differences_of(meta, _OF_THE_MODEL):
         raise ValueError(
             f"{_but_for(damaged)}{path} cannot be resumed: it was trained with "
             f"{_listed(differences)}; give the flags of that run, another --out, or --resume none."
@@ -183,9 +192,16 @@ def find_start(
             f"--out {config.out_dir} holds another run, with {own.name}; give another --out, or "
             "remove that folder."
         )
-    if own is not None and own.samefile(path) and not _differences(meta, fingerprint, _PARTS):
+    if own is not None and own.samefile(path) and not differences_of(meta, _PARTS):
         return replace(same, origin=named)
     return replace(anew, source=path, meta=meta, went_on_from=meta["step"], has_past=has_past)
+
+
+def with_choice(config: TrainConfig, meta: dict[str, Any]) -> TrainConfig:
+    """`config`, with what the run of a checkpoint chose where --qsdp-bits auto is to choose."""
+    if config.qsdp_bits != AUTO or meta["choice"] is None:
+        return config
+    return config.resolved(meta["choice"]["settings"])
 
 
 def _check_steps(config: TrainConfig, path: Path | None, meta: dict[str, Any]) -> None:
@@ -218,12 +234,14 @@ def _read(path: Path) -> dict[str, Any]:
         "history": str,
         "origin": str | None,
         "launch": str | None,
+        "choice": dict | None,
         "went_on_from": int,
         "skipped_steps": int,
         "bad_in_row": int,
     }
     wire = meta.get("wire", 0)
     is_whole = all(isinstance(meta.get(name, ...), kind) for name, kind in kinds.items())
+    is_whole = is_whole and (meta["choice"] is None or is_choice(meta["choice"]))
     if not (is_whole and (wire is None or _is_wire_state(wire))):
         raise ValueError(f"{path} was not written by this job; resume from another checkpoint.")
     return meta

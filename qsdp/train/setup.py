@@ -27,12 +27,13 @@ from qsdp.optim.finite import first_not_finite
 from qsdp.sparsity.compression import Prunable
 from qsdp.streams import complain, printable
 from qsdp.train.agree import agree_on_config, agree_on_data
+from qsdp.train.choose import Choice, choose
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError, is_lost, sentence
 from qsdp.train.evaluate import Evaluator
 from qsdp.train.lock import Lock, hold, holder
 from qsdp.train.parallelize import build, check_nodes, check_replicas, make_optimizer, model_config
-from qsdp.train.results import CHECKPOINTS, DENSE_TWIN, METRICS, Results, recover
+from qsdp.train.results import CHECKPOINTS, DENSE_TWIN, METRICS, Results, Start, recover
 from qsdp.train.resume import (
     changed,
     find_whole_start,
@@ -42,6 +43,7 @@ from qsdp.train.resume import (
     told_as_damaged,
 )
 from qsdp.train.wire import QuantizedWire, StockWire, Wire
+from qsdp.train.wire_flags import AUTO
 from qsdp.train.world import World, all_alike
 
 # The numbers that every line of metrics.jsonl has; a validation adds more.
@@ -96,6 +98,8 @@ class Job:
     """Checkpoints and dense twins, by their real paths, that are as if they were not there."""
     saver: checkpoint.AsyncSaver | None = None
     """With --save-async."""
+    choice: Choice | None = None
+    """What --qsdp-bits auto came to when the run began."""
 
     @property
     def out(self) -> Path:
@@ -241,6 +245,7 @@ class Job:
             "went_on_from": start.went_on_from,
             "origin": start.origin,
             "launch": launch_id(),
+            "choice": None if self.choice is None else asdict(self.choice),
             "skipped_steps": self.skipped_steps,
             "bad_in_row": self.bad_in_row,
         }
@@ -319,11 +324,14 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     data = agree_on_data(corpus, world)
     size = world.together(lambda: model_config(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))
-    fingerprint = _fingerprint(config, size, corpus, data, world)
+
+    def fingerprint_of(config: TrainConfig) -> dict[str, Any]:
+        return _fingerprint(config, size, corpus, data, world)
+
     removed, recovered = recover(config.out_dir, world)
     if removed and world.is_main:  # now: what follows may be refused
         print(f"Removed from {config.out_dir}, as outdated: {', '.join(removed)}", flush=True)
-    start, damaged = find_whole_start(config, world, fingerprint)
+    start, damaged = find_whole_start(config, world, fingerprint_of)
     source, meta = start.source, start.meta
     if world.is_main:
         for line in told_as_damaged(start, damaged):
@@ -340,6 +348,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
             )
         return None
 
+    config, choice = _settle_wire(config, size, world, start)
     sharded = world.together(lambda: build(config, size, world))
     model, handle = sharded.model, sharded.handle
     wire = StockWire(model, world, config.replicas) if handle is None else QuantizedWire(handle)
@@ -354,7 +363,8 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         if handle is not None and meta["wire"] is not None:
             load, state = handle.load_state_dict, meta["wire"]
             all_alike(world, lambda: load(state))
-    results = Results(config.out_dir, config.to_toml(), start)
+    comment = "" if choice is None else choice.comment
+    results = Results(config.out_dir, comment + config.to_toml(), start)
     removed = world.on_main(results.begin)
     job = Job(
         config=config,
@@ -366,12 +376,13 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         handle=handle,
         wire=wire,
         evaluator=Evaluator(config, world, corpus, model, wire),
-        fingerprint=fingerprint,
+        fingerprint=fingerprint_of(config),
         results=results,
         lock=lock,
         recovered=recovered,
         damaged={error.checkpoint.resolve() for error in damaged},
         saver=held.enter_context(_saving_beside()) if config.save_async else None,
+        choice=choice,
         steps_done=steps_done,
         skipped_steps=0 if meta is None else meta["skipped_steps"],
         bad_in_row=0 if meta is None else meta["bad_in_row"],
@@ -379,6 +390,24 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     )
     _announce(job, source, meta, removed)
     return job
+
+
+def _settle_wire(
+    config: TrainConfig, size: GPTConfig, world: World, start: Start
+) -> tuple[TrainConfig, Choice | None]:
+    """The configuration with what --qsdp-bits auto comes to, and that choice: of a run that goes on
+    the one that it has made, whatever the link is like by now."""
+    meta = start.meta
+    kept = None if meta is None or meta["choice"] is None else Choice(**meta["choice"])
+    if config.qsdp_bits != AUTO:
+        # Its flags, given by hand, go on with the same run.
+        is_same = meta is not None and meta["history"] == start.history
+        return config, kept if is_same else None
+    choice = kept or choose(config, size, world)
+    if world.is_main:
+        again = " (as chosen when the run began)" * (kept is not None)
+        print(f"{choice.line}{again}", flush=True)
+    return config.resolved(choice.settings), choice
 
 
 @contextmanager

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
 from qsdp.config import QSDPConfig, check_bits
 
+AUTO = "auto"
+"""Bits that are measured for, where others are given."""
 BITS_OF_ONE_DIRECTION = ("qsdp_weight_bits", "qsdp_grad_bits")
 _BITS = ("qsdp_bits", *BITS_OF_ONE_DIRECTION)
 Policy = tuple[tuple[str, int | tuple[int, int]], ...]
@@ -18,10 +20,14 @@ Policy = tuple[tuple[str, int | tuple[int, int]], ...]
 class WireFlags:
     """What crosses the wire; None, or False, is a flag that was not given."""
 
-    qsdp_bits: int | None = None
+    qsdp_bits: int | Literal["auto"] | None = None
     """Bits a value on the wire for weights and gradients, 2 to 8; 16 (bf16) and 32 (fp32) are
-    baselines through the same collectives. Unset: stock FSDP2. As a flag it also replaces what
-    --config says of weights or gradients alone; beside flags for both of these it is refused."""
+    baselines through the same collectives. Unset: stock FSDP2. `auto` measures the link, the codec
+    and the computation for at most 10 seconds before the first step, and chooses what takes least:
+    8 or 4 bits, gathered once or twice, reduced flat or in two hops, or stock FSDP2. It says why,
+    a run that resumes keeps the choice, and no other flag of the wire goes with it. As a flag it
+    also replaces what --config says of weights or gradients alone; beside flags for both of these
+    it is refused."""
 
     qsdp_weight_bits: int | None = None
     """Bits a weight in the all-gather, in place of --qsdp-bits; 32 if only the gradients' are
@@ -88,11 +94,14 @@ class WireFlags:
     the wire, for metrics.jsonl and errors.png."""
 
     def wire_config(self, seed: int) -> QSDPConfig | None:
-        """What crosses the wire, None for stock FSDP2.
+        """What crosses the wire, None for stock FSDP2, and for `auto`, of which nobody knows yet.
 
         Raises ValueError, naming the flag, for a value that is not allowed, and for a flag that
         would have no effect beside the others.
         """
+        if self.qsdp_bits == AUTO:
+            self._check_auto()
+            return None
         for name in _BITS:
             if getattr(self, name) is not None:
                 check_bits(flag(name), getattr(self, name))
@@ -135,7 +144,7 @@ class WireFlags:
         """What sets a run with this wire apart, as parts of the name of its folder."""
         wire = self.wire_config(seed)
         if wire is None:
-            return ["fsdp2"]
+            return [AUTO if self.qsdp_bits == AUTO else "fsdp2"]
         parts = [f"w{wire.weight_bits}g{wire.grad_bits}"]
         for name, value in self._details().items():
             short = name.removeprefix("qsdp_").replace("_", "")
@@ -155,6 +164,14 @@ class WireFlags:
             for name, value in values.items()
             if value is not None and value is not False and name not in _BITS
         }
+
+    def _check_auto(self) -> None:
+        others = [name for name in BITS_OF_ONE_DIRECTION if getattr(self, name) is not None]
+        for name in [*others, *self._details()]:
+            raise ValueError(
+                f"{flag(name)} is given beside --qsdp-bits {AUTO}, which decides on all of the "
+                "wire; give bits, or leave it out."
+            )
 
     def check_wire_steps(self, num_passes: int) -> None:
         """Raise ValueError for what would be due after the last of ``num_passes``."""

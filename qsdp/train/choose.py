@@ -1,0 +1,236 @@
+"""`--qsdp-bits auto`: measure, decide by the cost model, and say why.
+
+What is measured leaves nothing behind: it has a block of its own, buffers of its own and a random
+generator of its own, and all of that is gone when the run's model is built.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from qsdp.comm.plan import Parameter, Plan, embedding_names
+from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, launched_ranks, nodes_of, split
+from qsdp.config import QSDPConfig
+from qsdp.failures import collective
+from qsdp.models import GPT, GPTConfig
+from qsdp.train.config import TrainConfig
+from qsdp.train.cost_model import CODED, STOCK, Group, Measured, Way, decide
+from qsdp.train.probe import CODEC_S, LIMIT_S, Links, codec_s, computation_s, optimizer_s
+from qsdp.train.wire_flags import AUTO
+from qsdp.train.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What `--qsdp-bits auto` came to. All of it can be written as JSON."""
+
+    settings: dict[str, Any]
+    """The flags that would have asked for the same; None is one left out."""
+    what: str
+    why: str
+    predicted_s: dict[str, float]
+    """Seconds a step, by way."""
+    measured: dict[str, Any] | None
+    """None with one rank."""
+    took_s: float
+
+    @property
+    def line(self) -> str:
+        """What was chosen and why, in one line."""
+        return f"--qsdp-bits {AUTO}: {self.what}, since {self.why}"
+
+    @property
+    def comment(self) -> str:
+        """The same for a TOML file, with all that was measured."""
+        rest = {"predicted_s": self.predicted_s, "measured": self.measured}
+        return f"# {self.line}\n" + "".join(
+            f"# {name}: {json.dumps(value)}\n" for name, value in rest.items()
+        )
+
+
+def is_choice(record: dict[str, Any]) -> bool:
+    """Whether ``record`` is what `asdict` makes of a `Choice`: a file may hold anything."""
+    settings = record.get("settings")
+    return (
+        record.keys() == {field.name for field in fields(Choice)}
+        and isinstance(settings, dict)
+        and settings.keys() <= {"qsdp_bits", "qsdp_gather", "qsdp_reduce"}
+        and settings.get("qsdp_bits", AUTO) != AUTO
+        and all(isinstance(record[name], str) for name in ("what", "why"))
+        and all(record[name].isprintable() for name in ("what", "why"))
+    )
+
+
+def choose(config: TrainConfig, size: GPTConfig, world: World) -> Choice:
+    """What a run of ``config`` is to send, the same on all ranks. A collective of all of them."""
+    if world.size == 1:
+        return Choice(
+            settings=Way(bits=STOCK).settings(has_nodes=False),
+            what=str(Way(bits=STOCK)),
+            why="one rank sends nothing",
+            predicted_s={},
+            measured=None,
+            took_s=0.0,
+        )
+    started = time.perf_counter()
+    measured = measure(config, size, world)
+    return world.on_main(lambda: _decided(measured, started))
+
+
+def _decided(measured: Measured, started: float) -> Choice:
+    way, predicted = decide(measured)
+    stock = Way(bits=STOCK)
+    why = (
+        f"the link carries {measured.link_mbit_per_s:,.0f} Mbit/s a rank and a step computes "
+        f"{measured.compute_s:.3g} s: {predicted[way]:.3g} s a step predicted"
+    )
+    if way == stock:
+        best = min((each for each in predicted if each != stock), key=predicted.__getitem__)
+        why += f", {predicted[best]:.3g} s with {best}"
+    else:
+        why += f", {predicted[stock]:.3g} s with {stock}"
+    return Choice(
+        settings=way.settings(has_nodes=measured.ranks_per_node > 1),
+        what=str(way),
+        why=why,
+        predicted_s={str(each): seconds for each, seconds in predicted.items()},
+        measured=json.loads(json.dumps(asdict(measured))),  # as it comes back from a file
+        took_s=time.perf_counter() - started,
+    )
+
+
+def measure(config: TrainConfig, size: GPTConfig, world: World) -> Measured:
+    """Measure the computation, the codec and the link, in about `LIMIT_S` seconds at most.
+
+    1. Each rank computes and codes by itself, bounded by its own clock; the slowest rank counts.
+    2. What is left of the time goes to the link. There ranks decide by numbers that they have
+       agreed on, so that all take the same collectives.
+    """
+    started = time.perf_counter()
+    group = world.mesh.get_group()
+    wires = {bits: QSDPConfig(weight_bits=bits, grad_bits=bits) for bits in CODED}
+    sizes = _sizes(config, size, wires, group)
+    (block, root), rate = world.together(
+        lambda: (computation_s(config, size, world.device), optimizer_s(world.device))
+    )
+    block_values, root_values = (sizes[part]["values"] for part in ("block", "root"))
+    coding = world.together(
+        lambda: {
+            bits: codec_s(wire, block_values, world.device, CODEC_S / len(wires))
+            for bits, wire in wires.items()
+        }
+    )
+    all_values = root_values + size.num_layers * block_values
+    own = [*block, *root, all_values * rate, *(s for both in coding.values() for s in both)]
+    with collective("measuring of the link"):
+        hops = _hops(world, group)
+        slowest = torch.tensor(
+            [*own, time.perf_counter() - started], dtype=torch.float64, device=world.device
+        )
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        *own, spent = slowest.tolist()
+        try:
+            most = {
+                name: max(sizes["block"][kind].values())
+                for name, kind in (("gather", "gather_bytes"), ("reduce", "reduce_bytes"))
+            }
+            links = Links(group, world.device, hops, most, LIMIT_S - spent).measured()
+        finally:
+            if hops is not None:
+                hops.close()
+    coded = own[5:]
+    return Measured(
+        num_ranks=world.size,
+        ranks_per_node=1 if hops is None else hops.ranks_per_node,
+        has_streams=world.backend == "nccl",
+        num_blocks=size.num_layers,
+        passes=config.passes,
+        micro_batches=config.grad_accum,
+        root=Group(**sizes["root"], forward_s=own[2], backward_s=own[3]),
+        block=Group(**sizes["block"], forward_s=own[0], backward_s=own[1]),
+        optimizer_s=own[4],
+        encode_s=dict(zip(CODED, coded[::2], strict=True)),
+        decode_s=dict(zip(CODED, coded[1::2], strict=True)),
+        **links,
+    )
+
+
+def _sizes(
+    config: TrainConfig,
+    size: GPTConfig,
+    wires: Mapping[int, QSDPConfig],
+    group: dist.ProcessGroup,
+) -> dict[str, dict[str, Any]]:
+    """Of the root's group and a block's: what `Group` holds, but for the computation."""
+    with torch.device("meta"):
+        model = GPT(replace(size, num_layers=1))
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    found: dict[str, dict[str, Any]] = {}
+    for part in ("root", "block"):
+        facts: dict[str, Any] = {"gather_bytes": {}, "reduce_bytes": {}, "local_bytes": 0}
+        for bits, wire in wires.items():
+            plan = _plan(model, wire, dtype, group, is_block=part == "block")
+            facts["gather_bytes"][bits] = plan.gather(plan.places).payload_bytes
+            # Gradients are reduced in fp32 at either precision.
+            reduces = (
+                plan.reduce(plan.places, torch.float32, is_local=is_local).payload_bytes
+                for is_local in (False, True)
+            )
+            facts["reduce_bytes"][bits], facts["local_bytes"] = reduces
+            values = sum(p.padded_numel(group.size()) for p in plan.parameters)
+            facts["values"] = values
+            facts["gather_bytes"][STOCK] = values * dtype.itemsize
+            facts["reduce_bytes"][STOCK] = values * 4
+        found[part] = facts
+    return found
+
+
+def _plan(
+    model: nn.Module,
+    wire: QSDPConfig,
+    dtype: torch.dtype,
+    group: dist.ProcessGroup,
+    *,
+    is_block: bool,
+) -> Plan:
+    """How a block, or the rest of ``model``, would travel, as `install` would plan it."""
+    tables = embedding_names(model)
+    parameters = []
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        if name.startswith("blocks.") != is_block:
+            continue
+        bits = wire.bits_of(name, name in tables) if parameter.dim() >= 2 else (32, 32)
+        parameters.append(
+            Parameter(
+                name=name,
+                index=index,
+                shape=parameter.shape,
+                dtype=dtype,
+                shard_dim=0,
+                weight_bits=bits[0],
+                grad_bits=bits[1],
+                keeps_bits=False,
+                why="",
+            )
+        )
+    return Plan(parameters, 0, group, wire)
+
+
+def _hops(world: World, group: dist.ProcessGroup) -> Hops | None:
+    """Groups inside nodes and between them, where there are several of several ranks each."""
+    sizes: list[int] = [1] * world.size
+    dist.all_gather_object(sizes, world.together(launched_ranks))
+    topology = world.together(lambda: Topology(dict(enumerate(sizes))))
+    try:
+        nodes = nodes_of(group, topology)
+    except ValueError:  # uneven: all is flat there
+        return None
+    return split(group, nodes) if is_worth_two_hops(nodes) else None

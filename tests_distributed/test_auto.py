@@ -1,0 +1,180 @@
+"""`--qsdp-bits auto` on several ranks: what it measures, and that a run is what it chose."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import tomllib
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from qsdp.models import GPTConfig
+from qsdp.train import choose, probe
+from qsdp.train.config import TrainConfig
+from qsdp.train.cost_model import Measured, Way, ways
+from qsdp.train.errors import UserError
+from qsdp.train.loop import train_step
+from qsdp.train.setup import Job, set_up
+from qsdp.train.world import World
+from tests_distributed.conftest import Run
+from tests_distributed.jobs import Jobs, read_metrics
+from tests_distributed.launching import SMALL, TEXT
+
+SIZE = GPTConfig(vocab_size=64, num_layers=3, num_heads=2, width=64, context=64)
+
+
+def here() -> World:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return World(rank, size, torch.device("cpu"), "gloo", init_device_mesh("cpu", (size,)))
+
+
+def measured_there(node: int) -> Measured:
+    config = TrainConfig(model="tiny", seq_len=16, batch_size=2, qsdp_bits="auto")
+    threads = torch.get_num_threads()
+    states = torch.get_rng_state(), random.getstate()
+    with (
+        mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(node)),
+        mock.patch.object(probe, "_MOST_TIMES", 2),
+        mock.patch.object(probe, "_MOST_BYTES", 1 << 17),
+    ):
+        found = choose.measure(config, SIZE, here())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert torch.get_num_threads() == threads
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "node"), [(2, 1), (4, 2)])
+def test_all_ranks_measure_the_same_and_leave_nothing_behind(
+    run: Run, ranks: int, node: int
+) -> None:
+    first, *others = run(ranks, measured_there, node)
+    assert all(other == first for other in others)
+    assert (first.num_ranks, first.ranks_per_node) == (ranks, node)
+    values = 12 * 64**2  # matrices of a block, of which ranks hold equal parts
+    assert first.block.values == (values + 2 * 64 + 9 * 64 + 2 * 64) // ranks
+    assert first.block.gather_bytes[4] < first.block.gather_bytes[8] < first.block.values * 2
+    transfers = [first.gather, first.reduce, first.stock_gather, first.stock_reduce]
+    hops = [first.gather_across, first.gather_local, first.reduce_across, first.reduce_local]
+    assert all((hop is None) == (node == 1) for hop in hops)
+    for transfer in [*transfers, *filter(None, hops)]:
+        assert transfer.bytes_per_s > 0
+        assert transfer.latency_s > 0
+        assert 0 <= transfer.busy <= 1
+    assert min(first.block.forward_s, first.block.backward_s, first.optimizer_s) > 0
+
+
+def weights(job: Job) -> dict[str, Tensor]:
+    return {
+        name: getattr(p, "to_local", lambda p=p: p)().detach().clone()
+        for name, p in job.model.named_parameters()
+    }
+
+
+def trained(config: TrainConfig, num_steps: int) -> tuple[Job, list[float]]:
+    with ExitStack() as held:
+        job = set_up(config, here(), held)
+        assert job is not None
+        losses = [train_step(job)["loss"] for _ in range(num_steps)]
+        job.save()
+        return job, losses
+
+
+def go_on(folder: Path) -> None:
+    def config(name: str, **flags: Any) -> TrainConfig:
+        return TrainConfig(
+            data=str(folder / "text.txt"),
+            out=str(folder / name),
+            **{"model": "tiny", "steps": 9, "seq_len": 16, "batch_size": 2, "eval_batches": 1}
+            | flags,
+        )
+
+    way = Way(bits=4, gather="once")
+
+    def decided(measured: Measured) -> tuple[Way, dict[Way, float]]:
+        return way, dict.fromkeys(ways(measured), 1.0)
+
+    auto, by_hand = {"qsdp_bits": "auto"}, {"qsdp_bits": 4, "qsdp_gather": "once"}
+    with (
+        mock.patch.object(choose, "decide", decided),
+        mock.patch.object(probe, "_MOST_TIMES", 2),
+        mock.patch.object(probe, "_MOST_BYTES", 1 << 17),
+    ):
+        first, losses = trained(config("auto", **auto), 2)
+    assert first.choice is not None
+    assert first.choice.settings == by_hand
+    assert first.config == config("auto", **by_hand)
+    other, expected = trained(config("hand", **by_hand), 2)
+    assert other.choice is None
+    assert losses == expected
+    theirs = weights(other)
+    for name, own in weights(first).items():
+        assert torch.equal(own, theirs[name]), name
+    assert first.fingerprint == other.fingerprint
+
+    # Whatever the link is by now, the run goes on as it began, and by its own flags too.
+    with mock.patch.object(choose, "measure", side_effect=AssertionError):
+        for flags in (auto, by_hand, auto):
+            again, _ = trained(config("auto", **flags), 1)
+            assert again.choice == first.choice
+            assert again.config.wire == other.config.wire
+        assert again.steps_done == 5
+        source = str(folder / "auto" / "checkpoints")
+        elsewhere, _ = trained(config("elsewhere", **auto, resume=source), 1)
+        assert elsewhere.choice == first.choice
+        with ExitStack() as held, pytest.raises(UserError, match="qsdp_weight_bits 4, not 8"):
+            set_up(config("auto", qsdp_bits=8), here(), held)
+        with ExitStack() as held, pytest.raises(UserError, match="qsdp_bits unset, not auto"):
+            set_up(config("hand", **auto), here(), held)
+    changed, _ = trained(config("auto", qsdp_bits=8, resume=str(folder / "auto")), 1)
+    assert changed.choice is None
+    assert (folder / "auto" / "config.toml").read_text().count("#") == 0
+
+
+def test_a_run_is_that_of_the_chosen_flags_bit_for_bit_and_keeps_them(
+    run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    run(2, go_on, tmp_path)
+
+
+def test_the_command_says_in_one_line_what_it_chose_and_writes_it_down(
+    run_jobs: Jobs, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+
+    def flags(name: str, *more: str) -> list[str]:
+        data = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / name)]
+        return [*data, *SMALL, "--steps", "3", "--one-shot", "none", *more]
+
+    printed = run_jobs.succeed((2,), flags("auto", "--qsdp-bits", "auto"))
+    lines = [line for line in printed.splitlines() if line.startswith("--qsdp-bits auto: ")]
+    assert len(lines) == 1
+    assert re.search(
+        r"since the link carries [\d,]+ Mbit/s .* s a step predicted, .* s with", lines[0]
+    )
+    text = (tmp_path / "auto" / "config.toml").read_text()
+    assert text.startswith(f"# {lines[0]}\n")
+    summary = json.loads((tmp_path / "auto" / "summary.json").read_text())
+    choice, settings = summary["choice"], tomllib.loads(text)
+    chosen = {name: value for name, value in choice["settings"].items() if value is not None}
+    assert chosen == {n: v for n, v in settings.items() if n.startswith("qsdp_") and v}
+    assert choice["predicted_s"].keys() >= {"stock FSDP2", "8 bits gathered once"}
+
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
+    run_jobs.succeed((2,), flags("hand", *given))
+    losses = [[line["loss"] for line in read_metrics(tmp_path / n)] for n in ("auto", "hand")]
+    assert losses[0] == losses[1]
+    by_hand = json.loads((tmp_path / "hand" / "summary.json").read_text())
+    assert by_hand["choice"] is None
+    assert by_hand["val_loss"] == summary["val_loss"]
