@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -109,19 +110,14 @@ class Late:
 
     def abandon(self) -> None:
         """Finish all that a pass left behind which nobody wants any more, with zeros in place of
-        what it brings: its gradients may have been set to zero meanwhile. An error is raised when
-        all are done."""
+        what it brings: its gradients may have been set to zero meanwhile. Errors are those of that
+        pass; a rank that is lost is heard of at the next meeting."""
         left, self._reduces = self._reduces, []
-        errors = []
         for late in left:
-            try:
-                if late.reducing is not None:
+            if late.reducing is not None:
+                with suppress(RuntimeError):
                     late.finish()
-            except Exception as error:  # a rank is lost, or has sent something else
-                errors.append(error)
             late.output.zero_()
-        if errors:
-            raise errors[0]
 
     def _under_way(self) -> list[LateReduce]:
         return [late for late in self._reduces if late.reducing is not None]

@@ -148,12 +148,13 @@ def _keep(group: dist.ProcessGroup | None, number: int, works: Sequence[dist.Wor
 
 def _claim(group: dist.ProcessGroup, number: int) -> None:
     """Let go of what came before the exchange ``number``, which has arrived."""
-    kept = _unclaimed.pop(group)
-    for other, works in kept:
-        for work in works if other < number else ():
+    kept = _unclaimed[group]
+    for other, works in [each for each in kept if each[0] < number]:
+        for work in works:
             work.wait()
-    if later := [(other, works) for other, works in kept if other > number]:
-        _unclaimed[group] = later
+        kept.remove((other, works))
+    if not kept:
+        del _unclaimed[group]
 
 
 def is_staged(group: dist.ProcessGroup, device: torch.device) -> bool:

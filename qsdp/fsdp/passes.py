@@ -189,6 +189,7 @@ class Passes:
         end = _End(self)
         self._running = weakref.ref(end)
         compat.after_backward(end)
+        del end  # a traceback of what follows would hold it
         self._spoken_of.clear()
         self._shown.clear()
         # Not of other wholes, which may have had backward passes of their own.
@@ -201,7 +202,7 @@ class Passes:
         self._spoken_of.update(members)
         if compat.device_of(group).type == "cpu":  # else nobody would read what is said
             facts = self._facts_of_backward(members)
-            shown = [i for i in members if self._groups[i].shows_gradients]
+            shown = [i for i in members if self._is_shown(self._groups[i])]
             meeting = Meeting(_BACKWARD, facts, [group], has_news=bool(shown))
             self._meeting = meeting, shown, group
 
@@ -273,6 +274,11 @@ class Passes:
         """What optimizers hold of the groups."""
         return [p for group in self._groups for p in group.sharded_parameters()]
 
+    def _is_shown(self, group: compat.ParameterGroup) -> bool:
+        """Whether hooks keep its reduces from being left under way, which others could be."""
+        is_flat = not self._is_replicated(group) and group.mesh.device_type == "cpu"
+        return is_flat and group.shows_gradients
+
     def _is_replicated(self, group: compat.ParameterGroup) -> bool:
         return self._averages or group.replicas > 1
 
@@ -314,6 +320,7 @@ class Passes:
     def _abandon(self, module: nn.Module) -> None:
         if compat.is_backward_cut_short(module):
             compat.abandon_pass(module)
+            self._is_in_backward = True  # also between the passes of reentrant checkpoints
 
     def may_be_late(self, plan: Plan) -> bool:
         """Whether no rank has a hook that is shown the gradients of ``plan`` in the middle of this
@@ -343,13 +350,11 @@ class Passes:
             self._end_what_was_cut_short()
 
     def _end_what_was_cut_short(self) -> None:
-        try:
-            self.abandon_what_is_late()
-        finally:
-            if self._is_in_backward:
-                self._wire.clock.rewind()
-                self._adaptation.watch_again()
-                self._end_backward()
+        self.abandon_what_is_late()
+        if self._is_in_backward:
+            self._end_backward()
+            self._wire.clock.rewind()
+            self._adaptation.watch_again()
 
     def _end_backward(self) -> None:
         self._is_in_backward = False
@@ -509,7 +514,7 @@ class _End:
 
     def __call__(self) -> None:
         if not self._passes._ends_late:  # else what does so comes later
-            self._passes._end_backward()
+            self._passes._end_what_is_late(True)
 
 
 _LIVE: WeakSet[Passes] = WeakSet()
