@@ -92,11 +92,12 @@ def _decided(measured: Measured, started: float) -> Choice:
         f"the link carries {measured.link_mbit_per_s:,.0f} Mbit/s a rank and a step computes "
         f"{measured.compute_s:.3g} s: {predicted[way]:.3g} s a step predicted"
     )
-    if way == stock:
-        best = min((each for each in predicted if each != stock), key=predicted.__getitem__)
-        why += f", {predicted[best]:.3g} s with {best}"
-    else:
-        why += f", {predicted[stock]:.3g} s with {stock}"
+    fastest = min(predicted, key=lambda each: predicted[each])
+    if way != fastest:
+        spares = "sends more bits" if way.bits > fastest.bits else "takes less memory or fewer hops"
+        why += f", {predicted[fastest]:.3g} s with {fastest}, hardly less, and it {spares}"
+    if stock not in (way, fastest):
+        why += f"; {predicted[stock]:.3g} s with {stock}"
     return Choice(
         settings=way.settings(has_nodes=measured.ranks_per_node > 1),
         what=str(way),

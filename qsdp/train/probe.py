@@ -32,10 +32,11 @@ _MOST_TRIES = 20  # of passes
 _MOST_REPEATS = 5
 _SHORT = 32  # tokens of the first try: a block may be too slow for a whole batch
 _OF_A_KIND = 1 << 20  # values that are coded, or stepped, to find out how fast it goes
-_FIRST_BYTES = 1 << 16
-_MOST_BYTES = 1 << 24
+_FIRST_BYTES = 1 << 12  # to each peer: there may be many, and the link be slow
+_LEAST_MOST_BYTES, _MOST_BYTES = 1 << 20, 1 << 24  # less says little of a fast link
 _MOST_TIMES = 20
-_LATENCY_BYTES, _LATENCY_TIMES = 64, 3
+_LATENCY_BYTES = 64
+_BATCHES = 3  # of calls, whose median counts
 
 
 def computation_s(
@@ -147,7 +148,7 @@ class Links:
         found = {}
         for place, (name, direction, prepare) in enumerate(kinds):
             share = max(0.0, self._left) / (len(kinds) - place)
-            most = min(max(self._most[direction], _FIRST_BYTES), _MOST_BYTES)
+            most = min(max(self._most[direction], _LEAST_MOST_BYTES), _MOST_BYTES)
             found[name] = self._transfer(prepare, most, share)
         return found
 
@@ -157,7 +158,7 @@ class Links:
         """Send more and more, until that says enough, then as often as the time allows: routers and
         shapers let a burst pass before they show their rate."""
         self._timed(prepare(_LATENCY_BYTES), 1)
-        latency, _ = self._timed(prepare(_LATENCY_BYTES), _LATENCY_TIMES)
+        latency, _ = self._timed_often(prepare(_LATENCY_BYTES), 1)
         size, spent = _FIRST_BYTES, 0.0
         while True:
             seconds, busy = self._timed(prepare(size), 1)
@@ -166,12 +167,22 @@ class Links:
                 break
             size = min(2 * size, most)
         times = min(_MOST_TIMES, int((limit_s - spent) / seconds))
-        if times > 0:
+        if times > _BATCHES:
+            seconds, busy = self._timed_often(prepare(size), times // _BATCHES)
+        elif times > 0:
             seconds, busy = self._timed(prepare(size), times)
-        rate = size / max(seconds - latency, 1e-9)
+        # What was sent took what it took, however the parts of that were measured.
+        latency = min(latency, 0.9 * seconds)
+        rate = size / (seconds - latency)
         is_on_host = self._device.type == "cpu"
         is_busy = min(1.0, busy / seconds) if is_on_host else float(self._is_staged)
         return Transfer(latency_s=latency, bytes_per_s=rate, busy=is_busy)
+
+    def _timed_often(self, run: Callable[[], Any], times: int) -> tuple[float, float]:
+        """The medians of some `_timed`."""
+        found = [self._timed(run, times) for _ in range(_BATCHES)]
+        seconds, busy = (statistics.median(each) for each in zip(*found, strict=True))
+        return seconds, busy
 
     def _timed(self, run: Callable[[], Any], times: int) -> tuple[float, float]:
         """Seconds, and processor seconds, of one of ``times`` calls in a row: the slowest's."""

@@ -399,6 +399,8 @@ def _settle_wire(
     the one that it has made, whatever the link is like by now."""
     meta = start.meta
     kept = None if meta is None or meta["choice"] is None else Choice(**meta["choice"])
+    if kept is not None and kept.measured is None and world.size > 1:
+        kept = None  # one rank had nothing to choose
     if config.qsdp_bits != AUTO:
         # Its flags, given by hand, go on with the same run.
         is_same = meta is not None and meta["history"] == start.history
