@@ -13,22 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests_distributed.conftest import Run, selection
-from tests_distributed.late import Job, Way, differing, num_under_way
+from tests_distributed.late import Job, Way, differing, num_under_way, wait_at_once
 
 GATHERS = ("twice", "once")
 NORMS = ("blocks.2.norm2", "blocks.1.norm2", "blocks.0.norm2", "norm")
 """One of each group, in the order of the groups' reduces."""
-BESIDE = ("blocks.2.out.bias", "blocks.1.out.bias", "blocks.0.out.bias", "embed.weight")
-"""Another parameter of each."""
-
-
-def _wait_at_once(job: Job, how: str, place: int) -> None:
-    """Let this rank wait for the reduces of the group at that place."""
-    parameter = job.model.get_parameter(BESIDE[place])
-    if how == "hook":
-        job.hooks.append(parameter.register_post_accumulate_grad_hook(lambda _: None))
-    else:
-        parameter.grad = torch.zeros_like(parameter)
 
 
 def _taken(config: dict[str, Any], between: Callable[[Job], None]) -> dict[str, Tensor]:
@@ -48,7 +37,7 @@ def _step_apart(job: Job, left_out: list[int | None], waits: list[tuple[str, int
     and waits at once as it shall."""
     rank = dist.get_rank()
     if (mine := waits[rank]) is not None:
-        _wait_at_once(job, *mine)
+        wait_at_once(job, *mine)
     said, place = "nothing", left_out[rank]
     parent, _, name = ("" if place is None else NORMS[place]).rpartition(".")
     changes = {} if place is None else {name: nn.Identity()}

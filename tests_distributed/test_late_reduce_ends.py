@@ -19,6 +19,7 @@ from tests_distributed.late import (
     MOST,
     Job,
     Way,
+    cut_short,
     differing,
     groups_of,
     is_late,
@@ -84,27 +85,6 @@ def test_gradients_are_nan_until_the_third_reduce_begins_and_then_right(
 # --- an exception in the backward pass of all ranks -----------------------------------------------
 
 
-class Fault(Exception):
-    """What a user's code raises."""
-
-
-def _fail(*_: object) -> None:
-    raise Fault
-
-
-def _cut_short(model: Any, seed: int) -> None:
-    """A backward pass that raises in the middle of the first block."""
-
-    def watch(module: nn.Module, args: object, output: Tensor) -> None:
-        output.register_hook(_fail)
-
-    watching = model.blocks[0].norm1.register_forward_hook(watch)
-    loss = model(*make_batch(model, seed))
-    watching.remove()
-    with pytest.raises(Fault):
-        torch.autograd.backward(loss)
-
-
 def _validate(job: Job) -> None:
     with torch.no_grad():
         job.note({"loss of a validation": job.loss(50)})
@@ -116,25 +96,36 @@ def _validate_exactly(job: Job) -> None:
         _validate(job)
 
 
+def _note_errors(job: Job) -> None:
+    for name, errors in job.handle.errors().items():
+        job.note({f"error of {name}": torch.tensor(errors["weight"] or 0.0)})
+
+
 def _support(job: Job) -> None:
     weight = job.model.blocks[1].get_parameter("qkv.weight")
     job.handle.set_support({weight: torch.ones_like(weight.to_local(), dtype=torch.bool)})
 
 
-DRAINS: dict[str, Callable[[Job], object]] = {
-    "forward": lambda job: job.loss(50),
-    "validation": _validate,
-    "exact": _validate_exactly,
-    "abandon_pass": lambda job: compat.abandon_pass(job.model),
-    "abandon_step": lambda job: job.handle.abandon_step(),
-    "state_dict": lambda job: job.handle.state_dict(),
-    "load_state_dict": lambda job: job.handle.load_state_dict(
-        {**job.handle.state_dict(), "step": 4, "reduced": 0}
+Drain = Callable[[Job, dict[str, Any]], object]
+
+DRAINS: dict[str, Drain] = {
+    "forward": lambda job, _: job.loss(50),
+    "validation": lambda job, _: _validate(job),
+    "exact": lambda job, _: _validate_exactly(job),
+    "abandon_pass": lambda job, _: compat.abandon_pass(job.model),
+    "abandon_step": lambda job, _: job.handle.abandon_step(),
+    "state_dict": lambda job, _: job.handle.state_dict(),
+    "load_state_dict": lambda job, state: job.handle.load_state_dict(
+        {**state, "step": 4, "reduced": 0}
     ),
-    "set_support": _support,
-    "set_support of nothing": lambda job: job.handle.set_support(None),
-    "remove": lambda job: job.handle.remove(),
+    "set_support": lambda job, _: _support(job),
+    "set_support of nothing": lambda job, _: job.handle.set_support(None),
+    "errors": lambda job, _: _note_errors(job),
+    "remove": lambda job, _: job.handle.remove(),
 }
+"""Each is given what `state_dict` gave before the exception."""
+# An exception does not bring the step nearer before which levels are learned.
+LEARNED = {"weight_bits": 4, "grad_bits": 4, "levels": "learned", "level_steps": (2,)}
 
 
 def _drained(drain: str, gather: str, zero: str | None) -> tuple[dict[str, Tensor], list[int]]:
@@ -143,15 +134,16 @@ def _drained(drain: str, gather: str, zero: str | None) -> tuple[dict[str, Tenso
     ``zero``: how gradients are set to zero between the two; None: there is no exception.
     """
     late: list[int] = []
-    job = Job(PLAIN, gather)
+    job = Job(Way(config=LEARNED) if drain == "errors" else PLAIN, gather)
     job.take(0)
     job.optimizer.zero_grad()
+    state = job.handle.state_dict()
     if zero is not None:
-        _cut_short(job.model, 1)
+        cut_short(job.model, 1)
         late += [job.watch.num_late(), num_under_way(job.handle)]
     if zero:
         job.optimizer.zero_grad(set_to_none=zero == "to none")
-    DRAINS[drain](job)
+    DRAINS[drain](job, state)
     late += [job.watch.num_late(), num_under_way(job.handle)]
     if not zero:
         job.optimizer.zero_grad()
@@ -202,7 +194,7 @@ def _drained_by_another_whole(gather: str, reshard: bool) -> tuple[list[str], in
         first, second = models
         loss = second(*make_batch(second, 0))
         if fails:
-            _cut_short(first, 1)
+            cut_short(first, 1)
             before = sum(map(is_late, groups_of(first)))
         torch.autograd.backward(loss)
         if fails:
@@ -227,7 +219,7 @@ def _dropped(gather: str) -> tuple[int, list[str], list[str]]:
     job = Job(PLAIN, gather)
     job.take(0)
     job.optimizer.zero_grad()
-    _cut_short(job.model, 1)
+    cut_short(job.model, 1)
     late = job.watch.num_late()
     made: dict[str, Any] = {"the model": job.model, "the handle": job.handle}
     for name, parameter in job.model.named_parameters():
