@@ -190,9 +190,9 @@ BESIDE = ("blocks.2.out.bias", "blocks.1.out.bias", "blocks.0.out.bias", "embed.
 """A parameter of each group, in the order of the groups' reduces."""
 
 
-def wait_at_once(job: Job, how: str, place: int) -> None:
-    """Let this rank wait for the reduces of the group at that place."""
-    parameter = job.model.get_parameter(BESIDE[place])
+def wait_at_once(job: Job, how: str, place: int, model: int = 0) -> None:
+    """Let this rank wait for the reduces of the group at that place of a model."""
+    parameter = job.models[model].get_parameter(BESIDE[place])
     if how == "hook":  # the others hear of it, and wait too
         job.hooks.append(parameter.register_post_accumulate_grad_hook(lambda _: None))
     else:
