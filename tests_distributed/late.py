@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.hooks import RemovableHandle
@@ -99,8 +101,8 @@ class Way:
     """What `shard` is given."""
     dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None)
     """Parameter and reduce dtype of the mixed-precision policy."""
-    is_bf16: bool = False
-    """Whether the shards themselves are bfloat16."""
+    shards: torch.dtype = torch.float32
+    """The type of the shards themselves."""
     make: Callable[[Toy], Any] | None = None
     """Shards the model in place of `shard`; returns more options of `install`."""
     prepare: Callable[[Job], None] = lambda job: None
@@ -114,8 +116,7 @@ class Job:
     def __init__(self, way: Way, gather: str) -> None:
         self.way = way
         self.model: Any = make_model(1, **{"num_layers": NUM_LAYERS, **way.options})
-        if way.is_bf16:
-            self.model.bfloat16()
+        self.model.to(way.shards)
         param_dtype, reduce_dtype = way.dtypes
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
         options: dict[str, Any] = {}
@@ -170,6 +171,99 @@ class Job:
         for hook in self.hooks:  # torch keeps them in C++, and what they hold with them
             hook.remove()
         return self.found
+
+
+def late_and_waiting(way: Way, gather: str) -> tuple[list[str], list[int], list[int]]:
+    """What differs between the two, and of how many groups gradients were late at each look."""
+    late = Job(way, gather)
+    found = late.train()
+    waits = Job(way, gather)
+    with waiting():
+        expected = waits.train()
+    assert expected
+    return differing(found, expected), late.watch.seen, waits.watch.seen
+
+
+# --- what comes after `install` in several files --------------------------------------------------
+
+BESIDE = ("blocks.2.out.bias", "blocks.1.out.bias", "blocks.0.out.bias", "embed.weight")
+"""A parameter of each group, in the order of the groups' reduces."""
+
+
+def wait_at_once(job: Job, how: str, place: int, model: int = 0) -> None:
+    """Let this rank wait for the reduces of the group at that place of a model."""
+    parameter = job.models[model].get_parameter(BESIDE[place])
+    if how == "hook":  # the others hear of it, and wait too
+        job.hooks.append(parameter.register_post_accumulate_grad_hook(lambda _: None))
+    else:
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def keep_gradients(job: Job, ranks: tuple[int, ...]) -> None:
+    """Some ranks keep the gradients of the second block, all zero, from step to step."""
+    if dist.get_rank() not in ranks:
+        return
+
+    def keep(_: nn.Module, args: object) -> None:
+        for parameter in job.watch.groups[2]:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    job.model.register_forward_pre_hook(keep)
+
+
+def optimize_inside(job: Job, ranks: tuple[int, ...] | None = None) -> None:
+    """Hooks that update the second block, and drop its gradients, inside the backward pass."""
+    if ranks is not None and dist.get_rank() not in ranks:
+        return
+
+    def update(parameter: Any) -> None:
+        with torch.no_grad():
+            parameter.sub_(parameter.grad, alpha=0.1)
+        parameter.grad = None
+
+    for parameter in job.model.blocks[1].parameters():
+        job.hooks.append(parameter.register_post_accumulate_grad_hook(update))
+
+
+def add_another_model(job: Job) -> None:
+    other = shard(make_model(2), nested=False)
+    qsdp.install(other, job.config)
+    job.models.append(other)
+
+
+def take_two_models(job: Job, step: int) -> None:
+    """One backward pass of two models, each with a wire of its own."""
+    job.optimizer.zero_grad()
+    other = job.models[1]
+    job.backward(job.loss(step) + other(*make_batch(other, 100 + step)))
+    job.optimizer.step()
+
+
+# --- an exception in the backward pass of all ranks -----------------------------------------------
+
+
+class Fault(Exception):
+    """What a user's code raises."""
+
+
+def cut_short(model: Any, seed: int, block: int = 0) -> None:
+    """A backward pass that raises in the middle of a block, after the reduce of the one behind."""
+
+    def fail(*_: object) -> None:
+        raise Fault
+
+    def watch(module: nn.Module, args: object, output: Tensor) -> None:
+        output.register_hook(fail)
+
+    watching = model.blocks[block].norm1.register_forward_hook(watch)
+    loss = model(*make_batch(model, seed))
+    watching.remove()
+    with pytest.raises(Fault):
+        torch.autograd.backward(loss)
+
+
+# --------------------------------------------------------------------------------------------------
 
 
 def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:

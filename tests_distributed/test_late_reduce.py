@@ -16,14 +16,17 @@ from torch.utils.checkpoint import checkpoint
 import qsdp
 from tests_distributed import helpers
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import Toy, all_ranks, make_batch, make_model, shard
+from tests_distributed.helpers import Toy, all_ranks, shard
 from tests_distributed.late import (
     MOST,
     Job,
     Way,
-    differing,
+    add_another_model,
+    keep_gradients,
+    late_and_waiting,
+    optimize_inside,
     reduce_outside_of_backward,
-    waiting,
+    take_two_models,
 )
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -133,14 +136,6 @@ def _measured(job: Job, step: int) -> None:
         job.note({f"error of {name}": torch.tensor(errors["grad"] or 0.0)})
 
 
-def _two_models(job: Job, step: int) -> None:
-    """One backward pass of two models, each with a wire of its own."""
-    job.optimizer.zero_grad()
-    other = job.models[1]
-    job.backward(job.loss(step) + other(*make_batch(other, 100 + step)))
-    job.optimizer.step()
-
-
 # --- ways to shard, and what comes after `install` ------------------------------------------------
 
 
@@ -186,31 +181,6 @@ def _hook_some(job: Job, ranks: tuple[int, ...] | None = None) -> None:
         job.hooks.append(hook)
 
 
-def _optimize_inside(job: Job) -> None:
-    """Hooks that update the second block, and drop its gradients, inside the backward pass."""
-
-    def update(parameter: Any) -> None:
-        with torch.no_grad():
-            parameter.sub_(parameter.grad, alpha=0.1)
-        parameter.grad = None
-
-    for parameter in job.model.blocks[1].parameters():
-        parameter.register_post_accumulate_grad_hook(update)
-
-
-def _gradients_there(job: Job, ranks: tuple[int, ...]) -> None:
-    """Some ranks keep the gradients of the second block, all zero, from step to step."""
-    if dist.get_rank() not in ranks:
-        return
-
-    def keep(_: nn.Module, args: object) -> None:
-        for parameter in job.watch.groups[2]:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-
-    job.model.register_forward_pre_hook(keep)
-
-
 def _prune(job: Job, *, with_grads: bool) -> None:
     """Keep a third of the blocks' matrices, and the wire knows it."""
     masks = {}
@@ -236,12 +206,6 @@ def _prefetch(job: Job) -> None:
         after.set_modules_to_backward_prefetch([before])
 
 
-def _add_another_model(job: Job) -> None:
-    other = shard(make_model(2), nested=False)
-    qsdp.install(other, job.config)
-    job.models.append(other)
-
-
 def _compile(job: Job) -> None:
     for block in job.model.blocks:
         block.compile(backend="aot_eager")
@@ -261,7 +225,8 @@ WAYS = {
     "budget": Way(config={"budget": 5.0}, num_steps=3),
     "bf16, reduced in fp32": Way(dtypes=(BF16, FP32)),
     "bf16": Way(dtypes=(BF16, BF16), late=False),
-    "bf16 shards": Way(is_bf16=True),
+    "bf16 shards": Way(shards=BF16),
+    "fp16 shards": Way(shards=torch.float16),
     "factor 1": Way(prepare=partial(_divided, factor=1.0)),
     "factor 2.5": Way(prepare=partial(_divided, factor=2.5)),
     "micro-batches": Way(step=partial(_micro_batches, synced_each=False)),
@@ -274,8 +239,9 @@ WAYS = {
     "several modules in a group": Way(make=_several_modules),
     "hooks": Way(prepare=_hook_some),
     "hooks on one rank": Way(prepare=partial(_hook_some, ranks=(1,))),
-    "optimizer in backward": Way(prepare=_optimize_inside),
-    "gradients there on one rank": Way(prepare=partial(_gradients_there, ranks=(1,))),
+    "optimizer in backward": Way(prepare=optimize_inside),
+    "optimizer in backward on one rank": Way(prepare=partial(optimize_inside, ranks=(1,))),
+    "gradients there on one rank": Way(prepare=partial(keep_gradients, ranks=(1,))),
     "CrAM": Way(step=_cram),
     "re-computation": Way(options={"checkpointing": True}),
     # At the end of each inner backward pass nothing is under way.
@@ -284,12 +250,12 @@ WAYS = {
     "graph kept, zero between": Way(step=partial(_graph_kept, zero_between=True)),
     "autograd.grad": Way(step=_input_gradient),
     "outside of backward": Way(step=_pipelined, late=False),
-    "two hops": Way(ranks=FOUR, config=TWO_HOPS, late=None),
+    "two hops": Way(ranks=FOUR, config=TWO_HOPS),
     "two hops, hooks on one rank": Way(
-        ranks=FOUR, config=TWO_HOPS, prepare=partial(_hook_some, ranks=(1,)), late=None
+        ranks=FOUR, config=TWO_HOPS, prepare=partial(_hook_some, ranks=(1,))
     ),
     "two hops, gradients there on one rank": Way(
-        ranks=FOUR, config=TWO_HOPS, prepare=partial(_gradients_there, ranks=(2,)), late=None
+        ranks=FOUR, config=TWO_HOPS, prepare=partial(keep_gradients, ranks=(2,))
     ),
     "replicas": Way(ranks=FOUR, make=partial(_replicated, native=True), late=False),
     "quantized replicas": Way(ranks=FOUR, make=partial(_replicated, native=False), late=False),
@@ -300,20 +266,13 @@ WAYS = {
     "other parameters at a step": Way(step=_other_parameters, num_steps=3),
     "gathered ahead": Way(prepare=_prefetch),
     "measured": Way(step=_measured),
-    "two models": Way(step=_two_models, prepare=_add_another_model),
+    "two models": Way(step=take_two_models, prepare=add_another_model),
     "compiled": Way(prepare=_compile, late=None),
 }
 
 
 def _late_and_waiting(name: str, gather: str) -> tuple[list[str], list[int], list[int]]:
-    """What differs between the two, and of how many groups gradients were late at each look."""
-    late = Job(WAYS[name], gather)
-    found = late.train()
-    waits = Job(WAYS[name], gather)
-    with waiting():
-        expected = waits.train()
-    assert expected
-    return differing(found, expected), late.watch.seen, waits.watch.seen
+    return late_and_waiting(WAYS[name], gather)
 
 
 EVERY = {f"{name}, {ranks}": (ranks, name) for name, way in WAYS.items() for ranks in way.ranks}

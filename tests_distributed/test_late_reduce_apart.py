@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -13,22 +14,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests_distributed.conftest import Run, selection
-from tests_distributed.late import Job, Way, differing, num_under_way
+from tests_distributed.late import (
+    Job,
+    Way,
+    differing,
+    num_under_way,
+    optimize_inside,
+    wait_at_once,
+)
 
 GATHERS = ("twice", "once")
 NORMS = ("blocks.2.norm2", "blocks.1.norm2", "blocks.0.norm2", "norm")
 """One of each group, in the order of the groups' reduces."""
-BESIDE = ("blocks.2.out.bias", "blocks.1.out.bias", "blocks.0.out.bias", "embed.weight")
-"""Another parameter of each."""
-
-
-def _wait_at_once(job: Job, how: str, place: int) -> None:
-    """Let this rank wait for the reduces of the group at that place."""
-    parameter = job.model.get_parameter(BESIDE[place])
-    if how == "hook":
-        job.hooks.append(parameter.register_post_accumulate_grad_hook(lambda _: None))
-    else:
-        parameter.grad = torch.zeros_like(parameter)
 
 
 def _taken(config: dict[str, Any], between: Callable[[Job], None]) -> dict[str, Tensor]:
@@ -48,7 +45,7 @@ def _step_apart(job: Job, left_out: list[int | None], waits: list[tuple[str, int
     and waits at once as it shall."""
     rank = dist.get_rank()
     if (mine := waits[rank]) is not None:
-        _wait_at_once(job, *mine)
+        wait_at_once(job, *mine)
     said, place = "nothing", left_out[rank]
     parent, _, name = ("" if place is None else NORMS[place]).rpartition(".")
     changes = {} if place is None else {name: nn.Identity()}
@@ -63,6 +60,7 @@ def _step_apart(job: Job, left_out: list[int | None], waits: list[tuple[str, int
     return said
 
 
+Ranks = tuple[int, ...] | None
 Case = tuple[list[int | None], list[tuple[str, int] | None]]
 
 
@@ -151,3 +149,45 @@ def test_several_other_sets_end_in_one_sentence_too_unless_all_ranks_change(
         else:
             assert "has no gradient of" in each[0][0], name
             assert each == ((each[0][0], []),) * 3, name
+
+
+def _optimized_inside(gather: str, inside: list[Ranks]) -> list[tuple[str, set[str], list[str]]]:
+    """By ranks whose hooks update the second block inside the backward pass, and by group of which
+    one rank leaves out a norm: what is said, the modules whose weights change, and weights with NaN
+    in them."""
+    outcomes = []
+    for ranks in inside:
+        for place in (0, 1, 2):
+            job = Job(Way(prepare=partial(optimize_inside, ranks=ranks)), gather)
+            job.take(0)
+            job.optimizer.zero_grad()
+            before = {name: _shard(p).clone() for name, p in job.model.named_parameters()}
+            said = _step_apart(job, [None, place], [None, None])
+            job.handle.abandon_step()  # so that the model shows its shards
+            after = {name: _shard(p) for name, p in job.model.named_parameters()}
+            changed = {name for name, weight in before.items() if weight.ne(after[name]).any()}
+            broken = [name for name, weight in after.items() if weight.isnan().any()]
+            outcomes.append((said, {name.rpartition(".")[0][:8] for name in changed}, broken))
+    return outcomes
+
+
+def _shard(parameter: Any) -> Tensor:
+    local: Tensor = parameter.to_local().detach()
+    return local
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_what_is_refused_reaches_no_optimizer_inside_the_backward_pass(
+    run: Run, gather: str
+) -> None:
+    inside: list[Ranks] = [None, (0,), (1,)]
+    outcomes = run(2, _optimized_inside, gather, inside)
+    for i, ((said, *_), _) in enumerate(zip(*outcomes, strict=True)):
+        ranks, place = inside[i // 3], i % 3
+        assert said.startswith(f"rank 1 has no gradient of {NORMS[place]}.weight"), (ranks, place)
+        for rank, each in enumerate(outcomes):
+            is_hooked = ranks is None or rank in ranks
+            # Its own refusal comes at once, that of the block behind it at the end.
+            is_updated = is_hooked and place != 1
+            changed = {"blocks.1"} if is_updated else set()
+            assert each[i] == (said, changed, []), (ranks, place, rank)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import qsdp
@@ -16,13 +19,17 @@ from qsdp import compat
 from tests_distributed.conftest import Run, selection
 from tests_distributed.helpers import make_batch, make_model, shard
 from tests_distributed.late import (
+    BESIDE,
     MOST,
+    Fault,
     Job,
     Way,
+    cut_short,
     differing,
     groups_of,
     is_late,
     num_under_way,
+    wait_at_once,
     waiting,
 )
 
@@ -45,9 +52,15 @@ class Look:
         ]
 
 
-def _looks(gather: str) -> tuple[list[list[int]], bool, bool]:
-    """By look: which groups are late. Whether these are NaN as a whole, and the others right."""
+def _looks(gather: str, hooked: bool) -> tuple[list[list[int]], bool, bool]:
+    """By look: which groups are late. Whether these are NaN as a whole, and the others right.
+
+    ``hooked``: on one rank, a gradient of the fourth block has a hook.
+    """
     job = Job(Way(options={"num_layers": 5}), gather)
+    if hooked and dist.get_rank() == 1:
+        parameter = job.model.get_parameter("blocks.3.out.bias")
+        parameter.register_post_accumulate_grad_hook(lambda _: None)
     looks: list[Look] = []
 
     def look(module: nn.Module, args: object, output: Tensor) -> None:
@@ -78,31 +91,16 @@ def test_gradients_are_nan_until_the_third_reduce_begins_and_then_right(
 ) -> None:
     # The root comes first of the groups, and the last block first in the backward pass.
     expected = [[], [5], [4, 5], [3, 4], [2, 3], []]
-    assert run(2, _looks, gather) == [(expected, True, True)] * 2
+    assert run(2, _looks, gather, False) == [(expected, True, True)] * 2
+
+
+@pytest.mark.parametrize("gather", GATHERS)
+def test_a_group_with_a_hook_on_one_rank_is_waited_for_on_all(run: Run, gather: str) -> None:
+    expected = [[], [5], [5], [3, 5], [2, 3], []]
+    assert run(2, _looks, gather, True) == [(expected, True, True)] * 2
 
 
 # --- an exception in the backward pass of all ranks -----------------------------------------------
-
-
-class Fault(Exception):
-    """What a user's code raises."""
-
-
-def _fail(*_: object) -> None:
-    raise Fault
-
-
-def _cut_short(model: Any, seed: int) -> None:
-    """A backward pass that raises in the middle of the first block."""
-
-    def watch(module: nn.Module, args: object, output: Tensor) -> None:
-        output.register_hook(_fail)
-
-    watching = model.blocks[0].norm1.register_forward_hook(watch)
-    loss = model(*make_batch(model, seed))
-    watching.remove()
-    with pytest.raises(Fault):
-        torch.autograd.backward(loss)
 
 
 def _validate(job: Job) -> None:
@@ -116,25 +114,36 @@ def _validate_exactly(job: Job) -> None:
         _validate(job)
 
 
+def _note_errors(job: Job) -> None:
+    for name, errors in job.handle.errors().items():
+        job.note({f"error of {name}": torch.tensor(errors["weight"] or 0.0)})
+
+
 def _support(job: Job) -> None:
     weight = job.model.blocks[1].get_parameter("qkv.weight")
     job.handle.set_support({weight: torch.ones_like(weight.to_local(), dtype=torch.bool)})
 
 
-DRAINS: dict[str, Callable[[Job], object]] = {
-    "forward": lambda job: job.loss(50),
-    "validation": _validate,
-    "exact": _validate_exactly,
-    "abandon_pass": lambda job: compat.abandon_pass(job.model),
-    "abandon_step": lambda job: job.handle.abandon_step(),
-    "state_dict": lambda job: job.handle.state_dict(),
-    "load_state_dict": lambda job: job.handle.load_state_dict(
-        {**job.handle.state_dict(), "step": 4, "reduced": 0}
+Drain = Callable[[Job, dict[str, Any]], object]
+
+DRAINS: dict[str, Drain] = {
+    "forward": lambda job, _: job.loss(50),
+    "validation": lambda job, _: _validate(job),
+    "exact": lambda job, _: _validate_exactly(job),
+    "abandon_pass": lambda job, _: compat.abandon_pass(job.model),
+    "abandon_step": lambda job, _: job.handle.abandon_step(),
+    "state_dict": lambda job, _: job.handle.state_dict(),
+    "load_state_dict": lambda job, state: job.handle.load_state_dict(
+        {**state, "step": 4, "reduced": 0}
     ),
-    "set_support": _support,
-    "set_support of nothing": lambda job: job.handle.set_support(None),
-    "remove": lambda job: job.handle.remove(),
+    "set_support": lambda job, _: _support(job),
+    "set_support of nothing": lambda job, _: job.handle.set_support(None),
+    "errors": lambda job, _: _note_errors(job),
+    "remove": lambda job, _: job.handle.remove(),
 }
+"""Each is given what `state_dict` gave before the exception."""
+# An exception does not bring the step nearer before which levels are learned.
+LEARNED = {"weight_bits": 4, "grad_bits": 4, "levels": "learned", "level_steps": (2,)}
 
 
 def _drained(drain: str, gather: str, zero: str | None) -> tuple[dict[str, Tensor], list[int]]:
@@ -143,15 +152,16 @@ def _drained(drain: str, gather: str, zero: str | None) -> tuple[dict[str, Tenso
     ``zero``: how gradients are set to zero between the two; None: there is no exception.
     """
     late: list[int] = []
-    job = Job(PLAIN, gather)
+    job = Job(Way(config=LEARNED) if drain == "errors" else PLAIN, gather)
     job.take(0)
     job.optimizer.zero_grad()
+    state = job.handle.state_dict()
     if zero is not None:
-        _cut_short(job.model, 1)
+        cut_short(job.model, 1)
         late += [job.watch.num_late(), num_under_way(job.handle)]
     if zero:
         job.optimizer.zero_grad(set_to_none=zero == "to none")
-    DRAINS[drain](job)
+    DRAINS[drain](job, state)
     late += [job.watch.num_late(), num_under_way(job.handle)]
     if not zero:
         job.optimizer.zero_grad()
@@ -188,10 +198,15 @@ def test_what_an_exception_left_under_way_is_drained_and_forgotten(
             assert late == [MOST, MOST, 0, 0], zero
 
 
-def _drained_by_another_whole(gather: str, reshard: bool) -> tuple[list[str], int, int]:
-    """The backward pass of a second model, on the same wire, after that of the first was cut short.
+def _drained_by_another_whole(
+    gather: str, reshard: bool, zero: bool
+) -> tuple[list[str], int, int, float]:
+    """The backward pass of a second model, on the same wire, after that of the first was cut short,
+    and then a pass of the first. Returns what differs from a run without the exception; groups that
+    are late after it, and after the second model's pass; the first model's largest gradient then.
 
-    Where its weights stay gathered, it begins with a reduce.
+    Where its weights stay gathered, it begins with a reduce. ``zero``: gradients of the first model
+    are set to zero before it.
     """
     found: list[dict[str, Tensor]] = []
     for fails in (True, False):
@@ -200,25 +215,88 @@ def _drained_by_another_whole(gather: str, reshard: bool) -> tuple[list[str], in
         )
         handle = qsdp.install(models, qsdp.QSDPConfig(gather=gather))
         first, second = models
+        optimizer = torch.optim.SGD(first.parameters())  # in a pass, a model shows other tensors
         loss = second(*make_batch(second, 0))
         if fails:
-            _cut_short(first, 1)
+            cut_short(first, 1)
             before = sum(map(is_late, groups_of(first)))
+            if zero:
+                optimizer.zero_grad(set_to_none=False)
         torch.autograd.backward(loss)
         if fails:
             after = sum(map(is_late, groups_of(models)))
+            grads = [p.grad for group in groups_of(first) for p in group if p.grad is not None]
+            assert grads
+            largest = max(float(grad.to_local().abs().sum()) for grad in grads)  # type: ignore[attr-defined]
         assert not num_under_way(handle)
-        parameters = second.named_parameters()
+        optimizer.zero_grad()
+        torch.autograd.backward(first(*make_batch(first, 2)))
+        parameters = models.named_parameters()
         found.append({name: p.grad.to_local().clone() for name, p in parameters})
-    return differing(*found), before, after
+    return differing(*found), before, after, largest
 
 
-@pytest.mark.parametrize(("gather", "reshard"), [("twice", True), ("once", False)])
-def test_the_first_collective_of_another_model_drains_too(
-    run: Run, gather: str, reshard: bool
+@pytest.mark.parametrize(
+    ("gather", "reshard", "zero"), [("twice", True, False), ("once", False, True)]
+)
+def test_the_first_collective_of_another_model_drains_too_and_brings_nothing_back(
+    run: Run, gather: str, reshard: bool, zero: bool
 ) -> None:
-    outcome = run(2, _drained_by_another_whole, gather, reshard)
-    assert outcome == [([], MOST, 0)] * 2
+    outcome = run(2, _drained_by_another_whole, gather, reshard, zero)
+    assert outcome == [([], MOST, 0, 0.0)] * 2
+
+
+def _queue(work: Callable[[], None], module: nn.Module, args: object, output: Tensor) -> None:
+    output.register_hook(lambda _: compat.after_backward(work))
+
+
+def _raise() -> None:
+    raise Fault
+
+
+def _raised_at_the_end(gather: str, waits: str) -> tuple[list[int], list[str]]:
+    """A callback of the user's raises at the end of a backward pass, in which one rank ``waits`` at
+    once for every reduce. Returns the step after that pass and after each of two further ones, and
+    what differs from a run without it: where there are hooks, without the exception alone, since
+    nothing of the pass was left when it came."""
+
+    found: list[dict[str, Tensor]] = []
+    steps: list[list[int]] = []
+    for fails in (True, False):
+        job = Job(PLAIN, gather)
+        job.take(0)
+        job.optimizer.zero_grad()
+        if fails or waits == "hook":
+            for place in range(len(BESIDE) if waits and dist.get_rank() == 1 else 0):
+                wait_at_once(job, waits, place)
+            queue = partial(_queue, _raise if fails else lambda: None)
+            watching = job.model.blocks[2].mlp.register_forward_hook(queue)
+            loss = job.loss(1)
+            watching.remove()
+            with pytest.raises(Fault) if fails else nullcontext():
+                torch.autograd.backward(loss)
+            for hook in job.hooks:
+                hook.remove()
+        steps.append([job.handle.state_dict()["step"]])
+        for seed in (2, 3):
+            job.take(seed)
+            steps[-1].append(job.handle.state_dict()["step"])
+        assert not num_under_way(job.handle)
+        found.append(job.found)
+    return steps[0], differing(*found)
+
+
+@selection(
+    "waits, gather",
+    [("hook", "twice"), ("gradient", "once"), ("", "twice")],
+    ("hook", "gradient", ""),
+    GATHERS,
+)
+def test_a_callback_that_raises_at_the_end_leaves_no_rank_a_step_ahead(
+    run: Run, waits: str, gather: str
+) -> None:
+    steps = [1, 2, 3] if waits == "hook" else [1, 1, 2]
+    assert run(2, _raised_at_the_end, gather, waits) == [(steps, [])] * 2
 
 
 def _dropped(gather: str) -> tuple[int, list[str], list[str]]:
@@ -227,7 +305,7 @@ def _dropped(gather: str) -> tuple[int, list[str], list[str]]:
     job = Job(PLAIN, gather)
     job.take(0)
     job.optimizer.zero_grad()
-    _cut_short(job.model, 1)
+    cut_short(job.model, 1)
     late = job.watch.num_late()
     made: dict[str, Any] = {"the model": job.model, "the handle": job.handle}
     for name, parameter in job.model.named_parameters():

@@ -293,6 +293,7 @@ class Handle:
         was sent, or not in codes: inside `exact`, with one rank, at 16 and 32 bits.
         """
         self._check_installed()
+        self._passes.settle_what_was_cut_short()
         facts = {
             **self._facts_of_step(),
             **self._passes.facts(range(len(self._plans))),
