@@ -61,11 +61,11 @@ class Late:
     """What is under way, in the order in which it began. It holds no model.
 
     [Note: Late] A reduce returns as soon as the payloads of its last hop travel; an earlier hop is
-    inside a node, and waited for. It is finished before the second reduce after it, before another
-    one of its group, and at the end of the backward pass. To finish is to wait, decode and add:
-    no matter of other ranks, so each may do so when it likes, also at once. Ranks that find out
-    that they reduce different gradients, at whatever time, go on to the end of the backward pass,
-    where all say so ([Note: Consent] in `comm/consent.py`).
+    inside a node, and waited for. It is finished before a third would be under way, before another
+    one of its group begins, and at the end of the backward pass. To finish is to wait, decode and
+    add: no matter of other ranks, so each may do so when it likes, also at once. Ranks that find
+    out that they reduce different gradients, at whatever time, go on to the end of the backward
+    pass, where all say so ([Note: Consent] in `comm/consent.py`).
     """
 
     def __init__(self) -> None:
