@@ -149,9 +149,7 @@ def test_all_is_abandoned_with_zeros_though_one_is_an_error(place: int) -> None:
     refused = bench.differ("zero", 0)
     errors: list[Exception | None] = [LOST if each == place else None for each in range(2)]
     made = [bench.begin(f"{i}", i + 1, error) for i, error in enumerate(errors)]
-    with pytest.raises(RuntimeError) as caught:
-        bench.late.abandon()
-    assert caught.value is LOST
+    bench.late.abandon()
     assert {"0 ends", "1 ends"} <= set(bench.events)
     assert all(_is(each.output, 0) for each in (refused, *made))
     assert not bench.late
@@ -159,14 +157,10 @@ def test_all_is_abandoned_with_zeros_though_one_is_an_error(place: int) -> None:
     bench.late.end()
 
 
-def test_of_two_errors_the_first_comes_out_and_of_refusals_none_when_all_is_abandoned() -> None:
+def test_nothing_is_refused_when_all_is_abandoned() -> None:
     bench = Bench()
     one = bench.begin("one", 1, SetsDiffer())
     two = bench.begin("two", 2)
     bench.late.abandon()
     assert (_is(one.output, 0), _is(two.output, 0)) == (True, True)
-    bench.begin("three", 3, LOST)
-    bench.begin("four", 4, ValueError("another"))
-    with pytest.raises(RuntimeError, match="a rank is lost"):
-        bench.late.abandon()
     assert not bench.late

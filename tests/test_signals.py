@@ -213,7 +213,7 @@ def test_a_rank_that_waits_for_others_is_ended_by_a_signal(
     class Met(BaseException):
         pass
 
-    def look(*_: Any) -> Any:
+    def look(*_: Any, **__: Any) -> Any:
         assert before == [signal.getsignal(number) for number in SIGNALS]
         raise Met
 

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -156,9 +155,9 @@ def test_an_exception_right_after_a_reduce_leaves_nothing(
         assert outcome == dict.fromkeys(CALLS, ([], is_left)), rank
 
 
-def _removed_with_an_error() -> tuple[str, list[int], list[int]]:
-    """What `remove` says when what is under way brings something else; how many process groups
-    there are and of how many groups gradients are late, before and after it."""
+def _removed_with_an_error() -> tuple[int, list[int], list[int]]:
+    """How often `remove` met an error in what was under way; how many process groups there are and
+    of how many groups gradients are late, before and after it."""
     before = leftovers.held().groups
     job = Job(Way(config=TWO_HOPS), "twice")
     job.take(0)
@@ -166,16 +165,12 @@ def _removed_with_an_error() -> tuple[str, list[int], list[int]]:
     cut_short(job.model, 1)
     late, groups = [job.watch.num_late()], [leftovers.held().groups - before]
     refuse: Any = mock.Mock(side_effect=RuntimeError("a rank has sent something else"))
-    with (
-        mock.patch.object(reduce, "check_headers", refuse),
-        pytest.raises(RuntimeError) as caught,
-    ):
+    with mock.patch.object(reduce, "check_headers", refuse):
         job.handle.remove()
     late.append(job.watch.num_late())
     groups.append(leftovers.held().groups - before)
-    return str(caught.value), groups, late
+    return refuse.call_count, groups, late
 
 
 def test_two_hops_end_with_remove_though_what_was_under_way_is_an_error(run: Run) -> None:
-    said = "a rank has sent something else"
-    assert run(4, _removed_with_an_error) == [(said, [2, 0], [MOST, 0])] * 4
+    assert run(4, _removed_with_an_error) == [(MOST, [2, 0], [MOST, 0])] * 4

@@ -391,11 +391,9 @@ class Handle:
                 for was, own, now in zip(before, installed, group.comms(), strict=True)
             )
             group.set_comms(gather, reduce, force_sum, hook, async_op)
-        try:
-            self._reshard()
-        finally:
-            for hops in self._hops.values():
-                hops.close()
+        self._reshard()
+        for hops in self._hops.values():
+            hops.close()
 
     def _facts_of_step(self) -> dict[str, object]:
         """What the ranks have come to."""

@@ -320,7 +320,6 @@ class Passes:
     def _abandon(self, module: nn.Module) -> None:
         if compat.is_backward_cut_short(module):
             compat.abandon_pass(module)
-            self._is_in_backward = True  # also between the passes of reentrant checkpoints
 
     def may_be_late(self, plan: Plan) -> bool:
         """Whether no rank has a hook that is shown the gradients of ``plan`` in the middle of this
