@@ -111,6 +111,11 @@ class ParameterGroup:
         return {i for i, p in parameters if getattr(p, "_post_accumulate_grad_hooks", None)}
 
     @property
+    def has_gradients(self) -> bool:
+        """Whether any of its shards has a gradient, of an earlier reduce of whatever group."""
+        return any(p.sharded_param.grad is not None for p in self._group.fsdp_params)
+
+    @property
     def shows_gradients(self) -> bool:
         """Whether it has hooks that FSDP2 calls with what a reduce has brought."""
         return self._group._all_reduce_hook is not None or bool(self.parameters_with_hooks())

@@ -100,6 +100,14 @@ def test_room_is_made_by_finishing_the_same_group_or_the_first_of_too_many() -> 
     assert ends == ["one", "two", "three", "two again", "five", "five again"]
 
 
+def test_what_is_added_to_is_finished_whatever_group_fills_it() -> None:
+    bench = Bench()
+    one, two = bench.begin("one", 1), bench.begin("two", 2)
+    bench.late.make_room(3, adds=True)
+    assert (_is(one.output, 3), _is(two.output, 3)) == (True, True)
+    assert not bench.late
+
+
 def test_what_differs_stays_nan_and_is_refused_at_the_end_in_the_order_in_which_it_began() -> None:
     bench = Bench()
     one = bench.begin("one", 1, SetsDiffer())

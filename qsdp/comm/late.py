@@ -79,11 +79,15 @@ class Late:
     def num_under_way(self) -> int:
         return len(self._under_way())
 
-    def make_room(self, group: int) -> int:
-        """To be called before a reduce of ``group``: finish what is under way of it, since FSDP2
-        may add to what that fills, and the first of too many. Returns a free slot."""
+    def make_room(self, group: int, *, adds: bool = False) -> int:
+        """To be called before a reduce of ``group``: finish what is under way of it, and the first
+        of too many. Returns a free slot.
+
+        ``adds``: FSDP2 will add to gradients that are there, which any reduce may have to fill: of
+        tied parameters one of another group. So all are finished.
+        """
         for late in self._under_way():
-            if late.group == group or self.num_under_way == MOST_UNDER_WAY:
+            if adds or late.group == group or self.num_under_way == MOST_UNDER_WAY:
                 self._finish(late)
         taken = {late.slot for late in self._under_way()}
         return min(set(range(MOST_UNDER_WAY)) - taken)

@@ -231,7 +231,7 @@ class ReduceScatter(_Comm):
             self._passes.before_collective_in_backward(plan)
         else:
             self._passes.settle_what_was_cut_short()
-        slot = wire.late.make_room(plan.index)
+        slot = wire.late.make_room(plan.index, adds=self._group.has_gradients)
         if op != dist.ReduceOp.SUM:
             raise RuntimeError(
                 f"FSDP2 asks the group of {plan.name} for {op}; qsdp sums: leave "

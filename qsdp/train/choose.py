@@ -96,8 +96,9 @@ def _decided(measured: Measured, started: float) -> Choice:
     if way != fastest:
         spares = "sends more bits" if way.bits > fastest.bits else "takes less memory or fewer hops"
         why += f", {predicted[fastest]:.3g} s with {fastest}, hardly less, and it {spares}"
-    if stock not in (way, fastest):
-        why += f"; {predicted[stock]:.3g} s with {stock}"
+    others = [each for each in predicted if each not in (way, fastest)]
+    other = stock if stock in others else min(others, key=lambda each: predicted[each])
+    why += f", {predicted[other]:.3g} s with {other}"
     return Choice(
         settings=way.settings(has_nodes=measured.ranks_per_node > 1),
         what=str(way),
