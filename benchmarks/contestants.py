@@ -88,15 +88,16 @@ def contestants(powersgd_rank: int = 4) -> list[Contestant]:
         for gather in ("twice", "once")
         if (bits, precision) != (16, "bf16")  # at 32 bf16 values travel as they are
     ]
-    config = qsdp.QSDPConfig(weight_bits=4, grad_bits=4, gather="once")
-    rows.append(
-        Contestant(
-            name="waiting-w4g4-once-bf16",
-            what="qsdp W4G4 once, bf16, reduces waited for",
-            make=fsdp(BF16_FP32_REDUCE, config, waits=True),
-            role=YARDSTICK,
+    for bits, gather in ((8, "twice"), (8, "once"), (4, "once")):
+        config = qsdp.QSDPConfig(weight_bits=bits, grad_bits=bits, gather=gather)
+        rows.append(
+            Contestant(
+                name=f"waiting-fp32-w{bits}g{bits}-{gather}",
+                what=f"qsdp W{bits}G{bits} {gather}, fp32, reduces waited for",
+                make=fsdp(FP32, config, waits=True),
+                role=YARDSTICK,
+            )
         )
-    )
     return rows
 
 
