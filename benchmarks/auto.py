@@ -1,35 +1,45 @@
-"""What `--qsdp-bits auto` would choose on links of given rates, beside all that it predicts.
+"""Whether what `--qsdp-bits auto` chooses is the fastest, on links of several rates.
 
-    sudo python benchmarks/auto.py --rate 100mbit 1gbit loopback --json auto.json
+    sudo python benchmarks/auto.py --rates 100mbit 1gbit loopback --out out/auto
+    sudo python benchmarks/auto.py --rates 1gbit loopback --without ddp-* zero3-* --rounds 5
 
-Hosts are network namespaces, as for link.py; `loopback` is plain processes without a shaper. On
-each link the GPT of link.py's contestants is measured in fp32 and in bf16, as launch/train_gpt.py
-would before its first step; the choice, the seconds a step predicted for every way and what was
-measured are printed as JSON. Ways have the names of link.py's contestants, so that predictions can
-be joined with its table.
+Hosts are network namespaces with one rank each, as for link.py; `loopback` is plain processes. On
+each link the GPT of link.py's contestants is measured several times as launch/train_gpt.py would
+before its first step, and each time a choice is made. Then all that could have been chosen, and the
+rivals, take turns on the same link, as in link.py. The table has a step's seconds as predicted and
+as measured; what was chosen is held against the best that could have been chosen, the best that
+shards, and the best of all. auto.json and the rounds are in --out; killed, the same command goes on
+after the last finished round.
 
-Linux only; hosts need root and iproute2. Exits with status 2 without them.
+Linux only; hosts need root and iproute2. Exits with status 2 without them, and with 1 if a choice
+takes more than 1.10 of the best.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
+import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import machine
-from contestants import MODELS
-from namespaces import Hosts, Unavailable, exit_on_termination
+from contestants import RIVAL, add_arguments
+from link_table import median_of, ratio
+from link_targets import in_words
+from namespaces import Unavailable, exit_on_termination
+from race import LOOPBACK, device_of, run_here, run_on_hosts, take_turns
+from runs import Mistake
+from steps import size_of
+from turns import VOCAB_SIZE
 
 from qsdp.files import write_json
 from qsdp.train.config import PRECISIONS
 
-LOOPBACK = "loopback"
+WITHIN = 1.10
+RIVALS = ("ddp", "ddp-powersgd", "zero3")
 
 
 def main() -> None:
@@ -39,19 +49,22 @@ def main() -> None:
         return
     exit_on_termination()
     try:
-        record = {
-            "machine": machine.describe(),
-            "links": {rate: on_link(rate, arguments) for rate in arguments.rate},
-        }
-    except Unavailable as error:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        arguments.device = device_of(arguments)
+        links = [on_link(rate, arguments) for rate in arguments.rates]
+    except (Unavailable, Mistake) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    if arguments.json is not None:
-        write_json(arguments.json, record)
-    print(json.dumps(record, indent=2))
+    described = machine.describe(arguments.device)
+    write_json(arguments.out / "auto.json", {"machine": described, "links": links})
+    for link in links:
+        print(f"\n{table(link)}")
+    print(machine.one_line(described))
+    met = [verdict["is_met"] for link in links for verdict in link["verdicts"]]
+    sys.exit(0 if all(met) else 1)
 
 
 def parse() -> argparse.Namespace:
@@ -59,37 +72,37 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--hosts", type=int, default=2, help="number of hosts, one rank each")
-    parser.add_argument(
-        "--rate", nargs="+", default=["100mbit"], help="what each host may send, or loopback"
-    )
-    parser.add_argument("--model", choices=MODELS, default="19m", help="its number of parameters")
-    parser.add_argument("--tokens", type=int, default=768, help="a rank and step")
-    parser.add_argument("--context", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, a rank")
-    parser.add_argument("--repeats", type=int, default=1, help="measurings of each precision")
-    parser.add_argument("--json", type=Path, help="a file for the record")
+    parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit", LOOPBACK])
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--choices", type=int, default=3, help="times that auto decides, a link")
+    parser.add_argument("--out", type=Path, default=Path("out/auto"), help="a folder")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    add_arguments(parser)
+    parser.set_defaults(rounds=7, nproc_per_node=None, timeout=None)
     return parser.parse_args()
 
 
 def on_link(rate: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the ranks found on one link."""
-    environment = {"OMP_NUM_THREADS": str(arguments.threads)}
+    """The choices made on one link, the turns taken there, and what is to be said of both."""
+    chosen = argparse.Namespace(**vars(arguments) | {"rate": rate})
+    found = choices(chosen)
+    if not chosen.contestants:
+        rivals = [f"{name}-{chosen.precision}" for name in RIVALS]
+        chosen.contestants = [*found[0]["predicted_s"], *rivals]
+    record = take_turns(chosen, chosen.out / f"{rate}.json")
+    return {"rate": rate, "choices": found, "verdicts": verdicts(rate, found, record), **record}
+
+
+def choices(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the ranks decided."""
     with tempfile.TemporaryDirectory(prefix="qsdp-auto-") as folder:
         out = Path(folder) / "found.json"
         command = [str(Path(__file__).resolve()), "--worker", str(out)]
-        for name in ("model", "tokens", "context", "threads", "repeats"):
+        for name in ("model", "tokens", "context", "threads", "precision", "choices", "device"):
             command += [f"--{name}", str(getattr(arguments, name))]
-        if rate == LOOPBACK:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            launcher += ["--nproc-per-node", str(arguments.hosts), *command]
-            done = subprocess.run(launcher, env=os.environ | environment, check=False)
-            if done.returncode:
-                raise RuntimeError(f"the ranks failed with status {done.returncode}")
-        else:
-            with Hosts(arguments.hosts, rate, offload=True) as hosts:
-                hosts.run([sys.executable, *command], env=environment)
-        found: dict[str, Any] = json.loads(out.read_text())
+        run = run_here if arguments.rate == LOOPBACK else run_on_hosts
+        run(command, arguments)
+        found: list[dict[str, Any]] = json.loads(out.read_text())
         return found
 
 
@@ -97,45 +110,36 @@ def work(arguments: argparse.Namespace) -> None:
     """Measure and decide on this rank, with all others."""
     import torch
 
-    from qsdp.models import GPTConfig
     from qsdp.train.choose import choose
     from qsdp.train.config import TrainConfig
     from qsdp.train.world import end_process, open_world
 
     torch.set_num_threads(arguments.threads)
-    layers, width = MODELS[arguments.model]
-    size = GPTConfig(
-        vocab_size=256,
-        num_layers=layers,
-        num_heads=width // 64,
-        width=width,
-        context=arguments.context,
+    size = size_of(arguments.model, VOCAB_SIZE, arguments.context)
+    backend = "nccl" if arguments.device == "cuda" else "gloo"
+    config = TrainConfig(
+        qsdp_bits="auto",
+        precision=arguments.precision,
+        seq_len=arguments.context,
+        batch_size=arguments.tokens // arguments.context,
+        backend=backend,
     )
-    found: dict[str, list[dict[str, Any]]] = {}
-    with open_world(backend="gloo") as world:
-        for precision in PRECISIONS:
-            config = TrainConfig(
-                qsdp_bits="auto",
-                precision=precision,
-                seq_len=arguments.context,
-                batch_size=max(1, arguments.tokens // arguments.context),
-                backend="gloo",
+    found = []
+    with open_world(backend=backend) as world:
+        for _ in range(arguments.choices):
+            choice = choose(config, size, world)
+            found.append(
+                {
+                    "choice": contestant(choice.what, arguments.precision),
+                    "line": choice.line,
+                    "took_s": choice.took_s,
+                    "predicted_s": {
+                        contestant(way, arguments.precision): seconds
+                        for way, seconds in choice.predicted_s.items()
+                    },
+                    "measured": choice.measured,
+                }
             )
-            found[precision] = []
-            for _ in range(arguments.repeats):
-                choice = choose(config, size, world)
-                found[precision].append(
-                    {
-                        "choice": contestant(choice.what, precision),
-                        "line": choice.line,
-                        "took_s": choice.took_s,
-                        "predicted_s": {
-                            contestant(way, precision): seconds
-                            for way, seconds in choice.predicted_s.items()
-                        },
-                        "measured": choice.measured,
-                    }
-                )
         if world.is_main:
             write_json(arguments.worker, found)
     end_process(0)
@@ -143,11 +147,65 @@ def work(arguments: argparse.Namespace) -> None:
 
 def contestant(way: str, precision: str) -> str:
     """The name that link.py has for one of the cost model's ways."""
-    bits, _, rest = way.partition(" bits gathered ")
-    if not rest:  # stock FSDP2, which reduces in fp32 at either precision, as the trainer does
+    bits, _, gather = way.partition(" bits gathered ")
+    if not gather:  # stock FSDP2, which reduces in fp32 at either precision, as the trainer does
         return "fsdp-fp32" if precision == "fp32" else "fsdp-bf16-fp32-reduce"
-    gather, *hops = rest.split(" in ")
-    return f"qsdp-w{bits}g{bits}-{gather}-{precision}{'-two-hop' * bool(hops)}"
+    return f"qsdp-w{bits}g{bits}-{gather}-{precision}"
+
+
+def verdicts(
+    rate: str, found: list[dict[str, Any]], record: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Each way that was chosen against the best."""
+    rows = {row["name"]: row for row in record["rows"]}
+    rivals = [row for row in rows.values() if row["role"] == RIVAL]
+    fields = {
+        "that could be chosen": [rows[name] for name in found[0]["predicted_s"] if name in rows],
+        "that shards": [row for row in rivals if row["shards"]],
+        "of all": list(rows.values()),
+    }
+    judged = []
+    for name in dict.fromkeys(choice["choice"] for choice in found):
+        times = sum(choice["choice"] == name for choice in found)
+        for kind, field in fields.items():
+            if name not in rows or not field:
+                continue
+            best = min(field, key=median_of)
+            value = ratio(rows[name], best)
+            judged.append(
+                {
+                    "what": f"{rate}: {rows[name]['what']}, chosen {times} of {len(found)} times, "
+                    f"is times as long as the best {kind}, {best['what']}",
+                    "value": value,
+                    "limit": WITHIN,
+                    "is_least": False,
+                    "is_met": value <= WITHIN,
+                }
+            )
+    return judged
+
+
+def table(link: dict[str, Any]) -> str:
+    """Predicted and measured, a line a contestant."""
+    found = link["choices"]
+    took = max(choice["took_s"] for choice in found)
+    rounds = max(len(row["seconds"]) for row in link["rows"])
+    lines = [
+        f"{link['rate']}: {link['parameters'] / 1e6:.1f}M parameters, {link['ranks']} ranks, "
+        f"{link['tokens']} tokens a rank and step; {len(found)} choices of at most {took:.1f} s, "
+        f"medians of {rounds} rounds",
+        found[0]["line"],
+        f"{'ms a step':42}{'predicted':>10}{'measured':>10}{'spread':>14}",
+    ]
+    for row in link["rows"]:
+        name = row["name"]
+        predicted = [c["predicted_s"][name] for c in found if name in c["predicted_s"]]
+        guess = f"{1e3 * statistics.median(predicted):.0f}" if predicted else ""
+        spread = f"{1e3 * min(row['seconds']):.0f}-{1e3 * max(row['seconds']):.0f}"
+        mark = "  <- chosen" if any(c["choice"] == name for c in found) else ""
+        line = f"{row['what']:42}{guess:>10}{1e3 * median_of(row):10.0f}{spread:>14}{mark}"
+        lines.append(line)
+    return "\n".join([*lines, *(in_words(verdict) for verdict in link["verdicts"])])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The paper's experiment in miniature: its ratio of communication to computation, on a slow link.
 
     sudo python benchmarks/miniature.py --out out/miniature
+    sudo python benchmarks/miniature.py --short
 
 QSDP (arXiv 2302.02390) trains GPT 1.3B on 32 V100 in 4 nodes, 512 sequences of 2048 tokens a step
 in 4 micro-batches, over links of 10, 50 and 100 Gbit/s, and finds up to 2.2x at 10. In a
@@ -13,8 +14,11 @@ micro-batch
   takes each of the three into and out of a node once: 15.6 GB, 12.5 s at 10 Gbit/s.
 
 So communication is 6.8 times computation at 10 Gbit/s, 1.4 at 50 and 0.68 at 100. Here the
-computation is FSDP2's in fp32 over one rank; the link is slowed until what FSDP2 in fp32 sends
-takes that many times as long. Ratios are medians over rounds; root is needed, as for link.py.
+computation is FSDP2's in fp32 over one rank; the link is slowed until the same three transfers take
+that many times as long. They are those of the same fp32 values over qsdp's collectives: gloo's
+reduce-scatter sends twice what a ring does, so FSDP2 itself, which stands beside, is slower here
+than in the paper. Ratios are medians over rounds. Killed, the same command goes on after the last
+finished round; root is needed, as for link.py.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from link_table import plot, table
 from link_table import ratio as ratio_of_rows
 from namespaces import Unavailable, exit_on_termination
 from race import take_turns
+from runs import Mistake
 
 from qsdp.files import write_json
 
@@ -38,10 +43,11 @@ OPERATIONS = 8192 * (6 * 1.3e9 + 12 * 24 * 2048 * 2048)
 COMPUTE_S = OPERATIONS / 40e12
 NODE_BYTES = 3 * 4 * 1.3e9
 ASKED = 2.2
+SAME_VALUES, OURS = "qsdp-w32g32-twice-fp32", "qsdp-w8g8-twice-fp32"
 CONTESTANTS = (
     "fsdp-alone-fp32",
     "fsdp-fp32",
-    "qsdp-w32g32-twice-fp32",
+    SAME_VALUES,
     "qsdp-w8g8-*-fp32",
     "qsdp-w4g4-once-*",
 )
@@ -57,26 +63,27 @@ def main() -> None:
     exit_on_termination()
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
-        # How long the computation takes, and how much FSDP2 sends: the rate follows.
-        arguments.rate, arguments.contestants = "10gbit", ["fsdp-alone-fp32", "fsdp-fp32"]
-        alone, sharded = take_turns(arguments)["rows"]
+        # How long the computation takes, and how much fp32 values send: the rate follows.
+        arguments.rate, arguments.contestants = "10gbit", ["fsdp-alone-fp32", SAME_VALUES]
+        alone, sharded = take_turns(arguments, arguments.out / "pace.json")["rows"]
         compute_s = statistics.median(alone["seconds"])
         sent_bytes = statistics.median(sharded["sent_bytes"])
         arguments.contestants = list(CONTESTANTS)
         results = [at(gbit, compute_s, sent_bytes, arguments) for gbit in arguments.gbit]
-    except Unavailable as error:
+    except (Unavailable, Mistake) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    described = machine.describe()
+    described = machine.describe(arguments.device)
     write_json(arguments.out / "miniature.json", {"machine": described, "links": results})
     for result in results:
         print(f"\nthe paper's {result['gbit']:g} Gbit/s: {result['rate']}, communication ", end="")
         print(f"{result['ratio']:.2f} times computation\n{table(result)}")
         print("W8G8 gathered twice, the paper's way, ", end="")
-        print(f"is {result['speed_up']:.2f}x as fast as FSDP2 in fp32", end="")
+        print(f"is {result['of_fsdp']:.2f}x as fast as FSDP2 in fp32, ", end="")
+        print(f"{result['speed_up']:.2f}x as the same values in fp32", end="")
         if result["gbit"] == 10:
             met = "met" if result["speed_up"] >= ASKED else "MISSED"
             print(f" (the paper: up to {ASKED}; to reach at least {ASKED}: {met})", end="")
@@ -91,7 +98,7 @@ def at(
     """All contestants on the link that stands for one of the paper's."""
     kbit = round(8 * sent_bytes / (ratio(gbit) * compute_s) / 1e3)
     arguments.rate = f"{kbit}kbit"
-    record = take_turns(arguments)
+    record = take_turns(arguments, arguments.out / f"turns-{gbit:g}gbit.json")
     record |= {"hosts": arguments.hosts, "link": f"{kbit / 1e3:.0f} Mbit/s"}
     rows = {row["name"]: row for row in record["rows"]}
     plot(record, arguments.out / f"miniature-{gbit:g}gbit.png")
@@ -99,7 +106,8 @@ def at(
         "gbit": gbit,
         "rate": record["link"],
         "ratio": ratio(gbit),
-        "speed_up": ratio_of_rows(rows["fsdp-fp32"], rows["qsdp-w8g8-twice-fp32"]),
+        "of_fsdp": ratio_of_rows(rows["fsdp-fp32"], rows[OURS]),
+        "speed_up": ratio_of_rows(rows[SAME_VALUES], rows[OURS]),
     }
 
 
@@ -110,8 +118,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gbit", nargs="+", type=float, default=[10, 50, 100], help="the paper's")
     parser.add_argument("--hosts", type=int, default=2, help="number of hosts")
     parser.add_argument("--out", type=Path, default=Path("out/miniature"), help="a folder")
+    parser.add_argument("--short", action="store_true", help="two points, in some minutes")
     parser.set_defaults(nproc_per_node=None, timeout=None)
     add_arguments(parser)
+    if parser.parse_args().short:
+        parser.set_defaults(gbit=[10, 100], rounds=3, settle=0)
     return parser.parse_args()
 
 
