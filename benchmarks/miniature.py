@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser.set_defaults(nproc_per_node=None, timeout=None)
     add_arguments(parser)
     if parser.parse_args().short:
-        parser.set_defaults(gbit=[10, 100], rounds=3, settle=0)
+        parser.set_defaults(gbit=[10, 100], rounds=3)
     return parser.parse_args()
 
 

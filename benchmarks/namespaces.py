@@ -206,6 +206,8 @@ class Hosts:
             "NCCL_HOSTID": self._hosts[host],
             "NCCL_IB_DISABLE": "1",
             "PYTHONUNBUFFERED": "1",
+            # torch warns of every peer whose address has no name, and here none has.
+            "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
         }
 
     def _kill(self) -> None:

@@ -1,0 +1,88 @@
+"""What auto.py, scaling.py, miniature.py make of what they measured."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qsdp.train.cost_model import CODED, STOCK, Way
+
+PREDICTED = {"fsdp-fp32": 3.0, "qsdp-w8g8-once-fp32": 1.5, "qsdp-w4g4-once-fp32": 1.4}
+
+
+def _row(name: str, *seconds: float, role: str = "rival") -> dict[str, Any]:
+    return {
+        "name": name,
+        "what": name,
+        "role": role,
+        "shards": name.startswith(("fsdp", "zero3", "qsdp")),
+        "seconds": [*seconds],
+        "sent_bytes": [0],
+    }
+
+
+def _chosen(name: str) -> dict[str, Any]:
+    return {"choice": name, "line": "why", "took_s": 9.0, "predicted_s": PREDICTED}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_way_that_auto_may_take_is_a_contestant(load: Any, precision: str) -> None:
+    names = [one.name for one in load("contestants").contestants()]
+    ways = [Way(bits=STOCK)]
+    ways += [Way(bits=bits, gather=gather) for bits in CODED for gather in ("twice", "once")]
+    found = [load("auto").contestant(str(way), precision) for way in ways]
+    assert len(set(found)) == len(ways)
+    assert set(found) <= set(names)
+
+
+@pytest.mark.parametrize(("ours", "is_met"), [(1.09, True), (1.12, False)])
+def test_a_choice_is_held_against_the_best_of_each_kind(
+    load: Any, ours: float, is_met: bool
+) -> None:
+    rows = [
+        _row("fsdp-fp32", 3.0, 6.0, 3.0),
+        _row("ddp-fp32", 1.0, 2.0, 1.0),
+        _row("zero3-fp32", 2.0, 4.0, 2.0),
+        _row("qsdp-w8g8-once-fp32", ours, 2 * ours, ours, role="ours"),
+        _row("qsdp-w4g4-once-fp32", 1.0, 2.0, 1.0, role="ours"),
+    ]
+    found = [_chosen("qsdp-w8g8-once-fp32"), _chosen("qsdp-w4g4-once-fp32")]
+    auto = load("auto")
+    judged = auto.verdicts("1gbit", found, {"rows": rows})
+    eight, four = judged[:3], judged[3:]
+    assert [verdict["value"] for verdict in eight] == pytest.approx([ours, ours / 2, ours])
+    assert [verdict["is_met"] for verdict in eight] == [is_met, True, is_met]
+    assert [verdict["value"] for verdict in four] == pytest.approx([1.0, 0.5, 1.0])
+    assert "chosen 1 of 2 times" in four[0]["what"]
+    facts = {"rate": "1gbit", "parameters": 19e6, "ranks": 2, "tokens": 1024}
+    lines = auto.table(facts | {"choices": found, "rows": rows, "verdicts": judged}).splitlines()
+    assert sum(line.endswith("<- chosen") for line in lines) == 2
+    assert sum("MISSED" in line for line in lines) == 2 * (not is_met)
+
+
+def test_growth_is_told_in_ratios_of_the_same_rounds(load: Any, tmp_path: Path) -> None:
+    scaling = load("scaling")
+    row = {
+        "axis": "ranks",
+        "model": "5m",
+        "parameters": 5e6,
+        "ranks": 2,
+        "groups": 6,
+        "seconds": {scaling.THEIRS: [1.0, 2.0]},
+        "of_fsdp": {scaling.OURS: [0.5, 0.7], scaling.OTHER: [0.8, 0.8]},
+        "memory_bytes": {scaling.THEIRS: 100e6, scaling.OURS: 125e6, scaling.OTHER: 110e6},
+    }
+    line = scaling.line(row)
+    assert "1500.0 ms" in line
+    assert "W8G8 0.60 of it (0.50-0.70), memory 1.25" in line
+    assert "W4G4 0.80 of it (0.80-0.80), memory 1.10" in line
+    pytest.importorskip("matplotlib")
+    assert scaling.plot([row, row | {"ranks": 4}], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_the_papers_links_as_its_communication_over_its_computation(load: Any) -> None:
+    miniature = load("miniature")
+    # 15.6 GB at 10 Gbit/s; 8192 tokens of 1.3e9 parameters at 40 Tflop/s.
+    assert miniature.ratio(10) == pytest.approx(12.48 / 1.845, rel=0.01)
+    assert miniature.ratio(100) == pytest.approx(miniature.ratio(10) / 10)
