@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from contestants import RIVAL, add_arguments
+from contestants import OURS, RIVAL, add_arguments
 from link_table import median_of, ratio
 from link_targets import in_words
 from namespaces import Unavailable, exit_on_termination
@@ -162,7 +162,7 @@ def verdicts(
     fields = {
         "that could be chosen": [rows[name] for name in found[0]["predicted_s"] if name in rows],
         "that shards": [row for row in rivals if row["shards"]],
-        "of all": list(rows.values()),
+        "of all": [row for row in rows.values() if row["role"] in (RIVAL, OURS)],
     }
     judged = []
     for name in dict.fromkeys(choice["choice"] for choice in found):

@@ -40,6 +40,7 @@ def test_a_choice_is_held_against_the_best_of_each_kind(
     load: Any, ours: float, is_met: bool
 ) -> None:
     rows = [
+        _row("alone-fp32", 0.1, 0.1, 0.1, role="floor"),
         _row("fsdp-fp32", 3.0, 6.0, 3.0),
         _row("ddp-fp32", 1.0, 2.0, 1.0),
         _row("zero3-fp32", 2.0, 4.0, 2.0),
