@@ -26,7 +26,7 @@ from qsdp.train.config import TrainConfig
 from qsdp.train.cost_model import CODED, STOCK, Group, Measured, Way, decide
 from qsdp.train.errors import sentence
 from qsdp.train.probe import CODEC_S, LIMIT_S, Links, codec_s, computation_s, optimizer_s
-from qsdp.train.wire_flags import AUTO
+from qsdp.train.wire_flags import AUTO, CHOSEN
 from qsdp.train.world import World
 
 
@@ -64,7 +64,7 @@ def is_choice(record: dict[str, Any]) -> bool:
     return (
         record.keys() == {field.name for field in fields(Choice)}
         and isinstance(settings, dict)
-        and settings.keys() <= {"qsdp_bits", "qsdp_gather", "qsdp_reduce"}
+        and settings.keys() <= {*CHOSEN}
         and settings.get("qsdp_bits", AUTO) != AUTO
         and all(isinstance(record[name], str) for name in ("what", "why"))
         and all(record[name].isprintable() for name in ("what", "why"))
