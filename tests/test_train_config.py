@@ -126,7 +126,7 @@ def test_auto_as_a_flag_chooses_anew_whatever_a_file_says_of_what_it_chooses(
         name = more.partition(" ")[0]
         with pytest.raises(UserError, match=f"^--config {file} sets {name}, .* out of the file"):
             parse(flags)
-    with pytest.raises(UserError, match="^--qsdp-gather is given beside --qsdp-bits auto"):
+    with pytest.raises(UserError, match=r"^--qsdp-gather is given beside --qsdp-bits auto"):
         parse([*flags, "--qsdp-gather", "once", "--qsdp-errors"])
 
 
