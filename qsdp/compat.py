@@ -567,11 +567,14 @@ def new_group(
     world = distributed_c10d._world
     timeout = parent._get_backend(device_of(parent)).options._timeout
     _, store = world.pg_map[distributed_c10d._get_default_group()]
+    backend = backend or dist.get_backend_config(parent)
+    # By one name where it is one for all devices: torch warns when it destroys one of a list.
+    names = {each.rpartition(":")[2] for each in backend.split(",")}
     group, _ = distributed_c10d._new_process_group_helper(
         len(ranks),
         ranks.index(dist.get_rank()),
         ranks,
-        distributed_c10d.Backend(backend or dist.get_backend_config(parent)),
+        distributed_c10d.Backend(names.pop() if len(names) == 1 else backend),
         store,
         cast(Any, name),
         timeout=timeout,

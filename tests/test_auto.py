@@ -18,6 +18,7 @@ from qsdp.train import probe
 from qsdp.train.choose import Choice, is_choice
 from qsdp.train.cli import main
 from qsdp.train.config import TrainConfig
+from qsdp.train.signals import Stop
 from tests.bad_inputs import TEXT
 from tests.test_cli import small_run
 
@@ -102,7 +103,7 @@ def test_a_slow_block_ends_the_growing_before_its_share_of_the_time(
 def test_a_links_rate_is_found_in_its_share_of_the_time_behind_a_burst(
     monkeypatch: pytest.MonkeyPatch, rate: float, burst: float, latency_s: float
 ) -> None:
-    links = probe.Links(cast(Any, None), CPU, None, {}, 10.0)
+    links = probe.Links(cast(Any, None), CPU, None, {}, 10.0, Stop())
     bucket, spent = [burst], [0.0]
 
     def timed(size: int, times: int) -> tuple[float, float]:

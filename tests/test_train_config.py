@@ -107,6 +107,30 @@ def test_a_flag_for_bits_wins_over_a_files_bits_that_it_stands_in_place_of(
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        "qsdp_bits = 4\nqsdp_gather = 'once'\nqsdp_reduce = 'two-hop'\nqsdp_errors = false\n",
+        "qsdp_weight_bits = 4\nqsdp_grad_bits = 8\n",
+        "",
+    ],
+)
+def test_auto_as_a_flag_chooses_anew_whatever_a_file_says_of_what_it_chooses(
+    tmp_path: Path, given: str
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(f"out = 'there'\n{given}")
+    flags = ["--config", str(file), "--qsdp-bits", "auto"]
+    assert parse(flags) == TrainConfig(qsdp_bits="auto", out="there")
+    for more in ("qsdp_levels = 'learned'", "qsdp_budget = 3.0", "qsdp_errors = true"):
+        file.write_text(f"{more}\n{given.replace('qsdp_errors = false', '')}")
+        name = more.partition(" ")[0]
+        with pytest.raises(UserError, match=f"^--config {file} sets {name}, .* out of the file"):
+            parse(flags)
+    with pytest.raises(UserError, match=r"^--qsdp-gather is given beside --qsdp-bits auto"):
+        parse([*flags, "--qsdp-gather", "once", "--qsdp-errors"])
+
+
+@pytest.mark.parametrize(
     ("given", "flags", "targets"),
     [
         ("cram = true\ncram_sparsity = [0.25]", ["--cram-targets", "2:4"], ["2:4"]),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
 import re
+import signal
 import tomllib
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +23,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from qsdp.models import GPTConfig
-from qsdp.train import choose, probe
+from qsdp.train import choose, loop, probe, setup
 from qsdp.train.config import TrainConfig
 from qsdp.train.cost_model import Measured, Way, ways
 from qsdp.train.errors import UserError
@@ -72,6 +76,49 @@ def test_all_ranks_measure_the_same_and_leave_nothing_behind(
         assert transfer.latency_s > 0
         assert 0 <= transfer.busy <= 1
     assert min(first.block.forward_s, first.block.backward_s, first.optimizer_s) > 0
+
+
+def told(folder: Path) -> None:
+    """In each part of measuring one rank is told to end: what comes next is not begun."""
+    config = TrainConfig(
+        model="tiny",
+        data=str(folder / "text.txt"),
+        out=str(folder / "told"),
+        seq_len=16,
+        eval_batches=1,
+        qsdp_bits="auto",
+    )
+    parts = [
+        (choose, "computation_s"),
+        (choose, "codec_s"),
+        (probe.Links, "_all_to_all"),
+        (probe.Links, "_stock_gather"),
+        (setup, "build"),
+    ]
+    for rank, ((place, name), (next_place, next_name)) in enumerate(pairwise(parts)):
+        is_told, part = dist.get_rank() == rank % dist.get_world_size(), getattr(place, name)
+
+        def measured(*args: Any, part: Any = part, is_told: bool = is_told) -> Any:
+            if is_told:
+                signal.raise_signal(signal.SIGUSR1)
+            return part(*args)
+
+        printed = io.StringIO()
+        with (
+            mock.patch.object(place, name, measured),
+            mock.patch.object(next_place, next_name, side_effect=AssertionError),
+            mock.patch.object(loop, "open_world", return_value=contextlib.nullcontext(here())),
+            contextlib.redirect_stdout(printed),
+        ):
+            loop.train(config)
+        why = "SIGUSR1" if is_told else "a signal to another rank"
+        said = f"{why}: no step was taken; the same command begins again\n"
+        assert printed.getvalue() == (said if dist.get_rank() == 0 else "")
+
+
+def test_a_signal_to_one_rank_ends_measuring_and_the_run_on_all(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    run(2, told, tmp_path)
 
 
 def weights(job: Job) -> dict[str, Tensor]:

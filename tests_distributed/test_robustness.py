@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -455,6 +456,20 @@ def _quantized_job(rank: int, ranks: int, folder: Path, timeout_s: float) -> Non
     _job(rank, ranks, folder, timeout_s, "--qsdp-bits", "8")
 
 
+def _measuring_job(rank: int, ranks: int, folder: Path, timeout_s: float) -> None:
+    """Rank 1 finds no memory in the middle of measuring the link."""
+    from qsdp.train.probe import Links
+
+    make, calls = Links._bytes, itertools.count()
+
+    def made(links: Links, size: int) -> Tensor:
+        is_full = rank == 1 and next(calls) == 9
+        return make(links, 1 << 60 if is_full else size)
+
+    Links._bytes = made  # type: ignore[method-assign]
+    _job(rank, ranks, folder, timeout_s, "--qsdp-bits", "auto")
+
+
 Life = Callable[[int, int, Path, float], None]
 
 
@@ -465,6 +480,21 @@ def _live(life: Life, rank: int, ranks: int, folder: Path, timeout_s: float) -> 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     life(rank, ranks, folder, timeout_s)
+
+
+def _start(life: Life, ranks: int, folder: Path, timeout_s: float) -> list[Any]:
+    """Processes, of which each writes into a file of its own."""
+    (folder / "text.txt").write_text(TEXT)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(preloaded)
+    processes: list[Any] = []
+    for rank in range(ranks):
+        process = context.Process(
+            target=_live, args=(life, rank, ranks, folder, timeout_s), daemon=True
+        )
+        process.start()
+        processes.append(process)
+    return processes
 
 
 def _wait_until(is_so: Callable[[], bool], what: str) -> None:
@@ -487,15 +517,7 @@ def three(tmp_path: Path) -> Iterator[Callable[..., tuple[list[Any], list[str], 
     def run(
         life: Life, progress: str, victim: int, number: int, timeout_s: float
     ) -> tuple[list[Any], list[str], float]:
-        (tmp_path / "text.txt").write_text(TEXT)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(preloaded)
-        for rank in range(3):
-            process = context.Process(
-                target=_live, args=(life, rank, 3, tmp_path, timeout_s), daemon=True
-            )
-            process.start()
-            processes.append(process)
+        processes.extend(_start(life, 3, tmp_path, timeout_s))
         outputs = [tmp_path / f"output-{rank}" for rank in range(3)]
 
         def has_begun() -> bool:
@@ -561,6 +583,26 @@ def test_when_a_rank_ends_or_hangs_the_others_end_and_name_the_collective(
         if life is not _loop:
             assert code == 1
             assert "Traceback" not in output
+
+
+def test_a_fault_of_a_rank_that_measures_the_link_ends_all_in_a_sentence_each(
+    tmp_path: Path,
+) -> None:
+    processes = _start(_measuring_job, 2, tmp_path, 2 * patience.seconds())
+    try:
+        for process in processes:
+            process.join(patience.seconds())
+        codes = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    outputs = [(tmp_path / f"output-{rank}").read_text() for rank in range(2)]
+    assert codes == [1, 1], outputs
+    for rank, why in enumerate([r"a rank has ended or does not answer \(", ".*allocate memory"]):
+        said = f"^error on rank {rank}: the measuring of the link failed on rank {rank}: {why}"
+        assert re.search(said, outputs[rank], re.MULTILINE), outputs[rank]
+        assert "Traceback" not in outputs[rank]
 
 
 def test_under_torchrun_a_killed_rank_is_replaced_and_a_job_that_is_told_to_end_saves(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -19,12 +20,13 @@ from torch import nn
 from qsdp.comm.plan import Parameter, Plan, embedding_names
 from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, launched_ranks, nodes_of, split
 from qsdp.config import QSDPConfig
-from qsdp.failures import collective
+from qsdp.failures import CollectiveError, collective
 from qsdp.models import GPT, GPTConfig
 from qsdp.train.config import TrainConfig
 from qsdp.train.cost_model import CODED, STOCK, Group, Measured, Way, decide
+from qsdp.train.errors import sentence
 from qsdp.train.probe import CODEC_S, LIMIT_S, Links, codec_s, computation_s, optimizer_s
-from qsdp.train.wire_flags import AUTO
+from qsdp.train.wire_flags import AUTO, CHOSEN
 from qsdp.train.world import World
 
 
@@ -62,7 +64,7 @@ def is_choice(record: dict[str, Any]) -> bool:
     return (
         record.keys() == {field.name for field in fields(Choice)}
         and isinstance(settings, dict)
-        and settings.keys() <= {"qsdp_bits", "qsdp_gather", "qsdp_reduce"}
+        and settings.keys() <= {*CHOSEN}
         and settings.get("qsdp_bits", AUTO) != AUTO
         and all(isinstance(record[name], str) for name in ("what", "why"))
         and all(record[name].isprintable() for name in ("what", "why"))
@@ -70,7 +72,10 @@ def is_choice(record: dict[str, Any]) -> bool:
 
 
 def choose(config: TrainConfig, size: GPTConfig, world: World) -> Choice:
-    """What a run of ``config`` is to send, the same on all ranks. A collective of all of them."""
+    """What a run of ``config`` is to send, the same on all ranks. A collective of all of them.
+
+    Raises Told, on all ranks, once one of them was told to end; CollectiveError.
+    """
     if world.size == 1:
         return Choice(
             settings=Way(bits=STOCK).settings(has_nodes=False),
@@ -82,6 +87,8 @@ def choose(config: TrainConfig, size: GPTConfig, world: World) -> Choice:
         )
     started = time.perf_counter()
     measured = measure(config, size, world)
+    if world.device.type != "cpu":
+        torch.accelerator.empty_cache()  # pieces of other sizes than the run will ask for
     return world.on_main(lambda: _decided(measured, started))
 
 
@@ -124,15 +131,17 @@ def measure(config: TrainConfig, size: GPTConfig, world: World) -> Measured:
         lambda: (computation_s(config, size, world.device), optimizer_s(world.device))
     )
     block_values, root_values = (sizes[part]["values"] for part in ("block", "root"))
+    world.stop.check()
     coding = world.together(
         lambda: {
             bits: codec_s(wire, block_values, world.device, CODEC_S / len(wires))
             for bits, wire in wires.items()
         }
     )
+    world.stop.check()
     all_values = root_values + size.num_layers * block_values
     own = [*block, *root, all_values * rate, *(s for both in coding.values() for s in both)]
-    with collective("measuring of the link"):
+    with _measuring_together(world):
         hops = _hops(world, group)
         slowest = torch.tensor(
             [*own, time.perf_counter() - started], dtype=torch.float64, device=world.device
@@ -144,7 +153,8 @@ def measure(config: TrainConfig, size: GPTConfig, world: World) -> Measured:
                 name: max(sizes["block"][kind].values())
                 for name, kind in (("gather", "gather_bytes"), ("reduce", "reduce_bytes"))
             }
-            links = Links(group, world.device, hops, most, LIMIT_S - spent).measured()
+            limit_s = LIMIT_S - spent
+            links = Links(group, world.device, hops, most, limit_s, world.stop).measured()
         finally:
             if hops is not None:
                 hops.close()
@@ -163,6 +173,22 @@ def measure(config: TrainConfig, size: GPTConfig, world: World) -> Measured:
         decode_s=dict(zip(CODED, coded[1::2], strict=True)),
         **links,
     )
+
+
+@contextmanager
+def _measuring_together(world: World) -> Iterator[None]:
+    """Inside ranks wait for each other all the time: the fault of one, whatever it is, is the end
+    of all, which each says in one sentence."""
+    what = "measuring of the link"
+    try:
+        with collective(what):
+            yield
+    except CollectiveError:
+        raise
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CollectiveError(
+            f"the {what} failed on rank {world.rank}: {sentence(error)}"
+        ) from error
 
 
 def _sizes(

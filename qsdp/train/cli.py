@@ -19,7 +19,7 @@ from qsdp.train.config import RECIPES, TrainConfig
 from qsdp.train.errors import UserError, is_lost, leave, leave_lost, sentence
 from qsdp.train.method_flags import INSTEAD
 from qsdp.train.signals import process_ends
-from qsdp.train.wire_flags import AUTO, BITS_OF_ONE_DIRECTION
+from qsdp.train.wire_flags import AUTO, BITS_OF_ONE_DIRECTION, CHOSEN, WireFlags
 
 T = TypeVar("T")
 
@@ -134,6 +134,8 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     from_file = {} if known.config is None else read_config_file(Path(known.config))
     given = _given(argv)
     _drop_replaced(from_file, given)
+    if known.qsdp_bits == AUTO:
+        _leave_to_auto(known.config, from_file, given)
     model = known.model or from_file.get("model", TrainConfig.model)
     # An unknown model has no recipe; the check comes below, with all other checks.
     defaults = CommandLine(**{"model": model} | RECIPES.get(model, {}) | from_file)
@@ -166,6 +168,19 @@ def _drop_replaced(from_file: dict[str, Any], given: Sequence[str]) -> None:
     for name in given:
         for other in _REPLACED.get(name, ()):
             from_file.pop(other, None)
+
+
+def _leave_to_auto(path: str, from_file: dict[str, Any], given: Sequence[str]) -> None:
+    """Take out of a file's settings what --qsdp-bits auto chooses, as a run that it has chosen for
+    has them. Raises UserError for others of the wire, which would be lost."""
+    for name in CHOSEN:
+        from_file.pop(name, None)
+    for name in (field.name for field in fields(WireFlags)):
+        if name not in given and from_file.get(name, False) is not False:
+            raise UserError(
+                f"--config {path} sets {name}, beside --qsdp-bits {AUTO}, which decides on all of "
+                "the wire; take it out of the file, or give bits."
+            )
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from qsdp.train.config import TrainConfig
 from qsdp.train.progress import RunProgress
 from qsdp.train.report import finish
 from qsdp.train.setup import Job, set_up
-from qsdp.train.signals import heeded
+from qsdp.train.signals import Told, heeded
 from qsdp.train.wire import SECONDS, WireUse, threshold_bytes
 from qsdp.train.world import open_world, to_device
 
@@ -34,6 +34,7 @@ WIRE_METRICS = (
     *("gather_bytes", "reduce_bytes", "gather_inter_node_bytes", "reduce_inter_node_bytes"),
     *SECONDS,
 )
+_NO_STEP = "no step was taken; the same command begins again"
 
 
 def train(config: TrainConfig) -> None:
@@ -51,7 +52,12 @@ def train(config: TrainConfig) -> None:
     ):
         # Only now: a rank that waits for others in C++ would not heed a signal.
         stop = heeding.enter_context(heeded(world.stop))
-        job = set_up(config, world, held)
+        try:
+            job = set_up(config, world, held)
+        except Told:
+            if world.is_main:
+                print(f"{stop.why}: {_NO_STEP}", flush=True)
+            return
         if job is None:
             return
         config = job.config  # what --qsdp-bits auto has come to
@@ -209,7 +215,7 @@ def _stopped(job: Job) -> str:
     """What a run says that a signal has ended."""
     done, steps = job.steps_done, job.config.steps
     if not done:  # OUT may hold another run, which --resume auto would go on with
-        return f"{job.world.stop.why}: no step was taken; the same command begins again"
+        return f"{job.world.stop.why}: {_NO_STEP}"
     saved = f"step {done} of {steps} is saved"
     what = "ends the run with its last evaluation" if done == steps else "goes on from there"
     return f"{job.world.stop.why}: {saved}; {job.same_command} {what}"

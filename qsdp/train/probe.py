@@ -23,6 +23,7 @@ from qsdp.config import ROUNDINGS, QSDPConfig
 from qsdp.models import GPT, GPTConfig
 from qsdp.train.config import TrainConfig
 from qsdp.train.cost_model import Transfer
+from qsdp.train.signals import Stop
 
 LIMIT_S = 9.0
 """Of all measuring together: 10 less what ends late, since whatever was begun is ended."""
@@ -112,7 +113,7 @@ class Links:
     """Measures the collectives. All ranks make one and call `measured`.
 
     Ranks decide how much to send next by times of the slowest rank, which all have: so they stay
-    together without asking rank 0.
+    together without asking rank 0. That one was told to end goes with these times.
     """
 
     def __init__(
@@ -122,15 +123,16 @@ class Links:
         hops: Hops | None,
         most_bytes: Mapping[str, int],
         limit_s: float,
+        stop: Stop,
     ) -> None:
         """``most_bytes``: of `gather` and `reduce`, what a rank brings at most. ``limit_s``: for
         all together, the same on all ranks."""
         self._group, self._device, self._hops = group, device, hops
-        self._most, self._left = most_bytes, limit_s
+        self._most, self._left, self._stop = most_bytes, limit_s, stop
         self._is_staged = device.type != "cpu" and transport.is_staged(group, device)
 
     def measured(self) -> dict[str, Transfer]:
-        """By the names of `Measured`, whatever there is."""
+        """By the names of `Measured`, whatever there is. Raises Told."""
         kinds: list[tuple[str, str, Callable[[int], Callable[[], Any]]]] = [
             ("reduce", "reduce", lambda size: self._all_to_all(size, self._group)),
             ("gather", "gather", lambda size: self._all_gather(size, self._group)),
@@ -191,9 +193,12 @@ class Links:
         for _ in range(times):
             run()
         own = [_now(self._device) - started, time.process_time() - used]
+        own.append(self._stop.asked is not None)
         slowest = torch.tensor(own, dtype=torch.float64, device=self._device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX, group=self._group)
-        seconds, busy = slowest.tolist()
+        seconds, busy, is_asked = slowest.tolist()
+        self._stop.is_agreed |= is_asked > 0
+        self._stop.check()
         self._left -= seconds
         return seconds / times, busy / times
 

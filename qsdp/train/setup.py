@@ -314,7 +314,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     """Build the job of `config` on all ranks; None if it is finished already, which is said.
 
     The folder of results is this run's until `held` is closed.
-    Raises UserError, on every rank, for whatever the user can correct.
+    Raises UserError, on every rank, for whatever the user can correct, and Told as `choose`.
     """
     agree_on_config(config, world)
     lock = _take_folder(config, world, held)

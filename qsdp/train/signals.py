@@ -16,6 +16,10 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+class Told(Exception):
+    """All ranks know that a run is to end: what it was about to do is left."""
+
+
 @dataclass
 class Stop:
     """Whether a run is to end before its time."""
@@ -29,6 +33,11 @@ class Stop:
     def why(self) -> str:
         """What came, in words."""
         return "a signal to another rank" if self.asked is None else self.asked.name
+
+    def check(self) -> None:
+        """Raise Told, on all ranks alike, if all of them know that the run is to end."""
+        if self.is_agreed:
+            raise Told
 
 
 _latest = Stop()

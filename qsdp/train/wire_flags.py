@@ -12,6 +12,8 @@ from qsdp.config import QSDPConfig, check_bits
 AUTO = "auto"
 """Bits that are measured for, where others are given."""
 BITS_OF_ONE_DIRECTION = ("qsdp_weight_bits", "qsdp_grad_bits")
+CHOSEN = ("qsdp_bits", "qsdp_gather", "qsdp_reduce")
+"""What `auto` may come to, in flags."""
 _BITS = ("qsdp_bits", *BITS_OF_ONE_DIRECTION)
 Policy = tuple[tuple[str, int | tuple[int, int]], ...]
 
@@ -26,8 +28,8 @@ class WireFlags:
     and the computation for at most 10 seconds before the first step, and chooses what takes least:
     8 or 4 bits, gathered once or twice, reduced flat or in two hops, or stock FSDP2. It says why,
     a run that resumes keeps the choice, and no other flag of the wire goes with it. As a flag it
-    also replaces what --config says of weights or gradients alone; beside flags for both of these
-    it is refused."""
+    also replaces what --config says of weights or gradients alone, and `auto` what that says of
+    gathers and reduces; beside flags for both weights and gradients it is refused."""
 
     qsdp_weight_bits: int | None = None
     """Bits a weight in the all-gather, in place of --qsdp-bits; 32 if only the gradients' are
