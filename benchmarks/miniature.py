@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from contestants import add_arguments
+from contestants import add_arguments, add_size_arguments
 from link_table import plot, table
 from link_table import ratio as ratio_of_rows
-from namespaces import Unavailable, exit_on_termination
+from namespaces import exit_on_termination
 from race import take_turns
+from runs import ends_on_error
 
 from qsdp.files import write_json
 
@@ -56,7 +57,7 @@ def main() -> None:
     arguments = parse()
     exit_on_termination()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    try:
+    with ends_on_error():
         # How long the computation takes, and how much FSDP2 sends: the rate follows.
         arguments.rate, arguments.contestants = "10gbit", ["fsdp-alone-fp32", "fsdp-fp32"]
         alone, sharded = take_turns(arguments)["rows"]
@@ -64,12 +65,6 @@ def main() -> None:
         sent_bytes = statistics.median(sharded["sent_bytes"])
         arguments.contestants = list(CONTESTANTS)
         results = [at(gbit, compute_s, sent_bytes, arguments) for gbit in arguments.gbit]
-    except Unavailable as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
     described = machine.describe()
     write_json(arguments.out / "miniature.json", {"machine": described, "links": results})
     for result in results:
@@ -111,6 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hosts", type=int, default=2, help="number of hosts")
     parser.add_argument("--out", type=Path, default=Path("out/miniature"), help="a folder")
     parser.set_defaults(nproc_per_node=None, timeout=None)
+    add_size_arguments(parser)
     add_arguments(parser)
     return parser.parse_args()
 
