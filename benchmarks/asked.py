@@ -20,7 +20,7 @@ def check_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None
     """Raise Mistake for the first option, by its name in ``arguments``, below its least value."""
     for name, limit in least.items():
         value = getattr(arguments, name)
-        if value is not None and value < limit:
+        if value < limit:
             raise Mistake(f"{_flag(name)} is {value}: give at least {limit}")
 
 

@@ -120,7 +120,7 @@ def check_comparison(arguments: argparse.Namespace) -> None:
     """Raise Mistake for a comparison that cannot be run."""
     least = {"rounds": 1, "warmup": 0, "settle": 0, "groups": 0, "threads": 1, "context": 1}
     least |= {"powersgd_rank": 1, "vocab_size": 1, "loss_steps": 0, "loss_evals": 0}
-    check_least(arguments, least | {"tokens": max(1, arguments.context), "loss_tokens": CONTEXT})
+    check_least(arguments, least | {"tokens": arguments.context, "loss_tokens": CONTEXT})
     if arguments.loss_steps in range(1, 20):
         raise Mistake(f"--loss-steps is {arguments.loss_steps}: give at least 20, or 0 for none")
     if arguments.loss_evals > arguments.loss_steps > 0:

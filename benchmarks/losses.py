@@ -76,10 +76,10 @@ def add_loss_arguments(parser: argparse._ActionsContainer, prefix: str = "loss-"
     """What the driver hands through for losses only."""
     parser.add_argument("--data", default="stdlib", help="'stdlib', or a text file, for losses")
     parser.add_argument(
-        f"--{prefix}model", choices=MODELS, default="1m", help="which trains for them"
+        f"--{prefix}model", choices=MODELS, default="1m", help="which trains, for losses"
     )
     parser.add_argument(
-        f"--{prefix}steps", type=int, default=300, help="of that model; 0: no losses"
+        f"--{prefix}steps", type=int, default=300, help="of that training; link.py: 0 for none"
     )
     parser.add_argument(f"--{prefix}tokens", type=int, default=384, help="of its, a rank and step")
     parser.add_argument(
