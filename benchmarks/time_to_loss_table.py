@@ -155,6 +155,7 @@ def plot(record: Record, path: Path) -> bool:
         return False
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     links = record["links"]
     figure, panels = plt.subplots(
@@ -181,8 +182,12 @@ def plot(record: Record, path: Path) -> bool:
         axes.set_title(f"link {link['link']}", fontsize=10)
         axes.set_xlabel("seconds of training")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     panels[0][0].set_ylabel("validation loss, nats")
-    panels[0][0].legend(fontsize=7, frameon=False)
+    lines, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     save_png(figure, path)
     plt.close(figure)
     return True
