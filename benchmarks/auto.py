@@ -26,19 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from contestants import OURS, RIVAL, add_arguments
+from asked import check_hosts, check_least, check_rate, check_shared, claimed, decide
+from contestants import OURS, RIVAL, add_arguments, add_size_arguments
 from link_table import median_of, ratio
 from link_targets import in_words
-from namespaces import Unavailable, exit_on_termination
-from race import LOOPBACK, device_of, run_here, run_on_hosts, take_turns
-from runs import Mistake
+from namespaces import exit_on_termination
+from race import LOOPBACK, run_here, run_on_hosts, take_turns
+from runs import ends_on_error
 from steps import size_of
-from turns import VOCAB_SIZE
 
 from qsdp.files import write_json
 from qsdp.train.config import PRECISIONS
 
 WITHIN = 1.10
+SHARED = ("model", "tokens", "context", "vocab_size")
 RIVALS = ("ddp", "ddp-powersgd", "zero3")
 
 
@@ -48,18 +49,17 @@ def main() -> None:
         work(arguments)
         return
     exit_on_termination()
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        arguments.device = device_of(arguments)
-        links = [on_link(rate, arguments) for rate in arguments.rates]
-    except (Unavailable, Mistake) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    described = machine.describe(arguments.device)
-    write_json(arguments.out / "auto.json", {"machine": described, "links": links})
+    with ends_on_error():
+        check_shared(arguments)
+        check_least(arguments, {"choices": 1})
+        for rate in arguments.rates:
+            check_rate("--rates", rate)
+        check_hosts(arguments)
+        decide(arguments)
+        with claimed(arguments.out):
+            links = [on_link(rate, arguments) for rate in dict.fromkeys(arguments.rates)]
+            described = machine.describe(arguments.device)
+            write_json(arguments.out / "auto.json", {"machine": described, "links": links})
     for link in links:
         print(f"\n{table(link)}")
     print(machine.one_line(described))
@@ -77,6 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--choices", type=int, default=3, help="times that auto decides, a link")
     parser.add_argument("--out", type=Path, default=Path("out/auto"), help="a folder")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    add_size_arguments(parser)
     add_arguments(parser)
     parser.set_defaults(rounds=7, nproc_per_node=None, timeout=None)
     return parser.parse_args()
@@ -98,8 +99,8 @@ def choices(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="qsdp-auto-") as folder:
         out = Path(folder) / "found.json"
         command = [str(Path(__file__).resolve()), "--worker", str(out)]
-        for name in ("model", "tokens", "context", "threads", "precision", "choices", "device"):
-            command += [f"--{name}", str(getattr(arguments, name))]
+        for name in (*SHARED, "threads", "precision", "choices", "device"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
         run = run_here if arguments.rate == LOOPBACK else run_on_hosts
         run(command, arguments)
         found: list[dict[str, Any]] = json.loads(out.read_text())
@@ -115,7 +116,7 @@ def work(arguments: argparse.Namespace) -> None:
     from qsdp.train.world import end_process, open_world
 
     torch.set_num_threads(arguments.threads)
-    size = size_of(arguments.model, VOCAB_SIZE, arguments.context)
+    size = size_of(arguments.model, arguments.vocab_size, arguments.context)
     backend = "nccl" if arguments.device == "cuda" else "gloo"
     config = TrainConfig(
         qsdp_bits="auto",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
@@ -149,10 +149,12 @@ def fsdp(
         for module, following in pairwise([model, *(blocks[0] for blocks in groups)]):
             module.set_modules_to_forward_prefetch([following])
         model.to_empty(device=setting.device)
-        init_weights(model, seed=0)
+        init_weights(model, setting.seed)
         for parameter in model.parameters() if waits else ():
             parameter.register_post_accumulate_grad_hook(lambda _: None)
-        handle = None if config is None else qsdp.install(model, config)
+        handle = None
+        if config is not None:
+            handle = qsdp.install(model, replace(config, seed=setting.seed))
         return with_adamw(model, setting, handle)
 
     return make
@@ -177,14 +179,19 @@ def trained(arguments: argparse.Namespace) -> list[Contestant]:
     return [one for one in chosen(arguments) if one.role != YARDSTICK]
 
 
-def add_arguments(parser: argparse._ActionsContainer) -> None:
-    """What a comparison's driver hands through to its ranks."""
+def add_size_arguments(parser: argparse._ActionsContainer) -> None:
+    """The model that a comparison's driver lets its ranks time, and a step's tokens."""
     parser.add_argument("--model", choices=MODELS, default="19m", help="its number of parameters")
     parser.add_argument(
         "--groups", type=int, default=0, help="FSDP2 groups of blocks; 0: each block is its own"
     )
     parser.add_argument("--tokens", type=int, default=1024, help="a rank and step")
     parser.add_argument("--context", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--vocab-size", type=int, default=256, help="different tokens")
+
+
+def add_arguments(parser: argparse._ActionsContainer) -> None:
+    """What else a comparison's driver hands through to its ranks."""
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contestant")
     parser.add_argument("--warmup", type=int, default=1, help="untimed rounds before")
     parser.add_argument(

@@ -26,22 +26,30 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import machine
-from contestants import SHORT, add_arguments, chosen, contestants
+from asked import (
+    check_hosts,
+    check_least,
+    check_rate,
+    check_shared,
+    check_whole_sequences,
+    claimed,
+    decide,
+)
+from contestants import SHORT, add_arguments, add_size_arguments
 from link_report import report
 from link_table import explanation_table, explanations, plot, table
 from link_targets import adds_up, in_words, verdicts
 from losses import CONTEXT, add_loss_arguments
-from namespaces import HEADER_BYTES, Counters, Hosts, Unavailable, exit_on_termination
-from race import LOOPBACK, begin_losses, device_of, link_of, take_losses, take_turns, torchrun
-from runs import Mistake
+from namespaces import HEADER_BYTES, Counters, Hosts, exit_on_termination
+from race import LOOPBACK, begin_losses, link_of, take_losses, take_turns, torchrun
+from runs import Mistake, ends_on_error
 
-from qsdp.files import unclaimed, write_json
+from qsdp.files import write_json
 
 SHORT_FORM = {"rate": "100mbit", "rounds": 3, "settle": 0, "loss_steps": 200}
 
@@ -49,7 +57,7 @@ SHORT_FORM = {"rate": "100mbit", "rounds": 3, "settle": 0, "loss_steps": 200}
 def main() -> None:
     arguments = parse()
     exit_on_termination()
-    try:
+    with ends_on_error():
         if arguments.report:
             print(report(arguments.report))
         elif arguments.command:
@@ -58,13 +66,9 @@ def main() -> None:
         else:
             check_link(arguments)
             check_comparison(arguments)
-            sys.exit(compare(arguments))
-    except (Unavailable, Mistake) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+            with claimed(arguments.out):
+                status = compare(arguments)
+            sys.exit(status)
 
 
 def parse() -> argparse.Namespace:
@@ -89,8 +93,10 @@ def parse() -> argparse.Namespace:
     comparison.add_argument(
         "--report", type=Path, nargs="+", metavar="OUT", help="make one table of finished folders"
     )
+    add_size_arguments(comparison)
     add_arguments(comparison)
     add_loss_arguments(comparison)
+    parser.set_defaults(loss_seed=0)
     if parser.parse_args().short:
         parser.set_defaults(**SHORT_FORM, contestants=short_list())
     return parser.parse_args()
@@ -107,43 +113,23 @@ def check_link(arguments: argparse.Namespace) -> None:
         raise Mistake("--rate is loopback, which is for comparisons: run the command by itself")
     if arguments.short and arguments.command:
         raise Mistake("--short is for comparisons, but a command is given: leave one of them out")
-    if arguments.rate not in (None, LOOPBACK) and not re.fullmatch(
-        r"(?=.*[1-9])\d+(\.\d+)?[kmgt]?bit", arguments.rate
-    ):
-        raise Mistake(
-            f"--rate is {arguments.rate!r}: give a rate as tc writes it, for instance 100mbit or "
-            "1gbit, or loopback"
-        )
-    for name in ("hosts", "nproc_per_node"):
-        value = getattr(arguments, name)
-        if value is not None and not 1 <= value <= 250:
-            raise Mistake(f"--{name.replace('_', '-')} is {value}: give 1 to 250")
+    check_rate("--rate", arguments.rate)
+    check_hosts(arguments)
 
 
 def check_comparison(arguments: argparse.Namespace) -> None:
     """Raise Mistake for a comparison that cannot be run."""
-    least = {"rounds": 1, "warmup": 0, "settle": 0, "groups": 0, "threads": 1, "context": 1}
-    least |= {"powersgd_rank": 1, "loss_steps": 0}
-    least |= {"tokens": arguments.context, "loss_tokens": CONTEXT}
-    for name, limit in least.items():
-        value = getattr(arguments, name)
-        if value < limit:
-            raise Mistake(f"--{name.replace('_', '-')} is {value}: give at least {limit}")
+    check_shared(arguments)
+    check_least(arguments, {"loss_steps": 0, "loss_evals": 0, "loss_tokens": CONTEXT})
     if arguments.loss_steps in range(1, 20):
         raise Mistake(f"--loss-steps is {arguments.loss_steps}: give at least 20, or 0 for none")
-    for name, unit in (("tokens", arguments.context), ("loss_tokens", CONTEXT)):
-        if getattr(arguments, name) % unit:
-            raise Mistake(
-                f"--{name.replace('_', '-')} is {getattr(arguments, name)}: give a multiple of "
-                f"{unit}, the tokens of a sequence"
-            )
-    arguments.device = device_of(arguments)
-    if find_spec("deepspeed") is None:
-        arguments.without = [*arguments.without, "zero3-*"]
-        print("DeepSpeed is not installed: pip install 'qsdp[deepspeed]' for its rows")
-    if not chosen(arguments):
-        names = ", ".join(one.name for one in contestants())
-        raise Mistake(f"--contestants and --without leave none of {names}")
+    if arguments.loss_evals > arguments.loss_steps > 0:
+        raise Mistake(
+            f"--loss-evals is {arguments.loss_evals}: give at most {arguments.loss_steps}, one a "
+            "step"
+        )
+    check_whole_sequences(arguments, {"loss_tokens": CONTEXT})
+    decide(arguments)
 
 
 def run_command(arguments: argparse.Namespace) -> None:
@@ -167,31 +153,24 @@ def run_command(arguments: argparse.Namespace) -> None:
 def compare(arguments: argparse.Namespace) -> int:
     """Let the contestants take turns; print, write and draw. Returns the exit status."""
     out = arguments.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Mistake(f"--out is {out}, which cannot be made ({error.strerror})") from None
-    with unclaimed(out) as is_ours:
-        if not is_ours:
-            raise Mistake(f"--out is {out}, where another comparison runs: wait, or give another")
-        if arguments.loss_steps:
-            begin_losses(arguments, out / "losses.json")  # heard of now rather than after turns
-        record = take_turns(arguments, out / "turns.json")
-        described = machine.describe(arguments.device)
-        record |= {"link": link_of(arguments), "hosts": arguments.hosts, "machine": described}
-        if arguments.loss_steps:
-            record["losses"] = take_losses(arguments, out / "losses.json")
-        found = [*verdicts(record), *adds_up(record)]
-        record |= {"targets": found, "explanations": explanations(record)}
-        write_json(out / "link.json", record)
-        print(table(record))
-        if record["explanations"]:
-            print(f"\n{explanation_table(record['explanations'])}\n")
-        for verdict in found:
-            print(in_words(verdict))
-        print(machine.one_line(described))
-        if not plot(record, out / "link.png"):
-            print("no plot: it needs matplotlib")
+    if arguments.loss_steps:
+        begin_losses(arguments, out / "losses.json")  # heard of now rather than after turns
+    record = take_turns(arguments, out / "turns.json")
+    described = machine.describe(arguments.device)
+    record |= {"link": link_of(arguments), "hosts": arguments.hosts, "machine": described}
+    if arguments.loss_steps:
+        record["losses"] = take_losses(arguments, out / "losses.json")
+    found = [*verdicts(record), *adds_up(record)]
+    record |= {"targets": found, "explanations": explanations(record)}
+    write_json(out / "link.json", record)
+    print(table(record))
+    if record["explanations"]:
+        print(f"\n{explanation_table(record['explanations'])}\n")
+    for verdict in found:
+        print(in_words(verdict))
+    print(machine.one_line(described))
+    if not plot(record, out / "link.png"):
+        print("no plot: it needs matplotlib")
     return 0 if all(verdict["is_met"] for verdict in found) else 1
 
 

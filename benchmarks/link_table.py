@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from contestants import FLOOR, OURS, RIVAL
+from losses import powersgd_start
 from rounds import SLOW_ROUNDS, SLOW_S, Record
 
 from qsdp.train.plots import save_png
@@ -81,12 +82,12 @@ def table(record: Record) -> str:
 def losses_in_words(losses: Record) -> str:
     """What the columns of losses are, and are not."""
     settings, row = losses["settings"], next(iter(losses["rows"].values()))
-    start = max(2, settings["loss_steps"] // 10)
+    schedule = settings.get("schedule", "at a constant rate")
     return (
         f"losses, nats a token: of a model of {row['parameters'] / 1e6:.1f}M after "
         f"{settings['loss_steps']} steps of {settings['loss_tokens']} tokens a rank on "
-        f"{settings['data']}, one seed, without a slow link; training: mean of the last tenth; "
-        f"PowerSGD compresses from step {start} on"
+        f"{settings['data']}, {schedule}, one seed, without a slow link; training: mean of the "
+        f"last tenth; PowerSGD compresses from step {powersgd_start(settings['loss_steps'])} on"
     )
 
 

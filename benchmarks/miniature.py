@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from contestants import add_arguments
+from asked import check_each_least, check_hosts, check_shared, claimed
+from contestants import add_arguments, add_size_arguments
 from link_table import plot, table
 from link_table import ratio as ratio_of_rows
-from namespaces import Unavailable, exit_on_termination
-from race import take_turns
-from runs import Mistake
+from namespaces import exit_on_termination
+from race import device_of, take_turns
+from runs import ends_on_error
 
 from qsdp.files import write_json
 
@@ -61,21 +62,19 @@ def ratio(gbit: float) -> float:
 def main() -> None:
     arguments = parse()
     exit_on_termination()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    try:
-        # How long the computation takes, and how much fp32 values send: the rate follows.
-        arguments.rate, arguments.contestants = "10gbit", ["fsdp-alone-fp32", SAME_VALUES]
-        alone, sharded = take_turns(arguments, arguments.out / "pace.json")["rows"]
-        compute_s = statistics.median(alone["seconds"])
-        sent_bytes = statistics.median(sharded["sent_bytes"])
-        arguments.contestants = list(CONTESTANTS)
-        results = [at(gbit, compute_s, sent_bytes, arguments) for gbit in arguments.gbit]
-    except (Unavailable, Mistake) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    with ends_on_error():
+        check_shared(arguments)
+        check_each_least("--gbit", arguments.gbit, 0.1)
+        check_hosts(arguments)
+        arguments.device = device_of(arguments)
+        with claimed(arguments.out):
+            # How long the computation takes, and how much fp32 values send: the rate follows.
+            arguments.rate, arguments.contestants = "10gbit", ["fsdp-alone-fp32", SAME_VALUES]
+            alone, sharded = take_turns(arguments, arguments.out / "pace.json")["rows"]
+            compute_s = statistics.median(alone["seconds"])
+            sent_bytes = statistics.median(sharded["sent_bytes"])
+            arguments.contestants = list(CONTESTANTS)
+            results = [at(gbit, compute_s, sent_bytes, arguments) for gbit in arguments.gbit]
     described = machine.describe(arguments.device)
     write_json(arguments.out / "miniature.json", {"machine": described, "links": results})
     for result in results:
@@ -120,6 +119,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/miniature"), help="a folder")
     parser.add_argument("--short", action="store_true", help="two points, in some minutes")
     parser.set_defaults(nproc_per_node=None, timeout=None)
+    add_size_arguments(parser)
     add_arguments(parser)
     if parser.parse_args().short:
         parser.set_defaults(gbit=[10, 100], rounds=3)

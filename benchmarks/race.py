@@ -14,6 +14,7 @@ from pathlib import Path
 import machine
 import torch
 from contestants import chosen, trained
+from losses import SCHEDULE
 from namespaces import MASTER_PORT, Hosts
 from rounds import Record, due, kept, read, seconds_of
 from runs import Mistake
@@ -23,9 +24,9 @@ from qsdp.data import load_corpus
 LOOPBACK = "loopback"
 HERE = Path(__file__).resolve().parent
 BOTH = ("threads", "device", "powersgd_rank")
-TURNS = ("model", "tokens", "context", "groups", "settle")
+TURNS = ("model", "tokens", "context", "vocab_size", "groups", "settle")
 HOW_OFTEN = ("rounds", "warmup")
-LOSSES = ("data", "loss_model", "loss_steps", "loss_tokens")
+LOSSES = ("data", "loss_model", "loss_steps", "loss_tokens", "loss_evals", "loss_seed")
 
 
 def device_of(arguments: argparse.Namespace) -> str:
@@ -76,6 +77,7 @@ def loss_settings_of(arguments: argparse.Namespace) -> Record:
     return settings | {
         **{name: getattr(arguments, name) for name in LOSSES},
         "data_sha256": digest.hexdigest()[:16],
+        "schedule": SCHEDULE,
     }
 
 

@@ -58,7 +58,12 @@ class Ranks:
         )
 
     def setting(
-        self, arguments: argparse.Namespace, model: str, vocab_size: int, powersgd_start: int = 2
+        self,
+        arguments: argparse.Namespace,
+        model: str,
+        vocab_size: int,
+        powersgd_start: int = 2,
+        seed: int = 0,
     ) -> Setting:
         """What all contestants share, for a model of MODELS."""
         size = size_of(model, vocab_size, arguments.context)
@@ -71,6 +76,7 @@ class Ranks:
             groups=min(arguments.groups or size.num_layers, size.num_layers),
             powersgd_rank=arguments.powersgd_rank,
             powersgd_start=powersgd_start,
+            seed=seed,
         )
 
     def barrier(self) -> None:

@@ -54,6 +54,7 @@ def powersgd(*, is_bf16: bool) -> Callable[[Setting], Ready]:
             start_powerSGD_iter=setting.powersgd_start,
             use_error_feedback=True,
             warm_start=True,
+            random_seed=setting.seed,
             orthogonalization_epsilon=1e-8,  # a column of zeros would become NaN
         )
         model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
@@ -89,6 +90,6 @@ def zero3(*, is_bf16: bool) -> Callable[[Setting], Ready]:
             engine.step()
             return loss.detach()
 
-        return Ready(model=engine, step=step)
+        return Ready(model=engine, step=step, optimizer=optimizer)
 
     return make

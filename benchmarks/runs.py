@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from namespaces import Unavailable
 from rich.console import Console
 
 from qsdp.files import write_json
@@ -28,6 +29,17 @@ SEQUENCES = 12  # a step, over all ranks
 
 class Mistake(Exception):
     """Options that cannot be run, in one sentence."""
+
+
+@contextmanager
+def ends_on_error() -> Iterator[None]:
+    """Inside, an error in one sentence ends the program: with status 2 where something cannot be
+    run, as asked or on this machine, and with 1 where it failed."""
+    try:
+        yield
+    except (Mistake, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, Mistake | Unavailable) else 1)
 
 
 @dataclass(frozen=True)

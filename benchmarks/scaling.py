@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import machine
-from contestants import add_arguments
+from asked import check_each_least, check_shared, claimed
+from contestants import add_arguments, add_size_arguments
 from race import LOOPBACK, device_of, take_turns
-from runs import Mistake
+from runs import ends_on_error
 from steps import MODELS
 
 from qsdp.files import write_json
@@ -38,21 +38,18 @@ AXES = {"ranks": "ranks", "parameters": "parameters", "groups": "groups of block
 def main() -> None:
     arguments = parse()
     rows = []
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
+    with ends_on_error():
+        check_shared(arguments)
+        check_each_least("--ranks", arguments.ranks, 1)
+        check_each_least("--groups-of", arguments.groups_of, 1)
         arguments.device = device_of(arguments)
-        for axis, value, changes in points(arguments):
-            rows.append({"axis": axis} | point(arguments, f"{axis}-{value}", changes))
-            print(line(rows[-1]), flush=True)
-    except Mistake as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    described = machine.describe(arguments.device)
-    write_json(arguments.out / "scaling.json", {"machine": described, "rows": rows})
-    print(machine.one_line(described))
+        with claimed(arguments.out):
+            for axis, value, changes in points(arguments):
+                rows.append({"axis": axis} | point(arguments, f"{axis}-{value}", changes))
+                print(line(rows[-1]), flush=True)
+            described = machine.describe(arguments.device)
+            write_json(arguments.out / "scaling.json", {"machine": described, "rows": rows})
+            print(machine.one_line(described))
     if not plot(rows, arguments.out / "scaling.png"):
         print("no plot: it needs matplotlib")
 
@@ -70,6 +67,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--short", action="store_true", help="a few points, in some minutes")
     parser.add_argument("--out", type=Path, default=Path("out/scaling"), help="a folder")
+    add_size_arguments(parser)
     add_arguments(parser)
     parser.set_defaults(hosts=2, nproc_per_node=None, timeout=None, rate=LOOPBACK)
     parser.set_defaults(tokens=128, context=128, contestants=[THEIRS, OURS, OTHER])

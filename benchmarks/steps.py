@@ -40,6 +40,8 @@ class Setting:
     powersgd_rank: int
     powersgd_start: int
     """The first step whose gradients PowerSGD compresses: at least 2, for DDP."""
+    seed: int = 0
+    """Of the first weights and of all that is random on a wire."""
 
 
 @dataclass(kw_only=True)
@@ -50,6 +52,8 @@ class Ready:
     """Called with (inputs_BT, targets_BT), gives (None, loss)."""
     step: Callable[[Tensor, Tensor], Tensor]
     """Trains on (inputs_BT, targets_BT), gives the loss before the step."""
+    optimizer: torch.optim.Optimizer
+    """What the step updates weights with; its rates may be set between steps."""
     handle: qsdp.Handle | None = None
     lead_in: int = 0
     """Steps that go another way than all that follow, and are not to be timed."""
@@ -76,7 +80,7 @@ def parameters(size: GPTConfig) -> int:
 def whole_model(setting: Setting) -> GPT:
     """The GPT that every contestant begins with, unsharded."""
     model = GPT(setting.size)
-    init_weights(model, seed=0)
+    init_weights(model, setting.seed)
     return model.to(setting.device)
 
 
@@ -99,4 +103,4 @@ def with_adamw(
         optimizer.zero_grad()
         return loss.detach()
 
-    return Ready(model=model, step=step, handle=handle, lead_in=lead_in)
+    return Ready(model=model, step=step, optimizer=optimizer, handle=handle, lead_in=lead_in)

@@ -1,173 +1,135 @@
-"""Seconds of training to a given validation loss, on links of several rates.
+"""Seconds of training to a given validation loss, on links of several rates, beside the rivals.
 
-    sudo python benchmarks/time_to_loss.py --data tinyshakespeare.txt --out out/time_to_loss
+    sudo python benchmarks/time_to_loss.py --data text.txt --seeds 3
+    sudo python benchmarks/time_to_loss.py --short
 
-launch/train_gpt.py trains the same model on the same batches over every wire, on hosts (network
-namespaces) with one rank each. The loss to reach is what FSDP2 in fp32 had at three quarters of its
-steps; between two evaluations it is taken to fall in a straight line. Seconds are those of training
-steps, evaluations left out. The steps' seconds and losses of each run are in the record, a plot of
-loss over seconds beside it. Root is needed, as for link.py.
+How many steps a loss takes does not depend on the link, and what a step takes does not depend on
+the weights: so they are measured apart, with the same model and tokens. For steps every contestant
+trains on real text, once a seed, without a slow link (losses.py). For seconds a step they take
+turns on each link, as in link.py (turns.py). The loss to reach is what FSDP2 in fp32 has after
+three quarters of its steps; the seconds to it are steps times seconds a step.
+
+A table a link, time_to_loss.json and time_to_loss.png (loss over seconds) are in --out. Killed, the
+same command goes on after the last finished round or training; more --rounds, --rates and --seeds
+add to those that are there. --short takes under 8 minutes on two cores. Links but `loopback` need
+root and iproute2. Exits with status 2 for what cannot be run, and with 1 if a rank fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import machine
-from namespaces import Hosts, Unavailable, exit_on_termination
+from asked import check_hosts, check_least, check_rate, check_shared, claimed, decide
+from contestants import OURS, RIVAL, add_arguments, chosen
+from losses import CONTEXT, add_loss_arguments
+from namespaces import exit_on_termination
+from race import LOOPBACK, begin_losses, take_losses, take_turns
+from rounds import Record
+from runs import Mistake, ends_on_error
+from time_to_loss_table import FIRST, judge, plot, table
 
+from qsdp.data import load_corpus
 from qsdp.files import write_json
-from qsdp.train.plots import save_png
 
-TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train_gpt.py"
-FIRST = "FSDP2 fp32"
-WIRES = {
-    FIRST: [],
-    "FSDP2 bf16": ["--precision", "bf16"],
-    "qsdp W8G8 gathered once": ["--qsdp-bits", "8", "--qsdp-gather", "once"],
-    "qsdp W4G4 gathered once": ["--qsdp-bits", "4", "--qsdp-gather", "once"],
-    "qsdp W4G4 gathered once, bf16": [
-        *("--qsdp-bits", "4", "--qsdp-gather", "once"),
-        *("--precision", "bf16"),
-    ],
-}
-Curve = list[tuple[float, float]]
-"""Seconds of training so far and the validation loss then."""
+CONTESTANTS = [
+    *(FIRST, "ddp-fp32", "ddp-powersgd-fp32", "zero3-fp32"),
+    *("qsdp-w8g8-once-fp32", "qsdp-w4g4-once-fp32"),
+]
+QUARTERS = 4  # a validation stands at each, so that the loss to reach is one
+SHORT_FORM = {"rates": ["100mbit", LOOPBACK], "rounds": 5, "steps": 200, "evals": 8}
 
 
 def main() -> None:
     arguments = parse()
     exit_on_termination()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    links = []
-    try:
-        for rate in arguments.rates:
-            curves = {}
-            for name, flags in WIRES.items():
-                curves[name] = train(rate, flags, arguments)
-                print(f"{rate}: {name}: {curves[name][-1][0]:.0f} s", file=sys.stderr, flush=True)
-            links.append(judge(rate, curves))
-    except Unavailable as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    described = machine.describe()
-    record = {"machine": described, "steps": arguments.steps, "links": links}
-    write_json(arguments.out / "time_to_loss.json", record)
-    for link in links:
-        print(f"\n{link['rate']}: seconds to a validation loss of {link['target']:.3f}")
-        for row in link["rows"]:
-            reached = "never" if row["seconds"] is None else f"{row['seconds']:8.1f}"
-            faster = "" if row["faster"] is None else f"{row['faster']:8.2f}x"
-            print(f"{row['name']:32}{reached:>9}{faster:>10}   last {row['curve'][-1][1]:.3f}")
-    print(machine.one_line(described))
-    if not plot(links, arguments.out / "time_to_loss.png"):
-        print("no plot: it needs matplotlib")
+    with ends_on_error():
+        check(arguments)
+        with claimed(arguments.out):
+            record = measure(arguments)
+            record |= judge(record) | {"machine": machine.describe(arguments.device)}
+            write_json(arguments.out / "time_to_loss.json", record)
+            print(table(record))
+            print(machine.one_line(record["machine"]))
+            if not plot(record, arguments.out / "time_to_loss.png"):
+                print("no plot: it needs matplotlib")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="a text file")
-    parser.add_argument("--model", default="nano", help="a preset")
-    parser.add_argument("--steps", type=int, default=400, help="of every run")
-    parser.add_argument("--rates", nargs="+", default=["100mbit", "300mbit", "1gbit"])
-    parser.add_argument("--hosts", type=int, default=2, help="number of hosts")
-    parser.add_argument("--out", type=Path, default=Path("out/time_to_loss"), help="a folder")
-    arguments = parser.parse_args()
-    if arguments.steps < 40:
-        parser.error(f"--steps is {arguments.steps}: give at least 40")
-    return arguments
-
-
-def train(rate: str, flags: list[str], arguments: argparse.Namespace) -> Curve:
-    """One run from start to end."""
-    with (
-        tempfile.TemporaryDirectory(prefix="qsdp-time-") as folder,
-        Hosts(arguments.hosts, rate, offload=True) as hosts,
-    ):
-        out = Path(folder, "run")
-        command = [sys.executable, str(TRAIN), "--out", str(out), "--data", str(arguments.data)]
-        command += ["--model", arguments.model, "--steps", str(arguments.steps)]
-        command += ["--eval-every", str(max(1, arguments.steps // 20)), "--save-every", "0", *flags]
-        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        try:
-            hosts.run(command, env=threads, output=Path(folder))
-        except RuntimeError as error:
-            log = Path(folder, "host0.log").read_text()[-3000:]
-            raise RuntimeError(f"{error}; the end of its output:\n{log}") from None
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return curve_of(lines)
-
-
-def curve_of(lines: list[dict[str, Any]]) -> Curve:
-    """Where there was an evaluation."""
-    seconds, curve = 0.0, []
-    for line in lines:
-        seconds += line["step_s"]
-        if line.get("val_loss") is not None:
-            curve.append((seconds, line["val_loss"]))
-    return curve
-
-
-def judge(rate: str, curves: dict[str, Curve]) -> dict[str, Any]:
-    """The table of one link."""
-    first = curves[FIRST]
-    target = first[3 * len(first) // 4 - 1][1]
-    base = seconds_to(first, target)
-    rows = []
-    for name, curve in curves.items():
-        reached = seconds_to(curve, target)
-        faster = None if reached is None or base is None else base / reached
-        rows.append({"name": name, "seconds": reached, "faster": faster, "curve": curve})
-    return {"rate": rate, "target": target, "rows": rows}
-
-
-def seconds_to(curve: Curve, target: float) -> float | None:
-    """When the loss was at ``target`` first; None if it never was."""
-    before: tuple[float, float] | None = None
-    for seconds, loss in curve:
-        if loss <= target:
-            if before is None or before[1] == loss:
-                return seconds
-            share = (before[1] - target) / (before[1] - loss)
-            return before[0] + share * (seconds - before[0])
-        before = (seconds, loss)
-    return None
-
-
-def plot(links: list[dict[str, Any]], path: Path) -> bool:
-    """Loss over seconds, a panel a link. False without matplotlib."""
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        return False
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(
-        1, len(links), figsize=(4.5 * len(links), 3.6), squeeze=False, layout="constrained"
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        default=["100mbit", "1gbit", LOOPBACK],
+        help="links: what each host may send at most, or loopback",
     )
-    for axes, link in zip(panels[0], links, strict=True):
-        for row in link["rows"]:
-            axes.plot(*zip(*row["curve"], strict=True), label=row["name"])
-        axes.axhline(link["target"], color="0.7", linewidth=0.8)
-        axes.set_title(link["rate"], fontsize=10)
-        axes.set_xlabel("seconds of training")
-        axes.set_xscale("log")
-    panels[0][0].set_ylabel("validation loss, nats")
-    panels[0][0].legend(fontsize=7, frameon=False)
-    save_png(figure, path)
-    return True
+    parser.add_argument("--hosts", type=int, default=2, help="number of hosts")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="trainings of each contestant, averaged"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/time_to_loss"), help="a folder")
+    parser.add_argument("--short", action="store_true", help="fewer steps and links")
+    add_loss_arguments(parser, prefix="")
+    add_arguments(parser)
+    parser.set_defaults(contestants=CONTESTANTS, steps=1000, evals=20, rounds=15)
+    parser.set_defaults(rate=None, nproc_per_node=None, timeout=None)
+    parser.set_defaults(groups=0, context=CONTEXT, vocab_size=1)  # the text has its own
+    if parser.parse_args().short:
+        parser.set_defaults(**SHORT_FORM)
+    return parser.parse_args()
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise Mistake for what cannot be run; add what link.py has other flags for."""
+    check_shared(arguments)
+    check_least(arguments, {"seeds": 1, "steps": 20, "evals": QUARTERS})
+    if arguments.evals % QUARTERS or arguments.evals > arguments.steps:
+        raise Mistake(
+            f"--evals is {arguments.evals}: give a multiple of {QUARTERS}, at most --steps, which "
+            f"is {arguments.steps}"
+        )
+    for rate in arguments.rates:
+        check_rate("--rates", rate)
+    check_hosts(arguments)
+    decide(arguments)
+    # A floor's step is no training over a link, and a yardstick stands in no comparison.
+    arguments.contestants = [one.name for one in chosen(arguments) if one.role in (RIVAL, OURS)]
+    if FIRST not in arguments.contestants:
+        raise Mistake(f"--contestants and --without leave {FIRST} out, whose loss is to be reached")
+    for name in ("model", "steps", "tokens", "evals"):
+        setattr(arguments, f"loss_{name}", getattr(arguments, name))
+    try:
+        arguments.vocab_size = load_corpus(arguments.data).vocab_size
+    except ValueError as error:
+        raise Mistake(str(error)) from None
+
+
+def measure(arguments: argparse.Namespace) -> Record:
+    """Steps and losses a seed, seconds a step a link."""
+    links, losses = [], []
+    for seed in range(arguments.seeds):
+        arguments.loss_seed = seed
+        begin_losses(arguments, losses_of(seed, arguments))  # heard of now, not after turns
+    for rate in dict.fromkeys(arguments.rates):
+        print(f"turns on {rate}", file=sys.stderr)
+        arguments.rate = rate
+        turned = take_turns(arguments, arguments.out / f"turns-{rate}.json")
+        links.append(turned | {"link": rate, "hosts": arguments.hosts})
+    for seed in range(arguments.seeds):
+        print(f"trainings of seed {seed}", file=sys.stderr)
+        arguments.loss_seed = seed
+        losses.append(take_losses(arguments, losses_of(seed, arguments)))
+    return {"links": links, "losses": losses}
+
+
+def losses_of(seed: int, arguments: argparse.Namespace) -> Path:
+    """The file of a seed's trainings."""
+    out: Path = arguments.out
+    return out / f"losses-{seed}.json"
 
 
 if __name__ == "__main__":

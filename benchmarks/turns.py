@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import add_arguments, chosen
+from contestants import add_arguments, add_size_arguments, chosen
 from ranks import Ranks
 from rounds import due, read
 from steps import Ready, parameters
@@ -25,8 +25,6 @@ from torch import Tensor
 
 from qsdp.files import write_json
 from qsdp.train.world import end_process
-
-VOCAB_SIZE = 256
 
 
 def main() -> None:
@@ -40,10 +38,10 @@ def main() -> None:
 def take_turns(arguments: argparse.Namespace, ranks: Ranks) -> None:
     """Add the rounds that the file lacks."""
     started = time.perf_counter()
-    setting = ranks.setting(arguments, arguments.model, VOCAB_SIZE)
+    setting = ranks.setting(arguments, arguments.model, arguments.vocab_size)
     generator = torch.Generator().manual_seed(ranks.rank)
     shape = (setting.batch, arguments.context)
-    tokens_BT = torch.randint(VOCAB_SIZE, shape, generator=generator).to(ranks.device)
+    tokens_BT = torch.randint(arguments.vocab_size, shape, generator=generator).to(ranks.device)
     record: dict[str, Any] = ranks.decided(lambda: read(arguments.out))
     names = [one.name for one in chosen(arguments)]
     todo = due(record["rounds"], names, arguments.rounds)
@@ -84,6 +82,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_size_arguments(parser)
     add_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="the file of rounds")
     return parser.parse_args()

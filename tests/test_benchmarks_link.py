@@ -160,6 +160,7 @@ def test_turns_add_the_rounds_that_are_missing(
         model="1m",
         context=8,
         tokens=16,
+        vocab_size=64,
         groups=0,
         warmup=0,
         settle=0,
