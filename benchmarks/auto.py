@@ -1,7 +1,7 @@
 """Whether what `--qsdp-bits auto` chooses is the fastest, on links of several rates.
 
     sudo python benchmarks/auto.py --rates 100mbit 1gbit loopback --out out/auto
-    sudo python benchmarks/auto.py --rates 1gbit loopback --without ddp-* zero3-* --rounds 5
+    sudo python benchmarks/auto.py --short
 
 Hosts are network namespaces with one rank each, as for link.py; `loopback` is plain processes. On
 each link the GPT of link.py's contestants is measured several times as launch/train_gpt.py would
@@ -12,33 +12,34 @@ shards, and the best of all. auto.json and the rounds are in --out; killed, the 
 after the last finished round.
 
 Linux only; hosts need root and iproute2. Exits with status 2 without them, and with 1 if a choice
-takes more than 1.10 of the best.
+takes more than 1.10 of the best, or making it more than 10 s.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import machine
 from asked import check_hosts, check_least, check_rate, check_shared, claimed, decide
 from contestants import OURS, RIVAL, add_arguments, add_size_arguments
+from contestants import chosen as contestants_of
 from link_table import median_of, ratio
 from link_targets import in_words
 from namespaces import exit_on_termination
-from race import LOOPBACK, run_here, run_on_hosts, take_turns
-from runs import ends_on_error
+from race import LOOPBACK, run_here, run_on_hosts, settings_of, take_turns
+from rounds import SLOW_ROUNDS, SLOW_S, kept, read
+from runs import Mistake, ends_on_error
 from steps import size_of
 
 from qsdp.files import write_json
 from qsdp.train.config import PRECISIONS
 
-WITHIN = 1.10
+WITHIN, AT_MOST_S = 1.10, 10.0
 SHARED = ("model", "tokens", "context", "vocab_size")
 RIVALS = ("ddp", "ddp-powersgd", "zero3")
 
@@ -51,7 +52,7 @@ def main() -> None:
     exit_on_termination()
     with ends_on_error():
         check_shared(arguments)
-        check_least(arguments, {"choices": 1})
+        check_least(arguments, {"choices": 1, "hosts": 2})
         for rate in arguments.rates:
             check_rate("--rates", rate)
         check_hosts(arguments)
@@ -76,10 +77,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--choices", type=int, default=3, help="times that auto decides, a link")
     parser.add_argument("--out", type=Path, default=Path("out/auto"), help="a folder")
+    parser.add_argument("--short", action="store_true", help="two links, some minutes")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     add_size_arguments(parser)
     add_arguments(parser)
     parser.set_defaults(rounds=7, nproc_per_node=None, timeout=None)
+    if parser.parse_args().short:
+        parser.set_defaults(rates=["100mbit", LOOPBACK], rounds=3, without=["zero3-*", "ddp-fp32"])
     return parser.parse_args()
 
 
@@ -87,24 +91,32 @@ def on_link(rate: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The choices made on one link, the turns taken there, and what is to be said of both."""
     chosen = argparse.Namespace(**vars(arguments) | {"rate": rate})
     found = choices(chosen)
-    if not chosen.contestants:
-        rivals = [f"{name}-{chosen.precision}" for name in RIVALS]
-        chosen.contestants = [*found[0]["predicted_s"], *rivals]
-    record = take_turns(chosen, chosen.out / f"{rate}.json")
+    rivals = [f"{name}-{chosen.precision}" for name in RIVALS]
+    chosen.contestants = [*found[0]["predicted_s"], *(chosen.contestants or rivals)]
+    names = {one.name for one in contestants_of(chosen)}
+    left_out = {choice["choice"] for choice in found} - names
+    if left_out:
+        raise Mistake(f"--without leaves out {min(left_out)}, which auto chose: let it take part")
+    record = take_turns(chosen, chosen.out / f"turns-{rate}.json")
     return {"rate": rate, "choices": found, "verdicts": verdicts(rate, found, record), **record}
 
 
 def choices(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the ranks decided."""
-    with tempfile.TemporaryDirectory(prefix="qsdp-auto-") as folder:
-        out = Path(folder) / "found.json"
-        command = [str(Path(__file__).resolve()), "--worker", str(out)]
+    """What the ranks decided, now or in an earlier call."""
+    settings = settings_of(arguments)
+    del settings["contestants"]
+    settings |= {name: getattr(arguments, name) for name in ("precision", "choices")}
+    path = arguments.out / f"choices-{arguments.rate}.json"
+    record = kept(path, settings, {"choices": []})
+    if not record["choices"]:
+        command = [str(Path(__file__).resolve()), "--worker", str(path)]
         for name in (*SHARED, "threads", "precision", "choices", "device"):
             command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
         run = run_here if arguments.rate == LOOPBACK else run_on_hosts
         run(command, arguments)
-        found: list[dict[str, Any]] = json.loads(out.read_text())
-        return found
+        record = read(path)
+    found: list[dict[str, Any]] = record["choices"]
+    return found
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -116,6 +128,8 @@ def work(arguments: argparse.Namespace) -> None:
     from qsdp.train.world import end_process, open_world
 
     torch.set_num_threads(arguments.threads)
+    if os.environ.get("LOCAL_WORLD_SIZE") == "1":  # the hosts are one machine: see Ranks.meet
+        os.environ["LOCAL_RANK"] = os.environ["RANK"]
     size = size_of(arguments.model, arguments.vocab_size, arguments.context)
     backend = "nccl" if arguments.device == "cuda" else "gloo"
     config = TrainConfig(
@@ -142,7 +156,7 @@ def work(arguments: argparse.Namespace) -> None:
                 }
             )
         if world.is_main:
-            write_json(arguments.worker, found)
+            write_json(arguments.worker, read(arguments.worker) | {"choices": found})
     end_process(0)
 
 
@@ -162,10 +176,19 @@ def verdicts(
     rivals = [row for row in rows.values() if row["role"] == RIVAL]
     fields = {
         "that could be chosen": [rows[name] for name in found[0]["predicted_s"] if name in rows],
-        "that shards": [row for row in rivals if row["shards"]],
+        "rival that shards": [row for row in rivals if row["shards"]],
         "of all": [row for row in rows.values() if row["role"] in (RIVAL, OURS)],
     }
-    judged = []
+    took_s = max(choice["took_s"] for choice in found)
+    judged = [
+        {
+            "what": f"{rate}: seconds that the longest of {len(found)} choices took",
+            "value": took_s,
+            "limit": AT_MOST_S,
+            "is_least": False,
+            "is_met": took_s <= AT_MOST_S,
+        }
+    ]
     for name in dict.fromkeys(choice["choice"] for choice in found):
         times = sum(choice["choice"] == name for choice in found)
         for kind, field in fields.items():
@@ -189,12 +212,11 @@ def verdicts(
 def table(link: dict[str, Any]) -> str:
     """Predicted and measured, a line a contestant."""
     found = link["choices"]
-    took = max(choice["took_s"] for choice in found)
     rounds = max(len(row["seconds"]) for row in link["rows"])
     lines = [
         f"{link['rate']}: {link['parameters'] / 1e6:.1f}M parameters, {link['ranks']} ranks, "
-        f"{link['tokens']} tokens a rank and step; {len(found)} choices of at most {took:.1f} s, "
-        f"medians of {rounds} rounds",
+        f"{link['tokens']} tokens a rank and step; {len(found)} choices, medians of {rounds} "
+        f"rounds, {SLOW_ROUNDS} where a step takes over {SLOW_S:.0f} s",
         found[0]["line"],
         f"{'ms a step':42}{'predicted':>10}{'measured':>10}{'spread':>14}",
     ]

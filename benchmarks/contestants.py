@@ -192,6 +192,18 @@ def add_size_arguments(parser: argparse._ActionsContainer) -> None:
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
     """What else a comparison's driver hands through to its ranks."""
+    add_turn_arguments(parser)
+    parser.add_argument(
+        "--contestants",
+        nargs="+",
+        help="shell-style patterns of names; by default *-fp32, on GPUs all",
+    )
+    parser.add_argument("--without", nargs="+", default=[], help="patterns of names to leave out")
+    parser.add_argument("--powersgd-rank", type=int, default=4, help="of its matrices")
+
+
+def add_turn_arguments(parser: argparse._ActionsContainer) -> None:
+    """The part of that which is not about who takes part."""
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contestant")
     parser.add_argument("--warmup", type=int, default=1, help="untimed rounds before")
     parser.add_argument(
@@ -205,10 +217,3 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="a GPU a rank where there are enough, else CPUs"
     )
-    parser.add_argument(
-        "--contestants",
-        nargs="+",
-        help="shell-style patterns of names; by default *-fp32, on GPUs all",
-    )
-    parser.add_argument("--without", nargs="+", default=[], help="patterns of names to leave out")
-    parser.add_argument("--powersgd-rank", type=int, default=4, help="of its matrices")

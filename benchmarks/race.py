@@ -24,8 +24,7 @@ from qsdp.data import load_corpus
 LOOPBACK = "loopback"
 HERE = Path(__file__).resolve().parent
 BOTH = ("threads", "device", "powersgd_rank")
-TURNS = ("model", "tokens", "context", "vocab_size", "groups", "settle")
-HOW_OFTEN = ("rounds", "warmup")
+TURNS = ("model", "tokens", "context", "vocab_size", "groups", "settle", "warmup")
 LOSSES = ("data", "loss_model", "loss_steps", "loss_tokens", "loss_evals", "loss_seed")
 
 
@@ -100,7 +99,7 @@ def take_turns(arguments: argparse.Namespace, path: Path | None = None) -> Recor
             str(HERE / "turns.py"),
             "--out",
             str(path),
-            *_flags(arguments, (*TURNS, *HOW_OFTEN)),
+            *_flags(arguments, (*TURNS, "rounds")),
         ]
         if arguments.rate == LOOPBACK:
             run_here(command, arguments)
@@ -180,7 +179,10 @@ def _flags(arguments: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
 
 
 def _environment(arguments: argparse.Namespace) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(arguments.threads), "DS_ACCELERATOR": arguments.device}
+    found = {"OMP_NUM_THREADS": str(arguments.threads), "DS_ACCELERATOR": arguments.device}
+    if arguments.device == "cpu":
+        found["CUDA_VISIBLE_DEVICES"] = ""
+    return found
 
 
 def _version(package: str) -> str | None:

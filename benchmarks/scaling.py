@@ -7,9 +7,9 @@ Everything runs in processes of this machine over loopback, without a slow link:
 processor's work, of which every rank has less the more ranks share the cores. FSDP2 and qsdp take
 turns in one job (see contestants.py), and the ratio is the median over rounds, with its spread.
 
-Memory is the largest resident set of rank 0 in a job of one contestant, less that of the same job
-before any model was made: it includes whatever the allocator keeps. Killed, the same command goes
-on with what --out lacks.
+Memory is the largest resident set of rank 0 (on GPUs: the most that torch has allocated) in a job
+of one contestant, less that of the same job before any model was made. Killed, the same command
+goes on with what --out lacks.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 
 import machine
 from asked import check_each_least, check_shared, claimed
-from contestants import add_arguments, add_size_arguments
+from contestants import add_turn_arguments
 from race import LOOPBACK, device_of, take_turns
-from runs import ends_on_error
+from runs import Mistake, ends_on_error
 from steps import MODELS
 
 from qsdp.files import write_json
@@ -42,13 +42,19 @@ def main() -> None:
         check_shared(arguments)
         check_each_least("--ranks", arguments.ranks, 1)
         check_each_least("--groups-of", arguments.groups_of, 1)
-        arguments.device = device_of(arguments)
+        if not points(arguments):
+            raise Mistake("there is nothing to measure: give --ranks, --models or --groups-of")
+        most = argparse.Namespace(**vars(arguments) | {"hosts": max([2, *arguments.ranks])})
+        arguments.device = device_of(most)
+        settings = {name: getattr(arguments, name) for name in ("tokens", "context", "rounds")}
         with claimed(arguments.out):
+            print(in_words(settings))
             for axis, value, changes in points(arguments):
                 rows.append({"axis": axis} | point(arguments, f"{axis}-{value}", changes))
                 print(line(rows[-1]), flush=True)
             described = machine.describe(arguments.device)
-            write_json(arguments.out / "scaling.json", {"machine": described, "rows": rows})
+            record = {"machine": described, "link": LOOPBACK, "settings": settings, "rows": rows}
+            write_json(arguments.out / "scaling.json", record)
             print(machine.one_line(described))
     if not plot(rows, arguments.out / "scaling.png"):
         print("no plot: it needs matplotlib")
@@ -67,10 +73,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--short", action="store_true", help="a few points, in some minutes")
     parser.add_argument("--out", type=Path, default=Path("out/scaling"), help="a folder")
-    add_size_arguments(parser)
-    add_arguments(parser)
+    parser.add_argument("--tokens", type=int, default=128, help="a rank and step")
+    parser.add_argument("--context", type=int, default=128, help="tokens of a sequence")
+    add_turn_arguments(parser)
     parser.set_defaults(hosts=2, nproc_per_node=None, timeout=None, rate=LOOPBACK)
-    parser.set_defaults(tokens=128, context=128, contestants=[THEIRS, OURS, OTHER])
+    parser.set_defaults(groups=0, vocab_size=256, powersgd_rank=4)  # nobody's
+    parser.set_defaults(contestants=[THEIRS, OURS, OTHER], without=[])
     if parser.parse_args().short:
         parser.set_defaults(ranks=[2, 4], models=["1m", "19m"], groups_of=[], rounds=3)
     return parser.parse_args()
@@ -100,7 +108,7 @@ def point(arguments: argparse.Namespace, name: str, changes: dict[str, Any]) -> 
     for one in (THEIRS, OURS, OTHER):
         chosen.contestants = [one]
         alone = take_turns(chosen, arguments.out / f"{name}-{one}.json")
-        memory[one] = alone["peak_rss_bytes"] - alone["bare_rss_bytes"]
+        memory[one] = alone["peak_bytes"] - alone["bare_bytes"]
     return {
         "model": chosen.model,
         "parameters": record["parameters"],
@@ -110,6 +118,15 @@ def point(arguments: argparse.Namespace, name: str, changes: dict[str, Any]) -> 
         "of_fsdp": of_fsdp,
         "memory_bytes": memory,
     }
+
+
+def in_words(settings: dict[str, Any]) -> str:
+    """What stands in the lines that follow."""
+    return (
+        f"Ranks of one machine over loopback, {settings['tokens']} tokens a rank and step, fp32, "
+        f"qsdp gathers once. Times: medians and spread of {settings['rounds']} rounds, fewer where "
+        "a step is slow. Memory: rank 0's peak, less that before a model was made."
+    )
 
 
 def line(row: dict[str, Any]) -> str:

@@ -18,31 +18,25 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import machine
+from asked import check_least
+from runs import ends_on_error
 
 from qsdp.files import write_json
 
 TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train_gpt.py"
 IMPORT_AT_MOST_S, STEP_AT_MOST_S = 0.3, 12.0
+PATIENCE_S = 120.0
 FSDP = "from torch.distributed.fsdp import fully_shard"
 
 
 def main() -> None:
     arguments = parse()
-    alone, installed = (
-        [seconds_of(more) - seconds_of(less) for _ in range(arguments.rounds)]
-        for less, more in (
-            ("import torch", "import torch, qsdp"),
-            (FSDP, f"{FSDP}; import qsdp; qsdp.install, qsdp.QSDPConfig"),
-        )
-    )
-    steps = [first_step() for _ in range(arguments.jobs)]
-    rows = [
-        row("import qsdp, beyond torch", alone, IMPORT_AT_MOST_S),
-        row("qsdp.install, beyond torch and FSDP2", installed, IMPORT_AT_MOST_S),
-        row("the end of the job's first step, 2 ranks", steps, STEP_AT_MOST_S),
-    ]
+    with ends_on_error():
+        check_least(arguments, {"rounds": 1, "jobs": 1})
+        rows = measure(arguments)
     for each in rows:
         verdict = "met" if each["is_met"] else "MISSED"
         spread = f"{min(each['seconds']):.2f} to {max(each['seconds']):.2f}"
@@ -55,6 +49,23 @@ def main() -> None:
     sys.exit(0 if all(each["is_met"] for each in rows) else 1)
 
 
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the table."""
+    alone, installed = (
+        [seconds_of(more) - seconds_of(less) for _ in range(arguments.rounds)]
+        for less, more in (
+            ("import torch", "import torch, qsdp"),
+            (FSDP, f"{FSDP}; import qsdp; qsdp.install, qsdp.QSDPConfig"),
+        )
+    )
+    steps = [first_step() for _ in range(arguments.jobs)]
+    return [
+        row("import qsdp, beyond torch", alone, IMPORT_AT_MOST_S),
+        row("qsdp.install, beyond torch and FSDP2", installed, IMPORT_AT_MOST_S),
+        row("the end of the job's first step, 2 ranks", steps, STEP_AT_MOST_S),
+    ]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -65,7 +76,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def row(what: str, seconds: list[float], at_most: float) -> dict[str, object]:
+def row(what: str, seconds: list[float], at_most: float) -> dict[str, Any]:
     """A line of the table."""
     median = statistics.median(seconds)
     return {
@@ -94,12 +105,18 @@ def first_step() -> float:
         metrics = Path(folder) / "metrics.jsonl"
         started = time.perf_counter()
         job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (metrics.exists() and metrics.stat().st_size):
-            if job.poll() is not None:
-                raise SystemExit(f"error: {TRAIN.name} ended with status {job.returncode}")
-            time.sleep(0.01)
-        taken = time.perf_counter() - started
-        job.wait()
+        try:
+            while not (metrics.exists() and metrics.stat().st_size):
+                if job.poll() is not None:
+                    raise RuntimeError(f"{TRAIN.name} ended with status {job.returncode}")
+                if time.perf_counter() - started > PATIENCE_S:
+                    raise RuntimeError(f"{TRAIN.name} took no step in {PATIENCE_S:g} s")
+                time.sleep(0.01)
+            taken = time.perf_counter() - started
+            job.wait(PATIENCE_S)
+        finally:
+            job.terminate()  # killed, torchrun would leave its ranks behind
+            job.wait()
         return taken
 
 

@@ -106,7 +106,10 @@ def in_words(record: Record) -> str:
     for name in sorted(name for name in names if "powersgd" in name):
         as_whose = name.replace("powersgd-", "")
         taken = f"count as {as_whose}'s" if as_whose in names else "count as if they did"
-        lines.append(f"The first {early} steps of {name}, which do not compress yet, {taken}.")
+        lines.append(
+            f"The first {early} steps of {name}, which do not compress yet, {taken}; over gloo its "
+            "gradients are in one bucket, as its hook needs, and travel after the backward pass."
+        )
     return "\n".join(lines)
 
 

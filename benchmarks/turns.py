@@ -45,7 +45,7 @@ def take_turns(arguments: argparse.Namespace, ranks: Ranks) -> None:
     record: dict[str, Any] = ranks.decided(lambda: read(arguments.out))
     names = [one.name for one in chosen(arguments)]
     todo = due(record["rounds"], names, arguments.rounds)
-    bare_rss_bytes = peak_rss_bytes()
+    bare_bytes = peak_bytes(ranks.device)
     ready = {one.name: one.make(setting) for one in chosen(arguments) if one.name in todo}
     gc.collect()
     gc.freeze()
@@ -66,8 +66,8 @@ def take_turns(arguments: argparse.Namespace, ranks: Ranks) -> None:
             "tokens": tokens_BT.numel(),
             "ranks": ranks.size,
             "groups": setting.groups,
-            "bare_rss_bytes": bare_rss_bytes,
-            "peak_rss_bytes": peak_rss_bytes(),
+            "bare_bytes": bare_bytes,
+            "peak_bytes": peak_bytes(ranks.device),
         }
         if ranks.rank == 0:
             write_json(arguments.out, record)
@@ -129,8 +129,10 @@ def sent_bytes() -> int:
     return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
 
 
-def peak_rss_bytes() -> int:
-    """The largest resident set of this process so far."""
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held so far: a GPU's memory, or its resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

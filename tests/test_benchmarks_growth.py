@@ -1,5 +1,6 @@
 """What auto.py, scaling.py, miniature.py make of what they measured."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def test_a_choice_is_held_against_the_best_of_each_kind(
     found = [_chosen("qsdp-w8g8-once-fp32"), _chosen("qsdp-w4g4-once-fp32")]
     auto = load("auto")
     judged = auto.verdicts("1gbit", found, {"rows": rows})
-    eight, four = judged[:3], judged[3:]
+    took, eight, four = judged[0], judged[1:4], judged[4:]
+    assert (took["value"], took["is_met"]) == (9.0, True)
     assert [verdict["value"] for verdict in eight] == pytest.approx([ours, ours / 2, ours])
     assert [verdict["is_met"] for verdict in eight] == [is_met, True, is_met]
     assert [verdict["value"] for verdict in four] == pytest.approx([1.0, 0.5, 1.0])
@@ -87,3 +89,42 @@ def test_the_papers_links_as_its_communication_over_its_computation(load: Any) -
     # 15.6 GB at 10 Gbit/s; 8192 tokens of 1.3e9 parameters at 40 Tflop/s.
     assert miniature.ratio(10) == pytest.approx(12.48 / 1.845, rel=0.01)
     assert miniature.ratio(100) == pytest.approx(miniature.ratio(10) / 10)
+    named = {point["name"]: point["ratio"] for point in miniature.points([10, 100])}
+    assert set(named) == {"10gbit", "100gbit", "implied"}
+    # A quarter of the communication, nothing overlapped.
+    implied = named["implied"]
+    assert (1 + implied) / (1 + implied / 4) == pytest.approx(2.2)
+
+
+@pytest.mark.parametrize(
+    ("tool", "flags", "said"),
+    [
+        ("auto", ["--rates", "5"], "--rates is '5'"),
+        ("auto", ["--hosts", "1"], "--hosts is 1: give at least 2"),
+        ("auto", ["--choices", "0"], "--choices is 0: give at least 1"),
+        ("auto", ["--tokens", "5"], "--tokens is 5: give at least 256"),
+        ("scaling", ["--ranks", "0"], "--ranks has 0: give at least 1"),
+        ("scaling", ["--ranks", "--models", "--groups-of"], "there is nothing to measure"),
+        ("miniature", ["--gbit", "0"], "--gbit has 0.0: give at least 0.1"),
+        ("miniature", ["--hosts", "1"], "--hosts is 1: give at least 2"),
+        ("startup", ["--jobs", "0"], "--jobs is 0: give at least 1"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_sentence(
+    load: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tool: str,
+    flags: list[str],
+    said: str,
+) -> None:
+    out = [] if tool == "startup" else ["--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py", *flags, *out])
+    with pytest.raises(SystemExit) as end:
+        load(tool).main()
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"error: {said}")
+    assert not (tmp_path / "out").exists()
