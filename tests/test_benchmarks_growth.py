@@ -128,3 +128,53 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(
     assert len(lines) == 1
     assert lines[0].startswith(f"error: {said}")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_chosen_takes_part_and_may_not_be_left_out(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    auto = load("auto")
+    found = [_chosen("qsdp-w4g4-once-fp32")]
+    given: list[str] = []
+
+    def take_turns(arguments: Any, path: Path) -> dict[str, Any]:
+        given[:] = arguments.contestants
+        assert path == tmp_path / "turns-1gbit.json"
+        return {"rows": [_row(name, 1.0) for name in PREDICTED]}
+
+    monkeypatch.setattr(auto, "choices", lambda _: found)
+    monkeypatch.setattr(auto, "take_turns", take_turns)
+    monkeypatch.setattr(sys, "argv", ["auto.py", "--out", str(tmp_path), "--device", "cpu"])
+    arguments = auto.parse()
+    link = auto.on_link("1gbit", arguments)
+    assert given == [*PREDICTED, "ddp-fp32", "ddp-powersgd-fp32", "zero3-fp32"]
+    assert link["choices"] == found
+    assert all(verdict["is_met"] for verdict in link["verdicts"])
+    arguments.without = ["qsdp-w4*"]
+    with pytest.raises(auto.Mistake, match="leaves out qsdp-w4g4-once-fp32, which auto chose"):
+        auto.on_link("1gbit", arguments)
+
+
+def test_a_point_of_growth_is_a_race_and_a_job_for_each_ones_memory(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scaling = load("scaling")
+    calls = []
+
+    def take_turns(arguments: Any, path: Path) -> dict[str, Any]:
+        calls.append((path.name, arguments.hosts, [*arguments.contestants]))
+        rows = [_row(name, 2.0 + place) for place, name in enumerate(arguments.contestants)]
+        peak = 100 if arguments.contestants == [scaling.THEIRS] else 150
+        facts = {"parameters": 5e6, "ranks": arguments.hosts, "groups": 6}
+        return facts | {"rows": rows, "peak_bytes": peak, "bare_bytes": 50}
+
+    monkeypatch.setattr(scaling, "take_turns", take_turns)
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--out", str(tmp_path)])
+    arguments = scaling.parse()
+    everyone = [scaling.THEIRS, scaling.OURS, scaling.OTHER]
+    found = scaling.point(arguments, "ranks-4", {"hosts": 4, "model": "5m"})
+    assert calls[0] == ("ranks-4.json", 4, everyone)
+    assert calls[1:] == [(f"ranks-4-{name}.json", 4, [name]) for name in everyone]
+    assert found["of_fsdp"] == {scaling.THEIRS: [1.0], scaling.OURS: [1.5], scaling.OTHER: [2.0]}
+    assert [found["memory_bytes"][name] for name in everyone] == [50, 100, 100]
+    assert arguments.contestants == everyone  # the next point has them all again
