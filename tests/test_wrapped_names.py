@@ -129,10 +129,23 @@ def _trained(model: Any, method: str) -> Any:
     return optimizer
 
 
+# A wrapper that is made of others goes with one of the two methods; all else is heavy.
+CHOSEN = {
+    *itertools.product(("cram", "acdc"), ("compiled", "checkpointed", "ddp")),
+    *(("cram", wrap) for wrap in ("checkpointed, compiled", "whole compiled", "ddp checkpointed")),
+    *(("acdc", wrap) for wrap in ("plain", "compiled, checkpointed", "whole checkpointed")),
+    *(("acdc", wrap) for wrap in ("blocks checkpointed, ddp", "ddp compiled")),
+    *(("cram", "blocks compiled, ddp"), ("sam", "ddp"), ("gmp", "ddp")),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "wrap"),
-    [*itertools.product(("cram", "acdc"), WRAPS), ("sam", "ddp"), ("gmp", "ddp")],
+    [
+        pytest.param(*each, marks=() if each in CHOSEN else pytest.mark.heavy)
+        for each in [*itertools.product(("cram", "acdc"), WRAPS), ("sam", "ddp"), ("gmp", "ddp")]
+    ],
 )
 def test_optimizers_take_the_same_steps_and_their_checkpoints_fit(
     method: str, wrap: str, tmp_path: Path

@@ -125,8 +125,8 @@ def _norms(layout: Layout, lacks_grads: int | None) -> dict[str, Any]:
 @selection(
     "layout, lacks_grads",
     [
-        *(("two of two", None), ("replicas", "first"), ("a rank each", None)),
-        *(("a rank each", "first"), ("one and two", "last"), ("one and two", None)),
+        *(("two of two", None), ("replicas", "first")),
+        *(("a rank each", None), ("one and two", "last")),
     ],
     NAMES,
     (None, "first", "last"),
@@ -207,8 +207,8 @@ STARTS: dict[str, dict[str, Any]] = {"others": {}, "alike": {"alike": True}, "ti
 @selection(
     "layout, start",
     [
-        *(("two of two", "ties"), ("replicas", "alike"), ("a rank each", "alike")),
-        *(("a rank each", "ties"), ("one and two", "ties"), ("one and two", "others")),
+        *(("two of two", "ties"), ("replicas", "alike")),
+        *(("a rank each", "ties"), ("one and two", "others")),
     ],
     NAMES,
     tuple(STARTS),
@@ -477,8 +477,7 @@ def _on_the_wire(layout: Layout, config: dict[str, Any], method: str) -> dict[st
 @selection(
     "layout, config",
     [
-        *(("two of two", "budget"), ("replicas", "learned")),
-        *(("a rank each", "learned"), ("two of two", "8 bits")),
+        *(("two of two", "budget"), ("replicas", "learned"), ("a rank each", "8 bits")),
     ],
     EVEN,
     tuple(CONFIGS),

@@ -360,7 +360,7 @@ def _train_validated(validation: str, reshard: bool) -> tuple[list[float], State
     optimizer = _adamw(model)
     mode = torch.inference_mode if validation == "inference" else torch.no_grad
     losses = []
-    for step in range(3):
+    for step in range(2):
         for micro in range(2):
             model.set_requires_gradient_sync(micro == 1)
             loss = model(*make_batch(model, 2 * step + micro))

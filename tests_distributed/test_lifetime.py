@@ -210,7 +210,7 @@ def test_what_was_dropped_is_freed(run: Run, way: str) -> None:
         assert alive == []
 
 
-ROUNDS, EARLY = 20, 3
+ROUNDS, EARLY = 14, 3
 """After the early ones torch has made all that it makes once."""
 
 

@@ -1360,7 +1360,13 @@ def test_another_call_than_training_reaches_the_replicas(run: Run, odds: list[in
         assert re.fullmatch(told, said), said
 
 
-@pytest.mark.parametrize("odds", [[0], [3], [0, 1], [2, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize(
+    "odds",
+    [
+        *([3], [0, 1], [0, 1, 2, 3]),
+        *(pytest.param(odds, marks=pytest.mark.heavy) for odds in ([0], [2, 3])),
+    ],
+)
 def test_when_one_rank_or_replica_differs_all_raise_but_not_when_all_do(
     run: Run, odds: list[int]
 ) -> None:

@@ -416,7 +416,7 @@ def test_a_payload_whose_header_is_damaged_in_one_bit_is_refused(run: Run, direc
 
 # --- ranks that end, or hang ------------------------------------------------------------------
 
-HANG_S = patience.seconds(12)
+HANG_S = patience.seconds(8)
 """How long a collective waits for a rank that hangs: no working one takes as long."""
 
 

@@ -198,6 +198,7 @@ HEAVY = {
     *("learned-levels-quantized-replicas", "budget-quantized-replicas", "regathered-by-two"),
     *("two-hop-bf16", "budget-beside-bits-of-choice", "two-hop-in-each-replica"),
     *("learned-levels-sparse", "budget-sparse-hsdp", "budget-and-learned-levels-two-hop", "budget"),
+    *("tied", "frozen", "two-hop-accumulated-after-reduce", "learned-levels-two-hop"),
 }
 
 

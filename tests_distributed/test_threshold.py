@@ -119,7 +119,7 @@ def _unreadable() -> None:
     "world_size, kind, num_values",
     [
         *((1, "mixed", 4), (2, "rows", 1), (2, "mixed", 1000), (3, "rows", 4), (3, "mixed", 1)),
-        *((4, "rows", 1000), (4, "mixed", 4), (4, "rows", 1)),
+        *((4, "rows", 1000), (4, "mixed", 4)),
     ],
     [1, 2, 3, 4],
     ["rows", "mixed"],

@@ -341,7 +341,7 @@ def _counted(reduce: str, is_mesh: bool, replicas: int) -> dict[str, int]:
 
 @selection(
     "reduce, replicas",
-    [("flat", 2), ("auto", 1), ("two-hop", 1)],
+    [("flat", 2), ("auto", 1)],
     ["flat", "auto", "two-hop"],
     [1, 2],
 )
@@ -597,11 +597,11 @@ POLICY: dict[str, Any] = {"policy": (("*.qkv.weight", 4), ("*.up.weight", (5, 6)
     ("before", "after", "forgets"),
     [
         (SIX, {}, False),
-        (SIX, {"weight_bits": 4}, False),
+        pytest.param(SIX, {"weight_bits": 4}, False, marks=pytest.mark.heavy),
         ({}, SIX, False),
         (SIX, {"budget": 7.0}, False),
         (SIX, {**SIX, "grad_bits": 6}, False),
-        (SIX, {**SIX, "embedding_bits": 4}, False),
+        pytest.param(SIX, {**SIX, "embedding_bits": 4}, False, marks=pytest.mark.heavy),
         (SIX, {**SIX, **POLICY}, False),
         (SIX, SIX, True),
         ({**SIX, **POLICY}, {**SIX, **POLICY}, False),
