@@ -5,10 +5,15 @@ Nothing here touches a run's model, its data or torch's own random generators.
 
 from __future__ import annotations
 
+import math
+import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +23,7 @@ from torch import Tensor, nn
 from qsdp import compat
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.comm import transport
-from qsdp.comm.topology import Hops
+from qsdp.comm.topology import Hops, launched_ranks
 from qsdp.config import ROUNDINGS, QSDPConfig
 from qsdp.models import GPT, GPTConfig
 from qsdp.train.config import TrainConfig
@@ -38,14 +43,15 @@ _LEAST_MOST_BYTES, _MOST_BYTES = 1 << 20, 1 << 24  # less says little of a fast 
 _MOST_TIMES = 20
 _LATENCY_BYTES = 64
 _BATCHES = 3  # of calls, whose median counts
+_MEMORY = Path("/proc/meminfo")
 
 
 def computation_s(
     config: TrainConfig, size: GPTConfig, device: torch.device
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Seconds of a forward and of a backward pass of one block, and of the model without blocks,
-    on a micro-batch of this rank. Takes about `COMPUTE_S` at most."""
-    ends = time.perf_counter() + COMPUTE_S
+    on a micro-batch of this rank. Takes about `COMPUTE_S` at most, but for the first call of
+    each."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
@@ -71,8 +77,8 @@ def computation_s(
     # Dropout would draw from torch's own generators.
     with torch.random.fork_rng([] if device.type == "cpu" else [device.index]):
         whole = config.batch_size, config.seq_len
-        rest = _grown(of_root, *whole, COMPUTE_S / 2)
-        return _grown(of_block, *whole, ends - time.perf_counter()), rest
+        rest = _grown(of_root, *whole, COMPUTE_S / 3)
+        return _grown(of_block, *whole, 2 * COMPUTE_S / 3), rest
 
 
 def optimizer_s(device: torch.device) -> float:
@@ -109,11 +115,29 @@ def codec_s(
     return encode / numel, decode / numel
 
 
+def free_bytes(device: torch.device) -> float:
+    """Memory that is free for this rank, an equal share of what ranks have together; infinite where
+    nothing says. Raises ValueError as `launched_ranks`."""
+    num_ranks = launched_ranks()
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / -(-num_ranks // torch.cuda.device_count())
+    with suppress(OSError, ValueError):  # free pages leave out what caches would give back
+        said = re.search(r"^MemAvailable: +(\d+) kB$", _MEMORY.read_text(), re.MULTILINE)
+        if said is not None:
+            return 1024 * int(said[1]) / num_ranks
+    with suppress(OSError, ValueError, AttributeError):
+        pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        if min(pages, size) > 0:
+            return pages * size / num_ranks
+    return math.inf
+
+
 class Links:
     """Measures the collectives. All ranks make one and call `measured`.
 
     Ranks decide how much to send next by times of the slowest rank, which all have: so they stay
-    together without asking rank 0. That one was told to end goes with these times.
+    together without asking rank 0. With these times go what each has spent since measuring began,
+    whatever on, and that one was told to end.
     """
 
     def __init__(
@@ -122,13 +146,15 @@ class Links:
         device: torch.device,
         hops: Hops | None,
         most_bytes: Mapping[str, int],
-        limit_s: float,
+        began: float,
+        spent_s: float,
         stop: Stop,
     ) -> None:
-        """``most_bytes``: of `gather` and `reduce`, what a rank brings at most. ``limit_s``: for
-        all together, the same on all ranks."""
+        """``most_bytes``: of `gather` and `reduce`, what a rank brings at most. ``began``: when
+        measuring did, by this rank's clock. ``spent_s``: since then, the same on all ranks."""
         self._group, self._device, self._hops = group, device, hops
-        self._most, self._left, self._stop = most_bytes, limit_s, stop
+        self._most, self._began, self._stop = most_bytes, began, stop
+        self._left, self._round_s = LIMIT_S - spent_s, 0.0
         self._is_staged = device.type != "cpu" and transport.is_staged(group, device)
 
     def measured(self) -> dict[str, Transfer]:
@@ -158,27 +184,43 @@ class Links:
         self, prepare: Callable[[int], Callable[[], Any]], most: int, limit_s: float
     ) -> Transfer:
         """Send more and more, until that says enough, then as often as the time allows: routers and
-        shapers let a burst pass before they show their rate."""
-        self._timed(prepare(_LATENCY_BYTES), 1)
-        latency, _ = self._timed_often(prepare(_LATENCY_BYTES), 1)
-        size, spent = _FIRST_BYTES, 0.0
+        shapers let a burst pass before they show their rate.
+
+        A round is a `_timed`, which takes ``idle`` seconds more than what it times: where each
+        answer takes long, that is most of it. There must be one, whatever the time.
+        """
+        ends, latency = self._left - limit_s, math.inf
+        if limit_s > 2 * self._round_s:
+            latency, *_ = self._round(prepare(_LATENCY_BYTES))  # it may have had to connect
+        if limit_s > 4 * _BATCHES * self._round_s:
+            latency, _ = self._timed_often(prepare(_LATENCY_BYTES), 1)
+        size = _FIRST_BYTES
         while True:
-            seconds, busy = self._timed(prepare(size), 1)
-            spent += seconds
-            if size == most or spent + 4 * seconds > limit_s:
+            seconds, idle, busy = self._round(prepare(size))
+            sending = max(0.0, seconds - latency)
+            growth = 8 if seconds < 1.5 * latency else 2
+            # Twice what the next should take: it is sent again, or meets the end of a burst.
+            if size == most or self._left - (idle + latency + 2 * growth * sending) < ends:
                 break
-            size = min(2 * size, most)
-        times = min(_MOST_TIMES, int((limit_s - spent) / seconds))
+            size = min(growth * size, most)
+        times = min(_MOST_TIMES, int((self._left - ends - _BATCHES * idle) / seconds))
         if times > _BATCHES:
             seconds, busy = self._timed_often(prepare(size), times // _BATCHES)
-        elif times > 0:
+        elif (times := min(_BATCHES, int((self._left - ends - idle) / seconds))) > 0:
             seconds, busy = self._timed(prepare(size), times)
         # What was sent took what it took, however the parts of that were measured.
         latency = min(latency, 0.9 * seconds)
         rate = size / (seconds - latency)
         is_on_host = self._device.type == "cpu"
         is_busy = min(1.0, busy / seconds) if is_on_host else float(self._is_staged)
-        return Transfer(latency_s=latency, bytes_per_s=rate, busy=is_busy)
+        return Transfer(latency_s=latency, bytes_per_s=rate, busy=is_busy, num_bytes=size)
+
+    def _round(self, run: Callable[[], Any]) -> tuple[float, float, float]:
+        """One call: its seconds, those that it took to time it, and its processor seconds."""
+        before = self._left
+        seconds, busy = self._timed(run, 1)
+        self._round_s = before - self._left
+        return seconds, max(0.0, self._round_s - seconds), busy
 
     def _timed_often(self, run: Callable[[], Any], times: int) -> tuple[float, float]:
         """The medians of some `_timed`."""
@@ -192,14 +234,15 @@ class Links:
         used, started = time.process_time(), _now(self._device)
         for _ in range(times):
             run()
-        own = [_now(self._device) - started, time.process_time() - used]
+        ended = _now(self._device)
+        own = [ended - started, time.process_time() - used, ended - self._began]
         own.append(self._stop.asked is not None)
         slowest = torch.tensor(own, dtype=torch.float64, device=self._device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX, group=self._group)
-        seconds, busy, is_asked = slowest.tolist()
+        seconds, busy, spent, is_asked = slowest.tolist()
         self._stop.is_agreed |= is_asked > 0
         self._stop.check()
-        self._left -= seconds
+        self._left = LIMIT_S - spent
         return seconds / times, busy / times
 
     def _all_gather(self, size: int, group: dist.ProcessGroup) -> Callable[[], Any]:
@@ -230,19 +273,27 @@ def _grown(
     run: Callable[[int, int], tuple[float, float]], batch: int, length: int, limit_s: float
 ) -> tuple[float, float]:
     """What ``run`` takes for ``batch`` sequences of ``length``; for fewer tokens, and scaled up,
-    where that would take too long. The median of its tries but the first, which still has to find
-    its memory, unless that takes too long for a second: the fastest may be one beside which another
-    rank of the machine did nothing."""
+    where that would take more than ``limit_s``. The median of its tries but the first, which still
+    has to find its memory, unless that takes too long for a second: the fastest may be one beside
+    which another rank of the machine did nothing.
+
+    The very first call, of the fewest tokens, only sets libraries up and is not counted. Later ones
+    may still load a kernel: whether to grow is never decided by one that was not repeated.
+    """
+    run(*next(_shapes(batch, length)))
     ends = time.perf_counter() + limit_s
     shape, tries = (1, 1), [(0.0, 0.0)]
+
+    def is_slow() -> bool:  # the next is up to four times as large
+        return 5 * min(map(sum, tries)) > ends - time.perf_counter()
+
     for shape in _shapes(batch, length):
         tries = [run(*shape)]
-        if 5 * sum(tries[0]) > ends - time.perf_counter():  # the next is up to four times as large
+        if is_slow() and sum(tries[0]) < limit_s:
+            tries.append(run(*shape))
+        if is_slow():
             break
-    # The first may have taken all the time, and the next be a fraction of it.
-    while (len(tries) < 2 and sum(tries[0]) < limit_s) or (
-        len(tries) < _MOST_TRIES and time.perf_counter() + min(map(sum, tries)) < ends
-    ):
+    while len(tries) < _MOST_TRIES and time.perf_counter() + min(map(sum, tries)) < ends:
         tries.append(run(*shape))
     scale, kept = batch * length / (shape[0] * shape[1]), tries[1:] or tries
     forward, backward = (scale * statistics.median(each) for each in zip(*kept, strict=True))
