@@ -14,7 +14,7 @@ import torch
 
 from qsdp.config import QSDPConfig
 from qsdp.models import GPTConfig
-from qsdp.train import probe
+from qsdp.train import links, probe
 from qsdp.train.choose import Choice, _decided, is_choice
 from qsdp.train.cli import main
 from qsdp.train.config import TrainConfig
@@ -118,7 +118,7 @@ def test_growing_is_not_ended_by_calls_that_set_libraries_up(
     assert clock[0] <= 21.0
 
 
-class FakeLinks(probe.Links):
+class FakeLinks(links.Links):
     """Collectives of two ranks that only move a clock, over links that let a burst pass."""
 
     def __init__(
@@ -153,10 +153,10 @@ class FakeLinks(probe.Links):
 
 def fake_links(monkeypatch: pytest.MonkeyPatch, *args: float) -> FakeLinks:
     clock = [0.0]
-    links = FakeLinks(clock, *args)
-    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(probe.dist, "all_reduce", links.all_reduce)
-    return links
+    fake = FakeLinks(clock, *args)
+    monkeypatch.setattr(links.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(links.dist, "all_reduce", fake.all_reduce)
+    return fake
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,9 @@ def fake_links(monkeypatch: pytest.MonkeyPatch, *args: float) -> FakeLinks:
 def test_a_links_rate_is_found_in_its_time_behind_a_burst_and_far_away(
     monkeypatch: pytest.MonkeyPatch, rate: float, burst: float, latency_s: float
 ) -> None:
-    links = fake_links(monkeypatch, rate, burst, latency_s)
-    found = links.measured()
-    assert links.clock[0] <= probe.LIMIT_S + 5 * latency_s
+    fake = fake_links(monkeypatch, rate, burst, latency_s)
+    found = fake.measured()
+    assert fake.clock[0] <= links.LIMIT_S + 5 * latency_s
     for transfer in found.values():
         assert transfer.latency_s == pytest.approx(latency_s, rel=0.06)
         assert transfer.bytes_per_s == pytest.approx(rate, rel=0.01)
@@ -186,12 +186,12 @@ def test_what_a_round_takes_beside_what_it_times_counts_too(
 ) -> None:
     """Each answer takes half a second. Whatever time there is, each kind is sent once at least, the
     first also to find out how long a round takes."""
-    links = fake_links(monkeypatch, 1e9, 0.0, 0.25, spent_s)
-    found = links.measured()
+    fake = fake_links(monkeypatch, 1e9, 0.0, 0.25, spent_s)
+    found = fake.measured()
     a_round = 5 * 0.25 + 1e-3
-    assert links.clock[0] <= max(probe.LIMIT_S + a_round, spent_s + 5 * a_round)
+    assert fake.clock[0] <= max(links.LIMIT_S + a_round, spent_s + 5 * a_round)
     for transfer in found.values():
-        assert transfer.num_bytes >= probe._FIRST_BYTES
+        assert transfer.num_bytes >= links._FIRST_BYTES
         assert 0.9 * 0.25 <= transfer.latency_s < 0.26
 
 

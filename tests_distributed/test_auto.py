@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from qsdp.comm.traffic import Traffic
 from qsdp.models import GPTConfig
-from qsdp.train import choose, loop, probe, setup
+from qsdp.train import choose, links, loop, setup
 from qsdp.train.config import TrainConfig
 from qsdp.train.cost_model import Measured, Way, ways
 from qsdp.train.errors import UserError
@@ -52,8 +52,8 @@ def measured_there(node: int) -> Measured:
     states = torch.get_rng_state(), random.getstate()
     with (
         mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(node)),
-        mock.patch.object(probe, "_MOST_TIMES", 2),
-        mock.patch.object(probe, "_MOST_BYTES", 1 << 17),
+        mock.patch.object(links, "_MOST_TIMES", 2),
+        mock.patch.object(links, "_MOST_BYTES", 1 << 17),
         mock.patch.object(choose, "free_bytes", return_value=1e6 * (dist.get_world_size() - rank)),
     ):
         found = choose.measure(config, SIZE, here())
@@ -144,8 +144,8 @@ def told(folder: Path) -> None:
     parts = [
         (choose, "computation_s"),
         (choose, "codec_s"),
-        (probe.Links, "_all_to_all"),
-        (probe.Links, "_stock_gather"),
+        (links.Links, "_all_to_all"),
+        (links.Links, "_stock_gather"),
         (choose, "_decided"),
         (setup, "build"),
     ]
@@ -208,8 +208,8 @@ def go_on(folder: Path) -> None:
     auto, by_hand = {"qsdp_bits": "auto"}, {"qsdp_bits": 4, "qsdp_gather": "once"}
     with (
         mock.patch.object(choose, "decide", decided),
-        mock.patch.object(probe, "_MOST_TIMES", 2),
-        mock.patch.object(probe, "_MOST_BYTES", 1 << 17),
+        mock.patch.object(links, "_MOST_TIMES", 2),
+        mock.patch.object(links, "_MOST_BYTES", 1 << 17),
     ):
         first, losses = trained(config("auto", **auto), 2)
     assert first.choice is not None

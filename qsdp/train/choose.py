@@ -26,7 +26,8 @@ from qsdp.models import GPT, GPTConfig
 from qsdp.train.config import TrainConfig
 from qsdp.train.cost_model import CODED, STOCK, Group, Measured, Way, decide
 from qsdp.train.errors import sentence
-from qsdp.train.probe import CODEC_S, Links, codec_s, computation_s, free_bytes, optimizer_s
+from qsdp.train.links import Links
+from qsdp.train.probe import CODEC_S, codec_s, computation_s, free_bytes, optimizer_s
 from qsdp.train.wire_flags import AUTO, CHOSEN
 from qsdp.train.world import World
 
@@ -131,7 +132,7 @@ def _megabytes(measured: Measured, way: Way) -> str:
 
 
 def measure(config: TrainConfig, size: GPTConfig, world: World) -> Measured:
-    """Measure the computation, the codec and the link, in about `probe.LIMIT_S` seconds at most.
+    """Measure the computation, the codec and the link, in about `links.LIMIT_S` seconds at most.
 
     1. Each rank computes and codes by itself, bounded by its own clock; the slowest rank counts.
     2. What is left of the time goes to the link. There ranks decide by numbers that they have
