@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -14,13 +14,14 @@ import torch
 
 from qsdp.config import QSDPConfig
 from qsdp.models import GPTConfig
-from qsdp.train import probe
-from qsdp.train.choose import Choice, is_choice
+from qsdp.train import links, probe
+from qsdp.train.choose import Choice, _decided, is_choice
 from qsdp.train.cli import main
 from qsdp.train.config import TrainConfig
 from qsdp.train.signals import Stop
 from tests.bad_inputs import TEXT
 from tests.test_cli import small_run
+from tests.test_cost_model import SLOW, measured
 
 SIZE = GPTConfig(vocab_size=64, num_layers=3, num_heads=2, width=32, context=64)
 CPU = torch.device("cpu")
@@ -77,8 +78,8 @@ def test_the_computation_is_that_of_the_whole_batch_and_draws_no_numbers(
     if limit_s > 1:
         assert max(seen) == whole
         assert found == ((1.0, 2.0), (1.0, 2.0))
-    else:  # one try of a short sequence each, scaled up
-        assert seen == [32, 32]
+    else:  # one try of a short sequence each behind the first call, scaled up
+        assert seen == [32, 32, 32, 32]
         assert found == ((whole / 32, whole / 16), (whole / 32, whole / 16))
 
 
@@ -97,27 +98,134 @@ def test_a_slow_block_ends_the_growing_before_its_share_of_the_time(
     assert (forward, backward) == pytest.approx((8192 / 3000, 8192 / 1500))
 
 
+@pytest.mark.parametrize("slow_calls", [[0], [0, 1], [0, 2], [0, 1, 3]])
+def test_growing_is_not_ended_by_calls_that_set_libraries_up(
+    monkeypatch: pytest.MonkeyPatch, slow_calls: list[int]
+) -> None:
+    """As on a GPU: kernels are loaded when they are first called, and then all take alike."""
+    clock, seen = [0.0], list[int]()
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[0])
+
+    def run(num: int, length: int) -> tuple[float, float]:
+        both = (20.0, 0.0) if not seen else (0.4, 0.0) if len(seen) in slow_calls else (1e-3, 1e-3)
+        seen.append(num * length)
+        clock[0] += sum(both)
+        return both
+
+    assert probe._grown(run, 8, 1024, limit_s=1.0) == pytest.approx((1e-3, 1e-3))
+    assert seen[0] == 32
+    assert max(seen) == 8192
+    assert clock[0] <= 21.0
+
+
+class FakeLinks(links.Links):
+    """Collectives of two ranks that only move a clock, over links that let a burst pass."""
+
+    def __init__(
+        self, clock: list[float], rate: float, burst: float, latency_s: float, spent_s: float = 0.0
+    ) -> None:
+        super().__init__(
+            cast(Any, None), CPU, None, {"gather": 4 << 20, "reduce": 4 << 20}, 0.0, spent_s, Stop()
+        )
+        self.clock, self.rate, self.bucket, self.latency_s = clock, rate, burst, latency_s
+        clock[0] = spent_s
+
+    def send(self, size: int) -> Any:
+        def run() -> None:
+            self.clock[0] += self.latency_s + max(0.0, size - self.bucket) / self.rate
+            self.bucket = max(0.0, self.bucket - size)
+
+        return run
+
+    def all_reduce(self, *_: Any, **__: Any) -> None:
+        self.clock[0] += 2 * self.latency_s  # there and back
+
+    def _all_gather(self, size: int, group: Any) -> Any:
+        return self.send(size)
+
+    _all_to_all = _all_gather
+
+    def _stock_gather(self, size: int) -> Any:
+        return self.send(size)
+
+    _stock_reduce = _stock_gather
+
+
+def fake_links(monkeypatch: pytest.MonkeyPatch, *args: float) -> FakeLinks:
+    clock = [0.0]
+    fake = FakeLinks(clock, *args)
+    monkeypatch.setattr(links.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(links.dist, "all_reduce", fake.all_reduce)
+    return fake
+
+
 @pytest.mark.parametrize(
-    ("rate", "burst", "latency_s"), [(125e3, 0.0, 0.2), (12.5e6, 256e3, 1e-4), (1e10, 0.0, 1e-5)]
+    ("rate", "burst", "latency_s"),
+    [
+        (125e3, 0.0, 0.05),
+        (12.5e6, 256e3, 1e-4),
+        (12.5e6, 0.0, 0.05),
+        (1e10, 0.0, 1e-5),
+    ],
 )
-def test_a_links_rate_is_found_in_its_share_of_the_time_behind_a_burst(
+def test_a_links_rate_is_found_in_its_time_behind_a_burst_and_far_away(
     monkeypatch: pytest.MonkeyPatch, rate: float, burst: float, latency_s: float
 ) -> None:
-    links = probe.Links(cast(Any, None), CPU, None, {}, 10.0, Stop())
-    bucket, spent = [burst], [0.0]
+    fake = fake_links(monkeypatch, rate, burst, latency_s)
+    found = fake.measured()
+    assert fake.clock[0] <= links.LIMIT_S + 5 * latency_s
+    for transfer in found.values():
+        assert transfer.latency_s == pytest.approx(latency_s, rel=0.06)
+        assert transfer.bytes_per_s == pytest.approx(rate, rel=0.01)
+        assert transfer.num_bytes >= min(1 << 18, rate / 10)
 
-    def timed(size: int, times: int) -> tuple[float, float]:
-        begun = spent[0]
-        for _ in range(times):
-            spent[0] += latency_s + max(0.0, size - bucket[0]) / rate
-            bucket[0] = max(0.0, bucket[0] - size)
-        return (spent[0] - begun) / times, 0.0
 
-    monkeypatch.setattr(links, "_timed", timed)
-    found = links._transfer(cast(Any, lambda size: size), 4 << 20, 2.0)
-    assert spent[0] <= 2.0 + 4 * latency_s + (1 << 16) / rate  # at least one of 64 KiB is sent
-    assert found.latency_s == pytest.approx(latency_s, rel=0.01)
-    assert found.bytes_per_s == pytest.approx(rate, rel=0.05)
+@pytest.mark.parametrize("spent_s", [0.0, 5.0, 8.9, 60.0])
+def test_what_a_round_takes_beside_what_it_times_counts_too(
+    monkeypatch: pytest.MonkeyPatch, spent_s: float
+) -> None:
+    """Each answer takes half a second. Whatever time there is, each kind is sent once at least, the
+    first also to find out how long a round takes."""
+    fake = fake_links(monkeypatch, 1e9, 0.0, 0.25, spent_s)
+    found = fake.measured()
+    a_round = 5 * 0.25 + 1e-3
+    assert fake.clock[0] <= max(links.LIMIT_S + a_round, spent_s + 5 * a_round)
+    for transfer in found.values():
+        assert transfer.num_bytes >= links._FIRST_BYTES
+        assert 0.9 * 0.25 <= transfer.latency_s < 0.26
+
+
+def test_free_memory_is_what_the_machine_says_shared_by_its_ranks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = tmp_path / "meminfo"
+    monkeypatch.setattr(probe, "_MEMORY", said)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    said.write_text("MemTotal:  900 kB\nMemAvailable:     400 kB\n")
+    assert probe.free_bytes(CPU) == 100 * 1024
+    pages = {"SC_AVPHYS_PAGES": 40, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(probe.os, "sysconf", pages.__getitem__)
+    said.unlink()
+    assert probe.free_bytes(CPU) == 10 * 4096
+    pages["SC_AVPHYS_PAGES"] = -1
+    assert probe.free_bytes(CPU) == float("inf")
+
+
+def test_the_line_says_what_once_keeps_or_would_keep_and_what_little_was_sent() -> None:
+    facts = measured(SLOW)
+    once = _decided(facts, 0.0)
+    assert once.settings["qsdp_gather"] == "once"
+    assert once.why.endswith("; it keeps 10.3 MB")
+    assert "only" not in once.why
+    twice = _decided(replace(facts, free_bytes=100_000_000), 0.0)
+    assert "qsdp_gather" not in twice.settings
+    said = "; 4 bits gathered once would keep 10.3 MB, too much of what is free"
+    assert twice.why.endswith(said)
+    # Where gathering once was not wanted anyway nothing is said of it.
+    fast = measured(1e15, latency_s=0.0)
+    assert "keep" not in _decided(replace(fast, free_bytes=0), 0.0).why
+    few = _decided(replace(facts, reduce=replace(facts.reduce, num_bytes=4096)), 0.0)
+    assert "the link carries 100 Mbit/s a rank (measured with 4,096 bytes only) and" in few.why
 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 33), (3, 32), (16, 128)])

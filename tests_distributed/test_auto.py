@@ -10,6 +10,8 @@ import random
 import re
 import signal
 import tomllib
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -22,12 +24,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from qsdp.comm.traffic import Traffic
 from qsdp.models import GPTConfig
-from qsdp.train import choose, loop, probe, setup
+from qsdp.train import choose, links, loop, setup
 from qsdp.train.config import TrainConfig
 from qsdp.train.cost_model import Measured, Way, ways
 from qsdp.train.errors import UserError
 from qsdp.train.loop import train_step
+from qsdp.train.parallelize import build
 from qsdp.train.setup import Job, set_up
 from qsdp.train.world import World
 from tests_distributed.conftest import Run
@@ -44,12 +48,13 @@ def here() -> World:
 
 def measured_there(node: int) -> Measured:
     config = TrainConfig(model="tiny", seq_len=16, batch_size=2, qsdp_bits="auto")
-    threads = torch.get_num_threads()
+    threads, rank = torch.get_num_threads(), dist.get_rank()
     states = torch.get_rng_state(), random.getstate()
     with (
         mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(node)),
-        mock.patch.object(probe, "_MOST_TIMES", 2),
-        mock.patch.object(probe, "_MOST_BYTES", 1 << 17),
+        mock.patch.object(links, "_MOST_TIMES", 2),
+        mock.patch.object(links, "_MOST_BYTES", 1 << 17),
+        mock.patch.object(choose, "free_bytes", return_value=1e6 * (dist.get_world_size() - rank)),
     ):
         found = choose.measure(config, SIZE, here())
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -76,6 +81,54 @@ def test_all_ranks_measure_the_same_and_leave_nothing_behind(
         assert transfer.latency_s > 0
         assert 0 <= transfer.busy <= 1
     assert min(first.block.forward_s, first.block.backward_s, first.optimizer_s) > 0
+    # That of the rank with the least.
+    assert first.free_bytes == 1_000_000
+
+
+def sent_and_predicted(precision: str, bits: int) -> tuple[Any, Any]:
+    """(direction, bytes) of each payload to another rank in a step, and how often `_sizes` says."""
+    config = TrainConfig(model="tiny", precision=precision, qsdp_bits=bits)
+    world = here()
+    sharded = build(config, SIZE, world)
+    model, handle = sharded.model, sharded.handle
+    sent: Counter[tuple[str, int]] = Counter()
+    send = Traffic.sent
+
+    def seen(self: Traffic, direction: str, receivers: Iterable[int], num_bytes: int) -> None:
+        receivers = [*receivers]
+        sent[direction, num_bytes] += len(receivers)
+        send(self, direction, receivers, num_bytes)
+
+    tokens = torch.zeros((2, 16), dtype=torch.long)
+    with mock.patch.object(Traffic, "sent", seen):
+        model(tokens, tokens)[1].backward()
+    assert handle is not None
+    sizes = choose._sizes(config, SIZE, {bits: config.wire}, world.mesh.get_group())
+    root, block = sizes["root"], sizes["block"]
+    predicted = Counter(
+        {
+            ("gather", root["gather_bytes"][bits]): 1,
+            ("gather", block["gather_bytes"][bits]): 2 * SIZE.num_layers,
+            ("reduce", root["reduce_bytes"][bits]): 1,
+            ("reduce", block["reduce_bytes"][bits]): SIZE.num_layers,
+        }
+    )
+    total: Counter[str] = Counter()
+    for (direction, num_bytes), times in predicted.items():
+        total[direction] += num_bytes * times
+    counted = handle.traffic.snapshot()
+    assert total == {kind: counted[f"{kind}_sent_bytes"] for kind in total}
+    return sent, predicted
+
+
+def all_sent_and_predicted() -> list[tuple[Any, Any]]:
+    return [sent_and_predicted(p, bits) for p in ("fp32", "bf16") for bits in (8, 4)]
+
+
+def test_the_sizes_are_those_that_a_step_sends(run: Run) -> None:
+    for found in run(2, all_sent_and_predicted):
+        for sent, predicted in found:
+            assert {each: n for each, n in sent.items() if each[0] != "other"} == predicted
 
 
 def told(folder: Path) -> None:
@@ -91,8 +144,9 @@ def told(folder: Path) -> None:
     parts = [
         (choose, "computation_s"),
         (choose, "codec_s"),
-        (probe.Links, "_all_to_all"),
-        (probe.Links, "_stock_gather"),
+        (links.Links, "_all_to_all"),
+        (links.Links, "_stock_gather"),
+        (choose, "_decided"),
         (setup, "build"),
     ]
     for rank, ((place, name), (next_place, next_name)) in enumerate(pairwise(parts)):
@@ -154,8 +208,8 @@ def go_on(folder: Path) -> None:
     auto, by_hand = {"qsdp_bits": "auto"}, {"qsdp_bits": 4, "qsdp_gather": "once"}
     with (
         mock.patch.object(choose, "decide", decided),
-        mock.patch.object(probe, "_MOST_TIMES", 2),
-        mock.patch.object(probe, "_MOST_BYTES", 1 << 17),
+        mock.patch.object(links, "_MOST_TIMES", 2),
+        mock.patch.object(links, "_MOST_BYTES", 1 << 17),
     ):
         first, losses = trained(config("auto", **auto), 2)
     assert first.choice is not None

@@ -7,6 +7,7 @@ generator of its own, and all of that is gone when the run's model is built.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ from qsdp.models import GPT, GPTConfig
 from qsdp.train.config import TrainConfig
 from qsdp.train.cost_model import CODED, STOCK, Group, Measured, Way, decide
 from qsdp.train.errors import sentence
-from qsdp.train.probe import CODEC_S, LIMIT_S, Links, codec_s, computation_s, optimizer_s
+from qsdp.train.links import Links
+from qsdp.train.probe import CODEC_S, codec_s, computation_s, free_bytes, optimizer_s
 from qsdp.train.wire_flags import AUTO, CHOSEN
 from qsdp.train.world import World
 
@@ -89,14 +91,18 @@ def choose(config: TrainConfig, size: GPTConfig, world: World) -> Choice:
     measured = measure(config, size, world)
     if world.device.type != "cpu":
         torch.accelerator.empty_cache()  # pieces of other sizes than the run will ask for
-    return world.on_main(lambda: _decided(measured, started))
+    choice = world.on_main(lambda: _decided(measured, started))
+    world.stop.check()
+    return choice
 
 
 def _decided(measured: Measured, started: float) -> Choice:
     way, predicted = decide(measured)
     stock = Way(bits=STOCK)
+    few = measured.too_few_bytes
     why = (
-        f"the link carries {measured.link_mbit_per_s:,.0f} Mbit/s a rank and a step computes "
+        f"the link carries {measured.link_mbit_per_s:,.0f} Mbit/s a rank"
+        f"{'' if few is None else f' (measured with {few:,} bytes only)'} and a step computes "
         f"{measured.compute_s:.3g} s: {predicted[way]:.3g} s a step predicted"
     )
     fastest = min(predicted, key=lambda each: predicted[each])
@@ -106,6 +112,11 @@ def _decided(measured: Measured, started: float) -> Choice:
     others = [each for each in predicted if each not in (way, fastest)]
     other = stock if stock in others else min(others, key=lambda each: predicted[each])
     why += f", {predicted[other]:.3g} s with {other}"
+    if way.gather == "once":
+        why += f"; it keeps {_megabytes(measured, way)}"
+    roomy = decide(replace(measured, free_bytes=None))[0]
+    if roomy != way:
+        why += f"; {roomy} would keep {_megabytes(measured, roomy)}, too much of what is free"
     return Choice(
         settings=way.settings(has_nodes=measured.ranks_per_node > 1),
         what=str(way),
@@ -116,8 +127,12 @@ def _decided(measured: Measured, started: float) -> Choice:
     )
 
 
+def _megabytes(measured: Measured, way: Way) -> str:
+    return f"{measured.kept_bytes(way) / 1e6:,.1f} MB"
+
+
 def measure(config: TrainConfig, size: GPTConfig, world: World) -> Measured:
-    """Measure the computation, the codec and the link, in about `LIMIT_S` seconds at most.
+    """Measure the computation, the codec and the link, in about `links.LIMIT_S` seconds at most.
 
     1. Each rank computes and codes by itself, bounded by its own clock; the slowest rank counts.
     2. What is left of the time goes to the link. There ranks decide by numbers that they have
@@ -127,8 +142,12 @@ def measure(config: TrainConfig, size: GPTConfig, world: World) -> Measured:
     group = world.mesh.get_group()
     wires = {bits: QSDPConfig(weight_bits=bits, grad_bits=bits) for bits in CODED}
     sizes = _sizes(config, size, wires, group)
-    (block, root), rate = world.together(
-        lambda: (computation_s(config, size, world.device), optimizer_s(world.device))
+    free, (block, root), rate = world.together(
+        lambda: (
+            free_bytes(world.device),
+            computation_s(config, size, world.device),
+            optimizer_s(world.device),
+        )
     )
     block_values, root_values = (sizes[part]["values"] for part in ("block", "root"))
     world.stop.check()
@@ -144,17 +163,16 @@ def measure(config: TrainConfig, size: GPTConfig, world: World) -> Measured:
     with _measuring_together(world):
         hops = _hops(world, group)
         slowest = torch.tensor(
-            [*own, time.perf_counter() - started], dtype=torch.float64, device=world.device
+            [*own, -free, time.perf_counter() - started], dtype=torch.float64, device=world.device
         )
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        *own, spent = slowest.tolist()
+        *own, free, spent = slowest.tolist()
         try:
             most = {
                 name: max(sizes["block"][kind].values())
                 for name, kind in (("gather", "gather_bytes"), ("reduce", "reduce_bytes"))
             }
-            limit_s = LIMIT_S - spent
-            links = Links(group, world.device, hops, most, limit_s, world.stop).measured()
+            links = Links(group, world.device, hops, most, started, spent, world.stop).measured()
         finally:
             if hops is not None:
                 hops.close()
@@ -168,6 +186,7 @@ def measure(config: TrainConfig, size: GPTConfig, world: World) -> Measured:
         micro_batches=config.grad_accum,
         root=Group(**sizes["root"], forward_s=own[2], backward_s=own[3]),
         block=Group(**sizes["block"], forward_s=own[0], backward_s=own[1]),
+        free_bytes=None if math.isinf(free) else int(-free),
         optimizer_s=own[4],
         encode_s=dict(zip(CODED, coded[::2], strict=True)),
         decode_s=dict(zip(CODED, coded[1::2], strict=True)),

@@ -17,18 +17,27 @@ of a collective is busy:
 - over NCCL nothing: collectives and codec run on streams of their own, stock FSDP2's too;
 - of stock FSDP2 over gloo all of it: it waits for each collective where it is asked for;
 - of qsdp over gloo the codec and the processor time of the transfer itself (sockets, copies), which
-  the computation needs as well (on GPUs, whose payloads the host copies, all of it); reduces are
-  waited for where micro-batches are added up.
+  the computation needs as well (on GPUs, whose payloads the host copies, all of it). Reduces are
+  late, with micro-batches too: FSDP2 adds those up before the one reduce that the last of them has.
 
 With N ranks and n values in a rank's shard a gather encodes n values and decodes N n; a reduce does
 N - 1 times n of both. In two hops, over nodes of K ranks, the second gather hop brings what the
 first brought and nothing hides it; the first reduce hop travels in 8 bits, for each rank of the
-node and each node. Left out is what all ways have in common (FSDP2's copies, norms, metrics), and
-that payloads are shorter while AC/DC or GMP has pruned weights.
+node and each node.
+
+Gathered once, a rank keeps what all ranks sent of all blocks, and that is left out of the choice
+where it takes more than a tenth of the memory that was free before there was a model, on the rank
+with the least; what cannot be known counts as unlimited.
+
+Left out are what all ways have in common (FSDP2's copies, norms, metrics), that payloads are
+shorter while AC/DC or GMP has pruned weights, and what qsdp alone does for each collective beside
+codec and transfer (its hooks, headers that are compared, the meeting before a forward pass): where
+a model is so small, and the link so fast, that these count, qsdp is predicted faster than it is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +54,11 @@ AS_FAST = 1.01
 """And of the ways with these bits one with less memory, or fewer hops, that takes at most this much
 of the fastest one's: less, since what they spare costs no accuracy."""
 
+MOST_KEPT = 0.1
+"""Of the free memory, what gathering once may keep."""
+FEW_BYTES = 1 << 18
+"""A rank that sent fewer at a time does not know its link's rate, unless it never sends more."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
@@ -54,6 +68,8 @@ class Transfer:
     bytes_per_s: float
     busy: float
     """Which part of its time this process's processors work for it, 0 to 1."""
+    num_bytes: int
+    """What each rank brought when the rate was found."""
 
     def seconds(self, num_bytes: float) -> float:
         return self.latency_s + num_bytes / self.bytes_per_s
@@ -89,6 +105,8 @@ class Measured:
     micro_batches: int
     root: Group
     block: Group
+    free_bytes: int | None
+    """Of memory, on the rank with the least, before there is a model; None: not known."""
     optimizer_s: float
     encode_s: Mapping[int, float]
     """By bits, seconds a value."""
@@ -117,6 +135,35 @@ class Measured:
         across = self.reduce if self.reduce_across is None else self.reduce_across
         num_peers = self.num_ranks // self.ranks_per_node - 1
         return num_peers * across.bytes_per_s * 8e-6
+
+    @property
+    def too_few_bytes(self) -> int | None:
+        """The fewest that a rank sent at a time to find a rate, where that says little of it."""
+        num_nodes = self.num_ranks // self.ranks_per_node
+        gather, reduce = (
+            max(sizes.values()) for sizes in (self.block.gather_bytes, self.block.reduce_bytes)
+        )
+        found = []
+        for num_peers, transfer, most in (
+            (self.num_ranks - 1, self.stock_gather, gather),
+            (self.num_ranks - 1, self.stock_reduce, reduce),
+            (self.num_ranks - 1, self.gather, gather),
+            (self.num_ranks - 1, self.reduce, reduce),
+            (num_nodes - 1, self.gather_across, gather),
+            (num_nodes - 1, self.reduce_across, reduce),
+            (self.ranks_per_node - 1, self.gather_local, gather),
+            (self.ranks_per_node - 1, self.reduce_local, reduce),
+        ):
+            if transfer is not None and transfer.num_bytes < most:
+                found.append(num_peers * transfer.num_bytes)
+        fewest = min(found, default=FEW_BYTES)
+        return fewest if fewest < FEW_BYTES else None
+
+    def kept_bytes(self, way: Way) -> int:
+        """What ``way`` keeps from the forward to the backward pass."""
+        if way.gather != "once":
+            return 0
+        return self.num_ranks * self.num_blocks * self.block.gather_bytes[way.bits]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +202,8 @@ class Cost:
 def ways(measured: Measured) -> list[Way]:
     """All to choose from, the most welcome first."""
     hops = (False, True) if measured.gather_across is not None else (False,)
-    return [
+    free = math.inf if measured.free_bytes is None else measured.free_bytes
+    every = [
         Way(bits=STOCK),
         *(
             Way(bits=bits, gather=gather, is_two_hop=is_two_hop)
@@ -164,6 +212,7 @@ def ways(measured: Measured) -> list[Way]:
             for is_two_hop in hops
         ),
     ]
+    return [way for way in every if measured.kept_bytes(way) <= MOST_KEPT * free]
 
 
 def decide(measured: Measured) -> tuple[Way, dict[Way, float]]:
@@ -224,33 +273,22 @@ def _reduce(measured: Measured, way: Way, group: Group) -> Cost:
         return _stock(measured, measured.stock_reduce.seconds(size))
     both = group.values * (encode[way.bits] + decode[way.bits])
     across, local = measured.reduce_across, measured.reduce_local
-    is_added_up = measured.micro_batches > 1
     if not way.is_two_hop or across is None or local is None:
-        codec = (measured.num_ranks - 1) * both
-        return _cost(measured, codec, measured.reduce, size, is_waited_for=is_added_up)
+        return _cost(measured, (measured.num_ranks - 1) * both, measured.reduce, size)
     width, num_nodes = measured.ranks_per_node, measured.num_ranks // measured.ranks_per_node
     in_node = group.values * (encode[LOCAL_BITS] + decode[LOCAL_BITS])
     codec = (width - 1) * num_nodes * in_node + (num_nodes - 1) * both
     first = local.seconds(num_nodes * group.local_bytes)
-    return _cost(measured, codec + first, across, size, is_waited_for=is_added_up)
+    return _cost(measured, codec + first, across, size)
 
 
 def _stock(measured: Measured, seconds: float) -> Cost:
     return Cost(0.0, seconds) if measured.has_streams else Cost(seconds, 0.0)
 
 
-def _cost(
-    measured: Measured,
-    codec_s: float,
-    transfer: Transfer,
-    num_bytes: int,
-    *,
-    is_waited_for: bool = False,
-) -> Cost:
+def _cost(measured: Measured, codec_s: float, transfer: Transfer, num_bytes: int) -> Cost:
     seconds = transfer.seconds(num_bytes)
     if measured.has_streams:
         return Cost(0.0, codec_s + seconds)
-    if is_waited_for:
-        return Cost(codec_s + seconds, 0.0)
     busy = transfer.busy * seconds
     return Cost(codec_s + busy, seconds - busy)

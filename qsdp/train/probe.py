@@ -1,51 +1,45 @@
-"""What the cost model needs to know of this machine and its link, measured in a few seconds.
+"""What the cost model needs to know of this machine, measured in a few seconds.
 
 Nothing here touches a run's model, its data or torch's own random generators.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsdp import compat
 from qsdp.codec.payload import DType, Layout, Segment
-from qsdp.comm import transport
-from qsdp.comm.topology import Hops
+from qsdp.comm.topology import launched_ranks
 from qsdp.config import ROUNDINGS, QSDPConfig
 from qsdp.models import GPT, GPTConfig
 from qsdp.train.config import TrainConfig
-from qsdp.train.cost_model import Transfer
-from qsdp.train.signals import Stop
 
-LIMIT_S = 9.0
-"""Of all measuring together: 10 less what ends late, since whatever was begun is ended."""
 COMPUTE_S = 3.0
 CODEC_S = 1.0
 _MOST_TRIES = 20  # of passes
 _MOST_REPEATS = 5
 _SHORT = 32  # tokens of the first try: a block may be too slow for a whole batch
 _OF_A_KIND = 1 << 20  # values that are coded, or stepped, to find out how fast it goes
-_FIRST_BYTES = 1 << 12  # to each peer: there may be many, and the link be slow
-_LEAST_MOST_BYTES, _MOST_BYTES = 1 << 20, 1 << 24  # less says little of a fast link
-_MOST_TIMES = 20
-_LATENCY_BYTES = 64
-_BATCHES = 3  # of calls, whose median counts
+_MEMORY = Path("/proc/meminfo")
 
 
 def computation_s(
     config: TrainConfig, size: GPTConfig, device: torch.device
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Seconds of a forward and of a backward pass of one block, and of the model without blocks,
-    on a micro-batch of this rank. Takes about `COMPUTE_S` at most."""
-    ends = time.perf_counter() + COMPUTE_S
+    on a micro-batch of this rank. Takes about `COMPUTE_S` at most, but for the first call of
+    each."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
@@ -71,8 +65,8 @@ def computation_s(
     # Dropout would draw from torch's own generators.
     with torch.random.fork_rng([] if device.type == "cpu" else [device.index]):
         whole = config.batch_size, config.seq_len
-        rest = _grown(of_root, *whole, COMPUTE_S / 2)
-        return _grown(of_block, *whole, ends - time.perf_counter()), rest
+        rest = _grown(of_root, *whole, COMPUTE_S / 3)
+        return _grown(of_block, *whole, 2 * COMPUTE_S / 3), rest
 
 
 def optimizer_s(device: torch.device) -> float:
@@ -109,140 +103,48 @@ def codec_s(
     return encode / numel, decode / numel
 
 
-class Links:
-    """Measures the collectives. All ranks make one and call `measured`.
-
-    Ranks decide how much to send next by times of the slowest rank, which all have: so they stay
-    together without asking rank 0. That one was told to end goes with these times.
-    """
-
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        device: torch.device,
-        hops: Hops | None,
-        most_bytes: Mapping[str, int],
-        limit_s: float,
-        stop: Stop,
-    ) -> None:
-        """``most_bytes``: of `gather` and `reduce`, what a rank brings at most. ``limit_s``: for
-        all together, the same on all ranks."""
-        self._group, self._device, self._hops = group, device, hops
-        self._most, self._left, self._stop = most_bytes, limit_s, stop
-        self._is_staged = device.type != "cpu" and transport.is_staged(group, device)
-
-    def measured(self) -> dict[str, Transfer]:
-        """By the names of `Measured`, whatever there is. Raises Told."""
-        kinds: list[tuple[str, str, Callable[[int], Callable[[], Any]]]] = [
-            ("reduce", "reduce", lambda size: self._all_to_all(size, self._group)),
-            ("gather", "gather", lambda size: self._all_gather(size, self._group)),
-            ("stock_reduce", "reduce", self._stock_reduce),
-            ("stock_gather", "gather", self._stock_gather),
-        ]
-        hops = self._hops
-        if hops is not None:
-            kinds += [
-                ("gather_across", "gather", lambda size: self._all_gather(size, hops.across)),
-                ("gather_local", "gather", lambda size: self._all_gather(size, hops.local)),
-                ("reduce_across", "reduce", lambda size: self._all_to_all(size, hops.across)),
-                ("reduce_local", "reduce", lambda size: self._all_to_all(size, hops.local)),
-            ]
-        found = {}
-        for place, (name, direction, prepare) in enumerate(kinds):
-            share = max(0.0, self._left) / (len(kinds) - place)
-            most = min(max(self._most[direction], _LEAST_MOST_BYTES), _MOST_BYTES)
-            found[name] = self._transfer(prepare, most, share)
-        return found
-
-    def _transfer(
-        self, prepare: Callable[[int], Callable[[], Any]], most: int, limit_s: float
-    ) -> Transfer:
-        """Send more and more, until that says enough, then as often as the time allows: routers and
-        shapers let a burst pass before they show their rate."""
-        self._timed(prepare(_LATENCY_BYTES), 1)
-        latency, _ = self._timed_often(prepare(_LATENCY_BYTES), 1)
-        size, spent = _FIRST_BYTES, 0.0
-        while True:
-            seconds, busy = self._timed(prepare(size), 1)
-            spent += seconds
-            if size == most or spent + 4 * seconds > limit_s:
-                break
-            size = min(2 * size, most)
-        times = min(_MOST_TIMES, int((limit_s - spent) / seconds))
-        if times > _BATCHES:
-            seconds, busy = self._timed_often(prepare(size), times // _BATCHES)
-        elif times > 0:
-            seconds, busy = self._timed(prepare(size), times)
-        # What was sent took what it took, however the parts of that were measured.
-        latency = min(latency, 0.9 * seconds)
-        rate = size / (seconds - latency)
-        is_on_host = self._device.type == "cpu"
-        is_busy = min(1.0, busy / seconds) if is_on_host else float(self._is_staged)
-        return Transfer(latency_s=latency, bytes_per_s=rate, busy=is_busy)
-
-    def _timed_often(self, run: Callable[[], Any], times: int) -> tuple[float, float]:
-        """The medians of some `_timed`."""
-        found = [self._timed(run, times) for _ in range(_BATCHES)]
-        seconds, busy = (statistics.median(each) for each in zip(*found, strict=True))
-        return seconds, busy
-
-    def _timed(self, run: Callable[[], Any], times: int) -> tuple[float, float]:
-        """Seconds, and processor seconds, of one of ``times`` calls in a row: the slowest's."""
-        dist.all_reduce(torch.zeros(1, device=self._device), group=self._group)  # begin together
-        used, started = time.process_time(), _now(self._device)
-        for _ in range(times):
-            run()
-        own = [_now(self._device) - started, time.process_time() - used]
-        own.append(self._stop.asked is not None)
-        slowest = torch.tensor(own, dtype=torch.float64, device=self._device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX, group=self._group)
-        seconds, busy, is_asked = slowest.tolist()
-        self._stop.is_agreed |= is_asked > 0
-        self._stop.check()
-        self._left -= seconds
-        return seconds / times, busy / times
-
-    def _all_gather(self, size: int, group: dist.ProcessGroup) -> Callable[[], Any]:
-        gathered = self._bytes(group.size() * size)
-        own = gathered.chunk(group.size())[group.rank()]
-        return lambda: transport.all_gather(gathered, own, group, async_op=True).wait()
-
-    def _all_to_all(self, size: int, group: dist.ProcessGroup) -> Callable[[], Any]:
-        sent, received = (self._bytes((group.size() - 1) * size) for _ in range(2))
-        splits = [size if rank != group.rank() else 0 for rank in range(group.size())]
-        return lambda: transport.all_to_all(received, sent, splits, splits, group).wait()
-
-    def _stock_gather(self, size: int) -> Callable[[], Any]:
-        gathered = self._bytes(self._group.size() * size)
-        own = gathered.chunk(self._group.size())[self._group.rank()]
-        return lambda: compat.all_gather(gathered, own, self._group)
-
-    def _stock_reduce(self, size: int) -> Callable[[], Any]:
-        given = self._bytes(self._group.size() * size).view(torch.float32)
-        summed = self._bytes(size).view(torch.float32)
-        return lambda: compat.reduce_scatter(summed, given, self._group)
-
-    def _bytes(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.uint8, device=self._device)
+def free_bytes(device: torch.device) -> float:
+    """Memory that is free for this rank, an equal share of what ranks have together; infinite where
+    nothing says. Raises ValueError as `launched_ranks`."""
+    num_ranks = launched_ranks()
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / -(-num_ranks // torch.cuda.device_count())
+    with suppress(OSError, ValueError):  # free pages leave out what caches would give back
+        said = re.search(r"^MemAvailable: +(\d+) kB$", _MEMORY.read_text(), re.MULTILINE)
+        if said is not None:
+            return 1024 * int(said[1]) / num_ranks
+    with suppress(OSError, ValueError, AttributeError):
+        pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        if min(pages, size) > 0:
+            return pages * size / num_ranks
+    return math.inf
 
 
 def _grown(
     run: Callable[[int, int], tuple[float, float]], batch: int, length: int, limit_s: float
 ) -> tuple[float, float]:
     """What ``run`` takes for ``batch`` sequences of ``length``; for fewer tokens, and scaled up,
-    where that would take too long. The median of its tries but the first, which still has to find
-    its memory, unless that takes too long for a second: the fastest may be one beside which another
-    rank of the machine did nothing."""
+    where that would take more than ``limit_s``. The median of its tries but the first, which still
+    has to find its memory, unless that takes too long for a second: the fastest may be one beside
+    which another rank of the machine did nothing.
+
+    The very first call, of the fewest tokens, only sets libraries up and is not counted. Later ones
+    may still load a kernel: whether to grow is never decided by one that was not repeated.
+    """
+    run(*next(_shapes(batch, length)))
     ends = time.perf_counter() + limit_s
     shape, tries = (1, 1), [(0.0, 0.0)]
+
+    def is_slow() -> bool:  # the next is up to four times as large
+        return 5 * min(map(sum, tries)) > ends - time.perf_counter()
+
     for shape in _shapes(batch, length):
         tries = [run(*shape)]
-        if 5 * sum(tries[0]) > ends - time.perf_counter():  # the next is up to four times as large
+        if is_slow() and sum(tries[0]) < limit_s:
+            tries.append(run(*shape))
+        if is_slow():
             break
-    # The first may have taken all the time, and the next be a fraction of it.
-    while (len(tries) < 2 and sum(tries[0]) < limit_s) or (
-        len(tries) < _MOST_TRIES and time.perf_counter() + min(map(sum, tries)) < ends
-    ):
+    while len(tries) < _MOST_TRIES and time.perf_counter() + min(map(sum, tries)) < ends:
         tries.append(run(*shape))
     scale, kept = batch * length / (shape[0] * shape[1]), tries[1:] or tries
     forward, backward = (scale * statistics.median(each) for each in zip(*kept, strict=True))
@@ -265,11 +167,11 @@ def _passes(
     module: nn.Module, forward: Callable[[], Tensor], device: torch.device
 ) -> tuple[float, float]:
     """Seconds of a forward and of a backward pass."""
-    started = _now(device)
+    started = now(device)
     loss = forward()
-    between = _now(device)
+    between = now(device)
     loss.backward()
-    ended = _now(device)
+    ended = now(device)
     module.zero_grad()
     return between - started, ended - between
 
@@ -277,18 +179,18 @@ def _passes(
 def _median(run: Callable[[], Any], device: torch.device, limit_s: float) -> float:
     """Seconds that ``run`` takes, the first time left out."""
     run()
-    started = _now(device)
+    started = now(device)
     found: list[float] = []
     while len(found) < _MOST_REPEATS:
-        begun = _now(device)
+        begun = now(device)
         run()
-        found.append(_now(device) - begun)
+        found.append(now(device) - begun)
         if begun + found[-1] - started > limit_s:
             break
     return statistics.median(found)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds on a clock, once ``device`` has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,0 +1,167 @@
+"""What the cost model needs to know of the links between ranks, measured in a few seconds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsdp import compat
+from qsdp.comm import transport
+from qsdp.comm.topology import Hops
+from qsdp.train.cost_model import Transfer
+from qsdp.train.probe import now
+from qsdp.train.signals import Stop
+
+LIMIT_S = 9.0
+"""Of all measuring together: 10 less what ends late, since whatever was begun is ended."""
+_FIRST_BYTES = 1 << 12  # to each peer: there may be many, and the link be slow
+_LEAST_MOST_BYTES, _MOST_BYTES = 1 << 20, 1 << 24  # less says little of a fast link
+_MOST_TIMES = 20
+_LATENCY_BYTES = 64
+_BATCHES = 3  # of calls, whose median counts
+
+
+class Links:
+    """Measures the collectives. All ranks make one and call `measured`.
+
+    Ranks decide how much to send next by times of the slowest rank, which all have: so they stay
+    together without asking rank 0. With these times go what each has spent since measuring began,
+    whatever on, and that one was told to end.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        hops: Hops | None,
+        most_bytes: Mapping[str, int],
+        began: float,
+        spent_s: float,
+        stop: Stop,
+    ) -> None:
+        """``most_bytes``: of `gather` and `reduce`, what a rank brings at most. ``began``: when
+        measuring did, by this rank's clock. ``spent_s``: since then, the same on all ranks."""
+        self._group, self._device, self._hops = group, device, hops
+        self._most, self._began, self._stop = most_bytes, began, stop
+        self._left = LIMIT_S - spent_s
+        self._least_round_s = 0.0  # of those so far
+        self._is_staged = device.type != "cpu" and transport.is_staged(group, device)
+
+    def measured(self) -> dict[str, Transfer]:
+        """By the names of `Measured`, whatever there is. Raises Told."""
+        kinds: list[tuple[str, str, Callable[[int], Callable[[], Any]]]] = [
+            ("reduce", "reduce", lambda size: self._all_to_all(size, self._group)),
+            ("gather", "gather", lambda size: self._all_gather(size, self._group)),
+            ("stock_reduce", "reduce", self._stock_reduce),
+            ("stock_gather", "gather", self._stock_gather),
+        ]
+        hops = self._hops
+        if hops is not None:
+            kinds += [
+                ("gather_across", "gather", lambda size: self._all_gather(size, hops.across)),
+                ("gather_local", "gather", lambda size: self._all_gather(size, hops.local)),
+                ("reduce_across", "reduce", lambda size: self._all_to_all(size, hops.across)),
+                ("reduce_local", "reduce", lambda size: self._all_to_all(size, hops.local)),
+            ]
+        found = {}
+        for place, (name, direction, prepare) in enumerate(kinds):
+            share = max(0.0, self._left) / (len(kinds) - place)
+            most = min(max(self._most[direction], _LEAST_MOST_BYTES), _MOST_BYTES)
+            found[name] = self._transfer(prepare, most, share)
+        return found
+
+    def _transfer(
+        self, prepare: Callable[[int], Callable[[], Any]], most: int, limit_s: float
+    ) -> Transfer:
+        """Send more and more, until that says enough, then as often as the time allows: routers and
+        shapers let a burst pass before they show their rate.
+
+        A round is a `_timed`, which takes ``idle`` seconds more than what it times: where each
+        answer takes long, that is most of it. There must be one, whatever the time.
+        """
+        ends, latency = self._left - limit_s, math.inf
+        if limit_s > 2 * self._least_round_s:
+            latency, idle, _ = self._round(prepare(_LATENCY_BYTES))  # it may have had to connect
+            if limit_s > 4 * _BATCHES * (idle + latency):
+                latency, _ = self._timed_often(prepare(_LATENCY_BYTES), 1)
+        size = _FIRST_BYTES
+        while True:
+            seconds, idle, busy = self._round(prepare(size))
+            sending = max(0.0, seconds - latency)
+            growth = 8 if seconds < 1.5 * latency else 2
+            # Twice what the next should take: it is sent again, or meets the end of a burst.
+            if size == most or self._left - (idle + latency + 2 * growth * sending) < ends:
+                break
+            size = min(growth * size, most)
+        times = min(_MOST_TIMES, int((self._left - ends - _BATCHES * idle) / seconds))
+        if times > _BATCHES:
+            seconds, busy = self._timed_often(prepare(size), times // _BATCHES)
+        elif (times := min(_BATCHES, int((self._left - ends - idle) / seconds))) > 0:
+            seconds, busy = self._timed(prepare(size), times)
+        # What was sent took what it took, however the parts of that were measured.
+        latency = min(latency, 0.9 * seconds)
+        rate = size / (seconds - latency)
+        is_on_host = self._device.type == "cpu"
+        is_busy = min(1.0, busy / seconds) if is_on_host else float(self._is_staged)
+        return Transfer(latency_s=latency, bytes_per_s=rate, busy=is_busy, num_bytes=size)
+
+    def _round(self, run: Callable[[], Any]) -> tuple[float, float, float]:
+        """One call: its seconds, those that it took to time it, and its processor seconds."""
+        before = self._left
+        seconds, busy = self._timed(run, 1)
+        took = before - self._left
+        self._least_round_s = min(self._least_round_s or took, took)
+        return seconds, max(0.0, took - seconds), busy
+
+    def _timed_often(self, run: Callable[[], Any], times: int) -> tuple[float, float]:
+        """The medians of some `_timed`."""
+        found = [self._timed(run, times) for _ in range(_BATCHES)]
+        seconds, busy = (statistics.median(each) for each in zip(*found, strict=True))
+        return seconds, busy
+
+    def _timed(self, run: Callable[[], Any], times: int) -> tuple[float, float]:
+        """Seconds, and processor seconds, of one of ``times`` calls in a row: the slowest's."""
+        dist.all_reduce(torch.zeros(1, device=self._device), group=self._group)  # begin together
+        used, started = time.process_time(), now(self._device)
+        for _ in range(times):
+            run()
+        ended = now(self._device)
+        own = [ended - started, time.process_time() - used, ended - self._began]
+        own.append(self._stop.asked is not None)
+        slowest = torch.tensor(own, dtype=torch.float64, device=self._device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, group=self._group)
+        seconds, busy, spent, is_asked = slowest.tolist()
+        self._stop.is_agreed |= is_asked > 0
+        self._stop.check()
+        self._left = LIMIT_S - spent
+        return seconds / times, busy / times
+
+    def _all_gather(self, size: int, group: dist.ProcessGroup) -> Callable[[], Any]:
+        gathered = self._bytes(group.size() * size)
+        own = gathered.chunk(group.size())[group.rank()]
+        return lambda: transport.all_gather(gathered, own, group, async_op=True).wait()
+
+    def _all_to_all(self, size: int, group: dist.ProcessGroup) -> Callable[[], Any]:
+        sent, received = (self._bytes((group.size() - 1) * size) for _ in range(2))
+        splits = [size if rank != group.rank() else 0 for rank in range(group.size())]
+        return lambda: transport.all_to_all(received, sent, splits, splits, group).wait()
+
+    def _stock_gather(self, size: int) -> Callable[[], Any]:
+        gathered = self._bytes(self._group.size() * size)
+        own = gathered.chunk(self._group.size())[self._group.rank()]
+        return lambda: compat.all_gather(gathered, own, self._group)
+
+    def _stock_reduce(self, size: int) -> Callable[[], Any]:
+        given = self._bytes(self._group.size() * size).view(torch.float32)
+        summed = self._bytes(size).view(torch.float32)
+        return lambda: compat.reduce_scatter(summed, given, self._group)
+
+    def _bytes(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.uint8, device=self._device)
