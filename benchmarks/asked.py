@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +28,8 @@ def check_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None
 def check_each_least(flag: str, values: Sequence[float], limit: float) -> None:
     """Raise Mistake for the first of an option's values that is below its least one."""
     for value in values:
-        if not value >= limit:
-            raise Mistake(f"{flag} has {value}: give at least {limit}")
+        if not limit <= value < math.inf:
+            raise Mistake(f"{flag} has {value}: give numbers of at least {limit}")
 
 
 def check_whole_sequences(arguments: argparse.Namespace, contexts: Mapping[str, int]) -> None:

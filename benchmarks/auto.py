@@ -92,7 +92,7 @@ def on_link(rate: str, arguments: argparse.Namespace) -> dict[str, Any]:
     chosen = argparse.Namespace(**vars(arguments) | {"rate": rate})
     found = choices(chosen)
     rivals = [f"{name}-{chosen.precision}" for name in RIVALS]
-    chosen.contestants = [*found[0]["predicted_s"], *(chosen.contestants or rivals)]
+    chosen.contestants = [*ways_of(found), *(chosen.contestants or rivals)]
     names = {one.name for one in contestants_of(chosen)}
     left_out = {choice["choice"] for choice in found} - names
     if left_out:
@@ -101,10 +101,16 @@ def on_link(rate: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rate": rate, "choices": found, "verdicts": verdicts(rate, found, record), **record}
 
 
+def ways_of(found: list[dict[str, Any]]) -> list[str]:
+    """The contestants that some choice could have come to."""
+    return [*dict.fromkeys(name for choice in found for name in choice["predicted_s"])]
+
+
 def choices(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """What the ranks decided, now or in an earlier call."""
     settings = settings_of(arguments)
-    del settings["contestants"]
+    for name in ("contestants", "warmup", "settle", "groups", "powersgd_rank"):
+        del settings[name]
     settings |= {name: getattr(arguments, name) for name in ("precision", "choices")}
     path = arguments.out / f"choices-{arguments.rate}.json"
     record = kept(path, settings, {"choices": []})
@@ -175,7 +181,7 @@ def verdicts(
     rows = {row["name"]: row for row in record["rows"]}
     rivals = [row for row in rows.values() if row["role"] == RIVAL]
     fields = {
-        "that could be chosen": [rows[name] for name in found[0]["predicted_s"] if name in rows],
+        "that could be chosen": [rows[name] for name in ways_of(found) if name in rows],
         "rival that shards": [row for row in rivals if row["shards"]],
         "of all": [row for row in rows.values() if row["role"] in (RIVAL, OURS)],
     }

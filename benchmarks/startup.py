@@ -91,7 +91,9 @@ def row(what: str, seconds: list[float], at_most: float) -> dict[str, Any]:
 def seconds_of(program: str) -> float:
     """How long a fresh Python runs."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", program], check=True)
+    done = subprocess.run([sys.executable, "-c", program], check=False)
+    if done.returncode:
+        raise RuntimeError(f"{program!r} ended with status {done.returncode}")
     return time.perf_counter() - started
 
 
@@ -112,12 +114,10 @@ def first_step() -> float:
                 if time.perf_counter() - started > PATIENCE_S:
                     raise RuntimeError(f"{TRAIN.name} took no step in {PATIENCE_S:g} s")
                 time.sleep(0.01)
-            taken = time.perf_counter() - started
-            job.wait(PATIENCE_S)
+            return time.perf_counter() - started
         finally:
             job.terminate()  # killed, torchrun would leave its ranks behind
             job.wait()
-        return taken
 
 
 if __name__ == "__main__":

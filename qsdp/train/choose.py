@@ -115,7 +115,7 @@ def _decided(measured: Measured, started: float) -> Choice:
     if way.gather == "once":
         why += f"; it keeps {_megabytes(measured, way)}"
     roomy = decide(replace(measured, free_bytes=None))[0]
-    if roomy != way:
+    if roomy.gather == "once" and roomy != way:
         why += f"; {roomy} would keep {_megabytes(measured, roomy)}, too much of what is free"
     return Choice(
         settings=way.settings(has_nodes=measured.ranks_per_node > 1),
@@ -128,7 +128,8 @@ def _decided(measured: Measured, started: float) -> Choice:
 
 
 def _megabytes(measured: Measured, way: Way) -> str:
-    return f"{measured.kept_bytes(way) / 1e6:,.1f} MB"
+    kept = measured.kept_bytes(way)
+    return f"{kept / 1e6:,.1f} MB" if kept > 1e6 else f"{kept / 1e3:,.1f} kB"
 
 
 def measure(config: TrainConfig, size: GPTConfig, world: World) -> Measured:

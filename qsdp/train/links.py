@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +24,6 @@ _FIRST_BYTES = 1 << 12  # to each peer: there may be many, and the link be slow
 _LEAST_MOST_BYTES, _MOST_BYTES = 1 << 20, 1 << 24  # less says little of a fast link
 _MOST_TIMES = 20
 _LATENCY_BYTES = 64
-_BATCHES = 3  # of calls, whose median counts
 
 
 class Links:
@@ -51,7 +49,8 @@ class Links:
         self._group, self._device, self._hops = group, device, hops
         self._most, self._began, self._stop = most_bytes, began, stop
         self._left = LIMIT_S - spent_s
-        self._least_round_s = 0.0  # of those so far
+        # Of those so far; none is known of a link that never had time for it.
+        self._least_round_s = self._least_latency_s = 0.0
         self._is_staged = device.type != "cpu" and transport.is_staged(group, device)
 
     def measured(self) -> dict[str, Transfer]:
@@ -83,28 +82,42 @@ class Links:
         """Send more and more, until that says enough, then as often as the time allows: routers and
         shapers let a burst pass before they show their rate.
 
-        A round is a `_timed`, which takes ``idle`` seconds more than what it times: where each
-        answer takes long, that is most of it. There must be one, whatever the time.
+        A `_timed` takes ``idle`` seconds more than what it times: where each answer takes long,
+        that is most of it. There must be one, whatever the time.
         """
-        ends, latency = self._left - limit_s, math.inf
+        ends, latency = self._left - limit_s, self._least_latency_s
         if limit_s > 2 * self._least_round_s:
-            latency, idle, _ = self._round(prepare(_LATENCY_BYTES))  # it may have had to connect
-            if limit_s > 4 * _BATCHES * (idle + latency):
-                latency, _ = self._timed_often(prepare(_LATENCY_BYTES), 1)
-        size = _FIRST_BYTES
+            small = prepare(_LATENCY_BYTES)
+            latency, idle, _ = self._timed(small)  # it may have had to connect
+            if limit_s > 12 * (idle + latency):
+                latency = statistics.median(self._timed(small)[0] for _ in range(3))
+        size, is_again = _FIRST_BYTES, False
+        spare = limit_s / 2  # what one that was held up may take of other kinds' time
         while True:
-            seconds, idle, busy = self._round(prepare(size))
-            sending = max(0.0, seconds - latency)
+            seconds, idle, busy = self._timed(prepare(size))
+            latency = min(latency, seconds)
+            if size == most:
+                break
             growth = 8 if seconds < 1.5 * latency else 2
             # Twice what the next should take: it is sent again, or meets the end of a burst.
-            if size == most or self._left - (idle + latency + 2 * growth * sending) < ends:
+            if self._left - (idle + latency + 2 * growth * (seconds - latency)) >= ends:
+                size, is_again = min(growth * size, most), False
+            elif is_again or seconds + idle > spare:
                 break
-            size = min(growth * size, most)
-        times = min(_MOST_TIMES, int((self._left - ends - _BATCHES * idle) / seconds))
-        if times > _BATCHES:
-            seconds, busy = self._timed_often(prepare(size), times // _BATCHES)
-        elif (times := min(_BATCHES, int((self._left - ends - idle) / seconds))) > 0:
-            seconds, busy = self._timed(prepare(size), times)
+            else:  # something may have held it up
+                is_again = True
+        self._least_latency_s = min(self._least_latency_s or latency, latency)
+        again, found = prepare(size), [(seconds, busy)]
+        while len(found) <= _MOST_TIMES:
+            is_sure = len(found) > 2 or (len(found) == 2 and _are_alike(found[0][0], found[1][0]))
+            if self._left - (seconds + idle) < ends and (is_sure or seconds + idle > spare):
+                break
+            took = self._timed(again)
+            found.append((took[0], took[2]))
+        # The later half, which is behind a burst, but enough of them that one which was held up is
+        # not what counts.
+        found = found[-max(3, len(found) // 2) :] if len(found) > 2 else found[-1:]
+        seconds, busy = (statistics.median(each) for each in zip(*found, strict=True))
         # What was sent took what it took, however the parts of that were measured.
         latency = min(latency, 0.9 * seconds)
         rate = size / (seconds - latency)
@@ -112,26 +125,13 @@ class Links:
         is_busy = min(1.0, busy / seconds) if is_on_host else float(self._is_staged)
         return Transfer(latency_s=latency, bytes_per_s=rate, busy=is_busy, num_bytes=size)
 
-    def _round(self, run: Callable[[], Any]) -> tuple[float, float, float]:
-        """One call: its seconds, those that it took to time it, and its processor seconds."""
+    def _timed(self, run: Callable[[], Any]) -> tuple[float, float, float]:
+        """Of one call its seconds, what it took to time it, and its processor seconds: all of the
+        slowest rank. Raises Told."""
         before = self._left
-        seconds, busy = self._timed(run, 1)
-        took = before - self._left
-        self._least_round_s = min(self._least_round_s or took, took)
-        return seconds, max(0.0, took - seconds), busy
-
-    def _timed_often(self, run: Callable[[], Any], times: int) -> tuple[float, float]:
-        """The medians of some `_timed`."""
-        found = [self._timed(run, times) for _ in range(_BATCHES)]
-        seconds, busy = (statistics.median(each) for each in zip(*found, strict=True))
-        return seconds, busy
-
-    def _timed(self, run: Callable[[], Any], times: int) -> tuple[float, float]:
-        """Seconds, and processor seconds, of one of ``times`` calls in a row: the slowest's."""
         dist.all_reduce(torch.zeros(1, device=self._device), group=self._group)  # begin together
         used, started = time.process_time(), now(self._device)
-        for _ in range(times):
-            run()
+        run()
         ended = now(self._device)
         own = [ended - started, time.process_time() - used, ended - self._began]
         own.append(self._stop.asked is not None)
@@ -141,7 +141,9 @@ class Links:
         self._stop.is_agreed |= is_asked > 0
         self._stop.check()
         self._left = LIMIT_S - spent
-        return seconds / times, busy / times
+        took = before - self._left
+        self._least_round_s = min(self._least_round_s or took, took)
+        return seconds, max(0.0, took - seconds), busy
 
     def _all_gather(self, size: int, group: dist.ProcessGroup) -> Callable[[], Any]:
         gathered = self._bytes(group.size() * size)
@@ -165,3 +167,7 @@ class Links:
 
     def _bytes(self, size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.uint8, device=self._device)
+
+
+def _are_alike(first_s: float, second_s: float) -> bool:
+    return max(first_s, second_s) < 1.25 * min(first_s, second_s)

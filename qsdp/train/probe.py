@@ -32,6 +32,12 @@ _MOST_REPEATS = 5
 _SHORT = 32  # tokens of the first try: a block may be too slow for a whole batch
 _OF_A_KIND = 1 << 20  # values that are coded, or stepped, to find out how fast it goes
 _MEMORY = Path("/proc/meminfo")
+_OF_A_CONTAINER = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Files of the most memory that its processes may take together, and of what they take; the limit
+may also be a word."""
 
 
 def computation_s(
@@ -109,14 +115,22 @@ def free_bytes(device: torch.device) -> float:
     num_ranks = launched_ranks()
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / -(-num_ranks // torch.cuda.device_count())
+    free = _free_of_machine()
+    for limit, used in _OF_A_CONTAINER:
+        with suppress(OSError, ValueError):
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(0.0, free) / num_ranks
+
+
+def _free_of_machine() -> float:
     with suppress(OSError, ValueError):  # free pages leave out what caches would give back
         said = re.search(r"^MemAvailable: +(\d+) kB$", _MEMORY.read_text(), re.MULTILINE)
         if said is not None:
-            return 1024 * int(said[1]) / num_ranks
+            return 1024 * int(said[1])
     with suppress(OSError, ValueError, AttributeError):
         pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
         if min(pages, size) > 0:
-            return pages * size / num_ranks
+            return pages * size
     return math.inf
 
 
