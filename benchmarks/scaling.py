@@ -173,6 +173,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> bool:
         for axes in (times, memories):
             axes.axhline(1.0, color="0.7", linewidth=0.8)
             axes.set_xscale("log")
+            if axis != "parameters":
+                axes.set_xticks(x, [str(value) for value in x], minor=False)
+                axes.minorticks_off()
         memories.set_xlabel(AXES[axis])
     panels[0][0].set_ylabel("seconds a step, FSDP2 fp32 = 1")
     panels[1][0].set_ylabel("peak memory, FSDP2 fp32 = 1")
