@@ -8,7 +8,8 @@ OWN_TORCH := torch==2.13.0
 TORCH ?= $(OWN_TORCH)
 OUT ?= out
 RANKS ?= 2
-JOBS ?= 2
+# Workers of the tests, which wait for processes more than they compute.
+JOBS ?= 3
 # The GPUs that cuda-check compiles for: A100, H100 and H200, B200.
 GPUS ?= 80 90 100
 TRAIN_FLAGS ?=

@@ -32,6 +32,7 @@ def _losses(text: Path, out: Path) -> None:
     )
     arguments.data, arguments.out = str(text), out
     arguments.loss_model, arguments.loss_steps, arguments.loss_tokens = "1m", 5, 64
+    arguments.loss_evals = arguments.loss_seed = 0
     size = dist.get_world_size()
     own = init_device_mesh("cpu", (size, 1), mesh_dim_names=("ranks", "self"))["self"]
     ranks = Ranks(
