@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import torch
 from asked import check_hosts, check_least, check_rate, check_shared, claimed, decide
 from contestants import OURS, RIVAL, add_arguments, add_size_arguments
 from contestants import chosen as contestants_of
 from link_table import median_of, ratio
-from link_targets import in_words
+from link_targets import at_most, in_words
 from namespaces import exit_on_termination
 from race import LOOPBACK, run_here, run_on_hosts, settings_of, take_turns
 from rounds import SLOW_ROUNDS, SLOW_S, kept, read
@@ -37,7 +38,9 @@ from runs import Mistake, ends_on_error
 from steps import size_of
 
 from qsdp.files import write_json
-from qsdp.train.config import PRECISIONS
+from qsdp.train.choose import choose
+from qsdp.train.config import PRECISIONS, TrainConfig
+from qsdp.train.world import end_process, open_world
 
 WITHIN, AT_MOST_S = 1.10, 10.0
 SHARED = ("model", "tokens", "context", "vocab_size")
@@ -53,6 +56,11 @@ def main() -> None:
     with ends_on_error():
         check_shared(arguments)
         check_least(arguments, {"choices": 1, "hosts": 2})
+        if arguments.groups:
+            raise Mistake(
+                f"--groups is {arguments.groups}, but auto chooses for blocks that are a group "
+                "each: leave it out"
+            )
         for rate in arguments.rates:
             check_rate("--rates", rate)
         check_hosts(arguments)
@@ -127,12 +135,6 @@ def choices(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def work(arguments: argparse.Namespace) -> None:
     """Measure and decide on this rank, with all others."""
-    import torch
-
-    from qsdp.train.choose import choose
-    from qsdp.train.config import TrainConfig
-    from qsdp.train.world import end_process, open_world
-
     torch.set_num_threads(arguments.threads)
     if os.environ.get("LOCAL_WORLD_SIZE") == "1":  # the hosts are one machine: see Ranks.meet
         os.environ["LOCAL_RANK"] = os.environ["RANK"]
@@ -186,32 +188,19 @@ def verdicts(
         "of all": [row for row in rows.values() if row["role"] in (RIVAL, OURS)],
     }
     took_s = max(choice["took_s"] for choice in found)
-    judged = [
-        {
-            "what": f"{rate}: seconds that the longest of {len(found)} choices took",
-            "value": took_s,
-            "limit": AT_MOST_S,
-            "is_least": False,
-            "is_met": took_s <= AT_MOST_S,
-        }
-    ]
+    what = f"{rate}: seconds that the longest of {len(found)} choices took"
+    judged = [at_most(what, took_s, AT_MOST_S)]
     for name in dict.fromkeys(choice["choice"] for choice in found):
         times = sum(choice["choice"] == name for choice in found)
         for kind, field in fields.items():
-            if name not in rows or not field:
+            if not field:
                 continue
             best = min(field, key=median_of)
-            value = ratio(rows[name], best)
-            judged.append(
-                {
-                    "what": f"{rate}: {rows[name]['what']}, chosen {times} of {len(found)} times, "
-                    f"is times as long as the best {kind}, {best['what']}",
-                    "value": value,
-                    "limit": WITHIN,
-                    "is_least": False,
-                    "is_met": value <= WITHIN,
-                }
+            what = (
+                f"{rate}: {rows[name]['what']}, chosen {times} of {len(found)} times, is times as "
+                f"long as the best {kind}, {best['what']}"
             )
+            judged.append(at_most(what, ratio(rows[name], best), WITHIN))
     return judged
 
 

@@ -63,15 +63,19 @@ def verdicts(record: Record) -> list[dict[str, Any]]:
 def adds_up(record: Record) -> list[dict[str, Any]]:
     """Whether the parts of qsdp's steps make the steps."""
     return [
-        {
-            "what": f"{record['link']}: {one['what']}, step less its parts, of the step",
-            "value": abs(one["off"]),
-            "limit": EXPLAINED_WITHIN,
-            "is_least": False,
-            "is_met": abs(one["off"]) <= EXPLAINED_WITHIN,
-        }
+        at_most(
+            f"{record['link']}: {one['what']}, step less its parts, of the step",
+            abs(one["off"]),
+            EXPLAINED_WITHIN,
+        )
         for one in explanations(record)
     ]
+
+
+def at_most(what: str, value: float, limit: float) -> dict[str, Any]:
+    """The verdict on a value that is to be no larger than a limit."""
+    is_met = value <= limit
+    return {"what": what, "value": value, "limit": limit, "is_least": False, "is_met": is_met}
 
 
 def in_words(verdict: dict[str, Any]) -> str:

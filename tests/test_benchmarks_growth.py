@@ -103,6 +103,7 @@ def test_the_papers_links_as_its_communication_over_its_computation(load: Any) -
         ("auto", ["--hosts", "1"], "--hosts is 1: give at least 2"),
         ("auto", ["--choices", "0"], "--choices is 0: give at least 1"),
         ("auto", ["--tokens", "5"], "--tokens is 5: give at least 256"),
+        ("auto", ["--groups", "3"], "--groups is 3, but auto chooses for blocks"),
         ("scaling", ["--ranks", "0"], "--ranks has 0: give numbers of at least 1"),
         ("scaling", ["--ranks", "--models", "--groups-of"], "there is nothing to measure"),
         ("miniature", ["--gbit", "0"], "--gbit has 0.0: give numbers of at least 0.1"),

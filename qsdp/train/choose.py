@@ -113,10 +113,10 @@ def _decided(measured: Measured, started: float) -> Choice:
     other = stock if stock in others else min(others, key=lambda each: predicted[each])
     why += f", {predicted[other]:.3g} s with {other}"
     if way.gather == "once":
-        why += f"; it keeps {_megabytes(measured, way)}"
+        why += f"; it keeps {_kept(measured, way)}"
     roomy = decide(replace(measured, free_bytes=None))[0]
     if roomy.gather == "once" and roomy != way:
-        why += f"; {roomy} would keep {_megabytes(measured, roomy)}, too much of what is free"
+        why += f"; {roomy} would keep {_kept(measured, roomy)}, too much of what is free"
     return Choice(
         settings=way.settings(has_nodes=measured.ranks_per_node > 1),
         what=str(way),
@@ -127,7 +127,7 @@ def _decided(measured: Measured, started: float) -> Choice:
     )
 
 
-def _megabytes(measured: Measured, way: Way) -> str:
+def _kept(measured: Measured, way: Way) -> str:
     kept = measured.kept_bytes(way)
     return f"{kept / 1e6:,.1f} MB" if kept > 1e6 else f"{kept / 1e3:,.1f} kB"
 
