@@ -1,8 +1,9 @@
 """[Note: Payload] The bytes that one rank sends for one group: arithmetic only, no tensors.
 
     header   32 bytes, four little-endian int64: (version << 32 | sender), key step,
-             payload bytes, plan hash ^ standing; the standing is 0 but where a rank has other
-             gradients than were agreed on: [Note: Consent] in comm/consent.py
+             payload bytes, plan hash ^ standing; the hash is `hash_of` the version, the group and
+             what defines each segment, the standing is 0 but where a rank has other gradients than
+             were agreed on: [Note: Consent] in comm/consent.py
     metadata 8 bytes a bucket, segment after segment: fp32 min, fp32 scale
     raw      the uncoded segments, wider elements first
     codes    from a 16-byte boundary on, segment after segment, each ceil(numel * bits / 8) bytes:
@@ -13,12 +14,13 @@ follow from the padded sizes and are the same on every rank; how many values of 
 is the sender's own (an uneven shard's padding is neither measured nor coded).
 """
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import blake2b
 
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 32
 META_BYTES = 8
 ALIGN_BYTES = 16
@@ -83,6 +85,12 @@ class Segment:
     levels: int = -1
 
     @property
+    def definition(self) -> tuple[int, ...]:
+        """All fields in an order of its own, which is part of the version of payloads."""
+        travels = (self.bits, self.dtype, self.wire, self.padded, self.parameter)
+        return (*travels, self.bucket, self.rounding, self.levels)
+
+    @property
     def num_buckets(self) -> int:
         return -(-self.padded // self.bucket) if self.bits else 0
 
@@ -121,10 +129,7 @@ class Layout:
                 end += segment.data_bytes
         self.payload_bytes = _align(end)
         self._starts = tuple(zip(meta_starts, data_starts, strict=True))
-        described = repr((VERSION, group, self.segments)).encode()
-        self.hash = int.from_bytes(
-            blake2b(described, digest_size=8).digest(), "little", signed=True
-        )
+        self.hash = hash_of([VERSION, group, *(n for s in segments for n in s.definition)])
 
     def table(self, numels: Sequence[int], dtype: DType | None = None) -> list[list[int]]:
         """Rows (see `Field`) for one sender whose segments hold ``numels`` valid values.
@@ -144,6 +149,12 @@ class Layout:
     def header(self, sender: int, step: int, standing: Standing = Standing.KEPT) -> list[int]:
         """The four int64 words that open a payload of this layout."""
         return [VERSION << 32 | sender, step, self.payload_bytes, self.hash ^ standing]
+
+
+def hash_of(integers: Sequence[int]) -> int:
+    """A signed hash of 64 bits of ``integers``: it depends on no name of a class or a field."""
+    packed = struct.pack(f"<{len(integers)}q", *integers)
+    return int.from_bytes(blake2b(packed, digest_size=8).digest(), "little", signed=True)
 
 
 def _align(num_bytes: int) -> int:

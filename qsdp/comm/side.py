@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qsdp import bitmask
-from qsdp.codec.payload import ITEM_BYTES, VERSION, DType, Field, Layout, Segment, Standing
+from qsdp.codec.payload import ITEM_BYTES, VERSION, DType, Field, Layout, Segment, Standing, hash_of
 from qsdp.codec.sparse import Span
 from qsdp.comm.scratch import Scratch
 
@@ -142,9 +141,7 @@ class SparseSide(Side):
             ],
         )
         self.num_values = sum(map(sum, numels))
-        described = repr([layout.hash for layout in layouts]).encode()
-        digest = blake2b(described, digest_size=8).digest()
-        self._hash = int.from_bytes(digest, "little", signed=True)
+        self._hash = hash_of([layout.hash for layout in layouts])
         self._segments, self._starts = segments, starts
         self._bitmaps = next(each.bits for each in masks if each is not None)
         self._bitmap_starts = [-1 if each is None else each.start for each in masks]
