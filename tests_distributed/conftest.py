@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests_distributed.jobs import Jobs
-from tests_distributed.pool import Pools, preloaded
+from tests_distributed.support.jobs import Jobs
+from tests_distributed.support.pool import Pools, preloaded
 
 Run = Callable[..., list[Any]]
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from qsdp.train.cli import main
-from tests import patience
 from tests.conftest import BENCHMARKS, shorten_ends
+from tests.support import patience
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 

@@ -23,11 +23,11 @@ from qsdp.checkpoint import background
 from qsdp.optim import ACDC
 from qsdp.sparsity.schedule import ACDCSchedule
 from qsdp.train.setup import Job
-from tests import patience
-from tests.bad_inputs import TEXT
-from tests.file_operations import full_disk, tree
-from tests.test_checkpoint import make, take_step
-from tests.test_cli import main, refused, small_run
+from tests.checkpoint.test_checkpoint import make, take_step
+from tests.commands.test_command_line import main, refused, small_run
+from tests.support import patience
+from tests.support.bad_inputs import TEXT
+from tests.support.file_operations import full_disk, tree
 
 WAIT_S = patience.seconds()
 

@@ -37,12 +37,12 @@ from qsdp.data.shards import read_shards
 from qsdp.export import load_export, read_mask
 from qsdp.models.huggingface import find_tensors
 from qsdp.train import cli, compress_cli, evaluate_cli
-from tests.bad_inputs import DEEP, TEXT
-from tests.test_cli import assert_is_one_sentence
+from tests.commands.test_command_line import assert_is_one_sentence
+from tests.support.bad_inputs import DEEP, TEXT
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TENSOR = MetadataIndex("model.weight", torch.Size([0, 0]))
 VALUE = MetadataIndex("optimizer.param_groups.0.lr")
 

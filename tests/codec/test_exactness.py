@@ -1,6 +1,6 @@
 """The codec's promises about values that hold for every key: exact zeros and constants, bounds.
 
-The promises about averages are in test_codec_statistics.py.
+The promises about averages are in test_statistics.py.
 """
 
 import numpy as np
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qsdp.config import ROUNDINGS
-from tests import codec_reference as reference
-from tests.codec_wire import DTYPES, KEY, LARGEST, fresh, send
+from tests.support import codec_reference as reference
+from tests.support.codec_wire import DTYPES, KEY, LARGEST, fresh, send
 
 BITS = range(2, 9)
 TINY = 2.0**-126

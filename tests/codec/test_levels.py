@@ -1,7 +1,7 @@
 """Learned levels: their arithmetic against an independent reference, and how well they fit.
 
-That compiled kernels give the specification's bytes is tested in test_codec_kernels.py, what is
-refused in test_codec_refusals.py.
+That compiled kernels give the specification's bytes is tested in tests/ops/test_codec_kernels.py,
+what is refused in tests/ops/test_codec_refusals.py.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch import Tensor
 from qsdp.codec import levels as learning
 from qsdp.codec.levels import BINS, expected_error, fit, histogram, uniform_levels
 from qsdp.config import LEARNED_BITS
-from tests import codec_reference as reference
-from tests.codec_wire import DTYPES, KEY, LARGEST, fresh, send
+from tests.support import codec_reference as reference
+from tests.support.codec_wire import DTYPES, KEY, LARGEST, fresh, send
 
 ROUNDINGS = ("stochastic", "nearest")
 FALSE_ALARM = 1e-7

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.codec_wire import KEY, UNBIASED, fresh, send
+from tests.support.codec_wire import KEY, UNBIASED, fresh, send
 
 BITS = range(2, 9)
 FALSE_ALARM = 1e-7

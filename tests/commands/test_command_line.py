@@ -17,12 +17,12 @@ import pytest
 from qsdp.checkpoint.folders import sealed
 from qsdp.data.prepare import prepare_shards
 from qsdp.train.cli import main
-from tests import patience
-from tests.bad_inputs import DATA, DEEP, FLAGS, TEXT, BadInput
+from tests.support import patience
+from tests.support.bad_inputs import DATA, DEEP, FLAGS, TEXT, BadInput
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

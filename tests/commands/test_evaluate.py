@@ -18,7 +18,7 @@ from qsdp.models import GPTConfig
 from qsdp.train import cli, compress_cli, evaluate_cli, targets
 from qsdp.train.config import TrainConfig
 from qsdp.train.source import Source, _settings
-from tests.bad_inputs import TEXT, BadInput
+from tests.support.bad_inputs import TEXT, BadInput
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 

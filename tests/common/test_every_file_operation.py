@@ -25,7 +25,11 @@ from qsdp.metrics import MetricsWriter
 from qsdp.models import export_huggingface, load_huggingface
 from qsdp.sparsity.target import Compression
 from qsdp.train import plots, targets
-from tests.file_operations import (
+from tests.export.test_compressed_model import SIZE
+from tests.export.test_compressed_model import save as save_model
+from tests.models.test_huggingface import our_model, their_model
+from tests.report.test_plots import short_history, short_summary
+from tests.support.file_operations import (
     Tree,
     count_operations,
     debris,
@@ -34,10 +38,6 @@ from tests.file_operations import (
     states,
     tree,
 )
-from tests.test_compress import SIZE
-from tests.test_compress import save as save_model
-from tests.test_huggingface import our_model, their_model
-from tests.test_plots import short_history, short_summary
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*which a killed run left, is removed")
 

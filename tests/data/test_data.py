@@ -25,10 +25,10 @@ from qsdp.data import (
     tokenizer_from_json,
 )
 from qsdp.data.tokenizer import TokenArray
-from tests import patience
-from tests.bad_inputs import DEEP
+from tests.support import patience
+from tests.support.bad_inputs import DEEP
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Characters of one to four bytes, line ends of both kinds, and one that UTF-16 writes in two parts.
 ALPHABET = "abc \n\r\t\0é—あ🜂" + chr(0x10FFFF)
 

@@ -24,10 +24,10 @@ from qsdp.sparsity.compression import Prunable, compress_
 from qsdp.sparsity.target import Compression
 from qsdp.train.compress_cli import main
 from qsdp.train.config import TrainConfig
-from tests import patience
-from tests.bad_inputs import BadInput
+from tests.support import patience
+from tests.support.bad_inputs import BadInput
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIZE = GPTConfig(vocab_size=11, num_layers=3, num_heads=2, width=16, context=8)
 
 FLAGS = [

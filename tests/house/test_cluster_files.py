@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import patience
+from tests.support import patience
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SBATCH = ROOT / "launch" / "slurm" / "train.sbatch"
 K8S = ROOT / "launch" / "k8s" / "train.yaml"
 POD = ROOT / "launch" / "k8s" / "run.sh"

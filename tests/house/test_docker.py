@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import patience
+from tests.support import patience
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
 STEPS = ROOT / "docker" / "steps.sh"
 

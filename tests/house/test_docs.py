@@ -9,7 +9,7 @@ from pathlib import Path
 
 import qsdp
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 _PLACES = ("", "qsdp/", "csrc/")  # what a path may leave out
 _PATH = r"(?:[\w-]+/)+[\w.-]*\.(?:py|md|h|cpp|cu|sh|sbatch|yaml|toml)\b"
 FOLDERS = ("benchmarks", "csrc", "docker", "docs", "launch", "qsdp", "tests", "tests_distributed")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import patience
+from tests.support import patience
 
 
 def test_waits_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests import patience
+from tests.support import patience
 
-PROGRAM = Path(__file__).parents[1] / ".ci" / "where_time_went.py"
+PROGRAM = Path(__file__).parents[2] / ".ci" / "where_time_went.py"
 
 
 def printed(*arguments: Path) -> list[str]:

@@ -20,9 +20,9 @@ from torch.func import functional_call
 from qsdp.optim import ACDC, SAM, CrAM, clip_grad_norm_, global_grad_norm
 from qsdp.optim.cram import draw
 from qsdp.sparsity.schedule import ACDCSchedule
-from tests.cram_reference import ReferenceCrAM
-from tests.masked_reference import sam_step
-from tests_distributed.helpers import Toy, make_batch, make_model
+from tests.support.cram_reference import ReferenceCrAM
+from tests.support.masked_reference import sam_step
+from tests_distributed.support.helpers import Toy, make_batch, make_model
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 

@@ -21,7 +21,7 @@ from qsdp.train.evaluate import Evaluator
 from qsdp.train.results import DENSE_TWIN
 from qsdp.train.setup import Job
 from qsdp.train.source import open_source
-from tests.bad_inputs import TEXT
+from tests.support.bad_inputs import TEXT
 
 pytestmark = pytest.mark.usefixtures("world_of_one", "brief_ends")
 

@@ -18,8 +18,8 @@ from qsdp.optim import ACDC, GMP, CrAM
 from qsdp.optim.masked import MaskedOptimizer
 from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
-from tests.masked_reference import ReferenceMasked, acdc_phase, cubic
-from tests_distributed.helpers import make_batch, make_model
+from tests.support.masked_reference import ReferenceMasked, acdc_phase, cubic
+from tests_distributed.support.helpers import make_batch, make_model
 
 STEPS = 24
 PHASES = {"warmup": 3, "phase": 4, "last_dense": 3, "last_sparse": 5}

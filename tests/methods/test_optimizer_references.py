@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from qsdp.optim import ACDC, GMP, SAM, CrAM
 from qsdp.optim.masked import MaskedOptimizer
 from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
-from tests_distributed.helpers import Toy, make_batch, make_model
+from tests_distributed.support.helpers import Toy, make_batch, make_model
 
 NUM_STEPS = 4
 PHASES = ACDCSchedule(steps=NUM_STEPS, warmup=1, phase=1, last_dense=1, last_sparse=1)

@@ -17,9 +17,16 @@ from torch import Tensor, nn
 
 import qsdp
 from qsdp.optim import SAM, CrAM
-from tests.cram_reference import top_k_masks
-from tests.test_optimizer_references import MASKED, METHODS, TWO_PASSES, all_bits, bits, closure_of
-from tests_distributed.helpers import Toy, make_batch, make_model
+from tests.methods.test_optimizer_references import (
+    MASKED,
+    METHODS,
+    TWO_PASSES,
+    all_bits,
+    bits,
+    closure_of,
+)
+from tests.support.cram_reference import top_k_masks
+from tests_distributed.support.helpers import Toy, make_batch, make_model
 
 WIDTH = 6
 NUM_CLASSES = 3

@@ -26,7 +26,7 @@ from qsdp.sparsity.compression import compressed
 from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
 from qsdp.sparsity.target import Compression
-from tests_distributed.helpers import all_ranks, make_batch, make_model
+from tests_distributed.support.helpers import all_ranks, make_batch, make_model
 
 PATTERNS = ["blocks.1.qkv.weight", "blocks.*.mlp.*.weight"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qsdp.codec import native, ops
 from qsdp.codec.payload import DType, Field, Layout, Segment
-from tests import gpu_kernels, patience
+from tests.support import gpu_kernels, patience
 
 COMPILED = [name for name in native.available() if name != native.PYTHON]
 ABSENT = "the native library is not installed: there are only Python kernels to run"

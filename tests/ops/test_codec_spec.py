@@ -10,8 +10,8 @@ from qsdp.codec import ops, rounding
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.codec.rounding import Key
 from qsdp.config import ROUNDINGS
-from tests import codec_reference as reference
-from tests.codec_wire import DTYPES, KEY, LARGEST, fresh, send
+from tests.support import codec_reference as reference
+from tests.support.codec_wire import DTYPES, KEY, LARGEST, fresh, send
 
 BITS = range(2, 9)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from qsdp import bitmask
 from qsdp.codec import native, ops
 from qsdp.codec.payload import DType, Layout, Segment
-from tests import patience
-from tests.gpu_kernels import NO_GPU
+from tests.support import patience
+from tests.support.gpu_kernels import NO_GPU
 
 pytestmark = [
     pytest.mark.gpu,

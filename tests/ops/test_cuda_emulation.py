@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import patience
+from tests.support import patience
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++20", "-Og", "-g1", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra"]
 FLAGS += ["-Werror", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # What a GPU must inline, a host need not: checked copies of everything in every kernel take g++ a
@@ -23,7 +23,8 @@ FLAGS += ["-Dalways_inline=unused"]
 def test_kernel_bodies_give_the_bytes_of_the_specification(tmp_path: Path) -> None:
     library = tmp_path / "emulation.so"
     includes = ["-I", str(ROOT / "csrc/include"), "-I", str(ROOT / "csrc/cuda")]
-    build = ["g++", *FLAGS, *includes, str(ROOT / "tests/cuda_emulation.cpp"), "-o", str(library)]
+    source = str(ROOT / "tests/support/cuda_emulation.cpp")
+    build = ["g++", *FLAGS, *includes, source, "-o", str(library)]
     subprocess.run(build, check=True, timeout=patience.seconds())
     runtimes = [
         subprocess.run(
@@ -33,7 +34,7 @@ def test_kernel_bodies_give_the_bytes_of_the_specification(tmp_path: Path) -> No
     ]
     # Sanitizers write to stderr, which pytest must leave alone.
     tests = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider"]
-    tests += ["tests/test_codec_kernels.py", "tests/test_sparse_codec.py"]
+    tests += ["tests/ops/test_codec_kernels.py", "tests/ops/test_sparse_codec.py"]
     tests += ["-k", "emulated and not bad_tensors"]
     done = subprocess.run(
         tests,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qsdp.codec import magnitude, native
 from qsdp.codec.magnitude import DTYPES, NUM_BINS
-from tests import gpu_kernels
+from tests.support import gpu_kernels
 
 ROUNDS = [(20, 11), (9, 11), (0, 9)]  # those of a threshold over floats
 EVERY_DTYPE = (*DTYPES, torch.int64)

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from qsdp.codec import native
-from tests import patience
-from tests.gpu_kernels import NO_GPU
+from tests.support import patience
+from tests.support.gpu_kernels import NO_GPU
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LIBRARIES = (native.LIBRARY.name, native.CUDA_LIBRARY.name)
 OPERATORS = ("encode", "decode", "compact", "expand", "count_digits", "mark_above")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qsdp import bitmask
 from qsdp.codec import native, sparse
-from tests import gpu_kernels
+from tests.support import gpu_kernels
 
 KERNELS = (sparse, torch.ops.qsdp)
 _ON_CPU = dict.fromkeys((native.available()[0], native.PYTHON))

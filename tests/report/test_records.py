@@ -27,11 +27,11 @@ from qsdp.streams import forgiving_output
 from qsdp.train import cli
 from qsdp.train.loop import WIRE_METRICS, train_step
 from qsdp.train.setup import STEP_METRICS
-from tests.bad_inputs import TEXT
-from tests.file_operations import refusing
-from tests.test_cli import small_run
+from tests.commands.test_command_line import small_run
+from tests.support.bad_inputs import TEXT
+from tests.support.file_operations import refusing
 
-LAUNCH = Path(__file__).parents[1] / "launch"
+LAUNCH = Path(__file__).parents[2] / "launch"
 
 
 def steps(path: Path) -> list[int]:

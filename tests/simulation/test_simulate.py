@@ -1,6 +1,6 @@
 """`qsdp.simulate` in one process: what it must equal, what it counts, what it refuses.
 
-tests_distributed/test_simulation.py compares it with real processes, bit for bit.
+tests_distributed/simulation/test_simulation.py compares it with real processes, bit for bit.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qsdp import Compression, compressed
 from qsdp.sparsity.compression import BITS_GROUP, PackedMask, Prunable, compress_, round_
-from tests.compression_reference import kept
-from tests_distributed.helpers import Conv1D, make_model
+from tests.support.compression_reference import kept
+from tests_distributed.support.helpers import Conv1D, make_model
 
 TARGETS: dict[str, dict[str, Any]] = {
     "0.7": {"sparsity": 0.7},

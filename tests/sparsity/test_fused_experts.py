@@ -16,7 +16,7 @@ import qsdp
 from qsdp.optim import ACDC, GMP, SAM, CrAM
 from qsdp.sparsity.compression import compressed
 from qsdp.sparsity.prunable import prunable_parameters
-from tests_distributed.helpers import make_batch, make_model
+from tests_distributed.support.helpers import make_batch, make_model
 
 
 class Experts(nn.Module):

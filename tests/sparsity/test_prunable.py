@@ -8,7 +8,7 @@ from torch import nn
 
 from qsdp.sparsity.compression import compressed, magnitude_masks
 from qsdp.sparsity.prunable import prunable_parameters
-from tests_distributed.helpers import make_model
+from tests_distributed.support.helpers import make_model
 
 
 class Conv1D(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qsdp.sparsity.shards import local_shard
 from qsdp.sparsity.threshold import global_threshold
-from tests.cram_reference import top_k_masks
+from tests.support.cram_reference import top_k_masks
 
 SHAPES = [(40, 25), (7,), (0, 3), (), (3, 4, 5), (300, 11)]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tests.cram_reference import top_k_masks
+from tests.support.cram_reference import top_k_masks
 
 
 def kept(

@@ -1,4 +1,4 @@
-// The bodies of the CUDA kernels, run by the host one warp after another; see tests/gpu_kernels.py.
+// The bodies of the CUDA kernels, run by the host one warp after another; see gpu_kernels.py here.
 #include "codec.h"
 #include "compact.h"
 

@@ -1,8 +1,8 @@
 """The CUDA kernels as two more kernels of the codec's tests, which give and take CPU tensors.
 
 "cuda" sends every tensor to the GPU, at an address as odd as its own, and back. "emulated" runs the
-bodies of the CUDA kernels on the host; tests/test_cuda_emulation.py builds it under sanitizers and
-names it in QSDP_EMULATED_CUDA.
+bodies of the CUDA kernels on the host; tests/ops/test_cuda_emulation.py builds it under sanitizers
+and names it in QSDP_EMULATED_CUDA.
 """
 
 import ctypes

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests import patience
+from tests.support import patience
 
 _CONTAINERS = (dict, list, set, frozenset, tuple, deque)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tests.compression_reference import kept
+from tests.support.compression_reference import kept
 
 
 def acdc_phase(t: int, steps: int, warmup: int, phase: int, dense: int, sparse: int) -> bool:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from qsdp import checkpoint
 from qsdp.train import cli
-from tests.bad_inputs import TEXT
-from tests.file_operations import State, Tree, debris, full_disk, put_back, states, tree
+from tests.support.bad_inputs import TEXT
+from tests.support.file_operations import State, Tree, debris, full_disk, put_back, states, tree
 
 pytestmark = [pytest.mark.usefixtures("world_of_one", "brief_ends", "no_peak"), pytest.mark.slow]
 

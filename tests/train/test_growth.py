@@ -1,4 +1,7 @@
-"""Nothing grows from step to step in one process: tests_distributed/test_growth.py has the wire."""
+"""Nothing grows from step to step in one process.
+
+tests_distributed/fsdp/test_growth.py has the wire.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 import qsdp
 from qsdp.metrics import MetricsWriter
 from qsdp.train.progress import RunProgress
-from tests.growth import Experts, grown_since, held
+from tests.support.growth import Experts, grown_since, held
 
 WIDTH, EXPERTS, RANKS = 8, 6, 2
 SETS = [*itertools.combinations(range(EXPERTS), 3)]

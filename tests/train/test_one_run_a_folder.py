@@ -23,9 +23,9 @@ from qsdp import checkpoint
 from qsdp.train import lock
 from qsdp.train.config import TrainConfig
 from qsdp.train.lock import hold
-from tests.bad_inputs import TEXT
+from tests.commands.test_command_line import main, refused, small_run
 from tests.conftest import shorten_ends
-from tests.test_cli import main, refused, small_run
+from tests.support.bad_inputs import TEXT
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 

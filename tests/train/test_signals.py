@@ -23,8 +23,8 @@ from qsdp.train.cli import main
 from qsdp.train.errors import UserError, leave
 from qsdp.train.evaluate import Evaluator
 from qsdp.train.signals import SIGNALS, heeded
-from tests import patience
-from tests.bad_inputs import TEXT
+from tests.support import patience
+from tests.support.bad_inputs import TEXT
 
 DATA = ["--model", "tiny", "--seq-len", "8", "--batch-size", "2", "--eval-batches", "1"]
 FLAGS = [*DATA, "--cram", "--qsdp-bits", "8", "--steps", "7", "--eval-every", "2"]

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from qsdp.files import write_json
 from tests_distributed.conftest import Run
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SAME = ["alone-fp32", "fsdp-fp32", "ddp-fp32", "qsdp-w32g32-once-fp32"]
 CODED = ["ddp-powersgd-fp32", "qsdp-w4g4-once-fp32"]
 

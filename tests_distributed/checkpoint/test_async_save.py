@@ -12,7 +12,7 @@ from qsdp import ACDC, checkpoint
 from qsdp.checkpoint import saving
 from qsdp.sparsity.schedule import ACDCSchedule
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import Toy, make_batch, make_model, shard
+from tests_distributed.support.helpers import Toy, make_batch, make_model, shard
 
 
 def _step(model: Toy, optimizer: ACDC, number: int) -> None:

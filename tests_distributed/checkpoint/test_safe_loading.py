@@ -15,7 +15,7 @@ import torch.distributed as dist
 from qsdp import checkpoint
 from qsdp.checkpoint.folders import sealed
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import make_batch, make_model, shard
+from tests_distributed.support.helpers import make_batch, make_model, shard
 
 
 class Evil:

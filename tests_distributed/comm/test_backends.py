@@ -17,11 +17,11 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401
 
 from qsdp import compat
 from qsdp.comm import transport
-from tests_distributed import alike
-from tests_distributed.alike import Case
 from tests_distributed.conftest import Run
-from tests_distributed.pool import GLOO_TIMEOUT_S, meets_by_itself
-from tests_distributed.test_robustness import APART, train_apart
+from tests_distributed.fsdp.test_robustness import APART, train_apart
+from tests_distributed.support import alike
+from tests_distributed.support.alike import Case
+from tests_distributed.support.pool import GLOO_TIMEOUT_S, meets_by_itself
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

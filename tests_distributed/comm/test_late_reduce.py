@@ -14,10 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import qsdp
-from tests_distributed import helpers
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import Toy, all_ranks, shard
-from tests_distributed.late import (
+from tests_distributed.support import helpers
+from tests_distributed.support.helpers import Toy, all_ranks, shard
+from tests_distributed.support.late import (
     MOST,
     Job,
     Way,

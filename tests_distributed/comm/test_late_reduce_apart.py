@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests_distributed.conftest import Run, selection
-from tests_distributed.late import (
+from tests_distributed.support.late import (
     Job,
     Way,
     differing,

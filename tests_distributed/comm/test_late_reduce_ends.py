@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import qsdp
 from qsdp import compat
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import make_batch, make_model, shard
-from tests_distributed.late import (
+from tests_distributed.support.helpers import make_batch, make_model, shard
+from tests_distributed.support.late import (
     BESIDE,
     MOST,
     Fault,

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsdp.comm import reduce
-from tests_distributed import leftovers
 from tests_distributed.conftest import Run, selection
-from tests_distributed.late import (
+from tests_distributed.support import leftovers
+from tests_distributed.support.late import (
     MOST,
     Job,
     Way,

@@ -9,7 +9,7 @@ import torch
 import qsdp
 from qsdp.comm import gather as gathers
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import make_batch, make_model, shard
+from tests_distributed.support.helpers import make_batch, make_model, shard
 
 
 class Mark:

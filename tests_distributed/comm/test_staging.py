@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.comm import transport
-from tests_distributed import alike
-from tests_distributed.alike import Case
 from tests_distributed.conftest import Run
-from tests_distributed.test_robustness import APART, damaged, train_apart
+from tests_distributed.fsdp.test_robustness import APART, damaged, train_apart
+from tests_distributed.support import alike
+from tests_distributed.support.alike import Case
 
 CASES = {
     "8 bits": Case(),

@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.namespaces import Hosts, Unavailable
-from tests import patience
-from tests_distributed.launching import TEXT
-from tests_distributed.pool import preloaded
+from tests.support import patience
+from tests_distributed.support.launching import TEXT
+from tests_distributed.support.pool import preloaded
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 LINK = REPOSITORY / "benchmarks" / "link.py"
 WIRE = REPOSITORY / "benchmarks" / "wire.py"
 TRANSFER = """

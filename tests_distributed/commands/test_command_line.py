@@ -23,10 +23,10 @@ from qsdp.sparsity.compression import Prunable, compress_
 from qsdp.sparsity.target import Compression
 from qsdp.train import compress_cli
 from qsdp.train.source import open_source
-from tests import patience
-from tests.bad_inputs import DATA, FLAGS, TEXT, shards_with_late_ids
-from tests_distributed.jobs import Jobs, read_metrics
-from tests_distributed.launching import SMALL, start
+from tests.support import patience
+from tests.support.bad_inputs import DATA, FLAGS, TEXT, shards_with_late_ids
+from tests_distributed.support.jobs import Jobs, read_metrics
+from tests_distributed.support.launching import SMALL, start
 
 WIDTH = 64
 

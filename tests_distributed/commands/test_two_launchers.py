@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests_distributed.jobs import Jobs, read_metrics
-from tests_distributed.launching import SMALL, TEXT, start
+from tests_distributed.support.jobs import Jobs, read_metrics
+from tests_distributed.support.launching import SMALL, TEXT, start
 
 QUANTIZED = ["--qsdp-bits", "8"]
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import qsdp
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import (
+from tests_distributed.support.helpers import (
     Toy,
     all_ranks,
     full_grads,

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import Toy, make_batch, make_model, shard
+from tests_distributed.support.helpers import Toy, make_batch, make_model, shard
 
 PRELOADED = ["torch._dynamo.backends.common", "torch._functorch.compile_utils"]
 STEPS = 2

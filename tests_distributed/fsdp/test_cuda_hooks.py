@@ -17,15 +17,15 @@ from torch import Tensor
 import qsdp
 from qsdp.codec import native
 from qsdp.comm import transport
-from tests_distributed import alike
-from tests_distributed.alike import Case
+from tests_distributed.comm.test_staging import CASES
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import full_state, make_batch, make_model, shard
-from tests_distributed.launching import SMALL, TEXT, start
-from tests_distributed.test_cram import compare_with_one_process
-from tests_distributed.test_masked import compare
-from tests_distributed.test_robustness import APART, train_apart
-from tests_distributed.test_staging import CASES
+from tests_distributed.fsdp.test_robustness import APART, train_apart
+from tests_distributed.methods.test_cram import compare_with_one_process
+from tests_distributed.methods.test_masked import compare
+from tests_distributed.support import alike
+from tests_distributed.support.alike import Case
+from tests_distributed.support.helpers import full_state, make_batch, make_model, shard
+from tests_distributed.support.launching import SMALL, TEXT, start
 
 pytestmark = [
     pytest.mark.gpu,

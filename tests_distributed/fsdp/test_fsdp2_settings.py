@@ -43,7 +43,7 @@ import qsdp
 from qsdp import compat
 from qsdp.comm.traffic import Traffic
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import make_batch, make_model, wire_config
+from tests_distributed.support.helpers import make_batch, make_model, wire_config
 
 MICRO_BATCHES = 3
 NEXT_STEP = 2  # the first micro-batch of the second step
@@ -445,7 +445,7 @@ def _assert_alike(row: Any, found: Any, stock: Any, tolerance: float) -> None:
 
 
 def test_the_table_of_the_docs_has_every_switch_of_this_torch() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "fsdp2.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "fsdp2.md").read_text()
     told = set(re.findall(r"^\| `(\w+(?:\.\w+)?)", text, re.MULTILINE))
     tried = {re.split(r"[ ,(]", name)[0] for name in SWITCHES}
     setters = {n for n in dir(FSDPModule) if n.startswith(("set_", "_set_"))}

@@ -25,7 +25,14 @@ import qsdp
 from qsdp import compat
 from qsdp.codec import native
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import Toy, full_grads, full_state, make_batch, make_model, shard
+from tests_distributed.support.helpers import (
+    Toy,
+    full_grads,
+    full_state,
+    make_batch,
+    make_model,
+    shard,
+)
 
 CONFIG = {"bucket_size": 64}
 State = dict[str, Tensor]

@@ -15,7 +15,14 @@ from torch.distributed.tensor import DTensor
 
 import qsdp
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import Toy, full_grads, full_state, make_batch, make_model, shard
+from tests_distributed.support.helpers import (
+    Toy,
+    full_grads,
+    full_state,
+    make_batch,
+    make_model,
+    shard,
+)
 
 Seen = dict[str, list[tuple[str, Tensor]]]
 """By parameter name: (phase, the whole weight) in the order of use."""

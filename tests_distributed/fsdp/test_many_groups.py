@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 import qsdp
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import all_ranks
+from tests_distributed.support.helpers import all_ranks
 
 PACKAGE = str(Path(qsdp.__file__).parent)
 WIDTH = 4

@@ -25,7 +25,7 @@ import qsdp
 from qsdp.checkpoint import load, save
 from qsdp.failures import CollectiveError
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import make_batch, make_model, shard
+from tests_distributed.support.helpers import make_batch, make_model, shard
 
 UP = "blocks.0.mlp.up.weight"
 DOWN = "blocks.0.mlp.down.weight"

@@ -25,11 +25,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
 from qsdp.comm import transport
-from tests import patience
+from tests.support import patience
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import all_ranks, full_grads, make_batch, make_model, shard
-from tests_distributed.launching import SMALL, TEXT, Job, start
-from tests_distributed.pool import GLOO_TIMEOUT_S, preloaded
+from tests_distributed.support.helpers import all_ranks, full_grads, make_batch, make_model, shard
+from tests_distributed.support.launching import SMALL, TEXT, Job, start
+from tests_distributed.support.pool import GLOO_TIMEOUT_S, preloaded
 
 # --- ranks that disagree at install -----------------------------------------------------------
 

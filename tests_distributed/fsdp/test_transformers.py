@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import full_grads
+from tests_distributed.support.helpers import full_grads
 
 PRELOADED = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama")]
 VOCAB, CONTEXT = 50, 12

@@ -23,7 +23,7 @@ import qsdp
 from qsdp.comm.gather import GatheringWork
 from qsdp.fsdp import hooks
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import (
+from tests_distributed.support.helpers import (
     Toy,
     full_grads,
     full_state,

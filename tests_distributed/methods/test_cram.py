@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qsdp.optim import CrAM, clip_grad_norm_, global_grad_norm
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import (
+from tests_distributed.support.helpers import (
     Toy,
     found_by_one,
     full_of_all,

@@ -22,9 +22,9 @@ import qsdp
 from qsdp.checkpoint import latest, save
 from qsdp.optim import ACDC, GMP, SAM, CrAM, clip_grad_norm_, global_grad_norm
 from qsdp.sparsity.compression import compressed, magnitude_masks
-from tests.cram_reference import top_k_masks
+from tests.support.cram_reference import top_k_masks
 from tests_distributed.conftest import Run, selection
-from tests_distributed.experts import (
+from tests_distributed.support.experts import (
     EXPERTS,
     LAYOUTS,
     Layout,
@@ -38,7 +38,7 @@ from tests_distributed.experts import (
     train,
     values_of,
 )
-from tests_distributed.helpers import Block, ToyConfig, all_ranks, make_model
+from tests_distributed.support.helpers import Block, ToyConfig, all_ranks, make_model
 
 PRELOADED = ["torch.distributed.tensor.parallel"]
 

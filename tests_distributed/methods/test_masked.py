@@ -18,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from qsdp import checkpoint
 from qsdp.optim import ACDC, GMP
 from qsdp.sparsity.schedule import ACDCSchedule
-from tests.test_masked import (
+from tests.methods.test_first_moments import SCHEDULE as SHORT
+from tests.methods.test_first_moments import Halves, KnowsNothing, Momentum, values_of
+from tests.methods.test_masked import (
     BASES,
     GRADUAL,
     SCHEDULE,
@@ -27,11 +29,15 @@ from tests.test_masked import (
     acdc_reference,
     gmp_reference,
 )
-from tests.test_moments import SCHEDULE as SHORT
-from tests.test_moments import Halves, KnowsNothing, Momentum, values_of
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import found_by_one, full_state, make_batch, make_model, shard
-from tests_distributed.test_compression import local_part
+from tests_distributed.sparsity.test_compression import local_part
+from tests_distributed.support.helpers import (
+    found_by_one,
+    full_state,
+    make_batch,
+    make_model,
+    shard,
+)
 
 NUM_MICRO = 2
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {

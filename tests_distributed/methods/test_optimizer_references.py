@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import qsdp
-from tests.test_optimizer_references import (
+from tests.methods.test_optimizer_references import (
     MASKED,
     METHODS,
     NUM_STEPS,
@@ -40,7 +40,7 @@ from tests.test_optimizer_references import (
     with_blocks,
 )
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import (
+from tests_distributed.support.helpers import (
     Toy,
     all_ranks,
     full_of_all,

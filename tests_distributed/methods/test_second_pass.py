@@ -1,5 +1,5 @@
 """Under FSDP2 and DDP too, CrAM's and SAM's second pass leaves nothing behind, with the quantized
-wire and without: see tests/test_second_pass.py for one process."""
+wire and without: see tests/methods/test_second_pass.py for one process."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import qsdp
-from tests.test_optimizer_references import MASKED, METHODS, TWO_PASSES, all_bits
-from tests.test_second_pass import (
+from tests.methods.test_optimizer_references import MASKED, METHODS, TWO_PASSES, all_bits
+from tests.methods.test_second_pass import (
     PAIRS,
     Steps,
     buffers,
@@ -35,7 +35,8 @@ from tests.test_second_pass import (
     train_with_two,
 )
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import (
+from tests_distributed.methods.test_optimizer_references import collected
+from tests_distributed.support.helpers import (
     found_by_one,
     full_state,
     make_batch,
@@ -43,7 +44,6 @@ from tests_distributed.helpers import (
     shard,
     wire_config,
 )
-from tests_distributed.test_optimizer_references import collected
 
 KINDS = ("fsdp", "fsdp, 8 bits", "ddp", "ddp, views of buckets")
 

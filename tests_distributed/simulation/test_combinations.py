@@ -2,7 +2,7 @@
 
 `make test` runs a selection in which every pair of settings occurs. All combinations:
 
-    python -m pytest tests_distributed/test_combinations.py --all-combinations
+    python -m pytest tests_distributed/simulation/test_combinations.py --all-combinations
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests_distributed.conftest import Run
-from tests_distributed.trainings import (
+from tests_distributed.support.trainings import (
     BF16,
     FP32,
     Case,

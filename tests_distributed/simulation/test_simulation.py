@@ -7,7 +7,7 @@ import random
 import pytest
 
 from tests_distributed.conftest import Run, selection
-from tests_distributed.trainings import (
+from tests_distributed.support.trainings import (
     BF16,
     FP16,
     FP32,

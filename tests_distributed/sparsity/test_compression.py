@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from qsdp import Compression, compressed
 from qsdp.sparsity.compression import Prunable, keep_masks
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import Conv1D
+from tests_distributed.support.helpers import Conv1D
 
 TARGETS = ["0.7", "0.7+layer", "2:4", "4:8", "0.5+block4", "2:4+4bit", "0.5+4bit"]
 

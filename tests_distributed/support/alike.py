@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import qsdp
 from qsdp.sparsity.shards import local_shard
-from tests_distributed.helpers import all_ranks, wire_config
+from tests_distributed.support.helpers import all_ranks, wire_config
 
 STEPS = 4
 _RATE = 2.0**-5

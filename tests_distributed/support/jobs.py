@@ -27,9 +27,9 @@ import torch.distributed as dist
 from qsdp.metrics import MetricsWriter
 from qsdp.train import errors, evaluate, evaluate_cli, loop, report, world
 from qsdp.train.cli import main
-from tests import patience
-from tests_distributed.leftovers import held
-from tests_distributed.pool import Pool, RankError, meets_by_itself
+from tests.support import patience
+from tests_distributed.support.leftovers import held
+from tests_distributed.support.pool import Pool, RankError, meets_by_itself
 
 Flags = Sequence[str]
 """Of launch/train_gpt.py; after the word `evaluate`, of launch/evaluate.py."""

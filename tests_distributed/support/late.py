@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 import qsdp
 from qsdp import compat
-from tests_distributed.helpers import Toy, make_batch, make_model, shard, wire_config
+from tests_distributed.support.helpers import Toy, make_batch, make_model, shard, wire_config
 
 NUM_LAYERS = 3
 MOST = 2

@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests import patience
+from tests.support import patience
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom.\n" * 40
 # A small job: two sequences of 16 characters a rank and step.
 SMALL = [*("--model", "tiny"), *("--seq-len", "16"), *("--batch-size", "2")]

@@ -14,7 +14,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tests import patience
+from tests.support import patience
 
 _ENDING_S = patience.seconds(30)
 """Threads and sockets of a process group that was destroyed end by themselves."""

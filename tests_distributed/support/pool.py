@@ -30,8 +30,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from tests import patience
-from tests_distributed import leftovers
+from tests.support import patience
+from tests_distributed.support import leftovers
 
 MAX_WORLD_SIZE = 4
 GLOO_TIMEOUT_S = patience.seconds()
@@ -39,7 +39,7 @@ CALL_TIMEOUT_S = patience.seconds()
 GRACE_S = patience.seconds(1)
 ENDING_S = patience.seconds(30)
 """For what happens by itself, soon as a rule."""
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 # What every worker would else import by itself: what FSDP2 and the trainer import when they are
 # first used is among it, and the test modules are added. None of it may ask for a GPU or start a
 # thread.

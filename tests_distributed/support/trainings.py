@@ -17,7 +17,7 @@ import qsdp
 from qsdp.comm.traffic import LINKS
 from qsdp.sparsity.shards import local_shard
 from tests_distributed.conftest import Run
-from tests_distributed.helpers import (
+from tests_distributed.support.helpers import (
     Toy,
     full_grads,
     full_state,

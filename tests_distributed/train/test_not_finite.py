@@ -1,5 +1,5 @@
 """What is not finite on one rank: all ranks leave the step out, say the same of it, and end alike.
-See tests/test_not_finite.py for one process."""
+See tests/train/test_not_finite.py for one process."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ from qsdp import checkpoint
 from qsdp.optim import global_grad_norm
 from qsdp.sparsity import shards
 from qsdp.train import loop
-from tests.test_optimizer_references import METHODS, RARELY_RENEWED, TWO_PASSES, adamw, all_bits
+from tests.methods.test_optimizer_references import (
+    METHODS,
+    RARELY_RENEWED,
+    TWO_PASSES,
+    adamw,
+    all_bits,
+)
 from tests_distributed.conftest import Run, selection
-from tests_distributed.helpers import make_batch, make_model, shard, wire_config
-from tests_distributed.jobs import Jobs, read_metrics
-from tests_distributed.launching import SMALL, TEXT
+from tests_distributed.support.helpers import make_batch, make_model, shard, wire_config
+from tests_distributed.support.jobs import Jobs, read_metrics
+from tests_distributed.support.launching import SMALL, TEXT
 
 RANKS = 3
 WEIGHT = "blocks.1.qkv.weight"

@@ -14,8 +14,8 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from qsdp import checkpoint
-from tests_distributed.jobs import Jobs, read_metrics
-from tests_distributed.launching import SMALL, TEXT
+from tests_distributed.support.jobs import Jobs, read_metrics
+from tests_distributed.support.launching import SMALL, TEXT
 
 STEPS = 9
 FLAGS = [*SMALL, "--steps", str(STEPS), "--save-every", "2", "--eval-every", "3", "--grad-accum"]

@@ -27,7 +27,7 @@ from qsdp.train.setup import set_up
 from qsdp.train.wire import threshold_bytes
 from qsdp.train.world import World
 from tests_distributed.conftest import Run
-from tests_distributed.launching import TEXT
+from tests_distributed.support.launching import TEXT
 
 
 class Counter:
