@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from qsdp.train.cli import main
-from tests.conftest import BENCHMARKS, shorten_ends
+from tests.conftest import BENCHMARKS
 from tests.support import patience
+from tests.support.ends import shorten_ends
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 

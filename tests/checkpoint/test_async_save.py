@@ -22,12 +22,13 @@ from qsdp import checkpoint
 from qsdp.checkpoint import background
 from qsdp.optim import ACDC
 from qsdp.sparsity.schedule import ACDCSchedule
+from qsdp.train.cli import main
 from qsdp.train.setup import Job
-from tests.checkpoint.test_checkpoint import make, take_step
-from tests.commands.test_command_line import main, refused, small_run
 from tests.support import patience
 from tests.support.bad_inputs import TEXT
+from tests.support.command_line import refused, small_run
 from tests.support.file_operations import full_disk, tree
+from tests.support.linear_model import make, take_step
 
 WAIT_S = patience.seconds()
 

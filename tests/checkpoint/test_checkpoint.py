@@ -17,6 +17,7 @@ from torch import nn
 from qsdp import checkpoint
 from qsdp.checkpoint import folders
 from qsdp.metrics import MetricsWriter
+from tests.support.linear_model import make, take_step
 
 
 @pytest.fixture(autouse=True)
@@ -24,17 +25,6 @@ def _world_of_one() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def make() -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = nn.Linear(5, 3)
-    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
-
-
-def take_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    model(torch.randn(4, 5)).square().sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def test_a_loaded_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:

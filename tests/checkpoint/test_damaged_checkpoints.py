@@ -14,10 +14,10 @@ import pytest
 from qsdp import checkpoint
 from qsdp.checkpoint.folders import sealed
 from qsdp.train import results
-from tests.commands.test_command_line import main, refused, small_run
-from tests.conftest import shorten_ends
+from qsdp.train.cli import main
 from tests.support.bad_inputs import TEXT
-from tests.train.test_one_run_a_folder import Cut, contents, cut, interrupted
+from tests.support.command_line import refused, small_run
+from tests.support.ends import Cut, contents, cut, interrupted, shorten_ends
 
 pytestmark = [pytest.mark.usefixtures("world_of_one"), pytest.mark.slow]
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import json
-import os
 import pickle
 import shutil
 import zlib
@@ -22,11 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    StorageMeta,
-)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, StorageMeta
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import checkpoint
@@ -37,73 +31,13 @@ from qsdp.data.shards import read_shards
 from qsdp.export import load_export, read_mask
 from qsdp.models.huggingface import find_tensors
 from qsdp.train import cli, compress_cli, evaluate_cli
-from tests.commands.test_command_line import assert_is_one_sentence
 from tests.support.bad_inputs import DEEP, TEXT
+from tests.support.command_line import assert_is_one_sentence
+from tests.support.tricks import TRICKS, Evil, named, text
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
-
-ROOT = Path(__file__).parents[2]
 TENSOR = MetadataIndex("model.weight", torch.Size([0, 0]))
 VALUE = MetadataIndex("optimizer.param_groups.0.lr")
-
-
-class Evil:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, canary: Path) -> None:
-        self._canary = canary
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self._canary}",)
-
-
-def text(value: str) -> bytes:
-    return b"\x8c" + bytes([len(value.encode())]) + value.encode()
-
-
-def named(module: str, name: str) -> bytes:
-    """STACK_GLOBAL, which follows dots in the name."""
-    return text(module) + text(name) + b"\x93"
-
-
-def called(function: bytes, *arguments: bytes) -> bytes:
-    return function + b"(" + b"".join(arguments) + b"tR"
-
-
-def _from_bytes(canary: Path) -> bytes:
-    blob = io.BytesIO()
-    torch.save(Evil(canary), blob)
-    written = blob.getvalue()
-    pushed = b"B" + len(written).to_bytes(4, "little") + written
-    return called(named("torch.storage", "_load_from_bytes"), pushed)
-
-
-def _through_a_path(canary: Path) -> bytes:
-    """Of names that tables do hold: an enum's `getattr` and the class of the folder's path."""
-    path = named("pathlib", "PosixPath")
-    write = called(named("builtins", "getattr"), path, text("write_text"))
-    return called(write, called(path, text(str(canary))), text("x"))
-
-
-TRICKS: dict[str, Callable[[Path], bytes]] = {
-    "os.system": lambda c: called(named("posix", "system"), text(f"touch {c}")),
-    "a global of protocol 0": lambda c: called(b"cos\nsystem\n", text(f"touch {c}")),
-    "a dotted name": lambda c: called(
-        named("torch", "serialization.os.system"), text(f"touch {c}")
-    ),
-    "a dotted name of a known class": lambda c: called(
-        named("torch.distributed.checkpoint.metadata", "os.system"), text(f"touch {c}")
-    ),
-    "builtins.open": lambda c: called(named("builtins", "open"), text(str(c)), text("w")),
-    "builtins.getattr": _through_a_path,
-    "functools.partial": lambda c: called(
-        called(named("functools", "partial"), named("posix", "system"), text(f"touch {c}"))
-    ),
-    "torch.storage": _from_bytes,
-    "a function of torch": lambda c: called(
-        named("torch.utils.collect_env", "run"), text(f"touch {c}")
-    ),
-}
 
 
 @contextmanager
@@ -532,35 +466,3 @@ def test_a_config_is_read_as_values(
         cli.main(["--config", str(tmp_path / "config.toml"), "--out", str(tmp_path / "out")])
     assert stop.value.code == 2
     assert_is_one_sentence(capfd.readouterr().err)
-
-
-# What runs what it reads, unless it is told not to. Only `qsdp/checkpoint/safe.py` stands over it.
-RUNS = {
-    *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "shelve.open"),
-    *("torch.load", "torch.jit.load", "torch.hub.load", "yaml.load", "eval", "exec"),
-    *("dcp.load", "FileSystemReader", "DefaultLoadPlanner", "joblib.load", "runpy.run_path"),
-}
-
-
-def runs_what_it_reads(source: str) -> list[str]:
-    found = []
-    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
-        name = ast.unparse(call.func)
-        told = {word.arg: ast.unparse(word.value) for word in call.keywords}
-        is_told = told.get("weights_only") == "True" or {"planner", "storage_reader"} <= told.keys()
-        allows = told.get("allow_pickle") == "True"
-        if (name in RUNS and not is_told) or allows:
-            found.append(name)
-    return found
-
-
-def test_nothing_else_reads_in_a_way_that_runs() -> None:
-    for call in ("torch.load(f)", "pickle.loads(b)", "np.load(f, allow_pickle=True)", "eval(x)"):
-        assert runs_what_it_reads(call)
-    files = [file for part in ("qsdp", "launch", "benchmarks") for file in (ROOT / part).rglob("*")]
-    found = {
-        str(file.relative_to(ROOT)): calls
-        for file in files
-        if file.suffix == ".py" and (calls := runs_what_it_reads(file.read_text()))
-    }
-    assert found == {}

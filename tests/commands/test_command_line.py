@@ -19,6 +19,7 @@ from qsdp.data.prepare import prepare_shards
 from qsdp.train.cli import main
 from tests.support import patience
 from tests.support.bad_inputs import DATA, DEEP, FLAGS, TEXT, BadInput
+from tests.support.command_line import assert_is_one_sentence, refused, small_run
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
 
@@ -30,21 +31,6 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return path
-
-
-def refused(flags: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line that `main` prints on standard error for `flags`."""
-    with pytest.raises(SystemExit) as stop:
-        main(flags)
-    assert stop.value.code == 2
-    printed = capfd.readouterr()
-    assert_is_one_sentence(printed.err)
-    return printed.err
-
-
-def assert_is_one_sentence(text: str) -> None:
-    assert re.fullmatch(r"error: \S.*\n", text), text
-    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize("bad", FLAGS, ids=lambda bad: bad.name)
@@ -64,13 +50,6 @@ def test_a_wrong_input_is_refused_in_one_sentence(
     out = text_file.parent / "out"
     assert bad.said in refused([*bad.arguments(text_file.parent), "--out", str(out)], capfd)
     assert os.listdir(out) == []
-
-
-def small_run(folder: Path, *flags: str) -> list[str]:
-    return [
-        *("--data", str(folder / "text.txt"), "--out", str(folder / "out"), "--steps", "2"),
-        *("--model", "tiny", "--seq-len", "8", "--batch-size", "2", "--eval-batches", "1", *flags),
-    ]
 
 
 @pytest.fixture(scope="module")

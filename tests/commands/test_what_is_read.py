@@ -22,11 +22,11 @@ from qsdp.models import GPT, export_huggingface, load_huggingface
 from qsdp.train import cli, evaluate_cli, plots
 from qsdp.train.results import DENSE_TWIN
 from qsdp.train.source import open_source
-from tests.common.test_every_file_operation import save
-from tests.models.test_huggingface import our_model, their_model
-from tests.report.test_plots import short_history, short_summary
 from tests.support.bad_inputs import TEXT
 from tests.support.file_operations import debris, tree
+from tests.support.huggingface_models import our_model, their_model
+from tests.support.short_history import short_history, short_summary
+from tests.support.valued_checkpoints import save
 
 BROKEN = {
     "a": math.nan,

@@ -16,7 +16,6 @@ from unittest.mock import MagicMock, Mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from qsdp import checkpoint, files
 from qsdp.data import prepare_shards
@@ -25,10 +24,6 @@ from qsdp.metrics import MetricsWriter
 from qsdp.models import export_huggingface, load_huggingface
 from qsdp.sparsity.target import Compression
 from qsdp.train import plots, targets
-from tests.export.test_compressed_model import SIZE
-from tests.export.test_compressed_model import save as save_model
-from tests.models.test_huggingface import our_model, their_model
-from tests.report.test_plots import short_history, short_summary
 from tests.support.file_operations import (
     Tree,
     count_operations,
@@ -38,12 +33,14 @@ from tests.support.file_operations import (
     states,
     tree,
 )
+from tests.support.huggingface_models import our_model, their_model
+from tests.support.short_history import short_history, short_summary
+from tests.support.small_gpt import SIZE, save_model
+from tests.support.valued_checkpoints import save, save_beside, value_of, values
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*which a killed run left, is removed")
 
 _FEW = 10
-_VALUES: dict[tuple[tuple[str, bytes | None], ...], float] = {}
-TOKENIZER = {"tokenizer.json": '{"kind": "byte"}\n'}
 
 
 @pytest.fixture
@@ -51,53 +48,6 @@ def world() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def model_of(value: float) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A model whose weights and moments tell which one it is."""
-    model = nn.Linear(5, 3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    for number, parameter in enumerate(model.parameters()):
-        parameter.data.fill_(value + number)
-        parameter.grad = torch.full_like(parameter, value)
-    optimizer.step()
-    return model, optimizer
-
-
-def save(root: Path, step: int, value: float, keep: int = 2) -> None:
-    meta = {"value": value}
-    checkpoint.save(root, step, *model_of(value), meta, files=TOKENIZER, keep=keep)
-
-
-def save_beside(root: Path, step: int, value: float, keep: int = 2) -> None:
-    with checkpoint.AsyncSaver() as saver:
-        saver.save(root, step, *model_of(value), {"value": value}, files=TOKENIZER, keep=keep)
-
-
-def value_of(path: Path) -> float:
-    """Which model is at `path`, all of it bit for bit."""
-    content = tuple(sorted(tree(path).items()))
-    if content not in _VALUES:
-        _VALUES[content] = _loaded(path)
-    return _VALUES[content]
-
-
-def _loaded(path: Path) -> float:
-    checkpoint.verify(path)
-    assert (path / "tokenizer.json").read_text() == TOKENIZER["tokenizer.json"]
-    value = checkpoint.read_meta(path)["value"]
-    (model, optimizer), (expected, expected_optimizer) = model_of(math.pi), model_of(value)
-    checkpoint.load(path, model, optimizer)
-    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-        own, other = optimizer.state[ours], expected_optimizer.state[theirs]
-        assert own.keys() == other.keys()
-        assert all(torch.equal(own[name], other[name]) for name in own)
-    return value
-
-
-def values(root: Path) -> dict[str, float]:
-    return {path.name: value_of(path) for path in sorted(root.iterdir())}
 
 
 @dataclass

@@ -18,10 +18,9 @@ from qsdp.checkpoint import folders
 from qsdp.data import load_corpus, prepare_shards
 from qsdp.export import export_compressed
 from qsdp.sparsity.target import Compression
-from tests.common.test_every_file_operation import save, values
-from tests.export.test_compressed_model import SIZE
-from tests.export.test_compressed_model import save as save_model
 from tests.support.file_operations import Child, barrier, debris, killed, tree
+from tests.support.small_gpt import SIZE, save_model
+from tests.support.valued_checkpoints import save, values
 
 ROUNDS = 12
 

@@ -16,19 +16,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from qsdp import checkpoint
 from qsdp.export import export_compressed, load_export, read_mask
 from qsdp.export.tensor_files import TensorFiles
 from qsdp.models import GPT, GPTConfig
 from qsdp.sparsity.compression import Prunable, compress_
 from qsdp.sparsity.target import Compression
 from qsdp.train.compress_cli import main
-from qsdp.train.config import TrainConfig
 from tests.support import patience
 from tests.support.bad_inputs import BadInput
+from tests.support.small_gpt import SIZE, save_model
 
 ROOT = Path(__file__).parents[2]
-SIZE = GPTConfig(vocab_size=11, num_layers=3, num_heads=2, width=16, context=8)
 
 FLAGS = [
     BadInput("nothing to do", "{}/run", "nothing says what to compress to"),
@@ -57,22 +55,6 @@ def _world_of_one() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def save(folder: Path, size: GPTConfig = SIZE) -> GPT:
-    """A model of few distinct magnitudes, so that thresholds cut through ties, and its checkpoint
-    in `folder`/checkpoints."""
-    model = GPT(size)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_((torch.randn(parameter.shape) * 20).round() / 1000)
-    meta = {
-        "config": TrainConfig().as_dict(),
-        "fingerprint": {"model": asdict(size)},
-        "world_size": 1,
-    }
-    checkpoint.save(folder / "checkpoints", 7, model, None, meta, files={"tokenizer.json": "{}"})
-    return model
-
-
 @pytest.mark.parametrize(
     "target",
     [
@@ -81,7 +63,7 @@ def save(folder: Path, size: GPTConfig = SIZE) -> GPT:
     ],
 )
 def test_an_export_is_the_model_compressed_at_once_bit_for_bit(tmp_path: Path, target: str) -> None:
-    model = save(tmp_path)
+    model = save_model(tmp_path)
     out = tmp_path / "out"
     chosen = Compression.of(target)
     facts = export_compressed(tmp_path / "checkpoints" / "step-00000007", SIZE, chosen, out)
@@ -109,7 +91,7 @@ def test_an_export_is_the_model_compressed_at_once_bit_for_bit(tmp_path: Path, t
 def test_chosen_parameters_alone_are_compressed_and_large_models_come_in_several_files(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    model = save(tmp_path)
+    model = save_model(tmp_path)
     out = tmp_path / "deep" / "out"
     limit = 8192
     flags = [str(tmp_path), "--sparsity", "0.5", "--prunable", "embed.*,blocks.*.mlp.up.weight"]
@@ -161,7 +143,7 @@ def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_model(tmp_path: 
         layers: GPTConfig(vocab_size=11, num_layers=layers, num_heads=2, width=160, context=8)
         for layers in (1, 24)
     }
-    models = {layers: save(tmp_path / str(layers), size) for layers, size in sizes.items()}
+    models = {layers: save_model(tmp_path / str(layers), size) for layers, size in sizes.items()}
     model_bytes = sum(p.nbytes for p in models[24].parameters())
     paths = [str(tmp_path / f"{n}/checkpoints/step-00000007") for n in sizes]
     done = subprocess.run(
@@ -181,7 +163,7 @@ def test_memory_is_bounded_by_the_largest_tensor_and_not_by_the_model(tmp_path: 
 
 
 def test_a_failure_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path)
+    save_model(tmp_path)
     path = tmp_path / "checkpoints" / "step-00000007"
     before = sorted(tmp_path.iterdir())
     written: list[str] = []
@@ -208,7 +190,7 @@ def test_files_that_hold_nothing_are_refused(tmp_path: Path) -> None:
 def test_a_mistake_is_refused_in_one_sentence(
     bad: BadInput, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    save(tmp_path / "run")
+    save_model(tmp_path / "run")
     assert bad.said in refused(bad.arguments(tmp_path), tmp_path / "out", capfd)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
@@ -216,7 +198,7 @@ def test_a_mistake_is_refused_in_one_sentence(
 def test_a_folder_in_use_a_damaged_checkpoint_and_many_processes_are_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save(tmp_path / "run")
+    save_model(tmp_path / "run")
     flags = [str(tmp_path / "run"), "--sparsity", "0.5"]
     assert "exists already" in refused(flags, tmp_path / "run", capfd)
     (tmp_path / "empty").mkdir()

@@ -11,36 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qsdp.models import (
-    GPT,
-    GPTConfig,
     config_from_huggingface,
     export_huggingface,
-    init_weights,
     load_huggingface,
     load_huggingface_weights,
 )
-
-SIZE: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 13, "n_positions": 6}
-
-
-def their_model(**options: Any) -> Any:
-    """A small GPT2LMHeadModel whose every parameter, biases and norms too, is random."""
-    transformers = pytest.importorskip("transformers")
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**(SIZE | options)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def our_model(**changes: Any) -> GPT:
-    fields = {"vocab_size": 13, "num_layers": 2, "num_heads": 2, "width": 8, "context": 6}
-    model = GPT(GPTConfig(**(fields | changes)))
-    init_weights(model, 1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
+from tests.support.huggingface_models import our_model, their_model
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 
 from qsdp.train.error_plot import draw_errors
 from qsdp.train.plots import _plot_loss, write_plots
+from tests.support.short_history import short_history, short_summary
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -82,24 +83,6 @@ def test_errors_that_are_all_zero_are_drawn_as_no_line() -> None:
     )
     assert not any(axes.lines for axes in figure.axes)
     assert not draw_errors(Figure(), [{"step": 1}])
-
-
-def short_history(num_steps: int, wire_bytes: float) -> list[dict[str, Any]]:
-    return [
-        {
-            "step": step,
-            "loss": 2.0 if step % 2 else None,
-            "step_s": 0.1,
-            "wire_bytes_sent": wire_bytes,
-            "wire_bytes_fp32": 4 * wire_bytes,
-        }
-        for step in range(1, num_steps + 1)
-    ]
-
-
-def short_summary(loss: float | None) -> dict[str, Any]:
-    one_shot = {"0.5": loss, "0.9": None}
-    return {"steps": 3, "val_loss": loss, "val_loss_quantized": loss, "one_shot": one_shot}
 
 
 @pytest.mark.parametrize("loss", [2.0, None], ids=["finite", "diverged"])

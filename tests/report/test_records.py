@@ -27,8 +27,8 @@ from qsdp.streams import forgiving_output
 from qsdp.train import cli
 from qsdp.train.loop import WIRE_METRICS, train_step
 from qsdp.train.setup import STEP_METRICS
-from tests.commands.test_command_line import small_run
 from tests.support.bad_inputs import TEXT
+from tests.support.command_line import small_run
 from tests.support.file_operations import refusing
 
 LAUNCH = Path(__file__).parents[2] / "launch"

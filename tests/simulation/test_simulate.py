@@ -6,98 +6,27 @@ tests_distributed/simulation/test_simulation.py compares it with real processes,
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.checkpoint import checkpoint
 
-import qsdp
 from qsdp import compat
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.codec.rounding import Key
-
-SGD = 0.1
-
-
-class Net(nn.Module):
-    """Classifies sequences of token numbers; returns the mean cross-entropy."""
-
-    def __init__(self, seed: int = 0, recompute: bool = False) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.embed = nn.Embedding(11, 12)
-            self.block = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12))
-            self.norm = nn.LayerNorm(12)
-            self.out = nn.Linear(12, 5)
-        self.recompute = recompute
-
-    def forward(self, tokens_BT: Tensor, targets_B: Tensor) -> Tensor:
-        x_BTC = self.embed(tokens_BT)
-        if self.recompute:
-            x_BTC = x_BTC + checkpoint(self.block, x_BTC, use_reentrant=False)
-        else:
-            x_BTC = x_BTC + self.block(x_BTC)
-        return F.cross_entropy(self.out(self.norm(x_BTC).mean(1)), targets_B)
-
-
-def batch(seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    tokens_BT = torch.randint(11, (4, 6), generator=generator)
-    return [tokens_BT, torch.randint(5, (4,), generator=generator)]
-
-
-def batches(seed: int, num_ranks: int, num_micro: int = 1) -> list[list[list[Tensor]]]:
-    return [
-        [batch(1000 * seed + 100 * micro + rank) for rank in range(num_ranks)]
-        for micro in range(num_micro)
-    ]
-
-
-def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=SGD)
-
-
-def simulation(
-    config: dict[str, Any] | None = None, model: nn.Module | None = None, **options: Any
-) -> qsdp.Simulation:
-    options = {"world_size": 4, "optimizer": sgd, "groups": ["block"]} | options
-    return qsdp.simulate(
-        Net() if model is None else model, qsdp.QSDPConfig(**config or {}), **options
-    )
-
-
-def run(simulated: qsdp.Simulation, steps: int = 3, num_ranks: int = 4) -> dict[str, Tensor]:
-    for step in range(steps):
-        simulated.step(batches(step, num_ranks))
-    return simulated.state()
-
-
-def train_plainly(model: nn.Module, num_ranks: int, steps: int = 3) -> dict[str, Tensor]:
-    """The mean of all ranks' gradients, exact weights."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=SGD)
-    for step in range(steps):
-        for each in batches(step, num_ranks)[0]:
-            (model(*each) / num_ranks).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float = 0.0) -> None:
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        torch.testing.assert_close(value, right[name], rtol=0, atol=tolerance, msg=name)
-
-
-def error(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    return sum(float((left[name] - right[name]).square().sum()) for name in left)
+from tests.support.simulated import (
+    Net,
+    assert_same,
+    batch,
+    batches,
+    error,
+    run,
+    simulation,
+    train_plainly,
+)
 
 
 def test_one_rank_is_plain_training_to_the_bit() -> None:
@@ -428,120 +357,6 @@ def test_a_frozen_parameter_kept_for_good_is_decoded_alike_in_every_step() -> No
     assert not torch.equal(decoded[4], decoded[5])
 
 
-def tied_across_groups() -> Net:
-    model = Net()
-    model.block[2].weight = model.embed.weight = nn.Parameter(torch.randn(12, 20))
-    return model
-
-
-def tied_in_one_group() -> Net:
-    model = Net()
-    model.out.weight = model.embed.weight
-    return model
-
-
-def in_double() -> Net:
-    return Net().double()
-
-
-def of_a_scalar() -> nn.Module:
-    model = Net()
-    model.gain = nn.Parameter(torch.ones(()))
-    return model
-
-
-REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
-    "world_size": ({"world_size": 0}, "world_size is 0"),
-    "replicas": ({"replicas": 2.0}, "replicas is 2.0"),
-    "ranks_per_node": ({"ranks_per_node": -1}, "ranks_per_node is -1"),
-    "uneven nodes": ({"config": {"reduce": "two-hop"}, "ranks_per_node": 3}, "nodes of 3"),
-    "nodes of two sizes": (
-        {"config": {"ranks_per_node": 2}, "ranks_per_node": 4},
-        "ranks_per_node is 4, and that of the config is 2",
-    ),
-    "one replica": ({"quantized_replicas": True}, "1 replicas"),
-    "one rank a replica": (
-        {"quantized_replicas": True, "replicas": 2, "world_size": 1},
-        "2 replicas of 1 ranks",
-    ),
-    "param_dtype": ({"param_dtype": torch.float64}, "param_dtype is torch.float64"),
-    "reduce_dtype": ({"reduce_dtype": torch.int32}, "reduce_dtype is torch.int32"),
-    "policy": ({"config": {"policy": (("*.bolck.*", 4),)}}, "matches no parameter"),
-    "embedding_bits": (
-        {"config": {"embedding_bits": 4}, "model": lambda: nn.Linear(4, 4), "groups": []},
-        "embedding_bits is 4, for embeddings and the head, of which the model has none",
-    ),
-    "small budget": ({"config": {"budget": 2.2}}, "the budget is 2.2 bits"),
-    "budget for nothing": (
-        {"config": {"budget": 4, "policy": (("*", 4),)}},
-        "has nothing to allot",
-    ),
-    "tied name": (
-        {"model": tied_in_one_group, "groups": [], "config": {"policy": (("out.weight", 4),)}},
-        "'out.weight', which is tied to 'embed.weight'; use that name",
-    ),
-    "unknown name": ({"groups": ["bolck"]}, "'bolck'"),
-    "foreign module": ({"groups": [nn.GELU()]}, "GELU"),
-    "twice": ({"groups": ["block", ["block"]]}, "'block' twice"),
-    "tied": ({"model": tied_across_groups}, "shared by two groups"),
-    "double": ({"model": in_double}, "float64"),
-    "scalar": ({"model": of_a_scalar}, "gain is a scalar"),
-    "meta": ({"model": lambda: Net().to("meta")}, "on meta"),
-    "no parameters": ({"model": nn.GELU, "groups": []}, "no parameters"),
-    "shard_dims": ({"shard_dims": {"weight": 1}}, "'weight'"),
-    "uneven columns": (
-        {"shard_dims": {"out.weight": 1}, "world_size": 5},
-        "dimension that 5 ranks divide",
-    ),
-    "no such dimension": ({"shard_dims": {"out.bias": 1}}, "gives 1 for out.bias"),
-}
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(ValueError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert not re.search(r"\. |\.$", message), f"more than one sentence: {message}"
-    return message
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_what_cannot_be_simulated_is_named_in_one_sentence(name: str) -> None:
-    options, expected = REFUSALS[name]
-    options = dict(options)
-    config, make_model = options.pop("config", {}), options.pop("model", Net)
-    message = refusal(lambda: simulation(config, make_model(), **options))
-    assert expected in message
-
-
-def test_wrong_calls_of_a_simulation_are_named_in_one_sentence() -> None:
-    simulated = simulation()
-    assert "4 ranks" in refusal(lambda: simulated.step(batches(0, 3)))
-    assert "4 ranks" in refusal(lambda: simulated.step([]))
-    assert "max_norm is 0" in refusal(lambda: simulated.step(batches(0, 4), max_norm=0))
-    assert "rank is 4" in refusal(lambda: simulated.wire_bytes(rank=4))
-    assert "micro_batches is 0" in refusal(lambda: simulated.wire_bytes(micro_batches=0))
-    assert "bias has the shape (3,)" in refusal(lambda: simulated.copy_to(nn.Linear(2, 3)))
-    assert_same(simulated.state(), dict(Net().named_parameters()))
-    assert "config is a dict" in refusal(
-        lambda: qsdp.simulate(Net(), {}, world_size=2, optimizer=sgd)  # type: ignore[arg-type]
-    )
-
-
-@pytest.mark.parametrize(
-    ("masks", "mistake"),
-    [
-        ({"block.7": torch.ones(20, 12, dtype=torch.bool)}, "'block.7', which is no parameter"),
-        ({"out.weight": torch.ones(5, dtype=torch.bool)}, r"shape (5,), and the parameter (5, 12)"),
-        ({"out.weight": torch.ones(5, 12)}, "a Tensor of torch.float32; give a bool tensor"),
-        ({"out.weight": [[True] * 12] * 5}, "a list of None; give a bool tensor"),
-    ],
-)
-def test_masks_that_fit_no_parameter_are_refused(masks: Any, mistake: str) -> None:
-    assert mistake in refusal(lambda: simulation().set_support(masks))
-
-
 def _compiled(module: nn.Module) -> Any:
     return torch.compile(module, backend="eager")
 
@@ -584,14 +399,3 @@ def test_wrappers_change_neither_names_nor_numbers(
         model = make(is_wrapped)
         found.copy_to(model)
         assert_same(compat.named_parameters(model), expected.state())
-
-
-def test_ranks_that_use_different_parameters_stop_as_fsdp2_would() -> None:
-    class Choosy(Net):
-        def forward(self, tokens_BT: Tensor, use_block: bool) -> Tensor:
-            x_BTC = self.embed(tokens_BT)
-            return (self.block(x_BTC) if use_block else x_BTC).mean()
-
-    data = [[[batch(rank)[0], rank != 2] for rank in range(4)]]
-    with pytest.raises(RuntimeError, match=r"rank 2 .* whether block"):
-        simulation({}, Choosy()).step(data)

@@ -20,9 +20,9 @@ from qsdp.train.cli import main
 from qsdp.train.config import TrainConfig
 from qsdp.train.cost_model import decide
 from qsdp.train.signals import Stop
-from tests.commands.test_command_line import small_run
 from tests.support.bad_inputs import TEXT
-from tests.train.test_cost_model import SLOW, measured
+from tests.support.command_line import small_run
+from tests.support.links import SLOW, measured
 
 SIZE = GPTConfig(vocab_size=64, num_layers=3, num_heads=2, width=32, context=64)
 CPU = torch.device("cpu")

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from qsdp import checkpoint
 from qsdp.train import cli
 from tests.support.bad_inputs import TEXT
+from tests.support.ends import weights
 from tests.support.file_operations import State, Tree, debris, full_disk, put_back, states, tree
 
 pytestmark = [pytest.mark.usefixtures("world_of_one", "brief_ends", "no_peak"), pytest.mark.slow]
@@ -41,12 +42,6 @@ def flags(out: Path, which: str, *more: str) -> list[str]:
         *("--one-shot", "none", "--warmup-steps", "1", "--eval-every", "2", "--save-every", "1"),
         *("--keep", "3", "--lr", str(RATES[which]), *more),
     ]
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    reader = checkpoint.TensorReader(path)
-    names = ("embed.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.down.weight")
-    return {name: reader.read(name) for name in names}
 
 
 def lines(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from qsdp.checkpoint import folders
 from qsdp.train import results
 from qsdp.train.twin import kept_loss
 from qsdp.train.world import World
-from tests.checkpoint.test_checkpoint import make
+from tests.support.linear_model import make
 
 OWN, OTHER = "0a0a0a0a", "0b0b0b0b"
 

@@ -17,10 +17,9 @@ from qsdp import checkpoint
 from qsdp.optim import clip_grad_norm_, global_grad_norm
 from qsdp.train import cli, loop, parallelize
 from qsdp.train.setup import Job
-from tests.commands.test_command_line import refused
 from tests.support.bad_inputs import TEXT
-from tests.train.test_ended_runs import weights
-from tests.train.test_signals import told
+from tests.support.command_line import refused
+from tests.support.ends import told, weights
 
 pytestmark = pytest.mark.usefixtures("world_of_one", "brief_ends", "no_peak")
 

@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from qsdp.train.evaluate import Evaluator
 from qsdp.train.signals import SIGNALS, heeded
 from tests.support import patience
 from tests.support.bad_inputs import TEXT
+from tests.support.ends import told
 
 DATA = ["--model", "tiny", "--seq-len", "8", "--batch-size", "2", "--eval-batches", "1"]
 FLAGS = [*DATA, "--cram", "--qsdp-bits", "8", "--steps", "7", "--eval-every", "2"]
@@ -32,25 +33,6 @@ FLAGS += ["--save-every", "5", "--one-shot", "0.5,0.7"]
 ACDC = [*DATA, "--acdc", "--steps", "12", "--acdc-warmup", "2", "--acdc-phase", "2"]
 ACDC += ["--acdc-last-dense", "3", "--acdc-last-sparse", "3", "--eval-every", "0"]
 ACDC += ["--warmup-steps", "1", "--one-shot", "none", "--save-every", "0"]
-
-
-@contextlib.contextmanager
-def told(place: Any, name: str, call: int, *numbers: signal.Signals) -> Iterator[None]:
-    """Inside, these signals come in the middle of the given call, from 1 on, of a function."""
-    function, calls = getattr(place, name), 0
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        result = function(*args, **kwargs)
-        for number in numbers if calls == call else ():
-            signal.raise_signal(number)
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, name, interrupted)
-        yield
-    assert calls >= call
 
 
 @pytest.fixture

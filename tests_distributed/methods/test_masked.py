@@ -18,9 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qsdp import checkpoint
 from qsdp.optim import ACDC, GMP
 from qsdp.sparsity.schedule import ACDCSchedule
-from tests.methods.test_first_moments import SCHEDULE as SHORT
-from tests.methods.test_first_moments import Halves, KnowsNothing, Momentum, values_of
-from tests.methods.test_masked import (
+from tests.support.masked_runs import (
     BASES,
     GRADUAL,
     SCHEDULE,
@@ -29,6 +27,8 @@ from tests.methods.test_masked import (
     acdc_reference,
     gmp_reference,
 )
+from tests.support.momentum import SCHEDULE as SHORT
+from tests.support.momentum import Halves, KnowsNothing, Momentum, values_of
 from tests_distributed.conftest import Run, selection
 from tests_distributed.sparsity.test_compression import local_part
 from tests_distributed.support.helpers import (

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import qsdp
-from tests.methods.test_optimizer_references import (
+from tests.support.optimizers import (
     MASKED,
     METHODS,
     NUM_STEPS,

@@ -18,8 +18,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import qsdp
-from tests.methods.test_optimizer_references import MASKED, METHODS, TWO_PASSES, all_bits
-from tests.methods.test_second_pass import (
+from tests.support.optimizers import MASKED, METHODS, TWO_PASSES, all_bits
+from tests.support.second_pass import (
     PAIRS,
     Steps,
     buffers,
