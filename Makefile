@@ -87,7 +87,7 @@ OTHER := $(subst ==,-,$(firstword $(TORCH)))
 OTHER_BIN := $(CURDIR)/.venv-$(OTHER)/bin
 OTHER_WHOLE := $(addprefix tests_distributed/,fsdp/test_install.py fsdp/test_fsdp2_settings.py methods/test_cram.py)
 OTHER_TESTS := tests/ops/test_codec_kernels.py \
-  $(addprefix tests_distributed/,train/test_resume.py fsdp/test_wire_options.py fsdp/test_lifetime.py)
+  $(addprefix tests_distributed/,train/test_resume.py comm/test_topology.py fsdp/test_lifetime.py)
 
 test-torch:  ## training and resume with another torch: make test-torch TORCH="torch==2.14.1"
 	@$(MAKE) setup TORCH="$(OWN_TORCH)"

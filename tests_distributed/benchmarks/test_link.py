@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from qsdp.files import write_json
-from tests_distributed.conftest import Run
+from tests_distributed.support.running import Run
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SAME = ["alone-fp32", "fsdp-fp32", "ddp-fp32", "qsdp-w32g32-once-fp32"]

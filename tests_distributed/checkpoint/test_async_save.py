@@ -11,8 +11,8 @@ import torch.distributed as dist
 from qsdp import ACDC, checkpoint
 from qsdp.checkpoint import saving
 from qsdp.sparsity.schedule import ACDCSchedule
-from tests_distributed.conftest import Run
 from tests_distributed.support.helpers import Toy, make_batch, make_model, shard
+from tests_distributed.support.running import Run
 
 
 def _step(model: Toy, optimizer: ACDC, number: int) -> None:

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from qsdp import checkpoint
 from qsdp.checkpoint.folders import sealed
-from tests_distributed.conftest import Run
 from tests_distributed.support.helpers import make_batch, make_model, shard
+from tests_distributed.support.running import Run
 
 
 class Evil:

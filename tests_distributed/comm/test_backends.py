@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -12,16 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# It makes the backend "fake" known, which a CPU build of torch has for GPUs too.
-from torch.testing._internal.distributed import fake_pg  # noqa: F401
-
 from qsdp import compat
 from qsdp.comm import transport
-from tests_distributed.conftest import Run
-from tests_distributed.fsdp.test_robustness import APART, train_apart
 from tests_distributed.support import alike
 from tests_distributed.support.alike import Case
-from tests_distributed.support.pool import GLOO_TIMEOUT_S, meets_by_itself
+from tests_distributed.support.apart import APART, train_apart
+from tests_distributed.support.pool import meet, meets_by_itself
+from tests_distributed.support.running import Run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -59,19 +55,6 @@ def test_what_serves_a_gpu_follows_from_the_groups_backends(name: str) -> None:
     assert transport.is_seen(group, GPU) == is_seen
     assert not transport.is_staged(group, CPU)
     assert transport.is_seen(group, CPU)
-
-
-def meet(store: str, rank: int, size: int, backend: str | None) -> dist.ProcessGroup:
-    """The default process group, of ``backend`` or of what torch takes without being told."""
-    dist.init_process_group(
-        backend,
-        store=torch.distributed.FileStore(store, size),
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=GLOO_TIMEOUT_S),
-    )
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD
 
 
 Made = tuple[str, torch.device, str, list[Tensor], list[str]]

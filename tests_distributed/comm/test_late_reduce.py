@@ -14,7 +14,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import qsdp
-from tests_distributed.conftest import Run, selection
 from tests_distributed.support import helpers
 from tests_distributed.support.helpers import Toy, all_ranks, shard
 from tests_distributed.support.late import (
@@ -28,6 +27,7 @@ from tests_distributed.support.late import (
     reduce_outside_of_backward,
     take_two_models,
 )
+from tests_distributed.support.running import Run, selection
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests_distributed.conftest import Run, selection
 from tests_distributed.support.late import (
     Job,
     Way,
@@ -22,6 +21,7 @@ from tests_distributed.support.late import (
     optimize_inside,
     wait_at_once,
 )
+from tests_distributed.support.running import Run, selection
 
 GATHERS = ("twice", "once")
 NORMS = ("blocks.2.norm2", "blocks.1.norm2", "blocks.0.norm2", "norm")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import qsdp
 from qsdp import compat
-from tests_distributed.conftest import Run, selection
 from tests_distributed.support.helpers import make_batch, make_model, shard
 from tests_distributed.support.late import (
     BESIDE,
@@ -32,6 +31,7 @@ from tests_distributed.support.late import (
     wait_at_once,
     waiting,
 )
+from tests_distributed.support.running import Run, selection
 
 GATHERS = ("twice", "once")
 PLAIN = Way()

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsdp.comm import reduce
-from tests_distributed.conftest import Run, selection
 from tests_distributed.support import leftovers
 from tests_distributed.support.late import (
     MOST,
@@ -25,6 +24,7 @@ from tests_distributed.support.late import (
     take_two_models,
     wait_at_once,
 )
+from tests_distributed.support.running import Run, selection
 
 GATHERS = ("twice", "once")
 TWO_HOPS = {"reduce": "two-hop", "ranks_per_node": 2}

@@ -8,8 +8,8 @@ import torch
 
 import qsdp
 from qsdp.comm import gather as gathers
-from tests_distributed.conftest import Run
 from tests_distributed.support.helpers import make_batch, make_model, shard
+from tests_distributed.support.running import Run
 
 
 class Mark:

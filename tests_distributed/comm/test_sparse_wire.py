@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 
 import qsdp
 from qsdp.sparsity.shards import local_shard
-from tests_distributed.conftest import Run, selection
 from tests_distributed.support.helpers import full_state, make_batch, make_model, shard, wire_config
+from tests_distributed.support.running import Run, selection
 from tests_distributed.support.trainings import Case, counted
 
 SCHEDULE = qsdp.ACDCSchedule(steps=9, warmup=2, phase=2, last_dense=2, last_sparse=2)

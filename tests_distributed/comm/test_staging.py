@@ -13,21 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.comm import transport
-from tests_distributed.conftest import Run
-from tests_distributed.fsdp.test_robustness import APART, damaged, train_apart
 from tests_distributed.support import alike
-from tests_distributed.support.alike import Case
-
-CASES = {
-    "8 bits": Case(),
-    "3 ranks, prefetched": Case(ranks=3, prefetch=True, config={"weight_bits": 3}),
-    "kept": Case(ranks=3, config={"gather": "once", "weight_bits": 4, "grad_bits": 4}),
-    "gathered again by two": Case(ranks=4, reshard=2),
-    "two hops": Case(ranks=4, config={"ranks_per_node": 2, "reduce": "two-hop"}),
-    "replicas": Case(ranks=4, replicas=2, config={"grad_bits": 4}),
-    "bf16": Case(is_bf16=True, micro_batches=2),
-    "sparse": Case(ranks=3, sparse=True),
-}
+from tests_distributed.support.alike import CASES, Case
+from tests_distributed.support.apart import APART, train_apart
+from tests_distributed.support.damage import damaged
+from tests_distributed.support.running import Run
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.comm import transport
-from tests_distributed.conftest import Run
+from tests_distributed.support.running import Run
 
 
 def _values(numel: int, of: int, to: int) -> Tensor:

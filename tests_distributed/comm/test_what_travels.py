@@ -19,8 +19,8 @@ from qsdp.comm.measure import Claim, allot
 from qsdp.config import CODED_BITS
 from qsdp.sparsity.shards import local_shard
 from tests.support.codec_wire import send
-from tests_distributed.conftest import Run
 from tests_distributed.support.helpers import Toy, full_state, make_batch
+from tests_distributed.support.running import Run
 from tests_distributed.support.trainings import Case, installed
 
 BUCKET = 64  # of `trainings`

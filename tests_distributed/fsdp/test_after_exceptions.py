@@ -4,132 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 import qsdp
-from tests_distributed.conftest import Run, selection
-from tests_distributed.support.helpers import (
-    Toy,
-    all_ranks,
-    full_grads,
-    full_state,
-    make_batch,
-    make_model,
-    shard,
+from tests_distributed.support.helpers import Toy, full_state, make_batch, make_model, shard
+from tests_distributed.support.interruptions import (
+    NUM_STEPS,
+    Between,
+    Fault,
+    Job,
+    RaisesBackward,
+    Setting,
+    both,
+    bytes_of,
+    fail,
+    hooked,
 )
+from tests_distributed.support.running import Run, selection
 
-NUM_STEPS = 4
-LEARNED = qsdp.QSDPConfig(weight_bits=4, grad_bits=4, levels="learned", level_steps=(1, 3), seed=3)
-BUDGET = qsdp.QSDPConfig(budget=5.0, warmup_steps=1)
 TWO_PASSES = ("CrAM", "CrAM+", "SAM")
-
-Between = Callable[[Tensor], Any]
-
-
-class Fault(Exception):
-    """What a user's code raises."""
-
-
-class RaisesBackward(torch.autograd.Function):
-    """Copies, and raises in the backward pass."""
-
-    @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(_: Any, *__: Any) -> Any:
-        raise Fault
-
-
-def fail(*_: Any) -> Any:
-    raise Fault
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a toy is trained."""
-
-    method: str
-    gather: str | None
-    """None: without the wire."""
-    reshard: bool | None = None
-    num_micro: int = 1
-
-
-class Job:
-    """One run on every rank."""
-
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
-        self.model = shard(make_model(frozen=True), nested=False, reshard=setting.reshard)
-        self.handle: qsdp.Handle | None = None
-        if setting.gather is not None:
-            config = replace(LEARNED if setting.num_micro == 1 else BUDGET, gather=setting.gather)
-            self.handle = qsdp.install(self.model, config)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.base = torch.optim.AdamW(trained, lr=1e-2, foreach=True)
-        self.optimizer = _optimizer(setting.method, self.model, self.base)
-        self.losses: list[float] = []
-
-    def take(
-        self, step: int, fault: Callable[[], AbstractContextManager[Between | None]] = nullcontext
-    ) -> None:
-        """Take a step, with every forward pass inside a ``fault``, which may change the loss."""
-
-        def closure() -> float:
-            self.optimizer.zero_grad()
-            total = 0.0
-            for micro in range(self.setting.num_micro):
-                is_last = micro == self.setting.num_micro - 1
-                self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
-                with fault() as between:
-                    loss = self.model(*make_batch(self.model, 10 * step + micro))
-                    loss = loss if between is None else between(loss)
-                torch.autograd.backward(loss)
-                total += loss.item()
-            return total
-
-        if self.setting.method == "AdamW":
-            loss = closure()
-            self.optimizer.step()
-        else:
-            loss = self.optimizer.step(closure)
-        self.losses.append(loss)
-
-    def state(self) -> list[Any]:
-        """All that training has left on this rank."""
-        moments = [v for state in self.base.state.values() for v in state.values()]
-        tensors = [*self.model.parameters(), *(v for v in moments if isinstance(v, Tensor))]
-        wire = None if self.handle is None else self.handle.state_dict()
-        return [[_bytes(tensor) for tensor in tensors], self.losses, wire]
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _optimizer(method: str, model: nn.Module, base: torch.optim.Optimizer) -> Any:
-    if method == "AdamW":
-        return base
-    if method == "SAM":
-        return qsdp.SAM(model, base)
-    if method == "ACDC":
-        schedule = qsdp.ACDCSchedule(steps=4, warmup=1, phase=1, last_dense=1, last_sparse=1)
-        return qsdp.ACDC(model, base, schedule=schedule, target=0.5)
-    if method == "GMP":
-        schedule = qsdp.GMPSchedule(steps=4, start=1, end=3, every=1, initial=0.2, sparsity=0.6)
-        return qsdp.GMP(model, base, schedule=schedule)
-    return qsdp.CrAM(model, base, plus=method == "CrAM+", sparsity=(0.3, 0.6))
 
 
 # --- points in a step: it raises there, and is then taken again ---------------------------------
@@ -154,7 +52,7 @@ def raise_in_step(job: Job, where: str, step: int, in_pass: int) -> None:
         elif where == "start of backward":
             yield RaisesBackward.apply
         else:
-            with _hooked(job.model, where):
+            with hooked(job.model, where):
                 yield None
 
     hook = job.base.register_step_pre_hook(fail) if where == "optimizer" else None
@@ -165,19 +63,6 @@ def raise_in_step(job: Job, where: str, step: int, in_pass: int) -> None:
     job.optimizer.zero_grad()
     if job.handle is not None and job.setting.num_micro > 1:
         job.handle.abandon_step()
-
-
-@contextmanager
-def _hooked(model: Toy, where: str) -> Iterator[None]:
-    """Inside, a forward pass of ``model`` raises in its middle, or its backward pass will."""
-    in_backward = where == "backward"
-    hook = model.blocks[not in_backward].register_forward_hook(
-        (lambda *args: RaisesBackward.apply(args[2])) if in_backward else fail
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 # --- passes between two steps, which raise in the middle or do not ------------------------------
@@ -216,7 +101,7 @@ def pass_between(job: Job, where: str, *, fails: bool) -> None:
     with (
         pytest.raises(Fault) if fails else nullcontext(),
         BETWEEN[where](job),
-        _hooked(job.model, "forward") if fails else nullcontext(),
+        hooked(job.model, "forward") if fails else nullcontext(),
     ):
         job.model(*make_batch(job.model, 99))
 
@@ -337,7 +222,7 @@ def prunes_though_told_not_to(method: str) -> list[bool]:
             except Fault:
                 assert job.optimizer.num_steps == before + 1
                 job.optimizer.zero_grad()
-        masks = [_bytes(mask) for mask in job.optimizer.masks().values()]
+        masks = [bytes_of(mask) for mask in job.optimizer.masks().values()]
         return [job.state()[0], masks]
 
     return [each == other for each, other in zip(run(False), run(True), strict=True)]
@@ -355,17 +240,13 @@ def gradients_set_to_zero(cut_short: bool) -> list[list[bytes]]:
     assert job.handle is not None
     for step in range(2):
         if cut_short and step == 0:
-            with pytest.raises(Fault), _hooked(job.model, "backward"):
+            with pytest.raises(Fault), hooked(job.model, "backward"):
                 torch.autograd.backward(job.model(*make_batch(job.model, 9)))
             assert job.handle._wire.late, "no reduce was under way"
         job.base.zero_grad(set_to_none=False)
         torch.autograd.backward(job.model(*make_batch(job.model, step)))
         job.base.step()
     return [job.state()[0]]
-
-
-def both(function: Callable[[bool], Any]) -> bool:
-    return bool(function(False) == function(True))
 
 
 def test_what_a_reduce_under_way_brings_after_its_pass_was_cut_short_is_dropped(run: Run) -> None:
@@ -408,135 +289,3 @@ def _reshard(model: Toy) -> None:
 
 def test_no_pass_is_made_with_weights_of_an_earlier_step(run: Run) -> None:
     assert run(2, stale_root) == [True, True]
-
-
-# --- what only looks like a pass that was cut short ----------------------------------------------
-
-
-class Recursive(nn.Module):
-    """Two blocks, passed through several times by a module that calls itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
-        self.head = nn.Linear(6, 6)
-
-    def forward(self, x: Tensor, times: int = 0) -> Tensor:
-        for block in self.blocks:
-            x = torch.tanh(block(x))
-        x = self.head(x)
-        return self(x, times - 1) if times else x
-
-    def direct_step(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = torch.tanh(block(x))
-        loss: Tensor = self.head(x).square().mean()
-        return loss
-
-    def training_step(self, x: Tensor) -> Tensor:
-        return self(x).square().mean()  # type: ignore[no-any-return]
-
-
-def _recursive(gather: str | None, config: qsdp.QSDPConfig | None = None) -> Recursive:
-    model = Recursive()
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=all_ranks())
-    for method in ("training_step", "direct_step"):
-        register_fsdp_forward_method(model, method)
-    if gather is not None:
-        config = config or qsdp.QSDPConfig(weight_bits=32, grad_bits=32)
-        qsdp.install(model, replace(config, gather=gather))
-    return model
-
-
-def _input(seed: int) -> Tensor:
-    return torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
-
-
-def calls_inside_a_pass(gather: str | None) -> list[list[Tensor]]:
-    """Gradients of micro-batches through a registered method and an evaluation between them, and
-    of a root that calls itself, where torch can do that (2.11 cannot)."""
-    model = _recursive(gather)
-    for micro in range(3):
-        model.set_requires_gradient_sync(micro == 2)  # type: ignore[operator]
-        torch.autograd.backward(model.training_step(_input(micro)))
-        with torch.no_grad():
-            model(_input(9))
-    model.reshard()  # type: ignore[operator]
-    found = [list(full_grads(model).values())]
-    model.zero_grad()
-    if hasattr(model, "reset_iter_state"):
-        torch.autograd.backward(model(_input(3), 2).square().mean())
-        found.append(list(full_grads(model).values()))
-    return found
-
-
-@pytest.mark.parametrize("gather", ["twice", "once"])
-def test_a_root_may_be_called_inside_its_own_pass(run: Run, gather: str) -> None:
-    for stock, ours in zip(
-        run(2, calls_inside_a_pass, None), run(2, calls_inside_a_pass, gather), strict=True
-    ):
-        torch.testing.assert_close(ours, stock)
-
-
-def edit_after_a_direct_call() -> float:
-    """A frozen head is set to zero after a block was called by itself."""
-    model = _recursive(None).requires_grad_(False)
-    model.blocks[0].requires_grad_(True)
-    qsdp.install(model, qsdp.QSDPConfig(gather="once"))
-    torch.autograd.backward(model(_input(0)).sum())
-    with torch.no_grad():
-        model.blocks[0](_input(1))
-        for parameter in model.head.parameters():
-            assert isinstance(parameter, DTensor)
-            parameter.to_local().zero_()
-        return float(model(_input(2)).abs().sum())
-
-
-def test_an_edit_after_a_direct_call_of_a_block_is_seen(run: Run) -> None:
-    assert run(2, edit_after_a_direct_call) == [0.0, 0.0]
-
-
-def steps_of_other_optimizers() -> float:
-    """One rank trains something of its own between two forward passes."""
-    model = _recursive("twice")
-    first = model(_input(0))
-    if dist.get_rank() == 0:
-        own = nn.Linear(2, 2)
-        own(torch.ones(1, 2)).sum().backward()
-        torch.optim.SGD(own.parameters()).step()
-    torch.autograd.backward((first + model(_input(1))).sum())
-    return sum(float(grad.sum()) for grad in full_grads(model).values())
-
-
-def test_a_rank_may_train_something_of_its_own(run: Run) -> None:
-    first, second = run(2, steps_of_other_optimizers)
-    assert first == second
-
-
-def registered_after_a_failed_evaluation(fails: bool) -> list[float]:
-    """Steps of a registered method, of which no hook hears, and an evaluation before levels are
-    learned."""
-    model = _recursive("twice", LEARNED)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    for step in range(3):
-        if step == 1:
-            with pytest.raises(Fault) if fails else nullcontext(), torch.no_grad():
-                hook = model.blocks[1].register_forward_hook(fail) if fails else None
-                try:
-                    model(_input(9))
-                finally:
-                    if hook is not None:
-                        hook.remove()
-        optimizer.zero_grad()
-        loss = model.direct_step(_input(step))
-        torch.autograd.backward(loss)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def test_a_failed_evaluation_is_over_for_registered_methods_too(run: Run) -> None:
-    assert run(2, both, registered_after_a_failed_evaluation) == [True, True]

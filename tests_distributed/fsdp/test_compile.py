@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
-from tests_distributed.conftest import Run
 from tests_distributed.support.helpers import Toy, make_batch, make_model, shard
+from tests_distributed.support.running import Run
 
 PRELOADED = ["torch._dynamo.backends.common", "torch._functorch.compile_utils"]
 STEPS = 2

@@ -17,15 +17,14 @@ from torch import Tensor
 import qsdp
 from qsdp.codec import native
 from qsdp.comm import transport
-from tests_distributed.comm.test_staging import CASES
-from tests_distributed.conftest import Run
-from tests_distributed.fsdp.test_robustness import APART, train_apart
-from tests_distributed.methods.test_cram import compare_with_one_process
-from tests_distributed.methods.test_masked import compare
 from tests_distributed.support import alike
-from tests_distributed.support.alike import Case
+from tests_distributed.support.alike import CASES, MORE_CASES, RACES, Case, assert_equal
+from tests_distributed.support.apart import APART, train_apart
+from tests_distributed.support.cram_steps import compare_with_one_process
 from tests_distributed.support.helpers import full_state, make_batch, make_model, shard
 from tests_distributed.support.launching import SMALL, TEXT, start
+from tests_distributed.support.masked_steps import compare
+from tests_distributed.support.running import Run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,16 +32,6 @@ pytestmark = [
 ]
 
 DEVICE = "cuda"
-MORE_CASES = {
-    "3 ranks, 4 bits": Case(ranks=3, config={"weight_bits": 4, "grad_bits": 4}),
-    "gathered once": Case(reshard=False, config={"rounding": "stochastic", "weight_bits": 5}),
-    "learned levels": Case(
-        config={"weight_bits": 4, "grad_bits": 3, "levels": "learned", "level_steps": (1, 3)}
-    ),
-    "micro-batches": Case(micro_batches=3, config={"grad_bits": 2}),
-    "raw": Case(config={"weight_bits": 32, "grad_bits": 16}),
-    "sparse, kept": Case(sparse=True, config={"gather": "once", "weight_bits": 4}),
-}
 
 
 @pytest.mark.parametrize("case", CASES | MORE_CASES)
@@ -53,19 +42,6 @@ def test_a_gpu_trains_as_cpus_do_bit_for_bit(run: Run, case: str) -> None:
     assert_equal(by_gpu, by_cpu)
 
 
-RACES = {
-    "resharded": Case(rows=4096),
-    "prefetched": Case(rows=4096, prefetch=True, micro_batches=2, config={"weight_bits": 4}),
-    "kept": Case(rows=4096, config={"gather": "once", "grad_bits": 4}),
-    "kept, asked for early": Case(rows=4096, early=True, config={"gather": "once"}),
-    "replicas, bf16": Case(ranks=4, replicas=2, rows=4096, is_bf16=True),
-    # FSDP2 casts what was averaged, and drops it: the next group's reduce is given its memory.
-    "replicas, reduced in bf16": Case(
-        ranks=4, replicas=2, rows=4096, reduce_dtype=torch.bfloat16, micro_batches=2
-    ),
-}
-
-
 @pytest.mark.parametrize("case", RACES)
 def test_delays_on_the_streams_change_nothing(run: Run, case: str) -> None:
     chosen = RACES[case]
@@ -73,13 +49,6 @@ def test_delays_on_the_streams_change_nothing(run: Run, case: str) -> None:
     for seed in range(3):
         found = run(chosen.ranks, alike.trained, chosen, DEVICE, seed)
         assert_equal(found, expected)
-
-
-def assert_equal(found: list[list[Tensor]], expected: list[list[Tensor]]) -> None:
-    """Of every rank, bit for bit."""
-    for rank, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-            assert torch.equal(one, other), f"tensor {i} of {len(ours)} on rank {rank}"
 
 
 @contextmanager

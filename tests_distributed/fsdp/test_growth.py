@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 import qsdp
 from qsdp.comm import plan
 from tests.support.growth import Experts, grown_since, held
-from tests_distributed.conftest import Run
 from tests_distributed.support.helpers import all_ranks
+from tests_distributed.support.running import Run
 
 WIDTH, EXPERTS = 16, 8
 HALVES = itertools.combinations(range(1, EXPERTS), EXPERTS // 2)

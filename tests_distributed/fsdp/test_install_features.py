@@ -19,8 +19,8 @@ from torch.distributed.tensor import Shard
 
 import qsdp
 from qsdp import compat
-from tests_distributed.conftest import Run
 from tests_distributed.support.helpers import full_grads, full_state, make_batch, make_model, shard
+from tests_distributed.support.running import Run
 
 Install = Callable[[nn.Module], Any]
 Grads = dict[str, Tensor]

@@ -14,7 +14,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import qsdp
-from tests_distributed.conftest import Run
 from tests_distributed.support.helpers import (
     Toy,
     full_grads,
@@ -23,6 +22,7 @@ from tests_distributed.support.helpers import (
     make_model,
     shard,
 )
+from tests_distributed.support.running import Run
 
 Seen = dict[str, list[tuple[str, Tensor]]]
 """By parameter name: (phase, the whole weight) in the order of use."""

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import qsdp
 from qsdp import compat
-from tests_distributed.conftest import Run
 from tests_distributed.support import leftovers
 from tests_distributed.support.helpers import Toy, make_batch, make_model, shard, wire_config
+from tests_distributed.support.running import Run
 
 STEPS = 3
 SCHEDULE = qsdp.ACDCSchedule(steps=STEPS, warmup=1, phase=1, last_dense=0, last_sparse=1)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import qsdp
-from tests_distributed.conftest import Run
 from tests_distributed.support.helpers import all_ranks
+from tests_distributed.support.running import Run
 
 PACKAGE = str(Path(qsdp.__file__).parent)
 WIDTH = 4

@@ -16,14 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import compat
-from tests_distributed.comm.test_backends import meet
-from tests_distributed.comm.test_staging import CASES
-from tests_distributed.conftest import Run
-from tests_distributed.fsdp.test_cuda_hooks import MORE_CASES, RACES, assert_equal
-from tests_distributed.fsdp.test_robustness import APART, train_apart
 from tests_distributed.support import alike, leftovers
-from tests_distributed.support.alike import Case
-from tests_distributed.support.pool import meets_by_itself
+from tests_distributed.support.alike import CASES, MORE_CASES, RACES, Case, assert_equal
+from tests_distributed.support.apart import APART, train_apart
+from tests_distributed.support.pool import meet, meets_by_itself
+from tests_distributed.support.running import Run
 
 pytestmark = [
     pytest.mark.gpu,

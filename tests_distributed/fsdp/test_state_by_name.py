@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import qsdp
-from tests_distributed.conftest import Run
 from tests_distributed.support.helpers import Toy, make_batch, make_model, shard
+from tests_distributed.support.running import Run
 
 CONFIG = qsdp.QSDPConfig(
     bucket_size=64, budget=5.0, weight_bits=4, grad_bits=4, levels="learned", level_steps=(1, 3)

@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
-from tests_distributed.conftest import Run
 from tests_distributed.support.helpers import full_grads
+from tests_distributed.support.running import Run
 
 PRELOADED = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama")]
 VOCAB, CONTEXT = 50, 12

@@ -14,10 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from tests.support import patience
-from tests_distributed.conftest import Run, selection
 from tests_distributed.support import leftovers
 from tests_distributed.support.helpers import full_grads, full_state, make_batch, make_model, shard
 from tests_distributed.support.pool import GLOO_TIMEOUT_S, RankError
+from tests_distributed.support.running import Run, selection
 
 
 def _sum_over_ranks(values: torch.Tensor) -> tuple[int, int, torch.Tensor]:

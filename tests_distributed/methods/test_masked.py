@@ -1,4 +1,4 @@
-"""AC/DC and gradual pruning over shards, against the reference in one process."""
+"""AC/DC and gradual pruning over shards: steps of one process, moments, resumes, refusals."""
 
 from __future__ import annotations
 
@@ -9,127 +9,26 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from qsdp import checkpoint
-from qsdp.optim import ACDC, GMP
+from qsdp.optim import ACDC
 from qsdp.sparsity.schedule import ACDCSchedule
-from tests.support.masked_runs import (
-    BASES,
-    GRADUAL,
-    SCHEDULE,
-    SIZES,
-    STEPS,
-    acdc_reference,
-    gmp_reference,
-)
+from tests.support.masked_runs import BASES, SCHEDULE, SIZES
 from tests.support.momentum import SCHEDULE as SHORT
 from tests.support.momentum import Halves, KnowsNothing, Momentum, values_of
-from tests_distributed.conftest import Run, selection
-from tests_distributed.sparsity.test_compression import local_part
-from tests_distributed.support.helpers import (
-    found_by_one,
-    full_state,
-    make_batch,
-    make_model,
-    shard,
-)
-
-NUM_MICRO = 2
-VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "0.9": (0.9, {"sparsity": 0.9}),
-    "2:4": ("2:4", {"pattern": (2, 4)}),
-    "0.5+layer": ("0.5+layer", {"sparsity": 0.5, "layer": True}),
-    "gmp": (None, {}),
-}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """gloo does not gather bool."""
-    tensor = tensor.to(torch.uint8)
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).bool()
-
-
-def _parts(tensor: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-    """What this rank has of a tensor, and the same part of the whole."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach(), whole.detach()
-    axis = tensor.device_mesh.ndim - 1
-    size, index = tensor.device_mesh.size(axis), tensor.device_mesh.get_local_rank(axis)
-    return tensor.detach().to_local(), local_part(whole.detach(), size, index)
-
-
-def _backward(model: nn.Module, toy: Any, step: int, ranks: list[int]) -> None:
-    model.zero_grad()
-    for micro in range(NUM_MICRO):
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(micro == NUM_MICRO - 1)
-        for rank in ranks:
-            batch = make_batch(toy, seed=10 * step + micro, rank=rank)
-            (model(*batch) / (NUM_MICRO * len(ranks))).backward()
-
-
-def compare(kind: str, variant: str, toy_options: dict[str, Any], device: str = "cpu") -> None:
-    world_size, rank = dist.get_world_size(), dist.get_rank()
-    target, keeps = VARIANTS[variant]
-
-    def reference() -> list[tuple[list[Tensor], list[Tensor]]]:
-        """Masks and parameters after each step."""
-        plain = make_model(seed=3, **toy_options).to(device)
-        make = gmp_reference if variant == "gmp" else acdc_reference
-        masked = make(plain, BASES["sgd"], keeps, max_norm=0.5)
-        found = []
-        for step in range(STEPS):
-            _backward(plain, plain, step, list(range(world_size)))
-            masked.step()
-            masks = [mask.to(device, copy=True) for mask in masked.masks.values()]
-            found.append((masks, [p.detach().clone() for p in plain.parameters()]))
-        return found
-
-    expected_by_step = found_by_one(reference)
-    toy = make_model(seed=3, **toy_options).to(device)
-    model: nn.Module = toy
-    if kind == "ddp":
-        model = DistributedDataParallel(toy, gradient_as_bucket_view=True)
-    elif kind == "hsdp":
-        names = ("replicate", "shard")
-        shard(toy, mesh=init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=names))
-    else:
-        shard(toy, nested=world_size == 2)
-    base = BASES["sgd"]([p for p in toy.parameters() if p.requires_grad])
-    if variant == "gmp":
-        optimizer: Any = GMP(model, base, schedule=GRADUAL, max_norm=0.5)
-    else:
-        optimizer = ACDC(model, base, schedule=SCHEDULE, target=target, max_norm=0.5)
-    for step in range(STEPS):
-        expected_masks, expected_parameters = expected_by_step[step]
-        _backward(model, toy, step, [rank])
-        optimizer.step()
-        if step % 4 == 0:
-            with torch.no_grad():  # as for an accuracy: it leaves the root gathered
-                model(*make_batch(toy, seed=step))
-        if isinstance(toy, FSDPModule):
-            toy.reshard()
-        for mask, expected in zip(optimizer.masks().values(), expected_masks, strict=True):
-            assert mask.dtype == torch.bool
-            assert isinstance(mask, DTensor) == (kind != "ddp")
-            assert torch.equal(*_parts(mask, expected)), step
-        for mine, theirs in zip(toy.parameters(), expected_parameters, strict=True):
-            torch.testing.assert_close(*_parts(mine, theirs), rtol=0, atol=1e-6)
-    assert optimizer.num_steps == STEPS
+from tests_distributed.support.helpers import full_state, make_batch, make_model, shard
+from tests_distributed.support.masked_steps import VARIANTS, backward, compare, whole_mask
+from tests_distributed.support.running import Run, selection
 
 
 def _bad_gradient_on_one_rank() -> None:
     model = shard(make_model(seed=3))
     optimizer = ACDC(model, BASES["adamw"](model.parameters()), schedule=SCHEDULE, target=0.8)
     for step in range(2):
-        _backward(model, model, step, [0])
+        backward(model, model, step, [0])
         optimizer.step()
-    _backward(model, model, 2, [0])
+    backward(model, model, 2, [0])
     before = full_state(model)
     if dist.get_rank() == 1:
         model.blocks[0].qkv.weight.grad.to_local()[0, 0] = math.nan
@@ -137,7 +36,7 @@ def _bad_gradient_on_one_rank() -> None:
     assert (optimizer.num_steps, optimizer.skipped_steps) == (3, 1)
     assert not math.isfinite(optimizer.last_grad_norm or 0)
     after = full_state(model)
-    masks = {name: _whole(mask) for name, mask in optimizer.masks().items()}
+    masks = {name: whole_mask(mask) for name, mask in optimizer.masks().items()}
     for name, value in after.items():  # the phase begins all the same
         expected = before[name]
         assert torch.equal(value, torch.where(masks[name], expected, 0) if name in masks else value)
@@ -157,7 +56,7 @@ def _moments_of_any_class() -> None:
     model = shard(make_model(seed=3))
     optimizer = ACDC(model, Momentum(model.parameters()), schedule=SHORT, target=0.8)
     for step in range(SHORT.steps):
-        _backward(model, model, step, [0])
+        backward(model, model, step, [0])
         optimizer.step()
         moments = [values_of(state["exp_avg"]) for state in optimizer.state.values()]
         assert len(moments) == len([*model.parameters()])
@@ -175,7 +74,7 @@ def _a_class_that_cannot_be_zeroed_on_one_rank() -> None:
             super().__init__(model.parameters())
 
     optimizer = ACDC(model, Secretive(), schedule=SHORT, target=0.8)
-    _backward(model, model, 0, [0])
+    backward(model, model, 0, [0])
     optimizer.step()
     with pytest.raises((ValueError, RuntimeError), match="KnowsNothing, which cannot be set"):
         optimizer.step()
@@ -195,12 +94,12 @@ def _resumable(base: str, folder: Path, steps: range, resume: bool) -> Any:
         assert optimizer.num_steps == 5
         assert all(isinstance(mask, DTensor) for mask in optimizer.masks().values())
         assert all(mask.dtype == torch.bool for mask in optimizer.masks().values())
-        masks = [_whole(mask) for mask in optimizer.masks().values()]
+        masks = [whole_mask(mask) for mask in optimizer.masks().values()]
     losses = []
     for step in steps:
         if step == 5 and not resume:
             checkpoint.save(folder, 5, model, optimizer, {})
-            masks = [_whole(mask) for mask in optimizer.masks().values()]
+            masks = [whole_mask(mask) for mask in optimizer.masks().values()]
         model.zero_grad()
         tokens, targets = make_batch(model, seed=step, rank=0, batch_size=4)
         share = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
@@ -211,7 +110,7 @@ def _resumable(base: str, folder: Path, steps: range, resume: bool) -> Any:
         loss = loss.detach() / world_size
         dist.all_reduce(loss)
         losses.append(loss.item())
-    return losses, masks, [_whole(mask) for mask in optimizer.masks().values()]
+    return losses, masks, [whole_mask(mask) for mask in optimizer.masks().values()]
 
 
 @selection(

@@ -4,8 +4,6 @@ it, once it was given the model's parameters; until then every rank refuses to s
 from __future__ import annotations
 
 import gc
-import operator
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,72 +21,29 @@ from tests.support.optimizers import (
     MASKED,
     METHODS,
     NUM_STEPS,
-    RARELY_RENEWED,
     TWO_PASSES,
-    WEIGHT,
     Holder,
     adamw,
-    all_bits,
-    assert_masked,
     bits,
     closure_of,
     compiled,
     hand_over,
     said,
-    share_due,
     train,
     with_blocks,
 )
-from tests_distributed.conftest import Run, selection
 from tests_distributed.support.helpers import (
     Toy,
     all_ranks,
-    full_of_all,
+    collected,
     full_state,
     make_batch,
-    make_model,
     shard,
-    wire_config,
 )
+from tests_distributed.support.running import Run, selection
+from tests_distributed.support.small_toy import prepare, small_toy, tell, whole_bits
 
 PRELOADED = ["torch._dynamo.backends.common"]
-
-
-def collected(function: Callable[..., Any], *args: Any) -> Any:
-    """Call it, and let go of its DDP, which an optimizer and its base hold in a cycle, while there
-    is a process group: a collector that ends the group waits for threads that wait for it."""
-    result = function(*args)
-    gc.collect()
-    return result
-
-
-def _toy() -> Toy:
-    return make_model(1, num_layers=1)
-
-
-def _whole(model: nn.Module) -> dict[str, Any]:
-    """Bits of the whole weights (a collective)."""
-    return all_bits(full_state(model))
-
-
-def _told(optimizer: Any, model: nn.Module, wire_bits: int | None) -> None:
-    if wire_bits is not None:
-        config = wire_config(16, weight_bits=wire_bits, grad_bits=wire_bits)
-        optimizer.share_support(qsdp.install(model, config).set_support)
-
-
-def _prepare(model: Toy, optimizer: Any, in_place: bool) -> None:
-    """What libraries do that prepare model and optimizer together."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    slots = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    shard(model)
-    sharded = dict(model.named_parameters())
-    for group, slot in zip(optimizer.param_groups, slots, strict=True):
-        if in_place:
-            for i, name in enumerate(slot):
-                group["params"][i] = sharded[name]
-        else:
-            group["params"] = [sharded[name] for name in slot]
 
 
 # --- made before the sharding -------------------------------------------------------------------
@@ -96,20 +51,20 @@ def _prepare(model: Toy, optimizer: Any, in_place: bool) -> None:
 
 def _trained(method: str, wire_bits: int | None, order: str) -> tuple[Any, Any, int]:
     """Losses and `pruned`; the weights; and how many of the whole parameters outlived the swap."""
-    model = _toy()
+    model = small_toy()
     whole = [weakref.ref(parameter) for parameter in model.parameters()]
     if order == "made afterwards":
         shard(model)
         optimizer = METHODS[method](model, adamw(model))
     else:
         optimizer = METHODS[method](model, adamw(model))
-        _prepare(model, optimizer, in_place=order == "swapped in place")
+        prepare(model, optimizer, in_place=order == "swapped in place")
     gc.collect()
     num_alive = sum(parameter() is not None for parameter in whole)
-    _told(optimizer, model, wire_bits)
+    tell(optimizer, model, wire_bits)
     found = train(optimizer, model, model, range(1), rank=None)
     found += train(optimizer, model, model, range(1, NUM_STEPS), rank=None)
-    return found, _whole(model), num_alive
+    return found, whole_bits(model), num_alive
 
 
 def _compare_orders(method: str, wire_bits: int | None) -> None:
@@ -136,9 +91,9 @@ def test_an_optimizer_from_before_the_sharding_trains_as_one_from_after_it(
 
 
 def _zeros_when_made_before() -> float:
-    model = _toy()
+    model = small_toy()
     optimizer = METHODS["ACDC"](model, adamw(model))
-    _prepare(model, optimizer, in_place=True)
+    prepare(model, optimizer, in_place=True)
     train(optimizer, model, model, rank=None)
     weights = [full_state(model)[f"blocks.0.{n}.weight"] for n in ("qkv", "out", "mlp.up")]
     weights.append(full_state(model)["blocks.0.mlp.down.weight"])
@@ -156,15 +111,15 @@ def _refuse_unswapped(with_closure: bool) -> dict[str, str]:
     for method in METHODS:
         if not with_closure and method in TWO_PASSES:
             continue
-        model = _toy()
+        model = small_toy()
         optimizer = METHODS[method](model, adamw(model))
         shard(model)
-        before = _whole(model)
+        before = whole_bits(model)
         closure = closure_of(model, model, 0, None)
         if not with_closure:
             closure()
         found[method] = said(lambda: optimizer.step(closure if with_closure else None))  # noqa: B023
-        assert _whole(model) == before, method
+        assert whole_bits(model) == before, method
         assert optimizer.num_steps == 0
     return found
 
@@ -203,13 +158,13 @@ def _refuse_other_arguments() -> dict[str, tuple[str, str]]:
     """What is said at the step after the first, which all were to refuse, too."""
     found = {}
     for name, (make, _) in OTHERS.items():
-        model = _toy()
+        model = small_toy()
         optimizer = make(model, adamw(model), dist.get_rank() == 1)
-        _prepare(model, optimizer, in_place=True)
-        before = _whole(model)
+        prepare(model, optimizer, in_place=True)
+        before = whole_bits(model)
         texts = [said(lambda: optimizer.step(closure_of(model, model, 0, None))) for _ in "12"]  # noqa: B023
         found[name] = texts[0], texts[1]
-        assert _whole(model) == before, name
+        assert whole_bits(model) == before, name
     return found
 
 
@@ -238,11 +193,11 @@ def _leave_meta(model: Toy) -> None:
 
 
 def _meta() -> Toy:
-    return shard(_toy().to("meta"))
+    return shard(small_toy().to("meta"))
 
 
 WAYS: dict[str, tuple[Callable[[], Toy], Callable[[Toy], None]]] = {
-    "assign": (lambda: shard(_toy()), _assign),
+    "assign": (lambda: shard(small_toy()), _assign),
     "to_empty": (_meta, _leave_meta),
 }
 
@@ -257,13 +212,13 @@ def _follow_replaced(way: str, method: str) -> str | None:
         replace(each)
     text = None
     if any(a is not b for a, b in zip(old, model.parameters(), strict=True)):
-        before = _whole(model)
+        before = whole_bits(model)
         text = said(lambda: optimizer.step(closure_of(model, model, 0, None)))
-        assert _whole(model) == before
+        assert whole_bits(model) == before
         hand_over(optimizer, model)
     expected = train(METHODS[method](twin, adamw(twin)), twin, twin, rank=None)
     assert train(optimizer, model, model, rank=None) == expected
-    assert _whole(model) == _whole(twin)
+    assert whole_bits(model) == whole_bits(twin)
     return text
 
 
@@ -286,14 +241,14 @@ def test_replaced_shards_are_refused_until_the_optimizer_has_them(
 def _replace_on_one_rank(odd: int, steps: int) -> dict[str, str]:
     found = {}
     for method in METHODS:
-        model = shard(_toy())
+        model = shard(small_toy())
         optimizer = METHODS[method](model, adamw(model))
         train(optimizer, model, model, range(steps), rank=None)
         if dist.get_rank() == odd:
             _assign(model)
-        before = _whole(model)
+        before = whole_bits(model)
         found[method] = said(lambda: optimizer.step(closure_of(model, model, 0, None)))  # noqa: B023
-        assert _whole(model) == before, method
+        assert whole_bits(model) == before, method
         assert optimizer.num_steps == steps
     return found
 
@@ -313,17 +268,17 @@ def test_parameters_replaced_on_one_rank_are_refused_by_all(
 def _refuse_flat(with_closure: bool) -> dict[str, str]:
     found = {}
     for method in METHODS:
-        model = shard(_toy())
+        model = shard(small_toy())
         optimizer = METHODS[method](model, adamw(model))
-        flat = nn.Parameter(torch.cat([p.detach().flatten() for p in _toy().parameters()]))
+        flat = nn.Parameter(torch.cat([p.detach().flatten() for p in small_toy().parameters()]))
         optimizer.param_groups[0]["params"] = [flat]
         closure = closure_of(model, model, 0, None)
         if not with_closure:
             closure()
             flat.grad = torch.ones_like(flat)
-        before, flat_before = _whole(model), bits(flat)
+        before, flat_before = whole_bits(model), bits(flat)
         found[method] = said(lambda: optimizer.step(closure if with_closure else None))  # noqa: B023
-        assert (_whole(model), bits(flat)) == (before, flat_before), method
+        assert (whole_bits(model), bits(flat)) == (before, flat_before), method
     return found
 
 
@@ -336,14 +291,14 @@ def test_a_flat_partition_in_their_place_is_refused(run: Run, with_closure: bool
 
 
 def _swap_amid_training(method: str, steps: int) -> str:
-    model = shard(_toy())
+    model = shard(small_toy())
     optimizer = METHODS[method](model, adamw(model))
     train(optimizer, model, model, range(steps), rank=None)
     _assign(model)
     hand_over(optimizer, model)
-    before = _whole(model)
+    before = whole_bits(model)
     text = said(lambda: optimizer.step(closure_of(model, model, steps, None)))
-    assert _whole(model) == before
+    assert whole_bits(model) == before
     return text
 
 
@@ -388,7 +343,7 @@ LAYOUTS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[A
 
 def _wrap(layout: str, method: str) -> None:
     first, second, together = LAYOUTS[layout]
-    toy, twin = _toy(), _toy()
+    toy, twin = small_toy(), small_toy()
     made_of = first(toy)
     optimizer = METHODS[method](made_of, adamw(toy))
     called = second(made_of)
@@ -401,7 +356,7 @@ def _wrap(layout: str, method: str) -> None:
         torch.testing.assert_close(found, expected)
         return
     assert found == expected
-    assert list(_whole(toy).values()) == list(_whole(twin).values())
+    assert list(whole_bits(toy).values()) == list(whole_bits(twin).values())
 
 
 @selection(
@@ -421,7 +376,7 @@ def test_a_wrapper_put_around_the_model_later_changes_nothing(
 
 def _evaluate_between(method: str) -> str:
     """Between two steps the outer root is left gathered."""
-    toy, twin = _toy(), _toy()
+    toy, twin = small_toy(), small_toy()
     optimizer = METHODS[method](toy, adamw(toy))
     called, other = _shard_outer(toy), _shard_outer(twin)
     hand_over(optimizer, toy)
@@ -440,7 +395,7 @@ def _evaluate_between(method: str) -> str:
         assert loss == other_loss
     for each in (called, other):
         each.reshard()
-    assert list(_whole(toy).values()) == list(_whole(twin).values())
+    assert list(whole_bits(toy).values()) == list(whole_bits(twin).values())
     return "the same"
 
 
@@ -448,240 +403,3 @@ def _evaluate_between(method: str) -> str:
 def test_an_outer_root_that_stays_gathered_is_no_silent_mistake(run: Run, method: str) -> None:
     for text in run(2, _evaluate_between, method):
         assert text == "the same" or "shard" in text
-
-
-# --- frozen and unfrozen ------------------------------------------------------------------------
-
-
-def _freeze_and_unfreeze(method: str, wire_bits: int | None, unfreeze: bool) -> Any:
-    model = _toy()
-    if unfreeze:
-        model.get_parameter(WEIGHT).requires_grad_(False)
-    shard(model)
-    weight: Any = model.get_parameter(WEIGHT)
-    optimizer = RARELY_RENEWED[method](model, adamw(model))
-    _told(optimizer, model, wire_bits)
-    found = train(optimizer, model, model, range(2), rank=None)
-    weight.requires_grad_(unfreeze)
-    before = bits(weight.to_local())
-    found += train(optimizer, model, model, range(2, 5), rank=None)
-    for step in range(5, 7):
-        masks = full_of_all(optimizer.masks())
-        assert (WEIGHT in masks) == unfreeze
-        whole = full_state(model)
-        assert_masked(share_due(optimizer), masks, {name: whole[name] for name in masks})
-        found += train(optimizer, model, model, range(step, step + 1), rank=None)
-    assert unfreeze or bits(weight.to_local()) == before
-    found += train(optimizer, model, model, range(7, 9), rank=None)
-    assert unfreeze or bits(weight.to_local()) == before
-    return found, _whole(model)
-
-
-@selection("method, unfreeze", [("GMP", True)], MASKED, [True, False])
-def test_the_masks_follow_what_is_trained(run: Run, method: str, unfreeze: bool) -> None:
-    plain = run(2, _freeze_and_unfreeze, method, None, unfreeze)
-    assert run(2, _freeze_and_unfreeze, method, 32, unfreeze) == plain
-    run(2, _freeze_and_unfreeze, method, 8, unfreeze)
-
-
-# --- what a step is given -----------------------------------------------------------------------
-
-
-def _refuse_without_closure() -> dict[str, tuple[str, bool]]:
-    found = {}
-    for method in TWO_PASSES:
-        model = shard(_toy())
-        optimizer = METHODS[method](model, adamw(model))
-        closure_of(model, model, 0, None)()
-
-        def seen(model: Any = model) -> Any:
-            return [(bits(p.to_local()), bits(p.grad.to_local())) for p in model.parameters()]
-
-        before = seen()
-        text = said(optimizer.step)
-        found[method] = text, seen() == before and not optimizer.state
-    return found
-
-
-def test_two_passes_need_a_closure_on_every_rank(run: Run) -> None:
-    for found in run(2, _refuse_without_closure):
-        for text, is_unchanged in found.values():
-            assert "closure" in text
-            assert is_unchanged
-
-
-FROM_BEFORE = ("every rank", "rank 1", "one rank, one shard", "held back")
-
-
-def _refuse_micro_batches(which: str, method: str) -> str:
-    model: Any = shard(_toy())
-    twin: Any = shard(_toy())
-    optimizer = METHODS[method](model, adamw(model))
-    first = closure_of(model, model, 7, None)
-    if which == "held back":
-        model.set_requires_gradient_sync(False)
-        first()
-        model.set_requires_gradient_sync(True)
-    else:
-        first()
-        if which == "rank 1" and dist.get_rank() != 1:
-            model.zero_grad()
-        if which == "one rank, one shard":
-            for name, parameter in model.named_parameters():
-                if dist.get_rank() != 1 or name != "blocks.0.qkv.weight":
-                    parameter.grad = None
-
-    def seen() -> Any:
-        return [
-            (bits(p.to_local()), None if p.grad is None else bits(p.grad.to_local()))
-            for p in model.parameters()
-        ]
-
-    before = seen()
-    text = said(lambda: optimizer.step(closure_of(model, model, 0, None)))
-    assert seen() == before
-    assert optimizer.num_steps == 0
-    if which == "held back":  # they are still there
-        twin.set_requires_gradient_sync(False)
-        closure_of(twin, twin, 7, None)()
-        twin.set_requires_gradient_sync(True)
-        for each in (model, twin):
-            closure_of(each, each, 8, None)()
-        for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
-            assert bits(parameter.grad.to_local()) == bits(other.grad.to_local())
-        twin = shard(_toy())
-    optimizer.zero_grad()
-    expected = train(METHODS[method](twin, adamw(twin)), twin, twin, range(2), rank=None)
-    assert train(optimizer, model, model, range(2), rank=None) == expected
-    assert _whole(model) == _whole(twin)
-    return text
-
-
-@selection(
-    "method, which",
-    [*(("CrAM+", which) for which in FROM_BEFORE), ("SAM", "held back")],
-    ["CrAM+", "SAM"],
-    FROM_BEFORE,
-)
-def test_gradients_of_earlier_micro_batches_are_refused_by_all(
-    run: Run, method: str, which: str
-) -> None:
-    for text in run(2, _refuse_micro_batches, which, method):
-        assert "micro-batch" in text
-
-
-def _refuse_micro_batches_under_ddp() -> str:
-    toy = _toy()
-    model = DistributedDataParallel(toy)
-    optimizer = METHODS["CrAM+"](model, adamw(toy))
-    with model.no_sync():
-        closure_of(model, toy, 0, None)()
-    return said(lambda: optimizer.step(closure_of(model, toy, 1, None)))
-
-
-def test_gradients_of_earlier_micro_batches_are_refused_under_ddp(run: Run) -> None:
-    for text in run(2, collected, _refuse_micro_batches_under_ddp):
-        assert "micro-batch" in text
-
-
-def _add_to_gradients(method: str, held_back: bool) -> None:
-    """With a closure for the last micro-batch, or with none."""
-    models = [shard(_toy()), shard(_toy())]
-    for model, is_split in zip(models, (True, False), strict=True):
-        optimizer = METHODS[method](model, adamw(model))
-        for step in range(NUM_STEPS):
-            optimizer.zero_grad()
-            model.set_requires_gradient_sync(not held_back)  # type: ignore[operator]
-            closure_of(model, model, 2 * step, None)()
-            model.set_requires_gradient_sync(True)  # type: ignore[operator]
-            last = closure_of(model, model, 2 * step + 1, None)
-            if is_split:
-                optimizer.step(last)
-            else:
-                last()
-                optimizer.step()
-    assert _whole(models[0]) == _whole(models[1])
-
-
-@pytest.mark.parametrize("held_back", [False, True])
-@pytest.mark.parametrize("method", MASKED)
-def test_a_closures_gradient_is_added_to_those_that_are_there(
-    run: Run, method: str, held_back: bool
-) -> None:
-    run(2, _add_to_gradients, method, held_back)
-
-
-# --- what one rank reads, and what all warn of --------------------------------------------------
-
-
-def _read_on_one_rank(odd: int | None) -> Any:
-    model = _toy()
-    optimizer = RARELY_RENEWED["GMP"](model, adamw(model))
-    _prepare(model, optimizer, in_place=True)
-    for step in range(4):
-        if dist.get_rank() == odd:
-            optimizer.masks()
-            optimizer.state_dict()
-            assert optimizer.prunable.names
-        train(optimizer, model, model, range(step, step + 1), rank=None)
-        with torch.no_grad():  # the root stays gathered
-            model(*make_batch(model, step))
-    return _whole(model)
-
-
-def test_one_rank_may_look_for_itself(run: Run) -> None:
-    assert run(2, _read_on_one_rank, 1) == run(2, _read_on_one_rank, None)
-
-
-def _freeze_different_blocks() -> str:
-    model = shard(make_model(1, num_layers=2))
-    optimizer = METHODS["ACDC"](model, adamw(model))
-    model.blocks[dist.get_rank()].requires_grad_(False)
-    return said(optimizer.step)
-
-
-def test_ranks_that_train_different_parameters_are_told_which(run: Run) -> None:
-    for text in run(2, _freeze_different_blocks):
-        assert "rank 1 is at ACDC.step with prunable parameters blocks.0." in text
-        assert "blocks.0." in text
-
-
-def _warn_as_errors() -> list[str]:
-    texts = []
-    model = shard(_toy())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(2):
-            try:
-                qsdp.SAM(model, torch.optim.SGD([*model.parameters()][1:], lr=0.1))
-            except UserWarning as warning:
-                texts.append(str(warning))
-    return texts
-
-
-def test_where_warnings_are_errors_every_rank_has_them(run: Run) -> None:
-    first, second = run(2, _warn_as_errors)
-    assert first == second
-    assert len(first) == 2
-    assert "lacks 1 trained parameters of the model, 'embed.weight'" in first[0]
-
-
-def _look_while_gathered() -> list[Any]:
-    """What is found behind weights that are gathered, where the group of the whole has them all."""
-    model = make_model(1, conv1d=True)
-    fully_shard(model, mesh=all_ranks())
-    optimizer = METHODS["ACDC"](model, adamw(model))
-    before = optimizer.prunable
-    model.unshard()
-    model.head.weight.requires_grad_(False)
-    optimizer._known.renew()
-    after = optimizer.prunable
-    return [
-        before.dims == after.dims == (0,) * len(before.names),
-        all(map(operator.is_, before.parameters, after.parameters)),
-        not any(parameter is p for parameter in after.parameters for p in model.parameters()),
-    ]
-
-
-def test_shards_are_found_behind_gathered_weights(run: Run) -> None:
-    assert run(2, _look_while_gathered) == [[True, True, True]] * 2

@@ -34,9 +34,8 @@ from tests.support.second_pass import (
     train_plainly,
     train_with_two,
 )
-from tests_distributed.conftest import Run, selection
-from tests_distributed.methods.test_optimizer_references import collected
 from tests_distributed.support.helpers import (
+    collected,
     found_by_one,
     full_state,
     make_batch,
@@ -44,6 +43,7 @@ from tests_distributed.support.helpers import (
     shard,
     wire_config,
 )
+from tests_distributed.support.running import Run, selection
 
 KINDS = ("fsdp", "fsdp, 8 bits", "ddp", "ddp, views of buckets")
 

@@ -23,8 +23,8 @@ from qsdp.models import (
     load_huggingface_weights,
     local_slices,
 )
-from tests_distributed.conftest import Run
 from tests_distributed.support.helpers import full_grads, full_state, shard
+from tests_distributed.support.running import Run
 
 # Rows that no world size divides, norms shorter than a world of 4 splits evenly, and an embedding
 # of several generator blocks, whose borders the shards cross.

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests_distributed.conftest import Run
+from tests_distributed.support.running import Run
 from tests_distributed.support.trainings import (
     BF16,
     FP32,

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tests_distributed.conftest import Run, selection
+from tests_distributed.support.running import Run, selection
 from tests_distributed.support.trainings import (
     BF16,
     FP16,

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from qsdp import Compression, compressed
 from qsdp.sparsity.compression import Prunable, keep_masks
-from tests_distributed.conftest import Run
-from tests_distributed.support.helpers import Conv1D
+from tests_distributed.support.helpers import Conv1D, local_part
+from tests_distributed.support.running import Run
 
 TARGETS = ["0.7", "0.7+layer", "2:4", "4:8", "0.5+block4", "2:4+4bit", "0.5+4bit"]
 
@@ -39,13 +37,6 @@ def _layers(size: int, num_values: int, dtype: torch.dtype) -> Layers:
     for parameter in model.parameters():
         parameter.data.normal_().mul_(num_values).round_().div_(7)
     return model.to(dtype)
-
-
-def local_part(whole: Tensor, axis_size: int, index: int, dim: int = 0) -> Tensor:
-    """The part that rank `index` of the shard axis has, as torch.chunk cuts."""
-    part = math.ceil(whole.shape[dim] / axis_size)
-    begin = min(index * part, whole.shape[dim])
-    return whole.narrow(dim, begin, min(part, whole.shape[dim] - begin))
 
 
 def _compare(kind: str, dtype: torch.dtype, dim: int = 0, targets: list[str] = TARGETS) -> None:

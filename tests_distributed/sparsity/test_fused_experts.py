@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 
 import qsdp
 from qsdp.sparsity.shards import local_shard
-from tests_distributed.conftest import Run
 from tests_distributed.support.helpers import all_ranks, full_state
+from tests_distributed.support.running import Run
 
 STEPS = 8
 PHASES = qsdp.ACDCSchedule(steps=STEPS, warmup=2, phase=2, last_dense=1, last_sparse=2)

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from qsdp.sparsity.compression import compressed, magnitude_masks
 from qsdp.sparsity.prunable import prunable_parameters
 from tests.support.cram_reference import top_k_masks
-from tests_distributed.conftest import Run, selection
 from tests_distributed.support.helpers import full_state, make_batch, make_model, shard
+from tests_distributed.support.running import Run, selection
 
 # Over 4 ranks: even, uneven with empty parts, one row, no value, a scalar per tensor, long.
 SHAPES = [(8, 6), (5, 3), (1, 7), (0, 4), (1,), (301, 4)]

@@ -241,3 +241,45 @@ def delayed(seed: int, step: int) -> Iterator[None]:
 def _sleep(draw: random.Random) -> None:
     if draw.random() < 0.4:
         torch.cuda._sleep(draw.randrange(_DELAY_CYCLES))
+
+
+CASES = {
+    "8 bits": Case(),
+    "3 ranks, prefetched": Case(ranks=3, prefetch=True, config={"weight_bits": 3}),
+    "kept": Case(ranks=3, config={"gather": "once", "weight_bits": 4, "grad_bits": 4}),
+    "gathered again by two": Case(ranks=4, reshard=2),
+    "two hops": Case(ranks=4, config={"ranks_per_node": 2, "reduce": "two-hop"}),
+    "replicas": Case(ranks=4, replicas=2, config={"grad_bits": 4}),
+    "bf16": Case(is_bf16=True, micro_batches=2),
+    "sparse": Case(ranks=3, sparse=True),
+}
+MORE_CASES = {
+    "3 ranks, 4 bits": Case(ranks=3, config={"weight_bits": 4, "grad_bits": 4}),
+    "gathered once": Case(reshard=False, config={"rounding": "stochastic", "weight_bits": 5}),
+    "learned levels": Case(
+        config={"weight_bits": 4, "grad_bits": 3, "levels": "learned", "level_steps": (1, 3)}
+    ),
+    "micro-batches": Case(micro_batches=3, config={"grad_bits": 2}),
+    "raw": Case(config={"weight_bits": 32, "grad_bits": 16}),
+    "sparse, kept": Case(sparse=True, config={"gather": "once", "weight_bits": 4}),
+}
+
+
+RACES = {
+    "resharded": Case(rows=4096),
+    "prefetched": Case(rows=4096, prefetch=True, micro_batches=2, config={"weight_bits": 4}),
+    "kept": Case(rows=4096, config={"gather": "once", "grad_bits": 4}),
+    "kept, asked for early": Case(rows=4096, early=True, config={"gather": "once"}),
+    "replicas, bf16": Case(ranks=4, replicas=2, rows=4096, is_bf16=True),
+    # FSDP2 casts what was averaged, and drops it: the next group's reduce is given its memory.
+    "replicas, reduced in bf16": Case(
+        ranks=4, replicas=2, rows=4096, reduce_dtype=torch.bfloat16, micro_batches=2
+    ),
+}
+
+
+def assert_equal(found: list[list[Tensor]], expected: list[list[Tensor]]) -> None:
+    """Of every rank, bit for bit."""
+    for rank, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            assert torch.equal(one, other), f"tensor {i} of {len(ours)} on rank {rank}"

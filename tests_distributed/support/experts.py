@@ -15,8 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from qsdp.sparsity.shards import local_shard
-from tests_distributed.sparsity.test_compression import local_part
-from tests_distributed.support.helpers import all_ranks
+from tests_distributed.support.helpers import all_ranks, local_part
 
 EXPERTS = ["*expert*weight"]
 """Patterns of the experts alone."""

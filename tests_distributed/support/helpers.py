@@ -6,6 +6,8 @@ At 2 to 4 ranks its parameters give even, uneven and empty shards: width 10 over
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -253,4 +255,19 @@ def found_by_one(function: Callable[[], T]) -> T:
     found: list[Any] = [function() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
     result: T = found[0]
+    return result
+
+
+def local_part(whole: Tensor, axis_size: int, index: int, dim: int = 0) -> Tensor:
+    """The part that rank `index` of the shard axis has, as torch.chunk cuts."""
+    part = math.ceil(whole.shape[dim] / axis_size)
+    begin = min(index * part, whole.shape[dim])
+    return whole.narrow(dim, begin, min(part, whole.shape[dim] - begin))
+
+
+def collected(function: Callable[..., Any], *args: Any) -> Any:
+    """Call it, and let go of its DDP, which an optimizer and its base hold in a cycle, while there
+    is a process group: a collector that ends the group waits for threads that wait for it."""
+    result = function(*args)
+    gc.collect()
     return result

@@ -13,8 +13,6 @@ import datetime
 import faulthandler
 import gc
 import itertools
-import multiprocessing
-import multiprocessing.connection
 import multiprocessing.process
 import os
 import pickle
@@ -327,3 +325,16 @@ def _call(
     dist.barrier()
     dist.destroy_process_group()
     return result
+
+
+def meet(store: str, rank: int, size: int, backend: str | None) -> dist.ProcessGroup:
+    """The default process group, of ``backend`` or of what torch takes without being told."""
+    dist.init_process_group(
+        backend,
+        store=torch.distributed.FileStore(store, size),
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=GLOO_TIMEOUT_S),
+    )
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD

@@ -16,7 +16,6 @@ from torch.distributed.tensor import Shard
 import qsdp
 from qsdp.comm.traffic import LINKS
 from qsdp.sparsity.shards import local_shard
-from tests_distributed.conftest import Run
 from tests_distributed.support.helpers import (
     Toy,
     full_grads,
@@ -26,6 +25,7 @@ from tests_distributed.support.helpers import (
     shard,
     wire_config,
 )
+from tests_distributed.support.running import Run
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 

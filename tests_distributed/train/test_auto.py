@@ -34,9 +34,9 @@ from qsdp.train.loop import train_step
 from qsdp.train.parallelize import build
 from qsdp.train.setup import Job, set_up
 from qsdp.train.world import World
-from tests_distributed.conftest import Run
 from tests_distributed.support.jobs import Jobs, read_metrics
 from tests_distributed.support.launching import SMALL, TEXT
+from tests_distributed.support.running import Run
 
 SIZE = GPTConfig(vocab_size=64, num_layers=3, num_heads=2, width=64, context=64)
 

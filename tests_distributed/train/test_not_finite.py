@@ -21,10 +21,10 @@ from qsdp.optim import global_grad_norm
 from qsdp.sparsity import shards
 from qsdp.train import loop
 from tests.support.optimizers import METHODS, RARELY_RENEWED, TWO_PASSES, adamw, all_bits
-from tests_distributed.conftest import Run, selection
 from tests_distributed.support.helpers import make_batch, make_model, shard, wire_config
 from tests_distributed.support.jobs import Jobs, read_metrics
 from tests_distributed.support.launching import SMALL, TEXT
+from tests_distributed.support.running import Run, selection
 
 RANKS = 3
 WEIGHT = "blocks.1.qkv.weight"

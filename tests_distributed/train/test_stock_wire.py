@@ -26,8 +26,8 @@ from qsdp.train.loop import train_step
 from qsdp.train.setup import set_up
 from qsdp.train.wire import threshold_bytes
 from qsdp.train.world import World
-from tests_distributed.conftest import Run
 from tests_distributed.support.launching import TEXT
+from tests_distributed.support.running import Run
 
 
 class Counter:
