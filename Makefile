@@ -85,7 +85,9 @@ test-all: setup  ## every test with every combination: an hour
 # which the torch of .venv built.
 OTHER := $(subst ==,-,$(firstword $(TORCH)))
 OTHER_BIN := $(CURDIR)/.venv-$(OTHER)/bin
-OTHER_WHOLE := $(addprefix tests_distributed/,fsdp/test_install.py fsdp/test_fsdp2_settings.py methods/test_cram.py)
+OTHER_WHOLE := $(addprefix tests_distributed/fsdp/test_,install.py install_refusals.py report.py exact.py) \
+  $(addprefix tests_distributed/fsdp/test_,fsdp2_settings.py put_off_averages.py several_wholes.py) \
+  $(addprefix tests_distributed/,comm/test_traffic.py methods/test_cram.py)
 OTHER_TESTS := tests/ops/test_codec_kernels.py \
   $(addprefix tests_distributed/,train/test_resume.py comm/test_topology.py fsdp/test_lifetime.py)
 

@@ -24,7 +24,6 @@ from tests_distributed.support.experts import (
 )
 from tests_distributed.support.running import Run, selection
 
-
 WIDE: dict[str, Any] = {"width": 32, "hidden": 24}
 NEAREST: dict[str, Any] = {"bucket_size": 64, "rounding": "nearest"}
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -18,7 +18,6 @@ from tests_distributed.support.expert_methods import NAMES
 from tests_distributed.support.experts import LAYOUTS, Layout, backward_on_rank, values_of
 from tests_distributed.support.running import Run, selection
 
-
 Parts = dict[str, Tensor | None]
 
 

@@ -24,7 +24,6 @@ from tests_distributed.support.experts import (
 from tests_distributed.support.helpers import all_ranks, make_model
 from tests_distributed.support.running import Run, selection
 
-
 TARGETS = (0.0, 0.3, 0.5, 0.9)
 
 
