@@ -19,7 +19,7 @@ QSDP_TEST_REPORT ?= $(CURDIR)/build/reports
 export QSDP_TEST_REPORT
 
 # The test of two ranks that the quick ones end with.
-SMOKE ?= tests_distributed/test_install.py::test_remove_restores_fsdp2_exactly[True]
+SMOKE ?= tests_distributed/fsdp/test_install.py::test_remove_restores_fsdp2_exactly[True]
 
 # What `make test-torch` chooses from other files than those of install and CrAM, as pytest's -k has
 # it: resumes, process groups of two hops, what is freed, and the bytes of the kernels.
@@ -85,8 +85,11 @@ test-all: setup  ## every test with every combination: an hour
 # which the torch of .venv built.
 OTHER := $(subst ==,-,$(firstword $(TORCH)))
 OTHER_BIN := $(CURDIR)/.venv-$(OTHER)/bin
-OTHER_WHOLE := $(addprefix tests_distributed/test_,install.py cram.py fsdp2_settings.py)
-OTHER_TESTS := tests/test_codec_kernels.py $(addprefix tests_distributed/test_,resume.py wire_options.py lifetime.py)
+OTHER_WHOLE := $(addprefix tests_distributed/fsdp/test_,install.py install_refusals.py report.py exact.py) \
+  $(addprefix tests_distributed/fsdp/test_,fsdp2_settings.py put_off_averages.py several_wholes.py) \
+  $(addprefix tests_distributed/,comm/test_traffic.py methods/test_cram.py)
+OTHER_TESTS := tests/ops/test_codec_kernels.py \
+  $(addprefix tests_distributed/,train/test_resume.py comm/test_topology.py fsdp/test_lifetime.py)
 
 test-torch:  ## training and resume with another torch: make test-torch TORCH="torch==2.14.1"
 	@$(MAKE) setup TORCH="$(OWN_TORCH)"

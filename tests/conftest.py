@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from tests.support.ends import shorten_ends
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -20,12 +22,6 @@ def pytest_collection() -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
-
-
-def shorten_ends(patch: pytest.MonkeyPatch) -> None:
-    """Let runs end without a sample and plots, which take most of the time of a few steps."""
-    patch.setattr("qsdp.train.evaluate.Evaluator.sample", lambda evaluator: None)
-    patch.setattr("qsdp.train.report.write_plots", lambda folder, history, summary: [])
 
 
 @pytest.fixture

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests_distributed.jobs import Jobs
-from tests_distributed.pool import Pools, preloaded
-
-Run = Callable[..., list[Any]]
+from tests_distributed.support.jobs import Jobs
+from tests_distributed.support.pool import Pools, preloaded
+from tests_distributed.support.running import Run
 
 
 @pytest.fixture(scope="session")
@@ -65,18 +62,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     heavy = [item for item in items if item.get_closest_marker("heavy")]
     config.hook.pytest_deselected(items=heavy)
     items[:] = [item for item in items if item not in heavy]
-
-
-def selection(
-    names: str | Sequence[str], chosen: Sequence[tuple[Any, ...]], *factors: Sequence[Any]
-) -> pytest.MarkDecorator:
-    """Parametrize by the whole product of ``factors``, of which all but ``chosen`` are heavy."""
-    product = list(itertools.product(*factors))
-    assert set(chosen) <= set(product), "a chosen one is not of the product"
-    return pytest.mark.parametrize(
-        names,
-        [
-            pytest.param(*each, marks=() if each in chosen else pytest.mark.heavy)
-            for each in product
-        ],
-    )

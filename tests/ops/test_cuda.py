@@ -1,0 +1,173 @@
+"""What only a GPU shows of the codec's kernels: streams, graphs, no waiting, sizes above 2**31."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from qsdp import bitmask
+from qsdp.codec import native, ops
+from qsdp.codec.payload import DType, Layout, Segment
+from tests.support import patience
+from tests.support.gpu_kernels import NO_GPU
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not native.has_cuda_kernels(), reason=NO_GPU),
+]
+
+
+class Sent:
+    """One segment of random fp32 values on the GPU, with its payload and what is decoded of it."""
+
+    def __init__(self, numel: int, bits: int = 8, num_segments: int = 1) -> None:
+        segments = [
+            Segment(bits=bits, dtype=DType.FP32, padded=numel // num_segments, parameter=i)
+            for i in range(num_segments)
+        ]
+        layout = Layout(segments, group=0)
+        self.table = torch.tensor(layout.table([s.padded for s in segments]))
+        self.header = layout.header(sender=0, step=0)
+        self.values = torch.randn(layout.num_values, device="cuda")
+        self.payload = torch.zeros(layout.payload_bytes, dtype=torch.uint8, device="cuda")
+        self.decoded = torch.zeros_like(self.values)
+
+    def encode(self) -> None:
+        buffer = self.values.view(torch.uint8)
+        torch.ops.qsdp.encode(buffer, self.table, 5, self.header, self.payload)
+
+    def decode(self, add: bool = False) -> None:
+        buffer = self.decoded.view(torch.uint8)
+        torch.ops.qsdp.decode(self.payload, self.table, 5, buffer, add)
+
+    def wanted(self) -> tuple[Tensor, Tensor]:
+        """By the specification, on the CPU."""
+        payload = torch.zeros(self.payload.shape, dtype=torch.uint8)
+        ops.encode(self.values.cpu().view(torch.uint8), self.table, 5, self.header, payload)
+        decoded = torch.zeros(self.values.shape)
+        ops.decode(payload, self.table, 5, decoded.view(torch.uint8))
+        return payload, decoded
+
+    def check(self) -> None:
+        payload, decoded = self.wanted()
+        assert torch.equal(self.payload.cpu(), payload)
+        assert torch.equal(self.decoded.cpu(), decoded)
+
+
+def test_work_is_done_on_the_current_stream() -> None:
+    sent = Sent(1 << 20)
+    fresh = torch.randn_like(sent.values)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        sent.values.copy_(fresh)
+        sent.encode()
+        sent.decode()
+    assert not stream.query()  # the host did not wait
+    assert torch.cuda.current_stream().query()  # and nothing went elsewhere
+    stream.synchronize()
+    sent.check()
+
+
+def test_nothing_waits_for_the_gpu() -> None:
+    sent = Sent(1 << 20, num_segments=40)
+    values = torch.randn(5000, device="cuda")
+    counts = torch.zeros(2048, dtype=torch.int64, device="cuda")
+    prefix, marks = counts[0].clone(), torch.zeros(5000, dtype=torch.bool, device="cuda")
+    mask = torch.arange(5000) % 3 == 0
+    bits, spans = bitmask.pack(mask).cuda(), torch.tensor([[0, 5000, 4, 0, 0, int(mask.sum())]])
+    kept, back = (torch.empty(4 * n, dtype=torch.uint8, device="cuda") for n in (spans[0, 5], 5000))
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sent.encode()
+        sent.decode()
+        sent.decode(add=True)
+        torch.ops.qsdp.count_digits(values, prefix, 20, 11, counts)
+        torch.ops.qsdp.mark_above(values, 1 << 29, marks)
+        torch.ops.qsdp.compact(values.view(torch.uint8), spans, bits, kept, False)
+        torch.ops.qsdp.expand(kept, spans, bits, back)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert int(counts.sum()) == 5000
+    assert torch.equal(back.view(torch.float32), values * mask.cuda())
+
+
+def test_a_graph_replays_it() -> None:
+    sent = Sent(100_000, bits=4, num_segments=40)  # more segments than a launch takes
+    sent.encode()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sent.encode()
+        sent.decode()
+    for _ in range(2):
+        sent.values.normal_()
+        graph.replay()
+        sent.check()
+
+
+def test_offsets_above_2_to_the_31() -> None:
+    numel = (1 << 29) + (1 << 20)
+    if torch.cuda.mem_get_info()[0] < 6 * numel * 4:
+        pytest.skip("less than 13 GB free on the GPU")
+    sent = Sent(numel, num_segments=2)
+    sent.encode()
+    sent.decode()
+    step = sent.values.abs().max() / 100
+    assert float((sent.decoded - sent.values).abs().max()) < step
+    tail = Sent(1 << 20)
+    tail.values.copy_(sent.values[-(1 << 20) :])
+    assert not torch.equal(sent.decoded[-(1 << 20) :], torch.zeros_like(tail.values))
+
+
+_STOPS = """
+import torch
+import qsdp.codec
+values = torch.ones(5000, device="cuda")
+out = torch.empty(20000, dtype=torch.uint8, device="cuda")
+bits = torch.full((625,), {bits}, dtype=torch.uint8, device="cuda")
+spans = torch.tensor([[0, 5000, 4, 0, 0, {count}]])
+torch.ops.qsdp.compact(values.view(torch.uint8), spans, bits, out, True)
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize(
+    ("bits", "count", "told"),
+    [(0x0F, 2500, "outside the mask is not zero"), (0xFF, 4999, "does not match its mask")],
+)
+def test_what_only_the_gpu_sees_ends_its_use(bits: int, count: int, told: str) -> None:
+    code = _STOPS.format(bits=bits, count=count)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=patience.seconds(),
+        check=False,
+    )
+    assert done.returncode != 0
+    assert told in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({0: torch.zeros(64, dtype=torch.int8)}, "the buffer is"),
+        ({0: torch.zeros(2, 32, dtype=torch.uint8)}, "the buffer is"),
+        ({4: torch.zeros(64)}, "the payload is"),
+    ],
+)
+def test_refusals(change: dict[int, Tensor], told: str) -> None:
+    sent = Sent(16)
+    arguments = [sent.values.view(torch.uint8), sent.table, 5, sent.header, sent.payload]
+    for place, tensor in change.items():
+        arguments[place] = tensor.cuda()
+    with pytest.raises(ValueError, match=told):
+        torch.ops.qsdp.encode(*arguments)
+    arguments = [sent.values.cpu().view(torch.uint8), sent.table, 5, sent.header, sent.payload]
+    with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
+        torch.ops.qsdp.encode(*arguments)

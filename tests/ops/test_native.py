@@ -1,0 +1,134 @@
+"""Which kernels serve is said, and never slower ones than were required."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qsdp.codec import native
+from tests.support import patience
+from tests.support.gpu_kernels import NO_GPU
+
+ROOT = Path(__file__).parents[2]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+LIBRARIES = (native.LIBRARY.name, native.CUDA_LIBRARY.name)
+OPERATORS = ("encode", "decode", "compact", "expand", "count_digits", "mark_above")
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A torch that knows CUDA, an H100, and no CUDA library."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(native, "CUDA_LIBRARY", tmp_path / native.CUDA_LIBRARY.name)
+    monkeypatch.setattr(native, "_has_cuda_kernels", False)
+    monkeypatch.delenv("QSDP_REQUIRE_NATIVE", raising=False)
+
+
+def test_what_serves_the_cpu_is_named() -> None:
+    before = native.capability()
+    try:
+        for name in native.available():
+            native.use(name)
+            assert native.serving(CPU) == name
+            assert native.remark(CPU).startswith("SLOW") == (name == native.PYTHON)
+            assert name == native.PYTHON or native.remark(CPU) == f"kernels: {name}"
+    finally:
+        native.use(before)
+
+
+def test_a_missing_library_is_slow_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_library", None)
+    assert native.remark(CPU).startswith("SLOW kernels: plain PyTorch's")
+    assert "_qsdp_native.so is not installed; install qsdp where" in native.remark(CPU)
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_the_cuda_kernels_are_named_by_the_gpu_that_they_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "_has_cuda_kernels", True)
+    monkeypatch.setattr(native, "_runs_on", lambda device: True)
+    assert native.has_cuda_kernels()
+    assert native.serving(GPU) == "cuda sm_90"
+    assert native.remark(GPU) == "kernels: cuda sm_90"
+    monkeypatch.setattr(native, "_runs_on", lambda device: False)
+    with pytest.raises(RuntimeError, match=r"has no kernels for this GPU \(sm_90\); install"):
+        native.serving(GPU)
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_python_on_a_gpu_is_said_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not native.has_cuda_kernels()
+    assert native.serving(GPU) == native.PYTHON
+    assert native.remark(GPU).startswith("SLOW kernels: plain PyTorch's")
+    assert "_qsdp_cuda.so is not installed; install qsdp where nvcc" in native.remark(GPU)
+    monkeypatch.setenv("QSDP_REQUIRE_NATIVE", "1")
+    with pytest.raises(RuntimeError, match=r"QSDP_REQUIRE_NATIVE=1 but _qsdp_cuda\.so is not"):
+        native.serving(GPU)
+    assert native.serving(CPU) == native.capability()
+
+
+@pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library is required here")
+@pytest.mark.skipif(native.CUDA_LIBRARY.exists(), reason="the CUDA library is here")
+@pytest.mark.parametrize("required", ["0", "1"])
+def test_a_tensor_on_a_gpu_is_refused_where_its_kernels_are_required_but_absent(
+    required: str,
+) -> None:
+    # A process of its own: what is registered at import stays.
+    code = (
+        "import torch; from qsdp.codec import native; "
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key; "
+        "print([has('qsdp::' + name, 'CUDA') for name in native._KERNELS])"
+    )
+    command = [sys.executable, "-c", code]
+    env = os.environ | {"QSDP_REQUIRE_NATIVE": required}
+    printed = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    assert printed.strip() == str([required == "1"] * len(OPERATORS))
+    with pytest.raises(RuntimeError, match=r"QSDP_REQUIRE_NATIVE=1 but _qsdp_cuda\.so is not"):
+        native._refuse(torch.ones(1), 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not native.has_cuda_kernels(), reason=NO_GPU)
+def test_the_gpu_that_is_here_is_named() -> None:
+    assert re.fullmatch(r"cuda sm_\d+", native.serving(GPU))
+    assert native.remark(GPU) == f"kernels: {native.serving(GPU)}"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_clean_removes_every_library() -> None:
+    command = ["make", "--dry-run", "clean"]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert all(f"qsdp/{name}" in printed.split() for name in LIBRARIES)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
+@pytest.mark.parametrize("required", ["0", "1"])
+def test_a_failed_editable_build_leaves_no_library_of_an_earlier_one(
+    tmp_path: Path, required: str
+) -> None:
+    shutil.copy(ROOT / "CMakeLists.txt", tmp_path)
+    (tmp_path / "qsdp").mkdir()
+    for name in LIBRARIES:
+        (tmp_path / "qsdp" / name).touch()
+    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "build", "-DSKBUILD_STATE=editable"]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"CXX": "no-compiler", "QSDP_REQUIRE_NATIVE": required},
+        capture_output=True,
+        text=True,
+        timeout=patience.seconds(),
+        check=False,
+    )
+    assert (done.returncode != 0) == (required == "1"), done.stderr
+    assert list((tmp_path / "qsdp").iterdir()) == []

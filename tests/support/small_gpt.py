@@ -1,0 +1,30 @@
+"""A small GPT of few distinct magnitudes, and its checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from qsdp import checkpoint
+from qsdp.models import GPT, GPTConfig
+from qsdp.train.config import TrainConfig
+
+SIZE = GPTConfig(vocab_size=11, num_layers=3, num_heads=2, width=16, context=8)
+
+
+def save_model(folder: Path, size: GPTConfig = SIZE) -> GPT:
+    """A model of few distinct magnitudes, so that thresholds cut through ties, and its checkpoint
+    in `folder`/checkpoints."""
+    model = GPT(size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((torch.randn(parameter.shape) * 20).round() / 1000)
+    meta = {
+        "config": TrainConfig().as_dict(),
+        "fingerprint": {"model": asdict(size)},
+        "world_size": 1,
+    }
+    checkpoint.save(folder / "checkpoints", 7, model, None, meta, files={"tokenizer.json": "{}"})
+    return model

@@ -1,0 +1,135 @@
+"""What makes a run the same run: all settings that change its numbers, and no others."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from qsdp.train.config import TrainConfig
+
+# Another value of every setting; what changes no number is in the second.
+CHANGES: dict[str, Any] = {
+    "model": "tiny",
+    "steps": 2001,
+    "batch_size": 7,
+    "grad_accum": 2,
+    "seq_len": 65,
+    "lr": 2e-3,
+    "min_lr": 1e-5,
+    "warmup_steps": 99,
+    "weight_decay": 0.2,
+    "beta2": 0.9,
+    "clip_grad": 2.0,
+    "seed": 1,
+    "precision": "bf16",
+    "replicas": 2,
+    "eval_batches": 9,
+    "backend": "gloo",
+    "one_shot": ("0.9",),
+    "prunable": "*.up.*",
+    "sam": True,
+    "gmp": True,
+    "acdc": True,
+    "qsdp_bits": 4,
+    "qsdp_weight_bits": 4,
+    "qsdp_grad_bits": 5,
+    "qsdp_budget": 4.0,
+}
+NO_CHANGES: dict[str, Any] = {
+    "out": "elsewhere",
+    "resume": "none",
+    "keep": 3,
+    "max_bad_steps": 3,
+    "save_every": 7,
+    "save_async": True,
+    "eval_every": 9,
+    "tensorboard": True,
+    "timeout_s": 9,
+    "take_over": True,
+    "data": "else",
+    "tokenizer": "byte",
+}
+OF_A_METHOD: dict[str, tuple[str, Any]] = {
+    "cram_sparsity": ("cram", (0.5,)),
+    "cram_targets": ("cram", ("2:4",)),
+    "cram_rho": ("cram", 0.1),
+    "cram_normalize": ("cram", True),
+    "cram_plus": ("cram", False),
+    "cram_sparse_grad": ("cram", False),
+    "cram": ("qsdp_bits", 4),
+    "acdc_sparsity": ("acdc", 0.5),
+    "acdc_target": ("acdc", "2:4"),
+    "acdc_warmup": ("acdc", 9),
+    "acdc_phase": ("acdc", 50),
+    "acdc_last_dense": ("acdc", 99),
+    "acdc_last_sparse": ("acdc", 99),
+    "eval_every": ("acdc", 7),
+    "gmp_sparsity": ("gmp", 0.8),
+    "gmp_initial": ("gmp", 0.1),
+    "gmp_start": ("gmp", 9),
+    "gmp_every": ("gmp", 9),
+    "gmp_end": ("gmp", 900),
+    "sam_rho": ("sam", 0.1),
+}
+OF_THE_WIRE: dict[str, Any] = {
+    "qsdp_embedding_bits": 7,
+    "qsdp_local_grad_bits": 7,
+    "qsdp_bucket_size": 64,
+    "qsdp_rounding": "nearest",
+    "qsdp_levels": "learned",
+    "qsdp_policy": "*=5",
+    "qsdp_warmup_steps": 9,
+    "qsdp_gather": "once",
+    "qsdp_reduce": "flat",
+    "qsdp_ranks_per_node": 2,
+}
+
+
+def test_every_setting_is_part_of_a_run_or_changes_no_number() -> None:
+    told = {*CHANGES, *NO_CHANGES, *OF_A_METHOD, *OF_THE_WIRE}
+    # Both need two others, which are told.
+    told |= {"qsdp_level_steps", "qsdp_warmup_bits", "qsdp_errors"}
+    assert told == {field.name for field in fields(TrainConfig)}
+    plain, coded = TrainConfig(), TrainConfig(qsdp_bits=4)
+    pairs = [(plain, {name: value}) for name, value in CHANGES.items()]
+    pairs += [(coded, {name: value}) for name, value in OF_THE_WIRE.items()]
+    for name, (method, value) in OF_A_METHOD.items():
+        chosen = {method: value if method == "qsdp_bits" else True}
+        pairs.append((TrainConfig(**chosen), {name: True if name == "cram" else value}))
+    for config, change in pairs:
+        other = replace(config, **change)
+        assert other.identity != config.identity, change
+        assert other.out_dir != config.out_dir, change
+    for name, value in NO_CHANGES.items():
+        assert replace(plain, **{name: value}).identity == plain.identity, name
+    assert replace(coded, qsdp_errors=True).identity == coded.identity
+    for name in ("data", "tokenizer"):
+        assert replace(plain, **{name: "else"}).out_dir != plain.out_dir
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"qsdp_bits": 8}, {"qsdp_weight_bits": 8, "qsdp_grad_bits": 8}),
+        ({"qsdp_bits": 8}, {"qsdp_bits": 8, "qsdp_gather": "twice", "qsdp_reduce": "auto"}),
+        ({"cram": True, "cram_sparsity": (0.5,)}, {"cram": True, "cram_targets": ("0.5",)}),
+        ({"acdc": True}, {"acdc": True, "acdc_target": "0.9"}),
+        ({"acdc": True}, {"acdc": True, "acdc_warmup": 200}),
+        ({"lr": 1e-3}, {"lr": 1e-3, "min_lr": 1e-4}),
+    ],
+)
+def test_the_same_run_may_be_spelled_in_several_ways(one: Any, other: Any) -> None:
+    assert TrainConfig(**one).identity == TrainConfig(**other).identity
+
+
+def test_what_auto_comes_to_is_the_same_run_as_if_given_by_hand() -> None:
+    auto = TrainConfig(qsdp_bits="auto")
+    chosen = auto.resolved({"qsdp_bits": 4, "qsdp_gather": "once"})
+    by_hand = TrainConfig(qsdp_bits=4, qsdp_gather="once")
+    assert chosen.identity == by_hand.identity
+    assert (chosen.out_dir, chosen.wire) == (auto.out_dir, by_hand.wire)
+    assert auto.resolved({"qsdp_bits": None}).identity == TrainConfig().identity
+    folders = {str(c.out_dir) for c in (auto, by_hand, TrainConfig(), TrainConfig(qsdp_bits=8))}
+    assert len(folders) == 4
