@@ -1,8 +1,8 @@
 """Encode and decode throughput of the CPU codec against memcpy.
 
-    python benchmarks/codec.py --bits 8,4 --rounding shift,dither
-    python benchmarks/codec.py --bits 8,4 --rounding shift --size 4K,64K,1M,64M,1G --threads 1,2
-    python benchmarks/codec.py --bits 3,4,6 --rounding stochastic,nearest --levels learned
+    python -m benchmarks.codec.codec --bits 8,4 --rounding shift,dither
+    python -m benchmarks.codec.codec --bits 8 --rounding shift --size 4K,64K,1M,64M,1G --threads 1,2
+    python -m benchmarks.codec.codec --bits 3,4,6 --rounding stochastic,nearest --levels learned
 
 Bytes moved are those of the values read or written plus those of the payload written or read;
 adding reads its target too; memcpy reads and writes. Every round times a memcpy of as many bytes as
@@ -25,9 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 
+from benchmarks.support import machine
 from qsdp.codec import native
 from qsdp.codec.levels import uniform_levels
 from qsdp.codec.payload import DType, Layout, Segment

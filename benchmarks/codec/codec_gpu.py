@@ -1,6 +1,6 @@
 """Encode and decode throughput of the CUDA kernels, against a large copy on the same GPU.
 
-    python benchmarks/codec_gpu.py --json codec_gpu.json
+    python -m benchmarks.codec.codec_gpu --json codec_gpu.json
 
 Bytes moved are those of the values read or written plus those of the payload written or read;
 adding reads its target too; a copy reads and writes. Every round times a copy of 1 GiB and a batch
@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 
+from benchmarks.support import machine
 from qsdp.codec import native
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.config import ROUNDINGS

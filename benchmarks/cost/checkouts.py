@@ -1,6 +1,6 @@
 """A step of this checkout beside a step of another one: what a change costs.
 
-    python benchmarks/checkouts.py ../other-checkout
+    python -m benchmarks.cost.checkouts ../other-checkout
 
 Both train the same small GPT over gloo. Each has its own ranks, which stay alive and take turns:
 rounds alternate, so that a noisy machine is noisy for both. Printed are the median ratio of their
@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
@@ -85,6 +85,7 @@ def compare(arguments: argparse.Namespace) -> None:
 def _start(
     folder: Path, arguments: argparse.Namespace, rank: int, store: str
 ) -> subprocess.Popen[str]:
+    # By its path: as a module it would be the other checkout's, if that has one of this name.
     command = [sys.executable, __file__, str(folder), f"--rank={rank}", f"--store={store}"]
     for name in ("ranks", "steps", "preset", "method", "gather"):
         command.append(f"--{name}={getattr(arguments, name)}")

@@ -1,6 +1,6 @@
 """What compression-aware training costs: steps of CrAM and AC/DC against plain ones.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/cost.py --json cost.json
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.cost.cost --json cost.json
 
 Trains one GPT of 19 million parameters a contestant, 4096 tokens a rank and step, under stock FSDP2
 or with `--bits` on qsdp's wire. Steps of the contestants take turns; a ratio is the median over
@@ -23,13 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import qsdp
+from benchmarks.support import machine
 from qsdp.files import write_json
 from qsdp.models import GPT, GPTConfig, init_weights
 from qsdp.sparsity.compression import Prunable, keep_masks

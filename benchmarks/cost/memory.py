@@ -1,6 +1,6 @@
 """What gathering once costs in memory: the payloads that wait for the backward pass.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/memory.py --json memory.json
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.cost.memory --json memory.json
 
 Trains a GPT of 19 million parameters for two steps, gathered twice and once, and measures on every
 rank what torch has allocated beyond the model: at the end of the second forward pass, when all
@@ -32,7 +32,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
-import machine
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -40,6 +39,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import qsdp
+from benchmarks.support import machine
 from qsdp.files import write_json
 from qsdp.models import GPT, GPTConfig, init_weights
 from qsdp.train.world import end_process

@@ -1,7 +1,7 @@
 """Cost of a step against ranks, parameters and groups, and memory beside plain FSDP2's.
 
-    python benchmarks/scaling.py --out out/scaling
-    python benchmarks/scaling.py --short
+    python -m benchmarks.cost.scaling --out out/scaling
+    python -m benchmarks.cost.scaling --short
 
 Everything runs in processes of this machine over loopback, without a slow link: what is seen is the
 processor's work, of which every rank has less the more ranks share the cores. FSDP2 and qsdp take
@@ -19,13 +19,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import machine
-from asked import check_each_least, check_shared, claimed
-from contestants import add_turn_arguments
-from race import LOOPBACK, device_of, take_turns
-from runs import Mistake, ends_on_error
-from steps import MODELS
-
+from benchmarks.support import machine
+from benchmarks.support.asked import check_each_least, check_shared, claimed
+from benchmarks.support.contestants import add_turn_arguments
+from benchmarks.support.race import LOOPBACK, device_of, take_turns
+from benchmarks.support.runs import Mistake, ends_on_error
+from benchmarks.support.steps import MODELS
 from qsdp.files import write_json
 from qsdp.train.plots import save_png
 

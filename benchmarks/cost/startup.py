@@ -1,6 +1,6 @@
 """How long it takes to begin: importing qsdp beyond torch and FSDP2, and the job's first step.
 
-    python benchmarks/startup.py --json startup.json
+    python -m benchmarks.cost.startup --json startup.json
 
 Imports are timed in fresh processes, in turns; the difference is the median over rounds. The job
 is launch/train_gpt.py on two ranks as `make train` starts it; its first step is over when its
@@ -20,13 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import machine
-from asked import check_least
-from runs import ends_on_error
-
+from benchmarks.support import machine
+from benchmarks.support.asked import check_least
+from benchmarks.support.paths import TRAIN
+from benchmarks.support.runs import ends_on_error
 from qsdp.files import write_json
 
-TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train_gpt.py"
 IMPORT_AT_MOST_S, STEP_AT_MOST_S = 0.3, 12.0
 PATIENCE_S = 120.0
 FSDP = "from torch.distributed.fsdp import fully_shard"

@@ -1,14 +1,15 @@
 """What a model loses when it is compressed in one shot, by the method that trained it.
 
-    python benchmarks/pruning.py --data tinyshakespeare.txt
-    python benchmarks/pruning.py --data tinyshakespeare.txt --wires
-    python benchmarks/pruning.py --data wikitext2.test.txt wikitext2.valid.txt --preset larger
+    python -m benchmarks.pruning.pruning --data tinyshakespeare.txt
+    python -m benchmarks.pruning.pruning --data tinyshakespeare.txt --wires
+    python -m benchmarks.pruning.pruning --preset larger \\
+        --data wikitext2.test.txt wikitext2.valid.txt
 
 CrAM and SAM take two passes a step: beside --steps of them stand as many steps of the others (equal
 steps) and twice as many (equal compute). The last 5 % of the text are a test split, on which the
 table stands; settings are chosen on the validation split:
 
-    python benchmarks/pruning.py --data tinyshakespeare.txt --methods gmp acdc --seeds 0 \\
+    python -m benchmarks.pruning.pruning --data tinyshakespeare.txt --methods gmp acdc --seeds 0 \\
         --flags="--lr 4e-3" --split val --out out/lr-4e-3
 
 Every run leaves one small JSON file in --out, and the same command goes on where it stopped.
@@ -23,12 +24,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import machine
 import torch
 import tyro
-from namespaces import exit_on_termination
-from pruning_data import Texts, losses_on_test, split
-from pruning_methods import (
+from rich.console import Console
+
+from benchmarks.pruning.pruning_data import Texts, losses_on_test, split
+from benchmarks.pruning.pruning_methods import (
     METHODS,
     PRESETS,
     TARGETS,
@@ -38,9 +39,18 @@ from pruning_methods import (
     steps_of,
     tuned_flags,
 )
-from pruning_table import as_json, gap_table, loss_table, make_rows, plot, verdicts, wire_verdicts
-from rich.console import Console
-from runs import (
+from benchmarks.pruning.pruning_table import (
+    as_json,
+    gap_table,
+    loss_table,
+    make_rows,
+    plot,
+    verdicts,
+    wire_verdicts,
+)
+from benchmarks.support import machine
+from benchmarks.support.namespaces import exit_on_termination
+from benchmarks.support.runs import (
     SEQUENCES,
     Mistake,
     Processes,
@@ -52,7 +62,6 @@ from runs import (
     run_all,
     write_json,
 )
-
 from qsdp import checkpoint
 from qsdp.models import GPT, GPTConfig
 from qsdp.train.config import RECIPES, TrainConfig

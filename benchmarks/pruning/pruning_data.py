@@ -1,4 +1,4 @@
-"""The three splits of benchmarks/pruning.py, and a checkpoint's losses on one of them.
+"""The three splits of benchmarks/pruning/pruning.py, and a checkpoint's losses on one of them.
 
 The last 5 % of the text are the test split, which no training sees: what stands before is all that
 launch/train_gpt.py is given, and its first 90 % train, the rest validate.
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import machine
 import torch
-from pruning_methods import TARGETS
 
+from benchmarks.pruning.pruning_methods import TARGETS
+from benchmarks.support import machine
 from qsdp.checkpoint import TensorReader
 from qsdp.data import eval_batches, load_corpus
 from qsdp.data.shards import Tokens

@@ -1,4 +1,4 @@
-"""The methods that benchmarks/pruning.py compares, and the settings in which it does."""
+"""The methods that benchmarks/pruning/pruning.py compares, and the settings in which it does."""
 
 from __future__ import annotations
 

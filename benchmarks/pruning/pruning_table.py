@@ -1,4 +1,4 @@
-"""From the records of benchmarks/pruning.py to its tables, its verdicts and its plot."""
+"""From the records of benchmarks/pruning/pruning.py to its tables, its verdicts and its plot."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pruning_methods import METHODS, TARGETS
 from rich.table import Table
-from runs import Record
 
+from benchmarks.pruning.pruning_methods import METHODS, TARGETS
+from benchmarks.support.runs import Record
 from qsdp.train.plots import save_png
 
 COLUMNS = ("dense", *TARGETS)

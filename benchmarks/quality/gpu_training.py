@@ -1,6 +1,6 @@
 """Whether training on a quantized wire follows full precision on a GPU that ranks share.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/gpu_training.py --json gpu_training.json
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.quality.gpu_training --json gpu.json
 
 Trains gpt2 (124M, its own vocabulary, of which bytes are used) in bf16 on text, from the same
 weights and on the same batches: at 32 bits, 8 and 4 bits through qsdp's own collectives, each
@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 from torch import Tensor, nn
 
 import qsdp
+from benchmarks.support import machine
 from qsdp.data import Batches, Corpus, load_corpus
 from qsdp.files import write_json
 from qsdp.models import GPTConfig, init_weights

@@ -1,7 +1,7 @@
 """Validation loss and bytes of the quantized wire against stock FSDP2: same seeds, same data order.
 
-    python benchmarks/quality.py --data tinyshakespeare.txt
-    python benchmarks/quality.py --data wikitext2.valid.txt --preset larger
+    python -m benchmarks.quality.quality --data tinyshakespeare.txt
+    python -m benchmarks.quality.quality --data wikitext2.valid.txt --preset larger
 
 Trains once a wire and seed, 12 sequences a step over all ranks. A wire's bytes are counted in its
 own training; those of the other way to gather in a run of a few steps. Every run leaves one small
@@ -17,14 +17,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import machine
 import torch
 import tyro
-from namespaces import exit_on_termination
-from quality_table import as_json, make_rows, make_table, plot, verdicts
-from quality_wires import GATHERS, PRESETS, WIRES
 from rich.console import Console
-from runs import (
+
+from benchmarks.quality.quality_table import as_json, make_rows, make_table, plot, verdicts
+from benchmarks.quality.quality_wires import GATHERS, PRESETS, WIRES
+from benchmarks.support import machine
+from benchmarks.support.namespaces import exit_on_termination
+from benchmarks.support.runs import (
     SEQUENCES,
     Mistake,
     Processes,
@@ -36,7 +37,6 @@ from runs import (
     run_all,
     write_json,
 )
-
 from qsdp.data import load_corpus
 from qsdp.models import GPT, GPTConfig
 from qsdp.train.config import RECIPES, TrainConfig

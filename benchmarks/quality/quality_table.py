@@ -1,4 +1,4 @@
-"""From the records of benchmarks/quality.py to its table, its verdicts and its plot."""
+"""From the records of benchmarks/quality/quality.py to its table, its verdicts and its plot."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quality_wires import GATHERS, WIRES
 from rich.table import Table
-from runs import Record
 
+from benchmarks.quality.quality_wires import GATHERS, WIRES
+from benchmarks.support.runs import Record
 from qsdp.train.plots import save_png
 
 

@@ -1,4 +1,4 @@
-"""The wires that benchmarks/quality.py compares, and the two settings in which it does."""
+"""The wires that benchmarks/quality/quality.py compares, and the two settings in which it does."""
 
 from __future__ import annotations
 

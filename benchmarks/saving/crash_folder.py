@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crash_jobs import Ended
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from benchmarks.saving.crash_jobs import Ended
 from qsdp import checkpoint
 
 # Of a line of metrics, what two runs of one command have in common.

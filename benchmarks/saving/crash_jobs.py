@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-TRAIN = ROOT / "launch" / "train_gpt.py"
-WRAPPED = ROOT / "benchmarks" / "crash_rank.py"
+from benchmarks.support.paths import ROOT, TRAIN
+
+WRAPPED = "benchmarks.saving.crash_rank"
 POLL_S = 0.001
 _LEAST_S = 10.0
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -77,7 +77,7 @@ class Job:
         if ranks > 1:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *launcher]
             command += ["--nproc-per-node", str(ranks), "--redirects", "3"]
-            command += ["--log-dir", str(folder / "ranks"), str(WRAPPED), str(folder)]
+            command += ["--log-dir", str(folder / "ranks"), "-m", WRAPPED, str(folder)]
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         inherited = {name: text for name, text in os.environ.items() if name not in _LAUNCHERS}

@@ -1,6 +1,6 @@
 """launch/train_gpt.py as torchrun starts it for crashes.py: the exit status is noted in a folder.
 
-    torchrun ... benchmarks/crash_rank.py FOLDER FLAGS
+    torchrun ... -m benchmarks.saving.crash_rank FOLDER FLAGS
 
 torchrun does not tell the statuses of ranks that end after a signal. A rank that a signal ended
 notes nothing.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from crash_folder import (
+from benchmarks.saving.crash_folder import (
     HOWS,
     Row,
     Whole,
@@ -34,8 +34,7 @@ from crash_folder import (
     tree,
     written_since,
 )
-from crash_jobs import Ended, Job, Stage
-
+from benchmarks.saving.crash_jobs import Ended, Job, Stage
 from qsdp import checkpoint
 
 Run = Callable[[Path], Ended]

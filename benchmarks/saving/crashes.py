@@ -1,7 +1,7 @@
 """The crash matrix: a run is killed, stopped, starved of disk and damaged, and must lose nothing.
 
-    sudo python benchmarks/crashes.py
-    python benchmarks/crashes.py --short
+    sudo python -m benchmarks.saving.crashes
+    python -m benchmarks.saving.crashes --short
 
 Trainings (launch/train_gpt.py: the model tiny, CrAM, the 8-bit wire), on two ranks under torchrun
 and in one process, are disturbed, started again by the same command, and compared with one that was
@@ -26,15 +26,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import crash_rows
-import machine
 import tyro
-from crash_folder import Row, Whole, can_mount
-from crash_jobs import Stage
-from namespaces import exit_on_termination
 from rich.console import Console
 from rich.table import Table
-from runs import Mistake, Processes, Record, Run, read_records, report_failures, run_all, write_json
+
+from benchmarks.saving import crash_rows
+from benchmarks.saving.crash_folder import Row, Whole, can_mount
+from benchmarks.saving.crash_jobs import Stage
+from benchmarks.support import machine
+from benchmarks.support.namespaces import exit_on_termination
+from benchmarks.support.runs import (
+    Mistake,
+    Processes,
+    Record,
+    Run,
+    read_records,
+    report_failures,
+    run_all,
+    write_json,
+)
 
 SAVE_EVERY = 4
 STEPS = {1: 120, 2: 80}  # by ranks

@@ -1,6 +1,6 @@
 """How long a save holds up training, at once and beside it (`--save-async`).
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/saving.py --model gpt2 --json saving.json
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.saving.saving --model gpt2
 
 Saves a GPT with AdamW's state between steps, both ways in turns. Measured are what a save takes of
 the training loop, the median over rounds, and the steps that run while the other ranks' and this
@@ -17,11 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import machine
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+from benchmarks.support import machine
 from qsdp import checkpoint
 from qsdp.files import write_json
 from qsdp.models import GPT, GPTConfig, init_weights

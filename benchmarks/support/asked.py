@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from contestants import chosen, contestants
-from race import LOOPBACK, device_of
-from runs import Mistake
-
+from benchmarks.support.contestants import chosen, contestants
+from benchmarks.support.race import LOOPBACK, device_of
+from benchmarks.support.runs import Mistake
 from qsdp.files import unclaimed
 
 

@@ -9,11 +9,11 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 
 import torch
-from rivals import ddp, powersgd, zero3
-from steps import MODELS, Ready, Setting, whole_model, with_adamw
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import qsdp
+from benchmarks.support.rivals import ddp, powersgd, zero3
+from benchmarks.support.steps import MODELS, Ready, Setting, whole_model, with_adamw
 from qsdp.models import GPT, init_weights
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)

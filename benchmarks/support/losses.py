@@ -16,11 +16,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import FLOOR, Contestant, add_arguments, add_size_arguments, trained
-from ranks import Ranks
-from rounds import read
-from steps import LR, MODELS, Ready, parameters
 
+from benchmarks.support.contestants import (
+    FLOOR,
+    Contestant,
+    add_arguments,
+    add_size_arguments,
+    trained,
+)
+from benchmarks.support.ranks import Ranks
+from benchmarks.support.rounds import read
+from benchmarks.support.steps import LR, MODELS, Ready, parameters
 from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.files import write_json
 from qsdp.train.config import TrainConfig

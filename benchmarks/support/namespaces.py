@@ -223,6 +223,14 @@ class Hosts:
                     continue
 
 
+def torchrun(num_hosts: int, nproc_per_node: int, command: list[str]) -> list[str]:
+    """The command line that starts `command` with torchrun on every host, for `Hosts.run`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    launcher += ["--nnodes", str(num_hosts), "--node-rank", "{host}"]
+    launcher += ["--nproc-per-node", str(nproc_per_node)]
+    return [*launcher, "--master-addr", _address(0), "--master-port", str(MASTER_PORT), *command]
+
+
 def exit_on_termination() -> None:
     """Let SIGTERM and SIGHUP end the program through its `with` blocks."""
     for number in (signal.SIGTERM, signal.SIGHUP):

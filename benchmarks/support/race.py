@@ -11,18 +11,18 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import machine
 import torch
-from contestants import chosen, trained
-from losses import SCHEDULE
-from namespaces import MASTER_PORT, Hosts
-from rounds import Record, due, kept, read, seconds_of
-from runs import Mistake
 
+from benchmarks.support import machine
+from benchmarks.support.contestants import chosen, trained
+from benchmarks.support.losses import SCHEDULE
+from benchmarks.support.namespaces import Hosts, torchrun
+from benchmarks.support.paths import ROOT
+from benchmarks.support.rounds import Record, due, kept, read, seconds_of
+from benchmarks.support.runs import Mistake
 from qsdp.data import load_corpus
 
 LOOPBACK = "loopback"
-HERE = Path(__file__).resolve().parent
 BOTH = ("threads", "device", "powersgd_rank")
 TURNS = ("model", "tokens", "context", "vocab_size", "groups", "settle", "warmup")
 LOSSES = ("data", "loss_model", "loss_steps", "loss_tokens", "loss_evals", "loss_seed")
@@ -96,7 +96,7 @@ def take_turns(arguments: argparse.Namespace, path: Path | None = None) -> Recor
         print(f"{len(record['rounds'])} rounds are there already: {path}")
     if due(record["rounds"], names, arguments.rounds):
         command = [
-            str(HERE / "turns.py"),
+            *("-m", "benchmarks.support.turns"),
             "--out",
             str(path),
             *_flags(arguments, (*TURNS, "rounds")),
@@ -133,14 +133,16 @@ def take_losses(arguments: argparse.Namespace, path: Path) -> Record:
     """What losses.py finds, kept at ``path``. Raises as `take_turns` does."""
     record = begin_losses(arguments, path)
     if any(one.name not in record["rows"] for one in trained(arguments)):
-        command = [str(HERE / "losses.py"), "--out", str(path), *_flags(arguments, LOSSES)]
+        command = ["-m", "benchmarks.support.losses", "--out", str(path)]
+        command += _flags(arguments, LOSSES)
         run_here(command, arguments)
         record = read(path)
     return record
 
 
 def run_here(command: list[str], arguments: argparse.Namespace) -> None:
-    """Run a rank's program in plain processes. Raises RuntimeError if one fails."""
+    """Run a rank's program (`-m`, its module, its flags) in plain processes. Raises RuntimeError if
+    one fails."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     launcher += [str(arguments.hosts * (arguments.nproc_per_node or 1)), *command]
     with subprocess.Popen(launcher, env=os.environ | _environment(arguments)) as process:
@@ -150,7 +152,7 @@ def run_here(command: list[str], arguments: argparse.Namespace) -> None:
             process.terminate()  # killed, it would leave its ranks behind
             raise
     if status:
-        raise RuntimeError(f"{Path(command[0]).name} failed with status {status}")
+        raise RuntimeError(f"{command[1]} failed with status {status}")
 
 
 def run_on_hosts(command: list[str], arguments: argparse.Namespace) -> None:
@@ -161,14 +163,6 @@ def run_on_hosts(command: list[str], arguments: argparse.Namespace) -> None:
     )
     with Hosts(arguments.hosts, arguments.rate, offload=True) as hosts:
         hosts.run(launched, env=_environment(arguments), timeout=arguments.timeout)
-
-
-def torchrun(num_hosts: int, nproc_per_node: int, command: list[str]) -> list[str]:
-    """The command line that starts `command` with torchrun on every host."""
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
-    launcher += ["--nnodes", str(num_hosts), "--node-rank", "{host}"]
-    launcher += ["--nproc-per-node", str(nproc_per_node)]
-    return [*launcher, "--master-addr", "10.77.0.1", "--master-port", str(MASTER_PORT), *command]
 
 
 def _flags(arguments: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
@@ -194,10 +188,9 @@ def _version(package: str) -> str | None:
 
 def _code() -> str:
     """A digest of qsdp and of the programs whose steps are timed."""
-    ours = HERE.parent / "qsdp"
-    files = [path for path in ours.rglob("*") if path.suffix in (".py", ".so")]
+    files = [path for path in (ROOT / "qsdp").rglob("*") if path.suffix in (".py", ".so")]
     files += [
-        HERE / f"{name}.py"
+        Path(__file__).with_name(f"{name}.py")
         for name in (
             "contestants",
             "losses",

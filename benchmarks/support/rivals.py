@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from steps import LR, Ready, Setting, whole_model, with_adamw
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.support.steps import LR, Ready, Setting, whole_model, with_adamw
 
 
 def ddp(*, is_bf16: bool) -> Callable[[Setting], Ready]:

@@ -11,8 +11,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from runs import Mistake
-
+from benchmarks.support.runs import Mistake
 from qsdp.files import finite, write_json
 
 Record = dict[str, Any]

@@ -16,14 +16,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from namespaces import Unavailable
 from rich.console import Console
 
+from benchmarks.support.namespaces import Unavailable
+from benchmarks.support.paths import TRAIN
 from qsdp.files import write_json
 
 Record = dict[str, Any]
 Processes = set[subprocess.Popen[str]]
-ROOT = Path(__file__).resolve().parent.parent
 SEQUENCES = 12  # a step, over all ranks
 
 
@@ -144,7 +144,7 @@ def launch(run: Run, out: Path, processes: Processes) -> Record:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(run.settings["ranks"])]
     job = subprocess.Popen(
-        [*command, str(ROOT / "launch/train_gpt.py"), "--out", str(out), *run.flags],
+        [*command, str(TRAIN), "--out", str(out), *run.flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from contestants import add_arguments, add_size_arguments, chosen
-from ranks import Ranks
-from rounds import due, read
-from steps import Ready, parameters
 from torch import Tensor
 
+from benchmarks.support.contestants import add_arguments, add_size_arguments, chosen
+from benchmarks.support.ranks import Ranks
+from benchmarks.support.rounds import due, read
+from benchmarks.support.steps import Ready, parameters
 from qsdp.files import write_json
 from qsdp.train.world import end_process
 

@@ -1,7 +1,7 @@
 """Whether what `--qsdp-bits auto` chooses is the fastest, on links of several rates.
 
-    sudo python benchmarks/auto.py --rates 100mbit 1gbit loopback --out out/auto
-    sudo python benchmarks/auto.py --short
+    sudo python -m benchmarks.wire.auto --rates 100mbit 1gbit loopback --out out/auto
+    sudo python -m benchmarks.wire.auto --short
 
 Hosts are network namespaces with one rank each, as for link.py; `loopback` is plain processes. On
 each link the GPT of link.py's contestants is measured several times as launch/train_gpt.py would
@@ -24,19 +24,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
-from asked import check_hosts, check_least, check_rate, check_shared, claimed, decide
-from contestants import OURS, RIVAL, add_arguments, add_size_arguments
-from contestants import chosen as contestants_of
-from link_table import median_of, ratio
-from link_targets import at_most, in_words
-from namespaces import exit_on_termination
-from race import LOOPBACK, run_here, run_on_hosts, settings_of, take_turns
-from rounds import SLOW_ROUNDS, SLOW_S, kept, read
-from runs import Mistake, ends_on_error
-from steps import size_of
 
+from benchmarks.support import machine
+from benchmarks.support.asked import (
+    check_hosts,
+    check_least,
+    check_rate,
+    check_shared,
+    claimed,
+    decide,
+)
+from benchmarks.support.contestants import OURS, RIVAL, add_arguments, add_size_arguments
+from benchmarks.support.contestants import chosen as contestants_of
+from benchmarks.support.namespaces import exit_on_termination
+from benchmarks.support.race import LOOPBACK, run_here, run_on_hosts, settings_of, take_turns
+from benchmarks.support.rounds import SLOW_ROUNDS, SLOW_S, kept, read
+from benchmarks.support.runs import Mistake, ends_on_error
+from benchmarks.support.steps import size_of
+from benchmarks.wire.link_table import median_of, ratio
+from benchmarks.wire.link_targets import at_most, in_words
 from qsdp.files import write_json
 from qsdp.train.choose import choose
 from qsdp.train.config import PRECISIONS, TrainConfig
@@ -123,7 +130,7 @@ def choices(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     path = arguments.out / f"choices-{arguments.rate}.json"
     record = kept(path, settings, {"choices": []})
     if not record["choices"]:
-        command = [str(Path(__file__).resolve()), "--worker", str(path)]
+        command = ["-m", "benchmarks.wire.auto", "--worker", str(path)]
         for name in (*SHARED, "threads", "precision", "choices", "device"):
             command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
         run = run_here if arguments.rate == LOOPBACK else run_on_hosts

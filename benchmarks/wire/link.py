@@ -1,9 +1,9 @@
 """Hosts with a slow link between them on this machine: run a command there, or compare contestants.
 
-    sudo python benchmarks/link.py --hosts 2 --rate 100mbit
-    sudo python benchmarks/link.py --short
-    sudo python benchmarks/link.py --hosts 2 --rate 1gbit --nproc-per-node 2 -- program.py --flags
-    python benchmarks/link.py --report out/100mbit out/1gbit out/loopback
+    sudo python -m benchmarks.wire.link --hosts 2 --rate 100mbit
+    sudo python -m benchmarks.wire.link --short
+    sudo python -m benchmarks.wire.link --hosts 2 --rate 1gbit --nproc-per-node 2 -- program.py
+    python -m benchmarks.wire.link --report out/100mbit out/1gbit out/loopback
 
 Hosts are network namespaces. Without a command the contestants of contestants.py train the same GPT
 on them, in turns (turns.py): no communication, FSDP2, DDP, DDP with PowerSGD, DeepSpeed ZeRO-3
@@ -30,8 +30,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import machine
-from asked import (
+from benchmarks.support import machine
+from benchmarks.support.asked import (
     check_hosts,
     check_least,
     check_rate,
@@ -40,15 +40,20 @@ from asked import (
     claimed,
     decide,
 )
-from contestants import SHORT, add_arguments, add_size_arguments
-from link_report import report
-from link_table import explanation_table, explanations, plot, table
-from link_targets import adds_up, in_words, verdicts
-from losses import CONTEXT, add_loss_arguments
-from namespaces import HEADER_BYTES, Counters, Hosts, exit_on_termination
-from race import LOOPBACK, begin_losses, link_of, take_losses, take_turns, torchrun
-from runs import Mistake, ends_on_error
-
+from benchmarks.support.contestants import SHORT, add_arguments, add_size_arguments
+from benchmarks.support.losses import CONTEXT, add_loss_arguments
+from benchmarks.support.namespaces import (
+    HEADER_BYTES,
+    Counters,
+    Hosts,
+    exit_on_termination,
+    torchrun,
+)
+from benchmarks.support.race import LOOPBACK, begin_losses, link_of, take_losses, take_turns
+from benchmarks.support.runs import Mistake, ends_on_error
+from benchmarks.wire.link_report import report
+from benchmarks.wire.link_table import explanation_table, explanations, plot, table
+from benchmarks.wire.link_targets import adds_up, in_words, verdicts
 from qsdp.files import write_json
 
 SHORT_FORM = {"rate": "100mbit", "rounds": 3, "settle": 0, "loss_steps": 200}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import machine
-from link_table import losses_in_words, median_of, ratio, references
-from rounds import Record, differs, read
-from runs import Mistake
+from benchmarks.support import machine
+from benchmarks.support.rounds import Record, differs, read
+from benchmarks.support.runs import Mistake
+from benchmarks.wire.link_table import losses_in_words, median_of, ratio, references
 
 COLUMNS = {
     "alone-fp32": "floor",
@@ -81,7 +81,7 @@ def report(folders: list[Path]) -> str:
     commands = ", ".join(f"`--rate {record['link']}`" for record in records)
     lines += [
         "",
-        f"Command: `sudo python benchmarks/link.py --hosts {first['hosts']} --model "
+        f"Command: `sudo python -m benchmarks.wire.link --hosts {first['hosts']} --model "
         f"{settings['model']}` with {commands}.",
     ]
     if len(codes) > 1:

@@ -9,10 +9,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from contestants import FLOOR, OURS, RIVAL
-from losses import powersgd_start
-from rounds import SLOW_ROUNDS, SLOW_S, Record
-
+from benchmarks.support.contestants import FLOOR, OURS, RIVAL
+from benchmarks.support.losses import powersgd_start
+from benchmarks.support.rounds import SLOW_ROUNDS, SLOW_S, Record
 from qsdp.train.plots import save_png
 
 Row = dict[str, Any]

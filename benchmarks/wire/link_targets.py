@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from contestants import OURS, RIVAL
-from link_table import explanations, median_of, ratio
-from rounds import Record
+from benchmarks.support.contestants import OURS, RIVAL
+from benchmarks.support.rounds import Record
+from benchmarks.wire.link_table import explanations, median_of, ratio
 
 BEST, BEST_SHARDED = "the best qsdp", "the best that shards"
 FOUR, EIGHT = "qsdp-w4g4-once-fp32", "qsdp-w8g8-once-fp32"

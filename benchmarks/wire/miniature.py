@@ -1,7 +1,7 @@
 """The paper's experiment in miniature: its ratio of communication to computation, on a slow link.
 
-    sudo python benchmarks/miniature.py --out out/miniature
-    sudo python benchmarks/miniature.py --short
+    sudo python -m benchmarks.wire.miniature --out out/miniature
+    sudo python -m benchmarks.wire.miniature --short
 
 QSDP (arXiv 2302.02390) trains GPT 1.3B on 32 V100 in 4 nodes, 512 sequences of 2048 tokens a step
 in 4 micro-batches, over links of 10, 50 and 100 Gbit/s, and finds up to 2.2x at 10. In a
@@ -33,15 +33,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import machine
-from asked import check_each_least, check_hosts, check_least, check_shared, claimed, decide
-from contestants import add_size_arguments, add_turn_arguments
-from link_table import plot, table
-from link_table import ratio as ratio_of_rows
-from namespaces import exit_on_termination
-from race import take_turns
-from runs import ends_on_error
-
+from benchmarks.support import machine
+from benchmarks.support.asked import (
+    check_each_least,
+    check_hosts,
+    check_least,
+    check_shared,
+    claimed,
+    decide,
+)
+from benchmarks.support.contestants import add_size_arguments, add_turn_arguments
+from benchmarks.support.namespaces import exit_on_termination
+from benchmarks.support.race import take_turns
+from benchmarks.support.runs import ends_on_error
+from benchmarks.wire.link_table import plot, table
+from benchmarks.wire.link_table import ratio as ratio_of_rows
 from qsdp.files import write_json
 
 OPERATIONS = 8192 * (6 * 1.3e9 + 12 * 24 * 2048 * 2048)

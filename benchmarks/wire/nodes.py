@@ -1,6 +1,6 @@
 """What leaves a node: two-hop collectives against flat ones, and gathers once against twice.
 
-    sudo python benchmarks/nodes.py --json nodes.json
+    sudo python -m benchmarks.wire.nodes --json nodes.json
 
 Two nodes of two ranks each (network namespaces of this machine). Bytes are those that left a node's
 interface in one step, less packet headers, the mean over the nodes, beside what qsdp's counters
@@ -36,14 +36,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import machine
-from link import torchrun
-from namespaces import Hosts, Unavailable, exit_on_termination
-
+from benchmarks.support import machine
+from benchmarks.support.namespaces import Hosts, Unavailable, exit_on_termination, torchrun
+from benchmarks.support.paths import TRAIN
 from qsdp.files import write_json
 
-HERE = Path(__file__).resolve().parent
-TRAIN = HERE.parent / "launch" / "train_gpt.py"
 NODES, RANKS_PER_NODE = 2, 2
 REDUCES = ("flat", "two-hop")
 TOLERANCE = 0.03
@@ -143,7 +140,7 @@ def parse() -> argparse.Namespace:
 def run_passes(hosts: Hosts, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """The rows of passes.py."""
     out = folder / "passes.json"
-    command = [str(HERE / "passes.py"), "--bits", *map(str, arguments.bits)]
+    command = ["-m", "benchmarks.wire.passes", "--bits", *map(str, arguments.bits)]
     command += ["--passes", str(arguments.passes), "--out", str(out)]
     _run(hosts, command, arguments.timeout * len(arguments.bits), folder)
     return json.loads(out.read_text())

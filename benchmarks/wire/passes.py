@@ -1,4 +1,4 @@
-"""The program that benchmarks/nodes.py runs on its nodes: passes of a GPT, and who sent what.
+"""The program that benchmarks/wire/nodes.py runs on its nodes: passes of a GPT, and who sent what.
 
 Started by torchrun on hosts whose link is `eth0`. Each phase repeats one kind of pass, and between
 barriers rank 0 of each node reads what left its interface, less packet headers; qsdp's counters are
@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from namespaces import HEADER_BYTES, INTERFACE
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
+from benchmarks.support.namespaces import HEADER_BYTES, INTERFACE
 from qsdp.files import write_json
 from qsdp.models import GPT, GPTConfig, init_weights
 from qsdp.train.world import end_process

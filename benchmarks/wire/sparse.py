@@ -1,6 +1,6 @@
 """What a pruned weight costs on the wire: bits a prunable weight in AC/DC's compressed phases.
 
-    sudo python benchmarks/sparse.py --json sparse.json
+    sudo python -m benchmarks.wire.sparse --json sparse.json
 
 Two hosts of one rank (network namespaces of this machine). A GPT of 5 million parameters is trained
 for some steps with AC/DC, until its first compressed phase: its mask is one that training made, not
@@ -26,19 +26,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
 import torch.distributed as dist
-from link import torchrun
-from namespaces import Hosts, Unavailable, exit_on_termination
-from passes import SIZE, build, forward, forward_backward, run, state
 
 import qsdp
+from benchmarks.support import machine
+from benchmarks.support.namespaces import Hosts, Unavailable, exit_on_termination, torchrun
+from benchmarks.wire.passes import SIZE, build, forward, forward_backward, run, state
 from qsdp.files import write_json
 from qsdp.sparsity.shards import local_shard
 from qsdp.train.world import end_process
 
-HERE = Path(__file__).resolve()
 NUM_HOSTS = 2
 GATHER_AT_MOST, REDUCE_AT_MOST = 1.0, 1.2
 SUPPORTS = ("whole", "mask", "nothing")
@@ -53,7 +51,7 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as folder, Hosts(NUM_HOSTS) as hosts:
             out = Path(folder) / "rows.json"
-            command = [str(HERE), *sys.argv[1:], "--out", str(out)]
+            command = ["-m", "benchmarks.wire.sparse", *sys.argv[1:], "--out", str(out)]
             try:
                 environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
                 hosts.run(
@@ -168,7 +166,8 @@ def trained(
         schedule=schedule,
         target=arguments.sparsity,
     )
-    text = torch.frombuffer(bytearray(HERE.read_bytes()), dtype=torch.uint8) % SIZE.vocab_size
+    source = bytearray(Path(__file__).read_bytes())
+    text = torch.frombuffer(source, dtype=torch.uint8) % SIZE.vocab_size
     for step in range(steps):
         generator = torch.Generator().manual_seed(2 * step + dist.get_rank())
         starts = torch.randint(len(text) - SIZE.context - 1, (4,), generator=generator)

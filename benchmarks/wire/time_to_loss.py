@@ -1,7 +1,7 @@
 """Seconds of training to a given validation loss, on links of several rates, beside the rivals.
 
-    sudo python benchmarks/time_to_loss.py --data text.txt --seeds 3
-    sudo python benchmarks/time_to_loss.py --short
+    sudo python -m benchmarks.wire.time_to_loss --data text.txt --seeds 3
+    sudo python -m benchmarks.wire.time_to_loss --short
 
 How many steps a loss takes does not depend on the link, and what a step takes does not depend on
 the weights: so they are measured apart, with the same model and tokens. For steps every contestant
@@ -21,16 +21,22 @@ import argparse
 import sys
 from pathlib import Path
 
-import machine
-from asked import check_hosts, check_least, check_rate, check_shared, claimed, decide
-from contestants import OURS, RIVAL, add_arguments, chosen
-from losses import CONTEXT, add_loss_arguments
-from namespaces import exit_on_termination
-from race import LOOPBACK, begin_losses, take_losses, take_turns
-from rounds import Record
-from runs import Mistake, ends_on_error
-from time_to_loss_table import FIRST, judge, plot, table
-
+from benchmarks.support import machine
+from benchmarks.support.asked import (
+    check_hosts,
+    check_least,
+    check_rate,
+    check_shared,
+    claimed,
+    decide,
+)
+from benchmarks.support.contestants import OURS, RIVAL, add_arguments, chosen
+from benchmarks.support.losses import CONTEXT, add_loss_arguments
+from benchmarks.support.namespaces import exit_on_termination
+from benchmarks.support.race import LOOPBACK, begin_losses, take_losses, take_turns
+from benchmarks.support.rounds import Record
+from benchmarks.support.runs import Mistake, ends_on_error
+from benchmarks.wire.time_to_loss_table import FIRST, judge, plot, table
 from qsdp.data import load_corpus
 from qsdp.files import write_json
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from contestants import OURS, RIVAL
-from link_table import FIRST, Row, median_of
-from losses import CURVE_TOKENS, powersgd_start
-from rounds import SLOW_ROUNDS, SLOW_S, Record
-
+from benchmarks.support.contestants import OURS, RIVAL
+from benchmarks.support.losses import CURVE_TOKENS, powersgd_start
+from benchmarks.support.rounds import SLOW_ROUNDS, SLOW_S, Record
+from benchmarks.wire.link_table import FIRST, Row, median_of
 from qsdp.train.plots import save_png
 
 Curve = list[tuple[int, float | None]]

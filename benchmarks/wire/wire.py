@@ -1,6 +1,6 @@
 """Are the bytes that qsdp says it sends the bytes that cross the wire?
 
-    sudo python benchmarks/wire.py --json wire.json
+    sudo python -m benchmarks.wire.wire --json wire.json
 
 Runs launch/train_gpt.py on two hosts (network namespaces of this machine, one rank each) and
 compares what its counters say with what the hosts' interfaces saw, less packet headers. A step's
@@ -24,11 +24,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from namespaces import Hosts, Unavailable, exit_on_termination
-
+from benchmarks.support.namespaces import Hosts, Unavailable, exit_on_termination
+from benchmarks.support.paths import TRAIN
 from qsdp.files import write_json
 
-TRAIN = Path(__file__).resolve().parent.parent / "launch" / "train_gpt.py"
 CASES = {
     "stock": ("stock FSDP2, fp32", []),
     "32": ("qsdp, 32 bits", ["--qsdp-bits", "32"]),
