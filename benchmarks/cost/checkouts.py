@@ -85,7 +85,7 @@ def compare(arguments: argparse.Namespace) -> None:
 def _start(
     folder: Path, arguments: argparse.Namespace, rank: int, store: str
 ) -> subprocess.Popen[str]:
-    # By its path: as a module it would be the other checkout's, if that has one of this name.
+    # By its path: as a module it would find this checkout before the other one.
     command = [sys.executable, __file__, str(folder), f"--rank={rank}", f"--store={store}"]
     for name in ("ranks", "steps", "preset", "method", "gather"):
         command.append(f"--{name}={getattr(arguments, name)}")

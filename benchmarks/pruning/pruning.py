@@ -289,4 +289,6 @@ def report(
 
 if __name__ == "__main__":
     exit_on_termination()
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(
+        main(tyro.cli(Options, prog="python -m benchmarks.pruning.pruning", description=__doc__))
+    )

@@ -201,4 +201,6 @@ def train(run: Run, processes: Processes) -> Record:
 
 if __name__ == "__main__":
     exit_on_termination()
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(
+        main(tyro.cli(Options, prog="python -m benchmarks.quality.quality", description=__doc__))
+    )

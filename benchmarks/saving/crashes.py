@@ -332,4 +332,6 @@ def totals_table(records: list[Record]) -> Table:
 
 if __name__ == "__main__":
     exit_on_termination()
-    sys.exit(main(tyro.cli(Options, description=__doc__)))
+    sys.exit(
+        main(tyro.cli(Options, prog="python -m benchmarks.saving.crashes", description=__doc__))
+    )
