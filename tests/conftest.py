@@ -3,7 +3,6 @@
 import gc
 import importlib
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,8 +10,6 @@ import pytest
 import torch.distributed as dist
 
 from tests.support.ends import shorten_ends
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def pytest_collection() -> None:
@@ -31,12 +28,11 @@ def brief_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a program, which finds its neighbours as it does when it is run."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def load() -> Any:
+    """Import a program of benchmarks/, or another module there, by its room and name."""
 
     def by_name(name: str) -> ModuleType:
-        return importlib.import_module(name)
+        return importlib.import_module(f"benchmarks.{name}")
 
     return by_name
 

@@ -1,5 +1,5 @@
-"""benchmarks/crashes.py in small: killed, damaged and starved runs lose nothing, and the matrix
-would see it if they did."""
+"""benchmarks/saving/crashes.py in small: killed, damaged and starved runs lose nothing, and the
+matrix would see it if they did."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from qsdp.train.cli import main
-from tests.conftest import BENCHMARKS
 from tests.support import patience
 from tests.support.ends import shorten_ends
 
@@ -25,19 +24,14 @@ STEPS = 24
 
 
 @pytest.fixture(scope="module")
-def matrix() -> Iterator[Any]:
+def matrix() -> Any:
     """The modules of the benchmark, as attributes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import crash_folder
-        import crash_jobs
-        import crash_rows
-        import crashes
+    from benchmarks.saving import crash_folder, crash_jobs, crash_rows, crashes
 
-        class Modules:
-            folder, jobs, rows, program = crash_folder, crash_jobs, crash_rows, crashes
+    class Modules:
+        folder, jobs, rows, program = crash_folder, crash_jobs, crash_rows, crashes
 
-        yield Modules
+    return Modules
 
 
 @pytest.fixture(scope="module")

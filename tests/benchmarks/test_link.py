@@ -1,4 +1,4 @@
-"""benchmarks/link.py says what it measured: ratios, targets, rounds that are kept, refusals."""
+"""benchmarks/wire/link.py says what it measured: ratios, targets, kept rounds, refusals."""
 
 import argparse
 import json
@@ -49,7 +49,7 @@ def test_a_speed_up_is_taken_round_by_round(load: Any, ours: float, is_met: bool
         _raced("qsdp-w8g8-once-fp32", 1.6, 3.2, 1.6),
         _raced("qsdp-w4g4-once-fp32", ours, 2 * ours, ours),
     ]
-    targets = load("link_targets")
+    targets = load("wire.link_targets")
     four, eight = targets.verdicts(_race("100mbit", *rows))
     assert four["value"] == pytest.approx(7.5 / ours)
     assert (four["is_met"], four["limit"]) == (is_met, 7.5)
@@ -69,12 +69,12 @@ def test_a_slow_down_is_against_the_best_that_shards(load: Any, ours: float, is_
         _raced("qsdp-w8g8-once-fp32", ours),
         _raced("qsdp-w4g4-once-fp32", 3.0),
     ]
-    (verdict,) = load("link_targets").verdicts(_race("loopback", *rows))
+    (verdict,) = load("wire.link_targets").verdicts(_race("loopback", *rows))
     assert (verdict["value"], verdict["is_met"]) == (pytest.approx(ours), is_met)
 
 
 def test_every_row_is_held_against_fsdp2_and_the_best_of_both_kinds(load: Any) -> None:
-    table = load("link_table")
+    table = load("wire.link_table")
     record = _race(
         "100mbit",
         _raced("alone-fp32", 1.0),
@@ -92,7 +92,7 @@ def test_every_row_is_held_against_fsdp2_and_the_best_of_both_kinds(load: Any) -
 
 def test_a_slow_contestant_is_compared_in_the_rounds_that_it_was_in(load: Any) -> None:
     slow, fast = _raced("fsdp-fp32", 12.0, 12.0, 12.0), _raced("q", 1.0, 2.0, 3.0, 1e-9, 1e-9)
-    assert load("link_table").ratio(slow, fast) == 6.0
+    assert load("wire.link_table").ratio(slow, fast) == 6.0
 
 
 @pytest.mark.parametrize(("wire", "is_met"), [(0.28, True), (0.2, False), (0.4, False)])
@@ -106,10 +106,10 @@ def test_parts_and_computation_make_the_step(load: Any, wire: float, is_met: boo
         _raced("qsdp-w8g8-once-fp32", 1.0, **parts, reduce_decode_s=0.1),
     ]
     record = _race("1gbit", *rows)
-    (verdict,) = load("link_targets").adds_up(record)
+    (verdict,) = load("wire.link_targets").adds_up(record)
     assert verdict["value"] == pytest.approx(abs(wire - 0.3))
     assert verdict["is_met"] == is_met
-    table = load("link_table")
+    table = load("wire.link_table")
     (one,) = table.explanations(record)
     assert one["copies_s"] == pytest.approx(0.1)
     assert one["sum_s"] == pytest.approx(0.7 + wire)
@@ -120,7 +120,7 @@ def test_parts_and_computation_make_the_step(load: Any, wire: float, is_met: boo
 
 
 def test_slow_contestants_leave_after_three_rounds_and_the_others_go_on(load: Any) -> None:
-    due = load("rounds").due
+    due = load("support.rounds").due
     rounds = [{"slow": {"seconds": 10.1}, "fast": {"seconds": 9.9}} for _ in range(3)]
     assert due(rounds[:2], ["slow", "fast"], 5) == ["slow", "fast"]
     assert due(rounds, ["slow", "fast"], 5) == ["fast"]
@@ -130,7 +130,7 @@ def test_slow_contestants_leave_after_three_rounds_and_the_others_go_on(load: An
 
 
 def test_what_is_kept_is_of_the_same_settings(load: Any, tmp_path: Path) -> None:
-    rounds, mistake = load("rounds"), load("runs").Mistake
+    rounds, mistake = load("support.rounds"), load("support.runs").Mistake
     path = tmp_path / "turns.json"
     settings = {"link": "1gbit", "contestants": ("a", "b"), "code": "1f"}
     record = rounds.kept(path, settings, {"rounds": []})
@@ -151,8 +151,8 @@ def test_what_is_kept_is_of_the_same_settings(load: Any, tmp_path: Path) -> None
 def test_turns_add_the_rounds_that_are_missing(
     load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns, ranks = load("turns"), load("ranks")
-    monkeypatch.setitem(load("steps").MODELS, "1m", (1, 64))
+    turns, ranks = load("support.turns"), load("support.ranks")
+    monkeypatch.setitem(load("support.steps").MODELS, "1m", (1, 64))
     monkeypatch.setattr("gc.freeze", lambda: None)
     out = tmp_path / "turns.json"
     names = ["alone-fp32", "fsdp-fp32", "ddp-powersgd-fp32", "qsdp-w4g4-once-fp32"]
@@ -196,7 +196,7 @@ def test_turns_add_the_rounds_that_are_missing(
 
 
 def test_names_are_unique_and_the_default_computes_in_fp32(load: Any) -> None:
-    contestants = load("contestants")
+    contestants = load("support.contestants")
     arguments = argparse.Namespace(contestants=None, without=[], device="cpu", powersgd_rank=7)
     everyone, chosen = contestants.contestants(7), contestants.chosen(arguments)
     assert len({one.name for one in everyone}) == len({one.what for one in everyone})
@@ -214,13 +214,13 @@ def test_names_are_unique_and_the_default_computes_in_fp32(load: Any) -> None:
 def test_the_short_form_is_a_floor_and_five(
     load: Any, monkeypatch: pytest.MonkeyPatch, has_deepspeed: bool
 ) -> None:
-    link = load("link")
+    link = load("wire.link")
     monkeypatch.setattr(link, "find_spec", lambda name: has_deepspeed or None)
     monkeypatch.setattr(sys, "argv", ["link.py", "--short", "--rounds", "2"])
     arguments = link.parse()
     assert (arguments.rate, arguments.rounds, arguments.settle) == ("100mbit", 2, 0)
     arguments.device = "cpu"
-    roles = [one.role for one in load("contestants").chosen(arguments)]
+    roles = [one.role for one in load("support.contestants").chosen(arguments)]
     assert sorted(roles)[0] == "floor"
     assert len(roles) == 6
 
@@ -256,7 +256,7 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(
     before, *command = flags.format(out=tmp_path).split("-- ")
     argv = ["link.py", "--out", str(tmp_path), *before.split()]
     monkeypatch.setattr(sys, "argv", [*argv, *(["--", *command] if command else [])])
-    link = load("link")
+    link = load("wire.link")
     monkeypatch.setattr(link, "exit_on_termination", lambda: None)
     with pytest.raises(SystemExit) as ended:
         link.main()
@@ -289,7 +289,7 @@ def _finished(folder: Path, link: str, seconds: dict[str, float], **settings: An
 
 
 def test_a_report_has_a_row_a_link(load: Any, tmp_path: Path) -> None:
-    report = load("link_report").report
+    report = load("wire.link_report").report
     names = ["alone-fp32", "fsdp-fp32", "ddp-powersgd-fp32", "qsdp-w4g4-once-fp32"]
     slow = dict(zip(names, (1.0, 16.0, 2.0, 4.0), strict=True))
     fast = dict(zip(names, (1.0, 2.0, 3.0, 1.0 + random.random()), strict=True))
@@ -306,7 +306,7 @@ def test_a_report_has_a_row_a_link(load: Any, tmp_path: Path) -> None:
 
 
 def test_a_report_is_of_one_model_and_machine(load: Any, tmp_path: Path) -> None:
-    report, mistake = load("link_report").report, load("runs").Mistake
+    report, mistake = load("wire.link_report").report, load("support.runs").Mistake
     seconds = {"alone-fp32": 1.0, "fsdp-fp32": 2.0, "qsdp-w4g4-once-fp32": 1.5}
     first = _finished(tmp_path / "a", "100mbit", seconds)
     for number, changes in enumerate(({"model": "5m"}, {"powersgd_rank": 8}, {"extra": 1})):

@@ -39,7 +39,7 @@ def a_record(
 
 
 def test_a_save_is_timed_both_ways(load: Any, tmp_path: Path) -> None:
-    saving = load("saving")
+    saving = load("saving.saving")
     options = SimpleNamespace(model="tiny", rounds=1, tokens=8, folder=tmp_path)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -70,7 +70,7 @@ def test_a_save_is_timed_both_ways(load: Any, tmp_path: Path) -> None:
 def test_quality_refuses_what_it_cannot_run_in_one_sentence(
     load: Any, text: Path, tmp_path: Path, capsys: Any, option: dict[str, Any], named: str
 ) -> None:
-    quality = load("quality")
+    quality = load("quality.quality")
     options = quality.Options(**{"data": text, "out": tmp_path / "out"} | option)
     assert quality.main(options) == 2
     message = capsys.readouterr().err
@@ -83,7 +83,7 @@ def test_quality_refuses_what_it_cannot_run_in_one_sentence(
 def test_every_training_of_quality_is_one_that_the_job_takes(
     load: Any, text: Path, preset: str
 ) -> None:
-    quality = load("quality")
+    quality = load("quality.quality")
     for run in quality.plan(quality.Options(data=text, preset=preset)):
         config = parse(run.flags)
         wire = run.settings["wire"]
@@ -97,7 +97,7 @@ def test_every_training_of_quality_is_one_that_the_job_takes(
 
 
 def test_the_table_spans_all_bits_and_methods_and_seeds(load: Any, text: Path) -> None:
-    quality = load("quality")
+    quality = load("quality.quality")
     runs = quality.plan(quality.Options(data=text))
     trained = {(run.settings["wire"], run.settings["seed"]) for run in runs if run.is_training}
     for seed in (0, 1, 2):
@@ -112,7 +112,7 @@ def test_the_table_spans_all_bits_and_methods_and_seeds(load: Any, text: Path) -
 
 
 def test_every_wire_but_stock_is_counted_gathered_twice_and_once(load: Any, text: Path) -> None:
-    quality = load("quality")
+    quality = load("quality.quality")
     runs = quality.plan(quality.Options(data=text))
     counted: dict[str, set[str]] = {}
     for run in runs:
@@ -124,7 +124,7 @@ def test_every_wire_but_stock_is_counted_gathered_twice_and_once(load: Any, text
 def test_quality_goes_on_from_its_records_and_from_no_others(
     load: Any, text: Path, tmp_path: Path
 ) -> None:
-    quality, runs = load("quality"), load("runs")
+    quality, runs = load("quality.quality"), load("support.runs")
     run, *_ = quality.plan(quality.Options(data=text, steps=7))
     assert runs.read_record(tmp_path, run) is None
     record = run.settings | {"val_loss": random.random()}
@@ -138,7 +138,7 @@ def test_quality_goes_on_from_its_records_and_from_no_others(
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_bytes_a_parameter_count_each_value_once_whatever_the_ranks(load: Any, ranks: int) -> None:
-    table = load("quality_table")
+    table = load("quality.quality_table")
     parameters, width = 12_000, random.uniform(0.5, 12)
     # A rank sends its N-th of the model to each of N - 1 others.
     sent = (ranks - 1) * parameters / ranks * width
@@ -147,7 +147,7 @@ def test_bytes_a_parameter_count_each_value_once_whatever_the_ranks(load: Any, r
 
 
 def test_gaps_are_between_runs_of_the_same_seed(load: Any) -> None:
-    table = load("quality_table")
+    table = load("quality.quality_table")
     base = {seed: random.uniform(1, 3) for seed in range(3)}
     gaps = {seed: random.uniform(-0.1, 0.1) for seed in range(3)}
     records = [a_record("fp32", seed, loss) for seed, loss in base.items()]
@@ -166,27 +166,27 @@ def test_gaps_are_between_runs_of_the_same_seed(load: Any) -> None:
 def test_the_verdicts_hold_the_default_to_its_promise(
     load: Any, gap: float, sent: float, is_met: bool
 ) -> None:
-    table = load("quality_table")
+    table = load("quality.quality_table")
     records = [a_record("fp32", 0, 2.0), a_record("w4g4-default", 0, 2.0 + gap, sent)]
     found = table.verdicts(table.make_rows(records, []))
     assert [verdict["is_met"] for verdict in found] == [is_met, is_met]
 
 
 def test_a_loss_that_is_no_number_misses_its_target(load: Any) -> None:
-    table = load("quality_table")
+    table = load("quality.quality_table")
     records = [a_record("fp32", 0, 2.0), a_record("w8g8-shift", 0, float("nan"))]
     (verdict,) = table.verdicts(table.make_rows(records, []))
     assert not verdict["is_met"]
 
 
 def test_the_time_left_is_the_mean_of_runs_of_the_same_kind(load: Any, text: Path) -> None:
-    quality = load("quality")
+    quality = load("quality.quality")
     runs = quality.plan(quality.Options(data=text, wires=("fp32", "w4g4-dither"), seeds=(0,)))
     assert [run.is_training for run in runs] == [True, True, False]
     records = [{"kind": "training", "seconds": 100.0}, {"kind": "training", "seconds": 300.0}]
-    assert load("runs").seconds_left(runs[1:2], records) == 200.0
+    assert load("support.runs").seconds_left(runs[1:2], records) == 200.0
     records.append({"kind": "bytes", "seconds": 8.0})
-    assert load("runs").seconds_left(runs[1:], records) == 208.0
+    assert load("support.runs").seconds_left(runs[1:], records) == 208.0
 
 
 # nodes.py
@@ -218,7 +218,7 @@ def rows_of_passes(gather: float, reduce: float, saved: float) -> list[dict[str,
 
 
 def test_differences_of_passes_tell_reduces_from_gathers(load: Any) -> None:
-    nodes = load("nodes")
+    nodes = load("wire.nodes")
     gather, reduce = random.uniform(1e6, 2e6), random.uniform(1e6, 2e6)
     lines = nodes.lines_of_passes(rows_of_passes(gather, reduce, saved=0.995))
     assert nodes.mistakes(lines) == []
@@ -235,7 +235,7 @@ def test_differences_of_passes_tell_reduces_from_gathers(load: Any) -> None:
 
 @pytest.mark.parametrize("factor", [0.95, 1.05])
 def test_counters_that_do_not_tell_what_crossed_are_found(load: Any, factor: float) -> None:
-    nodes = load("nodes")
+    nodes = load("wire.nodes")
     rows = rows_of_passes(1e6, 2e6, saved=1.0)
     for row in rows:
         row["counted_reduce"] *= factor
@@ -247,7 +247,7 @@ def test_counters_that_do_not_tell_what_crossed_are_found(load: Any, factor: flo
 
 
 def test_a_two_hop_reduce_that_sends_as_much_as_a_flat_one_misses_its_target(load: Any) -> None:
-    nodes = load("nodes")
+    nodes = load("wire.nodes")
     rows = rows_of_passes(1e6, 2e6, saved=1.0)
     flat = [row for row in rows if row["reduce"] == "flat"]
     lines = nodes.lines_of_passes(flat + [row | {"reduce": "two-hop"} for row in flat])
@@ -256,7 +256,7 @@ def test_a_two_hop_reduce_that_sends_as_much_as_a_flat_one_misses_its_target(loa
 
 
 def test_a_whole_step_is_compared_with_its_own_target(load: Any) -> None:
-    nodes = load("nodes")
+    nodes = load("wire.nodes")
     common = {"bits": 8, "what": "step", "gather": "twice", "counted": 1.0}
     for two_hop, is_met in ((0.6, True), (0.63, False)):
         lines = [
@@ -277,7 +277,7 @@ def memory_event(ts: float, num_bytes: int, total: int) -> dict[str, Any]:
 
 
 def test_a_trace_is_read_as_bytes_since_it_began(load: Any) -> None:
-    memory = load("memory")
+    memory = load("cost.memory")
     start = random.randrange(10**6)
     sizes = [random.randrange(1, 10**6) for _ in range(30)]
     total, events, totals = start, [], []
@@ -295,7 +295,7 @@ def test_a_trace_is_read_as_bytes_since_it_began(load: Any) -> None:
 
 
 def test_a_trace_that_tells_nothing_is_an_error(load: Any) -> None:
-    memory = load("memory")
+    memory = load("cost.memory")
     with pytest.raises(RuntimeError, match="0 marks"):
         memory.read_trace([memory_event(0, 8, 8)], memory.Reading())
 
@@ -314,7 +314,7 @@ def test_a_trace_that_tells_nothing_is_an_error(load: Any) -> None:
 def test_gathering_once_may_cost_the_payload_and_no_more(
     load: Any, between: int, peak: int, kept: int, is_met: bool
 ) -> None:
-    row = load("memory").Row(
+    row = load("cost.memory").Row(
         bits=4,
         between_twice=5000,
         between_once=5000 + between,
@@ -331,5 +331,5 @@ def test_gathering_once_may_cost_the_payload_and_no_more(
 def test_a_quantized_run_is_compared_with_its_own_method_at_the_most_bits(load: Any) -> None:
     losses = {("plain", 8): 2.5, ("plain", 32): 2.0, ("CrAM+", 32): 3.0, ("CrAM+", 4): 3.25}
     rows = [{"method": m, "bits": b, "loss": loss} for (m, b), loss in losses.items()]
-    found = [row["difference"] for row in load("gpu_training").with_differences(rows)]
+    found = [row["difference"] for row in load("quality.gpu_training").with_differences(rows)]
     assert found == [0.5, None, None, 0.25]

@@ -1,4 +1,4 @@
-"""benchmarks/pruning.py says what it measured: its splits, its runs, and the logic of its table."""
+"""benchmarks/pruning/pruning.py says what it measured: its splits, its runs, its table's logic."""
 
 import random
 import statistics
@@ -24,8 +24,8 @@ def text(tmp_path: Path) -> Path:
 
 
 def a_plan(load: Any, text: Path, tmp_path: Path, **options: Any) -> list[Any]:
-    pruning = load("pruning")
-    texts = load("pruning_data").split([text], tmp_path, None)
+    pruning = load("pruning.pruning")
+    texts = load("pruning.pruning_data").split([text], tmp_path, None)
     return list(pruning.plan(pruning.Options(data=(text,), **options), texts))
 
 
@@ -62,7 +62,7 @@ def a_record(
 def test_pruning_refuses_what_it_cannot_run_in_one_sentence(
     load: Any, text: Path, tmp_path: Path, capsys: Any, option: dict[str, Any], named: str
 ) -> None:
-    pruning = load("pruning")
+    pruning = load("pruning.pruning")
     options = pruning.Options(**{"data": (text,), "out": tmp_path / "out"} | option)
     assert pruning.main(options) == 2
     message = capsys.readouterr().err
@@ -73,7 +73,7 @@ def test_pruning_refuses_what_it_cannot_run_in_one_sentence(
 def test_a_test_text_with_characters_of_its_own_is_refused(
     load: Any, text: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    pruning = load("pruning")
+    pruning = load("pruning.pruning")
     text.write_text(text.read_text() + "ß")
     assert pruning.main(pruning.Options(data=(text,), out=tmp_path / "out")) == 2
     assert capsys.readouterr().err.startswith("error: ")
@@ -85,8 +85,8 @@ def test_a_test_text_with_characters_of_its_own_is_refused(
 def test_every_training_of_pruning_is_one_that_the_job_takes(
     load: Any, text: Path, tmp_path: Path, preset: str, wires: bool
 ) -> None:
-    sequences = load("runs").SEQUENCES
-    methods = load("pruning_methods").METHODS
+    sequences = load("support.runs").SEQUENCES
+    methods = load("pruning.pruning_methods").METHODS
     runs = a_plan(load, text, tmp_path, preset=preset, wires=wires)
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
@@ -116,7 +116,7 @@ def test_flags_for_tuning_reach_every_training_and_its_record(
 def test_all_methods_stand_at_equal_steps_and_at_equal_compute(
     load: Any, text: Path, tmp_path: Path
 ) -> None:
-    methods = load("pruning_methods").METHODS
+    methods = load("pruning.pruning_methods").METHODS
     for seed in (0, 1, 2):
         trained = {
             (run.settings["method"], run.settings["steps"])
@@ -130,7 +130,7 @@ def test_all_methods_stand_at_equal_steps_and_at_equal_compute(
 def test_the_splits_are_apart_and_together_the_whole_text(
     load: Any, text: Path, tmp_path: Path
 ) -> None:
-    texts = load("pruning_data").split([text, text], tmp_path, None)
+    texts = load("pruning.pruning_data").split([text, text], tmp_path, None)
     corpus = load_corpus(texts.train, texts.tokenizer)
     assert corpus.tokenizer is not None
     parts = (corpus.train, corpus.val, texts.test)
@@ -145,7 +145,7 @@ def test_the_tokenizer_is_made_of_the_training_text_alone_and_always_the_same(
     load: Any, text: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("tokenizers")
-    data = load("pruning_data")
+    data = load("pruning.pruning_data")
     text.write_text(text.read_text() * 20 + "zebra " * 100)
     first, second = tmp_path / "1", tmp_path / "2"
     first.mkdir()
@@ -162,7 +162,7 @@ def test_the_tokenizer_is_made_of_the_training_text_alone_and_always_the_same(
 def test_the_test_loss_is_of_the_checkpoint_compressed_and_put_back(
     load: Any, text: Path, tmp_path: Path
 ) -> None:
-    data = load("pruning_data")
+    data = load("pruning.pruning_data")
     texts = data.split([text], tmp_path, None)
     torch.manual_seed(random.randrange(1 << 30))
     model = GPT(GPTConfig.from_preset("nano", vocab_size=texts.vocab_size))
@@ -176,12 +176,12 @@ def test_the_test_loss_is_of_the_checkpoint_compressed_and_put_back(
     ids = torch.from_numpy(texts.test[: windows * 64 + 1].astype("int64"))
     _, expected = model(ids[:-1].view(windows, 64), ids[1:].view(windows, 64))
     assert losses["dense"] == pytest.approx(expected.item(), abs=1e-4)
-    assert [*losses] == ["dense", *load("pruning_methods").TARGETS]
+    assert [*losses] == ["dense", *load("pruning.pruning_methods").TARGETS]
     assert len(set(losses.values())) == len(losses)
 
 
 def test_rows_are_means_over_seeds_in_order_of_compute_and_twins_follow(load: Any) -> None:
-    table = load("pruning_table")
+    table = load("pruning.pruning_table")
     records = [
         a_record(method, steps, seed)
         for seed in (1, 0)
@@ -208,7 +208,7 @@ def test_rows_are_means_over_seeds_in_order_of_compute_and_twins_follow(load: An
 
 
 def test_settings_are_chosen_by_the_validation_split_alone(load: Any) -> None:
-    table = load("pruning_table")
+    table = load("pruning.pruning_table")
     records = [a_record("acdc", 20), a_record("gmp", 20)]
     for record in records:
         record["val"] = {column: loss + 1 for column, loss in record["test"].items()}
@@ -222,7 +222,7 @@ def test_settings_are_chosen_by_the_validation_split_alone(load: Any) -> None:
 
 @pytest.mark.parametrize("is_met", [True, False])
 def test_the_verdicts_hold_the_methods_to_their_promises(load: Any, is_met: bool) -> None:
-    table = load("pruning_table")
+    table = load("pruning.pruning_table")
     slip = -0.001 if is_met else 0.001
     base = random.uniform(1, 2)
     multi: dict[str, float] = {"dense": base, "at_0_7": base + 0.06 + slip}
@@ -247,7 +247,7 @@ def test_the_verdicts_hold_the_methods_to_their_promises(load: Any, is_met: bool
 
 
 def test_a_loss_that_is_no_number_misses_every_target(load: Any) -> None:
-    table = load("pruning_table")
+    table = load("pruning.pruning_table")
     record = a_record("cram-multi", 10)
     record["test"] = dict.fromkeys(record["test"], None)
     found = table.verdicts(table.make_rows([record]), 10, 0.4)
@@ -255,7 +255,7 @@ def test_a_loss_that_is_no_number_misses_every_target(load: Any) -> None:
 
 
 def test_a_wire_is_judged_by_the_column_that_is_furthest_off(load: Any) -> None:
-    table = load("pruning_table")
+    table = load("pruning.pruning_table")
     records = []
     for seed in (0, 1):
         stock = a_record("cram-multi", 10, seed)
@@ -271,7 +271,7 @@ def test_a_wire_is_judged_by_the_column_that_is_furthest_off(load: Any) -> None:
 
 
 def test_the_table_shows_mean_and_spread_of_every_column(load: Any) -> None:
-    table = load("pruning_table")
+    table = load("pruning.pruning_table")
     records = [a_record("sam", 10, seed) for seed in (0, 1, 2)]
     (row,) = table.make_rows(records)
     shown = table.loss_table([row], "title")

@@ -28,10 +28,10 @@ def _chosen(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_way_that_auto_may_take_is_a_contestant(load: Any, precision: str) -> None:
-    names = [one.name for one in load("contestants").contestants()]
+    names = [one.name for one in load("support.contestants").contestants()]
     ways = [Way(bits=STOCK)]
     ways += [Way(bits=bits, gather=gather) for bits in CODED for gather in ("twice", "once")]
-    found = [load("auto").contestant(str(way), precision) for way in ways]
+    found = [load("wire.auto").contestant(str(way), precision) for way in ways]
     assert len(set(found)) == len(ways)
     assert set(found) <= set(names)
 
@@ -49,7 +49,7 @@ def test_a_choice_is_held_against_the_best_of_each_kind(
         _row("qsdp-w4g4-once-fp32", 1.0, 2.0, 1.0, role="ours"),
     ]
     found = [_chosen("qsdp-w8g8-once-fp32"), _chosen("qsdp-w4g4-once-fp32")]
-    auto = load("auto")
+    auto = load("wire.auto")
     judged = auto.verdicts("1gbit", found, {"rows": rows})
     took, eight, four = judged[0], judged[1:4], judged[4:]
     assert (took["value"], took["is_met"]) == (9.0, True)
@@ -64,7 +64,7 @@ def test_a_choice_is_held_against_the_best_of_each_kind(
 
 
 def test_growth_is_told_in_ratios_of_the_same_rounds(load: Any, tmp_path: Path) -> None:
-    scaling = load("scaling")
+    scaling = load("cost.scaling")
     row = {
         "axis": "ranks",
         "model": "5m",
@@ -85,7 +85,7 @@ def test_growth_is_told_in_ratios_of_the_same_rounds(load: Any, tmp_path: Path) 
 
 
 def test_the_papers_links_as_its_communication_over_its_computation(load: Any) -> None:
-    miniature = load("miniature")
+    miniature = load("wire.miniature")
     # 15.6 GB at 10 Gbit/s; 8192 tokens of 1.3e9 parameters at 40 Tflop/s.
     assert miniature.ratio(10) == pytest.approx(12.48 / 1.845, rel=0.01)
     assert miniature.ratio(100) == pytest.approx(miniature.ratio(10) / 10)
@@ -99,17 +99,17 @@ def test_the_papers_links_as_its_communication_over_its_computation(load: Any) -
 @pytest.mark.parametrize(
     ("tool", "flags", "said"),
     [
-        ("auto", ["--rates", "5"], "--rates is '5'"),
-        ("auto", ["--hosts", "1"], "--hosts is 1: give at least 2"),
-        ("auto", ["--choices", "0"], "--choices is 0: give at least 1"),
-        ("auto", ["--tokens", "5"], "--tokens is 5: give at least 256"),
-        ("auto", ["--groups", "3"], "--groups is 3, but auto chooses for blocks"),
-        ("scaling", ["--ranks", "0"], "--ranks has 0: give numbers of at least 1"),
-        ("scaling", ["--ranks", "--models", "--groups-of"], "there is nothing to measure"),
-        ("miniature", ["--gbit", "0"], "--gbit has 0.0: give numbers of at least 0.1"),
-        ("miniature", ["--gbit", "inf"], "--gbit has inf: give numbers of at least 0.1"),
-        ("miniature", ["--hosts", "1"], "--hosts is 1: give at least 2"),
-        ("startup", ["--jobs", "0"], "--jobs is 0: give at least 1"),
+        ("wire.auto", ["--rates", "5"], "--rates is '5'"),
+        ("wire.auto", ["--hosts", "1"], "--hosts is 1: give at least 2"),
+        ("wire.auto", ["--choices", "0"], "--choices is 0: give at least 1"),
+        ("wire.auto", ["--tokens", "5"], "--tokens is 5: give at least 256"),
+        ("wire.auto", ["--groups", "3"], "--groups is 3, but auto chooses for blocks"),
+        ("cost.scaling", ["--ranks", "0"], "--ranks has 0: give numbers of at least 1"),
+        ("cost.scaling", ["--ranks", "--models", "--groups-of"], "there is nothing to measure"),
+        ("wire.miniature", ["--gbit", "0"], "--gbit has 0.0: give numbers of at least 0.1"),
+        ("wire.miniature", ["--gbit", "inf"], "--gbit has inf: give numbers of at least 0.1"),
+        ("wire.miniature", ["--hosts", "1"], "--hosts is 1: give at least 2"),
+        ("cost.startup", ["--jobs", "0"], "--jobs is 0: give at least 1"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_sentence(
@@ -121,7 +121,7 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(
     flags: list[str],
     said: str,
 ) -> None:
-    out = [] if tool == "startup" else ["--out", str(tmp_path / "out")]
+    out = [] if tool == "cost.startup" else ["--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", [f"{tool}.py", *flags, *out])
     with pytest.raises(SystemExit) as end:
         load(tool).main()
@@ -135,7 +135,7 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(
 def test_what_was_chosen_takes_part_and_may_not_be_left_out(
     load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    auto = load("auto")
+    auto = load("wire.auto")
     found = [_chosen("qsdp-w4g4-once-fp32")]
     given: list[str] = []
 
@@ -160,7 +160,7 @@ def test_what_was_chosen_takes_part_and_may_not_be_left_out(
 def test_a_point_of_growth_is_a_race_and_a_job_for_each_ones_memory(
     load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    scaling = load("scaling")
+    scaling = load("cost.scaling")
     calls = []
 
     def take_turns(arguments: Any, path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""benchmarks/time_to_loss.py: trainings with a curve, and what is made of steps and seconds."""
+"""benchmarks/wire/time_to_loss.py: trainings with a curve, what is made of steps and seconds."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ NAMES = ["fsdp-fp32", "ddp-fp32", "ddp-powersgd-fp32", "qsdp-w4g4-once-fp32"]
 def test_validation_on_the_way_changes_no_number_of_the_training(
     load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    losses, ranks, steps = load("losses"), load("ranks"), load("steps")
+    losses, ranks, steps = load("support.losses"), load("support.ranks"), load("support.steps")
     monkeypatch.setitem(steps.MODELS, "1m", (1, 64))
     for name, tokens in (("EVAL_TOKENS", 64), ("CURVE_TOKENS", 32)):
         monkeypatch.setattr(losses, name, tokens)
@@ -62,7 +62,7 @@ def test_validation_on_the_way_changes_no_number_of_the_training(
         world = ranks.Ranks(
             rank=0, size=1, device=torch.device("cpu"), control=None, mesh=mesh, alone=mesh
         )
-        for one in load("contestants").trained(arguments):
+        for one in load("support.contestants").trained(arguments):
             plain, often, other = train(one, 0, 0), train(one, 4, 0), train(one, 0, 1)
             assert [step for step, _ in often["curve"]] == [5, 10, 15, 20]
             assert often["curve"][0][1] > often["curve"][-1][1]
@@ -74,7 +74,7 @@ def test_validation_on_the_way_changes_no_number_of_the_training(
 
 
 def test_validations_are_spread_evenly_and_the_last_comes_last(load: Any) -> None:
-    eval_steps = load("losses").eval_steps
+    eval_steps = load("support.losses").eval_steps
     assert eval_steps(300, 0) == []
     assert eval_steps(300, 4) == [75, 150, 225, 300]
     assert eval_steps(7, 7) == [1, 2, 3, 4, 5, 6, 7]
@@ -97,11 +97,11 @@ def test_validations_are_spread_evenly_and_the_last_comes_last(load: Any) -> Non
     ],
 )
 def test_steps_to_a_loss(load: Any, curve: Any, steps: float | None) -> None:
-    assert load("time_to_loss_table").steps_to(curve, 2.5) == steps
+    assert load("wire.time_to_loss_table").steps_to(curve, 2.5) == steps
 
 
 def test_a_mean_over_seeds_is_none_where_a_seed_is(load: Any) -> None:
-    mean = load("time_to_loss_table").mean_curve
+    mean = load("wire.time_to_loss_table").mean_curve
     assert mean([[(5, 1.0), (10, 2.0)], [(5, 2.0), (10, None)]]) == [(5, 1.5), (10, None)]
 
 
@@ -128,7 +128,7 @@ def _losses(**curves: list[tuple[int, float | None]]) -> dict[str, Any]:
 
 
 def test_a_link_s_seconds_are_steps_times_its_step(load: Any) -> None:
-    table = load("time_to_loss_table")
+    table = load("wire.time_to_loss_table")
     fsdp = [(10, 4.0), (20, 3.0), (30, 2.0), (40, 1.9)]
     first = _losses(
         fsdp_fp32=fsdp,
@@ -167,7 +167,7 @@ def test_a_link_s_seconds_are_steps_times_its_step(load: Any) -> None:
 
 
 def test_who_never_gets_there_has_no_seconds(load: Any) -> None:
-    table = load("time_to_loss_table")
+    table = load("wire.time_to_loss_table")
     fsdp = [(10, 4.0), (20, 3.0), (30, 2.0), (40, 1.9)]
     behind = [(10, 4.0), (20, 3.0), (30, 2.5), (40, None)]
     link = _link("loopback", _row("fsdp-fp32", 2.0), _row("qsdp-w4g4-once-fp32", 0.1))
@@ -190,7 +190,7 @@ def test_who_never_gets_there_has_no_seconds(load: Any) -> None:
 @pytest.fixture
 def run(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run it with these flags, into `out`."""
-    program = load("time_to_loss")
+    program = load("wire.time_to_loss")
     monkeypatch.setattr(program, "exit_on_termination", lambda: None)
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be\n" * 300)
@@ -207,7 +207,7 @@ def run(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_links_are_taken_in_turn_and_every_seed_is_trained_once(
     load: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    program, seen = load("time_to_loss"), []
+    program, seen = load("wire.time_to_loss"), []
 
     def take_turns(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
         seen.append((arguments.rate, path.name))

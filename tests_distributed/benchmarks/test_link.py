@@ -1,4 +1,4 @@
-"""Losses of benchmarks/link.py are of the same training, whoever takes it."""
+"""Losses of benchmarks/wire/link.py are of the same training, whoever takes it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import random
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -17,16 +16,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from qsdp.files import write_json
 from tests_distributed.support.running import Run
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SAME = ["alone-fp32", "fsdp-fp32", "ddp-fp32", "qsdp-w32g32-once-fp32"]
 CODED = ["ddp-powersgd-fp32", "qsdp-w4g4-once-fp32"]
 
 
 def _losses(text: Path, out: Path) -> None:
-    with mock.patch.object(sys, "path", [str(BENCHMARKS), *sys.path]):
-        import losses
-        import steps
-        from ranks import Ranks
+    from benchmarks.support import losses, steps
+    from benchmarks.support.ranks import Ranks
+
     arguments = argparse.Namespace(
         contestants=[*SAME, *CODED], without=[], device="cpu", powersgd_rank=1, groups=0
     )

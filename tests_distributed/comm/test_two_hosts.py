@@ -9,7 +9,6 @@ import importlib
 import json
 import multiprocessing
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -19,14 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.namespaces import Hosts, Unavailable
+from benchmarks.support.namespaces import Hosts, Unavailable
+from benchmarks.wire import wire
 from tests.support import patience
 from tests_distributed.support.launching import TEXT
 from tests_distributed.support.pool import preloaded
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LINK = REPOSITORY / "benchmarks" / "link.py"
-WIRE = REPOSITORY / "benchmarks" / "wire.py"
+LINK, WIRE = "benchmarks.wire.link", "benchmarks.wire.wire"
 TRANSFER = """
 import os, socket, sys, time
 num_bytes, piece = int(sys.argv[1]), int(sys.argv[2])
@@ -57,19 +56,18 @@ cli.run(cli.main)
 """
 
 
-def run_program(program: Path, *arguments: str) -> int:
+def run_program(program: str, *arguments: str) -> int:
     """Run a program of benchmarks/ in this process, which has imported what it needs. Returns its
     exit status."""
-    sys.path.insert(0, str(program.parent))
-    sys.argv = [str(program), *arguments]
+    sys.argv = [program, *arguments]
     try:
-        runpy.run_path(str(program), run_name="__main__")
+        importlib.import_module(program).main()
     except SystemExit as stop:
         return int(stop.code or 0)
     return 0
 
 
-def _be_program(program: Path, *arguments: str) -> None:
+def _be_program(program: str, *arguments: str) -> None:
     """The life of a process that is nothing but this program."""
     sys.exit(run_program(program, *arguments))
 
@@ -77,7 +75,6 @@ def _be_program(program: Path, *arguments: str) -> None:
 @pytest.fixture
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What `run_program` changes, and what is said to a program, are afterwards as before."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", [*sys.argv])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
@@ -153,7 +150,7 @@ def test_no_host_is_left_after_termination() -> None:
 @pytest.mark.parametrize("tool", [LINK, WIRE])
 def test_without_the_programs_a_tool_says_so_with_status_2(
     tmp_path: Path,
-    tool: Path,
+    tool: str,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -171,13 +168,11 @@ def test_counted_bytes_are_the_interfaces_bytes_to_3_percent(
     result, text, train = (tmp_path / name for name in ("wire.json", "text.txt", "train.py"))
     text.write_text(TEXT)
     train.write_text(SHORT_END)
-    monkeypatch.syspath_prepend(str(WIRE.parent))
-    wire = importlib.import_module("wire")
     monkeypatch.setattr(wire, "TRAIN", train)
     flags = ["--cases", "8", "--steps", "2", "6", "--json", str(result)]
     flags += ["--timeout", str(patience.seconds()), "--"]
     flags += ["--model", "nano", "--data", str(text), "--batch-size", "2", "--one-shot", "none"]
-    monkeypatch.setattr(sys, "argv", [str(WIRE), *flags])
+    monkeypatch.setattr(sys, "argv", [WIRE, *flags])
     with pytest.raises(SystemExit) as stop:
         wire.main()
     assert stop.value.code == 0

@@ -1,0 +1,1 @@
+"""What qsdp sends, takes and learns, measured; README.md is the index."""

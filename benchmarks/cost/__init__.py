@@ -1,0 +1,1 @@
+"""What is taken beside the wire: steps of methods, memory, starts, growth."""

@@ -1,0 +1,1 @@
+"""What compression leaves of a model, by the method that trained it."""

@@ -1,0 +1,1 @@
+"""What the quantized wire does to the loss."""

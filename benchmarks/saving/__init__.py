@@ -1,0 +1,1 @@
+"""How long a checkpoint takes, and what a crash loses."""

@@ -1,0 +1,1 @@
+"""What programs of several rooms share; it imports from no other room."""

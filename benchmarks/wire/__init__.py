@@ -1,0 +1,1 @@
+"""What crosses the wire, and what that makes of a step's time."""
