@@ -47,7 +47,7 @@ FLAGS = {
 CLOSE = 1e-4
 # Bytes depend on how many weights each rank keeps. After the checkpoint GMP's masks stay as they
 # were, and those of the others keep as many in every row (N:M): no last bit can change their count.
-EXACT = ("step", "tokens", "lr", "pruned", "skipped_steps")
+EXACT = ("step", "tokens", "pruned", "skipped_steps")
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_run_goes_on_from_the_middle_to_the_same_end(
         for key in then:
             if key in EXACT or "bytes" in key:
                 assert line[key] == then[key], (then["step"], key)
-            elif "loss" in key or key == "grad_norm":
+            elif "loss" in key or key in ("lr", "grad_norm"):
                 assert line[key] == pytest.approx(then[key], rel=CLOSE), (then["step"], key)
     ended = json.loads((out / "summary.json").read_text())
     for key in ("val_loss", "val_loss_quantized", "one_shot"):
