@@ -1,4 +1,4 @@
-"""What an older version wrote is read, and its runs go on: see tests/data/older/README.md."""
+"""What an older version wrote is read, and its runs go on: see older/README.md."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 from qsdp.models import GPT, PRESETS
 from qsdp.train.source import open_source
-from tests_distributed import jobs
-from tests_distributed.jobs import Jobs, read_metrics
-from tests_distributed.pool import REPOSITORY, meets_by_itself
+from tests_distributed.support import jobs
+from tests_distributed.support.jobs import Jobs, read_metrics
+from tests_distributed.support.pool import meets_by_itself
 
-OLDER = REPOSITORY / "tests" / "data" / "older"
+OLDER = Path(__file__).parent / "older"
 TINY = {"num_layers": 1, "num_heads": 2, "width": 16, "context": 16, "bias": False}
 STEP = 3  # of the checkpoints
 MIDDLE = f"checkpoints/step-{STEP:08d}"
