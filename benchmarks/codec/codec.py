@@ -31,8 +31,8 @@ from benchmarks.support import machine
 from qsdp.codec import native
 from qsdp.codec.levels import uniform_levels
 from qsdp.codec.payload import DType, Layout, Segment
+from qsdp.common.files import write_json
 from qsdp.config import LEVELS, ROUNDINGS
-from qsdp.files import write_json
 
 DTYPES = {
     "fp32": (DType.FP32, torch.float32),

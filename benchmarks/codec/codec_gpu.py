@@ -26,8 +26,8 @@ import torch
 from benchmarks.support import machine
 from qsdp.codec import native
 from qsdp.codec.payload import DType, Layout, Segment
+from qsdp.common.files import write_json
 from qsdp.config import ROUNDINGS
-from qsdp.files import write_json
 
 DTYPES = {
     "fp32": (DType.FP32, torch.float32),

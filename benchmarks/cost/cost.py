@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 
 import qsdp
 from benchmarks.support import machine
-from qsdp.files import write_json
+from qsdp.common.files import write_json
 from qsdp.models import GPT, GPTConfig, init_weights
 from qsdp.sparsity.compression import Prunable, keep_masks
 from qsdp.train.world import end_process, keep_freed_memory

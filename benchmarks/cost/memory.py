@@ -40,7 +40,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import qsdp
 from benchmarks.support import machine
-from qsdp.files import write_json
+from qsdp.common.files import write_json
 from qsdp.models import GPT, GPTConfig, init_weights
 from qsdp.train.world import end_process
 

@@ -16,9 +16,9 @@ import torch
 from benchmarks.pruning.pruning_methods import TARGETS
 from benchmarks.support import machine
 from qsdp.checkpoint import TensorReader
+from qsdp.common.files import write_text
 from qsdp.data import eval_batches, load_corpus
 from qsdp.data.shards import Tokens
-from qsdp.files import write_text
 from qsdp.models import GPT, GPTConfig
 from qsdp.sparsity.compression import compressed
 

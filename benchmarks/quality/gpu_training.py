@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import qsdp
 from benchmarks.support import machine
+from qsdp.common.files import write_json
 from qsdp.data import Batches, Corpus, load_corpus
-from qsdp.files import write_json
 from qsdp.models import GPTConfig, init_weights
 from qsdp.optim import CrAM, clip_grad_norm_
 from qsdp.sparsity.shards import local_shard

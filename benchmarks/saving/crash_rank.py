@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from qsdp.files import write_text
+from qsdp.common.files import write_text
 from qsdp.train.cli import main, run
 
 FOLDER = Path(sys.argv.pop(1))

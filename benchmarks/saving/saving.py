@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 
 from benchmarks.support import machine
 from qsdp import checkpoint
-from qsdp.files import write_json
+from qsdp.common.files import write_json
 from qsdp.models import GPT, GPTConfig, init_weights
 from qsdp.train.world import end_process, keep_freed_memory
 

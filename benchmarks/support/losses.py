@@ -27,8 +27,8 @@ from benchmarks.support.contestants import (
 from benchmarks.support.ranks import Ranks
 from benchmarks.support.rounds import read
 from benchmarks.support.steps import LR, MODELS, Ready, parameters
+from qsdp.common.files import write_json
 from qsdp.data import Batches, Corpus, eval_batches, load_corpus
-from qsdp.files import write_json
 from qsdp.train.config import TrainConfig
 from qsdp.train.loop import learning_rate
 from qsdp.train.world import end_process

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.support.namespaces import Unavailable
 from benchmarks.support.paths import TRAIN
-from qsdp.files import write_json
+from qsdp.common.files import write_json
 
 Record = dict[str, Any]
 Processes = set[subprocess.Popen[str]]

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
 from benchmarks.support.namespaces import HEADER_BYTES, INTERFACE
-from qsdp.files import write_json
+from qsdp.common.files import write_json
 from qsdp.models import GPT, GPTConfig, init_weights
 from qsdp.train.world import end_process
 

@@ -33,7 +33,7 @@ import qsdp
 from benchmarks.support import machine
 from benchmarks.support.namespaces import Hosts, Unavailable, exit_on_termination, torchrun
 from benchmarks.wire.passes import SIZE, build, forward, forward_backward, run, state
-from qsdp.files import write_json
+from qsdp.common.files import write_json
 from qsdp.sparsity.shards import local_shard
 from qsdp.train.world import end_process
 

@@ -31,8 +31,8 @@ from qsdp.checkpoint.saving import (
     written,
 )
 from qsdp.checkpoint.state import everyone, meet_at
-from qsdp.failures import CollectiveError, is_failure, root
-from qsdp.meeting import mistakes_shared, warn
+from qsdp.common.failures import CollectiveError, is_failure, root
+from qsdp.common.meeting import mistakes_shared, warn
 
 
 class AsyncSaver:

@@ -34,11 +34,11 @@ from qsdp.checkpoint.folders import (
 from qsdp.checkpoint.folders import checksum as file_checksum
 from qsdp.checkpoint.safe import TABLE, WritingPlanner
 from qsdp.checkpoint.state import cause, everyone, meet_at, raise_refused, renamed
-from qsdp.checksum import checksum
+from qsdp.common.checksum import checksum
+from qsdp.common.files import is_file_name, sync
+from qsdp.common.meeting import mistakes_shared, warn
+from qsdp.common.meshes import Reach, ranks_of, spread_of
 from qsdp.compat import checkpoint_names, sharded_parameters
-from qsdp.files import is_file_name, sync
-from qsdp.meeting import mistakes_shared, warn
-from qsdp.meshes import Reach, ranks_of, spread_of
 
 T = TypeVar("T")
 

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from qsdp.checkpoint.folders import Damaged, verify
 from qsdp.checkpoint.safe import Reader, ReadingPlanner, Refused
+from qsdp.common.failures import listed
+from qsdp.common.meeting import meet
 from qsdp.compat import checkpoint_names, sharded_parameters
-from qsdp.failures import listed
-from qsdp.meeting import meet
 
 _STATE = "optimizer.state."
 _BEFORE_STEPS = {"mask"}

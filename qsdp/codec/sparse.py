@@ -10,7 +10,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from qsdp import bitmask
+from qsdp.common import bitmask
 
 _library = torch.library.Library("qsdp", "FRAGMENT")
 _library.define(

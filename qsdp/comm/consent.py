@@ -39,8 +39,8 @@ from qsdp.comm.late import SetsDiffer
 from qsdp.comm.plan import Plan
 from qsdp.comm.reduce import Hop
 from qsdp.comm.side import Side
-from qsdp.failures import collective, listed
-from qsdp.meeting import compare
+from qsdp.common.failures import collective, listed
+from qsdp.common.meeting import compare
 
 Places = tuple[int, ...]
 

@@ -16,7 +16,7 @@ from qsdp.comm.scratch import reads_on_this_stream, written_on_this_stream
 from qsdp.comm.side import Side
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire import Wire
-from qsdp.failures import collective
+from qsdp.common.failures import collective
 
 
 class Payloads(NamedTuple):

@@ -14,8 +14,8 @@ from qsdp import compat
 from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
 from qsdp.codec.payload import Field
 from qsdp.comm.traffic import Traffic
+from qsdp.common.failures import collective
 from qsdp.config import LEARNED_BITS, QSDPConfig
-from qsdp.failures import collective
 
 
 class Kind(IntEnum):

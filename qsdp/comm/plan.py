@@ -12,9 +12,9 @@ from qsdp.comm.levels import Kind, offset
 from qsdp.comm.measure import Claim
 from qsdp.comm.side import Masks, Side, SparseSide
 from qsdp.comm.topology import Hops
+from qsdp.common.failures import title
 from qsdp.compat import unwrapped
 from qsdp.config import ROUNDINGS, QSDPConfig
-from qsdp.failures import title
 
 _MOST_SIDES = 32
 """A step uses up to five of each direction: frozen or not, hops, replicas, what was agreed on."""

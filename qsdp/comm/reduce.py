@@ -15,7 +15,7 @@ from qsdp.comm.late import SetsDiffer
 from qsdp.comm.plan import Plan
 from qsdp.comm.side import Side
 from qsdp.comm.wire import Wire
-from qsdp.failures import collective
+from qsdp.common.failures import collective
 
 
 class Hop(NamedTuple):

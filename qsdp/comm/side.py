@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qsdp import bitmask
 from qsdp.codec.payload import ITEM_BYTES, VERSION, DType, Field, Layout, Segment, Standing, hash_of
 from qsdp.codec.sparse import Span
 from qsdp.comm.scratch import Scratch
+from qsdp.common import bitmask
 
 
 class Side:

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp import bitmask
 from qsdp.comm import transport
 from qsdp.comm.plan import Plan
 from qsdp.comm.side import Masks
 from qsdp.comm.wire import Wire
-from qsdp.failures import collective
+from qsdp.common import bitmask
+from qsdp.common.failures import collective
 
 
 def exchange(

@@ -6,10 +6,10 @@ import mmap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from qsdp.common.files import new_folder
 from qsdp.data.corpus import TRAIN_FRACTION
 from qsdp.data.shards import ShardWriter
 from qsdp.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
-from qsdp.files import new_folder
 
 PIECE_BYTES = 1 << 20
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from qsdp.checkpoint import TensorReader, lists, read_meta, verify
+from qsdp.common.files import new_folder
 from qsdp.data.tokenizer import hash_of
 from qsdp.export.folder import FACTS, FORMAT, MASKS_FORMAT
 from qsdp.export.tensor_files import TensorFiles
-from qsdp.files import new_folder
 from qsdp.models import GPT, GPTConfig
 from qsdp.sparsity.compression import Prunable
 from qsdp.sparsity.streaming import StoredTensor, compress_stream, num_reads

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from qsdp import compat
 from qsdp.codec.payload import VERSION
 from qsdp.comm.plan import Plan
+from qsdp.common.failures import listed
+from qsdp.common.meeting import compare
 from qsdp.config import QSDPConfig
-from qsdp.failures import listed
-from qsdp.meeting import compare
 
 Description = dict[str, Any]
 """What must be equal on all ranks, in plain types; of a rank that cannot install its mistake."""

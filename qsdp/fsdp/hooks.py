@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from qsdp import compat
-from qsdp.checksum import checksum
 from qsdp.codec.payload import Standing
 from qsdp.comm.consent import Consent, Places
 from qsdp.comm.gather import Gathering, GatheringWork, Payloads, decode, regather
@@ -24,7 +23,8 @@ from qsdp.comm.reduce import Hop, all_reduce, hops_of, reduce
 from qsdp.comm.scratch import allocate, reads_on_this_stream
 from qsdp.comm.side import Side
 from qsdp.comm.wire import Wire
-from qsdp.failures import listed
+from qsdp.common.checksum import checksum
+from qsdp.common.failures import listed
 from qsdp.fsdp.passes import Passes
 
 

@@ -21,6 +21,7 @@ from qsdp.comm.support import exchange
 from qsdp.comm.topology import launched_ranks
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire import Wire
+from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.config import QSDPConfig
 from qsdp.fsdp import agreement
 from qsdp.fsdp.adapt import Adaptation
@@ -37,7 +38,6 @@ from qsdp.fsdp.planning import (
 )
 from qsdp.fsdp.report import Report, Row
 from qsdp.fsdp.state import check_form
-from qsdp.meeting import meet, mistakes_shared
 
 
 def install(

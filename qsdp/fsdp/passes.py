@@ -19,10 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from qsdp import compat
 from qsdp.comm.plan import Plan
 from qsdp.comm.wire import Wire
-from qsdp.failures import CollectiveError, collective, listed
+from qsdp.common.failures import CollectiveError, collective, listed
+from qsdp.common.meeting import Meeting, meet, mistakes_shared
+from qsdp.common.meshes import averaged
 from qsdp.fsdp.adapt import Adaptation
-from qsdp.meeting import Meeting, meet, mistakes_shared
-from qsdp.meshes import averaged
 
 _FORWARD, _BACKWARD = "a forward pass", "a backward pass"
 _SWITCH = {True: "on", False: "off"}

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from qsdp.files import replacing
-from qsdp.streams import complain
+from qsdp.common.files import replacing
+from qsdp.common.streams import complain
 
 _RETRY_S = 5.0
 _MOST_BYTES = 1 << 25  # that wait

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qsdp.files import finite, replacing
+from qsdp.common.files import finite, replacing
+from qsdp.common.streams import complain
 from qsdp.metrics.lines import Lines
-from qsdp.streams import complain
 
 _MAY_BE_NULL = {"loss", "grad_norm"}
 _MOST = 1e300  # beyond what is ever measured: sums stay finite

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from qsdp.common.files import is_file_name, new_folder, replacing, write_text
+from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.compat import full_tensor, named_parameters
-from qsdp.files import is_file_name, new_folder, replacing, write_text
-from qsdp.meeting import meet, mistakes_shared
 from qsdp.models.gpt import GPT, GPTConfig, local_slices
 
 _WEIGHTS = "model.safetensors"

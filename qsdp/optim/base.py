@@ -13,6 +13,8 @@ from typing import Any, ParamSpec, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from qsdp.common.meeting import meet, mistakes_shared
+from qsdp.common.meshes import groups_of
 from qsdp.compat import (
     abandon_pass,
     keep_buffers,
@@ -22,8 +24,6 @@ from qsdp.compat import (
     sharded_parameters,
     wholes,
 )
-from qsdp.meeting import meet, mistakes_shared
-from qsdp.meshes import groups_of
 from qsdp.optim.finite import name_not_finite, number_in
 from qsdp.optim.known import Known
 from qsdp.optim.norms import norm_among

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsdp.common.meeting import warn
 from qsdp.compat import abandon_cut_short, abandon_pass, has_pending_gradients, wholes
-from qsdp.meeting import warn
 from qsdp.optim.base import (
     OptimizerWrapper,
     bystanders,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qsdp.meeting import compare
+from qsdp.common.meeting import compare
 from qsdp.sparsity.shards import local_shard
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from qsdp.common.failures import listed
+from qsdp.common.meeting import warn
+from qsdp.common.meshes import groups_of, replicas_of, spread_of
 from qsdp.compat import behind_gathered, sharded_parameters
-from qsdp.failures import listed
-from qsdp.meeting import warn
-from qsdp.meshes import groups_of, replicas_of, spread_of
 from qsdp.sparsity.compression import Prunable
 from qsdp.sparsity.prunable import prunable_parameters
 

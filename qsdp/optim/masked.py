@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsdp.failures import listed
-from qsdp.meeting import warn
+from qsdp.common.failures import listed
+from qsdp.common.meeting import warn
 from qsdp.optim.base import (
     OptimizerWrapper,
     TellSupport,

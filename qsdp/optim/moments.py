@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qsdp.failures import listed
-from qsdp.meeting import warn
+from qsdp.common.failures import listed
+from qsdp.common.meeting import warn
 
 _FIRST = {
     # Adam's kin, Lion, Adan, AdEMAMix; SGD, RMSprop, Muon; Dion, LARS.

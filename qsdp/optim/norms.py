@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp.meeting import meet, mistakes_shared
-from qsdp.meshes import Groups, Spread, groups_of, spread_of
+from qsdp.common.meeting import meet, mistakes_shared
+from qsdp.common.meshes import Groups, Spread, groups_of, spread_of
 from qsdp.optim.finite import number_in
 from qsdp.sparsity.shards import gathered, local_shard, unique
 

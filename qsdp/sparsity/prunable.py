@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from qsdp.common.meeting import warn
 from qsdp.compat import behind_gathered, named_parameters, reshard
-from qsdp.meeting import warn
 
 _UNSAID = 0.1
 """The share of the blocks' weights that may stay out of a default set without a word."""

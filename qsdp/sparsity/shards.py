@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from qsdp.checksum import checksum
+from qsdp.common.checksum import checksum
+from qsdp.common.meshes import Groups, Reach, Spread
 from qsdp.compat import all_gather
-from qsdp.meshes import Groups, Reach, Spread
 
 
 class Part(Protocol):

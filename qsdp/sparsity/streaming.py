@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsdp.meshes import Groups, Reach
+from qsdp.common.meshes import Groups, Reach
 from qsdp.sparsity.compression import Blocks, PackedMask, apply_, compress_, find_threshold
 from qsdp.sparsity.shards import local_shard
 from qsdp.sparsity.target import Compression

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.codec.magnitude import DIGIT_BITS, DTYPES, KEY_BITS, NUM_BINS, keys_of
-from qsdp.meshes import Reach
+from qsdp.common.meshes import Reach
 from qsdp.sparsity.shards import Part, by_groups, gathered
 
 THRESHOLD_BYTES = 3 * 8 * NUM_BINS

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from qsdp.common.failures import collective
 from qsdp.data import Corpus
 from qsdp.data.tokenizer import hash_of
-from qsdp.failures import collective
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError
 from qsdp.train.world import World

@@ -20,8 +20,8 @@ from torch import nn
 
 from qsdp.comm.plan import Parameter, Plan, embedding_names
 from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, launched_ranks, nodes_of, split
+from qsdp.common.failures import CollectiveError, collective
 from qsdp.config import QSDPConfig
-from qsdp.failures import CollectiveError, collective
 from qsdp.models import GPT, GPTConfig
 from qsdp.train.config import TrainConfig
 from qsdp.train.cost_model import CODED, STOCK, Group, Measured, Way, decide

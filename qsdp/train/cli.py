@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
 
-from qsdp.streams import bring_out, complain, forgiving_output
+from qsdp.common.streams import bring_out, complain, forgiving_output
 from qsdp.train.config import RECIPES, TrainConfig
 from qsdp.train.errors import UserError, is_lost, leave, leave_lost, sentence
 from qsdp.train.method_flags import INSTEAD

@@ -13,7 +13,7 @@ import time
 from types import FrameType
 from typing import NoReturn
 
-from qsdp.streams import bring_out, complain
+from qsdp.common.streams import bring_out, complain
 from qsdp.train.signals import were_heeded
 
 EXIT_STATUS = 2
@@ -44,7 +44,7 @@ def is_lost(error: BaseException) -> bool:
     """Whether `error` comes from a rank that has ended or does not answer."""
     if "torch" not in sys.modules:
         return False
-    from qsdp.failures import is_failure  # loads torch
+    from qsdp.common.failures import is_failure  # loads torch
 
     return is_failure(error)
 
@@ -55,7 +55,7 @@ def leave_lost(error: BaseException) -> NoReturn:
     The launcher is about to end this process too, and tearing down collectives that have failed may
     hang.
     """
-    from qsdp.failures import root
+    from qsdp.common.failures import root
 
     complain(f"error on rank {os.environ.get('RANK', '0')}: {root(error)}")
     bring_out()

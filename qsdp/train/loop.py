@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from qsdp.common.failures import collective
+from qsdp.common.meshes import groups_of
+from qsdp.common.streams import forgiving_output
 from qsdp.compat import sharded_parameters
-from qsdp.failures import collective
-from qsdp.meshes import groups_of
 from qsdp.optim import ACDC, CrAM, global_grad_norm
 from qsdp.optim.finite import name_not_finite
 from qsdp.optim.masked import MaskedOptimizer
 from qsdp.optim.norms import scale_grads_
-from qsdp.streams import forgiving_output
 from qsdp.train import twin
 from qsdp.train.config import TrainConfig
 from qsdp.train.progress import RunProgress

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from qsdp.files import replacing
+from qsdp.common.files import replacing
+from qsdp.common.streams import complain
 from qsdp.sparsity.target import Compression
-from qsdp.streams import complain
 from qsdp.train.error_plot import History, draw_errors
 
 T = TypeVar("T")

@@ -16,10 +16,10 @@ from rich.text import Text
 
 import qsdp
 from qsdp.codec import native
-from qsdp.files import finite, write_json
+from qsdp.common.files import finite, write_json
+from qsdp.common.streams import printable
 from qsdp.models import flops_per_token
 from qsdp.sparsity.target import Compression
-from qsdp.streams import printable
 from qsdp.train.errors import UserError
 from qsdp.train.peak import matmul_flops_per_s
 from qsdp.train.plots import may_fail, remove_stale, write_plots

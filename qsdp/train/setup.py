@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import qsdp
 from qsdp import checkpoint
 from qsdp.codec import native
+from qsdp.common.streams import complain, printable
 from qsdp.compat import sharded_parameters
 from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.data.tokenizer import hash_of
@@ -25,7 +26,6 @@ from qsdp.models import GPT, GPTConfig
 from qsdp.optim.base import OptimizerWrapper
 from qsdp.optim.finite import first_not_finite
 from qsdp.sparsity.compression import Prunable
-from qsdp.streams import complain, printable
 from qsdp.train.agree import agree_on_config, agree_on_data
 from qsdp.train.choose import Choice, choose
 from qsdp.train.config import TrainConfig

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import qsdp
+from qsdp.common.files import finite, write_json
 from qsdp.data import Corpus, TokenRange, Tokens, eval_batches, load_corpus
-from qsdp.files import finite, write_json
 from qsdp.sparsity.compression import Prunable, compressed
 from qsdp.sparsity.target import Compression
 from qsdp.train.agree import agree_on_config, agree_on_data

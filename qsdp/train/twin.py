@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from qsdp import checkpoint
-from qsdp.streams import complain
+from qsdp.common.streams import complain
 from qsdp.train.errors import UserError
 from qsdp.train.results import damage
 from qsdp.train.setup import Job

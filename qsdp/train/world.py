@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
-from qsdp.failures import collective
-from qsdp.streams import bring_out
+from qsdp.common.failures import collective
+from qsdp.common.streams import bring_out
 from qsdp.train.config import RunFlags
 from qsdp.train.errors import UserError, is_lost, sentence
 from qsdp.train.signals import Stop

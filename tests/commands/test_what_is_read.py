@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qsdp import checkpoint, files
+from qsdp import checkpoint
+from qsdp.common import files
 from qsdp.data import load_corpus, prepare_shards
 from qsdp.metrics import MetricsWriter
 from qsdp.models import GPT, export_huggingface, load_huggingface

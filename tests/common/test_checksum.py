@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp import checksum as module
+from qsdp.common import checksum as module
 
 SIZES = [2, 3, 7, 1000, 3001]
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qsdp import checkpoint, files
+from qsdp import checkpoint
+from qsdp.common import files
 from qsdp.data import prepare_shards
 from qsdp.export import export_compressed
 from qsdp.metrics import MetricsWriter

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from qsdp import checkpoint, files
+from qsdp import checkpoint
 from qsdp.checkpoint import folders
+from qsdp.common import files
 from qsdp.data import load_corpus, prepare_shards
 from qsdp.export import export_compressed
 from qsdp.sparsity.target import Compression

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp import bitmask
 from qsdp.codec import native, ops
 from qsdp.codec.payload import DType, Layout, Segment
+from qsdp.common import bitmask
 from tests.support import patience
 from tests.support.gpu_kernels import NO_GPU
 

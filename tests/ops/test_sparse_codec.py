@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp import bitmask
 from qsdp.codec import native, sparse
+from qsdp.common import bitmask
 from tests.support import gpu_kernels
 
 KERNELS = (sparse, torch.ops.qsdp)

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from qsdp import checkpoint
+from qsdp.common.streams import forgiving_output
 from qsdp.metrics import MetricsWriter
 from qsdp.metrics import lines as metrics_lines
-from qsdp.streams import forgiving_output
 from qsdp.train import cli
 from qsdp.train.loop import WIRE_METRICS, train_step
 from qsdp.train.setup import STEP_METRICS

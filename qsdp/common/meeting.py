@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import compat
-from qsdp.failures import CollectiveError, collective, listed
+from qsdp.common.failures import CollectiveError, collective, listed
 
 
 def meet(
