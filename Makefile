@@ -100,7 +100,7 @@ test-torch:  ## training and resume with another torch: make test-torch TORCH="t
 	$(OTHER_BIN)/pip install --quiet --force-reinstall --no-deps build/$(OTHER)/qsdp-*.whl
 	cp -r pyproject.toml docs launch tests tests_distributed build/$(OTHER)
 	cd build/$(OTHER) && QSDP_REQUIRE_NATIVE=1 $(OTHER_BIN)/python -c \
-	  "import torch, qsdp; from qsdp.codec import native; print('qsdp', qsdp.__file__, native.capability(), 'torch', torch.__version__)"
+	  "import torch, qsdp; from qsdp.ops import native; print('qsdp', qsdp.__file__, native.capability(), 'torch', torch.__version__)"
 	cd build/$(OTHER) && export QSDP_REQUIRE_NATIVE=1 QSDP_TEST_REPORT=$(CURDIR)/build/$(OTHER)/reports; \
 	  $(OTHER_BIN)/python -m pytest $(OTHER_WHOLE) -n $(JOBS) \
 	  && $(OTHER_BIN)/python -m pytest $(OTHER_TESTS) -k "$(OTHER_CHOICE)" -n $(JOBS)

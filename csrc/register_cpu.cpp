@@ -1,4 +1,4 @@
-// The CPU kernels of qsdp::encode and qsdp::decode, whose schemas qsdp/codec/ops.py defines.
+// The CPU kernels of qsdp::encode and qsdp::decode, whose schemas qsdp/ops/reference/codec.py defines.
 // LibTorch stable ABI only: one build serves torch 2.11 and later.
 
 #include <torch/csrc/stable/library.h>

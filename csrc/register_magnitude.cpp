@@ -1,5 +1,5 @@
 // The CPU kernels of qsdp::count_digits and qsdp::mark_above, whose schemas
-// qsdp/codec/magnitude.py defines.
+// qsdp/ops/reference/magnitude.py defines.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -24,12 +24,14 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
-from qsdp.codec import native, ops
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.codec.rounding import Key
+from qsdp.codec.table import TORCH_DTYPES
 from qsdp.comm import transport
 from qsdp.config import CODED_BITS, ROUNDINGS
 from qsdp.models import GPT, GPTConfig, init_weights
+from qsdp.ops import native
+from qsdp.ops.reference import codec
 from qsdp.train.cli import one_sentence, one_sentence_at_the_end, run
 from qsdp.train.config import BACKENDS
 from qsdp.train.errors import UserError
@@ -108,9 +110,9 @@ def check_codec(world: World) -> str:
                 table = torch.tensor(layout.table([4993]))
                 values = torch.randn(5000, generator=torch.Generator().manual_seed(count))
                 values[::97] = 0.0
-                values = values.to(ops.TORCH_DTYPES[dtype])
+                values = values.to(TORCH_DTYPES[dtype])
                 key = Key(0, count, 0, 0, 0, world.rank).fold()
-                expected, back = _codec(ops, values, layout, table, key)
+                expected, back = _codec(codec, values, layout, table, key)
                 found, found_back = _codec(
                     torch.ops.qsdp, values.to(world.device), layout, table, key
                 )

@@ -28,11 +28,11 @@ from typing import Any
 import torch
 
 from benchmarks.support import machine
-from qsdp.codec import native
 from qsdp.codec.levels import uniform_levels
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.common.files import write_json
 from qsdp.config import LEVELS, ROUNDINGS
+from qsdp.ops import native
 
 DTYPES = {
     "fp32": (DType.FP32, torch.float32),
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--bucket", type=int, default=1024)
     parser.add_argument("--zeros", type=float, default=0.0, help="fraction of values that are 0")
     parser.add_argument(
-        "--kernels", type=listed(str), default=[native.capability()], help="see qsdp.codec.native"
+        "--kernels", type=listed(str), default=[native.capability()], help="see qsdp.ops.native"
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="a file for the rows")

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from benchmarks.support import machine
-from qsdp.codec import native
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.common.files import write_json
 from qsdp.config import ROUNDINGS
+from qsdp.ops import native
 
 DTYPES = {
     "fp32": (DType.FP32, torch.float32),

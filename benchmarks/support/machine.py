@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qsdp.codec import native
+from qsdp.ops import native
 
 
 def device() -> str:

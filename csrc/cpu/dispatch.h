@@ -12,7 +12,7 @@ const Kernels& kernels_in_use();
 
 }  // namespace qsdp
 
-// For qsdp/codec/native.py, by ctypes.
+// For qsdp/ops/native.py, by ctypes.
 extern "C" {
 __attribute__((visibility("default"))) const char* qsdp_cpu_in_use();
 // The best kernels first, comma-separated.

@@ -1,4 +1,4 @@
-// Keys of magnitudes, counted and compared; see qsdp/codec/magnitude.py for the specification. Part
+// Keys of magnitudes, counted and compared; see qsdp/ops/reference/magnitude.py for the specification. Part
 // of kernels_text.h: plain loops, which the compiler makes vectors of.
 
 namespace qsdp::QSDP_ISA {

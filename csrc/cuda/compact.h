@@ -1,6 +1,6 @@
 // Copying the values that a mask keeps, and back, by warps: a span is cut into units, the values
 // kept of each unit are counted, and the counts of the units before it say where a unit's lie. See
-// qsdp/codec/sparse.py for the specification.
+// qsdp/ops/reference/sparse.py for the specification.
 #pragma once
 
 #include <cstdio>

@@ -1,4 +1,4 @@
-// Magnitudes counted and compared on a GPU; see qsdp/codec/magnitude.py for the specification.
+// Magnitudes counted and compared on a GPU; see qsdp/ops/reference/magnitude.py for the specification.
 #include "keys.h"
 #include "launch.h"
 

@@ -1,4 +1,4 @@
-// A bucket's grid; see [Note: Grid] in qsdp/codec/ops.py, which this follows operation by
+// A bucket's grid; see [Note: Grid] in qsdp/ops/reference/codec.py, which this follows operation by
 // operation.
 #pragma once
 

@@ -14,7 +14,7 @@ struct Table {
     const float* levels;  // what the segments' ``levels`` point into
 };
 
-// What magnitudes are read from; see qsdp/codec/magnitude.py.
+// What magnitudes are read from; see qsdp/ops/reference/magnitude.py.
 enum class KeyType { kFp32, kBf16, kFp16, kInt64 };
 
 constexpr int64_t kDigitBits = 11, kNumBins = 1 << kDigitBits;

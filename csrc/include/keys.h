@@ -1,4 +1,4 @@
-// The keys of magnitudes; see qsdp/codec/magnitude.py.
+// The keys of magnitudes; see qsdp/ops/reference/magnitude.py.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Copying the values that a mask keeps, and back; see qsdp/codec/sparse.py for the specification.
+// Copying the values that a mask keeps, and back; see qsdp/ops/reference/sparse.py for the specification.
 #pragma once
 
 #include <bit>
@@ -9,7 +9,7 @@
 
 namespace qsdp {
 
-// One row of the table of spans; see `Span` in qsdp/codec/sparse.py for the columns.
+// One row of the table of spans; see `Span` in qsdp/ops/reference/sparse.py for the columns.
 struct Span {
     int64_t dense_byte;
     int64_t numel;

@@ -1,8 +1,1 @@
-"""Floats to bytes and back. Importing it registers the operators."""
-
-from qsdp.codec import magnitude as magnitude
-from qsdp.codec import native as native
-from qsdp.codec import ops as ops
-from qsdp.codec import sparse as sparse
-
-native.load()
+"""The form of payloads: bytes, random numbers, learned levels. `qsdp.ops` has the operators."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qsdp import ops
 from qsdp.codec.payload import HEADER_BYTES, Standing
 from qsdp.comm import transport
 from qsdp.comm.plan import Plan
@@ -80,7 +81,7 @@ class Gathering:
                 header = side.header(plan.rank, self._payloads.step, Standing.FAILED)
                 own[:HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
             else:
-                torch.ops.qsdp.encode(values, table, own_key, header, own, wire.level_values)
+                ops.encode(values, table, own_key, header, own, wire.level_values)
         with self._on_the_wire():
             self._arrival = transport.all_gather(target, own, group, async_op=async_op)
         self._node_payloads = target
@@ -157,7 +158,7 @@ def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
         for rank, (key, table) in enumerate(zip(payloads.keys, side.tables, strict=True)):
             payload = payloads.buffer.narrow(0, places[rank] * size, size)
             values = side.room(rank, slices[rank], wire.scratch)
-            torch.ops.qsdp.decode(payload, table, key, values, levels=wire.level_values)
+            ops.decode(payload, table, key, values, levels=wire.level_values)
             side.expand(rank, values, slices[rank])
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp import compat
+from qsdp import compat, ops
 from qsdp.codec.payload import META_BYTES, DType, Field, Layout, Segment
 from qsdp.comm.levels import Kind, offset
 from qsdp.comm.scratch import reads_on_this_stream
@@ -90,8 +90,8 @@ class Meter:
         payload = torch.empty(layout.payload_bytes, dtype=torch.uint8, device=values.device)
         decoded = torch.empty_like(values, dtype=torch.float32 if is_grad else None)
         given = values.contiguous().view(torch.uint8)
-        torch.ops.qsdp.encode(given, encode, 0, layout.header(0, 0), payload, self._levels)
-        torch.ops.qsdp.decode(payload, decode, 0, decoded.view(torch.uint8), levels=self._levels)
+        ops.encode(given, encode, 0, layout.header(0, 0), payload, self._levels)
+        ops.decode(payload, decode, 0, decoded.view(torch.uint8), levels=self._levels)
         exact = values.float()
         error, square = (part.double().square().sum() for part in (decoded.float() - exact, exact))
         return torch.stack([error, square])

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qsdp import ops
 from qsdp.codec.payload import Standing
 from qsdp.comm import transport
 from qsdp.comm.clock import ACROSS, FLAT, LOCAL, REPLICAS
@@ -148,9 +149,7 @@ def _take(
     to_send = [row for peer in peers for row in owned[peer]]
     with wire.times.measure("reduce", "encode", device):
         for row, payload in zip(to_send, sent.split(size), strict=True):
-            torch.ops.qsdp.encode(
-                as_bytes(rows[row]), side.tables[row], key(me, row), header, payload, levels
-            )
+            ops.encode(as_bytes(rows[row]), side.tables[row], key(me, row), header, payload, levels)
     for row in to_send:
         wire.observe(side.tables[row], rows[row])
 
@@ -182,7 +181,7 @@ def _take(
                 if rank != me:
                     payload = payloads[peers.index(rank) * width + i]
                     into, own_key = as_bytes(total), keys[rank, row]
-                    torch.ops.qsdp.decode(payload, table, own_key, into, rank > 0, levels)
+                    ops.decode(payload, table, own_key, into, rank > 0, levels)
                 elif rank == 0:
                     total.copy_(rows[row])
                 else:
@@ -221,7 +220,7 @@ def all_reduce(
     header = side.header(ranks[group.rank()], clock.step)
     table, fp32_table = side.tables[plan.rank], side.fp32_tables[plan.rank]
     with wire.times.measure("reduce", "encode", device):
-        torch.ops.qsdp.encode(as_bytes(values), table, keys[group.rank()], header, own, levels)
+        ops.encode(as_bytes(values), table, keys[group.rank()], header, own, levels)
     wire.observe(table, values)
     with (
         collective("all-reduce between replicas", plan.names, clock.step),
@@ -237,5 +236,5 @@ def all_reduce(
     total = total_bytes.view(torch.float32)
     with wire.times.measure("reduce", "decode", device):
         for place, (payload, key) in enumerate(zip(payloads.split(size), keys, strict=True)):
-            torch.ops.qsdp.decode(payload, fp32_table, key, as_bytes(total), place > 0, levels)
+            ops.decode(payload, fp32_table, key, as_bytes(total), place > 0, levels)
     side.expand(plan.rank, total.div_(divisor), tensor)

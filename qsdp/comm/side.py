@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qsdp import ops
 from qsdp.codec.payload import ITEM_BYTES, VERSION, DType, Field, Layout, Segment, Standing, hash_of
-from qsdp.codec.sparse import Span
 from qsdp.comm.scratch import Scratch
 from qsdp.common import bitmask
+from qsdp.ops.reference.sparse import Span
 
 
 class Side:
@@ -157,7 +158,7 @@ class SparseSide(Side):
         spans, num_bytes = self._spans_of(rank, dense.dtype)
         out = scratch.take(purpose, num_bytes, dense.device)
         given = dense.view(torch.uint8)
-        torch.ops.qsdp.compact(given, spans, self._bitmaps[rank], out, strict)
+        ops.compact(given, spans, self._bitmaps[rank], out, strict)
         return out.view(dense.dtype)
 
     def kept(self, rank: int, place: int, values: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ class SparseSide(Side):
         compact = compact.to(dense.dtype)
         spans = self._spans_of(rank, dense.dtype)[0]
         out = dense.view(torch.uint8)
-        torch.ops.qsdp.expand(compact.view(torch.uint8), spans, self._bitmaps[rank], out)
+        ops.expand(compact.view(torch.uint8), spans, self._bitmaps[rank], out)
 
     def _spans_of(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, int]:
         """The spans of ``rank``'s slice in a buffer of ``dtype`` (uint8: of the segments' own), and

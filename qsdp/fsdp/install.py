@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from qsdp import compat
-from qsdp.codec import native
 from qsdp.comm.levels import Levels
 from qsdp.comm.measure import Meter, check_budget
 from qsdp.comm.plan import embedding_names, tied_names
@@ -38,6 +37,7 @@ from qsdp.fsdp.planning import (
 )
 from qsdp.fsdp.report import Report, Row
 from qsdp.fsdp.state import check_form
+from qsdp.ops import native
 
 
 def install(

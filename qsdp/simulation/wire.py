@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qsdp import compat
+from qsdp import compat, ops
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.codec.rounding import Key
 from qsdp.comm.measure import Claim
@@ -259,10 +259,10 @@ class Wire:
         layout, encode_table, decode_table = self._codec(name, segment, is_grad)
         payload = torch.empty(layout.payload_bytes, dtype=torch.uint8, device=values.device)
         sent = values.contiguous().view(-1).view(torch.uint8)
-        torch.ops.qsdp.encode(sent, encode_table, key, layout.header(0, 0), payload, levels)
+        ops.encode(sent, encode_table, key, layout.header(0, 0), payload, levels)
         received = torch.empty(values.shape, dtype=dtype, device=values.device)
         buffer = received.view(-1).view(torch.uint8)
-        torch.ops.qsdp.decode(payload, decode_table, key, buffer, levels=levels)
+        ops.decode(payload, decode_table, key, buffer, levels=levels)
         return received
 
     def _codec(self, name: str, segment: Segment, is_grad: bool) -> Codec:

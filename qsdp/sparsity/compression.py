@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qsdp.codec.magnitude import DTYPES, keys_of
 from qsdp.common import bitmask
 from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.common.meshes import Spread, groups_of, spread_of
 from qsdp.compat import abandon_cut_short, due, keep_buffers, reshard, settle, sharded_parameters
+from qsdp.ops.reference.magnitude import DTYPES, keys_of
 from qsdp.sparsity.groups import whole_groups
 from qsdp.sparsity.prunable import input_dims, prunable_parameters
 from qsdp.sparsity.shards import LocalShard, Part, local_shard, unique, without_copies

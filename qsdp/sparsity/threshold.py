@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp.codec.magnitude import DIGIT_BITS, DTYPES, KEY_BITS, NUM_BINS, keys_of
+from qsdp import ops
 from qsdp.common.meshes import Reach
+from qsdp.ops.reference.magnitude import DIGIT_BITS, DTYPES, KEY_BITS, NUM_BINS, keys_of
 from qsdp.sparsity.shards import Part, by_groups, gathered
 
 THRESHOLD_BYTES = 3 * 8 * NUM_BINS
@@ -42,7 +43,7 @@ class Threshold:
         key, limit = self.keys[index], self.ties[index]
         values_N = _flat(shard)
         keep_N = torch.empty_like(values_N, dtype=torch.bool)
-        torch.ops.qsdp.mark_above(values_N, key - 1 if limit == shard.numel else key, keep_N)
+        ops.mark_above(values_N, key - 1 if limit == shard.numel else key, keep_N)
         if 0 < limit < shard.numel:
             tied_N = _tied(shard, key)
             keep_N[tied_N] = shard.positions(tied_N) < limit
@@ -189,7 +190,8 @@ def _select(
     """Radix-select in every set S: the ``num_keep[S]``-th largest of keys in [0, 2**bits).
 
     Args:
-        read: By the shard's place, its values: contiguous, 1-D; see qsdp/codec/magnitude.py for
+        read: By the shard's place, its values: contiguous, 1-D; see
+            qsdp/ops/reference/magnitude.py for
             their keys. One is held at a time, which may be all that memory has room for.
 
     Returns:
@@ -233,7 +235,7 @@ def _histogram(
         prefixes = prefix_S.to(counts.device)
         for i in (i for i in indices if reaches[i].is_counted):
             at = sets[i]
-            torch.ops.qsdp.count_digits(read(i), prefixes[at], shift, width, counts[at])
+            ops.count_digits(read(i), prefixes[at], shift, width, counts[at])
         for group in groups:
             dist.all_reduce(counts, group=group)
         total += counts.to(total.device)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsdp import ops
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.comm.topology import launched_ranks
 from qsdp.config import ROUNDINGS, QSDPConfig
@@ -102,10 +103,8 @@ def codec_s(
     generator = torch.Generator(device).manual_seed(0)
     values = torch.randn(numel, generator=generator, device=device).view(torch.uint8)
     payload = torch.empty(layout.payload_bytes, dtype=torch.uint8, device=device)
-    encode = _median(
-        lambda: torch.ops.qsdp.encode(values, table, 0, header, payload), device, limit_s / 2
-    )
-    decode = _median(lambda: torch.ops.qsdp.decode(payload, table, 0, values), device, limit_s / 2)
+    encode = _median(lambda: ops.encode(values, table, 0, header, payload), device, limit_s / 2)
+    decode = _median(lambda: ops.decode(payload, table, 0, values), device, limit_s / 2)
     return encode / numel, decode / numel
 
 

@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 import qsdp
-from qsdp.codec import native
 from qsdp.common.files import finite, write_json
 from qsdp.common.streams import printable
 from qsdp.models import flops_per_token
+from qsdp.ops import native
 from qsdp.sparsity.target import Compression
 from qsdp.train.errors import UserError
 from qsdp.train.peak import matmul_flops_per_s

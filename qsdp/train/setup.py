@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import qsdp
 from qsdp import checkpoint
-from qsdp.codec import native
 from qsdp.common.streams import complain, printable
 from qsdp.compat import sharded_parameters
 from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.data.tokenizer import hash_of
 from qsdp.metrics import MetricsWriter
 from qsdp.models import GPT, GPTConfig
+from qsdp.ops import native
 from qsdp.optim.base import OptimizerWrapper
 from qsdp.optim.finite import first_not_finite
 from qsdp.sparsity.compression import Prunable

@@ -41,7 +41,7 @@ ABOVE_ALL = {"train", "__init__"}
 
 
 def part_of(path: Path, package: Path) -> str:
-    """The part of qsdp that a file belongs to: `codec` for qsdp/codec/ops.py."""
+    """The part of qsdp that a file belongs to: `codec` for qsdp/ops/reference/codec.py."""
     return path.relative_to(package).with_suffix("").parts[0]
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.codec import native, ops
 from qsdp.codec.payload import DType, Field, Layout, Segment
+from qsdp.ops import native
+from qsdp.ops.reference import codec
 from tests.support import gpu_kernels, patience
 
 COMPILED = [name for name in native.available() if name != native.PYTHON]
@@ -162,7 +163,7 @@ def test_bytes_and_values_equal_the_specification(
     header = layout.header(sender=3, step=2**40)
 
     want = torch.zeros(layout.payload_bytes, dtype=torch.uint8)
-    ops.encode(buffer, table, key, header, want, levels)
+    codec.encode(buffer, table, key, header, want, levels)
     got, whole = off_by(layout.payload_bytes, 1)
     torch.ops.qsdp.encode(buffer, table, key, header, got, levels)
     assert torch.equal(got, want)
@@ -170,7 +171,7 @@ def test_bytes_and_values_equal_the_specification(
     assert_canaries(whole_buffer, buffer)
 
     want_values = torch.full_like(buffer, 9)
-    ops.decode(want, table, key, want_values, levels=levels)
+    codec.decode(want, table, key, want_values, levels=levels)
     got_values, whole = off_by(layout.buffer_bytes, 5)
     torch.ops.qsdp.decode(got, table, key, got_values, levels=levels)
     assert_same_values(got_values, want_values, FLOATS[dtype])
@@ -180,7 +181,7 @@ def test_bytes_and_values_equal_the_specification(
     sums = torch.randn(layout.num_values, generator=generator).view(torch.uint8)
     got_sums, whole = off_by(sums.numel(), 7)
     got_sums.copy_(sums)
-    ops.decode(want, wide, key, sums, add=True, levels=levels)
+    codec.decode(want, wide, key, sums, add=True, levels=levels)
     torch.ops.qsdp.decode(got, wide, key, got_sums, add=True, levels=levels)
     assert_same_values(got_sums, sums, torch.float32)
     assert_canaries(whole, got_sums)
@@ -207,17 +208,17 @@ def test_whole_buckets_at_even_addresses(
         buffer, key = values.view(torch.uint8), int(torch.randint(2**62, (), generator=generator))
         got, want = torch.full((2, layout.payload_bytes), CANARY, dtype=torch.uint8)
         torch.ops.qsdp.encode(buffer, table, key, [1, 2, 3, 4], got, levels)
-        ops.encode(buffer, table, key, [1, 2, 3, 4], want, levels)
+        codec.encode(buffer, table, key, [1, 2, 3, 4], want, levels)
         assert torch.equal(got, want), bits
         got_values, want_values = torch.full((2, buffer.numel()), CANARY, dtype=torch.uint8)
         torch.ops.qsdp.decode(got, table, key, got_values, levels=levels)
-        ops.decode(want, table, key, want_values, levels=levels)
+        codec.decode(want, table, key, want_values, levels=levels)
         assert_same_values(got_values, want_values, FLOATS[dtype])
         wide = torch.tensor(layout.table(table[:, Field.NUMEL].tolist(), DType.FP32))
         got_sums, want_sums = torch.randn(layout.num_values, generator=generator).expand(2, -1)
         got_sums, want_sums = got_sums.clone(), want_sums.clone()
         torch.ops.qsdp.decode(got, wide, key, got_sums.view(torch.uint8), add=True, levels=levels)
-        ops.decode(want, wide, key, want_sums.view(torch.uint8), add=True, levels=levels)
+        codec.decode(want, wide, key, want_sums.view(torch.uint8), add=True, levels=levels)
         assert_same_values(got_sums.view(torch.uint8), want_sums.view(torch.uint8), torch.float32)
 
 
@@ -236,7 +237,7 @@ def test_any_metadata_decodes_as_in_the_specification(
         payload = payload.to(torch.uint8)
         got, want = torch.zeros(2, layout.buffer_bytes, dtype=torch.uint8)
         torch.ops.qsdp.decode(payload, table, 5, got)
-        ops.decode(payload, table, 5, want)
+        codec.decode(payload, table, 5, want)
         assert_same_values(got, want, FLOATS[dtype])
 
 
@@ -266,12 +267,12 @@ def test_any_levels_and_metadata_give_what_the_specification_gives(
         payload, want = torch.zeros(2, layout.payload_bytes, dtype=torch.uint8)
         arguments = (values.view(torch.uint8), table, 5, [1, 2, 3, 4])
         torch.ops.qsdp.encode(*arguments, payload, levels)
-        ops.encode(*arguments, want, levels)
+        codec.encode(*arguments, want, levels)
         assert torch.equal(payload, want)
         payload = torch.randint(0, 256, payload.shape, generator=generator).to(torch.uint8)
         got, want = torch.zeros(2, layout.buffer_bytes, dtype=torch.uint8)
         torch.ops.qsdp.decode(payload, table, 5, got, levels=levels)
-        ops.decode(payload, table, 5, want, levels=levels)
+        codec.decode(payload, table, 5, want, levels=levels)
         assert_same_values(got, want, FLOATS[dtype])
 
 
@@ -284,14 +285,14 @@ def test_raw_segments_travel_as_asked(kernels: str, generator: torch.Generator) 
         payload, want = torch.full((2, layout.payload_bytes), 3, dtype=torch.uint8)
         arguments = (values.view(torch.uint8), table, 0, [1, 2, 3, 4])
         torch.ops.qsdp.encode(*arguments, payload)
-        ops.encode(*arguments, want)
+        codec.encode(*arguments, want)
         data = table[0, Field.DATA_BYTE]
         end = data + 99 * FLOATS[wire].itemsize
         assert_same_values(payload[data:end], want[data:end], FLOATS[wire])
         assert torch.equal(payload[:data], want[:data])
         assert not payload[end:].any()
         got = torch.full((layout.buffer_bytes,), 7, dtype=torch.uint8)
-        ops.decode(payload, table, 0, want := torch.zeros_like(got))
+        codec.decode(payload, table, 0, want := torch.zeros_like(got))
         torch.ops.qsdp.decode(payload, table, 0, got)
         assert_same_values(got, want, FLOATS[dtype])
 
@@ -470,7 +471,7 @@ def test_the_environment_is_obeyed_or_refused(variable: str, value: str, sentenc
     if value == "avx512" and "avx512" in COMPILED:
         pytest.skip(f"{variable}={value} is fine on this machine")
     environment = {**os.environ, variable: value}
-    command = [sys.executable, "-c", "import qsdp.codec"]
+    command = [sys.executable, "-c", "import qsdp.ops"]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=patience.seconds()
     )

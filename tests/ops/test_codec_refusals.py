@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from qsdp.codec import ops
 from qsdp.codec.payload import DType, Field, Layout, Segment
+from qsdp.ops.reference import codec
 
 
 def call(**changes: object) -> dict[str, object]:
@@ -38,7 +38,7 @@ def learned(**changes: object) -> dict[str, object]:
 
 # The specification, and whatever kernels serve the CPU.
 KERNELS = {
-    "specification": (ops.encode, ops.decode),
+    "specification": (codec.encode, codec.decode),
     "in use": (torch.ops.qsdp.encode, torch.ops.qsdp.decode),
 }
 BAD_CALLS = {

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from qsdp.codec import ops, rounding
+from qsdp.codec import rounding
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.codec.rounding import Key
 from qsdp.config import ROUNDINGS
+from qsdp.ops.reference import codec
 from tests.support import codec_reference as reference
 from tests.support.codec_wire import DTYPES, KEY, LARGEST, fresh, send
 
@@ -207,7 +208,7 @@ def test_a_payload_is_header_metadata_raw_wider_first_then_codes_from_a_16_byte_
     x = torch.from_numpy(rng.standard_normal(95).astype(np.float32))
     payload = torch.full((layout.payload_bytes,), 0x5A, dtype=torch.uint8)
     table = torch.tensor(layout.table([5, 37, 3, 50, 0, 0]))
-    ops.encode(x.view(torch.uint8), table, KEY.fold(), layout.header(3, 77), payload)
+    codec.encode(x.view(torch.uint8), table, KEY.fold(), layout.header(3, 77), payload)
     parts = x[:5], x[5:42], x[42:45], x[45:]
     dither = reference.encode_segment(parts[1].numpy(), 3, 16, "dither", 1, 9, reference.fold(KEY))
     shift = reference.encode_segment(parts[3].numpy(), 8, 32, "shift", 3, 9, reference.fold(KEY))
@@ -221,7 +222,7 @@ def test_a_payload_is_header_metadata_raw_wider_first_then_codes_from_a_16_byte_
     assert bytes(payload.tolist()) == expected
 
     out = torch.full((95,), 99.0)
-    ops.decode(payload, table, KEY.fold(), out.view(torch.uint8))
+    codec.decode(payload, table, KEY.fold(), out.view(torch.uint8))
     assert torch.equal(out[:5], parts[0].bfloat16().float())
     assert torch.equal(out[42:45], parts[2])
     assert np.array_equal(out[5:42].numpy(), dither[2])
@@ -275,7 +276,7 @@ def test_decode_and_add_adds_in_fp32_and_leaves_the_padding():
         table = torch.tensor(Layout([segment], 2).table([70], DType.FP32))
         start = torch.from_numpy(rng.standard_normal(80).astype(np.float32))
         total = start.clone()
-        ops.decode(sent.payload, table, KEY.fold(), total.view(torch.uint8), True)
+        codec.decode(sent.payload, table, KEY.fold(), total.view(torch.uint8), True)
         assert torch.equal(total[:70], start[:70] + sent.values[:70])
         assert torch.equal(total[70:], start[70:])
 
@@ -290,9 +291,9 @@ def test_raw_segments_arrive_bit_for_bit(dtype):
     layout = Layout([segment], 0)
     table = torch.tensor(layout.table([x.numel() - 1]))
     payload = torch.empty(layout.payload_bytes, dtype=torch.uint8)
-    ops.encode(x.view(torch.uint8), table, 0, layout.header(0, 0), payload)
+    codec.encode(x.view(torch.uint8), table, 0, layout.header(0, 0), payload)
     out = torch.ones_like(x)
-    ops.decode(payload, table, 0, out.view(torch.uint8))
+    codec.decode(payload, table, 0, out.view(torch.uint8))
     assert torch.equal(out.view(torch.uint8)[: -x.itemsize], x.view(torch.uint8)[: -x.itemsize])
     assert bool((out.view(torch.uint8)[-x.itemsize :] == 0).all())
 
@@ -306,7 +307,7 @@ def test_opaque_bytes_arrive_as_they_are_at_any_offset():
     x = torch.from_numpy(fresh().integers(0, 256, 260, dtype=np.uint8))
     payload = torch.empty(layout.payload_bytes, dtype=torch.uint8)
     table = torch.tensor(layout.table([3, 256, 1]))
-    ops.encode(x, table, 0, layout.header(0, 0), payload)
+    codec.encode(x, table, 0, layout.header(0, 0), payload)
     out = torch.empty_like(x)
-    ops.decode(payload, table, 0, out)
+    codec.decode(payload, table, 0, out)
     assert torch.equal(out, x)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.codec import native, ops
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.common import bitmask
+from qsdp.ops import native
+from qsdp.ops.reference import codec
 from tests.support import patience
 from tests.support.gpu_kernels import NO_GPU
 
@@ -45,9 +46,9 @@ class Sent:
     def wanted(self) -> tuple[Tensor, Tensor]:
         """By the specification, on the CPU."""
         payload = torch.zeros(self.payload.shape, dtype=torch.uint8)
-        ops.encode(self.values.cpu().view(torch.uint8), self.table, 5, self.header, payload)
+        codec.encode(self.values.cpu().view(torch.uint8), self.table, 5, self.header, payload)
         decoded = torch.zeros(self.values.shape)
-        ops.decode(payload, self.table, 5, decoded.view(torch.uint8))
+        codec.decode(payload, self.table, 5, decoded.view(torch.uint8))
         return payload, decoded
 
     def check(self) -> None:
@@ -126,7 +127,7 @@ def test_offsets_above_2_to_the_31() -> None:
 
 _STOPS = """
 import torch
-import qsdp.codec
+import qsdp.ops
 values = torch.ones(5000, device="cuda")
 out = torch.empty(20000, dtype=torch.uint8, device="cuda")
 bits = torch.full((625,), {bits}, dtype=torch.uint8, device="cuda")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.codec import magnitude, native
-from qsdp.codec.magnitude import DTYPES, NUM_BINS
+from qsdp.ops import native
+from qsdp.ops.reference import magnitude
+from qsdp.ops.reference.magnitude import DTYPES, NUM_BINS
 from tests.support import gpu_kernels
 
 ROUNDS = [(20, 11), (9, 11), (0, 9)]  # those of a threshold over floats

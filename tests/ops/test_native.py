@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qsdp.codec import native
+from qsdp.ops import native
 from tests.support import patience
 from tests.support.gpu_kernels import NO_GPU
 
@@ -85,7 +85,7 @@ def test_a_tensor_on_a_gpu_is_refused_where_its_kernels_are_required_but_absent(
 ) -> None:
     # A process of its own: what is registered at import stays.
     code = (
-        "import torch; from qsdp.codec import native; "
+        "import torch; from qsdp.ops import native; "
         "has = torch._C._dispatch_has_kernel_for_dispatch_key; "
         "print([has('qsdp::' + name, 'CUDA') for name in native._KERNELS])"
     )

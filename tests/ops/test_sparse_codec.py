@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.codec import native, sparse
 from qsdp.common import bitmask
+from qsdp.ops import native
+from qsdp.ops.reference import sparse
 from tests.support import gpu_kernels
 
 KERNELS = (sparse, torch.ops.qsdp)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qsdp.codec import ops
 from qsdp.codec.payload import HEADER_BYTES, META_BYTES, DType, Layout, Segment
 from qsdp.codec.rounding import Key
 from qsdp.config import ROUNDINGS
+from qsdp.ops.reference import codec
 
 UNBIASED = ("shift", "dither", "stochastic")
 DTYPES = {torch.float32: DType.FP32, torch.bfloat16: DType.BF16, torch.float16: DType.FP16}
@@ -72,13 +72,13 @@ def send(
     table = torch.tensor(layout.table([numel]))
     header = layout.header(key.sender, key.step)
     before = x.clone()
-    ops.encode(x.view(torch.uint8), table, key.fold(), header, payload, levels)
+    codec.encode(x.view(torch.uint8), table, key.fold(), header, payload, levels)
     assert torch.equal(x.view(torch.uint8), before.view(torch.uint8)), "encode changed its input"
     out = out or x.dtype
     values = torch.full((x.numel(),), 99, dtype=out)
     table = torch.tensor(layout.table([numel], DTYPES[out]))
     key = receiver_key or key
-    ops.decode(payload, table, key.fold(), values.view(torch.uint8), levels=levels)
+    codec.decode(payload, table, key.fold(), values.view(torch.uint8), levels=levels)
     _, data = layout._starts[0]
     meta_end = HEADER_BYTES + META_BYTES * -(-numel // bucket)
     raw = bytes(payload.tolist())

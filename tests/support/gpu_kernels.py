@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.codec import native
+from qsdp.ops import native
 
 EMULATION = os.environ.get("QSDP_EMULATED_CUDA")
 CUDA, EMULATED = "cuda", "emulated"

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from qsdp.checkpoint import TensorReader
-from qsdp.codec import native
 from qsdp.export import read_mask
 from qsdp.models import GPT
+from qsdp.ops import native
 from qsdp.sparsity.compression import Prunable, compress_
 from qsdp.sparsity.target import Compression
 from qsdp.train import compress_cli

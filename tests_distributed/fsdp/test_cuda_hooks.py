@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import qsdp
-from qsdp.codec import native
 from qsdp.comm import transport
+from qsdp.ops import native
 from tests_distributed.support import alike
 from tests_distributed.support.alike import CASES, MORE_CASES, RACES, Case, assert_equal
 from tests_distributed.support.apart import APART, train_apart

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import qsdp
-from qsdp.codec import native
+from qsdp.ops import native
 from tests_distributed.support.helpers import make_model, shard
 from tests_distributed.support.running import Run
 

@@ -4,9 +4,8 @@ The key of a float is the bit pattern of its magnitude as fp32 (bf16 and fp16 va
 values, so they may be mixed); NaN's are above infinity's. The key of an int64, which must not be
 negative, is itself.
 
-`torch.ops.qsdp.count_digits` counts some bits of the keys, `torch.ops.qsdp.mark_above` marks those
-above a key. The plain-PyTorch kernels here are the specification, and serve GPUs without waiting
-for them; csrc/ gives the same.
+`count_digits` counts some bits of the keys, `mark_above` marks those above a key. This is the
+specification in plain PyTorch, and serves GPUs without waiting for them; csrc/ gives the same.
 """
 
 import torch
@@ -22,12 +21,6 @@ NUM_BINS = 1 << DIGIT_BITS
 # Intermediate results of a chunk stay in a CPU's cache; a GPU wants few launches instead.
 _CHUNK_CPU = 1 << 18
 _CHUNK_GPU = 1 << 24
-
-_library = torch.library.Library("qsdp", "FRAGMENT")
-_library.define(
-    "count_digits(Tensor values, Tensor prefix, int shift, int width, Tensor(a!) counts) -> ()"
-)
-_library.define("mark_above(Tensor values, int key, Tensor(a!) out) -> ()")
 
 
 def keys_of(values: Tensor) -> Tensor:
@@ -95,8 +88,3 @@ def _check_values(values: Tensor) -> None:
             f"the values are {values.dtype} of shape {tuple(values.shape)}; give contiguous 1-D "
             "fp32, bf16, fp16 or int64"
         )
-
-
-for _name, _kernel in (("count_digits", count_digits), ("mark_above", mark_above)):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qsdp::{_name}", lambda *_: None, lib=_library)

@@ -1,6 +1,6 @@
-"""The two codec operators and their plain-PyTorch kernels: the numerical specification.
+"""The codec in plain PyTorch: the numerical specification.
 
-`torch.ops.qsdp.encode` turns a flat buffer into a payload, `torch.ops.qsdp.decode` turns it back;
+`encode` turns a flat buffer into a payload, `decode` turns it back;
 one call works through all segments of a group (see [Note: Payload] for the bytes and `Field` for
 the table). Other kernels (csrc/) give the same bytes for the same key.
 
@@ -39,22 +39,11 @@ from torch import Tensor
 
 from qsdp.codec.payload import HEADER_BYTES
 from qsdp.codec.rounding import STOCHASTIC
-from qsdp.codec.table import TORCH_DTYPES as TORCH_DTYPES
 from qsdp.codec.table import Row, check
 
 HUGE_VALUE = 2.0**120
 HUGE_SCALE = 2.0**112
 HUGE_FACTOR = 2.0**-8
-
-_library = torch.library.Library("qsdp", "DEF")
-_library.define(
-    "encode(Tensor buffer, Tensor table, int key, int[] header, Tensor(a!) payload, "
-    "Tensor? levels=None) -> ()"
-)
-_library.define(
-    "decode(Tensor payload, Tensor table, int key, Tensor(a!) buffer, bool add=False, "
-    "Tensor? levels=None) -> ()"
-)
 
 
 def encode(
@@ -229,12 +218,3 @@ def _level_codes(t: Tensor, levels: Tensor, r: Tensor, rounding: int) -> Tensor:
 def _huge_factor(low: Tensor, d: Tensor) -> Tensor:
     huge = (low.abs() > HUGE_VALUE) | (d > HUGE_SCALE)
     return torch.where(huge, HUGE_FACTOR, 1.0).to(torch.float32)
-
-
-def _no_result(*_: object) -> None:
-    return None
-
-
-for _name, _kernel in (("encode", encode), ("decode", decode)):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qsdp::{_name}", _no_result, lib=_library)

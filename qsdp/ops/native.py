@@ -1,8 +1,8 @@
 """The compiled kernels of csrc/, if the package was built with them, and which kernels serve.
 
-`load` runs when `qsdp.codec` is imported. Kernels are, best first, "avx512", "avx2", "scalar"
-(plain C++) and "python" (qsdp/codec/ops.py, always there). All give the same bytes. GPUs have those
-of csrc/cuda, where they were built, or else Python's, which are many times slower.
+`load` runs when `qsdp.ops` is imported. Kernels are, best first, "avx512", "avx2", "scalar" (plain
+C++) and "python" (qsdp/ops/reference, always there). All give the same bytes. GPUs have those of
+csrc/cuda, where they were built, or else Python's, which are many times slower.
 
 Environment: ``QSDP_REQUIRE_NATIVE=1`` refuses to go on without the library, and to work on a GPU
 without that of CUDA, which a machine without a GPU need not have;
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from qsdp.codec import magnitude, ops, sparse  # define the schemas that the library has kernels for
+from qsdp.ops.schema import KERNELS
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_qsdp_native.so"
 CUDA_LIBRARY = LIBRARY.with_name("_qsdp_cuda.so")
@@ -27,14 +27,6 @@ _library: ctypes.CDLL | None = None
 _has_cuda_kernels = False
 _override: torch.library.Library | None = None  # while it lives, Python serves the CPU
 _refusal: torch.library.Library | None = None  # while it lives, nothing serves GPUs
-_KERNELS = {
-    "encode": ops.encode,
-    "decode": ops.decode,
-    "compact": sparse.compact,
-    "expand": sparse.expand,
-    "count_digits": magnitude.count_digits,
-    "mark_above": magnitude.mark_above,
-}
 
 
 def load() -> None:
@@ -60,7 +52,7 @@ def load() -> None:
     elif _is_required():
         # Not an error yet: whether tensors on a GPU will come is not known.
         _refusal = torch.library.Library("qsdp", "IMPL")
-        for name in _KERNELS:
+        for name in KERNELS:
             _refusal.impl(name, _refuse, "CUDA")
     if wanted and _CAPABILITIES[wanted] not in available():
         raise ValueError(
@@ -142,7 +134,7 @@ def use(capability: str) -> None:
     _override = torch.library.Library("qsdp", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a kernel is overridden: it is meant
-        for name, kernel in _KERNELS.items():
+        for name, kernel in KERNELS.items():
             _override.impl(name, kernel, "CPU")
 
 

@@ -1,8 +1,7 @@
 """Flat buffers without the values that a mask prunes: what a payload of sparse weights is made of.
 
-`torch.ops.qsdp.compact` copies the values that are kept, segment after segment;
-`torch.ops.qsdp.expand` puts them back, with +0.0 elsewhere. The plain-PyTorch kernels here are the
-specification; csrc/ gives the same bytes.
+`compact` copies the values that are kept, segment after segment; `expand` puts them back, with
++0.0 elsewhere. This is the specification in plain PyTorch; csrc/ gives the same bytes.
 """
 
 from enum import IntEnum
@@ -11,12 +10,6 @@ import torch
 from torch import Tensor
 
 from qsdp.common import bitmask
-
-_library = torch.library.Library("qsdp", "FRAGMENT")
-_library.define(
-    "compact(Tensor dense, Tensor spans, Tensor bitmap, Tensor(a!) out, bool strict) -> ()"
-)
-_library.define("expand(Tensor compact, Tensor spans, Tensor bitmap, Tensor(a!) out) -> ()")
 
 
 class Span(IntEnum):
@@ -112,12 +105,3 @@ def _mask(bitmap: Tensor, row: list[int]) -> Tensor:
 def _values(buffer: Tensor, row: list[int], start: Span, num: int) -> Tensor:
     """uint8 [num, bytes a value], a view."""
     return buffer.narrow(0, row[start], num * row[Span.ITEM]).view(num, row[Span.ITEM])
-
-
-def _no_result(*_: object) -> None:
-    return None
-
-
-for _name, _kernel in (("compact", compact), ("expand", expand)):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qsdp::{_name}", _no_result, lib=_library)

@@ -1,0 +1,28 @@
+"""The operators on payloads, sparse buffers and magnitudes, as `schema` lists them.
+
+A call reaches the best kernel for its tensors: those of csrc/, or the specification in `reference`.
+"""
+
+import torch
+
+from qsdp.ops import native, schema
+
+native.load()
+
+encode = torch.ops.qsdp.encode
+decode = torch.ops.qsdp.decode
+compact = torch.ops.qsdp.compact
+expand = torch.ops.qsdp.expand
+count_digits = torch.ops.qsdp.count_digits
+mark_above = torch.ops.qsdp.mark_above
+
+__all__ = [
+    "compact",
+    "count_digits",
+    "decode",
+    "encode",
+    "expand",
+    "mark_above",
+    "native",
+    "schema",
+]

@@ -1,0 +1,1 @@
+"""The operators in plain PyTorch: the specification that every kernel agrees with bit for bit."""

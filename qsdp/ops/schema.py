@@ -1,0 +1,44 @@
+"""The operators of qsdp: their signatures, the specification of each, and what torch.compile sees.
+
+A kernel of csrc/ is registered under the same name for its device and takes the specification's
+place there; see csrc/README.md for a kernel in five steps.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from qsdp.ops.reference import codec, magnitude, sparse
+
+KERNELS: dict[str, Callable[..., None]] = {
+    "encode": codec.encode,
+    "decode": codec.decode,
+    "compact": sparse.compact,
+    "expand": sparse.expand,
+    "count_digits": magnitude.count_digits,
+    "mark_above": magnitude.mark_above,
+}
+"""By the operator's name, its specification. All write into what they are given."""
+
+_SIGNATURES = (
+    "encode(Tensor buffer, Tensor table, int key, int[] header, Tensor(a!) payload, "
+    "Tensor? levels=None) -> ()",
+    "decode(Tensor payload, Tensor table, int key, Tensor(a!) buffer, bool add=False, "
+    "Tensor? levels=None) -> ()",
+    "compact(Tensor dense, Tensor spans, Tensor bitmap, Tensor(a!) out, bool strict) -> ()",
+    "expand(Tensor compact, Tensor spans, Tensor bitmap, Tensor(a!) out) -> ()",
+    "count_digits(Tensor values, Tensor prefix, int shift, int width, Tensor(a!) counts) -> ()",
+    "mark_above(Tensor values, int key, Tensor(a!) out) -> ()",
+)
+
+
+def _no_result(*_: object) -> None:
+    """What an operator returns where tensors have no values."""
+
+
+_library = torch.library.Library("qsdp", "DEF")
+for _signature in _SIGNATURES:
+    _library.define(_signature)
+for _name, _kernel in KERNELS.items():
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qsdp::{_name}", _no_result, lib=_library)
