@@ -1,9 +1,9 @@
 """[Note: Payload] The bytes that one rank sends for one group: arithmetic only, no tensors.
 
     header   32 bytes, four little-endian int64: (version << 32 | sender), key step,
-             payload bytes, plan hash ^ standing; the hash is `hash_of` the version, the group and
-             what defines each segment, the standing is 0 but where a rank has other gradients than
-             were agreed on: [Note: Consent] in comm/consent.py
+             payload bytes, plan hash ^ status; the hash is `hash_of` the version, the group and
+             what defines each segment, the status is 0 but where a rank has other gradients than
+             were agreed on: [Note: Consensus] in comm/consensus.py
     metadata 8 bytes a bucket, segment after segment: fp32 min, fp32 scale
     raw      the uncoded segments, wider elements first
     codes    from a 16-byte boundary on, segment after segment, each ceil(numel * bits / 8) bytes:
@@ -38,10 +38,10 @@ class DType(IntEnum):
 ITEM_BYTES = {DType.FP32: 4, DType.BF16: 2, DType.FP16: 2, DType.OPAQUE: 1}
 
 
-class Standing(IntEnum):
+class Status(IntEnum):
     """What a header says of its sender's gradients: they are those that were agreed on, or others,
     or the sender has heard of both; or that it has nothing to send, and raises. Random bits, so
-    that damage is not taken for a standing."""
+    that damage is not taken for a status."""
 
     KEPT = 0
     CHANGED = 0x3C6EF372FE94F82A
@@ -146,9 +146,9 @@ class Layout:
             buffer_byte += segment.padded * ITEM_BYTES[own]
         return rows
 
-    def header(self, sender: int, step: int, standing: Standing = Standing.KEPT) -> list[int]:
+    def header(self, sender: int, step: int, status: Status = Status.KEPT) -> list[int]:
         """The four int64 words that open a payload of this layout."""
-        return [VERSION << 32 | sender, step, self.payload_bytes, self.hash ^ standing]
+        return [VERSION << 32 | sender, step, self.payload_bytes, self.hash ^ status]
 
 
 def hash_of(integers: Sequence[int]) -> int:

@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 class Scratch:
-    """Byte buffers, grown to the largest size asked for: by purpose, or on loan where several are
-    in use at once.
+    """Byte buffers, grown to the largest size asked for: by purpose, or, where several
+    are in use at once, for whoever acquires and releases them.
 
     On a GPU the caching allocator is that pool already, and knows which stream still reads what.
     """
@@ -24,8 +24,8 @@ class Scratch:
             buffer = self._buffers[purpose] = allocate(num_bytes, device)
         return buffer[:num_bytes]
 
-    def borrow(self, num_bytes: int, device: torch.device) -> Tensor:
-        """uint8 [num_bytes], uninitialised, the caller's own until `give_back`."""
+    def acquire(self, num_bytes: int, device: torch.device) -> Tensor:
+        """uint8 [num_bytes], uninitialised, the caller's own until `release`d."""
         if device.type != "cpu":
             return allocate(num_bytes, device)
         buffer = self._free.pop() if self._free else None
@@ -33,11 +33,11 @@ class Scratch:
             buffer = allocate(num_bytes, device)
         return buffer[:num_bytes]
 
-    def give_back(self, borrowed: Tensor) -> None:
-        """Let others borrow what `borrow` returned."""
-        if borrowed.device.type == "cpu":
-            self._free.append(allocate(0, borrowed.device).set_(borrowed.untyped_storage()))
-            self._free.sort(key=Tensor.numel)  # the largest is lent first
+    def release(self, acquired: Tensor) -> None:
+        """Let others acquire what `acquire` returned."""
+        if acquired.device.type == "cpu":
+            self._free.append(allocate(0, acquired.device).set_(acquired.untyped_storage()))
+            self._free.sort(key=Tensor.numel)  # the largest is taken first
 
 
 def reads_on_this_stream(buffer: Tensor) -> None:

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.comm import transport
-from qsdp.comm.plan import Plan
-from qsdp.comm.side import Masks
-from qsdp.comm.wire import Wire
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.layout import Masks
+from qsdp.comm.wire_state import Wire
 from qsdp.common import bitmask
 from qsdp.common.failures import collective
 
@@ -58,7 +58,7 @@ def exchange(
             transport.all_gather(everyone, mine, group).wait()
         wire.traffic.gathered("gather", group, mine.numel())
         bits = everyone.view(group.size(), -1)
-        # On a GPU the host waits here, once, and not at every side that is made of the masks.
+        # On a GPU the host waits here, once, and not at every layout that is made of the masks.
         counts = torch.stack([bitmask.count(part) for part in bits.split(sizes, dim=1)]).tolist()
         starts = accumulate([0, *sizes[:-1]])
         by_parameter = iter([Masks(bits, *each) for each in zip(starts, counts, strict=True)])

@@ -176,3 +176,8 @@ def _to_host(host: Tensor, tensor: Tensor) -> None:
     host.copy_(tensor, non_blocking=True)
     if tensor.device.type != "cpu":
         torch.accelerator.current_stream(tensor.device.index).synchronize()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A contiguous 1-D tensor as uint8."""
+    return tensor.view(torch.uint8)

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 
 from qsdp import compat
-from qsdp.comm.levels import Counts, Kind, check_rows, offset
-from qsdp.comm.measure import Meter, allot
-from qsdp.comm.plan import Plan
-from qsdp.comm.wire import Wire
+from qsdp.comm.bit_budget import allot
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.level_fitting import Counts, Kind, check_rows, offset
+from qsdp.comm.quantization_error import Meter
+from qsdp.comm.wire_state import Wire
 from qsdp.config import CODED_BITS, QSDPConfig
 
 
@@ -266,12 +267,12 @@ class Adaptation:
                 if not places or plan.world_size == 1:
                     continue
                 least = 0 if is_frozen else least_bits
-                side = plan.gather(places, least, is_frozen=is_frozen)
-                for number, row in enumerate(side.tables[plan.rank].tolist()):
+                layout = plan.gather(places, least, is_frozen=is_frozen)
+                for number, row in enumerate(layout.tables[plan.rank].tolist()):
                     i = places[number]
                     values = shards[i].detach().to(plan.parameters[i].dtype).reshape(-1)
                     kind = Kind.KEPT if i in masked else Kind.WEIGHT
-                    sent = side.kept(plan.rank, number, values)
+                    sent = layout.kept(plan.rank, number, values)
                     meter.add_values(row, sent, Kind.FROZEN if is_frozen else kind)
 
     def _allot(self, meter: Meter) -> None:

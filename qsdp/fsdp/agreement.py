@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import compat
 from qsdp.codec.payload import VERSION
-from qsdp.comm.plan import Plan
+from qsdp.comm.group_plan import Plan
 from qsdp.common.failures import listed
 from qsdp.common.meeting import compare
 from qsdp.config import QSDPConfig

@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from qsdp import compat
-from qsdp.codec.payload import Standing
-from qsdp.comm.consent import Consent, Places
-from qsdp.comm.gather import Gathering, GatheringWork, Payloads, decode, regather
-from qsdp.comm.late import LateReduce, SetsDiffer, exhaust
-from qsdp.comm.plan import Plan
-from qsdp.comm.reduce import Hop, all_reduce, hops_of, reduce
+from qsdp.codec.payload import Status
+from qsdp.comm.all_gather import Gathering, GatheringWork, Payloads, decode, regather
+from qsdp.comm.all_reduce import all_reduce
+from qsdp.comm.consensus import Consensus, Places
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.late_reduce import LateReduce, SetsDiffer, exhaust
+from qsdp.comm.layout import GroupLayout
+from qsdp.comm.reduce_scatter import Hop, hops_of, reduce
 from qsdp.comm.scratch import allocate, reads_on_this_stream
-from qsdp.comm.side import Side
-from qsdp.comm.wire import Wire
+from qsdp.comm.wire_state import Wire
 from qsdp.common.checksum import checksum
 from qsdp.common.failures import listed
 from qsdp.fsdp.passes import Passes
@@ -45,7 +46,7 @@ class AllGather(_Comm):
     Args:
         plan: how the group travels.
         wire, passes: what it shares with the others.
-        group: FSDP2's side of it.
+        group: FSDP2's layout of it.
         recorder: of its gradients.
         unwatched: what all groups share: the recorders that miss tensors of gathered groups.
     """
@@ -116,9 +117,9 @@ class AllGather(_Comm):
         keeps = not wire.is_exact and not in_backward and self._is_needed_again()
         is_async = async_op and input_tensor.device.type == "cpu"
         is_exact = wire.is_exact
-        side = plan.gather(places, 32 if is_exact else wire.least_bits, is_dense=is_exact)
-        buffer = self._take_buffer(side, input_tensor.device, keeps)
-        gathering = Gathering(plan, side, input_tensor, wire, buffer, async_op=is_async)
+        layout = plan.gather(places, 32 if is_exact else wire.least_bits, is_dense=is_exact)
+        buffer = self._take_buffer(layout, input_tensor.device, keeps)
+        gathering = Gathering(plan, layout, input_tensor, wire, buffer, async_op=is_async)
 
         def finish() -> None:
             with nullcontext() if in_backward else self.passes.mistakes_reach_replicas():
@@ -127,7 +128,7 @@ class AllGather(_Comm):
             if keeps:
                 self._kept = payloads
             else:
-                wire.scratch.give_back(buffer)
+                wire.scratch.release(buffer)
 
         if is_async:
             return GatheringWork(finish)
@@ -143,13 +144,13 @@ class AllGather(_Comm):
             self._frozen = None
             return plan.places
         # Sent once, so for a warm-up too.
-        side = plan.gather(frozen, is_frozen=True)
-        if self._frozen is None or self._frozen.side is not side:
+        layout = plan.gather(frozen, is_frozen=True)
+        if self._frozen is None or self._frozen.layout is not layout:
             if compat.in_backward():
                 self.passes.before_collective_in_backward(plan)
-            buffer = allocate(plan.world_size * side.payload_bytes, input.device)
+            buffer = allocate(plan.world_size * layout.payload_bytes, input.device)
             self._frozen_sum = self._sum_of_frozen()
-            self._frozen = Gathering(plan, side, input, wire, buffer, is_frozen=True).finish()
+            self._frozen = Gathering(plan, layout, input, wire, buffer, is_frozen=True).finish()
         return tuple(i for i in plan.places if trains[i])
 
     @property
@@ -180,14 +181,14 @@ class AllGather(_Comm):
         is_training = self._group.modules[0].training
         return self._wire.config.gather == "once" and is_training and self._group.gathers_again
 
-    def _take_buffer(self, side: Side, device: torch.device, keeps: bool) -> Tensor:
+    def _take_buffer(self, layout: GroupLayout, device: torch.device, keeps: bool) -> Tensor:
         """Memory for the payloads of all ranks."""
-        size = self._plan.world_size * side.payload_bytes
+        size = self._plan.world_size * layout.payload_bytes
         if keeps:
             if self._buffer is None or self._buffer.numel() < size:
                 self._buffer = allocate(size, device)
             return self._buffer[:size]
-        return self._wire.scratch.borrow(size, device)
+        return self._wire.scratch.acquire(size, device)
 
     def _decode(self, payloads: Payloads | None, output: Tensor) -> None:
         for part in (payloads, None if self._wire.is_exact else self._frozen):
@@ -210,7 +211,7 @@ class ReduceScatter(_Comm):
         self._plan, self._wire, self._group = plan, wire, group
         self._recorder, self._passes, self._replicas = recorder, passes, replicas
         # Replicas are not there while their average is put off.
-        self._consents = {True: Consent(plan, replicas), False: Consent(plan, None)}
+        self._consents = {True: Consensus(plan, replicas), False: Consensus(plan, None)}
         self._reduced: tuple[Places, int] | None = None
         self._put_off: PutOff | None = None
 
@@ -242,7 +243,7 @@ class ReduceScatter(_Comm):
         def hops(places: Places) -> list[Hop]:
             return hops_of(plan, places, input_tensor.dtype, group, wire)
 
-        def averaged(places: Places) -> Side:
+        def averaged(places: Places) -> GroupLayout:
             return plan.reduce(places, output_tensor.dtype, wire.least_bits)
 
         step, device = wire.clock.step, input_tensor.device
@@ -264,7 +265,7 @@ class ReduceScatter(_Comm):
                 try:
                     self._reduced = (with_grad, exhaust(reducing))
                 except SetsDiffer:
-                    consent.tell_replicas(averaged(with_grad), step, device, Standing.MIXED)
+                    consent.tell_replicas(averaged(with_grad), step, device, Status.MIXED)
                     raise
                 return
         except SetsDiffer:
@@ -307,10 +308,10 @@ class ReduceScatter(_Comm):
         if places != put_off.places:
             plan = self._plan
             if self._group.all_reduces:  # replicas wait
-                side = plan.reduce(places, reduced.dtype, self._wire.least_bits)
+                layout = plan.reduce(places, reduced.dtype, self._wire.least_bits)
                 step, device = self._wire.clock.step, reduced.device
                 with suppress(RuntimeError):
-                    self._consents[True].tell_replicas(side, step, device, Standing.FAILED)
+                    self._consents[True].tell_replicas(layout, step, device, Status.FAILED)
             odd = sorted(set(places) ^ set(put_off.places))
             raise RuntimeError(
                 f"{listed([plan.names[i] for i in odd])} had a gradient in some of the backward "

@@ -13,14 +13,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from qsdp import compat
-from qsdp.comm.levels import Levels
-from qsdp.comm.measure import Meter, check_budget
-from qsdp.comm.plan import embedding_names, tied_names
+from qsdp.comm.bit_budget import check_budget
+from qsdp.comm.level_fitting import Levels
+from qsdp.comm.quantization_error import Meter
 from qsdp.comm.support import exchange
 from qsdp.comm.topology import launched_ranks
 from qsdp.comm.traffic import Traffic
-from qsdp.comm.wire import Wire
+from qsdp.comm.wire_state import Wire
 from qsdp.common.meeting import meet, mistakes_shared
+from qsdp.common.model_structure import embedding_names, tied_names
 from qsdp.config import QSDPConfig
 from qsdp.fsdp import agreement
 from qsdp.fsdp.adapt import Adaptation
@@ -205,7 +206,7 @@ class Handle:
     def exact(self) -> Iterator[None]:
         """Inside, gathers bring the exact weights: for validation without quantization error.
 
-        Gathered weights are dropped on entry and on exit, so that neither side sees the other's.
+        Gathered weights are dropped on entry and on exit, so that neither layout sees the other's.
         """
         self._check_installed()
         self._reshard()

@@ -17,8 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from qsdp import compat
-from qsdp.comm.plan import Plan
-from qsdp.comm.wire import Wire
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.wire_state import Wire
 from qsdp.common.failures import CollectiveError, collective, listed
 from qsdp.common.meeting import Meeting, meet, mistakes_shared
 from qsdp.common.meshes import averaged

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import compat
-from qsdp.comm.plan import DTYPES, Parameter, Plan
+from qsdp.comm.group_plan import DTYPES, Parameter, Plan
 from qsdp.comm.topology import Hops, Topology, check_mesh, is_worth_two_hops, nodes_of, split
 from qsdp.config import QSDPConfig
 

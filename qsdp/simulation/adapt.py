@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
-from qsdp.comm.measure import Claim, allot, check_budget
+from qsdp.comm.bit_budget import Claim, allot, check_budget
 from qsdp.config import CODED_BITS, LEARNED_BITS, QSDPConfig
 from qsdp.simulation.world import World
 

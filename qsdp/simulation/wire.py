@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from qsdp import compat, ops
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.codec.rounding import Key
-from qsdp.comm.measure import Claim
-from qsdp.comm.plan import embedding_names, tied_names
+from qsdp.comm.bit_budget import Claim
+from qsdp.common.model_structure import embedding_names, tied_names
 from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
 from qsdp.simulation.adapt import Bits, Budget, Levels
 from qsdp.simulation.world import CODEC_DTYPES, Numbers, World

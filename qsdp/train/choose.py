@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qsdp.comm.plan import Parameter, Plan, embedding_names
+from qsdp.comm.group_plan import Parameter, Plan
 from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, launched_ranks, nodes_of, split
 from qsdp.common.failures import CollectiveError, collective
+from qsdp.common.model_structure import embedding_names
 from qsdp.config import QSDPConfig
 from qsdp.models import GPT, GPTConfig
 from qsdp.train.config import TrainConfig

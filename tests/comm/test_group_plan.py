@@ -12,8 +12,9 @@ from torch import nn
 
 import qsdp
 from qsdp.codec.payload import Field
-from qsdp.comm.plan import Parameter, Plan, embedding_names, tied_names
-from qsdp.comm.side import Side
+from qsdp.comm.group_plan import Parameter, Plan
+from qsdp.comm.layout import GroupLayout
+from qsdp.common.model_structure import embedding_names, tied_names
 
 
 class Model(nn.Module):
@@ -101,7 +102,7 @@ def _plan(num_ranks: int, num_parameters: int = 8) -> Plan:
     return Plan(parameters, 3, cast(Any, Ranks(num_ranks)), qsdp.QSDPConfig())
 
 
-def _same(one: Side, other: Side) -> bool:
+def _same(one: GroupLayout, other: GroupLayout) -> bool:
     pairs = zip(one.tables + one.fp32_tables, other.tables + other.fp32_tables, strict=True)
     return one.header(0, 0) == other.header(0, 0) and all(torch.equal(*pair) for pair in pairs)
 

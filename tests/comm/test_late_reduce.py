@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.comm.late import MOST_UNDER_WAY, Late, LateReduce, SetsDiffer
+from qsdp.comm.late_reduce import MOST_UNDER_WAY, Late, LateReduce, SetsDiffer
 
 
 class Bench:

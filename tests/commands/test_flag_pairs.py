@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qsdp.codec.payload import Field
-from qsdp.comm.plan import Parameter, Plan
+from qsdp.comm.group_plan import Parameter, Plan
 from qsdp.config import QSDPConfig
 from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
 from qsdp.train import parallelize

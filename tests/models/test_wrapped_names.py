@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import qsdp
 from qsdp import checkpoint, compat
-from qsdp.comm.plan import embedding_names
+from qsdp.common.model_structure import embedding_names
 from qsdp.export import export_compressed, load_export
 from qsdp.models import GPT, GPTConfig, export_huggingface, init_weights, load_huggingface_weights
 from qsdp.optim import ACDC, GMP, SAM, CrAM

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 import qsdp
-from qsdp.comm.gather import GatheringWork
+from qsdp.comm.all_gather import GatheringWork
 from qsdp.fsdp import hooks
 from tests_distributed.support.helpers import full_grads, full_state, make_batch, make_model, shard
 from tests_distributed.support.running import Run

@@ -10,7 +10,7 @@ from unittest import mock
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qsdp.comm import reduce
+from qsdp.comm import reduce_scatter
 from tests_distributed.support import leftovers
 from tests_distributed.support.late import (
     MOST,
@@ -165,7 +165,7 @@ def _removed_with_an_error() -> tuple[int, list[int], list[int]]:
     cut_short(job.model, 1)
     late, groups = [job.watch.num_late()], [leftovers.held().groups - before]
     refuse: Any = mock.Mock(side_effect=RuntimeError("a rank has sent something else"))
-    with mock.patch.object(reduce, "check_headers", refuse):
+    with mock.patch.object(reduce_scatter, "check_headers", refuse):
         job.handle.remove()
     late.append(job.watch.num_late())
     groups.append(leftovers.held().groups - before)

@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 
 import qsdp
-from qsdp.comm import gather as gathers
+from qsdp.comm import all_gather as gathers
 from tests_distributed.support.helpers import make_batch, make_model, shard
 from tests_distributed.support.running import Run
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import qsdp
 from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
-from qsdp.comm.measure import Claim, allot
+from qsdp.comm.bit_budget import Claim, allot
 from qsdp.config import CODED_BITS
 from qsdp.sparsity.shards import local_shard
 from tests.support.codec_wire import send

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import qsdp
-from qsdp.comm import plan
+from qsdp.comm import group_plan
 from tests.support.growth import Experts, grown_since, held
 from tests_distributed.support.helpers import all_ranks
 from tests_distributed.support.running import Run
@@ -165,7 +165,7 @@ class Rounds:
 
 
 def _grown(options: dict[str, Any]) -> list[dict[str, tuple[int, int]]]:
-    most, plan._MOST_SIDES = plan._MOST_SIDES, MOST_SIDES
+    most, group_plan._MOST_SIDES = group_plan._MOST_SIDES, MOST_SIDES
     found = []
     try:
         training = Rounds(options)
@@ -177,7 +177,7 @@ def _grown(options: dict[str, Any]) -> list[dict[str, tuple[int, int]]]:
             act()
             found.append(grown_since(before))
     finally:
-        plan._MOST_SIDES = most
+        group_plan._MOST_SIDES = most
     return found
 
 

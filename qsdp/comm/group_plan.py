@@ -1,19 +1,17 @@
 """The plan: which bytes of a group's flat buffers are which parameter's, and how each travels."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from qsdp.codec.payload import DType, Layout, Segment
-from qsdp.comm.levels import Kind, offset
-from qsdp.comm.measure import Claim
-from qsdp.comm.side import Masks, Side, SparseSide
+from qsdp.comm.bit_budget import Claim
+from qsdp.comm.layout import GroupLayout, Masks, SparseGroupLayout
+from qsdp.comm.level_fitting import Kind, offset
 from qsdp.comm.topology import Hops
 from qsdp.common.failures import title
-from qsdp.compat import unwrapped
 from qsdp.config import ROUNDINGS, QSDPConfig
 
 _MOST_SIDES = 32
@@ -54,34 +52,6 @@ class Parameter:
         return self.shard_numel(0, world_size)
 
 
-def embedding_names(model: nn.Module) -> set[str]:
-    """Names of the embeddings and the output heads of ``model``: the weights of every nn.Embedding,
-    and of every nn.Linear outside the blocks with as many outputs as an embedding has rows."""
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    rows = {table.num_embeddings for table in tables}
-    heads = [linear for linear in _linears_outside_blocks(model) if linear.out_features in rows]
-    found = {id(module.weight) for module in (*tables, *heads)}
-    return {name for name, p in model.named_parameters() if id(p) in found}
-
-
-def _linears_outside_blocks(module: nn.Module) -> Iterator[nn.Linear]:
-    """Blocks are the entries of containers, but for linears and what has an embedding inside."""
-    if isinstance(module, nn.Linear):
-        yield module
-    is_container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
-    for child in module.children():
-        has_table = any(isinstance(m, nn.Embedding) for m in child.modules())
-        if not is_container or has_table or isinstance(unwrapped(child), nn.Linear):
-            yield from _linears_outside_blocks(child)
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """The further names of tied parameters, each with the one that `named_parameters` lists."""
-    first = {id(p): name for name, p in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: first[id(p)] for name, p in every if name != first[id(p)]}
-
-
 class Plan:
     """How one group travels.
 
@@ -115,7 +85,7 @@ class Plan:
         self._config = config
         self._support: Mapping[int, Masks] = {}
         self.has_sparse_grads = True
-        self._sides: dict[tuple[object, ...], Side] = {}
+        self._layouts: dict[tuple[object, ...], GroupLayout] = {}
         """In the order of their last use."""
 
     @property
@@ -148,7 +118,7 @@ class Plan:
             else p
             for p in self._made_with
         )
-        self._sides.clear()
+        self._layouts.clear()
 
     def set_support(self, masks: Mapping[int, Masks], *, with_grads: bool = True) -> None:
         """Take it that of the parameters at these places only some weights are not zero. See
@@ -158,7 +128,7 @@ class Plan:
         """
         if masks or self._support:
             self._support, self.has_sparse_grads = masks, with_grads
-            self._sides = {key: side for key, side in self._sides.items() if key[-1] == "dense"}
+            self._layouts = {k: each for k, each in self._layouts.items() if k[-1] == "dense"}
 
     @property
     def num_kept(self) -> dict[int, int]:
@@ -172,7 +142,7 @@ class Plan:
         *,
         is_frozen: bool = False,
         is_dense: bool = False,
-    ) -> Side:
+    ) -> GroupLayout:
         """The gather of the parameters at ``places``, with no fewer than ``least_bits``.
 
         ``is_frozen``: sent once, so whole, and on the uniform grid: levels may be learned anew.
@@ -180,8 +150,8 @@ class Plan:
         """
         masks = self._masks([] if is_frozen or is_dense else places)
         key = ("gather", places, least_bits, is_frozen, "sparse" if masks else "dense")
-        if (side := self._known(key)) is not None:
-            return side
+        if (layout := self._known(key)) is not None:
+            return layout
         starts, end = [], 0
         for p in self.parameters:
             starts.append(end)
@@ -192,7 +162,7 @@ class Plan:
         for p, is_kept in zip(chosen, kept, strict=True):
             kind = Kind.FROZEN if is_frozen else Kind.KEPT if is_kept else Kind.WEIGHT
             segments.append(self._segment(p, p.dtype, max(p.weight_bits, least_bits), kind))
-        return self._keep(key, self._side(segments, chosen, masks, [starts[i] for i in places]))
+        return self._keep(key, self._layout(segments, chosen, masks, [starts[i] for i in places]))
 
     def reduce(
         self,
@@ -200,15 +170,15 @@ class Plan:
         dtype: torch.dtype,
         least_bits: int = 0,
         is_local: bool = False,
-    ) -> Side:
+    ) -> GroupLayout:
         """The reduce of the parameters at places ``with_grad``, in ``dtype``.
 
         ``is_local``: inside a node, where links are fast and more bits are sent.
         """
         masks = self._masks(with_grad if self.has_sparse_grads else [])
         key = ("reduce", with_grad, dtype, least_bits, is_local, "sparse" if masks else "dense")
-        if (side := self._known(key)) is not None:
-            return side
+        if (layout := self._known(key)) is not None:
+            return layout
         chosen = [self.parameters[i] for i in with_grad]
         segments = []
         for p in chosen:
@@ -216,35 +186,35 @@ class Plan:
             if is_local and bits <= 8:
                 bits = self._config.local_grad_bits or 8
             segments.append(self._segment(p, dtype, max(bits, least_bits), Kind.GRAD))
-        return self._keep(key, self._side(segments, chosen, masks))
+        return self._keep(key, self._layout(segments, chosen, masks))
 
-    def _known(self, key: tuple[object, ...]) -> Side | None:
-        side = self._sides.pop(key, None)
-        if side is not None:
-            self._sides[key] = side
-        return side
+    def _known(self, key: tuple[object, ...]) -> GroupLayout | None:
+        layout = self._layouts.pop(key, None)
+        if layout is not None:
+            self._layouts[key] = layout
+        return layout
 
-    def _keep(self, key: tuple[object, ...], side: Side) -> Side:
-        """Keep ``side``, and of its direction those used last: sets may differ in every step."""
-        self._sides[key] = side
-        for old in [each for each in self._sides if each[0] == key[0]][:-_MOST_SIDES]:
-            del self._sides[old]
-        return side
+    def _keep(self, key: tuple[object, ...], layout: GroupLayout) -> GroupLayout:
+        """Keep ``layout``, and of its direction those used last: sets may differ in every step."""
+        self._layouts[key] = layout
+        for old in [each for each in self._layouts if each[0] == key[0]][:-_MOST_SIDES]:
+            del self._layouts[old]
+        return layout
 
-    def _side(
+    def _layout(
         self,
         segments: list[Segment],
         parameters: Sequence[Parameter],
         masks: Sequence[Masks | None],
         starts: Sequence[int] | None = None,
-    ) -> Side:
+    ) -> GroupLayout:
         numels = [
             [p.shard_numel(rank, self.world_size) * _units(p.dtype) for p in parameters]
             for rank in range(self.world_size)
         ]
         if masks:
-            return SparseSide(segments, self.index, numels, starts, masks)
-        return Side([Layout(segments, self.index)] * self.world_size, numels, starts)
+            return SparseGroupLayout(segments, self.index, numels, starts, masks)
+        return GroupLayout([Layout(segments, self.index)] * self.world_size, numels, starts)
 
     def _masks(self, places: Sequence[int]) -> list[Masks | None]:
         """By place, the masks; an empty list where there are none."""

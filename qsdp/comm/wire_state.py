@@ -5,9 +5,9 @@ from torch import Tensor
 
 from qsdp.codec.payload import Field
 from qsdp.comm.clock import Clock
-from qsdp.comm.late import Late
-from qsdp.comm.levels import Counts, Kind, Levels
-from qsdp.comm.measure import Meter
+from qsdp.comm.late_reduce import Late
+from qsdp.comm.level_fitting import Counts, Kind, Levels
+from qsdp.comm.quantization_error import Meter
 from qsdp.comm.scratch import Scratch
 from qsdp.comm.times import Times
 from qsdp.comm.traffic import Traffic

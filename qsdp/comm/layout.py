@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from qsdp import ops
-from qsdp.codec.payload import ITEM_BYTES, VERSION, DType, Field, Layout, Segment, Standing, hash_of
+from qsdp.codec.payload import ITEM_BYTES, VERSION, DType, Field, Layout, Segment, Status, hash_of
 from qsdp.comm.scratch import Scratch
 from qsdp.common import bitmask
 from qsdp.ops.reference.sparse import Span
 
 
-class Side:
+class GroupLayout:
     """One direction of a group, with the codec tables of every rank.
 
     Args:
@@ -59,9 +59,9 @@ class Side:
             tables.append(made[key])
         return tables
 
-    def header(self, sender: int, step: int, standing: Standing = Standing.KEPT) -> list[int]:
+    def header(self, sender: int, step: int, status: Status = Status.KEPT) -> list[int]:
         """The four int64 words that open a payload."""
-        return [VERSION << 32 | sender, step, self.payload_bytes, self._hash ^ standing]
+        return [VERSION << 32 | sender, step, self.payload_bytes, self._hash ^ status]
 
     def expected_headers(self, senders: Sequence[int], step: int) -> Tensor:
         """int64 [senders, 4]: what each payload must open with."""
@@ -98,15 +98,15 @@ class Masks(NamedTuple):
     """By rank, the values that are kept."""
 
 
-class SparseSide(Side):
-    """A side whose payloads leave out what the masks prune: every rank's slice has its own sizes.
+class SparseGroupLayout(GroupLayout):
+    """A layout whose payloads leave out what the masks prune: every rank's slice has its own sizes.
 
     Payloads are as long as the longest, so that one collective takes them.
 
     Args:
         segments: of the dense slice.
         group: of the random generator.
-        numels, starts: as of `Side`.
+        numels, starts: as of `GroupLayout`.
         masks: by segment those of its parameter, of one exchange; None where all values travel.
     """
 

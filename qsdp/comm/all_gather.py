@@ -10,20 +10,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import ops
-from qsdp.codec.payload import HEADER_BYTES, Standing
+from qsdp.codec.payload import HEADER_BYTES, Status
 from qsdp.comm import transport
-from qsdp.comm.plan import Plan
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.headers import check_headers
+from qsdp.comm.layout import GroupLayout
 from qsdp.comm.scratch import reads_on_this_stream, written_on_this_stream
-from qsdp.comm.side import Side
 from qsdp.comm.traffic import Traffic
-from qsdp.comm.wire import Wire
+from qsdp.comm.transport import as_bytes
+from qsdp.comm.wire_state import Wire
 from qsdp.common.failures import collective
 
 
 class Payloads(NamedTuple):
     """What all ranks sent in one gather: the weights, to be decoded whenever they are needed."""
 
-    side: Side
+    layout: GroupLayout
     buffer: Tensor
     """uint8 [ranks * payload bytes], in the order of `_places`."""
     step: int
@@ -33,7 +35,7 @@ class Payloads(NamedTuple):
 
 
 class Gathering:
-    """A gather of one side that is under way.
+    """A gather of one layout that is under way.
 
     1. Encode this rank's shard. The input may be a view into the output: it is read first.
     2. One all-gather of payloads; with hops, one between nodes, so that each shard comes to a node
@@ -44,7 +46,7 @@ class Gathering:
     def __init__(
         self,
         plan: Plan,
-        side: Side,
+        layout: GroupLayout,
         input: Tensor,
         wire: Wire,
         buffer: Tensor,
@@ -61,24 +63,24 @@ class Gathering:
         key = clock.frozen_key if is_frozen else clock.gather_key
         keys = tuple(key(rank) for rank in range(plan.world_size))
         self._plan, self._wire = plan, wire
-        self._payloads = Payloads(side, buffer, 0 if is_frozen else clock.step, keys)
-        size = side.payload_bytes
+        self._payloads = Payloads(layout, buffer, 0 if is_frozen else clock.step, keys)
+        size = layout.payload_bytes
         group, target, place = plan.group, buffer, plan.rank
         if plan.hops is not None:
             group, place = plan.hops.across, plan.hops.across.rank()
-            target = wire.scratch.borrow(group.size() * size, buffer.device)
+            target = wire.scratch.acquire(group.size() * size, buffer.device)
         own = target.narrow(0, place * size, size)
-        header = side.header(plan.rank, self._payloads.step)
-        table, own_key = side.tables[plan.rank], keys[plan.rank]
+        header = layout.header(plan.rank, self._payloads.step)
+        table, own_key = layout.tables[plan.rank], keys[plan.rank]
         self._mistake: RuntimeError | None = None
         with wire.times.measure("gather", "encode", buffer.device):
             try:
-                values = side.compact(
+                values = layout.compact(
                     plan.rank, as_bytes(input), wire.scratch, "compact", strict=True
                 )
             except RuntimeError as error:  # the others wait for a payload of this size
                 self._mistake = error
-                header = side.header(plan.rank, self._payloads.step, Standing.FAILED)
+                header = layout.header(plan.rank, self._payloads.step, Status.FAILED)
                 own[:HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
             else:
                 ops.encode(values, table, own_key, header, own, wire.level_values)
@@ -90,7 +92,7 @@ class Gathering:
         """Wait for the payloads. Raises RuntimeError when a header is not what is expected, or a
         pruned weight is not zero."""
         plan, wire, payloads = self._plan, self._wire, self._payloads
-        size = payloads.side.payload_bytes
+        size = payloads.layout.payload_bytes
         with self._on_the_wire():
             seen = self._arrival.wait()
             if plan.hops is not None:
@@ -98,13 +100,13 @@ class Gathering:
                     payloads.buffer, self._node_payloads, plan.hops.local
                 )
                 seen = arrival.wait()
-                wire.scratch.give_back(self._node_payloads)
+                wire.scratch.release(self._node_payloads)
         if plan.hops is None:
             wire.traffic.gathered("gather", plan.group, size)
         else:
             wire.traffic.gathered("gather", plan.hops.across, size)
             wire.traffic.gathered("gather", plan.hops.local, size * plan.hops.num_nodes)
-        wire.traffic.in_fp32("gather", plan.world_size, payloads.side.num_values)
+        wire.traffic.in_fp32("gather", plan.world_size, payloads.layout.num_values)
         mistake, self._mistake = self._mistake, None
         if mistake is not None:
             try:
@@ -112,7 +114,7 @@ class Gathering:
             finally:  # an error that its own traceback holds would keep the process group
                 del mistake
         senders = sorted(range(plan.world_size), key=_places(plan).__getitem__)
-        check_headers(seen, payloads.side, senders, payloads.step, plan)
+        check_headers(seen, payloads.layout, senders, payloads.step, plan)
         return payloads._replace(written=written_on_this_stream(payloads.buffer.device))
 
     @contextmanager
@@ -148,18 +150,18 @@ class GatheringWork(dist.Work):
 def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
     """Decode every rank's payload into its slice of the flat ``output``, this rank's own too: all
     ranks compute with the same weights."""
-    side, places = payloads.side, _places(plan)
-    size = side.payload_bytes
+    layout, places = payloads.layout, _places(plan)
+    size = layout.payload_bytes
     slices = as_bytes(output).chunk(plan.world_size)
     if payloads.written is not None:
         payloads.written.wait()
     reads_on_this_stream(payloads.buffer)
     with wire.times.measure("gather", "decode", output.device):
-        for rank, (key, table) in enumerate(zip(payloads.keys, side.tables, strict=True)):
+        for rank, (key, table) in enumerate(zip(payloads.keys, layout.tables, strict=True)):
             payload = payloads.buffer.narrow(0, places[rank] * size, size)
-            values = side.room(rank, slices[rank], wire.scratch)
+            values = layout.room(rank, slices[rank], wire.scratch)
             ops.decode(payload, table, key, values, levels=wire.level_values)
-            side.expand(rank, values, slices[rank])
+            layout.expand(rank, values, slices[rank])
 
 
 def regather(output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> None:
@@ -170,51 +172,6 @@ def regather(output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: T
     num_values = input.numel() if input.is_floating_point() else num_bytes // 4
     traffic.gathered("gather", group, num_bytes)
     traffic.in_fp32("gather", group.size(), group.size() * num_values)
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """A contiguous 1-D tensor as uint8."""
-    return tensor.view(torch.uint8)
-
-
-def check_headers(
-    payloads: Tensor | None,
-    side: Side,
-    senders: list[int],
-    step: int,
-    plan: Plan,
-    standing: Standing = Standing.KEPT,
-) -> Standing:
-    """Raise RuntimeError unless every payload opens as expected.
-
-    ``payloads`` are None where nobody looks at them: a GPU's, off NCCL, for it would stop the
-    stream. There the size of the collective is the only check.
-
-    Returns this rank's standing ([Note: Consent]) after what it heard of the senders'.
-    """
-    if not len(senders) or payloads is None:
-        return standing
-    found = payloads.view(len(senders), -1)[:, :HEADER_BYTES].view(torch.int64)
-    expected = side.expected_headers(senders, step)
-    found = found.cpu()
-    if standing == Standing.KEPT and torch.equal(found, expected):
-        return standing
-    difference = found ^ expected
-    heard = difference[:, 3].tolist()
-    difference[:, 3] = torch.tensor([each not in list(Standing) for each in heard])
-    if Standing.FAILED in heard:
-        raise RuntimeError(
-            f"rank {senders[heard.index(Standing.FAILED)]} cannot send its part of the group of "
-            f"{plan.name}, and says why: do the same on every rank"
-        )
-    if difference.any():
-        row = int(difference.any(1).nonzero()[0])
-        raise RuntimeError(
-            f"rank {senders[row]} sent a payload with header {found[row].tolist()} for the group "
-            f"of {plan.name}, but {expected[row].tolist()} is expected (version and sender, "
-            "step, bytes, plan): run the same model, config and step on every rank"
-        )
-    return standing if set(heard) == {standing} else Standing.MIXED
 
 
 def _places(plan: Plan) -> list[int]:

@@ -1,4 +1,4 @@
-"""[Note: Consent] How ranks find out that they do not do the same, before it can harm.
+"""[Note: Consensus] How ranks find out that they do not do the same, before it can harm.
 
 Payloads of different sizes end ranks without a word (gloo aborts the receiver) or hang them (NCCL).
 What is fixed is compared when qsdp is installed. What may change with every step is which of a
@@ -7,7 +7,7 @@ the set that they agreed on last, and its reduce is as large as that set makes i
 
     first reduce of a group         an all-gather of 8 bytes first: do all have the same set?
     a rank has the agreed set       it reduces; not a byte, not a collective more than without this
-    a rank has another set          it sends as many bytes, whose headers say so (`Standing`); the
+    a rank has another set          it sends as many bytes, whose headers say so (`Status`); the
                                     others see it where they check headers anyway
     all ranks have other sets       they ask again as the first time, and then reduce
     some ranks have other sets      all ask each other, and raise: they name the parameters
@@ -17,7 +17,7 @@ that qsdp averages, the ranks are those of the shard group and of its replicas, 
 heard in its shard group it tells its replicas in the same way. Over NCCL only ranks with another
 set read headers, since it stops the stream: they raise, which ends the others.
 
-Where a reduce may be left under way ([Note: Late] in `comm/late.py`) the ranks hear of it at
+Where a reduce may be left under way ([Note: Late] in `comm/late_reduce.py`) the ranks hear of it at
 different times. There all, also those that know at once, go on with every further collective of the
 backward pass, gradients of NaN in place of the group's, and ask each other at its end.
 
@@ -30,23 +30,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from qsdp.codec.payload import HEADER_BYTES, Standing
+from qsdp.codec.payload import Status
 from qsdp.comm import transport
-from qsdp.comm.gather import check_headers
-from qsdp.comm.late import SetsDiffer
-from qsdp.comm.plan import Plan
-from qsdp.comm.reduce import Hop
-from qsdp.comm.side import Side
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.headers import check_headers, only_header
+from qsdp.comm.late_reduce import SetsDiffer
+from qsdp.comm.layout import GroupLayout
+from qsdp.comm.reduce_scatter import Hop
 from qsdp.common.failures import collective, listed
 from qsdp.common.meeting import compare
 
 Places = tuple[int, ...]
 
 
-class Consent:
-    """The parameters of one group that all ranks reduce: see [Note: Consent].
+class Consensus:
+    """The parameters of one group that all ranks reduce: see [Note: Consensus].
 
     Args:
         plan: of the group.
@@ -64,7 +63,7 @@ class Consent:
         hops: Callable[[Places], Sequence[Hop]],
         step: int,
         device: torch.device,
-        averaged: Callable[[Places], Side],
+        averaged: Callable[[Places], GroupLayout],
     ) -> None:
         """Make sure that all ranks of ``group``, and their replicas, are about to reduce the
         parameters at ``places``.
@@ -75,7 +74,7 @@ class Consent:
             hops: the all-to-alls of a reduce of the parameters at the places it is given.
             step: of the keys' clock.
             device: where the gradients lie.
-            averaged: the side of the average over replicas, of the same.
+            averaged: the layout of the average over replicas, of the same.
 
         Raises RuntimeError where all have changed to different ones, on every rank but over NCCL;
         SetsDiffer where some ranks have the agreed ones: the others hear of it in their reduce.
@@ -83,9 +82,9 @@ class Consent:
         if places == self._agreed:
             return
         if self._agreed is not None:
-            standing = self._announce(hops(self._agreed), step, device)
-            standing = self.tell_replicas(averaged(self._agreed), step, device, standing)
-            if standing != Standing.CHANGED:
+            status = self._announce(hops(self._agreed), step, device)
+            status = self.tell_replicas(averaged(self._agreed), step, device, status)
+            if status != Status.CHANGED:
                 raise SetsDiffer
         self._ask(places, group)
 
@@ -98,42 +97,42 @@ class Consent:
         raise RuntimeError(self._difference("another rank", self._agreed, here, places))
 
     def tell_replicas(
-        self, side: Side, step: int, device: torch.device, standing: Standing
-    ) -> Standing:
+        self, layout: GroupLayout, step: int, device: torch.device, status: Status
+    ) -> Status:
         """Take part in an average over the replicas without having anything to average.
 
-        Returns this rank's standing after what it heard.
+        Returns this rank's status after what it heard.
         """
         if self._replicas is None:
-            return standing
+            return status
         ranks = dist.get_process_group_ranks(self._replicas)
-        own = _only_header(side, dist.get_rank(), step, standing).to(device)
+        own = only_header(layout, dist.get_rank(), step, status).to(device)
         received = own.new_empty(len(ranks) * own.numel())
         with collective("all-reduce between replicas", self._plan.names, step):
             transport.all_gather(received, own, self._replicas).wait()
-        return check_headers(received, side, ranks, step, self._plan, standing)
+        return check_headers(received, layout, ranks, step, self._plan, status)
 
-    def _announce(self, hops: Sequence[Hop], step: int, device: torch.device) -> Standing:
+    def _announce(self, hops: Sequence[Hop], step: int, device: torch.device) -> Status:
         """Take part in a reduce of the agreed set without having it.
 
         Returns CHANGED if all ranks did so, else MIXED.
         """
-        standing = Standing.CHANGED
-        for side, _, group, owned in hops:
+        status = Status.CHANGED
+        for layout, _, group, owned in hops:
             ranks = dist.get_process_group_ranks(group)
             me = group.rank()
             width = len(owned[me])
             senders = [rank for rank in ranks if rank != ranks[me] for _ in range(width)]
-            size = side.payload_bytes
-            sent = _only_header(side, ranks[me], step, standing).repeat(len(senders))
+            size = layout.payload_bytes
+            sent = only_header(layout, ranks[me], step, status).repeat(len(senders))
             # As the others send theirs: a group may have one backend for CPUs and one for GPUs.
             payloads = sent.to(device)
             received = torch.empty_like(payloads)
             splits = [width * size if rank != me else 0 for rank in range(group.size())]
             with collective("reduce", self._plan.names, step):
                 transport.all_to_all(received, payloads, splits, splits, group).wait()
-            standing = check_headers(received, side, senders, step, self._plan, standing)
-        return standing
+            status = check_headers(received, layout, senders, step, self._plan, status)
+        return status
 
     def _ask(self, places: Places, group: dist.ProcessGroup) -> None:
         plan = self._plan
@@ -162,10 +161,3 @@ class Consent:
             "parameters on every rank, or call set_reduce_scatter_unused_params(True) on the "
             "sharded modules (torch 2.13)"
         )
-
-
-def _only_header(side: Side, sender: int, step: int, standing: Standing) -> Tensor:
-    """A payload that says nothing but ``standing``."""
-    payload = torch.zeros(side.payload_bytes, dtype=torch.uint8)
-    payload[:HEADER_BYTES] = torch.tensor(side.header(sender, step, standing)).view(torch.uint8)
-    return payload

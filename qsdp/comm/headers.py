@@ -1,0 +1,55 @@
+"""What opens a payload, and what the ranks learn from it."""
+
+import torch
+from torch import Tensor
+
+from qsdp.codec.payload import HEADER_BYTES, Status
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.layout import GroupLayout
+
+
+def check_headers(
+    payloads: Tensor | None,
+    layout: GroupLayout,
+    senders: list[int],
+    step: int,
+    plan: Plan,
+    status: Status = Status.KEPT,
+) -> Status:
+    """Raise RuntimeError unless every payload opens as expected.
+
+    ``payloads`` are None where nobody looks at them: a GPU's, off NCCL, for it would stop the
+    stream. There the size of the collective is the only check.
+
+    Returns this rank's status ([Note: Consensus]) after what it heard of the senders'.
+    """
+    if not len(senders) or payloads is None:
+        return status
+    found = payloads.view(len(senders), -1)[:, :HEADER_BYTES].view(torch.int64)
+    expected = layout.expected_headers(senders, step)
+    found = found.cpu()
+    if status == Status.KEPT and torch.equal(found, expected):
+        return status
+    difference = found ^ expected
+    heard = difference[:, 3].tolist()
+    difference[:, 3] = torch.tensor([each not in list(Status) for each in heard])
+    if Status.FAILED in heard:
+        raise RuntimeError(
+            f"rank {senders[heard.index(Status.FAILED)]} cannot send its part of the group of "
+            f"{plan.name}, and says why: do the same on every rank"
+        )
+    if difference.any():
+        row = int(difference.any(1).nonzero()[0])
+        raise RuntimeError(
+            f"rank {senders[row]} sent a payload with header {found[row].tolist()} for the group "
+            f"of {plan.name}, but {expected[row].tolist()} is expected (version and sender, "
+            "step, bytes, plan): run the same model, config and step on every rank"
+        )
+    return status if set(heard) == {status} else Status.MIXED
+
+
+def only_header(layout: GroupLayout, sender: int, step: int, status: Status) -> Tensor:
+    """A payload that says nothing but ``status``."""
+    payload = torch.zeros(layout.payload_bytes, dtype=torch.uint8)
+    payload[:HEADER_BYTES] = torch.tensor(layout.header(sender, step, status)).view(torch.uint8)
+    return payload

@@ -1,0 +1,94 @@
+"""What quantization costs: squared errors by parameter."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsdp import compat, ops
+from qsdp.codec.payload import DType, Field, Layout, Segment
+from qsdp.comm.level_fitting import Kind, offset
+from qsdp.comm.scratch import reads_on_this_stream
+from qsdp.config import ROUNDINGS, QSDPConfig
+
+
+class Meter:
+    """Adds up, for each parameter and direction, the squares of values and of their errors, once
+    decoded as the wire does: weights into their own type, gradients into fp32.
+
+    Args:
+        config: buckets and roundings.
+        levels: the learned levels, if any.
+        bits: for which bits to measure; None: those that the values travel at.
+    """
+
+    def __init__(
+        self, config: QSDPConfig, levels: Tensor | None, bits: Sequence[int] | None = None
+    ) -> None:
+        self._config, self._levels, self._bits = config, levels, bits
+        # fp64 [2] each, error and square: on the values' device, so that the host need not wait.
+        self._sums: dict[tuple[int, bool, int], Tensor] = {}
+
+    def add_values(self, row: list[int], values: Tensor, kind: Kind) -> None:
+        """Measure the 1-D ``values`` of one table row's segment, if they are coded."""
+        if not row[Field.BITS]:
+            return
+        for bits in self._bits or [row[Field.BITS]]:
+            found = self._measure(values, row, bits, kind)
+            key = (row[Field.PARAMETER], kind == Kind.GRAD, bits if self._bits else 0)
+            if key in self._sums:
+                reads_on_this_stream(self._sums[key])  # of a reduce; replicas have another stream
+                found = self._sums[key] + found
+            self._sums[key] = found
+
+    def copy(self) -> "Meter":
+        """Another one that has seen the same."""
+        other = Meter(self._config, self._levels, self._bits)
+        other._sums = dict(self._sums)
+        return other
+
+    def totals(
+        self, keys: Iterable[tuple[int, bool, int]], groups: Iterable[dist.ProcessGroup]
+    ) -> Tensor:
+        """fp64 [keys, 2] on the CPU: errors and squares over all ranks, added in rank order over
+        one of ``groups`` after the other. A collective.
+
+        A key is (parameter, is a gradient, bits), bits being 0 for those that the values travel at.
+        """
+        device = next((sums.device for sums in self._sums.values()), None)
+        nothing = torch.zeros(2, dtype=torch.float64, device=device)
+        total = torch.cat([nothing[:0], *(self._sums.get(key, nothing) for key in keys)]).cpu()
+        for group in groups:
+            mine = total.to(compat.device_of(group))
+            everyone = mine.new_empty(group.size() * mine.numel())
+            compat.all_gather(everyone, mine, group)
+            total = torch.zeros_like(total)
+            for part in everyone.cpu().view(group.size(), -1):
+                total += part
+        return total.view(-1, 2)
+
+    def _measure(self, values: Tensor, row: list[int], bits: int, kind: Kind) -> Tensor:
+        segment = Segment(
+            bits=bits,
+            dtype=DType(row[Field.DTYPE]),
+            padded=values.numel(),
+            parameter=row[Field.PARAMETER],
+            bucket=self._config.bucket_of(bits, is_grad=kind == Kind.GRAD),
+            rounding=ROUNDINGS.index(self._config.rounding_of(bits)),
+            levels=offset(self._config, row[Field.PARAMETER], bits, kind),
+        )
+        layout = Layout([segment], row[Field.GROUP])
+        is_grad = kind == Kind.GRAD
+        encode, decode = (
+            torch.tensor(layout.table([values.numel()], dtype))
+            for dtype in (None, DType.FP32 if is_grad else None)
+        )
+        payload = torch.empty(layout.payload_bytes, dtype=torch.uint8, device=values.device)
+        decoded = torch.empty_like(values, dtype=torch.float32 if is_grad else None)
+        given = values.contiguous().view(torch.uint8)
+        ops.encode(given, encode, 0, layout.header(0, 0), payload, self._levels)
+        ops.decode(payload, decode, 0, decoded.view(torch.uint8), levels=self._levels)
+        exact = values.float()
+        error, square = (part.double().square().sum() for part in (decoded.float() - exact, exact))
+        return torch.stack([error, square])
