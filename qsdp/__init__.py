@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qsdp.config import QSDPConfig
-    from qsdp.fsdp.install import Handle, install
+    from qsdp.fsdp.handle import Handle
+    from qsdp.fsdp.install import install
     from qsdp.optim import ACDC, GMP, SAM, CrAM, clip_grad_norm_
     from qsdp.simulation import Simulation, simulate
     from qsdp.sparsity.compression import compressed

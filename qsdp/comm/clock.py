@@ -63,7 +63,7 @@ class Clock:
         return {"seed": self.seed, "step": self.step, "reduced": int(self._reduced)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken. ``state`` was checked before: `qsdp.fsdp.state`."""
+        """Go on where `state_dict` was taken. ``state`` was checked before."""
         self.seed, self.step = state["seed"], state["step"]
         self._reduced = bool(state["reduced"])
         self._occurrences.clear()

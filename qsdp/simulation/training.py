@@ -14,9 +14,9 @@ from torch.func import functional_call
 
 from qsdp import compat
 from qsdp.config import QSDPConfig
+from qsdp.simulation.ranks import CODEC_DTYPES, Group, World, number
+from qsdp.simulation.reference import Reduction, Wire
 from qsdp.simulation.volume import WireBytes, count_bytes
-from qsdp.simulation.wire import Reduction, Wire
-from qsdp.simulation.world import CODEC_DTYPES, Group, World, number
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import Layout
-from qsdp.simulation.wire import BETWEEN_NODES, BETWEEN_REPLICAS, FLAT, IN_NODE, Wire
+from qsdp.simulation.reference import BETWEEN_NODES, BETWEEN_REPLICAS, FLAT, IN_NODE, Wire
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from qsdp.codec.rounding import Key
 from qsdp.comm.bit_budget import Claim
 from qsdp.common.model_structure import embedding_names, tied_names
 from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
-from qsdp.simulation.adapt import Bits, Budget, Levels
-from qsdp.simulation.world import CODEC_DTYPES, Numbers, World
+from qsdp.simulation.adaptation import Bits, Budget, Levels
+from qsdp.simulation.ranks import CODEC_DTYPES, Numbers, World
 
 GATHER, REDUCE, FROZEN = range(3)
 FLAT, IN_NODE, BETWEEN_NODES, BETWEEN_REPLICAS = range(4)

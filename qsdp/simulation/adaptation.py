@@ -12,7 +12,7 @@ from torch import Tensor
 from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
 from qsdp.comm.bit_budget import Claim, allot, check_budget
 from qsdp.config import CODED_BITS, LEARNED_BITS, QSDPConfig
-from qsdp.simulation.world import World
+from qsdp.simulation.ranks import World
 
 Place = tuple[str, bool, int]
 """Parameter, whether it is its gradient, bits."""
