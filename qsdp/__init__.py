@@ -11,10 +11,15 @@ if TYPE_CHECKING:
     from qsdp.config import QSDPConfig
     from qsdp.fsdp.handle import Handle
     from qsdp.fsdp.install import install
-    from qsdp.optim import ACDC, GMP, SAM, CrAM, clip_grad_norm_
+    from qsdp.methods.acdc.optimizer import ACDC
+    from qsdp.methods.acdc.schedule import ACDCSchedule
+    from qsdp.methods.cram.optimizer import CrAM
+    from qsdp.methods.gmp.optimizer import GMP
+    from qsdp.methods.gmp.schedule import GMPSchedule
+    from qsdp.methods.norms import clip_grad_norm_
+    from qsdp.methods.sam.optimizer import SAM
     from qsdp.simulation import Simulation, simulate
     from qsdp.sparsity.compression import compressed
-    from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
     from qsdp.sparsity.target import Compression
 
 __version__ = "0.1.0"
@@ -36,17 +41,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ACDC": "qsdp.optim",
-    "ACDCSchedule": "qsdp.sparsity.schedule",
+    "ACDC": "qsdp.methods.acdc.optimizer",
+    "ACDCSchedule": "qsdp.methods.acdc.schedule",
     "Compression": "qsdp.sparsity.target",
-    "CrAM": "qsdp.optim",
-    "GMP": "qsdp.optim",
-    "GMPSchedule": "qsdp.sparsity.schedule",
-    "Handle": "qsdp.fsdp.install",
+    "CrAM": "qsdp.methods.cram.optimizer",
+    "GMP": "qsdp.methods.gmp.optimizer",
+    "GMPSchedule": "qsdp.methods.gmp.schedule",
+    "Handle": "qsdp.fsdp.handle",
     "QSDPConfig": "qsdp.config",
-    "SAM": "qsdp.optim",
+    "SAM": "qsdp.methods.sam.optimizer",
     "Simulation": "qsdp.simulation",
-    "clip_grad_norm_": "qsdp.optim",
+    "clip_grad_norm_": "qsdp.methods.norms",
     "compressed": "qsdp.sparsity.compression",
     "install": "qsdp.fsdp.install",
     "simulate": "qsdp.simulation",

@@ -24,9 +24,10 @@ import qsdp
 from benchmarks.support import machine
 from qsdp.common.files import write_json
 from qsdp.data import Batches, Corpus, load_corpus
+from qsdp.methods.cram.optimizer import CrAM
+from qsdp.methods.norms import clip_grad_norm_
 from qsdp.models import GPTConfig, init_weights
-from qsdp.optim import CrAM, clip_grad_norm_
-from qsdp.sparsity.shards import local_shard
+from qsdp.sparsity.local_shards import local_shard
 from qsdp.train.config import BACKENDS, TrainConfig
 from qsdp.train.errors import UserError, leave
 from qsdp.train.parallelize import make_optimizer, shard

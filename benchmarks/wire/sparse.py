@@ -34,7 +34,7 @@ from benchmarks.support import machine
 from benchmarks.support.namespaces import Hosts, Unavailable, exit_on_termination, torchrun
 from benchmarks.wire.passes import SIZE, build, forward, forward_backward, run, state
 from qsdp.common.files import write_json
-from qsdp.sparsity.shards import local_shard
+from qsdp.sparsity.local_shards import local_shard
 from qsdp.train.world import end_process
 
 NUM_HOSTS = 2

@@ -18,9 +18,9 @@ from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.common.meshes import Spread, groups_of, spread_of
 from qsdp.compat import abandon_cut_short, due, keep_buffers, reshard, settle, sharded_parameters
 from qsdp.ops.reference.magnitude import DTYPES, keys_of
-from qsdp.sparsity.groups import whole_groups
+from qsdp.sparsity.local_shards import LocalShard, Part, local_shard, unique, without_copies
+from qsdp.sparsity.nm_groups import whole_groups
 from qsdp.sparsity.prunable import input_dims, prunable_parameters
-from qsdp.sparsity.shards import LocalShard, Part, local_shard, unique, without_copies
 from qsdp.sparsity.target import Compression
 from qsdp.sparsity.threshold import Threshold, global_threshold, layer_thresholds, num_values
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qsdp.common.meshes import Groups, Reach
 from qsdp.sparsity.compression import Blocks, PackedMask, apply_, compress_, find_threshold
-from qsdp.sparsity.shards import local_shard
+from qsdp.sparsity.local_shards import local_shard
 from qsdp.sparsity.target import Compression
 from qsdp.sparsity.threshold import Threshold
 

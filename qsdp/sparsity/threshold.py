@@ -22,7 +22,7 @@ from torch import Tensor
 from qsdp import ops
 from qsdp.common.meshes import Reach
 from qsdp.ops.reference.magnitude import DIGIT_BITS, DTYPES, KEY_BITS, NUM_BINS, keys_of
-from qsdp.sparsity.shards import Part, by_groups, gathered
+from qsdp.sparsity.local_shards import Part, by_groups, gathered
 
 THRESHOLD_BYTES = 3 * 8 * NUM_BINS
 """What one threshold over fp32 shards all-reduces on a shard axis: three histograms."""

@@ -10,8 +10,8 @@ from torch.distributed.fsdp import FSDPModule
 from qsdp.data import Corpus, eval_batches
 from qsdp.models import GPT, generate
 from qsdp.sparsity.compression import compressed
+from qsdp.sparsity.local_shards import local_shard
 from qsdp.sparsity.prunable import prunable_parameters
-from qsdp.sparsity.shards import local_shard
 from qsdp.train.config import TrainConfig
 from qsdp.train.wire import Wire, threshold_bytes
 from qsdp.train.world import World, to_device

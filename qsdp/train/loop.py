@@ -16,10 +16,11 @@ from qsdp.common.failures import collective
 from qsdp.common.meshes import groups_of
 from qsdp.common.streams import forgiving_output
 from qsdp.compat import sharded_parameters
-from qsdp.optim import ACDC, CrAM, global_grad_norm
-from qsdp.optim.finite import name_not_finite
-from qsdp.optim.masked import MaskedOptimizer
-from qsdp.optim.norms import scale_grads_
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.cram.optimizer import CrAM
+from qsdp.methods.finite import name_not_finite
+from qsdp.methods.masked import MaskedOptimizer
+from qsdp.methods.norms import global_grad_norm, scale_grads_
 from qsdp.train import twin
 from qsdp.train.config import TrainConfig
 from qsdp.train.progress import RunProgress

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
+from qsdp.methods.acdc.schedule import ACDCSchedule
+from qsdp.methods.gmp.schedule import GMPSchedule
 from qsdp.sparsity.target import Compression
 from qsdp.train.wire_flags import flag
 

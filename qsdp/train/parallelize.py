@@ -12,8 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import qsdp
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.cram.optimizer import CrAM
+from qsdp.methods.gmp.optimizer import GMP
+from qsdp.methods.sam.optimizer import SAM
 from qsdp.models import GPT, GPTConfig, init_weights
-from qsdp.optim import ACDC, GMP, SAM, CrAM
 from qsdp.train.config import TrainConfig
 from qsdp.train.world import World
 

@@ -20,11 +20,11 @@ from qsdp.common.streams import complain, printable
 from qsdp.compat import sharded_parameters
 from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.data.tokenizer import hash_of
+from qsdp.methods.base import OptimizerWrapper
+from qsdp.methods.finite import first_not_finite
 from qsdp.metrics import MetricsWriter
 from qsdp.models import GPT, GPTConfig
 from qsdp.ops import native
-from qsdp.optim.base import OptimizerWrapper
-from qsdp.optim.finite import first_not_finite
 from qsdp.sparsity.compression import Prunable
 from qsdp.train.agree import agree_on_config, agree_on_data
 from qsdp.train.choose import Choice, choose

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from qsdp import checkpoint
 from qsdp.checkpoint import background
-from qsdp.optim import ACDC
-from qsdp.sparsity.schedule import ACDCSchedule
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.acdc.schedule import ACDCSchedule
 from qsdp.train.cli import main
 from qsdp.train.setup import Job
 from tests.support import patience

@@ -19,7 +19,8 @@ from torch import nn
 from qsdp.codec.payload import Field
 from qsdp.comm.group_plan import Parameter, Plan
 from qsdp.config import QSDPConfig
-from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
+from qsdp.methods.acdc.schedule import ACDCSchedule
+from qsdp.methods.gmp.schedule import GMPSchedule
 from qsdp.train import parallelize
 from qsdp.train.config import TrainConfig
 from qsdp.train.loop import learning_rate

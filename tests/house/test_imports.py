@@ -156,7 +156,7 @@ def test_only_compat_knows_private_torch_names() -> None:
         "def later():\n    from qsdp.fsdp import hooks",
         "import qsdp",
         "from qsdp import install",
-        "from qsdp.optim import cram",
+        "from qsdp.methods.cram import optimizer as cram",
     ],
 )
 def test_an_arrow_that_goes_back_is_seen(tmp_path: Path, line: str) -> None:

@@ -17,9 +17,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.func import functional_call
 
-from qsdp.optim import ACDC, SAM, CrAM, clip_grad_norm_, global_grad_norm
-from qsdp.optim.cram import draw
-from qsdp.sparsity.schedule import ACDCSchedule
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.acdc.schedule import ACDCSchedule
+from qsdp.methods.cram.optimizer import CrAM, draw
+from qsdp.methods.norms import clip_grad_norm_, global_grad_norm
+from qsdp.methods.sam.optimizer import SAM
 from tests.support.cram_reference import ReferenceCrAM
 from tests.support.masked_reference import sam_step
 from tests_distributed.support.helpers import Toy, make_batch, make_model

@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from qsdp import checkpoint
-from qsdp.optim import ACDC, GMP
-from qsdp.sparsity.schedule import GMPSchedule
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.gmp.optimizer import GMP
+from qsdp.methods.gmp.schedule import GMPSchedule
 from tests.support.momentum import SCHEDULE, Halves, KnowsNothing, KnowsZero, Momentum, values_of
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsdp.optim.masked import MaskedOptimizer
+from qsdp.methods.masked import MaskedOptimizer
 from tests.support.optimizers import (
     MASKED,
     RARELY_RENEWED,

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from qsdp.optim import ACDC, GMP, CrAM
-from qsdp.optim.masked import MaskedOptimizer
-from qsdp.sparsity.schedule import ACDCSchedule
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.acdc.schedule import ACDCSchedule
+from qsdp.methods.cram.optimizer import CrAM
+from qsdp.methods.gmp.optimizer import GMP
+from qsdp.methods.masked import MaskedOptimizer
 from tests.support.masked_reference import cubic
 from tests.support.masked_runs import (
     BASES,

@@ -12,9 +12,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from qsdp.optim import ACDC, GMP
-from qsdp.optim.masked import MaskedOptimizer
-from qsdp.sparsity.schedule import GMPSchedule
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.gmp.optimizer import GMP
+from qsdp.methods.gmp.schedule import GMPSchedule
+from qsdp.methods.masked import MaskedOptimizer
 from tests.support.masked_runs import BASES, GRADUAL, SCHEDULE, backward, weights
 from tests.support.masked_runs import trained as _trained
 from tests_distributed.support.helpers import make_model

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from qsdp.optim import SAM
+from qsdp.methods.sam.optimizer import SAM
 from tests.support.optimizers import (
     MASKED,
     METHODS,

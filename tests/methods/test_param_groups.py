@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsdp.optim import ACDC, GMP, SAM, CrAM
-from qsdp.sparsity.schedule import ACDCSchedule
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.acdc.schedule import ACDCSchedule
+from qsdp.methods.cram.optimizer import CrAM
+from qsdp.methods.gmp.optimizer import GMP
+from qsdp.methods.sam.optimizer import SAM
 from tests.support.optimizers import (
     METHODS,
     adamw,
@@ -192,7 +195,7 @@ def test_what_is_refused_leaves_the_base_as_it_was(
     model = make_model(1)
     base = Unsettable(model.parameters(), lr=0.1) if name == "state" else adamw(model)
     if name.startswith("ranks"):
-        monkeypatch.setattr("qsdp.optim.base.meet", differing)
+        monkeypatch.setattr("qsdp.methods.base.meet", differing)
     before = copy.deepcopy(marks())
     with pytest.raises((ValueError, RuntimeError)) as refusal:
         REFUSALS[name](model, base)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
+from qsdp.methods.acdc.schedule import ACDCSchedule
+from qsdp.methods.gmp.schedule import GMPSchedule
 from tests.support.masked_reference import acdc_phase, cubic
 from tests.support.masked_runs import GRADUAL, PHASES, STEPS
 

@@ -20,11 +20,15 @@ import qsdp
 from qsdp import checkpoint, compat
 from qsdp.common.model_structure import embedding_names
 from qsdp.export import export_compressed, load_export
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.acdc.schedule import ACDCSchedule
+from qsdp.methods.cram.optimizer import CrAM
+from qsdp.methods.gmp.optimizer import GMP
+from qsdp.methods.gmp.schedule import GMPSchedule
+from qsdp.methods.sam.optimizer import SAM
 from qsdp.models import GPT, GPTConfig, export_huggingface, init_weights, load_huggingface_weights
-from qsdp.optim import ACDC, GMP, SAM, CrAM
 from qsdp.sparsity.compression import compressed
 from qsdp.sparsity.prunable import prunable_parameters
-from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
 from qsdp.sparsity.target import Compression
 from tests_distributed.support.helpers import all_ranks, make_batch, make_model
 

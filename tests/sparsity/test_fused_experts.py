@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import qsdp
-from qsdp.optim import ACDC, GMP, SAM, CrAM
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.cram.optimizer import CrAM
+from qsdp.methods.gmp.optimizer import GMP
+from qsdp.methods.sam.optimizer import SAM
 from qsdp.sparsity.compression import compressed
 from qsdp.sparsity.prunable import prunable_parameters
 from tests_distributed.support.helpers import make_batch, make_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.sparsity.shards import local_shard
+from qsdp.sparsity.local_shards import local_shard
 from qsdp.sparsity.threshold import global_threshold
 from tests.support.cram_reference import top_k_masks
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsdp.methods.acdc.schedule import ACDCSchedule
+from qsdp.methods.gmp.schedule import GMPSchedule
 from qsdp.sparsity.prunable import prunable_parameters
-from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
 from tests.support.masked_reference import ReferenceMasked, acdc_phase, cubic
 from tests_distributed.support.helpers import make_batch
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qsdp.sparsity.schedule import ACDCSchedule
+from qsdp.methods.acdc.schedule import ACDCSchedule
 
 aten = torch.ops.aten
 BASICS = (aten.clone.default, aten.detach.default, aten.view.default)

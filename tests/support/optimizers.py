@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qsdp.optim import ACDC, GMP, SAM, CrAM
-from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.acdc.schedule import ACDCSchedule
+from qsdp.methods.cram.optimizer import CrAM
+from qsdp.methods.gmp.optimizer import GMP
+from qsdp.methods.gmp.schedule import GMPSchedule
+from qsdp.methods.sam.optimizer import SAM
 from tests_distributed.support.helpers import Toy, make_batch
 
 NUM_STEPS = 4

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qsdp.optim import SAM, CrAM
+from qsdp.methods.cram.optimizer import CrAM
+from qsdp.methods.sam.optimizer import SAM
 from tests.support.cram_reference import top_k_masks
 from tests.support.optimizers import MASKED, METHODS, all_bits, bits
 from tests_distributed.support.helpers import Toy, make_batch

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qsdp import checkpoint
-from qsdp.optim import clip_grad_norm_, global_grad_norm
+from qsdp.methods.norms import clip_grad_norm_, global_grad_norm
 from qsdp.train import cli, loop, parallelize
 from qsdp.train.setup import Job
 from tests.support.bad_inputs import TEXT

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from qsdp import ACDC, checkpoint
 from qsdp.checkpoint import saving
-from qsdp.sparsity.schedule import ACDCSchedule
+from qsdp.methods.acdc.schedule import ACDCSchedule
 from tests_distributed.support.helpers import Toy, make_batch, make_model, shard
 from tests_distributed.support.running import Run
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 import qsdp
-from qsdp.sparsity.shards import local_shard
+from qsdp.sparsity.local_shards import local_shard
 from tests_distributed.support.helpers import full_state, make_batch, make_model, shard, wire_config
 from tests_distributed.support.running import Run, selection
 from tests_distributed.support.trainings import Case, counted

@@ -17,7 +17,7 @@ import qsdp
 from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
 from qsdp.comm.bit_budget import Claim, allot
 from qsdp.config import CODED_BITS
-from qsdp.sparsity.shards import local_shard
+from qsdp.sparsity.local_shards import local_shard
 from tests.support.codec_wire import send
 from tests_distributed.support.helpers import Toy, full_state, make_batch
 from tests_distributed.support.running import Run

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import qsdp
-from qsdp.optim import ACDC, CrAM
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.cram.optimizer import CrAM
 from tests_distributed.support.expert_methods import EVEN, METHODS, NAMES, PHASES, expected_masks
 from tests_distributed.support.experts import (
     LAYOUTS,

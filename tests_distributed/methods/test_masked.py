@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from qsdp import checkpoint
-from qsdp.optim import ACDC
-from qsdp.sparsity.schedule import ACDCSchedule
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.acdc.schedule import ACDCSchedule
 from tests.support.masked_runs import BASES, SCHEDULE, SIZES
 from tests.support.momentum import SCHEDULE as SHORT
 from tests.support.momentum import Halves, KnowsNothing, Momentum, values_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import qsdp
-from qsdp.sparsity.shards import local_shard
+from qsdp.sparsity.local_shards import local_shard
 from tests_distributed.support.helpers import all_ranks, full_state
 from tests_distributed.support.running import Run
 

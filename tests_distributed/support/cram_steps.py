@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from qsdp.optim import CrAM
+from qsdp.methods.cram.optimizer import CrAM
 from tests_distributed.support.helpers import (
     Toy,
     found_by_one,

@@ -5,7 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 import qsdp
-from qsdp.optim import ACDC, GMP, SAM, CrAM
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.cram.optimizer import CrAM
+from qsdp.methods.gmp.optimizer import GMP
+from qsdp.methods.sam.optimizer import SAM
 from tests.support.cram_reference import top_k_masks
 from tests_distributed.support.experts import LAYOUTS, Method, Together
 

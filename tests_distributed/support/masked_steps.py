@@ -12,7 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from qsdp.optim import ACDC, GMP
+from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.gmp.optimizer import GMP
 from tests.support.masked_runs import BASES, GRADUAL, SCHEDULE, STEPS, acdc_reference, gmp_reference
 from tests_distributed.support.helpers import (
     found_by_one,

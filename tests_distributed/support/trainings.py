@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard
 
 import qsdp
 from qsdp.comm.traffic import LINKS
-from qsdp.sparsity.shards import local_shard
+from qsdp.sparsity.local_shards import local_shard
 from tests_distributed.support.helpers import (
     Toy,
     full_grads,

@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import qsdp
 from qsdp import checkpoint
-from qsdp.optim import global_grad_norm
-from qsdp.sparsity import shards
+from qsdp.methods.norms import global_grad_norm
+from qsdp.sparsity import local_shards
 from qsdp.train import loop
 from tests.support.optimizers import METHODS, RARELY_RENEWED, TWO_PASSES, adamw, all_bits
 from tests_distributed.support.helpers import make_batch, make_model, shard, wire_config
@@ -145,7 +145,7 @@ def test_replicas_leave_out_what_is_bad_on_one_rank_of_one_of_them(
 
 
 def _count_gathers(work: Callable[[], object]) -> int:
-    with mock.patch.object(shards, "all_gather", wraps=shards.all_gather) as gathers:
+    with mock.patch.object(local_shards, "all_gather", wraps=local_shards.all_gather) as gathers:
         work()
     return gathers.call_count
 

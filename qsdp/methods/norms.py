@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.common.meshes import Groups, Spread, groups_of, spread_of
-from qsdp.optim.finite import number_in
-from qsdp.sparsity.shards import gathered, local_shard, unique
+from qsdp.methods.finite import number_in
+from qsdp.sparsity.local_shards import gathered, local_shard, unique
 
 # A chunk in double precision stays in a CPU's cache; a GPU wants few launches instead.
 _CHUNK_CPU = 1 << 16

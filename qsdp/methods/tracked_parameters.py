@@ -25,7 +25,7 @@ _ADVICE = (
 )
 
 
-class Known:
+class TrackedParameters:
     """What ``owner``, an optimizer around ``base``, knows of ``model``. It keeps no parameter
     alive, and what it looks at stays as it is: one rank may look alone.
 

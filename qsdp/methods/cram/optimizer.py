@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from qsdp.common.meeting import warn
 from qsdp.compat import abandon_cut_short, abandon_pass, has_pending_gradients, wholes
-from qsdp.optim.base import (
+from qsdp.methods.base import (
     OptimizerWrapper,
     bystanders,
     made_alike,
-    takes_only_its_own,
     undone_by_exceptions,
 )
-from qsdp.optim.norms import check_max_norm, scale_grads_
+from qsdp.methods.norms import check_max_norm, scale_grads_
 from qsdp.sparsity.compression import PackedMask, compress_, keep_only_
-from qsdp.sparsity.shards import local_shard, unique
+from qsdp.sparsity.local_shards import local_shard, unique
 from qsdp.sparsity.target import Compression
 
 Target = float | str | Compression
@@ -292,32 +291,6 @@ class CrAM(OptimizerWrapper):
         for parameter, mask in zip(self.prunable.parameters, masks, strict=True):
             if parameter.grad is not None:
                 keep_only_(local_shard(parameter.grad).values, mask.unpack())
-
-
-class SAM(CrAM):
-    """Sharpness-aware minimization (Foret et al., ICLR 2021, arXiv 2010.01412): the gradient at
-    w + rho * g / |g|, without compression. The baseline of CrAM, by the same code."""
-
-    @takes_only_its_own
-    def __init__(
-        self,
-        model: nn.Module,
-        base_optimizer: torch.optim.Optimizer,
-        *,
-        rho: float = 0.05,
-        max_norm: float | None = None,
-    ) -> None:
-        """As `CrAM`, for any module: nothing is pruned, so that nothing need be prunable."""
-        super().__init__(
-            model,
-            base_optimizer,
-            sparsity=0.0,
-            rho=rho,
-            plus=False,
-            normalize=True,
-            max_norm=max_norm,
-            prunable=(),
-        )
 
 
 def draw(seed: int, step: int) -> int:

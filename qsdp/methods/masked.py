@@ -11,23 +11,20 @@ from torch import Tensor, nn
 
 from qsdp.common.failures import listed
 from qsdp.common.meeting import warn
-from qsdp.optim.base import (
+from qsdp.methods.base import (
     OptimizerWrapper,
     TellSupport,
     bystanders,
     hook_weakly,
-    made_alike,
     undone_by_exceptions,
 )
-from qsdp.optim.moments import FirstMoments
-from qsdp.optim.norms import check_max_norm, scale_grads_
+from qsdp.methods.norms import check_max_norm, scale_grads_
 from qsdp.sparsity.compression import Prunable, keep_masks, keep_only_
-from qsdp.sparsity.schedule import ACDCSchedule, GMPSchedule
-from qsdp.sparsity.shards import local_shard
+from qsdp.sparsity.local_shards import local_shard
 from qsdp.sparsity.target import Compression
 
 _STEP = "masked_step"
-_MASK = "mask"
+MASK = "mask"
 _PLAN = "mask_plan"
 _NAMES = "mask_names"
 
@@ -74,8 +71,8 @@ class MaskedOptimizer(OptimizerWrapper):
         self._loaded_masks: list[tuple[Tensor, Tensor]] = []
         self.before_pruning: Callable[[], None] | None = None
 
-    def take_hold(self) -> None:
-        super().take_hold()
+    def attach(self) -> None:
+        super().attach()
         self._remember(_PLAN, self._plan)  # an earlier wrapper's may be there
         hook_weakly(self.base.register_load_state_dict_pre_hook, self._take_masks)
 
@@ -142,10 +139,10 @@ class MaskedOptimizer(OptimizerWrapper):
     def _check_all_are_masked(self) -> None:
         """Say which of the parameters that are trained now no mask prunes, where one should."""
         pairs = zip(self.prunable.names, self.prunable.parameters, strict=True)
-        without = [name for name, p in pairs if _MASK not in self.state.get(p, {})]
+        without = [name for name, p in pairs if MASK not in self.state.get(p, {})]
         if not without or not self.num_steps or not self._is_masked(self.num_steps):
             return
-        if not any(_MASK in self.state.get(p, {}) for p in self._known.prunable.parameters):
+        if not any(MASK in self.state.get(p, {}) for p in self._known.prunable.parameters):
             raise RuntimeError(
                 f"the masks of {type(self).__name__} are gone from the optimizer's state, and with "
                 "them what was pruned: load the state_dict() of before"
@@ -177,12 +174,12 @@ class MaskedOptimizer(OptimizerWrapper):
 
     def _step_base(self) -> None:
         """Hide the masks meanwhile: torch's optimizers make a state where there is nothing yet."""
-        masks = {p: state.pop(_MASK) for p, state in self.state.items() if _MASK in state}
+        masks = {p: state.pop(MASK) for p, state in self.state.items() if MASK in state}
         try:
             self.base.step()
         finally:
             for parameter, mask in masks.items():
-                self.state[parameter][_MASK] = mask
+                self.state[parameter][MASK] = mask
 
     def _is_masked(self, step: int) -> bool:
         """Whether optimizer step number ``step``, the first being 0, is taken under the masks."""
@@ -221,7 +218,7 @@ class MaskedOptimizer(OptimizerWrapper):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's, whose states go by number, with the names of the masks."""
-        masked = {id(key) for key, state in self.state.items() if _MASK in state}
+        masked = {id(key) for key, state in self.state.items() if MASK in state}
         named, own = self._known.ids, [*map(id, self.parameters())]
         names = [named[key] for key in own if key in masked and key in named]
         return {**super().state_dict(), _NAMES: names}
@@ -245,8 +242,8 @@ class MaskedOptimizer(OptimizerWrapper):
     def _lift_masks(self) -> None:
         """Train all weights again, from zero where they were pruned."""
         for state in self.state.values():
-            if _MASK in state:
-                local_shard(state[_MASK]).values.fill_(True)
+            if MASK in state:
+                local_shard(state[MASK]).values.fill_(True)
         self._announce()
 
     def _apply_masks(self) -> None:
@@ -256,7 +253,7 @@ class MaskedOptimizer(OptimizerWrapper):
                 keep_only_(local_shard(parameter).values, local_shard(self._mask(parameter)).values)
 
     def _mask(self, parameter: Tensor) -> Tensor:
-        mask: Tensor | None = self.state.get(parameter, {}).get(_MASK)
+        mask: Tensor | None = self.state.get(parameter, {}).get(MASK)
         return torch.ones_like(parameter, dtype=torch.bool) if mask is None else mask
 
     def _make_masks(self) -> None:
@@ -264,8 +261,8 @@ class MaskedOptimizer(OptimizerWrapper):
         for parameter in self.parameters():
             self.state[parameter]  # DCP loads the states of all parameters or of none
         for parameter in self.prunable.parameters:
-            if _MASK not in self.state[parameter]:
-                self.state[parameter][_MASK] = torch.ones_like(parameter, dtype=torch.bool)
+            if MASK not in self.state[parameter]:
+                self.state[parameter][MASK] = torch.ones_like(parameter, dtype=torch.bool)
 
     def _take_masks(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Load the masks past torch, which gives what it loads the parameter's dtype and takes a
@@ -282,13 +279,13 @@ class MaskedOptimizer(OptimizerWrapper):
         # Numbers, or names under DCP; their order is that of the parameters.
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         self._loaded_masks = [
-            (parameter, states[key][_MASK])
+            (parameter, states[key][MASK])
             for parameter, key in zip(self.parameters(), keys, strict=False)
-            if _MASK in states.get(key, {})
+            if MASK in states.get(key, {})
         ]
         self._check_masks(int(state_dict["param_groups"][0].get(_STEP, 0)), state_dict.get(_NAMES))
         rest = {
-            key: {name: value for name, value in state.items() if name != _MASK}
+            key: {name: value for name, value in state.items() if name != MASK}
             for key, state in states.items()
         }
         return {**state_dict, "state": rest}
@@ -339,134 +336,12 @@ class MaskedOptimizer(OptimizerWrapper):
         super()._share(base)
         for parameter, mask in getattr(self, "_loaded_masks", []):
             # A copy, as torch makes one of everything else that it loads.
-            self.state[parameter][_MASK] = mask.to(parameter.device, torch.bool, copy=True)
+            self.state[parameter][MASK] = mask.to(parameter.device, torch.bool, copy=True)
         self._loaded_masks = []
-
-
-class ACDC(MaskedOptimizer):
-    """Alternating compressed and decompressed training (Peste et al., arXiv 2106.12379).
-
-    Entering a compressed phase, the mask keeps what ``target`` keeps of the weights (by default the
-    largest magnitudes of all, exactly) and stays until the phase ends; entering a dense phase, the
-    pruned weights train again from zero and the first moments of ALL parameters are set to zero.
-    The second moments stay: Adam's bias correction knows nothing of a reset.
-
-    It ends in the last compressed phase: the model is sparse. Its dense twin is the model at the
-    end of the last dense phase; `before_pruning` sees it.
-    """
-
-    _has_checked_moments: bool
-
-    @made_alike
-    def __init__(
-        self,
-        model: nn.Module,
-        base_optimizer: torch.optim.Optimizer,
-        *,
-        schedule: ACDCSchedule | int,
-        target: float | str | Compression = 0.9,
-        max_norm: float | None = None,
-        prunable: Sequence[str] | None = None,
-    ) -> None:
-        """Wrap ``base_optimizer``, made of the parameters of ``model``.
-
-        Args:
-            model: The module whose weights are trained. Where it is sharded later, the sharded
-                parameters must be in the base's `param_groups` at the first step.
-            base_optimizer: Any optimizer whose `step()` needs no closure.
-            schedule: The phases, or how many optimizer steps there will be.
-            target: What a compressed phase keeps, as `Compression.of` reads it; no bits.
-            max_norm: Clip the (masked) gradient.
-            prunable: Name patterns of the prunable set; see `sparsity.prunable_parameters`.
-
-        Raises:
-            ValueError: If a value is out of range, the optimizer lacks prunable parameters, or its
-                first moments are of a class that cannot be set to zero.
-        """
-        self.schedule = ACDCSchedule.of(schedule) if isinstance(schedule, int) else schedule
-        self.target = _only_pruned(Compression.of(target))
-        if not isinstance(self.schedule, ACDCSchedule):
-            raise ValueError(f"the schedule is {schedule!r}; give steps (int) or an ACDCSchedule")
-        plan = f"{self.schedule} to {self.target}"
-        super().__init__(model, base_optimizer, plan=plan, max_norm=max_norm, prunable=prunable)
-        self.prunable.check(self.target)
-        if self.num_steps == 0 and self._is_masked(0):
-            raise ValueError("AC/DC begins dense: give it a warm-up of 1 step or more")
-        self._moments = FirstMoments(self.base, type(self).__name__)
-
-    def _is_masked(self, step: int) -> bool:
-        return self.schedule.is_compressed(step)
-
-    def _pruned(self, steps_done: int) -> float:
-        return self.target.fraction if self._is_masked(steps_done - 1) else 0.0
-
-    def _change(self, steps_done: int) -> None:
-        was, is_now = self._is_masked(steps_done - 1), self._is_masked(steps_done)
-        if is_now and not was:
-            self._renew_masks(self.target)
-        elif was and not is_now:
-            self._moments.zero_()
-            self._lift_masks()
-
-    def _check_begin(self) -> None:
-        super()._check_begin()
-        has_stepped = any(state.keys() - {_MASK} for state in self.state.values())
-        if not self._has_checked_moments and has_stepped:
-            self._moments.check()
-            self._has_checked_moments = True
-
-    def _share(self, base: torch.optim.Optimizer) -> None:
-        super()._share(base)
-        self._has_checked_moments = False  # what was loaded may be of other classes
-
-
-class GMP(MaskedOptimizer):
-    """Gradual magnitude pruning: the mask is renewed at growing sparsity, by the cubic schedule
-    (Zhu & Gupta, arXiv 1710.01878; GMP*, arXiv 2210.06384). Pruned weights stay pruned."""
-
-    @made_alike
-    def __init__(
-        self,
-        model: nn.Module,
-        base_optimizer: torch.optim.Optimizer,
-        *,
-        schedule: GMPSchedule,
-        scope: str = "global",
-        max_norm: float | None = None,
-        prunable: Sequence[str] | None = None,
-    ) -> None:
-        """As `ACDC`; ``scope`` is `Compression.scope`."""
-        if not isinstance(schedule, GMPSchedule):
-            raise ValueError(f"the schedule is {schedule!r}; give a GMPSchedule")
-        target = Compression(sparsity=schedule.sparsity, scope=scope)  # checks both
-        plan = f"{schedule}, {scope}"
-        super().__init__(model, base_optimizer, plan=plan, max_norm=max_norm, prunable=prunable)
-        self.prunable.check(target)
-        self.schedule = schedule
-        self.scope = scope
-
-    def _is_masked(self, step: int) -> bool:
-        return self.schedule.is_pruned(step)
-
-    def _pruned(self, steps_done: int) -> float:
-        return self.schedule.sparsity_at(steps_done)
-
-    def _change(self, steps_done: int) -> None:
-        sparsity = self.schedule.sparsity_after(steps_done)
-        if sparsity is not None:
-            # A pruning may begin with nothing pruned, for which there is no scope.
-            scope = self.scope if sparsity else "global"
-            self._renew_masks(Compression(sparsity=sparsity, scope=scope))
 
 
 def _do_nothing() -> None:
     """There was no pass."""
-
-
-def _only_pruned(target: Compression) -> Compression:
-    if target.bits is not None:
-        raise ValueError(f"a mask cannot round weights: the target {target} has bits; leave them")
-    return target
 
 
 def _first(names: list[str]) -> str:

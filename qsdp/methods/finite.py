@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from qsdp.common.meeting import compare
-from qsdp.sparsity.shards import local_shard
+from qsdp.sparsity.local_shards import local_shard
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:

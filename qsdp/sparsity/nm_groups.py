@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qsdp.sparsity.shards import LocalShard, gathered
+from qsdp.sparsity.local_shards import LocalShard, gathered
 
 
 def whole_groups(shard: LocalShard, dim: int, size: int) -> tuple[Tensor, int]:

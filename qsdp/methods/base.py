@@ -24,11 +24,11 @@ from qsdp.compat import (
     sharded_parameters,
     wholes,
 )
-from qsdp.optim.finite import name_not_finite, number_in
-from qsdp.optim.known import Known
-from qsdp.optim.norms import norm_among
+from qsdp.methods.finite import name_not_finite, number_in
+from qsdp.methods.norms import norm_among
+from qsdp.methods.tracked_parameters import TrackedParameters
 from qsdp.sparsity.compression import Prunable
-from qsdp.sparsity.shards import unique
+from qsdp.sparsity.local_shards import unique
 
 P = ParamSpec("P")
 
@@ -99,7 +99,7 @@ def made_alike(init: Callable[P, None]) -> Callable[P, None]:
             facts["parameters of the optimizer"] = len(self.parameters())
         meet(call, facts, groups)
         self.made_with = facts
-        self.take_hold()
+        self.attach()
 
     return takes_only_its_own(made)
 
@@ -199,7 +199,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.made_with: dict[str, object] = {}
         self.skipped_steps = 0
         self.last_bad: str | None = None
-        self._known = Known(type(self).__name__, model, base, prunable)
+        self._known = TrackedParameters(type(self).__name__, model, base, prunable)
         self._remembered = remembered
         self._tell: TellSupport | None = None
         try:
@@ -215,7 +215,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self._own = None
         self.defaults = base.defaults
 
-    def take_hold(self) -> None:
+    def attach(self) -> None:
         """Leave marks and hooks on the base. Only when all ranks have agreed that this is made:
         what is refused leaves the base as it was."""
         # Loading gives the base new dictionaries. A hook that held this would keep the model until

@@ -1,0 +1,37 @@
+"""SAM: sharpness-aware minimization (Foret et al., ICLR 2021, arXiv 2010.01412)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qsdp.methods.base import (
+    takes_only_its_own,
+)
+from qsdp.methods.cram.optimizer import CrAM
+
+
+class SAM(CrAM):
+    """Sharpness-aware minimization (Foret et al., ICLR 2021, arXiv 2010.01412): the gradient at
+    w + rho * g / |g|, without compression. The baseline of CrAM, by the same code."""
+
+    @takes_only_its_own
+    def __init__(
+        self,
+        model: nn.Module,
+        base_optimizer: torch.optim.Optimizer,
+        *,
+        rho: float = 0.05,
+        max_norm: float | None = None,
+    ) -> None:
+        """As `CrAM`, for any module: nothing is pruned, so that nothing need be prunable."""
+        super().__init__(
+            model,
+            base_optimizer,
+            sparsity=0.0,
+            rho=rho,
+            plus=False,
+            normalize=True,
+            max_norm=max_norm,
+            prunable=(),
+        )
