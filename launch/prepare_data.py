@@ -21,7 +21,7 @@ from rich.progress import (
 
 from qsdp.common.streams import bring_out, complain, forgiving_output
 from qsdp.data.corpus import TRAIN_FRACTION
-from qsdp.data.prepare import prepare_shards
+from qsdp.data.tokenize import prepare_shards
 from qsdp.train.cli import one_sentence
 from qsdp.train.errors import EXIT_STATUS, UserError, sentence
 

@@ -29,7 +29,9 @@ from qsdp.codec.rounding import Key
 from qsdp.codec.table import TORCH_DTYPES
 from qsdp.comm import transport
 from qsdp.config import CODED_BITS, ROUNDINGS
-from qsdp.models import GPT, GPTConfig, init_weights
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.init import init_weights
+from qsdp.models.gpt2.model import GPT
 from qsdp.ops import native
 from qsdp.ops.reference import codec
 from qsdp.train.cli import one_sentence, one_sentence_at_the_end, run

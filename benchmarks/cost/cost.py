@@ -31,7 +31,9 @@ from torch.distributed.fsdp import fully_shard
 import qsdp
 from benchmarks.support import machine
 from qsdp.common.files import write_json
-from qsdp.models import GPT, GPTConfig, init_weights
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.init import init_weights
+from qsdp.models.gpt2.model import GPT
 from qsdp.sparsity.compression import Prunable, keep_masks
 from qsdp.train.world import end_process, keep_freed_memory
 

@@ -41,7 +41,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import qsdp
 from benchmarks.support import machine
 from qsdp.common.files import write_json
-from qsdp.models import GPT, GPTConfig, init_weights
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.init import init_weights
+from qsdp.models.gpt2.model import GPT
 from qsdp.train.world import end_process
 
 SIZE = GPTConfig(vocab_size=256, num_layers=6, num_heads=8, width=512, context=128, bias=False)

@@ -63,7 +63,8 @@ from benchmarks.support.runs import (
     write_json,
 )
 from qsdp import checkpoint
-from qsdp.models import GPT, GPTConfig
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.model import GPT
 from qsdp.train.config import RECIPES, TrainConfig
 from qsdp.train.results import DENSE_TWIN as TWIN
 

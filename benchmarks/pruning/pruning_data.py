@@ -18,8 +18,9 @@ from benchmarks.support import machine
 from qsdp.checkpoint import TensorReader
 from qsdp.common.files import write_text
 from qsdp.data import eval_batches, load_corpus
-from qsdp.data.shards import Tokens
-from qsdp.models import GPT, GPTConfig
+from qsdp.data.token_shards import Tokens
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.model import GPT
 from qsdp.sparsity.compression import compressed
 
 TEST_FRACTION = 0.05

@@ -26,7 +26,8 @@ from qsdp.common.files import write_json
 from qsdp.data import Batches, Corpus, load_corpus
 from qsdp.methods.cram.optimizer import CrAM
 from qsdp.methods.norms import clip_grad_norm_
-from qsdp.models import GPTConfig, init_weights
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.init import init_weights
 from qsdp.sparsity.local_shards import local_shard
 from qsdp.train.config import BACKENDS, TrainConfig
 from qsdp.train.errors import UserError, leave

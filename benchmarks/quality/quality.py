@@ -38,7 +38,8 @@ from benchmarks.support.runs import (
     write_json,
 )
 from qsdp.data import load_corpus
-from qsdp.models import GPT, GPTConfig
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.model import GPT
 from qsdp.train.config import RECIPES, TrainConfig
 
 BYTES_STEPS = 3

@@ -14,7 +14,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 import qsdp
 from benchmarks.support.rivals import ddp, powersgd, zero3
 from benchmarks.support.steps import MODELS, Ready, Setting, whole_model, with_adamw
-from qsdp.models import GPT, init_weights
+from qsdp.models.gpt2.init import init_weights
+from qsdp.models.gpt2.model import GPT
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 BF16_FP32_REDUCE = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

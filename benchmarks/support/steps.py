@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import qsdp
-from qsdp.models import GPT, GPTConfig, init_weights
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.init import init_weights
+from qsdp.models.gpt2.model import GPT
 
 LR = 1e-3
 MODELS = {

@@ -27,7 +27,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 import qsdp
 from benchmarks.support.namespaces import HEADER_BYTES, INTERFACE
 from qsdp.common.files import write_json
-from qsdp.models import GPT, GPTConfig, init_weights
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.init import init_weights
+from qsdp.models.gpt2.model import GPT
 from qsdp.train.world import end_process
 
 SIZE = GPTConfig(vocab_size=64, num_layers=6, num_heads=4, width=256, context=32, bias=False)

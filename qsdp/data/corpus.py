@@ -8,7 +8,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from qsdp.data.shards import Tokens, read_shards
+from qsdp.data.token_shards import Tokens, read_shards
 from qsdp.data.tokenizer import Tokenizer, load_tokenizer
 
 TRAIN_FRACTION = 0.9

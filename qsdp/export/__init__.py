@@ -1,6 +1,6 @@
 """Compressed models on disk: dense safetensors with exact zeros, masks, and how they were made."""
 
-from qsdp.export.compress import export_compressed
+from qsdp.export.compressed_model import export_compressed
 from qsdp.export.folder import FACTS, load_export, read_facts, read_mask
 
 __all__ = ["FACTS", "export_compressed", "load_export", "read_facts", "read_mask"]

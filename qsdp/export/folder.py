@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qsdp.models import fill, find_tensors
+from qsdp.models.filling import fill, find_tensors
 from qsdp.sparsity.compression import PackedMask
 
 FACTS = "compression.json"

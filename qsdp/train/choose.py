@@ -23,7 +23,8 @@ from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, launched_ranks
 from qsdp.common.failures import CollectiveError, collective
 from qsdp.common.model_structure import embedding_names
 from qsdp.config import QSDPConfig
-from qsdp.models import GPT, GPTConfig
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.model import GPT
 from qsdp.train.config import TrainConfig
 from qsdp.train.cost_model import CODED, STOCK, Group, Measured, Way, decide
 from qsdp.train.errors import sentence

@@ -8,7 +8,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from qsdp.data import Corpus, eval_batches
-from qsdp.models import GPT, generate
+from qsdp.models.gpt2.generate import generate
+from qsdp.models.gpt2.model import GPT
 from qsdp.sparsity.compression import compressed
 from qsdp.sparsity.local_shards import local_shard
 from qsdp.sparsity.prunable import prunable_parameters

@@ -16,7 +16,9 @@ from qsdp.methods.acdc.optimizer import ACDC
 from qsdp.methods.cram.optimizer import CrAM
 from qsdp.methods.gmp.optimizer import GMP
 from qsdp.methods.sam.optimizer import SAM
-from qsdp.models import GPT, GPTConfig, init_weights
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.init import init_weights
+from qsdp.models.gpt2.model import GPT
 from qsdp.train.config import TrainConfig
 from qsdp.train.world import World
 

@@ -23,7 +23,8 @@ from qsdp import ops
 from qsdp.codec.payload import DType, Layout, Segment
 from qsdp.comm.topology import launched_ranks
 from qsdp.config import ROUNDINGS, QSDPConfig
-from qsdp.models import GPT, GPTConfig
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.model import GPT
 from qsdp.train.config import TrainConfig
 
 COMPUTE_S = 3.0

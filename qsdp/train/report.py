@@ -17,7 +17,7 @@ from rich.text import Text
 import qsdp
 from qsdp.common.files import finite, write_json
 from qsdp.common.streams import printable
-from qsdp.models import flops_per_token
+from qsdp.models.gpt2.model import flops_per_token
 from qsdp.ops import native
 from qsdp.sparsity.target import Compression
 from qsdp.train.errors import UserError

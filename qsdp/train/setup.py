@@ -23,7 +23,8 @@ from qsdp.data.tokenizer import hash_of
 from qsdp.methods.base import OptimizerWrapper
 from qsdp.methods.finite import first_not_finite
 from qsdp.metrics import MetricsWriter
-from qsdp.models import GPT, GPTConfig
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.model import GPT
 from qsdp.ops import native
 from qsdp.sparsity.compression import Prunable
 from qsdp.train.agree import agree_on_config, agree_on_data

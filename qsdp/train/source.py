@@ -11,7 +11,7 @@ from torch import nn
 from qsdp import checkpoint
 from qsdp.data.tokenizer import hash_of
 from qsdp.export import FACTS, load_export, read_facts
-from qsdp.models import GPTConfig
+from qsdp.models.gpt2.config import GPTConfig
 from qsdp.train.cli import typed_settings
 from qsdp.train.config import TrainConfig
 from qsdp.train.errors import UserError

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from qsdp import checkpoint
 from qsdp.data import load_corpus
-from qsdp.models import GPT, GPTConfig
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.model import GPT
 from qsdp.train.cli import parse
 
 

@@ -27,9 +27,9 @@ from qsdp import checkpoint
 from qsdp.checkpoint import safe
 from qsdp.checkpoint.folders import sealed
 from qsdp.data import load_corpus
-from qsdp.data.shards import read_shards
+from qsdp.data.token_shards import read_shards
 from qsdp.export import load_export, read_mask
-from qsdp.models.huggingface import find_tensors
+from qsdp.models.filling import find_tensors
 from qsdp.train import cli, compress_cli, evaluate_cli
 from tests.support.bad_inputs import DEEP, TEXT
 from tests.support.command_line import assert_is_one_sentence

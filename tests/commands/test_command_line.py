@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from qsdp.checkpoint.folders import sealed
-from qsdp.data.prepare import prepare_shards
+from qsdp.data.tokenize import prepare_shards
 from qsdp.train.cli import main
 from tests.support import patience
 from tests.support.bad_inputs import DATA, DEEP, FLAGS, TEXT, BadInput
@@ -257,7 +257,7 @@ def test_a_token_outside_the_vocabulary_ends_the_run_in_one_sentence(
     split: str,
 ) -> None:
     # Where a real run looks at the start, in small: the first ids, and a sample.
-    monkeypatch.setattr("qsdp.data.shards._CHECKED_IDS", 4)
+    monkeypatch.setattr("qsdp.data.token_shards._CHECKED_IDS", 4)
     monkeypatch.setattr("qsdp.train.setup.agree_on_data", lambda corpus, world: None)
     (tmp_path / "meta.json").write_text('{"dtype": "uint16", "vocab_size": 50}')
     for name in ("train", "val"):

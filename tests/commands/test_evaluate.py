@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from qsdp.data import TokenRange, TokenShards
-from qsdp.models import GPTConfig
+from qsdp.models.gpt2.config import GPTConfig
 from qsdp.train import cli, compress_cli, evaluate_cli, targets
 from qsdp.train.config import TrainConfig
 from qsdp.train.source import Source, _settings

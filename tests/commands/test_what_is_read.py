@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from qsdp.models.huggingface.weights.weights import export_huggingface, load_huggingface
 
 from qsdp import checkpoint
 from qsdp.common import files
 from qsdp.data import load_corpus, prepare_shards
 from qsdp.metrics import MetricsWriter
-from qsdp.models import GPT, export_huggingface, load_huggingface
+from qsdp.models.gpt2.model import GPT
 from qsdp.train import cli, evaluate_cli, plots
 from qsdp.train.results import DENSE_TWIN
 from qsdp.train.source import open_source

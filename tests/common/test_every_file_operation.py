@@ -16,13 +16,13 @@ from unittest.mock import MagicMock, Mock
 import pytest
 import torch
 import torch.distributed as dist
+from qsdp.models.huggingface.weights.weights import export_huggingface, load_huggingface
 
 from qsdp import checkpoint
 from qsdp.common import files
 from qsdp.data import prepare_shards
 from qsdp.export import export_compressed
 from qsdp.metrics import MetricsWriter
-from qsdp.models import export_huggingface, load_huggingface
 from qsdp.sparsity.target import Compression
 from qsdp.train import plots, targets
 from tests.support.file_operations import (

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from qsdp.export import export_compressed, load_export, read_mask
 from qsdp.export.tensor_files import TensorFiles
-from qsdp.models import GPT, GPTConfig
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.model import GPT
 from qsdp.sparsity.compression import Prunable, compress_
 from qsdp.sparsity.target import Compression
 from qsdp.train.compress_cli import main

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from qsdp.checkpoint import TensorReader, latest, read_meta, verify
-from qsdp.models import GPT
+from qsdp.models.gpt2.model import GPT
 from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.train import cli, loop
 from qsdp.train.evaluate import Evaluator

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qsdp.models import GPT, PRESETS, GPTConfig, flops_per_token, generate, init_weights
-from qsdp.models.gpt import INIT_STD
+from qsdp.models.gpt2.config import PRESETS, GPTConfig
+from qsdp.models.gpt2.generate import generate
+from qsdp.models.gpt2.init import INIT_STD, init_weights
+from qsdp.models.gpt2.model import GPT, flops_per_token
 
 TINY = GPTConfig(vocab_size=11, num_layers=2, num_heads=2, width=8, context=6)
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from qsdp.models import GPT, GPTConfig, init_weights
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.init import init_weights
+from qsdp.models.gpt2.model import GPT
 
 SIZE: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 13, "n_positions": 6}
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from qsdp import checkpoint
-from qsdp.models import GPT, GPTConfig
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.model import GPT
 from qsdp.train.config import TrainConfig
 
 SIZE = GPTConfig(vocab_size=11, num_layers=3, num_heads=2, width=16, context=8)

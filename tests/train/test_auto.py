@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qsdp.config import QSDPConfig
-from qsdp.models import GPTConfig
+from qsdp.models.gpt2.config import GPTConfig
 from qsdp.train import links, probe
 from qsdp.train.choose import Choice, _decided, is_choice
 from qsdp.train.cli import main

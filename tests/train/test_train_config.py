@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qsdp.config import QSDPConfig
-from qsdp.models import PRESETS
+from qsdp.models.gpt2.config import PRESETS
 from qsdp.train.cli import parse, read_config_file
 from qsdp.train.config import RECIPES, TrainConfig
 from qsdp.train.errors import UserError

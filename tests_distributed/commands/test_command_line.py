@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from qsdp.checkpoint import TensorReader
 from qsdp.export import read_mask
-from qsdp.models import GPT
+from qsdp.models.gpt2.model import GPT
 from qsdp.ops import native
 from qsdp.sparsity.compression import Prunable, compress_
 from qsdp.sparsity.target import Compression

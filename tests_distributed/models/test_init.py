@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from qsdp.models.huggingface.weights.weights import (
+    export_huggingface,
+    load_huggingface,
+    load_huggingface_weights,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from qsdp.models import (
-    GPT,
-    GPTConfig,
-    export_huggingface,
-    generate,
-    init_weights,
-    load_huggingface,
-    load_huggingface_weights,
-    local_slices,
-)
+from qsdp.common.sharding import local_slices
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.generate import generate
+from qsdp.models.gpt2.init import init_weights
+from qsdp.models.gpt2.model import GPT
 from tests_distributed.support.helpers import full_grads, full_state, shard
 from tests_distributed.support.running import Run
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from qsdp.comm.traffic import Traffic
-from qsdp.models import GPTConfig
+from qsdp.models.gpt2.config import GPTConfig
 from qsdp.train import choose, links, loop, setup
 from qsdp.train.config import TrainConfig
 from qsdp.train.cost_model import Measured, Way, ways

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qsdp.common.files import new_folder
 from qsdp.data.corpus import TRAIN_FRACTION
-from qsdp.data.shards import ShardWriter
+from qsdp.data.token_shards import ShardWriter
 from qsdp.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 
 PIECE_BYTES = 1 << 20

@@ -18,7 +18,8 @@ from qsdp.common.files import new_folder
 from qsdp.data.tokenizer import hash_of
 from qsdp.export.folder import FACTS, FORMAT, MASKS_FORMAT
 from qsdp.export.tensor_files import TensorFiles
-from qsdp.models import GPT, GPTConfig
+from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.gpt2.model import GPT
 from qsdp.sparsity.compression import Prunable
 from qsdp.sparsity.streaming import StoredTensor, compress_stream, num_reads
 from qsdp.sparsity.target import Compression

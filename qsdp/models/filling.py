@@ -1,0 +1,124 @@
+"""A model filled from safetensors, each rank with its slices alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from qsdp.common.files import is_file_name
+from qsdp.common.sharding import local_slices
+from qsdp.compat import named_parameters
+
+WEIGHTS = "model.safetensors"
+
+
+PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+@torch.no_grad()
+def fill(
+    model: nn.Module,
+    folder: str | Path,
+    files: Mapping[str, Path],
+    stored: Callable[[str], tuple[str, bool]],
+) -> None:
+    """Fill a model in place, plain or sharded by FSDP2, from safetensors; each rank its slices.
+
+    Args:
+        model: whose parameters to fill.
+        folder: what messages name.
+        files: as `find_tensors` returns it.
+        stored: of a parameter's name, the tensor's, and whether it is kept transposed.
+
+    Raises: ValueError for a tensor that is missing or of another shape than the model's.
+    """
+    for name, parameter in named_parameters(model).items():
+        their_name, transposed = stored(name)
+        if their_name not in files:
+            raise ValueError(
+                f"{folder} holds no tensor for parameter {name}: choose a complete "
+                "checkpoint, and build the model from its config."
+            )
+        shape, slices = list(parameter.shape), list(local_slices(parameter))
+        if transposed:
+            shape.reverse()
+            slices.reverse()
+        with safe_open(files[their_name], framework="pt") as tensors:
+            tensor = tensors.get_slice(their_name)
+            if list(tensor.get_shape()) != shape:
+                raise ValueError(
+                    f"Tensor {their_name} in {folder} has shape {list(tensor.get_shape())}, but "
+                    f"the model needs {shape}: build the model from this checkpoint's config."
+                )
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            if local.numel():
+                values = tensor[tuple(slices)]
+                local.copy_(values.t() if transposed else values)
+
+
+def check_files(path: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        is_ours = name in (WEIGHTS, f"{WEIGHTS}.index.json", "config.json")
+        if not is_file_name(name) or is_ours or PART.fullmatch(name) or (path / name).is_dir():
+            raise ValueError(f"files holds {name!r}: give names of files that stand beside these.")
+        try:
+            text.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise ValueError(f"files holds no text for {name} ({error}): give one.") from None
+
+
+def find_tensors(folder: Path, stem: str = "model") -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it, of a checkpoint in one or more files.
+
+    Where there is one file with all of them it is read, as transformers does, whatever an index
+    beside it says. Raises ValueError for a file that is missing or not readable.
+    """
+    index, whole = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    if index.exists() and not whole.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map of files: copy or save it again.")
+        for file in weight_map.values():
+            if not is_file_name(file):
+                raise ValueError(
+                    f"{index} names {str(file)[:100]!r}, which is not the name of a file beside "
+                    "it, and is refused: choose another checkpoint."
+                )
+        files = {folder / file for file in weight_map.values()}
+    else:
+        files = {whole}
+    found: dict[str, Path] = {}
+    for file in sorted(files):
+        if not file.is_file():
+            raise ValueError(
+                f"There is no {file}: choose a checkpoint saved as safetensors (in transformers, "
+                "model.save_pretrained(folder))."
+            )
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= dict.fromkeys(tensors.keys(), file)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file} is no readable safetensors file ({error}): copy or save it again."
+            ) from None
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"There is no {path}: choose the folder of a Hugging Face checkpoint.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error}): copy or save it again.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is not a JSON object: copy or save it again.")
+    return settings
