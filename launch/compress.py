@@ -1,7 +1,7 @@
 """Compress a training checkpoint in one shot: `launch/compress.py --help` explains each flag."""
 
-from qsdp.train.cli import run
-from qsdp.train.compress_cli import main
+from qsdp.commands.compress import main
+from qsdp.commands.exit import run
 
 if __name__ == "__main__":
     run(main)

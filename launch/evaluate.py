@@ -1,7 +1,7 @@
 """Loss and perplexity over targets: `launch/evaluate.py --help` explains each flag."""
 
-from qsdp.train.cli import run
-from qsdp.train.evaluate_cli import main
+from qsdp.commands.evaluate import main
+from qsdp.commands.exit import run
 
 if __name__ == "__main__":
     run(main)

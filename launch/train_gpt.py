@@ -1,6 +1,7 @@
 """Train a GPT: `torchrun --nproc-per-node 2 launch/train_gpt.py --help` explains each flag."""
 
-from qsdp.train.cli import main, run
+from qsdp.commands.exit import run
+from qsdp.commands.train import main
 
 if __name__ == "__main__":
     run(main)

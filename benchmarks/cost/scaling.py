@@ -26,7 +26,7 @@ from benchmarks.support.race import LOOPBACK, device_of, take_turns
 from benchmarks.support.runs import Mistake, ends_on_error
 from benchmarks.support.steps import MODELS
 from qsdp.common.files import write_json
-from qsdp.train.plots import save_png
+from qsdp.report.plots import save_png
 
 THEIRS, OURS = "fsdp-fp32", "qsdp-w8g8-once-fp32"
 OTHER = "qsdp-w4g4-once-fp32"

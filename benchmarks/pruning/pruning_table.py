@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks.pruning.pruning_methods import METHODS, TARGETS
 from benchmarks.support.runs import Record
-from qsdp.train.plots import save_png
+from qsdp.report.plots import save_png
 
 COLUMNS = ("dense", *TARGETS)
 PRUNED = ("0.5", "0.6", "0.7", "0.8", "0.9")

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 import qsdp
 from benchmarks.support import machine
+from qsdp.commands.exit import leave
+from qsdp.common.errors import UserError
 from qsdp.common.files import write_json
 from qsdp.data import Batches, Corpus, load_corpus
 from qsdp.methods.cram.optimizer import CrAM
@@ -30,7 +32,6 @@ from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.sparsity.local_shards import local_shard
 from qsdp.train.config import BACKENDS, TrainConfig
-from qsdp.train.errors import UserError, leave
 from qsdp.train.parallelize import make_optimizer, shard
 from qsdp.train.world import World, end_process, open_world, to_device
 

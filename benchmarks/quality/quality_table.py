@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.quality.quality_wires import GATHERS, WIRES
 from benchmarks.support.runs import Record
-from qsdp.train.plots import save_png
+from qsdp.report.plots import save_png
 
 
 @dataclass(frozen=True, kw_only=True)

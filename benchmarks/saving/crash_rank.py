@@ -10,8 +10,9 @@ import os
 import sys
 from pathlib import Path
 
+from qsdp.commands.exit import run
+from qsdp.commands.train import main
 from qsdp.common.files import write_text
-from qsdp.train.cli import main, run
 
 FOLDER = Path(sys.argv.pop(1))
 end_at_once = os._exit

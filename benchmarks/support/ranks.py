@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from benchmarks.support.steps import Setting, size_of
-from qsdp.train.world import keep_freed_memory
+from qsdp.common.allocator import keep_freed_memory
 
 PATIENCE = timedelta(minutes=30)  # a step of a large model on a slow link
 

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.support.contestants import FLOOR, OURS, RIVAL
 from benchmarks.support.losses import powersgd_start
 from benchmarks.support.rounds import SLOW_ROUNDS, SLOW_S, Record
-from qsdp.train.plots import save_png
+from qsdp.report.plots import save_png
 
 Row = dict[str, Any]
 FIRST = "fsdp-fp32"

@@ -9,7 +9,7 @@ from benchmarks.support.contestants import OURS, RIVAL
 from benchmarks.support.losses import CURVE_TOKENS, powersgd_start
 from benchmarks.support.rounds import SLOW_ROUNDS, SLOW_S, Record
 from benchmarks.wire.link_table import FIRST, Row, median_of
-from qsdp.train.plots import save_png
+from qsdp.report.plots import save_png
 
 Curve = list[tuple[int, float | None]]
 """Steps so far and the validation loss then; None where it was not finite."""

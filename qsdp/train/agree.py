@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from qsdp.common.errors import UserError
 from qsdp.common.failures import collective
 from qsdp.data import Corpus
 from qsdp.data.tokenizer import hash_of
 from qsdp.train.config import TrainConfig
-from qsdp.train.errors import UserError
 from qsdp.train.world import World
 
 _SAMPLES = 64  # places in each split that are compared

@@ -21,13 +21,14 @@ from qsdp.methods.cram.optimizer import CrAM
 from qsdp.methods.finite import name_not_finite
 from qsdp.methods.masked import MaskedOptimizer
 from qsdp.methods.norms import global_grad_norm, scale_grads_
+from qsdp.report.progress import RunProgress
 from qsdp.train import twin
 from qsdp.train.config import TrainConfig
-from qsdp.train.progress import RunProgress
-from qsdp.train.report import finish
-from qsdp.train.setup import Job, set_up
+from qsdp.train.finish import finish
+from qsdp.train.job import Job
+from qsdp.train.setup import set_up
 from qsdp.train.signals import Told, heeded
-from qsdp.train.wire import SECONDS, WireUse, threshold_bytes
+from qsdp.train.wire_use import SECONDS, WireUse, threshold_bytes
 from qsdp.train.world import open_world, to_device
 
 # Of the wire, what a line of metrics.jsonl says beside the sums.

@@ -13,11 +13,11 @@ from typing import Any
 
 from qsdp import checkpoint
 from qsdp.checkpoint import Damaged
-from qsdp.train.choose import is_choice
+from qsdp.common.errors import UserError
+from qsdp.train.auto.choose import is_choice
 from qsdp.train.config import TrainConfig
-from qsdp.train.errors import UserError
+from qsdp.train.history import CHECKPOINTS, Start, damage, stated
 from qsdp.train.lock import process_id
-from qsdp.train.results import CHECKPOINTS, Start, damage, stated
 from qsdp.train.wire_flags import AUTO
 from qsdp.train.world import World
 

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from qsdp import checkpoint
+from qsdp.common.errors import UserError
 from qsdp.common.streams import complain
-from qsdp.train.errors import UserError
-from qsdp.train.results import damage
-from qsdp.train.setup import Job
+from qsdp.train.history import damage
+from qsdp.train.job import Job
 
 
 def consider(job: Job, steps_done: int, loss: float | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import secrets
@@ -19,10 +18,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
-from qsdp.common.failures import collective
+from qsdp.common.allocator import keep_freed_memory
+from qsdp.common.errors import UserError, sentence
+from qsdp.common.failures import collective, is_failure
 from qsdp.common.streams import bring_out
 from qsdp.train.config import RunFlags
-from qsdp.train.errors import UserError, is_lost, sentence
 from qsdp.train.signals import Stop
 
 T = TypeVar("T")
@@ -160,7 +160,7 @@ def open_world(
         yield World(rank, size, device, backend, mesh)
     except UserError as error:
         # All ranks are here, so taking leave of each other cannot hang; after other errors it may.
-        if not is_lost(error):
+        if not is_failure(error):
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
@@ -180,20 +180,6 @@ def _device(backend: str | None) -> torch.device:
             "share GPUs with --backend gloo."
         )
     return torch.device("cuda", local_rank % num_gpus)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed for the next step, which takes it again.
-
-    Where it would be given back, every step pays page faults anew for activations, gradients and
-    copies of weights: steps of several passes pay most. So nothing large is mapped by itself, which
-    freeing would unmap, and the heap never shrinks. Does nothing where there is no mallopt.
-    """
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def _alone() -> tuple[int, int, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from qsdp.train.cli import main
+from qsdp.commands.train import main
 from tests.support import patience
 from tests.support.ends import shorten_ends
 
@@ -50,7 +50,7 @@ def short_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
     shorten_ends(patch)
-    patch.setattr("qsdp.train.report.matmul_flops_per_s", lambda device, precision: 1e9)
+    patch.setattr("qsdp.train.finish.matmul_flops_per_s", lambda device, precision: 1e9)
 
 
 @pytest.fixture(scope="module")

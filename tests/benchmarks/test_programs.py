@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from qsdp.train.cli import parse
+from qsdp.commands.parsing import parse
 
 
 @pytest.fixture

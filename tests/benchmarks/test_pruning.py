@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from qsdp import checkpoint
+from qsdp.commands.parsing import parse
 from qsdp.data import load_corpus
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
-from qsdp.train.cli import parse
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qsdp.train.cost_model import CODED, STOCK, Way
+from qsdp.train.auto.cost_model import CODED, STOCK, Way
 
 PREDICTED = {"fsdp-fp32": 3.0, "qsdp-w8g8-once-fp32": 1.5, "qsdp-w4g4-once-fp32": 1.4}
 

@@ -20,10 +20,10 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from qsdp import checkpoint
 from qsdp.checkpoint import background
+from qsdp.commands.train import main
 from qsdp.methods.acdc.optimizer import ACDC
 from qsdp.methods.acdc.schedule import ACDCSchedule
-from qsdp.train.cli import main
-from qsdp.train.setup import Job
+from qsdp.train.job import Job
 from tests.support import patience
 from tests.support.bad_inputs import TEXT
 from tests.support.command_line import refused, small_run
@@ -235,7 +235,7 @@ def test_a_run_that_saves_beside_training_leaves_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = threading.enumerate()
-    monkeypatch.setattr("qsdp.train.report.matmul_flops_per_s", lambda device, precision: 1e9)
+    monkeypatch.setattr("qsdp.train.finish.matmul_flops_per_s", lambda device, precision: 1e9)
     first_saves = []
     monkeypatch.setattr(
         Job,

@@ -16,7 +16,7 @@ from torch import nn
 
 from qsdp import checkpoint
 from qsdp.checkpoint import folders
-from qsdp.metrics import MetricsWriter
+from qsdp.report.metrics import MetricsWriter
 from tests.support.linear_model import make, take_step
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from qsdp import checkpoint
 from qsdp.checkpoint.folders import sealed
-from qsdp.train import results
-from qsdp.train.cli import main
+from qsdp.commands.train import main
+from qsdp.train import history
 from tests.support.bad_inputs import TEXT
 from tests.support.command_line import refused, small_run
 from tests.support.ends import Cut, contents, cut, interrupted, shorten_ends
@@ -30,7 +30,7 @@ FILES = ("__0_0.distcp", ".metadata", "tokenizer.json", "meta.json")
 def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         shorten_ends(patch)
-        patch.setattr("qsdp.train.report.matmul_flops_per_s", lambda device, precision: 1e9)
+        patch.setattr("qsdp.train.finish.matmul_flops_per_s", lambda device, precision: 1e9)
         folder = tmp_path_factory.mktemp("finished")
         (folder / "text.txt").write_text(TEXT)
         main(small_run(folder, *FLAGS))
@@ -200,7 +200,7 @@ def test_what_cannot_be_read_and_nobody_needs_is_in_nobodys_way(
 def test_a_run_goes_on_where_outdated_things_cannot_be_removed_yet(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit, num_tries = results.commit, 2
+    commit, num_tries = history.commit, 2
 
     def refuse_first(*arguments: Any) -> Any:
         nonlocal num_tries
@@ -209,7 +209,7 @@ def test_a_run_goes_on_where_outdated_things_cannot_be_removed_yet(
             raise PermissionError(13, "Permission denied", "x")
         return commit(*arguments)
 
-    monkeypatch.setattr(results, "commit", refuse_first)
+    monkeypatch.setattr(history, "commit", refuse_first)
     main(small_run(folder, *FLAGS, "--resume", "none", "--lr", "5e-3"))
     printed = capfd.readouterr()
     assert printed.err.count("cannot be removed yet (x: Permission denied)") == 2
@@ -255,7 +255,7 @@ def test_a_damaged_first_checkpoint_of_another_history_replaces_nothing(
 ) -> None:
     out = folder / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("qsdp.train.setup.Job._settle", lambda job: (_ for _ in ()).throw(Cut))
+        patch.setattr("qsdp.train.job.Job._settle", lambda job: (_ for _ in ()).throw(Cut))
         cut(small_run(folder, *FLAGS, "--resume", "none", "--lr", "5e-3"))
     damage(folder, "step-00000001")
     before = contents(out)

@@ -26,11 +26,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from qsdp import checkpoint
 from qsdp.checkpoint import safe
 from qsdp.checkpoint.folders import sealed
+from qsdp.commands import compress, evaluate, train
 from qsdp.data import load_corpus
 from qsdp.data.token_shards import read_shards
 from qsdp.export import load_export, read_mask
 from qsdp.models.filling import find_tensors
-from qsdp.train import cli, compress_cli, evaluate_cli
 from tests.support.bad_inputs import DEEP, TEXT
 from tests.support.command_line import assert_is_one_sentence
 from tests.support.tricks import TRICKS, Evil, named, text
@@ -72,9 +72,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
-        patch.setattr("qsdp.train.evaluate.Evaluator.sample", lambda evaluator: None)
-        patch.setattr("qsdp.train.report.write_plots", lambda folder, history, summary: [])
-        cli.main(training(folder))
+        patch.setattr("qsdp.train.validate.Evaluator.sample", lambda evaluator: None)
+        patch.setattr("qsdp.train.finish.write_plots", lambda folder, history, summary: [])
+        train.main(training(folder))
     return folder
 
 
@@ -255,11 +255,11 @@ def test_the_commands_refuse_what_calls_in_one_sentence(
         trick_an_entry(folder, VALUE, blob.getvalue())
     flags = training(run, "--resume", str(folder), "--steps", "2")
     flags[flags.index("--out") + 1] = str(tmp_path / "out")
-    commands: list[Callable[[], None]] = [lambda: cli.main(flags)]
+    commands: list[Callable[[], None]] = [lambda: train.main(flags)]
     if place != "value":  # they read the model alone
         export = ["--sparsity", "0.5", "--out", str(tmp_path / "export")]
-        commands.append(lambda: compress_cli.main([str(folder), *export]))
-        commands.append(lambda: evaluate_cli.main([str(folder), "--targets", "none"]))
+        commands.append(lambda: compress.main([str(folder), *export]))
+        commands.append(lambda: evaluate.main([str(folder), "--targets", "none"]))
     for command in commands:
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -434,7 +434,7 @@ def test_an_export_of_pickles_is_refused(
     tmp_path: Path, run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     canary, export = tmp_path / "canary", tmp_path / "export"
-    compress_cli.main([str(run / "run"), "--sparsity", "0.5", "--out", str(export)])
+    compress.main([str(run / "run"), "--sparsity", "0.5", "--out", str(export)])
     (export / "model.safetensors").write_bytes(pickle.dumps(Evil(canary)))
     whole = json.loads((export / "compression.json").read_text())
     deep = '{"format": "qsdp-compressed-1", "model": ' + DEEP.decode()
@@ -448,7 +448,7 @@ def test_an_export_of_pickles_is_refused(
         (export / "compression.json").write_text(facts)
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
-            evaluate_cli.main([str(export)])
+            evaluate.main([str(export)])
         assert stop.value.code == 2
         assert_is_one_sentence(capfd.readouterr().err)
     assert not canary.exists()
@@ -463,6 +463,6 @@ def test_a_config_is_read_as_values(
 ) -> None:
     (tmp_path / "config.toml").write_text(content)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["--config", str(tmp_path / "config.toml"), "--out", str(tmp_path / "out")])
+        train.main(["--config", str(tmp_path / "config.toml"), "--out", str(tmp_path / "out")])
     assert stop.value.code == 2
     assert_is_one_sentence(capfd.readouterr().err)

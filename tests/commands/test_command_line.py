@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from qsdp.checkpoint.folders import sealed
+from qsdp.commands.train import main
 from qsdp.data.tokenize import prepare_shards
-from qsdp.train.cli import main
 from tests.support import patience
 from tests.support.bad_inputs import DATA, DEEP, FLAGS, TEXT, BadInput
 from tests.support.command_line import assert_is_one_sentence, refused, small_run

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qsdp.commands import compress, evaluate, train
 from qsdp.data import TokenRange, TokenShards
 from qsdp.models.gpt2.config import GPTConfig
-from qsdp.train import cli, compress_cli, evaluate_cli, targets
+from qsdp.train import evaluate_targets
 from qsdp.train.config import TrainConfig
-from qsdp.train.source import Source, _settings
+from qsdp.train.trained_model import Source, _settings
 from tests.support.bad_inputs import TEXT, BadInput
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -50,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
-        cli.main([*flags, "--qsdp-bits", "8"])
+        train.main([*flags, "--qsdp-bits", "8"])
     return folder
 
 
@@ -63,15 +64,15 @@ def test_patterns_are_for_what_is_evaluated_whatever_the_run_compressed(tmp_path
     source = Source(
         tmp_path, None, 2, settings, 1, GPTConfig.from_preset("tiny", vocab_size=9), True
     )
-    flags = evaluate_cli.parse([str(tmp_path), "--prunable", "a.*,b.*", "--targets", "none"])
-    assert targets._config(flags, source).patterns == ["a.*", "b.*"]
-    flags = evaluate_cli.parse([str(tmp_path)])
-    assert targets._config(flags, source).patterns is None
+    flags = evaluate.parse([str(tmp_path), "--prunable", "a.*,b.*", "--targets", "none"])
+    assert evaluate_targets._config(flags, source).patterns == ["a.*", "b.*"]
+    flags = evaluate.parse([str(tmp_path)])
+    assert evaluate_targets._config(flags, source).patterns is None
 
 
 def evaluated(out: Path, *flags: str) -> tuple[dict[str, Any], dict[str | None, Any]]:
     """What evaluation.json says, and its rows by target."""
-    evaluate_cli.main([*flags, "--out", str(out)])
+    evaluate.main([*flags, "--out", str(out)])
     results = json.loads((out / "evaluation.json").read_text())
     return results, {row["target"]: row for row in results["results"]}
 
@@ -97,7 +98,7 @@ def test_the_loss_of_an_export_is_the_one_shot_loss_of_the_run(
 ) -> None:
     summary = json.loads((folder / "run" / "summary.json").read_text())
     export = tmp_path / "export"
-    compress_cli.main([str(folder / "run"), *flags.split(), "--out", str(export)])
+    compress.main([str(folder / "run"), *flags.split(), "--out", str(export)])
     results, rows = evaluated(tmp_path / "out", str(export))
     assert list(rows) == [None]
     assert rows[None]["loss"] == summary["one_shot"][results["compressed_to"]]
@@ -165,7 +166,7 @@ def test_a_mistake_is_refused_in_one_sentence(
     arguments = bad.arguments(folder)
     given = sorted(os.listdir(folder))
     with pytest.raises(SystemExit) as stop:
-        evaluate_cli.main(arguments)
+        evaluate.main(arguments)
     assert stop.value.code == 2
     said = capfd.readouterr().err
     assert re.fullmatch(r"error: \S.*\n", said), said

@@ -17,13 +17,15 @@ import torch.distributed as dist
 from qsdp.models.huggingface.weights.weights import export_huggingface, load_huggingface
 
 from qsdp import checkpoint
+from qsdp.commands import evaluate
+from qsdp.commands import train as cli
 from qsdp.common import files
 from qsdp.data import load_corpus, prepare_shards
-from qsdp.metrics import MetricsWriter
 from qsdp.models.gpt2.model import GPT
-from qsdp.train import cli, evaluate_cli, plots
-from qsdp.train.results import DENSE_TWIN
-from qsdp.train.source import open_source
+from qsdp.report import plots
+from qsdp.report.metrics import MetricsWriter
+from qsdp.train.history import DENSE_TWIN
+from qsdp.train.trained_model import open_source
 from tests.support.bad_inputs import TEXT
 from tests.support.file_operations import debris, tree
 from tests.support.huggingface_models import our_model, their_model
@@ -65,8 +67,8 @@ ACDC += ["--acdc-last-dense", "3", "--acdc-last-sparse", "3", "--eval-every", "0
 @pytest.fixture
 def run(world_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """`run(*flags)`: the folder of a tiny run."""
-    monkeypatch.setattr("qsdp.train.report.matmul_flops_per_s", lambda device, precision: 1e9)
-    monkeypatch.setattr("qsdp.train.report.write_plots", lambda folder, history, summary: [])
+    monkeypatch.setattr("qsdp.train.finish.matmul_flops_per_s", lambda device, precision: 1e9)
+    monkeypatch.setattr("qsdp.train.finish.write_plots", lambda folder, history, summary: [])
     (tmp_path / "text.txt").write_text(TEXT)
 
     def train(*flags: str) -> Path:
@@ -114,7 +116,7 @@ def test_a_diverged_model_is_evaluated_to_the_end(
         change(path, edit)
         folder = tmp_path / f"evaluation-{number}"
         capfd.readouterr()
-        evaluate_cli.main([str(out), "--targets", "0.5", "--out", str(folder)])
+        evaluate.main([str(out), "--targets", "0.5", "--out", str(folder)])
         printed = capfd.readouterr().out
         assert "not finite" in printed
         found = strict((folder / "evaluation.json").read_text())
@@ -127,7 +129,7 @@ def test_a_diverged_model_is_evaluated_to_the_end(
 def test_a_run_that_diverges_comes_to_its_summary(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qsdp.train.evaluate.Evaluator.loss", lambda *_, **__: math.nan)
+    monkeypatch.setattr("qsdp.train.validate.Evaluator.loss", lambda *_, **__: math.nan)
     out = run("--steps", "2", "--eval-every", "1")
     printed = capfd.readouterr().out
     assert "not finite" in printed

@@ -22,9 +22,10 @@ from qsdp import checkpoint
 from qsdp.common import files
 from qsdp.data import prepare_shards
 from qsdp.export import export_compressed
-from qsdp.metrics import MetricsWriter
+from qsdp.report import plots
+from qsdp.report.metrics import MetricsWriter
 from qsdp.sparsity.target import Compression
-from qsdp.train import plots, targets
+from qsdp.train import evaluate_targets
 from tests.support.file_operations import (
     Tree,
     count_operations,
@@ -271,7 +272,7 @@ def evaluation_reported(folder: Path) -> None:
         "compressed_to": None,
         "tokens_seen_in_validation": 0,
     }
-    targets._report(results, folder / "evaluation")
+    evaluate_targets._report(results, folder / "evaluation")
 
 
 FULL = (ValueError, OSError)
@@ -325,7 +326,7 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return MagicMock(savefig=lambda path, **_: Path(path).write_bytes(b"\x89PNG" * 5))
 
     monkeypatch.setattr("matplotlib.figure.Figure", figure)
-    monkeypatch.setattr("qsdp.train.plots.draw_errors", lambda figure, history: False)
+    monkeypatch.setattr("qsdp.report.plots.draw_errors", lambda figure, history: False)
 
 
 @pytest.mark.usefixtures("world", "inputs")

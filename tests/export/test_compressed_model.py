@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from qsdp.commands.compress import main
 from qsdp.export import export_compressed, load_export, read_mask
 from qsdp.export.tensor_files import TensorFiles
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
 from qsdp.sparsity.compression import Prunable, compress_
 from qsdp.sparsity.target import Compression
-from qsdp.train.compress_cli import main
 from tests.support import patience
 from tests.support.bad_inputs import BadInput
 from tests.support.small_gpt import SIZE, save_model
@@ -122,7 +122,7 @@ def test_chosen_parameters_alone_are_compressed_and_large_models_come_in_several
 _MEASURE = """
 import sys
 from pathlib import Path
-from qsdp.train.compress_cli import main
+from qsdp.commands.compress import main
 
 def status(name):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if name in l)

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 
 from qsdp.checkpoint import TensorReader, latest, read_meta, verify
+from qsdp.commands import train
 from qsdp.models.gpt2.model import GPT
 from qsdp.sparsity.prunable import prunable_parameters
-from qsdp.train import cli, loop
-from qsdp.train.evaluate import Evaluator
-from qsdp.train.results import DENSE_TWIN
-from qsdp.train.setup import Job
-from qsdp.train.source import open_source
+from qsdp.train import loop
+from qsdp.train.history import DENSE_TWIN
+from qsdp.train.job import Job
+from qsdp.train.trained_model import open_source
+from qsdp.train.validate import Evaluator
 from tests.support.bad_inputs import TEXT
 
 pytestmark = pytest.mark.usefixtures("world_of_one", "brief_ends")
@@ -56,7 +57,7 @@ def test_the_dense_twin_has_no_pruned_weight(
     monkeypatch.setattr(Evaluator, "loss", better_when_pruned)
     (tmp_path / "text.txt").write_text(TEXT)
     flags = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
-    cli.main([*flags, *FLAGS, "--eval-every", str(eval_every)])
+    train.main([*flags, *FLAGS, "--eval-every", str(eval_every)])
 
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["sparsity"]["prunable"] == pytest.approx(0.1, abs=1e-3)
@@ -82,7 +83,7 @@ def test_a_run_without_a_finite_loss_says_why_it_has_no_twin(
     monkeypatch.setattr(Evaluator, "loss", lambda *_, **__: math.nan)
     (tmp_path / "text.txt").write_text(TEXT)
     flags = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
-    cli.main([*flags, *FLAGS, "--eval-every", "0"])
+    train.main([*flags, *FLAGS, "--eval-every", "0"])
     assert "twin was kept: the validation loss was not finite" in capsys.readouterr().out
 
 
@@ -101,7 +102,7 @@ def test_a_twin_stays_until_the_run_that_replaces_it_has_a_checkpoint(
         assert read_meta(twin)["config"]["lr"] == summary["config"]["lr"]
         return float(summary["dense_twin_val_loss"])
 
-    cli.main(flags)
+    train.main(flags)
     old = loss()
     take = loop.train_step
 
@@ -114,13 +115,13 @@ def test_a_twin_stays_until_the_run_that_replaces_it_has_a_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", cut_after_the_twin)
         with pytest.raises(SystemExit):
-            cli.main(other)
+            train.main(other)
     dist.destroy_process_group()
     assert loss() == old
     assert len([*out.glob("dense-twin.*")]) == 1
-    cli.main(flags)  # which is finished
+    train.main(flags)  # which is finished
     assert loss() == old
-    cli.main(other)
+    train.main(other)
     assert loss() != old
     assert [path.name for path in out.glob("dense-twin*")] == ["dense-twin"]
 
@@ -132,7 +133,7 @@ def test_a_run_that_is_cut_where_it_takes_over_has_no_twin_of_the_other(
     out = tmp_path / "run"
     flags = ["--data", str(tmp_path / "text.txt"), "--out", str(out), *FLAGS, "--eval-every", "0"]
     flags += ["--save-every", "4", "--keep", "9"]
-    cli.main(flags)
+    train.main(flags)
     back = str(out / "checkpoints" / "step-00000004")
     other = [*flags, "--lr", "1e-4", "--resume", back]
 
@@ -142,9 +143,9 @@ def test_a_run_that_is_cut_where_it_takes_over_has_no_twin_of_the_other(
     with monkeypatch.context() as patch:
         patch.setattr(Job, "_settle", cut)
         with pytest.raises(SystemExit):
-            cli.main(other)
+            train.main(other)
     dist.destroy_process_group()
-    cli.main(other)
+    train.main(other)
     summary = json.loads((out / "summary.json").read_text())
     twin = latest(out / DENSE_TWIN)
     assert twin is not None
@@ -160,14 +161,14 @@ def test_a_damaged_twin_counts_as_none(
     out = tmp_path / "run"
     flags = ["--data", str(tmp_path / "text.txt"), "--out", str(out), *FLAGS, "--eval-every", "0"]
     flags += ["--save-every", str(save_every)]
-    cli.main(flags)
+    train.main(flags)
     twin = latest(out / DENSE_TWIN)
     assert twin is not None
     data = twin / "__0_0.distcp"
     data.write_bytes(data.read_bytes()[:-1])
     shutil.rmtree(out / "checkpoints" / "step-00000014")
     capfd.readouterr()
-    cli.main(flags)
+    train.main(flags)
     printed = capfd.readouterr()
     assert re.fullmatch(rf"warning: {data} is damaged: .* counts as none\n", printed.err)
     loss = json.loads((out / "summary.json").read_text())["dense_twin_val_loss"]

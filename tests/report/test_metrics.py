@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qsdp.metrics import MetricsWriter
-from qsdp.metrics.writer import read_metrics
+from qsdp.report.metrics import MetricsWriter, read_metrics
 
 ERRORS = {"a.weight": {"weight": 0.25, "grad": None}, "b.weight": {"weight": math.nan, "grad": 2.0}}
 WRITTEN = {"a.weight": {"weight": 0.25, "grad": None}, "b.weight": {"weight": None, "grad": 2.0}}

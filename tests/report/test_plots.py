@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from qsdp.train.error_plot import draw_errors
-from qsdp.train.plots import _plot_loss, write_plots
+from qsdp.report.error_plot import draw_errors
+from qsdp.report.plots import _plot_loss, write_plots
 from tests.support.short_history import short_history, short_summary
 
 matplotlib = pytest.importorskip("matplotlib")

@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from qsdp import checkpoint
+from qsdp.commands import train
 from qsdp.common.streams import forgiving_output
-from qsdp.metrics import MetricsWriter
-from qsdp.metrics import lines as metrics_lines
-from qsdp.train import cli
+from qsdp.report import metrics_lines as metrics_lines
+from qsdp.report.metrics import MetricsWriter
 from qsdp.train.loop import WIRE_METRICS, train_step
 from qsdp.train.setup import STEP_METRICS
 from tests.support.bad_inputs import TEXT
@@ -247,14 +247,14 @@ def brief_run(
     world_of_one: None, brief_ends: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
     """`brief_run(name, *flags)`: the folder of a tiny run."""
-    monkeypatch.setattr("qsdp.train.report.matmul_flops_per_s", lambda device, precision: 1e9)
+    monkeypatch.setattr("qsdp.train.finish.matmul_flops_per_s", lambda device, precision: 1e9)
 
     def run(name: str, *flags: str) -> Path:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         (folder / "text.txt").write_text(TEXT)
         more = ("--steps", "3", "--save-every", "1", "--one-shot", "none", *flags)
-        cli.main(small_run(folder, *more))
+        train.main(small_run(folder, *more))
         return folder / "out"
 
     return run
@@ -336,7 +336,7 @@ def ended_with(name: str, work: Callable[[], None], monkeypatch: pytest.MonkeyPa
     ended: list[int] = []
 
     def command() -> None:
-        with cli.one_sentence_at_the_end("nothing is lost"):
+        with train.one_sentence_at_the_end("nothing is lost"):
             work()
 
     with monkeypatch.context() as patch:
@@ -345,7 +345,7 @@ def ended_with(name: str, work: Callable[[], None], monkeypatch: pytest.MonkeyPa
         patch.setattr(sys, "stderr", STREAMS[name]())
         streams = sys.stdout, sys.stderr
         with pytest.raises(SystemExit):  # where `os._exit` does not end it
-            cli.run(command)
+            train.run(command)
         assert (sys.stdout, sys.stderr) == streams
         for stream in filter(None, streams):
             stream.close()  # what is left goes nowhere, without an error
@@ -393,7 +393,7 @@ def test_a_run_whose_records_all_fail_comes_to_its_end(
 
     with refusing(out, is_refused), monkeypatch.context() as patch:
         patch.setattr("qsdp.train.loop.train_step", begin)
-        patch.setattr("qsdp.train.report.write_plots", draw)
+        patch.setattr("qsdp.train.finish.write_plots", draw)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             brief_run("broken", "--eval-every", "1", *events())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qsdp.train.cli import main
+from qsdp.commands.train import main
 
 
 def refused(flags: list[str], capfd: pytest.CaptureFixture[str]) -> str:

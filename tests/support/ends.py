@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 from qsdp import checkpoint
-from qsdp.train.cli import main
+from qsdp.commands.train import main
 
 
 def shorten_ends(patch: pytest.MonkeyPatch) -> None:
     """Let runs end without a sample and plots, which take most of the time of a few steps."""
-    patch.setattr("qsdp.train.evaluate.Evaluator.sample", lambda evaluator: None)
-    patch.setattr("qsdp.train.report.write_plots", lambda folder, history, summary: [])
+    patch.setattr("qsdp.train.validate.Evaluator.sample", lambda evaluator: None)
+    patch.setattr("qsdp.train.finish.write_plots", lambda folder, history, summary: [])
 
 
 class Cut(BaseException):

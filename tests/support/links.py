@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from qsdp.train.cost_model import STOCK, Group, Measured, Transfer
+from qsdp.train.auto.cost_model import STOCK, Group, Measured, Transfer
 
 VALUES = 1_500_000  # of a block's shard
 SLOW, FAST, LOOPBACK = 12.5e6, 1.25e9, 20e9  # bytes a second

@@ -12,13 +12,13 @@ from typing import Any, cast
 import pytest
 import torch
 
+from qsdp.commands.train import main
 from qsdp.config import QSDPConfig
 from qsdp.models.gpt2.config import GPTConfig
-from qsdp.train import links, probe
-from qsdp.train.choose import Choice, _decided, is_choice
-from qsdp.train.cli import main
+from qsdp.train.auto import links, probe
+from qsdp.train.auto.choose import Choice, _decided, is_choice
+from qsdp.train.auto.cost_model import decide
 from qsdp.train.config import TrainConfig
-from qsdp.train.cost_model import decide
 from qsdp.train.signals import Stop
 from tests.support.bad_inputs import TEXT
 from tests.support.command_line import small_run

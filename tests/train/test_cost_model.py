@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qsdp.train.cost_model import STOCK, Group, Measured, Transfer, Way, decide, step_s, ways
+from qsdp.train.auto.cost_model import STOCK, Group, Measured, Transfer, Way, decide, step_s, ways
 from tests.support.links import FAST, LOOPBACK, SLOW, VALUES, group, measured, transfer
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from qsdp import checkpoint
-from qsdp.train import cli
+from qsdp.commands import train
 from tests.support.bad_inputs import TEXT
 from tests.support.ends import weights
 from tests.support.file_operations import State, Tree, debris, full_disk, put_back, states, tree
@@ -32,7 +32,7 @@ SAME = ("step", "loss", "val_loss", "lr", "grad_norm", "tokens", "wire_bytes_sen
 
 @pytest.fixture
 def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qsdp.train.report.matmul_flops_per_s", lambda device, precision: 1e9)
+    monkeypatch.setattr("qsdp.train.finish.matmul_flops_per_s", lambda device, precision: 1e9)
 
 
 def flags(out: Path, which: str, *more: str) -> list[str]:
@@ -86,7 +86,7 @@ class Replaced:
     new_summary: dict[str, Any]
 
     def work(self) -> None:
-        cli.main(self.command)
+        train.main(self.command)
 
     def is_old_whole(self) -> bool:
         """Whether all of the old run is there."""
@@ -149,12 +149,12 @@ def how() -> str:
 def replaced(how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Replaced:
     (tmp_path / "text.txt").write_text(TEXT)
     out = tmp_path / "out"
-    cli.main(flags(out, "old"))
+    train.main(flags(out, "old"))
     old, old_lines = tree(out), lines(out)
     first = out / "checkpoints" / f"step-{1:08d}"
     source = "none" if how == "anew" else str(first)
     command = flags(out, "new", "--resume", source)
-    cli.main(command)
+    train.main(command)
     newest = checkpoint.latest(out / "checkpoints")
     assert newest is not None
     told = summary(out)
@@ -245,11 +245,11 @@ def test_a_run_that_finds_no_room_leaves_the_old_one_where_it_was(
 def test_a_summary_of_another_run_does_not_end_this_one(replaced: Replaced) -> None:
     command = [*replaced.command, "--save-every", "0"]
 
-    found = states(replaced.out, lambda: cli.main(command))
+    found = states(replaced.out, lambda: train.main(command))
     mixed = [state for state in found if is_mixed(state) and "summary.json" in state.content]
     assert mixed
     put_back(replaced.out, mixed[0].content)
-    cli.main([*flags(replaced.out, "new"), "--save-every", "0"])
+    train.main([*flags(replaced.out, "new"), "--save-every", "0"])
     told = summary(replaced.out)
     assert told is not None
     assert told["config"]["lr"] == RATES["new"]

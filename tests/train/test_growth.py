@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import qsdp
-from qsdp.metrics import MetricsWriter
-from qsdp.train.progress import RunProgress
+from qsdp.report.metrics import MetricsWriter
+from qsdp.report.progress import RunProgress
 from tests.support.growth import Experts, grown_since, held
 
 WIDTH, EXPERTS, RANKS = 8, 6, 2

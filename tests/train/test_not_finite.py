@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from qsdp import checkpoint
+from qsdp.commands import train
 from qsdp.methods.norms import clip_grad_norm_, global_grad_norm
-from qsdp.train import cli, loop, parallelize
-from qsdp.train.setup import Job
+from qsdp.train import loop, parallelize
+from qsdp.train.job import Job
 from tests.support.bad_inputs import TEXT
 from tests.support.command_line import refused
 from tests.support.ends import told, weights
@@ -38,7 +39,7 @@ Fault = tuple[str, int]
 
 @pytest.fixture
 def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qsdp.train.report.matmul_flops_per_s", lambda device, precision: 1e9)
+    monkeypatch.setattr("qsdp.train.finish.matmul_flops_per_s", lambda device, precision: 1e9)
 
 
 def flags(folder: Path, *more: str) -> list[str]:
@@ -125,7 +126,7 @@ def test_a_run_goes_on_as_if_the_step_had_been_left_out(
     for name in ("skipping", "reference"):
         (tmp_path / name).mkdir()
     spoil({3: (what, in_pass)})
-    cli.main(flags(tmp_path / "skipping", *METHODS[method], "--max-bad-steps", "2"))
+    train.main(flags(tmp_path / "skipping", *METHODS[method], "--max-bad-steps", "2"))
     printed = capsys.readouterr().out
     named = what if what == "loss" else f"gradient of {what}"
     assert f"step 3 is skipped, not finite is the {named}" in printed
@@ -139,7 +140,7 @@ def test_a_run_goes_on_as_if_the_step_had_been_left_out(
 
     spoil({})
     without_step(monkeypatch, 3)
-    cli.main(flags(tmp_path / "reference", *METHODS[method]))
+    train.main(flags(tmp_path / "reference", *METHODS[method]))
     assert "skipped" not in capsys.readouterr().out
     expected = final(tmp_path / "reference")
     for name, found in final(tmp_path / "skipping").items():
@@ -168,7 +169,7 @@ def test_a_row_of_bad_steps_ends_the_run_and_pushes_no_checkpoint_out(
     assert lines(tmp_path, "skipped_steps") == [0, 1, 1, 2, 3]
     # The very command goes on, with the count of its checkpoint.
     spoil({})
-    cli.main(command)
+    train.main(command)
     assert lines(tmp_path, "skipped_steps") == [0, 1, 1, 1, 1]
     assert all(weight.isfinite().all() for weight in final(tmp_path).values())
     last = checkpoint.latest(folder)
@@ -181,7 +182,7 @@ def test_the_end_of_a_run_is_saved_though_its_last_step_was_bad(
     tmp_path: Path, spoil: Callable[[dict[int, Fault]], None]
 ) -> None:
     spoil({4: ("loss", 1), 5: ("loss", 1)})
-    cli.main(flags(tmp_path, "--save-every", "4"))
+    train.main(flags(tmp_path, "--save-every", "4"))
     final(tmp_path)
     assert [*checkpoint.steps(tmp_path / "out/checkpoints")] == [5]
 
@@ -196,14 +197,14 @@ def test_a_run_told_to_end_before_its_first_good_step_goes_on_as_if_it_had_not_b
         (tmp_path / name).mkdir()
     faults: dict[int, Fault] = {1: ("loss", 1), 2: ("loss", 1)}
     spoil(faults)
-    cli.main(flags(tmp_path / "whole", *METHODS[method], "--save-every", "0"))
+    train.main(flags(tmp_path / "whole", *METHODS[method], "--save-every", "0"))
     spoil(faults)
     command = flags(tmp_path / "told", *METHODS[method], "--save-every", "0")
     for _ in range(2):
         with told(loop, "forward_backward", 1, signal.SIGTERM):
-            cli.main(command)
+            train.main(command)
     assert [*checkpoint.steps(tmp_path / "told/out/checkpoints")] == [1, 2]
-    cli.main(command)
+    train.main(command)
     if method == "cram":  # neither had a second pass
         assert lines(tmp_path / "told", "pruned")[:2] == [0.0, 0.0]
     expected = final(tmp_path / "whole")
@@ -218,9 +219,9 @@ def test_a_row_of_bad_steps_goes_on_over_resumes_and_keeps_what_was_good(
     good = ("--save-every", "2", "--keep", "1", "--max-bad-steps", "3", "--eval-every", "1")
     command = flags(tmp_path, *good)
     with told(loop, "forward_backward", 3, signal.SIGTERM):
-        cli.main(command)
+        train.main(command)
     with told(loop, "forward_backward", 1, signal.SIGTERM):
-        cli.main(command)
+        train.main(command)
     folder = tmp_path / "out/checkpoints"
     assert [*checkpoint.steps(folder)] == [2, 3, 4]
     capfd.readouterr()
@@ -260,7 +261,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     assert "there is no checkpoint yet, so begin anew with a lower --lr" in said
     assert not checkpoint.steps(folder)
 
-    cli.main(flags(tmp_path, "--steps", "2"))
+    train.main(flags(tmp_path, "--steps", "2"))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     capfd.readouterr()
     said = refused(flags(tmp_path, *huge, "--resume", str(folder)), capfd)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qsdp import checkpoint
-from qsdp.train.cli import main
+from qsdp.commands.train import main
 from tests.support.bad_inputs import TEXT
 from tests.support.command_line import refused, small_run
 from tests.support.ends import Cut, contents, cut, interrupted, shorten_ends
@@ -170,7 +170,7 @@ def test_a_crash_between_the_first_checkpoint_and_its_metrics_loses_no_line(
     old = rates(out)
     flags = small_run(tmp_path / "run", *LONGER, "--lr", "5e-3")
     with monkeypatch.context() as patch:
-        patch.setattr("qsdp.train.setup.Job._settle", lambda job: (_ for _ in ()).throw(Cut))
+        patch.setattr("qsdp.train.job.Job._settle", lambda job: (_ for _ in ()).throw(Cut))
         cut([*flags, "--resume", "none"])
     first = checkpoint.read_meta(out / "checkpoints" / "step-00000001")
     assert first["config"]["lr"] == 5e-3

@@ -17,12 +17,15 @@ import pytest
 import torch.distributed as dist
 
 from qsdp import checkpoint
-from qsdp.metrics.writer import read_metrics
-from qsdp.train import cli, errors, loop, setup, world
-from qsdp.train.cli import main
-from qsdp.train.errors import UserError, leave
-from qsdp.train.evaluate import Evaluator
+from qsdp.commands import exit
+from qsdp.commands import train as cli
+from qsdp.commands.exit import leave
+from qsdp.commands.train import main
+from qsdp.common.errors import UserError
+from qsdp.report.metrics import read_metrics
+from qsdp.train import loop, setup, world
 from qsdp.train.signals import SIGNALS, heeded
+from qsdp.train.validate import Evaluator
 from tests.support import patience
 from tests.support.bad_inputs import TEXT
 from tests.support.ends import told
@@ -212,8 +215,8 @@ def test_a_rank_whose_launcher_has_spoken_leaves_without_waiting(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(errors, "_PATIENCE_S", 1e9)
-    monkeypatch.setattr(errors, "_SHORT_PATIENCE_S", 0.0)
+    monkeypatch.setattr(exit, "_PATIENCE_S", 1e9)
+    monkeypatch.setattr(exit, "_SHORT_PATIENCE_S", 0.0)
     before = signal.getsignal(signal.SIGTERM)
     try:
         with heeded():
@@ -222,7 +225,7 @@ def test_a_rank_whose_launcher_has_spoken_leaves_without_waiting(
             leave(UserError("a mistake of another rank"))
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert stop.value.code == errors.EXIT_STATUS
+    assert stop.value.code == exit.EXIT_STATUS
     assert capsys.readouterr().err == ""
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from qsdp.train.wire import StockWire, WireUse
+from qsdp.train.wire_use import StockWire, WireUse
 from qsdp.train.world import World
 
 SHARDS = (1000, 24)  # values of the root's shard and of a block's

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from qsdp.commands.parsing import parse
+from qsdp.common.errors import UserError
 from qsdp.config import QSDPConfig
 from qsdp.models.gpt2.config import PRESETS
-from qsdp.train.cli import parse, read_config_file
 from qsdp.train.config import RECIPES, TrainConfig
-from qsdp.train.errors import UserError
+from qsdp.train.config_file import read_config_file
 from qsdp.train.loop import learning_rate
 from qsdp.train.wire_flags import WireFlags, parse_policy
 

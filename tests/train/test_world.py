@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from qsdp.train.errors import UserError
+from qsdp.common.errors import UserError
 from qsdp.train.world import World, open_world, to_device
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from qsdp.models.gpt2.config import PRESETS
 from qsdp.models.gpt2.model import GPT
-from qsdp.train.source import open_source
+from qsdp.train.trained_model import open_source
 from tests_distributed.support import jobs
 from tests_distributed.support.jobs import Jobs, read_metrics
 from tests_distributed.support.pool import meets_by_itself

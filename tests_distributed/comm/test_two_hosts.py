@@ -48,7 +48,7 @@ else:
 
 # The training job, without what takes longest at the end of a run.
 SHORT_END = """
-from qsdp.train import cli, evaluate, report
+from qsdp.commands import train as cli; from qsdp.train import validate as evaluate, finish as report
 evaluate._SAMPLE_TOKENS = 2
 report.matmul_flops_per_s = lambda *_: 1e10
 report.write_plots = lambda *_: []

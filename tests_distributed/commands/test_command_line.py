@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from qsdp.checkpoint import TensorReader
+from qsdp.commands import compress
 from qsdp.export import read_mask
 from qsdp.models.gpt2.model import GPT
 from qsdp.ops import native
 from qsdp.sparsity.compression import Prunable, compress_
 from qsdp.sparsity.target import Compression
-from qsdp.train import compress_cli
-from qsdp.train.source import open_source
+from qsdp.train.trained_model import open_source
 from tests.support import patience
 from tests.support.bad_inputs import DATA, FLAGS, TEXT, shards_with_late_ids
 from tests_distributed.support.jobs import Jobs, read_metrics
@@ -116,7 +116,7 @@ def test_a_mistake_of_one_rank_or_of_all_ends_a_launch_soon_with_one_sentence(
     program = tmp_path / "mistaken.py"
     program.write_text(
         "import os\n"
-        "from qsdp.train import cli, errors\n"
+        "from qsdp.commands import train as cli, exit as errors\n"
         "data = os.path.dirname(__file__)\n"
         f"errors._PATIENCE_S = {patience.seconds()}\n"
         "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
@@ -353,7 +353,7 @@ def test_a_run_on_two_ranks_is_compressed_by_one_and_evaluated_on_any_number(
     assert silence == silence_too == ""
 
     # The run's checkpoint, written by two ranks, in this one process.
-    compress_cli.main([str(run), "--sparsity", "0.7", "--out", str(export)])
+    compress.main([str(run), "--sparsity", "0.7", "--out", str(export)])
     source = open_source(run)
     model = GPT(source.size)
     reader = TensorReader(source.path)

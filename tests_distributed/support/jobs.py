@@ -24,9 +24,11 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from qsdp.metrics import MetricsWriter
-from qsdp.train import errors, evaluate, evaluate_cli, loop, report, world
-from qsdp.train.cli import main
+from qsdp.commands import evaluate as evaluate_cli
+from qsdp.commands import exit
+from qsdp.commands.train import main
+from qsdp.report.metrics import MetricsWriter
+from qsdp.train import finish, loop, validate, world
 from tests.support import patience
 from tests_distributed.support.leftovers import held
 from tests_distributed.support.pool import Pool, RankError, meets_by_itself
@@ -214,7 +216,7 @@ def _run(store: str, rank: int, size: int, work: _Work) -> list[object]:
             os.environ.pop(name, None)
         os.environ.update(_environment(rank, work.nodes))
         # No launcher ends this rank when rank 0 has spoken.
-        stack.enter_context(mock.patch.object(errors, "_PATIENCE_S", 0.0))
+        stack.enter_context(mock.patch.object(exit, "_PATIENCE_S", 0.0))
         stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
         if work.homes:
             stack.enter_context(contextlib.chdir(work.homes[rank]))
@@ -282,9 +284,9 @@ def _environment(rank: int, nodes: tuple[int, ...]) -> dict[str, str]:
 def _short_end() -> Iterator[None]:
     """Inside, the end of a run does without what takes longer than all steps of a small one."""
     with (
-        mock.patch.object(evaluate, "_SAMPLE_TOKENS", 2),
-        mock.patch.object(report, "matmul_flops_per_s", return_value=1e10),
-        mock.patch.object(report, "write_plots", return_value=[]),
+        mock.patch.object(validate, "_SAMPLE_TOKENS", 2),
+        mock.patch.object(finish, "matmul_flops_per_s", return_value=1e10),
+        mock.patch.object(finish, "write_plots", return_value=[]),
     ):
         yield
 

@@ -25,14 +25,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from qsdp.comm.traffic import Traffic
+from qsdp.common.errors import UserError
 from qsdp.models.gpt2.config import GPTConfig
-from qsdp.train import choose, links, loop, setup
+from qsdp.train import loop, setup
+from qsdp.train.auto import choose, links
+from qsdp.train.auto.cost_model import Measured, Way, ways
 from qsdp.train.config import TrainConfig
-from qsdp.train.cost_model import Measured, Way, ways
-from qsdp.train.errors import UserError
+from qsdp.train.job import Job
 from qsdp.train.loop import train_step
 from qsdp.train.parallelize import build
-from qsdp.train.setup import Job, set_up
+from qsdp.train.setup import set_up
 from qsdp.train.world import World
 from tests_distributed.support.jobs import Jobs, read_metrics
 from tests_distributed.support.launching import SMALL, TEXT

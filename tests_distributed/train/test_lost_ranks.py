@@ -53,13 +53,14 @@ def _loop(rank: int, ranks: int, folder: Path, timeout_s: float) -> None:
 
 def _job(rank: int, ranks: int, folder: Path, timeout_s: float, *more: str) -> None:
     """The training job, where the launcher's store is a file."""
-    from qsdp.train import cli, world
+    from qsdp.commands import train
+    from qsdp.train import world
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     store = dist.FileStore(str(folder / "store"), ranks)
     world.rendezvous = lambda url, timeout: iter([(store, rank, ranks)])
     flags = ["--data", str(folder / "text.txt"), "--out", str(folder / "out"), *SMALL]
-    cli.main([*flags, *more, "--timeout-s", str(int(timeout_s)), "--steps", "1000000"])
+    train.main([*flags, *more, "--timeout-s", str(int(timeout_s)), "--steps", "1000000"])
 
 
 def _quantized_job(rank: int, ranks: int, folder: Path, timeout_s: float) -> None:
@@ -68,7 +69,7 @@ def _quantized_job(rank: int, ranks: int, folder: Path, timeout_s: float) -> Non
 
 def _measuring_job(rank: int, ranks: int, folder: Path, timeout_s: float) -> None:
     """Rank 1 finds no memory in the middle of measuring the link."""
-    from qsdp.train.links import Links
+    from qsdp.train.auto.links import Links
 
     make, calls = Links._bytes, itertools.count()
 
@@ -222,7 +223,7 @@ def test_under_torchrun_a_killed_rank_is_replaced_and_a_job_that_is_told_to_end_
     program = tmp_path / "told.py"
     program.write_text(
         "import os, pathlib\n"
-        "from qsdp.train import cli, world\n"
+        "from qsdp.commands import train as cli; from qsdp.train import world\n"
         "end = world.end_process\n"
         "def end_and_say(status):\n"
         "    name = f'status-{os.environ[\"RANK\"]}'\n"

@@ -24,7 +24,7 @@ from qsdp.sparsity.target import Compression
 from qsdp.train.config import TrainConfig
 from qsdp.train.loop import train_step
 from qsdp.train.setup import set_up
-from qsdp.train.wire import threshold_bytes
+from qsdp.train.wire_use import threshold_bytes
 from qsdp.train.world import World
 from tests_distributed.support.launching import TEXT
 from tests_distributed.support.running import Run

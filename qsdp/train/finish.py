@@ -10,27 +10,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
 import qsdp
+from qsdp.common.errors import UserError
 from qsdp.common.files import finite, write_json
-from qsdp.common.streams import printable
 from qsdp.models.gpt2.model import flops_per_token
 from qsdp.ops import native
-from qsdp.sparsity.target import Compression
-from qsdp.train.errors import UserError
-from qsdp.train.peak import matmul_flops_per_s
-from qsdp.train.plots import may_fail, remove_stale, write_plots
-from qsdp.train.progress import format_bytes
-from qsdp.train.results import CHECKPOINTS
-from qsdp.train.setup import Job
+from qsdp.report.peak import matmul_flops_per_s
+from qsdp.report.plots import may_fail, remove_stale, write_plots
+from qsdp.report.summary import print_summary
+from qsdp.train.history import CHECKPOINTS
+from qsdp.train.job import Job
 from qsdp.train.twin import kept_loss
-from qsdp.train.wire import SECONDS
-
-NAMES = {"gather": "weights", "reduce": "gradients"}
-PARTS = ("encode", "wire", "decode")
+from qsdp.train.wire_use import SECONDS
 
 
 def finish(job: Job, history: list[dict[str, Any]]) -> bool:
@@ -145,97 +137,6 @@ def _write_summary(job: Job, summary: dict[str, Any]) -> None:
             f"{path} cannot be written ({error.strerror or error}); free some space there, and "
             f"{job.same_command} writes it"
         ) from None
-
-
-def print_summary(console: Console, summary: dict[str, Any]) -> None:
-    """Print the tables and the sample of a `summary.json`."""
-    losses = Table(title="Validation loss, nats a token")
-    losses.add_column("weights")
-    losses.add_column("loss", justify="right")
-    pruned = summary["sparsity"]["prunable"]
-    name = "dense" if pruned < 0.01 else f"{pruned:.0%} pruned in training"
-    losses.add_row(f"{name}, exact", _nats(summary["val_loss"]))
-    if summary["val_loss_quantized"] is not None:
-        losses.add_row(f"{name}, off the wire", _nats(summary["val_loss_quantized"]))
-    if summary["dense_twin_val_loss"] is not None:
-        losses.add_row("its dense twin", _nats(summary["dense_twin_val_loss"]))
-    for target, loss in summary["one_shot"].items():
-        losses.add_row(f"{label(target)} in one shot", _nats(loss))
-    console.print(losses)
-    console.print(_wire_table(summary))
-    seconds = summary["wire"]["seconds_per_step"]
-    if None not in seconds.values():
-        console.print(_time_table(seconds))
-    if summary["step_s_median"] is not None and summary["tokens_per_s"] is not None:
-        mfu = summary["mfu"]
-        share = "" if mfu is None else f", {mfu:.1%} of the matmul rate"
-        console.print(
-            f"{summary['step_s_median'] * 1e3:,.0f} ms a step (median), "
-            f"{summary['tokens_per_s']:,.0f} tokens/s{share}",
-            highlight=False,
-        )
-    if summary["skipped_steps"]:
-        console.print(
-            f"Of {summary['steps']:,} steps {summary['skipped_steps']:,} were skipped: their loss "
-            "or gradient was not finite.",
-            highlight=False,
-        )
-    if summary["sample"] is not None:
-        # The model may well write what looks like markup or a control sequence.
-        console.print(Panel(Text(printable(summary["sample"])), title="Sample"))
-    elif summary["val_loss"] is None:
-        console.print("No sample: the model's logits are not finite, the training has diverged.")
-
-
-def _wire_table(summary: dict[str, Any]) -> Table:
-    wire, steps = summary["wire"], summary["steps_measured"]
-    sent, fp32 = wire["sent_bytes_per_step"], wire["fp32_bytes_per_step"]
-    table = Table(title=f"Bytes that a rank sends, {wire['source']}")
-    table.add_column("")
-    table.add_column("a step", justify="right")
-    table.add_column(f"{steps} steps", justify="right")
-    rows = [
-        ("weights and gradients", sent),
-        ("the same in fp32", fp32),
-        ("saved", fp32 - sent),
-        ("everything else", wire["other_bytes_per_step"]),
-    ]
-    for direction, count in wire["inter_node_bytes_per_step"].items():
-        if count:
-            rows.append((f"of {NAMES[direction]}, between nodes", count))
-    for name, count in rows:
-        share = (
-            f" ({count / fp32:.1%})" if fp32 and name in ("weights and gradients", "saved") else ""
-        )
-        table.add_row(name, _signed(count) + share, _signed(count * steps))
-    return table
-
-
-def _time_table(seconds: dict[str, float]) -> Table:
-    """What encoding, sending and decoding take: the mean over ranks and steps."""
-    table = Table(title="Time on the wire, ms a step")
-    table.add_column("")
-    for part in (*PARTS, "together"):
-        table.add_column(part, justify="right")
-    for direction, name in NAMES.items():
-        times = [1e3 * seconds[f"{direction}_{part}_s"] for part in PARTS]
-        table.add_row(name, *(f"{time:.2f}" for time in (*times, sum(times))))
-    return table
-
-
-def label(target: str) -> str:
-    """A target of compression, for a table: a plain fraction as a percentage."""
-    chosen = Compression.of(target)
-    is_plain = chosen == Compression(sparsity=chosen.sparsity)
-    return f"{chosen.sparsity:.0%} pruned" if is_plain else f"{chosen}"
-
-
-def _nats(loss: float | None) -> str:
-    return "not finite" if loss is None else f"{loss:.4f}"
-
-
-def _signed(count: float) -> str:
-    return format_bytes(count) if count >= 0 else f"-{format_bytes(-count)}"
 
 
 def _mean(history: list[dict[str, Any]], name: str, over: int = 0) -> float:

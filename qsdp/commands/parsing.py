@@ -1,27 +1,26 @@
-"""The command line of launch/train_gpt.py: flags over a TOML file over the model's preset."""
+"""The flags of launch/train_gpt.py: over a TOML file over the model's preset."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import io
-import os
 import re
 import sys
-import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-from qsdp.common.streams import bring_out, complain, forgiving_output
+from qsdp.common.errors import UserError, sentence
+from qsdp.common.streams import bring_out, forgiving_output
 from qsdp.train.config import RECIPES, TrainConfig
-from qsdp.train.errors import UserError, is_lost, leave, leave_lost, sentence
+from qsdp.train.config_file import FILE_TYPES, LISTS, OR_AUTO, read_config_file
 from qsdp.train.method_flags import INSTEAD
-from qsdp.train.signals import process_ends
 from qsdp.train.wire_flags import AUTO, BITS_OF_ONE_DIRECTION, CHOSEN, WireFlags
 
 T = TypeVar("T")
+
 
 # By flag, what it replaces of --config: settings that it would leave without effect, or that would
 # leave it without.
@@ -29,29 +28,14 @@ _REPLACED = {
     "qsdp_bits": BITS_OF_ONE_DIRECTION,
     **{name: (other,) for pair in INSTEAD.items() for name, other in (pair, pair[::-1])},
 }
-_INTERRUPTED = 130  # as a shell reports SIGINT
-_OR_AUTO: Any = int | Literal["auto"] | None
-_FILE_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "an integer"),
-    int | None: ((int,), "an integer"),
-    _OR_AUTO: ((int, str), f"an integer or {AUTO}"),
-    float: ((int, float), "a number"),
-    float | None: ((int, float), "a number"),
-    str: ((str,), "a string"),
-    str | None: ((str,), "a string"),
-}
-_LISTS: dict[Any, tuple[tuple[type, ...], str]] = {
-    tuple[float, ...]: ((int, float), "a list of numbers"),
-    tuple[int, ...] | None: ((int,), "a list of integers"),
-    tuple[str, ...] | None: ((str,), "a list of strings"),
-}
+
+
 _NUMBERS: dict[Any, Callable[[str], object]] = {
     int: int,
     int | None: int,
     float: float,
     float | None: float,
-    _OR_AUTO: lambda text: text if text == AUTO else int(text),
+    OR_AUTO: lambda text: text if text == AUTO else int(text),
 }
 
 
@@ -67,54 +51,6 @@ class CommandLine(TrainConfig):
 
     def __post_init__(self) -> None:
         """Nothing: `parse` validates once all sources are merged."""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train as `argv` says.
-
-    Exits, with one sentence: with 2 on a user's mistake, 1 if another rank is lost, 130 on Ctrl-C.
-    """
-    with one_sentence_at_the_end("the same command goes on from the newest checkpoint"):
-        config = parse(argv)
-        from qsdp.train.loop import train  # loads torch: only after the flags have been checked
-
-        train(config)
-
-
-@contextlib.contextmanager
-def one_sentence_at_the_end(if_interrupted: str) -> Iterator[None]:
-    """Inside, what ends a command before its time becomes one sentence and an exit status; what
-    cannot be printed ends nothing."""
-    try:
-        with forgiving_output():
-            yield
-    except (UserError, RuntimeError) as error:
-        if is_lost(error):
-            leave_lost(error)
-        if not isinstance(error, UserError):
-            raise
-        leave(error)
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            complain(f"interrupted; {if_interrupted}")
-        raise SystemExit(_INTERRUPTED) from None
-
-
-def run(command: Callable[[], None]) -> NoReturn:
-    """Run a command that may have opened a world, and end the process with its exit status."""
-    status: object = 0
-    try:
-        with process_ends():
-            command()
-    except SystemExit as stop:
-        status = stop.code
-    if "torch" in sys.modules and (status is None or isinstance(status, int)):
-        # Only now: a mistake on the command line is answered before torch is loaded.
-        from qsdp.train.world import end_process
-
-        end_process(status or 0)
-    bring_out()
-    raise SystemExit(status)
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -183,58 +119,6 @@ def _leave_to_auto(path: str, from_file: dict[str, Any], given: Sequence[str]) -
             )
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file. Raises UserError for an unreadable file, key or value."""
-    wanted = "give a TOML file, such as the config.toml of a run"
-    try:
-        if path.exists() and not path.is_file():  # a pipe would wait for ever
-            raise UserError(f"--config {path} is not a file; {wanted}.")
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}; {wanted}.") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--config {path} is not a TOML file: {error}; {wanted}.") from None
-    return typed_settings(path, settings)
-
-
-def typed_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings`, as a file at `path` has them. Raises UserError for an unknown key or a value of
-    another type than the setting's."""
-    hints = get_type_hints(TrainConfig)
-    values: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = key.replace("-", "_")
-        if name not in hints:
-            raise UserError(f"{path} sets {key!r}, which is not a setting; --help lists them all.")
-        if hints[name] in _LISTS:
-            types, description = _LISTS[hints[name]]
-            if not isinstance(value, list) or not all(_is_a(v, types) for v in value):
-                raise UserError(f"{path} sets {key} to {value!r}; give {description}.")
-            values[name] = tuple(_to_float(path, key, v) if float in types else v for v in value)
-            continue
-        types, description = _FILE_TYPES[hints[name]]
-        is_word = isinstance(value, str) and hints[name] == _OR_AUTO
-        if not _is_a(value, types) or (is_word and value != AUTO):
-            raise UserError(f"{path} sets {key} to {value!r}; give {description}.")
-        is_float = hints[name] in (float, float | None)
-        values[name] = _to_float(path, key, value) if is_float else value
-    return values
-
-
-def _to_float(path: Path, key: str, value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        raise UserError(
-            f"{path} sets {key} to a number beyond all floats; give a smaller one."
-        ) from None
-
-
-def _is_a(value: object, types: tuple[type, ...]) -> bool:
-    # To Python, true is an int: not to a user.
-    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
-
-
 def _parse_flags(argv: Sequence[str] | None, defaults: CommandLine) -> CommandLine:
     import tyro
 
@@ -244,9 +128,9 @@ def _parse_flags(argv: Sequence[str] | None, defaults: CommandLine) -> CommandLi
     def comma_list(
         info: tyro.constructors.PrimitiveTypeInfo,
     ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-        if info.type not in _LISTS:
+        if info.type not in LISTS:
             return None
-        kind = next(t for t in (float, int, str) if t in _LISTS[info.type][0])
+        kind = next(t for t in (float, int, str) if t in LISTS[info.type][0])
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
             metavar={float: "S,S,...", int: "N,N,...", str: "TARGET,..."}[kind],
@@ -285,7 +169,7 @@ def _check_number(name: str, text: str | None, hint: Any) -> None:
         _NUMBERS[hint](text)
     except ValueError:
         flag = "--" + name.replace("_", "-")
-        raise UserError(f"{flag} is {text!r}; give {_FILE_TYPES[hint][1]}.") from None
+        raise UserError(f"{flag} is {text!r}; give {FILE_TYPES[hint][1]}.") from None
 
 
 def _first_paragraph(boxed: str) -> str:

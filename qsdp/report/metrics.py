@@ -13,7 +13,7 @@ from typing import Any
 
 from qsdp.common.files import finite, replacing
 from qsdp.common.streams import complain
-from qsdp.metrics.lines import Lines
+from qsdp.report.metrics_lines import Lines
 
 _MAY_BE_NULL = {"loss", "grad_norm"}
 _MOST = 1e300  # beyond what is ever measured: sums stay finite

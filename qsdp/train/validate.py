@@ -14,7 +14,7 @@ from qsdp.sparsity.compression import compressed
 from qsdp.sparsity.local_shards import local_shard
 from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.train.config import TrainConfig
-from qsdp.train.wire import Wire, threshold_bytes
+from qsdp.train.wire_use import Wire, threshold_bytes
 from qsdp.train.world import World, to_device
 
 _PROMPT_TOKENS = 16

@@ -20,16 +20,16 @@ from torch import nn
 
 from qsdp.comm.group_plan import Parameter, Plan
 from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, launched_ranks, nodes_of, split
+from qsdp.common.errors import sentence
 from qsdp.common.failures import CollectiveError, collective
 from qsdp.common.model_structure import embedding_names
 from qsdp.config import QSDPConfig
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
+from qsdp.train.auto.cost_model import CODED, STOCK, Group, Measured, Way, decide
+from qsdp.train.auto.links import Links
+from qsdp.train.auto.probe import CODEC_S, codec_s, computation_s, free_bytes, optimizer_s
 from qsdp.train.config import TrainConfig
-from qsdp.train.cost_model import CODED, STOCK, Group, Measured, Way, decide
-from qsdp.train.errors import sentence
-from qsdp.train.links import Links
-from qsdp.train.probe import CODEC_S, codec_s, computation_s, free_bytes, optimizer_s
 from qsdp.train.wire_flags import AUTO, CHOSEN
 from qsdp.train.world import World
 

@@ -15,17 +15,17 @@ from rich.table import Table
 import qsdp
 from qsdp.common.files import finite, write_json
 from qsdp.data import Corpus, TokenRange, Tokens, eval_batches, load_corpus
+from qsdp.report.plots import may_fail, write_target_plot
+from qsdp.report.summary import label
 from qsdp.sparsity.compression import Prunable, compressed
 from qsdp.sparsity.target import Compression
 from qsdp.train.agree import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
-from qsdp.train.evaluate import Evaluator
-from qsdp.train.evaluate_cli import TARGETS, EvaluateFlags
+from qsdp.train.evaluate_flags import TARGETS, EvaluateFlags
 from qsdp.train.parallelize import shard
-from qsdp.train.plots import may_fail, write_target_plot
-from qsdp.train.report import label
-from qsdp.train.source import Source, open_source
-from qsdp.train.wire import StockWire
+from qsdp.train.trained_model import Source, open_source
+from qsdp.train.validate import Evaluator
+from qsdp.train.wire_use import StockWire
 from qsdp.train.world import World, all_alike, open_world
 
 

@@ -6,38 +6,23 @@ status 1 on every other, said by each of them, since nobody knows who else is le
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from qsdp.common.streams import bring_out, complain
-from qsdp.train.signals import were_heeded
+from qsdp.common.errors import UserError, sentence
+from qsdp.common.streams import bring_out, complain, forgiving_output
+from qsdp.train.signals import process_ends, were_heeded
 
 EXIT_STATUS = 2
 LOST_STATUS = 1
 _PATIENCE_S = 10.0
 _SHORT_PATIENCE_S = 1.0
-
-
-class UserError(Exception):
-    """A mistake that its message, one sentence, lets the user correct."""
-
-    def __init__(self, message: str, *, is_shared: bool = False) -> None:
-        """`is_shared`: every rank raises this error, so rank 0 will print it."""
-        super().__init__(message)
-        self.is_shared = is_shared
-
-
-def sentence(error: BaseException) -> str:
-    """The message of `error` on one line; of an OSError, what failed on which file."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
-    else:
-        text = str(error)
-    return " ".join(text.split()) or type(error).__name__
 
 
 def is_lost(error: BaseException) -> bool:
@@ -85,3 +70,42 @@ def leave(error: UserError) -> NoReturn:
 
 def _leave_now(signum: int, frame: FrameType | None) -> NoReturn:
     os._exit(EXIT_STATUS)
+
+
+_INTERRUPTED = 130  # as a shell reports SIGINT
+
+
+@contextlib.contextmanager
+def one_sentence_at_the_end(if_interrupted: str) -> Iterator[None]:
+    """Inside, what ends a command before its time becomes one sentence and an exit status; what
+    cannot be printed ends nothing."""
+    try:
+        with forgiving_output():
+            yield
+    except (UserError, RuntimeError) as error:
+        if is_lost(error):
+            leave_lost(error)
+        if not isinstance(error, UserError):
+            raise
+        leave(error)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            complain(f"interrupted; {if_interrupted}")
+        raise SystemExit(_INTERRUPTED) from None
+
+
+def run(command: Callable[[], None]) -> NoReturn:
+    """Run a command that may have opened a world, and end the process with its exit status."""
+    status: object = 0
+    try:
+        with process_ends():
+            command()
+    except SystemExit as stop:
+        status = stop.code
+    if "torch" in sys.modules and (status is None or isinstance(status, int)):
+        # Only now: a mistake on the command line is answered before torch is loaded.
+        from qsdp.train.world import end_process
+
+        end_process(status or 0)
+    bring_out()
+    raise SystemExit(status)

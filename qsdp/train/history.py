@@ -23,7 +23,7 @@ from typing import Any
 from qsdp import checkpoint
 from qsdp.checkpoint import Damaged
 from qsdp.common.files import remove_tree, write_text
-from qsdp.train.plots import PLOT_NAMES
+from qsdp.report.plots import PLOT_NAMES
 from qsdp.train.world import World, all_alike
 
 CHECKPOINTS = "checkpoints"

@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from qsdp import checkpoint
+from qsdp.common.errors import UserError
 from qsdp.data.tokenizer import hash_of
 from qsdp.export import FACTS, load_export, read_facts
 from qsdp.models.gpt2.config import GPTConfig
-from qsdp.train.cli import typed_settings
 from qsdp.train.config import TrainConfig
-from qsdp.train.errors import UserError
+from qsdp.train.config_file import typed_settings
 
 _USED = (
     *("model", "data", "tokenizer", "seq_len", "batch_size", "eval_batches"),

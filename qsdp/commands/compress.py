@@ -13,9 +13,10 @@ from typing import Any
 
 import tyro
 
+from qsdp.commands.exit import one_sentence_at_the_end
+from qsdp.commands.parsing import one_sentence
+from qsdp.common.errors import UserError, sentence
 from qsdp.sparsity.target import Compression
-from qsdp.train.cli import one_sentence, one_sentence_at_the_end
-from qsdp.train.errors import UserError, sentence
 
 _GIB = 1 << 30
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -124,7 +125,7 @@ def _compress(flags: CompressFlags) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from qsdp.export import export_compressed
-    from qsdp.train.source import open_source
+    from qsdp.train.trained_model import open_source
 
     _give_back_tensors()
     source = open_source(flags.checkpoint)

@@ -11,8 +11,8 @@ import numpy as np
 
 from qsdp.common.files import replacing
 from qsdp.common.streams import complain
+from qsdp.report.error_plot import History, draw_errors
 from qsdp.sparsity.target import Compression
-from qsdp.train.error_plot import History, draw_errors
 
 T = TypeVar("T")
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from qsdp import compat
 from qsdp.comm import transport
 from qsdp.comm.topology import Hops
-from qsdp.train.cost_model import Transfer
-from qsdp.train.probe import now
+from qsdp.train.auto.cost_model import Transfer
+from qsdp.train.auto.probe import now
 from qsdp.train.signals import Stop
 
 LIMIT_S = 9.0

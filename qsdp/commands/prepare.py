@@ -1,0 +1,80 @@
+"""Encode text files into a folder of memory-mapped token shards, which --data takes.
+
+python launch/prepare_data.py --texts a.txt b.txt --out shards --tokenizer tokenizer.json
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from qsdp.commands.exit import EXIT_STATUS
+from qsdp.commands.parsing import one_sentence
+from qsdp.common.errors import UserError, sentence
+from qsdp.common.streams import bring_out, complain, forgiving_output
+from qsdp.data.corpus import TRAIN_FRACTION
+from qsdp.data.tokenize import prepare_shards
+
+
+@dataclass(frozen=True)
+class Options:
+    texts: tuple[Path, ...]
+    """UTF-8 text files, encoded in this order."""
+    out: Path
+    """The folder to make."""
+    tokenizer: str = "byte"
+    """char, byte, or the path of a tokenizers JSON file."""
+    val_fraction: float = round(1 - TRAIN_FRACTION, 6)
+    """How much of the text, at its end, is for validation."""
+    shard_tokens: int = 100_000_000
+    """The most tokens in one file."""
+    document_end: str = ""
+    """Text appended to each file, <|endoftext|> for GPT-2's tokenizer."""
+
+
+def main() -> None:
+    try:
+        with forgiving_output():
+            prepare(one_sentence(lambda: tyro.cli(Options, description=__doc__)))
+    except (UserError, ValueError, OSError) as error:
+        complain(sentence(error))
+        sys.exit(EXIT_STATUS)
+    finally:
+        bring_out()
+
+
+def prepare(options: Options) -> None:
+    columns = (
+        TextColumn("encoding"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    total = sum(path.stat().st_size for path in options.texts if path.is_file())
+    with Progress(*columns) as progress:
+        task = progress.add_task("encoding", total=total)
+        num_tokens = prepare_shards(
+            options.texts,
+            options.out,
+            options.tokenizer,
+            val_fraction=options.val_fraction,
+            shard_tokens=options.shard_tokens,
+            document_end=options.document_end,
+            progress=lambda num_bytes: progress.advance(task, num_bytes),
+        )
+    print(
+        f"{options.out}: {num_tokens['train']:,} tokens to train on, "
+        f"{num_tokens['val']:,} to validate on"
+    )

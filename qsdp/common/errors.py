@@ -1,0 +1,21 @@
+"""What is told to a user in one sentence."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake that its message, one sentence, lets the user correct."""
+
+    def __init__(self, message: str, *, is_shared: bool = False) -> None:
+        """`is_shared`: every rank raises this error, so rank 0 will print it."""
+        super().__init__(message)
+        self.is_shared = is_shared
+
+
+def sentence(error: BaseException) -> str:
+    """The message of `error` on one line; of an OSError, what failed on which file."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = str(error)
+    return " ".join(text.split()) or type(error).__name__

@@ -1,0 +1,85 @@
+"""Settings of a run in a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from qsdp.common.errors import UserError
+from qsdp.train.config import TrainConfig
+from qsdp.train.wire_flags import AUTO
+
+OR_AUTO: Any = int | Literal["auto"] | None
+
+
+FILE_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "an integer"),
+    int | None: ((int,), "an integer"),
+    OR_AUTO: ((int, str), f"an integer or {AUTO}"),
+    float: ((int, float), "a number"),
+    float | None: ((int, float), "a number"),
+    str: ((str,), "a string"),
+    str | None: ((str,), "a string"),
+}
+
+
+LISTS: dict[Any, tuple[tuple[type, ...], str]] = {
+    tuple[float, ...]: ((int, float), "a list of numbers"),
+    tuple[int, ...] | None: ((int,), "a list of integers"),
+    tuple[str, ...] | None: ((str,), "a list of strings"),
+}
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file. Raises UserError for an unreadable file, key or value."""
+    wanted = "give a TOML file, such as the config.toml of a run"
+    try:
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise UserError(f"--config {path} is not a file; {wanted}.")
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}; {wanted}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--config {path} is not a TOML file: {error}; {wanted}.") from None
+    return typed_settings(path, settings)
+
+
+def typed_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings`, as a file at `path` has them. Raises UserError for an unknown key or a value of
+    another type than the setting's."""
+    hints = get_type_hints(TrainConfig)
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            raise UserError(f"{path} sets {key!r}, which is not a setting; --help lists them all.")
+        if hints[name] in LISTS:
+            types, description = LISTS[hints[name]]
+            if not isinstance(value, list) or not all(_is_a(v, types) for v in value):
+                raise UserError(f"{path} sets {key} to {value!r}; give {description}.")
+            values[name] = tuple(_to_float(path, key, v) if float in types else v for v in value)
+            continue
+        types, description = FILE_TYPES[hints[name]]
+        is_word = isinstance(value, str) and hints[name] == OR_AUTO
+        if not _is_a(value, types) or (is_word and value != AUTO):
+            raise UserError(f"{path} sets {key} to {value!r}; give {description}.")
+        is_float = hints[name] in (float, float | None)
+        values[name] = _to_float(path, key, value) if is_float else value
+    return values
+
+
+def _to_float(path: Path, key: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise UserError(
+            f"{path} sets {key} to a number beyond all floats; give a smaller one."
+        ) from None
+
+
+def _is_a(value: object, types: tuple[type, ...]) -> bool:
+    # To Python, true is an int: not to a user.
+    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
