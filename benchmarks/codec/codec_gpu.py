@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from benchmarks.support import machine
-from qsdp.codec.payload import DType, Layout, Segment
+from qsdp.codec.payload import Layout, Segment
+from qsdp.common.dtypes import DType
 from qsdp.common.files import write_json
 from qsdp.config import ROUNDINGS
 from qsdp.ops import native

@@ -20,22 +20,12 @@ from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import blake2b
 
+from qsdp.common.dtypes import ITEM_BYTES, DType
+
 VERSION = 2
 HEADER_BYTES = 32
 META_BYTES = 8
 ALIGN_BYTES = 16
-
-
-class DType(IntEnum):
-    """Element types of a flat buffer or of a raw segment; OPAQUE counts bytes."""
-
-    FP32 = 0
-    BF16 = 1
-    FP16 = 2
-    OPAQUE = 3
-
-
-ITEM_BYTES = {DType.FP32: 4, DType.BF16: 2, DType.FP16: 2, DType.OPAQUE: 1}
 
 
 class Status(IntEnum):

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qsdp.common.finalizer import GOLDEN_GAMMA, MASK, finalize
+
 SHIFT, DITHER, STOCHASTIC, NEAREST = range(4)
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 7
 _MASK32 = 0xFFFFFFFF
-_MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
 class Key(NamedTuple):
@@ -34,16 +35,10 @@ class Key(NamedTuple):
     receiver: int = 0  # a reduce: the destination's rank in the group
 
     def fold(self) -> int:
-        """The 64-bit key of the generator, as a signed integer.
-
-        Each field is mixed in by the finaliser of splitmix64 (Steele, Lea and Flood, 2014).
-        """
+        """The 64-bit key of the generator, as a signed integer: field after field is mixed in."""
         state = 0
         for field in self:
-            state = (state ^ field) + 0x9E3779B97F4A7C15 & _MASK64
-            state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
-            state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK64
-            state ^= state >> 31
+            state = finalize((state ^ field) + GOLDEN_GAMMA & MASK)
         return state - (state >> 63 << 64)
 
 

@@ -3,16 +3,10 @@
 import torch
 from torch import Tensor
 
-from qsdp.codec.payload import HEADER_BYTES, ITEM_BYTES, META_BYTES, DType, Field
+from qsdp.codec.payload import HEADER_BYTES, META_BYTES, Field
 from qsdp.codec.rounding import DITHER, NEAREST, SHIFT, STOCHASTIC, uniform
+from qsdp.common.dtypes import ITEM_BYTES, TORCH_DTYPES, DType
 from qsdp.config import LEARNED_BITS
-
-TORCH_DTYPES = {
-    DType.FP32: torch.float32,
-    DType.BF16: torch.bfloat16,
-    DType.FP16: torch.float16,
-    DType.OPAQUE: torch.uint8,
-}
 
 
 def check(

@@ -5,7 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from qsdp.codec.payload import META_BYTES, DType, Segment
+from qsdp.codec.payload import META_BYTES, Segment
+from qsdp.common.dtypes import DType
 from qsdp.config import CODED_BITS, QSDPConfig
 
 

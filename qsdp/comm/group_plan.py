@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from qsdp.codec.payload import DType, Layout, Segment
+from qsdp.codec.payload import Layout, Segment
 from qsdp.comm.bit_budget import Claim
 from qsdp.comm.layout import GroupLayout, Masks, SparseGroupLayout
 from qsdp.comm.level_fitting import Kind, offset
 from qsdp.comm.topology import Hops
+from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.common.failures import title
+from qsdp.common.sharding import chunk
 from qsdp.config import ROUNDINGS, QSDPConfig
 
 _MOST_SIDES = 32
 """A step uses up to five of each direction: frozen or not, hops, replicas, what was agreed on."""
-
-DTYPES = {torch.float32: DType.FP32, torch.bfloat16: DType.BF16, torch.float16: DType.FP16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,9 @@ class Parameter:
     """Why it travels so, for the report."""
 
     def shard_numel(self, rank: int, world_size: int) -> int:
-        """Valid values of rank's slice: `torch.chunk` of the shard dimension."""
+        """Valid values of rank's slice of the shard dimension."""
         rows = self.shape[self.shard_dim]
-        chunk = -(-rows // world_size)
-        mine = max(0, min(rows - rank * chunk, chunk))
+        _, mine = chunk(rows, rank, world_size)
         return mine * (self.shape.numel() // rows) if rows else 0
 
     def padded_numel(self, world_size: int) -> int:
@@ -223,7 +222,7 @@ class Plan:
         return [self._support.get(place) for place in places]
 
     def _segment(self, parameter: Parameter, dtype: torch.dtype, bits: int, kind: Kind) -> Segment:
-        own = DTYPES.get(dtype, DType.OPAQUE)
+        own = CODEC_DTYPES.get(dtype, DType.OPAQUE)
         narrow = bits == 16 and own == DType.FP32
         return Segment(
             bits=bits if bits <= 8 else 0,
@@ -239,4 +238,4 @@ class Plan:
 
 def _units(dtype: torch.dtype) -> int:
     """Elements of the codec per element: types that it does not know are counted in bytes."""
-    return 1 if dtype in DTYPES else dtype.itemsize
+    return 1 if dtype in CODEC_DTYPES else dtype.itemsize

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from qsdp import ops
-from qsdp.codec.payload import ITEM_BYTES, VERSION, DType, Field, Layout, Segment, Status, hash_of
+from qsdp.codec.payload import VERSION, Field, Layout, Segment, Status, hash_of
 from qsdp.comm.scratch import Scratch
 from qsdp.common import bitmask
+from qsdp.common.dtypes import ITEM_BYTES, DType
 from qsdp.ops.reference.sparse import Span
 
 

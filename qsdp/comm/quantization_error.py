@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import compat, ops
-from qsdp.codec.payload import DType, Field, Layout, Segment
+from qsdp.codec.payload import Field, Layout, Segment
 from qsdp.comm.level_fitting import Kind, offset
 from qsdp.comm.scratch import reads_on_this_stream
+from qsdp.common.dtypes import DType
 from qsdp.config import ROUNDINGS, QSDPConfig
 
 

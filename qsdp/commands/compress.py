@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import re
 from collections.abc import Sequence
@@ -15,11 +13,11 @@ import tyro
 
 from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
+from qsdp.common.allocator import return_freed_memory
 from qsdp.common.errors import UserError, sentence
 from qsdp.sparsity.target import Compression
 
 _GIB = 1 << 30
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +125,7 @@ def _compress(flags: CompressFlags) -> None:
     from qsdp.export import export_compressed
     from qsdp.train.trained_model import open_source
 
-    _give_back_tensors()
+    return_freed_memory()
     source = open_source(flags.checkpoint)
     if source.target is not None:
         raise ValueError(
@@ -154,16 +152,6 @@ def _compress(flags: CompressFlags) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def _give_back_tensors() -> None:
-    """Let glibc return every freed tensor to the system.
-
-    By default it learns to keep blocks of a tensor's size, and its heap, cut into pieces by small
-    objects between them, grows with the number of tensors.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
 
 
 def _zeros(facts: dict[str, Any], part: str) -> str:

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
-from qsdp.codec.payload import DType, Layout, Segment
+from qsdp.codec.payload import Layout, Segment
 from qsdp.codec.rounding import Key
-from qsdp.codec.table import TORCH_DTYPES
 from qsdp.comm import transport
 from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
+from qsdp.common.dtypes import TORCH_DTYPES, DType
 from qsdp.common.errors import UserError
 from qsdp.config import CODED_BITS, ROUNDINGS
 from qsdp.models.gpt2.config import GPTConfig

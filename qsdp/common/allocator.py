@@ -1,19 +1,34 @@
-"""Settings of the memory allocators."""
+"""Settings of glibc's allocator; another C library's is left as it is."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+
+# Of malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed for the next step, which takes it again.
+    """Keep what is freed for the next step, which takes it again.
 
     Where it would be given back, every step pays page faults anew for activations, gradients and
     copies of weights: steps of several passes pay most. So nothing large is mapped by itself, which
-    freeing would unmap, and the heap never shrinks. Does nothing where there is no mallopt.
+    freeing would unmap, and the heap never shrinks.
     """
-    trim_threshold, mmap_max = -1, -4  # malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, (1 << 31) - 1)
+    _set(_MMAP_MAX, 0)
+    _set(_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def return_freed_memory() -> None:
+    """Return every freed tensor to the system.
+
+    By default glibc learns to keep blocks of a tensor's size, and its heap, cut into pieces by
+    small objects between them, grows with the number of tensors.
+    """
+    _set(_MMAP_THRESHOLD, 1 << 16)
+
+
+def _set(option: int, value: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(option, value)

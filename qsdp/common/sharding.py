@@ -6,6 +6,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
+def chunk(length: int, place: int, num: int) -> tuple[int, int]:
+    """Start and size of part ``place`` of ``num`` of ``length`` rows, as `torch.chunk`, FSDP2 and
+    DTensor cut: ceil(length / num) rows each, as long as there are any."""
+    size = -(-length // num)
+    start = min(place * size, length)
+    return start, min(size, length - start)
+
+
 def local_slices(parameter: Tensor) -> tuple[slice, ...]:
     """Where a parameter's local part lies in the full tensor: one slice a dim, maybe empty.
 
@@ -17,10 +25,10 @@ def local_slices(parameter: Tensor) -> tuple[slice, ...]:
         for axis, placement in enumerate(parameter.placements):
             if type(placement) is Shard:
                 dim = placement.dim
-                size = -(-(stops[dim] - starts[dim]) // mesh.size(axis))
-                start = starts[dim] + mesh.get_local_rank(axis) * size
-                starts[dim] = min(start, stops[dim])
-                stops[dim] = min(start + size, stops[dim])
+                length = stops[dim] - starts[dim]
+                start, size = chunk(length, mesh.get_local_rank(axis), mesh.size(axis))
+                starts[dim] += start
+                stops[dim] = starts[dim] + size
             elif type(placement) is not Replicate:
                 raise ValueError(
                     f"A parameter is placed as {placement}, but only Shard and Replicate are "

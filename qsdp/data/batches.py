@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qsdp.common.finalizer import GOLDEN_GAMMA, finalize
 from qsdp.data.token_shards import Tokens
-
-_UInt64s = npt.NDArray[np.uint64]
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Batches:
@@ -68,7 +65,7 @@ class Batches:
         self._rank = rank
         self._world_size = world_size
         self._grad_accum = grad_accum
-        self._key = _mix(np.array([seed], dtype=np.uint64))
+        self._key = finalize(np.array([seed], dtype=np.uint64))
 
     def get(self, step: int, micro: int = 0) -> tuple[Tensor, Tensor]:
         """(inputs_BT, targets_BT) of one micro-batch, int64 on the CPU; targets are one ahead."""
@@ -77,7 +74,8 @@ class Batches:
         first = part * self._batch_size
         numbers = np.arange(first, first + self._batch_size, dtype=np.uint64)
         # The remainder's bias is below num_starts / 2^64.
-        starts = _mix(self._key + numbers * _GOLDEN) % np.uint64(len(self._tokens) - self._seq_len)
+        drawn = finalize(self._key + numbers * np.uint64(GOLDEN_GAMMA))
+        starts = drawn % np.uint64(len(self._tokens) - self._seq_len)
         return _windows(self._tokens, [int(start) for start in starts], self._seq_len)
 
 
@@ -126,13 +124,6 @@ def _windows(tokens: Tokens, starts: list[int], seq_len: int) -> tuple[Tensor, T
         row[:] = tokens[start : start + seq_len + 1]
     ids = torch.from_numpy(rows)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-
-def _mix(x: _UInt64s) -> _UInt64s:
-    """A bijection of 64 bits whose output looks random: splitmix64's finalizer (Steele, 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _check_place(rank: int, world_size: int) -> None:

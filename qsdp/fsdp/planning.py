@@ -9,8 +9,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import compat
-from qsdp.comm.group_plan import DTYPES, Parameter, Plan
+from qsdp.comm.group_plan import Parameter, Plan
 from qsdp.comm.topology import Hops, Topology, check_mesh, is_worth_two_hops, nodes_of, split
+from qsdp.common.dtypes import CODEC_DTYPES
 from qsdp.config import QSDPConfig
 
 
@@ -131,7 +132,7 @@ def make_plan(
         raise ValueError(f"{_name(group)} uses CPUOffloadPolicy; shard it without offloading")
     if group.shard_group is None:
         raise ValueError(f"the mesh of {_name(group)} has no shard axis; use fully_shard's mesh")
-    if group.reduce_dtype is not None and group.reduce_dtype not in DTYPES:
+    if group.reduce_dtype is not None and group.reduce_dtype not in CODEC_DTYPES:
         raise ValueError(
             f"{_name(group)} reduces gradients in {group.reduce_dtype}; qsdp sends float32, "
             "bfloat16 or float16"
@@ -155,7 +156,7 @@ def make_plan(
                 "use a plain parameter"
             )
         can_train = sharded.dtype.is_floating_point or sharded.dtype.is_complex
-        if can_train and sharded.dtype not in DTYPES:
+        if can_train and sharded.dtype not in CODEC_DTYPES:
             raise ValueError(f"{name} is {sharded.dtype}; qsdp sends float32, bfloat16 or float16")
         is_embedding = name in embeddings
         parameters.append(_make_parameter(name, order[name], sharded, config, is_embedding))

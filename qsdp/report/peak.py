@@ -7,6 +7,8 @@ import time
 
 import torch
 
+from qsdp.common.dtypes import of_precision
+
 _SECONDS = 0.3
 _NO_MEMORY = ("can't allocate memory", "ALLOC_FAILED")  # of the CPU's allocator, of cuBLAS
 
@@ -29,7 +31,7 @@ def matmul_flops_per_s(device: torch.device, precision: str) -> float:
 
 def _measured(device: torch.device, precision: str) -> float:
     size = 8192 if device.type == "cuda" else 1024
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = of_precision(precision)
     a = torch.ones(size, size, dtype=dtype, device=device)
     b = torch.ones(size, size, dtype=dtype, device=device)
     torch.mm(a, b)

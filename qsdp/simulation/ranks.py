@@ -10,14 +10,9 @@ import torch
 from torch import nn
 
 from qsdp import compat
-from qsdp.codec.payload import DType
+from qsdp.common.dtypes import CODEC_DTYPES
 from qsdp.config import QSDPConfig
 
-CODEC_DTYPES = {
-    torch.float32: DType.FP32,
-    torch.bfloat16: DType.BF16,
-    torch.float16: DType.FP16,
-}
 Group = str | nn.Module | Sequence[str | nn.Module]
 
 

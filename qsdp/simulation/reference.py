@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from qsdp import compat, ops
-from qsdp.codec.payload import DType, Layout, Segment
+from qsdp.codec.payload import Layout, Segment
 from qsdp.codec.rounding import Key
 from qsdp.comm.bit_budget import Claim
+from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.common.model_structure import embedding_names, tied_names
 from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
 from qsdp.simulation.adaptation import Bits, Budget, Levels
-from qsdp.simulation.ranks import CODEC_DTYPES, Numbers, World
+from qsdp.simulation.ranks import Numbers, World
 
 GATHER, REDUCE, FROZEN = range(3)
 FLAT, IN_NODE, BETWEEN_NODES, BETWEEN_REPLICAS = range(4)

@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from qsdp import compat
+from qsdp.common.dtypes import CODEC_DTYPES
 from qsdp.config import QSDPConfig
-from qsdp.simulation.ranks import CODEC_DTYPES, Group, World, number
+from qsdp.simulation.ranks import Group, World, number
 from qsdp.simulation.reference import Reduction, Wire
 from qsdp.simulation.volume import WireBytes, count_bytes
 

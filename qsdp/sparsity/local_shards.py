@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from qsdp.common.checksum import checksum
 from qsdp.common.meshes import Groups, Reach, Spread
+from qsdp.common.sharding import chunk
 from qsdp.compat import all_gather
 
 
@@ -118,11 +119,10 @@ def local_shard(tensor: Tensor, spread: Spread | None = None) -> LocalShard:
     groups, is_first = [], True
     for axis, placement in enumerate(tensor.placements):
         if type(placement) is Shard:
-            # FSDP2 and DTensor cut as torch.chunk does: every part but the last ones is ceil(n/w).
             dim, size = placement.dim % tensor.ndim, sizes[placement.dim]
-            part = -(-size // mesh.size(axis))
-            start = min(part * mesh.get_local_rank(axis), size)
-            sizes[dim], offset[dim] = min(part, size - start), offset[dim] + start
+            _, part = chunk(size, 0, mesh.size(axis))
+            start, sizes[dim] = chunk(size, mesh.get_local_rank(axis), mesh.size(axis))
+            offset[dim] += start
             if mesh.size(axis) > 1:
                 groups.append(mesh.get_group(axis))
                 parts[dim] = part if parts[dim] == tensor.shape[dim] else 1

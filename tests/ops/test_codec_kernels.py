@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.codec.payload import DType, Field, Layout, Segment
+from qsdp.codec.payload import Field, Layout, Segment
+from qsdp.common.dtypes import DType
 from qsdp.ops import native
 from qsdp.ops.reference import codec
 from tests.support import gpu_kernels, patience

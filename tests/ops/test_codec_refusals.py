@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from qsdp.codec.payload import DType, Field, Layout, Segment
+from qsdp.codec.payload import Field, Layout, Segment
+from qsdp.common.dtypes import DType
 from qsdp.ops.reference import codec
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from qsdp.codec import rounding
-from qsdp.codec.payload import DType, Layout, Segment
+from qsdp.codec.payload import Layout, Segment
 from qsdp.codec.rounding import Key
+from qsdp.common.dtypes import DType
 from qsdp.config import ROUNDINGS
 from qsdp.ops.reference import codec
 from tests.support import codec_reference as reference

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.codec.payload import DType, Layout, Segment
+from qsdp.codec.payload import Layout, Segment
 from qsdp.common import bitmask
+from qsdp.common.dtypes import DType
 from qsdp.ops import native
 from qsdp.ops.reference import codec
 from tests.support import patience

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from qsdp import compat
-from qsdp.codec.payload import DType, Layout, Segment
+from qsdp.codec.payload import Layout, Segment
 from qsdp.codec.rounding import Key
+from qsdp.common.dtypes import DType
 from tests.support.simulated import (
     Net,
     assert_same,

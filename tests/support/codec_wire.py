@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qsdp.codec.payload import HEADER_BYTES, META_BYTES, DType, Layout, Segment
+from qsdp.codec.payload import HEADER_BYTES, META_BYTES, Layout, Segment
 from qsdp.codec.rounding import Key
+from qsdp.common.dtypes import DType
 from qsdp.config import ROUNDINGS
 from qsdp.ops.reference import codec
 

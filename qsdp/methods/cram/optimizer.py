@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsdp.common.finalizer import GOLDEN_GAMMA, MASK, finalize
 from qsdp.common.meeting import warn
 from qsdp.compat import abandon_cut_short, abandon_pass, has_pending_gradients, wholes
 from qsdp.methods.base import (
@@ -294,13 +295,10 @@ class CrAM(OptimizerWrapper):
 
 
 def draw(seed: int, step: int) -> int:
-    """64 random bits, a pure function of (seed, step): the finalizer of SplitMix64, twice."""
+    """64 random bits, a pure function of (seed, step)."""
     bits = 0
     for word in (seed, step):
-        bits = (bits + word + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        bits ^= bits >> 31
+        bits = finalize(bits + word + GOLDEN_GAMMA & MASK)
     return bits
 
 

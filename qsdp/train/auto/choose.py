@@ -20,6 +20,7 @@ from torch import nn
 
 from qsdp.comm.group_plan import Parameter, Plan
 from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, launched_ranks, nodes_of, split
+from qsdp.common.dtypes import of_precision
 from qsdp.common.errors import sentence
 from qsdp.common.failures import CollectiveError, collective
 from qsdp.common.model_structure import embedding_names
@@ -222,7 +223,7 @@ def _sizes(
     """Of the root's group and a block's: what `Group` holds, but for the computation."""
     with torch.device("meta"):
         model = GPT(replace(size, num_layers=1))
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = of_precision(config.precision)
     found: dict[str, dict[str, Any]] = {}
     for part in ("root", "block"):
         facts: dict[str, Any] = {"gather_bytes": {}, "reduce_bytes": {}, "local_bytes": 0}

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from qsdp import ops
-from qsdp.codec.payload import DType, Layout, Segment
+from qsdp.codec.payload import Layout, Segment
 from qsdp.comm.topology import launched_ranks
+from qsdp.common.dtypes import DType, of_precision
 from qsdp.config import ROUNDINGS, QSDPConfig
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
@@ -48,7 +49,7 @@ def computation_s(
     """Seconds of a forward and of a backward pass of one block, and of the model without blocks,
     on a micro-batch of this rank. Takes about `COMPUTE_S` at most, but for the first call of
     each."""
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = of_precision(config.precision)
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         root = GPT(replace(size, num_layers=1))
