@@ -16,8 +16,8 @@ from types import FrameType
 from typing import NoReturn
 
 from qsdp.common.errors import UserError, sentence
-from qsdp.common.streams import bring_out, complain, forgiving_output
-from qsdp.train.signals import process_ends, were_heeded
+from qsdp.common.streams import flush_output, forgiving_output, print_error
+from qsdp.train.signals import process_ends, stop_was_requested
 
 EXIT_STATUS = 2
 LOST_STATUS = 1
@@ -42,8 +42,8 @@ def leave_lost(error: BaseException) -> NoReturn:
     """
     from qsdp.common.failures import root
 
-    complain(f"error on rank {os.environ.get('RANK', '0')}: {root(error)}")
-    bring_out()
+    print_error(f"error on rank {os.environ.get('RANK', '0')}: {root(error)}")
+    flush_output()
     os._exit(LOST_STATUS)
 
 
@@ -56,15 +56,16 @@ def leave(error: UserError) -> NoReturn:
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
-        complain(f"error: {sentence(error)}")
+        print_error(f"error: {sentence(error)}")
         raise SystemExit(EXIT_STATUS)
     signal.signal(signal.SIGTERM, _leave_now)
-    if were_heeded():  # the launcher's signal came too early for this handler, and no other will
+    # The launcher's signal may have come too early for this handler, and no other will come.
+    if stop_was_requested():
         time.sleep(min(_PATIENCE_S, _SHORT_PATIENCE_S))
         raise SystemExit(EXIT_STATUS)
     time.sleep(_PATIENCE_S)
     if not error.is_shared:
-        complain(f"error on rank {rank}: {sentence(error)}")
+        print_error(f"error on rank {rank}: {sentence(error)}")
     raise SystemExit(EXIT_STATUS)
 
 
@@ -90,7 +91,7 @@ def one_sentence_at_the_end(if_interrupted: str) -> Iterator[None]:
         leave(error)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            complain(f"interrupted; {if_interrupted}")
+            print_error(f"interrupted; {if_interrupted}")
         raise SystemExit(_INTERRUPTED) from None
 
 
@@ -107,5 +108,5 @@ def run(command: Callable[[], None]) -> NoReturn:
         from qsdp.train.world import end_process
 
         end_process(status or 0)
-    bring_out()
+    flush_output()
     raise SystemExit(status)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from qsdp.common.errors import UserError, sentence
-from qsdp.common.streams import bring_out, forgiving_output
+from qsdp.common.streams import flush_output, forgiving_output
 from qsdp.train.config import RECIPES, TrainConfig
 from qsdp.train.config_file import FILE_TYPES, LISTS, OR_AUTO, read_config_file
 from qsdp.train.method_flags import INSTEAD
@@ -79,7 +79,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     values = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig)}
     try:
         config = TrainConfig(**values)
-        config.check_heeded(given)
+        config.check_all_are_used(given)
     except ValueError as error:
         raise UserError(str(error)) from None
     try:
@@ -158,7 +158,7 @@ def one_sentence(read_flags: Callable[[], T]) -> T:
     except SystemExit as stop:
         if stop.code:
             raise UserError(_first_paragraph(complaint.getvalue())) from None
-        bring_out()
+        flush_output()
         raise
 
 

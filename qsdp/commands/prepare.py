@@ -22,7 +22,7 @@ from rich.progress import (
 from qsdp.commands.exit import EXIT_STATUS
 from qsdp.commands.parsing import one_sentence
 from qsdp.common.errors import UserError, sentence
-from qsdp.common.streams import bring_out, complain, forgiving_output
+from qsdp.common.streams import flush_output, forgiving_output, print_error
 from qsdp.data.corpus import TRAIN_FRACTION
 from qsdp.data.tokenize import prepare_shards
 
@@ -48,10 +48,10 @@ def main() -> None:
         with forgiving_output():
             prepare(one_sentence(lambda: tyro.cli(Options, description=__doc__)))
     except (UserError, ValueError, OSError) as error:
-        complain(sentence(error))
+        print_error(sentence(error))
         sys.exit(EXIT_STATUS)
     finally:
-        bring_out()
+        flush_output()
 
 
 def prepare(options: Options) -> None:

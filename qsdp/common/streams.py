@@ -32,7 +32,7 @@ def forgiving_output() -> Iterator[None]:
                     setattr(sys, name, stream)
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """Print one line on standard error, if that can be written."""
     if sys.stderr is not None:
         print(printable(text), file=_forgiving(sys.stderr), flush=True)
@@ -43,7 +43,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
-def bring_out() -> None:
+def flush_output() -> None:
     """Write what was printed and is still in memory, as far as it can be written: the rest goes
     nowhere, since it would fail again when Python ends, with another exit status."""
     for stream in (sys.stdout, sys.stderr):

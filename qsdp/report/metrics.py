@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from qsdp.common.files import finite, replacing
-from qsdp.common.streams import complain
+from qsdp.common.streams import print_error
 from qsdp.report.metrics_lines import Lines
 
 _MAY_BE_NULL = {"loss", "grad_norm"}
@@ -69,7 +69,7 @@ class MetricsWriter:
                 if line["step"] < first:
                     found.append(line)
         except OSError as error:
-            complain(f"warning: {self._lines.path} cannot be read ({error.strerror or error})")
+            print_error(f"warning: {self._lines.path} cannot be read ({error.strerror or error})")
         return found + kept
 
     def log(self, line: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ class MetricsWriter:
             yield
         except Exception as error:
             self._events = None
-            complain(
+            print_error(
                 f"warning: TensorBoard's events cannot be written ({error}): the run goes on "
                 "without them"
             )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qsdp.common.files import replacing
-from qsdp.common.streams import complain
+from qsdp.common.streams import print_error
 
 _RETRY_S = 5.0
 _MOST_BYTES = 1 << 25  # that wait
@@ -81,7 +81,7 @@ class Lines:
         lost = len(self.kept) - self._num_written + self._num_dropped
         gone = "" if self.path.exists() else ", and the file is gone with those before"
         if lost or gone:
-            complain(f"warning: {lost} lines of {self.path} were never written{gone}")
+            print_error(f"warning: {lost} lines of {self.path} were never written{gone}")
 
     def _look_for_name(self) -> None:
         """See that the file is the one that has the name."""
@@ -107,7 +107,7 @@ class Lines:
         with contextlib.suppress(OSError):
             former.close()
         self._number = os.fstat(self._file.fileno()).st_ino
-        complain(f"warning: {self.path} was gone: it is there again, with all its lines")
+        print_error(f"warning: {self.path} was gone: it is there again, with all its lines")
 
     def _replaced(self) -> OSError:
         """By another run's file, perhaps."""
@@ -128,7 +128,7 @@ class Lines:
         if self._failure is not None:
             self._failure = None
             but = f", but for {self._num_dropped} too many to keep" if self._num_dropped else ""
-            complain(f"{self.path} is written again: all lines that waited are in it{but}")
+            print_error(f"{self.path} is written again: all lines that waited are in it{but}")
 
     def _open_again(self) -> None:
         """Open the file of before, by its name, and cut off what was not written as a whole. The
@@ -150,7 +150,7 @@ class Lines:
         self._next_try = time.monotonic() + _RETRY_S
         if self._failure is None:
             why = getattr(error, "strerror", None) or error
-            complain(
+            print_error(
                 f"warning: {self.path} cannot be written ({why}): the run goes "
                 "on, and what belongs there waits in memory until there is room"
             )

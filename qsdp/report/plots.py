@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from qsdp.common.files import replacing
-from qsdp.common.streams import complain
+from qsdp.common.streams import print_error
 from qsdp.report.error_plot import History, draw_errors
 from qsdp.sparsity.target import Compression
 
@@ -69,7 +69,7 @@ def may_fail(what: str, draw: Callable[[], T]) -> T | None:
         return draw()
     except Exception as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())
-        complain(f"warning: {what} cannot be drawn, or not as a whole ({told})")
+        print_error(f"warning: {what} cannot be drawn, or not as a whole ({told})")
         return None
 
 

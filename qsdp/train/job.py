@@ -16,7 +16,7 @@ import qsdp
 from qsdp import checkpoint
 from qsdp.common.errors import UserError, sentence
 from qsdp.common.failures import is_failure
-from qsdp.common.streams import complain, printable
+from qsdp.common.streams import print_error, printable
 from qsdp.compat import sharded_parameters
 from qsdp.data import Batches, Corpus
 from qsdp.methods.finite import first_not_finite
@@ -281,7 +281,7 @@ class Job:
         try:
             removed = self.results.settle()
         except OSError as error:
-            complain(
+            print_error(
                 f"warning: what is outdated in {self.out} cannot be removed yet "
                 f"({sentence(error)}); the next checkpoint or start tries again, and until then "
                 f"the metrics are in {self.results.path(METRICS).name}"

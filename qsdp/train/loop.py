@@ -27,7 +27,7 @@ from qsdp.train.config import TrainConfig
 from qsdp.train.finish import finish
 from qsdp.train.job import Job
 from qsdp.train.setup import set_up
-from qsdp.train.signals import Told, heeded
+from qsdp.train.signals import StopRequested, handling_signals
 from qsdp.train.wire_use import SECONDS, WireUse, threshold_bytes
 from qsdp.train.world import open_world, to_device
 
@@ -53,10 +53,10 @@ def train(config: TrainConfig) -> None:
         ExitStack() as held,
     ):
         # Only now: a rank that waits for others in C++ would not heed a signal.
-        stop = heeding.enter_context(heeded(world.stop))
+        stop = heeding.enter_context(handling_signals(world.stop))
         try:
             job = set_up(config, world, held)
-        except Told:
+        except StopRequested:
             if world.is_main:
                 print(f"{stop.why}: {_NO_STEP}", flush=True)
             return

@@ -181,7 +181,7 @@ class MethodFlags:
                 make()
             except ValueError as error:
                 raise ValueError(f"{name}: {error}.") from None
-        self.check_heeded(given)
+        self.check_all_are_used(given)
         if self.acdc and self.acdc_compression.bits is not None:
             raise ValueError(
                 f"--acdc-target is {self.acdc_target!r}; AC/DC prunes: leave bits out."
@@ -194,7 +194,7 @@ class MethodFlags:
         """Whether the method compresses weights."""
         return self.cram or self.acdc or self.gmp
 
-    def check_heeded(self, given: Iterable[str]) -> None:
+    def check_all_are_used(self, given: Iterable[str]) -> None:
         """Raise ValueError if of the fields ``given`` one belongs to a method that is not chosen,
         or has no effect beside others: also where it is given as it is by default."""
         for name in given:

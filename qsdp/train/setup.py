@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from qsdp import checkpoint
-from qsdp.common.streams import complain
+from qsdp.common.streams import print_error
 from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.data.tokenizer import hash_of
 from qsdp.methods.base import OptimizerWrapper
@@ -67,7 +67,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     source, meta = start.source, start.meta
     if world.is_main:
         for line in told_as_damaged(start, damaged):
-            complain(f"warning: {line}")
+            print_error(f"warning: {line}")
     if meta is not None and config.resume == "auto" and is_finished(config, meta):
         if world.is_main:
             # Who waits for the end of this start, as a job file does, sees that this is it.

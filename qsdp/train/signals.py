@@ -16,7 +16,7 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Told(Exception):
+class StopRequested(Exception):
     """All ranks know that a run is to end: what it was about to do is left."""
 
 
@@ -35,9 +35,9 @@ class Stop:
         return "a signal to another rank" if self.asked is None else self.asked.name
 
     def check(self) -> None:
-        """Raise Told, on all ranks alike, if all of them know that the run is to end."""
+        """Raise StopRequested, on all ranks alike, if all of them know that the run is to end."""
         if self.is_agreed:
-            raise Told
+            raise StopRequested
 
 
 _latest = Stop()
@@ -46,8 +46,8 @@ _process_ends = False
 
 @contextmanager
 def process_ends() -> Iterator[None]:
-    """Inside, what follows `heeded` only ends the process: one that was told ignores what comes
-    then, which would end it with another status."""
+    """Inside, what follows `handling_signals` only ends the process: one that was told ignores what
+    comes then, which would end it with another status."""
     global _process_ends
     _process_ends = True
     try:
@@ -57,7 +57,7 @@ def process_ends() -> Iterator[None]:
 
 
 @contextmanager
-def heeded(stop: Stop | None = None) -> Iterator[Stop]:
+def handling_signals(stop: Stop | None = None) -> Iterator[Stop]:
     """Inside, `SIGNALS` to this process set ``stop.asked``, however often they come.
 
     A thread other than the main one may not handle signals: they are left as they are.
@@ -85,6 +85,7 @@ def heeded(stop: Stop | None = None) -> Iterator[Stop]:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def were_heeded() -> bool:
-    """Whether this process was told to end in the latest `heeded`, which nobody will tell again."""
+def stop_was_requested() -> bool:
+    """Whether this process was told to end in the latest `handling_signals`: nobody will tell it
+    again."""
     return _latest.asked is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qsdp import checkpoint
 from qsdp.common.errors import UserError
-from qsdp.common.streams import complain
+from qsdp.common.streams import print_error
 from qsdp.train.history import damage
 from qsdp.train.job import Job
 
@@ -52,14 +52,14 @@ def kept_loss(job: Job) -> float | None:
             job.damaged.add(path.resolve())
             job.why_no_twin = f"{error.file} is damaged: {error.why}"
             if world.is_main:
-                complain(
+                print_error(
                     f"warning: {job.why_no_twin}. The dense twin of step "
                     f"{checkpoint.step_of(path)} counts as none"
                 )
     except UserError as error:
         job.why_no_twin = f"it cannot be read ({error})"
         if world.is_main:
-            complain(f"warning: the dense twin in {job.out} cannot be read ({error})")
+            print_error(f"warning: the dense twin in {job.out} cannot be read ({error})")
     return None
 
 

@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from qsdp.common.allocator import keep_freed_memory
 from qsdp.common.errors import UserError, sentence
 from qsdp.common.failures import collective, is_failure
-from qsdp.common.streams import bring_out
+from qsdp.common.streams import flush_output
 from qsdp.train.config import RunFlags
 from qsdp.train.signals import Stop
 
@@ -120,7 +120,7 @@ def end_process(status: int) -> NoReturn:
     Python is being finalized ends the process with SIGABRT ("terminate called without an active
     exception", torch 2.13): the launcher would report a failed run.
     """
-    bring_out()
+    flush_output()
     os._exit(status)
 
 

@@ -24,7 +24,7 @@ from qsdp.commands.train import main
 from qsdp.common.errors import UserError
 from qsdp.report.metrics import read_metrics
 from qsdp.train import loop, setup, world
-from qsdp.train.signals import SIGNALS, heeded
+from qsdp.train.signals import SIGNALS, handling_signals
 from qsdp.train.validate import Evaluator
 from tests.support import patience
 from tests.support.bad_inputs import TEXT
@@ -146,7 +146,7 @@ def test_signals_are_left_alone_by_a_thread_and_after_a_run() -> None:
     within = []
 
     def other() -> None:
-        with heeded() as stop:
+        with handling_signals() as stop:
             within.extend(signal.getsignal(number) for number in SIGNALS)
             assert stop.asked is None
 
@@ -154,7 +154,7 @@ def test_signals_are_left_alone_by_a_thread_and_after_a_run() -> None:
     thread.start()
     thread.join()
     assert within == before
-    with contextlib.suppress(ValueError), heeded() as stop:
+    with contextlib.suppress(ValueError), handling_signals() as stop:
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
         assert stop.asked == signal.SIGUSR1
@@ -167,7 +167,7 @@ def test_what_comes_after_a_run_that_was_told_does_not_end_the_process(
     is_told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def command() -> None:
-        with heeded():
+        with handling_signals():
             if is_told:
                 signal.raise_signal(signal.SIGUSR1)
 
@@ -186,7 +186,7 @@ def test_what_comes_after_a_run_that_was_told_does_not_end_the_process(
         for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, handler)
     assert at_the_end == ([signal.SIG_IGN] * len(SIGNALS) if is_told else before)
-    with heeded():
+    with handling_signals():
         signal.raise_signal(signal.SIGUSR1)
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
@@ -219,7 +219,7 @@ def test_a_rank_whose_launcher_has_spoken_leaves_without_waiting(
     monkeypatch.setattr(exit, "_SHORT_PATIENCE_S", 0.0)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with heeded():
+        with handling_signals():
             signal.raise_signal(signal.SIGTERM)
         with pytest.raises(SystemExit) as stop:
             leave(UserError("a mistake of another rank"))

@@ -79,7 +79,7 @@ def is_choice(record: dict[str, Any]) -> bool:
 def choose(config: TrainConfig, size: GPTConfig, world: World) -> Choice:
     """What a run of ``config`` is to send, the same on all ranks. A collective of all of them.
 
-    Raises Told, on all ranks, once one of them was told to end; CollectiveError.
+    Raises StopRequested, on all ranks, once one of them was told to end; CollectiveError.
     """
     if world.size == 1:
         return Choice(

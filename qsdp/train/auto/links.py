@@ -54,7 +54,7 @@ class Links:
         self._is_staged = device.type != "cpu" and transport.is_staged(group, device)
 
     def measured(self) -> dict[str, Transfer]:
-        """By the names of `Measured`, whatever there is. Raises Told."""
+        """By the names of `Measured`, whatever there is. Raises StopRequested."""
         kinds: list[tuple[str, str, Callable[[int], Callable[[], Any]]]] = [
             ("reduce", "reduce", lambda size: self._all_to_all(size, self._group)),
             ("gather", "gather", lambda size: self._all_gather(size, self._group)),
@@ -127,7 +127,7 @@ class Links:
 
     def _timed(self, run: Callable[[], Any]) -> tuple[float, float, float]:
         """Of one call its seconds, what it took to time it, and its processor seconds: all of the
-        slowest rank. Raises Told."""
+        slowest rank. Raises StopRequested."""
         before = self._left
         dist.all_reduce(torch.zeros(1, device=self._device), group=self._group)  # begin together
         used, started = time.process_time(), now(self._device)
