@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from qsdp.models.huggingface.weights.weights import export_huggingface, load_huggingface
+from qsdp.models.huggingface.weights import export_huggingface, load_huggingface
 
 from qsdp import checkpoint
 from qsdp.commands import evaluate

@@ -16,7 +16,7 @@ from unittest.mock import MagicMock, Mock
 import pytest
 import torch
 import torch.distributed as dist
-from qsdp.models.huggingface.weights.weights import export_huggingface, load_huggingface
+from qsdp.models.huggingface.weights import export_huggingface, load_huggingface
 
 from qsdp import checkpoint
 from qsdp.common import files

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from qsdp.models.huggingface.weights.config import config_from_huggingface
-from qsdp.models.huggingface.weights.weights import (
+from qsdp.models.huggingface.config import config_from_huggingface
+from qsdp.models.huggingface.weights import (
     export_huggingface,
     load_huggingface,
     load_huggingface_weights,

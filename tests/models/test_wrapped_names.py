@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from qsdp.models.huggingface.weights.weights import export_huggingface, load_huggingface_weights
+from qsdp.models.huggingface.weights import export_huggingface, load_huggingface_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from qsdp.models.huggingface.weights.weights import (
+from qsdp.models.huggingface.weights import (
     export_huggingface,
     load_huggingface,
     load_huggingface_weights,
