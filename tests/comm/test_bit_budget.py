@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from qsdp.comm import quantization_error
+from qsdp.comm import bit_budget
 from qsdp.comm.bit_budget import Claim, allot
 from qsdp.config import CODED_BITS, QSDPConfig
 
@@ -89,8 +89,8 @@ def test_bits_are_those_of_asking_every_parameter_for_every_bit(
 def test_a_thousand_matrices_are_sized_a_few_times_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked anew for every bit of every other, a thousand would be sized millions of times."""
     counts = {}
-    sizing = mock.Mock(wraps=quantization_error.Segment)
-    monkeypatch.setattr(quantization_error, "Segment", sizing)
+    sizing = mock.Mock(wraps=bit_budget.Segment)
+    monkeypatch.setattr(bit_budget, "Segment", sizing)
     config = QSDPConfig(budget=5.0)
     for num in (250, 1000):
         draw = random.Random(num)

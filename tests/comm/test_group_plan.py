@@ -117,14 +117,14 @@ def test_sets_of_gradients_that_change_with_every_step_are_not_all_kept() -> Non
         side = plan.reduce(places, torch.float32)
         assert plan.reduce(places, torch.float32) is side
         assert _same(side, _plan(3).reduce(places, torch.float32))
-    assert len(plan._sides) < 50
+    assert len(plan._layouts) < 50
     # Payloads that are kept of the same sides are still of these.
     assert plan.gather((0, 1), is_frozen=True) is frozen
     for places in sets - {plan.places}:
         side = plan.gather(places)
         assert _same(side, _plan(3).gather(places))
         assert plan.gather((0, 1), is_frozen=True) is frozen
-    assert len(plan._sides) < 100
+    assert len(plan._layouts) < 100
     assert _same(plan.gather(plan.places), whole)
 
 

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from qsdp.models.huggingface.weights import export_huggingface, load_huggingface
 
 from qsdp import checkpoint
 from qsdp.commands import evaluate
-from qsdp.commands import train as cli
+from qsdp.commands.train import main
 from qsdp.common import files
 from qsdp.data import load_corpus, prepare_shards
 from qsdp.models.gpt2.model import GPT
+from qsdp.models.huggingface.weights import export_huggingface, load_huggingface
 from qsdp.report import plots
 from qsdp.report.metrics import MetricsWriter
 from qsdp.train.history import DENSE_TWIN
@@ -73,7 +73,7 @@ def run(world_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def train(*flags: str) -> Path:
         out = tmp_path / "run"
-        cli.main(["--data", str(tmp_path / "text.txt"), "--out", str(out), *FLAGS, *flags])
+        main(["--data", str(tmp_path / "text.txt"), "--out", str(out), *FLAGS, *flags])
         return out
 
     return train

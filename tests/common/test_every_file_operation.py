@@ -16,12 +16,12 @@ from unittest.mock import MagicMock, Mock
 import pytest
 import torch
 import torch.distributed as dist
-from qsdp.models.huggingface.weights import export_huggingface, load_huggingface
 
 from qsdp import checkpoint
 from qsdp.common import files
 from qsdp.data import prepare_shards
 from qsdp.export import export_compressed
+from qsdp.models.huggingface.weights import export_huggingface, load_huggingface
 from qsdp.report import plots
 from qsdp.report.metrics import MetricsWriter
 from qsdp.sparsity.target import Compression

@@ -1,7 +1,10 @@
-"""The house rules that imports must keep: they go one way, and one file knows private torch."""
+"""The house rules that imports must keep: rooms and files import one way, one room knows private
+torch, and a name leads to one file."""
 
 import ast
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,75 +12,110 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "qsdp"
 
-# What each part of qsdp may import besides itself, `config` and `compat`.
+# What each room of qsdp may import besides itself and those FOR_ANYONE.
 MAY_IMPORT: dict[str, set[str]] = {
-    "bitmask": set(),
-    "checksum": set(),
+    "common": set(),
     "compat": set(),
     "config": set(),
-    "failures": set(),
-    "files": set(),
-    "meeting": set(),
-    "meshes": set(),
-    "streams": set(),
     "codec": set(),
-    "comm": {"codec"},
-    "fsdp": {"codec", "comm"},
-    "simulation": {"codec", "comm"},
-    "sparsity": {"codec"},
-    "optim": {"sparsity"},
+    "ops": {"codec"},
+    "comm": {"codec", "ops"},
+    "fsdp": {"codec", "comm", "ops"},
+    "simulation": {"codec", "comm", "ops"},
+    "sparsity": {"ops"},
+    "methods": {"checkpoint", "sparsity"},
+    "optim": {"methods"},
     "models": set(),
     "data": set(),
     "checkpoint": set(),
     "export": {"checkpoint", "data", "models", "sparsity"},
-    "metrics": set(),
+    "report": {"sparsity"},
+    # "" is `qsdp` itself, whose public names load what they need.
+    "train": {
+        *("checkpoint", "codec", "comm", "data", "export", "methods", "models", "ops"),
+        *("report", "sparsity", ""),
+    },
+    "commands": {"codec", "comm", "data", "export", "models", "ops", "sparsity", "train", ""},
+    # Rooms to come.
+    "integrations": {"fsdp", "methods", "export", ""},
+    "oneshot": {"checkpoint", "ops", "sparsity"},
+    "fisher": {"sparsity"},
+    "structured": {"models", "sparsity"},
+    "distill": {"models"},
+    "layers": {"codec", "ops"},
+    "adversary": set(),
 }
-FOR_ANYONE = {
-    *("bitmask", "checksum", "compat", "config", "failures", "files"),
-    *("meeting", "meshes", "streams"),
-}
-# These stand above all others: the job, and the public interface.
-ABOVE_ALL = {"train", "__init__"}
+FOR_ANYONE = {"common", "compat", "config"}
+# The public interface.
+ABOVE_ALL = {"__init__"}
+
+# Rooms that hold one file for each of their kind.
+ONE_IN_EACH = {"__init__", "config", "flags", "optimizer", "registry", "report", "schedule"}
 
 
-def part_of(path: Path, package: Path) -> str:
-    """The part of qsdp that a file belongs to: `codec` for qsdp/ops/reference/codec.py."""
+def room_of(path: Path, package: Path) -> str:
+    """The room that a file is in: `codec` for qsdp/codec/payload.py."""
     return path.relative_to(package).with_suffix("").parts[0]
 
 
-def imported_modules(tree: ast.AST, module: tuple[str, ...], is_package: bool) -> Iterator[str]:
+def module_of(path: Path, package: Path) -> str:
+    parts = (package.name, *path.relative_to(package).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
     """Every module or `module.name` that a file imports, anywhere in it, as an absolute name."""
+    own = module.split(".")
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parents = len(module) - node.level + is_package
-            base = list(module[:parents]) if node.level else []
+            base = own[: len(own) - node.level + is_package] if node.level else []
             base += node.module.split(".") if node.module else []
             yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
-def arrows(path: Path, package: Path) -> Iterator[tuple[str, str]]:
-    """(importing part, imported part) for every import of qsdp in a file; '' is qsdp itself."""
-    module = (package.name, *path.relative_to(package).with_suffix("").parts)
-    is_package = module[-1] == "__init__"
-    module = module[:-1] if is_package else module
-    parts = {entry.stem for entry in package.iterdir()}
-    for name in imported_modules(ast.parse(path.read_text()), module, is_package):
-        head, _, rest = name.partition(".")
-        if head == package.name:
-            target = rest.split(".")[0]
-            yield part_of(path, package), target if target in parts else ""
+def imports_of(path: Path, package: Path) -> Iterator[str]:
+    module, is_package = module_of(path, package), path.stem == "__init__"
+    yield from imported_modules(ast.parse(path.read_text()), module, is_package)
 
 
 def wrong_arrows(package: Path) -> list[str]:
+    rooms = {entry.stem for entry in package.iterdir()}
     wrong = []
     for path in sorted(package.rglob("*.py")):
-        for source, target in arrows(path, package):
-            allowed = MAY_IMPORT.get(source, set()) | FOR_ANYONE | {source}
-            if source not in ABOVE_ALL and target not in allowed:
+        source = room_of(path, package)
+        allowed = MAY_IMPORT.get(source, set()) | FOR_ANYONE | {source}
+        for name in imports_of(path, package):
+            head, _, rest = name.partition(".")
+            target = rest.split(".")[0] if rest.split(".")[0] in rooms else ""
+            if head == package.name and source not in ABOVE_ALL and target not in allowed:
                 wrong.append(f"{path.relative_to(package)}: {source} imports {target or 'qsdp'}")
     return wrong
+
+
+def circle(package: Path) -> list[str]:
+    """Files that import each other in a ring, the first of which is named again at its end. A
+    package stands for its own `__init__`; what is imported inside a function counts."""
+    modules = {module_of(path, package): path for path in package.rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        graph[module] = {_file(name, modules) for name in imports_of(path, package)} - {module, ""}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def _file(name: str, modules: Mapping[str, Path]) -> str:
+    """The module that an imported name is, or lies in; "" for one of others."""
+    parent = name.rpartition(".")[0]
+    return next((each for each in (name, parent) if each in modules), "")
+
+
+def twice(names: Iterable[str]) -> list[str]:
+    return sorted(name for name, num in Counter(names).items() if num > 1)
 
 
 def is_private(name: str) -> bool:
@@ -128,10 +166,21 @@ def test_imports_go_one_way() -> None:
     assert wrong_arrows(PACKAGE) == []
 
 
-def test_every_part_of_the_package_has_its_place_in_the_rule() -> None:
+def test_no_files_import_each_other() -> None:
+    assert circle(PACKAGE) == []
+
+
+def test_every_room_has_its_place_in_the_rule() -> None:
     files = list(PACKAGE.rglob("*.py"))
     assert files
-    assert {part_of(path, PACKAGE) for path in files} <= MAY_IMPORT.keys() | ABOVE_ALL
+    assert {room_of(path, PACKAGE) for path in files} <= MAY_IMPORT.keys() | ABOVE_ALL
+
+
+def test_a_name_leads_to_one_file() -> None:
+    for tree, allowed in (("qsdp", ONE_IN_EACH), ("benchmarks", {"__init__"})):
+        names = [path.stem for path in (ROOT / tree).rglob("*.py")]
+        assert names
+        assert set(twice(names)) <= allowed, tree
 
 
 def test_only_compat_knows_private_torch_names() -> None:
@@ -139,10 +188,22 @@ def test_only_compat_knows_private_torch_names() -> None:
     found = {
         f"{path.relative_to(ROOT)}: {name}"
         for path in files
-        if path != PACKAGE / "compat.py"
+        if PACKAGE / "compat" not in (path.with_suffix(""), path.parent)
         for name in private_torch_names(ast.parse(path.read_text()))
     }
     assert sorted(found) == []
+
+
+def make_package(tmp_path: Path, **files: str) -> Path:
+    """A package of rooms, with these files: `comm_group_plan` is comm/group_plan.py."""
+    package = tmp_path / "qsdp"
+    for room in ("codec", "comm", "fsdp", "methods"):
+        (package / room).mkdir(parents=True, exist_ok=True)
+        (package / room / "__init__.py").touch()
+    for name, text in files.items():
+        room, _, stem = name.partition("_")
+        (package / room / f"{stem}.py").write_text(text)
+    return package
 
 
 @pytest.mark.parametrize(
@@ -156,17 +217,37 @@ def test_only_compat_knows_private_torch_names() -> None:
         "def later():\n    from qsdp.fsdp import hooks",
         "import qsdp",
         "from qsdp import install",
-        "from qsdp.methods.cram import optimizer as cram",
+        "from qsdp.methods import cram",
     ],
 )
 def test_an_arrow_that_goes_back_is_seen(tmp_path: Path, line: str) -> None:
-    package = tmp_path / "qsdp"
-    for part in ("codec", "comm", "fsdp", "optim"):
-        (package / part).mkdir(parents=True)
-    (package / "comm" / "plan.py").write_text("from ..codec import ops\nfrom . import gather\n")
-    assert wrong_arrows(package) == []
-    (package / "comm" / "plan.py").write_text(line)
-    assert len(wrong_arrows(package)) == 1
+    right = "from ..codec import payload\nfrom . import all_gather\n"
+    assert wrong_arrows(make_package(tmp_path, comm_group_plan=right)) == []
+    assert len(wrong_arrows(make_package(tmp_path, comm_group_plan=line))) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from qsdp.comm import clock",
+        "from qsdp.comm.clock import Clock",
+        "import qsdp.comm.clock",
+        "from . import clock",
+        "def later():\n    from .clock import Clock",
+    ],
+)
+def test_a_circle_between_files_is_seen(tmp_path: Path, line: str) -> None:
+    one_way = make_package(tmp_path, comm_clock="from qsdp.comm import wire", comm_wire="")
+    assert circle(one_way) == []
+    both = make_package(tmp_path, comm_clock="from qsdp.comm import wire", comm_wire=line)
+    assert set(circle(both)) == {"qsdp.comm.clock", "qsdp.comm.wire"}
+
+
+def test_a_circle_through_a_room_is_seen(tmp_path: Path) -> None:
+    package = make_package(tmp_path, comm_clock="from qsdp.comm import start")
+    assert circle(package) == []
+    (package / "comm" / "__init__.py").write_text("from qsdp.comm.clock import start")
+    assert set(circle(package)) == {"qsdp.comm", "qsdp.comm.clock"}
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from qsdp.models.huggingface.config import config_from_huggingface
 from qsdp.models.huggingface.weights import (
     export_huggingface,
     load_huggingface,
     load_huggingface_weights,
 )
-from safetensors.torch import load_file, save_file
-
 from tests.support.huggingface_models import our_model, their_model
 
 

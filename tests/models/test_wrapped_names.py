@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from qsdp.models.huggingface.weights import export_huggingface, load_huggingface_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -30,6 +29,7 @@ from qsdp.methods.sam.optimizer import SAM
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.models.gpt2.model import GPT
+from qsdp.models.huggingface.weights import export_huggingface, load_huggingface_weights
 from qsdp.sparsity.compression import compressed
 from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.sparsity.target import Compression

@@ -85,9 +85,9 @@ def test_a_tensor_on_a_gpu_is_refused_where_its_kernels_are_required_but_absent(
 ) -> None:
     # A process of its own: what is registered at import stays.
     code = (
-        "import torch; from qsdp.ops import native; "
+        "import torch; from qsdp.ops.schema import KERNELS; "
         "has = torch._C._dispatch_has_kernel_for_dispatch_key; "
-        "print([has('qsdp::' + name, 'CUDA') for name in native._KERNELS])"
+        "print([has('qsdp::' + name, 'CUDA') for name in KERNELS])"
     )
     command = [sys.executable, "-c", code]
     env = os.environ | {"QSDP_REQUIRE_NATIVE": required}

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from qsdp import checkpoint
-from qsdp.commands import train
+from qsdp.commands import exit, train
 from qsdp.common.streams import forgiving_output
 from qsdp.report import metrics_lines as metrics_lines
 from qsdp.report.metrics import MetricsWriter
+from qsdp.train.job import STEP_METRICS
 from qsdp.train.loop import WIRE_METRICS, train_step
-from qsdp.train.setup import STEP_METRICS
 from tests.support.bad_inputs import TEXT
 from tests.support.command_line import small_run
 from tests.support.file_operations import refusing
@@ -336,7 +336,7 @@ def ended_with(name: str, work: Callable[[], None], monkeypatch: pytest.MonkeyPa
     ended: list[int] = []
 
     def command() -> None:
-        with train.one_sentence_at_the_end("nothing is lost"):
+        with exit.one_sentence_at_the_end("nothing is lost"):
             work()
 
     with monkeypatch.context() as patch:
@@ -345,7 +345,7 @@ def ended_with(name: str, work: Callable[[], None], monkeypatch: pytest.MonkeyPa
         patch.setattr(sys, "stderr", STREAMS[name]())
         streams = sys.stdout, sys.stderr
         with pytest.raises(SystemExit):  # where `os._exit` does not end it
-            train.run(command)
+            exit.run(command)
         assert (sys.stdout, sys.stderr) == streams
         for stream in filter(None, streams):
             stream.close()  # what is left goes nowhere, without an error

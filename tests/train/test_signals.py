@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from qsdp import checkpoint
 from qsdp.commands import exit
-from qsdp.commands import train as cli
 from qsdp.commands.exit import leave
 from qsdp.commands.train import main
 from qsdp.common.errors import UserError
@@ -181,7 +180,7 @@ def test_what_comes_after_a_run_that_was_told_does_not_end_the_process(
     monkeypatch.setattr("os._exit", end)
     try:
         with pytest.raises(SystemExit):
-            cli.run(command)
+            exit.run(command)
     finally:
         for number, handler in zip(SIGNALS, before, strict=True):
             signal.signal(number, handler)

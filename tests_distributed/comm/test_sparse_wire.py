@@ -158,7 +158,7 @@ def test_a_lifted_support_leaves_no_trace_but_its_masks(run: Run) -> None:
 
 
 def _bytes_of_masks() -> tuple[int, int, int]:
-    """Of all sides together, of the weights of all ranks' shards at a bit each, and sides."""
+    """Of all layouts together, of the weights of all ranks' shards at a bit each, and layouts."""
     model = shard(make_model(width=64, hidden=64))
     handle = qsdp.install(model, qsdp.QSDPConfig(gather="once"))
     masks, num_bytes = {}, 0
@@ -170,13 +170,13 @@ def _bytes_of_masks() -> tuple[int, int, int]:
     handle.set_support(masks)  # type: ignore[arg-type]
     for step in range(2):
         model(*make_batch(model, step)).backward()
-    sides: Any = [side for plan in handle._plans for side in plan._sides.values() if side.is_sparse]
-    storages = [side._bitmaps.untyped_storage() for side in sides]
+    layouts: Any = [x for plan in handle._plans for x in plan._layouts.values() if x.is_sparse]
+    storages = [layout._bitmaps.untyped_storage() for layout in layouts]
     held = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(held.values()), num_bytes, len(sides)
+    return sum(held.values()), num_bytes, len(layouts)
 
 
 def test_masks_of_all_ranks_take_one_bit_a_weight(run: Run) -> None:
-    for held, num_bytes, num_sides in run(2, _bytes_of_masks):
-        assert num_sides > 5
+    for held, num_bytes, num_layouts in run(2, _bytes_of_masks):
+        assert num_layouts > 5
         assert num_bytes <= held < 1.01 * num_bytes

@@ -116,14 +116,14 @@ def test_a_mistake_of_one_rank_or_of_all_ends_a_launch_soon_with_one_sentence(
     program = tmp_path / "mistaken.py"
     program.write_text(
         "import os\n"
-        "from qsdp.commands import train as cli, exit as errors\n"
+        "from qsdp.commands import exit, train\n"
         "data = os.path.dirname(__file__)\n"
-        f"errors._PATIENCE_S = {patience.seconds()}\n"
+        f"exit._PATIENCE_S = {patience.seconds()}\n"
         "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "    errors._PATIENCE_S = 1.0\n"
+        "    exit._PATIENCE_S = 1.0\n"
         "    data = 'stdlib' if os.environ['RANK'] == '0' else 'missing.txt'\n"
         "out = os.path.join(os.path.dirname(__file__), 'out')\n"
-        "cli.run(lambda: cli.main(['--data', data, '--out', out]))\n"
+        "exit.run(lambda: train.main(['--data', data, '--out', out]))\n"
     )
     job = start(program=str(program), launcher=("--standalone", "--max-restarts", "1"))
     assert job.wait() == 1

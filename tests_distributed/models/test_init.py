@@ -8,11 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from qsdp.models.huggingface.weights import (
-    export_huggingface,
-    load_huggingface,
-    load_huggingface_weights,
-)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,6 +18,11 @@ from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.generate import generate
 from qsdp.models.gpt2.init import init_weights
 from qsdp.models.gpt2.model import GPT
+from qsdp.models.huggingface.weights import (
+    export_huggingface,
+    load_huggingface,
+    load_huggingface_weights,
+)
 from tests_distributed.support.helpers import full_grads, full_state, shard
 from tests_distributed.support.running import Run
 

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import qsdp
+from qsdp import ops
 from qsdp.sparsity.local_shards import local_shard
 from tests_distributed.support.helpers import all_ranks, wire_config
 
@@ -207,7 +208,6 @@ def trained_in_order(case: Case, device: str) -> list[Tensor]:
 
         return call
 
-    ops = torch.ops.qsdp
     with (
         mock.patch.object(ops, "encode", in_order(ops.encode)),
         mock.patch.object(ops, "decode", in_order(ops.decode)),
@@ -229,7 +229,6 @@ def delayed(seed: int, step: int) -> Iterator[None]:
 
         return call
 
-    ops = torch.ops.qsdp
     with (
         mock.patch.object(ops, "encode", late(ops.encode)),
         mock.patch.object(ops, "decode", late(ops.decode)),

@@ -24,8 +24,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from qsdp.commands import evaluate as evaluate_cli
-from qsdp.commands import exit
+from qsdp.commands import evaluate, exit
 from qsdp.commands.train import main
 from qsdp.report.metrics import MetricsWriter
 from qsdp.train import finish, loop, validate, world
@@ -245,7 +244,7 @@ def _run(store: str, rank: int, size: int, work: _Work) -> list[object]:
 def _status(flags: list[str]) -> object:
     try:
         if flags[:1] == ["evaluate"]:
-            evaluate_cli.main(flags[1:])
+            evaluate.main(flags[1:])
         else:
             main(flags)
     except SystemExit as stop:

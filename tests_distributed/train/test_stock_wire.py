@@ -19,8 +19,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultReduceScatter,
 )
 
-from qsdp import train
 from qsdp.sparsity.target import Compression
+from qsdp.train import validate
 from qsdp.train.config import TrainConfig
 from qsdp.train.loop import train_step
 from qsdp.train.setup import set_up
@@ -106,7 +106,7 @@ def compare_steps(folder: Path, options: dict[str, Any], held: ExitStack) -> Non
     step()
     evaluate(lambda: job.evaluator.one_shot(), num_thresholds=4)
     # Nothing is gathered again from token to token.
-    with mock.patch.object(train.evaluate, "_SAMPLE_TOKENS", 10):
+    with mock.patch.object(validate, "_SAMPLE_TOKENS", 10):
         assert evaluate(lambda: job.evaluator.sample()) < once
     step()
 
