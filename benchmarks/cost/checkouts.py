@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15, help="for each of the two")
     parser.add_argument("--steps", type=int, default=10, help="a round")
-    parser.add_argument("--preset", default="nano", help="the model; see qsdp.models.gpt2.model")
+    parser.add_argument(
+        "--preset", default="nano", help="the model; see qsdp/models/gpt2/config.py"
+    )
     parser.add_argument("--method", choices=["AdamW", "CrAM"], default="AdamW")
     parser.add_argument("--gather", choices=["twice", "once"], default="twice")
     parser.add_argument("--frozen", action="store_true", help="train the table of positions alone")
@@ -120,7 +122,12 @@ def serve(arguments: argparse.Namespace) -> None:
     from torch.distributed.fsdp import fully_shard
 
     import qsdp
-    from qsdp.models.gpt2 import model as gpt
+
+    try:
+        from qsdp.models.gpt2.config import GPTConfig
+        from qsdp.models.gpt2.model import GPT
+    except ModuleNotFoundError:  # a checkout of before these files were
+        from qsdp.models import GPT, GPTConfig
 
     assert Path(qsdp.__file__).is_relative_to(arguments.other), "not the checkout to be measured"
     torch.set_num_threads(1)
@@ -131,8 +138,8 @@ def serve(arguments: argparse.Namespace) -> None:
         world_size=arguments.ranks,
     )
     torch.manual_seed(0)
-    config = gpt.GPTConfig.from_preset(arguments.preset, vocab_size=256)
-    model = gpt.GPT(config)
+    config = GPTConfig.from_preset(arguments.preset, vocab_size=256)
+    model = GPT(config)
     if arguments.frozen:
         model.requires_grad_(False)
         model.position.requires_grad_(True)

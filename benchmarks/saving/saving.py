@@ -57,7 +57,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="mini", help="preset of qsdp.models.GPTConfig")
+    parser.add_argument(
+        "--model", default="mini", help="preset of GPTConfig, models/gpt2/config.py"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="saves of each kind")
     parser.add_argument("--tokens", type=int, default=128, help="a rank and step, at least 2")
     parser.add_argument("--threads", type=int, default=1, help="of torch, a rank")

@@ -182,7 +182,7 @@ class Handle:
 
         A collective where masks are given, one bit a weight: all ranks give them for the same
         parameters. Pruned weights arrive as +0.0 and so do their gradients.
-        The optimizers of `qsdp.optim` call it where they are told to: `share_support`.
+        The optimizers of `qsdp.methods` call it where they are told to: `share_support`.
 
         Args:
             masks: by parameter (this rank's DTensor) a bool mask of its local shape, True where a
