@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from qsdp import compat
 from qsdp.codec.payload import Status
@@ -25,7 +23,8 @@ from qsdp.comm.reduce_scatter import Hop, hops_of, reduce
 from qsdp.comm.scratch import allocate, reads_on_this_stream
 from qsdp.comm.wire_state import Wire
 from qsdp.common.checksum import checksum
-from qsdp.common.failures import listed
+from qsdp.fsdp.deferred_average import DeferredAverage
+from qsdp.fsdp.grad_recorder import GradRecorder
 from qsdp.fsdp.passes import Passes
 
 
@@ -213,7 +212,7 @@ class ReduceScatter(_Comm):
         # Replicas are not there while their average is put off.
         self._consents = {True: Consensus(plan, replicas), False: Consensus(plan, None)}
         self._reduced: tuple[Places, int] | None = None
-        self._put_off: PutOff | None = None
+        self._deferred = DeferredAverage(plan, group)
 
     def __call__(
         self,
@@ -289,9 +288,10 @@ class ReduceScatter(_Comm):
         plan, wire, group = self._plan, self._wire, self._group
         # FSDP2 reduced it on another stream, and drops it where gradients have another type.
         reads_on_this_stream(reduce_output)
-        self._add_put_off(with_grad, reduce_output)
+        tell = partial(self._tell_replicas, with_grad, reduce_output)
+        self._deferred.add_to(reduce_output, with_grad, tell)
         if not group.all_reduces:
-            self._put_off_average(with_grad, reduce_output)
+            self._deferred.defer(reduce_output, with_grad)
             return
         divisor = 1 if group.has_divisor else self._replicas.size()
         try:
@@ -299,143 +299,9 @@ class ReduceScatter(_Comm):
         except SetsDiffer:
             self._consents[True].refuse(with_grad, plan.group, reduce_output.device)
 
-    def _add_put_off(self, places: Places, reduced: Tensor) -> None:
-        """Add to ``reduced`` the sums whose average was put off, if there are any."""
-        put_off, self._put_off = self._put_off, None
-        waiting = self._group.put_off
-        if put_off is None or (waiting is None and put_off.number != compat.backward_number()):
-            return  # the pass was cut short, or FSDP2 told to forget it
-        if places != put_off.places:
-            plan = self._plan
-            if self._group.all_reduces:  # replicas wait
-                layout = plan.reduce(places, reduced.dtype, self._wire.least_bits)
-                step, device = self._wire.clock.step, reduced.device
-                with suppress(RuntimeError):
-                    self._consents[True].tell_replicas(layout, step, device, Status.FAILED)
-            odd = sorted(set(places) ^ set(put_off.places))
-            raise RuntimeError(
-                f"{listed([plan.names[i] for i in odd])} had a gradient in some of the backward "
-                "passes since set_requires_all_reduce(False), but not in all: use the same "
-                "parameters in each, or call set_reduce_scatter_unused_params(True) (torch 2.13)"
-            )
-        reduced += put_off.total
-
-    def _put_off_average(self, places: Places, reduced: Tensor) -> None:
-        """Let ``reduced`` wait, and FSDP2 add zeros to the gradients in its place."""
-        plan, group = self._plan, self._group
-        if not compat.in_backward():
-            raise RuntimeError(
-                f"the group of {plan.name} is reduced outside a backward pass, where replicate_mesh"
-                " cannot put the average off: leave set_requires_all_reduce(True), or shard over "
-                "a 2-D mesh in place of replicate_mesh"
-            )
-        parameters = group.sharded_parameters()
-        without = [parameters[i] for i in places if parameters[i].grad is None]
-        total = reduced.clone()
-        self._put_off = PutOff(places, total, compat.backward_number())
-        reduced.zero_()
-
-        def leave() -> None:
-            group.set_put_off(total)
-            for parameter in without:
-                parameter.grad = None
-
-        compat.after_backward(leave)
-
-
-class PutOff(NamedTuple):
-    """Sums of gradients over the shard group that wait for their average over replicas."""
-
-    places: Places
-    """Of the parameters."""
-    total: Tensor
-    number: int
-    """Of the backward pass that they are from."""
-
-
-class GradRecorder:
-    """Records which parameters of a group got a gradient since its last reduce.
-
-    FSDP2's reduce buffer holds only those, without names, and a size can be ambiguous. So each
-    parameter says so itself, by a hook on the tensor that autograd accumulates into. That tensor is
-    made by the group's first gather, and stays: it is looked for at the forward of the group's
-    modules, and until it is there at every later gather of any group, for modules that are entered
-    through a method of their own. Frozen parameters are watched too: they may be trained later.
-
-    [Note: Hooks] torch keeps a tensor's hooks in C++, where Python's collector does not look: one
-    that leads back to its tensor, over whatever it holds, keeps all of that for ever. So a hook on
-    a tensor holds only what it writes to, and one on a module holds its owner weakly.
-    """
-
-    def __init__(self, plan: Plan, group: compat.ParameterGroup) -> None:
-        self._plan, self._group = plan, group
-        self._padded = [p.padded_numel(plan.world_size) for p in plan.parameters]
-        self._got_grad: set[int] = set()
-        self._watched: set[int] = set()
-        # A block's compiler shall not look inside: what the hook finds changes from step to step.
-        hook = torch.compiler.disable(partial(_watch, weakref.ref(self)))
-        self._handles: list[RemovableHandle] = [
-            module.register_forward_pre_hook(hook) for module in group.modules
-        ]
-
-    def take(self, numel: int) -> tuple[int, ...]:
-        """Places of the parameters in a reduce buffer of ``numel`` values a rank.
-
-        Raises RuntimeError when what was recorded does not fill the buffer.
-        """
-        # Asked anew: parameters may be frozen, or trained, at any time after install.
-        tensors = self._group.unsharded_parameters()
-        trainable = tuple(i for i, t in enumerate(tensors) if t is not None and t.requires_grad)
-        found = trainable if self._group.reduces_unused else tuple(sorted(self._got_grad))
-        if numel != self._numel(found) and numel == self._numel(trainable):
-            # Nothing was watched yet. A full buffer is unambiguous all the same, since every strict
-            # subset is smaller.
-            found = trainable
-        if numel != self._numel(found):
-            names = [self._plan.parameters[i].name for i in found]
-            raise RuntimeError(
-                f"FSDP2 reduces {numel} values a rank for the group of {self._plan.name}, but "
-                f"{self._numel(found)} belong to the parameters seen to get a gradient "
-                f"({', '.join(names) or 'none'}): call its module through forward(), and let "
-                "autograd bring its gradients, since qsdp does not see those that are set by hand"
-            )
-        self._got_grad.clear()
-        return found
-
-    def watch(self) -> bool:
-        """Hook on to the tensors that have come into being. Returns whether all have by now."""
-        num_parameters = len(self._plan.parameters)
-        if len(self._watched) < num_parameters:
-            for i, tensor in enumerate(self._group.unsharded_parameters()):
-                if tensor is not None and i not in self._watched:
-                    self._watched.add(i)
-                    self._hook_on(tensor, partial(_record, self._got_grad, i))
-        return len(self._watched) == num_parameters
-
-    def forget_what_was_dropped(self) -> None:
-        """Keep only records of gradients that still wait: a backward may have been cut short."""
-        self._got_grad &= self._group.pending_gradients()
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _hook_on(self, tensor: Tensor, hook: Callable[[Tensor], None]) -> None:
-        if not tensor.is_floating_point() or tensor.is_inference():  # no gradient will ever come
-            return
-        is_trained = tensor.requires_grad
-        tensor.requires_grad_(True)  # torch hooks on to no other
-        self._handles.append(tensor.register_post_accumulate_grad_hook(hook))
-        tensor.requires_grad_(is_trained)
-
-    def _numel(self, places: Sequence[int]) -> int:
-        return sum(self._padded[i] for i in places)
-
-
-def _watch(recorder: weakref.ref[GradRecorder], *_: object) -> None:
-    if (found := recorder()) is not None:
-        found.watch()
-
-
-def _record(got_grad: set[int], place: int, _: Tensor) -> None:
-    got_grad.add(place)
+    def _tell_replicas(self, places: Places, reduced: Tensor) -> None:
+        """Tell the replicas, which wait for the average of ``reduced``, that it will not come."""
+        layout = self._plan.reduce(places, reduced.dtype, self._wire.least_bits)
+        step, device = self._wire.clock.step, reduced.device
+        with suppress(RuntimeError):
+            self._consents[True].tell_replicas(layout, step, device, Status.FAILED)
