@@ -254,8 +254,8 @@ class Handle:
         self._check_installed()
         self._passes.settle_what_was_cut_short()
         facts = {
-            **self._facts_of_step(),
-            **self._passes.facts(range(len(self._plans))),
+            **self._passes.facts.of_step(),
+            **self._passes.facts.of_payloads(range(len(self._plans))),
             "measured gradients": self._grad_meter is not None,
         }
         self._meet("handle.errors", facts)
@@ -283,7 +283,7 @@ class Handle:
         self._check_installed()
         self._passes.settle_what_was_cut_short()
         if self.config.budget is not None or self.config.levels == "learned":
-            self._meet("handle.state_dict", self._facts_of_step())
+            self._meet("handle.state_dict", self._passes.facts.of_step())
         return self._wire.clock.state_dict() | self._adaptation.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -354,19 +354,11 @@ class Handle:
         for hops in self._hops.values():
             hops.close()
 
-    def _facts_of_step(self) -> dict[str, object]:
-        """What the ranks have come to."""
-        return {
-            "step": self._wire.clock.next_step,
-            "bits and levels": self._adaptation.mark,
-            "due before it": self._adaptation.due or "nothing",
-        }
-
     def _meet(self, call: str, facts: Mapping[str, object]) -> None:
         """Make sure that all ranks are at ``call``, or that the replicas of those that are not hear
         of it in their passes."""
         own, others = self._meets[: self._num_shard_groups], self._meets[self._num_shard_groups :]
-        with self._passes.mistakes_reach_replicas():
+        with self._passes.meetings.mistakes_reach_replicas():
             meet(call, facts, own)
         meet(call, facts, others)
 

@@ -121,7 +121,7 @@ class AllGather(_Comm):
         gathering = Gathering(plan, layout, input_tensor, wire, buffer, async_op=is_async)
 
         def finish() -> None:
-            with nullcontext() if in_backward else self.passes.mistakes_reach_replicas():
+            with nullcontext() if in_backward else self.passes.meetings.mistakes_reach_replicas():
                 payloads = gathering.finish()
             self._decode(payloads, output_tensor)
             if keeps:
@@ -251,11 +251,11 @@ class ReduceScatter(_Comm):
         may_others_be_late = (
             self._replicas is None
             and self._group.only_views(output_tensor)
-            and self._passes.may_be_late(plan)
+            and self._passes.meetings.may_be_late(plan)
         )
         is_late = may_others_be_late and self._group.may_fill_later(with_grad)
         if may_others_be_late:
-            self._passes.end_late()
+            self._passes.backward.end_late()
         try:
             consent.settle(with_grad, group, hops, step, device, averaged)
             own = hops(with_grad)

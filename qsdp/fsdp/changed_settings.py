@@ -1,0 +1,59 @@
+"""What a user told FSDP2 after `qsdp.install` that would take a group off the wire."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from qsdp import compat
+from qsdp.comm.group_plan import Plan
+from qsdp.common.failures import listed
+
+_HOOK = "set_all_reduce_hook"
+_SETTERS = (
+    "set_custom_all_gather",
+    "set_custom_reduce_scatter",
+    "set_force_sum_reduction_for_comms(False)",
+    _HOOK,
+)
+
+
+def mistake(
+    plan: Plan,
+    group: compat.ParameterGroup,
+    installed: Sequence[Any],
+    *,
+    averages: bool,
+    in_backward: bool,
+) -> str:
+    """What takes ``group`` off the wire, or its gradients to other sums, in one sentence; nothing:
+    an empty text.
+
+    Args:
+        plan: Of the group.
+        group: As FSDP2 has it now.
+        installed: Its `comms` as install has set them.
+        averages: Whether qsdp averages over replicas.
+        in_backward: Whether it is about to be reduced.
+    """
+    kept = zip(_SETTERS, group.comms(), installed, strict=False)
+    changed = [setter for setter, now, then in kept if now is not then]
+    if not averages and _HOOK in changed:
+        changed.remove(_HOOK)  # it is the user's
+    if changed:
+        return (
+            f"{changed[0]} was called on the group of {plan.name} after qsdp.install, which "
+            "needs that for the wire: leave it out, or call handle.remove() first"
+        )
+    if plan.hops is not None and group.reduces_apart:
+        return (
+            f"set_separate_reduce_scatter_group was called on the group of {plan.name}, which "
+            "reduces in two hops, over process groups of qsdp's own: leave it out, or take "
+            'QSDPConfig(reduce="flat")'
+        )
+    puts_off = in_backward and averages and group.reduces and not group.all_reduces
+    if puts_off and (hooked := group.parameters_with_hooks()):
+        return (
+            f"{listed([plan.names[i] for i in sorted(hooked)])} has a hook on its gradient, "
+            "which would find zeros while set_requires_all_reduce(False) puts the average over "
+            "replicate_mesh off: remove the hook, or leave set_requires_all_reduce(True)"
+        )
+    return ""

@@ -1,0 +1,117 @@
+"""What the collectives of a pass depend on, in words that ranks compare before they enter them."""
+
+from collections.abc import Sequence
+
+from qsdp import compat
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.wire_state import Wire
+from qsdp.fsdp.adapt import Adaptation
+
+
+class Facts:
+    """The facts of one handle's model as they are now, by what they are called: [Note: Meeting].
+
+    Args:
+        plans, groups: Of the handle's groups; members are places in these.
+        wire: What they share.
+        adaptation: Of bits and levels.
+        averages: Whether qsdp averages over replicas.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        groups: Sequence[compat.ParameterGroup],
+        wire: Wire,
+        adaptation: Adaptation,
+        *,
+        averages: bool,
+    ) -> None:
+        self._plans, self._groups = plans, groups
+        self._wire, self._adaptation, self._averages = wire, adaptation, averages
+        self._indices = {id(group.state): i for i, group in enumerate(groups)}
+
+    def is_replicated(self, group: compat.ParameterGroup) -> bool:
+        """Whether gradients of ``group`` are averaged over replicas, qsdp's or FSDP2's."""
+        return self._averages or group.replicas > 1
+
+    def of_step(self) -> dict[str, object]:
+        """What the ranks have come to, between two passes."""
+        return {
+            "step": self._wire.clock.next_step,
+            "bits and levels": self._adaptation.mark,
+            "due before it": self._adaptation.due or "nothing",
+        }
+
+    def of_payloads(self, members: Sequence[int]) -> dict[str, object]:
+        """What payloads of ``members`` depend on, in both directions."""
+        wire = self._wire
+        return {
+            "weights": "exact" if wire.is_exact else "quantized",
+            "bits and levels": self._adaptation.mark,
+            "the seed": wire.clock.seed,
+            "masks": f"of call {wire.support} of set_support" if wire.support else "lifted",
+            "frozen parameters": tuple(
+                name
+                for i in members
+                for name, is_trained in zip(
+                    self._plans[i].names, self._groups[i].requires_grad(), strict=True
+                )
+                if not is_trained
+            ),
+        }
+
+    def of_forward(self, first: Plan, members: Sequence[int], grad_mode: str) -> dict[str, object]:
+        """What the gathers of ``members`` in a forward pass depend on, but for the step."""
+        return {
+            "the first group": first.name,
+            "gradients": grad_mode,
+            **self.of_payloads(members),
+            **self._settings(members, is_forward=True),
+            "due before it": self._adaptation.due or "nothing",
+        }
+
+    def of_backward(self, members: Sequence[int]) -> dict[str, object]:
+        """What the collectives of ``members`` in a backward pass depend on."""
+        step = {"step": self._wire.clock.step}
+        return {**step, **self.of_payloads(members), **self._settings(members, is_forward=False)}
+
+    def of_average(self) -> dict[str, object]:
+        """What the average over the replicas depends on."""
+        facts = self.of_backward(range(len(self._plans)))
+        own = ("step", "bits and levels", "the seed", "masks") if self._averages else ()
+        words = (*own, "frozen parameters", "groups that are not reduced")
+        return {each: facts[each] for each in (*words, "groups that are not averaged")}
+
+    def _settings(self, members: Sequence[int], *, is_forward: bool) -> dict[str, object]:
+        """What FSDP2 was told of ``members`` that decides which collectives there are in a pass,
+        and in which order."""
+        found: dict[str, list[str]] = {}
+        for plan, group in ((self._plans[i], self._groups[i]) for i in members):
+            if is_forward:
+                settings = {
+                    "groups that stay gathered for the backward": not group.reshards_after_forward,
+                    "groups that stay gathered after the backward": (
+                        not group.reshards_after_backward
+                    ),
+                }
+            else:
+                settings = {
+                    "groups that are not reduced": not group.reduces,
+                    "groups that are not averaged": (
+                        self.is_replicated(group) and not group.all_reduces
+                    ),
+                    "groups that are not gathered again": not group.gathers_in_backward,
+                    "gathered groups": group.is_gathered,
+                }
+            for words, is_so in settings.items():
+                found.setdefault(words, []).extend([plan.name] if is_so else [])
+            found.setdefault("groups that are gathered ahead", []).extend(
+                f"{self._name_of(state)} from {plan.name} on"
+                for state in group.prefetches[not is_forward]
+            )
+        return {words: tuple(groups) for words, groups in found.items()}
+
+    def _name_of(self, state: object) -> str:
+        place = self._indices.get(id(state))
+        return "another" if place is None else self._plans[place].name

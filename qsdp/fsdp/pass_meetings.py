@@ -1,0 +1,165 @@
+"""Where ranks meet in a pass, and what they tell each other there: edits, hooks and mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from qsdp import compat
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.wire_state import Wire
+from qsdp.common.failures import collective
+from qsdp.common.meeting import Meeting, meet, mistakes_shared
+from qsdp.fsdp.pass_facts import Facts
+
+FORWARD, BACKWARD = "a forward pass", "a backward pass"
+"""What the calls of these meetings are called."""
+
+
+class Cache(Protocol):
+    """What passes must know of the payloads of frozen parameters that a group keeps."""
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether there are any."""
+
+    def frozen_changed(self) -> bool:
+        """Whether this rank's shards are other ones than those that were sent."""
+
+    def forget_frozen(self) -> None:
+        """Send them anew with the next gather."""
+
+    def drop_stale(self, is_due: bool) -> None:
+        """Free gathered weights that are not made of the weights, bits and levels of now;
+        ``is_due``: also those that what is due before the next step would leave as they are."""
+
+
+class PassMeetings:
+    """The meetings of one handle's passes: [Note: Passes] says when there is one.
+
+    Args:
+        plans, groups: Of the handle's groups; members are places in these.
+        wire: What they share.
+        facts: What is compared.
+        replicas: The ranks that hold the same shards, where qsdp averages over them.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        groups: Sequence[compat.ParameterGroup],
+        wire: Wire,
+        facts: Facts,
+        replicas: dist.ProcessGroup | None,
+    ) -> None:
+        self._plans, self._groups, self._wire, self._facts = plans, groups, wire, facts
+        axes = {group.replica_group for group in groups} if replicas is None else {replicas}
+        # Elsewhere nobody would read what is said.
+        self._replicas = [
+            axis
+            for axis in (axes if len(axes) == 1 else ())
+            if axis is not None and compat.device_of(axis).type == "cpu"
+        ]
+        self._agreed: dict[tuple[int, ...], dict[str, object]] = {}
+        self._meeting: tuple[Meeting, Sequence[int], dist.ProcessGroup] | None = None
+        self._spoken_of: set[int] = set()
+        self._shown: set[int] = set()
+
+    def members(self, group: dist.ProcessGroup, places: Sequence[int]) -> list[int]:
+        """Those of ``places`` whose groups travel over ``group``."""
+        return [i for i in places if self._plans[i].group == group]
+
+    def mistakes_reach_replicas(self) -> AbstractContextManager[None]:
+        """Inside, outside a backward pass, a mistake also reaches the replicas that wait there."""
+        return mistakes_shared(BACKWARD, self._replicas)
+
+    def meet_for_a_forward(
+        self, first: Plan, members: list[int], grad_mode: str, caches: Sequence[Cache]
+    ) -> None:
+        """Agree on all that the gathers of ``members`` in a pass depend on, the ``first`` among
+        them; and let all forget frozen payloads that any rank has edited.
+
+        Args:
+            first: The plan that is gathered now.
+            members: Of all plans that are gathered in the pass.
+            grad_mode: Of autograd, in words.
+            caches: By plan.
+        """
+        wire, group = self._wire, first.group
+        facts = self._facts.of_forward(first, members, grad_mode)
+        has_news, is_needed = False, False
+        if wire.config.gather == "once":
+            kept = [i for i in members if caches[i].has_frozen]
+            evaluated = [i for i in members if not self._groups[i].modules[0].training]
+            facts["groups in eval mode"] = tuple(self._plans[i].name for i in evaluated)
+            facts["kept payloads"] = tuple(self._plans[i].name for i in kept)
+            changed = [] if wire.is_exact else [i for i in kept if caches[i].frozen_changed()]
+            has_news, is_needed = bool(changed), bool(kept)
+        # A GPU's stream is stopped only where something is to be heard.
+        is_read = is_needed or facts != self._agreed.get(tuple(members))
+        now = {"step": wire.clock.next_step, **facts}
+        if meet(FORWARD, now, [group], has_news=has_news, is_read=is_read):
+            edited = "frozen parameters that were edited"
+            for i in self._on_any_rank(changed, group, edited):
+                caches[i].forget_frozen()
+        self._agreed[tuple(members)] = facts
+
+    def new_backward(self) -> None:
+        """Take it that a backward pass begins: no meeting was on behalf of any group yet."""
+        self._spoken_of.clear()
+        self._shown.clear()
+
+    def begin_for_a_backward(self, group: dist.ProcessGroup, places: Sequence[int]) -> None:
+        """Begin a meeting of a backward pass on behalf of those of ``places`` that travel over
+        ``group``, beside what comes before its first collective."""
+        members = self.members(group, places)
+        self._spoken_of.update(members)
+        if compat.device_of(group).type == "cpu":  # else nobody would read what is said
+            facts = self._facts.of_backward(members)
+            shown = [i for i in members if self._is_shown(self._groups[i])]
+            meeting = Meeting(BACKWARD, facts, [group], has_news=bool(shown))
+            self._meeting = meeting, shown, group
+
+    def end(self) -> None:
+        """Wait for the meeting that has begun, if one has."""
+        begun, self._meeting = self._meeting, None
+        if begun is None:
+            return
+        meeting, shown, group = begun
+        with self.mistakes_reach_replicas():
+            if meeting.end():
+                hooked = "groups whose gradients have hooks"
+                self._shown.update(self._on_any_rank(shown, group, hooked))
+        averaged = (
+            g.reduces and g.all_reduces and self._facts.is_replicated(g) for g in self._groups
+        )
+        if self._replicas and any(averaged):
+            meet(BACKWARD, self._facts.of_average(), self._replicas)
+
+    def has_spoken_of(self, plan: Plan) -> bool:
+        """Whether a meeting of this backward pass was on behalf of ``plan``."""
+        return plan.index in self._spoken_of
+
+    def may_be_late(self, plan: Plan) -> bool:
+        """Whether no rank has a hook that is shown the gradients of ``plan`` in the middle of this
+        backward pass: an optimizer's would step with those that are to be refused."""
+        return plan.index not in self._shown
+
+    def _is_shown(self, group: compat.ParameterGroup) -> bool:
+        """Whether hooks keep its reduces from being left under way, which others could be."""
+        is_flat = not self._facts.is_replicated(group) and group.mesh.device_type == "cpu"
+        return is_flat and group.shows_gradients
+
+    def _on_any_rank(self, places: Sequence[int], group: dist.ProcessGroup, what: str) -> list[int]:
+        """The groups that are among ``places`` on some rank of ``group``."""
+        own = torch.zeros(len(self._plans), dtype=torch.uint8, device=compat.device_of(group))
+        own[list(places)] = 1
+        everyone = own.new_empty(group.size() * own.numel())
+        with collective(f"exchange of {what}"):
+            compat.all_gather(everyone, own, group)
+        found: list[int] = everyone.view(group.size(), -1).any(0).nonzero().squeeze(1).tolist()
+        return found
