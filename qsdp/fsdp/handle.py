@@ -3,162 +3,56 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from qsdp import compat
-from qsdp.comm.bit_budget import check_budget
-from qsdp.comm.level_fitting import Levels
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.support import exchange
-from qsdp.comm.topology import launched_ranks
-from qsdp.comm.traffic import Traffic
-from qsdp.comm.wire_state import Wire
 from qsdp.common.meeting import meet, mistakes_shared
-from qsdp.common.model_structure import embedding_names, tied_names
 from qsdp.config import QSDPConfig
-from qsdp.fsdp import agreement
-from qsdp.fsdp.adapt import Adaptation
+from qsdp.fsdp.build import Parts
 from qsdp.fsdp.handle_state import check_form
-from qsdp.fsdp.hooks import AllGather, GradRecorder, ReduceScatter
-from qsdp.fsdp.passes import Passes
-from qsdp.fsdp.planning import (
-    check_type,
-    make_hops,
-    make_plan,
-    make_topology,
-    refuse_own_comms,
-    replica_group,
-    split_into_nodes,
-)
-from qsdp.fsdp.report import Report, Row
-from qsdp.ops import native
+from qsdp.fsdp.remarks import remarks
+from qsdp.fsdp.report import Report, sharded_rows
+from qsdp.fsdp.support_masks import masks_by_place
 
 
 class Handle:
     """The quantized wire of one model. Made by `install`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: QSDPConfig,
-        groups: list[compat.ParameterGroup],
-        replicate_mesh: DeviceMesh | None,
-        node_mesh: DeviceMesh | None,
+        self, config: QSDPConfig, groups: Sequence[compat.ParameterGroup], parts: Parts
     ) -> None:
         self.config = config
-        self._groups = groups
-        self._device = torch.device(groups[0].mesh.device_type)
-        self._is_removed = False
-        self._averages = replicate_mesh is not None
-        _reshard(groups)
-        names = {p: name for name, p in compat.named_parameters(model).items()}
-        order = {name: i for i, name in enumerate(names.values())}
-        meshes = dict.fromkeys(group.mesh for group in groups)
-        everyone = [axis for mesh in meshes for axis in mesh.get_all_groups()]
-        # Before anything of replicate_mesh is used, which another rank may lack.
-        with mistakes_shared(agreement.CALL, everyone):
-            replicas = replica_group(groups, replicate_mesh)
-            check_type("node_mesh", node_mesh, DeviceMesh | None)
-            given = agreement.describe_meshes(replicate_mesh=replicate_mesh, node_mesh=node_mesh)
-        agreement.check(everyone, given)
-        everyone += [] if replicas is None else [replicas]
-        with mistakes_shared(agreement.CALL, everyone):
-            here = launched_ranks()
-        launched = agreement.by_rank(everyone, here)
-        with mistakes_shared(agreement.CALL, everyone):
-            check_type("config", config, QSDPConfig)
-            native.serving(self._device)  # raises where it is not as required
-            if any(isinstance(group.comms()[0], AllGather) for group in groups):
-                raise ValueError(
-                    f"qsdp is installed on this {type(model).__name__} already; call "
-                    "handle.remove() first"
-                )
-            refuse_own_comms(groups, replicas)
-            tied, tables = tied_names(model), embedding_names(model)
-            clean = compat.clean_names(model, {*tied, *tied.values(), *tables})
-            aliases = {clean[alias]: clean[name] for alias, name in tied.items()}
-            config.check_policy(list(order), aliases)
-            embeddings = {clean[name] for name in tables}
-            config.check_embeddings(embeddings)
-            self._plans = [
-                make_plan(group, index, names, order, embeddings, config)
-                for index, group in enumerate(groups)
-            ]
-            weights, grads = (
-                [claim for plan in self._plans for _, claim in plan.claims(is_grad=is_grad)]
-                for is_grad in (False, True)
-            )
-            check_budget(weights, grads, config)
-            if (
-                node_mesh is not None
-                and config.ranks_per_node is not None
-                and node_mesh.size() == dist.get_world_size()
-            ):
-                raise ValueError(
-                    f"ranks_per_node is {config.ranks_per_node} and a node_mesh is given, which "
-                    "holds all ranks and says how they split; leave one of the two out"
-                )
-            topology = make_topology(self._plans, launched, config, node_mesh)
-            nodes = split_into_nodes(self._plans, topology, config, node_mesh)
-        planned = {p.name for plan in self._plans for p in plan.parameters}
-        self._outside = {
-            order[name]: Row(name, tuple(p.shape), None, "none", "none", "not sharded by FSDP2")
-            for p, name in names.items()
-            if name not in planned
-        }
-        agreement.check(everyone, agreement.describe(config, groups, self._plans))
-        self.traffic = Traffic(topology)
-        self._wire = Wire(config, self.traffic)
-        self.times = self._wire.times
-        self._nodes = nodes
-        self._hops = make_hops(self._plans, nodes, node_mesh)
-        self._everyone = everyone
+        self.traffic, self.times = parts.wire.traffic, parts.wire.times
+        self._groups, self._plans = groups, parts.plans
+        self._wire, self._adaptation = parts.wire, parts.adaptation
+        self._passes, self._comms = parts.passes, parts.comms
+        self._nodes, self._hops, self._unsharded = parts.nodes, parts.hops, parts.unsharded
+        self._everyone = parts.everyone
         # Passes meet in shard groups alone: a rank that is not in one is first heard of there.
         shard_groups = {plan.group for plan in self._plans}
-        self._meets = sorted(everyone, key=lambda group: group not in shard_groups)
-        self._num_shard_groups = sum(group in shard_groups for group in everyone)
-        if config.levels == "learned":
-            self._wire.levels = Levels(order)
-        self._adaptation = Adaptation(self._plans, groups, self._wire, everyone)
-        self._passes = Passes(self._plans, groups, self._wire, self._adaptation, replicas)
+        self._meets = sorted(self._everyone, key=lambda group: group not in shard_groups)
+        self._num_shard_groups = sum(group in shard_groups for group in self._everyone)
         self._grad_meter: Meter | None = None
         self._num_supports = 0
-        self._before = [group.comms() for group in groups]
-        self._recorders = [
-            GradRecorder(plan, group) for plan, group in zip(self._plans, groups, strict=True)
-        ]
-        self._gathers: list[AllGather] = []
-        self._passes.caches = self._gathers
-        unwatched: set[GradRecorder] = set()
-        for plan, group, recorder in zip(self._plans, groups, self._recorders, strict=True):
-            gather = AllGather(plan, self._wire, group, recorder, unwatched, self._passes)
-            reduce = ReduceScatter(plan, self._wire, group, recorder, self._passes, replicas)
-            self._gathers.append(gather)
-            hook = None if replicas is None else reduce.all_reduce
-            *_, all_reduce_hook, async_op = group.comms()
-            async_op |= group.mesh.device_type == "cpu"
-            group.set_comms(gather, reduce, True, hook or all_reduce_hook, async_op)
-        self._passes.comms = [group.comms() for group in groups]
+        self._is_removed = False
 
     def report(self) -> Report:
         """How every parameter travels, at what bits, and why."""
         self._check_installed()
-        rows = dict(self._outside)
-        for plan, group in zip(self._plans, self._groups, strict=True):
-            for p, is_trained in zip(plan.parameters, group.requires_grad(), strict=True):
-                weight = _travel(p.weight_bits, p.dtype)
-                grad = _travel(p.grad_bits, group.reduce_dtype or p.dtype, is_grad=True)
-                why = p.why if is_trained else f"{p.why}, frozen"
-                row = Row(p.name, tuple(p.shape), plan.index, weight, grad, why)
-                rows[p.index] = row if is_trained else replace(row, grad="none")
-        return Report(tuple(rows[index] for index in sorted(rows)), tuple(self._remarks()))
+        rows = {**self._unsharded, **sharded_rows(self._plans, self._groups)}
+        found = remarks(
+            self.config,
+            self._plans,
+            self._groups,
+            self._nodes,
+            self._hops,
+            is_allotted=self._adaptation.is_allotted,
+        )
+        return Report(tuple(rows[index] for index in sorted(rows)), tuple(found))
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -206,7 +100,7 @@ class Handle:
             exchange(self._plans, [{}] * len(self._plans), self._wire, with_grads=with_grads)
             return
         with mistakes_shared(call, self._meets):
-            chosen = self._masks_by_place(masks)
+            chosen = masks_by_place(masks, self._groups)
             facts = {
                 "masks of": tuple(
                     plan.names[place]
@@ -224,7 +118,7 @@ class Handle:
     def kept_bytes(self) -> int:
         """What kept payloads (`gather="once"`) take at most on this rank, in bytes."""
         self._check_installed()
-        return sum(gather.kept_bytes for gather in self._gathers)
+        return sum(gather.kept_bytes for gather in self._comms.gathers)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -329,7 +223,7 @@ class Handle:
             put_off = [
                 plan.name
                 for plan, group in zip(self._plans, self._groups, strict=True)
-                if self._averages and group.put_off is not None
+                if self._passes.replicas is not None and group.put_off is not None
             ]
             self._meet("handle.remove", {"sums that wait for an average": tuple(put_off)})
             if put_off:
@@ -340,16 +234,7 @@ class Handle:
                 )
         self._is_removed = True
         self._passes.remove()
-        for recorder in self._recorders:
-            recorder.remove()
-        pairs = zip(self._before, self._passes.comms, strict=True)
-        for group, (before, installed) in zip(self._groups, pairs, strict=True):
-            # What the user has set since stays.
-            gather, reduce, force_sum, hook, async_op = (
-                was if now is own else now
-                for was, own, now in zip(before, installed, group.comms(), strict=True)
-            )
-            group.set_comms(gather, reduce, force_sum, hook, async_op)
+        self._comms.remove()
         self._reshard()
         for hops in self._hops.values():
             hops.close()
@@ -370,106 +255,10 @@ class Handle:
         """Make the next pass gather everything anew: what gathers bring is about to change."""
         self._passes.mend()
         self._passes.begin_anew()
-        _reshard(self._groups)
-
-    def _masks_by_place(self, masks: Mapping[nn.Parameter, Tensor]) -> list[dict[int, Tensor]]:
-        """By plan and place the masks that `set_support` is given."""
-        for parameter, mask in masks.items():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            if type(mask) is not torch.Tensor or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"a mask is a {type(mask).__name__} of {getattr(mask, 'dtype', None)}; give a "
-                    "bool tensor of the parameter's local shape (of a DTensor: mask.to_local())"
-                )
-            if mask.shape != local.shape:
-                raise ValueError(
-                    f"a mask has shape {tuple(mask.shape)}, and the local part of its parameter "
-                    f"{tuple(local.shape)}; give a mask of that shape"
-                )
-        left = {id(parameter): (parameter, mask) for parameter, mask in masks.items()}
-        chosen = [
-            {
-                place: left.pop(id(sharded.parameter))[1]
-                for place, sharded in enumerate(group.parameters() if left else [])
-                if id(sharded.parameter) in left
-            }
-            for group in self._groups
-        ]
-        for parameter, _ in left.values():
-            raise ValueError(
-                f"a mask is given for a tensor of shape {tuple(parameter.shape)} that FSDP2 does "
-                "not shard in this model; give masks by the model's own parameters"
-            )
-        return chosen
-
-    def _masked(self) -> list[tuple[int, int]]:
-        """Kept and all values of each parameter of which only the kept ones are sent."""
-        once = self.config.gather == "once"
-        return [
-            (num, plan.parameters[place].shape.numel())
-            for plan, group in zip(self._plans, self._groups, strict=True)
-            for place, num in plan.num_kept.items()
-            if group.requires_grad()[place] or not once
-        ]
-
-    def _remarks(self) -> Iterator[str]:
-        yield native.remark(self._device)
-        config = self.config
-        if config.rounding == "nearest":
-            yield "rounding to nearest is biased: weights and gradients keep a systematic error"
-        sizes = {plan.world_size for plan in self._plans}
-        if sizes == {1}:
-            yield "one rank: FSDP2 bypasses the collectives, weights and gradients are exact"
-        if any(group.replicas > 1 for group in self._groups):
-            whose = "FSDP2's own, in full precision and not counted"
-            yield f"HSDP: the all-reduce between replicas is {whose}"
-        if any(group.regather_world_size for group in self._groups):
-            yield "reshard_after_forward=<int>: second gathers carry decoded weights, raw"
-        if config.gather == "once":
-            kept = "payloads of modules in training mode are kept"
-            yield f"gather once: {kept} from the forward to the backward pass"
-            frozen = sum(not each for group in self._groups for each in group.requires_grad())
-            if frozen:
-                how = "whole, on the uniform grid, without a warm-up"
-                yield f"gather once: {frozen} frozen parameters are sent once for all steps, {how}"
-        masked = self._masked()
-        if masked:
-            num_kept, num_all = (sum(column) for column in zip(*masked, strict=True))
-            sparse = any(plan.num_kept and plan.has_sparse_grads for plan in self._plans)
-            share = f"the kept {num_kept / max(1, num_all):.1%} of the weights"
-            grads = "and of the gradients" if sparse else "and all gradients"
-            yield f"masks: of {len(masked)} parameters only {share} travel, {grads}"
-        for group, nodes in self._nodes.items():
-            hops = f"two hops over {len(nodes)} nodes of {len(nodes[0])} ranks"
-            local = config.local_grad_bits or 8
-            if group in self._hops:
-                yield f"{hops}: coded gradients travel at {local} bits inside a node"
-            elif config.reduce == "two-hop":
-                yield f"{hops} would save nothing: reduces and gathers are flat"
-        if config.levels == "learned":
-            steps = ", ".join(map(str, config.learning_steps))
-            yield f"learned levels for 2 to 6 bits, fitted before steps {steps}"
-        if config.warmup_steps:
-            least = f"at least {config.least_warmup_bits} bits"
-            yield f"warm-up: {least} in the first {config.warmup_steps} steps"
-        if config.budget is not None:
-            when = "allotted" if self._adaptation.is_allotted else "to be allotted when measured"
-            yield f"budget: {config.budget:g} bits a coded value, {when}"
-
-
-def _reshard(groups: Sequence[compat.ParameterGroup]) -> None:
-    for group in groups:
-        compat.reshard_module(group.module)
+        for group in self._groups:
+            compat.reshard_module(group.module)
 
 
 def _relative(error: float, square: float) -> float | None:
     """None where nothing was measured."""
     return (error / square) ** 0.5 if square else None
-
-
-def _travel(bits: int, dtype: torch.dtype, *, is_grad: bool = False) -> str:
-    if bits <= 8:
-        return f"{bits} bits"
-    if bits == 16 and dtype == torch.float32:
-        return "bfloat16"
-    return "raw" if is_grad else f"raw {dtype}".replace("torch.", "")

@@ -5,6 +5,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import compat
 from qsdp.config import QSDPConfig
+from qsdp.fsdp.build import build
 from qsdp.fsdp.handle import Handle
 
 
@@ -47,4 +48,5 @@ def install(
             f"{type(model).__name__} has no FSDP2 parameters; call fully_shard before qsdp.install"
         )
     config = QSDPConfig() if config is None else config
-    return Handle(model, config, groups, replicate_mesh, node_mesh)
+    parts = build(model, config, groups, replicate_mesh, node_mesh)
+    return Handle(config, groups, parts)

@@ -1,6 +1,13 @@
 """What `handle.report()` says: how every parameter travels, and why."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from qsdp import compat
+from qsdp.comm.group_plan import Plan
 
 
 @dataclass(frozen=True)
@@ -38,3 +45,34 @@ class Report:
             for line in lines
         ]
         return "\n".join([*table, *(f"note: {remark}" for remark in self.remarks)])
+
+
+def sharded_rows(plans: Sequence[Plan], groups: Sequence[compat.ParameterGroup]) -> dict[int, Row]:
+    """By their places in the model, the rows of parameters with a plan, as things are now."""
+    rows = {}
+    for plan, group in zip(plans, groups, strict=True):
+        for p, is_trained in zip(plan.parameters, group.requires_grad(), strict=True):
+            weight = _travel(p.weight_bits, p.dtype)
+            grad = _travel(p.grad_bits, group.reduce_dtype or p.dtype, is_grad=True)
+            why = p.why if is_trained else f"{p.why}, frozen"
+            row = Row(p.name, tuple(p.shape), plan.index, weight, grad, why)
+            rows[p.index] = row if is_trained else replace(row, grad="none")
+    return rows
+
+
+def unsharded_rows(names: Mapping[nn.Parameter, str], plans: Sequence[Plan]) -> dict[int, Row]:
+    """By their places in the model, the rows of parameters without a plan; ``names`` is of all."""
+    planned = {p.name for plan in plans for p in plan.parameters}
+    return {
+        place: Row(name, tuple(p.shape), None, "none", "none", "not sharded by FSDP2")
+        for place, (p, name) in enumerate(names.items())
+        if name not in planned
+    }
+
+
+def _travel(bits: int, dtype: torch.dtype, *, is_grad: bool = False) -> str:
+    if bits <= 8:
+        return f"{bits} bits"
+    if bits == 16 and dtype == torch.float32:
+        return "bfloat16"
+    return "raw" if is_grad else f"raw {dtype}".replace("torch.", "")

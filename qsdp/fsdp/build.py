@@ -1,0 +1,158 @@
+"""What `install` makes of a sharded model, once all ranks have agreed: the parts of a handle."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from qsdp import compat
+from qsdp.comm.bit_budget import check_budget
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.level_fitting import Levels
+from qsdp.comm.topology import Hops, launched_ranks
+from qsdp.comm.traffic import Traffic
+from qsdp.comm.wire_state import Wire
+from qsdp.common.meeting import mistakes_shared
+from qsdp.common.model_structure import embedding_names, tied_names
+from qsdp.config import QSDPConfig
+from qsdp.fsdp import agreement
+from qsdp.fsdp.adapt import Adaptation
+from qsdp.fsdp.hooks import AllGather
+from qsdp.fsdp.installed_comms import InstalledComms
+from qsdp.fsdp.passes import Passes
+from qsdp.fsdp.planning import (
+    check_type,
+    make_hops,
+    make_plan,
+    make_topology,
+    refuse_own_comms,
+    replica_group,
+    split_into_nodes,
+)
+from qsdp.fsdp.report import Row, unsharded_rows
+from qsdp.ops import native
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a handle is made of."""
+
+    plans: Sequence[Plan]
+    unsharded: Mapping[int, Row]
+    """By their places in the model, what the report says of parameters without a plan."""
+    everyone: Sequence[dist.ProcessGroup]
+    """Process groups that together reach all ranks, one after the other."""
+    nodes: Mapping[dist.ProcessGroup, list[list[int]]]
+    """Of each process group that might travel in two hops."""
+    hops: Mapping[dist.ProcessGroup, Hops]
+    """Of each that does."""
+    wire: Wire
+    adaptation: Adaptation
+    passes: Passes
+    comms: InstalledComms
+
+
+def build(
+    model: nn.Module,
+    config: QSDPConfig,
+    groups: list[compat.ParameterGroup],
+    replicate_mesh: DeviceMesh | None,
+    node_mesh: DeviceMesh | None,
+) -> Parts:
+    """Put the wire on ``model``, whose ``groups`` these are. A collective; see `install`."""
+    for group in groups:
+        compat.reshard_module(group.module)
+    names = {p: name for name, p in compat.named_parameters(model).items()}
+    order = {name: i for i, name in enumerate(names.values())}
+    everyone, replicas = _agree_on_meshes(groups, replicate_mesh, node_mesh)
+    with mistakes_shared(agreement.CALL, everyone):
+        here = launched_ranks()
+    launched = agreement.by_rank(everyone, here)
+    with mistakes_shared(agreement.CALL, everyone):
+        check_type("config", config, QSDPConfig)
+        native.serving(torch.device(groups[0].mesh.device_type))  # raises if not as required
+        if any(isinstance(group.comms()[0], AllGather) for group in groups):
+            raise ValueError(
+                f"qsdp is installed on this {type(model).__name__} already; call "
+                "handle.remove() first"
+            )
+        refuse_own_comms(groups, replicas)
+        plans = _make_plans(model, config, groups, names, order)
+        if (
+            node_mesh is not None
+            and config.ranks_per_node is not None
+            and node_mesh.size() == dist.get_world_size()
+        ):
+            raise ValueError(
+                f"ranks_per_node is {config.ranks_per_node} and a node_mesh is given, which "
+                "holds all ranks and says how they split; leave one of the two out"
+            )
+        topology = make_topology(plans, launched, config, node_mesh)
+        nodes = split_into_nodes(plans, topology, config, node_mesh)
+    unsharded = unsharded_rows(names, plans)
+    agreement.check(everyone, agreement.describe(config, groups, plans))
+    wire = Wire(config, Traffic(topology))
+    hops = make_hops(plans, nodes, node_mesh)
+    if config.levels == "learned":
+        wire.levels = Levels(order)
+    adaptation = Adaptation(plans, groups, wire, everyone)
+    passes = Passes(plans, groups, wire, adaptation, replicas)
+    comms = InstalledComms(plans, groups, wire, passes, replicas)
+    passes.caches, passes.comms = comms.gathers, comms.given
+    return Parts(
+        plans=plans,
+        unsharded=unsharded,
+        everyone=everyone,
+        nodes=nodes,
+        hops=hops,
+        wire=wire,
+        adaptation=adaptation,
+        passes=passes,
+        comms=comms,
+    )
+
+
+def _agree_on_meshes(
+    groups: list[compat.ParameterGroup],
+    replicate_mesh: DeviceMesh | None,
+    node_mesh: DeviceMesh | None,
+) -> tuple[list[dist.ProcessGroup], dist.ProcessGroup | None]:
+    """Process groups that together reach all ranks, and the one of the replicas."""
+    meshes = dict.fromkeys(group.mesh for group in groups)
+    everyone = [axis for mesh in meshes for axis in mesh.get_all_groups()]
+    # Before anything of replicate_mesh is used, which another rank may lack.
+    with mistakes_shared(agreement.CALL, everyone):
+        replicas = replica_group(groups, replicate_mesh)
+        check_type("node_mesh", node_mesh, DeviceMesh | None)
+        given = agreement.describe_meshes(replicate_mesh=replicate_mesh, node_mesh=node_mesh)
+    agreement.check(everyone, given)
+    return everyone + ([] if replicas is None else [replicas]), replicas
+
+
+def _make_plans(
+    model: nn.Module,
+    config: QSDPConfig,
+    groups: list[compat.ParameterGroup],
+    names: dict[nn.Parameter, str],
+    order: dict[str, int],
+) -> list[Plan]:
+    """One a group. Raises ValueError where the config does not go with the model."""
+    tied, tables = tied_names(model), embedding_names(model)
+    clean = compat.clean_names(model, {*tied, *tied.values(), *tables})
+    aliases = {clean[alias]: clean[name] for alias, name in tied.items()}
+    config.check_policy(list(order), aliases)
+    embeddings = {clean[name] for name in tables}
+    config.check_embeddings(embeddings)
+    plans = [
+        make_plan(group, index, names, order, embeddings, config)
+        for index, group in enumerate(groups)
+    ]
+    weights, grads = (
+        [claim for plan in plans for _, claim in plan.claims(is_grad=is_grad)]
+        for is_grad in (False, True)
+    )
+    check_budget(weights, grads, config)
+    return plans

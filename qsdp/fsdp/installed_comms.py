@@ -1,0 +1,63 @@
+"""qsdp's objects in the place of FSDP2's own collectives, until they are taken out again."""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from qsdp import compat
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.wire_state import Wire
+from qsdp.fsdp.grad_recorder import GradRecorder
+from qsdp.fsdp.hooks import AllGather, ReduceScatter
+from qsdp.fsdp.passes import Passes
+
+
+class InstalledComms:
+    """The all-gathers and reduce-scatters of one handle's groups, given to FSDP2.
+
+    Args:
+        plans, groups: Of the handle's groups.
+        wire, passes: What they share.
+        replicas: The ranks that hold the same shards, where qsdp averages over them.
+
+    Attributes:
+        gathers: By plan.
+        given: By plan, what FSDP2 was given: its `comms`.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        groups: Sequence[compat.ParameterGroup],
+        wire: Wire,
+        passes: Passes,
+        replicas: dist.ProcessGroup | None,
+    ) -> None:
+        self._groups = groups
+        self._before = [group.comms() for group in groups]
+        self._recorders = [
+            GradRecorder(plan, group) for plan, group in zip(plans, groups, strict=True)
+        ]
+        self.gathers: list[AllGather] = []
+        unwatched: set[GradRecorder] = set()
+        for plan, group, recorder in zip(plans, groups, self._recorders, strict=True):
+            gather = AllGather(plan, wire, group, recorder, unwatched, passes)
+            reduce = ReduceScatter(plan, wire, group, recorder, passes, replicas)
+            self.gathers.append(gather)
+            hook = None if replicas is None else reduce.all_reduce
+            *_, all_reduce_hook, async_op = group.comms()
+            async_op |= group.mesh.device_type == "cpu"
+            group.set_comms(gather, reduce, True, hook or all_reduce_hook, async_op)
+        self.given = [group.comms() for group in groups]
+
+    def remove(self) -> None:
+        """Give FSDP2 back what it had before, but for what the user has set since."""
+        for recorder in self._recorders:
+            recorder.remove()
+        pairs = zip(self._before, self.given, strict=True)
+        for group, (before, given) in zip(self._groups, pairs, strict=True):
+            gather, reduce, force_sum, hook, async_op = (
+                was if now is own else now
+                for was, own, now in zip(before, given, group.comms(), strict=True)
+            )
+            group.set_comms(gather, reduce, force_sum, hook, async_op)

@@ -1,0 +1,86 @@
+"""What a handle's report remarks on: how all parameters travel, and what might surprise."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from qsdp import compat
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.topology import Hops
+from qsdp.config import QSDPConfig
+from qsdp.ops import native
+
+
+def remarks(
+    config: QSDPConfig,
+    plans: Sequence[Plan],
+    groups: Sequence[compat.ParameterGroup],
+    nodes: Mapping[dist.ProcessGroup, list[list[int]]],
+    hops: Mapping[dist.ProcessGroup, Hops],
+    *,
+    is_allotted: bool,
+) -> Iterator[str]:
+    """One sentence each.
+
+    Args:
+        config: As it was given to `install`.
+        plans, groups: Of the handle's groups.
+        nodes: Of each process group that might travel in two hops.
+        hops: Of each that does.
+        is_allotted: Whether the bits follow the budget by now.
+    """
+    yield native.remark(torch.device(groups[0].mesh.device_type))
+    if config.rounding == "nearest":
+        yield "rounding to nearest is biased: weights and gradients keep a systematic error"
+    sizes = {plan.world_size for plan in plans}
+    if sizes == {1}:
+        yield "one rank: FSDP2 bypasses the collectives, weights and gradients are exact"
+    if any(group.replicas > 1 for group in groups):
+        whose = "FSDP2's own, in full precision and not counted"
+        yield f"HSDP: the all-reduce between replicas is {whose}"
+    if any(group.regather_world_size for group in groups):
+        yield "reshard_after_forward=<int>: second gathers carry decoded weights, raw"
+    if config.gather == "once":
+        kept = "payloads of modules in training mode are kept"
+        yield f"gather once: {kept} from the forward to the backward pass"
+        frozen = sum(not each for group in groups for each in group.requires_grad())
+        if frozen:
+            how = "whole, on the uniform grid, without a warm-up"
+            yield f"gather once: {frozen} frozen parameters are sent once for all steps, {how}"
+    masked = _masked(config, plans, groups)
+    if masked:
+        num_kept, num_all = (sum(column) for column in zip(*masked, strict=True))
+        sparse = any(plan.num_kept and plan.has_sparse_grads for plan in plans)
+        share = f"the kept {num_kept / max(1, num_all):.1%} of the weights"
+        grads = "and of the gradients" if sparse else "and all gradients"
+        yield f"masks: of {len(masked)} parameters only {share} travel, {grads}"
+    for process_group, own in nodes.items():
+        two = f"two hops over {len(own)} nodes of {len(own[0])} ranks"
+        local = config.local_grad_bits or 8
+        if process_group in hops:
+            yield f"{two}: coded gradients travel at {local} bits inside a node"
+        elif config.reduce == "two-hop":
+            yield f"{two} would save nothing: reduces and gathers are flat"
+    if config.levels == "learned":
+        steps = ", ".join(map(str, config.learning_steps))
+        yield f"learned levels for 2 to 6 bits, fitted before steps {steps}"
+    if config.warmup_steps:
+        least = f"at least {config.least_warmup_bits} bits"
+        yield f"warm-up: {least} in the first {config.warmup_steps} steps"
+    if config.budget is not None:
+        when = "allotted" if is_allotted else "to be allotted when measured"
+        yield f"budget: {config.budget:g} bits a coded value, {when}"
+
+
+def _masked(
+    config: QSDPConfig, plans: Sequence[Plan], groups: Sequence[compat.ParameterGroup]
+) -> list[tuple[int, int]]:
+    """Kept and all values of each parameter of which only the kept ones are sent."""
+    once = config.gather == "once"
+    return [
+        (num, plan.parameters[place].shape.numel())
+        for plan, group in zip(plans, groups, strict=True)
+        for place, num in plan.num_kept.items()
+        if group.requires_grad()[place] or not once
+    ]

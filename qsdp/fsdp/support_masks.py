@@ -1,0 +1,46 @@
+"""The masks that `Handle.set_support` is given, checked and brought to their parameters' places."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from qsdp import compat
+
+
+def masks_by_place(
+    masks: Mapping[nn.Parameter, Tensor], groups: Sequence[compat.ParameterGroup]
+) -> list[dict[int, Tensor]]:
+    """By group, the masks by their parameters' places in it.
+
+    Raises ValueError if a mask is no bool tensor of its parameter's local shape, or is given for
+    what none of ``groups`` holds.
+    """
+    for parameter, mask in masks.items():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if type(mask) is not torch.Tensor or mask.dtype != torch.bool:
+            raise ValueError(
+                f"a mask is a {type(mask).__name__} of {getattr(mask, 'dtype', None)}; give a "
+                "bool tensor of the parameter's local shape (of a DTensor: mask.to_local())"
+            )
+        if mask.shape != local.shape:
+            raise ValueError(
+                f"a mask has shape {tuple(mask.shape)}, and the local part of its parameter "
+                f"{tuple(local.shape)}; give a mask of that shape"
+            )
+    left = {id(parameter): (parameter, mask) for parameter, mask in masks.items()}
+    chosen = [
+        {
+            place: left.pop(id(sharded.parameter))[1]
+            for place, sharded in enumerate(group.parameters() if left else [])
+            if id(sharded.parameter) in left
+        }
+        for group in groups
+    ]
+    for parameter, _ in left.values():
+        raise ValueError(
+            f"a mask is given for a tensor of shape {tuple(parameter.shape)} that FSDP2 does "
+            "not shard in this model; give masks by the model's own parameters"
+        )
+    return chosen
