@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, S
 from torch.distributed.checkpoint.staging import AsyncStager
 
 from qsdp import compat
-from qsdp.checkpoint.safe import plain_part, readable
+from qsdp.checkpoint.plain_values import plain_part, readable
 from qsdp.checkpoint.saving import (
     Request,
     agreed,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from qsdp.checkpoint.safe import Reader, ReadingPlanner, Refused
+from qsdp.checkpoint.plain_values import Refused
+from qsdp.checkpoint.safe import Reader, ReadingPlanner
 
 
 class TensorReader:

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from qsdp.checkpoint.folders import Damaged, verify
-from qsdp.checkpoint.safe import Reader, ReadingPlanner, Refused
+from qsdp.checkpoint.plain_values import Refused
+from qsdp.checkpoint.safe import Reader, ReadingPlanner
 from qsdp.common.failures import listed
 from qsdp.common.meeting import meet
 from qsdp.compat import checkpoint_names, sharded_parameters

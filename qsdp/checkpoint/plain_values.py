@@ -1,0 +1,85 @@
+"""What a checkpoint may hold: plain tensors, and values that are loaded without running code."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+class Refused(ValueError):
+    """A checkpoint holds what it may not, or would; the message is the whole sentence."""
+
+
+def refused(path: Path, name: str) -> Refused:
+    """The error of a file at ``path`` that asks for ``name``, which is no plain data."""
+    return Refused(
+        f"{path} asks for {name[:100]!r} to be loaded, which no checkpoint needs and which could "
+        "run code: it is refused; name another checkpoint"
+    )
+
+
+@contextmanager
+def plain_only() -> Iterator[None]:
+    """Inside, torch's restricted unpickler makes no object of the classes that were added to its
+    list: torch itself adds some, and one of them, DeviceMesh, opens process groups."""
+    given = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.add_safe_globals(given)
+
+
+def _without_numpy(value: Any) -> Any:
+    """NumPy's numbers, in nested lists, tuples and dicts too, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_numpy, value))
+    if type(value) is dict:
+        return {key: _without_numpy(inner) for key, inner in value.items()}
+    return value
+
+
+def plain_part(name: str, tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor. Raises Refused for one of another class, an 8-bit optimizer's
+    for one: code would have to make it."""
+    with torch.no_grad():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if type(part) not in (Tensor, nn.Parameter):
+        raise _unreadable(name, type(part))
+    return part
+
+
+def readable(name: str, value: object) -> Any:
+    """What `ReadingPlanner` gives for `value` later. Raises Refused if it could not read that."""
+    value = _without_numpy(value)
+    written = io.BytesIO()
+    try:
+        torch.save(value, written)
+        written.seek(0)
+        with plain_only():
+            torch.load(written, weights_only=True)
+    except Exception:  # pickling calls the value's own methods
+        raise _unreadable(name, type(value)) from None
+    return value
+
+
+def _unreadable(name: str, kind: type) -> Refused:
+    return Refused(
+        f"{name} is or holds an object ({_name_of(kind)}) that could only be loaded by running "
+        "code, which a checkpoint never does: keep plain tensors, numbers, strings, and lists, "
+        "tuples and dicts of these"
+    )
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
