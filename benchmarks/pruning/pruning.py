@@ -65,8 +65,9 @@ from benchmarks.support.runs import (
 from qsdp import checkpoint
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
-from qsdp.train.config import RECIPES, TrainConfig
+from qsdp.train.config import TrainConfig
 from qsdp.train.history import DENSE_TWIN as TWIN
+from qsdp.train.recipes import RECIPES
 
 STEPS = 1000
 EVAL_BATCHES = 75  # about half of nano's validation split

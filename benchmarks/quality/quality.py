@@ -40,7 +40,8 @@ from benchmarks.support.runs import (
 from qsdp.data import load_corpus
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
-from qsdp.train.config import RECIPES, TrainConfig
+from qsdp.train.config import TrainConfig
+from qsdp.train.recipes import RECIPES
 
 BYTES_STEPS = 3
 

@@ -14,9 +14,10 @@ from typing import Any, TypeVar, get_type_hints
 
 from qsdp.common.errors import UserError, sentence
 from qsdp.common.streams import flush_output, forgiving_output
-from qsdp.train.config import RECIPES, TrainConfig
+from qsdp.train.config import TrainConfig
 from qsdp.train.config_file import FILE_TYPES, LISTS, OR_AUTO, read_config_file
 from qsdp.train.method_flags import INSTEAD
+from qsdp.train.recipes import RECIPES
 from qsdp.train.wire_flags import AUTO, BITS_OF_ONE_DIRECTION, CHOSEN, WireFlags
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from qsdp.common.allocator import keep_freed_memory
 from qsdp.common.errors import UserError, sentence
 from qsdp.common.failures import collective, is_failure
 from qsdp.common.streams import flush_output
-from qsdp.train.config import RunFlags
+from qsdp.train.run_flags import RunFlags
 from qsdp.train.signals import Stop
 
 T = TypeVar("T")
