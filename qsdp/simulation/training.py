@@ -1,102 +1,22 @@
-"""`simulate(model, config, world_size=N, ...)`: the training of N ranks in one process."""
+"""The training of N ranks in one process, step by step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.func import functional_call
 
 from qsdp import compat
-from qsdp.common.dtypes import CODEC_DTYPES
-from qsdp.config import QSDPConfig
-from qsdp.simulation.ranks import Group, World, number
-from qsdp.simulation.reference import Reduction, Wire
+from qsdp.simulation.forward_backward import ForwardBackward, casting_inputs
+from qsdp.simulation.reduction import Reduction
+from qsdp.simulation.reference import Wire
+from qsdp.simulation.support_masks import check_masks
 from qsdp.simulation.volume import WireBytes, count_bytes
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
-
-def simulate(
-    model: nn.Module,
-    config: QSDPConfig | None = None,
-    *,
-    world_size: int,
-    optimizer: MakeOptimizer,
-    groups: Sequence[Group] = (),
-    ranks_per_node: int | None = None,
-    replicas: int = 1,
-    quantized_replicas: bool = False,
-    param_dtype: torch.dtype = torch.float32,
-    reduce_dtype: torch.dtype = torch.float32,
-    shard_dims: Mapping[str, int] | None = None,
-    loss: Callable[[Any], Tensor] | None = None,
-) -> Simulation:
-    """Train as ``world_size`` ranks of FSDP2 with qsdp would, in one process, bit for bit.
-
-    To choose bits before renting a cluster (QSDP, arXiv 2302.02390). A step costs the computation
-    of all ranks one after the other; memory holds one set of shards and optimizer states, the
-    weights of a step, and the gradients of one rank beside the sums so far.
-
-    The same bits come out under the same conditions as anywhere: the same kernels of torch (device,
-    thread count), deterministic operations, no dropout (ranks have generators of their own), and
-    with `replicas` above 2 and FSDP2's own all-reduce only up to the order of its sum. All ranks
-    share one set of buffers. Optimizers see the shards of one rank: CrAM and whatever else needs
-    the whole model is not simulated.
-
-    Args:
-        model: The plain model, before `fully_shard`; its weights are where training starts. It is
-            not changed.
-        config: What `qsdp.install` is given; None takes the defaults.
-        world_size: Ranks of the shard axis.
-        optimizer: Called once a rank of the shard axis with its shards, in the order of
-            `model.parameters()`; returns an optimizer.
-        groups: What `fully_shard` is called on, but for the root, which always is: modules, their
-            names, or lists of these for one call on several modules. Groups number random keys.
-        ranks_per_node: Consecutive ranks on one node, where `config.ranks_per_node` does not say
-            it; None is 1.
-        replicas: Ranks of the replicate axis (HSDP), of which each has a shard group.
-        quantized_replicas: The replicas' all-reduce is that of `install(..., replicate_mesh=...)`.
-        param_dtype: Of `MixedPrecisionPolicy`: what gathered parameters are cast to.
-        reduce_dtype: The dtype of gradients in the reduce.
-        shard_dims: By name, the dimension of those parameters that `shard_placement_fn` does not
-            shard along the first.
-        loss: Makes a scalar of what the model returns; None: it returns a scalar.
-
-    Returns:
-        A `Simulation` before its first step.
-
-    Raises:
-        ValueError: an argument is not as above.
-    """
-    config = QSDPConfig() if config is None else config
-    if not isinstance(config, QSDPConfig):
-        raise ValueError(f"config is a {type(config).__name__}; give a qsdp.QSDPConfig")
-    if ranks_per_node is None:
-        ranks_per_node = config.ranks_per_node or 1
-    elif config.ranks_per_node not in (None, ranks_per_node):
-        raise ValueError(
-            f"ranks_per_node is {ranks_per_node}, and that of the config is "
-            f"{config.ranks_per_node}; leave one of the two out"
-        )
-    world = World(
-        world_size=world_size,
-        ranks_per_node=ranks_per_node,
-        replicas=replicas,
-        quantized_replicas=quantized_replicas,
-        param_dtype=param_dtype,
-        reduce_dtype=reduce_dtype,
-    )
-    shard_dims = dict(shard_dims or {})
-    _check_model(model, world, shard_dims)
-    numbers = number(model, groups)
-    wire = Wire(model, config, world, numbers, shard_dims)
-    return Simulation(model, wire, optimizer, loss)
 
 
 class Simulation:
@@ -115,14 +35,11 @@ class Simulation:
         loss: Callable[[Any], Tensor] | None,
     ) -> None:
         self.clock = 0
-        self._model, self._wire, self._pass = model, wire, _Pass(model, loss)
+        self._model, self._wire = model, wire
+        self._passes = ForwardBackward(model, loss)
         self._has_reduced = False
-        # A layer that writes its buffers must not write the user's.
-        self._buffers = {
-            name: buffer.clone() for name, buffer in compat.named_buffers(model).items()
-        }
         named = compat.named_parameters(model)
-        rows = {name: wire.cut(name, p.detach()) for name, p in named.items()}
+        rows = {name: wire.sharding.cut(name, p.detach()) for name, p in named.items()}
         self._shapes = {name: p.shape for name, p in named.items()}
         self.shards = [
             {
@@ -183,7 +100,8 @@ class Simulation:
             )
         scale = 1 / len(batches)
         windows = [[micro] for micro in batches] if sync_every else [batches]
-        with self._casting_inputs(), torch.enable_grad():
+        dtype = self._wire.world.param_dtype
+        with casting_inputs(self._wire.numbers.modules, dtype), torch.enable_grad():
             return [losses for window in windows for losses in self._pass_window(window, scale)]
 
     def clip(self, max_norm: float) -> float:
@@ -210,7 +128,7 @@ class Simulation:
         """Every parameter as all ranks compute with it in this step of the clock: decoded, in the
         parameter dtype. For validation as the run would see it without `handle.exact()`."""
         return {
-            name: self._wire.join(
+            name: self._wire.sharding.join(
                 name,
                 [
                     self._wire.weight(name, shards[name], rank, self.clock)
@@ -223,14 +141,14 @@ class Simulation:
     def state(self) -> dict[str, Tensor]:
         """Every whole parameter, exact, tied ones once: copies."""
         return {
-            name: self._wire.join(name, [shards[name].detach() for shards in self.shards])
+            name: self._wire.sharding.join(name, [shards[name].detach() for shards in self.shards])
             for name in self.shards[0]
         }
 
     def grads(self) -> dict[str, Tensor]:
         """Every whole gradient that the shards have now: copies."""
         return {
-            name: self._wire.join(name, [_grads(shards)[name] for shards in self.shards])
+            name: self._wire.sharding.join(name, [_grads(shards)[name] for shards in self.shards])
             for name in _grads(self.shards[0])
         }
 
@@ -241,7 +159,7 @@ class Simulation:
 
         Raises ValueError when it has others.
         """
-        sources = self.state() | self._buffers
+        sources = self.state() | self._passes.buffers
         targets = compat.named_parameters(model) | compat.named_buffers(model)
         for name in sorted(sources.keys() | targets.keys()):
             ours, theirs = (
@@ -267,22 +185,7 @@ class Simulation:
         """
         if not masks and not with_grads:
             raise ValueError("with_grads is False without masks; give masks, or leave it out")
-        for name, mask in (masks or {}).items():
-            if name not in self._shapes:
-                raise ValueError(
-                    f"a mask is given for {name!r}, which is no parameter of the model; give masks "
-                    "by the names of state()"
-                )
-            if type(mask) is not Tensor or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"the mask of {name} is a {type(mask).__name__} of "
-                    f"{getattr(mask, 'dtype', None)}; give a bool tensor of the parameter's shape"
-                )
-            if mask.shape != self._shapes[name]:
-                raise ValueError(
-                    f"the mask of {name} has shape {tuple(mask.shape)}, and the parameter "
-                    f"{tuple(self._shapes[name])}; give a mask of that shape"
-                )
+        check_masks(masks or {}, self._shapes)
         self._wire.set_support(masks or {}, with_grads=with_grads)
 
     def wire_bytes(
@@ -304,7 +207,7 @@ class Simulation:
             reshard_after_forward: As given to `fully_shard`: None gathers the root's group once
                 and all others twice, False gathers all once.
         """
-        if self._wire.is_sparse:
+        if self._wire.kept_weights:
             raise ValueError(
                 "wire_bytes is for whole weights, but a support is set; call it before set_support"
             )
@@ -328,12 +231,13 @@ class Simulation:
             self.clock, self._has_reduced = self.clock + 1, False
             self._wire.advance(self.clock, self.shards)
         weights = self.weights()
+        trained = {name for name, shard in self.shards[0].items() if shard.requires_grad}
         reduction = Reduction(self._wire, self.clock)
         losses: list[list[float]] = [[] for _ in window]
         for rank in range(self._wire.world.num_ranks):
             kept: dict[str, Tensor] = {}
             for micro, per_rank in enumerate(window):
-                loss, grads = self._loss_and_grads(weights, per_rank[rank], scale)
+                loss, grads = self._passes.loss_and_grads(weights, trained, per_rank[rank], scale)
                 losses[micro].append(loss)
                 for name, grad in grads.items():
                     if name in kept:
@@ -348,104 +252,6 @@ class Simulation:
         self._has_reduced = True
         return losses
 
-    def _loss_and_grads(
-        self, weights: Mapping[str, Tensor], batch: Any, scale: float
-    ) -> tuple[float, dict[str, Tensor]]:
-        leaves = {
-            name: value.detach().requires_grad_(self.shards[0][name].requires_grad)
-            for name, value in weights.items()
-        }
-        whole = {
-            self._pass.names[name]: value for name, value in {**self._buffers, **leaves}.items()
-        }
-        loss = functional_call(self._pass, whole, (batch, scale))
-        grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
-        return float(loss.detach()), grads
-
-    @contextmanager
-    def _casting_inputs(self) -> Iterator[None]:
-        """Inside, modules with a group of their own cast floating-point inputs to the parameter
-        dtype, as FSDP2 does by default."""
-        dtype = self._wire.world.param_dtype
-
-        def cast(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            return _cast(args, dtype), _cast(kwargs, dtype)
-
-        modules = self._wire.numbers.modules if dtype != torch.float32 else ()
-        hooks = [
-            module.register_forward_pre_hook(cast, prepend=True, with_kwargs=True)
-            for module in modules
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-class _Pass(nn.Module):
-    """Forward and backward in one call, so that what is recomputed in the backward pass sees the
-    parameters of `functional_call` too."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor] | None) -> None:
-        super().__init__()
-        self.model, self._loss = model, loss
-        held = [*self.named_parameters(), *self.named_buffers()]
-        own = [name for name, _ in held if name.startswith("model.")]  # a loss may hold some too
-        clean = compat.clean_names(self, own)
-        self.names = {short.removeprefix("model."): name for name, short in clean.items()}
-        """By clean name in the model, the one that finds it here."""
-
-    def forward(self, batch: Any, scale: float) -> Tensor:
-        if isinstance(batch, Mapping):
-            output = self.model(**batch)
-        else:
-            output = self.model(*((batch,) if isinstance(batch, Tensor) else batch))
-        loss = output if self._loss is None else self._loss(output)
-        if not isinstance(loss, Tensor) or loss.dim():
-            what = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else "no tensor"
-            raise ValueError(f"the loss is {what}; give `loss`, which makes a scalar of the output")
-        torch.autograd.backward(loss * scale)
-        return loss
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """The floating-point tensors in nested lists, tuples and dictionaries, in ``dtype``."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _cast(entry, dtype) for key, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_cast(entry, dtype) for entry in value)
-    return value
-
 
 def _grads(shards: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: p.grad for name, p in shards.items() if p.grad is not None}
-
-
-def _check_model(model: nn.Module, world: World, shard_dims: Mapping[str, int]) -> None:
-    named = compat.named_parameters(model)
-    if not named:
-        raise ValueError(f"{type(model).__name__} has no parameters; give a model to train")
-    for name in shard_dims:
-        if name not in named:
-            raise ValueError(f"shard_dims names {name!r}, which is no parameter of the model")
-    for name, parameter in named.items():
-        if isinstance(parameter, DTensor) or parameter.is_meta:
-            raise ValueError(
-                f"{name} is {'sharded' if isinstance(parameter, DTensor) else 'on meta'}; give the "
-                "plain model with its initial weights"
-            )
-        if parameter.is_floating_point() and parameter.dtype not in CODEC_DTYPES:
-            raise ValueError(
-                f"{name} is {parameter.dtype}; qsdp sends float32, bfloat16 or float16"
-            )
-        if not parameter.dim():
-            raise ValueError(f"{name} is a scalar, which FSDP2 cannot shard; give it one dimension")
-        dim = shard_dims.get(name, 0)
-        if not 0 <= dim < parameter.dim() or (dim and parameter.shape[dim] % world.world_size):
-            raise ValueError(
-                f"shard_dims gives {dim} for {name} of shape {tuple(parameter.shape)}; choose a "
-                f"dimension that {world.world_size} ranks divide"
-            )

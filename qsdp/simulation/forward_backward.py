@@ -1,0 +1,109 @@
+"""Forward and backward of one simulated rank, with weights that are given to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qsdp import compat
+
+
+class ForwardBackward:
+    """A model's passes with weights that are not its own. All ranks share one set of `buffers`.
+
+    Args:
+        model: The plain model, which is not changed.
+        loss: Makes a scalar of what the model returns; None: it returns a scalar.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor] | None) -> None:
+        # A layer that writes its buffers must not write the user's.
+        self.buffers = {
+            name: buffer.clone() for name, buffer in compat.named_buffers(model).items()
+        }
+        self._pass = _Pass(model, loss)
+
+    def loss_and_grads(
+        self, weights: Mapping[str, Tensor], trained: Collection[str], batch: Any, scale: float
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The loss of ``batch``, and the gradients of ``scale`` times it.
+
+        Args:
+            weights: By name, every whole parameter.
+            trained: The names of those that need a gradient.
+            batch: The positional arguments of the model, or a mapping of its keyword arguments.
+            scale: A factor of the loss.
+
+        Raises:
+            ValueError: the loss is not a scalar.
+        """
+        leaves = {
+            name: value.detach().requires_grad_(name in trained) for name, value in weights.items()
+        }
+        whole = {
+            self._pass.names[name]: value for name, value in {**self.buffers, **leaves}.items()
+        }
+        loss = functional_call(self._pass, whole, (batch, scale))
+        grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        return float(loss.detach()), grads
+
+
+@contextmanager
+def casting_inputs(modules: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Inside, modules with a group of their own cast floating-point inputs to the parameter
+    dtype, as FSDP2 does by default."""
+
+    def cast(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _cast(args, dtype), _cast(kwargs, dtype)
+
+    hooks = [
+        module.register_forward_pre_hook(cast, prepend=True, with_kwargs=True)
+        for module in (modules if dtype != torch.float32 else ())
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Pass(nn.Module):
+    """Forward and backward in one call, so that what is recomputed in the backward pass sees the
+    parameters of `functional_call` too."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor] | None) -> None:
+        super().__init__()
+        self.model, self._loss = model, loss
+        held = [*self.named_parameters(), *self.named_buffers()]
+        own = [name for name, _ in held if name.startswith("model.")]  # a loss may hold some too
+        clean = compat.clean_names(self, own)
+        self.names = {short.removeprefix("model."): name for name, short in clean.items()}
+        """By clean name in the model, the one that finds it here."""
+
+    def forward(self, batch: Any, scale: float) -> Tensor:
+        if isinstance(batch, Mapping):
+            output = self.model(**batch)
+        else:
+            output = self.model(*((batch,) if isinstance(batch, Tensor) else batch))
+        loss = output if self._loss is None else self._loss(output)
+        if not isinstance(loss, Tensor) or loss.dim():
+            what = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else "no tensor"
+            raise ValueError(f"the loss is {what}; give `loss`, which makes a scalar of the output")
+        torch.autograd.backward(loss * scale)
+        return loss
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """The floating-point tensors in nested lists, tuples and dictionaries, in ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _cast(entry, dtype) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_cast(entry, dtype) for entry in value)
+    return value

@@ -1,0 +1,60 @@
+"""Which values of the parameters travel when a support is set: those that its masks keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qsdp.simulation.shards import Sharding
+
+
+class SupportMasks:
+    """The values that masks keep; all others are zero and do not travel.
+
+    Args:
+        masks: By name the bool mask of a whole parameter; what has none travels whole.
+        sharding: How masks are cut, which is how parameters are.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor], sharding: Sharding) -> None:
+        self._rows = {name: sharding.cut(name, mask) for name, mask in masks.items()}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rows
+
+    def pick(self, name: str, row: Tensor, rank: int) -> Tensor:
+        """What travels of a row that ``rank`` owns: all, or the kept values, 1-D."""
+        return row[self._rows[name][rank]] if name in self else row
+
+    def spread(self, name: str, values: Tensor, rank: int) -> Tensor:
+        """The inverse of `pick`, with zeros."""
+        if name not in self:
+            return values
+        keep = self._rows[name][rank]
+        zeros = torch.zeros(keep.shape, dtype=values.dtype, device=values.device)
+        return zeros.masked_scatter_(keep, values)
+
+
+def check_masks(masks: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raise ValueError for a mask that is no bool tensor of its parameter's shape."""
+    for name, mask in masks.items():
+        if name not in shapes:
+            raise ValueError(
+                f"a mask is given for {name!r}, which is no parameter of the model; give masks "
+                "by the names of state()"
+            )
+        if type(mask) is not Tensor or mask.dtype != torch.bool:
+            raise ValueError(
+                f"the mask of {name} is a {type(mask).__name__} of "
+                f"{getattr(mask, 'dtype', None)}; give a bool tensor of the parameter's shape"
+            )
+        if mask.shape != shapes[name]:
+            raise ValueError(
+                f"the mask of {name} has shape {tuple(mask.shape)}, and the parameter "
+                f"{tuple(shapes[name])}; give a mask of that shape"
+            )
