@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from qsdp.fsdp.install import install
     from qsdp.methods.acdc.optimizer import ACDC
     from qsdp.methods.acdc.schedule import ACDCSchedule
+    from qsdp.methods.clip_grad import clip_grad_norm_
     from qsdp.methods.cram.optimizer import CrAM
     from qsdp.methods.gmp.optimizer import GMP
     from qsdp.methods.gmp.schedule import GMPSchedule
-    from qsdp.methods.norms import clip_grad_norm_
     from qsdp.methods.sam.optimizer import SAM
     from qsdp.simulation import Simulation, simulate
     from qsdp.sparsity.compression import compressed
@@ -51,7 +51,7 @@ _HOMES = {
     "QSDPConfig": "qsdp.config",
     "SAM": "qsdp.methods.sam.optimizer",
     "Simulation": "qsdp.simulation",
-    "clip_grad_norm_": "qsdp.methods.norms",
+    "clip_grad_norm_": "qsdp.methods.clip_grad",
     "compressed": "qsdp.sparsity.compression",
     "install": "qsdp.fsdp.install",
     "simulate": "qsdp.simulation",

@@ -26,8 +26,8 @@ from qsdp.commands.exit import leave
 from qsdp.common.errors import UserError
 from qsdp.common.files import write_json
 from qsdp.data import Batches, Corpus, load_corpus
+from qsdp.methods.clip_grad import clip_grad_norm_
 from qsdp.methods.cram.optimizer import CrAM
-from qsdp.methods.norms import clip_grad_norm_
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.sparsity.local_shards import local_shard

@@ -2,145 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import is_dataclass
-from functools import wraps
-from typing import Any, ParamSpec, Protocol, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.common.meshes import groups_of
-from qsdp.compat import (
-    abandon_pass,
-    keep_buffers,
-    reshard,
-    reshards_after_backward,
-    rewind_point,
-    sharded_parameters,
-    wholes,
-)
-from qsdp.methods.finite import name_not_finite, number_in
-from qsdp.methods.norms import norm_among
+from qsdp.compat import reshards_after_backward, sharded_parameters
+from qsdp.methods.grad_norm import norm_among
+from qsdp.methods.nonfinite import name_not_finite, scalar_loss
 from qsdp.methods.tracked_parameters import TrackedParameters
+from qsdp.methods.weak_hooks import register_weak_hook
 from qsdp.sparsity.compression import Prunable
 from qsdp.sparsity.local_shards import unique
-
-P = ParamSpec("P")
-
-
-def _described(value: object) -> str:
-    """``value`` in words that do not depend on the process or its GPU."""
-    if isinstance(value, Mapping):
-        pairs = (f"{name!r}: {_described(each)}" for name, each in value.items())
-        return f"{{{', '.join(pairs)}}}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_described, value))}]"
-    if isinstance(value, Tensor):
-        return str(value.tolist())
-    is_plain = value is None or isinstance(value, str | int | float) or is_dataclass(value)
-    return repr(value) if is_plain else type(value).__name__
-
-
-def takes_only_its_own(init: Callable[P, None]) -> Callable[P, None]:
-    """Make a constructor say which arguments it takes when it is given another by name."""
-    _, *known = inspect.signature(init).parameters
-
-    @wraps(init)
-    def made(*args: P.args, **options: P.kwargs) -> None:
-        for name in options:
-            if name not in known:
-                own = f"qsdp.{type(args[0]).__name__}"
-                raise TypeError(f"{own} has no argument {name!r}; it takes {', '.join(known)}")
-        init(*args, **options)
-
-    return made
-
-
-def hook_weakly(register: Callable[..., Any], method: Callable[..., Any]) -> None:
-    """Give ``register`` a hook that calls ``method``, does not hold its object, and goes with it: a
-    base may be wrapped again and again."""
-    held = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> Any:
-        bound = held()
-        return None if bound is None else bound(*args)
-
-    end = weakref.finalize(cast(Any, method).__self__, register(call).remove)
-    end.atexit = False
-
-
-def made_alike(init: Callable[P, None]) -> Callable[P, None]:
-    """Make a constructor ``(self, model, base_optimizer, ...)`` a collective over the ranks that
-    share the model: all of them raise RuntimeError if their arguments differ."""
-    signature = inspect.signature(init)
-
-    @wraps(init)
-    def made(*args: P.args, **options: P.kwargs) -> None:
-        bound = signature.bind(*args, **options)
-        bound.apply_defaults()
-        self, model, _ = (bound.arguments.pop(name) for name in ("self", "model", "base_optimizer"))
-        facts: dict[str, object] = {
-            name: _described(value) for name, value in bound.arguments.items()
-        }
-        groups = []
-        if isinstance(model, nn.Module):
-            reshard(model)
-            groups = groups_of(model.parameters())
-        call = f"qsdp.{type(self).__name__}"
-        with mistakes_shared(call, groups):
-            init(*args, **options)
-            facts["prunable parameters"] = self.prunable.names
-            facts["base_optimizer"] = f"{type(self.base).__name__} {_described(self.base.defaults)}"
-            facts["parameters of the optimizer"] = len(self.parameters())
-        meet(call, facts, groups)
-        self.made_with = facts
-        self.attach()
-
-    return takes_only_its_own(made)
-
-
-@contextmanager
-def undone_by_exceptions(model: nn.Module, restore: Callable[[], None]) -> Iterator[None]:
-    """An exception inside leaves ``model`` as if no pass had been begun inside: the next try of the
-    step gathers the same weights. Gradients that were not reduced are dropped, and ``restore`` is
-    called."""
-    rewind = rewind_point(model)
-    try:
-        yield
-    except BaseException:
-        for whole in wholes(model):
-            abandon_pass(whole)
-        rewind()
-        restore()
-        raise
-
-
-def bystanders(model: nn.Module, own: Iterable[Tensor] = ()) -> Callable[[], None]:
-    """A function that makes what passes of ``model`` change what it is now: all buffers, and the
-    gradients of all trained parameters but ``own``; also those of an FSDP2 root around it."""
-    restore_buffers, known = keep_buffers(model), {*map(id, own)}
-    parameters = unique(p for whole in wholes(model) for p in whole.parameters())
-    others = [p for p in parameters if p.requires_grad and id(p) not in known]
-    grads = [p.grad if p.grad is None else p.grad.clone() for p in others]
-
-    def restore() -> None:
-        restore_buffers()
-        for parameter, grad in zip(others, grads, strict=True):
-            parameter.grad = grad
-
-    return restore
 
 
 def _do_nothing(_: torch.optim.Optimizer) -> None:
     """A hook that shows whether there can be one."""
 
 
-class TellSupport(Protocol):
+class SupportCallback(Protocol):
     """Takes the masks of pruned parameters, None for whole weights; ``with_grads``: gradients of
     pruned weights are not needed either."""
 
@@ -199,9 +82,9 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.made_with: dict[str, object] = {}
         self.skipped_steps = 0
         self.last_bad: str | None = None
-        self._known = TrackedParameters(type(self).__name__, model, base, prunable)
+        self._tracked = TrackedParameters(type(self).__name__, model, base, prunable)
         self._remembered = remembered
-        self._tell: TellSupport | None = None
+        self._on_support_change: SupportCallback | None = None
         try:
             base.register_load_state_dict_post_hook(_do_nothing).remove()
         except AttributeError:
@@ -210,9 +93,9 @@ class OptimizerWrapper(torch.optim.Optimizer):
                 "one that it wraps, its .optimizer"
             ) from None
         # What torch makes here for this one is dropped: groups and state are the base's.
-        self._own: dict[str, Any] | None = {}
+        self._unused: dict[str, Any] | None = {}
         super().__init__(self.parameters(), {})
-        self._own = None
+        self._unused = None
         self.defaults = base.defaults
 
     def attach(self) -> None:
@@ -220,46 +103,46 @@ class OptimizerWrapper(torch.optim.Optimizer):
         what is refused leaves the base as it was."""
         # Loading gives the base new dictionaries. A hook that held this would keep the model until
         # garbage is collected.
-        hook_weakly(self.base.register_load_state_dict_post_hook, self._share)
-        self._share(self.base)
+        register_weak_hook(self.base.register_load_state_dict_post_hook, self._on_load)
+        self._on_load(self.base)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base's own, as they are now."""
-        return self.base.param_groups if self._own is None else self._own["param_groups"]
+        return self.base.param_groups if self._unused is None else self._unused["param_groups"]
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._give("param_groups", groups)
+        self._assign("param_groups", groups)
 
     @property
     def state(self) -> Any:
         """The base's own, as it is now."""
-        return self.base.state if self._own is None else self._own["state"]
+        return self.base.state if self._unused is None else self._unused["state"]
 
     @state.setter
     def state(self, state: Any) -> None:
-        self._give("state", state)
+        self._assign("state", state)
 
-    def _give(self, name: str, value: Any) -> None:
-        if self._own is None:
+    def _assign(self, name: str, value: Any) -> None:
+        if self._unused is None:
             setattr(self.base, name, value)
         else:
-            self._own[name] = value
+            self._unused[name] = value
 
     @property
     def prunable(self) -> Prunable:
         """The parameters that may be pruned, as they were found the last time."""
-        return self._known.prunable
+        return self._tracked.prunable
 
-    def share_support(self, tell: TellSupport) -> None:
+    def share_support(self, tell: SupportCallback) -> None:
         """Call ``tell`` from now on when the weights that are not zero change: for instance
         `Handle.set_support`, so that a pruned weight costs nothing on the wire."""
-        self._tell = tell
+        self._on_support_change = tell
 
     def parameters(self) -> list[Tensor]:
         """All parameters of the base optimizer, in its order."""
-        return self._known.own()
+        return self._tracked.base_parameters()
 
     def check_reshards(self) -> None:
         """Raise RuntimeError if FSDP2 would hide edits of the shards from the next pass."""
@@ -276,26 +159,26 @@ class OptimizerWrapper(torch.optim.Optimizer):
         ``check`` raises what else stands against it.
         """
         call = f"{type(self).__name__}.step"
-        are_current = self._known.are_current
-        groups = self._known.groups
-        if not are_current:
+        is_current = self._tracked.is_current
+        groups = self._tracked.groups
+        if not is_current:
             everything = [*sharded_parameters(self.model).values(), *self.parameters()]
             groups = groups_of(everything, with_replicas=True)
         with mistakes_shared(call, groups):
             if check is not None:
                 check()
-            if not are_current:
-                self._known.renew()
-                self._known.warn_of_the_joined()
+            if not is_current:
+                self._tracked.refresh()
+                self._tracked.warn_of_late_parameters()
         own = {"trained parameters": sum(p.requires_grad for p in self.parameters())}
         # Where the model was plain when this was made, no rank has heard of the others' arguments.
-        now = {"trained": self._known.trained, "prunable parameters": self.prunable.names}
+        now = {"trained": self._tracked.trained_names, "prunable parameters": self.prunable.names}
         meet(call, own | self.made_with | now | facts, groups)
 
     def _grad_norm(self, loss: Any = None) -> float:
         """The norm over all parameters of the base, each once, and NaN if ``loss``, which a closure
         has returned, is a number and not finite; see `global_grad_norm`."""
-        return norm_among(unique(self.parameters()), self._known.spread, number_in(loss))
+        return norm_among(unique(self.parameters()), self._tracked.spread, scalar_loss(loss))
 
     def _count_skipped(self, loss: Any, when: str = "") -> None:
         """Note that the step is skipped, ``when`` in it, and why. Gradients are still there."""
@@ -304,11 +187,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         named: dict[str, Tensor] = {n: own.pop(id(p)) for n, p in in_model if id(p) in own}
         named |= {f"parameter {i} outside of the model": p for i, p in enumerate(own.values())}
         self.skipped_steps += 1
-        self.last_bad = name_not_finite(named, loss, self._known.groups) + when
-
-    def _reshard(self) -> None:
-        for whole in wholes(self.model):
-            reshard(whole)
+        self.last_bad = name_not_finite(named, loss, self._tracked.groups) + when
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dictionary, with what the wrapper remembers in its groups."""
@@ -329,8 +208,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Give the base optimizer another group of parameters."""
         super().add_param_group(param_group)
-        if self._own is None:
-            self._known.notice_own()
+        if self._unused is None:
+            self._tracked.record_base_parameters()
             self._remember_defaults()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -346,7 +225,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     def _on_any_rank(self, is_here: bool) -> bool:
         """Whether something is so on any rank. A collective when sharded."""
-        return meet(f"{type(self).__name__}.step", {}, self._known.groups, has_news=is_here)
+        return meet(f"{type(self).__name__}.step", {}, self._tracked.groups, has_news=is_here)
 
     def _has_grads(self) -> bool:
         return any(parameter.grad is not None for parameter in self.parameters())
@@ -362,7 +241,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         for group in self.param_groups:
             group[key] = value
 
-    def _share(self, base: torch.optim.Optimizer) -> None:
+    def _on_load(self, base: torch.optim.Optimizer) -> None:
         self._remember_defaults()
 
     def _remember_defaults(self) -> None:

@@ -11,20 +11,23 @@ from torch import Tensor, nn
 
 from qsdp.common.failures import listed
 from qsdp.common.meeting import warn
-from qsdp.methods.base import (
-    OptimizerWrapper,
-    TellSupport,
-    bystanders,
-    hook_weakly,
-    undone_by_exceptions,
+from qsdp.methods.base import OptimizerWrapper, SupportCallback
+from qsdp.methods.clip_grad import check_max_norm, scale_grads_
+from qsdp.methods.mask_state import (
+    MASK,
+    check_masks,
+    mask_of,
+    names_by_id,
+    split_masks,
+    step_without_masks,
 )
-from qsdp.methods.norms import check_max_norm, scale_grads_
+from qsdp.methods.rollback import reshard_all, rollback_on_exception, snapshot_buffers_and_grads
+from qsdp.methods.weak_hooks import register_weak_hook
 from qsdp.sparsity.compression import Prunable, keep_masks, keep_only_
 from qsdp.sparsity.local_shards import local_shard
 from qsdp.sparsity.target import Compression
 
 _STEP = "masked_step"
-MASK = "mask"
 _PLAN = "mask_plan"
 _NAMES = "mask_names"
 
@@ -74,7 +77,7 @@ class MaskedOptimizer(OptimizerWrapper):
     def attach(self) -> None:
         super().attach()
         self._remember(_PLAN, self._plan)  # an earlier wrapper's may be there
-        hook_weakly(self.base.register_load_state_dict_pre_hook, self._take_masks)
+        register_weak_hook(self.base.register_load_state_dict_pre_hook, self._extract_masks)
 
     @property
     def prunable(self) -> Prunable:
@@ -89,13 +92,13 @@ class MaskedOptimizer(OptimizerWrapper):
     @property
     def pruned(self) -> float:
         """The fraction of the prunable weights that the masks prune now."""
-        return self._pruned(self.num_steps)
+        return self._pruned_fraction(self.num_steps)
 
     def masks(self) -> dict[str, Tensor]:
         """Which weights are trained, by name: bool, DTensors where the parameters are."""
         prunable = self.prunable
         pairs = zip(prunable.names, prunable.parameters, strict=True)
-        return {name: self._mask(parameter) for name, parameter in pairs}
+        return {name: mask_of(self.state, parameter) for name, parameter in pairs}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -115,8 +118,8 @@ class MaskedOptimizer(OptimizerWrapper):
         self.meet(self._check_begin, **facts)
         self._check_all_are_masked()
         loss, self.last_bad = None, None
-        restore = _do_nothing if closure is None else bystanders(self.model)
-        with undone_by_exceptions(self.model, restore):
+        restore = _do_nothing if closure is None else snapshot_buffers_and_grads(self.model)
+        with rollback_on_exception(self.model, restore):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
@@ -128,8 +131,8 @@ class MaskedOptimizer(OptimizerWrapper):
                 restore()
         self._remember(_STEP, self.num_steps + 1)
         self.last_target = None
-        self._change(self.num_steps)
-        self._reshard()
+        self._update_masks(self.num_steps)
+        reshard_all(self.model)
         return loss
 
     def _check_begin(self) -> None:
@@ -142,7 +145,7 @@ class MaskedOptimizer(OptimizerWrapper):
         without = [name for name, p in pairs if MASK not in self.state.get(p, {})]
         if not without or not self.num_steps or not self._is_masked(self.num_steps):
             return
-        if not any(MASK in self.state.get(p, {}) for p in self._known.prunable.parameters):
+        if not any(MASK in self.state.get(p, {}) for p in self._tracked.prunable.parameters):
             raise RuntimeError(
                 f"the masks of {type(self).__name__} are gone from the optimizer's state, and with "
                 "them what was pruned: load the state_dict() of before"
@@ -156,9 +159,9 @@ class MaskedOptimizer(OptimizerWrapper):
         """Let the base step under the masks. Returns whether: gradient and ``loss`` are finite."""
         is_masked = self._is_masked(self.num_steps)
         if is_masked:
-            for parameter in self._known.prunable.parameters:
+            for parameter in self._tracked.prunable.parameters:
                 if parameter.grad is not None:
-                    mask = local_shard(self._mask(parameter)).values
+                    mask = local_shard(mask_of(self.state, parameter)).values
                     keep_only_(local_shard(parameter.grad).values, mask)
         norm = self.last_grad_norm = self._grad_norm(loss)
         if not math.isfinite(norm):
@@ -166,30 +169,21 @@ class MaskedOptimizer(OptimizerWrapper):
             return False
         if self.max_norm is not None:
             scale_grads_(self.parameters(), self.max_norm, norm)
-        self._step_base()
+        step_without_masks(self.base)
         self._make_masks()
         if is_masked:
             self._apply_masks()
         return True
 
-    def _step_base(self) -> None:
-        """Hide the masks meanwhile: torch's optimizers make a state where there is nothing yet."""
-        masks = {p: state.pop(MASK) for p, state in self.state.items() if MASK in state}
-        try:
-            self.base.step()
-        finally:
-            for parameter, mask in masks.items():
-                self.state[parameter][MASK] = mask
-
     def _is_masked(self, step: int) -> bool:
         """Whether optimizer step number ``step``, the first being 0, is taken under the masks."""
         raise NotImplementedError
 
-    def _pruned(self, steps_done: int) -> float:
+    def _pruned_fraction(self, steps_done: int) -> float:
         """The fraction that is pruned when ``steps_done`` steps are done."""
         raise NotImplementedError
 
-    def _change(self, steps_done: int) -> None:
+    def _update_masks(self, steps_done: int) -> None:
         """Renew or lift the masks when ``steps_done`` steps are done, if it is time to."""
         raise NotImplementedError
 
@@ -203,23 +197,23 @@ class MaskedOptimizer(OptimizerWrapper):
             self._make_new_masks(target)
 
     def _make_new_masks(self, target: Compression) -> None:
-        self._reshard()
+        reshard_all(self.model)
         self._make_masks()
         shards = self.prunable.shards()
         masks = keep_masks(shards, target, self.prunable.dims)
         for parameter, mask in zip(self.prunable.parameters, masks, strict=True):
-            local_shard(self._mask(parameter)).values.copy_(mask)
+            local_shard(mask_of(self.state, parameter)).values.copy_(mask)
         self._apply_masks()
-        self._announce()
+        self._announce_support()
 
-    def share_support(self, tell: TellSupport) -> None:
+    def share_support(self, tell: SupportCallback) -> None:
         super().share_support(tell)
-        self._announce()
+        self._announce_support()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's, whose states go by number, with the names of the masks."""
         masked = {id(key) for key, state in self.state.items() if MASK in state}
-        named, own = self._known.ids, [*map(id, self.parameters())]
+        named, own = self._tracked.prunable_ids, [*map(id, self.parameters())]
         names = [named[key] for key in own if key in masked and key in named]
         return {**super().state_dict(), _NAMES: names}
 
@@ -228,33 +222,34 @@ class MaskedOptimizer(OptimizerWrapper):
 
         Raises ValueError if its masks were made by another plan or are of other parameters.
         """
-        self._known.renew()
+        self._tracked.refresh()
         super().load_state_dict(state_dict)
-        self._announce()
+        self._announce_support()
 
-    def _announce(self) -> None:
+    def _announce_support(self) -> None:
         """Tell who wants to know which weights are not zero; a collective there."""
-        if self._tell is not None:
-            self._known.renew()
-            masks = {p: local_shard(self._mask(p)).values for p in self.prunable.parameters}
-            self._tell(masks if self._is_masked(self.num_steps) else None)
+        if self._on_support_change is not None:
+            self._tracked.refresh()
+            masks = {
+                p: local_shard(mask_of(self.state, p)).values for p in self.prunable.parameters
+            }
+            self._on_support_change(masks if self._is_masked(self.num_steps) else None)
 
     def _lift_masks(self) -> None:
         """Train all weights again, from zero where they were pruned."""
         for state in self.state.values():
             if MASK in state:
                 local_shard(state[MASK]).values.fill_(True)
-        self._announce()
+        self._announce_support()
 
     def _apply_masks(self) -> None:
-        for parameter in self._known.prunable.parameters:
+        for parameter in self._tracked.prunable.parameters:
             # The base steps what has a gradient, also where that was frozen since.
             if parameter.requires_grad or parameter.grad is not None:
-                keep_only_(local_shard(parameter).values, local_shard(self._mask(parameter)).values)
-
-    def _mask(self, parameter: Tensor) -> Tensor:
-        mask: Tensor | None = self.state.get(parameter, {}).get(MASK)
-        return torch.ones_like(parameter, dtype=torch.bool) if mask is None else mask
+                keep_only_(
+                    local_shard(parameter).values,
+                    local_shard(mask_of(self.state, parameter)).values,
+                )
 
     def _make_masks(self) -> None:
         """Give every prunable parameter a mask that keeps all, where it has none."""
@@ -264,76 +259,37 @@ class MaskedOptimizer(OptimizerWrapper):
             if MASK not in self.state[parameter]:
                 self.state[parameter][MASK] = torch.ones_like(parameter, dtype=torch.bool)
 
-    def _take_masks(self, _: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Load the masks past torch, which gives what it loads the parameter's dtype and takes a
-        state with nothing but a mask for a damaged one."""
+    def _extract_masks(
+        self, _: torch.optim.Optimizer, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Load the masks past torch; see `split_masks`."""
         if self._recall(_PLAN) != self._plan:
             return state_dict  # another one has wrapped the base since
-        plan = state_dict["param_groups"][0].get(_PLAN, self._plan)
+        first = state_dict["param_groups"][0]
+        plan = first.get(_PLAN, self._plan)
         if plan != self._plan:
             raise ValueError(
                 f"the state was made under {plan}, and this {type(self).__name__} follows "
                 f"{self._plan}: its masks would not be those of its phases; make it as it was"
             )
-        states = state_dict["state"]
-        # Numbers, or names under DCP; their order is that of the parameters.
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        self._loaded_masks = [
-            (parameter, states[key][MASK])
-            for parameter, key in zip(self.parameters(), keys, strict=False)
-            if MASK in states.get(key, {})
-        ]
-        self._check_masks(int(state_dict["param_groups"][0].get(_STEP, 0)), state_dict.get(_NAMES))
-        rest = {
-            key: {name: value for name, value in state.items() if name != MASK}
-            for key, state in states.items()
-        }
-        return {**state_dict, "state": rest}
-
-    def _check_masks(self, step: int, theirs: list[str] | None) -> None:
-        """Raise ValueError if the masks to be loaded are not those of the prunable parameters.
-        ``theirs`` are their names; DCP, which puts them in their places by name, brings none."""
-        masked = {id(parameter) for parameter, _ in self._loaded_masks}
-        # Before the first step there are none.
-        if not masked and not self._is_masked(step):
-            return
-        every, own = self._named(self._known.prunable), f"this {type(self).__name__}"
-        ours = [*self._named(self.prunable).values()]
-        found = [name for key, name in every.items() if key in masked]
-        is_in_place = len(found) == len(masked) and {*ours} <= {*found}
-        if is_in_place and theirs in (None, found):
-            return
-        names = ours if theirs is None else theirs
-        extra = [name for name in names if name not in every.values()]
-        missing = [name for name in ours if name not in names]
-        if extra or missing:
-            told = [f"no mask of {_first(missing)}"] if missing else []
-            told += [f"a mask of {_first(extra)} that {own} does not prune"] if extra else []
-            mistake = f"the state has {' and '.join(told)}; make it with the same prunable set"
-        elif theirs is not None and len(masked) == len(theirs):
-            pairs = zip(theirs, ours, strict=False)
-            moved = [f", {was} where {own} has {now}" for was, now in pairs if was != now]
-            mistake = (
-                f"the state has the masks of {own} in other places{''.join(moved[:1])}: the base "
-                "optimizer's parameters stand in another order; make it as it was, or save and "
-                "load with DCP's get_optimizer_state_dict, which goes by name"
-            )
-        else:
-            mistake = (
-                f"the state's {len(masked)} masks are of other parameters than the {len(ours)} "
-                f"that {own} prunes; make it with the same prunable set"
-            )
         self._loaded_masks = []
-        raise ValueError(mistake)
+        parameters = self.parameters()
+        rest, masks = split_masks(state_dict, parameters)
+        masked = {id(parameter) for parameter, _ in masks}
+        # Before the first step there are none.
+        if masked or self._is_masked(int(first.get(_STEP, 0))):
+            check_masks(
+                masked,
+                state_dict.get(_NAMES),
+                names_by_id(self._tracked.prunable, parameters),
+                [*names_by_id(self.prunable, parameters).values()],
+                type(self).__name__,
+            )
+        self._loaded_masks = masks
+        return rest
 
-    def _named(self, prunable: Prunable) -> dict[int, str]:
-        """By id the names of ``prunable``, in the base optimizer's order."""
-        pairs = zip(prunable.parameters, prunable.names, strict=True)
-        names = {id(parameter): name for parameter, name in pairs}
-        return {id(p): names[id(p)] for p in self.parameters() if id(p) in names}
-
-    def _share(self, base: torch.optim.Optimizer) -> None:
-        super()._share(base)
+    def _on_load(self, base: torch.optim.Optimizer) -> None:
+        super()._on_load(base)
         for parameter, mask in getattr(self, "_loaded_masks", []):
             # A copy, as torch makes one of everything else that it loads.
             self.state[parameter][MASK] = mask.to(parameter.device, torch.bool, copy=True)
@@ -342,8 +298,3 @@ class MaskedOptimizer(OptimizerWrapper):
 
 def _do_nothing() -> None:
     """There was no pass."""
-
-
-def _first(names: list[str]) -> str:
-    """The first of `names`, and how many more there are."""
-    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"

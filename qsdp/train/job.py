@@ -19,7 +19,7 @@ from qsdp.common.failures import is_failure
 from qsdp.common.streams import print_error, printable
 from qsdp.compat import sharded_parameters
 from qsdp.data import Batches, Corpus
-from qsdp.methods.finite import first_not_finite
+from qsdp.methods.nonfinite import first_not_finite
 from qsdp.models.gpt2.model import GPT
 from qsdp.report.metrics import MetricsWriter
 from qsdp.train.auto.choose import Choice

@@ -17,10 +17,11 @@ from qsdp.common.meshes import groups_of
 from qsdp.common.streams import forgiving_output
 from qsdp.compat import sharded_parameters
 from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.clip_grad import scale_grads_
 from qsdp.methods.cram.optimizer import CrAM
-from qsdp.methods.finite import name_not_finite
+from qsdp.methods.grad_norm import global_grad_norm
 from qsdp.methods.masked import MaskedOptimizer
-from qsdp.methods.norms import global_grad_norm, scale_grads_
+from qsdp.methods.nonfinite import name_not_finite
 from qsdp.report.progress import RunProgress
 from qsdp.train import twin
 from qsdp.train.config import TrainConfig

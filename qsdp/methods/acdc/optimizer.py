@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from qsdp.methods.acdc.schedule import ACDCSchedule
-from qsdp.methods.base import (
-    made_alike,
-)
+from qsdp.methods.constructors import collective_constructor
 from qsdp.methods.first_moments import FirstMoments
-from qsdp.methods.masked import MASK, MaskedOptimizer
+from qsdp.methods.mask_state import MASK
+from qsdp.methods.masked import MaskedOptimizer
 from qsdp.sparsity.target import Compression
 
 
@@ -30,7 +29,7 @@ class ACDC(MaskedOptimizer):
 
     _has_checked_moments: bool
 
-    @made_alike
+    @collective_constructor
     def __init__(
         self,
         model: nn.Module,
@@ -70,10 +69,10 @@ class ACDC(MaskedOptimizer):
     def _is_masked(self, step: int) -> bool:
         return self.schedule.is_compressed(step)
 
-    def _pruned(self, steps_done: int) -> float:
+    def _pruned_fraction(self, steps_done: int) -> float:
         return self.target.fraction if self._is_masked(steps_done - 1) else 0.0
 
-    def _change(self, steps_done: int) -> None:
+    def _update_masks(self, steps_done: int) -> None:
         was, is_now = self._is_masked(steps_done - 1), self._is_masked(steps_done)
         if is_now and not was:
             self._renew_masks(self.target)
@@ -88,8 +87,8 @@ class ACDC(MaskedOptimizer):
             self._moments.check()
             self._has_checked_moments = True
 
-    def _share(self, base: torch.optim.Optimizer) -> None:
-        super()._share(base)
+    def _on_load(self, base: torch.optim.Optimizer) -> None:
+        super()._on_load(base)
         self._has_checked_moments = False  # what was loaded may be of other classes
 
 

@@ -11,15 +11,12 @@ from torch import Tensor, nn
 
 from qsdp.common.finalizer import GOLDEN_GAMMA, MASK, finalize
 from qsdp.common.meeting import warn
-from qsdp.compat import abandon_cut_short, abandon_pass, has_pending_gradients, wholes
-from qsdp.methods.base import (
-    OptimizerWrapper,
-    bystanders,
-    made_alike,
-    undone_by_exceptions,
-)
-from qsdp.methods.norms import check_max_norm, scale_grads_
-from qsdp.sparsity.compression import PackedMask, compress_, keep_only_
+from qsdp.compat import abandon_cut_short, has_pending_gradients, wholes
+from qsdp.methods.base import OptimizerWrapper
+from qsdp.methods.clip_grad import check_max_norm, scale_grads_
+from qsdp.methods.constructors import collective_constructor
+from qsdp.methods.cram.second_pass import run_closure, second_pass
+from qsdp.methods.rollback import reshard_all, rollback_on_exception, snapshot_buffers_and_grads
 from qsdp.sparsity.local_shards import local_shard, unique
 from qsdp.sparsity.target import Compression
 
@@ -65,7 +62,7 @@ class CrAM(OptimizerWrapper):
             clipping; None before. Not finite when the step was skipped.
     """
 
-    @made_alike
+    @collective_constructor
     def __init__(
         self,
         model: nn.Module,
@@ -132,7 +129,7 @@ class CrAM(OptimizerWrapper):
         self.seed = seed
         for target in self.targets:
             self.prunable.check(target)
-        self._warn_of_lacking()
+        self._warn_of_missing()
         self.last_target: Compression | None = None
         self.last_grad_norm: float | None = None
 
@@ -183,8 +180,8 @@ class CrAM(OptimizerWrapper):
         self.meet(self._check_begin, **facts)
         self.last_target, self.last_bad = None, None
         try:
-            undo = bystanders(self.model, self.parameters())
-            with undone_by_exceptions(self.model, undo):
+            undo = snapshot_buffers_and_grads(self.model, self.parameters())
+            with rollback_on_exception(self.model, undo):
                 loss, takes_step = self._compute_grads(closure, target)
                 if takes_step:
                     self.base.step()
@@ -193,11 +190,11 @@ class CrAM(OptimizerWrapper):
         finally:
             self.zero_grad()
         self._remember(_STEP, self.num_steps + 1)
-        self._reshard()
+        reshard_all(self.model)
         return loss
 
-    def _warn_of_lacking(self) -> None:
-        own, names = type(self).__name__, self._known.lacking
+    def _warn_of_missing(self) -> None:
+        own, names = type(self).__name__, self._tracked.missing_names
         if names:
             warn(
                 f"the base optimizer of {own} lacks {len(names)} trained parameters of the model, "
@@ -224,7 +221,7 @@ class CrAM(OptimizerWrapper):
     def _compute_grads(self, closure: Callable[[], Any], target: Compression) -> tuple[Any, bool]:
         """Run both passes; leave the step's gradient in place and say whether it is finite."""
         parameters = unique(self.parameters())
-        loss = _run(closure, parameters)
+        loss = run_closure(closure, parameters)
         norm = self.last_grad_norm = self._grad_norm(loss)
         if not math.isfinite(norm):
             self._count_skipped(loss, ", in the first pass")
@@ -232,7 +229,17 @@ class CrAM(OptimizerWrapper):
         self.last_target = target
         scale = self.rho / (norm + _TINY) if self.normalize else self.rho
         grads = [_take_grad(parameter) for parameter in parameters]
-        second_loss = self._second_pass(closure, parameters, grads, scale, target)
+        second_loss = second_pass(
+            closure,
+            self.model,
+            parameters,
+            grads,
+            scale=scale,
+            prunable=self.prunable,
+            target=target,
+            sparse_grad=self.sparse_grad,
+            on_support_change=self._on_support_change,
+        )
         if self.plus:
             _add_grads(parameters, grads)
         norm = self.last_grad_norm = self._grad_norm(second_loss)
@@ -243,56 +250,6 @@ class CrAM(OptimizerWrapper):
             scale_grads_(parameters, self.max_norm * (2 if self.plus else 1), norm)
         return loss, True
 
-    def _second_pass(
-        self,
-        closure: Callable[[], Any],
-        parameters: list[Tensor],
-        grads: list[Tensor | None],
-        scale: float,
-        target: Compression,
-    ) -> Any:
-        """Leave in `.grad` the gradient at the compressed point, and the weights as before. Returns
-        what the closure does."""
-        tell = self._tell if target.fraction else None
-        ascents = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
-        prunable = self.prunable
-        edited = unique([*(p for p, _ in ascents), *prunable.parameters])
-        shards = [local_shard(parameter) for parameter in edited]
-        before = [shard.values.clone() for shard in shards]
-        restore = bystanders(self.model, parameters)
-        try:
-            # A group that had no backward pass is still gathered, and would hide the edit.
-            self._reshard()
-            for parameter, grad in ascents:
-                local_shard(parameter).values.add_(local_shard(grad).values, alpha=scale)
-            masks: list[PackedMask] = []
-            if target.fraction or target.bits is not None:  # SAM compresses nothing
-                masks = compress_(prunable.shards(), target, prunable.dims)
-            if tell is not None:
-                tell(_unpacked(prunable.parameters, masks), with_grads=self.sparse_grad)
-            loss = _run(closure, parameters)
-            if self.sparse_grad and target.fraction:
-                self._mask_grads(masks)
-            return loss
-        except BaseException:
-            for whole in wholes(self.model):
-                abandon_pass(whole)
-            raise
-        finally:
-            # A forward pass without a backward one left weights gathered: the compressed ones.
-            self._reshard()
-            for shard, values in zip(shards, before, strict=True):
-                shard.values.copy_(values)
-            if tell is not None:
-                tell(None)
-            restore()
-
-    def _mask_grads(self, masks: Sequence[PackedMask]) -> None:
-        """Zero the gradients of pruned weights."""
-        for parameter, mask in zip(self.prunable.parameters, masks, strict=True):
-            if parameter.grad is not None:
-                keep_only_(local_shard(parameter.grad).values, mask.unpack())
-
 
 def draw(seed: int, step: int) -> int:
     """64 random bits, a pure function of (seed, step)."""
@@ -300,20 +257,6 @@ def draw(seed: int, step: int) -> int:
     for word in (seed, step):
         bits = finalize(bits + word + GOLDEN_GAMMA & MASK)
     return bits
-
-
-def _run(closure: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:
-    for parameter in parameters:
-        parameter.grad = None
-    with torch.enable_grad():
-        return closure()
-
-
-def _unpacked(
-    parameters: Sequence[nn.Parameter], masks: Sequence[PackedMask]
-) -> dict[nn.Parameter, Tensor]:
-    """A byte a weight, which no name may hold through a pass."""
-    return {p: mask.unpack() for p, mask in zip(parameters, masks, strict=True)}
 
 
 def _take_grad(parameter: Tensor) -> Tensor | None:

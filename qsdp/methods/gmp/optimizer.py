@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from qsdp.methods.base import (
-    made_alike,
-)
+from qsdp.methods.constructors import collective_constructor
 from qsdp.methods.gmp.schedule import GMPSchedule
 from qsdp.methods.masked import MaskedOptimizer
 from qsdp.sparsity.target import Compression
@@ -19,7 +17,7 @@ class GMP(MaskedOptimizer):
     """Gradual magnitude pruning: the mask is renewed at growing sparsity, by the cubic schedule
     (Zhu & Gupta, arXiv 1710.01878; GMP*, arXiv 2210.06384). Pruned weights stay pruned."""
 
-    @made_alike
+    @collective_constructor
     def __init__(
         self,
         model: nn.Module,
@@ -43,10 +41,10 @@ class GMP(MaskedOptimizer):
     def _is_masked(self, step: int) -> bool:
         return self.schedule.is_pruned(step)
 
-    def _pruned(self, steps_done: int) -> float:
+    def _pruned_fraction(self, steps_done: int) -> float:
         return self.schedule.sparsity_at(steps_done)
 
-    def _change(self, steps_done: int) -> None:
+    def _update_masks(self, steps_done: int) -> None:
         sparsity = self.schedule.sparsity_after(steps_done)
         if sparsity is not None:
             # A pruning may begin with nothing pruned, for which there is no scope.

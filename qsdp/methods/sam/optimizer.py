@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qsdp.methods.base import (
-    takes_only_its_own,
-)
+from qsdp.methods.constructors import reject_unknown_arguments
 from qsdp.methods.cram.optimizer import CrAM
 
 
@@ -15,7 +13,7 @@ class SAM(CrAM):
     """Sharpness-aware minimization (Foret et al., ICLR 2021, arXiv 2010.01412): the gradient at
     w + rho * g / |g|, without compression. The baseline of CrAM, by the same code."""
 
-    @takes_only_its_own
+    @reject_unknown_arguments
     def __init__(
         self,
         model: nn.Module,

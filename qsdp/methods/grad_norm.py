@@ -1,4 +1,4 @@
-"""Exact gradient norms over shards, and clipping by them."""
+"""The exact norm of all gradients, over shards of any mesh."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp.common.meeting import meet, mistakes_shared
-from qsdp.common.meshes import Groups, Spread, groups_of, spread_of
-from qsdp.methods.finite import number_in
+from qsdp.common.meshes import Groups, Spread, spread_of
+from qsdp.methods.nonfinite import scalar_loss
 from qsdp.sparsity.local_shards import gathered, local_shard, unique
 
 # A chunk in double precision stays in a CPU's cache; a GPU wants few launches instead.
@@ -88,56 +87,9 @@ def norm_among(
     return math.sqrt(total + counted)
 
 
-def clip_grad_norm_(
-    parameters: Iterable[Tensor], max_norm: float, *, loss: Tensor | float | None = None
-) -> float:
-    """Scale all gradients in place so that their global norm is at most ``max_norm``.
-
-    As `torch.nn.utils.clip_grad_norm_`, but exact for DTensors of any mesh together with plain
-    tensors: the coefficient max_norm / (norm + 1e-6), at most 1, is computed in fp64 and applied
-    in the gradients' precision (at least fp32). A norm that is not finite makes every coefficient
-    NaN or 0, as in torch: look at the returned norm before stepping.
-
-    Args:
-        parameters: As for `global_grad_norm`.
-        max_norm: Above 0, the same on every rank.
-        loss: As for `global_grad_norm`: give it to skip a step whose loss is not finite on any
-            rank, though all gradients are.
-
-    Returns:
-        The norm before clipping.
-    """
-    parameters = unique(parameters)
-    groups, call = groups_of(parameters, with_replicas=True), "qsdp.clip_grad_norm_"
-    with mistakes_shared(call, groups):
-        check_max_norm(max_norm)
-        check_loss(loss)
-    num_trained = sum(parameter.requires_grad for parameter in parameters)
-    meet(call, {"max_norm": max_norm, "trained parameters": num_trained}, groups)
-    norm = global_grad_norm(parameters, loss=loss)
-    scale_grads_(parameters, max_norm, norm)
-    return norm
-
-
-def scale_grads_(parameters: Iterable[Tensor], max_norm: float, norm: float) -> None:
-    """Clip to ``max_norm`` the gradients whose global norm is known to be ``norm``."""
-    coefficient = max_norm / (norm + 1e-6)
-    if coefficient >= 1:
-        return
-    for parameter in unique(parameters):
-        if parameter.grad is not None:
-            local_shard(parameter.grad).values.mul_(coefficient)
-
-
-def check_max_norm(max_norm: float) -> None:
-    """Raise ValueError unless ``max_norm`` is above 0."""
-    if not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm}; choose a number above 0")
-
-
 def check_loss(loss: object) -> None:
     """Raise ValueError unless ``loss`` is None or one floating-point number."""
-    if loss is not None and number_in(loss) is None:
+    if loss is not None and scalar_loss(loss) is None:
         what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss is {what}; give a float, or a floating-point tensor of one value")
 
@@ -152,7 +104,7 @@ def _is_heard_by_all(reaches: Collection[Groups]) -> bool:
 
 def _nothing(loss: Tensor | float, device: torch.device) -> Tensor | float:
     """0, or NaN if ``loss`` is not finite. No device waits for it that has what is needed."""
-    value = number_in(loss)
+    value = scalar_loss(loss)
     if not isinstance(value, Tensor):
         return 0.0 if value is None else 0.0 * value
     nothing = value.reshape(()).double() * 0.0

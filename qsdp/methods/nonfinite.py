@@ -26,7 +26,7 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def number_in(value: Any) -> Tensor | float | None:
+def scalar_loss(value: Any) -> Tensor | float | None:
     """``value``, if it is a loss: a float, or a floating-point tensor of one value; None else."""
     if isinstance(value, DTensor):
         value = value.to_local()
@@ -48,7 +48,7 @@ def name_not_finite(
         groups: Whose ranks take the step together; none where each has all gradients.
     """
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    name, value = first_not_finite(grads), number_in(loss)
+    name, value = first_not_finite(grads), scalar_loss(loss)
     rank = dist.get_rank() if groups else 0
     mine: dict[str, Any] = {
         "rank": rank,  # facts that differ are exchanged

@@ -1,0 +1,96 @@
+"""CrAM's second pass: at weights that follow the first gradient up, and are compressed then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsdp.methods.base import SupportCallback
+from qsdp.methods.rollback import abandon_passes, reshard_all, snapshot_buffers_and_grads
+from qsdp.sparsity.compression import PackedMask, Prunable, compress_, keep_only_
+from qsdp.sparsity.local_shards import local_shard, unique
+from qsdp.sparsity.target import Compression
+
+
+def second_pass(
+    closure: Callable[[], Any],
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    *,
+    scale: float,
+    prunable: Prunable,
+    target: Compression,
+    sparse_grad: bool,
+    on_support_change: SupportCallback | None,
+) -> Any:
+    """Leave in `.grad` the gradient at the compressed point, and the weights as before.
+
+    Args:
+        closure: Runs forward and backward.
+        model: Its buffers and other gradients stay as they are.
+        parameters: Of the optimizer, each once, with the gradients of the first pass, ``grads``.
+        scale: The weights move by this times their gradient.
+        prunable: What is compressed, to ``target``.
+        sparse_grad: Mask the gradient as the weights were.
+        on_support_change: Hears of the masks, where there are some, and of their end.
+
+    Returns:
+        What the closure does.
+    """
+    tell = on_support_change if target.fraction else None
+    ascents = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
+    edited = unique([*(p for p, _ in ascents), *prunable.parameters])
+    shards = [local_shard(parameter) for parameter in edited]
+    before = [shard.values.clone() for shard in shards]
+    restore = snapshot_buffers_and_grads(model, parameters)
+    try:
+        # A group that had no backward pass is still gathered, and would hide the edit.
+        reshard_all(model)
+        for parameter, grad in ascents:
+            local_shard(parameter).values.add_(local_shard(grad).values, alpha=scale)
+        masks: list[PackedMask] = []
+        if target.fraction or target.bits is not None:  # SAM compresses nothing
+            masks = compress_(prunable.shards(), target, prunable.dims)
+        if tell is not None:
+            tell(_unpacked(prunable.parameters, masks), with_grads=sparse_grad)
+        loss = run_closure(closure, parameters)
+        if sparse_grad and target.fraction:
+            _mask_grads(prunable.parameters, masks)
+        return loss
+    except BaseException:
+        abandon_passes(model)
+        raise
+    finally:
+        # A forward pass without a backward one left weights gathered: the compressed ones.
+        reshard_all(model)
+        for shard, values in zip(shards, before, strict=True):
+            shard.values.copy_(values)
+        if tell is not None:
+            tell(None)
+        restore()
+
+
+def run_closure(closure: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:
+    """Run ``closure`` from no gradient of ``parameters``, and return what it does."""
+    for parameter in parameters:
+        parameter.grad = None
+    with torch.enable_grad():
+        return closure()
+
+
+def _unpacked(
+    parameters: Sequence[nn.Parameter], masks: Sequence[PackedMask]
+) -> dict[nn.Parameter, Tensor]:
+    """A byte a weight, which no name may hold through a pass."""
+    return {p: mask.unpack() for p, mask in zip(parameters, masks, strict=True)}
+
+
+def _mask_grads(parameters: Sequence[nn.Parameter], masks: Sequence[PackedMask]) -> None:
+    """Zero the gradients of pruned weights."""
+    for parameter, mask in zip(parameters, masks, strict=True):
+        if parameter.grad is not None:
+            keep_only_(local_shard(parameter.grad).values, mask.unpack())

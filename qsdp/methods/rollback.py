@@ -1,0 +1,54 @@
+"""What passes of a model leave behind is undone: gathered weights, gradients and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from qsdp.compat import abandon_pass, keep_buffers, reshard, rewind_point, wholes
+from qsdp.sparsity.local_shards import unique
+
+
+def reshard_all(model: nn.Module) -> None:
+    """Free what is gathered of ``model``, and of an FSDP2 root around it."""
+    for whole in wholes(model):
+        reshard(whole)
+
+
+def abandon_passes(model: nn.Module) -> None:
+    """Make FSDP2 forget passes that were cut short, of ``model`` and of a root around it."""
+    for whole in wholes(model):
+        abandon_pass(whole)
+
+
+@contextmanager
+def rollback_on_exception(model: nn.Module, restore: Callable[[], None]) -> Iterator[None]:
+    """An exception inside leaves ``model`` as if no pass had been begun inside: the next try of the
+    step gathers the same weights. Gradients that were not reduced are dropped, and ``restore`` is
+    called."""
+    rewind = rewind_point(model)
+    try:
+        yield
+    except BaseException:
+        abandon_passes(model)
+        rewind()
+        restore()
+        raise
+
+
+def snapshot_buffers_and_grads(model: nn.Module, own: Iterable[Tensor] = ()) -> Callable[[], None]:
+    """A function that makes what passes of ``model`` change what it is now: all buffers, and the
+    gradients of all trained parameters but ``own``; also those of an FSDP2 root around it."""
+    restore_buffers, known = keep_buffers(model), {*map(id, own)}
+    parameters = unique(p for whole in wholes(model) for p in whole.parameters())
+    others = [p for p in parameters if p.requires_grad and id(p) not in known]
+    grads = [p.grad if p.grad is None else p.grad.clone() for p in others]
+
+    def restore() -> None:
+        restore_buffers()
+        for parameter, grad in zip(others, grads, strict=True):
+            parameter.grad = grad
+
+    return restore
