@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-# What runs what it reads, unless it is told not to. Only `qsdp/checkpoint/safe.py` stands over it.
+# What runs what it reads, unless it is told not to. Only `safe.py` and `metadata.py` in
+# qsdp/checkpoint stand over it.
 RUNS = {
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "shelve.open"),
     *("torch.load", "torch.jit.load", "torch.hub.load", "yaml.load", "eval", "exec"),

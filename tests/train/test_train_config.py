@@ -11,9 +11,10 @@ from qsdp.commands.parsing import parse
 from qsdp.common.errors import UserError
 from qsdp.config import QSDPConfig
 from qsdp.models.gpt2.config import PRESETS
-from qsdp.train.config import RECIPES, TrainConfig
+from qsdp.train.config import TrainConfig
 from qsdp.train.config_file import read_config_file
 from qsdp.train.loop import learning_rate
+from qsdp.train.recipes import RECIPES
 from qsdp.train.wire_flags import WireFlags, parse_policy
 
 # Every flag of the wire but --qsdp-bits, none at its default.
