@@ -19,8 +19,9 @@ from torch.func import functional_call
 
 from qsdp.methods.acdc.optimizer import ACDC
 from qsdp.methods.acdc.schedule import ACDCSchedule
+from qsdp.methods.clip_grad import clip_grad_norm_
 from qsdp.methods.cram.optimizer import CrAM, draw
-from qsdp.methods.norms import clip_grad_norm_, global_grad_norm
+from qsdp.methods.grad_norm import global_grad_norm
 from qsdp.methods.sam.optimizer import SAM
 from tests.support.cram_reference import ReferenceCrAM
 from tests.support.masked_reference import sam_step

@@ -15,7 +15,8 @@ import torch
 
 from qsdp import checkpoint
 from qsdp.commands import train
-from qsdp.methods.norms import clip_grad_norm_, global_grad_norm
+from qsdp.methods.clip_grad import clip_grad_norm_
+from qsdp.methods.grad_norm import global_grad_norm
 from qsdp.train import loop, parallelize
 from qsdp.train.job import Job
 from tests.support.bad_inputs import TEXT

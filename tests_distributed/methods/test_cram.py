@@ -13,8 +13,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from qsdp.methods.clip_grad import clip_grad_norm_
 from qsdp.methods.cram.optimizer import CrAM
-from qsdp.methods.norms import clip_grad_norm_, global_grad_norm
+from qsdp.methods.grad_norm import global_grad_norm
 from tests_distributed.support.cram_steps import compare_with_one_process, mesh_over
 from tests_distributed.support.helpers import full_state, make_batch, make_model, shard
 from tests_distributed.support.running import Run, selection

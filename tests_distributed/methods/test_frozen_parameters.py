@@ -129,7 +129,7 @@ def _look_while_gathered() -> list[Any]:
     before = optimizer.prunable
     model.unshard()
     model.head.weight.requires_grad_(False)
-    optimizer._known.renew()
+    optimizer._tracked.refresh()
     after = optimizer.prunable
     return [
         before.dims == after.dims == (0,) * len(before.names),

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from qsdp.methods.norms import clip_grad_norm_, global_grad_norm
+from qsdp.methods.clip_grad import clip_grad_norm_
+from qsdp.methods.grad_norm import global_grad_norm
 from tests_distributed.support.expert_methods import NAMES
 from tests_distributed.support.experts import LAYOUTS, Layout, backward_on_rank, values_of
 from tests_distributed.support.running import Run, selection

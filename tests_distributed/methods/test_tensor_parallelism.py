@@ -17,7 +17,8 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 
 import qsdp
 from qsdp.checkpoint import save
-from qsdp.methods.norms import clip_grad_norm_, global_grad_norm
+from qsdp.methods.clip_grad import clip_grad_norm_
+from qsdp.methods.grad_norm import global_grad_norm
 from qsdp.sparsity.compression import magnitude_masks
 from tests.support.cram_reference import top_k_masks
 from tests_distributed.support.expert_methods import METHODS

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import qsdp
 from qsdp import checkpoint
-from qsdp.methods.norms import global_grad_norm
+from qsdp.methods.grad_norm import global_grad_norm
 from qsdp.sparsity import local_shards
 from qsdp.train import loop
 from tests.support.optimizers import METHODS, RARELY_RENEWED, TWO_PASSES, adamw, all_bits
