@@ -39,7 +39,8 @@ from qsdp.common.checksum import checksum
 from qsdp.common.files import is_file_name, sync
 from qsdp.common.meeting import mistakes_shared, warn
 from qsdp.common.meshes import Reach, ranks_of, spread_of
-from qsdp.compat import checkpoint_names, sharded_parameters
+from qsdp.compat.parameter_names import checkpoint_names
+from qsdp.compat.sharded_parameters import sharded_parameters
 
 T = TypeVar("T")
 

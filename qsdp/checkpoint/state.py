@@ -25,7 +25,8 @@ from qsdp.checkpoint.plain_values import Refused
 from qsdp.checkpoint.safe import Reader, ReadingPlanner
 from qsdp.common.failures import listed
 from qsdp.common.meeting import meet
-from qsdp.compat import checkpoint_names, sharded_parameters
+from qsdp.compat.parameter_names import checkpoint_names
+from qsdp.compat.sharded_parameters import sharded_parameters
 
 _STATE = "optimizer.state."
 _BEFORE_STEPS = {"mask"}

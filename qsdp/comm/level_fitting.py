@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp import compat
 from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
 from qsdp.codec.payload import Field
 from qsdp.comm.traffic import Traffic
 from qsdp.common.failures import collective
+from qsdp.compat.process_groups import control_device
 from qsdp.config import LEARNED_BITS, QSDPConfig
 
 
@@ -105,7 +105,7 @@ class Levels:
         if not places:
             return
         for group in groups:
-            device = compat.device_of(group)
+            device = control_device(group)
             total = torch.stack([counts.by_place[place].to(device) for place in places])
             with collective("sum of what levels are learned from"):
                 dist.all_reduce(total, group=group)

@@ -6,11 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp import compat, ops
+from qsdp import ops
 from qsdp.codec.payload import Field, Layout, Segment
 from qsdp.comm.level_fitting import Kind, offset
 from qsdp.comm.scratch import reads_on_this_stream
 from qsdp.common.dtypes import DType
+from qsdp.compat.collectives import all_gather_single
+from qsdp.compat.process_groups import control_device
 from qsdp.config import ROUNDINGS, QSDPConfig
 
 
@@ -61,9 +63,9 @@ class Meter:
         nothing = torch.zeros(2, dtype=torch.float64, device=device)
         total = torch.cat([nothing[:0], *(self._sums.get(key, nothing) for key in keys)]).cpu()
         for group in groups:
-            mine = total.to(compat.device_of(group))
+            mine = total.to(control_device(group))
             everyone = mine.new_empty(group.size() * mine.numel())
-            compat.all_gather(everyone, mine, group)
+            all_gather_single(everyone, mine, group)
             total = torch.zeros_like(total)
             for part in everyone.cpu().view(group.size(), -1):
                 total += part

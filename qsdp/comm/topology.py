@@ -8,7 +8,7 @@ from itertools import chain
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsdp import compat
+from qsdp.compat.process_groups import destroy_group, new_group, unique_group_name
 
 
 class Topology:
@@ -90,7 +90,7 @@ class Hops:
             across: the ranks of all nodes that have this rank's place in theirs.
         """
         self.local, self.across = local, across
-        self._ends = [weakref.finalize(self, compat.destroy_group, g) for g in (local, across)]
+        self._ends = [weakref.finalize(self, destroy_group, g) for g in (local, across)]
         for end in self._ends:
             end.atexit = False
             if not is_owner:
@@ -112,14 +112,14 @@ class Hops:
 
 def split(group: dist.ProcessGroup, nodes: list[list[int]]) -> Hops:
     """Split ``group`` into ``nodes``, its ranks node after node: a collective over ``group``."""
-    name = compat.unused_name(group)
+    name = unique_group_name(group)
     node, place = divmod(group.rank(), len(nodes[0]))
-    local = compat.new_group(nodes[node], group, f"{name}, node {node}")
+    local = new_group(nodes[node], group, f"{name}, node {node}")
     across = [each[place] for each in nodes]
     try:
-        return Hops(local, compat.new_group(across, group, f"{name}, place {place}"), is_owner=True)
+        return Hops(local, new_group(across, group, f"{name}, place {place}"), is_owner=True)
     except BaseException:
-        compat.destroy_group(local)
+        destroy_group(local)
         raise
 
 

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp import compat
+from qsdp.compat.collectives import all_gather_single
+from qsdp.compat.process_groups import backend_of
 
 _TAG = 0x95D
 """Of qsdp's messages between two ranks, so that those of others (pipelining) are not taken for its
@@ -83,7 +84,7 @@ def all_gather(
             parts[group.rank()].copy_(own)
         works = _exchange(parts, [own, own], group)
     else:
-        work = compat.all_gather(host, own, group, async_op=async_op)
+        work = all_gather_single(host, own, group, async_op=async_op)
         works = [] if work is None else [work]
     return _arrival(output, host.view(output.dtype), group, works)
 
@@ -138,7 +139,7 @@ def _arrival(
 
 
 def _is_gloo(tensor: Tensor, group: dist.ProcessGroup) -> bool:
-    return tensor.device.type == "cpu" and compat.backend_of(group, tensor.device) == "gloo"
+    return tensor.device.type == "cpu" and backend_of(group, tensor.device) == "gloo"
 
 
 def _keep(group: dist.ProcessGroup | None, number: int, works: Sequence[dist.Work]) -> None:
@@ -159,7 +160,7 @@ def _claim(group: dist.ProcessGroup, number: int) -> None:
 
 def is_staged(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether tensors of ``device`` go through host memory: [Note: Staging]."""
-    return device.type != "cpu" and compat.backend_of(group, device) == "gloo"
+    return device.type != "cpu" and backend_of(group, device) == "gloo"
 
 
 def is_seen(group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp import compat
 from qsdp.common.failures import CollectiveError, collective, listed
+from qsdp.compat.collectives import all_gather_single
+from qsdp.compat.process_groups import control_device
 
 
 def meet(
@@ -133,11 +134,11 @@ class Meeting:
         return dict(sorted(found.items())), self._news
 
     def _send(self, group: dist.ProcessGroup) -> None:
-        word, device = 2 * self._digest + self._news, compat.device_of(group)
+        word, device = 2 * self._digest + self._news, control_device(group)
         own = torch.full((1,), word, dtype=torch.int64, device=device)  # needs no copy to a GPU
         everyone = own.new_empty(group.size())
         with collective(f"agreement at {self._call}"):
-            self._sent = everyone, compat.all_gather(everyone, own, group, async_op=True)
+            self._sent = everyone, all_gather_single(everyone, own, group, async_op=True)
 
     def _receive(self, group: dist.ProcessGroup) -> list[int] | None:
         """All ranks' words; None where nobody reads them."""

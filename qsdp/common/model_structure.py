@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from qsdp.compat import unwrapped
+from qsdp.compat.parameter_names import unwrapped
 
 
 def embedding_names(model: nn.Module) -> set[str]:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qsdp import compat
 from qsdp.comm.bit_budget import allot
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.level_fitting import Counts, Kind, check_rows, offset
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.wire_state import Wire
+from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.config import CODED_BITS, QSDPConfig
 
 
@@ -33,7 +33,7 @@ class Adaptation:
     def __init__(
         self,
         plans: Sequence[Plan],
-        groups: Sequence[compat.ParameterGroup],
+        groups: Sequence[ParameterGroup],
         wire: Wire,
         everyone: Sequence[dist.ProcessGroup],
     ) -> None:

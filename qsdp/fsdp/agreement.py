@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsdp import compat
 from qsdp.codec.payload import VERSION
 from qsdp.comm.group_plan import Plan
 from qsdp.common.failures import listed
 from qsdp.common.meeting import compare
+from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.config import QSDPConfig
 
 Description = dict[str, Any]
@@ -23,7 +23,7 @@ CALL = "qsdp.install"
 
 
 def describe(
-    config: QSDPConfig, groups: Sequence[compat.ParameterGroup], plans: Sequence[Plan]
+    config: QSDPConfig, groups: Sequence[ParameterGroup], plans: Sequence[Plan]
 ) -> Description:
     """All that the numbers on the wire, their sizes and their order depend on."""
     return {

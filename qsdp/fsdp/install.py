@@ -3,7 +3,7 @@
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsdp import compat
+from qsdp.compat.parameter_group import parameter_groups
 from qsdp.config import QSDPConfig
 from qsdp.fsdp.build import build
 from qsdp.fsdp.handle import Handle
@@ -42,7 +42,7 @@ def install(
             not split into nodes as a two-hop reduce needs; or replicate_mesh is not such a mesh.
         RuntimeError: the ranks do not have the same model, config and meshes.
     """
-    groups = compat.parameter_groups(model)
+    groups = parameter_groups(model)
     if not groups:
         raise ValueError(
             f"{type(model).__name__} has no FSDP2 parameters; call fully_shard before qsdp.install"

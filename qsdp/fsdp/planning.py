@@ -8,15 +8,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsdp import compat
 from qsdp.comm.group_plan import Parameter, Plan
 from qsdp.comm.topology import Hops, Topology, check_mesh, is_worth_two_hops, nodes_of, split
 from qsdp.common.dtypes import CODEC_DTYPES
+from qsdp.compat.parameter_group import ParameterGroup, ShardedParameter
 from qsdp.config import QSDPConfig
 
 
 def replica_group(
-    groups: list[compat.ParameterGroup], mesh: DeviceMesh | None
+    groups: list[ParameterGroup], mesh: DeviceMesh | None
 ) -> dist.ProcessGroup | None:
     """The process group of ``replicate_mesh``, checked against the model's own mesh."""
     check_type("replicate_mesh", mesh, DeviceMesh | None)
@@ -39,12 +39,10 @@ def replica_group(
     return mesh.get_group()
 
 
-def refuse_own_comms(
-    groups: list[compat.ParameterGroup], replicas: dist.ProcessGroup | None
-) -> None:
+def refuse_own_comms(groups: list[ParameterGroup], replicas: dist.ProcessGroup | None) -> None:
     """Raise ValueError where the wire would take the place of what the user gave FSDP2."""
     for group in groups:
-        if own := group.own_comms():
+        if own := group.custom_comms():
             raise ValueError(
                 f"{_name(group)} has a collective of its own, {type(own[0]).__name__}, whose place "
                 "qsdp would take: leave out set_custom_all_gather, set_custom_reduce_scatter, "
@@ -112,7 +110,7 @@ def make_hops(
 
 
 def make_plan(
-    group: compat.ParameterGroup,
+    group: ParameterGroup,
     index: int,
     names: dict[nn.Parameter, str],
     order: dict[str, int],
@@ -175,7 +173,7 @@ def make_plan(
 def _make_parameter(
     name: str,
     index: int,
-    sharded: compat.ShardedParameter,
+    sharded: ShardedParameter,
     config: QSDPConfig,
     is_embedding: bool,
 ) -> Parameter:
@@ -201,5 +199,5 @@ def _make_parameter(
     )
 
 
-def _name(group: compat.ParameterGroup) -> str:
+def _name(group: ParameterGroup) -> str:
     return type(group.module).__name__

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from qsdp.common.files import is_file_name
 from qsdp.common.sharding import local_slices
-from qsdp.compat import named_parameters
+from qsdp.compat.parameter_names import named_parameters
 
 WEIGHTS = "model.safetensors"
 

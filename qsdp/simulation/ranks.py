@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qsdp import compat
 from qsdp.common.dtypes import CODEC_DTYPES
+from qsdp.compat.parameter_names import named_parameters
 from qsdp.config import QSDPConfig
 
 Group = str | nn.Module | Sequence[str | nn.Module]
@@ -82,7 +82,7 @@ class Numbers:
     """Places in the random generator's counter, as `qsdp.install` counts them."""
 
     parameters: Mapping[str, int]
-    """By name, in the order of `compat.named_parameters`."""
+    """By name, in the order of `named_parameters`."""
     groups: Mapping[str, int]
     """The group of each parameter, in the order of `modules()`."""
     root: int | None
@@ -121,7 +121,7 @@ def number(model: nn.Module, groups: Sequence[Group]) -> Numbers:
     for module in model.modules():
         if call_of.get(module) in used:
             numbers.setdefault(call_of[module], len(numbers))
-    named = compat.named_parameters(model)
+    named = named_parameters(model)
     return Numbers(
         {name: index for index, name in enumerate(named)},
         {name: numbers[found[parameter]] for name, parameter in named.items()},

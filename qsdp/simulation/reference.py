@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qsdp import compat, ops
+from qsdp import ops
 from qsdp.codec.payload import Layout, Segment
 from qsdp.codec.rounding import Key
 from qsdp.comm.bit_budget import Claim
 from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.common.model_structure import embedding_names, tied_names
+from qsdp.compat.parameter_names import clean_names, named_parameters
 from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
 from qsdp.simulation.adaptation import Bits, Budget, Levels
 from qsdp.simulation.ranks import Numbers, World
@@ -61,13 +62,13 @@ class Wire:
         sharding: Sharding,
     ) -> None:
         tied, tables = tied_names(model), embedding_names(model)
-        clean = compat.clean_names(model, {*tied, *tied.values(), *tables})
+        clean = clean_names(model, {*tied, *tied.values(), *tables})
         aliases = {clean[alias]: clean[name] for alias, name in tied.items()}
         config.check_policy(list(numbers.parameters), aliases)
         self.config, self.world, self.numbers, self.sharding = config, world, numbers, sharding
         self.is_two_hop = world.is_two_hop(config)
         self._codecs: dict[tuple[Segment, int, bool], Codec] = {}
-        embeddings, named = {clean[name] for name in tables}, compat.named_parameters(model)
+        embeddings, named = {clean[name] for name in tables}, named_parameters(model)
         config.check_embeddings(embeddings)
         self._bits: Bits = {
             name: _bits(name, parameter, config, name in embeddings)

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from qsdp.common import bitmask
 from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.common.meshes import Spread, groups_of, spread_of
-from qsdp.compat import abandon_cut_short, due, keep_buffers, reshard, settle, sharded_parameters
+from qsdp.compat.installed_wire import adapt_now, pending_adaptation
+from qsdp.compat.interrupted_passes import abandon_interrupted_pass
+from qsdp.compat.module_buffers import snapshot_buffers
+from qsdp.compat.resharding import reshard
+from qsdp.compat.sharded_parameters import sharded_parameters
 from qsdp.ops.reference.magnitude import DTYPES, keys_of
 from qsdp.sparsity.local_shards import LocalShard, Part, local_shard, unique, without_copies
 from qsdp.sparsity.nm_groups import whole_groups
@@ -251,15 +255,15 @@ def compressed(
             "prunable parameters": prunable.names,
             "trained ones": prunable.trained().names,
         }
-    meet(call, {**facts, "due before it": due(model)}, groups)
-    settle(model)
-    before, restore_buffers = [shard.values.clone() for shard in shards], keep_buffers(model)
+    meet(call, {**facts, "due before it": pending_adaptation(model)}, groups)
+    adapt_now(model)
+    before, restore_buffers = [shard.values.clone() for shard in shards], snapshot_buffers(model)
     try:
         with torch.no_grad():
             compress_(shards, chosen, prunable.dims)
         yield dict(zip(prunable.names, prunable.parameters, strict=True))
     except BaseException:
-        abandon_cut_short(model)
+        abandon_interrupted_pass(model)
         raise
     finally:
         reshard(model)

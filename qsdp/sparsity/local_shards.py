@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from qsdp.common.checksum import checksum
 from qsdp.common.meshes import Groups, Reach, Spread
 from qsdp.common.sharding import chunk
-from qsdp.compat import all_gather
+from qsdp.compat.collectives import all_gather_single
 
 
 class Part(Protocol):
@@ -182,7 +182,7 @@ def gathered(values_N: Tensor, groups: Groups) -> Tensor:
     """What all ranks have: 1-D, in rank order. A collective."""
     for group in groups:
         everyones_N = values_N.new_empty(group.size() * values_N.numel())
-        all_gather(everyones_N, values_N, group)
+        all_gather_single(everyones_N, values_N, group)
         values_N = everyones_N
     return values_N
 

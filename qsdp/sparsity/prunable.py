@@ -15,7 +15,9 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from qsdp.common.meeting import warn
-from qsdp.compat import behind_gathered, named_parameters, reshard
+from qsdp.compat.parameter_names import named_parameters
+from qsdp.compat.resharding import reshard
+from qsdp.compat.sharded_parameters import sharded_by_unsharded_id
 
 _UNSAID = 0.1
 """The share of the blocks' weights that may stay out of a default set without a word."""
@@ -121,9 +123,9 @@ def _warn_of_the_rest(
 def input_dims(model: nn.Module) -> dict[int, int]:
     """By the id of a weight, or of its shard where it is gathered now, the dimension that its layer
     sums over: 0 in Hugging Face's Conv1D."""
-    behind = behind_gathered(model)
+    sharded = sharded_by_unsharded_id(model)
     return {
-        id(behind.get(id(module.weight), module.weight)): 0 if _is_conv1d(module) else 1
+        id(sharded.get(id(module.weight), module.weight)): 0 if _is_conv1d(module) else 1
         for module in model.modules()
         if _is_linear(module)
     }

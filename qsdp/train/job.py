@@ -17,7 +17,7 @@ from qsdp import checkpoint
 from qsdp.common.errors import UserError, sentence
 from qsdp.common.failures import is_failure
 from qsdp.common.streams import print_error, printable
-from qsdp.compat import sharded_parameters
+from qsdp.compat.sharded_parameters import sharded_parameters
 from qsdp.data import Batches, Corpus
 from qsdp.methods.nonfinite import first_not_finite
 from qsdp.models.gpt2.model import GPT

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from qsdp.common.failures import collective
 from qsdp.common.meshes import groups_of
 from qsdp.common.streams import forgiving_output
-from qsdp.compat import sharded_parameters
+from qsdp.compat.sharded_parameters import sharded_parameters
 from qsdp.methods.acdc.optimizer import ACDC
 from qsdp.methods.clip_grad import scale_grads_
 from qsdp.methods.cram.optimizer import CrAM

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 import qsdp
-from qsdp import compat
+from qsdp.compat.parameter_group import ParameterGroup, parameter_groups
 from qsdp.sparsity.target import Compression
 from qsdp.sparsity.threshold import THRESHOLD_BYTES
 from qsdp.train.world import World
@@ -141,8 +141,8 @@ class StockWire:
         average_crosses = _crosses(world, (world.rank - num_shards) % world.size)
         times_scattered = 2 if world.backend == "gloo" else 1
         self._reduce = WireUse()
-        self._gathers: list[tuple[compat.ParameterGroup, list[WireUse]]] = []
-        for group in compat.parameter_groups(model):
+        self._gathers: list[tuple[ParameterGroup, list[WireUse]]] = []
+        for group in parameter_groups(model):
             shards = group.parameters()
             gathered = (num_shards - 1) * sum(p.padded_numel * p.dtype.itemsize for p in shards)
             # Gradients are reduced in fp32 at either precision.

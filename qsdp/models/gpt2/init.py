@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qsdp.common.sharding import local_slices
-from qsdp.compat import named_parameters
+from qsdp.compat.parameter_names import named_parameters
 from qsdp.models.gpt2.model import Block
 
 INIT_STD = 0.02  # GPT-2's, for every matrix and both embeddings

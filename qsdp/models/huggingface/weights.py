@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from qsdp.common.files import new_folder, replacing, write_text
 from qsdp.common.meeting import meet, mistakes_shared
-from qsdp.compat import full_tensor, named_parameters
+from qsdp.compat.collectives import full_tensor
+from qsdp.compat.parameter_names import named_parameters
 from qsdp.models.filling import PART, WEIGHTS, check_files, fill, find_tensors
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp import compat
 from qsdp.comm import transport
 from qsdp.comm.topology import Hops
+from qsdp.compat.collectives import all_gather_single, reduce_scatter_single
 from qsdp.train.auto.cost_model import Transfer
 from qsdp.train.auto.probe import now
 from qsdp.train.signals import Stop
@@ -158,12 +158,12 @@ class Links:
     def _stock_gather(self, size: int) -> Callable[[], Any]:
         gathered = self._bytes(self._group.size() * size)
         own = gathered.chunk(self._group.size())[self._group.rank()]
-        return lambda: compat.all_gather(gathered, own, self._group)
+        return lambda: all_gather_single(gathered, own, self._group)
 
     def _stock_reduce(self, size: int) -> Callable[[], Any]:
         given = self._bytes(self._group.size() * size).view(torch.float32)
         summed = self._bytes(size).view(torch.float32)
-        return lambda: compat.reduce_scatter(summed, given, self._group)
+        return lambda: reduce_scatter_single(summed, given, self._group)
 
     def _bytes(self, size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.uint8, device=self._device)

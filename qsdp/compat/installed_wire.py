@@ -1,0 +1,37 @@
+"""What others than its handle ask of the wire that `install` has put on a model."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from qsdp.compat.parameter_group import parameter_groups
+
+
+def passes_of(model: nn.Module) -> list[Any]:
+    """The passes (qsdp/fsdp/passes.py) of the wires that are installed on ``model``."""
+    comms = [group.comms()[0] for group in parameter_groups(model)]
+    return list({id(c.passes): c.passes for c in comms if hasattr(c, "passes")}.values())
+
+
+def pending_adaptation(model: nn.Module) -> str:
+    """What qsdp's wire of ``model`` would learn of the weights before the next step, in words."""
+    return " and ".join(passes.due for passes in passes_of(model))
+
+
+def adapt_now(model: nn.Module) -> None:
+    """Let it learn that now, before the weights are edited for something else."""
+    for passes in passes_of(model):
+        passes.settle()
+
+
+def rewind_point(model: nn.Module) -> Callable[[], None]:
+    """A function that makes what qsdp's wire of ``model`` counts as it is now: for the second try
+    of a step. Without the wire there is nothing to do."""
+    points = [passes.rewind_point() for passes in passes_of(model)]
+
+    def rewind() -> None:
+        for point in points:
+            point()
+
+    return rewind

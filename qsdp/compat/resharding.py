@@ -1,0 +1,40 @@
+"""Freeing gathered weights, so that modules show their shards again."""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from qsdp.compat.fsdp_state import param_groups_of, state_of
+from qsdp.compat.parameter_group import parameter_groups
+
+
+def reshards_after_backward(model: nn.Module) -> bool:
+    """Whether every group of ``model`` frees its gathered weights after the backward pass.
+
+    True for a model without FSDP: there is nothing that could go stale.
+    """
+    return all(
+        group.reshard_after_backward
+        for parameters in parameter_groups(model)
+        for group in param_groups_of(parameters.state)
+    )
+
+
+def reshard(model: nn.Module) -> None:
+    """Free every gathered weight of ``model``; does nothing where FSDP2 is not used.
+
+    A group that stays gathered after a forward pass (the root does) would hide its shards from
+    `model.parameters()`, and the next forward pass would not see an edit of them; nor would one
+    whose gather is under way, since FSDP2 takes that for the next forward pass.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            reshard_module(module)
+
+
+def reshard_module(module: Any) -> None:
+    """As `reshard`, the group of ``module`` alone."""
+    if any(group._all_gather_result is not None for group in param_groups_of(state_of(module))):
+        module.unshard()
+    module.reshard()
