@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from qsdp import compat
 from qsdp.checkpoint.plain_values import plain_part, readable
 from qsdp.checkpoint.saving import (
     Request,
@@ -33,6 +32,7 @@ from qsdp.checkpoint.saving import (
 from qsdp.checkpoint.state import everyone, meet_at
 from qsdp.common.failures import CollectiveError, is_failure, root
 from qsdp.common.meeting import mistakes_shared, warn
+from qsdp.compat.process_groups import destroy_group, new_group, unique_group_name
 
 
 class AsyncSaver:
@@ -149,9 +149,9 @@ class _Group:
 
     def __init__(self) -> None:
         world = everyone()
-        name = f"{compat.unused_name(world)}, of checkpoints"
-        self.group = compat.new_group([*range(world.size())], world, name, backend="gloo")
-        self.end = weakref.finalize(self, compat.destroy_group, self.group)
+        name = f"{unique_group_name(world)}, of checkpoints"
+        self.group = new_group([*range(world.size())], world, name, backend="gloo")
+        self.end = weakref.finalize(self, destroy_group, self.group)
         self.end.atexit = False
 
 

@@ -6,8 +6,8 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 
-from qsdp import compat
 from qsdp.comm.late_reduce import Late
+from qsdp.compat.autograd import after_backward, backward_number
 
 
 class BackwardPass:
@@ -38,12 +38,12 @@ class BackwardPass:
     def begin(self) -> None:
         """Take the backward pass that this thread is in for one that begins."""
         self.is_under_way, self._ends_late = True, False
-        self._number = compat.backward_number()
+        self._number = backward_number()
         # autograd alone holds it, until its pass has ended, or was cut short. No frame that lives
         # on may: a traceback of what follows would hold it.
         end = _End(self)
         self._running = weakref.ref(end)
-        compat.after_backward(end)
+        after_backward(end)
 
     def end(self) -> None:
         """Take it for ended."""
@@ -53,9 +53,9 @@ class BackwardPass:
     def end_late(self) -> None:
         """See to it that what is left under way is finished, or refused, when the backward pass
         ends: on all ranks in one place, also those that have left nothing."""
-        is_whole = compat.backward_number() == self._number  # not one inside, which recomputes
+        is_whole = backward_number() == self._number  # not one inside, which recomputes
         self._ends_late |= is_whole
-        compat.after_backward(partial(self._end_what_is_late, is_whole))
+        after_backward(partial(self._end_what_is_late, is_whole))
 
     def _end_what_is_late(self, is_whole: bool) -> None:
         self._late.end()

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsdp import compat
 from qsdp.comm.bit_budget import check_budget
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.level_fitting import Levels
@@ -17,6 +16,9 @@ from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire_state import Wire
 from qsdp.common.meeting import mistakes_shared
 from qsdp.common.model_structure import embedding_names, tied_names
+from qsdp.compat.parameter_group import ParameterGroup
+from qsdp.compat.parameter_names import clean_names, named_parameters
+from qsdp.compat.resharding import reshard_module
 from qsdp.config import QSDPConfig
 from qsdp.fsdp import agreement
 from qsdp.fsdp.adapt import Adaptation
@@ -58,14 +60,14 @@ class Parts:
 def build(
     model: nn.Module,
     config: QSDPConfig,
-    groups: list[compat.ParameterGroup],
+    groups: list[ParameterGroup],
     replicate_mesh: DeviceMesh | None,
     node_mesh: DeviceMesh | None,
 ) -> Parts:
     """Put the wire on ``model``, whose ``groups`` these are. A collective; see `install`."""
     for group in groups:
-        compat.reshard_module(group.module)
-    names = {p: name for name, p in compat.named_parameters(model).items()}
+        reshard_module(group.module)
+    names = {p: name for name, p in named_parameters(model).items()}
     order = {name: i for i, name in enumerate(names.values())}
     everyone, replicas = _agree_on_meshes(groups, replicate_mesh, node_mesh)
     with mistakes_shared(agreement.CALL, everyone):
@@ -116,7 +118,7 @@ def build(
 
 
 def _agree_on_meshes(
-    groups: list[compat.ParameterGroup],
+    groups: list[ParameterGroup],
     replicate_mesh: DeviceMesh | None,
     node_mesh: DeviceMesh | None,
 ) -> tuple[list[dist.ProcessGroup], dist.ProcessGroup | None]:
@@ -135,13 +137,13 @@ def _agree_on_meshes(
 def _make_plans(
     model: nn.Module,
     config: QSDPConfig,
-    groups: list[compat.ParameterGroup],
+    groups: list[ParameterGroup],
     names: dict[nn.Parameter, str],
     order: dict[str, int],
 ) -> list[Plan]:
     """One a group. Raises ValueError where the config does not go with the model."""
     tied, tables = tied_names(model), embedding_names(model)
-    clean = compat.clean_names(model, {*tied, *tied.values(), *tables})
+    clean = clean_names(model, {*tied, *tied.values(), *tables})
     aliases = {clean[alias]: clean[name] for alias, name in tied.items()}
     config.check_policy(list(order), aliases)
     embeddings = {clean[name] for name in tables}

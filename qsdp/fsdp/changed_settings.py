@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from qsdp import compat
 from qsdp.comm.group_plan import Plan
 from qsdp.common.failures import listed
+from qsdp.compat.parameter_group import ParameterGroup
 
 _HOOK = "set_all_reduce_hook"
 _SETTERS = (
@@ -18,7 +18,7 @@ _SETTERS = (
 
 def mistake(
     plan: Plan,
-    group: compat.ParameterGroup,
+    group: ParameterGroup,
     installed: Sequence[Any],
     *,
     averages: bool,
@@ -43,7 +43,7 @@ def mistake(
             f"{changed[0]} was called on the group of {plan.name} after qsdp.install, which "
             "needs that for the wire: leave it out, or call handle.remove() first"
         )
-    if plan.hops is not None and group.reduces_apart:
+    if plan.hops is not None and group.has_own_reduce_group:
         return (
             f"set_separate_reduce_scatter_group was called on the group of {plan.name}, which "
             "reduces in two hops, over process groups of qsdp's own: leave it out, or take "

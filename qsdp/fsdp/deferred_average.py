@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from qsdp import compat
 from qsdp.comm.consensus import Places
 from qsdp.comm.group_plan import Plan
 from qsdp.common.failures import listed
+from qsdp.compat.autograd import after_backward, backward_number, is_in_backward
+from qsdp.compat.parameter_group import ParameterGroup
 
 
 class Waiting(NamedTuple):
@@ -30,7 +31,7 @@ class DeferredAverage:
         group: FSDP2's layout of it.
     """
 
-    def __init__(self, plan: Plan, group: compat.ParameterGroup) -> None:
+    def __init__(self, plan: Plan, group: ParameterGroup) -> None:
         self._plan, self._group = plan, group
         self._waiting: Waiting | None = None
 
@@ -40,8 +41,8 @@ class DeferredAverage:
         Raises RuntimeError where these are others, after ``tell_replicas`` if those wait.
         """
         waiting, self._waiting = self._waiting, None
-        field = self._group.put_off
-        if waiting is None or (field is None and waiting.number != compat.backward_number()):
+        field = self._group.partial_reduce_output
+        if waiting is None or (field is None and waiting.number != backward_number()):
             return  # the pass was cut short, or FSDP2 told to forget it
         if places != waiting.places:
             if self._group.all_reduces:
@@ -58,7 +59,7 @@ class DeferredAverage:
     def defer(self, reduced: Tensor, places: Places) -> None:
         """Let ``reduced`` wait, and FSDP2 add zeros to the gradients in its place."""
         group = self._group
-        if not compat.in_backward():
+        if not is_in_backward():
             raise RuntimeError(
                 f"the group of {self._plan.name} is reduced outside a backward pass, where "
                 "replicate_mesh cannot put the average off: leave set_requires_all_reduce(True), "
@@ -67,12 +68,12 @@ class DeferredAverage:
         parameters = group.sharded_parameters()
         without = [parameters[i] for i in places if parameters[i].grad is None]
         total = reduced.clone()
-        self._waiting = Waiting(places, total, compat.backward_number())
+        self._waiting = Waiting(places, total, backward_number())
         reduced.zero_()
 
         def leave() -> None:
-            group.set_put_off(total)
+            group.set_partial_reduce_output(total)
             for parameter in without:
                 parameter.grad = None
 
-        compat.after_backward(leave)
+        after_backward(leave)

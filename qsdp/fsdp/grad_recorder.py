@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from qsdp import compat
 from qsdp.comm.group_plan import Plan
+from qsdp.compat.parameter_group import ParameterGroup
 
 
 class GradRecorder:
@@ -28,7 +28,7 @@ class GradRecorder:
     a tensor holds only what it writes to, and one on a module holds its owner weakly.
     """
 
-    def __init__(self, plan: Plan, group: compat.ParameterGroup) -> None:
+    def __init__(self, plan: Plan, group: ParameterGroup) -> None:
         self._plan, self._group = plan, group
         self._padded = [p.padded_numel(plan.world_size) for p in plan.parameters]
         self._got_grad: set[int] = set()

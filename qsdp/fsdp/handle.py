@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qsdp import compat
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.support import exchange
 from qsdp.common.meeting import meet, mistakes_shared
+from qsdp.compat.interrupted_passes import abandon_pass
+from qsdp.compat.parameter_group import ParameterGroup
+from qsdp.compat.resharding import reshard_module
 from qsdp.config import QSDPConfig
 from qsdp.fsdp.build import Parts
 from qsdp.fsdp.handle_state import check_form
@@ -22,9 +24,7 @@ from qsdp.fsdp.support_masks import masks_by_place
 class Handle:
     """The quantized wire of one model. Made by `install`."""
 
-    def __init__(
-        self, config: QSDPConfig, groups: Sequence[compat.ParameterGroup], parts: Parts
-    ) -> None:
+    def __init__(self, config: QSDPConfig, groups: Sequence[ParameterGroup], parts: Parts) -> None:
         self.config = config
         self.traffic, self.times = parts.wire.traffic, parts.wire.times
         self._groups, self._plans = groups, parts.plans
@@ -212,7 +212,7 @@ class Handle:
         if sys.exc_info()[1] is None:
             self._meet("handle.abandon_step", {})
         for group in self._groups:
-            compat.abandon_pass(group.modules[0])
+            abandon_pass(group.modules[0])
         self._reshard()
 
     def remove(self) -> None:
@@ -223,7 +223,7 @@ class Handle:
             put_off = [
                 plan.name
                 for plan, group in zip(self._plans, self._groups, strict=True)
-                if self._passes.replicas is not None and group.put_off is not None
+                if self._passes.replicas is not None and group.partial_reduce_output is not None
             ]
             self._meet("handle.remove", {"sums that wait for an average": tuple(put_off)})
             if put_off:
@@ -256,7 +256,7 @@ class Handle:
         self._passes.mend()
         self._passes.begin_anew()
         for group in self._groups:
-            compat.reshard_module(group.module)
+            reshard_module(group.module)
 
 
 def _relative(error: float, square: float) -> float | None:

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp import compat
 from qsdp.codec.payload import Status
 from qsdp.comm.all_gather import Gathering, GatheringWork, Payloads, decode, regather
 from qsdp.comm.all_reduce import all_reduce
@@ -23,6 +22,10 @@ from qsdp.comm.reduce_scatter import Hop, hops_of, reduce
 from qsdp.comm.scratch import allocate, reads_on_this_stream
 from qsdp.comm.wire_state import Wire
 from qsdp.common.checksum import checksum
+from qsdp.compat.autograd import is_in_backward
+from qsdp.compat.gradient_views import gradient_divider, gradients_are_views, may_fill_later
+from qsdp.compat.parameter_group import ParameterGroup
+from qsdp.compat.resharding import reshard_module
 from qsdp.fsdp.deferred_average import DeferredAverage
 from qsdp.fsdp.grad_recorder import GradRecorder
 from qsdp.fsdp.passes import Passes
@@ -54,7 +57,7 @@ class AllGather(_Comm):
         self,
         plan: Plan,
         wire: Wire,
-        group: compat.ParameterGroup,
+        group: ParameterGroup,
         recorder: GradRecorder,
         unwatched: set[GradRecorder],
         passes: Passes,
@@ -100,7 +103,7 @@ class AllGather(_Comm):
             )
         self._unwatched.add(self._recorder)
         self._unwatched -= {recorder for recorder in self._unwatched if recorder.watch()}
-        in_backward = compat.in_backward()
+        in_backward = is_in_backward()
         kept = self._kept if in_backward and not wire.is_exact else None
         self._kept = None
         if not in_backward:
@@ -145,7 +148,7 @@ class AllGather(_Comm):
         # Sent once, so for a warm-up too.
         layout = plan.gather(frozen, is_frozen=True)
         if self._frozen is None or self._frozen.layout is not layout:
-            if compat.in_backward():
+            if is_in_backward():
                 self.passes.before_collective_in_backward(plan)
             buffer = allocate(plan.world_size * layout.payload_bytes, input.device)
             self._frozen_sum = self._sum_of_frozen()
@@ -168,7 +171,7 @@ class AllGather(_Comm):
             is_due or self._gathered_at != self.passes.now
         )
         if is_stale and group.is_gathered and group.reshards_after_backward:
-            compat.reshard_module(group.module)
+            reshard_module(group.module)
 
     def _sum_of_frozen(self) -> int:
         pairs = zip(self._group.local_shards(), self._group.requires_grad(), strict=True)
@@ -202,7 +205,7 @@ class ReduceScatter(_Comm):
         self,
         plan: Plan,
         wire: Wire,
-        group: compat.ParameterGroup,
+        group: ParameterGroup,
         recorder: GradRecorder,
         passes: Passes,
         replicas: dist.ProcessGroup | None,
@@ -227,7 +230,7 @@ class ReduceScatter(_Comm):
         On CPUs, where FSDP2 only takes views of the output, it is left under way: [Note: Late].
         """
         plan, wire = self._plan, self._wire
-        if compat.in_backward():
+        if is_in_backward():
             self._passes.before_collective_in_backward(plan)
         else:
             self._passes.settle_what_was_cut_short()
@@ -250,10 +253,10 @@ class ReduceScatter(_Comm):
         refuse = partial(consent.refuse, with_grad, group, device)
         may_others_be_late = (
             self._replicas is None
-            and self._group.only_views(output_tensor)
+            and gradients_are_views(self._group, output_tensor)
             and self._passes.meetings.may_be_late(plan)
         )
-        is_late = may_others_be_late and self._group.may_fill_later(with_grad)
+        is_late = may_others_be_late and may_fill_later(self._group, with_grad)
         if may_others_be_late:
             self._passes.backward.end_late()
         try:
@@ -272,7 +275,7 @@ class ReduceScatter(_Comm):
                 refuse()
             wire.late.refuse_at_the_end(LateReduce(plan.index, output_tensor, refuse))
         else:
-            divide = self._group.divider(output_tensor)
+            divide = gradient_divider(self._group, output_tensor)
             late = LateReduce(plan.index, output_tensor, refuse, reducing, slot, divide)
             wire.late.leave(late, len(own))
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from qsdp import compat
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
+from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.fsdp.grad_recorder import GradRecorder
 from qsdp.fsdp.hooks import AllGather, ReduceScatter
 from qsdp.fsdp.passes import Passes
@@ -28,7 +28,7 @@ class InstalledComms:
     def __init__(
         self,
         plans: Sequence[Plan],
-        groups: Sequence[compat.ParameterGroup],
+        groups: Sequence[ParameterGroup],
         wire: Wire,
         passes: Passes,
         replicas: dist.ProcessGroup | None,

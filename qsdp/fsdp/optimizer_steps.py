@@ -8,7 +8,7 @@ from weakref import WeakSet
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from qsdp import compat
+from qsdp.compat.parameter_group import ParameterGroup
 
 
 class OptimizerSteps:
@@ -18,7 +18,7 @@ class OptimizerSteps:
         num: Counted so far.
     """
 
-    def __init__(self, groups: Sequence[compat.ParameterGroup]) -> None:
+    def __init__(self, groups: Sequence[ParameterGroup]) -> None:
         self._groups = groups
         self.num = 0
         self._own: set[int] | None = None

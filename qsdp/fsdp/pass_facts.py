@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from qsdp import compat
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
+from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.fsdp.adapt import Adaptation
 
 
@@ -21,7 +21,7 @@ class Facts:
     def __init__(
         self,
         plans: Sequence[Plan],
-        groups: Sequence[compat.ParameterGroup],
+        groups: Sequence[ParameterGroup],
         wire: Wire,
         adaptation: Adaptation,
         *,
@@ -31,7 +31,7 @@ class Facts:
         self._wire, self._adaptation, self._averages = wire, adaptation, averages
         self._indices = {id(group.state): i for i, group in enumerate(groups)}
 
-    def is_replicated(self, group: compat.ParameterGroup) -> bool:
+    def is_replicated(self, group: ParameterGroup) -> bool:
         """Whether gradients of ``group`` are averaged over replicas, qsdp's or FSDP2's."""
         return self._averages or group.replicas > 1
 

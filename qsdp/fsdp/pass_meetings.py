@@ -9,11 +9,13 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from qsdp import compat
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
 from qsdp.common.failures import collective
 from qsdp.common.meeting import Meeting, meet, mistakes_shared
+from qsdp.compat.collectives import all_gather_single
+from qsdp.compat.parameter_group import ParameterGroup
+from qsdp.compat.process_groups import control_device
 from qsdp.fsdp.pass_facts import Facts
 
 FORWARD, BACKWARD = "a forward pass", "a backward pass"
@@ -51,7 +53,7 @@ class PassMeetings:
     def __init__(
         self,
         plans: Sequence[Plan],
-        groups: Sequence[compat.ParameterGroup],
+        groups: Sequence[ParameterGroup],
         wire: Wire,
         facts: Facts,
         replicas: dist.ProcessGroup | None,
@@ -62,7 +64,7 @@ class PassMeetings:
         self._replicas = [
             axis
             for axis in (axes if len(axes) == 1 else ())
-            if axis is not None and compat.device_of(axis).type == "cpu"
+            if axis is not None and control_device(axis).type == "cpu"
         ]
         self._agreed: dict[tuple[int, ...], dict[str, object]] = {}
         self._meeting: tuple[Meeting, Sequence[int], dist.ProcessGroup] | None = None
@@ -118,7 +120,7 @@ class PassMeetings:
         ``group``, beside what comes before its first collective."""
         members = self.members(group, places)
         self._spoken_of.update(members)
-        if compat.device_of(group).type == "cpu":  # else nobody would read what is said
+        if control_device(group).type == "cpu":  # else nobody would read what is said
             facts = self._facts.of_backward(members)
             shown = [i for i in members if self._is_shown(self._groups[i])]
             meeting = Meeting(BACKWARD, facts, [group], has_news=bool(shown))
@@ -149,17 +151,17 @@ class PassMeetings:
         backward pass: an optimizer's would step with those that are to be refused."""
         return plan.index not in self._shown
 
-    def _is_shown(self, group: compat.ParameterGroup) -> bool:
+    def _is_shown(self, group: ParameterGroup) -> bool:
         """Whether hooks keep its reduces from being left under way, which others could be."""
         is_flat = not self._facts.is_replicated(group) and group.mesh.device_type == "cpu"
-        return is_flat and group.shows_gradients
+        return is_flat and group.has_gradient_hooks
 
     def _on_any_rank(self, places: Sequence[int], group: dist.ProcessGroup, what: str) -> list[int]:
         """The groups that are among ``places`` on some rank of ``group``."""
-        own = torch.zeros(len(self._plans), dtype=torch.uint8, device=compat.device_of(group))
+        own = torch.zeros(len(self._plans), dtype=torch.uint8, device=control_device(group))
         own[list(places)] = 1
         everyone = own.new_empty(group.size() * own.numel())
         with collective(f"exchange of {what}"):
-            compat.all_gather(everyone, own, group)
+            all_gather_single(everyone, own, group)
         found: list[int] = everyone.view(group.size(), -1).any(0).nonzero().squeeze(1).tolist()
         return found

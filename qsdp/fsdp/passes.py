@@ -13,12 +13,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qsdp import compat
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
 from qsdp.common.failures import CollectiveError
 from qsdp.common.meeting import mistakes_shared
 from qsdp.common.meshes import averaged
+from qsdp.compat.autograd import is_in_backward
+from qsdp.compat.fsdp_state import all_states, becomes_root, is_root, stays_gathered_by_default
+from qsdp.compat.interrupted_passes import abandon_pass, is_backward_interrupted
+from qsdp.compat.parameter_group import ParameterGroup
+from qsdp.compat.process_groups import control_device
+from qsdp.compat.pytree import tensors_in
+from qsdp.compat.resharding import reshard_module
 from qsdp.fsdp.adapt import Adaptation
 from qsdp.fsdp.backward_pass import BackwardPass
 from qsdp.fsdp.changed_settings import mistake
@@ -65,7 +71,7 @@ class Passes:
     def __init__(
         self,
         plans: Sequence[Plan],
-        groups: Sequence[compat.ParameterGroup],
+        groups: Sequence[ParameterGroup],
         wire: Wire,
         adaptation: Adaptation,
         replicas: dist.ProcessGroup | None,
@@ -182,8 +188,8 @@ class Passes:
         self._grad_mode = "unknown"
 
     def _abandon(self, module: nn.Module) -> None:
-        if compat.is_backward_cut_short(module):
-            compat.abandon_pass(module)
+        if is_backward_interrupted(module):
+            abandon_pass(module)
 
     def rewind_point(self) -> Callable[[], None]:
         """A function that makes what is counted as it is now, for the second try of a step."""
@@ -223,7 +229,7 @@ class Passes:
             for place in places
         )
         if first := next(filter(None, found), ""):
-            told = [] if group is None or compat.device_of(group).type != "cpu" else [group]
+            told = [] if group is None or control_device(group).type != "cpu" else [group]
             with self.meetings.mistakes_reach_replicas(), mistakes_shared(call, told):
                 raise RuntimeError(first)
 
@@ -233,7 +239,7 @@ class Passes:
 
     def settle_what_was_cut_short(self) -> None:
         """Undo what a backward pass that was cut short has counted, if one was."""
-        if not compat.in_backward():
+        if not is_in_backward():
             self._end_what_was_cut_short()
 
     def _end_what_was_cut_short(self) -> None:
@@ -244,16 +250,16 @@ class Passes:
             self._adaptation.watch_again()
 
     def _before_forward(self, place: int, module: nn.Module, *_: object) -> None:
-        if compat.in_backward():
+        if is_in_backward():
             return
-        if not compat.becomes_root(module):
+        if not becomes_root(module):
             group = self._plans[place].group
             is_spoken_of = place in self._to_come.get(group, ())
             self._refuse(FORWARD, [place], None if is_spoken_of else group)
             return
         self._abandon(module)
         self._end_what_was_cut_short()
-        states = map(id, compat.parts(module))
+        states = map(id, all_states(module))
         parts = [self._indices[state] for state in states if state in self._indices]
         self.begin_anew()
         self._parts = parts
@@ -270,12 +276,12 @@ class Passes:
         for i in parts:
             self.caches[i].drop_stale(is_due)
             if is_inference:
-                self._groups[i].make_buffers()
+                self._groups[i].init_unsharded_parameters()
 
     def _after_forward(
         self, _: int, module: nn.Module, args: object = None, output: object = None
     ) -> None:
-        if compat.in_backward() or not compat.is_root(module):
+        if is_in_backward() or not is_root(module):
             return
         self._grad_mode = "unknown"
         parts, self._parts = self._parts, range(len(self._plans))
@@ -283,16 +289,16 @@ class Passes:
         if output is None and error is not None:
             self._open.difference_update(parts)
             if not isinstance(error, CollectiveError):  # no rank would answer
-                compat.abandon_pass(module)
+                abandon_pass(module)
             return
         if torch.is_grad_enabled() and self._meets_early:
-            for tensor in compat.tensors_in(output):
+            for tensor in tensors_in(output):
                 # A leaf, a parameter for one, outlives the pass, and would gather hooks.
                 if tensor.requires_grad and not tensor.is_leaf:
                     tensor.register_hook(partial(_gradient_came, weakref.ref(self)))
         # Nobody else would, and `model.parameters()` would show decoded weights.
-        if not torch.is_grad_enabled() and compat.stays_gathered_by_default(module):
-            compat.reshard_module(module)
+        if not torch.is_grad_enabled() and stays_gathered_by_default(module):
+            reshard_module(module)
 
 
 def _call(passes: weakref.ref[Passes], method: Any, *args: object) -> None:
@@ -304,5 +310,5 @@ def _gradient_came(passes: weakref.ref[Passes], _: Tensor) -> None:
     found = passes()
     if found is None or found.is_removed:  # since the forward pass
         return
-    if not found.backward.is_under_way and compat.in_backward():
+    if not found.backward.is_under_way and is_in_backward():
         found._begin_backward(found._plans[0].group)

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from qsdp import compat
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.topology import Hops
+from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.config import QSDPConfig
 from qsdp.ops import native
 
@@ -15,7 +15,7 @@ from qsdp.ops import native
 def remarks(
     config: QSDPConfig,
     plans: Sequence[Plan],
-    groups: Sequence[compat.ParameterGroup],
+    groups: Sequence[ParameterGroup],
     nodes: Mapping[dist.ProcessGroup, list[list[int]]],
     hops: Mapping[dist.ProcessGroup, Hops],
     *,
@@ -74,7 +74,7 @@ def remarks(
 
 
 def _masked(
-    config: QSDPConfig, plans: Sequence[Plan], groups: Sequence[compat.ParameterGroup]
+    config: QSDPConfig, plans: Sequence[Plan], groups: Sequence[ParameterGroup]
 ) -> list[tuple[int, int]]:
     """Kept and all values of each parameter of which only the kept ones are sent."""
     once = config.gather == "once"

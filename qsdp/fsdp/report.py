@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from qsdp import compat
 from qsdp.comm.group_plan import Plan
+from qsdp.compat.parameter_group import ParameterGroup
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Report:
         return "\n".join([*table, *(f"note: {remark}" for remark in self.remarks)])
 
 
-def sharded_rows(plans: Sequence[Plan], groups: Sequence[compat.ParameterGroup]) -> dict[int, Row]:
+def sharded_rows(plans: Sequence[Plan], groups: Sequence[ParameterGroup]) -> dict[int, Row]:
     """By their places in the model, the rows of parameters with a plan, as things are now."""
     rows = {}
     for plan, group in zip(plans, groups, strict=True):

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qsdp import compat
+from qsdp.compat.parameter_group import ParameterGroup
 
 
 def masks_by_place(
-    masks: Mapping[nn.Parameter, Tensor], groups: Sequence[compat.ParameterGroup]
+    masks: Mapping[nn.Parameter, Tensor], groups: Sequence[ParameterGroup]
 ) -> list[dict[int, Tensor]]:
     """By group, the masks by their parameters' places in it.
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.common.meshes import groups_of
-from qsdp.compat import reshards_after_backward, sharded_parameters
+from qsdp.compat.resharding import reshards_after_backward
+from qsdp.compat.sharded_parameters import sharded_parameters
 from qsdp.methods.grad_norm import norm_among
 from qsdp.methods.nonfinite import name_not_finite, scalar_loss
 from qsdp.methods.tracked_parameters import TrackedParameters

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.common.meshes import groups_of
-from qsdp.compat import reshard
+from qsdp.compat.resharding import reshard
 
 P = ParamSpec("P")
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from qsdp.common.failures import listed
 from qsdp.common.meeting import warn
 from qsdp.common.meshes import groups_of, replicas_of, spread_of
-from qsdp.compat import behind_gathered, sharded_parameters
+from qsdp.compat.sharded_parameters import sharded_by_unsharded_id, sharded_parameters
 from qsdp.sparsity.compression import Prunable
 from qsdp.sparsity.prunable import prunable_parameters
 
@@ -57,7 +57,7 @@ class TrackedParameters:
         """The prunable parameters as they were found the last time, at the next step else."""
         everyone = self.base_parameters()
         if min(self._positions, default=0) < 0:  # some are frozen, which the base need not have
-            behind = behind_gathered(self._model)
+            behind = sharded_by_unsharded_id(self._model)
             everyone += [behind.get(id(p), p) for p in reversed([*self._model.parameters()])]
         count = len(everyone)
         found = [everyone[at] for at in self._positions if -count <= at < count]
@@ -73,7 +73,7 @@ class TrackedParameters:
         replicas."""
         parameters = [*self._model.parameters()]
         if self._model_ids != [*map(id, parameters)]:
-            behind = behind_gathered(self._model)
+            behind = sharded_by_unsharded_id(self._model)
             parameters = [behind.get(id(p), p) for p in parameters]
         return (
             self._model_ids == [*map(id, parameters)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qsdp import compat
+from qsdp.compat.parameter_names import clean_names, named_buffers
 
 
 class ForwardBackward:
@@ -23,9 +23,7 @@ class ForwardBackward:
 
     def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor] | None) -> None:
         # A layer that writes its buffers must not write the user's.
-        self.buffers = {
-            name: buffer.clone() for name, buffer in compat.named_buffers(model).items()
-        }
+        self.buffers = {name: buffer.clone() for name, buffer in named_buffers(model).items()}
         self._pass = _Pass(model, loss)
 
     def loss_and_grads(
@@ -81,7 +79,7 @@ class _Pass(nn.Module):
         self.model, self._loss = model, loss
         held = [*self.named_parameters(), *self.named_buffers()]
         own = [name for name, _ in held if name.startswith("model.")]  # a loss may hold some too
-        clean = compat.clean_names(self, own)
+        clean = clean_names(self, own)
         self.names = {short.removeprefix("model."): name for name, short in clean.items()}
         """By clean name in the model, the one that finds it here."""
 

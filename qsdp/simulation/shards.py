@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qsdp import compat
 from qsdp.common.dtypes import CODEC_DTYPES
+from qsdp.compat.parameter_names import named_parameters
 
 
 class Sharding:
@@ -41,7 +41,7 @@ class Sharding:
 
 
 def _check_model(model: nn.Module, world_size: int, shard_dims: Mapping[str, int]) -> None:
-    named = compat.named_parameters(model)
+    named = named_parameters(model)
     if not named:
         raise ValueError(f"{type(model).__name__} has no parameters; give a model to train")
     for name in shard_dims:

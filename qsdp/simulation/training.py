@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsdp import compat
+from qsdp.compat.parameter_names import named_buffers, named_parameters
 from qsdp.simulation.forward_backward import ForwardBackward, casting_inputs
 from qsdp.simulation.reduction import Reduction
 from qsdp.simulation.reference import Wire
@@ -38,7 +38,7 @@ class Simulation:
         self._model, self._wire = model, wire
         self._passes = ForwardBackward(model, loss)
         self._has_reduced = False
-        named = compat.named_parameters(model)
+        named = named_parameters(model)
         rows = {name: wire.sharding.cut(name, p.detach()) for name, p in named.items()}
         self._shapes = {name: p.shape for name, p in named.items()}
         self.shards = [
@@ -160,7 +160,7 @@ class Simulation:
         Raises ValueError when it has others.
         """
         sources = self.state() | self._passes.buffers
-        targets = compat.named_parameters(model) | compat.named_buffers(model)
+        targets = named_parameters(model) | named_buffers(model)
         for name in sorted(sources.keys() | targets.keys()):
             ours, theirs = (
                 "none" if name not in found else str(tuple(found[name].shape))

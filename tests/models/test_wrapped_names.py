@@ -17,8 +17,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import qsdp
-from qsdp import checkpoint, compat
+from qsdp import checkpoint
 from qsdp.common.model_structure import embedding_names
+from qsdp.compat.parameter_names import clean_names, named_buffers, named_parameters
 from qsdp.export import export_compressed, load_export
 from qsdp.methods.acdc.optimizer import ACDC
 from qsdp.methods.acdc.schedule import ACDCSchedule
@@ -95,7 +96,7 @@ def _assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("patterns", [None, PATTERNS], ids=["default", "patterns"])
 def test_the_prunable_set_is_that_of_the_model_as_written(wrap: str, patterns: Any) -> None:
     plain, model = make_model(1), WRAPS[wrap](make_model(1))
-    assert list(compat.named_parameters(model)) == [name for name, _ in plain.named_parameters()]
+    assert list(named_parameters(model)) == [name for name, _ in plain.named_parameters()]
     expected = prunable_parameters(plain, patterns)
     assert expected
     _assert_same(_values(prunable_parameters(model, patterns)), _values(expected))
@@ -161,7 +162,7 @@ def test_optimizers_take_the_same_steps_and_their_checkpoints_fit(
     expected, found = _trained(plain, method), _trained(model, method)
     weights = _values(dict(plain.named_parameters()))
     assert found.prunable.names == expected.prunable.names
-    _assert_same(_values(compat.named_parameters(model)), weights)
+    _assert_same(_values(named_parameters(model)), weights)
     if method in ("acdc", "gmp"):
         _assert_same(found.masks(), expected.masks())
 
@@ -171,12 +172,12 @@ def test_optimizers_take_the_same_steps_and_their_checkpoints_fit(
         fresh = make_model(2) if target is plain else WRAPS[wrap](make_model(2))
         optimizer = METHODS[method](fresh, torch.optim.AdamW(fresh.parameters(), lr=1e-2))
         checkpoint.load(path, fresh, optimizer)
-        _assert_same(_values(compat.named_parameters(fresh)), weights)
+        _assert_same(_values(named_parameters(fresh)), weights)
         state = expected.state_dict()["state"]
         torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
         alone = make_model(3) if target is plain else WRAPS[wrap](make_model(3))
         checkpoint.load_model(path, alone)
-        _assert_same(_values(compat.named_parameters(alone)), weights)
+        _assert_same(_values(named_parameters(alone)), weights)
 
 
 @wrapped_blocks
@@ -190,7 +191,7 @@ def test_a_gpt_is_made_compressed_and_exported_as_without(wrap: str, tmp_path: P
 
     weights = _values(dict(make(1, "plain").named_parameters()))
     model = make(1)
-    _assert_same(_values(compat.named_parameters(model)), weights)
+    _assert_same(_values(named_parameters(model)), weights)
 
     path = checkpoint.save(tmp_path, 1, model, None, {})
     target = Compression.of("0.5+layer")
@@ -200,14 +201,14 @@ def test_a_gpt_is_made_compressed_and_exported_as_without(wrap: str, tmp_path: P
     other = make(2)
     load_export(tmp_path / "export", other)
     with compressed(model, target, patterns):
-        expected = _values(compat.named_parameters(model))
+        expected = _values(named_parameters(model))
         _assert_same({name: exported.pop(name) for name in expected}, expected)
         assert not exported
-        _assert_same(_values(compat.named_parameters(other)), expected)
+        _assert_same(_values(named_parameters(other)), expected)
 
     export_huggingface(model, tmp_path / "theirs")
     load_huggingface_weights(other, tmp_path / "theirs")
-    _assert_same(_values(compat.named_parameters(other)), weights)
+    _assert_same(_values(named_parameters(other)), weights)
 
 
 @wrapped_blocks
@@ -281,7 +282,7 @@ def test_a_checkpoint_is_that_of_the_model_whatever_its_parts_are_called(
         return model, ACDC(model, base, schedule=schedule, prunable=["*weight"])
 
     def values(model: Any) -> dict[str, Tensor]:
-        return _values(compat.named_parameters(model) | compat.named_buffers(model))
+        return _values(named_parameters(model) | named_buffers(model))
 
     for is_wrapped in (True, False):
         model, optimizer = make(is_wrapped, 1)
@@ -319,5 +320,5 @@ def test_two_parameters_with_one_name_are_refused() -> None:
 @pytest.mark.parametrize("wrap", [_compiled, checkpoint_wrapper], ids=["compiled", "checkpointed"])
 def test_a_wrapped_head_is_a_head(wrap: Callable[[Any], Any]) -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), wrap(nn.Linear(4, 9, bias=False)))
-    clean = compat.clean_names(model, embedding_names(model))
+    clean = clean_names(model, embedding_names(model))
     assert set(clean.values()) == {"0.weight", "2.weight"}

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from qsdp import compat
 from qsdp.codec.payload import Layout, Segment
 from qsdp.codec.rounding import Key
 from qsdp.common.dtypes import DType
+from qsdp.compat.parameter_names import named_parameters
 from tests.support.simulated import (
     Net,
     assert_same,
@@ -399,4 +399,4 @@ def test_wrappers_change_neither_names_nor_numbers(
     for is_wrapped in (True, False):
         model = make(is_wrapped)
         found.copy_to(model)
-        assert_same(compat.named_parameters(model), expected.state())
+        assert_same(named_parameters(model), expected.state())

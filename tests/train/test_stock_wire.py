@@ -40,7 +40,7 @@ def mean_use(
         )
         for module, numel in zip((root, block), SHARDS, strict=True)
     ]
-    monkeypatch.setattr("qsdp.compat.parameter_groups", lambda model: groups)
+    monkeypatch.setattr("qsdp.train.wire_use.parameter_groups", lambda model: groups)
     total = WireUse()
     for rank in range(num_ranks):
         fields: dict[str, Any] = {"device": torch.device("cpu"), "mesh": None, "backend": "gloo"}

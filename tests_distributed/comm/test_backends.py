@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp import compat
 from qsdp.comm import transport
+from qsdp.compat.process_groups import backend_of, control_device
 from tests_distributed.support import alike
 from tests_distributed.support.alike import Case
 from tests_distributed.support.apart import APART, train_apart
@@ -49,8 +49,8 @@ GROUPS: dict[str, tuple[dict[str, str], torch.device, bool, bool]] = {
 def test_what_serves_a_gpu_follows_from_the_groups_backends(name: str) -> None:
     backends, control, is_staged, is_seen = GROUPS[name]
     group: Any = Group(backends)
-    assert compat.device_of(group) == control
-    assert compat.backend_of(group, GPU) == backends["cuda"]
+    assert control_device(group) == control
+    assert backend_of(group, GPU) == backends["cuda"]
     assert transport.is_staged(group, GPU) == is_staged
     assert transport.is_seen(group, GPU) == is_seen
     assert not transport.is_staged(group, CPU)
@@ -65,7 +65,7 @@ BACKENDS = {None: "undefined", "cpu:gloo,cuda:fake": "cpu:gloo,cuda:fake"}
 def _made(store: str, rank: int, size: int, backend: str | None, case: Case) -> Made:
     """What torch and qsdp call it, a training's numbers, what ranks say that differ."""
     group = meet(store, rank, size, backend)
-    found = compat.device_of(group), compat.backend_of(group, CPU)
+    found = control_device(group), backend_of(group, CPU)
     numbers = alike.trained(case, "cpu")
     told = [train_apart(steps, 1, case.config)[0] for steps, _ in APART.values()]
     name = dist.get_backend()

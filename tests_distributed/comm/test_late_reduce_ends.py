@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import qsdp
-from qsdp import compat
+from qsdp.compat.autograd import after_backward
+from qsdp.compat.interrupted_passes import abandon_pass
 from tests_distributed.support.helpers import make_batch, make_model, shard
 from tests_distributed.support.late import (
     BESIDE,
@@ -130,7 +131,7 @@ DRAINS: dict[str, Drain] = {
     "forward": lambda job, _: job.loss(50),
     "validation": lambda job, _: _validate(job),
     "exact": lambda job, _: _validate_exactly(job),
-    "abandon_pass": lambda job, _: compat.abandon_pass(job.model),
+    "abandon_pass": lambda job, _: abandon_pass(job.model),
     "abandon_step": lambda job, _: job.handle.abandon_step(),
     "state_dict": lambda job, _: job.handle.state_dict(),
     "load_state_dict": lambda job, state: job.handle.load_state_dict(
@@ -247,7 +248,7 @@ def test_the_first_collective_of_another_model_drains_too_and_brings_nothing_bac
 
 
 def _queue(work: Callable[[], None], module: nn.Module, args: object, output: Tensor) -> None:
-    output.register_hook(lambda _: compat.after_backward(work))
+    output.register_hook(lambda _: after_backward(work))
 
 
 def _raise() -> None:

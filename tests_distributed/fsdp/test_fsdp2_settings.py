@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 import qsdp
-from qsdp import compat
+from qsdp.compat.parameter_group import parameter_groups
 from tests_distributed.support.fsdp2_switches import LAYOUTS, REPLICATED, SWITCHES, TIMES, Switch
 from tests_distributed.support.helpers import make_batch, make_model, wire_config
 from tests_distributed.support.running import Run
@@ -103,8 +103,8 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _gathered(model: nn.Module) -> list[bool]:
     """Of each group, whether its weights are there or on their way."""
-    groups = compat.parameter_groups(model)
-    return [g.is_gathered or g._group._all_gather_result is not None for g in groups]
+    groups = parameter_groups(model)
+    return [g.is_gathered or g.fsdp_param_group._all_gather_result is not None for g in groups]
 
 
 def _see(model: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import qsdp
-from qsdp import compat
+from qsdp.compat.parameter_group import parameter_groups
 from tests_distributed.support.helpers import full_grads, make_batch, make_model, shard
 from tests_distributed.support.running import Run
 from tests_distributed.support.training import assert_identical, train_plainly
@@ -20,7 +20,7 @@ CONFIG = {"bucket_size": 64}
 def _train_removed(reshard: bool) -> tuple[Any, Any, bool]:
     stock = train_plainly(shard(make_model(1), reshard=reshard), 3)
     model = shard(make_model(1), reshard=reshard)
-    groups = compat.parameter_groups(model)
+    groups = parameter_groups(model)
     before = [group.comms() for group in groups]
     hooks = [len(m._forward_pre_hooks) for m in model.modules()]
     handle = qsdp.install(model, qsdp.QSDPConfig(**CONFIG, grad_bits=2))

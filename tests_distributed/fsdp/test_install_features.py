@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import Shard
 
 import qsdp
-from qsdp import compat
+from qsdp.compat.interrupted_passes import abandon_pass
 from tests_distributed.support.helpers import full_grads, full_state, make_batch, make_model, shard
 from tests_distributed.support.running import Run
 
@@ -182,7 +182,7 @@ def after_a_backward_cut_short(install: Install) -> Grads:
     model.zero_grad()
     with pytest.raises(LookupError):
         model(_noise(5, 6), "left", is_cut_short=True).backward()
-    compat.abandon_pass(model)
+    abandon_pass(model)
     model(_noise(5, 6), "right").backward()
     return full_grads(model)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import qsdp
-from qsdp import compat
+from qsdp.compat.parameter_group import parameter_groups
 from tests_distributed.support import leftovers
 from tests_distributed.support.helpers import Toy, make_batch, make_model, shard, wire_config
 from tests_distributed.support.running import Run
@@ -179,7 +179,7 @@ def _train(way: Way, mesh: DeviceMesh | None) -> dict[str, weakref.ref[Any]]:
     way.act(model, handle)
     made: dict[str, Any] = {"the model": model, "the handle": handle, "the optimizer": optimizer}
     made |= {f"the parameter {name}": p for name, p in model.named_parameters()}
-    for group in compat.parameter_groups(model):
+    for group in parameter_groups(model):
         made |= {
             f"place {place} of {type(group.module).__name__}, gathered": tensor
             for place, tensor in enumerate(group.unsharded_parameters())

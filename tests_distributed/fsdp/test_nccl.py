@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp import compat
+from qsdp.compat.process_groups import backend_of
 from tests_distributed.support import alike, leftovers
 from tests_distributed.support.alike import CASES, MORE_CASES, RACES, Case, assert_equal
 from tests_distributed.support.apart import APART, train_apart
@@ -46,7 +46,7 @@ def over_nccl(
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     torch.manual_seed(0)
     group = meet(store, rank, size, backend)
-    assert compat.backend_of(group, torch.device("cuda")) == "nccl"
+    assert backend_of(group, torch.device("cuda")) == "nccl"
     result = function(*args)
     torch.cuda.synchronize()
     dist.barrier(device_ids=[torch.cuda.current_device()])

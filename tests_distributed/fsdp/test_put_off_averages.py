@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
-from qsdp import compat
 from qsdp.comm.traffic import Traffic
+from qsdp.compat.parameter_group import parameter_groups
 from tests_distributed.support.fsdp2_switches import double
 from tests_distributed.support.running import Run
 from tests_distributed.support.two_replicas import Stage, Two, refusal_of
@@ -113,8 +113,8 @@ def _outside(stage: Stage) -> None:
     stage.model(torch.ones(3, 6)).backward()
     stage.model.set_requires_gradient_sync(True)
     stage.model.set_requires_all_reduce(False)
-    for group in compat.parameter_groups(stage.model):
-        group._group.post_backward()
+    for group in parameter_groups(stage.model):
+        group.fsdp_param_group.post_backward()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def _hooks_after_removal() -> list[Any]:
     handle = qsdp.install(model)
     model.set_all_reduce_hook(double)
     handle.remove()
-    return [group.comms()[3] for group in compat.parameter_groups(model)]
+    return [group.comms()[3] for group in parameter_groups(model)]
 
 
 def test_a_hook_that_was_set_after_install_stays(run: Run) -> None:

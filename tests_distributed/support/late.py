@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.hooks import RemovableHandle
 
 import qsdp
-from qsdp import compat
+from qsdp.compat.parameter_group import parameter_groups
 from tests_distributed.support.helpers import Toy, make_batch, make_model, shard, wire_config
 
 NUM_LAYERS = 3
@@ -38,15 +38,15 @@ def num_under_way(handle: qsdp.Handle) -> int:
 @contextmanager
 def waiting() -> Iterator[None]:
     """Inside, every reduce is waited for at once."""
-    with mock.patch.object(compat.ParameterGroup, "may_fill_later", return_value=False):
+    with mock.patch("qsdp.fsdp.hooks.may_fill_later", return_value=False):
         yield
 
 
 def reduce_outside_of_backward(model: Any) -> None:
     """What pipelining does after the last of its micro-batches."""
     model.set_requires_gradient_sync(True)
-    for group in compat.parameter_groups(model):
-        group._group.post_backward()
+    for group in parameter_groups(model):
+        group.fsdp_param_group.post_backward()
     model._get_fsdp_state()._root_post_backward_final_callback()
 
 
@@ -76,7 +76,7 @@ class Watch:
 
 def groups_of(model: nn.Module) -> list[list[nn.Parameter]]:
     """The shards, by group."""
-    return [group.sharded_parameters() for group in compat.parameter_groups(model)]
+    return [group.sharded_parameters() for group in parameter_groups(model)]
 
 
 def is_late(parameters: list[nn.Parameter]) -> bool:

@@ -145,7 +145,9 @@ def test_replicas_leave_out_what_is_bad_on_one_rank_of_one_of_them(
 
 
 def _count_gathers(work: Callable[[], object]) -> int:
-    with mock.patch.object(local_shards, "all_gather", wraps=local_shards.all_gather) as gathers:
+    with mock.patch.object(
+        local_shards, "all_gather_single", wraps=local_shards.all_gather_single
+    ) as gathers:
         work()
     return gathers.call_count
 

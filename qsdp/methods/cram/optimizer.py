@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from qsdp.common.finalizer import GOLDEN_GAMMA, MASK, finalize
 from qsdp.common.meeting import warn
-from qsdp.compat import abandon_cut_short, has_pending_gradients, wholes
+from qsdp.compat.fsdp_state import with_enclosing_roots
+from qsdp.compat.interrupted_passes import abandon_interrupted_pass
+from qsdp.compat.parameter_group import has_pending_gradients
 from qsdp.methods.base import OptimizerWrapper
 from qsdp.methods.clip_grad import check_max_norm, scale_grads_
 from qsdp.methods.constructors import collective_constructor
@@ -206,8 +208,8 @@ class CrAM(OptimizerWrapper):
     def _check_begin(self) -> None:
         """Raise RuntimeError if the two passes would not be all that the step is made of."""
         self.check_reshards()
-        for whole in wholes(self.model):
-            abandon_cut_short(whole)
+        for whole in with_enclosing_roots(self.model):
+            abandon_interrupted_pass(whole)
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         if has_pending_gradients(self.model) or any(local_shard(g).values.any() for g in grads):
             name = type(self).__name__
