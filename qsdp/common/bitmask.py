@@ -1,5 +1,10 @@
 """Bool masks at one bit a value: bit i of byte j is value 8 j + i."""
 
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,3 +34,19 @@ def count(bits_RB: Tensor) -> Tensor:
     bytes_N = torch.arange(256, device=bits_RB.device)
     of_byte_N = torch.stack([bytes_N >> i & 1 for i in range(8)]).sum(0)
     return of_byte_N[bits_RB.long()].sum(1)
+
+
+@dataclass(frozen=True)
+class PackedMask:
+    """A bool mask at one bit a value."""
+
+    bits: Tensor
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, mask: Tensor) -> PackedMask:
+        return cls(pack(mask), tuple(mask.shape))
+
+    def unpack(self) -> Tensor:
+        """The mask again."""
+        return unpack(self.bits, math.prod(self.shape)).view(self.shape)

@@ -24,8 +24,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from qsdp.common.bitmask import PackedMask
 from qsdp.models.filling import fill, find_tensors
-from qsdp.sparsity.compression import PackedMask
 
 FACTS = "compression.json"
 FORMAT = "qsdp-compressed-1"

@@ -22,9 +22,9 @@ from qsdp.common.model_structure import embedding_names, tied_names
 from qsdp.compat.parameter_names import clean_names, named_parameters
 from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
 from qsdp.simulation.adaptation import Bits, Budget, Levels
+from qsdp.simulation.kept_weights import SupportMasks
 from qsdp.simulation.ranks import Numbers, World
 from qsdp.simulation.shards import Sharding
-from qsdp.simulation.support_masks import SupportMasks
 
 GATHER, REDUCE, FROZEN = range(3)
 FLAT, IN_NODE, BETWEEN_NODES, BETWEEN_REPLICAS = range(4)

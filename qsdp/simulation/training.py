@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from qsdp.compat.parameter_names import named_buffers, named_parameters
 from qsdp.simulation.forward_backward import ForwardBackward, casting_inputs
+from qsdp.simulation.kept_weights import check_masks
 from qsdp.simulation.reduction import Reduction
 from qsdp.simulation.reference import Wire
-from qsdp.simulation.support_masks import check_masks
 from qsdp.simulation.volume import WireBytes, count_bytes
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

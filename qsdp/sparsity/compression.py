@@ -6,14 +6,13 @@ Everything here is exact under any sharding: the support and the values are thos
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from qsdp.common import bitmask
+from qsdp.common.bitmask import PackedMask
 from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.common.meshes import Spread, groups_of, spread_of
 from qsdp.compat.installed_wire import adapt_now, pending_adaptation
@@ -32,22 +31,6 @@ BITS_GROUP = 128
 """Consecutive values of a row that share a scale when a model is rounded to few bits."""
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@dataclass(frozen=True)
-class PackedMask:
-    """A bool mask at one bit a value."""
-
-    bits: Tensor
-    shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, mask: Tensor) -> PackedMask:
-        return cls(bitmask.pack(mask), tuple(mask.shape))
-
-    def unpack(self) -> Tensor:
-        """The mask again."""
-        return bitmask.unpack(self.bits, math.prod(self.shape)).view(self.shape)
 
 
 @dataclass(frozen=True)

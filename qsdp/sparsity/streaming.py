@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qsdp.common.bitmask import PackedMask
 from qsdp.common.meshes import Groups, Reach
-from qsdp.sparsity.compression import Blocks, PackedMask, apply_, compress_, find_threshold
+from qsdp.sparsity.compression import Blocks, apply_, compress_, find_threshold
 from qsdp.sparsity.local_shards import local_shard
 from qsdp.sparsity.target import Compression
 from qsdp.sparsity.threshold import Threshold

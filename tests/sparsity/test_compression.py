@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qsdp import Compression, compressed
-from qsdp.sparsity.compression import BITS_GROUP, PackedMask, Prunable, compress_, round_
+from qsdp.common.bitmask import PackedMask
+from qsdp.sparsity.compression import BITS_GROUP, Prunable, compress_, round_
 from tests.support.compression_reference import kept
 from tests_distributed.support.helpers import Conv1D, make_model
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsdp.common.bitmask import PackedMask
 from qsdp.methods.base import SupportCallback
 from qsdp.methods.rollback import abandon_passes, reshard_all, snapshot_buffers_and_grads
-from qsdp.sparsity.compression import PackedMask, Prunable, compress_, keep_only_
+from qsdp.sparsity.compression import Prunable, compress_, keep_only_
 from qsdp.sparsity.local_shards import local_shard, unique
 from qsdp.sparsity.target import Compression
 
