@@ -1,7 +1,7 @@
 // Which kernels this machine can run, and which of them serve.
 #pragma once
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace qsdp {
 

@@ -1,13 +1,13 @@
-// The vector interface of kernels_text.h in plain C++: any machine. Arrays of eight lanes, so that
+// The vector interface in plain C++: any machine. Arrays of eight lanes, so that
 // a compiler may use whatever the platform's baseline has.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "bits.h"
-#include "half.h"
-#include "portable.h"
+#include "common/bits.h"
+#include "common/half.h"
+#include "common/portable.h"
 
 namespace qsdp::scalar {
 

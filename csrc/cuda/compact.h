@@ -5,9 +5,10 @@
 
 #include <cstdio>
 
-#include "items.h"
-#include "sparse.h"
-#include "warp.h"
+#include "common/span.h"
+#include "cuda/jobs.h"
+#include "cuda/memory.h"
+#include "cuda/warp.h"
 
 namespace qsdp {
 

@@ -1,6 +1,6 @@
 // Magnitudes counted and compared on a GPU; see qsdp/codec/magnitude.py for the specification.
-#include "keys.h"
-#include "launch.h"
+#include "common/magnitude.h"
+#include "cuda/launch.h"
 
 namespace qsdp {
 namespace {

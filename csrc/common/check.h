@@ -6,9 +6,9 @@
 #include <optional>
 #include <vector>
 
-#include "kernels.h"
-#include "segment.h"
-#include "sparse.h"
+#include "common/magnitude.h"
+#include "common/segment.h"
+#include "common/span.h"
 
 namespace qsdp {
 

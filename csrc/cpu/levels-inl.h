@@ -1,5 +1,11 @@
 // Learned levels: which one a value is rounded to.
-// Part of kernels_text.h, which says what it needs; not to be included elsewhere.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/segment.h"
+#include "cpu/simd.h"
 
 namespace qsdp::QSDP_ISA {
 namespace {

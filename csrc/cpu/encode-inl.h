@@ -1,5 +1,18 @@
 // Values to codes: measure a bucket, quantize it while it is in cache, pack the codes.
-// Part of kernels_text.h, which says what it needs; not to be included elsewhere.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/grid.h"
+#include "common/segment.h"
+#include "cpu/block-inl.h"
+#include "cpu/bucket-inl.h"
+#include "cpu/levels-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/random-inl.h"
+#include "cpu/simd.h"
 
 namespace qsdp::QSDP_ISA {
 namespace {
@@ -33,21 +46,6 @@ Extent measure(const uint8_t* from, int64_t count) {
     return {least(min(low[0], low[1])), greatest(max(high[0], high[1])),
             least(min(least_bits[0], least_bits[1])) == 0,
             greatest(max(most_bits[0], most_bits[1])) >= 0x7F800000u};
-}
-
-struct Work {
-    WorkingGrid grid;
-    float r;        // the bucket's shift
-    Stream stream;  // of the values' own numbers
-    int num_codes;  // 2**bits
-    bool has_zero;
-    int64_t ahead_bytes;   // how far to fetch ahead: the next bucket is measured next
-    const Levels* levels;  // of Mode::kLevels
-};
-
-// From the least value to the greatest, where there are no zeros.
-QSDP_INLINE float width_of(const Work& work) {
-    return work.grid.step * static_cast<float>(work.num_codes - 1);
 }
 
 // Codes, one a byte, of ``count`` values; ``first_value`` numbers the first in its segment.
@@ -108,33 +106,6 @@ void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t firs
     }
 }
 
-// ``codes`` may be read up to a multiple of eight. Bits past the last code are those of ``codes``.
-template <int Bits>
-void pack(const uint8_t* codes, int64_t count, uint8_t* to) {
-    const int64_t num_bytes = (count * Bits + 7) / 8;
-    int64_t i = 0;
-    if constexpr (Bits == 4) {
-        for (; i + 32 <= count; i += 32) pack32_nibbles(codes + i, to + i / 2);
-    }
-    uint64_t word;
-    for (; i / 8 * Bits + 8 <= num_bytes; i += 8) {
-        memcpy(&word, codes + i, 8);
-        word = pack8<Bits>(word);
-        memcpy(to + i / 8 * Bits, &word, 8);
-    }
-    for (; i < count; i += 8) {
-        memcpy(&word, codes + i, 8);
-        word = pack8<Bits>(word);
-        const int64_t left = num_bytes - i / 8 * Bits;
-        memcpy(to + i / 8 * Bits, &word, left < Bits ? left : Bits);
-    }
-}
-
-using Quantize = void (*)(const uint8_t*, int64_t, const Work&, int64_t, uint8_t*);
-using Pack = void (*)(const uint8_t*, int64_t, uint8_t*);
-
-constexpr Pack kPack[] = {nullptr, nullptr, pack<2>, pack<3>, pack<4>, pack<5>, pack<6>, pack<7>};
-
 template <class T, Noise noise>
 constexpr Quantize kQuantize[] = {quantize<T, noise, Mode::kPlain>,
                                   quantize<T, noise, Mode::kZeros>,
@@ -143,20 +114,6 @@ constexpr Quantize kQuantize[] = {quantize<T, noise, Mode::kPlain>,
 template <class T>
 constexpr Quantize kQuantizeByLevels[] = {quantize<T, Noise::kUniform, Mode::kLevels>,
                                           quantize<T, Noise::kStochastic, Mode::kLevels>};
-
-QSDP_INLINE Mode mode_of(const WorkingGrid& grid, bool has_zero) {
-    if (grid.factor != 1.0f) return Mode::kFull;
-    return has_zero ? Mode::kZeros : Mode::kPlain;
-}
-
-QSDP_INLINE Noise noise_of(const Segment& segment) {
-    if (segment.rounding == kDither) return Noise::kDither;
-    return segment.rounding == kStochastic ? Noise::kStochastic : Noise::kUniform;
-}
-
-QSDP_INLINE Stream stream_of(const Segment& segment, uint64_t key) {
-    return {key, static_cast<uint32_t>(segment.parameter), static_cast<uint32_t>(segment.group)};
-}
 
 template <class T>
 Quantize quantizer(Noise noise, Mode mode) {

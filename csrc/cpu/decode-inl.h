@@ -1,30 +1,20 @@
 // Codes to values, stored or added to what is there.
-// Part of kernels_text.h, which says what it needs; not to be included elsewhere.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/grid.h"
+#include "common/half.h"
+#include "common/segment.h"
+#include "cpu/bucket-inl.h"
+#include "cpu/levels-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/random-inl.h"
+#include "cpu/simd.h"
 
 namespace qsdp::QSDP_ISA {
 namespace {
-
-template <int Bits>
-void unpack(const uint8_t* from, int64_t count, uint8_t* codes) {
-    const int64_t num_bytes = (count * Bits + 7) / 8;
-    int64_t i = 0;
-    if constexpr (Bits == 4) {
-        for (; i + 32 <= count; i += 32) unpack32_nibbles(from + i / 2, codes + i);
-    }
-    uint64_t word;
-    for (; i / 8 * Bits + 8 <= num_bytes; i += 8) {
-        memcpy(&word, from + i / 8 * Bits, 8);
-        word = unpack8<Bits>(word);
-        memcpy(codes + i, &word, 8);
-    }
-    for (; i < count; i += 8) {
-        const int64_t left = num_bytes - i / 8 * Bits;
-        word = 0;
-        memcpy(&word, from + i / 8 * Bits, left < Bits ? left : Bits);
-        word = unpack8<Bits>(word);
-        memcpy(codes + i, &word, 8);
-    }
-}
 
 template <class T>
 constexpr float kLargest = 0;
@@ -90,9 +80,6 @@ void dequantize(const uint8_t* codes, int64_t count, const Work& work, int64_t f
         memcpy(to + i * sizeof(T), tail, left * sizeof(T));
     }
 }
-
-constexpr Pack kUnpack[] = {nullptr,   nullptr,   unpack<2>, unpack<3>,
-                            unpack<4>, unpack<5>, unpack<6>, unpack<7>};
 
 template <class T, bool Add, Noise noise>
 constexpr Quantize kDequantize[] = {dequantize<T, Add, noise, Mode::kPlain>,

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "segment.h"
+#include "common/segment.h"
 
 namespace qsdp {
 
@@ -134,6 +134,16 @@ struct Job {
     float levels[kMaxLevels];
 };
 static_assert(sizeof(Job) <= 4096, "more makes every launch slower");
+
+// What a warp works on.
+struct Work {
+    const Item* item;
+    const float* levels;
+    uint64_t key;
+    const uint8_t* from;
+    uint8_t* to;
+    bool add;
+};
 
 // Calls ``launch(job)`` with one job, or with several where the items are too many for one.
 // ``header`` may be null.

@@ -1,111 +1,25 @@
-// The codec's kernels, written once over a small vector interface (simd_*.h) and compiled once per
-// instruction set. Include simd_X.h first and define QSDP_ISA as its namespace.
-//
-// A block is four vectors of values. Everything here follows [Note: Grid] and [Note: Payload] of
+// The codec's kernels, written once over a small vector interface (simd.h) and compiled once per
+// instruction set. Everything in the -inl.h files follows [Note: Grid] and [Note: Payload] of
 // qsdp/codec operation by operation: the bytes must equal the Python kernel's.
+#pragma once
 
 #include <bit>
 #include <cstdint>
 #include <cstring>
 
-#include "grid.h"
-#include "half.h"
-#include "kernels.h"
-#include "keys.h"
-#include "philox.h"
+#include "common/half.h"
+#include "common/segment.h"
+#include "cpu/decode-inl.h"
+#include "cpu/encode-inl.h"
+#include "cpu/kernels.h"
+#include "cpu/magnitude-inl.h"
+#include "cpu/raw-inl.h"
+#include "cpu/simd.h"
 
 static_assert(std::endian::native == std::endian::little, "payloads are little-endian");
 
 namespace qsdp::QSDP_ISA {
 namespace {
-
-// How many values are held as one code a byte before they are packed.
-constexpr int64_t kChunk = 1024;
-static_assert(kChunk % kBlock == 0);
-
-enum class Noise { kUniform, kDither, kStochastic };
-
-// kPlain: neither zeros nor huge values in the bucket. kZeros: zeros. kFull: huge, perhaps zeros.
-// kLevels: learned levels serve it.
-enum class Mode { kPlain, kZeros, kFull, kLevels };
-
-template <class T>
-QSDP_INLINE void load_block(const uint8_t* from, F (&x)[4]) {
-    for (int v = 0; v < 4; ++v) x[v] = load(from + v * kLanes * sizeof(T), T{});
-}
-
-// The last ``count`` items of a bucket, followed by copies of the first of them.
-template <class T>
-struct Tail {
-    uint8_t bytes[kBlock * sizeof(T)];
-
-    Tail(const uint8_t* from, int64_t count) {
-        memcpy(bytes, from, count * sizeof(T));
-        for (int64_t i = count; i < kBlock; ++i) memcpy(bytes + i * sizeof(T), from, sizeof(T));
-    }
-};
-
-}  // namespace
-}  // namespace qsdp::QSDP_ISA
-
-#include "text_random.h"
-
-#include "text_levels.h"
-
-#include "text_encode.h"
-
-#include "text_decode.h"
-
-#include "text_magnitude.h"
-
-namespace qsdp::QSDP_ISA {
-namespace {
-
-// ---- raw segments -------------------------------------------------------------------------------
-
-template <class From, class To, bool Add>
-void convert(const uint8_t* from, uint8_t* to, int64_t count) {
-    const auto block = [](const uint8_t* source, uint8_t* out) {
-        F x[4];
-        load_block<From>(source, x);
-        for (int v = 0; v < 4; ++v) {
-            uint8_t* item = out + v * kLanes * sizeof(To);
-            store(item, Add ? add(load(item, To{}), x[v]) : x[v], To{});
-        }
-    };
-    int64_t i = 0;
-    for (; i + kBlock <= count; i += kBlock) block(from + i * sizeof(From), to + i * sizeof(To));
-    if (i < count) {
-        uint8_t tail[kBlock * sizeof(To)] = {};
-        if (Add) memcpy(tail, to + i * sizeof(To), (count - i) * sizeof(To));
-        block(Tail<From>(from + i * sizeof(From), count - i).bytes, tail);
-        memcpy(to + i * sizeof(To), tail, (count - i) * sizeof(To));
-    }
-}
-
-using Convert = void (*)(const uint8_t*, uint8_t*, int64_t);
-
-// [from][to] in the order of DType; equal types are copied.
-constexpr Convert kConvert[3][3] = {
-    {nullptr, convert<float, Bf16, false>, convert<float, Fp16, false>},
-    {convert<Bf16, float, false>, nullptr, convert<Bf16, Fp16, false>},
-    {convert<Fp16, float, false>, convert<Fp16, Bf16, false>, nullptr},
-};
-constexpr Convert kConvertAdd[3] = {convert<float, float, true>, convert<Bf16, float, true>,
-                                    convert<Fp16, float, true>};
-
-void copy_raw(int64_t from_type, int64_t to_type, const uint8_t* from, uint8_t* to, int64_t count,
-              bool add) {
-    if (add) {
-        kConvertAdd[from_type](from, to, count);
-    } else if (from_type == to_type) {
-        memcpy(to, from, count * item_bytes(to_type));
-    } else {
-        kConvert[from_type][to_type](from, to, count);
-    }
-}
-
-// ---- ranges of a table --------------------------------------------------------------------------
 
 // How many buckets have their first value before value ``end``.
 QSDP_INLINE int64_t buckets_before(const Segment& segment, int64_t end) {

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "check.h"
+#include "common/check.h"
 #include "cuda/launch.h"
 
 namespace {

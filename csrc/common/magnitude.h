@@ -3,9 +3,14 @@
 
 #include <cstdint>
 
-#include "half.h"
+#include "common/half.h"
 
 namespace qsdp {
+
+// What magnitudes are read from; see qsdp/codec/magnitude.py.
+enum class KeyType { kFp32, kBf16, kFp16, kInt64 };
+
+constexpr int64_t kDigitBits = 11, kNumBins = 1 << kDigitBits;
 
 QSDP_INLINE int32_t key_of(float value) {
     return static_cast<int32_t>(float_bits(value) & 0x7FFFFFFFu);

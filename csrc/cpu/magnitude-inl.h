@@ -1,5 +1,11 @@
-// Keys of magnitudes, counted and compared; see qsdp/codec/magnitude.py for the specification. Part
-// of kernels_text.h: plain loops, which the compiler makes vectors of.
+// Keys of magnitudes, counted and compared; see qsdp/codec/magnitude.py for the specification.
+// Plain loops, which the compiler makes vectors of.
+#pragma once
+
+#include <cstdint>
+
+#include "common/magnitude.h"
+#include "cpu/simd.h"
 
 namespace qsdp::QSDP_ISA {
 namespace {

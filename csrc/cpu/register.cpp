@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
-#include "check.h"
+#include "common/check.h"
 #include "cpu/dispatch.h"
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace {
 

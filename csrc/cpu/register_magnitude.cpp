@@ -8,9 +8,9 @@
 #include <mutex>
 #include <vector>
 
-#include "check.h"
+#include "common/check.h"
 #include "cpu/dispatch.h"
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace {
 
