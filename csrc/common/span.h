@@ -1,25 +1,32 @@
-// Copying the values that a mask keeps, and back; see qsdp/codec/sparse.py for the specification.
+// One row of the table of spans, stretches of values of which a mask keeps some; see `Span` in
+// qsdp/codec/sparse.py for the columns.
 #pragma once
 
 #include <bit>
 #include <cstdint>
-#include <cstring>
 
 #include "common/portable.h"
 
 namespace qsdp {
 
-// One row of the table of spans; see `Span` in qsdp/codec/sparse.py for the columns.
 struct Span {
     int64_t dense_byte;
     int64_t numel;
-    int64_t item;
+    int64_t item;  // bytes of a value: 1, 2 or 4
     int64_t bitmap_byte;
     int64_t compact_byte;
     int64_t count;
 };
 
 constexpr int64_t kSpanFields = sizeof(Span) / sizeof(int64_t);
+
+// Calls ``work`` with a word of ``item`` bytes, as a value has.
+template <class Work>
+QSDP_INLINE void with_item(int64_t item, const Work& work) {
+    if (item == 4) return work(uint32_t{});
+    if (item == 2) return work(uint16_t{});
+    work(uint8_t{});
+}
 
 // The mask of the values [8 * byte, 8 * byte + 8), those past the end left out.
 QSDP_INLINE uint32_t mask_byte(const uint8_t* bitmap, int64_t byte, int64_t numel) {
@@ -33,41 +40,6 @@ static inline int64_t count_bits(const uint8_t* bitmap, int64_t numel) {
         count += std::popcount(mask_byte(bitmap, byte, numel));
     }
     return count;
-}
-
-// Returns false if ``strict`` and a value that is not kept has a bit set.
-template <int kItem>
-bool compact_span(const uint8_t* dense, const uint8_t* bitmap, int64_t numel, uint8_t* out,
-                  bool strict) {
-    bool is_clean = true;
-    for (int64_t byte = 0; 8 * byte < numel; ++byte, dense += 8 * kItem) {
-        uint32_t kept = mask_byte(bitmap, byte, numel);
-        if (strict) {
-            const int64_t left = numel - 8 * byte;
-            uint32_t set = 0;
-            for (int i = 0; i < (left < 8 ? static_cast<int>(left) : 8); ++i) {
-                uint32_t value = 0;
-                std::memcpy(&value, dense + i * kItem, kItem);
-                set |= static_cast<uint32_t>(value != 0) << i;
-            }
-            is_clean &= (set & ~kept) == 0;
-        }
-        for (; kept != 0; kept &= kept - 1, out += kItem) {
-            std::memcpy(out, dense + std::countr_zero(kept) * kItem, kItem);
-        }
-    }
-    return is_clean;
-}
-
-template <int kItem>
-void expand_span(const uint8_t* values, const uint8_t* bitmap, int64_t numel, uint8_t* dense) {
-    std::memset(dense, 0, static_cast<size_t>(numel * kItem));
-    for (int64_t byte = 0; 8 * byte < numel; ++byte, dense += 8 * kItem) {
-        uint32_t kept = mask_byte(bitmap, byte, numel);
-        for (; kept != 0; kept &= kept - 1, values += kItem) {
-            std::memcpy(dense + std::countr_zero(kept) * kItem, values, kItem);
-        }
-    }
 }
 
 }  // namespace qsdp

@@ -16,8 +16,6 @@ namespace {
 constexpr int64_t kChunk = 1024;
 static_assert(kChunk % kBlock == 0);
 
-enum class Noise { kUniform, kDither, kStochastic };
-
 // kPlain: neither zeros nor huge values in the bucket. kZeros: zeros. kFull: huge, perhaps zeros.
 // kLevels: learned levels serve it.
 enum class Mode { kPlain, kZeros, kFull, kLevels };
@@ -42,11 +40,6 @@ using Quantize = void (*)(const uint8_t*, int64_t, const Work&, int64_t, uint8_t
 QSDP_INLINE Mode mode_of(const WorkingGrid& grid, bool has_zero) {
     if (grid.factor != 1.0f) return Mode::kFull;
     return has_zero ? Mode::kZeros : Mode::kPlain;
-}
-
-QSDP_INLINE Noise noise_of(const Segment& segment) {
-    if (segment.rounding == kDither) return Noise::kDither;
-    return segment.rounding == kStochastic ? Noise::kStochastic : Noise::kUniform;
 }
 
 QSDP_INLINE Stream stream_of(const Segment& segment, uint64_t key) {

@@ -4,26 +4,19 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/dtype.h"
 #include "common/grid.h"
-#include "common/half.h"
+#include "common/rounding.h"
 #include "common/segment.h"
 #include "cpu/bucket-inl.h"
 #include "cpu/levels-inl.h"
 #include "cpu/pack-inl.h"
 #include "cpu/random-inl.h"
+#include "cpu/rounding-inl.h"
 #include "cpu/simd.h"
 
 namespace qsdp::QSDP_ISA {
 namespace {
-
-template <class T>
-constexpr float kLargest = 0;
-template <>
-constexpr float kLargest<float> = 0x1.fffffep127f;
-template <>
-constexpr float kLargest<Bf16> = 0x1.fep127f;
-template <>
-constexpr float kLargest<Fp16> = 65504.0f;
 
 // Values of ``count`` codes, stored as T, or with ``Add`` added to what is there.
 template <class T, bool Add, Noise noise, Mode mode>
@@ -34,7 +27,8 @@ void dequantize(const uint8_t* codes, int64_t count, const Work& work, int64_t f
     const F low = splat(work.grid.low), step = splat(work.grid.step), r = splat(work.r);
     const F unscale = splat(1.0f / work.grid.factor);
     const F zero_code = splat(work.has_zero ? static_cast<float>(work.num_codes - 1) : 256.0f);
-    const F limit = splat(kLargest<T>), minus_limit = splat(-kLargest<T>);
+    constexpr float kLargest = largest(T{});
+    const F limit = splat(kLargest), minus_limit = splat(-kLargest);
     const F width = splat(width_of(work));
     const auto block_values = [&](const uint8_t* block, const F(&own)[4], uint8_t* out) {
         for (int v = 0; v < 4; ++v) {
@@ -44,16 +38,14 @@ void dequantize(const uint8_t* codes, int64_t count, const Work& work, int64_t f
                 value = add(low, mul(level, width));
             } else {
                 const F code = widen_codes(block + v * kLanes);
-                value = noise == Noise::kDither
-                            ? add(code, add(sub(own[v], splat(128.5f)), splat(0x1p-17f)))
-                            : add(code, r);
+                value = after_rounding<noise>(code, own[v], r);
                 value = add(low, mul(value, step));
                 if (mode == Mode::kFull) value = mul(value, unscale);
                 if (mode != Mode::kPlain) value = zero_where_equal(value, code, zero_code);
             }
             // |value| <= 2**121 or NaN of plain buckets: only fp16 is narrower than that. Levels
             // may be anything.
-            if (mode == Mode::kFull || mode == Mode::kLevels || kLargest<T> < 0x1p121f) {
+            if (mode == Mode::kFull || mode == Mode::kLevels || kLargest < 0x1p121f) {
                 value = max(minus_limit, min(limit, value));
             }
             uint8_t* item = out + v * kLanes * sizeof(T);

@@ -5,9 +5,6 @@
 
 namespace qsdp {
 
-// The kernels called ``name`` ("scalar", "avx2", "avx512"), or null where they cannot run.
-const Kernels* find_kernels(const char* name);
-
 const Kernels& kernels_in_use();
 
 }  // namespace qsdp

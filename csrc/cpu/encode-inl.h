@@ -6,12 +6,14 @@
 #include <cstring>
 
 #include "common/grid.h"
+#include "common/rounding.h"
 #include "common/segment.h"
 #include "cpu/block-inl.h"
 #include "cpu/bucket-inl.h"
 #include "cpu/levels-inl.h"
 #include "cpu/pack-inl.h"
 #include "cpu/random-inl.h"
+#include "cpu/rounding-inl.h"
 #include "cpu/simd.h"
 
 namespace qsdp::QSDP_ISA {
@@ -67,13 +69,7 @@ void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t firs
             t[v] = mode == Mode::kFull ? mul(x[v], factor) : x[v];
             t[v] = mul(sub(t[v], low), inverse);
             if (mode == Mode::kLevels) continue;
-            if (noise == Noise::kUniform) t[v] = sub(t[v], r);
-            if (noise == Noise::kDither) {
-                t[v] = sub(t[v], add(sub(own[v], splat(128.5f)), splat(0x1p-17f)));
-            }
-            if (noise == Noise::kStochastic) {
-                t[v] = add(t[v], add(sub(own[v], splat(128.0f)), splat(0x1p-17f)));
-            }
+            t[v] = before_rounding<noise>(t[v], own[v], r);
         }
         if constexpr (mode == Mode::kLevels) {
             return level_codes<noise == Noise::kStochastic>(*work.levels, t, own);
@@ -128,7 +124,7 @@ template <class T>
 void encode_buckets(const Segment& segment, uint64_t key, const float* own_levels,
                     const uint8_t* buffer, uint8_t* payload, int64_t first, int64_t last) {
     const int bits = static_cast<int>(segment.bits);
-    const Noise noise = noise_of(segment);
+    const Noise noise = noise_of(segment.rounding);
     Shifts shifts(stream_of(segment, key));
     Levels levels;
     if (own_levels != nullptr) levels.fill(own_levels, bits);

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/half.h"
+#include "common/dtype.h"
 #include "common/segment.h"
 #include "cpu/decode-inl.h"
 #include "cpu/encode-inl.h"
@@ -41,10 +41,10 @@ void encode_values(const Segment& segment, const Table& table, const uint8_t* bu
         return;
     }
     const int64_t first = buckets_before(segment, begin), last = buckets_before(segment, end);
-    const auto run = segment.dtype == kFp32   ? encode_buckets<float>
-                     : segment.dtype == kBf16 ? encode_buckets<Bf16>
-                                              : encode_buckets<Fp16>;
-    run(segment, table.key, levels_of(segment, table), buffer, payload, first, last);
+    with_dtype(segment.dtype, [&](auto type) {
+        encode_buckets<decltype(type)>(segment, table.key, levels_of(segment, table), buffer,
+                                       payload, first, last);
+    });
 }
 
 void decode_values(const Segment& segment, const Table& table, const uint8_t* payload,
@@ -57,11 +57,15 @@ void decode_values(const Segment& segment, const Table& table, const uint8_t* pa
         return;
     }
     const int64_t first = buckets_before(segment, begin), last = buckets_before(segment, end);
-    const auto run = segment.dtype == kFp32
-                         ? add ? decode_buckets<float, true> : decode_buckets<float, false>
-                     : segment.dtype == kBf16 ? decode_buckets<Bf16, false>
-                                              : decode_buckets<Fp16, false>;
-    run(segment, table.key, levels_of(segment, table), payload, buffer, first, last);
+    const float* levels = levels_of(segment, table);
+    if (add) {
+        decode_buckets<float, true>(segment, table.key, levels, payload, buffer, first, last);
+        return;
+    }
+    with_dtype(segment.dtype, [&](auto type) {
+        decode_buckets<decltype(type), false>(segment, table.key, levels, payload, buffer, first,
+                                              last);
+    });
 }
 
 void encode(const Table& table, const uint8_t* buffer, uint8_t* payload, int64_t begin,

@@ -51,21 +51,6 @@ void mark_above_of(const T* values, int64_t count, int64_t key, uint8_t* out) {
     for (int64_t i = 0; i < count; ++i) out[i] = !none && key_of(values[i]) > above;
 }
 
-// Calls ``work`` with the values as what ``type`` says they are.
-template <class Work>
-void with_type(KeyType type, const void* values, const Work& work) {
-    switch (type) {
-        case KeyType::kFp32:
-            return work(static_cast<const float*>(values));
-        case KeyType::kBf16:
-            return work(static_cast<const Bf16*>(values));
-        case KeyType::kFp16:
-            return work(static_cast<const Fp16*>(values));
-        case KeyType::kInt64:
-            return work(static_cast<const int64_t*>(values));
-    }
-}
-
 void count_digits(KeyType type, const void* values, int64_t begin, int64_t end, int64_t prefix,
                   int shift, int width, int64_t* counts) {
     with_type(type, values, [=](const auto* from) {

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-#include "common/half.h"
-#include "common/segment.h"
+#include "common/dtype.h"
 #include "cpu/block-inl.h"
 #include "cpu/simd.h"
 
@@ -32,26 +32,20 @@ void convert(const uint8_t* from, uint8_t* to, int64_t count) {
     }
 }
 
-using Convert = void (*)(const uint8_t*, uint8_t*, int64_t);
-
-// [from][to] in the order of DType; equal types are copied.
-constexpr Convert kConvert[3][3] = {
-    {nullptr, convert<float, Bf16, false>, convert<float, Fp16, false>},
-    {convert<Bf16, float, false>, nullptr, convert<Bf16, Fp16, false>},
-    {convert<Fp16, float, false>, convert<Fp16, Bf16, false>, nullptr},
-};
-constexpr Convert kConvertAdd[3] = {convert<float, float, true>, convert<Bf16, float, true>,
-                                    convert<Fp16, float, true>};
-
 void copy_raw(int64_t from_type, int64_t to_type, const uint8_t* from, uint8_t* to, int64_t count,
               bool add) {
-    if (add) {
-        kConvertAdd[from_type](from, to, count);
-    } else if (from_type == to_type) {
+    if (from_type == to_type && !add) {
         memcpy(to, from, count * item_bytes(to_type));
-    } else {
-        kConvert[from_type][to_type](from, to, count);
+        return;
     }
+    with_dtype(from_type, [&](auto source) {
+        using From = decltype(source);
+        if (add) return convert<From, float, true>(from, to, count);
+        with_dtype(to_type, [&](auto target) {
+            using To = decltype(target);
+            if constexpr (!std::is_same_v<From, To>) convert<From, To, false>(from, to, count);
+        });
+    });
 }
 
 }  // namespace

@@ -2,11 +2,13 @@
 // [Note: Grid] in qsdp/codec/ops.py, operation by operation.
 #pragma once
 
+#include "common/dtype.h"
 #include "common/grid.h"
 #include "common/philox.h"
-#include "common/segment.h"
+#include "common/rounding.h"
 #include "cuda/bucket.h"
 #include "cuda/jobs.h"
+#include "cuda/rounding.h"
 #include "cuda/run.h"
 #include "cuda/warp.h"
 
@@ -71,10 +73,8 @@ QSDP_INLINE uint64_t encode_run(const Run& run, const Coder& coder, float invers
             continue;
         }
         // Rounding is monotone and keeps whole numbers, so saturating first is the same.
-        t = coder.rounding == kStochastic ? t + (r + 0.5f) : t - r;
-        t = fminf(fmaxf(t, 0.0f), steps);
-        codes[i] = coder.rounding == kStochastic ? static_cast<uint32_t>(t)
-                                                 : float_bits(t + 0x1.8p23f) & 0xFFu;
+        t = fminf(fmaxf(before_rounding(coder.rounding, t, r), 0.0f), steps);
+        codes[i] = round_to_code(coder.rounding, t);
         if (coder.has_zero && x == 0.0f) codes[i] = last;
     }
     const uint32_t base = 1u << coder.bits;

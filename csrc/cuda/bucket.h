@@ -4,7 +4,7 @@
 #include "common/grid.h"
 #include "common/half.h"
 #include "common/philox.h"
-#include "common/segment.h"
+#include "common/rounding.h"
 #include "cuda/jobs.h"
 #include "cuda/memory.h"
 #include "cuda/run.h"
@@ -58,16 +58,6 @@ QSDP_INLINE Grid grid_of(const Extent& extent, int bits) {
     Grid grid = make_grid(extent.low, extent.high, extent.has_zero(), extent.is_broken(), bits);
     if (extent.is_broken()) grid.low = bits_float(0x7FC00000u);
     return grid;
-}
-
-QSDP_INLINE float largest(float) {
-    return 0x1.fffffep127f;
-}
-QSDP_INLINE float largest(Bf16) {
-    return 0x1.fep127f;
-}
-QSDP_INLINE float largest(Fp16) {
-    return 65504.0f;
 }
 
 // Half word ``index`` % 8, chosen: an index into registers would put them into memory.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/grid.h"
+#include "common/rounding.h"
 #include "cuda/any_bucket.h"
 #include "cuda/bucket.h"
 #include "cuda/jobs.h"
@@ -14,7 +15,7 @@
 namespace qsdp {
 
 // A whole unit of buckets of 2**item.bucket_log2 <= 1024 values, none of them special.
-template <class T, bool Add, bool Dither, bool Zeros>
+template <class T, bool Add, Noise noise, bool Zeros>
 QSDP_INLINE void decode_whole_rows(const Work& work, int64_t unit, int bucket_log2,
                                    PerLane<uint64_t[kRows]>& codes, PerLane<Grid[kRows]>& grid) {
     const Item& item = *work.item;
@@ -30,7 +31,7 @@ QSDP_INLINE void decode_whole_rows(const Work& work, int64_t unit, int bucket_lo
             const Grid own = grid[lane][row];
             const Plain plain = make_plain(own.low, fabsf(own.scale), 0.0f, shift,
                                            is_negative(own.scale), item.bits);
-            Run run = decode_plain<Dither, Zeros>(codes[lane][row], plain, stream, index, T{});
+            Run run = decode_plain<noise, Zeros>(codes[lane][row], plain, stream, index, T{});
             uint8_t* out = to + offset * sizeof(T);
             if (Add) {
                 const Run there = load_run(out, T{});
@@ -70,12 +71,14 @@ QSDP_INLINE bool decode_whole(const Work& work, int64_t unit) {
     };
     if (any_row([](Grid own) { return !is_plain(own); })) return false;
     const bool has_zeros = any_row([](Grid own) { return is_negative(own.scale); });
+    constexpr Noise kDithered = Noise::kDither, kOther = Noise::kUniform;
     if (item.rounding == kDither) {
-        has_zeros ? decode_whole_rows<T, Add, true, true>(work, unit, bucket_log2, codes, grid)
-                  : decode_whole_rows<T, Add, true, false>(work, unit, bucket_log2, codes, grid);
+        has_zeros
+            ? decode_whole_rows<T, Add, kDithered, true>(work, unit, bucket_log2, codes, grid)
+            : decode_whole_rows<T, Add, kDithered, false>(work, unit, bucket_log2, codes, grid);
     } else {
-        has_zeros ? decode_whole_rows<T, Add, false, true>(work, unit, bucket_log2, codes, grid)
-                  : decode_whole_rows<T, Add, false, false>(work, unit, bucket_log2, codes, grid);
+        has_zeros ? decode_whole_rows<T, Add, kOther, true>(work, unit, bucket_log2, codes, grid)
+                  : decode_whole_rows<T, Add, kOther, false>(work, unit, bucket_log2, codes, grid);
     }
     return true;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/grid.h"
+#include "common/rounding.h"
 #include "cuda/any_bucket.h"
 #include "cuda/bucket.h"
 #include "cuda/jobs.h"

@@ -41,21 +41,6 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// Calls ``work`` with the values as what ``type`` says they are.
-template <class Work>
-void with_type(KeyType type, const void* values, const Work& work) {
-    switch (type) {
-        case KeyType::kFp32:
-            return work(static_cast<const float*>(values));
-        case KeyType::kBf16:
-            return work(static_cast<const Bf16*>(values));
-        case KeyType::kFp16:
-            return work(static_cast<const Fp16*>(values));
-        case KeyType::kInt64:
-            return work(static_cast<const int64_t*>(values));
-    }
-}
-
 }  // namespace
 
 void count_digits_on_gpu(KeyType type, const void* values, int64_t num_values,

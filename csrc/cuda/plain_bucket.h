@@ -2,16 +2,17 @@
 // and values as in any_bucket.h, by fewer instructions.
 #pragma once
 
+#include "common/dtype.h"
 #include "common/grid.h"
 #include "common/philox.h"
+#include "common/rounding.h"
 #include "cuda/bucket.h"
 #include "cuda/jobs.h"
+#include "cuda/rounding.h"
 #include "cuda/run.h"
 #include "cuda/warp.h"
 
 namespace qsdp {
-
-enum class Noise { kUniform, kDither, kStochastic };
 
 struct Plain {
     float low, step, inverse, r;
@@ -45,38 +46,18 @@ QSDP_INLINE bool is_plain(Grid grid) {
     return fabsf(grid.low) <= 0x1p120f && fabsf(grid.scale) <= 0x1p112f;
 }
 
-// The shift of value number i of a block, or what is added before the floor.
-template <Noise noise>
-QSDP_INLINE float draw(const PhiloxBlock& block, int i) {
-    const float own = bits_float(0x43000000u | half_word(block, static_cast<uint64_t>(i)));
-    return (own - (noise == Noise::kDither ? 128.5f : 128.0f)) + 0x1p-17f;
-}
-
-QSDP_INLINE float add_down(float a, float b) {
-#if defined(__CUDA_ARCH__)
-    return __fadd_rd(a, b);
-#else
-    return floorf(a) + b;  // b is a multiple of the sum's ulp, 1
-#endif
-}
-
 // As encode_run. Values but zeros are at least the low, so nothing is below code 0.
 template <Noise noise, bool Zeros>
 QSDP_INLINE uint64_t encode_plain(const Run& run, const Plain& plain, Stream stream,
                                   int64_t index) {
-    constexpr float kWhole = 0x1.8p23f;  // leaves a whole number in the low bits
-    constexpr uint32_t kWholeBits = 0x4B400000u;
     PhiloxBlock own{};
     if (noise != Noise::kUniform) own = philox(stream, static_cast<uint64_t>(index) / kRun);
     uint32_t raw[kRun];
     QSDP_UNROLL(8)
     for (int i = 0; i < kRun; ++i) {
         float t = (run.x[i] - plain.low) * plain.inverse;
-        if (noise == Noise::kUniform) t -= plain.r;
-        if (noise == Noise::kDither) t -= draw<noise>(own, i);
-        if (noise == Noise::kStochastic) t += draw<noise>(own, i);
-        t = fminf(t, plain.steps);
-        raw[i] = float_bits(noise == Noise::kStochastic ? add_down(t, kWhole) : t + kWhole);
+        t = fminf(before_rounding<noise>(t, own, i, plain.r), plain.steps);
+        raw[i] = round_to_bits<noise>(t);
         if (Zeros && run.x[i] == 0.0f) raw[i] = kWholeBits + plain.last;
     }
     const uint32_t base = plain.last + 1;
@@ -91,10 +72,10 @@ QSDP_INLINE uint64_t encode_plain(const Run& run, const Plain& plain, Stream str
 }
 
 // As decode_run.
-template <bool Dither, bool Zeros, class T>
+template <Noise noise, bool Zeros, class T>
 QSDP_INLINE Run decode_plain(uint64_t codes, const Plain& plain, Stream stream, int64_t index, T) {
     PhiloxBlock own{};
-    if (Dither) own = philox(stream, static_cast<uint64_t>(index) / kRun);
+    if (noise == Noise::kDither) own = philox(stream, static_cast<uint64_t>(index) / kRun);
     const uint32_t half[2] = {static_cast<uint32_t>(codes),
                               static_cast<uint32_t>(codes >> 4 * plain.bits)};
     Run run;
@@ -102,8 +83,7 @@ QSDP_INLINE Run decode_plain(uint64_t codes, const Plain& plain, Stream stream, 
     for (int i = 0; i < kRun; ++i) {
         const uint32_t bits = (half[i / 4] >> i % 4 * plain.bits & plain.last) | 0x4B000000u;
         const float code = bits_float(bits) - 0x1p23f;
-        const float r = Dither ? draw<Noise::kDither>(own, i) : plain.r;
-        float value = plain.low + (code + r) * plain.step;
+        float value = plain.low + after_rounding<noise>(code, own, i, plain.r) * plain.step;
         if (Zeros && code == plain.zero_code) value = 0.0f;
         if (sizeof(T) == 2) value = fmaxf(fminf(value, largest(T{})), -largest(T{}));
         run.x[i] = value;

@@ -2,6 +2,7 @@
 // host.
 #pragma once
 
+#include "common/half.h"
 #include "common/segment.h"
 #include "cuda/decode.h"
 #include "cuda/encode.h"
