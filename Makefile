@@ -33,9 +33,9 @@ unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(VENV)/bin
 LOG := $(VENV)/install.log
-NATIVE := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
-CUDA_FILES := $(wildcard csrc/cuda/*.cu) csrc/register_cuda.cpp
+NATIVE := CMakeLists.txt $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+CUDA_FILES := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp)
 
 .PHONY: help setup train quick test test-quick test-smoke test-rest test-all test-torch lint cuda-check gpu clean
 .DELETE_ON_ERROR:

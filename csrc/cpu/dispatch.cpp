@@ -1,4 +1,4 @@
-#include "dispatch.h"
+#include "cpu/dispatch.h"
 
 #include <atomic>
 #include <cstring>
@@ -36,10 +36,7 @@ const Kernels* best_kernels() {
     return &kScalarKernels;
 }
 
-std::atomic<const Kernels*> in_use{best_kernels()};
-
-}  // namespace
-
+// The kernels called ``name`` ("scalar", "avx2", "avx512"), or null where they cannot run.
 const Kernels* find_kernels(const char* name) {
     for (const Candidate& candidate : kCandidates) {
         if (candidate.runs && std::strcmp(candidate.kernels->name, name) == 0) {
@@ -48,6 +45,10 @@ const Kernels* find_kernels(const char* name) {
     }
     return nullptr;
 }
+
+std::atomic<const Kernels*> in_use{best_kernels()};
+
+}  // namespace
 
 const Kernels& kernels_in_use() {
     return *in_use.load(std::memory_order_relaxed);

@@ -1,12 +1,9 @@
 // Which kernels this machine can run, and which of them serve.
 #pragma once
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace qsdp {
-
-// The kernels called ``name`` ("scalar", "avx2", "avx512"), or null where they cannot run.
-const Kernels* find_kernels(const char* name);
 
 const Kernels& kernels_in_use();
 

@@ -1,7 +1,5 @@
-#include "simd_avx2.h"
-
-#define QSDP_ISA avx2
-#include "kernels_text.h"
+#define QSDP_AVX2
+#include "cpu/kernels-inl.h"
 
 namespace qsdp {
 

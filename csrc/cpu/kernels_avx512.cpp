@@ -1,7 +1,5 @@
-#include "simd_avx512.h"
-
-#define QSDP_ISA avx512
-#include "kernels_text.h"
+#define QSDP_AVX512
+#include "cpu/kernels-inl.h"
 
 namespace qsdp {
 

@@ -1,7 +1,4 @@
-#include "simd_scalar.h"
-
-#define QSDP_ISA scalar
-#include "kernels_text.h"
+#include "cpu/kernels-inl.h"
 
 namespace qsdp {
 

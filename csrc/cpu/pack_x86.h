@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "portable.h"
+#include "common/portable.h"
 
 namespace qsdp::x86 {
 

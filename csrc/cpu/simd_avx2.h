@@ -1,13 +1,13 @@
-// The vector interface of kernels_text.h for AVX2, BMI2 and F16C; meanings in simd_scalar.h.
+// The vector interface for AVX2, BMI2 and F16C; meanings in simd_scalar.h.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 
-#include "half.h"
-#include "pack_x86.h"
-#include "portable.h"
+#include "common/half.h"
+#include "common/portable.h"
+#include "cpu/pack_x86.h"
 
 namespace qsdp::avx2 {
 

@@ -1,4 +1,4 @@
-// The vector interface of kernels_text.h for AVX-512 (F, BW, DQ, VL), BMI2 and F16C; meanings in
+// The vector interface for AVX-512 (F, BW, DQ, VL), BMI2 and F16C; meanings in
 // simd_scalar.h.
 #pragma once
 
@@ -10,9 +10,9 @@
 
 #include <cstdint>
 
-#include "half.h"
-#include "pack_x86.h"
-#include "portable.h"
+#include "common/half.h"
+#include "common/portable.h"
+#include "cpu/pack_x86.h"
 
 namespace qsdp::avx512 {
 

@@ -1,13 +1,12 @@
-// The vector interface of kernels_text.h in plain C++: any machine. Arrays of eight lanes, so that
+// The vector interface in plain C++: any machine. Arrays of eight lanes, so that
 // a compiler may use whatever the platform's baseline has.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "bits.h"
-#include "half.h"
-#include "portable.h"
+#include "common/half.h"
+#include "common/portable.h"
 
 namespace qsdp::scalar {
 
@@ -230,13 +229,18 @@ QSDP_INLINE void half_floats(U w0, U w1, U w2, U w3, F (&out)[4]) {
     }
 }
 
+// Eight codes of a byte each, all below 2**Bits, to the low 8 * Bits bits of a stream; and back.
 template <int Bits>
 QSDP_INLINE uint64_t pack8(uint64_t codes) {
-    return pack_codes<Bits>(codes);
+    uint64_t stream = 0;
+    for (int i = 0; i < 8; ++i) stream |= (codes >> 8 * i & 0xFF) << Bits * i;
+    return stream;
 }
 template <int Bits>
 QSDP_INLINE uint64_t unpack8(uint64_t stream) {
-    return unpack_codes<Bits>(stream);
+    uint64_t codes = 0;
+    for (int i = 0; i < 8; ++i) codes |= (stream >> Bits * i & ((1u << Bits) - 1)) << 8 * i;
+    return codes;
 }
 // 32 codes of four bits.
 QSDP_INLINE void pack32_nibbles(const uint8_t* codes, uint8_t* to) {

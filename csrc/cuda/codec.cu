@@ -1,7 +1,7 @@
 // Encode and decode on a GPU: one launch for all segments of a group, a warp a unit.
-#include "codec.h"
+#include "cuda/unit.h"
 
-#include "launch.h"
+#include "cuda/launch.h"
 
 namespace qsdp {
 namespace {

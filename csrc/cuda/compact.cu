@@ -1,7 +1,7 @@
 // Compact and expand on a GPU: three launches for all spans, whatever their number.
-#include "compact.h"
+#include "cuda/compact.h"
 
-#include "launch.h"
+#include "cuda/launch.h"
 
 namespace qsdp {
 namespace {

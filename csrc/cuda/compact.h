@@ -5,9 +5,10 @@
 
 #include <cstdio>
 
-#include "items.h"
-#include "sparse.h"
-#include "warp.h"
+#include "common/span.h"
+#include "cuda/jobs.h"
+#include "cuda/memory.h"
+#include "cuda/warp.h"
 
 namespace qsdp {
 
@@ -175,9 +176,9 @@ QSDP_INLINE void move_unit(const SpanJob& job, int64_t unit) {
     if (unit >= job.num_units) return;
     const SpanItem& item = span_of(job, unit);
     const int64_t first = (unit - item.first_unit) * kUnit, start = job.starts[unit];
-    if (item.span.item == 4) return move_values<uint32_t, Compact>(job, item.span, first, start);
-    if (item.span.item == 2) return move_values<uint16_t, Compact>(job, item.span, first, start);
-    move_values<uint8_t, Compact>(job, item.span, first, start);
+    with_item(item.span.item, [&](auto word) {
+        move_values<decltype(word), Compact>(job, item.span, first, start);
+    });
 }
 
 }  // namespace qsdp

@@ -1,4 +1,4 @@
-// What csrc/cuda offers to csrc/register_cuda.cpp. Pointers are the GPU's; nothing waits for it.
+// What the kernels offer to register.cpp. Pointers are the GPU's; nothing waits for it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels.h"
-#include "segment.h"
-#include "sparse.h"
+#include "common/magnitude.h"
+#include "common/segment.h"
+#include "common/span.h"
 
 namespace qsdp {
 

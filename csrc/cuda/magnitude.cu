@@ -1,6 +1,6 @@
 // Magnitudes counted and compared on a GPU; see qsdp/ops/reference/magnitude.py for the specification.
-#include "keys.h"
-#include "launch.h"
+#include "common/magnitude.h"
+#include "cuda/launch.h"
 
 namespace qsdp {
 namespace {
@@ -38,21 +38,6 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t stride = int64_t{gridDim.x} * kThreads;
     for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < num_values; i += stride) {
         out[i] = int64_t{key_of(values[i])} > key;
-    }
-}
-
-// Calls ``work`` with the values as what ``type`` says they are.
-template <class Work>
-void with_type(KeyType type, const void* values, const Work& work) {
-    switch (type) {
-        case KeyType::kFp32:
-            return work(static_cast<const float*>(values));
-        case KeyType::kBf16:
-            return work(static_cast<const Bf16*>(values));
-        case KeyType::kFp16:
-            return work(static_cast<const Fp16*>(values));
-        case KeyType::kInt64:
-            return work(static_cast<const int64_t*>(values));
     }
 }
 

@@ -1,5 +1,11 @@
-// Keys of magnitudes, counted and compared; see qsdp/ops/reference/magnitude.py for the specification. Part
-// of kernels_text.h: plain loops, which the compiler makes vectors of.
+// Keys of magnitudes, counted and compared; see qsdp/ops/reference/magnitude.py for the specification.
+// Plain loops, which the compiler makes vectors of.
+#pragma once
+
+#include <cstdint>
+
+#include "common/magnitude.h"
+#include "cpu/simd.h"
 
 namespace qsdp::QSDP_ISA {
 namespace {
@@ -43,21 +49,6 @@ void mark_above_of(const T* values, int64_t count, int64_t key, uint8_t* out) {
     const bool none = static_cast<Key>(key) != key;
     const Key above = static_cast<Key>(key);
     for (int64_t i = 0; i < count; ++i) out[i] = !none && key_of(values[i]) > above;
-}
-
-// Calls ``work`` with the values as what ``type`` says they are.
-template <class Work>
-void with_type(KeyType type, const void* values, const Work& work) {
-    switch (type) {
-        case KeyType::kFp32:
-            return work(static_cast<const float*>(values));
-        case KeyType::kBf16:
-            return work(static_cast<const Bf16*>(values));
-        case KeyType::kFp16:
-            return work(static_cast<const Fp16*>(values));
-        case KeyType::kInt64:
-            return work(static_cast<const int64_t*>(values));
-    }
 }
 
 void count_digits(KeyType type, const void* values, int64_t begin, int64_t end, int64_t prefix,

@@ -1,20 +1,21 @@
-// The CPU kernels of qsdp::encode and qsdp::decode, whose schemas qsdp/ops/reference/codec.py defines.
-// LibTorch stable ABI only: one build serves torch 2.11 and later.
+// The CPU kernels of the operators whose schemas qsdp/codec defines: check, then share the values
+// out to threads. LibTorch stable ABI only: one build serves torch 2.11 and later.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
-#include <utility>
 #include <vector>
 
-#include "check.h"
+#include "common/check.h"
+#include "common/gaps.h"
+#include "cpu/compact.h"
 #include "cpu/dispatch.h"
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace {
 
@@ -26,36 +27,13 @@ constexpr int64_t kGrain = 1 << 15;
 
 // Kept between calls, so that a call allocates nothing.
 thread_local std::vector<Segment> segments;
-thread_local std::vector<std::pair<int64_t, int64_t>> written;
-
-// Zeroes what no segment writes: a payload's bytes are a function of what it holds.
-void zero_gaps(uint8_t* payload, int64_t payload_bytes) {
-    written.clear();
-    for (const Segment& segment : segments) {
-        written.emplace_back(segment.data_byte, segment.data_byte + data_bytes(segment));
-        if (segment.bits != 0) {
-            const int64_t meta_bytes = num_buckets(segment) * qsdp::kMetaBytes;
-            written.emplace_back(segment.meta_byte, segment.meta_byte + meta_bytes);
-        }
-    }
-    written.emplace_back(payload_bytes, payload_bytes);
-    std::sort(written.begin(), written.end());
-    int64_t end = qsdp::kHeaderBytes;
-    for (const auto& [from, to] : written) {
-        if (from > end) std::memset(payload + end, 0, static_cast<size_t>(from - end));
-        end = std::max(end, to);
-    }
-}
 
 // Fills ``segments``; the table lives until the next call.
 qsdp::Table checked_table(const Tensor& buffer, const Tensor& table, int64_t key,
                           const Tensor& payload, const std::optional<Tensor>& levels) {
-    qsdp::check_bytes("buffer", buffer);
-    qsdp::check_bytes("payload", payload);
-    const int64_t num_levels = qsdp::check_levels(levels);
-    qsdp::check_table(table, buffer.numel(), payload.numel(), num_levels, segments);
+    const float* values = qsdp::check_codec(buffer, table, payload, levels, qsdp::kCpu, segments);
     return {segments.data(), static_cast<int64_t>(segments.size()), static_cast<uint64_t>(key),
-            levels ? static_cast<const float*>(levels->data_ptr()) : nullptr};
+            values};
 }
 
 void encode(const Tensor& buffer, const Tensor& table, int64_t key,
@@ -66,7 +44,9 @@ void encode(const Tensor& buffer, const Tensor& table, int64_t key,
     const auto* from = static_cast<const uint8_t*>(buffer.data_ptr());
     auto* to = static_cast<uint8_t*>(payload.data_ptr());
     std::memcpy(to, header.data(), qsdp::kHeaderBytes);
-    zero_gaps(to, payload.numel());
+    qsdp::each_gap(segments, payload.numel(), [&](int64_t first, int64_t last) {
+        std::memset(to + first, 0, static_cast<size_t>(last - first));
+    });
 
     int64_t num_values = 0;
     for (const Segment& segment : segments) num_values += segment.numel;
@@ -103,10 +83,10 @@ void compact(const Tensor& dense, const Tensor& spans, const Tensor& bitmap, con
             std::memcpy(kept, values, static_cast<size_t>(span.numel * span.item));
             continue;
         }
-        const auto copy = span.item == 4   ? qsdp::compact_span<4>
-                          : span.item == 2 ? qsdp::compact_span<2>
-                                           : qsdp::compact_span<1>;
-        is_clean &= copy(values, bits + span.bitmap_byte, span.numel, kept, strict);
+        qsdp::with_item(span.item, [&](auto word) {
+            is_clean &= qsdp::compact_span<sizeof word>(values, bits + span.bitmap_byte, span.numel,
+                                                        kept, strict);
+        });
     }
     if (!is_clean) {
         throw std::runtime_error(
@@ -126,18 +106,49 @@ void expand(const Tensor& values, const Tensor& spans, const Tensor& bitmap, con
             std::memcpy(dense, kept, static_cast<size_t>(span.numel * span.item));
             continue;
         }
-        const auto copy = span.item == 4   ? qsdp::expand_span<4>
-                          : span.item == 2 ? qsdp::expand_span<2>
-                                           : qsdp::expand_span<1>;
-        copy(kept, bits + span.bitmap_byte, span.numel, dense);
+        qsdp::with_item(span.item, [&](auto word) {
+            qsdp::expand_span<sizeof word>(kept, bits + span.bitmap_byte, span.numel, dense);
+        });
     }
+}
+
+// Values a thread takes at least: a range costs the adding of 2048 counts.
+constexpr int64_t kCountGrain = 1 << 17;
+
+void count_digits(const Tensor& values, const Tensor& prefix, int64_t shift, int64_t width,
+                  const Tensor& counts) {
+    const qsdp::KeyType type = qsdp::check_keys(values);
+    qsdp::check_digits(prefix, shift, width, counts);
+    const int64_t wanted = *static_cast<const int64_t*>(prefix.data_ptr());
+    auto* total = static_cast<int64_t*>(counts.data_ptr());
+    const qsdp::Kernels& kernels = qsdp::kernels_in_use();
+    std::mutex adding;
+    torch::stable::parallel_for(0, values.numel(), kCountGrain, [&](int64_t begin, int64_t end) {
+        std::vector<int64_t> part(qsdp::kNumBins);
+        kernels.count_digits(type, values.data_ptr(), begin, end, wanted, static_cast<int>(shift),
+                             static_cast<int>(width), part.data());
+        const std::lock_guard lock(adding);
+        for (int64_t bin = 0; bin < qsdp::kNumBins; ++bin) total[bin] += part[bin];
+    });
+}
+
+void mark_above(const Tensor& values, int64_t key, const Tensor& out) {
+    const qsdp::KeyType type = qsdp::check_keys(values);
+    qsdp::check_marks(out, values.numel());
+    auto* to = static_cast<uint8_t*>(out.data_ptr());
+    const qsdp::Kernels& kernels = qsdp::kernels_in_use();
+    torch::stable::parallel_for(0, values.numel(), kCountGrain, [&](int64_t begin, int64_t end) {
+        kernels.mark_above(type, values.data_ptr(), begin, end, key, to);
+    });
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qsdp, CPU, library) {
-    library.impl("compact", TORCH_BOX(&compact));
-    library.impl("expand", TORCH_BOX(&expand));
     library.impl("encode", TORCH_BOX(&encode));
     library.impl("decode", TORCH_BOX(&decode));
+    library.impl("compact", TORCH_BOX(&compact));
+    library.impl("expand", TORCH_BOX(&expand));
+    library.impl("count_digits", TORCH_BOX(&count_digits));
+    library.impl("mark_above", TORCH_BOX(&mark_above));
 }

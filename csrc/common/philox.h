@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "portable.h"
+#include "common/portable.h"
 
 namespace qsdp {
 

@@ -1,4 +1,5 @@
-// What a codec call must be given; the same rules as `check` in qsdp/codec/table.py.
+// What a call of an operator must be given; of the codec the same rules as `check` in
+// qsdp/codec/table.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -6,9 +7,9 @@
 #include <optional>
 #include <vector>
 
-#include "kernels.h"
-#include "segment.h"
-#include "sparse.h"
+#include "common/magnitude.h"
+#include "common/segment.h"
+#include "common/span.h"
 
 namespace qsdp {
 
@@ -16,22 +17,19 @@ enum class Where { kCpu, kCuda };
 constexpr Where kCpu = Where::kCpu, kCuda = Where::kCuda;
 
 // All raise std::invalid_argument (ValueError in Python), with one sentence.
-void check_bytes(const char* name, const torch::stable::Tensor& tensor, Where where = kCpu);
 
-void check_same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b);
+// What encode and decode are given. Fills ``segments`` with the table's rows after checking each
+// against the sizes; returns the learned levels that they name, or null.
+const float* check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,
+                         const torch::stable::Tensor& payload,
+                         const std::optional<torch::stable::Tensor>& levels, Where where,
+                         std::vector<Segment>& segments);
 
 // How many words a header has.
 void check_header(int64_t words);
 
 // Whether decode may add into what the segments say.
 void check_adds(const std::vector<Segment>& segments);
-
-// How many learned levels a call is given.
-int64_t check_levels(const std::optional<torch::stable::Tensor>& levels);
-
-// Fills ``segments`` with the table's rows after checking each against the sizes.
-void check_table(const torch::stable::Tensor& table, int64_t buffer_bytes, int64_t payload_bytes,
-                 int64_t num_levels, std::vector<Segment>& segments);
 
 // The table's spans, after checking each against the sizes and, on the CPU, its mask.
 std::vector<Span> check_spans(const torch::stable::Tensor& dense,

@@ -1,39 +1,22 @@
 // Codes to values, stored or added to what is there.
-// Part of kernels_text.h, which says what it needs; not to be included elsewhere.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+#include "common/grid.h"
+#include "common/rounding.h"
+#include "common/segment.h"
+#include "cpu/bucket-inl.h"
+#include "cpu/levels-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/random-inl.h"
+#include "cpu/rounding-inl.h"
+#include "cpu/simd.h"
 
 namespace qsdp::QSDP_ISA {
 namespace {
-
-template <int Bits>
-void unpack(const uint8_t* from, int64_t count, uint8_t* codes) {
-    const int64_t num_bytes = (count * Bits + 7) / 8;
-    int64_t i = 0;
-    if constexpr (Bits == 4) {
-        for (; i + 32 <= count; i += 32) unpack32_nibbles(from + i / 2, codes + i);
-    }
-    uint64_t word;
-    for (; i / 8 * Bits + 8 <= num_bytes; i += 8) {
-        memcpy(&word, from + i / 8 * Bits, 8);
-        word = unpack8<Bits>(word);
-        memcpy(codes + i, &word, 8);
-    }
-    for (; i < count; i += 8) {
-        const int64_t left = num_bytes - i / 8 * Bits;
-        word = 0;
-        memcpy(&word, from + i / 8 * Bits, left < Bits ? left : Bits);
-        word = unpack8<Bits>(word);
-        memcpy(codes + i, &word, 8);
-    }
-}
-
-template <class T>
-constexpr float kLargest = 0;
-template <>
-constexpr float kLargest<float> = 0x1.fffffep127f;
-template <>
-constexpr float kLargest<Bf16> = 0x1.fep127f;
-template <>
-constexpr float kLargest<Fp16> = 65504.0f;
 
 // Values of ``count`` codes, stored as T, or with ``Add`` added to what is there.
 template <class T, bool Add, Noise noise, Mode mode>
@@ -44,7 +27,8 @@ void dequantize(const uint8_t* codes, int64_t count, const Work& work, int64_t f
     const F low = splat(work.grid.low), step = splat(work.grid.step), r = splat(work.r);
     const F unscale = splat(1.0f / work.grid.factor);
     const F zero_code = splat(work.has_zero ? static_cast<float>(work.num_codes - 1) : 256.0f);
-    const F limit = splat(kLargest<T>), minus_limit = splat(-kLargest<T>);
+    constexpr float kLargest = largest(T{});
+    const F limit = splat(kLargest), minus_limit = splat(-kLargest);
     const F width = splat(width_of(work));
     const auto block_values = [&](const uint8_t* block, const F(&own)[4], uint8_t* out) {
         for (int v = 0; v < 4; ++v) {
@@ -54,16 +38,14 @@ void dequantize(const uint8_t* codes, int64_t count, const Work& work, int64_t f
                 value = add(low, mul(level, width));
             } else {
                 const F code = widen_codes(block + v * kLanes);
-                value = noise == Noise::kDither
-                            ? add(code, add(sub(own[v], splat(128.5f)), splat(0x1p-17f)))
-                            : add(code, r);
+                value = after_rounding<noise>(code, own[v], r);
                 value = add(low, mul(value, step));
                 if (mode == Mode::kFull) value = mul(value, unscale);
                 if (mode != Mode::kPlain) value = zero_where_equal(value, code, zero_code);
             }
             // |value| <= 2**121 or NaN of plain buckets: only fp16 is narrower than that. Levels
             // may be anything.
-            if (mode == Mode::kFull || mode == Mode::kLevels || kLargest<T> < 0x1p121f) {
+            if (mode == Mode::kFull || mode == Mode::kLevels || kLargest < 0x1p121f) {
                 value = max(minus_limit, min(limit, value));
             }
             uint8_t* item = out + v * kLanes * sizeof(T);
@@ -90,9 +72,6 @@ void dequantize(const uint8_t* codes, int64_t count, const Work& work, int64_t f
         memcpy(to + i * sizeof(T), tail, left * sizeof(T));
     }
 }
-
-constexpr Pack kUnpack[] = {nullptr,   nullptr,   unpack<2>, unpack<3>,
-                            unpack<4>, unpack<5>, unpack<6>, unpack<7>};
 
 template <class T, bool Add, Noise noise>
 constexpr Quantize kDequantize[] = {dequantize<T, Add, noise, Mode::kPlain>,

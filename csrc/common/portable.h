@@ -11,3 +11,11 @@
 #define QSDP_INLINE static inline __attribute__((always_inline, unused))
 #define QSDP_MEMBER inline __attribute__((always_inline))
 #endif
+
+// Before a loop, whose variables then stay in registers.
+#if defined(__CUDA_ARCH__)
+#define QSDP_PRAGMA(text) _Pragma(#text)
+#define QSDP_UNROLL(times) QSDP_PRAGMA(unroll times)
+#else
+#define QSDP_UNROLL(times)
+#endif

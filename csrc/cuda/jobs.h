@@ -3,10 +3,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
-#include "segment.h"
+#include "common/gaps.h"
+#include "common/segment.h"
 
 namespace qsdp {
 
@@ -86,22 +86,9 @@ class Items {
 // What writes every byte of a payload but the header's.
 inline Items encode_items(const std::vector<Segment>& segments, int64_t payload_bytes) {
     Items items;
-    std::vector<std::pair<int64_t, int64_t>> written;
-    for (const Segment& segment : segments) {
-        items.add_segment(segment);
-        written.emplace_back(segment.data_byte, segment.data_byte + data_bytes(segment));
-        if (segment.bits != 0) {
-            const int64_t meta_bytes = num_buckets(segment) * kMetaBytes;
-            written.emplace_back(segment.meta_byte, segment.meta_byte + meta_bytes);
-        }
-    }
-    written.emplace_back(payload_bytes, payload_bytes);
-    std::sort(written.begin(), written.end());
-    int64_t end = kHeaderBytes;
-    for (const auto& [from, to] : written) {
-        items.add_zeros(end, from - end);
-        end = std::max(end, to);
-    }
+    for (const Segment& segment : segments) items.add_segment(segment);
+    each_gap(segments, payload_bytes,
+             [&](int64_t from, int64_t to) { items.add_zeros(from, to - from); });
     return items;
 }
 
@@ -134,6 +121,16 @@ struct Job {
     float levels[kMaxLevels];
 };
 static_assert(sizeof(Job) <= 4096, "more makes every launch slower");
+
+// What a warp works on.
+struct Work {
+    const Item* item;
+    const float* levels;
+    uint64_t key;
+    const uint8_t* from;
+    uint8_t* to;
+    bool add;
+};
 
 // Calls ``launch(job)`` with one job, or with several where the items are too many for one.
 // ``header`` may be null.

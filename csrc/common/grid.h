@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "portable.h"
+#include "common/portable.h"
 
 namespace qsdp {
 

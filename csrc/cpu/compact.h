@@ -5,35 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "portable.h"
+#include "common/span.h"
 
 namespace qsdp {
-
-// One row of the table of spans; see `Span` in qsdp/ops/reference/sparse.py for the columns.
-struct Span {
-    int64_t dense_byte;
-    int64_t numel;
-    int64_t item;
-    int64_t bitmap_byte;
-    int64_t compact_byte;
-    int64_t count;
-};
-
-constexpr int64_t kSpanFields = sizeof(Span) / sizeof(int64_t);
-
-// The mask of the values [8 * byte, 8 * byte + 8), those past the end left out.
-QSDP_INLINE uint32_t mask_byte(const uint8_t* bitmap, int64_t byte, int64_t numel) {
-    const int64_t left = numel - 8 * byte;
-    return bitmap[byte] & (left < 8 ? (1u << left) - 1 : 0xFFu);
-}
-
-static inline int64_t count_bits(const uint8_t* bitmap, int64_t numel) {
-    int64_t count = 0;
-    for (int64_t byte = 0; 8 * byte < numel; ++byte) {
-        count += std::popcount(mask_byte(bitmap, byte, numel));
-    }
-    return count;
-}
 
 // Returns false if ``strict`` and a value that is not kept has a bit set.
 template <int kItem>

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "segment.h"
+#include "common/magnitude.h"
+#include "common/segment.h"
 
 namespace qsdp {
 
@@ -13,11 +14,6 @@ struct Table {
     uint64_t key;
     const float* levels;  // what the segments' ``levels`` point into
 };
-
-// What magnitudes are read from; see qsdp/ops/reference/magnitude.py.
-enum class KeyType { kFp32, kBf16, kFp16, kInt64 };
-
-constexpr int64_t kDigitBits = 11, kNumBins = 1 << kDigitBits;
 
 // encode and decode work on the values [begin, end) of the table's segments laid end to end, so
 // that a call can be split between threads: a bucket belongs to the range that its first value lies

@@ -1,5 +1,13 @@
 // Random numbers of buckets and of values; see [Note: Keys] in qsdp/codec/rounding.py.
-// Part of kernels_text.h, which says what it needs; not to be included elsewhere.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/half.h"
+#include "common/philox.h"
+#include "cpu/block-inl.h"
+#include "cpu/simd.h"
 
 namespace qsdp::QSDP_ISA {
 namespace {

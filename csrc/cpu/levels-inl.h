@@ -1,5 +1,13 @@
 // Learned levels: which one a value is rounded to.
-// Part of kernels_text.h, which says what it needs; not to be included elsewhere.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/rounding.h"
+#include "common/segment.h"
+#include "cpu/rounding-inl.h"
+#include "cpu/simd.h"
 
 namespace qsdp::QSDP_ISA {
 namespace {
@@ -53,7 +61,7 @@ QSDP_INLINE Codes level_codes(const Levels& levels, const F (&t)[4], const F (&o
     for (int v = 0; v < 4; ++v) {
         F least = sub(above[v], t[v]);
         if (Stochastic) {
-            const F u = add(sub(own[v], splat(128.0f)), splat(0x1p-17f));
+            const F u = number_of<Noise::kStochastic>(own[v]);
             least = mul(u, sub(above[v], below[v]));
         }
         index[v] = add_where_less(index[v], least, sub(t[v], below[v]));

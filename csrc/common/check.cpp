@@ -1,4 +1,4 @@
-#include "check.h"
+#include "common/check.h"
 
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -6,6 +6,8 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+
+#include "common/rounding.h"
 
 namespace qsdp {
 namespace {
@@ -102,8 +104,6 @@ const char* name_of(Where where) {
     return where == kCpu ? "cpu" : "GPU";
 }
 
-}  // namespace
-
 void check_bytes(const char* name, const torch::stable::Tensor& tensor, Where where) {
     if (tensor.scalar_type() == ScalarType::Byte && tensor.dim() == 1 && tensor.is_contiguous() &&
         is_at(tensor, where)) {
@@ -114,26 +114,13 @@ void check_bytes(const char* name, const torch::stable::Tensor& tensor, Where wh
 }
 
 void check_same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
-    if (a.get_device_index() != b.get_device_index()) {
+    if (a.is_cuda() && a.get_device_index() != b.get_device_index()) {
         refuse("buffers lie on the GPUs ", a.get_device_index(), " and ", b.get_device_index(),
                "; give both on one");
     }
 }
 
-void check_header(int64_t words) {
-    if (words * static_cast<int64_t>(sizeof(int64_t)) != kHeaderBytes) {
-        refuse("the header has ", words, " words; give 4");
-    }
-}
-
-void check_adds(const std::vector<Segment>& segments) {
-    for (const Segment& segment : segments) {
-        if (segment.dtype != kFp32) {
-            refuse("decode adds into dtype ", segment.dtype, "; give an fp32 buffer");
-        }
-    }
-}
-
+// How many learned levels there are.
 int64_t check_levels(const std::optional<torch::stable::Tensor>& levels) {
     if (!levels) return 0;
     if (levels->scalar_type() != ScalarType::Float || levels->dim() != 1 ||
@@ -144,6 +131,7 @@ int64_t check_levels(const std::optional<torch::stable::Tensor>& levels) {
     return levels->numel();
 }
 
+// Fills ``segments``.
 void check_table(const torch::stable::Tensor& table, int64_t buffer_bytes, int64_t payload_bytes,
                  int64_t num_levels, std::vector<Segment>& segments) {
     if (table.scalar_type() != ScalarType::Long || !table.is_cpu() || table.dim() != 2) {
@@ -168,6 +156,34 @@ void check_table(const torch::stable::Tensor& table, int64_t buffer_bytes, int64
         std::memcpy(&segment, fields, sizeof segment);
         check_segment(segment, buffer_bytes, payload_bytes);
         check_segment_levels(segment, num_levels);
+    }
+}
+
+}  // namespace
+
+const float* check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,
+                         const torch::stable::Tensor& payload,
+                         const std::optional<torch::stable::Tensor>& levels, Where where,
+                         std::vector<Segment>& segments) {
+    check_bytes("buffer", buffer, where);
+    check_bytes("payload", payload, where);
+    check_same_device(buffer, payload);
+    const int64_t num_levels = check_levels(levels);
+    check_table(table, buffer.numel(), payload.numel(), num_levels, segments);
+    return levels ? static_cast<const float*>(levels->data_ptr()) : nullptr;
+}
+
+void check_header(int64_t words) {
+    if (words * static_cast<int64_t>(sizeof(int64_t)) != kHeaderBytes) {
+        refuse("the header has ", words, " words; give 4");
+    }
+}
+
+void check_adds(const std::vector<Segment>& segments) {
+    for (const Segment& segment : segments) {
+        if (segment.dtype != kFp32) {
+            refuse("decode adds into dtype ", segment.dtype, "; give an fp32 buffer");
+        }
     }
 }
 

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "check.h"
+#include "common/check.h"
 #include "cuda/launch.h"
 
 namespace {
@@ -45,27 +45,14 @@ void check_launch() {
     }
 }
 
-std::vector<Segment> checked_segments(const Tensor& buffer, const Tensor& table,
-                                      const Tensor& payload, const std::optional<Tensor>& levels) {
-    qsdp::check_bytes("buffer", buffer, qsdp::kCuda);
-    qsdp::check_bytes("payload", payload, qsdp::kCuda);
-    qsdp::check_same_device(buffer, payload);
-    std::vector<Segment> segments;
-    qsdp::check_table(table, buffer.numel(), payload.numel(), qsdp::check_levels(levels), segments);
-    return segments;
-}
-
-const float* data_of(const std::optional<Tensor>& levels) {
-    return levels ? static_cast<const float*>(levels->data_ptr()) : nullptr;
-}
-
 void encode(const Tensor& buffer, const Tensor& table, int64_t key,
             torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payload,
             const std::optional<Tensor>& levels) {
-    const std::vector<Segment> segments = checked_segments(buffer, table, payload, levels);
+    std::vector<Segment> segments;
+    const float* values = qsdp::check_codec(buffer, table, payload, levels, qsdp::kCuda, segments);
     qsdp::check_header(static_cast<int64_t>(header.size()));
     const Place place(buffer);
-    qsdp::encode_on_gpu(segments, static_cast<uint64_t>(key), header.data(), data_of(levels),
+    qsdp::encode_on_gpu(segments, static_cast<uint64_t>(key), header.data(), values,
                         static_cast<const uint8_t*>(buffer.data_ptr()),
                         static_cast<uint8_t*>(payload.data_ptr()), payload.numel(), place.stream());
     check_launch();
@@ -73,10 +60,11 @@ void encode(const Tensor& buffer, const Tensor& table, int64_t key,
 
 void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tensor& buffer, bool add,
             const std::optional<Tensor>& levels) {
-    const std::vector<Segment> segments = checked_segments(buffer, table, payload, levels);
+    std::vector<Segment> segments;
+    const float* values = qsdp::check_codec(buffer, table, payload, levels, qsdp::kCuda, segments);
     if (add) qsdp::check_adds(segments);
     const Place place(buffer);
-    qsdp::decode_on_gpu(segments, static_cast<uint64_t>(key), data_of(levels),
+    qsdp::decode_on_gpu(segments, static_cast<uint64_t>(key), values,
                         static_cast<const uint8_t*>(payload.data_ptr()),
                         static_cast<uint8_t*>(buffer.data_ptr()), add, place.stream());
     check_launch();

@@ -1,5 +1,20 @@
 // Values to codes: measure a bucket, quantize it while it is in cache, pack the codes.
-// Part of kernels_text.h, which says what it needs; not to be included elsewhere.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/grid.h"
+#include "common/rounding.h"
+#include "common/segment.h"
+#include "cpu/block-inl.h"
+#include "cpu/bucket-inl.h"
+#include "cpu/levels-inl.h"
+#include "cpu/pack-inl.h"
+#include "cpu/random-inl.h"
+#include "cpu/rounding-inl.h"
+#include "cpu/simd.h"
 
 namespace qsdp::QSDP_ISA {
 namespace {
@@ -35,21 +50,6 @@ Extent measure(const uint8_t* from, int64_t count) {
             greatest(max(most_bits[0], most_bits[1])) >= 0x7F800000u};
 }
 
-struct Work {
-    WorkingGrid grid;
-    float r;        // the bucket's shift
-    Stream stream;  // of the values' own numbers
-    int num_codes;  // 2**bits
-    bool has_zero;
-    int64_t ahead_bytes;   // how far to fetch ahead: the next bucket is measured next
-    const Levels* levels;  // of Mode::kLevels
-};
-
-// From the least value to the greatest, where there are no zeros.
-QSDP_INLINE float width_of(const Work& work) {
-    return work.grid.step * static_cast<float>(work.num_codes - 1);
-}
-
 // Codes, one a byte, of ``count`` values; ``first_value`` numbers the first in its segment.
 template <class T, Noise noise, Mode mode>
 void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t first_value,
@@ -69,13 +69,7 @@ void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t firs
             t[v] = mode == Mode::kFull ? mul(x[v], factor) : x[v];
             t[v] = mul(sub(t[v], low), inverse);
             if (mode == Mode::kLevels) continue;
-            if (noise == Noise::kUniform) t[v] = sub(t[v], r);
-            if (noise == Noise::kDither) {
-                t[v] = sub(t[v], add(sub(own[v], splat(128.5f)), splat(0x1p-17f)));
-            }
-            if (noise == Noise::kStochastic) {
-                t[v] = add(t[v], add(sub(own[v], splat(128.0f)), splat(0x1p-17f)));
-            }
+            t[v] = before_rounding<noise>(t[v], own[v], r);
         }
         if constexpr (mode == Mode::kLevels) {
             return level_codes<noise == Noise::kStochastic>(*work.levels, t, own);
@@ -108,33 +102,6 @@ void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t firs
     }
 }
 
-// ``codes`` may be read up to a multiple of eight. Bits past the last code are those of ``codes``.
-template <int Bits>
-void pack(const uint8_t* codes, int64_t count, uint8_t* to) {
-    const int64_t num_bytes = (count * Bits + 7) / 8;
-    int64_t i = 0;
-    if constexpr (Bits == 4) {
-        for (; i + 32 <= count; i += 32) pack32_nibbles(codes + i, to + i / 2);
-    }
-    uint64_t word;
-    for (; i / 8 * Bits + 8 <= num_bytes; i += 8) {
-        memcpy(&word, codes + i, 8);
-        word = pack8<Bits>(word);
-        memcpy(to + i / 8 * Bits, &word, 8);
-    }
-    for (; i < count; i += 8) {
-        memcpy(&word, codes + i, 8);
-        word = pack8<Bits>(word);
-        const int64_t left = num_bytes - i / 8 * Bits;
-        memcpy(to + i / 8 * Bits, &word, left < Bits ? left : Bits);
-    }
-}
-
-using Quantize = void (*)(const uint8_t*, int64_t, const Work&, int64_t, uint8_t*);
-using Pack = void (*)(const uint8_t*, int64_t, uint8_t*);
-
-constexpr Pack kPack[] = {nullptr, nullptr, pack<2>, pack<3>, pack<4>, pack<5>, pack<6>, pack<7>};
-
 template <class T, Noise noise>
 constexpr Quantize kQuantize[] = {quantize<T, noise, Mode::kPlain>,
                                   quantize<T, noise, Mode::kZeros>,
@@ -143,20 +110,6 @@ constexpr Quantize kQuantize[] = {quantize<T, noise, Mode::kPlain>,
 template <class T>
 constexpr Quantize kQuantizeByLevels[] = {quantize<T, Noise::kUniform, Mode::kLevels>,
                                           quantize<T, Noise::kStochastic, Mode::kLevels>};
-
-QSDP_INLINE Mode mode_of(const WorkingGrid& grid, bool has_zero) {
-    if (grid.factor != 1.0f) return Mode::kFull;
-    return has_zero ? Mode::kZeros : Mode::kPlain;
-}
-
-QSDP_INLINE Noise noise_of(const Segment& segment) {
-    if (segment.rounding == kDither) return Noise::kDither;
-    return segment.rounding == kStochastic ? Noise::kStochastic : Noise::kUniform;
-}
-
-QSDP_INLINE Stream stream_of(const Segment& segment, uint64_t key) {
-    return {key, static_cast<uint32_t>(segment.parameter), static_cast<uint32_t>(segment.group)};
-}
 
 template <class T>
 Quantize quantizer(Noise noise, Mode mode) {
@@ -171,7 +124,7 @@ template <class T>
 void encode_buckets(const Segment& segment, uint64_t key, const float* own_levels,
                     const uint8_t* buffer, uint8_t* payload, int64_t first, int64_t last) {
     const int bits = static_cast<int>(segment.bits);
-    const Noise noise = noise_of(segment);
+    const Noise noise = noise_of(segment.rounding);
     Shifts shifts(stream_of(segment, key));
     Levels levels;
     if (own_levels != nullptr) levels.fill(own_levels, bits);

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "portable.h"
+#include "common/portable.h"
 
 namespace qsdp {
 

@@ -1,0 +1,52 @@
+// What a warp does with a unit of a job. Included by codec.cu, and by a test that runs it on the
+// host.
+#pragma once
+
+#include "common/half.h"
+#include "common/segment.h"
+#include "cuda/decode.h"
+#include "cuda/encode.h"
+#include "cuda/jobs.h"
+#include "cuda/memory.h"
+#include "cuda/raw.h"
+#include "cuda/warp.h"
+
+namespace qsdp {
+
+QSDP_INLINE int item_of(const Job& job, int64_t unit) {
+    int low = 0, high = job.num_items;  // items [low, high) may hold it
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        (job.items[middle].first_unit <= unit ? low : high) = middle;
+    }
+    return low;
+}
+
+// Unit number ``unit`` of a job, by one warp.
+template <bool Encode>
+QSDP_INLINE void run_unit(const Job& job, int64_t unit) {
+    if (Encode && unit == 0 && job.has_header) {
+        each_lane([&](int lane) {
+            const int words = kHeaderBytes / 8;
+            if (lane < words) store_item(job.to + 8 * lane, job.header[lane]);
+        });
+    }
+    if (unit >= job.num_units) return;
+    const Item& item = job.items[item_of(job, unit)];
+    const Work work{&item, job.levels, job.key, job.from, job.to, job.add};
+    const int64_t own = unit - item.first_unit;
+    if (item.kind != Kind::kCoded) {
+        copy_unit(work, own, Encode);
+    } else if constexpr (Encode) {
+        if (item.dtype == kFp32) return encode_coded<float>(work, own);
+        if (item.dtype == kBf16) return encode_coded<Bf16>(work, own);
+        encode_coded<Fp16>(work, own);
+    } else {
+        if (item.dtype == kFp32 && work.add) return decode_coded<float, true>(work, own);
+        if (item.dtype == kFp32) return decode_coded<float, false>(work, own);
+        if (item.dtype == kBf16) return decode_coded<Bf16, false>(work, own);
+        decode_coded<Fp16, false>(work, own);
+    }
+}
+
+}  // namespace qsdp
