@@ -26,7 +26,8 @@ class Handle:
 
     def __init__(self, config: QSDPConfig, groups: Sequence[ParameterGroup], parts: Parts) -> None:
         self.config = config
-        self.traffic, self.times = parts.wire.traffic, parts.wire.times
+        self.traffic = parts.wire.traffic
+        self.times = parts.wire.times
         self._groups, self._plans = groups, parts.plans
         self._wire, self._adaptation = parts.wire, parts.adaptation
         self._passes, self._comms = parts.passes, parts.comms
