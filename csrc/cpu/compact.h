@@ -1,4 +1,5 @@
-// Copying the values that a mask keeps, and back; see qsdp/ops/reference/sparse.py for the specification.
+// Copying the values that a mask keeps, and back; see qsdp/ops/reference/sparse.py for the
+// specification.
 #pragma once
 
 #include <bit>

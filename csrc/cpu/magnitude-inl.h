@@ -1,5 +1,5 @@
-// Keys of magnitudes, counted and compared; see qsdp/ops/reference/magnitude.py for the specification.
-// Plain loops, which the compiler makes vectors of.
+// Keys of magnitudes, counted and compared; see qsdp/ops/reference/magnitude.py for the
+// specification. Plain loops, which the compiler makes vectors of.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// Magnitudes counted and compared on a GPU; see qsdp/ops/reference/magnitude.py for the specification.
+// Magnitudes counted and compared on a GPU; see qsdp/ops/reference/magnitude.py for the
+// specification.
 #include "common/magnitude.h"
 #include "cuda/launch.h"
 
