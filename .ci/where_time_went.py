@@ -5,6 +5,8 @@ Prints seconds a phase, the slowest tests and the threads of the largest pool wo
 folder that QSDP_TEST_REPORT named for the tests; PHASES has a line "SECONDS NAME" for each phase.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 import xml.etree.ElementTree as ElementTree

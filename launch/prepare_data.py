@@ -1,5 +1,7 @@
 """Text files to token shards: `launch/prepare_data.py --help` explains each flag."""
 
+from __future__ import annotations
+
 from qsdp.commands.prepare import main
 
 if __name__ == "__main__":

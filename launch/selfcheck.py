@@ -1,5 +1,7 @@
 """Prove codec, collectives and hooks on the real backend: `launch/selfcheck.py --help` explains."""
 
+from __future__ import annotations
+
 from qsdp.commands.exit import run
 from qsdp.commands.selfcheck import main
 

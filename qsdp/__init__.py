@@ -4,6 +4,8 @@ Names load when they are first used: what needs FSDP2 takes seconds to import, a
 only answers `--help` should not.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -1,5 +1,7 @@
 """What a user of the quantized wire chooses."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase

@@ -1,5 +1,7 @@
 """The former name of `qsdp.methods`: its optimizers, and clipping that knows shards."""
 
+from __future__ import annotations
+
 from qsdp.methods.acdc.optimizer import ACDC as ACDC
 from qsdp.methods.clip_grad import clip_grad_norm_ as clip_grad_norm_
 from qsdp.methods.cram.optimizer import CrAM as CrAM

@@ -1,5 +1,7 @@
 """Fixtures of several files."""
 
+from __future__ import annotations
+
 import gc
 import importlib
 from collections.abc import Iterator

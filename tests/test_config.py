@@ -1,5 +1,7 @@
 """QSDPConfig refuses what the wire cannot do, in one sentence."""
 
+from __future__ import annotations
+
 import dataclasses
 import re
 

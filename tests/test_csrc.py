@@ -1,5 +1,7 @@
 """csrc/ stays easy to enter: short files, and headers that can be included alone."""
 
+from __future__ import annotations
+
 import platform
 import shutil
 import subprocess

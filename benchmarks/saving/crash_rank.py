@@ -6,6 +6,8 @@ torchrun does not tell the statuses of ranks that end after a signal. A rank tha
 notes nothing.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Checkpoints that are whole or absent."""
 
+from __future__ import annotations
+
 from qsdp.checkpoint.background import AsyncSaver
 from qsdp.checkpoint.folders import (
     Damaged,

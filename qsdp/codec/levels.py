@@ -8,6 +8,8 @@ stochastic rounding between neighbouring levels, then has an exact minimum in ea
 others stay, so that neither a learning rate nor an order of the values is left to choose.
 """
 
+from __future__ import annotations
+
 import math
 from bisect import bisect_left, bisect_right
 from itertools import accumulate

@@ -14,6 +14,8 @@ follow from the padded sizes and are the same on every rank; how many values of 
 is the sender's own (an uneven shard's padding is neither measured nor coded).
 """
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass

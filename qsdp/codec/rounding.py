@@ -8,6 +8,8 @@ Philox4x32-7 is the generator of Salmon, Moraes, Dror and Shaw, "Parallel random
 1, 2, 3" (SC 2011), with seven rounds, the fewest that pass BigCrush.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch

@@ -1,5 +1,7 @@
 """A row of the segment table with names, and what a codec call must be given."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

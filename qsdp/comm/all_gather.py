@@ -1,5 +1,7 @@
 """The quantized all-gather of weights."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta

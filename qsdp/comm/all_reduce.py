@@ -1,5 +1,7 @@
 """The quantized all-reduce of gradients between replicas."""
 
+from __future__ import annotations
+
 import torch
 import torch.distributed as dist
 from torch import Tensor

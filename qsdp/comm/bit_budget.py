@@ -1,5 +1,7 @@
 """Bits for each parameter, allotted so that the squared error is least within a budget."""
 
+from __future__ import annotations
+
 import heapq
 import math
 from collections.abc import Sequence

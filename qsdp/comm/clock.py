@@ -1,5 +1,7 @@
 """The step in the random keys: nobody has to advance it by hand."""
 
+from __future__ import annotations
+
 from collections import Counter
 
 from qsdp.codec.rounding import Key

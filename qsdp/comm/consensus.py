@@ -26,6 +26,8 @@ one of its peers. Headers tell, where sizes happen to be equal; else gloo aborts
 then say which group they were at.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 
 import torch

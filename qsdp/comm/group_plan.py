@@ -1,5 +1,7 @@
 """The plan: which bytes of a group's flat buffers are which parameter's, and how each travels."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

@@ -1,5 +1,7 @@
 """What opens a payload, and what the ranks learn from it."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -1,5 +1,7 @@
 """One direction of one group: its layout, and the codec's tables for every rank's slice."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property

@@ -1,5 +1,7 @@
 """Learned levels of all parameters: where they stand, and how ranks learn them alike."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from itertools import pairwise
@@ -95,9 +97,7 @@ class Levels:
         self.values = self._uniform()
         self._learned: set[tuple[int, int]] = set()
 
-    def learn(
-        self, counts: "Counts", groups: Iterable[dist.ProcessGroup], traffic: Traffic
-    ) -> None:
+    def learn(self, counts: Counts, groups: Iterable[dist.ProcessGroup], traffic: Traffic) -> None:
         """Fit all levels that ``counts`` has places for to the counts of all ranks, which are added
         up over one of ``groups`` after the other: a collective, alike on all ranks. Levels of which
         nothing was counted stay."""
@@ -163,7 +163,7 @@ class Counts:
         self.places = sorted(set(places))
         self.by_place = {place: torch.zeros(BINS, dtype=torch.int64) for place in self.places}
 
-    def copy(self) -> "Counts":
+    def copy(self) -> Counts:
         """Another one that has seen the same."""
         other = Counts(self.places)
         other.by_place = {place: counts.clone() for place, counts in self.by_place.items()}

@@ -1,5 +1,7 @@
 """What quantization costs: squared errors by parameter."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -45,7 +47,7 @@ class Meter:
                 found = self._sums[key] + found
             self._sums[key] = found
 
-    def copy(self) -> "Meter":
+    def copy(self) -> Meter:
         """Another one that has seen the same."""
         other = Meter(self._config, self._levels, self._bits)
         other._sums = dict(self._sums)

@@ -1,5 +1,7 @@
 """The quantized reduce-scatter of gradients."""
 
+from __future__ import annotations
+
 from collections.abc import Generator
 from typing import NamedTuple
 

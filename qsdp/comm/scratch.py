@@ -1,5 +1,7 @@
 """Buffers that outlive a call, so that the hot path neither allocates nor faults pages in."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -6,6 +6,8 @@ collective a process group; from it every rank knows what every payload will hol
 will be, until the next change. Payloads carry the codes of the support alone, of gradients too.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 

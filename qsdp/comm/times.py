@@ -1,5 +1,7 @@
 """Where the time of the collectives goes: encoding, the wire, decoding."""
 
+from __future__ import annotations
+
 import time
 from collections import defaultdict
 from collections.abc import Iterator

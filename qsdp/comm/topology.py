@@ -1,5 +1,7 @@
 """Which ranks share a machine, and how a process group splits into machines."""
 
+from __future__ import annotations
+
 import os
 import weakref
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """Counts the bytes that this rank sends, by direction and link."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

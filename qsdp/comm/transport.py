@@ -10,6 +10,8 @@ torch keeps a pool of pinned memory and knows which copies still read it: a stag
 from there with every exchange, and dropped after it.
 """
 
+from __future__ import annotations
+
 import weakref
 from collections.abc import Sequence
 from itertools import count

@@ -1,5 +1,7 @@
 """What all groups of one handle share."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -1,6 +1,8 @@
 """Whether tensors are still what they were: torch's counters of versions miss collectives, and what
 `torch._foreach_*` does to DTensors."""
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Iterable
 from functools import cache

@@ -1,5 +1,7 @@
 """Element types: those that the codec numbers, torch's, and those that flags name."""
 
+from __future__ import annotations
+
 from enum import IntEnum
 
 import torch

@@ -1,5 +1,7 @@
 """What a collective says when it fails: its name, its step and its rank, in one sentence."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

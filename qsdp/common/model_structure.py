@@ -1,5 +1,7 @@
 """What the modules of a model say of its parameters."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 from torch import nn

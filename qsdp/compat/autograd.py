@@ -1,5 +1,7 @@
 """Backward passes of autograd: whether one runs, which, and what is called at its end."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable
 

@@ -1,5 +1,7 @@
 """Collectives whose names depend on the version of torch, or that gloo cannot do on a GPU."""
 
+from __future__ import annotations
+
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh

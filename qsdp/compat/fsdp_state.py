@@ -1,5 +1,7 @@
 """FSDP2's state of a module: its parameter groups, and what it takes for the root of a pass."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Whether gradients are mere views of a reduce's output, which may then be filled later."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
 

@@ -1,5 +1,7 @@
 """What others than its handle ask of the wire that `install` has put on a model."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

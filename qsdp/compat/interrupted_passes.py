@@ -1,5 +1,7 @@
 """Passes that an exception has interrupted: FSDP2 is in the middle of one, and is reset."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch

@@ -1,5 +1,7 @@
 """Buffers of modules, put back as they were."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch

@@ -1,5 +1,7 @@
 """The parameters that one `fully_shard` call gathers and reduces together."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Names of parameters and buffers without what wrappers of modules add to them."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import Any
 

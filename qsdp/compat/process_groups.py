@@ -1,5 +1,7 @@
 """Process groups of qsdp's own, and the devices and backends of any."""
 
+from __future__ import annotations
+
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 

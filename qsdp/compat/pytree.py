@@ -1,5 +1,7 @@
 """Tensors in nested containers."""
 
+from __future__ import annotations
+
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 

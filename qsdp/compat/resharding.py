@@ -1,5 +1,7 @@
 """Freeing gathered weights, so that modules show their shards again."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from torch import nn

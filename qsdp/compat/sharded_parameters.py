@@ -1,5 +1,7 @@
 """The shards that optimizers hold, also of parameters that are gathered now."""
 
+from __future__ import annotations
+
 from torch import nn
 
 from qsdp.compat.fsdp_state import with_enclosing_roots

@@ -1,5 +1,7 @@
 """Data: text to tokens, tokens to files, files to batches."""
 
+from __future__ import annotations
+
 from qsdp.data.batches import Batches, eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.data.token_shards import TokenRange, Tokens, TokenShards

@@ -1,5 +1,7 @@
 """What changes while training: bits that follow a budget, levels that are learned."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b

@@ -1,5 +1,7 @@
 """Ranks that disagree stop at install, and every rank says what the difference is."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version

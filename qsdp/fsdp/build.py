@@ -1,5 +1,7 @@
 """What `install` makes of a sharded model, once all ranks have agreed: the parts of a handle."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

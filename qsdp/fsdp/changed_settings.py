@@ -1,5 +1,7 @@
 """What a user told FSDP2 after `qsdp.install` that would take a group off the wire."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Sums of gradients whose average over replicas `set_requires_all_reduce(False)` defers."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,5 +1,7 @@
 """The quantized wire of one model: what `install` returns."""
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,5 +1,7 @@
 """The form of a handle's state: checked before anything of it is loaded."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from reprlib import repr as shown
 from typing import Any

@@ -1,5 +1,7 @@
 """`install(model, config) -> handle`: the quantized wire on a model that the user sharded."""
 
+from __future__ import annotations
+
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -15,7 +17,7 @@ def install(
     *,
     replicate_mesh: DeviceMesh | None = None,
     node_mesh: DeviceMesh | None = None,
-) -> "Handle":
+) -> Handle:
     """Send the weights and gradients of ``model`` over the wire as ``config`` says.
 
     A collective: all ranks of the model's mesh call it, and make sure that they agree.

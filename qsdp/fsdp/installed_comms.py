@@ -1,5 +1,7 @@
 """qsdp's objects in the place of FSDP2's own collectives, until they are taken out again."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch.distributed as dist

@@ -1,5 +1,7 @@
 """What the collectives of a pass depend on, in words that ranks compare before they enter them."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 from qsdp.comm.group_plan import Plan

@@ -1,5 +1,7 @@
 """What `install` makes of a sharded model before it sends anything: plans, nodes and hops."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

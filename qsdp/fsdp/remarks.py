@@ -1,5 +1,7 @@
 """What a handle's report remarks on: how all parameters travel, and what might surprise."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch

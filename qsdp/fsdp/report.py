@@ -1,5 +1,7 @@
 """What `handle.report()` says: how every parameter travels, and why."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

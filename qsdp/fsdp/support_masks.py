@@ -1,5 +1,7 @@
 """The masks that `Handle.set_support` is given, checked and brought to their parameters' places."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 
 import torch

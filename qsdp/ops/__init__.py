@@ -3,6 +3,8 @@
 A call reaches the best kernel for its tensors: those of csrc/, or the specification in `reference`.
 """
 
+from __future__ import annotations
+
 import torch
 
 from qsdp.ops import native, schema

@@ -9,6 +9,8 @@ without that of CUDA, which a machine without a GPU need not have;
 ``QSDP_CPU_CAPABILITY=default|avx2|avx512`` chooses among its kernels, default being scalar.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import warnings

@@ -4,6 +4,8 @@ A kernel of csrc/ is registered under the same name for its device and takes the
 place there; see csrc/README.md for a kernel in five steps.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import torch

@@ -1,5 +1,7 @@
 """benchmarks/wire/link.py says what it measured: ratios, targets, kept rounds, refusals."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import random

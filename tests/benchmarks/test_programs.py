@@ -1,5 +1,7 @@
 """The programs in benchmarks/ say what they measured: their arithmetic, options and records."""
 
+from __future__ import annotations
+
 import random
 import statistics
 from pathlib import Path

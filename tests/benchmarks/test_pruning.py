@@ -1,5 +1,7 @@
 """benchmarks/pruning/pruning.py says what it measured: its splits, its runs, its table's logic."""
 
+from __future__ import annotations
+
 import random
 import statistics
 from pathlib import Path

@@ -1,5 +1,7 @@
 """What auto.py, scaling.py, miniature.py make of what they measured."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 from typing import Any

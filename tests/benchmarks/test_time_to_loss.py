@@ -1,5 +1,7 @@
 """benchmarks/wire/time_to_loss.py: trainings with a curve, what is made of steps and seconds."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys

@@ -3,6 +3,8 @@
 The promises about averages are in test_statistics.py.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch

@@ -4,6 +4,8 @@ That compiled kernels give the specification's bytes is tested in tests/ops/test
 what is refused in tests/ops/test_codec_refusals.py.
 """
 
+from __future__ import annotations
+
 import math
 from itertools import pairwise
 

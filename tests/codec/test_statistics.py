@@ -6,6 +6,8 @@ test shares p = 1e-7 among all its comparisons (Bonferroni). Beside each promise
 is shown: a quantizer that breaks the promise fails the same comparison.
 """
 
+from __future__ import annotations
+
 import math
 
 import numpy as np

@@ -1,6 +1,8 @@
 """The files for Slurm and Kubernetes start one launcher a node, which meet by c10d, and hand on
 what the scheduler tells them."""
 
+from __future__ import annotations
+
 import os
 import signal
 import stat

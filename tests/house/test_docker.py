@@ -1,5 +1,7 @@
 """What the Dockerfiles promise, read from their text: no Docker engine is needed."""
 
+from __future__ import annotations
+
 import json
 import re
 import subprocess

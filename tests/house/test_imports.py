@@ -1,6 +1,8 @@
 """The house rules that imports must keep: rooms and files import one way, one room knows private
 torch, and a name leads to one file."""
 
+from __future__ import annotations
+
 import ast
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,5 +1,7 @@
 """Waits grow by the factor in the environment."""
 
+from __future__ import annotations
+
 import pytest
 
 from tests.support import patience

@@ -1,5 +1,7 @@
 """What .ci/run prints at its end: phases, the slowest tests of all suites, threads of a worker."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """Compiled kernels against the specification: the same bytes, and nothing else touched."""
 
+from __future__ import annotations
+
 import os
 import secrets
 import subprocess

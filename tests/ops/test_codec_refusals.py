@@ -1,5 +1,7 @@
 """What the codec's operators refuse, and that torch accepts the operators."""
 
+from __future__ import annotations
+
 import re
 
 import pytest

@@ -1,5 +1,7 @@
 """The codec's bytes: generator, keys, packing, layout, equality with an independent reference."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import struct

@@ -1,5 +1,7 @@
 """What only a GPU shows of the codec's kernels: streams, graphs, no waiting, sizes above 2**31."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 

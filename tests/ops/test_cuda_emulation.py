@@ -1,5 +1,7 @@
 """The bodies of the CUDA kernels on the host, under sanitizers: the whole matrix of the codec."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import subprocess

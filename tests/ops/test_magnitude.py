@@ -1,5 +1,7 @@
 """The kernels that count and compare magnitudes: what they must give, on every capability."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import pytest

@@ -4,6 +4,8 @@ Written from the paper (QSDP, arXiv 2302.02390, section 4) and from the promised
 kernels by. Slow on purpose; it shares no line with them.
 """
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Iterator, Sequence
 

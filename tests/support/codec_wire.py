@@ -3,6 +3,8 @@
 The specification is called directly: torch.ops.qsdp runs the native kernels where they are built.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np

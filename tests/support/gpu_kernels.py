@@ -5,6 +5,8 @@ bodies of the CUDA kernels on the host; tests/ops/test_cuda_emulation.py builds 
 and names it in QSDP_EMULATED_CUDA.
 """
 
+from __future__ import annotations
+
 import ctypes
 import os
 import warnings

@@ -1,5 +1,7 @@
 """How long a test waits for what may be slow: generous, since a slow machine is no fault."""
 
+from __future__ import annotations
+
 import os
 
 VARIABLE = "QSDP_TEST_PATIENCE"

@@ -34,6 +34,8 @@ A comparison counts as 0 or 1, and no level divides: equal neighbours are harmle
 two neighbours is taken with the probability that unbiasedness asks for, to 2**-17.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

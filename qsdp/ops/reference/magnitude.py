@@ -8,6 +8,8 @@ negative, is itself.
 specification in plain PyTorch, and serves GPUs without waiting for them; csrc/ gives the same.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 

@@ -4,6 +4,8 @@
 +0.0 elsewhere. This is the specification in plain PyTorch; csrc/ gives the same bytes.
 """
 
+from __future__ import annotations
+
 from enum import IntEnum
 
 import torch
