@@ -3,11 +3,11 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
 #include "common/half.h"
 
 namespace qsdp {
 
+<<<<<<< HEAD
 // What magnitudes are read from; see qsdp/ops/reference/magnitude.py.
 enum class KeyType : int64_t {
     kFp32 = qsdp::kFp32,
@@ -15,6 +15,10 @@ enum class KeyType : int64_t {
     kFp16 = qsdp::kFp16,
     kInt64
 };
+=======
+// What magnitudes are read from; see qsdp/codec/magnitude.py.
+enum class KeyType { kFp32, kBf16, kFp16, kInt64 };
+>>>>>>> csrc
 
 constexpr int64_t kDigitBits = 11, kNumBins = 1 << kDigitBits;
 
@@ -34,10 +38,17 @@ QSDP_INLINE int64_t key_of(int64_t value) {
 
 // Calls ``work``, on the host, with the values as what ``type`` says they are.
 template <class Work>
-static inline void with_type(KeyType type, const void* values, const Work& work) {
-    if (type == KeyType::kInt64) return work(static_cast<const int64_t*>(values));
-    with_dtype(static_cast<int64_t>(type),
-               [&](auto item) { work(static_cast<const decltype(item)*>(values)); });
+static void with_type(KeyType type, const void* values, const Work& work) {
+    switch (type) {
+        case KeyType::kFp32:
+            return work(static_cast<const float*>(values));
+        case KeyType::kBf16:
+            return work(static_cast<const Bf16*>(values));
+        case KeyType::kFp16:
+            return work(static_cast<const Fp16*>(values));
+        case KeyType::kInt64:
+            return work(static_cast<const int64_t*>(values));
+    }
 }
 
 }  // namespace qsdp

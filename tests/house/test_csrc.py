@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import patience
+from tests.support import patience
 
-CSRC = Path(__file__).parents[1] / "csrc"
+CSRC = Path(__file__).parents[2] / "csrc"
 FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
 HEADERS = [path for path in FILES if path.suffix == ".h"]
 NEEDS_CUDA = ("launch.h",)
