@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from qsdp.methods.gmp.schedule import GMPSchedule
     from qsdp.methods.sam.optimizer import SAM
     from qsdp.simulation import Simulation, simulate
-    from qsdp.sparsity.compression import compressed
-    from qsdp.sparsity.target import Compression
+    from qsdp.sparsity.compression_target import Compression
+    from qsdp.sparsity.one_shot import compressed
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
 _HOMES = {
     "ACDC": "qsdp.methods.acdc.optimizer",
     "ACDCSchedule": "qsdp.methods.acdc.schedule",
-    "Compression": "qsdp.sparsity.target",
+    "Compression": "qsdp.sparsity.compression_target",
     "CrAM": "qsdp.methods.cram.optimizer",
     "GMP": "qsdp.methods.gmp.optimizer",
     "GMPSchedule": "qsdp.methods.gmp.schedule",
@@ -54,7 +54,7 @@ _HOMES = {
     "SAM": "qsdp.methods.sam.optimizer",
     "Simulation": "qsdp.simulation",
     "clip_grad_norm_": "qsdp.methods.clip_grad",
-    "compressed": "qsdp.sparsity.compression",
+    "compressed": "qsdp.sparsity.one_shot",
     "install": "qsdp.fsdp.install",
     "simulate": "qsdp.simulation",
 }

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import qsdp
 from benchmarks.support import machine
 from qsdp.commands.exit import leave
-from qsdp.common.errors import UserError
 from qsdp.common.files import write_json
+from qsdp.common.user_errors import UserError
 from qsdp.data import Batches, Corpus, load_corpus
 from qsdp.methods.clip_grad import clip_grad_norm_
 from qsdp.methods.cram.optimizer import CrAM

@@ -1,5 +1,5 @@
 // What a call of an operator must be given; of the codec the same rules as `check` in
-// qsdp/codec/table.py.
+// qsdp/codec/segment_table.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

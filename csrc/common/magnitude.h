@@ -7,18 +7,8 @@
 
 namespace qsdp {
 
-<<<<<<< HEAD
 // What magnitudes are read from; see qsdp/ops/reference/magnitude.py.
-enum class KeyType : int64_t {
-    kFp32 = qsdp::kFp32,
-    kBf16 = qsdp::kBf16,
-    kFp16 = qsdp::kFp16,
-    kInt64
-};
-=======
-// What magnitudes are read from; see qsdp/codec/magnitude.py.
 enum class KeyType { kFp32, kBf16, kFp16, kInt64 };
->>>>>>> csrc
 
 constexpr int64_t kDigitBits = 11, kNumBins = 1 << kDigitBits;
 

@@ -30,7 +30,7 @@ from qsdp.checkpoint.saving import (
     written,
 )
 from qsdp.checkpoint.state import everyone, meet_at
-from qsdp.common.failures import CollectiveError, is_failure, root
+from qsdp.common.collective_errors import CollectiveError, is_failure, root
 from qsdp.common.meeting import mistakes_shared, warn
 from qsdp.compat.process_groups import destroy_group, new_group, unique_group_name
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from qsdp.checkpoint.plain_values import Refused
-from qsdp.checkpoint.safe import Reader, ReadingPlanner
+from qsdp.checkpoint.safe_loading import Reader, ReadingPlanner
 
 
 class TensorReader:

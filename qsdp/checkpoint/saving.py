@@ -33,7 +33,7 @@ from qsdp.checkpoint.folders import (
 )
 from qsdp.checkpoint.folders import checksum as file_checksum
 from qsdp.checkpoint.metadata import TABLE
-from qsdp.checkpoint.safe import WritingPlanner
+from qsdp.checkpoint.safe_loading import WritingPlanner
 from qsdp.checkpoint.state import cause, everyone, meet_at, raise_refused, renamed
 from qsdp.common.checksum import checksum
 from qsdp.common.files import is_file_name, sync

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from qsdp.checkpoint.folders import Damaged, verify
 from qsdp.checkpoint.plain_values import Refused
-from qsdp.checkpoint.safe import Reader, ReadingPlanner
-from qsdp.common.failures import listed
+from qsdp.checkpoint.safe_loading import Reader, ReadingPlanner
+from qsdp.common.collective_errors import listed
 from qsdp.common.meeting import meet
 from qsdp.compat.parameter_names import checkpoint_names
 from qsdp.compat.sharded_parameters import sharded_parameters

@@ -3,7 +3,7 @@
     header   32 bytes, four little-endian int64: (version << 32 | sender), key step,
              payload bytes, plan hash ^ status; the hash is `hash_of` the version, the group and
              what defines each segment, the status is 0 but where a rank has other gradients than
-             were agreed on: [Note: Consensus] in comm/consensus.py
+             were agreed on: [Note: Consensus] in comm/gradient_consensus.py
     metadata 8 bytes a bucket, segment after segment: fp32 min, fp32 scale
     raw      the uncoded segments, wider elements first
     codes    from a 16-byte boundary on, segment after segment, each ceil(numel * bits / 8) bytes:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qsdp.common.finalizer import GOLDEN_GAMMA, MASK, finalize
+from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
 
 SHIFT, DITHER, STOCHASTIC, NEAREST = range(4)
 

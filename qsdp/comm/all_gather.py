@@ -14,14 +14,14 @@ from torch import Tensor
 from qsdp import ops
 from qsdp.codec.payload import HEADER_BYTES, Status
 from qsdp.comm import transport
+from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers
-from qsdp.comm.layout import GroupLayout
-from qsdp.comm.scratch import reads_on_this_stream, written_on_this_stream
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.transport import as_bytes
 from qsdp.comm.wire_state import Wire
-from qsdp.common.failures import collective
+from qsdp.common.collective_errors import collective
+from qsdp.common.gpu_streams import reads_on_this_stream, written_on_this_stream
 
 
 class Payloads(NamedTuple):
@@ -70,7 +70,7 @@ class Gathering:
         group, target, place = plan.group, buffer, plan.rank
         if plan.hops is not None:
             group, place = plan.hops.across, plan.hops.across.rank()
-            target = wire.scratch.acquire(group.size() * size, buffer.device)
+            target = wire.buffers.acquire(group.size() * size, buffer.device)
         own = target.narrow(0, place * size, size)
         header = layout.header(plan.rank, self._payloads.step)
         table, own_key = layout.tables[plan.rank], keys[plan.rank]
@@ -78,7 +78,7 @@ class Gathering:
         with wire.times.measure("gather", "encode", buffer.device):
             try:
                 values = layout.compact(
-                    plan.rank, as_bytes(input), wire.scratch, "compact", strict=True
+                    plan.rank, as_bytes(input), wire.buffers, "compact", strict=True
                 )
             except RuntimeError as error:  # the others wait for a payload of this size
                 self._mistake = error
@@ -102,7 +102,7 @@ class Gathering:
                     payloads.buffer, self._node_payloads, plan.hops.local
                 )
                 seen = arrival.wait()
-                wire.scratch.release(self._node_payloads)
+                wire.buffers.release(self._node_payloads)
         if plan.hops is None:
             wire.traffic.gathered("gather", plan.group, size)
         else:
@@ -161,7 +161,7 @@ def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
     with wire.times.measure("gather", "decode", output.device):
         for rank, (key, table) in enumerate(zip(payloads.keys, layout.tables, strict=True)):
             payload = payloads.buffer.narrow(0, places[rank] * size, size)
-            values = layout.room(rank, slices[rank], wire.scratch)
+            values = layout.room(rank, slices[rank], wire.buffers)
             ops.decode(payload, table, key, values, levels=wire.level_values)
             layout.expand(rank, values, slices[rank])
 

@@ -9,13 +9,13 @@ from torch import Tensor
 from qsdp import ops
 from qsdp.codec.payload import Status
 from qsdp.comm import transport
-from qsdp.comm.clock import REPLICAS
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers
+from qsdp.comm.key_clock import REPLICAS
 from qsdp.comm.late_reduce import SetsDiffer
 from qsdp.comm.transport import as_bytes
 from qsdp.comm.wire_state import Wire
-from qsdp.common.failures import collective
+from qsdp.common.collective_errors import collective
 
 
 def all_reduce(
@@ -39,10 +39,10 @@ def all_reduce(
     """
     layout = plan.reduce(with_grad, tensor.dtype, wire.least_bits)
     size, clock, device = layout.payload_bytes, wire.clock, tensor.device
-    values = layout.compact(plan.rank, tensor, wire.scratch, "compact")
+    values = layout.compact(plan.rank, tensor, wire.buffers, "compact")
     levels = wire.level_values
     ranks = dist.get_process_group_ranks(group)
-    payloads = wire.scratch.take("receive", group.size() * size, device)
+    payloads = wire.buffers.take("receive", group.size() * size, device)
     own = payloads.narrow(0, group.rank() * size, size)
     keys = [clock.reduce_key(REPLICAS, occurrence, rank, plan.rank) for rank in ranks]
     header = layout.header(ranks[group.rank()], clock.step)
@@ -60,7 +60,7 @@ def all_reduce(
     wire.traffic.in_fp32("reduce", group.size(), 2 * layout.num_values // plan.world_size)
     if check_headers(seen, layout, ranks, clock.step, plan) != Status.KEPT:
         raise SetsDiffer
-    total_bytes = wire.scratch.take("sums", 4 * values.numel(), device)
+    total_bytes = wire.buffers.take("sums", 4 * values.numel(), device)
     total = total_bytes.view(torch.float32)
     with wire.times.measure("reduce", "decode", device):
         for place, (payload, key) in enumerate(zip(payloads.split(size), keys, strict=True)):

@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from qsdp.codec.payload import Layout, Segment
 from qsdp.comm.bit_budget import Claim
-from qsdp.comm.layout import GroupLayout, Masks, SparseGroupLayout
+from qsdp.comm.group_layout import GroupLayout, Masks, SparseGroupLayout
 from qsdp.comm.level_fitting import Kind, offset
 from qsdp.comm.topology import Hops
+from qsdp.common.collective_errors import title
 from qsdp.common.dtypes import CODEC_DTYPES, DType
-from qsdp.common.failures import title
 from qsdp.common.sharding import chunk
 from qsdp.config import ROUNDINGS, QSDPConfig
 

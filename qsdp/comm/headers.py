@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import HEADER_BYTES, Status
+from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
-from qsdp.comm.layout import GroupLayout
 
 
 def check_headers(

@@ -65,7 +65,7 @@ class Late:
     one of its group begins, and at the end of the backward pass. To finish is to wait, decode and
     add: no matter of other ranks, so each may do so when it likes, also at once. Ranks that find
     out that they reduce different gradients, at whatever time, go on to the end of the backward
-    pass, where all say so ([Note: Consensus] in `comm/consensus.py`).
+    pass, where all say so ([Note: Consensus] in `comm/gradient_consensus.py`).
     """
 
     def __init__(self) -> None:

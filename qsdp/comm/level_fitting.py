@@ -15,7 +15,7 @@ from torch import Tensor
 from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
 from qsdp.codec.payload import Field
 from qsdp.comm.traffic import Traffic
-from qsdp.common.failures import collective
+from qsdp.common.collective_errors import collective
 from qsdp.compat.process_groups import control_device
 from qsdp.config import LEARNED_BITS, QSDPConfig
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from qsdp import ops
 from qsdp.codec.payload import Field, Layout, Segment
 from qsdp.comm.level_fitting import Kind, offset
-from qsdp.comm.scratch import reads_on_this_stream
 from qsdp.common.dtypes import DType
+from qsdp.common.gpu_streams import reads_on_this_stream
 from qsdp.compat.collectives import all_gather_single
 from qsdp.compat.process_groups import control_device
 from qsdp.config import ROUNDINGS, QSDPConfig

@@ -12,14 +12,14 @@ from torch import Tensor
 from qsdp import ops
 from qsdp.codec.payload import Status
 from qsdp.comm import transport
-from qsdp.comm.clock import ACROSS, FLAT, LOCAL
+from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers
+from qsdp.comm.key_clock import ACROSS, FLAT, LOCAL
 from qsdp.comm.late_reduce import SetsDiffer
-from qsdp.comm.layout import GroupLayout
 from qsdp.comm.transport import as_bytes
 from qsdp.comm.wire_state import Wire
-from qsdp.common.failures import collective
+from qsdp.common.collective_errors import collective
 
 
 class Hop(NamedTuple):
@@ -89,7 +89,7 @@ def reduce(
     layout, status = hops[0].layout, Status.KEPT
     # Rows are without what is pruned at their owner from here to the end.
     rows = {
-        rank: layout.compact(rank, row, wire.scratch, f"row {rank}")
+        rank: layout.compact(rank, row, wire.buffers, f"row {rank}")
         for rank, row in enumerate(input.chunk(plan.world_size))
     }
     del input
@@ -141,7 +141,7 @@ def _take(
     global_ranks = dist.get_process_group_ranks(group)
 
     def take(purpose: str, num_bytes: int) -> Tensor:
-        return wire.scratch.take(f"{purpose} {slot}", num_bytes, device)
+        return wire.buffers.take(f"{purpose} {slot}", num_bytes, device)
 
     def key(sender: int, row: int) -> int:
         return wire.clock.reduce_key(number, occurrence, global_ranks[sender], row)

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import Field
-from qsdp.comm.clock import Clock
+from qsdp.comm.buffers import BufferPool
+from qsdp.comm.key_clock import Clock
 from qsdp.comm.late_reduce import Late
 from qsdp.comm.level_fitting import Counts, Kind, Levels
+from qsdp.comm.phase_times import Times
 from qsdp.comm.quantization_error import Meter
-from qsdp.comm.scratch import Scratch
-from qsdp.comm.times import Times
 from qsdp.comm.traffic import Traffic
 from qsdp.config import QSDPConfig
 
@@ -24,7 +24,7 @@ class Wire:
         self.clock = Clock(config.seed)
         self.traffic = traffic
         self.times = Times()
-        self.scratch = Scratch()
+        self.buffers = BufferPool()
         self.is_exact = False
         self.meters: list[Meter | Counts] = []
         """What looks at the gradients that are sent."""

@@ -14,8 +14,8 @@ import tyro
 from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
 from qsdp.common.allocator import return_freed_memory
-from qsdp.common.errors import UserError, sentence
-from qsdp.sparsity.target import Compression
+from qsdp.common.user_errors import UserError, sentence
+from qsdp.sparsity.compression_target import Compression
 
 _GIB = 1 << 30
 

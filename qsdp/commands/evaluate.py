@@ -8,7 +8,7 @@ import tyro
 
 from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
-from qsdp.common.errors import UserError
+from qsdp.common.user_errors import UserError
 from qsdp.train.config import BACKENDS
 from qsdp.train.evaluate_flags import SPLITS, EvaluateFlags
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from qsdp.common.errors import UserError, sentence
-from qsdp.common.streams import flush_output, forgiving_output, print_error
+from qsdp.common.printing import flush_output, forgiving_output, print_error
+from qsdp.common.user_errors import UserError, sentence
 from qsdp.train.signals import process_ends, stop_was_requested
 
 EXIT_STATUS = 2
@@ -29,7 +29,7 @@ def is_lost(error: BaseException) -> bool:
     """Whether `error` comes from a rank that has ended or does not answer."""
     if "torch" not in sys.modules:
         return False
-    from qsdp.common.failures import is_failure  # loads torch
+    from qsdp.common.collective_errors import is_failure  # loads torch
 
     return is_failure(error)
 
@@ -40,7 +40,7 @@ def leave_lost(error: BaseException) -> NoReturn:
     The launcher is about to end this process too, and tearing down collectives that have failed may
     hang.
     """
-    from qsdp.common.failures import root
+    from qsdp.common.collective_errors import root
 
     print_error(f"error on rank {os.environ.get('RANK', '0')}: {root(error)}")
     flush_output()

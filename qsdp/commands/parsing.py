@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from qsdp.common.errors import UserError, sentence
-from qsdp.common.streams import flush_output, forgiving_output
+from qsdp.common.printing import flush_output, forgiving_output
+from qsdp.common.user_errors import UserError, sentence
 from qsdp.train.config import TrainConfig
 from qsdp.train.config_file import FILE_TYPES, LISTS, OR_AUTO, read_config_file
 from qsdp.train.method_flags import INSTEAD

@@ -21,8 +21,8 @@ from rich.progress import (
 
 from qsdp.commands.exit import EXIT_STATUS
 from qsdp.commands.parsing import one_sentence
-from qsdp.common.errors import UserError, sentence
-from qsdp.common.streams import flush_output, forgiving_output, print_error
+from qsdp.common.printing import flush_output, forgiving_output, print_error
+from qsdp.common.user_errors import UserError, sentence
 from qsdp.data.corpus import TRAIN_FRACTION
 from qsdp.data.tokenize import prepare_shards
 

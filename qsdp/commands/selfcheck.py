@@ -30,7 +30,7 @@ from qsdp.comm import transport
 from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
 from qsdp.common.dtypes import TORCH_DTYPES, DType
-from qsdp.common.errors import UserError
+from qsdp.common.user_errors import UserError
 from qsdp.config import CODED_BITS, ROUNDINGS
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp.common.failures import CollectiveError, collective, listed
+from qsdp.common.collective_errors import CollectiveError, collective, listed
 from qsdp.compat.collectives import all_gather_single
 from qsdp.compat.process_groups import control_device
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qsdp.common.finalizer import GOLDEN_GAMMA, finalize
+from qsdp.common.splitmix64 import GOLDEN_GAMMA, finalize
 from qsdp.data.token_shards import Tokens
 
 

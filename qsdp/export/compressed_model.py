@@ -20,9 +20,9 @@ from qsdp.export.folder import FACTS, FORMAT, MASKS_FORMAT
 from qsdp.export.tensor_files import TensorFiles
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
-from qsdp.sparsity.compression import Prunable
+from qsdp.sparsity.compression_target import Compression
+from qsdp.sparsity.masks import Prunable
 from qsdp.sparsity.streaming import StoredTensor, compress_stream, num_reads
-from qsdp.sparsity.target import Compression
 
 TOKENIZER = "tokenizer.json"
 Progress = Callable[[int, int], None]

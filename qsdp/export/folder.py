@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from qsdp.common.bitmask import PackedMask
-from qsdp.models.filling import fill, find_tensors
+from qsdp.models.load_safetensors import fill, find_tensors
 
 FACTS = "compression.json"
 FORMAT = "qsdp-compressed-1"

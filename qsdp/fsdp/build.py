@@ -22,10 +22,9 @@ from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.parameter_names import clean_names, named_parameters
 from qsdp.compat.resharding import reshard_module
 from qsdp.config import QSDPConfig
-from qsdp.fsdp import agreement
-from qsdp.fsdp.adapt import Adaptation
+from qsdp.fsdp import install_agreement
+from qsdp.fsdp.bits_and_levels import Adaptation
 from qsdp.fsdp.hooks import AllGather
-from qsdp.fsdp.installed_comms import InstalledComms
 from qsdp.fsdp.passes import Passes
 from qsdp.fsdp.planning import (
     check_type,
@@ -36,6 +35,7 @@ from qsdp.fsdp.planning import (
     replica_group,
     split_into_nodes,
 )
+from qsdp.fsdp.replaced_collectives import InstalledComms
 from qsdp.fsdp.report import Row, unsharded_rows
 from qsdp.ops import native
 
@@ -72,10 +72,10 @@ def build(
     names = {p: name for name, p in named_parameters(model).items()}
     order = {name: i for i, name in enumerate(names.values())}
     everyone, replicas = _agree_on_meshes(groups, replicate_mesh, node_mesh)
-    with mistakes_shared(agreement.CALL, everyone):
+    with mistakes_shared(install_agreement.CALL, everyone):
         here = launched_ranks()
-    launched = agreement.by_rank(everyone, here)
-    with mistakes_shared(agreement.CALL, everyone):
+    launched = install_agreement.by_rank(everyone, here)
+    with mistakes_shared(install_agreement.CALL, everyone):
         check_type("config", config, QSDPConfig)
         native.serving(torch.device(groups[0].mesh.device_type))  # raises if not as required
         if any(isinstance(group.comms()[0], AllGather) for group in groups):
@@ -97,7 +97,7 @@ def build(
         topology = make_topology(plans, launched, config, node_mesh)
         nodes = split_into_nodes(plans, topology, config, node_mesh)
     unsharded = unsharded_rows(names, plans)
-    agreement.check(everyone, agreement.describe(config, groups, plans))
+    install_agreement.check(everyone, install_agreement.describe(config, groups, plans))
     wire = Wire(config, Traffic(topology))
     hops = make_hops(plans, nodes, node_mesh)
     if config.levels == "learned":
@@ -128,11 +128,13 @@ def _agree_on_meshes(
     meshes = dict.fromkeys(group.mesh for group in groups)
     everyone = [axis for mesh in meshes for axis in mesh.get_all_groups()]
     # Before anything of replicate_mesh is used, which another rank may lack.
-    with mistakes_shared(agreement.CALL, everyone):
+    with mistakes_shared(install_agreement.CALL, everyone):
         replicas = replica_group(groups, replicate_mesh)
         check_type("node_mesh", node_mesh, DeviceMesh | None)
-        given = agreement.describe_meshes(replicate_mesh=replicate_mesh, node_mesh=node_mesh)
-    agreement.check(everyone, given)
+        given = install_agreement.describe_meshes(
+            replicate_mesh=replicate_mesh, node_mesh=node_mesh
+        )
+    install_agreement.check(everyone, given)
     return everyone + ([] if replicas is None else [replicas]), replicas
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qsdp.comm.group_plan import Plan
-from qsdp.common.failures import listed
+from qsdp.common.collective_errors import listed
 from qsdp.compat.parameter_group import ParameterGroup
 
 _HOOK = "set_all_reduce_hook"

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from qsdp.comm.consensus import Places
+from qsdp.comm.gradient_consensus import Places
 from qsdp.comm.group_plan import Plan
-from qsdp.common.failures import listed
+from qsdp.common.collective_errors import listed
 from qsdp.compat.autograd import after_backward, backward_number, is_in_backward
 from qsdp.compat.parameter_group import ParameterGroup
 

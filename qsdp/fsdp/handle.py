@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qsdp.comm.quantization_error import Meter
-from qsdp.comm.support import exchange
+from qsdp.comm.sparse_support import exchange
 from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.compat.interrupted_passes import abandon_pass
 from qsdp.compat.parameter_group import ParameterGroup
@@ -18,8 +18,8 @@ from qsdp.compat.resharding import reshard_module
 from qsdp.config import QSDPConfig
 from qsdp.fsdp.build import Parts
 from qsdp.fsdp.handle_state import check_form
-from qsdp.fsdp.remarks import remarks
 from qsdp.fsdp.report import Report, sharded_rows
+from qsdp.fsdp.report_remarks import remarks
 from qsdp.fsdp.support_masks import masks_by_place
 
 

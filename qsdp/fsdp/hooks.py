@@ -14,14 +14,15 @@ from torch import Tensor
 from qsdp.codec.payload import Status
 from qsdp.comm.all_gather import Gathering, GatheringWork, Payloads, decode, regather
 from qsdp.comm.all_reduce import all_reduce
-from qsdp.comm.consensus import Consensus, Places
+from qsdp.comm.buffers import allocate
+from qsdp.comm.gradient_consensus import Consensus, Places
+from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.late_reduce import LateReduce, SetsDiffer, exhaust
-from qsdp.comm.layout import GroupLayout
 from qsdp.comm.reduce_scatter import Hop, hops_of, reduce
-from qsdp.comm.scratch import allocate, reads_on_this_stream
 from qsdp.comm.wire_state import Wire
 from qsdp.common.checksum import checksum
+from qsdp.common.gpu_streams import reads_on_this_stream
 from qsdp.compat.autograd import is_in_backward
 from qsdp.compat.gradient_views import gradient_divider, gradients_are_views, may_fill_later
 from qsdp.compat.parameter_group import ParameterGroup
@@ -130,7 +131,7 @@ class AllGather(_Comm):
             if keeps:
                 self._kept = payloads
             else:
-                wire.scratch.release(buffer)
+                wire.buffers.release(buffer)
 
         if is_async:
             return GatheringWork(finish)
@@ -190,7 +191,7 @@ class AllGather(_Comm):
             if self._buffer is None or self._buffer.numel() < size:
                 self._buffer = allocate(size, device)
             return self._buffer[:size]
-        return self._wire.scratch.acquire(size, device)
+        return self._wire.buffers.acquire(size, device)
 
     def _decode(self, payloads: Payloads | None, output: Tensor) -> None:
         for part in (payloads, None if self._wire.is_exact else self._frozen):

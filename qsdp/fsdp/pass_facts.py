@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
 from qsdp.compat.parameter_group import ParameterGroup
-from qsdp.fsdp.adapt import Adaptation
+from qsdp.fsdp.bits_and_levels import Adaptation
 
 
 class Facts:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
-from qsdp.common.failures import CollectiveError
+from qsdp.common.collective_errors import CollectiveError
 from qsdp.common.meeting import mistakes_shared
 from qsdp.common.meshes import averaged
 from qsdp.compat.autograd import is_in_backward
@@ -25,8 +25,8 @@ from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.process_groups import control_device
 from qsdp.compat.pytree import tensors_in
 from qsdp.compat.resharding import reshard_module
-from qsdp.fsdp.adapt import Adaptation
 from qsdp.fsdp.backward_pass import BackwardPass
+from qsdp.fsdp.bits_and_levels import Adaptation
 from qsdp.fsdp.changed_settings import mistake
 from qsdp.fsdp.optimizer_steps import OptimizerSteps
 from qsdp.fsdp.pass_facts import Facts

@@ -16,8 +16,8 @@ from qsdp.methods.grad_norm import norm_among
 from qsdp.methods.nonfinite import name_not_finite, scalar_loss
 from qsdp.methods.tracked_parameters import TrackedParameters
 from qsdp.methods.weak_hooks import register_weak_hook
-from qsdp.sparsity.compression import Prunable
 from qsdp.sparsity.local_shards import unique
+from qsdp.sparsity.masks import Prunable
 
 
 def _do_nothing(_: torch.optim.Optimizer) -> None:

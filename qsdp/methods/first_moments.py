@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qsdp.common.failures import listed
+from qsdp.common.collective_errors import listed
 from qsdp.common.meeting import warn
 
 _FIRST = {

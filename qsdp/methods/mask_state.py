@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsdp.sparsity.compression import Prunable
+from qsdp.sparsity.masks import Prunable
 
 MASK = "mask"
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsdp.common.failures import listed
+from qsdp.common.collective_errors import listed
 from qsdp.common.meeting import warn
 from qsdp.methods.base import OptimizerWrapper, SupportCallback
 from qsdp.methods.clip_grad import check_max_norm, scale_grads_
@@ -23,9 +23,10 @@ from qsdp.methods.mask_state import (
 )
 from qsdp.methods.rollback import reshard_all, rollback_on_exception, snapshot_buffers_and_grads
 from qsdp.methods.weak_hooks import register_weak_hook
-from qsdp.sparsity.compression import Prunable, keep_masks, keep_only_
+from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import local_shard
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.masks import Prunable, keep_masks
+from qsdp.sparsity.one_shot import keep_only_
 
 _STEP = "masked_step"
 _PLAN = "mask_plan"

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from qsdp.common.files import finite, replacing
-from qsdp.common.streams import print_error
+from qsdp.common.printing import print_error
 from qsdp.report.metrics_lines import Lines
 
 _MAY_BE_NULL = {"loss", "grad_norm"}

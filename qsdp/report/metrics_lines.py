@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qsdp.common.files import replacing
-from qsdp.common.streams import print_error
+from qsdp.common.printing import print_error
 
 _RETRY_S = 5.0
 _MOST_BYTES = 1 << 25  # that wait

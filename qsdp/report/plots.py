@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from qsdp.common.files import replacing
-from qsdp.common.streams import print_error
+from qsdp.common.printing import print_error
 from qsdp.report.error_plot import History, draw_errors
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.compression_target import Compression
 
 T = TypeVar("T")
 

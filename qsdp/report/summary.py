@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -9,9 +11,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qsdp.common.streams import printable
+from qsdp.common.printing import printable
 from qsdp.report.progress import format_bytes
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.compression_target import Compression
 
 NAMES = {"gather": "weights", "reduce": "gradients"}
 
@@ -108,3 +110,12 @@ def _nats(loss: float | None) -> str:
 
 def _signed(count: float) -> str:
     return format_bytes(count) if count >= 0 else f"-{format_bytes(-count)}"
+
+
+def read_summary(out: Path) -> dict[str, Any]:
+    """What summary.json says; nothing where there is none that can be read."""
+    try:
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return summary if isinstance(summary, dict) else {}

@@ -21,8 +21,8 @@ from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.common.model_structure import embedding_names, tied_names
 from qsdp.compat.parameter_names import clean_names, named_parameters
 from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
-from qsdp.simulation.adaptation import Bits, Budget, Levels
 from qsdp.simulation.kept_weights import SupportMasks
+from qsdp.simulation.levels_and_budget import Bits, SimulatedBudget, SimulatedLevels
 from qsdp.simulation.ranks import Numbers, World
 from qsdp.simulation.shards import Sharding
 
@@ -84,7 +84,10 @@ class Wire:
             }
             for is_grad in (False, True)
         )
-        self._levels, self._budget = Levels(config), Budget(config, world, (weights, grads))
+        self._levels, self._budget = (
+            SimulatedLevels(config),
+            SimulatedBudget(config, world, (weights, grads)),
+        )
         self._levels.watch(0, self._bits)
 
     def advance(self, step: int, shards: Sequence[Mapping[str, Tensor]]) -> None:

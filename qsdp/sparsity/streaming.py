@@ -14,9 +14,10 @@ from torch import Tensor
 
 from qsdp.common.bitmask import PackedMask
 from qsdp.common.meshes import Groups, Reach
-from qsdp.sparsity.compression import Blocks, apply_, compress_, find_threshold
+from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import local_shard
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.masks import Blocks, find_threshold
+from qsdp.sparsity.one_shot import apply_, compress_
 from qsdp.sparsity.threshold import Threshold
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qsdp.config import QSDPConfig
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.compression_target import Compression
 from qsdp.train.method_flags import MethodFlags
 from qsdp.train.recipes import RECIPES
 from qsdp.train.run_flags import RunFlags

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from qsdp.common.errors import UserError
+from qsdp.common.user_errors import UserError
 from qsdp.train.config import TrainConfig
 from qsdp.train.wire_flags import AUTO
 

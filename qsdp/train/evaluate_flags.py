@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.compression_target import Compression
 from qsdp.train.config import TrainConfig
 
 SPLITS = ("val", "test")

@@ -17,15 +17,16 @@ from qsdp.common.files import finite, write_json
 from qsdp.data import Corpus, TokenRange, Tokens, eval_batches, load_corpus
 from qsdp.report.plots import may_fail, write_target_plot
 from qsdp.report.summary import label
-from qsdp.sparsity.compression import Prunable, compressed
-from qsdp.sparsity.target import Compression
-from qsdp.train.agree import agree_on_config, agree_on_data
+from qsdp.sparsity.compression_target import Compression
+from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.one_shot import compressed
+from qsdp.train.agree_on_inputs import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate_flags import TARGETS, EvaluateFlags
 from qsdp.train.parallelize import shard
 from qsdp.train.trained_model import Source, open_source
 from qsdp.train.validate import Evaluator
-from qsdp.train.wire_use import StockWire
+from qsdp.train.wire_bytes import StockWire
 from qsdp.train.world import World, all_alike, open_world
 
 

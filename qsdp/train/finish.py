@@ -12,17 +12,17 @@ import torch
 from rich.console import Console
 
 import qsdp
-from qsdp.common.errors import UserError
 from qsdp.common.files import finite, write_json
+from qsdp.common.user_errors import UserError
 from qsdp.models.gpt2.model import flops_per_token
 from qsdp.ops import native
-from qsdp.report.peak import matmul_flops_per_s
+from qsdp.report.peak_flops import matmul_flops_per_s
 from qsdp.report.plots import may_fail, remove_stale, write_plots
 from qsdp.report.summary import print_summary
+from qsdp.train.dense_twin import kept_loss
 from qsdp.train.history import CHECKPOINTS
 from qsdp.train.job import Job
-from qsdp.train.twin import kept_loss
-from qsdp.train.wire_use import SECONDS
+from qsdp.train.wire_bytes import SECONDS
 
 
 def finish(job: Job, history: list[dict[str, Any]]) -> bool:

@@ -12,7 +12,6 @@ metrics last. So who finds them beside knows what a crash cut short.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from qsdp import checkpoint
 from qsdp.checkpoint import Damaged
 from qsdp.common.files import remove_tree, write_text
 from qsdp.report.plots import PLOT_NAMES
+from qsdp.report.summary import read_summary
 from qsdp.train.world import World, all_alike
 
 CHECKPOINTS = "checkpoints"
@@ -85,7 +85,7 @@ def commit(out: Path, history: str, went_on_from: int) -> list[str]:
     is_new = _beside(out, METRICS, history).exists()
     plots = [out / "plots" / f"{name}.png" for name in PLOT_NAMES]
     # None of these is to be found without the checkpoints that it is of.
-    is_own = stated(out).get("history") == history
+    is_own = read_summary(out).get("history") == history
     outcome = [path for path in (out / "summary.json", *plots) if path.exists() and not is_own]
     for path in outcome:
         path.unlink()
@@ -111,15 +111,6 @@ def commit(out: Path, history: str, went_on_from: int) -> list[str]:
     if is_new:
         _beside(out, METRICS, history).replace(out / METRICS)
     return removed
-
-
-def stated(out: Path) -> dict[str, Any]:
-    """What summary.json says; nothing where there is none that can be read."""
-    try:
-        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
 
 
 def _outdated(path: Path, history: str, *, is_new: bool) -> str | None:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import qsdp
 from qsdp import checkpoint
-from qsdp.common.errors import UserError, sentence
-from qsdp.common.failures import is_failure
-from qsdp.common.streams import print_error, printable
+from qsdp.common.collective_errors import is_failure
+from qsdp.common.printing import print_error, printable
+from qsdp.common.user_errors import UserError, sentence
 from qsdp.compat.sharded_parameters import sharded_parameters
 from qsdp.data import Batches, Corpus
 from qsdp.methods.nonfinite import first_not_finite
@@ -30,7 +30,7 @@ from qsdp.train.resume import (
     launch_id,
 )
 from qsdp.train.validate import Evaluator
-from qsdp.train.wire_use import Wire
+from qsdp.train.wire_bytes import Wire
 from qsdp.train.world import World
 
 # The numbers that every line of metrics.jsonl has; a validation adds more.

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from qsdp.common.failures import collective
+from qsdp.common.collective_errors import collective
 from qsdp.common.meshes import groups_of
-from qsdp.common.streams import forgiving_output
+from qsdp.common.printing import forgiving_output
 from qsdp.compat.sharded_parameters import sharded_parameters
 from qsdp.methods.acdc.optimizer import ACDC
 from qsdp.methods.clip_grad import scale_grads_
@@ -23,13 +23,13 @@ from qsdp.methods.grad_norm import global_grad_norm
 from qsdp.methods.masked import MaskedOptimizer
 from qsdp.methods.nonfinite import name_not_finite
 from qsdp.report.progress import RunProgress
-from qsdp.train import twin
+from qsdp.train import dense_twin
 from qsdp.train.config import TrainConfig
 from qsdp.train.finish import finish
 from qsdp.train.job import Job
 from qsdp.train.setup import set_up
 from qsdp.train.signals import StopRequested, handling_signals
-from qsdp.train.wire_use import SECONDS, WireUse, threshold_bytes
+from qsdp.train.wire_bytes import SECONDS, WireUse, threshold_bytes
 from qsdp.train.world import open_world, to_device
 
 # Of the wire, what a line of metrics.jsonl says beside the sums.
@@ -69,7 +69,7 @@ def train(config: TrainConfig) -> None:
         progress = RunProgress(job.steps_done, config.steps, is_shown=world.is_main)
         if isinstance(job.optimizer, ACDC):
             # Called inside the step, which is not counted yet.
-            job.optimizer.before_pruning = lambda: twin.consider(job, job.steps_done + 1)
+            job.optimizer.before_pruning = lambda: dense_twin.consider(job, job.steps_done + 1)
         saved, is_save_due = job.steps_done, False
         with metrics or nullcontext(), progress:
             while job.steps_done < config.steps and not stop.is_agreed:
@@ -87,7 +87,7 @@ def train(config: TrainConfig) -> None:
                         saved = step
                     line |= evaluate(job, progress)
                     if config.acdc:
-                        twin.consider(job, step, line["val_loss"])
+                        dense_twin.consider(job, step, line["val_loss"])
                 if is_measured and job.handle is not None:
                     line["wire_errors"] = job.handle.errors()
                 if metrics is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from qsdp.methods.acdc.schedule import ACDCSchedule
 from qsdp.methods.gmp.schedule import GMPSchedule
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.compression_target import Compression
 from qsdp.train.wire_flags import flag
 
 METHODS = {"cram": "CrAM", "acdc": "AC/DC", "gmp": "GMP", "sam": "SAM"}

@@ -13,10 +13,11 @@ from typing import Any
 
 from qsdp import checkpoint
 from qsdp.checkpoint import Damaged
-from qsdp.common.errors import UserError
+from qsdp.common.user_errors import UserError
+from qsdp.report.summary import read_summary
 from qsdp.train.auto.choose import is_choice
 from qsdp.train.config import TrainConfig
-from qsdp.train.history import CHECKPOINTS, Start, damage, stated
+from qsdp.train.history import CHECKPOINTS, Start, damage
 from qsdp.train.lock import process_id
 from qsdp.train.wire_flags import AUTO
 from qsdp.train.world import World
@@ -288,7 +289,7 @@ def _listed(differences: list[str]) -> str:
 def is_finished(config: TrainConfig, meta: dict[str, Any]) -> bool:
     """Whether the run has come to its end with the checkpoint of `meta`, and the summary is that
     of its end."""
-    summary = stated(config.out_dir)
+    summary = read_summary(config.out_dir)
     found = summary.get("steps"), summary.get("history", "")
     return meta["step"] >= config.steps and found == (meta["step"], meta["history"])
 

@@ -13,14 +13,14 @@ from typing import Any
 from torch import nn
 
 from qsdp import checkpoint
-from qsdp.common.streams import print_error
+from qsdp.common.printing import print_error
 from qsdp.data import Batches, Corpus, eval_batches, load_corpus
 from qsdp.data.tokenizer import hash_of
 from qsdp.methods.base import OptimizerWrapper
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.ops import native
-from qsdp.sparsity.compression import Prunable
-from qsdp.train.agree import agree_on_config, agree_on_data
+from qsdp.sparsity.masks import Prunable
+from qsdp.train.agree_on_inputs import agree_on_config, agree_on_data
 from qsdp.train.auto.choose import Choice, choose
 from qsdp.train.config import TrainConfig
 from qsdp.train.history import Results, Start, recover
@@ -35,8 +35,8 @@ from qsdp.train.resume import (
     told_as_damaged,
 )
 from qsdp.train.validate import Evaluator
+from qsdp.train.wire_bytes import QuantizedWire, StockWire
 from qsdp.train.wire_flags import AUTO
-from qsdp.train.wire_use import QuantizedWire, StockWire
 from qsdp.train.world import World, all_alike
 
 _SHARED_FOLDER_S = 10.0  # how long a network file system may take to show a new file

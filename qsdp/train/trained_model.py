@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from qsdp import checkpoint
-from qsdp.common.errors import UserError
+from qsdp.common.user_errors import UserError
 from qsdp.data.tokenizer import hash_of
 from qsdp.export import FACTS, load_export, read_facts
 from qsdp.models.gpt2.config import GPTConfig

@@ -10,11 +10,11 @@ from torch.distributed.fsdp import FSDPModule
 from qsdp.data import Corpus, eval_batches
 from qsdp.models.gpt2.generate import generate
 from qsdp.models.gpt2.model import GPT
-from qsdp.sparsity.compression import compressed
 from qsdp.sparsity.local_shards import local_shard
+from qsdp.sparsity.one_shot import compressed
 from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.train.config import TrainConfig
-from qsdp.train.wire_use import Wire, threshold_bytes
+from qsdp.train.wire_bytes import Wire, threshold_bytes
 from qsdp.train.world import World, to_device
 
 _PROMPT_TOKENS = 16

@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from qsdp.common.allocator import keep_freed_memory
-from qsdp.common.errors import UserError, sentence
-from qsdp.common.failures import collective, is_failure
-from qsdp.common.streams import flush_output
+from qsdp.common.collective_errors import collective, is_failure
+from qsdp.common.printing import flush_output
+from qsdp.common.user_errors import UserError, sentence
 from qsdp.train.run_flags import RunFlags
 from qsdp.train.signals import Stop
 

@@ -30,7 +30,7 @@ from qsdp.commands import compress, evaluate, train
 from qsdp.data import load_corpus
 from qsdp.data.token_shards import read_shards
 from qsdp.export import load_export, read_mask
-from qsdp.models.filling import find_tensors
+from qsdp.models.load_safetensors import find_tensors
 from tests.support.bad_inputs import DEEP, TEXT
 from tests.support.command_line import assert_is_one_sentence
 from tests.support.tricks import TRICKS, Evil, named, text

@@ -12,8 +12,8 @@ from torch import nn
 
 import qsdp
 from qsdp.codec.payload import Field
+from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Parameter, Plan
-from qsdp.comm.layout import GroupLayout
 from qsdp.common.model_structure import embedding_names, tied_names
 
 

@@ -24,7 +24,7 @@ from qsdp.export import export_compressed
 from qsdp.models.huggingface.weights import export_huggingface, load_huggingface
 from qsdp.report import plots
 from qsdp.report.metrics import MetricsWriter
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.compression_target import Compression
 from qsdp.train import evaluate_targets
 from tests.support.file_operations import (
     Tree,

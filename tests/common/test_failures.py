@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qsdp.common.failures import CollectiveError, collective
+from qsdp.common.collective_errors import CollectiveError, collective
 
 OWN = [
     RuntimeError("Inplace update to inference tensor outside InferenceMode is not allowed."),

@@ -18,7 +18,7 @@ from qsdp.checkpoint import folders
 from qsdp.common import files
 from qsdp.data import load_corpus, prepare_shards
 from qsdp.export import export_compressed
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.compression_target import Compression
 from tests.support.file_operations import Child, barrier, debris, killed, tree
 from tests.support.small_gpt import SIZE, save_model
 from tests.support.valued_checkpoints import save, values

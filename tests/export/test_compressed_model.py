@@ -21,8 +21,9 @@ from qsdp.export import export_compressed, load_export, read_mask
 from qsdp.export.tensor_files import TensorFiles
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
-from qsdp.sparsity.compression import Prunable, compress_
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.compression_target import Compression
+from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.one_shot import compress_
 from tests.support import patience
 from tests.support.bad_inputs import BadInput
 from tests.support.small_gpt import SIZE, save_model

@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 from qsdp import checkpoint
 from qsdp.commands import exit, train
-from qsdp.common.streams import forgiving_output
+from qsdp.common.printing import forgiving_output
 from qsdp.report import metrics_lines as metrics_lines
 from qsdp.report.metrics import MetricsWriter
 from qsdp.train.job import STEP_METRICS

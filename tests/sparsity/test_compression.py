@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from qsdp import Compression, compressed
 from qsdp.common.bitmask import PackedMask
-from qsdp.sparsity.compression import BITS_GROUP, Prunable, compress_, round_
+from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.one_shot import BITS_GROUP, compress_, round_
 from tests.support.compression_reference import kept
 from tests_distributed.support.helpers import Conv1D, make_model
 

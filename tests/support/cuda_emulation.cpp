@@ -1,6 +1,6 @@
 // The bodies of the CUDA kernels, run by the host one warp after another; see gpu_kernels.py here.
-#include "cuda/unit.h"
 #include "cuda/compact.h"
+#include "cuda/unit.h"
 
 #include <cstring>
 #include <vector>

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from qsdp import checkpoint
 from qsdp.checkpoint import folders
 from qsdp.train import history as results
-from qsdp.train.twin import kept_loss
+from qsdp.train.dense_twin import kept_loss
 from qsdp.train.world import World
 from tests.support.linear_model import make
 

@@ -20,7 +20,7 @@ from qsdp import checkpoint
 from qsdp.commands import exit
 from qsdp.commands.exit import leave
 from qsdp.commands.train import main
-from qsdp.common.errors import UserError
+from qsdp.common.user_errors import UserError
 from qsdp.report.metrics import read_metrics
 from qsdp.train import loop, setup, world
 from qsdp.train.signals import SIGNALS, handling_signals

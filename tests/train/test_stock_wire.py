@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from qsdp.train.wire_use import StockWire, WireUse
+from qsdp.train.wire_bytes import StockWire, WireUse
 from qsdp.train.world import World
 
 SHARDS = (1000, 24)  # values of the root's shard and of a block's
@@ -40,7 +40,7 @@ def mean_use(
         )
         for module, numel in zip((root, block), SHARDS, strict=True)
     ]
-    monkeypatch.setattr("qsdp.train.wire_use.parameter_groups", lambda model: groups)
+    monkeypatch.setattr("qsdp.train.wire_bytes.parameter_groups", lambda model: groups)
     total = WireUse()
     for rank in range(num_ranks):
         fields: dict[str, Any] = {"device": torch.device("cpu"), "mesh": None, "backend": "gloo"}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qsdp.commands.parsing import parse
-from qsdp.common.errors import UserError
+from qsdp.common.user_errors import UserError
 from qsdp.config import QSDPConfig
 from qsdp.models.gpt2.config import PRESETS
 from qsdp.train.config import TrainConfig

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from qsdp.common.errors import UserError
+from qsdp.common.user_errors import UserError
 from qsdp.train.world import World, open_world, to_device
 
 

@@ -20,8 +20,9 @@ from qsdp.commands import compress
 from qsdp.export import read_mask
 from qsdp.models.gpt2.model import GPT
 from qsdp.ops import native
-from qsdp.sparsity.compression import Prunable, compress_
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.compression_target import Compression
+from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.one_shot import compress_
 from qsdp.train.trained_model import open_source
 from tests.support import patience
 from tests.support.bad_inputs import DATA, FLAGS, TEXT, shards_with_late_ids

@@ -19,7 +19,7 @@ import qsdp
 from qsdp.checkpoint import save
 from qsdp.methods.clip_grad import clip_grad_norm_
 from qsdp.methods.grad_norm import global_grad_norm
-from qsdp.sparsity.compression import magnitude_masks
+from qsdp.sparsity.masks import magnitude_masks
 from tests.support.cram_reference import top_k_masks
 from tests_distributed.support.expert_methods import METHODS
 from tests_distributed.support.experts import train

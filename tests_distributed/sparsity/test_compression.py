@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from qsdp import Compression, compressed
-from qsdp.sparsity.compression import Prunable, keep_masks
+from qsdp.sparsity.masks import Prunable, keep_masks
 from tests_distributed.support.helpers import Conv1D, local_part
 from tests_distributed.support.running import Run
 

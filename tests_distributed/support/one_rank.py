@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import qsdp
-from qsdp.common.failures import CollectiveError
+from qsdp.common.collective_errors import CollectiveError
 from tests_distributed.support.helpers import make_batch, make_model, shard
 
 UP = "blocks.0.mlp.up.weight"

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from qsdp.comm.traffic import Traffic
-from qsdp.common.errors import UserError
+from qsdp.common.user_errors import UserError
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.train import loop, setup
 from qsdp.train.auto import choose, links

@@ -19,12 +19,12 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
     DefaultReduceScatter,
 )
 
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.compression_target import Compression
 from qsdp.train import validate
 from qsdp.train.config import TrainConfig
 from qsdp.train.loop import train_step
 from qsdp.train.setup import set_up
-from qsdp.train.wire_use import threshold_bytes
+from qsdp.train.wire_bytes import threshold_bytes
 from qsdp.train.world import World
 from tests_distributed.support.launching import TEXT
 from tests_distributed.support.running import Run

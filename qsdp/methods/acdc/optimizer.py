@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from qsdp.methods.acdc.schedule import ACDCSchedule
-from qsdp.methods.constructors import collective_constructor
+from qsdp.methods.collective_constructor import collective_constructor
 from qsdp.methods.first_moments import FirstMoments
 from qsdp.methods.mask_state import MASK
 from qsdp.methods.masked import MaskedOptimizer
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.compression_target import Compression
 
 
 class ACDC(MaskedOptimizer):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from qsdp.common.bitmask import PackedMask
 from qsdp.methods.base import SupportCallback
 from qsdp.methods.rollback import abandon_passes, reshard_all, snapshot_buffers_and_grads
-from qsdp.sparsity.compression import Prunable, compress_, keep_only_
+from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import local_shard, unique
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.one_shot import compress_, keep_only_
 
 
 def second_pass(

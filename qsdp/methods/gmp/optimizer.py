@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from qsdp.methods.constructors import collective_constructor
+from qsdp.methods.collective_constructor import collective_constructor
 from qsdp.methods.gmp.schedule import GMPSchedule
 from qsdp.methods.masked import MaskedOptimizer
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.compression_target import Compression
 
 
 class GMP(MaskedOptimizer):

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qsdp.models.filling import read_json
 from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.load_safetensors import read_json
 
 # Settings that change the function which a checkpoint's weights compute, with the only values
 # that our GPT computes. The first value is the one that Hugging Face assumes when it is absent.

@@ -22,10 +22,10 @@ from qsdp.common.files import new_folder, replacing, write_text
 from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.compat.collectives import full_tensor
 from qsdp.compat.parameter_names import named_parameters
-from qsdp.models.filling import PART, WEIGHTS, check_files, fill, find_tensors
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
 from qsdp.models.huggingface.config import config_from_huggingface, size_of, their_config
+from qsdp.models.load_safetensors import PART, WEIGHTS, check_files, fill, find_tensors
 
 _BLOCK_MODULES = {
     "norm_attn": "ln_1",

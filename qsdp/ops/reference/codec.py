@@ -41,7 +41,7 @@ from torch import Tensor
 
 from qsdp.codec.payload import HEADER_BYTES
 from qsdp.codec.rounding import STOCHASTIC
-from qsdp.codec.table import Row, check
+from qsdp.codec.segment_table import Row, check
 
 HUGE_VALUE = 2.0**120
 HUGE_SCALE = 2.0**112

@@ -20,10 +20,10 @@ from torch import nn
 
 from qsdp.comm.group_plan import Parameter, Plan
 from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, launched_ranks, nodes_of, split
+from qsdp.common.collective_errors import CollectiveError, collective
 from qsdp.common.dtypes import of_precision
-from qsdp.common.errors import sentence
-from qsdp.common.failures import CollectiveError, collective
 from qsdp.common.model_structure import embedding_names
+from qsdp.common.user_errors import sentence
 from qsdp.config import QSDPConfig
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT

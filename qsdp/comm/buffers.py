@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Scratch:
+class BufferPool:
     """Byte buffers, grown to the largest size asked for: by purpose, or, where several
     are in use at once, for whoever acquires and releases them.
 
@@ -40,23 +40,6 @@ class Scratch:
         if acquired.device.type == "cpu":
             self._free.append(allocate(0, acquired.device).set_(acquired.untyped_storage()))
             self._free.sort(key=Tensor.numel)  # the largest is taken first
-
-
-def reads_on_this_stream(buffer: Tensor) -> None:
-    """Let the allocator know that the current stream uses ``buffer``, which may have been allocated
-    for another one, so that its memory is not given away while it is still in use."""
-    if buffer.device.type != "cpu":
-        buffer.record_stream(torch.accelerator.current_stream(buffer.device))
-
-
-def written_on_this_stream(device: torch.device) -> torch.Event | None:
-    """What another stream must wait for before it reads what the current one of ``device`` has been
-    given to write; None on CPUs."""
-    if device.type == "cpu":
-        return None
-    event = torch.Event(device)
-    event.record()
-    return event
 
 
 def allocate(num_bytes: int, device: torch.device) -> Tensor:

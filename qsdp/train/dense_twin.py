@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from qsdp import checkpoint
-from qsdp.common.errors import UserError
-from qsdp.common.streams import print_error
+from qsdp.common.printing import print_error
+from qsdp.common.user_errors import UserError
 from qsdp.train.history import damage
 from qsdp.train.job import Job
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from qsdp.common.errors import UserError
-from qsdp.common.failures import collective
+from qsdp.common.collective_errors import collective
+from qsdp.common.user_errors import UserError
 from qsdp.data import Corpus
 from qsdp.data.tokenizer import hash_of
 from qsdp.train.config import TrainConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qsdp import ops
 from qsdp.codec.payload import VERSION, Field, Layout, Segment, Status, hash_of
-from qsdp.comm.scratch import Scratch
+from qsdp.comm.buffers import BufferPool
 from qsdp.common import bitmask
 from qsdp.common.dtypes import ITEM_BYTES, DType
 from qsdp.ops.reference.sparse import Span
@@ -71,7 +71,7 @@ class GroupLayout:
         return torch.tensor([self.header(sender, step) for sender in senders])
 
     def compact(
-        self, rank: int, dense: Tensor, scratch: Scratch, purpose: str, *, strict: bool = False
+        self, rank: int, dense: Tensor, pool: BufferPool, purpose: str, *, strict: bool = False
     ) -> Tensor:
         """What is coded of ``dense``, a 1-D slice that belongs to ``rank``: all of it."""
         return dense
@@ -80,7 +80,7 @@ class GroupLayout:
         """What is coded of one segment's ``values``, the 1-D shard of ``rank``: all of them."""
         return values
 
-    def room(self, rank: int, dense: Tensor, scratch: Scratch) -> Tensor:
+    def room(self, rank: int, dense: Tensor, pool: BufferPool) -> Tensor:
         """Where a payload of ``rank``'s slice is decoded, before `expand` fills ``dense``."""
         return dense
 
@@ -152,14 +152,14 @@ class SparseGroupLayout(GroupLayout):
         self._spans: dict[tuple[int, torch.dtype], tuple[Tensor, int]] = {}
 
     def compact(
-        self, rank: int, dense: Tensor, scratch: Scratch, purpose: str, *, strict: bool = False
+        self, rank: int, dense: Tensor, pool: BufferPool, purpose: str, *, strict: bool = False
     ) -> Tensor:
         """The kept values, valid until the next call with this purpose.
 
         ``strict``: raise RuntimeError where a pruned value is not zero.
         """
         spans, num_bytes = self._spans_of(rank, dense.dtype)
-        out = scratch.take(purpose, num_bytes, dense.device)
+        out = pool.take(purpose, num_bytes, dense.device)
         given = dense.view(torch.uint8)
         ops.compact(given, spans, self._bitmaps[rank], out, strict)
         return out.view(dense.dtype)
@@ -170,9 +170,9 @@ class SparseGroupLayout(GroupLayout):
             return values
         return values[bitmask.unpack(self._bitmaps[rank][start : start + -(-num // 8)], num)]
 
-    def room(self, rank: int, dense: Tensor, scratch: Scratch) -> Tensor:
+    def room(self, rank: int, dense: Tensor, pool: BufferPool) -> Tensor:
         num_bytes = self._spans_of(rank, dense.dtype)[1]
-        return scratch.take("room", num_bytes, dense.device).view(dense.dtype)
+        return pool.take("room", num_bytes, dense.device).view(dense.dtype)
 
     def expand(self, rank: int, compact: Tensor, dense: Tensor) -> None:
         compact = compact.to(dense.dtype)

@@ -22,7 +22,7 @@ Bits = Mapping[str, tuple[int, int]]
 """Of weights and of gradients, by parameter name."""
 
 
-class Levels:
+class SimulatedLevels:
     """The levels of each parameter's weights, kept weights and gradients, for the bits that they
     travel at.
 
@@ -66,7 +66,7 @@ class Levels:
             self._values[place] = fit(self._values.get(place, uniform_levels(place[2])), counts)
 
 
-class Budget:
+class SimulatedBudget:
     """Squared errors of each parameter and direction at all bits, by global rank.
 
     Args:

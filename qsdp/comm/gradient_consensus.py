@@ -35,12 +35,12 @@ import torch.distributed as dist
 
 from qsdp.codec.payload import Status
 from qsdp.comm import transport
+from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers, only_header
 from qsdp.comm.late_reduce import SetsDiffer
-from qsdp.comm.layout import GroupLayout
 from qsdp.comm.reduce_scatter import Hop
-from qsdp.common.failures import collective, listed
+from qsdp.common.collective_errors import collective, listed
 from qsdp.common.meeting import compare
 
 Places = tuple[int, ...]

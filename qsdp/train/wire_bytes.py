@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import qsdp
 from qsdp.compat.parameter_group import ParameterGroup, parameter_groups
-from qsdp.sparsity.target import Compression
+from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.threshold import THRESHOLD_BYTES
 from qsdp.train.world import World
 

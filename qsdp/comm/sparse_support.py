@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.comm import transport
+from qsdp.comm.group_layout import Masks
 from qsdp.comm.group_plan import Plan
-from qsdp.comm.layout import Masks
 from qsdp.comm.wire_state import Wire
 from qsdp.common import bitmask
-from qsdp.common.failures import collective
+from qsdp.common.collective_errors import collective
 
 
 def exchange(
