@@ -231,9 +231,9 @@ def test_an_arrow_that_goes_back_is_seen(tmp_path: Path, line: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "from qsdp.comm import key_clock as clock",
-        "from qsdp.comm.key_clock import Clock",
-        "import qsdp.comm.key_clock",
+        "from qsdp.comm import clock as clock",
+        "from qsdp.comm.clock import Clock",
+        "import qsdp.comm.clock",
         "from . import clock",
         "def later():\n    from .clock import Clock",
     ],
@@ -242,14 +242,14 @@ def test_a_circle_between_files_is_seen(tmp_path: Path, line: str) -> None:
     one_way = make_package(tmp_path, comm_clock="from qsdp.comm import wire", comm_wire="")
     assert circle(one_way) == []
     both = make_package(tmp_path, comm_clock="from qsdp.comm import wire", comm_wire=line)
-    assert set(circle(both)) == {"qsdp.comm.key_clock", "qsdp.comm.wire"}
+    assert set(circle(both)) == {"qsdp.comm.clock", "qsdp.comm.wire"}
 
 
 def test_a_circle_through_a_room_is_seen(tmp_path: Path) -> None:
     package = make_package(tmp_path, comm_clock="from qsdp.comm import start")
     assert circle(package) == []
-    (package / "comm" / "__init__.py").write_text("from qsdp.comm.key_clock import start")
-    assert set(circle(package)) == {"qsdp.comm", "qsdp.comm.key_clock"}
+    (package / "comm" / "__init__.py").write_text("from qsdp.comm.clock import start")
+    assert set(circle(package)) == {"qsdp.comm", "qsdp.comm.clock"}
 
 
 @pytest.mark.parametrize(
