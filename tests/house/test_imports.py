@@ -51,6 +51,7 @@ FOR_ANYONE = {"common", "compat", "config"}
 # The public interface.
 ABOVE_ALL = {"__init__"}
 
+MOST_LINES = 320
 # Rooms that hold one file for each of their kind.
 ONE_IN_EACH = {"__init__", "config", "flags", "optimizer", "registry", "report", "schedule"}
 
@@ -183,6 +184,13 @@ def test_a_name_leads_to_one_file() -> None:
         names = [path.stem for path in (ROOT / tree).rglob("*.py")]
         assert names
         assert set(twice(names)) <= allowed, tree
+
+
+def test_a_file_is_short() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert lengths
+    too_long = [f"{path.relative_to(ROOT)}: {n}" for path, n in lengths.items() if n > MOST_LINES]
+    assert too_long == []
 
 
 def test_only_compat_knows_private_torch_names() -> None:
