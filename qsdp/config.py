@@ -37,8 +37,7 @@ class QSDPConfig:
     """
 
     weight_bits: int = 8
-    """Bits a weight in the all-gather: 2 to 8, 16 sends fp32 as bf16, 32 sends the values as they
-    are."""
+    """Bits a weight in the all-gather: 2 to 8; 16 sends fp32 as bf16, 32 the values as they are."""
 
     grad_bits: int = 8
     """Bits a gradient value in the reduce-scatter: 2 to 8, 16 or 32 as above."""
@@ -104,8 +103,7 @@ class QSDPConfig:
 
     policy: tuple[tuple[str, int | tuple[int, int]], ...] = ()
     """Pairs (pattern, bits) or (pattern, (weight bits, gradient bits)): the first shell-style
-    pattern that matches a parameter's full name sets its bits. Wins over everything but what cannot
-    be coded."""
+    pattern that matches a parameter's full name sets its bits, but for what cannot be coded."""
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "grad_bits"):
@@ -216,7 +214,7 @@ class QSDPConfig:
     @property
     def _pairs(self) -> list[tuple[int, int]]:
         """Weight and gradient bits that parameters may have before a budget gives them others."""
-        by_policy = [_pair(bits) for _, bits in self.policy]
+        by_policy = [both_ways(bits) for _, bits in self.policy]
         if any(pattern == "*" for pattern, _ in self.policy):
             return by_policy
         return [*by_policy, *(self._bits_by_kind(is_embedding) for is_embedding in (False, True))]
@@ -300,8 +298,7 @@ class QSDPConfig:
             left -= named
 
     def check_embeddings(self, names: Collection[str]) -> None:
-        """Raise ValueError where `embedding_bits` are given and set the bits of none of the
-        embeddings ``names``."""
+        """Raise ValueError where `embedding_bits` set the bits of none of the ``names``."""
         if self.embedding_bits is None or any(self.bits_by_policy(n) is None for n in names):
             return
         why = "which the policy gives bits already" if names else "of which the model has none"
@@ -314,9 +311,10 @@ class QSDPConfig:
         """Weight and gradient bits that the first matching pattern gives to ``name``, if any."""
         for pattern, bits in self.policy:
             if fnmatchcase(name, pattern):
-                return _pair(bits)
+                return both_ways(bits)
         return None
 
 
-def _pair(bits: int | tuple[int, int]) -> tuple[int, int]:
+def both_ways(bits: int | tuple[int, int]) -> tuple[int, int]:
+    """Weight and gradient bits of one number for both, or of two."""
     return bits if isinstance(bits, tuple) else (bits, bits)

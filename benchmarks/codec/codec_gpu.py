@@ -25,8 +25,8 @@ import torch
 
 from benchmarks.support import machine
 from qsdp.codec.payload import Layout, Segment
+from qsdp.common.atomic_files import write_json
 from qsdp.common.dtypes import DType
-from qsdp.common.files import write_json
 from qsdp.config import ROUNDINGS
 from qsdp.ops import native
 

@@ -16,7 +16,7 @@ import torch
 from benchmarks.pruning.pruning_methods import TARGETS
 from benchmarks.support import machine
 from qsdp.checkpoint import TensorReader
-from qsdp.common.files import write_text
+from qsdp.common.atomic_files import write_text
 from qsdp.data import eval_batches, load_corpus
 from qsdp.data.token_shards import Tokens
 from qsdp.models.gpt2.config import GPTConfig

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import qsdp
 from benchmarks.support import machine
 from qsdp.commands.exit import leave
-from qsdp.common.files import write_json
+from qsdp.common.atomic_files import write_json
 from qsdp.common.user_errors import UserError
 from qsdp.data import Batches, Corpus, load_corpus
 from qsdp.methods.clip_grad import clip_grad_norm_

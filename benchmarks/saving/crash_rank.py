@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qsdp.commands.exit import run
 from qsdp.commands.train import main
-from qsdp.common.files import write_text
+from qsdp.common.atomic_files import write_text
 
 FOLDER = Path(sys.argv.pop(1))
 end_at_once = os._exit

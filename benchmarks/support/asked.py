@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.support.contestants import chosen, contestants
 from benchmarks.support.race import LOOPBACK, device_of
 from benchmarks.support.runs import Mistake
-from qsdp.common.files import unclaimed
+from qsdp.common.atomic_files import unclaimed
 
 
 def check_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None:

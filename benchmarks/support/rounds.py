@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.runs import Mistake
-from qsdp.common.files import finite, write_json
+from qsdp.common.atomic_files import finite, write_json
 
 Record = dict[str, Any]
 

@@ -31,7 +31,7 @@ from qsdp.checkpoint.saving import (
 )
 from qsdp.checkpoint.state import everyone, meet_at
 from qsdp.common.collective_errors import CollectiveError, is_failure, root
-from qsdp.common.meeting import mistakes_shared, warn
+from qsdp.common.rank_agreement import mistakes_shared, warn
 from qsdp.compat.process_groups import destroy_group, new_group, unique_group_name
 
 

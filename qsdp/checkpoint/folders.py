@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qsdp.common.files import (
+from qsdp.common.atomic_files import (
     claimed_folder,
     is_file_name,
     locked_folder,

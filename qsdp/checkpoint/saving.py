@@ -35,10 +35,10 @@ from qsdp.checkpoint.folders import checksum as file_checksum
 from qsdp.checkpoint.metadata import TABLE
 from qsdp.checkpoint.safe_loading import WritingPlanner
 from qsdp.checkpoint.state import cause, everyone, meet_at, raise_refused, renamed
+from qsdp.common.atomic_files import is_file_name, sync
 from qsdp.common.checksum import checksum
-from qsdp.common.files import is_file_name, sync
-from qsdp.common.meeting import mistakes_shared, warn
 from qsdp.common.meshes import Reach, ranks_of, spread_of
+from qsdp.common.rank_agreement import mistakes_shared, warn
 from qsdp.compat.parameter_names import checkpoint_names
 from qsdp.compat.sharded_parameters import sharded_parameters
 

@@ -24,7 +24,7 @@ from qsdp.checkpoint.folders import Damaged, verify
 from qsdp.checkpoint.plain_values import Refused
 from qsdp.checkpoint.safe_loading import Reader, ReadingPlanner
 from qsdp.common.collective_errors import listed
-from qsdp.common.meeting import meet
+from qsdp.common.rank_agreement import meet
 from qsdp.compat.parameter_names import checkpoint_names
 from qsdp.compat.sharded_parameters import sharded_parameters
 

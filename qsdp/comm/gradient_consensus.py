@@ -41,7 +41,7 @@ from qsdp.comm.headers import check_headers, only_header
 from qsdp.comm.late_reduce import SetsDiffer
 from qsdp.comm.reduce_scatter import Hop
 from qsdp.common.collective_errors import collective, listed
-from qsdp.common.meeting import compare
+from qsdp.common.rank_agreement import compare
 
 Places = tuple[int, ...]
 

@@ -24,7 +24,7 @@ from qsdp.commands.parsing import one_sentence
 from qsdp.common.printing import flush_output, forgiving_output, print_error
 from qsdp.common.user_errors import UserError, sentence
 from qsdp.data.corpus import TRAIN_FRACTION
-from qsdp.data.tokenize import prepare_shards
+from qsdp.data.tokenize_corpus import prepare_shards
 
 
 @dataclass(frozen=True)

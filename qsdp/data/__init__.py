@@ -5,7 +5,7 @@ from __future__ import annotations
 from qsdp.data.batches import Batches, eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.data.token_shards import TokenRange, Tokens, TokenShards
-from qsdp.data.tokenize import prepare_shards
+from qsdp.data.tokenize_corpus import prepare_shards
 from qsdp.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_json
 
 __all__ = [

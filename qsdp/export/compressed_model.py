@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qsdp.checkpoint import TensorReader, lists, read_meta, verify
-from qsdp.common.files import new_folder
+from qsdp.common.atomic_files import new_folder
 from qsdp.data.tokenizer import hash_of
 from qsdp.export.folder import FACTS, FORMAT, MASKS_FORMAT
 from qsdp.export.tensor_files import TensorFiles

@@ -17,7 +17,7 @@ from qsdp.comm.level_fitting import Counts, Kind, check_rows, offset
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.wire_state import Wire
 from qsdp.compat.parameter_group import ParameterGroup
-from qsdp.config import CODED_BITS, QSDPConfig
+from qsdp.config import CODED_BITS, QSDPConfig, both_ways
 
 
 class Adaptation:
@@ -314,8 +314,5 @@ def _are_among(both: Sequence[Any], allowed: Sequence[tuple[int, ...]]) -> bool:
 def _request(config: QSDPConfig) -> dict[str, Any]:
     """All of the config that allotted bits depend on, but for roundings, in JSON's types."""
     names = ("budget", "weight_bits", "grad_bits", "embedding_bits", "bucket_size")
-    policy = [
-        [pattern, *(bits if isinstance(bits, tuple) else (bits, bits))]
-        for pattern, bits in config.policy
-    ]
+    policy = [[pattern, *both_ways(bits)] for pattern, bits in config.policy]
     return {name: getattr(config, name) for name in names} | {"policy": policy}

@@ -16,8 +16,8 @@ from qsdp.comm.level_fitting import Levels
 from qsdp.comm.topology import Hops, launched_ranks
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire_state import Wire
-from qsdp.common.meeting import mistakes_shared
 from qsdp.common.model_structure import embedding_names, tied_names
+from qsdp.common.rank_agreement import mistakes_shared
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.parameter_names import clean_names, named_parameters
 from qsdp.compat.resharding import reshard_module
@@ -35,7 +35,7 @@ from qsdp.fsdp.planning import (
     replica_group,
     split_into_nodes,
 )
-from qsdp.fsdp.replaced_collectives import InstalledComms
+from qsdp.fsdp.quantized_collectives import InstalledComms
 from qsdp.fsdp.report import Row, unsharded_rows
 from qsdp.ops import native
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.sparse_support import exchange
-from qsdp.common.meeting import meet, mistakes_shared
+from qsdp.common.rank_agreement import meet, mistakes_shared
 from qsdp.compat.interrupted_passes import abandon_pass
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.resharding import reshard_module

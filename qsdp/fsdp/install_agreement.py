@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from qsdp.codec.payload import VERSION
 from qsdp.comm.group_plan import Plan
 from qsdp.common.collective_errors import listed
-from qsdp.common.meeting import compare
+from qsdp.common.rank_agreement import compare
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.config import QSDPConfig
 

@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import CollectiveError
-from qsdp.common.meeting import mistakes_shared
 from qsdp.common.meshes import averaged
+from qsdp.common.rank_agreement import mistakes_shared
 from qsdp.compat.autograd import is_in_backward
 from qsdp.compat.fsdp_state import all_states, becomes_root, is_root, stays_gathered_by_default
 from qsdp.compat.interrupted_passes import abandon_pass, is_backward_interrupted
@@ -29,8 +29,8 @@ from qsdp.fsdp.backward_pass import BackwardPass
 from qsdp.fsdp.bits_and_levels import Adaptation
 from qsdp.fsdp.changed_settings import mistake
 from qsdp.fsdp.optimizer_steps import OptimizerSteps
+from qsdp.fsdp.pass_agreement import BACKWARD, FORWARD, Cache, PassMeetings
 from qsdp.fsdp.pass_facts import Facts
-from qsdp.fsdp.pass_meetings import BACKWARD, FORWARD, Cache, PassMeetings
 
 _SWITCH = {True: "on", False: "off"}
 

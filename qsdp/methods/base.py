@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.common.meshes import groups_of
+from qsdp.common.rank_agreement import meet, mistakes_shared
 from qsdp.compat.resharding import reshards_after_backward
 from qsdp.compat.sharded_parameters import sharded_parameters
 from qsdp.methods.grad_norm import norm_among

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.common.meshes import groups_of
+from qsdp.common.rank_agreement import meet, mistakes_shared
 from qsdp.methods.grad_norm import check_loss, global_grad_norm
 from qsdp.sparsity.local_shards import local_shard, unique
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qsdp.common.collective_errors import listed
-from qsdp.common.meeting import warn
+from qsdp.common.rank_agreement import warn
 
 _FIRST = {
     # Adam's kin, Lion, Adan, AdEMAMix; SGD, RMSprop, Muon; Dion, LARS.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsdp.common.collective_errors import listed
-from qsdp.common.meeting import warn
+from qsdp.common.rank_agreement import warn
 from qsdp.methods.base import OptimizerWrapper, SupportCallback
 from qsdp.methods.clip_grad import check_max_norm, scale_grads_
 from qsdp.methods.mask_state import (

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qsdp.common.meeting import compare
+from qsdp.common.rank_agreement import compare
 from qsdp.sparsity.local_shards import local_shard
 
 

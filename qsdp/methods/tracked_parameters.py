@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qsdp.common.collective_errors import listed
-from qsdp.common.meeting import warn
 from qsdp.common.meshes import groups_of, replicas_of, spread_of
+from qsdp.common.rank_agreement import warn
 from qsdp.compat.sharded_parameters import sharded_by_unsharded_id, sharded_parameters
 from qsdp.sparsity.masks import Prunable
 from qsdp.sparsity.prunable import prunable_parameters

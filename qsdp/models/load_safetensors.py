@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from qsdp.common.files import is_file_name
+from qsdp.common.atomic_files import is_file_name
 from qsdp.common.sharding import local_slices
 from qsdp.compat.parameter_names import named_parameters
 

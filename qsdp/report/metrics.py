@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qsdp.common.files import finite, replacing
+from qsdp.common.atomic_files import finite, replacing
 from qsdp.common.printing import print_error
 from qsdp.report.metrics_lines import Lines
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from qsdp.common.files import replacing
+from qsdp.common.atomic_files import replacing
 from qsdp.common.printing import print_error
 
 _RETRY_S = 5.0

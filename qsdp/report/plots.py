@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from qsdp.common.files import replacing
+from qsdp.common.atomic_files import replacing
 from qsdp.common.printing import print_error
 from qsdp.report.error_plot import History, draw_errors
 from qsdp.sparsity.compression_target import Compression

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qsdp.common.bitmask import PackedMask
-from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.common.meshes import groups_of
+from qsdp.common.rank_agreement import meet, mistakes_shared
 from qsdp.compat.installed_wire import adapt_now, pending_adaptation
 from qsdp.compat.interrupted_passes import abandon_interrupted_pass
 from qsdp.compat.module_buffers import snapshot_buffers

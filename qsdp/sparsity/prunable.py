@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from qsdp.common.meeting import warn
+from qsdp.common.rank_agreement import warn
 from qsdp.compat.parameter_names import named_parameters
 from qsdp.compat.resharding import reshard
 from qsdp.compat.sharded_parameters import sharded_by_unsharded_id

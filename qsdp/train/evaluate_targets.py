@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import qsdp
-from qsdp.common.files import finite, write_json
+from qsdp.common.atomic_files import finite, write_json
 from qsdp.data import Corpus, TokenRange, Tokens, eval_batches, load_corpus
 from qsdp.report.plots import may_fail, write_target_plot
 from qsdp.report.summary import label

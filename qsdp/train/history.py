@@ -21,7 +21,7 @@ from typing import Any
 
 from qsdp import checkpoint
 from qsdp.checkpoint import Damaged
-from qsdp.common.files import remove_tree, write_text
+from qsdp.common.atomic_files import remove_tree, write_text
 from qsdp.report.plots import PLOT_NAMES
 from qsdp.report.summary import read_summary
 from qsdp.train.world import World, all_alike

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qsdp.common.files import locked_folder, write_json
+from qsdp.common.atomic_files import locked_folder, write_json
 
 HEARTBEAT_S = 30.0
 MISSED = 4

@@ -24,8 +24,8 @@ from qsdp.methods.masked import MaskedOptimizer
 from qsdp.methods.nonfinite import name_not_finite
 from qsdp.report.progress import RunProgress
 from qsdp.train import dense_twin
+from qsdp.train.after_training import finish
 from qsdp.train.config import TrainConfig
-from qsdp.train.finish import finish
 from qsdp.train.job import Job
 from qsdp.train.setup import set_up
 from qsdp.train.signals import StopRequested, handling_signals

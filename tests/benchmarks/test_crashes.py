@@ -50,7 +50,7 @@ def short_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
     shorten_ends(patch)
-    patch.setattr("qsdp.train.finish.matmul_flops_per_s", lambda device, precision: 1e9)
+    patch.setattr("qsdp.train.after_training.matmul_flops_per_s", lambda *_: 1e9)
 
 
 @pytest.fixture(scope="module")

@@ -235,7 +235,9 @@ def test_a_run_that_saves_beside_training_leaves_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = threading.enumerate()
-    monkeypatch.setattr("qsdp.train.finish.matmul_flops_per_s", lambda device, precision: 1e9)
+    monkeypatch.setattr(
+        "qsdp.train.after_training.matmul_flops_per_s", lambda device, precision: 1e9
+    )
     first_saves = []
     monkeypatch.setattr(
         Job,

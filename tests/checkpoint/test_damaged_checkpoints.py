@@ -30,7 +30,7 @@ FILES = ("__0_0.distcp", ".metadata", "tokenizer.json", "meta.json")
 def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         shorten_ends(patch)
-        patch.setattr("qsdp.train.finish.matmul_flops_per_s", lambda device, precision: 1e9)
+        patch.setattr("qsdp.train.after_training.matmul_flops_per_s", lambda *_: 1e9)
         folder = tmp_path_factory.mktemp("finished")
         (folder / "text.txt").write_text(TEXT)
         main(small_run(folder, *FLAGS))

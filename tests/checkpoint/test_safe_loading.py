@@ -73,7 +73,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
         patch.setattr("qsdp.train.validate.Evaluator.sample", lambda evaluator: None)
-        patch.setattr("qsdp.train.finish.write_plots", lambda folder, history, summary: [])
+        patch.setattr("qsdp.train.after_training.write_plots", lambda *_: [])
         train.main(training(folder))
     return folder
 

@@ -16,7 +16,7 @@ import pytest
 
 from qsdp.checkpoint.folders import sealed
 from qsdp.commands.train import main
-from qsdp.data.tokenize import prepare_shards
+from qsdp.data.tokenize_corpus import prepare_shards
 from tests.support import patience
 from tests.support.bad_inputs import DATA, DEEP, FLAGS, TEXT, BadInput
 from tests.support.command_line import assert_is_one_sentence, refused, small_run

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from qsdp import checkpoint
 from qsdp.commands import evaluate
 from qsdp.commands.train import main
-from qsdp.common import files
+from qsdp.common import atomic_files
 from qsdp.data import load_corpus, prepare_shards
 from qsdp.models.gpt2.model import GPT
 from qsdp.models.huggingface.weights import export_huggingface, load_huggingface
@@ -50,7 +50,7 @@ def strict(text: str) -> Any:
 
 
 def test_json_has_a_null_for_every_number_that_is_not_finite(tmp_path: Path) -> None:
-    files.write_json(tmp_path / "a.json", BROKEN)
+    atomic_files.write_json(tmp_path / "a.json", BROKEN)
     assert strict((tmp_path / "a.json").read_text()) == WRITTEN
     with MetricsWriter(tmp_path / "metrics.jsonl") as metrics:
         metrics.log({"step": 1, "loss": math.inf, "errors": {"a": {"b": math.nan}}})
@@ -67,8 +67,12 @@ ACDC += ["--acdc-last-dense", "3", "--acdc-last-sparse", "3", "--eval-every", "0
 @pytest.fixture
 def run(world_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """`run(*flags)`: the folder of a tiny run."""
-    monkeypatch.setattr("qsdp.train.finish.matmul_flops_per_s", lambda device, precision: 1e9)
-    monkeypatch.setattr("qsdp.train.finish.write_plots", lambda folder, history, summary: [])
+    monkeypatch.setattr(
+        "qsdp.train.after_training.matmul_flops_per_s", lambda device, precision: 1e9
+    )
+    monkeypatch.setattr(
+        "qsdp.train.after_training.write_plots", lambda folder, history, summary: []
+    )
     (tmp_path / "text.txt").write_text(TEXT)
 
     def train(*flags: str) -> Path:
@@ -233,7 +237,7 @@ def test_a_disk_that_is_really_full_is_left_as_it_was(
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         save(small_disk / "checkpoints", 1, 1.0)
-        files.write_json(small_disk / "summary.json", {"old": True})
+        atomic_files.write_json(small_disk / "summary.json", {"old": True})
         large = torch.nn.Linear(300, 300)
         before, free = tree(small_disk), room(small_disk)
         history = [{"step": step, "numbers": list(range(900))} for step in range(200)]
@@ -243,8 +247,8 @@ def test_a_disk_that_is_really_full_is_left_as_it_was(
                 lambda: checkpoint.save(small_disk / "checkpoints", 1, large, None, {}, keep=1),
             ],
             OSError: [
-                lambda: files.write_json(small_disk / "summary.json", history),
-                lambda: files.write_text(small_disk / "config.toml", "#" * 400_000),
+                lambda: atomic_files.write_json(small_disk / "summary.json", history),
+                lambda: atomic_files.write_text(small_disk / "config.toml", "#" * 400_000),
             ],
             ValueError: [lambda: export_huggingface(our_model(width=160), small_disk / "out")],
         }

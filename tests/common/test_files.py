@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qsdp.common.files import finite, new_folder, replacing, write_json, write_text
+from qsdp.common.atomic_files import finite, new_folder, replacing, write_json, write_text
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, np.float32("nan"), np.float64("-inf")])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from qsdp import checkpoint
 from qsdp.checkpoint import folders
-from qsdp.common import files
+from qsdp.common import atomic_files
 from qsdp.data import load_corpus, prepare_shards
 from qsdp.export import export_compressed
 from qsdp.sparsity.compression_target import Compression
@@ -91,7 +91,7 @@ def test_what_another_run_claims_just_before_its_removal_stays(
 
     def claimed_now(path: Path) -> None:
         try:
-            with files.claimed_folder(folder):
+            with atomic_files.claimed_folder(folder):
                 (folder / "theirs").write_text("theirs")
                 remove_tree(path)
                 assert (folder / "theirs").read_text() == "theirs"
@@ -122,7 +122,7 @@ def test_a_killed_run_holds_nothing(tmp_path: Path) -> None:
 
 def write_often(path: Path, who: int) -> None:
     for length in range(40):
-        files.write_json(path, {"who": who, "numbers": [who] * (length * 200)})
+        atomic_files.write_json(path, {"who": who, "numbers": [who] * (length * 200)})
 
 
 def read_often(path: Path) -> int:
@@ -137,7 +137,7 @@ def read_often(path: Path) -> int:
 
 def test_a_reader_sees_whole_files_while_two_write(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    files.write_json(path, {"who": 0, "numbers": [0] * 3000})
+    atomic_files.write_json(path, {"who": 0, "numbers": [0] * 3000})
     writes = [partial(write_often, path, who) for who in (1, 2)]
     *writers, reader = at_once(*writes, partial(read_often, path))
     assert writers == [{"result": None}] * 2
@@ -189,7 +189,7 @@ def assert_one_was_refused(done: list[dict[str, Any]]) -> None:
 
 
 def test_a_folder_that_another_makes_is_left_alone(tmp_path: Path) -> None:
-    with files.new_folder(tmp_path / "out") as inside:
+    with atomic_files.new_folder(tmp_path / "out") as inside:
         (inside / "mine").write_text("mine")
         (tmp_path / "text.txt").write_text("ab" * 500)
         with pytest.raises(ValueError, match="is being made by another process"):
@@ -202,13 +202,13 @@ def write_once_seen(path: Path, temporary: Path, seen: Path) -> None:
     while not temporary.exists():
         time.sleep(0.001)
     seen.touch()
-    files.write_text(path, "second")
+    atomic_files.write_text(path, "second")
 
 
 def test_a_writer_waits_for_the_one_before_it(tmp_path: Path) -> None:
     path, temporary, seen = (tmp_path / name for name in ("a.txt", "a.txt.tmp", "seen"))
     child = Child(write_once_seen, path, temporary, seen)
-    with files.replacing(path) as made:
+    with atomic_files.replacing(path) as made:
         made.write_text("first")
         while not seen.exists():
             time.sleep(0.001)

@@ -21,7 +21,7 @@ from qsdp.data import (
     load_corpus,
     load_tokenizer,
     prepare_shards,
-    tokenize,
+    tokenize_corpus,
     tokenizer_from_json,
 )
 from qsdp.data.tokenizer import TokenArray
@@ -215,7 +215,7 @@ class TestShards:
     def test_no_token_is_lost_between_pieces_files_and_splits(
         self, tmp_path: Path, library_file: Path, spec: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(tokenize, "PIECE_BYTES", 16)
+        monkeypatch.setattr(tokenize_corpus, "PIECE_BYTES", 16)
         texts = [random_text(count) for count in (700, 1, 90)]
         paths = [tmp_path / f"{i}.txt" for i in range(3)]
         for path, text in zip(paths, texts, strict=True):

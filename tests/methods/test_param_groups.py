@@ -195,7 +195,7 @@ def test_what_is_refused_leaves_the_base_as_it_was(
     model = make_model(1)
     base = Unsettable(model.parameters(), lr=0.1) if name == "state" else adamw(model)
     if name.startswith("ranks"):
-        monkeypatch.setattr("qsdp.methods.collective_constructor.meet", differing)
+        monkeypatch.setattr("qsdp.methods.construct_on_all_ranks.meet", differing)
     before = copy.deepcopy(marks())
     with pytest.raises((ValueError, RuntimeError)) as refusal:
         REFUSALS[name](model, base)

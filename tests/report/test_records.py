@@ -247,7 +247,9 @@ def brief_run(
     world_of_one: None, brief_ends: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
     """`brief_run(name, *flags)`: the folder of a tiny run."""
-    monkeypatch.setattr("qsdp.train.finish.matmul_flops_per_s", lambda device, precision: 1e9)
+    monkeypatch.setattr(
+        "qsdp.train.after_training.matmul_flops_per_s", lambda device, precision: 1e9
+    )
 
     def run(name: str, *flags: str) -> Path:
         folder = tmp_path / name
@@ -393,7 +395,7 @@ def test_a_run_whose_records_all_fail_comes_to_its_end(
 
     with refusing(out, is_refused), monkeypatch.context() as patch:
         patch.setattr("qsdp.train.loop.train_step", begin)
-        patch.setattr("qsdp.train.finish.write_plots", draw)
+        patch.setattr("qsdp.train.after_training.write_plots", draw)
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             brief_run("broken", "--eval-every", "1", *events())

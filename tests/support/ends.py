@@ -19,7 +19,7 @@ from qsdp.commands.train import main
 def shorten_ends(patch: pytest.MonkeyPatch) -> None:
     """Let runs end without a sample and plots, which take most of the time of a few steps."""
     patch.setattr("qsdp.train.validate.Evaluator.sample", lambda evaluator: None)
-    patch.setattr("qsdp.train.finish.write_plots", lambda folder, history, summary: [])
+    patch.setattr("qsdp.train.after_training.write_plots", lambda *_: [])
 
 
 class Cut(BaseException):

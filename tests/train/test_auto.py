@@ -15,7 +15,7 @@ import torch
 from qsdp.commands.train import main
 from qsdp.config import QSDPConfig
 from qsdp.models.gpt2.config import GPTConfig
-from qsdp.train.auto import links, probe
+from qsdp.train.auto import link_speed, machine_speed
 from qsdp.train.auto.choose import Choice, _decided, is_choice
 from qsdp.train.auto.cost_model import decide
 from qsdp.train.config import TrainConfig
@@ -59,7 +59,7 @@ def test_the_computation_is_that_of_the_whole_batch_and_draws_no_numbers(
         forward().backward()
         return 1.0, 2.0
 
-    grown = probe._grown
+    grown = machine_speed._grown
 
     def watched(run: Any, *rest: Any) -> tuple[float, float]:
         def noted(num: int, length: int) -> tuple[float, float]:
@@ -68,12 +68,12 @@ def test_the_computation_is_that_of_the_whole_batch_and_draws_no_numbers(
 
         return grown(noted, *rest)
 
-    monkeypatch.setattr(probe, "_passes", passes)
-    monkeypatch.setattr(probe, "_grown", watched)
-    monkeypatch.setattr(probe, "COMPUTE_S", limit_s)
+    monkeypatch.setattr(machine_speed, "_passes", passes)
+    monkeypatch.setattr(machine_speed, "_grown", watched)
+    monkeypatch.setattr(machine_speed, "COMPUTE_S", limit_s)
     config = TrainConfig(batch_size=batch, seq_len=64)
     state = torch.get_rng_state()
-    found = probe.computation_s(config, SIZE, CPU)
+    found = machine_speed.computation_s(config, SIZE, CPU)
     assert torch.equal(torch.get_rng_state(), state)
     whole = batch * 64
     if limit_s > 1:
@@ -88,13 +88,13 @@ def test_a_slow_block_ends_the_growing_before_its_share_of_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(machine_speed.time, "perf_counter", lambda: clock[0])
 
     def run(num: int, length: int) -> tuple[float, float]:
         clock[0] += num * length / 1000
         return num * length / 3000, num * length / 1500
 
-    forward, backward = probe._grown(run, 8, 1024, limit_s=1.5)
+    forward, backward = machine_speed._grown(run, 8, 1024, limit_s=1.5)
     assert clock[0] <= 1.5
     assert (forward, backward) == pytest.approx((8192 / 3000, 8192 / 1500))
 
@@ -105,7 +105,7 @@ def test_growing_is_not_ended_by_calls_that_set_libraries_up(
 ) -> None:
     """As on a GPU: kernels are loaded when they are first called, and then all take alike."""
     clock, seen = [0.0], list[int]()
-    monkeypatch.setattr(probe.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(machine_speed.time, "perf_counter", lambda: clock[0])
 
     def run(num: int, length: int) -> tuple[float, float]:
         both = (20.0, 0.0) if not seen else (0.4, 0.0) if len(seen) in slow_calls else (1e-3, 1e-3)
@@ -113,13 +113,13 @@ def test_growing_is_not_ended_by_calls_that_set_libraries_up(
         clock[0] += sum(both)
         return both
 
-    assert probe._grown(run, 8, 1024, limit_s=1.0) == pytest.approx((1e-3, 1e-3))
+    assert machine_speed._grown(run, 8, 1024, limit_s=1.0) == pytest.approx((1e-3, 1e-3))
     assert seen[0] == 32
     assert max(seen) == 8192
     assert clock[0] <= 21.0
 
 
-class FakeLinks(links.Links):
+class FakeLinks(link_speed.Links):
     """Collectives of two ranks that only move a clock, over links that let a burst pass."""
 
     def __init__(
@@ -158,8 +158,8 @@ class FakeLinks(links.Links):
 def fake_links(monkeypatch: pytest.MonkeyPatch, *args: float) -> FakeLinks:
     clock = [0.0]
     fake = FakeLinks(clock, *args)
-    monkeypatch.setattr(links.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(links.dist, "all_reduce", fake.all_reduce)
+    monkeypatch.setattr(link_speed.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(link_speed.dist, "all_reduce", fake.all_reduce)
     return fake
 
 
@@ -226,10 +226,10 @@ def test_what_a_round_takes_beside_what_it_times_counts_too(
     fake = fake_links(monkeypatch, 1e9, 0.0, 0.25, spent_s)
     found = fake.measured()
     a_round = 5 * 0.25 + 1e-3
-    assert fake.clock[0] <= max(links.LIMIT_S + a_round, spent_s + 5 * a_round)
+    assert fake.clock[0] <= max(link_speed.LIMIT_S + a_round, spent_s + 5 * a_round)
     for transfer in found.values():
-        assert transfer.num_bytes >= links._FIRST_BYTES
-        if spent_s < links.LIMIT_S:  # else it was never asked for
+        assert transfer.num_bytes >= link_speed._FIRST_BYTES
+        if spent_s < link_speed.LIMIT_S:  # else it was never asked for
             assert 0.9 * 0.25 <= transfer.latency_s < 0.26
 
 
@@ -238,11 +238,11 @@ def test_free_memory_is_what_the_machine_says_shared_by_its_ranks(
 ) -> None:
     said = tmp_path / "meminfo"
     limit, used = tmp_path / "limit", tmp_path / "used"
-    monkeypatch.setattr(probe, "_MEMORY", said)
-    monkeypatch.setattr(probe, "_OF_A_CONTAINER", ((str(limit), str(used)),))
+    monkeypatch.setattr(machine_speed, "_MEMORY", said)
+    monkeypatch.setattr(machine_speed, "_OF_A_CONTAINER", ((str(limit), str(used)),))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     said.write_text("MemTotal:  900 kB\nMemAvailable:     400 kB\n")
-    assert probe.free_bytes(CPU) == 100 * 1024
+    assert machine_speed.free_bytes(CPU) == 100 * 1024
     for most, free in (
         ("max", 400 * 1024),
         ("60000", 50000),
@@ -251,14 +251,14 @@ def test_free_memory_is_what_the_machine_says_shared_by_its_ranks(
     ):
         limit.write_text(f"{most}\n")
         used.write_text("10000\n")
-        assert probe.free_bytes(CPU) == free / 4
+        assert machine_speed.free_bytes(CPU) == free / 4
     limit.unlink()
     pages = {"SC_AVPHYS_PAGES": 40, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(probe.os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(machine_speed.os, "sysconf", pages.__getitem__)
     said.unlink()
-    assert probe.free_bytes(CPU) == 10 * 4096
+    assert machine_speed.free_bytes(CPU) == 10 * 4096
     pages["SC_AVPHYS_PAGES"] = -1
-    assert probe.free_bytes(CPU) == float("inf")
+    assert machine_speed.free_bytes(CPU) == float("inf")
 
 
 def test_the_line_says_what_once_keeps_or_would_keep_and_what_little_was_sent() -> None:
@@ -285,7 +285,7 @@ def test_the_line_says_what_once_keeps_or_would_keep_and_what_little_was_sent() 
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 33), (3, 32), (16, 128)])
 def test_shapes_grow_to_the_batch(batch: int, length: int) -> None:
-    shapes = [*probe._shapes(batch, length)]
+    shapes = [*machine_speed._shapes(batch, length)]
     assert shapes[-1] == (batch, length)
     sizes = [num * tokens for num, tokens in shapes]
     assert sizes[0] <= 32
@@ -294,10 +294,10 @@ def test_shapes_grow_to_the_batch(batch: int, length: int) -> None:
 
 def test_codec_and_optimizer_have_a_speed() -> None:
     for bits in (8, 4):
-        encode, decode = probe.codec_s(QSDPConfig(weight_bits=bits), 5000, CPU, 0.1)
+        encode, decode = machine_speed.codec_s(QSDPConfig(weight_bits=bits), 5000, CPU, 0.1)
         assert encode > 0
         assert decode > 0
-    assert probe.optimizer_s(CPU) > 0
+    assert machine_speed.optimizer_s(CPU) > 0
 
 
 def test_only_a_whole_choice_is_taken_from_a_checkpoint() -> None:

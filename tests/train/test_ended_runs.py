@@ -32,7 +32,9 @@ SAME = ("step", "loss", "val_loss", "lr", "grad_norm", "tokens", "wire_bytes_sen
 
 @pytest.fixture
 def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qsdp.train.finish.matmul_flops_per_s", lambda device, precision: 1e9)
+    monkeypatch.setattr(
+        "qsdp.train.after_training.matmul_flops_per_s", lambda device, precision: 1e9
+    )
 
 
 def flags(out: Path, which: str, *more: str) -> list[str]:

@@ -40,7 +40,9 @@ Fault = tuple[str, int]
 
 @pytest.fixture
 def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qsdp.train.finish.matmul_flops_per_s", lambda device, precision: 1e9)
+    monkeypatch.setattr(
+        "qsdp.train.after_training.matmul_flops_per_s", lambda device, precision: 1e9
+    )
 
 
 def flags(folder: Path, *more: str) -> list[str]:

@@ -50,7 +50,7 @@ else:
 SHORT_END = """
 from qsdp.commands import train
 from qsdp.commands.exit import run
-from qsdp.train import finish, validate
+from qsdp.train import after_training as finish, validate
 validate._SAMPLE_TOKENS = 2
 finish.matmul_flops_per_s = lambda *_: 1e10
 finish.write_plots = lambda *_: []

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from qsdp.commands import evaluate, exit
 from qsdp.commands.train import main
 from qsdp.report.metrics import MetricsWriter
-from qsdp.train import finish, loop, validate, world
+from qsdp.train import after_training, loop, validate, world
 from tests.support import patience
 from tests_distributed.support.leftovers import held
 from tests_distributed.support.pool import Pool, RankError, meets_by_itself
@@ -284,8 +284,8 @@ def _short_end() -> Iterator[None]:
     """Inside, the end of a run does without what takes longer than all steps of a small one."""
     with (
         mock.patch.object(validate, "_SAMPLE_TOKENS", 2),
-        mock.patch.object(finish, "matmul_flops_per_s", return_value=1e10),
-        mock.patch.object(finish, "write_plots", return_value=[]),
+        mock.patch.object(after_training, "matmul_flops_per_s", return_value=1e10),
+        mock.patch.object(after_training, "write_plots", return_value=[]),
     ):
         yield
 

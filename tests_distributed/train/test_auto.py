@@ -28,7 +28,7 @@ from qsdp.comm.traffic import Traffic
 from qsdp.common.user_errors import UserError
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.train import loop, setup
-from qsdp.train.auto import choose, links
+from qsdp.train.auto import choose, link_speed
 from qsdp.train.auto.cost_model import Measured, Way, ways
 from qsdp.train.config import TrainConfig
 from qsdp.train.job import Job
@@ -54,8 +54,8 @@ def measured_there(node: int) -> Measured:
     states = torch.get_rng_state(), random.getstate()
     with (
         mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(node)),
-        mock.patch.object(links, "_MOST_TIMES", 2),
-        mock.patch.object(links, "_MOST_BYTES", 1 << 17),
+        mock.patch.object(link_speed, "_MOST_TIMES", 2),
+        mock.patch.object(link_speed, "_MOST_BYTES", 1 << 17),
         mock.patch.object(choose, "free_bytes", return_value=1e6 * (dist.get_world_size() - rank)),
     ):
         found = choose.measure(config, SIZE, here())
@@ -146,8 +146,8 @@ def told(folder: Path) -> None:
     parts = [
         (choose, "computation_s"),
         (choose, "codec_s"),
-        (links.Links, "_all_to_all"),
-        (links.Links, "_stock_gather"),
+        (link_speed.Links, "_all_to_all"),
+        (link_speed.Links, "_stock_gather"),
         (choose, "_decided"),
         (setup, "build"),
     ]
@@ -210,8 +210,8 @@ def go_on(folder: Path) -> None:
     auto, by_hand = {"qsdp_bits": "auto"}, {"qsdp_bits": 4, "qsdp_gather": "once"}
     with (
         mock.patch.object(choose, "decide", decided),
-        mock.patch.object(links, "_MOST_TIMES", 2),
-        mock.patch.object(links, "_MOST_BYTES", 1 << 17),
+        mock.patch.object(link_speed, "_MOST_TIMES", 2),
+        mock.patch.object(link_speed, "_MOST_BYTES", 1 << 17),
     ):
         first, losses = trained(config("auto", **auto), 2)
     assert first.choice is not None

@@ -69,7 +69,7 @@ def _quantized_job(rank: int, ranks: int, folder: Path, timeout_s: float) -> Non
 
 def _measuring_job(rank: int, ranks: int, folder: Path, timeout_s: float) -> None:
     """Rank 1 finds no memory in the middle of measuring the link."""
-    from qsdp.train.auto.links import Links
+    from qsdp.train.auto.link_speed import Links
 
     make, calls = Links._bytes, itertools.count()
 

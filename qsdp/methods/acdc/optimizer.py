@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qsdp.methods.acdc.schedule import ACDCSchedule
-from qsdp.methods.collective_constructor import collective_constructor
+from qsdp.methods.construct_on_all_ranks import collective_constructor
 from qsdp.methods.first_moments import FirstMoments
 from qsdp.methods.mask_state import MASK
 from qsdp.methods.masked import MaskedOptimizer

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsdp.common.meeting import warn
+from qsdp.common.rank_agreement import warn
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
 from qsdp.compat.fsdp_state import with_enclosing_roots
 from qsdp.compat.interrupted_passes import abandon_interrupted_pass
 from qsdp.compat.parameter_group import has_pending_gradients
 from qsdp.methods.base import OptimizerWrapper
 from qsdp.methods.clip_grad import check_max_norm, scale_grads_
-from qsdp.methods.collective_constructor import collective_constructor
+from qsdp.methods.construct_on_all_ranks import collective_constructor
 from qsdp.methods.cram.second_pass import run_closure, second_pass
 from qsdp.methods.rollback import reshard_all, rollback_on_exception, snapshot_buffers_and_grads
 from qsdp.sparsity.compression_target import Compression

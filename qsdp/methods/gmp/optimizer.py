@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from qsdp.methods.collective_constructor import collective_constructor
+from qsdp.methods.construct_on_all_ranks import collective_constructor
 from qsdp.methods.gmp.schedule import GMPSchedule
 from qsdp.methods.masked import MaskedOptimizer
 from qsdp.sparsity.compression_target import Compression

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qsdp.methods.collective_constructor import reject_unknown_arguments
+from qsdp.methods.construct_on_all_ranks import reject_unknown_arguments
 from qsdp.methods.cram.optimizer import CrAM
 
 

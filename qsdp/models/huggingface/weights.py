@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qsdp.common.files import new_folder, replacing, write_text
-from qsdp.common.meeting import meet, mistakes_shared
+from qsdp.common.atomic_files import new_folder, replacing, write_text
+from qsdp.common.rank_agreement import meet, mistakes_shared
 from qsdp.compat.collectives import full_tensor
 from qsdp.compat.parameter_names import named_parameters
 from qsdp.models.gpt2.config import GPTConfig

@@ -28,8 +28,8 @@ from qsdp.config import QSDPConfig
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
 from qsdp.train.auto.cost_model import CODED, STOCK, Group, Measured, Way, decide
-from qsdp.train.auto.links import Links
-from qsdp.train.auto.probe import CODEC_S, codec_s, computation_s, free_bytes, optimizer_s
+from qsdp.train.auto.link_speed import Links
+from qsdp.train.auto.machine_speed import CODEC_S, codec_s, computation_s, free_bytes, optimizer_s
 from qsdp.train.config import TrainConfig
 from qsdp.train.wire_flags import AUTO, CHOSEN
 from qsdp.train.world import World

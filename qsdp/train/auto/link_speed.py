@@ -15,7 +15,7 @@ from qsdp.comm import transport
 from qsdp.comm.topology import Hops
 from qsdp.compat.collectives import all_gather_single, reduce_scatter_single
 from qsdp.train.auto.cost_model import Transfer
-from qsdp.train.auto.probe import now
+from qsdp.train.auto.machine_speed import now
 from qsdp.train.signals import Stop
 
 LIMIT_S = 9.0

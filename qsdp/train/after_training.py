@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 import qsdp
-from qsdp.common.files import finite, write_json
+from qsdp.common.atomic_files import finite, write_json
 from qsdp.common.user_errors import UserError
 from qsdp.models.gpt2.model import flops_per_token
 from qsdp.ops import native

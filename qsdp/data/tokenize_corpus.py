@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from qsdp.common.files import new_folder
+from qsdp.common.atomic_files import new_folder
 from qsdp.data.corpus import TRAIN_FRACTION
 from qsdp.data.token_shards import ShardWriter
 from qsdp.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import collective
-from qsdp.common.meeting import Meeting, meet, mistakes_shared
+from qsdp.common.rank_agreement import Meeting, meet, mistakes_shared
 from qsdp.compat.collectives import all_gather_single
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.process_groups import control_device

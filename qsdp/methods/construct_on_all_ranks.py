@@ -10,8 +10,8 @@ from typing import ParamSpec
 
 from torch import Tensor, nn
 
-from qsdp.common.meeting import meet, mistakes_shared
 from qsdp.common.meshes import groups_of
+from qsdp.common.rank_agreement import meet, mistakes_shared
 from qsdp.compat.resharding import reshard
 
 P = ParamSpec("P")
