@@ -1,6 +1,6 @@
 // The codec's kernels, written once over a small vector interface (simd.h) and compiled once per
 // instruction set. Everything in the -inl.h files follows [Note: Grid] and [Note: Payload] of
-// qsdp/codec operation by operation: the bytes must equal the Python kernel's.
+// qsdp/ops operation by operation: the bytes must equal the Python kernel's.
 #pragma once
 
 #include <bit>

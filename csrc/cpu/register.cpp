@@ -1,4 +1,4 @@
-// The CPU kernels of the operators whose schemas qsdp/codec defines: check, then share the values
+// The CPU kernels of the operators whose schemas qsdp/ops defines: check, then share the values
 // out to threads. LibTorch stable ABI only: one build serves torch 2.11 and later.
 
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// The CUDA kernels of the operators whose schemas qsdp/codec defines: check, then launch on the
+// The CUDA kernels of the operators whose schemas qsdp/ops defines: check, then launch on the
 // current stream. Nothing here waits for the GPU. LibTorch stable ABI only.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -1,1 +1,1 @@
-"""The only folder that touches FSDP2."""
+"""The quantized wire on FSDP2: what it calls, and what `install` makes."""

@@ -214,7 +214,7 @@ class ReduceScatter(_Comm):
         self._plan, self._wire, self._group = plan, wire, group
         self._recorder, self._passes, self._replicas = recorder, passes, replicas
         # Replicas are not there while their average is put off.
-        self._consents = {True: Consensus(plan, replicas), False: Consensus(plan, None)}
+        self._consensus = {True: Consensus(plan, replicas), False: Consensus(plan, None)}
         self._reduced: tuple[Places, int] | None = None
         self._deferred = DeferredAverage(plan, group)
 
@@ -250,8 +250,8 @@ class ReduceScatter(_Comm):
             return plan.reduce(places, output_tensor.dtype, wire.least_bits)
 
         step, device = wire.clock.step, input_tensor.device
-        consent = self._consents[self._group.all_reduces]
-        refuse = partial(consent.refuse, with_grad, group, device)
+        consensus = self._consensus[self._group.all_reduces]
+        refuse = partial(consensus.refuse, with_grad, group, device)
         may_others_be_late = (
             self._replicas is None
             and gradients_are_views(self._group, output_tensor)
@@ -261,14 +261,14 @@ class ReduceScatter(_Comm):
         if may_others_be_late:
             self._passes.backward.end_late()
         try:
-            consent.settle(with_grad, group, hops, step, device, averaged)
+            consensus.settle(with_grad, group, hops, step, device, averaged)
             own = hops(with_grad)
             reducing = reduce(plan, own, output_tensor, input_tensor, wire, slot, is_late=is_late)
             if not is_late:
                 try:
                     self._reduced = (with_grad, exhaust(reducing))
                 except SetsDiffer:
-                    consent.tell_replicas(averaged(with_grad), step, device, Status.MIXED)
+                    consensus.tell_replicas(averaged(with_grad), step, device, Status.MIXED)
                     raise
                 return
         except SetsDiffer:
@@ -301,11 +301,11 @@ class ReduceScatter(_Comm):
         try:
             all_reduce(plan, with_grad, reduce_output, self._replicas, occurrence, wire, divisor)
         except SetsDiffer:
-            self._consents[True].refuse(with_grad, plan.group, reduce_output.device)
+            self._consensus[True].refuse(with_grad, plan.group, reduce_output.device)
 
     def _tell_replicas(self, places: Places, reduced: Tensor) -> None:
         """Tell the replicas, which wait for the average of ``reduced``, that it will not come."""
         layout = self._plan.reduce(places, reduced.dtype, self._wire.least_bits)
         step, device = self._wire.clock.step, reduced.device
         with suppress(RuntimeError):
-            self._consents[True].tell_replicas(layout, step, device, Status.FAILED)
+            self._consensus[True].tell_replicas(layout, step, device, Status.FAILED)

@@ -1,1 +1,1 @@
-"""The training job: configuration, set-up, loop, evaluation, report."""
+"""The training job: settings, set-up, loop, validation, resume."""

@@ -49,12 +49,12 @@ def train(config: TrainConfig) -> None:
     """
     with (
         forgiving_output(),
-        ExitStack() as heeding,
+        ExitStack() as handling,
         open_world(config.timeout_s, config.backend) as world,
         ExitStack() as held,
     ):
         # Only now: a rank that waits for others in C++ would not heed a signal.
-        stop = heeding.enter_context(handling_signals(world.stop))
+        stop = handling.enter_context(handling_signals(world.stop))
         try:
             job = set_up(config, world, held)
         except StopRequested:

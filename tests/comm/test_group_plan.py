@@ -114,15 +114,15 @@ def test_sets_of_gradients_that_change_with_every_step_are_not_all_kept() -> Non
     while len(sets) < 100:
         sets.add(tuple(sorted(draw.sample(range(8), draw.randrange(1, 8)))))
     for places in sets:
-        side = plan.reduce(places, torch.float32)
-        assert plan.reduce(places, torch.float32) is side
-        assert _same(side, _plan(3).reduce(places, torch.float32))
+        layout = plan.reduce(places, torch.float32)
+        assert plan.reduce(places, torch.float32) is layout
+        assert _same(layout, _plan(3).reduce(places, torch.float32))
     assert len(plan._layouts) < 50
-    # Payloads that are kept of the same sides are still of these.
+    # Payloads that are kept of the same layouts are still of these.
     assert plan.gather((0, 1), is_frozen=True) is frozen
     for places in sets - {plan.places}:
-        side = plan.gather(places)
-        assert _same(side, _plan(3).gather(places))
+        layout = plan.gather(places)
+        assert _same(layout, _plan(3).gather(places))
         assert plan.gather((0, 1), is_frozen=True) is frozen
     assert len(plan._layouts) < 100
     assert _same(plan.gather(plan.places), whole)
@@ -131,12 +131,12 @@ def test_sets_of_gradients_that_change_with_every_step_are_not_all_kept() -> Non
 @pytest.mark.parametrize("num_ranks", [2, 40])
 def test_ranks_with_equal_slices_share_a_table(num_ranks: int) -> None:
     plan = _plan(num_ranks)
-    for side in (plan.gather((2, 5)), plan.reduce((1, 4), torch.bfloat16)):
-        for tables in (side.tables, side.fp32_tables):
+    for layout in (plan.gather((2, 5)), plan.reduce((1, 4), torch.bfloat16)):
+        for tables in (layout.tables, layout.fp32_tables):
             assert len(tables) == num_ranks
             assert len({id(table) for table in tables}) <= 4  # full, two ragged ones, empty
-        for rank, table in enumerate(side.tables):
-            chosen = (2, 5) if side.tables[0][0, Field.PARAMETER] == 2 else (1, 4)
+        for rank, table in enumerate(layout.tables):
+            chosen = (2, 5) if layout.tables[0][0, Field.PARAMETER] == 2 else (1, 4)
             numels = [plan.parameters[i].shard_numel(rank, num_ranks) for i in chosen]
             assert table[:, Field.NUMEL].tolist() == numels
     starts = [0]

@@ -202,12 +202,12 @@ def travels(wire: QSDPConfig, least_bits: int = 0) -> list[list[int]]:
         for weight_bits, grad_bits in [wire.bits_of(name, is_embedding)]
     ]
     plan, places = Plan(parameters, 0, cast(Any, Ranks()), wire), (0, 1, 2)
-    sides = [plan.gather(places, least_bits)]
-    sides += [
+    layouts = [plan.gather(places, least_bits)]
+    layouts += [
         plan.reduce(places, torch.float32, least_bits, is_local=is_local)
         for is_local in (False, *([True] if wire.reduce != "flat" else []))
     ]
-    rows: list[list[int]] = [row for side in sides for row in side.tables[0].tolist()]
+    rows: list[list[int]] = [row for layout in layouts for row in layout.tables[0].tolist()]
     for row in rows:
         if row[Field.BITS] == 0:
             row[Field.BUCKET] = row[Field.ROUNDING] = 0

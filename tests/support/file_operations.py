@@ -335,8 +335,9 @@ def _report(pipe: Connection, work: Callable[..., object], args: tuple[object, .
 
 
 # Forked from a server with one thread: a fork of this process may wait for threads that it lacks.
+PRELOADED = "tests.common.test_two_writers"
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.test_two_writers"])
+_CONTEXT.set_forkserver_preload([PRELOADED])
 
 
 def barrier(number: int) -> Barrier:

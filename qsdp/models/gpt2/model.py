@@ -1,4 +1,4 @@
-"""The GPT-2 architecture in one file: configuration, model, initialisation, sampling, cost.
+"""The GPT-2 architecture, and what a token costs.
 
 Shapes are in the names: B batch, T tokens, V vocabulary, D width, H heads, K width of a head.
 """
