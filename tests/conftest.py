@@ -45,3 +45,17 @@ def world_of_one(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
     yield
     assert not dist.is_initialized()
+
+
+@pytest.fixture
+def gloo_of_one() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the machine could do at best is not measured at the end of a run."""
+    monkeypatch.setattr("qsdp.train.after_training.matmul_flops_per_s", lambda *_: 1e9)

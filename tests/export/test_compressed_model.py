@@ -7,13 +7,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from qsdp.commands.compress import main
@@ -27,6 +25,8 @@ from qsdp.sparsity.one_shot import compress_
 from tests.support import patience
 from tests.support.bad_inputs import BadInput
 from tests.support.small_gpt import SIZE, save_model
+
+pytestmark = pytest.mark.usefixtures("gloo_of_one")
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,13 +48,6 @@ FLAGS = [
     BadInput("blocks that do not fit", "{}/run --sparsity 0.5 --block 5", "groups of 5"),
     BadInput("patterns of nothing", "{}/run --bits 4 --prunable layers.*", "'layers.*' matches no"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _world_of_one() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(

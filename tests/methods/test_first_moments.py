@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,6 @@ def take_step(model: nn.Module, optimizer: Any) -> None:
     optimizer.step()
 
 
-@pytest.fixture
-def world() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def assert_lifting_forgets(model: nn.Module, optimizer: ACDC, name: str) -> None:
     """Over all phases: first moments are zero when masks are lifted, and at no other time."""
     num_lifts = 0
@@ -54,7 +46,7 @@ def assert_lifting_forgets(model: nn.Module, optimizer: ACDC, name: str) -> None
     assert num_lifts
 
 
-@pytest.mark.usefixtures("world")
+@pytest.mark.usefixtures("gloo_of_one")
 @pytest.mark.parametrize("kind", [Halves, KnowsZero])
 @pytest.mark.parametrize("shards", [False, True], ids=["plain", "sharded"])
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_diff", "momentum_buffer", "state1"])
@@ -134,7 +126,7 @@ def test_the_state_of_torchs_own_optimizers_is_known(base: Any) -> None:
             take_step(model, optimizer)
 
 
-@pytest.mark.usefixtures("world")
+@pytest.mark.usefixtures("gloo_of_one")
 @pytest.mark.parametrize("shards", [False, True], ids=["plain", "sharded"])
 def test_what_could_not_be_loaded_is_refused_when_it_is_saved(tmp_path: Path, shards: bool) -> None:
     model = make(shards)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -36,14 +35,9 @@ from qsdp.sparsity.one_shot import compressed
 from qsdp.sparsity.prunable import prunable_parameters
 from tests_distributed.support.helpers import all_ranks, make_batch, make_model
 
+pytestmark = pytest.mark.usefixtures("gloo_of_one")
+
 PATTERNS = ["blocks.1.qkv.weight", "blocks.*.mlp.*.weight"]
-
-
-@pytest.fixture(autouse=True)
-def _world_of_one() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def _compiled(module: nn.Module) -> Any:

@@ -30,13 +30,6 @@ RATES = {"old": 1e-3, "new": 3e-3}
 SAME = ("step", "loss", "val_loss", "lr", "grad_norm", "tokens", "wire_bytes_sent")
 
 
-@pytest.fixture
-def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "qsdp.train.after_training.matmul_flops_per_s", lambda device, precision: 1e9
-    )
-
-
 def flags(out: Path, which: str, *more: str) -> list[str]:
     return [
         *("--data", str(out.parent / "text.txt"), "--out", str(out), "--steps", str(STEPS)),

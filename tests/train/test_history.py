@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from qsdp import checkpoint
 from qsdp.checkpoint import folders
@@ -21,14 +20,9 @@ from qsdp.train.dense_twin import kept_loss
 from qsdp.train.world import World
 from tests.support.linear_model import make
 
+pytestmark = pytest.mark.usefixtures("gloo_of_one")
+
 OWN, OTHER = "0a0a0a0a", "0b0b0b0b"
-
-
-@pytest.fixture(autouse=True)
-def _world_of_one() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture

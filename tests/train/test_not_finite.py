@@ -38,13 +38,6 @@ Fault = tuple[str, int]
 """`loss`, or the name of a parameter whose gradient it is, and in which pass of the step."""
 
 
-@pytest.fixture
-def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "qsdp.train.after_training.matmul_flops_per_s", lambda device, precision: 1e9
-    )
-
-
 def flags(folder: Path, *more: str) -> list[str]:
     (folder / "text.txt").write_text(TEXT)
     return [
