@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Of two processes that write one file the second waits. If the body raises, the old file stays.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _unfinished(path)
     try:
         with _made(temporary, lambda: os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)) as file:
             try:
@@ -46,6 +46,11 @@ def replacing(path: Path) -> Iterator[Path]:
         if error.filename == str(temporary):
             error.filename = str(path)  # what the user knows
         raise
+
+
+def discard_unfinished(path: Path) -> None:
+    """Remove what a killed `replacing` has left of ``path``, which nobody writes now."""
+    _unfinished(path).unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -196,6 +201,10 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
 
 
 @contextlib.contextmanager

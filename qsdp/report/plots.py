@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from qsdp.common.atomic_files import replacing
+from qsdp.common.atomic_files import discard_unfinished, replacing
 from qsdp.common.printing import print_error
 from qsdp.report.error_plot import History, draw_errors
 from qsdp.sparsity.compression_target import Compression
@@ -74,9 +74,13 @@ def may_fail(what: str, draw: Callable[[], T]) -> T | None:
 
 
 def remove_stale(folder: Path, drawn: list[Path]) -> list[str]:
-    """Delete what `write_plots` drew of an earlier state of the run and not now; their names."""
+    """Delete what `write_plots` drew of an earlier state of the run and not now, whole or killed in
+    the middle; the names of whole ones."""
     every = [folder / f"{name}.png" for name in PLOT_NAMES]
-    stale = [path for path in every if path not in drawn and path.exists()]
+    others = [path for path in every if path not in drawn]
+    for path in others:
+        discard_unfinished(path)
+    stale = [path for path in others if path.exists()]
     for path in stale:
         path.unlink()
     return [path.name for path in stale]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qsdp.report.error_plot import draw_errors
-from qsdp.report.plots import _plot_loss, write_plots
+from qsdp.report.plots import _plot_loss, remove_stale, write_plots
 from tests.support.short_history import short_history, short_summary
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -116,3 +116,10 @@ def test_validation_is_seen_beside_that_off_the_wire_and_steps_are_whole() -> No
     assert quantized.get_markersize() > exact.get_markersize()
     assert quantized.get_fillstyle() == "none"
     assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
+def test_what_is_not_drawn_any_more_goes_also_where_its_drawing_was_killed(tmp_path: Path) -> None:
+    for name in ("loss.png", "wire_time.png", "pruned.png.tmp", "note.png"):
+        (tmp_path / name).touch()
+    assert remove_stale(tmp_path, [tmp_path / "loss.png"]) == ["wire_time.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "note.png"]
