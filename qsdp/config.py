@@ -103,7 +103,7 @@ class QSDPConfig:
 
     policy: tuple[tuple[str, int | tuple[int, int]], ...] = ()
     """Pairs (pattern, bits) or (pattern, (weight bits, gradient bits)): the first shell-style
-    pattern that matches a parameter's full name sets its bits, but for what cannot be coded."""
+    pattern to match a parameter's full name sets its bits: only what cannot be coded goes first."""
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "grad_bits"):

@@ -31,15 +31,11 @@ from benchmarks.support import machine
 from qsdp.codec.levels import uniform_levels
 from qsdp.codec.payload import Layout, Segment
 from qsdp.common.atomic_files import write_json
-from qsdp.common.dtypes import DType
+from qsdp.common.dtypes import CODEC_DTYPES
 from qsdp.config import LEVELS, ROUNDINGS
 from qsdp.ops import native
 
-DTYPES = {
-    "fp32": (DType.FP32, torch.float32),
-    "bf16": (DType.BF16, torch.bfloat16),
-    "fp16": (DType.FP16, torch.float16),
-}
+DTYPES = {kind.name.lower(): (kind, dtype) for dtype, kind in CODEC_DTYPES.items()}
 SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 BATCH_BYTES = 32 << 20
 """Values of a batch at least: small calls are timed many at once."""

@@ -26,15 +26,11 @@ import torch
 from benchmarks.support import machine
 from qsdp.codec.payload import Layout, Segment
 from qsdp.common.atomic_files import write_json
-from qsdp.common.dtypes import DType
+from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.config import ROUNDINGS
 from qsdp.ops import native
 
-DTYPES = {
-    "fp32": (DType.FP32, torch.float32),
-    "bf16": (DType.BF16, torch.bfloat16),
-    "fp16": (DType.FP16, torch.float16),
-}
+DTYPES = {kind.name.lower(): (kind, dtype) for dtype, kind in CODEC_DTYPES.items()}
 BUCKETS = {8: 1024, 7: 1024}
 OTHER_BUCKET = 128  # qsdp's default for weights below 7 bits
 AT_LEAST = {8: 0.85, 4: 0.80}

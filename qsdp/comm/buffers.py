@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 class BufferPool:
-    """Byte buffers, grown to the largest size asked for: by purpose, or, where several
-    are in use at once, for whoever acquires and releases them.
+    """Byte buffers, grown to the largest size asked for: by purpose, or, where several are
+    in use at once, for whoever acquires and releases them.
 
     On a GPU the caching allocator is that pool already, and knows which stream still reads what.
     """

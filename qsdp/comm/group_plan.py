@@ -18,7 +18,7 @@ from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.common.sharding import chunk
 from qsdp.config import ROUNDINGS, QSDPConfig
 
-_MOST_SIDES = 32
+_MOST_LAYOUTS = 32
 """A step uses up to five of each direction: frozen or not, hops, replicas, what was agreed on."""
 
 
@@ -198,7 +198,7 @@ class Plan:
     def _keep(self, key: tuple[object, ...], layout: GroupLayout) -> GroupLayout:
         """Keep ``layout``, and of its direction those used last: sets may differ in every step."""
         self._layouts[key] = layout
-        for old in [each for each in self._layouts if each[0] == key[0]][:-_MOST_SIDES]:
+        for old in [each for each in self._layouts if each[0] == key[0]][:-_MOST_LAYOUTS]:
             del self._layouts[old]
         return layout
 

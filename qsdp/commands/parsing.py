@@ -29,8 +29,6 @@ _REPLACED = {
     "qsdp_bits": BITS_OF_ONE_DIRECTION,
     **{name: (other,) for pair in INSTEAD.items() for name, other in (pair, pair[::-1])},
 }
-
-
 _NUMBERS: dict[Any, Callable[[str], object]] = {
     int: int,
     int | None: int,

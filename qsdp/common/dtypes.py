@@ -17,8 +17,6 @@ class DType(IntEnum):
 
 
 ITEM_BYTES = {DType.FP32: 4, DType.BF16: 2, DType.FP16: 2, DType.OPAQUE: 1}
-
-
 TORCH_DTYPES = {
     DType.FP32: torch.float32,
     DType.BF16: torch.bfloat16,

@@ -18,8 +18,6 @@ from qsdp.common.sharding import local_slices
 from qsdp.compat.parameter_names import named_parameters
 
 WEIGHTS = "model.safetensors"
-
-
 PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 

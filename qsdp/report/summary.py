@@ -16,8 +16,6 @@ from qsdp.report.progress import format_bytes
 from qsdp.sparsity.compression_target import Compression
 
 NAMES = {"gather": "weights", "reduce": "gradients"}
-
-
 PARTS = ("encode", "wire", "decode")
 
 

@@ -190,9 +190,8 @@ def _select(
     """Radix-select in every set S: the ``num_keep[S]``-th largest of keys in [0, 2**bits).
 
     Args:
-        read: By the shard's place, its values: contiguous, 1-D; see
-            qsdp/ops/reference/magnitude.py for
-            their keys. One is held at a time, which may be all that memory has room for.
+        read: By the shard's place, its values: contiguous, 1-D; `ops.reference.magnitude` has their
+            keys. One is held at a time, which may be all that memory has room for.
 
     Returns:
         By set: the value, how many entries equal to it are among the ``num_keep`` largest, and how

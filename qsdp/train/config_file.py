@@ -24,8 +24,6 @@ FILE_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     str: ((str,), "a string"),
     str | None: ((str,), "a string"),
 }
-
-
 LISTS: dict[Any, tuple[tuple[type, ...], str]] = {
     tuple[float, ...]: ((int, float), "a list of numbers"),
     tuple[int, ...] | None: ((int,), "a list of integers"),

@@ -11,8 +11,6 @@ from qsdp.sparsity.compression_target import Compression
 from qsdp.train.config import TrainConfig
 
 SPLITS = ("val", "test")
-
-
 TARGETS = "0.5,0.6,0.7,0.8,0.9,2:4,4bit"
 
 

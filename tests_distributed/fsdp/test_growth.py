@@ -21,7 +21,7 @@ WIDTH, EXPERTS = 16, 8
 HALVES = itertools.combinations(range(1, EXPERTS), EXPERTS // 2)
 SETS = [part for half in HALVES for part in (half, tuple({*range(EXPERTS)} - {*half}))]
 """Two in turn have all, so that two steps learn all that there is to learn."""
-MOST_SIDES = 3
+MOST_LAYOUTS = 3
 CLOCK = 15
 """By which the step in the keys advances in a round."""
 
@@ -165,7 +165,7 @@ class Rounds:
 
 
 def _grown(options: dict[str, Any]) -> list[dict[str, tuple[int, int]]]:
-    most, group_plan._MOST_SIDES = group_plan._MOST_SIDES, MOST_SIDES
+    most, group_plan._MOST_LAYOUTS = group_plan._MOST_LAYOUTS, MOST_LAYOUTS
     found = []
     try:
         training = Rounds(options)
@@ -177,7 +177,7 @@ def _grown(options: dict[str, Any]) -> list[dict[str, tuple[int, int]]]:
             act()
             found.append(grown_since(before))
     finally:
-        group_plan._MOST_SIDES = most
+        group_plan._MOST_LAYOUTS = most
     return found
 
 

@@ -17,8 +17,6 @@ from qsdp.compat.parameter_names import named_parameters
 from qsdp.models.gpt2.model import Block
 
 INIT_STD = 0.02  # GPT-2's, for every matrix and both embeddings
-
-
 _INIT_BLOCK_VALUES = (
     1 << 18
 )  # values drawn from one generator key: bounds what a rank draws in vain

@@ -1,8 +1,8 @@
 """The codec in plain PyTorch: the numerical specification.
 
-`encode` turns a flat buffer into a payload, `decode` turns it back;
-one call works through all segments of a group (see [Note: Payload] for the bytes and `Field` for
-the table). Other kernels (csrc/) give the same bytes for the same key.
+`encode` turns a flat buffer into a payload, `decode` turns it back; one call works through all
+segments of a group (see [Note: Payload] for the bytes and `Field` for the table). Other kernels
+(csrc/) give the same bytes for the same key.
 
 [Note: Grid] A bucket of b-bit codes, L = 2**b - 1, in fp32 arithmetic without contraction:
 
