@@ -198,7 +198,9 @@ def verify(
 def writing(root: Path, step: int) -> Iterator[Path]:
     """An empty folder, of this call alone, to write the checkpoint of `step` into; it goes if it is
     not published. Raises OSError if it cannot be made."""
-    with claimed_folder(root / f"tmp-step-{step:08d}-{secrets.token_hex(4)}") as folder:
+    path = root / f"tmp-step-{step:08d}-{secrets.token_hex(4)}"
+    # Just made, and not locked yet, it looks to another run's `clear_killed` like a killed one's.
+    with claimed_folder(path, is_waiting=True) as folder:
         yield folder
 
 

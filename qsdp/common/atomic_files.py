@@ -136,12 +136,16 @@ def locked_folder(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def claimed_folder(path: Path) -> Iterator[Path]:
+def claimed_folder(path: Path, *, is_waiting: bool = False) -> Iterator[Path]:
     """Inside, ``path`` is an empty folder that no other process claims; a killed one's is cleared.
 
     The claim follows the folder when it is renamed; one that was not is deleted at the end.
 
-    Raises: BlockingIOError if another process holds it.
+    Args:
+        is_waiting: Wait for whoever holds it: right for a name of one's own, which others hold only
+            to see whether its maker was killed.
+
+    Raises: BlockingIOError if another process holds it, unless it is waited for.
     """
 
     def open_folder() -> int:
@@ -150,7 +154,7 @@ def claimed_folder(path: Path) -> Iterator[Path]:
             with contextlib.suppress(FileNotFoundError):  # another process has just cleared it
                 return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
-    with _made(path, open_folder, is_waiting=False) as folder:
+    with _made(path, open_folder, is_waiting=is_waiting) as folder:
         try:
             for inner in path.iterdir():
                 remove_tree(inner)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -102,6 +105,40 @@ def test_what_another_run_claims_just_before_its_removal_stays(
     monkeypatch.setattr(folders, "remove_tree", claimed_now)
     assert folders.clear_killed(tmp_path) == [f"{folder}, which a killed run left, is removed"]
     assert refused == [folder]
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+def test_a_save_waits_for_another_run_that_looks_at_its_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_removed: bool
+) -> None:
+    """Before it is locked it looks like a killed one's, which the other takes a lock to remove."""
+    flock = fcntl.flock
+    looking: list[threading.Timer] = []
+
+    def locked_by_another_first(descriptor: int, how: int) -> None:
+        if not looking:
+            (folder,) = tmp_path.iterdir()
+            theirs = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+            def let_go() -> None:
+                if is_removed:
+                    folder.rmdir()
+                os.close(theirs)
+
+            looking.append(threading.Timer(0.05, let_go))
+            looking[0].start()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(atomic_files.fcntl, "flock", locked_by_another_first)
+    try:
+        with folders.writing(tmp_path, 7) as folder:
+            assert folder.is_dir()
+            with atomic_files.unclaimed(folder) as is_free:
+                assert not is_free
+    finally:
+        looking[0].join()
     assert not any(tmp_path.iterdir())
 
 
