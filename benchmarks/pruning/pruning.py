@@ -63,11 +63,11 @@ from benchmarks.support.runs import (
     write_json,
 )
 from qsdp import checkpoint
+from qsdp.methods.acdc.flags import DENSE_TWIN as TWIN
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
-from qsdp.train.config import TrainConfig
-from qsdp.train.history import DENSE_TWIN as TWIN
 from qsdp.train.recipes import RECIPES
+from qsdp.train.run_flags import RunFlags
 
 STEPS = 1000
 EVAL_BATCHES = 75  # about half of nano's validation split
@@ -170,7 +170,7 @@ def plan(options: Options, texts: Texts) -> list[Run]:
     common = {
         "model": preset.model,
         "ranks": ranks,
-        "seq_len": RECIPES[preset.model].get("seq_len", TrainConfig.seq_len),
+        "seq_len": RECIPES[preset.model].get("seq_len", RunFlags.seq_len),
         "data": "+".join(path.name for path in options.data),
         "data_sha256": texts.sha256,
         "parameters": count_parameters(preset.model, texts.vocab_size),
@@ -234,7 +234,7 @@ def train(run: Run, texts: Texts, processes: Processes) -> Record:
             )
     return run.settings | {
         "val": {"dense": summary["val_loss"]} | summary["one_shot"],
-        "twin_val": summary["dense_twin_val_loss"],
+        "twin_val": summary.get("dense_twin_val_loss"),
         "sparsity": summary["sparsity"]["prunable"],
         **losses,
         "step_s_median": summary["step_s_median"],

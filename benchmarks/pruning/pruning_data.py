@@ -17,7 +17,8 @@ from benchmarks.pruning.pruning_methods import TARGETS
 from benchmarks.support import machine
 from qsdp.checkpoint import TensorReader
 from qsdp.common.atomic_files import write_text
-from qsdp.data import eval_batches, load_corpus
+from qsdp.data.batches import eval_batches
+from qsdp.data.corpus import load_corpus
 from qsdp.data.token_shards import Tokens
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT

@@ -25,14 +25,16 @@ from benchmarks.support import machine
 from qsdp.commands.exit import leave
 from qsdp.common.atomic_files import write_json
 from qsdp.common.user_errors import UserError
-from qsdp.data import Batches, Corpus, load_corpus
+from qsdp.data.batches import Batches
+from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.methods.clip_grad import clip_grad_norm_
 from qsdp.methods.cram.optimizer import CrAM
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.sparsity.local_shards import local_shard
-from qsdp.train.config import BACKENDS, TrainConfig
+from qsdp.train.config import TrainConfig
 from qsdp.train.parallelize import make_optimizer, shard
+from qsdp.train.run_flags import BACKENDS
 from qsdp.train.world import World, end_process, open_world, to_device
 
 BITS = (32, 8, 4)
@@ -98,7 +100,7 @@ def run(
     bits: int,
 ) -> dict[str, Any]:
     """Train one model; its losses are means over ranks."""
-    config = TrainConfig(
+    config = TrainConfig.of(
         model=arguments.model,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
@@ -108,15 +110,20 @@ def run(
         qsdp_bits=bits,
         cram=method == "CrAM+",
     )
-    assert config.wire is not None
+    assert config.qsdp is not None
     model = shard(config, size, world, world.mesh)
-    fill(model, start, config.seed)
-    handle = qsdp.install(model, config.wire)
+    fill(model, start, config.run.seed)
+    handle = qsdp.install(model, config.qsdp)
     optimizer = make_optimizer(config, model)
     if isinstance(optimizer, CrAM):
         optimizer.share_support(handle.set_support)
     batches = Batches(
-        corpus.train, config.batch_size, config.seq_len, config.seed, world.rank, world.size
+        corpus.train,
+        config.run.batch_size,
+        config.run.seq_len,
+        config.run.seed,
+        world.rank,
+        world.size,
     )
     losses, seconds = [], []
     for step in range(arguments.steps):
@@ -127,11 +134,11 @@ def run(
             loss: Tensor = model(inputs_BT, targets_BT)[1]
             loss.backward()
             if not isinstance(optimizer, CrAM):  # which clips by itself
-                clip_grad_norm_(model.parameters(), config.clip_grad)
+                clip_grad_norm_(model.parameters(), config.run.clip_grad)
             return loss.detach()
 
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, 10 * (step + 1) / arguments.steps)
+            group["lr"] = config.run.lr * min(1.0, 10 * (step + 1) / arguments.steps)
         began = time.perf_counter()
         loss = optimizer.step(closure)
         losses.append(world.sum(loss)[0] / world.size)  # waits for the device

@@ -28,7 +28,8 @@ from benchmarks.support.ranks import Ranks
 from benchmarks.support.rounds import read
 from benchmarks.support.steps import LR, MODELS, Ready, parameters
 from qsdp.common.atomic_files import write_json
-from qsdp.data import Batches, Corpus, eval_batches, load_corpus
+from qsdp.data.batches import Batches, eval_batches
+from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.train.config import TrainConfig
 from qsdp.train.loop import learning_rate
 from qsdp.train.world import end_process
@@ -119,7 +120,7 @@ def train(
         powersgd_start(steps),
         arguments.loss_seed,
     )
-    schedule = TrainConfig(lr=LR, steps=steps, warmup_steps=steps // BEGINNING)
+    schedule = TrainConfig.of(lr=LR, steps=steps, warmup_steps=steps // BEGINNING)
     ready = one.make(setting)
     share = 1 if one.role != FLOOR else ranks.size
     batch, world, rank = setting.batch * share, ranks.size // share, ranks.rank

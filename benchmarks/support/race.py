@@ -20,7 +20,7 @@ from benchmarks.support.namespaces import Hosts, torchrun
 from benchmarks.support.paths import ROOT
 from benchmarks.support.rounds import Record, due, kept, read, seconds_of
 from benchmarks.support.runs import Mistake
-from qsdp.data import load_corpus
+from qsdp.data.corpus import load_corpus
 
 LOOPBACK = "loopback"
 BOTH = ("threads", "device", "powersgd_rank")

@@ -46,7 +46,8 @@ from benchmarks.wire.link_table import median_of, ratio
 from benchmarks.wire.link_targets import at_most, in_words
 from qsdp.common.atomic_files import write_json
 from qsdp.train.auto.choose import choose
-from qsdp.train.config import PRECISIONS, TrainConfig
+from qsdp.train.config import TrainConfig
+from qsdp.train.run_flags import PRECISIONS
 from qsdp.train.world import end_process, open_world
 
 WITHIN, AT_MOST_S = 1.10, 10.0
@@ -147,7 +148,7 @@ def work(arguments: argparse.Namespace) -> None:
         os.environ["LOCAL_RANK"] = os.environ["RANK"]
     size = size_of(arguments.model, arguments.vocab_size, arguments.context)
     backend = "nccl" if arguments.device == "cuda" else "gloo"
-    config = TrainConfig(
+    config = TrainConfig.of(
         qsdp_bits="auto",
         precision=arguments.precision,
         seq_len=arguments.context,

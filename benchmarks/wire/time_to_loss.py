@@ -38,7 +38,7 @@ from benchmarks.support.rounds import Record
 from benchmarks.support.runs import Mistake, ends_on_error
 from benchmarks.wire.time_to_loss_table import FIRST, judge, plot, table
 from qsdp.common.atomic_files import write_json
-from qsdp.data import load_corpus
+from qsdp.data.corpus import load_corpus
 
 CONTESTANTS = [
     *(FIRST, "ddp-fp32", "ddp-powersgd-fp32", "zero3-fp32"),

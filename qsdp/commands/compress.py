@@ -131,7 +131,8 @@ def _compress(flags: CompressFlags) -> None:
         raise ValueError(
             f"{source.path} is compressed already ({source.target}); name a training checkpoint."
         )
-    patterns = source.config.patterns if flags.prunable is None else flags.prunable.split(",")
+    of_run = source.config.compression.patterns
+    patterns = of_run if flags.prunable is None else flags.prunable.split(",")
     console = Console()
     columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

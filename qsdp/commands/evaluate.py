@@ -9,8 +9,8 @@ import tyro
 from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
 from qsdp.common.user_errors import UserError
-from qsdp.train.config import BACKENDS
 from qsdp.train.evaluate_flags import SPLITS, EvaluateFlags
+from qsdp.train.run_flags import BACKENDS
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -8,27 +8,22 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
+from qsdp.common.flags import flag
 from qsdp.common.printing import flush_output, forgiving_output
 from qsdp.common.user_errors import UserError, sentence
-from qsdp.train.config import TrainConfig
+from qsdp.methods.registry import check_heeded, replaced
+from qsdp.train.config import TrainConfig, all_groups, names_of, setting_types
 from qsdp.train.config_file import FILE_TYPES, LISTS, OR_AUTO, read_config_file
-from qsdp.train.method_flags import INSTEAD
 from qsdp.train.recipes import RECIPES
+from qsdp.train.run_flags import RunFlags
 from qsdp.train.wire_flags import AUTO, BITS_OF_ONE_DIRECTION, CHOSEN, WireFlags
 
 T = TypeVar("T")
 
-
-# By flag, what it replaces of --config: settings that it would leave without effect, or that would
-# leave it without.
-_REPLACED = {
-    "qsdp_bits": BITS_OF_ONE_DIRECTION,
-    **{name: (other,) for pair in INSTEAD.items() for name, other in (pair, pair[::-1])},
-}
 _NUMBERS: dict[Any, Callable[[str], object]] = {
     int: int,
     int | None: int,
@@ -38,18 +33,10 @@ _NUMBERS: dict[Any, Callable[[str], object]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class CommandLine(TrainConfig):
-    """Train a GPT with FSDP2, optionally with a quantized wire (QSDP) and a method that makes the
-    model compress well: CrAM, AC/DC, gradual pruning.
+_ABOUT = """Train a language model with FSDP2, optionally with a quantized wire (QSDP) and a method
+that makes the model compress well, one of those below.
 
-    Runs under torchrun, or alone as a world of one."""
-
-    config: Path | None = None
-    """TOML file of these settings, as written to OUT/config.toml; flags win over it."""
-
-    def __post_init__(self) -> None:
-        """Nothing: `parse` validates once all sources are merged."""
+Runs under torchrun, or alone as a world of one."""
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
@@ -60,9 +47,9 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", nargs="?")
     first.add_argument("--config", nargs="?")
-    numbers = {name: hint for name, hint in get_type_hints(TrainConfig).items() if hint in _NUMBERS}
+    numbers = {name: hint for name, hint in setting_types().items() if hint in _NUMBERS}
     for name in numbers:
-        first.add_argument("--" + name.replace("_", "-"), f"--{name}", dest=name, nargs="?")
+        first.add_argument(flag(name), f"--{name}", dest=name, nargs="?")
     known, _ = first.parse_known_args(argv)
     for name, hint in numbers.items():
         _check_number(name, getattr(known, name), hint)
@@ -71,14 +58,12 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     _drop_replaced(from_file, given)
     if known.qsdp_bits == AUTO:
         _leave_to_auto(known.config, from_file, given)
-    model = known.model or from_file.get("model", TrainConfig.model)
+    model = known.model or from_file.get("model", RunFlags.model)
     # An unknown model has no recipe; the check comes below, with all other checks.
-    defaults = CommandLine(**{"model": model} | RECIPES.get(model, {}) | from_file)
-    arguments = _parse_flags(argv, defaults)
-    values = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig)}
+    settings = _parse_flags(argv, {"model": model} | RECIPES.get(model, {}) | from_file)
     try:
-        config = TrainConfig(**values)
-        config.check_all_are_used(given)
+        config = TrainConfig.of(**settings)
+        check_heeded(config.methods, given)
     except ValueError as error:
         raise UserError(str(error)) from None
     try:
@@ -97,11 +82,15 @@ def _given(argv: Sequence[str] | None) -> list[str]:
 
 def _drop_replaced(from_file: dict[str, Any], given: Sequence[str]) -> None:
     """Take out of a file's settings those that flags ``given`` stand in place of."""
+    # By flag, what it would leave without effect, or what would leave it without.
+    instead: dict[str, tuple[str, ...]] = {"qsdp_bits": BITS_OF_ONE_DIRECTION}
+    for pair in replaced().items():
+        instead |= {pair[0]: pair[1:], pair[1]: pair[:1]}
     both = {*BITS_OF_ONE_DIRECTION}
     if both & {*given} and both <= {*given, *from_file}:
         from_file.pop("qsdp_bits", None)
     for name in given:
-        for other in _REPLACED.get(name, ()):
+        for other in instead.get(name, ()):
             from_file.pop(other, None)
 
 
@@ -110,7 +99,7 @@ def _leave_to_auto(path: str, from_file: dict[str, Any], given: Sequence[str]) -
     has them. Raises UserError for others of the wire, which would be lost."""
     for name in CHOSEN:
         from_file.pop(name, None)
-    for name in (field.name for field in fields(WireFlags)):
+    for name in names_of(WireFlags):
         if name not in given and from_file.get(name, False) is not False:
             raise UserError(
                 f"--config {path} sets {name}, beside --qsdp-bits {AUTO}, which decides on all of "
@@ -118,7 +107,8 @@ def _leave_to_auto(path: str, from_file: dict[str, Any], given: Sequence[str]) -
             )
 
 
-def _parse_flags(argv: Sequence[str] | None, defaults: CommandLine) -> CommandLine:
+def _parse_flags(argv: Sequence[str] | None, defaults: dict[str, Any]) -> dict[str, Any]:
+    """All settings, by name: those in `argv`, and `defaults` over what they are without."""
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
@@ -140,9 +130,35 @@ def _parse_flags(argv: Sequence[str] | None, defaults: CommandLine) -> CommandLi
             ],
         )
 
-    return one_sentence(
-        lambda: tyro.cli(CommandLine, args=argv, default=defaults, registry=registry)
+    groups = all_groups()
+    filled = {
+        key: group(**{name: defaults[name] for name in names_of(group) if name in defaults})
+        for key, group in groups.items()
+    }
+    told = "TOML file of these settings, as written to OUT/config.toml; flags win over it."
+    command = make_dataclass(
+        "CommandLine",
+        [
+            (
+                "config",
+                Annotated[Path | None, tyro.conf.arg(help=told)],
+                field(default=None),
+            ),
+            *((key, group, field(default=filled[key])) for key, group in groups.items()),
+        ],
+        kw_only=True,
+        frozen=True,
     )
+    found: Any = one_sentence(
+        lambda: tyro.cli(
+            command,
+            args=argv,
+            description=_ABOUT,
+            registry=registry,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    )
+    return {k: v for key in groups for k, v in getattr(found, key).values().items()}
 
 
 def one_sentence(read_flags: Callable[[], T]) -> T:
@@ -167,8 +183,7 @@ def _check_number(name: str, text: str | None, hint: Any) -> None:
     try:
         _NUMBERS[hint](text)
     except ValueError:
-        flag = "--" + name.replace("_", "-")
-        raise UserError(f"{flag} is {text!r}; give {FILE_TYPES[hint][1]}.") from None
+        raise UserError(f"{flag(name)} is {text!r}; give {FILE_TYPES[hint][1]}.") from None
 
 
 def _first_paragraph(boxed: str) -> str:
@@ -181,25 +196,26 @@ def _first_paragraph(boxed: str) -> str:
 
 def _check_files(config: TrainConfig) -> None:
     """Raise UserError for inputs that are not there, before anything is loaded."""
-    data = Path(config.data)
-    if config.data != "stdlib" and not (data.is_file() or data.is_dir()):
+    data = Path(config.data.data)
+    if config.data.data != "stdlib" and not (data.is_file() or data.is_dir()):
         state = "is neither a file nor a folder" if data.exists() else "does not exist"
         raise UserError(
-            f"--data {config.data} {state}; give stdlib, a text file or a folder of token shards."
+            f"--data {data} {state}; give stdlib, a text file or a folder of token shards."
         )
-    tokenizer = config.tokenizer
+    tokenizer = config.data.tokenizer
     if tokenizer not in (None, "char", "byte") and not Path(str(tokenizer)).is_file():
         state = "is not a file" if Path(str(tokenizer)).exists() else "does not exist"
         raise UserError(
             f"--tokenizer {tokenizer} {state}; choose char, byte or a JSON file of the "
             "tokenizers library."
         )
-    is_named = config.resume not in ("auto", "none") and not config.resumes_own
+    resume = config.output.resume
+    is_named = resume not in ("auto", "none") and not config.resumes_own
     # Where it is there no more, what came of it may be in --out.
     has_begun = (config.out_dir / "checkpoints").exists()
-    if is_named and not has_begun and not Path(config.resume).is_dir():
+    if is_named and not has_begun and not Path(resume).is_dir():
         raise UserError(
-            f"--resume {config.resume} does not exist; choose auto, none or a checkpoint's folder."
+            f"--resume {resume} does not exist; choose auto, none or a checkpoint's folder."
         )
     if config.out_dir.exists() and not config.out_dir.is_dir():
         raise UserError(f"--out {config.out_dir} is a file; give a folder.")

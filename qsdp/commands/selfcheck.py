@@ -37,7 +37,7 @@ from qsdp.models.gpt2.init import init_weights
 from qsdp.models.gpt2.model import GPT
 from qsdp.ops import native
 from qsdp.ops.reference import codec
-from qsdp.train.config import BACKENDS
+from qsdp.train.run_flags import BACKENDS
 from qsdp.train.world import World, open_world
 
 STEPS = 10

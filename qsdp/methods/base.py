@@ -16,6 +16,7 @@ from qsdp.methods.grad_norm import norm_among
 from qsdp.methods.nonfinite import name_not_finite, scalar_loss
 from qsdp.methods.tracked_parameters import TrackedParameters
 from qsdp.methods.weak_hooks import register_weak_hook
+from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import unique
 from qsdp.sparsity.masks import Prunable
 
@@ -49,6 +50,10 @@ class OptimizerWrapper(torch.optim.Optimizer):
         skipped_steps: Steps skipped since this object was made.
         last_bad: What was not finite in the last step, in words that are the same on all ranks;
             None if it was not skipped.
+        last_grad_norm: Norm of what the base was given in the last step, before clipping; None
+            before. Not finite when the step was skipped.
+        last_target: What the last step compressed weights to, whose threshold was then looked for;
+            None if it did not.
     """
 
     def __init__(
@@ -83,6 +88,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.made_with: dict[str, object] = {}
         self.skipped_steps = 0
         self.last_bad: str | None = None
+        self.last_grad_norm: float | None = None
+        self.last_target: Compression | None = None
         self._tracked = TrackedParameters(type(self).__name__, model, base, prunable)
         self._remembered = remembered
         self._on_support_change: SupportCallback | None = None
@@ -135,6 +142,11 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def prunable(self) -> Prunable:
         """The parameters that may be pruned, as they were found the last time."""
         return self._tracked.prunable
+
+    @property
+    def pruned(self) -> float:
+        """The fraction of the prunable weights that is pruned now, or was in the last step."""
+        return 0.0
 
     def share_support(self, tell: SupportCallback) -> None:
         """Call ``tell`` from now on when the weights that are not zero change: for instance

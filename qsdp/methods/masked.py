@@ -70,8 +70,6 @@ class MaskedOptimizer(OptimizerWrapper):
         super().__init__(model, base_optimizer, prunable, {_STEP: 0, _PLAN: plan})
         self._plan = plan
         self.max_norm = max_norm
-        self.last_grad_norm: float | None = None
-        self.last_target: Compression | None = None
         self._loaded_masks: list[tuple[Tensor, Tensor]] = []
         self.before_pruning: Callable[[], None] | None = None
 

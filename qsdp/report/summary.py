@@ -29,8 +29,9 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     losses.add_row(f"{name}, exact", _nats(summary["val_loss"]))
     if summary["val_loss_quantized"] is not None:
         losses.add_row(f"{name}, off the wire", _nats(summary["val_loss_quantized"]))
-    if summary["dense_twin_val_loss"] is not None:
-        losses.add_row("its dense twin", _nats(summary["dense_twin_val_loss"]))
+    for key, loss in summary.items():  # of models that were kept beside
+        if key.endswith("_val_loss") and loss is not None:
+            losses.add_row(f"its {key.removesuffix('_val_loss').replace('_', ' ')}", _nats(loss))
     for target, loss in summary["one_shot"].items():
         losses.add_row(f"{label(target)} in one shot", _nats(loss))
     console.print(losses)

@@ -14,18 +14,18 @@ from rich.console import Console
 import qsdp
 from qsdp.common.atomic_files import finite, write_json
 from qsdp.common.user_errors import UserError
+from qsdp.methods.method import Companion
 from qsdp.models.gpt2.model import flops_per_token
 from qsdp.ops import native
 from qsdp.report.peak_flops import matmul_flops_per_s
 from qsdp.report.plots import may_fail, remove_stale, write_plots
 from qsdp.report.summary import print_summary
-from qsdp.train.dense_twin import kept_loss
 from qsdp.train.history import CHECKPOINTS
 from qsdp.train.job import Job
 from qsdp.train.wire_bytes import SECONDS
 
 
-def finish(job: Job, history: list[dict[str, Any]]) -> bool:
+def finish(job: Job, companion: Companion, history: list[dict[str, Any]]) -> bool:
     """Evaluate, then write and print what the run came to; called on all ranks alike.
 
     `history` holds the metrics of all steps, on rank 0. Returns whether it came to that: not if
@@ -39,10 +39,10 @@ def finish(job: Job, history: list[dict[str, Any]]) -> bool:
     if job.world.stop.is_agreed:
         return False
     sparsity = job.evaluator.sparsity()
-    twin_loss = kept_loss(job) if job.config.acdc else None
+    kept = companion.results()
     sample = job.evaluator.sample()
     last_other = job.world.sum((job.wire.total() - before).other_bytes)[0] / job.world.size
-    peak = job.world.sum(matmul_flops_per_s(job.world.device, job.config.precision))[0]
+    peak = job.world.sum(matmul_flops_per_s(job.world.device, job.config.run.precision))[0]
     # A run may go on with another batch, another wire or other ranks, whose steps do not compare.
     alike = [line for line in history if line["step"] > job.pace_since]
     steps = max(1, len(alike))
@@ -50,15 +50,16 @@ def finish(job: Job, history: list[dict[str, Any]]) -> bool:
     config = job.config
     tokens_per_s = _median(alike, "tokens_per_s")
     flops_per_s = (
-        config.passes * flops_per_token(job.model.config, config.seq_len) * (tokens_per_s or 0)
+        config.method.PASSES
+        * flops_per_token(job.model.config, config.run.seq_len)
+        * (tokens_per_s or 0)
     )
     summary = {
         "val_loss": val_loss,
         "val_loss_quantized": quantized,
-        # AC/DC's: the best of the last dense phase, in OUT/dense-twin.
-        "dense_twin_val_loss": twin_loss,
+        **kept,
         "one_shot": one_shot,
-        "method": config.method,
+        "method": config.method.NAME,
         "sparsity": sparsity,
         "steps": job.steps_done,
         # Of these, those whose loss or gradient was not finite.
@@ -106,8 +107,8 @@ def finish(job: Job, history: list[dict[str, Any]]) -> bool:
     def write() -> None:
         # First what needs no disk.
         print_summary(Console(), summary)
-        if config.acdc and twin_loss is None:
-            print(f"No dense twin was kept: {job.why_no_twin}")
+        if (remark := companion.remark()) is not None:
+            print(remark)
         job.check_lock()
         may_fail(f"the plots in {job.out / 'plots'}", draw)
         _write_summary(job, summary)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from qsdp.common.collective_errors import collective
 from qsdp.common.user_errors import UserError
-from qsdp.data import Corpus
+from qsdp.data.corpus import Corpus
 from qsdp.data.tokenizer import hash_of
 from qsdp.train.config import TrainConfig
 from qsdp.train.world import World

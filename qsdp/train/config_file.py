@@ -5,10 +5,10 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from qsdp.common.user_errors import UserError
-from qsdp.train.config import TrainConfig
+from qsdp.train.config import setting_types
 from qsdp.train.wire_flags import AUTO
 
 OR_AUTO: Any = int | Literal["auto"] | None
@@ -48,7 +48,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 def typed_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings`, as a file at `path` has them. Raises UserError for an unknown key or a value of
     another type than the setting's."""
-    hints = get_type_hints(TrainConfig)
+    hints = setting_types()
     values: dict[str, Any] = {}
     for key, value in settings.items():
         name = key.replace("-", "_")

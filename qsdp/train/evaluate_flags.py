@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from qsdp.sparsity.compression_target import Compression
-from qsdp.train.config import TrainConfig
+from qsdp.train.run_flags import RunFlags
 
 SPLITS = ("val", "test")
 TARGETS = "0.5,0.6,0.7,0.8,0.9,2:4,4bit"
@@ -57,7 +57,7 @@ class EvaluateFlags:
     backend: str | None = None
     """As in training: `nccl`, a GPU for every rank of a node, or `gloo`. Unset: nccl on GPUs."""
 
-    timeout_s: int = TrainConfig.timeout_s
+    timeout_s: int = RunFlags.timeout_s
     """Seconds that a rank waits for the others in a collective."""
 
     @property

@@ -14,7 +14,9 @@ from rich.table import Table
 
 import qsdp
 from qsdp.common.atomic_files import finite, write_json
-from qsdp.data import Corpus, TokenRange, Tokens, eval_batches, load_corpus
+from qsdp.data.batches import eval_batches
+from qsdp.data.corpus import Corpus, load_corpus
+from qsdp.data.token_shards import TokenRange, Tokens
 from qsdp.report.plots import may_fail, write_target_plot
 from qsdp.report.summary import label
 from qsdp.sparsity.compression_target import Compression
@@ -43,8 +45,9 @@ def evaluate(flags: EvaluateFlags) -> None:
         corpus = world.together(lambda: _load_corpus(config, source))
         agree_on_data(corpus, world)
         tokens = world.together(lambda: _tokens(flags, config, source, corpus))
-        num_sequences = (len(tokens) - 1) // config.seq_len
-        config = replace(config, eval_batches=-(-num_sequences // (config.batch_size * world.size)))
+        num_sequences = (len(tokens) - 1) // config.run.seq_len
+        num_batches = -(-num_sequences // (config.run.batch_size * world.size))
+        config = config.changed(eval_batches=num_batches)
         model = shard(config, source.size, world, world.mesh)
         targets = world.together(lambda: _checked_targets(flags, config, source, model))
         all_alike(world, lambda: source.load(model))
@@ -57,13 +60,13 @@ def evaluate(flags: EvaluateFlags) -> None:
             "source": str(source.path.resolve()),
             "compressed_to": source.target,
             "step": source.step,
-            "data": config.data,
+            "data": config.data.data,
             "split": flags.split,
             "sequences": num_sequences,
-            "tokens": num_sequences * config.seq_len,
+            "tokens": num_sequences * config.run.seq_len,
             # Of a test split, what the run's own validations have looked at.
             "tokens_seen_in_validation": seen,
-            "prunable_patterns": config.patterns,
+            "prunable_patterns": config.compression.patterns,
             "results": rows,
             "world_size": world.size,
             "versions": {"qsdp": qsdp.__version__, "torch": torch.__version__},
@@ -73,10 +76,9 @@ def evaluate(flags: EvaluateFlags) -> None:
 
 def _config(flags: EvaluateFlags, source: Source) -> TrainConfig:
     """What is known of the run's settings, with what the flags change, on stock FSDP2."""
-    return replace(
-        source.config,
-        data=source.config.data if flags.data is None else flags.data,
-        prunable=source.config.prunable if flags.prunable is None else flags.prunable,
+    given = {"data": flags.data, "prunable": flags.prunable}
+    return source.config.changed(
+        **{name: value for name, value in given.items() if value is not None},
         out=None if flags.out is None else str(flags.out),
         timeout_s=flags.timeout_s,
         backend=flags.backend,
@@ -84,11 +86,11 @@ def _config(flags: EvaluateFlags, source: Source) -> TrainConfig:
 
 
 def _load_corpus(config: TrainConfig, source: Source) -> Corpus:
-    corpus = load_corpus(config.data, source.tokenizer)
+    corpus = load_corpus(config.data.data, source.tokenizer)
     if corpus.vocab_size > source.size.vocab_size:
         raise ValueError(
-            f"--data {config.data} has a vocabulary of {corpus.vocab_size} and the model one of "
-            f"{source.size.vocab_size}; give data of the run's tokenizer."
+            f"--data {config.data.data} has a vocabulary of {corpus.vocab_size} and the model one "
+            f"of {source.size.vocab_size}; give data of the run's tokenizer."
         )
     return corpus
 
@@ -99,10 +101,12 @@ def _tokens(
     """Whole sequences, as many as asked for. Cut here, so that ranks only share them."""
     start = corpus.test_start if flags.split == "test" else 0
     rest: Tokens = TokenRange(corpus.val, start, len(corpus.val))
-    num_batches = source.config.eval_batches if flags.eval_batches is None else flags.eval_batches
-    most = num_batches * config.batch_size * source.world_size or len(rest)
-    tokens = TokenRange(rest, 0, most * config.seq_len + 1)
-    eval_batches(tokens, config.batch_size, config.seq_len)  # for its checks
+    num_batches = flags.eval_batches
+    if num_batches is None:
+        num_batches = source.config.output.eval_batches
+    most = num_batches * config.run.batch_size * source.world_size or len(rest)
+    tokens = TokenRange(rest, 0, most * config.run.seq_len + 1)
+    eval_batches(tokens, config.run.batch_size, config.run.seq_len)  # for its checks
     return tokens
 
 
@@ -113,7 +117,7 @@ def _checked_targets(
     if targets is None:
         texts = TARGETS.split(",") if source.target is None else []
         targets = tuple(map(Compression.of, texts))
-    prunable = Prunable.of(model, config.patterns)
+    prunable = Prunable.of(model, config.compression.patterns)
     for target in targets:
         prunable.check(target)
     return list(dict.fromkeys(targets))
@@ -138,7 +142,7 @@ def _rows(
         rows = [_row(evaluator, None)]
         for target in targets:
             bar.update(task, advance=1, description=str(target))
-            with compressed(model, target, config.patterns):
+            with compressed(model, target, config.compression.patterns):
                 rows.append(_row(evaluator, target))
     return rows
 
@@ -164,7 +168,8 @@ def perplexity(loss: float) -> float:
 def _seen_in_training(source: Source, corpus: Corpus) -> int:
     """Tokens of the test split that the run's own validations read, of its own data."""
     config = source.config
-    seen = config.eval_batches * config.batch_size * source.world_size * config.seq_len + 1
+    sequences = config.output.eval_batches * config.run.batch_size * source.world_size
+    seen = sequences * config.run.seq_len + 1
     return max(0, min(seen, len(corpus.val)) - corpus.test_start)
 
 

@@ -4,9 +4,10 @@ checkpoint of this one is on disk, so that at no instant there is neither.
 A history is a line of steps that checkpoints were made from one after the other, with the same
 settings. A run that begins anew, goes back to an earlier checkpoint, or goes on with other settings
 begins a new one. Until its first checkpoint all that it writes lies beside: metrics.HISTORY.jsonl,
-config.HISTORY.toml, dense-twin.HISTORY. The first checkpoint, which names its history, decides:
-`commit` then removes the rest of the old one and gives the new files their names, those of the
-metrics last. So who finds them beside knows what a crash cut short.
+config.HISTORY.toml, and FOLDER.HISTORY for each folder in which the method keeps models. The first
+checkpoint, which names its history, decides: `commit` then removes the rest of the old one and
+gives the new files their names, those of the metrics last. So who finds them beside knows what a
+crash cut short.
 """
 
 from __future__ import annotations
@@ -22,19 +23,17 @@ from typing import Any
 from qsdp import checkpoint
 from qsdp.checkpoint import Damaged
 from qsdp.common.atomic_files import remove_tree, write_text
+from qsdp.methods.registry import kept_folders
 from qsdp.report.plots import PLOT_NAMES
 from qsdp.report.summary import read_summary
 from qsdp.train.world import World, all_alike
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.toml"
-DENSE_TWIN = "dense-twin"
-"""Folder, in that of the results, of the dense twin of AC/DC's model."""
 METRICS = "metrics.jsonl"
-_OLD_TWIN = f"{DENSE_TWIN}.old"
 _BESIDE = re.compile(
     r"metrics\.[0-9a-f]{8}\.jsonl(\.tmp)?|config\.[0-9a-f]{8}\.toml(\.tmp)?"
-    r"|dense-twin\.([0-9a-f]{8}|old)"
+    rf"|({'|'.join(map(re.escape, kept_folders()))})\.([0-9a-f]{{8}}|old)"
 )
 
 
@@ -92,22 +91,24 @@ def commit(out: Path, history: str, went_on_from: int) -> list[str]:
     removed = [str(path.relative_to(out)) for path in outcome]
     if _beside(out, CONFIG, history).exists():
         _beside(out, CONFIG, history).replace(out / CONFIG)
-    for folder in (DENSE_TWIN, CHECKPOINTS):
+    for folder in (*kept_folders(), CHECKPOINTS):
         for step, path in checkpoint.steps(out / folder).items():
             remark = _outdated(path, history, is_new=is_new) if step > went_on_from else None
             if remark is not None:
                 _remove(path)
                 removed.append(f"{folder}/{path.name}{remark}")
-    # Until all of that is done the twin is where `Results.latest_twin` looks for it.
-    twin = _beside(out, DENSE_TWIN, history)
-    if twin.exists():
-        remove_tree(out / _OLD_TWIN)
-        if (out / DENSE_TWIN).exists():
-            removed += [DENSE_TWIN] if checkpoint.steps(out / DENSE_TWIN) else []
-            (out / DENSE_TWIN).rename(out / _OLD_TWIN)
-        twin.rename(out / DENSE_TWIN)
+    # Until all of that is done a kept model is where `Results.latest_kept` looks for it.
+    for folder in kept_folders():
+        own, old = _beside(out, folder, history), out / f"{folder}.old"
+        if not own.exists():
+            continue
+        remove_tree(old)
+        if (out / folder).exists():
+            removed += [folder] if checkpoint.steps(out / folder) else []
+            (out / folder).rename(old)
+        own.rename(out / folder)
         with contextlib.suppress(OSError):  # the next start tries again
-            remove_tree(out / _OLD_TWIN)
+            remove_tree(old)
     if is_new:
         _beside(out, METRICS, history).replace(out / METRICS)
     return removed
@@ -179,7 +180,8 @@ class Results:
         that never had a checkpoint."""
         removed = [path for path in sorted(self.out.iterdir()) if _BESIDE.fullmatch(path.name)]
         if not self.is_beside and not self.start.has_past:
-            removed += [path for n in (METRICS, DENSE_TWIN) if (path := self.out / n).exists()]
+            names = (METRICS, *kept_folders())
+            removed += [path for name in names if (path := self.out / name).exists()]
         for path in removed:
             remove_tree(path)
         write_text(self.path(CONFIG), self._config)
@@ -189,11 +191,11 @@ class Results:
         """Where the file or folder `name` is until `settle`."""
         return _beside(self.out, name, self.start.history) if self.is_beside else self.out / name
 
-    def latest_twin(self, without: Collection[Path] = ()) -> Path | None:
-        """The dense twin of this history and its past, `without` some, by their real paths."""
-        own = checkpoint.latest(self.path(DENSE_TWIN), without=without)
+    def latest_kept(self, folder: str, without: Collection[Path] = ()) -> Path | None:
+        """What this history and its past keep in `folder`, `without` some, by their real paths."""
+        own = checkpoint.latest(self.path(folder), without=without)
         if own is None and self.is_beside and self.start.has_past:
-            return checkpoint.latest(self.out / DENSE_TWIN, self.start.went_on_from, without)
+            return checkpoint.latest(self.out / folder, self.start.went_on_from, without)
         return own
 
     def settle(self) -> list[str]:

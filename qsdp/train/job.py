@@ -18,17 +18,17 @@ from qsdp.common.collective_errors import is_failure
 from qsdp.common.printing import print_error, printable
 from qsdp.common.user_errors import UserError, sentence
 from qsdp.compat.sharded_parameters import sharded_parameters
-from qsdp.data import Batches, Corpus
+from qsdp.data.batches import Batches
+from qsdp.data.corpus import Corpus
 from qsdp.methods.nonfinite import first_not_finite
 from qsdp.models.gpt2.model import GPT
 from qsdp.report.metrics import MetricsWriter
 from qsdp.train.auto.choose import Choice
 from qsdp.train.config import TrainConfig
-from qsdp.train.history import CHECKPOINTS, DENSE_TWIN, METRICS, Results
+from qsdp.train.history import CHECKPOINTS, METRICS, Results
+from qsdp.train.kept_model import KeptModel
 from qsdp.train.lock import Lock
-from qsdp.train.resume import (
-    launch_id,
-)
+from qsdp.train.resume import launch_id
 from qsdp.train.validate import Evaluator
 from qsdp.train.wire_bytes import Wire
 from qsdp.train.world import World
@@ -62,8 +62,6 @@ class Job:
     pace_since: int
     """The step after which batch, wire, precision, optimizer and world have been as they are now:
     times and bytes of earlier steps are another run's."""
-    why_no_twin: str = "the run went on from a checkpoint after the last dense phase"
-    """Of AC/DC, as long as nothing was kept."""
     recovered: int | None = None
     """The step after which TensorBoard may lack the history's lines."""
     metrics: MetricsWriter | None = None
@@ -78,10 +76,8 @@ class Job:
     """How many of them were the last ones, those before a resume included."""
     last_bad: str | None = None
     """What was not finite in the last step; None if it was taken."""
-    has_twin: bool = False
-    """Whether this process has written a dense twin."""
     damaged: set[Path] = field(default_factory=set)
-    """Checkpoints and dense twins, by their real paths, that are as if they were not there."""
+    """Checkpoints and kept models, by their real paths, that are as if they were not there."""
     saver: checkpoint.AsyncSaver | None = None
     """With --save-async."""
     choice: Choice | None = None
@@ -94,7 +90,7 @@ class Job:
     @property
     def same_command(self) -> str:
         """What goes on from the checkpoints of this run, in words."""
-        return "the same command" + " with --resume auto" * (self.config.resume == "none")
+        return "the same command" + " with --resume auto" * (self.config.output.resume == "none")
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
@@ -140,7 +136,7 @@ class Job:
     @property
     def has_failed(self) -> bool:
         """Whether --max-bad-steps steps in a row were skipped."""
-        return self.bad_in_row >= self.config.max_bad_steps
+        return self.bad_in_row >= self.config.run.max_bad_steps
 
     def check_bad_steps(self) -> None:
         """Raise UserError, on every rank, if the run `has_failed`."""
@@ -150,8 +146,8 @@ class Job:
         first, last = self.steps_done - self.bad_in_row + 1, self.steps_done
         steps = f"step {last}" if first == last else f"steps {first} to {last}"
         raise UserError(
-            f"--max-bad-steps is {self.config.max_bad_steps}, and {steps} had no finite loss and "
-            f"gradient: not finite in step {last} was {self.last_bad}; "
+            f"--max-bad-steps is {self.config.run.max_bad_steps}, and {steps} had no finite loss "
+            f"and gradient: not finite in step {last} was {self.last_bad}; "
             f"{self.world.on_main(self._way_out)}.",
             is_shared=True,
         )
@@ -179,7 +175,7 @@ class Job:
             self.metrics.sync()
         root = self.out / CHECKPOINTS
         saver = self.saver if self.has_checkpoint else None
-        keep = sys.maxsize if self.bad_in_row else self.config.keep
+        keep = sys.maxsize if self.bad_in_row else self.config.output.keep
         self._write(root, self.steps_done, self.optimizer, {}, keep, saver)
         self.has_checkpoint = True
         self.settle()
@@ -201,10 +197,21 @@ class Job:
             with _failures_told():
                 self.saver.wait()
 
-    def keep_twin(self, steps_done: int, loss: float) -> None:
-        """Write the weights, of validation loss `loss`, as the dense twin."""
-        self._write(self.results.path(DENSE_TWIN), steps_done, None, {"val_loss": loss}, 1)
-        self.has_twin = True
+    def validation_loss(self) -> float:
+        """Of the exact weights, in nats a token."""
+        return self.evaluator.loss()
+
+    def zero_fraction(self) -> float:
+        """Of the prunable weights."""
+        return self.evaluator.sparsity()["prunable"]
+
+    def kept_model(self, folder: str) -> KeptModel:
+        """What a method keeps in `folder`."""
+
+        def write(steps_done: int, loss: float) -> None:
+            self._write(self.results.path(folder), steps_done, None, {"val_loss": loss}, 1)
+
+        return KeptModel(folder, self.world, self.results, self.damaged, write)
 
     def _write(
         self,
@@ -293,7 +300,7 @@ class Job:
 
     @property
     def _events(self) -> Path | None:
-        return self.out / "tensorboard" if self.config.tensorboard else None
+        return self.out / "tensorboard" if self.config.output.tensorboard else None
 
 
 @contextmanager

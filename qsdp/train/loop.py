@@ -16,14 +16,11 @@ from qsdp.common.collective_errors import collective
 from qsdp.common.meshes import groups_of
 from qsdp.common.printing import forgiving_output
 from qsdp.compat.sharded_parameters import sharded_parameters
-from qsdp.methods.acdc.optimizer import ACDC
+from qsdp.methods.base import OptimizerWrapper
 from qsdp.methods.clip_grad import scale_grads_
-from qsdp.methods.cram.optimizer import CrAM
 from qsdp.methods.grad_norm import global_grad_norm
-from qsdp.methods.masked import MaskedOptimizer
 from qsdp.methods.nonfinite import name_not_finite
 from qsdp.report.progress import RunProgress
-from qsdp.train import dense_twin
 from qsdp.train.after_training import finish
 from qsdp.train.config import TrainConfig
 from qsdp.train.job import Job
@@ -50,7 +47,7 @@ def train(config: TrainConfig) -> None:
     with (
         forgiving_output(),
         ExitStack() as handling,
-        open_world(config.timeout_s, config.backend) as world,
+        open_world(config.run.timeout_s, config.run.backend) as world,
         ExitStack() as held,
     ):
         # Only now: a rank that waits for others in C++ would not heed a signal.
@@ -66,17 +63,15 @@ def train(config: TrainConfig) -> None:
         config = job.config  # what --qsdp-bits auto has come to
         job.open_metrics()
         metrics = job.metrics
-        progress = RunProgress(job.steps_done, config.steps, is_shown=world.is_main)
-        if isinstance(job.optimizer, ACDC):
-            # Called inside the step, which is not counted yet.
-            job.optimizer.before_pruning = lambda: dense_twin.consider(job, job.steps_done + 1)
+        progress = RunProgress(job.steps_done, config.run.steps, is_shown=world.is_main)
+        companion = config.method.companion(job)
         saved, is_save_due = job.steps_done, False
         with metrics or nullcontext(), progress:
-            while job.steps_done < config.steps and not stop.is_agreed:
+            while job.steps_done < config.run.steps and not stop.is_agreed:
                 step = job.steps_done + 1
-                is_validated = _is_due(config.eval_every, step, config, at_end=False)
+                is_validated = _is_due(config.output.eval_every, step, config, at_end=False)
                 # `finish` validates after the last step.
-                is_measured = config.qsdp_errors and (is_validated or step == config.steps)
+                is_measured = config.wire.qsdp_errors and (is_validated or step == config.run.steps)
                 line = train_step(job, is_measured=is_measured)
                 if is_validated and not job.has_failed:
                     if stop.is_agreed:  # there may be no time for the validation
@@ -86,8 +81,7 @@ def train(config: TrainConfig) -> None:
                         job.wait_saved()
                         saved = step
                     line |= evaluate(job, progress)
-                    if config.acdc:
-                        dense_twin.consider(job, step, line["val_loss"])
+                    companion.after_validation(step, line["val_loss"])
                 if is_measured and job.handle is not None:
                     line["wire_errors"] = job.handle.errors()
                 if metrics is not None:
@@ -96,36 +90,37 @@ def train(config: TrainConfig) -> None:
                 if job.bad_in_row == 1:
                     progress.note(f"step {step} is skipped, not finite is {job.last_bad}")
                 job.check_bad_steps()
-                is_save_due |= _is_due(config.save_every, step, config, at_end=True)
+                is_save_due |= _is_due(config.output.save_every, step, config, at_end=True)
                 # What may be the last good checkpoint is not rotated out meanwhile.
-                is_put_off = job.bad_in_row and step < config.steps
+                is_put_off = job.bad_in_row and step < config.run.steps
                 if saved < step and (stop.is_agreed or (is_save_due and not is_put_off)):
                     job.save()
                     saved, is_save_due = step, False
             is_new = job.results.is_beside and not job.has_checkpoint
-            if is_new and job.steps_done == config.steps:  # no step was left to take
+            if is_new and job.steps_done == config.run.steps:  # no step was left to take
                 job.save()
             job.wait_saved()
             job.settle()
-        if stop.is_agreed or not finish(job, [] if metrics is None else metrics.history):
+        if stop.is_agreed or not finish(job, companion, [] if metrics is None else metrics.history):
             job.say(_stopped(job))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of optimizer step number `step`, the first being 0: linear warm-up, then a cosine.
 
-    The cosine ends in `last_lr` at the last step, under gradual pruning at the last step before
-    each pruning; a warm-up as long as the run has none.
+    The cosine ends in `last_lr` at the last step, or at the last one of each cycle that the method
+    has; a warm-up as long as the run has none.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    begin, end = config.warmup_steps, config.steps
-    if config.gmp:
-        place, length = config.gmp_schedule(config.steps).cycle(step)
+    if step < config.run.warmup_steps:
+        return config.run.lr * (step + 1) / config.run.warmup_steps
+    begin, end = config.run.warmup_steps, config.run.steps
+    cycle = config.method.learning_rate_cycle(step, config.run.steps)
+    if cycle is not None:
+        place, length = cycle
         begin, end = max(begin, step - place), step - place + length
     done = min(1.0, (step - begin) / max(1, end - 1 - begin))
     share = (1 + math.cos(math.pi * done)) / 2
-    return share * config.lr + (1 - share) * config.last_lr
+    return share * config.run.lr + (1 - share) * config.run.last_lr
 
 
 def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
@@ -142,13 +137,13 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
     before = job.wire.total()
     started = time.perf_counter()
     with job.handle.measuring() if is_measured and job.handle is not None else nullcontext():
-        if isinstance(optimizer, CrAM | MaskedOptimizer):
+        if isinstance(optimizer, OptimizerWrapper):
             optimizer.zero_grad()
             loss = optimizer.step(lambda: forward_backward(job))
             grad_norm, bad = optimizer.last_grad_norm or 0.0, optimizer.last_bad
             if optimizer.last_target is not None:
                 num_matrices = len(optimizer.prunable.names)
-                num_shards = world.size // config.replicas
+                num_shards = world.size // config.run.replicas
                 job.wire.other(threshold_bytes(optimizer.last_target, num_matrices, num_shards))
         else:
             optimizer.zero_grad()
@@ -166,9 +161,9 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
     step_s = time.perf_counter() - started
     wire = WireUse(**dict(zip(used, means, strict=True)))
     pruned = {}
-    if isinstance(optimizer, CrAM | MaskedOptimizer):
+    if isinstance(optimizer, OptimizerWrapper):
         pruned = {"pruned": optimizer.pruned}
-    step_tokens = world.size * config.grad_accum * config.batch_size * config.seq_len
+    step_tokens = world.size * config.run.grad_accum * config.run.batch_size * config.run.seq_len
     return {
         "step": job.steps_done,
         "loss": loss_mean,
@@ -190,12 +185,12 @@ def forward_backward(job: Job) -> Tensor:
     """Run all micro-batches of the step, leave the mean gradient, return this rank's mean loss."""
     config, device = job.config, job.world.device
     total = torch.zeros((), device=device)
-    for micro in range(config.grad_accum):
-        cast(FSDPModule, job.model).set_requires_gradient_sync(micro == config.grad_accum - 1)
+    for micro in range(config.run.grad_accum):
+        cast(FSDPModule, job.model).set_requires_gradient_sync(micro == config.run.grad_accum - 1)
         inputs_BT, targets_BT = job.batches.get(job.steps_done, micro)
         _, loss = job.model(to_device(inputs_BT, device), to_device(targets_BT, device))
-        (loss / config.grad_accum).backward()
-        total += loss.detach() / config.grad_accum
+        (loss / config.run.grad_accum).backward()
+        total += loss.detach() / config.run.grad_accum
     job.wire.reduced()
     return total
 
@@ -216,7 +211,7 @@ def evaluate(job: Job, progress: RunProgress) -> dict[str, float]:
 
 def _stopped(job: Job) -> str:
     """What a run says that a signal has ended."""
-    done, steps = job.steps_done, job.config.steps
+    done, steps = job.steps_done, job.config.run.steps
     if not done:  # OUT may hold another run, which --resume auto would go on with
         return f"{job.world.stop.why}: {_NO_STEP}"
     saved = f"step {done} of {steps} is saved"
@@ -232,8 +227,8 @@ def _clip(job: Job, loss: Tensor) -> tuple[float, str | None]:
     if not math.isfinite(norm):
         groups = groups_of(parameters, with_replicas=True)
         return norm, name_not_finite(sharded_parameters(job.model), loss, groups)
-    if job.config.clip_grad:
-        scale_grads_(parameters, job.config.clip_grad, norm)
+    if job.config.run.clip_grad:
+        scale_grads_(parameters, job.config.run.clip_grad, norm)
     return norm, None
 
 
@@ -242,5 +237,5 @@ def _known(value: float) -> float | None:
 
 
 def _is_due(every: int, step: int, config: TrainConfig, *, at_end: bool) -> bool:
-    is_end = step == config.steps
+    is_end = step == config.run.steps
     return (at_end if is_end else bool(every)) and (is_end or step % every == 0)

@@ -12,10 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import qsdp
-from qsdp.methods.acdc.optimizer import ACDC
-from qsdp.methods.cram.optimizer import CrAM
-from qsdp.methods.gmp.optimizer import GMP
-from qsdp.methods.sam.optimizer import SAM
+from qsdp.methods.method import RunSettings
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.models.gpt2.model import GPT
@@ -37,10 +34,11 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
 
     Raises ValueError for sequences longer than the preset's context.
     """
-    size = GPTConfig.from_preset(config.model, vocab_size=vocab_size)
-    if config.seq_len > size.context:
+    size = GPTConfig.from_preset(config.run.model, vocab_size=vocab_size)
+    if config.run.seq_len > size.context:
         raise ValueError(
-            f"--seq-len is {config.seq_len}; {config.model} has a context of {size.context}."
+            f"--seq-len is {config.run.seq_len}; {config.run.model} has a context of "
+            f"{size.context}."
         )
     return size
 
@@ -48,33 +46,33 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
 def check_replicas(config: TrainConfig, world: World) -> None:
     """Raise ValueError unless the ranks can be dealt out to the replicas evenly, and, where qsdp
     averages over these, two or more to each."""
-    if world.size % config.replicas:
+    if world.size % config.run.replicas:
         raise ValueError(
-            f"--replicas is {config.replicas}, which does not divide the {world.size} "
+            f"--replicas is {config.run.replicas}, which does not divide the {world.size} "
             f"{'rank' if world.size == 1 else 'ranks'}; choose a divisor, 1 for none."
         )
-    if config.wire is not None and 1 < config.replicas == world.size:
+    if config.qsdp is not None and 1 < config.run.replicas == world.size:
         allowed = [str(n) for n in range(1, world.size) if world.size % n == 0]
         raise ValueError(
-            f"--replicas is {config.replicas}, which leaves each replica one rank and nothing to "
-            f"shard, as qsdp needs it; choose {' or '.join(allowed)}, or leave out --qsdp-bits."
+            f"--replicas is {config.run.replicas}, which leaves each replica one rank and nothing "
+            f"to shard, as qsdp needs it; choose {' or '.join(allowed)}, or leave out --qsdp-bits."
         )
 
 
 def check_nodes(config: TrainConfig, world: World) -> None:
     """Raise ValueError unless each replica's ranks fill nodes evenly, where two hops are asked for
     with nodes of a given size."""
-    wire = config.wire
+    wire = config.qsdp
     if wire is None or wire.reduce != "two-hop" or wire.ranks_per_node is None:
         return
-    size = world.size // config.replicas
+    size = world.size // config.run.replicas
     for first in range(0, world.size, size):
         nodes = Counter(rank // wire.ranks_per_node for rank in range(first, first + size))
         if len(set(nodes.values())) > 1:
             raise ValueError(
                 f"--qsdp-ranks-per-node is {wire.ranks_per_node}, which does not split the {size} "
-                f"ranks {'of a replica ' if config.replicas > 1 else ''}evenly as --qsdp-reduce "
-                "two-hop needs it; choose a divisor, or --qsdp-reduce flat."
+                f"ranks {'of a replica ' if config.run.replicas > 1 else ''}evenly as "
+                "--qsdp-reduce two-hop needs it; choose a divisor, or --qsdp-reduce flat."
             )
 
 
@@ -87,10 +85,10 @@ def build(config: TrainConfig, size: GPTConfig, world: World) -> Sharded:
     3. the shards get memory, then their slice of the initial weights;
     4. qsdp takes over the gathers and reduces, if asked.
     """
-    wire = config.wire
+    wire = config.qsdp
     shard_mesh, replicate_mesh = _meshes(config, world)
     model = shard(config, size, world, shard_mesh)
-    init_weights(model, config.seed)
+    init_weights(model, config.run.seed)
     if wire is None:
         return Sharded(model, None)
     return Sharded(model, qsdp.install(model, wire, replicate_mesh=replicate_mesh))
@@ -102,7 +100,7 @@ def shard(config: TrainConfig, size: GPTConfig, world: World, mesh: DeviceMesh) 
         model = GPT(size)
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        if config.precision == "bf16"
+        if config.run.precision == "bf16"
         else MixedPrecisionPolicy()
     )
     for block in model.blocks:
@@ -120,11 +118,11 @@ def _meshes(config: TrainConfig, world: World) -> tuple[DeviceMesh, DeviceMesh |
     Consecutive ranks share a replica: the all-reduce between replicas is what crosses nodes, and it
     carries a shard where a gather carries all. Stock FSDP2 takes both axes and does it itself.
     """
-    if config.replicas == 1:
+    if config.run.replicas == 1:
         return world.mesh, None
-    shape = (config.replicas, world.size // config.replicas)
+    shape = (config.run.replicas, world.size // config.run.replicas)
     mesh = init_device_mesh(world.mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
-    return (mesh, None) if config.wire is None else (mesh["shard"], mesh["replicate"])
+    return (mesh, None) if config.qsdp is None else (mesh["shard"], mesh["replicate"])
 
 
 def make_optimizer(config: TrainConfig, model: GPT) -> torch.optim.Optimizer:
@@ -135,37 +133,16 @@ def make_optimizer(config: TrainConfig, model: GPT) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": matrices, "weight_decay": config.run.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     # One launch for many tensors: DTensors one by one take longer than their arithmetic.
-    base = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
-    prunable, max_norm = config.patterns, config.clip_grad or None
-    if config.cram:
-        return CrAM(
-            model,
-            base,
-            sparsity=config.targets,
-            rho=config.cram_rho,
-            plus=config.cram_plus,
-            normalize=config.cram_normalize,
-            sparse_grad=config.cram_sparse_grad,
-            max_norm=max_norm,
-            prunable=prunable,
-            seed=config.seed,
-        )
-    if config.sam:
-        return SAM(model, base, rho=config.sam_rho, max_norm=max_norm)
-    if config.acdc:
-        return ACDC(
-            model,
-            base,
-            schedule=config.acdc_schedule(config.steps),
-            target=config.acdc_compression,
-            max_norm=max_norm,
-            prunable=prunable,
-        )
-    if config.gmp:
-        schedule = config.gmp_schedule(config.steps)
-        return GMP(model, base, schedule=schedule, max_norm=max_norm, prunable=prunable)
-    return base
+    base = torch.optim.AdamW(groups, lr=config.run.lr, betas=(0.9, config.run.beta2), fused=True)
+    run = config.run
+    settings = RunSettings(
+        steps=run.steps,
+        seed=run.seed,
+        max_norm=run.clip_grad or None,
+        prunable=config.compression.patterns,
+    )
+    return config.method.wrap(model, base, settings)

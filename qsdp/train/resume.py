@@ -93,8 +93,8 @@ def told_as_damaged(start: Start, damaged: Sequence[Damaged]) -> list[str]:
 
 def _is_named(config: TrainConfig, path: Path) -> bool:
     """Whether --resume names this very checkpoint."""
-    is_path = config.resume not in ("auto", "none")
-    return is_path and os.path.realpath(config.resume) == os.path.realpath(path)
+    is_path = config.output.resume not in ("auto", "none")
+    return is_path and os.path.realpath(config.output.resume) == os.path.realpath(path)
 
 
 def _instead(named: Damaged, world: World) -> str:
@@ -136,11 +136,12 @@ def find_start(
     root = config.out_dir / CHECKPOINTS
     without = {error.checkpoint.resolve() for error in damaged}
     is_taken, own = bool(checkpoint.steps(root)), checkpoint.latest(root, without=without)
-    named = None if config.resume in ("auto", "none") else os.path.realpath(config.resume)
+    resume = config.output.resume
+    named = None if resume in ("auto", "none") else os.path.realpath(resume)
     anew = Start(secrets.token_hex(4), origin=named, is_beside=is_taken)
     if not is_taken and (named is None or config.resumes_own):
         return anew  # perhaps the first start of a command that may be started again
-    if own is None and config.resume == "auto":
+    if own is None and config.output.resume == "auto":
         raise ValueError(_all_damaged(root, damaged))
     newest = _OLDER
     if own is not None:
@@ -149,7 +150,7 @@ def find_start(
         except Damaged:
             raise
         except ValueError:
-            if config.resume == "auto":
+            if config.output.resume == "auto":
                 raise
     same = Start(
         newest["history"], own, newest, newest["origin"], newest["went_on_from"], False, True
@@ -158,12 +159,12 @@ def find_start(
     is_again = "step" in newest and (
         newest["origin"] == named if named is not None else newest["launch"] == _restarted_launch()
     )
-    if config.resume == "auto" or is_again:
+    if config.output.resume == "auto" or is_again:
         differences = differences_of(newest, _PARTS)
         if not differences:
             _check_steps(config, own, newest)
             return same
-        if config.resume == "auto":
+        if config.output.resume == "auto":
             raise ValueError(
                 f"{_but_for(damaged)}{own} is of another run, with {_listed(differences)}; give "
                 f"another --out, go on from it all the same with --resume {config.out_dir}, or "
@@ -171,7 +172,7 @@ def find_start(
             )
     if named is None:
         return anew
-    given = Path(config.resume)
+    given = Path(config.output.resume)
     try:
         path = checkpoint.resolve(given, without)
     except ValueError:
@@ -200,16 +201,16 @@ def find_start(
 
 def with_choice(config: TrainConfig, meta: dict[str, Any]) -> TrainConfig:
     """`config`, with what the run of a checkpoint chose where --qsdp-bits auto is to choose."""
-    if config.qsdp_bits != AUTO or meta["choice"] is None:
+    if config.wire.qsdp_bits != AUTO or meta["choice"] is None:
         return config
     return config.resolved(meta["choice"]["settings"])
 
 
 def _check_steps(config: TrainConfig, path: Path | None, meta: dict[str, Any]) -> None:
-    if meta["step"] > config.steps:
+    if meta["step"] > config.run.steps:
         raise ValueError(
             f"{path} is past the end: {meta['step']} steps are done and --steps is "
-            f"{config.steps}; raise --steps, or give another --out."
+            f"{config.run.steps}; raise --steps, or give another --out."
         )
 
 
@@ -291,7 +292,7 @@ def is_finished(config: TrainConfig, meta: dict[str, Any]) -> bool:
     of its end."""
     summary = read_summary(config.out_dir)
     found = summary.get("steps"), summary.get("history", "")
-    return meta["step"] >= config.steps and found == (meta["step"], meta["history"])
+    return meta["step"] >= config.run.steps and found == (meta["step"], meta["history"])
 
 
 def changed(config: TrainConfig, meta: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

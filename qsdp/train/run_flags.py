@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from qsdp.common.flags import Flags
+
+PRECISIONS = ("fp32", "bf16")
+BACKENDS = ("nccl", "gloo")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFlags:
-    """What is trained, on what, for how long, and where the results go."""
+class RunFlags(Flags):
+    """What is trained, how, for how long, and on how many ranks."""
 
     model: str = "nano"
     """Model preset: nano, mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt-1.3b, or tiny, which
     learns little but soon ends. The other flags' defaults depend on it."""
-
-    data: str = "stdlib"
-    """What to train on: `stdlib` (the sources of the Python standard library), a text file, or a
-    folder of token shards (train-*.bin, val-*.bin, meta.json)."""
-
-    tokenizer: str | None = None
-    """`char`, `byte`, or a JSON file of the `tokenizers` library. Unset: byte for stdlib, char for
-    a text file, and the folder's own for token shards."""
 
     steps: int = 2000
     """Optimizer steps in all, those before a resume included."""
@@ -50,15 +48,14 @@ class RunFlags:
     """AdamW's second beta (the first is 0.9)."""
 
     clip_grad: float = 1.0
-    """Largest global gradient norm, 0 for no clipping. CrAM+ adds two gradients, so it is clipped
-    at twice this."""
+    """Largest global gradient norm, 0 for no clipping."""
 
     max_bad_steps: int = 10
     """After how many steps in a row without a finite loss and gradient the run ends, 1 or more.
     Each such step is skipped: it leaves weights and optimizer as they were."""
 
     seed: int = 0
-    """Seed of the weights, the data order, the wire's rounding and CrAM's draws."""
+    """Seed of the weights, the data order, the wire's rounding and what a method draws."""
 
     precision: str = "fp32"
     """`fp32`, or `bf16` for bf16 weights and activations with fp32 master weights and gradient
@@ -69,41 +66,6 @@ class RunFlags:
     consecutive ranks. Gradients are averaged over the copies, at their bits where the wire is
     quantized."""
 
-    out: str | None = None
-    """Folder for all results, seen by every node. Unset: out/MODEL-DATA-..., another one for every
-    setting that changes a run's numbers."""
-
-    eval_every: int = 250
-    """Steps between validations, 0 for one at the end only."""
-
-    eval_batches: int = 50
-    """Validation batches of --batch-size a rank, fewer where the validation split ends."""
-
-    save_every: int = 500
-    """Steps between checkpoints, 0 for one at the end only."""
-
-    save_async: bool = False
-    """Write checkpoints while training goes on, but for the first one of each start: a save takes
-    as long as a copy of this rank's part of the weights and of the optimizer's state, which stays
-    in host memory until it is on disk. The next save, and the end, wait for it."""
-
-    keep: int = 2
-    """How many of the newest checkpoints stay on disk."""
-
-    resume: str = "auto"
-    """`auto` goes on from the newest checkpoint in --out, if any, which must be of the same run:
-    every setting that changes its numbers, its data and the number of ranks. One that is damaged is
-    passed over, aloud. A path, of a checkpoint or a folder of them, goes on from there with other
-    settings, if they are of the same model and method; the same command again then goes on from the
-    newest one that came of it. So does the folder of --out itself, which may be empty still: for a
-    job that may be started again on another number of ranks.
-    `none` begins anew. What --out holds of later steps goes when the first new checkpoint is on
-    disk."""
-
-    take_over: bool = False
-    """Take --out from a run that holds it and is alive, or on a machine of which nothing is known:
-    that run ends when it saves next."""
-
     backend: str | None = None
     """What collectives run over: `nccl`, a GPU for every rank of a node, or `gloo`, whose ranks may
     share GPUs (slow: all goes through host memory). Unset: nccl on GPUs, gloo on CPUs."""
@@ -111,3 +73,28 @@ class RunFlags:
     timeout_s: int = 900
     """Seconds that a rank waits for the others in a collective before it ends: more than writing a
     checkpoint takes. A rank that has ended is noticed at once."""
+
+    @property
+    def last_lr(self) -> float:
+        """The learning rate of the last step."""
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
+    def check(self) -> None:
+        """Raise ValueError, naming the flag, for what no run can have."""
+        for name in ("steps", "batch_size", "grad_accum", "seq_len", "replicas", "max_bad_steps"):
+            self.require(name, getattr(self, name) >= 1, "choose 1 or more")
+        self.require("warmup_steps", self.warmup_steps >= 0, "choose 0 or more")
+        for name in ("weight_decay", "clip_grad"):
+            self.require(name, 0 <= getattr(self, name) < math.inf, "choose a number from 0")
+        self.require("lr", 0 < self.lr < math.inf, "choose a number above 0")
+        self.require("min_lr", 0 <= self.last_lr <= self.lr, f"choose 0 to --lr, {self.lr:g}")
+        self.require("beta2", 0 <= self.beta2 < 1, "choose a number from 0 to below 1")
+        self.require("seed", 0 <= self.seed < 1 << 63, "choose an integer from 0 to 2**63 - 1")
+        self.require("backend", self.backend in (None, *BACKENDS), "choose nccl or gloo")
+        self.require("precision", self.precision in PRECISIONS, "choose fp32 or bf16")
+        self.require("timeout_s", 1 <= self.timeout_s <= 1 << 31, "choose 1 second or more")
+        if self.min_lr is not None and self.warmup_steps >= self.steps - 1:
+            raise ValueError(
+                f"--min-lr is {self.min_lr:g}, but of {self.steps} steps none follows the warm-up "
+                f"of {self.warmup_steps}; shorten --warmup-steps, or leave it out."
+            )

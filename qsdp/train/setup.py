@@ -14,7 +14,8 @@ from torch import nn
 
 from qsdp import checkpoint
 from qsdp.common.printing import print_error
-from qsdp.data import Batches, Corpus, eval_batches, load_corpus
+from qsdp.data.batches import Batches, eval_batches
+from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.data.tokenizer import hash_of
 from qsdp.methods.base import OptimizerWrapper
 from qsdp.models.gpt2.config import GPTConfig
@@ -68,7 +69,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     if world.is_main:
         for line in told_as_damaged(start, damaged):
             print_error(f"warning: {line}")
-    if meta is not None and config.resume == "auto" and is_finished(config, meta):
+    if meta is not None and config.output.resume == "auto" and is_finished(config, meta):
         if world.is_main:
             # Who waits for the end of this start, as a job file does, sees that this is it.
             with suppress(OSError):
@@ -83,7 +84,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     config, choice = _settle_wire(config, size, world, start)
     sharded = world.together(lambda: build(config, size, world))
     model, handle = sharded.model, sharded.handle
-    wire = StockWire(model, world, config.replicas) if handle is None else QuantizedWire(handle)
+    wire = StockWire(model, world, config.run.replicas) if handle is None else QuantizedWire(handle)
     world.together(lambda: _check_targets(config, model))
     optimizer = world.together(lambda: make_optimizer(config, model))
     if handle is not None and isinstance(optimizer, OptimizerWrapper):
@@ -113,7 +114,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         lock=lock,
         recovered=recovered,
         damaged={error.checkpoint.resolve() for error in damaged},
-        saver=held.enter_context(_saving_beside()) if config.save_async else None,
+        saver=held.enter_context(_saving_beside()) if config.output.save_async else None,
         choice=choice,
         steps_done=steps_done,
         skipped_steps=0 if meta is None else meta["skipped_steps"],
@@ -133,7 +134,7 @@ def _settle_wire(
     kept = None if meta is None or meta["choice"] is None else Choice(**meta["choice"])
     if kept is not None and kept.measured is None and world.size > 1:
         kept = None  # one rank had nothing to choose
-    if config.qsdp_bits != AUTO:
+    if config.wire.qsdp_bits != AUTO:
         # Its flags, given by hand, go on with the same run.
         is_same = meta is not None and meta["history"] == start.history
         return config, kept if is_same else None
@@ -159,10 +160,10 @@ def _saving_beside() -> Iterator[checkpoint.AsyncSaver]:
 def _check_targets(config: TrainConfig, model: nn.Module) -> None:
     """Raise ValueError for what the trained model could not be compressed to, or asked about."""
     try:
-        prunable = Prunable.of(model, config.patterns)
+        prunable = Prunable.of(model, config.compression.patterns)
     except ValueError as error:
         raise ValueError(f"--prunable: {error}.") from None
-    for target in config.one_shot_targets:
+    for target in config.compression.targets:
         try:
             prunable.check(target)
         except ValueError as error:
@@ -176,7 +177,7 @@ def _take_folder(config: TrainConfig, world: World, held: ExitStack) -> Lock | N
     def take() -> Lock:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            return held.enter_context(hold(out, takes_over=config.take_over))
+            return held.enter_context(hold(out, takes_over=config.output.take_over))
         except OSError as error:
             raise ValueError(
                 f"--out {out} cannot be made or written to ({error.strerror}); give a folder where "
@@ -201,23 +202,23 @@ def _take_folder(config: TrainConfig, world: World, held: ExitStack) -> Lock | N
 
 
 def _load_corpus(config: TrainConfig) -> Corpus:
-    tokenizer = config.tokenizer
-    if tokenizer is None and config.data == "stdlib":
+    tokenizer = config.data.tokenizer
+    if tokenizer is None and config.data.data == "stdlib":
         tokenizer = "byte"
-    return load_corpus(config.data, tokenizer)
+    return load_corpus(config.data.data, tokenizer)
 
 
 def _make_batches(config: TrainConfig, world: World, corpus: Corpus) -> Batches:
     # Called for its checks: validation must not fail after hours of training.
-    eval_batches(corpus.val, config.batch_size, config.seq_len, config.eval_batches)
+    eval_batches(corpus.val, config.run.batch_size, config.run.seq_len, config.output.eval_batches)
     return Batches(
         corpus.train,
-        config.batch_size,
-        config.seq_len,
-        config.seed,
+        config.run.batch_size,
+        config.run.seq_len,
+        config.run.seed,
         world.rank,
         world.size,
-        config.grad_accum,
+        config.run.grad_accum,
     )
 
 
@@ -226,8 +227,8 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """All that changes a run's numbers."""
     place = {"backend": world.backend, "device": world.device.type, "ranks": world.size}
-    if config.wire is not None and config.wire.reduce != "flat":
-        place["ranks_per_node"] = config.wire.ranks_per_node or int(
+    if config.qsdp is not None and config.qsdp.reduce != "flat":
+        place["ranks_per_node"] = config.qsdp.ranks_per_node or int(
             os.environ.get("LOCAL_WORLD_SIZE", "1")
         )
     tokenizer, settings = corpus.tokenizer, config.identity | place
@@ -235,8 +236,8 @@ def _fingerprint(
     return {
         "model": asdict(size),
         "tokenizer": hash_of("" if tokenizer is None else tokenizer.to_json()),
-        "optimizer": config.method,
-        "seed": config.seed,
+        "optimizer": config.method.NAME,
+        "seed": config.run.seed,
         "data": data,
         "settings": settings,
     } | ({} if schedule is None else {"schedule": schedule})
@@ -247,11 +248,11 @@ def _announce(
 ) -> None:
     config, world = job.config, job.world
     num_parameters = sum(p.numel() for p in job.model.parameters())
-    batch_tokens = world.size * config.batch_size * config.grad_accum * config.seq_len
+    batch_tokens = world.size * config.run.batch_size * config.run.grad_accum * config.run.seq_len
     job.say(
-        f"{config.model}: {num_parameters:,} parameters on {world.size} "
-        f"{'rank' if world.size == 1 else 'ranks'} ({world.backend}, {config.precision}), "
-        f"{_travels(config)}, {config.method}{'+' * (config.cram and config.cram_plus)}, "
+        f"{config.run.model}: {num_parameters:,} parameters on {world.size} "
+        f"{'rank' if world.size == 1 else 'ranks'} ({world.backend}, {config.run.precision}), "
+        f"{_travels(config)}, {config.method.title}, "
         f"{batch_tokens:,} tokens a step of {len(job.corpus.train):,}, results in {job.out}"
     )
     handle = job.handle
@@ -275,12 +276,12 @@ def _announce(
     if meta.get("world_size") != world.size:
         changes.append(f"ranks {meta.get('world_size')} -> {world.size}")
     noted = f" with other settings than before: {', '.join(changes)}" if changes else ""
-    job.say(f"Going on from {source}, {job.steps_done} of {config.steps} steps done{noted}")
+    job.say(f"Going on from {source}, {job.steps_done} of {config.run.steps} steps done{noted}")
 
 
 def _travels(config: TrainConfig) -> str:
     """How weights and gradients travel, in a few words."""
-    wire = config.wire
+    wire = config.qsdp
     if wire is None:
         parts = ["stock FSDP2"]
     else:
@@ -288,5 +289,5 @@ def _travels(config: TrainConfig) -> str:
         parts += [f"then {wire.budget:g} bits on average"] if wire.budget is not None else []
         parts += ["learned levels"] if wire.levels == "learned" else []
         parts += ["gathered once"] if wire.gather == "once" else []
-    parts += [f"{config.replicas} replicas"] if config.replicas > 1 else []
+    parts += [f"{config.run.replicas} replicas"] if config.run.replicas > 1 else []
     return ", ".join(parts)

@@ -44,8 +44,8 @@ class Source:
         stored = self.path / "tokenizer.json"
         if self.has_tokenizer and stored.is_file():
             return str(stored)
-        is_stdlib = self.config.tokenizer is None and self.config.data == "stdlib"
-        return "byte" if is_stdlib else self.config.tokenizer
+        is_stdlib = self.config.data.tokenizer is None and self.config.data.data == "stdlib"
+        return "byte" if is_stdlib else self.config.data.tokenizer
 
     def load(self, model: nn.Module) -> None:
         """Fill a sharded `model`. A collective for a checkpoint; raises ValueError."""
@@ -90,7 +90,7 @@ def _settings(path: Path, config: Any) -> TrainConfig:
     """What a model's data and size are read from of the settings that `TrainConfig.as_dict` gave:
     the others may be such as no new run could have."""
     given = {name: config[name] for name in _USED if config.get(name) is not None}
-    return TrainConfig(**typed_settings(path, given))
+    return TrainConfig.of(**typed_settings(path, given))
 
 
 def _check_tokenizer(path: Path, stated: Any) -> None:

@@ -7,7 +7,8 @@ from typing import cast
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from qsdp.data import Corpus, eval_batches
+from qsdp.data.batches import eval_batches
+from qsdp.data.corpus import Corpus
 from qsdp.models.gpt2.generate import generate
 from qsdp.models.gpt2.model import GPT
 from qsdp.sparsity.local_shards import local_shard
@@ -39,9 +40,9 @@ class Evaluator:
         config, world = self._config, self._world
         batches = eval_batches(
             self._corpus.val,
-            config.batch_size,
-            config.seq_len,
-            config.eval_batches,
+            config.run.batch_size,
+            config.run.seq_len,
+            config.output.eval_batches,
             world.rank,
             world.size,
         )
@@ -67,18 +68,21 @@ class Evaluator:
         """The exact weights' loss after compression, by target; weights are put back. Without those
         that were still to come when the ranks agreed that the run is to end."""
         losses = {}
-        num_shards = self._world.size // self._config.replicas
-        for target in self._config.one_shot_targets:
+        num_shards = self._world.size // self._config.run.replicas
+        for target in self._config.compression.targets:
             if self._world.stop.is_agreed:
                 break
-            with compressed(self._model, target, self._config.patterns) as parameters:
+            with compressed(self._model, target, self._config.compression.patterns) as parameters:
                 self._wire.other(threshold_bytes(target, len(parameters), num_shards))
                 losses[str(target)] = self.loss()
         return losses
 
     def sparsity(self) -> dict[str, float]:
         """The fraction of exact zeros among the prunable weights, and among all."""
-        prunable = {id(p) for p in prunable_parameters(self._model, self._config.patterns).values()}
+        prunable = {
+            id(p)
+            for p in prunable_parameters(self._model, self._config.compression.patterns).values()
+        }
         zeros, numels = [0, 0], [0, 0]
         for parameter in self._model.parameters():
             values, is_prunable = local_shard(parameter).values, id(parameter) in prunable
@@ -108,7 +112,7 @@ class Evaluator:
             self._reshard_after_forward(not fits)
             num_tokens = _SAMPLE_TOKENS if fits else _SAMPLE_TOKENS // 10
             try:
-                ids_1T = generate(model, tokens_1T, num_tokens, 0.8, 50, self._config.seed)
+                ids_1T = generate(model, tokens_1T, num_tokens, 0.8, 50, self._config.run.seed)
             except FloatingPointError:
                 return None
             finally:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from hashlib import blake2b
 from typing import Any, Literal
 
+from qsdp.common.flags import Flags, flag
 from qsdp.config import QSDPConfig, check_bits
 
 AUTO = "auto"
@@ -19,7 +20,7 @@ Policy = tuple[tuple[str, int | tuple[int, int]], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class WireFlags:
+class WireFlags(Flags):
     """What crosses the wire; None, or False, is a flag that was not given."""
 
     qsdp_bits: int | Literal["auto"] | None = None
@@ -60,8 +61,8 @@ class WireFlags:
     values. Unset: uniform."""
 
     qsdp_level_steps: tuple[int, ...] | None = None
-    """Steps before which levels are learned, with commas between, each from 1; CrAM's two passes
-    count as two. Unset: 10,50,200,1000."""
+    """Steps before which levels are learned, with commas between, each from 1; where a method takes
+    two passes a step, each counts. Unset: 10,50,200,1000."""
 
     qsdp_policy: str | None = None
     """Bits by parameter name, PATTERN=BITS or PATTERN=WEIGHT/GRADIENT with commas between
@@ -75,7 +76,8 @@ class WireFlags:
     with another budget, or with other bits, measures anew."""
 
     qsdp_warmup_steps: int | None = None
-    """First steps that travel with at least --qsdp-warmup-bits; CrAM's two passes count as two."""
+    """First steps that travel with at least --qsdp-warmup-bits; of two passes a step each counts.
+    """
 
     qsdp_warmup_bits: int | None = None
     """Least bits a value during --qsdp-warmup-steps. Unset: 32, full precision."""
@@ -95,7 +97,7 @@ class WireFlags:
     """At each validation, also measure the relative error of each parameter and of its gradient on
     the wire, for metrics.jsonl and errors.png."""
 
-    def wire_config(self, seed: int) -> QSDPConfig | None:
+    def config(self, seed: int) -> QSDPConfig | None:
         """What crosses the wire, None for stock FSDP2, and for `auto`, of which nobody knows yet.
 
         Raises ValueError, naming the flag, for a value that is not allowed, and for a flag that
@@ -144,7 +146,7 @@ class WireFlags:
 
     def folder_parts(self, seed: int) -> list[str]:
         """What sets a run with this wire apart, as parts of the name of its folder."""
-        wire = self.wire_config(seed)
+        wire = self.config(seed)
         if wire is None:
             return [AUTO if self.qsdp_bits == AUTO else "fsdp2"]
         parts = [f"w{wire.weight_bits}g{wire.grad_bits}"]
@@ -175,9 +177,9 @@ class WireFlags:
                 "wire; give bits, or leave it out."
             )
 
-    def check_wire_steps(self, num_passes: int) -> None:
+    def check_steps(self, num_passes: int) -> None:
         """Raise ValueError for what would be due after the last of ``num_passes``."""
-        wire = self.wire_config(0)
+        wire = self.config(0)
         if wire is None:
             return
         if wire.budget is not None and wire.warmup_steps >= num_passes:
@@ -215,8 +217,3 @@ def parse_policy(text: str) -> Policy:
         pattern, weight, grad = found.groups()
         policy.append((pattern, int(weight) if grad is None else (int(weight), int(grad))))
     return tuple(policy)
-
-
-def flag(name: str) -> str:
-    """The flag of the field `name`."""
-    return "--" + name.replace("_", "-")

@@ -89,13 +89,13 @@ def test_every_training_of_quality_is_one_that_the_job_takes(
     for run in quality.plan(quality.Options(data=text, preset=preset)):
         config = parse(run.flags)
         wire = run.settings["wire"]
-        assert (config.wire is None) == (wire == "fp32")
-        assert config.model == run.settings["model"]
-        assert config.batch_size * run.settings["ranks"] == quality.SEQUENCES
-        if config.wire is not None:
-            assert wire.startswith(f"w{config.wire.weight_bits}g{config.wire.grad_bits}")
-            assert config.wire.gather == run.settings["gather"]
-            assert (config.wire.levels == "learned") == wire.endswith("learned")
+        assert (config.qsdp is None) == (wire == "fp32")
+        assert config.run.model == run.settings["model"]
+        assert config.run.batch_size * run.settings["ranks"] == quality.SEQUENCES
+        if config.qsdp is not None:
+            assert wire.startswith(f"w{config.qsdp.weight_bits}g{config.qsdp.grad_bits}")
+            assert config.qsdp.gather == run.settings["gather"]
+            assert (config.qsdp.levels == "learned") == wire.endswith("learned")
 
 
 def test_the_table_spans_all_bits_and_methods_and_seeds(load: Any, text: Path) -> None:

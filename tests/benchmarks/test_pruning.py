@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from qsdp import checkpoint
 from qsdp.commands.parsing import parse
-from qsdp.data import load_corpus
+from qsdp.data.corpus import load_corpus
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
 
@@ -95,15 +95,15 @@ def test_every_training_of_pruning_is_one_that_the_job_takes(
     for run in runs:
         config = parse(run.flags)
         settings = run.settings
-        assert config.passes == methods[settings["method"]].passes
-        assert config.method in ("AdamW", "SAM", "GMP", "CrAM", "AC/DC")
-        assert settings["method"].startswith(config.method.replace("/", "").lower())
-        assert config.batch_size * settings["ranks"] == sequences
-        assert (config.seed, config.steps) == (settings["seed"], settings["steps"])
-        assert config.seq_len == settings["seq_len"]
-        assert (config.wire is None) == (settings["wire"] == "stock")
-        if config.wire is not None:
-            assert settings["wire"] == f"{config.wire.weight_bits}-bit"
+        assert config.method.PASSES == methods[settings["method"]].passes
+        assert config.method.NAME in ("AdamW", "SAM", "GMP", "CrAM", "AC/DC")
+        assert settings["method"].startswith(config.method.NAME.replace("/", "").lower())
+        assert config.run.batch_size * settings["ranks"] == sequences
+        assert (config.run.seed, config.run.steps) == (settings["seed"], settings["steps"])
+        assert config.run.seq_len == settings["seq_len"]
+        assert (config.qsdp is None) == (settings["wire"] == "stock")
+        if config.qsdp is not None:
+            assert settings["wire"] == f"{config.qsdp.weight_bits}-bit"
 
 
 @pytest.mark.slow
@@ -112,7 +112,7 @@ def test_flags_for_tuning_reach_every_training_and_its_record(
 ) -> None:
     for run in a_plan(load, text, tmp_path, flags="--lr 0.005 --weight-decay 0"):
         config = parse(run.flags)
-        assert (config.lr, config.weight_decay) == (0.005, 0)
+        assert (config.run.lr, config.run.weight_decay) == (0.005, 0)
         assert run.settings["flags"][-4:] == ["--lr", "0.005", "--weight-decay", "0"]
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from qsdp.data import load_corpus
+from qsdp.data.corpus import load_corpus
 
 NAMES = ["fsdp-fp32", "ddp-fp32", "ddp-powersgd-fp32", "qsdp-w4g4-once-fp32"]
 

@@ -27,7 +27,7 @@ from qsdp import checkpoint
 from qsdp.checkpoint import metadata
 from qsdp.checkpoint.folders import sealed
 from qsdp.commands import compress, evaluate, train
-from qsdp.data import load_corpus
+from qsdp.data.corpus import load_corpus
 from qsdp.data.token_shards import read_shards
 from qsdp.export import load_export, read_mask
 from qsdp.models.load_safetensors import find_tensors

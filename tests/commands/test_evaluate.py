@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from qsdp.commands import compress, evaluate, train
-from qsdp.data import TokenRange, TokenShards
+from qsdp.data.token_shards import TokenRange, TokenShards
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.train import evaluate_targets
 from qsdp.train.config import TrainConfig
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_patterns_are_for_what_is_evaluated_whatever_the_run_compressed(tmp_path: Path) -> None:
-    run = TrainConfig(one_shot=("none",), qsdp_bits=8, batch_size=7).as_dict()
+    run = TrainConfig.of(one_shot=("none",), qsdp_bits=8, batch_size=7).as_dict()
     # As an older version took it: no run could have both now.
     run |= {"cram": True, "cram_sparsity": [0.5], "cram_targets": ["2:4"]}
     settings = _settings(tmp_path, run)

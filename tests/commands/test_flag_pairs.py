@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import cache
 from typing import Any, cast
 
@@ -19,12 +19,16 @@ from torch import nn
 from qsdp.codec.payload import Field
 from qsdp.comm.group_plan import Parameter, Plan
 from qsdp.config import QSDPConfig
+from qsdp.methods.acdc.optimizer import ACDC as ACDC_
 from qsdp.methods.acdc.schedule import ACDCSchedule
+from qsdp.methods.cram.optimizer import CrAM
+from qsdp.methods.gmp.optimizer import GMP as GMP_
 from qsdp.methods.gmp.schedule import GMPSchedule
+from qsdp.methods.registry import METHODS
+from qsdp.methods.sam.optimizer import SAM as SAM_
 from qsdp.train import parallelize
-from qsdp.train.config import TrainConfig
+from qsdp.train.config import TrainConfig, setting_types
 from qsdp.train.loop import learning_rate
-from qsdp.train.method_flags import METHODS
 
 Values = dict[str, Any]
 
@@ -246,8 +250,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Values]:
     def adamw(groups: Any, **options: Any) -> None:
         calls.append({"decays": [group["weight_decay"] for group in groups]} | options)
 
-    for name in ("CrAM", "SAM", "ACDC", "GMP"):
-        monkeypatch.setattr(parallelize, name, make(name))
+    for optimizer in (SAM_, CrAM, ACDC_, GMP_):
+        home = sys.modules[optimizer.__module__]
+        monkeypatch.setattr(home, optimizer.__name__, make(optimizer.__name__))
     monkeypatch.setattr(torch.optim, "AdamW", adamw)
     return calls
 
@@ -257,37 +262,37 @@ MODEL = nn.Linear(1, 1)
 
 def seen(values: Values, made: list[Values]) -> list[Any]:
     """All that a run of these settings reads of them."""
-    config = TrainConfig(**values)
+    config = TrainConfig.of(**values)
     made.clear()
     parallelize.make_optimizer(config, cast(Any, MODEL))
     optimizers = [dict(options) for options in made]
     for options in optimizers:
         if "schedule" in options:
             options["schedule"] = masked(options["schedule"])
-    has_patterns = bool(config.one_shot_targets)
-    rates = [learning_rate(config, step) for step in (0, 50, 99, 731, config.steps - 1)]
-    wire = None if config.wire is None else wired(config.wire)
-    has_errors = wire is not None and wire[1] and config.qsdp_errors
+    targets = config.compression.targets
+    rates = [learning_rate(config, step) for step in (0, 50, 99, 731, config.run.steps - 1)]
+    wire = None if config.qsdp is None else wired(config.qsdp)
+    has_errors = wire is not None and wire[1] and config.wire.qsdp_errors
     names = """model data tokenizer steps batch_size grad_accum seq_len seed precision replicas
         eval_every eval_batches save_every save_async keep resume backend timeout_s tensorboard
-        take_over clip_grad max_bad_steps out passes one_shot_targets"""
+        take_over clip_grad max_bad_steps out"""
     return [
-        *(getattr(config, name) for name in names.split()),
+        *(config.settings()[name] for name in names.split()),
         *(
-            config.qsdp_bits == "auto",
+            config.method.PASSES,
+            targets,
+            config.wire.qsdp_bits == "auto",
             optimizers,
             rates,
             wire,
             has_errors,
-            config.patterns if has_patterns else None,
+            config.compression.patterns if targets else None,
         ),
     ]
 
 
 def test_every_flag_has_a_sample() -> None:
-    assert {name for values, _ in SAMPLES.values() for name in values} == {
-        field.name for field in fields(TrainConfig)
-    }
+    assert {name for values, _ in SAMPLES.values() for name in values} == setting_types().keys()
     names = {name for pair in EXCLUDED for name in pair}
     assert names <= SAMPLES.keys()
 

@@ -19,12 +19,13 @@ from qsdp import checkpoint
 from qsdp.commands import evaluate
 from qsdp.commands.train import main
 from qsdp.common import atomic_files
-from qsdp.data import load_corpus, prepare_shards
+from qsdp.data.corpus import load_corpus
+from qsdp.data.tokenize_corpus import prepare_shards
+from qsdp.methods.acdc.flags import DENSE_TWIN
 from qsdp.models.gpt2.model import GPT
 from qsdp.models.huggingface.weights import export_huggingface, load_huggingface
 from qsdp.report import plots
 from qsdp.report.metrics import MetricsWriter
-from qsdp.train.history import DENSE_TWIN
 from qsdp.train.trained_model import open_source
 from tests.support.bad_inputs import TEXT
 from tests.support.file_operations import debris, tree

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from qsdp import checkpoint
 from qsdp.common import atomic_files
-from qsdp.data import prepare_shards
+from qsdp.data.tokenize_corpus import prepare_shards
 from qsdp.export import export_compressed
 from qsdp.models.huggingface.weights import export_huggingface, load_huggingface
 from qsdp.report import plots

@@ -6,7 +6,7 @@ import numpy as np
 
 from qsdp.codec.rounding import Key
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
-from qsdp.data import Batches
+from qsdp.data.batches import Batches
 from qsdp.methods.cram.optimizer import draw
 
 # The first numbers of SplitMix64 with seed 1234567, as other implementations give them.

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from qsdp import checkpoint
 from qsdp.checkpoint import folders
 from qsdp.common import atomic_files
-from qsdp.data import load_corpus, prepare_shards
+from qsdp.data.corpus import load_corpus
+from qsdp.data.tokenize_corpus import prepare_shards
 from qsdp.export import export_compressed
 from qsdp.sparsity.compression_target import Compression
 from tests.support.file_operations import Child, barrier, debris, killed, tree

@@ -14,17 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from qsdp.data import (
-    Batches,
-    TokenShards,
-    eval_batches,
-    load_corpus,
-    load_tokenizer,
-    prepare_shards,
-    tokenize_corpus,
-    tokenizer_from_json,
-)
-from qsdp.data.tokenizer import TokenArray
+from qsdp.data import tokenize_corpus
+from qsdp.data.batches import Batches, eval_batches
+from qsdp.data.corpus import load_corpus
+from qsdp.data.token_shards import TokenShards
+from qsdp.data.tokenize_corpus import prepare_shards
+from qsdp.data.tokenizer import TokenArray, load_tokenizer, tokenizer_from_json
 from tests.support import patience
 from tests.support.bad_inputs import DEEP
 

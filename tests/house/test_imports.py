@@ -37,7 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("checkpoint", "codec", "comm", "data", "export", "methods", "models", "ops"),
         *("report", "sparsity", ""),
     },
-    "commands": {"codec", "comm", "data", "export", "models", "ops", "sparsity", "train", ""},
+    "commands": {
+        *("codec", "comm", "data", "export", "methods", "models", "ops", "sparsity", "train", "")
+    },
     # Rooms to come.
     "integrations": {"fsdp", "methods", "export", ""},
     "oneshot": {"checkpoint", "ops", "sparsity"},

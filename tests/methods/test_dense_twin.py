@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from qsdp.checkpoint import TensorReader, latest, read_meta, verify
 from qsdp.commands import train
+from qsdp.methods.acdc.flags import DENSE_TWIN
 from qsdp.models.gpt2.model import GPT
 from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.train import loop
-from qsdp.train.history import DENSE_TWIN
 from qsdp.train.job import Job
 from qsdp.train.trained_model import open_source
 from qsdp.train.validate import Evaluator

@@ -71,7 +71,7 @@ def test_the_computation_is_that_of_the_whole_batch_and_draws_no_numbers(
     monkeypatch.setattr(machine_speed, "_passes", passes)
     monkeypatch.setattr(machine_speed, "_grown", watched)
     monkeypatch.setattr(machine_speed, "COMPUTE_S", limit_s)
-    config = TrainConfig(batch_size=batch, seq_len=64)
+    config = TrainConfig.of(batch_size=batch, seq_len=64)
     state = torch.get_rng_state()
     found = machine_speed.computation_s(config, SIZE, CPU)
     assert torch.equal(torch.get_rng_state(), state)

@@ -16,7 +16,7 @@ import torch
 from qsdp import checkpoint
 from qsdp.checkpoint import folders
 from qsdp.train import history as results
-from qsdp.train.dense_twin import kept_loss
+from qsdp.train.kept_model import KeptModel
 from qsdp.train.world import World
 from tests.support.linear_model import make
 
@@ -111,7 +111,7 @@ def test_what_is_of_the_new_history_stays_whenever_the_rest_goes(
         with pytest.raises(OSError, match="busy"):
             run.settle()
     run.is_beside = True
-    assert (twin := run.latest_twin()) is not None
+    assert (twin := run.latest_kept("dense-twin")) is not None
     assert twin.name == "step-00000003"
     (out / "summary.json").write_text(json.dumps({"history": OTHER}))
     assert "summary.json" not in results.commit(out, OTHER, 0)
@@ -148,15 +148,15 @@ def test_ranks_read_together_what_one_alone_would_read_for_long(
     mesh: Any = None
     world = World(0, 1, torch.device("cpu"), "gloo", mesh)
     twin = out / "dense-twin" / "step-00000002"
-    outcome: Any = SimpleNamespace(latest_twin=lambda damaged: None if damaged else twin)
-    job: Any = SimpleNamespace(
-        world=world, results=outcome, damaged=set(), has_twin=False, out=out, why_no_twin=""
+    outcome: Any = SimpleNamespace(
+        latest_kept=lambda folder, damaged: None if damaged else twin, out=out
     )
-    assert kept_loss(job) is None
-    assert "states no validation loss" in job.why_no_twin
+    kept = KeptModel("dense-twin", world, outcome, set(), Mock())
+    assert kept.loss() is None
+    assert "states no validation loss" in kept.why_none
     (twin / ".metadata").unlink()
-    assert kept_loss(job) is None
-    assert job.damaged == {twin.resolve()}
+    assert kept.loss() is None
+    assert kept.damaged == {twin.resolve()}
     removed, went_on_from = results.recover(out, world)
     assert (len(removed), went_on_from) == (3, 0)
     assert {str(path) for path in read} == {TWO[1], "checkpoints/step-00000003"}

@@ -13,7 +13,7 @@ from qsdp.train.world import World
 
 
 def check(num_ranks: int, **flags: Any) -> None:
-    config = TrainConfig(model="nano", **flags)
+    config = TrainConfig.of(model="nano", **flags)
     mesh: Any = None
     world = World(0, num_ranks, torch.device("cpu"), "gloo", mesh)
     check_replicas(config, world)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
-from qsdp.train.config import TrainConfig
+from qsdp.train.config import TrainConfig, setting_types
 
 # Another value of every setting; what changes no number is in the second.
 CHANGES: dict[str, Any] = {
@@ -91,22 +90,22 @@ def test_every_setting_is_part_of_a_run_or_changes_no_number() -> None:
     told = {*CHANGES, *NO_CHANGES, *OF_A_METHOD, *OF_THE_WIRE}
     # Both need two others, which are told.
     told |= {"qsdp_level_steps", "qsdp_warmup_bits", "qsdp_errors"}
-    assert told == {field.name for field in fields(TrainConfig)}
-    plain, coded = TrainConfig(), TrainConfig(qsdp_bits=4)
+    assert told == setting_types().keys()
+    plain, coded = TrainConfig(), TrainConfig.of(qsdp_bits=4)
     pairs = [(plain, {name: value}) for name, value in CHANGES.items()]
     pairs += [(coded, {name: value}) for name, value in OF_THE_WIRE.items()]
     for name, (method, value) in OF_A_METHOD.items():
         chosen = {method: value if method == "qsdp_bits" else True}
-        pairs.append((TrainConfig(**chosen), {name: True if name == "cram" else value}))
+        pairs.append((TrainConfig.of(**chosen), {name: True if name == "cram" else value}))
     for config, change in pairs:
-        other = replace(config, **change)
+        other = config.changed(**change)
         assert other.identity != config.identity, change
         assert other.out_dir != config.out_dir, change
     for name, value in NO_CHANGES.items():
-        assert replace(plain, **{name: value}).identity == plain.identity, name
-    assert replace(coded, qsdp_errors=True).identity == coded.identity
+        assert plain.changed(**{name: value}).identity == plain.identity, name
+    assert coded.changed(qsdp_errors=True).identity == coded.identity
     for name in ("data", "tokenizer"):
-        assert replace(plain, **{name: "else"}).out_dir != plain.out_dir
+        assert plain.changed(**{name: "else"}).out_dir != plain.out_dir
 
 
 @pytest.mark.parametrize(
@@ -121,15 +120,15 @@ def test_every_setting_is_part_of_a_run_or_changes_no_number() -> None:
     ],
 )
 def test_the_same_run_may_be_spelled_in_several_ways(one: Any, other: Any) -> None:
-    assert TrainConfig(**one).identity == TrainConfig(**other).identity
+    assert TrainConfig.of(**one).identity == TrainConfig.of(**other).identity
 
 
 def test_what_auto_comes_to_is_the_same_run_as_if_given_by_hand() -> None:
-    auto = TrainConfig(qsdp_bits="auto")
+    auto = TrainConfig.of(qsdp_bits="auto")
     chosen = auto.resolved({"qsdp_bits": 4, "qsdp_gather": "once"})
-    by_hand = TrainConfig(qsdp_bits=4, qsdp_gather="once")
+    by_hand = TrainConfig.of(qsdp_bits=4, qsdp_gather="once")
     assert chosen.identity == by_hand.identity
-    assert (chosen.out_dir, chosen.wire) == (auto.out_dir, by_hand.wire)
+    assert (chosen.out_dir, chosen.qsdp) == (auto.out_dir, by_hand.qsdp)
     assert auto.resolved({"qsdp_bits": None}).identity == TrainConfig().identity
-    folders = {str(c.out_dir) for c in (auto, by_hand, TrainConfig(), TrainConfig(qsdp_bits=8))}
+    folders = {str(c.out_dir) for c in (auto, by_hand, TrainConfig(), TrainConfig.of(qsdp_bits=8))}
     assert len(folders) == 4

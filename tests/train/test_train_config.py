@@ -10,6 +10,7 @@ import pytest
 from qsdp.commands.parsing import parse
 from qsdp.common.user_errors import UserError
 from qsdp.config import QSDPConfig
+from qsdp.methods.cram.flags import CrAMFlags
 from qsdp.models.gpt2.config import PRESETS
 from qsdp.train.config import TrainConfig
 from qsdp.train.config_file import read_config_file
@@ -31,33 +32,33 @@ FULL_WIRE = [
 def test_every_model_preset_has_a_recipe_that_its_context_allows() -> None:
     assert RECIPES.keys() == PRESETS.keys()
     for model in RECIPES:
-        assert parse(["--model", model]).seq_len <= PRESETS[model]["context"]
+        assert parse(["--model", model]).run.seq_len <= PRESETS[model]["context"]
 
 
 def test_unset_flags_take_the_values_of_the_models_preset() -> None:
     config = parse(["--model", "gpt2-medium"])
-    assert (config.lr, config.batch_size) == (3e-4, 8)
-    assert config.last_lr == pytest.approx(3e-5)
-    assert (parse([]).lr, parse([]).last_lr) == (1e-3, 1e-4)
+    assert (config.run.lr, config.run.batch_size) == (3e-4, 8)
+    assert config.run.last_lr == pytest.approx(3e-5)
+    assert (parse([]).run.lr, parse([]).run.last_lr) == (1e-3, 1e-4)
 
 
 def test_an_unset_minimum_follows_the_learning_rate(tmp_path: Path) -> None:
     config = parse(["--lr", "5e-5"])
-    assert config.last_lr == pytest.approx(5e-6)
+    assert config.run.last_lr == pytest.approx(5e-6)
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml(), encoding="utf-8")
-    assert parse(["--config", str(file), "--lr", "1e-6"]).last_lr == pytest.approx(1e-7)
-    assert parse(["--lr", "5e-5", "--min-lr", "0"]).last_lr == 0
+    assert parse(["--config", str(file), "--lr", "1e-6"]).run.last_lr == pytest.approx(1e-7)
+    assert parse(["--lr", "5e-5", "--min-lr", "0"]).run.last_lr == 0
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('model = "gpt2"\nlr = 1\nsteps = 7\ncram = true\ncram-sparsity = [0.25, 0.5]\n')
     config = parse(["--config", str(file), "--steps", "9"])
-    assert (config.model, config.lr, config.steps) == ("gpt2", 1.0, 9)
-    assert config.cram_sparsity == (0.25, 0.5)
-    assert config.seq_len == 1024
-    assert parse([f"--config={file}", "--model=nano"]).seq_len == 64
+    assert (config.run.model, config.run.lr, config.run.steps) == ("gpt2", 1.0, 9)
+    assert config.settings()["cram_sparsity"] == (0.25, 0.5)
+    assert config.run.seq_len == 1024
+    assert parse([f"--config={file}", "--model=nano"]).run.seq_len == 64
 
 
 def test_a_written_configuration_reads_back_as_itself(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_a_written_configuration_reads_back_as_itself(tmp_path: Path) -> None:
 def test_a_written_configuration_does_not_begin_anew_by_itself(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(parse(["--resume", "none"]).to_toml(), encoding="utf-8")
-    assert parse(["--config", str(file)]).resume == "auto"
+    assert parse(["--config", str(file)]).output.resume == "auto"
 
 
 @pytest.mark.parametrize("name", ["\U0001f702", 'a\x7f\x01\t"\\b', "é\u2028", "out"])
@@ -103,7 +104,7 @@ def test_a_flag_for_bits_wins_over_a_files_bits_that_it_stands_in_place_of(
 ) -> None:
     file = tmp_path / "config.toml"
     file.write_text("qsdp_bits = 6\nqsdp_grad_bits = 2\n")
-    wire = parse(["--config", str(file), *flags]).wire
+    wire = parse(["--config", str(file), *flags]).qsdp
     assert wire is not None
     assert (wire.weight_bits, wire.grad_bits) == bits
 
@@ -122,7 +123,7 @@ def test_auto_as_a_flag_chooses_anew_whatever_a_file_says_of_what_it_chooses(
     file = tmp_path / "config.toml"
     file.write_text(f"out = 'there'\n{given}")
     flags = ["--config", str(file), "--qsdp-bits", "auto"]
-    assert parse(flags) == TrainConfig(qsdp_bits="auto", out="there")
+    assert parse(flags) == TrainConfig.of(qsdp_bits="auto", out="there")
     for more in ("qsdp_levels = 'learned'", "qsdp_budget = 3.0", "qsdp_errors = true"):
         file.write_text(f"{more}\n{given.replace('qsdp_errors = false', '')}")
         name = more.partition(" ")[0]
@@ -144,16 +145,18 @@ def test_a_flag_for_targets_wins_over_a_files_sparsities_and_the_other_way(
 ) -> None:
     file = tmp_path / "config.toml"
     file.write_text(given)
-    assert [*map(str, parse(["--config", str(file), *flags]).targets)] == targets
+    method = parse(["--config", str(file), *flags]).method
+    assert isinstance(method, CrAMFlags)
+    assert [*map(str, method.targets)] == targets
 
 
 def test_cram_alone_is_cram_plus_multi_as_published() -> None:
-    config = parse(["--cram"])
-    assert config.cram
-    assert config.cram_plus
-    assert config.cram_sparsity == (0.5, 0.7, 0.9)
-    assert config.cram_rho == 0.05
-    assert not parse(["--cram", "--no-cram-plus"]).cram_plus
+    method = parse(["--cram"]).method
+    assert isinstance(method, CrAMFlags)
+    assert method.cram_plus
+    assert method.cram_sparsity == (0.5, 0.7, 0.9)
+    assert method.cram_rho == 0.05
+    assert not parse(["--cram", "--no-cram-plus"]).settings()["cram_plus"]
 
 
 @pytest.mark.parametrize(
@@ -169,19 +172,19 @@ def test_cram_alone_is_cram_plus_multi_as_published() -> None:
 def test_bits_are_set_together_or_by_direction(
     flags: list[str], bits: tuple[int, int] | None
 ) -> None:
-    wire = parse(flags).wire
+    wire = parse(flags).qsdp
     assert bits == (None if wire is None else (wire.weight_bits, wire.grad_bits))
 
 
 def test_four_bits_alone_take_the_best_setting_that_the_wire_knows() -> None:
-    assert parse(["--qsdp-bits", "4", "--seed", "3"]).wire == QSDPConfig(
+    assert parse(["--qsdp-bits", "4", "--seed", "3"]).qsdp == QSDPConfig(
         weight_bits=4, grad_bits=4, seed=3
     )
 
 
 def test_every_flag_of_the_wire_reaches_its_config(tmp_path: Path) -> None:
     config = parse([*FULL_WIRE, "--out", "here"])
-    assert config.wire == QSDPConfig(
+    assert config.qsdp == QSDPConfig(
         weight_bits=5,
         grad_bits=4,
         embedding_bits=7,
@@ -199,23 +202,23 @@ def test_every_flag_of_the_wire_reaches_its_config(tmp_path: Path) -> None:
         ranks_per_node=2,
         seed=0,
     )
-    assert (config.replicas, config.qsdp_errors) == (2, True)
+    assert (config.run.replicas, config.wire.qsdp_errors) == (2, True)
     # A field that no flag sets would be out of reach here, and a flag that sets none is missing.
     settings = {field.name for field in fields(QSDPConfig)} - {"seed"}
     flags = {field.name.removeprefix("qsdp_") for field in fields(WireFlags)} - {"bits", "errors"}
     assert settings == flags
-    assert all(getattr(config.wire, name) != getattr(QSDPConfig(), name) for name in settings)
+    assert all(getattr(config.qsdp, name) != getattr(QSDPConfig(), name) for name in settings)
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml(), encoding="utf-8")
     assert parse(["--config", str(file)]) == config
 
 
 def test_a_budget_alone_measures_at_8_bits() -> None:
-    assert parse(["--qsdp-budget", "3"]).wire == QSDPConfig(budget=3.0)
-    assert parse(["--qsdp-budget", "3", "--qsdp-gather", "once"]).wire == QSDPConfig(
+    assert parse(["--qsdp-budget", "3"]).qsdp == QSDPConfig(budget=3.0)
+    assert parse(["--qsdp-budget", "3", "--qsdp-gather", "once"]).qsdp == QSDPConfig(
         budget=3.0, gather="once"
     )
-    assert parse(["--qsdp-budget", "3", "--qsdp-bits", "5"]).wire == QSDPConfig(
+    assert parse(["--qsdp-budget", "3", "--qsdp-bits", "5"]).qsdp == QSDPConfig(
         weight_bits=5, grad_bits=5, budget=3.0
     )
 
@@ -224,20 +227,20 @@ def test_auto_is_taken_as_a_flag_and_from_a_file_and_has_no_wire_yet(tmp_path: P
     file = tmp_path / "config.toml"
     file.write_text(parse(["--qsdp-bits", "auto"]).to_toml(), encoding="utf-8")
     for config in (parse(["--qsdp-bits=auto"]), parse(["--config", str(file)])):
-        assert (config.qsdp_bits, config.wire, config.out_dir.name.split("-")[2]) == (
+        assert (config.wire.qsdp_bits, config.qsdp, config.out_dir.name.split("-")[2]) == (
             *("auto", None, "auto"),
         )
-    assert parse(["--config", str(file), "--qsdp-bits", "4"]).qsdp_bits == 4
+    assert parse(["--config", str(file), "--qsdp-bits", "4"]).wire.qsdp_bits == 4
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(WireFlags)])
 def test_no_flag_of_the_wire_is_ignored_under_stock_fsdp2(field: str) -> None:
-    value = getattr(parse(FULL_WIRE), field)
+    value = parse(FULL_WIRE).settings()[field]
     if field in ("qsdp_bits", "qsdp_weight_bits", "qsdp_grad_bits", "qsdp_budget"):
-        assert TrainConfig(**{field: value or 8}).wire is not None
+        assert TrainConfig.of(**{field: value or 8}).qsdp is not None
         return
     with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} is given without"):
-        TrainConfig(**{field: value})
+        TrainConfig.of(**{field: value})
 
 
 @pytest.mark.parametrize(
@@ -255,7 +258,7 @@ def test_a_policy_is_read_as_written(text: str, policy: object) -> None:
 @pytest.mark.parametrize("text", ["", "a", "=4", "a=", "a=4/", "a=/4", "a=4,", "a=-4", "a=4.0"])
 def test_half_a_policy_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"--qsdp-policy holds '.*'; give PATTERN=BITS"):
-        TrainConfig(qsdp_bits=8, qsdp_policy=text)
+        TrainConfig.of(qsdp_bits=8, qsdp_policy=text)
 
 
 def test_runs_that_differ_in_wire_optimizer_or_seed_get_folders_of_their_own() -> None:
@@ -313,7 +316,7 @@ def test_a_file_with_a_mistake_is_refused_by_name(tmp_path: Path, text: str, sai
 
 @pytest.mark.parametrize(("warmup", "steps"), [(10, 100), (0, 5), (100, 100), (1000, 20), (4, 5)])
 def test_the_learning_rate_warms_up_then_falls_to_its_minimum(warmup: int, steps: int) -> None:
-    config = TrainConfig(warmup_steps=warmup, steps=steps, lr=1e-2)  # to a tenth
+    config = TrainConfig.of(warmup_steps=warmup, steps=steps, lr=1e-2)  # to a tenth
     rates = [learning_rate(config, step) for step in range(steps)]
     assert all(0 < rate <= 1e-2 for rate in rates)
     rising = rates[:warmup]

@@ -49,7 +49,7 @@ def here() -> World:
 
 
 def measured_there(node: int) -> Measured:
-    config = TrainConfig(model="tiny", seq_len=16, batch_size=2, qsdp_bits="auto")
+    config = TrainConfig.of(model="tiny", seq_len=16, batch_size=2, qsdp_bits="auto")
     threads, rank = torch.get_num_threads(), dist.get_rank()
     states = torch.get_rng_state(), random.getstate()
     with (
@@ -89,7 +89,7 @@ def test_all_ranks_measure_the_same_and_leave_nothing_behind(
 
 def sent_and_predicted(precision: str, bits: int) -> tuple[Any, Any]:
     """(direction, bytes) of each payload to another rank in a step, and how often `_sizes` says."""
-    config = TrainConfig(model="tiny", precision=precision, qsdp_bits=bits)
+    config = TrainConfig.of(model="tiny", precision=precision, qsdp_bits=bits)
     world = here()
     sharded = build(config, SIZE, world)
     model, handle = sharded.model, sharded.handle
@@ -105,7 +105,7 @@ def sent_and_predicted(precision: str, bits: int) -> tuple[Any, Any]:
     with mock.patch.object(Traffic, "sent", seen):
         model(tokens, tokens)[1].backward()
     assert handle is not None
-    sizes = choose._sizes(config, SIZE, {bits: config.wire}, world.mesh.get_group())
+    sizes = choose._sizes(config, SIZE, {bits: config.qsdp}, world.mesh.get_group())
     root, block = sizes["root"], sizes["block"]
     predicted = Counter(
         {
@@ -135,7 +135,7 @@ def test_the_sizes_are_those_that_a_step_sends(run: Run) -> None:
 
 def told(folder: Path) -> None:
     """In each part of measuring one rank is told to end: what comes next is not begun."""
-    config = TrainConfig(
+    config = TrainConfig.of(
         model="tiny",
         data=str(folder / "text.txt"),
         out=str(folder / "told"),
@@ -195,7 +195,7 @@ def trained(config: TrainConfig, num_steps: int) -> tuple[Job, list[float]]:
 
 def go_on(folder: Path) -> None:
     def config(name: str, **flags: Any) -> TrainConfig:
-        return TrainConfig(
+        return TrainConfig.of(
             data=str(folder / "text.txt"),
             out=str(folder / name),
             **{"model": "tiny", "steps": 9, "seq_len": 16, "batch_size": 2, "eval_batches": 1}
@@ -230,7 +230,7 @@ def go_on(folder: Path) -> None:
         for flags in (auto, by_hand, auto):
             again, _ = trained(config("auto", **flags), 1)
             assert again.choice == first.choice
-            assert again.config.wire == other.config.wire
+            assert again.config.qsdp == other.config.qsdp
         assert again.steps_done == 5
         source = str(folder / "auto" / "checkpoints")
         elsewhere, _ = trained(config("elsewhere", **auto, resume=source), 1)

@@ -70,7 +70,7 @@ def compare(folder: Path, options: dict[str, Any]) -> None:
 def compare_steps(folder: Path, options: dict[str, Any], held: ExitStack) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     world = World(rank, size, torch.device("cpu"), "gloo", init_device_mesh("cpu", (size,)))
-    config = TrainConfig(
+    config = TrainConfig.of(
         data=str(folder / "text.txt"),
         out=str(folder / "out"),
         **{"model": "tiny", "steps": 9, "seq_len": 16, "batch_size": 2, "eval_batches": 3}

@@ -132,8 +132,6 @@ class CrAM(OptimizerWrapper):
         for target in self.targets:
             self.prunable.check(target)
         self._warn_of_missing()
-        self.last_target: Compression | None = None
-        self.last_grad_norm: float | None = None
 
     @property
     def pruned(self) -> float:

@@ -186,8 +186,8 @@ def measure(config: TrainConfig, size: GPTConfig, world: World) -> Measured:
         ranks_per_node=1 if hops is None else hops.ranks_per_node,
         has_streams=world.backend == "nccl",
         num_blocks=size.num_layers,
-        passes=config.passes,
-        micro_batches=config.grad_accum,
+        passes=config.method.PASSES,
+        micro_batches=config.run.grad_accum,
         root=Group(**sizes["root"], forward_s=own[2], backward_s=own[3]),
         block=Group(**sizes["block"], forward_s=own[0], backward_s=own[1]),
         free_bytes=None if math.isinf(free) else int(-free),
@@ -223,7 +223,7 @@ def _sizes(
     """Of the root's group and a block's: what `Group` holds, but for the computation."""
     with torch.device("meta"):
         model = GPT(replace(size, num_layers=1))
-    dtype = of_precision(config.precision)
+    dtype = of_precision(config.run.precision)
     found: dict[str, dict[str, Any]] = {}
     for part in ("root", "block"):
         facts: dict[str, Any] = {"gather_bytes": {}, "reduce_bytes": {}, "local_bytes": 0}

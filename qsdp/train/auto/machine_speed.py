@@ -49,7 +49,7 @@ def computation_s(
     """Seconds of a forward and of a backward pass of one block, and of the model without blocks,
     on a micro-batch of this rank. Takes about `COMPUTE_S` at most, but for the first call of
     each."""
-    dtype = of_precision(config.precision)
+    dtype = of_precision(config.run.precision)
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         root = GPT(replace(size, num_layers=1))
@@ -73,7 +73,7 @@ def computation_s(
 
     # Dropout would draw from torch's own generators.
     with torch.random.fork_rng([] if device.type == "cpu" else [device.index]):
-        whole = config.batch_size, config.seq_len
+        whole = config.run.batch_size, config.run.seq_len
         rest = _grown(of_root, *whole, COMPUTE_S / 3)
         return _grown(of_block, *whole, 2 * COMPUTE_S / 3), rest
 

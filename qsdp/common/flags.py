@@ -1,0 +1,30 @@
+"""Groups of settings, whose fields are the flags of a command line. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+def flag(name: str) -> str:
+    """The flag of the field ``name``."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """A group of settings. The flags of all groups of a command are one list: no name of a field
+    stands in two of them."""
+
+    def values(self) -> dict[str, Any]:
+        """All fields, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def require(self, name: str, holds: bool, allowed: str) -> None:
+        """Raise ValueError, which says what is ``allowed``, unless the field's value ``holds``."""
+        if not holds:
+            raise ValueError(f"{flag(name)} is {getattr(self, name)!r}; {allowed}.")
+
+    def as_given(self, name: str) -> str:
+        """The flag that gave the field ``name`` its value."""
+        return f"--{'no-' if getattr(self, name) is False else ''}{flag(name)[2:]}"

@@ -1,0 +1,74 @@
+"""The training methods, by the field that chooses each. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from functools import cache
+from importlib import import_module
+
+from qsdp.common.flags import flag
+from qsdp.methods.method import Method
+
+METHODS = {
+    "cram": "qsdp.methods.cram.flags",
+    "acdc": "qsdp.methods.acdc.flags",
+    "gmp": "qsdp.methods.gmp.flags",
+    "sam": "qsdp.methods.sam.flags",
+}
+"""Modules whose `METHOD` is a class of flags."""
+
+
+@cache
+def method_classes() -> dict[str, type[Method]]:
+    """The flags of each method. Raises ValueError for one whose flags are not named after it."""
+    found = {key: import_module(module).METHOD for key, module in METHODS.items()}
+    for key, method in found.items():
+        names = [field.name for field in fields(method)]
+        odd = [name for name in names if name != key and not name.startswith(f"{key}_")]
+        if method.KEY != key or key not in names or odd:
+            raise ValueError(
+                f"the method {key!r} has KEY {method.KEY!r} and the fields {', '.join(names)}; "
+                f"name its fields {key} and {key}_..., and its KEY {key!r}"
+            )
+    return found
+
+
+def unchosen() -> tuple[Method, ...]:
+    """All methods, none of which is chosen."""
+    return tuple(method() for method in method_classes().values())
+
+
+def chosen(methods: Sequence[Method]) -> Method:
+    """The one that is chosen; plain AdamW where none is."""
+    return next((method for method in methods if method.is_chosen), Method())
+
+
+def check_methods(methods: Sequence[Method], steps: int) -> None:
+    """Raise ValueError, naming the flag, for what no run of ``steps`` can have."""
+    keys = [method.KEY for method in methods if method.is_chosen]
+    if len(keys) > 1:
+        raise ValueError(f"{flag(keys[0])} and {flag(keys[1])} are both given; choose one method.")
+    for method in methods:
+        for name, value in method.values().items():
+            method.require(name, value not in ("", ()), "give a value, or leave it out")
+        method.check_values()
+    check_heeded(methods)
+    chosen(methods).check_run(steps)
+
+
+def check_heeded(methods: Sequence[Method], given: Iterable[str] | None = None) -> None:
+    """Raise ValueError if a field that was ``given`` has no effect; see `Method.check_heeded`.
+    Unset: those that are not as they are by default."""
+    for method in methods:
+        method.check_heeded(method.given if given is None else given)
+
+
+def replaced() -> dict[str, str]:
+    """Fields of all methods by others that stand in place of them."""
+    return {old: new for method in method_classes().values() for old, new in method.INSTEAD.items()}
+
+
+def kept_folders() -> tuple[str, ...]:
+    """Folders of results in which methods keep models."""
+    return tuple(name for method in method_classes().values() for name in method.FOLDERS)
