@@ -65,9 +65,9 @@ from benchmarks.support.runs import (
 from qsdp import checkpoint
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
+from qsdp.models.registry import presets
 from qsdp.train.config import TrainConfig
 from qsdp.train.history import DENSE_TWIN as TWIN
-from qsdp.train.recipes import RECIPES
 
 STEPS = 1000
 EVAL_BATCHES = 75  # about half of nano's validation split
@@ -170,7 +170,7 @@ def plan(options: Options, texts: Texts) -> list[Run]:
     common = {
         "model": preset.model,
         "ranks": ranks,
-        "seq_len": RECIPES[preset.model].get("seq_len", TrainConfig.seq_len),
+        "seq_len": presets()[preset.model].get("seq_len", TrainConfig.seq_len),
         "data": "+".join(path.name for path in options.data),
         "data_sha256": texts.sha256,
         "parameters": count_parameters(preset.model, texts.vocab_size),

@@ -40,8 +40,8 @@ from benchmarks.support.runs import (
 from qsdp.data import load_corpus
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
+from qsdp.models.registry import presets
 from qsdp.train.config import TrainConfig
-from qsdp.train.recipes import RECIPES
 
 BYTES_STEPS = 3
 
@@ -138,7 +138,7 @@ def plan(options: Options) -> list[Run]:
         raise Mistake(f"--jobs is {options.jobs}; choose 1 or more")
     if not options.data.is_file():
         raise Mistake(f"--data {options.data} is no file; give a text")
-    steps = options.steps or RECIPES[preset.model].get("steps", TrainConfig.steps)
+    steps = options.steps or presets()[preset.model].get("steps", TrainConfig.steps)
     common = {
         "model": preset.model,
         "ranks": options.ranks,

@@ -14,10 +14,10 @@ from typing import Any, TypeVar, get_type_hints
 
 from qsdp.common.printing import flush_output, forgiving_output
 from qsdp.common.user_errors import UserError, sentence
+from qsdp.models.registry import presets
 from qsdp.train.config import TrainConfig
 from qsdp.train.config_file import FILE_TYPES, LISTS, OR_AUTO, read_config_file
 from qsdp.train.method_flags import INSTEAD
-from qsdp.train.recipes import RECIPES
 from qsdp.train.wire_flags import AUTO, BITS_OF_ONE_DIRECTION, CHOSEN, WireFlags
 
 T = TypeVar("T")
@@ -40,8 +40,8 @@ _NUMBERS: dict[Any, Callable[[str], object]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CommandLine(TrainConfig):
-    """Train a GPT with FSDP2, optionally with a quantized wire (QSDP) and a method that makes the
-    model compress well: CrAM, AC/DC, gradual pruning.
+    """Train a language model with FSDP2, optionally with a quantized wire (QSDP) and a method that
+    makes the model compress well: CrAM, AC/DC, gradual pruning.
 
     Runs under torchrun, or alone as a world of one."""
 
@@ -72,8 +72,8 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     if known.qsdp_bits == AUTO:
         _leave_to_auto(known.config, from_file, given)
     model = known.model or from_file.get("model", TrainConfig.model)
-    # An unknown model has no recipe; the check comes below, with all other checks.
-    defaults = CommandLine(**{"model": model} | RECIPES.get(model, {}) | from_file)
+    # An unknown model has no defaults; the check comes below, with all other checks.
+    defaults = CommandLine(**{"model": model} | presets().get(model, {}) | from_file)
     arguments = _parse_flags(argv, defaults)
     values = {field.name: getattr(arguments, field.name) for field in fields(TrainConfig)}
     try:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from qsdp.config import QSDPConfig
+from qsdp.models.registry import presets
 from qsdp.sparsity.compression_target import Compression
 from qsdp.train.method_flags import MethodFlags
-from qsdp.train.recipes import RECIPES
 from qsdp.train.run_flags import RunFlags
 from qsdp.train.wire_flags import AUTO, WireFlags, flag
 
@@ -40,7 +40,8 @@ _NO_PATHS = ("stdlib", "char", "byte")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(WireFlags, MethodFlags, RunFlags):
-    """Train a GPT with FSDP2, optionally with a quantized wire (QSDP) and a model that compresses.
+    """Train a language model with FSDP2, optionally with a quantized wire (QSDP) and a method that
+    makes it compress.
 
     Raises ValueError, in one sentence, for a value that no run can have.
     """
@@ -53,8 +54,8 @@ class TrainConfig(WireFlags, MethodFlags, RunFlags):
     """Also write TensorBoard events to OUT/tensorboard."""
 
     def __post_init__(self) -> None:
-        if self.model not in RECIPES:
-            raise ValueError(f"--model is {self.model!r}; choose one of {', '.join(RECIPES)}.")
+        if self.model not in presets():
+            raise ValueError(f"--model is {self.model!r}; choose one of {', '.join(presets())}.")
         for name in (
             *("steps", "batch_size", "grad_accum", "seq_len"),
             *("replicas", "eval_batches", "keep", "max_bad_steps"),

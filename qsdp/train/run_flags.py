@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from qsdp.models.registry import DEFAULT_PRESET, presets
+
+_MODEL = f"Model preset: {', '.join(presets())}. The other flags' defaults depend on it."
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFlags:
     """What is trained, on what, for how long, and where the results go."""
 
-    model: str = "nano"
-    """Model preset: nano, mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt-1.3b, or tiny, which
-    learns little but soon ends. The other flags' defaults depend on it."""
+    model: Annotated[str, tyro.conf.arg(help=_MODEL)] = DEFAULT_PRESET
 
     data: str = "stdlib"
     """What to train on: `stdlib` (the sources of the Python standard library), a text file, or a
