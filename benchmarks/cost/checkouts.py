@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="for each of the two")
     parser.add_argument("--steps", type=int, default=10, help="a round")
     parser.add_argument(
-        "--preset", default="nano", help="the model; see qsdp/models/gpt2/config.py"
+        "--preset", default="nano", help="the model; see qsdp/models/gpt2/presets.py"
     )
     parser.add_argument("--method", choices=["AdamW", "CrAM"], default="AdamW")
     parser.add_argument("--gather", choices=["twice", "once"], default="twice")

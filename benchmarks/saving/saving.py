@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", default="mini", help="preset of GPTConfig, models/gpt2/config.py"
+        "--model", default="mini", help="preset of GPTConfig, models/gpt2/presets.py"
     )
     parser.add_argument("--rounds", type=int, default=7, help="saves of each kind")
     parser.add_argument("--tokens", type=int, default=128, help="a rank and step, at least 2")

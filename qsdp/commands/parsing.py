@@ -16,9 +16,9 @@ from qsdp.common.flags import flag
 from qsdp.common.printing import flush_output, forgiving_output
 from qsdp.common.user_errors import UserError, sentence
 from qsdp.methods.registry import check_heeded, replaced
+from qsdp.models.registry import presets
 from qsdp.train.config import TrainConfig, all_groups, names_of, setting_types
 from qsdp.train.config_file import FILE_TYPES, LISTS, OR_AUTO, read_config_file
-from qsdp.train.recipes import RECIPES
 from qsdp.train.run_flags import RunFlags
 from qsdp.train.wire_flags import AUTO, BITS_OF_ONE_DIRECTION, CHOSEN, WireFlags
 
@@ -59,8 +59,8 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     if known.qsdp_bits == AUTO:
         _leave_to_auto(known.config, from_file, given)
     model = known.model or from_file.get("model", RunFlags.model)
-    # An unknown model has no recipe; the check comes below, with all other checks.
-    settings = _parse_flags(argv, {"model": model} | RECIPES.get(model, {}) | from_file)
+    # An unknown model has no defaults; the check comes below, with all other checks.
+    settings = _parse_flags(argv, {"model": model} | presets().get(model, {}) | from_file)
     try:
         config = TrainConfig.of(**settings)
         check_heeded(config.methods, given)

@@ -40,7 +40,7 @@ class Options:
     shard_tokens: int = 100_000_000
     """The most tokens in one file."""
     document_end: str = ""
-    """Text appended to each file, <|endoftext|> for GPT-2's tokenizer."""
+    """Text appended to each file, such as <|endoftext|>: the tokenizer's end of a text."""
 
 
 def main() -> None:

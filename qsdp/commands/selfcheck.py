@@ -32,9 +32,8 @@ from qsdp.commands.parsing import one_sentence
 from qsdp.common.dtypes import TORCH_DTYPES, DType
 from qsdp.common.user_errors import UserError
 from qsdp.config import CODED_BITS, ROUNDINGS
-from qsdp.models.gpt2.config import GPTConfig
-from qsdp.models.gpt2.init import init_weights
-from qsdp.models.gpt2.model import GPT
+from qsdp.models.language_model import LanguageModel
+from qsdp.models.registry import DEFAULT_PRESET, family_of
 from qsdp.ops import native
 from qsdp.ops.reference import codec
 from qsdp.train.run_flags import BACKENDS
@@ -215,15 +214,16 @@ def _train(world: World, bits: int | None) -> list[float]:
     return losses
 
 
-def _model(world: World, bits: int | None) -> tuple[GPT, Any]:
-    model = GPT(GPTConfig.from_preset("nano", vocab_size=101)).to(world.device)
+def _model(world: World, bits: int | None) -> tuple[LanguageModel, Any]:
+    family = family_of(DEFAULT_PRESET)
+    model = family.build(family.size_of_preset(DEFAULT_PRESET, 101)).to(world.device)
     for block in model.blocks:
         fully_shard(block, mesh=world.mesh)
     fully_shard(model, mesh=world.mesh)
     for module in (*model.blocks, model):
         # As qsdp has it: not every gloo averages.
         cast(FSDPModule, module).set_force_sum_reduction_for_comms(True)
-    init_weights(model, 0)
+    family.init_weights(model, 0)
     config = None if bits is None else qsdp.QSDPConfig(weight_bits=bits, grad_bits=bits)
     return model, None if config is None else qsdp.install(model, config)
 

@@ -18,8 +18,9 @@ from qsdp.common.atomic_files import new_folder
 from qsdp.data.tokenizer import hash_of
 from qsdp.export.folder import FACTS, FORMAT, MASKS_FORMAT
 from qsdp.export.tensor_files import TensorFiles
-from qsdp.models.gpt2.config import GPTConfig
-from qsdp.models.gpt2.model import GPT
+from qsdp.models.language_model import LanguageModel
+from qsdp.models.registry import family_of_size
+from qsdp.models.size import ModelSize
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.masks import Prunable
 from qsdp.sparsity.streaming import StoredTensor, compress_stream, num_reads
@@ -30,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 def export_compressed(
     checkpoint: Path,
-    size: GPTConfig,
+    size: ModelSize,
     target: Compression,
     out: Path,
     *,
@@ -61,7 +62,7 @@ def export_compressed(
         raise ValueError(f"file_bytes is {file_bytes}; choose 1 or more")
     meta = read_meta(checkpoint)
     with torch.device("meta"):
-        model = GPT(size)
+        model = family_of_size(size).build(size)
     prunable = Prunable.of(model, patterns)
     prunable.check(target)
     with new_folder(out) as folder:
@@ -99,7 +100,7 @@ def export_compressed(
 def _write(
     folder: Path,
     reader: TensorReader,
-    model: GPT,
+    model: LanguageModel,
     prunable: Prunable,
     target: Compression,
     file_bytes: int,
@@ -156,7 +157,7 @@ def _summed(zeros: dict[str, tuple[int, int]], prunable: set[str]) -> dict[str, 
     }
 
 
-def _read_bytes(model: GPT, prunable: Prunable, target: Compression) -> int:
+def _read_bytes(model: LanguageModel, prunable: Prunable, target: Compression) -> int:
     """How much will be read, cut ties aside."""
     once = sum(parameter.nbytes for parameter in model.parameters())
     again = sum(parameter.nbytes for parameter in prunable.parameters)

@@ -15,7 +15,7 @@ import qsdp
 from qsdp.common.atomic_files import finite, write_json
 from qsdp.common.user_errors import UserError
 from qsdp.methods.method import Companion
-from qsdp.models.gpt2.model import flops_per_token
+from qsdp.models.registry import family_of_size
 from qsdp.ops import native
 from qsdp.report.peak_flops import matmul_flops_per_s
 from qsdp.report.plots import may_fail, remove_stale, write_plots
@@ -49,11 +49,9 @@ def finish(job: Job, companion: Companion, history: list[dict[str, Any]]) -> boo
     step_s = _median(alike, "step_s")
     config = job.config
     tokens_per_s = _median(alike, "tokens_per_s")
-    flops_per_s = (
-        config.method.PASSES
-        * flops_per_token(job.model.config, config.run.seq_len)
-        * (tokens_per_s or 0)
-    )
+    size = job.model.config
+    flops_per_token = family_of_size(size).flops_per_token(size, config.run.seq_len)
+    flops_per_s = config.method.PASSES * flops_per_token * (tokens_per_s or 0)
     summary = {
         "val_loss": val_loss,
         "val_loss_quantized": quantized,

@@ -21,9 +21,9 @@ from qsdp.config import QSDPConfig
 from qsdp.data.flags import DataFlags
 from qsdp.methods.method import Method
 from qsdp.methods.registry import check_methods, chosen, method_classes, unchosen
+from qsdp.models.registry import presets
 from qsdp.sparsity.flags import CompressionFlags
 from qsdp.train.output_flags import OutputFlags
-from qsdp.train.recipes import RECIPES
 from qsdp.train.run_flags import RunFlags
 from qsdp.train.wire_flags import AUTO, WireFlags
 
@@ -60,8 +60,10 @@ class TrainConfig:
     """The flags of every method; of at most one of them the run is."""
 
     def __post_init__(self) -> None:
-        if self.run.model not in RECIPES:
-            raise ValueError(f"--model is {self.run.model!r}; choose one of {', '.join(RECIPES)}.")
+        if self.run.model not in presets():
+            raise ValueError(
+                f"--model is {self.run.model!r}; choose one of {', '.join(presets())}."
+            )
         for group in self._groups():
             for name, value in group.values().items():
                 # Python's integers would outgrow all other arithmetic.

@@ -21,7 +21,7 @@ from qsdp.compat.sharded_parameters import sharded_parameters
 from qsdp.data.batches import Batches
 from qsdp.data.corpus import Corpus
 from qsdp.methods.nonfinite import first_not_finite
-from qsdp.models.gpt2.model import GPT
+from qsdp.models.language_model import LanguageModel
 from qsdp.report.metrics import MetricsWriter
 from qsdp.train.auto.choose import Choice
 from qsdp.train.config import TrainConfig
@@ -48,7 +48,7 @@ class Job:
     world: World
     corpus: Corpus
     batches: Batches
-    model: GPT
+    model: LanguageModel
     optimizer: torch.optim.Optimizer
     handle: qsdp.Handle | None
     wire: Wire

@@ -13,9 +13,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import qsdp
 from qsdp.methods.method import RunSettings
-from qsdp.models.gpt2.config import GPTConfig
-from qsdp.models.gpt2.init import init_weights
-from qsdp.models.gpt2.model import GPT
+from qsdp.models.language_model import LanguageModel
+from qsdp.models.registry import family_of, family_of_size
+from qsdp.models.size import ModelSize
 from qsdp.train.config import TrainConfig
 from qsdp.train.world import World
 
@@ -24,17 +24,17 @@ from qsdp.train.world import World
 class Sharded:
     """A sharded model and its wire."""
 
-    model: GPT
+    model: LanguageModel
     handle: qsdp.Handle | None
     """None for stock FSDP2."""
 
 
-def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
+def model_config(config: TrainConfig, vocab_size: int) -> ModelSize:
     """The model's size: the preset with the data's vocabulary.
 
     Raises ValueError for sequences longer than the preset's context.
     """
-    size = GPTConfig.from_preset(config.run.model, vocab_size=vocab_size)
+    size = family_of(config.run.model).size_of_preset(config.run.model, vocab_size)
     if config.run.seq_len > size.context:
         raise ValueError(
             f"--seq-len is {config.run.seq_len}; {config.run.model} has a context of "
@@ -76,7 +76,7 @@ def check_nodes(config: TrainConfig, world: World) -> None:
             )
 
 
-def build(config: TrainConfig, size: GPTConfig, world: World) -> Sharded:
+def build(config: TrainConfig, size: ModelSize, world: World) -> Sharded:
     """Make the model of `size` on all ranks of `world`, weights initialised, wire installed.
 
     1. on the meta device: no rank ever holds the whole model;
@@ -88,16 +88,16 @@ def build(config: TrainConfig, size: GPTConfig, world: World) -> Sharded:
     wire = config.qsdp
     shard_mesh, replicate_mesh = _meshes(config, world)
     model = shard(config, size, world, shard_mesh)
-    init_weights(model, config.run.seed)
+    family_of_size(size).init_weights(model, config.run.seed)
     if wire is None:
         return Sharded(model, None)
     return Sharded(model, qsdp.install(model, wire, replicate_mesh=replicate_mesh))
 
 
-def shard(config: TrainConfig, size: GPTConfig, world: World, mesh: DeviceMesh) -> GPT:
+def shard(config: TrainConfig, size: ModelSize, world: World, mesh: DeviceMesh) -> LanguageModel:
     """A model sharded over `mesh` whose weights are still to be filled."""
     with torch.device("meta"):
-        model = GPT(size)
+        model = family_of_size(size).build(size)
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         if config.run.precision == "bf16"
@@ -125,7 +125,7 @@ def _meshes(config: TrainConfig, world: World) -> tuple[DeviceMesh, DeviceMesh |
     return (mesh, None) if config.qsdp is None else (mesh["shard"], mesh["replicate"])
 
 
-def make_optimizer(config: TrainConfig, model: GPT) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, model: LanguageModel) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices only, in the method's wrapper if there is one.
 
     Raises ValueError where the model cannot be compressed as asked.

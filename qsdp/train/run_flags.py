@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 from qsdp.common.flags import Flags
+from qsdp.models.registry import DEFAULT_PRESET, presets
 
+_MODEL = f"Model preset: {', '.join(presets())}. The other flags' defaults depend on it."
 PRECISIONS = ("fp32", "bf16")
 BACKENDS = ("nccl", "gloo")
 
@@ -15,9 +20,7 @@ BACKENDS = ("nccl", "gloo")
 class RunFlags(Flags):
     """What is trained, how, for how long, and on how many ranks."""
 
-    model: str = "nano"
-    """Model preset: nano, mini, gpt2, gpt2-medium, gpt2-large, gpt2-xl or gpt-1.3b, or tiny, which
-    learns little but soon ends. The other flags' defaults depend on it."""
+    model: Annotated[str, tyro.conf.arg(help=_MODEL)] = DEFAULT_PRESET
 
     steps: int = 2000
     """Optimizer steps in all, those before a resume included."""

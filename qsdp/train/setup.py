@@ -18,7 +18,7 @@ from qsdp.data.batches import Batches, eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.data.tokenizer import hash_of
 from qsdp.methods.base import OptimizerWrapper
-from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.size import ModelSize
 from qsdp.ops import native
 from qsdp.sparsity.masks import Prunable
 from qsdp.train.agree_on_inputs import agree_on_config, agree_on_data
@@ -126,7 +126,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
 
 
 def _settle_wire(
-    config: TrainConfig, size: GPTConfig, world: World, start: Start
+    config: TrainConfig, size: ModelSize, world: World, start: Start
 ) -> tuple[TrainConfig, Choice | None]:
     """The configuration with what --qsdp-bits auto comes to, and that choice: of a run that goes on
     the one that it has made, whatever the link is like by now."""
@@ -223,7 +223,7 @@ def _make_batches(config: TrainConfig, world: World, corpus: Corpus) -> Batches:
 
 
 def _fingerprint(
-    config: TrainConfig, size: GPTConfig, corpus: Corpus, data: dict[str, Any], world: World
+    config: TrainConfig, size: ModelSize, corpus: Corpus, data: dict[str, Any], world: World
 ) -> dict[str, Any]:
     """All that changes a run's numbers."""
     place = {"backend": world.backend, "device": world.device.type, "ranks": world.size}

@@ -12,7 +12,8 @@ from qsdp import checkpoint
 from qsdp.common.user_errors import UserError
 from qsdp.data.tokenizer import hash_of
 from qsdp.export import FACTS, load_export, read_facts
-from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.registry import family_of
+from qsdp.models.size import ModelSize
 from qsdp.train.config import TrainConfig
 from qsdp.train.config_file import typed_settings
 
@@ -34,7 +35,7 @@ class Source:
     """Of the run that trained it, what concerns its data and its prunable set."""
     world_size: int
     """Ranks of that run."""
-    size: GPTConfig
+    size: ModelSize
     has_tokenizer: bool
     """Whether a tokenizer beside it is its own."""
 
@@ -76,7 +77,8 @@ def open_source(path: Path) -> Source:
         has_tokenizer = checkpoint.lists(meta, "tokenizer.json")
     _check_tokenizer(path, tokenizer)
     try:
-        settings, model = _settings(path, config), GPTConfig(**size)
+        settings = _settings(path, config)
+        model = family_of(settings.run.model).size(size)
         num_ranks = int(world_size or 1)
         return Source(path, target, int(step), settings, num_ranks, model, has_tokenizer)
     except (UserError, TypeError, AttributeError, ValueError, OverflowError) as error:

@@ -9,8 +9,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from qsdp.data.batches import eval_batches
 from qsdp.data.corpus import Corpus
-from qsdp.models.gpt2.generate import generate
-from qsdp.models.gpt2.model import GPT
+from qsdp.models.generate import generate
+from qsdp.models.language_model import LanguageModel
 from qsdp.sparsity.local_shards import local_shard
 from qsdp.sparsity.one_shot import compressed
 from qsdp.sparsity.prunable import prunable_parameters
@@ -27,7 +27,7 @@ class Evaluator:
     """Evaluates one model on the validation split; every method is called on all ranks alike."""
 
     def __init__(
-        self, config: TrainConfig, world: World, corpus: Corpus, model: GPT, wire: Wire
+        self, config: TrainConfig, world: World, corpus: Corpus, model: LanguageModel, wire: Wire
     ) -> None:
         self._config = config
         self._world = world

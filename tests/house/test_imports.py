@@ -55,7 +55,10 @@ ABOVE_ALL = {"__init__"}
 
 MOST_LINES = 320
 # Rooms that hold one file for each of their kind.
-ONE_IN_EACH = {"__init__", "config", "flags", "optimizer", "registry", "report", "schedule"}
+ONE_IN_EACH = {
+    *("__init__", "config", "family", "flags", "model", "optimizer", "registry", "report"),
+    "schedule",
+}
 
 
 def room_of(path: Path, package: Path) -> str:

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qsdp.models.gpt2.config import PRESETS, GPTConfig
-from qsdp.models.gpt2.generate import generate
+from qsdp.models.generate import generate
+from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import INIT_STD, init_weights
 from qsdp.models.gpt2.model import GPT, flops_per_token
+from qsdp.models.gpt2.presets import PRESETS
 
 TINY = GPTConfig(vocab_size=11, num_layers=2, num_heads=2, width=8, context=6)
 

@@ -11,11 +11,10 @@ from qsdp.commands.parsing import parse
 from qsdp.common.user_errors import UserError
 from qsdp.config import QSDPConfig
 from qsdp.methods.cram.flags import CrAMFlags
-from qsdp.models.gpt2.config import PRESETS
+from qsdp.models.registry import family_of, presets
 from qsdp.train.config import TrainConfig
 from qsdp.train.config_file import read_config_file
 from qsdp.train.loop import learning_rate
-from qsdp.train.recipes import RECIPES
 from qsdp.train.wire_flags import WireFlags, parse_policy
 
 # Every flag of the wire but --qsdp-bits, none at its default.
@@ -29,10 +28,11 @@ FULL_WIRE = [
 ]
 
 
-def test_every_model_preset_has_a_recipe_that_its_context_allows() -> None:
-    assert RECIPES.keys() == PRESETS.keys()
-    for model in RECIPES:
-        assert parse(["--model", model]).run.seq_len <= PRESETS[model]["context"]
+def test_every_model_preset_is_trained_as_its_context_allows() -> None:
+    assert len(presets()) > 1
+    for model in presets():
+        context = family_of(model).size_of_preset(model, 50).context
+        assert parse(["--model", model]).run.seq_len <= context
 
 
 def test_unset_flags_take_the_values_of_the_models_preset() -> None:

@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qsdp.models.gpt2.config import PRESETS
 from qsdp.models.gpt2.model import GPT
+from qsdp.models.gpt2.presets import PRESETS
 from qsdp.train.trained_model import open_source
 from tests_distributed.support import jobs
 from tests_distributed.support.jobs import Jobs, read_metrics

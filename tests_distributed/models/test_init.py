@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from qsdp.common.sharding import local_slices
+from qsdp.models.generate import generate
 from qsdp.models.gpt2.config import GPTConfig
-from qsdp.models.gpt2.generate import generate
 from qsdp.models.gpt2.init import init_weights
 from qsdp.models.gpt2.model import GPT
 from qsdp.models.huggingface.weights import (

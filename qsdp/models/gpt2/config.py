@@ -1,9 +1,11 @@
-"""The size of a GPT-2, and the presets."""
+"""The size of a GPT-2."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+from qsdp.models.gpt2.presets import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +58,3 @@ class GPTConfig:
         if "vocab_size" not in fields:
             raise ValueError(f"Preset {name!r} takes its vocabulary from the data: set vocab_size.")
         return cls(**fields)
-
-
-def _gpt2(num_layers: int, num_heads: int, width: int, context: int = 1024) -> dict[str, Any]:
-    return {
-        "vocab_size": 50257,
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "width": width,
-        "context": context,
-    }
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"num_layers": 2, "num_heads": 2, "width": 64, "context": 64, "bias": False},
-    "nano": {"num_layers": 4, "num_heads": 4, "width": 128, "context": 64, "bias": False},
-    "mini": {"num_layers": 6, "num_heads": 8, "width": 256, "context": 128, "bias": False},
-    "gpt2": _gpt2(12, 12, 768),
-    "gpt2-medium": _gpt2(24, 16, 1024),
-    "gpt2-large": _gpt2(36, 20, 1280),
-    "gpt2-xl": _gpt2(48, 25, 1600),
-    "gpt-1.3b": _gpt2(24, 16, 2048, context=2048),
-}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsdp.models.gpt2.config import GPTConfig
+from qsdp.models.language_model import LanguageModel
 
 
 class Attention(nn.Module):
@@ -59,7 +60,7 @@ class Block(nn.Module):
         return x_BTD + _drop(self.mlp(self.norm_mlp(x_BTD)), self.dropout, self.training)
 
 
-class GPT(nn.Module):
+class GPT(LanguageModel):
     """GPT-2: embeddings, `blocks`, a last norm and a head (Radford et al., 2019).
 
     With `tie_weights` the head has no parameter of its own: the root's forward multiplies by
@@ -69,7 +70,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: GPTConfig = config
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))

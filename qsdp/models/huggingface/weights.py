@@ -1,6 +1,5 @@
-"""Hugging Face GPT-2 checkpoints: read into our GPT, written from it.
+"""Hugging Face checkpoints of the families that have such a form: read and written.
 
-Hugging Face keeps GPT-2's linears as Conv1D, [in, out]; ours are nn.Linear, [out, in].
 Only safetensors is needed: the transformers library is not imported.
 """
 
@@ -10,6 +9,7 @@ import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,34 +22,23 @@ from qsdp.common.atomic_files import new_folder, replacing, write_text
 from qsdp.common.rank_agreement import meet, mistakes_shared
 from qsdp.compat.collectives import full_tensor
 from qsdp.compat.parameter_names import named_parameters
-from qsdp.models.gpt2.config import GPTConfig
-from qsdp.models.gpt2.model import GPT
-from qsdp.models.huggingface.config import config_from_huggingface, size_of, their_config
+from qsdp.models.huggingface.config import config_from_huggingface, form_of
+from qsdp.models.language_model import LanguageModel
 from qsdp.models.load_safetensors import PART, WEIGHTS, check_files, fill, find_tensors
-
-_BLOCK_MODULES = {
-    "norm_attn": "ln_1",
-    "attn.qkv": "attn.c_attn",
-    "attn.out": "attn.c_proj",
-    "norm_mlp": "ln_2",
-    "mlp.up": "mlp.c_fc",
-    "mlp.down": "mlp.c_proj",
-}
-_ROOT_MODULES = {
-    "embed": "transformer.wte",
-    "position": "transformer.wpe",
-    "norm_out": "transformer.ln_f",
-    "head": "lm_head",
-}
+from qsdp.models.registry import family_of_size
+from qsdp.models.size import ModelSize
+from qsdp.models.spec import TransformersForm
 
 
-def load_huggingface(folder: str | Path) -> GPT:
-    """A plain fp32 GPT on the CPU with the weights of the GPT-2 checkpoint in `folder`.
+def load_huggingface(folder: str | Path) -> LanguageModel:
+    """A plain fp32 model on the CPU with the weights of the checkpoint in `folder`: a GPT for a
+    GPT-2.
 
     Raises ValueError as `config_from_huggingface` and `load_huggingface_weights` do.
     """
+    size = config_from_huggingface(folder)
     with torch.device("meta"):
-        model = GPT(config_from_huggingface(folder))
+        model = family_of_size(size).build(size)
     model.to_empty(device="cpu")
     load_huggingface_weights(model, folder)
     return model
@@ -57,18 +46,18 @@ def load_huggingface(folder: str | Path) -> GPT:
 
 @torch.no_grad()
 def load_huggingface_weights(model: nn.Module, folder: str | Path) -> None:
-    """Fill a GPT in place, plain or sharded by FSDP2, with the GPT-2 checkpoint in `folder`.
+    """Fill a model in place, plain or sharded by FSDP2, with the checkpoint in `folder`.
 
     Every rank reads only its own slices. `model` must be built from `config_from_huggingface`.
     Raises ValueError for a missing or unreadable file, and for a tensor that is missing or of
     another shape than the model's.
     """
-    files = find_tensors(Path(folder))
+    form, files = form_of(Path(folder)), find_tensors(Path(folder))
 
     def stored(name: str) -> tuple[str, bool]:
-        their_name, transposed = _their_name(name)
-        # Checkpoints saved from the bare GPT2Model, openai-community/gpt2 for one, have no prefix.
-        bare_name = their_name.removeprefix("transformer.")
+        their_name, transposed = form.tensor_name(name)
+        # Checkpoints saved from the bare model, openai-community/gpt2 for one, have no prefix.
+        bare_name = their_name.removeprefix(form.base_prefix)
         return bare_name if their_name not in files else their_name, transposed
 
     fill(model, folder, files, stored)
@@ -76,13 +65,14 @@ def load_huggingface_weights(model: nn.Module, folder: str | Path) -> None:
 
 @torch.no_grad()
 def export_huggingface(
-    model: GPT, folder: str | Path, *, files: Mapping[str, str] | None = None
+    model: LanguageModel, folder: str | Path, *, files: Mapping[str, str] | None = None
 ) -> None:
-    """Write `model` to `folder` so that transformers' GPT2LMHeadModel.from_pretrained loads it.
+    """Write `model` to `folder` so that the transformers library loads it: a GPT as a
+    GPT2LMHeadModel, with zero biases where it has none, which compute the same.
 
-    Writes config.json and model.safetensors in the parameters' dtype. A model without biases gets
-    zero ones, which compute the same. Under FSDP2 every rank calls this: each parameter is gathered
-    in full precision, one at a time, and rank 0 keeps it and writes.
+    Writes config.json and model.safetensors in the parameters' dtype. Under FSDP2
+    every rank calls this: each parameter is gathered in full precision, one at a time, and rank 0
+    keeps it and writes.
 
     A new folder appears when it is complete. In one that holds a model of the same configuration
     the weights are replaced in one instant, and the parts that an old one lay in are deleted then.
@@ -92,43 +82,54 @@ def export_huggingface(
         folder: To be made, empty, or of a model of the same configuration.
         files: Further texts to write, by file name: the tokenizer.json of the model's tokenizer.
 
-    Raises: ValueError when `folder` holds anything else, or cannot be written; RuntimeError on the
-        other ranks then.
+    Raises: ValueError when `folder` holds anything else, or cannot be written, and for a model of
+        which the library has none; RuntimeError on the other ranks then.
     """
     path = Path(folder)
     world = [dist.group.WORLD] if dist.group.WORLD is not None else []
     with mistakes_shared("export_huggingface", world):
         check_files(path, files or {})
-        is_there = _is_there(path, model.config)
+        form = _form_to_write(model.config)
+        is_there = _is_there(path, form, model.config)
     meet("export_huggingface", {}, world)
     writes = not world or dist.get_rank() == 0
     tensors: dict[str, Tensor] = {}
     for name, parameter in named_parameters(model).items():
         full = full_tensor(parameter) if isinstance(parameter, DTensor) else parameter
         if writes:
-            their_name, transposed = _their_name(name)
+            their_name, transposed = form.tensor_name(name)
             # A copy: safetensors wants tensors that are contiguous and share no storage.
             tensors[their_name] = (
                 (full.t() if transposed else full)
                 .cpu()
                 .clone(memory_format=torch.contiguous_format)
             )
-    if not model.config.bias:
-        _add_zero_biases(tensors)
+    form.add_tensors(model.config, tensors)
     with mistakes_shared("export_huggingface", world):
         if writes:
-            _write(path, model.config, tensors, files or {}, is_there)
+            _write(path, form.settings(model.config), tensors, files or {}, is_there)
     meet("export_huggingface", {}, world)
 
 
-def _is_there(path: Path, config: GPTConfig) -> bool:
+def _form_to_write(size: ModelSize) -> TransformersForm[Any]:
+    form = family_of_size(size).transformers
+    if form is None:
+        raise ValueError(
+            f"Models of a {type(size).__name__} have no form in the transformers library: keep a "
+            "checkpoint or an export of qsdp's own."
+        )
+    return form
+
+
+def _is_there(path: Path, form: TransformersForm[Any], size: ModelSize) -> bool:
     """Whether `path` holds a model of this configuration. Raises ValueError for anything else."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: choose a folder to export to.")
     if not path.is_dir() or not any(path.iterdir()):
         return False
     try:
-        is_alike = size_of(config_from_huggingface(path)) == size_of(config)
+        # What config.json has no room for, ours may have.
+        is_alike = config_from_huggingface(path) == form.size(form.settings(size), path)
     except ValueError:
         is_alike = False
     if not is_alike:
@@ -141,7 +142,7 @@ def _is_there(path: Path, config: GPTConfig) -> bool:
 
 def _write(
     path: Path,
-    config: GPTConfig,
+    settings: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     files: Mapping[str, str],
     is_there: bool,
@@ -151,9 +152,7 @@ def _write(
             with replacing(inside / WEIGHTS) as temporary:
                 save_file(dict(tensors), temporary, metadata={"format": "pt"})
             if not is_there:
-                write_text(
-                    inside / "config.json", json.dumps(their_config(config), indent=2) + "\n"
-                )
+                write_text(inside / "config.json", json.dumps(settings, indent=2) + "\n")
             for name, text in files.items():
                 write_text(inside / name, text)
             _remove_parts(inside)
@@ -171,20 +170,3 @@ def _remove_parts(folder: Path) -> None:
             if PART.fullmatch(part.name):
                 part.unlink()
         index.unlink()  # last: who is killed before this finds the rest by it the next time
-
-
-def _their_name(name: str) -> tuple[str, bool]:
-    """Our parameter name -> (theirs, whether theirs is transposed)."""
-    module, _, kind = name.rpartition(".")
-    if module in _ROOT_MODULES:
-        return f"{_ROOT_MODULES[module]}.{kind}", False
-    _, index, inner = module.split(".", 2)
-    transposed = kind == "weight" and not inner.startswith("norm")
-    return f"transformer.h.{index}.{_BLOCK_MODULES[inner]}.{kind}", transposed
-
-
-def _add_zero_biases(tensors: dict[str, Tensor]) -> None:
-    for name, weight in list(tensors.items()):
-        if name.startswith(("transformer.h.", "transformer.ln_f.")):
-            bias_name = name.removesuffix("weight") + "bias"
-            tensors[bias_name] = weight.new_zeros(weight.shape[-1])

@@ -25,8 +25,8 @@ from qsdp.common.dtypes import of_precision
 from qsdp.common.model_structure import embedding_names
 from qsdp.common.user_errors import sentence
 from qsdp.config import QSDPConfig
-from qsdp.models.gpt2.config import GPTConfig
-from qsdp.models.gpt2.model import GPT
+from qsdp.models.registry import family_of_size
+from qsdp.models.size import ModelSize
 from qsdp.train.auto.cost_model import CODED, STOCK, Group, Measured, Way, decide
 from qsdp.train.auto.link_speed import Links
 from qsdp.train.auto.machine_speed import CODEC_S, codec_s, computation_s, free_bytes, optimizer_s
@@ -76,7 +76,7 @@ def is_choice(record: dict[str, Any]) -> bool:
     )
 
 
-def choose(config: TrainConfig, size: GPTConfig, world: World) -> Choice:
+def choose(config: TrainConfig, size: ModelSize, world: World) -> Choice:
     """What a run of ``config`` is to send, the same on all ranks. A collective of all of them.
 
     Raises StopRequested, on all ranks, once one of them was told to end; CollectiveError.
@@ -135,7 +135,7 @@ def _kept(measured: Measured, way: Way) -> str:
     return f"{kept / 1e6:,.1f} MB" if kept > 1e6 else f"{kept / 1e3:,.1f} kB"
 
 
-def measure(config: TrainConfig, size: GPTConfig, world: World) -> Measured:
+def measure(config: TrainConfig, size: ModelSize, world: World) -> Measured:
     """Measure the computation, the codec and the link, in about `links.LIMIT_S` seconds at most.
 
     1. Each rank computes and codes by itself, bounded by its own clock; the slowest rank counts.
@@ -216,13 +216,13 @@ def _measuring_together(world: World) -> Iterator[None]:
 
 def _sizes(
     config: TrainConfig,
-    size: GPTConfig,
+    size: ModelSize,
     wires: Mapping[int, QSDPConfig],
     group: dist.ProcessGroup,
 ) -> dict[str, dict[str, Any]]:
     """Of the root's group and a block's: what `Group` holds, but for the computation."""
     with torch.device("meta"):
-        model = GPT(replace(size, num_layers=1))
+        model = family_of_size(size).build(replace(size, num_layers=1))
     dtype = of_precision(config.run.precision)
     found: dict[str, dict[str, Any]] = {}
     for part in ("root", "block"):

@@ -24,8 +24,8 @@ from qsdp.codec.payload import Layout, Segment
 from qsdp.comm.topology import launched_ranks
 from qsdp.common.dtypes import DType, of_precision
 from qsdp.config import ROUNDINGS, QSDPConfig
-from qsdp.models.gpt2.config import GPTConfig
-from qsdp.models.gpt2.model import GPT
+from qsdp.models.registry import family_of_size
+from qsdp.models.size import ModelSize
 from qsdp.train.config import TrainConfig
 
 COMPUTE_S = 3.0
@@ -44,7 +44,7 @@ may also be a word."""
 
 
 def computation_s(
-    config: TrainConfig, size: GPTConfig, device: torch.device
+    config: TrainConfig, size: ModelSize, device: torch.device
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Seconds of a forward and of a backward pass of one block, and of the model without blocks,
     on a micro-batch of this rank. Takes about `COMPUTE_S` at most, but for the first call of
@@ -52,7 +52,7 @@ def computation_s(
     dtype = of_precision(config.run.precision)
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
-        root = GPT(replace(size, num_layers=1))
+        root = family_of_size(size).build(replace(size, num_layers=1))
     root.to_empty(device=device).to(dtype)
     with torch.no_grad():
         for parameter in root.parameters():

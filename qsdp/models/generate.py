@@ -1,16 +1,16 @@
-"""Sampling from a GPT-2."""
+"""Sampling from a language model."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from qsdp.models.gpt2.model import GPT
+from qsdp.models.language_model import LanguageModel
 
 
 @torch.no_grad()
 def generate(
-    model: GPT,
+    model: LanguageModel,
     tokens_BT: Tensor,
     num_tokens: int,
     temperature: float = 1.0,
@@ -23,7 +23,7 @@ def generate(
     collective. The model sees the last `context` tokens and is put back into the mode it was in.
 
     Args:
-        model: a GPT, plain or sharded.
+        model: plain or sharded.
         tokens_BT: int64 prompts, at least one token each.
         num_tokens: how many tokens to append to each.
         temperature: divides the logits; 0 takes the most likely token.

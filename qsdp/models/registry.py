@@ -1,0 +1,65 @@
+"""The families of models, and their presets by name. No torch here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from qsdp.models.size import ModelSize
+from qsdp.models.spec import ModelSpec
+
+# The module that holds a family's FAMILY, a `ModelSpec`.
+FAMILIES = {
+    "gpt2": "qsdp.models.gpt2.family",
+}
+DEFAULT_PRESET = "nano"
+
+
+def families() -> dict[str, ModelSpec[Any]]:
+    """All families by name. Raises ValueError if two have a preset or a class of sizes in common,
+    or one trains a preset that it does not have."""
+    found: dict[str, ModelSpec[Any]] = {}
+    owners: dict[object, str] = {}
+    for name, module in FAMILIES.items():
+        family: ModelSpec[Any] = import_module(module).FAMILY
+        for own in (family.sizes, *family.presets):
+            if owners.setdefault(own, name) != name:
+                raise ValueError(
+                    f"The families {owners[own]} and {name} both have {own}: call it something "
+                    "else in one of them."
+                )
+        if strange := family.training.keys() - family.presets.keys():
+            raise ValueError(
+                f"The family {name} says how {sorted(strange)} are trained, but has no such "
+                f"presets: name some of {list(family.presets)}."
+            )
+        found[name] = family
+    return found
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """Every preset, in order, with the defaults of training that differ there."""
+    return {
+        preset: dict(family.training.get(preset, {}))
+        for family in families().values()
+        for preset in family.presets
+    }
+
+
+def family_of(preset: str) -> ModelSpec[Any]:
+    """The family that has `preset`. Raises ValueError if none has."""
+    for family in families().values():
+        if preset in family.presets:
+            return family
+    raise ValueError(f"There is no model preset {preset!r}: choose one of {list(presets())}.")
+
+
+def family_of_size(size: ModelSize) -> ModelSpec[Any]:
+    """The family whose sizes are such. Raises ValueError if none has them."""
+    for family in families().values():
+        if type(size) is family.sizes:
+            return family
+    raise ValueError(
+        f"A {type(size).__name__} is the size of no registered model: choose one of a family in "
+        f"{list(FAMILIES)}."
+    )

@@ -1,0 +1,92 @@
+"""What the trainer, the export and the commands need to know of a family of models.
+
+No torch here: flags have presets for values, and are read before torch is loaded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from qsdp.models.size import ModelSize
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qsdp.models.language_model import LanguageModel
+
+S = TypeVar("S", bound=ModelSize)
+
+
+class ModelSpec(ABC, Generic[S]):
+    """A family of models of sizes S. Methods import what needs torch when they are called."""
+
+    sizes: type[S]
+    """The dataclass of its sizes, which no other family has."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]]
+    """The fields of a size by the preset's name; without `vocab_size` they take the data's. No
+    other family has a preset of that name."""
+    training: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """By preset, the flags of training that have another default there, as `TrainConfig` calls
+    them."""
+    transformers: TransformersForm[S] | None = None
+    """How the transformers library keeps such models, if it has them."""
+
+    def size_of_preset(self, preset: str, vocab_size: int) -> S:
+        """The size of `preset` with the vocabulary of the data."""
+        return self.size(dict(self.presets[preset]) | {"vocab_size": vocab_size})
+
+    def size(self, settings: Mapping[str, Any]) -> S:
+        """The size of which `asdict` has made `settings`, as a checkpoint or an export states it.
+
+        Raises TypeError or ValueError for settings that are none of this family's.
+        """
+        make: Callable[..., S] = self.sizes
+        return make(**settings)
+
+    @abstractmethod
+    def build(self, size: S) -> LanguageModel:
+        """A model of `size`, on the device that torch makes tensors on now: the meta device, where
+        it is to be sharded. Its values are of no account."""
+
+    @abstractmethod
+    def init_weights(self, model: LanguageModel, seed: int) -> None:
+        """Fill the parameters in place, plain or sharded by FSDP2, each as a pure function of the
+        seed and its name, so that the model is the same for every number of ranks;
+        `fill_parameters` does it for a standard deviation a name.
+
+        Raises ValueError for a negative seed and for a parameter on the meta device.
+        """
+
+    @abstractmethod
+    def flops_per_token(self, size: S, seq_len: int) -> int:
+        """Floating-point operations of one forward and backward, a token of a sequence."""
+
+
+class TransformersForm(ABC, Generic[S]):
+    """How the transformers library keeps the models of a family: config.json and tensors."""
+
+    model_type: ClassVar[str]
+    """What config.json calls the family; no other family has it."""
+    base_prefix: ClassVar[str] = ""
+    """What the tensors of a model with a head begin with, and those of the bare model do not."""
+
+    @abstractmethod
+    def size(self, settings: Mapping[str, Any], path: Path) -> S:
+        """The size that the settings of a config.json describe, dropout left out.
+
+        Raises ValueError, naming `path`, for a model whose function ours does not compute.
+        """
+
+    @abstractmethod
+    def settings(self, size: S) -> dict[str, Any]:
+        """The config.json of a model of `size`, of which the method above makes a size again."""
+
+    @abstractmethod
+    def tensor_name(self, parameter: str) -> tuple[str, bool]:
+        """The tensor that keeps a parameter, and whether it is kept transposed."""
+
+    def add_tensors(self, size: S, tensors: dict[str, Tensor]) -> None:
+        """Add to those of our parameters what the library needs besides, as nothing by default."""
