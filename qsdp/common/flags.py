@@ -25,6 +25,11 @@ class Flags:
         if not holds:
             raise ValueError(f"{flag(name)} is {getattr(self, name)!r}; {allowed}.")
 
+    def require_contents(self, name: str) -> None:
+        """Raise ValueError for a field that was given, but nothing in it."""
+        if getattr(self, name) in ("", ()):
+            raise ValueError(f"{flag(name)} is empty; give a value, or leave it out.")
+
     def as_given(self, name: str) -> str:
         """The flag that gave the field ``name`` its value."""
         return f"--{'no-' if getattr(self, name) is False else ''}{flag(name)[2:]}"

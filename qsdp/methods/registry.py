@@ -50,8 +50,8 @@ def check_methods(methods: Sequence[Method], steps: int) -> None:
     if len(keys) > 1:
         raise ValueError(f"{flag(keys[0])} and {flag(keys[1])} are both given; choose one method.")
     for method in methods:
-        for name, value in method.values().items():
-            method.require(name, value not in ("", ()), "give a value, or leave it out")
+        for name in method.values():
+            method.require_contents(name)
         method.check_values()
     check_heeded(methods)
     chosen(methods).check_run(steps)

@@ -16,17 +16,21 @@ DEFAULT_PRESET = "nano"
 
 
 def families() -> dict[str, ModelSpec[Any]]:
-    """All families by name. Raises ValueError if two have a preset or a class of sizes in common,
-    or one trains a preset that it does not have."""
+    """All families by name. Raises ValueError if two have a preset, a class of sizes or a type in
+    the transformers library in common, or one trains a preset that it does not have."""
     found: dict[str, ModelSpec[Any]] = {}
-    owners: dict[object, str] = {}
+    owners: dict[tuple[str, object], str] = {}
     for name, module in FAMILIES.items():
         family: ModelSpec[Any] = import_module(module).FAMILY
-        for own in (family.sizes, *family.presets):
-            if owners.setdefault(own, name) != name:
+        own: list[tuple[str, object]] = [("sizes", family.sizes)]
+        own += [("preset", preset) for preset in family.presets]
+        if family.transformers is not None:
+            own.append(("model_type", family.transformers.model_type))
+        for each in own:
+            if owners.setdefault(each, name) != name:
                 raise ValueError(
-                    f"The families {owners[own]} and {name} both have {own}: call it something "
-                    "else in one of them."
+                    f"The families {owners[each]} and {name} both have the {each[0]} {each[1]}: "
+                    "give one of them another."
                 )
         if strange := family.training.keys() - family.presets.keys():
             raise ValueError(

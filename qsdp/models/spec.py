@@ -26,8 +26,8 @@ class ModelSpec(ABC, Generic[S]):
     sizes: type[S]
     """The dataclass of its sizes, which no other family has."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
-    """The fields of a size by the preset's name; without `vocab_size` they take the data's. No
-    other family has a preset of that name."""
+    """The fields of a size by the preset's name, which no other family has. A run puts the data's
+    `vocab_size` in."""
     training: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """By preset, the flags of training that have another default there, as `TrainConfig` calls
     them."""

@@ -34,7 +34,7 @@ class CompressionFlags(Flags):
 
     def check(self, *, prunes: bool) -> None:
         """Raise ValueError, naming the flag, for what cannot be; ``prunes``: the method does."""
-        self.require("prunable", self.prunable != "", "give patterns, or leave it out")
+        self.require_contents("prunable")
         try:
             _ = self.targets
         except ValueError as error:

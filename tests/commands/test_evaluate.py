@@ -60,14 +60,14 @@ def test_patterns_are_for_what_is_evaluated_whatever_the_run_compressed(tmp_path
     # As an older version took it: no run could have both now.
     run |= {"cram": True, "cram_sparsity": [0.5], "cram_targets": ["2:4"]}
     settings = _settings(tmp_path, run)
-    assert settings.batch_size == 7
+    assert settings.run.batch_size == 7
     source = Source(
         tmp_path, None, 2, settings, 1, GPTConfig.from_preset("tiny", vocab_size=9), True
     )
     flags = evaluate.parse([str(tmp_path), "--prunable", "a.*,b.*", "--targets", "none"])
-    assert evaluate_targets._config(flags, source).patterns == ["a.*", "b.*"]
+    assert evaluate_targets._config(flags, source).compression.patterns == ["a.*", "b.*"]
     flags = evaluate.parse([str(tmp_path)])
-    assert evaluate_targets._config(flags, source).patterns is None
+    assert evaluate_targets._config(flags, source).compression.patterns is None
 
 
 def evaluated(out: Path, *flags: str) -> tuple[dict[str, Any], dict[str | None, Any]]:

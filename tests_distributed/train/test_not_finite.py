@@ -20,6 +20,7 @@ from qsdp import checkpoint
 from qsdp.methods.grad_norm import global_grad_norm
 from qsdp.sparsity import local_shards
 from qsdp.train import loop
+from qsdp.train.config import TrainConfig
 from tests.support.optimizers import METHODS, RARELY_RENEWED, TWO_PASSES, adamw, all_bits
 from tests_distributed.support.helpers import make_batch, make_model, shard, wire_config
 from tests_distributed.support.jobs import Jobs, read_metrics
@@ -60,7 +61,7 @@ def _leave_out(method: str, num_bits: int, faults: list[Fault], num_replicas: in
         handle = qsdp.install(model, config, **replicas)
         if wrapper is not None:
             wrapper.share_support(handle.set_support)
-    job: Any = SimpleNamespace(model=model, config=SimpleNamespace(clip_grad=1.0))
+    job: Any = SimpleNamespace(model=model, config=TrainConfig())
     told: list[Any] = []
     for step, fault in enumerate([None, *faults, None]):
         passes = 0

@@ -52,7 +52,9 @@ def load_huggingface_weights(model: nn.Module, folder: str | Path) -> None:
     Raises ValueError for a missing or unreadable file, and for a tensor that is missing or of
     another shape than the model's.
     """
-    form, files = form_of(Path(folder)), find_tensors(Path(folder))
+    size = getattr(model, "config", None)
+    form = form_of(Path(folder)) if size is None else _form_of_size(size)
+    files = find_tensors(Path(folder))
 
     def stored(name: str) -> tuple[str, bool]:
         their_name, transposed = form.tensor_name(name)
@@ -89,7 +91,7 @@ def export_huggingface(
     world = [dist.group.WORLD] if dist.group.WORLD is not None else []
     with mistakes_shared("export_huggingface", world):
         check_files(path, files or {})
-        form = _form_to_write(model.config)
+        form = _form_of_size(model.config)
         is_there = _is_there(path, form, model.config)
     meet("export_huggingface", {}, world)
     writes = not world or dist.get_rank() == 0
@@ -111,7 +113,7 @@ def export_huggingface(
     meet("export_huggingface", {}, world)
 
 
-def _form_to_write(size: ModelSize) -> TransformersForm[Any]:
+def _form_of_size(size: ModelSize) -> TransformersForm[Any]:
     form = family_of_size(size).transformers
     if form is None:
         raise ValueError(

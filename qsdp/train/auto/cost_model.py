@@ -30,7 +30,7 @@ where it takes more than a tenth of the memory that was free before there was a 
 with the least; what cannot be known counts as unlimited.
 
 Left out are what all ways have in common (FSDP2's copies, norms, metrics), that payloads are
-shorter while AC/DC or GMP has pruned weights, and what qsdp alone does for each collective beside
+shorter while a method has pruned weights, and what qsdp alone does for each collective beside
 codec and transfer (its hooks, headers that are compared, the meeting before a forward pass): where
 a model is so small, and the link so fast, that these count, qsdp is predicted faster than it is.
 """
