@@ -225,6 +225,11 @@ class QSDPConfig:
         return self.budget is not None or min(map(min, self._pairs)) <= 8
 
     @property
+    def needs_nodes(self) -> bool:
+        """Whether ranks must fill nodes as `reduce` says; with `auto` it is flat if they do not."""
+        return self.reduce not in ("auto", "flat")
+
+    @property
     def learning_steps(self) -> tuple[int, ...]:
         """Steps before which levels are learned, where they are."""
         return LEVEL_STEPS if self.level_steps is None else self.level_steps
