@@ -122,10 +122,8 @@ class QSDPConfig:
         if self.rounding is not None:
             choices["rounding"] = ROUNDINGS
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
-                )
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
         if self.ranks_per_node is not None:
             _check_whole("ranks_per_node", self.ranks_per_node, least=1)
         _check_whole("warmup_steps", self.warmup_steps, least=0)
@@ -225,6 +223,11 @@ class QSDPConfig:
         return self.budget is not None or min(map(min, self._pairs)) <= 8
 
     @property
+    def needs_nodes(self) -> bool:
+        """Whether ranks must fill nodes as `reduce` says; with `auto` it is flat if they do not."""
+        return self.reduce not in ("auto", "flat")
+
+    @property
     def learning_steps(self) -> tuple[int, ...]:
         """Steps before which levels are learned, where they are."""
         return LEVEL_STEPS if self.level_steps is None else self.level_steps
@@ -252,10 +255,7 @@ class QSDPConfig:
 
     def bits_of(self, name: str, is_embedding: bool) -> tuple[int, int]:
         """Weight and gradient bits of a parameter ``name`` that can be coded."""
-        by_policy = self.bits_by_policy(name)
-        if by_policy is not None:
-            return by_policy
-        return self._bits_by_kind(is_embedding)
+        return self.bits_by_policy(name) or self._bits_by_kind(is_embedding)
 
     def _bits_by_kind(self, is_embedding: bool) -> tuple[int, int]:
         """Weight and gradient bits of parameters that no policy names."""

@@ -10,6 +10,7 @@ Philox4x32-7 is the generator of Salmon, Moraes, Dror and Shaw, "Parallel random
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -25,13 +26,37 @@ ROUNDS = 7
 _MASK32 = 0xFFFFFFFF
 
 
+class Direction(IntEnum):
+    """What a payload travels for: a word of its key."""
+
+    GATHER = 0
+    REDUCE = 1
+    FROZEN = 2
+    """The gather of weights that are sent once for all steps."""
+
+
+class Stage(IntEnum):
+    """Among which ranks a payload of a reduce travels: a word of its key. A topology is made of
+    stages: [Note: Stages] in `comm/topology.py`."""
+
+    FLAT = 0
+    """All of the shard group at once. Gathers have this word in every topology: a shard is coded
+    once, and handed on as it is."""
+    LOCAL = 1
+    """Inside a node."""
+    ACROSS = 2
+    """Between nodes."""
+    REPLICAS = 3
+    """Between replicas."""
+
+
 class Key(NamedTuple):
     """What one payload's randomness depends on, besides the parameter and its group."""
 
     seed: int
     step: int
-    direction: int  # 0 gather, 1 reduce
-    hop: int  # stage of a reduce
+    direction: Direction
+    stage: Stage
     occurrence: int  # how many payloads of this kind the group sent before in this step
     sender: int  # a gather: rank in the shard group; a reduce: global rank
     receiver: int = 0  # a reduce: the destination's rank in the group

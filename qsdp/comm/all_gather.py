@@ -17,6 +17,7 @@ from qsdp.comm import transport
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers
+from qsdp.comm.topology import gathered_ranks
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.transport import as_bytes
 from qsdp.comm.wire_state import Wire
@@ -29,7 +30,7 @@ class Payloads(NamedTuple):
 
     layout: GroupLayout
     buffer: Tensor
-    """uint8 [ranks * payload bytes], in the order of `_places`."""
+    """uint8 [ranks * payload bytes], in the order of `gathered_ranks`."""
     step: int
     keys: tuple[int, ...]
     written: torch.Event | None = None
@@ -40,8 +41,8 @@ class Gathering:
     """A gather of one layout that is under way.
 
     1. Encode this rank's shard. The input may be a view into the output: it is read first.
-    2. One all-gather of payloads; with hops, one between nodes, so that each shard comes to a node
-       once, and one inside the node.
+    2. One all-gather of payloads a stage, from the outermost to the innermost, of all that this
+       rank has by then: [Note: Stages].
     3. Check every header: version, step, sender, size, plan.
     """
 
@@ -66,12 +67,9 @@ class Gathering:
         keys = tuple(key(rank) for rank in range(plan.world_size))
         self._plan, self._wire = plan, wire
         self._payloads = Payloads(layout, buffer, 0 if is_frozen else clock.step, keys)
-        size = layout.payload_bytes
-        group, target, place = plan.group, buffer, plan.rank
-        if plan.hops is not None:
-            group, place = plan.hops.across, plan.hops.across.rank()
-            target = wire.buffers.acquire(group.size() * size, buffer.device)
-        own = target.narrow(0, place * size, size)
+        size, group = layout.payload_bytes, plan.stages[-1].group
+        self._gathered = self._room(group.size() * size)
+        own = self._gathered.narrow(0, group.rank() * size, size)
         header = layout.header(plan.rank, self._payloads.step)
         table, own_key = layout.tables[plan.rank], keys[plan.rank]
         self._mistake: RuntimeError | None = None
@@ -87,8 +85,7 @@ class Gathering:
             else:
                 ops.encode(values, table, own_key, header, own, wire.level_values)
         with self._on_the_wire():
-            self._arrival = transport.all_gather(target, own, group, async_op=async_op)
-        self._node_payloads = target
+            self._arrival = transport.all_gather(self._gathered, own, group, async_op=async_op)
 
     def finish(self) -> Payloads:
         """Wait for the payloads. Raises RuntimeError when a header is not what is expected, or a
@@ -97,17 +94,14 @@ class Gathering:
         size = payloads.layout.payload_bytes
         with self._on_the_wire():
             seen = self._arrival.wait()
-            if plan.hops is not None:
-                arrival = transport.all_gather(
-                    payloads.buffer, self._node_payloads, plan.hops.local
-                )
-                seen = arrival.wait()
-                wire.buffers.release(self._node_payloads)
-        if plan.hops is None:
-            wire.traffic.gathered("gather", plan.group, size)
-        else:
-            wire.traffic.gathered("gather", plan.hops.across, size)
-            wire.traffic.gathered("gather", plan.hops.local, size * plan.hops.num_nodes)
+            for stage in reversed(plan.stages[:-1]):
+                handed_on = self._gathered
+                self._gathered = self._room(stage.size * handed_on.numel())
+                seen = transport.all_gather(self._gathered, handed_on, stage.group).wait()
+                wire.buffers.release(handed_on)
+        for stage in reversed(plan.stages):
+            wire.traffic.gathered("gather", stage.group, size)
+            size *= stage.size
         wire.traffic.in_fp32("gather", plan.world_size, payloads.layout.num_values)
         mistake, self._mistake = self._mistake, None
         if mistake is not None:
@@ -115,9 +109,16 @@ class Gathering:
                 raise mistake
             finally:  # an error that its own traceback holds would keep the process group
                 del mistake
-        senders = sorted(range(plan.world_size), key=_places(plan).__getitem__)
+        senders = gathered_ranks(plan.stages)
         check_headers(seen, payloads.layout, senders, payloads.step, plan)
         return payloads._replace(written=written_on_this_stream(payloads.buffer.device))
+
+    def _room(self, num_bytes: int) -> Tensor:
+        """For the payloads of one stage: what the last one leaves is what is asked for."""
+        buffer = self._payloads.buffer
+        if num_bytes == buffer.numel():
+            return buffer
+        return self._wire.buffers.acquire(num_bytes, buffer.device)
 
     @contextmanager
     def _on_the_wire(self) -> Iterator[None]:
@@ -152,17 +153,16 @@ class GatheringWork(dist.Work):
 def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
     """Decode every rank's payload into its slice of the flat ``output``, this rank's own too: all
     ranks compute with the same weights."""
-    layout, places = payloads.layout, _places(plan)
-    size = layout.payload_bytes
+    layout, size = payloads.layout, payloads.layout.payload_bytes
+    received = dict(zip(gathered_ranks(plan.stages), payloads.buffer.split(size), strict=True))
     slices = as_bytes(output).chunk(plan.world_size)
     if payloads.written is not None:
         payloads.written.wait()
     reads_on_this_stream(payloads.buffer)
     with wire.times.measure("gather", "decode", output.device):
         for rank, (key, table) in enumerate(zip(payloads.keys, layout.tables, strict=True)):
-            payload = payloads.buffer.narrow(0, places[rank] * size, size)
             values = layout.room(rank, slices[rank], wire.buffers)
-            ops.decode(payload, table, key, values, levels=wire.level_values)
+            ops.decode(received[rank], table, key, values, levels=wire.level_values)
             layout.expand(rank, values, slices[rank])
 
 
@@ -174,14 +174,3 @@ def regather(output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: T
     num_values = input.numel() if input.is_floating_point() else num_bytes // 4
     traffic.gathered("gather", group, num_bytes)
     traffic.in_fp32("gather", group.size(), group.size() * num_values)
-
-
-def _places(plan: Plan) -> list[int]:
-    """Where each rank's payload lies among the gathered ones: node after node within a place."""
-    hops = plan.hops
-    if hops is None:
-        return list(range(plan.world_size))
-    return [
-        rank % hops.ranks_per_node * hops.num_nodes + rank // hops.ranks_per_node
-        for rank in range(plan.world_size)
-    ]

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from qsdp import ops
 from qsdp.codec.payload import Status
+from qsdp.codec.rounding import Stage
 from qsdp.comm import transport
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers
-from qsdp.comm.key_clock import REPLICAS
 from qsdp.comm.late_reduce import SetsDiffer
 from qsdp.comm.transport import as_bytes
 from qsdp.comm.wire_state import Wire
@@ -44,7 +44,7 @@ def all_reduce(
     ranks = dist.get_process_group_ranks(group)
     payloads = wire.buffers.take("receive", group.size() * size, device)
     own = payloads.narrow(0, group.rank() * size, size)
-    keys = [clock.reduce_key(REPLICAS, occurrence, rank, plan.rank) for rank in ranks]
+    keys = [clock.reduce_key(Stage.REPLICAS, occurrence, rank, plan.rank) for rank in ranks]
     header = layout.header(ranks[group.rank()], clock.step)
     table, fp32_table = layout.tables[plan.rank], layout.fp32_tables[plan.rank]
     with wire.times.measure("reduce", "encode", device):

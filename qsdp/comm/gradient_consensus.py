@@ -39,7 +39,7 @@ from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers, only_header
 from qsdp.comm.late_reduce import SetsDiffer
-from qsdp.comm.reduce_scatter import Hop
+from qsdp.comm.reduce_scatter import Exchange
 from qsdp.common.collective_errors import collective, listed
 from qsdp.common.rank_agreement import compare
 
@@ -62,7 +62,7 @@ class Consensus:
         self,
         places: Places,
         group: dist.ProcessGroup,
-        hops: Callable[[Places], Sequence[Hop]],
+        exchanges: Callable[[Places], Sequence[Exchange]],
         step: int,
         device: torch.device,
         averaged: Callable[[Places], GroupLayout],
@@ -73,7 +73,7 @@ class Consensus:
         Args:
             places: of this rank's gradients, among the group's parameters.
             group: the ranks that reduce together.
-            hops: the all-to-alls of a reduce of the parameters at the places it is given.
+            exchanges: the all-to-alls of a reduce of the parameters at the places it is given.
             step: of the keys' clock.
             device: where the gradients lie.
             averaged: the layout of the average over replicas, of the same.
@@ -84,7 +84,7 @@ class Consensus:
         if places == self._agreed:
             return
         if self._agreed is not None:
-            status = self._announce(hops(self._agreed), step, device)
+            status = self._announce(exchanges(self._agreed), step, device)
             status = self.tell_replicas(averaged(self._agreed), step, device, status)
             if status != Status.CHANGED:
                 raise SetsDiffer
@@ -114,13 +114,13 @@ class Consensus:
             transport.all_gather(received, own, self._replicas).wait()
         return check_headers(received, layout, ranks, step, self._plan, status)
 
-    def _announce(self, hops: Sequence[Hop], step: int, device: torch.device) -> Status:
+    def _announce(self, exchanges: Sequence[Exchange], step: int, device: torch.device) -> Status:
         """Take part in a reduce of the agreed set without having it.
 
         Returns CHANGED if all ranks did so, else MIXED.
         """
         status = Status.CHANGED
-        for layout, _, group, owned in hops:
+        for layout, _, group, owned in exchanges:
             ranks = dist.get_process_group_ranks(group)
             me = group.rank()
             width = len(owned[me])

@@ -9,17 +9,18 @@ import torch
 import torch.distributed as dist
 
 from qsdp.codec.payload import Layout, Segment
+from qsdp.codec.rounding import Stage
 from qsdp.comm.bit_budget import Claim
 from qsdp.comm.group_layout import GroupLayout, Masks, SparseGroupLayout
 from qsdp.comm.level_fitting import Kind, offset
-from qsdp.comm.topology import Hops
+from qsdp.comm.topology import StageGroup
 from qsdp.common.collective_errors import title
 from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.common.sharding import chunk
 from qsdp.config import ROUNDINGS, QSDPConfig
 
 _MOST_LAYOUTS = 32
-"""A step uses up to five of each direction: frozen or not, hops, replicas, what was agreed on."""
+"""A step uses few of each direction: frozen or not, stages, replicas, what was agreed on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Plan:
         config: roundings and bucket sizes.
 
     Attributes:
-        hops: how the group splits into nodes, where it travels in two hops; set after all ranks
+        stages: whom this rank exchanges with, innermost first: [Note: Stages]. Flat until all ranks
             have agreed.
         has_sparse_grads: under a support, whether only the gradients of kept weights travel.
     """
@@ -78,7 +79,7 @@ class Plan:
         self.parameters = self._made_with = tuple(parameters)
         self.index = index
         self.group = group
-        self.hops: Hops | None = None
+        self.stages: tuple[StageGroup, ...] = (StageGroup(Stage.FLAT, group),)
         self.world_size = group.size()
         self.rank = group.rank()
         self.names = tuple(p.name for p in parameters)

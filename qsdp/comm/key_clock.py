@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from qsdp.codec.rounding import Key
-
-GATHER, REDUCE, FROZEN = range(3)
-FLAT, LOCAL, ACROSS, REPLICAS = range(4)
-"""Hops of a reduce: over all ranks at once, inside a node, between nodes, between replicas."""
+from qsdp.codec.rounding import Direction, Key, Stage
 
 
 class Clock:
@@ -50,16 +46,17 @@ class Clock:
 
     def gather_key(self, sender: int) -> int:
         """``sender`` is the rank in the shard group: replicas decode the same weights."""
-        return Key(self.seed, self.step, GATHER, 0, 0, sender).fold()
+        return Key(self.seed, self.step, Direction.GATHER, Stage.FLAT, 0, sender).fold()
 
     def frozen_key(self, sender: int) -> int:
         """Of weights that are sent once for all steps."""
-        return Key(self.seed, 0, FROZEN, 0, 0, sender).fold()
+        return Key(self.seed, 0, Direction.FROZEN, Stage.FLAT, 0, sender).fold()
 
-    def reduce_key(self, hop: int, occurrence: int, sender: int, receiver: int) -> int:
+    def reduce_key(self, stage: Stage, occurrence: int, sender: int, receiver: int) -> int:
         """``sender`` is the global rank: every replica rounds for itself. ``receiver`` is the rank
         in the shard group of the row's owner."""
-        return Key(self.seed, self.step, REDUCE, hop, occurrence, sender, receiver).fold()
+        key = Key(self.seed, self.step, Direction.REDUCE, stage, occurrence, sender, receiver)
+        return key.fold()
 
     def state_dict(self) -> dict[str, int]:
         return {"seed": self.seed, "step": self.step, "reduced": int(self._reduced)}

@@ -37,7 +37,7 @@ class LateReduce:
     refuse: Callable[[], None]
     """What to do at the end if ranks reduce different gradients."""
     reducing: Generator[None, None, int] | None = None
-    """As `comm.reduce.reduce` makes it, late; None: nothing is under way."""
+    """As `reduce` in `comm/reduce_scatter.py` makes it, late; None: nothing is under way."""
     slot: int = 0
     """Of its buffers."""
     divide: Callable[[Tensor], None] | None = None
@@ -60,12 +60,12 @@ class LateReduce:
 class Late:
     """What is under way, in the order in which it began. It holds no model.
 
-    [Note: Late] A reduce returns as soon as the payloads of its last hop travel; an earlier hop is
-    inside a node, and waited for. It is finished before a third would be under way, before another
-    one of its group begins, and at the end of the backward pass. To finish is to wait, decode and
-    add: no matter of other ranks, so each may do so when it likes, also at once. Ranks that find
-    out that they reduce different gradients, at whatever time, go on to the end of the backward
-    pass, where all say so ([Note: Consensus] in `comm/gradient_consensus.py`).
+    [Note: Late] A reduce returns as soon as the payloads of its last stage travel; earlier stages
+    have faster links, and are waited for. It is finished before a third would be under way, before
+    another one of its group begins, and at the end of the backward pass. To finish is to wait,
+    decode and add: no matter of other ranks, so each may do so when it likes, also at once. Ranks
+    that find out that they reduce different gradients, at whatever time, go on to the end of the
+    backward pass, where all say so ([Note: Consensus] in `comm/gradient_consensus.py`).
     """
 
     def __init__(self) -> None:
@@ -92,10 +92,10 @@ class Late:
         taken = {late.slot for late in self._under_way()}
         return min(set(range(MOST_UNDER_WAY)) - taken)
 
-    def leave(self, late: LateReduce, num_hops: int) -> None:
-        """Let the hops of ``late`` start, and leave the last one under way."""
+    def leave(self, late: LateReduce, num_stages: int) -> None:
+        """Let the stages of ``late`` start, and leave the last one under way."""
         assert late.reducing is not None
-        for _ in range(num_hops):
+        for _ in range(num_stages):
             next(late.reducing)
         self.refuse_at_the_end(late)
 

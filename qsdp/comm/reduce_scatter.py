@@ -11,57 +11,53 @@ from torch import Tensor
 
 from qsdp import ops
 from qsdp.codec.payload import Status
+from qsdp.codec.rounding import Stage
 from qsdp.comm import transport
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers
-from qsdp.comm.key_clock import ACROSS, FLAT, LOCAL
 from qsdp.comm.late_reduce import SetsDiffer
 from qsdp.comm.transport import as_bytes
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import collective
 
 
-class Hop(NamedTuple):
+class Exchange(NamedTuple):
     """One all-to-all of a reduce."""
 
     layout: GroupLayout
-    number: int
-    """FLAT, LOCAL or ACROSS: a word of the key."""
+    stage: Stage
     group: dist.ProcessGroup
     owned: tuple[tuple[int, ...], ...]
     """By rank of the group: the rows, of all the shard group's, that it ends with."""
 
 
-def hops_of(
+def exchanges_of(
     plan: Plan,
     with_grad: tuple[int, ...],
     dtype: torch.dtype,
     group: dist.ProcessGroup,
     wire: Wire,
-) -> list[Hop]:
-    """The hops of a reduce of the parameters at places ``with_grad``, in ``dtype``.
+) -> list[Exchange]:
+    """The exchanges of a reduce of the parameters at places ``with_grad``, in ``dtype``.
 
-    Flat, it is one over all ranks of ``group``. In two hops, the ranks of a node first add what
-    they have for each node's rank of their own place, then the nodes add these fp32 sums: what
-    crosses a node's boundary is 1 / ranks-per-node of the flat form.
+    One a stage of the plan ([Note: Stages]), that of all ranks over ``group``. After the first,
+    fp32 sums are sent. Over nodes, what crosses their boundaries is 1 / ranks-per-node of the flat
+    form.
     """
-    least, ranks = wire.least_bits, tuple(range(plan.world_size))
-    if plan.hops is None:
-        layout = plan.reduce(with_grad, dtype, least)
-        return [Hop(layout, FLAT, group, tuple((rank,) for rank in ranks))]
-    width = plan.hops.ranks_per_node
-    places = tuple(ranks[place::width] for place in range(width))
-    nodes = tuple((rank,) for rank in places[plan.rank % width])
-    return [
-        Hop(plan.reduce(with_grad, dtype, least, True), LOCAL, plan.hops.local, places),
-        Hop(plan.reduce(with_grad, torch.float32, least), ACROSS, plan.hops.across, nodes),
-    ]
+    exchanges, rows = [], tuple(range(plan.world_size))
+    for each in plan.stages:
+        layout = plan.reduce(with_grad, dtype, wire.least_bits, each.is_in_node)
+        over = group if each.group is plan.group else each.group
+        owned = tuple(rows[place :: each.size] for place in range(each.size))
+        exchanges.append(Exchange(layout, each.stage, over, owned))
+        rows, dtype = owned[over.rank()], torch.float32
+    return exchanges
 
 
 def reduce(
     plan: Plan,
-    hops: list[Hop],
+    exchanges: list[Exchange],
     output: Tensor,
     input: Tensor,
     wire: Wire,
@@ -71,12 +67,12 @@ def reduce(
 ) -> Generator[None, None, int]:
     """Sum ``input`` [world * shard] over ranks, this rank's row into ``output`` [shard].
 
-    A generator that stops once a hop, where the payloads are on the wire and, on CPUs, this thread
-    can do something else. All that a hop's keys and codec depend on is bound before its stop.
+    A generator that stops once an exchange, where the payloads are on the wire and, on CPUs, this
+    thread can do something else. All that its keys and codec depend on is bound before its stop.
 
     Args:
         plan: of the group.
-        hops: see `hops_of`.
+        exchanges: see `exchanges_of`.
         output, input: of one dtype.
         wire: with the step, counters and buffers.
         slot: of the buffers, which no other reduce may use meanwhile.
@@ -86,28 +82,28 @@ def reduce(
     not what this rank expects, SetsDiffer when another rank has other parameters to reduce.
     """
     occurrence = wire.clock.before_reduce(plan.index)
-    layout, status = hops[0].layout, Status.KEPT
+    layout, status = exchanges[0].layout, Status.KEPT
     # Rows are without what is pruned at their owner from here to the end.
     rows = {
         rank: layout.compact(rank, row, wire.buffers, f"row {rank}")
         for rank, row in enumerate(input.chunk(plan.world_size))
     }
     del input
-    for hop in hops:
-        is_last = hop is hops[-1] and output.dtype == torch.float32
+    for exchange in exchanges:
+        is_last = exchange is exchanges[-1] and output.dtype == torch.float32
         into = output if is_last and not layout.is_sparse else None
-        keeps = is_late and len(hops) == 1  # else only sums are needed when the last hop stops
-        status = yield from _take(plan, hop, rows, occurrence, wire, slot, into, status, keeps)
+        keeps = is_late and len(exchanges) == 1  # else only sums are needed at the last stop
+        status = yield from _take(plan, exchange, rows, occurrence, wire, slot, into, status, keeps)
     if status != Status.KEPT:
         raise SetsDiffer
     layout.expand(plan.rank, rows[plan.rank], output)
-    wire.traffic.in_fp32("reduce", plan.world_size, hops[-1].layout.num_values)
+    wire.traffic.in_fp32("reduce", plan.world_size, exchanges[-1].layout.num_values)
     return occurrence
 
 
 def _take(
     plan: Plan,
-    hop: Hop,
+    exchange: Exchange,
     rows: dict[int, Tensor],
     occurrence: int,
     wire: Wire,
@@ -116,8 +112,8 @@ def _take(
     status: Status,
     keeps: bool,
 ) -> Generator[None, None, Status]:
-    """Take one hop: the rows that this rank owns, which alone are left of ``rows``, become fp32
-    sums over the hop's group.
+    """Take one exchange: the rows that this rank owns, which alone are left of ``rows``, become
+    fp32 sums over its group.
 
     1. Encode the rows of every other rank: unbiased, each with a key of its own.
     2. One all-to-all of payloads; nothing is sent to oneself.
@@ -128,7 +124,7 @@ def _take(
     Returns this rank's status after what it heard; sums are valid until the next reduce of this
     ``slot``. ``keeps``: copy this rank's own rows before the first stop.
     """
-    layout, number, group, owned = hop
+    layout, stage, group, owned = exchange
     me, mine = group.rank(), owned[group.rank()]
     if group.size() == 1:
         for row in mine:
@@ -144,7 +140,7 @@ def _take(
         return wire.buffers.take(f"{purpose} {slot}", num_bytes, device)
 
     def key(sender: int, row: int) -> int:
-        return wire.clock.reduce_key(number, occurrence, global_ranks[sender], row)
+        return wire.clock.reduce_key(stage, occurrence, global_ranks[sender], row)
 
     sent = take("send", len(peers) * width * size)
     received = take("receive", len(peers) * width * size)
@@ -175,7 +171,7 @@ def _take(
     status = check_headers(seen, layout, senders, step, plan, status)
 
     numels = [rows[row].numel() for row in mine]
-    memory = take(f"sums {number}", 4 * sum(numels) if output is None else 0)
+    memory = take(f"sums {stage.name}", 4 * sum(numels) if output is None else 0)
     sums = list(memory.view(torch.float32).split(numels)) if output is None else [output]
     payloads = received.split(size)
     with wire.times.measure("reduce", "decode", device):

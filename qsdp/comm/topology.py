@@ -1,166 +1,163 @@
-"""Which ranks share a machine, and how a process group splits into machines."""
+"""Over which stages the ranks of a shard group exchange.
+
+[Note: Stages] A topology is a list of stages, innermost first: inside a node, then between nodes.
+Ranks are numbers of which each stage is a digit: with 2 ranks a node, rank 5 is place 1 of node 2.
+In a stage those exchange that differ in its digit alone, so a rank is in one group a stage.
+
+    reduce  walks the list forwards. In each stage every other rank is sent the rows of all owners
+            that have its digit, and what comes is added up in fp32. A rank is left with rows of
+            owners that have its own digits so far, and in the end with its own row.
+    gather  walks it backwards. A rank hands on whatever payloads it has by then, so that each shard
+            comes to a node once.
+
+Flat is the list of one stage. What is left of a list without stages of one rank, which have nothing
+to do, is flat too unless there are two or more.
+"""
 
 from __future__ import annotations
 
-import os
 import weakref
-from collections.abc import Mapping
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from qsdp.codec.rounding import Stage
+from qsdp.comm.nodes import Nodes, even_nodes
 from qsdp.compat.process_groups import destroy_group, new_group, unique_group_name
+from qsdp.config import QSDPConfig
+
+Sizes = dict[Stage, int]
+"""By stage, innermost first, how many ranks exchange in it."""
 
 
+@dataclass(frozen=True)
 class Topology:
-    """The node of each global rank.
+    """A choice of ``QSDPConfig.reduce`` that goes by nodes."""
 
-    Nodes are consecutive ranks, as torchrun numbers them, each as large as its launcher says.
-
-    Args:
-        sizes: by global rank, the ranks on its node.
-        mesh: [nodes, ranks of a node], which wins for the ranks that it holds.
-
-    Raises ValueError where ``sizes`` do not add up to nodes and there is no mesh.
-    """
-
-    def __init__(self, sizes: Mapping[int, int], mesh: DeviceMesh | None = None) -> None:
-        self.sizes = sorted(set(sizes.values()), reverse=True)
-        nodes = _first_ranks(sizes)
-        if nodes is None and mesh is None:
-            raise ValueError(
-                f"LOCAL_WORLD_SIZE is {[*sizes.values()]} on the ranks {[*sizes]}, which are no "
-                "nodes of consecutive ranks; set ranks_per_node, or give a node_mesh"
-            )
-        # Where nothing is known, ranks that the mesh does not hold count as elsewhere.
-        self._nodes = nodes or {rank: rank for rank in sizes}
-        me = dist.get_rank()
-        self._here = {rank for rank, node in self._nodes.items() if node == self._nodes[me]}
-        if mesh is not None:
-            rows = mesh.mesh.tolist()
-            self._here -= {*chain(*rows)}
-            self._here.update(*(row for row in rows if me in row))
-
-    def node(self, global_rank: int) -> int:
-        """The first rank of its node, without a mesh."""
-        return self._nodes[global_rank]
-
-    def is_here(self, global_rank: int) -> bool:
-        """Whether it is on this rank's node."""
-        return global_rank in self._here
+    words: str
+    """In reports."""
+    sizes: Callable[[int, int], Sizes]
+    """Of (nodes, ranks of a node); raises ValueError where there can be no such stages. The first
+    is ``Stage.LOCAL``."""
 
 
-def launched_ranks() -> int:
-    """Ranks on this node, as the launcher says; without one every rank has a node of its own.
-
-    Raises ValueError where the launcher does not say a number of ranks.
-    """
-    said = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if not said.isdecimal() or not int(said):
-        raise ValueError(
-            f"LOCAL_WORLD_SIZE is {said!r}; start with torchrun, or set it to the ranks of a node"
-        )
-    return int(said)
+def two_hop(num_nodes: int, ranks_per_node: int) -> Sizes:
+    """Inside each node, then between nodes."""
+    return {Stage.LOCAL: ranks_per_node, Stage.ACROSS: num_nodes}
 
 
-def _first_ranks(sizes: Mapping[int, int]) -> dict[int, int] | None:
-    """By global rank, the first rank of its node; None where ``sizes`` do not add up to nodes."""
-    if len(set(sizes.values())) == 1:
-        return {rank: rank - rank % size for rank, size in sizes.items()}
-    nodes: dict[int, int] = {}
-    first = 0
-    while first in sizes:
-        node = range(first, first + sizes[first])
-        if {sizes.get(rank) for rank in node} != {len(node)}:
-            return None
-        nodes |= dict.fromkeys(node, first)
-        first = node.stop
-    return nodes if nodes.keys() == sizes.keys() else None
+TOPOLOGIES = {
+    "auto": Topology("two hops", two_hop),
+    "two-hop": Topology("two hops", two_hop),
+}
+"""By what ``QSDPConfig.reduce`` may be, but for flat."""
 
 
-class Hops:
-    """A process group of num_nodes x ranks_per_node ranks, node after node."""
+@dataclass(frozen=True)
+class Split:
+    """How the ranks of a shard group are split."""
 
-    def __init__(
-        self, local: dist.ProcessGroup, across: dist.ProcessGroup, *, is_owner: bool
-    ) -> None:
-        """Hold two groups; ``is_owner``: they end with this object.
-
-        Args:
-            local: the ranks of this rank's node.
-            across: the ranks of all nodes that have this rank's place in theirs.
-        """
-        self.local, self.across = local, across
-        self._ends = [weakref.finalize(self, destroy_group, g) for g in (local, across)]
-        for end in self._ends:
-            end.atexit = False
-            if not is_owner:
-                end.detach()
+    sizes: Sizes
+    words: str = ""
+    """For the report, where nodes are even."""
 
     @property
-    def num_nodes(self) -> int:
-        return self.across.size()
+    def is_flat(self) -> bool:
+        return len(self.sizes) == 1
+
+
+def split(
+    group: dist.ProcessGroup, nodes: Nodes, mesh: DeviceMesh | None, config: QSDPConfig
+) -> Split:
+    """The stages of ``group``, of the ``nodes`` that its ranks are on, or those of a node mesh.
+
+    Raises ValueError where the config asks for stages that cannot be.
+    """
+    flat = {Stage.FLAT: group.size()}
+    if config.reduce not in TOPOLOGIES:
+        return Split(flat)
+    topology = TOPOLOGIES[config.reduce]
+    try:
+        if mesh is None:
+            num_nodes, ranks_per_node = even_nodes(group, nodes, config.reduce)
+        else:
+            num_nodes, ranks_per_node = mesh.shape
+        sizes = topology.sizes(num_nodes, ranks_per_node)
+    except ValueError:
+        if config.needs_nodes:
+            raise
+        return Split(flat)
+    assert prod(sizes.values()) == group.size()
+    sizes = {stage: size for stage, size in sizes.items() if size > 1}
+    words = f"{topology.words} over {num_nodes} nodes of {ranks_per_node} ranks"
+    return Split(sizes if len(sizes) > 1 else flat, words)
+
+
+class StageGroup:
+    """The ranks that this rank exchanges with in one stage, in the order of its digit."""
+
+    def __init__(self, stage: Stage, group: dist.ProcessGroup, *, is_owner: bool = False) -> None:
+        """``is_owner``: the process group ends with this object."""
+        self.stage, self.group = stage, group
+        self._end = weakref.finalize(self, destroy_group, group) if is_owner else None
+        if self._end is not None:
+            self._end.atexit = False
 
     @property
-    def ranks_per_node(self) -> int:
-        return self.local.size()
+    def size(self) -> int:
+        return self.group.size()
+
+    @property
+    def is_in_node(self) -> bool:
+        """Whether links are those inside a node, which are fast."""
+        return self.stage == Stage.LOCAL
 
     def close(self) -> None:
-        """Destroy the two groups, if they are this object's."""
-        for end in self._ends:
-            end()
+        """Destroy the group, if it is this object's."""
+        if self._end is not None:
+            self._end()
 
 
-def split(group: dist.ProcessGroup, nodes: list[list[int]]) -> Hops:
-    """Split ``group`` into ``nodes``, its ranks node after node: a collective over ``group``."""
-    name = unique_group_name(group)
-    node, place = divmod(group.rank(), len(nodes[0]))
-    local = new_group(nodes[node], group, f"{name}, node {node}")
-    across = [each[place] for each in nodes]
+def open_stages(
+    group: dist.ProcessGroup, sizes: Mapping[Stage, int], mesh: DeviceMesh | None
+) -> tuple[StageGroup, ...]:
+    """The stages of this rank, over groups of their own where neither ``group`` nor ``mesh`` has
+    one of the same ranks. A collective over ``group``."""
+    ranks = dist.get_process_group_ranks(group)
+    known = [group]
+    if mesh is not None and len(sizes) > 1:
+        known += mesh.get_all_groups()
+    by_ranks = {tuple(dist.get_process_group_ranks(each)): each for each in reversed(known)}
+    name = ""
+    stages: list[StageGroup] = []
+    stride = 1
     try:
-        return Hops(local, new_group(across, group, f"{name}, place {place}"), is_owner=True)
+        for stage, size in sizes.items():
+            first = group.rank() - group.rank() // stride % size * stride
+            members = ranks[first : first + size * stride : stride]
+            found = by_ranks.get(tuple(members))
+            if found is None:
+                name = name or unique_group_name(group)
+                found = new_group(members, group, f"{name}, {stage.name} from rank {members[0]}")
+                stages.append(StageGroup(stage, found, is_owner=True))
+            else:
+                stages.append(StageGroup(stage, found))
+            stride *= size
     except BaseException:
-        destroy_group(local)
+        for each in stages:
+            each.close()
         raise
+    return tuple(stages)
 
 
-def nodes_of(group: dist.ProcessGroup, topology: Topology) -> list[list[int]]:
-    """The ranks of ``group`` by node.
-
-    Raises ValueError where they are not as many on every node, node after node.
-    """
-    ranks = dist.get_process_group_ranks(group)
-    if len(topology.sizes) > 1:
-        raise ValueError(
-            f"a two-hop reduce needs nodes of equal size, but nodes differ: they have "
-            f"{' or '.join(map(str, topology.sizes))} ranks; set reduce to 'auto' or 'flat', or "
-            "say with ranks_per_node or node_mesh how to split them"
-        )
-    nodes: dict[int, list[int]] = {}
-    for rank in ranks:
-        nodes.setdefault(topology.node(rank), []).append(rank)
-    split = list(nodes.values())
-    if len({len(node) for node in split}) > 1 or [*chain(*split)] != ranks:
-        raise ValueError(
-            f"the shard group's ranks {ranks} do not fill nodes of {topology.sizes[0]} "
-            "evenly, one after the other; set ranks_per_node to a number that divides them, or "
-            "reduce to 'flat'"
-        )
-    return split
-
-
-def check_mesh(group: dist.ProcessGroup, mesh: DeviceMesh) -> None:
-    """Raise ValueError unless ``mesh`` is 2-D, [nodes, ranks of a node], over the ranks of
-    ``group``."""
-    ranks = dist.get_process_group_ranks(group)
-    if mesh.ndim != 2 or mesh.mesh.flatten().tolist() != ranks:
-        raise ValueError(
-            f"node_mesh holds the ranks {mesh.mesh.tolist()}; give a 2-D mesh [nodes, ranks of a "
-            f"node] of the model's shard group, {ranks}"
-        )
-
-
-def is_worth_two_hops(nodes: list[list[int]]) -> bool:
-    """Whether there are several nodes of several ranks each: else one hop has nothing to do."""
-    return len(nodes) > 1 and len(nodes[0]) > 1
+def gathered_ranks(stages: Sequence[StageGroup]) -> list[int]:
+    """The ranks of the shard group in the order in which a gather leaves their payloads: each stage
+    puts side by side what its ranks have from the stages outside of it."""
+    ranks, stride = [0], 1
+    for stage in stages:
+        ranks = [rank + digit * stride for rank in ranks for digit in range(stage.size)]
+        stride *= stage.size
+    return ranks

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from qsdp.comm.topology import Topology
+from qsdp.comm.nodes import Nodes
 
 DIRECTIONS = ("gather", "reduce", "other")
 LINKS = ("intra_node", "inter_node")
@@ -24,8 +24,8 @@ class Traffic:
     4 (N - 1) / N bytes a value of the gathered buffer.
     """
 
-    def __init__(self, topology: Topology) -> None:
-        self._topology = topology
+    def __init__(self, nodes: Nodes) -> None:
+        self._nodes = nodes
         self._counts: Counter[str] = Counter()
         self._is_paused = False
 
@@ -46,7 +46,7 @@ class Traffic:
         """Count ``payload_bytes`` to each of the global ranks ``receivers``."""
         kind = "other" if self._is_paused else direction
         for receiver in receivers:
-            link = LINKS[not self._topology.is_here(receiver)]
+            link = LINKS[not self._nodes.is_here(receiver)]
             self._counts[f"{kind}_{link}_bytes"] += payload_bytes
 
     def in_fp32(self, direction: str, num_ranks: int, num_values: int) -> None:

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
 from qsdp.codec.payload import Layout, Segment
-from qsdp.codec.rounding import Key
+from qsdp.codec.rounding import Direction, Key, Stage
 from qsdp.comm import transport
 from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
@@ -113,7 +113,7 @@ def check_codec(world: World) -> str:
                 values = torch.randn(5000, generator=torch.Generator().manual_seed(count))
                 values[::97] = 0.0
                 values = values.to(TORCH_DTYPES[dtype])
-                key = Key(0, count, 0, 0, 0, world.rank).fold()
+                key = Key(0, count, Direction.GATHER, Stage.FLAT, 0, world.rank).fold()
                 expected, back = _codec(codec, values, layout, table, key)
                 found, found_back = _codec(
                     torch.ops.qsdp, values.to(world.device), layout, table, key

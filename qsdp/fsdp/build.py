@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from qsdp.comm.bit_budget import check_budget
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.level_fitting import Levels
-from qsdp.comm.topology import Hops, launched_ranks
+from qsdp.comm.nodes import launched_ranks
+from qsdp.comm.topology import Split, StageGroup
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire_state import Wire
 from qsdp.common.model_structure import embedding_names, tied_names
@@ -28,12 +29,12 @@ from qsdp.fsdp.hooks import AllGather
 from qsdp.fsdp.passes import Passes
 from qsdp.fsdp.planning import (
     check_type,
-    make_hops,
+    make_nodes,
     make_plan,
-    make_topology,
+    make_splits,
+    make_stages,
     refuse_own_comms,
     replica_group,
-    split_into_nodes,
 )
 from qsdp.fsdp.quantized_collectives import InstalledComms
 from qsdp.fsdp.report import Row, unsharded_rows
@@ -49,10 +50,10 @@ class Parts:
     """By their places in the model, what the report says of parameters without a plan."""
     everyone: Sequence[dist.ProcessGroup]
     """Process groups that together reach all ranks, one after the other."""
-    nodes: Mapping[dist.ProcessGroup, list[list[int]]]
-    """Of each process group that might travel in two hops."""
-    hops: Mapping[dist.ProcessGroup, Hops]
-    """Of each that does."""
+    splits: Sequence[Split]
+    """Of all process groups of several ranks."""
+    stages: Sequence[StageGroup]
+    """Of all of these."""
     wire: Wire
     adaptation: Adaptation
     passes: Passes
@@ -94,12 +95,12 @@ def build(
                 f"ranks_per_node is {config.ranks_per_node} and a node_mesh is given, which "
                 "holds all ranks and says how they split; leave one of the two out"
             )
-        topology = make_topology(plans, launched, config, node_mesh)
-        nodes = split_into_nodes(plans, topology, config, node_mesh)
+        nodes = make_nodes(plans, launched, config, node_mesh)
+        splits = make_splits(plans, nodes, config, node_mesh)
     unsharded = unsharded_rows(names, plans)
     install_agreement.check(everyone, install_agreement.describe(config, groups, plans))
-    wire = Wire(config, Traffic(topology))
-    hops = make_hops(plans, nodes, node_mesh)
+    wire = Wire(config, Traffic(nodes))
+    stages = make_stages(plans, splits, node_mesh)
     if config.levels == "learned":
         wire.levels = Levels(order)
     adaptation = Adaptation(plans, groups, wire, everyone)
@@ -110,8 +111,8 @@ def build(
         plans=plans,
         unsharded=unsharded,
         everyone=everyone,
-        nodes=nodes,
-        hops=hops,
+        splits=[*splits.values()],
+        stages=stages,
         wire=wire,
         adaptation=adaptation,
         passes=passes,

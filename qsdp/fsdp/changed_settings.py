@@ -45,10 +45,10 @@ def mistake(
             f"{changed[0]} was called on the group of {plan.name} after qsdp.install, which "
             "needs that for the wire: leave it out, or call handle.remove() first"
         )
-    if plan.hops is not None and group.has_own_reduce_group:
+    if len(plan.stages) > 1 and group.has_own_reduce_group:
         return (
             f"set_separate_reduce_scatter_group was called on the group of {plan.name}, which "
-            "reduces in two hops, over process groups of qsdp's own: leave it out, or take "
+            "reduces in several hops, over process groups of qsdp's own: leave it out, or take "
             'QSDPConfig(reduce="flat")'
         )
     puts_off = in_backward and averages and group.reduces and not group.all_reduces

@@ -33,7 +33,7 @@ class Handle:
         self._groups, self._plans = groups, parts.plans
         self._wire, self._adaptation = parts.wire, parts.adaptation
         self._passes, self._comms = parts.passes, parts.comms
-        self._nodes, self._hops, self._unsharded = parts.nodes, parts.hops, parts.unsharded
+        self._splits, self._stages, self._unsharded = parts.splits, parts.stages, parts.unsharded
         self._everyone = parts.everyone
         # Passes meet in shard groups alone: a rank that is not in one is first heard of there.
         shard_groups = {plan.group for plan in self._plans}
@@ -51,8 +51,7 @@ class Handle:
             self.config,
             self._plans,
             self._groups,
-            self._nodes,
-            self._hops,
+            self._splits,
             is_allotted=self._adaptation.is_allotted,
         )
         return Report(tuple(rows[index] for index in sorted(rows)), tuple(found))
@@ -239,8 +238,8 @@ class Handle:
         self._passes.remove()
         self._comms.remove()
         self._reshard()
-        for hops in self._hops.values():
-            hops.close()
+        for stage in self._stages:
+            stage.close()
 
     def _meet(self, call: str, facts: Mapping[str, object]) -> None:
         """Make sure that all ranks are at ``call``, or that the replicas of those that are not hear

@@ -19,7 +19,7 @@ from qsdp.comm.gradient_consensus import Consensus, Places
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.late_reduce import LateReduce, SetsDiffer, exhaust
-from qsdp.comm.reduce_scatter import Hop, hops_of, reduce
+from qsdp.comm.reduce_scatter import Exchange, exchanges_of, reduce
 from qsdp.comm.wire_state import Wire
 from qsdp.common.checksum import checksum
 from qsdp.common.gpu_streams import reads_on_this_stream
@@ -243,8 +243,8 @@ class ReduceScatter(_Comm):
             )
         with_grad = self._recorder.take(input_tensor.numel() // plan.world_size)
 
-        def hops(places: Places) -> list[Hop]:
-            return hops_of(plan, places, input_tensor.dtype, group, wire)
+        def exchanges(places: Places) -> list[Exchange]:
+            return exchanges_of(plan, places, input_tensor.dtype, group, wire)
 
         def averaged(places: Places) -> GroupLayout:
             return plan.reduce(places, output_tensor.dtype, wire.least_bits)
@@ -261,8 +261,8 @@ class ReduceScatter(_Comm):
         if may_others_be_late:
             self._passes.backward.end_late()
         try:
-            consensus.settle(with_grad, group, hops, step, device, averaged)
-            own = hops(with_grad)
+            consensus.settle(with_grad, group, exchanges, step, device, averaged)
+            own = exchanges(with_grad)
             reducing = reduce(plan, own, output_tensor, input_tensor, wire, slot, is_late=is_late)
             if not is_late:
                 try:

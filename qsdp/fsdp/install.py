@@ -41,7 +41,7 @@ def install(
             a shard axis, float64 in parameters or reduces, parameters with an all-gather of their
             own; a policy pattern, or `embedding_bits`, sets the bits of no parameter; the budget is
             less than 2 bits and their metadata take, or has nothing to allot; the shard group does
-            not split into nodes as a two-hop reduce needs; or replicate_mesh is not such a mesh.
+            not split into nodes as the config's reduce needs; or replicate_mesh is not such a mesh.
         RuntimeError: the ranks do not have the same model, config and meshes.
     """
     groups = parameter_groups(model)

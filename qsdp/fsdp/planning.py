@@ -1,4 +1,4 @@
-"""What `install` makes of a sharded model before it sends anything: plans, nodes and hops."""
+"""What `install` makes of a sharded model before it sends anything: plans, nodes and stages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp.comm.group_plan import Parameter, Plan
-from qsdp.comm.topology import Hops, Topology, check_mesh, is_worth_two_hops, nodes_of, split
+from qsdp.comm.nodes import Nodes, check_mesh
+from qsdp.comm.topology import Split, StageGroup, open_stages, split
 from qsdp.common.dtypes import CODEC_DTYPES
 from qsdp.compat.parameter_group import ParameterGroup, ShardedParameter
 from qsdp.config import QSDPConfig
@@ -64,51 +65,41 @@ def check_type(name: str, given: object, wanted: Any) -> None:
         raise ValueError(f"{name} is a {type(given).__name__}; give a {allowed}")
 
 
-def make_topology(
+def make_nodes(
     plans: list[Plan], launched: Mapping[int, int], config: QSDPConfig, mesh: DeviceMesh | None
-) -> Topology:
+) -> Nodes:
     """The nodes of all ranks, of which launchers say how many they ``launched``."""
     if mesh is not None:
-        for group in {plan.group for plan in plans if plan.world_size > 1}:
+        for group in _shard_groups(plans):
             check_mesh(group, mesh)
     size = config.ranks_per_node
     sizes = launched if size is None else dict.fromkeys(range(dist.get_world_size()), size)
-    return Topology(sizes, mesh)
+    return Nodes(sizes, mesh)
 
 
-def split_into_nodes(
-    plans: list[Plan], topology: Topology, config: QSDPConfig, mesh: DeviceMesh | None
-) -> dict[dist.ProcessGroup, list[list[int]]]:
-    """The nodes of each process group that may travel in two hops.
+def make_splits(
+    plans: list[Plan], nodes: Nodes, config: QSDPConfig, mesh: DeviceMesh | None
+) -> dict[dist.ProcessGroup, Split]:
+    """How each process group of several ranks is split.
 
-    Raises ValueError where the config asks for two hops and there are no even nodes.
+    Raises ValueError where the config asks for stages that cannot be.
     """
-    nodes: dict[dist.ProcessGroup, list[list[int]]] = {}
-    for group in dict.fromkeys(plan.group for plan in plans if plan.world_size > 1):
-        if config.reduce == "flat":
-            continue
-        try:
-            nodes[group] = nodes_of(group, topology) if mesh is None else mesh.mesh.tolist()
-        except ValueError:
-            if config.reduce == "two-hop":
-                raise
-    return nodes
+    return {group: split(group, nodes, mesh, config) for group in _shard_groups(plans)}
 
 
-def make_hops(
-    plans: list[Plan], nodes: dict[dist.ProcessGroup, list[list[int]]], mesh: DeviceMesh | None
-) -> dict[dist.ProcessGroup, Hops]:
-    """The hops of each process group whose nodes are worth two of them."""
-    hops = {
-        group: split(group, own)
-        if mesh is None
-        else Hops(mesh.get_group(1), mesh.get_group(0), is_owner=False)
-        for group, own in nodes.items()
-        if is_worth_two_hops(own)
-    }
+def make_stages(
+    plans: list[Plan], splits: Mapping[dist.ProcessGroup, Split], mesh: DeviceMesh | None
+) -> list[StageGroup]:
+    """The stages of all process groups, which their plans are given. A collective over each."""
+    made = {group: open_stages(group, each.sizes, mesh) for group, each in splits.items()}
     for plan in plans:
-        plan.hops = hops.get(plan.group)
-    return hops
+        plan.stages = made.get(plan.group, plan.stages)
+    return [stage for stages in made.values() for stage in stages]
+
+
+def _shard_groups(plans: list[Plan]) -> list[dist.ProcessGroup]:
+    """Of several ranks, each once."""
+    return [*dict.fromkeys(plan.group for plan in plans if plan.world_size > 1)]
 
 
 def make_plan(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 
 from qsdp.comm.group_plan import Plan
-from qsdp.comm.topology import Hops
+from qsdp.comm.topology import Split
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.config import QSDPConfig
 from qsdp.ops import native
@@ -18,8 +17,7 @@ def remarks(
     config: QSDPConfig,
     plans: Sequence[Plan],
     groups: Sequence[ParameterGroup],
-    nodes: Mapping[dist.ProcessGroup, list[list[int]]],
-    hops: Mapping[dist.ProcessGroup, Hops],
+    splits: Sequence[Split],
     *,
     is_allotted: bool,
 ) -> Iterator[str]:
@@ -28,8 +26,7 @@ def remarks(
     Args:
         config: As it was given to `install`.
         plans, groups: Of the handle's groups.
-        nodes: Of each process group that might travel in two hops.
-        hops: Of each that does.
+        splits: Of all process groups of several ranks.
         is_allotted: Whether the bits follow the budget by now.
     """
     yield native.remark(torch.device(groups[0].mesh.device_type))
@@ -57,13 +54,12 @@ def remarks(
         share = f"the kept {num_kept / max(1, num_all):.1%} of the weights"
         grads = "and of the gradients" if sparse else "and all gradients"
         yield f"masks: of {len(masked)} parameters only {share} travel, {grads}"
-    for process_group, own in nodes.items():
-        two = f"two hops over {len(own)} nodes of {len(own[0])} ranks"
-        local = config.local_grad_bits or 8
-        if process_group in hops:
-            yield f"{two}: coded gradients travel at {local} bits inside a node"
-        elif config.reduce == "two-hop":
-            yield f"{two} would save nothing: reduces and gathers are flat"
+    for split in splits:
+        if not split.is_flat:
+            bits = config.local_grad_bits or 8
+            yield f"{split.words}: coded gradients travel at {bits} bits inside a node"
+        elif config.needs_nodes:
+            yield f"{split.words} would save nothing: reduces and gathers are flat"
     if config.levels == "learned":
         steps = ", ".join(map(str, config.learning_steps))
         yield f"learned levels for 2 to 6 bits, fitted before steps {steps}"

@@ -11,7 +11,6 @@ from torch import nn
 
 from qsdp.common.dtypes import CODEC_DTYPES
 from qsdp.compat.parameter_names import named_parameters
-from qsdp.config import QSDPConfig
 
 Group = str | nn.Module | Sequence[str | nn.Module]
 
@@ -61,20 +60,6 @@ class World:
     def ranks_of_a_node(self) -> int:
         """Ranks of the shard group on one node, where nodes are even."""
         return min(self.ranks_per_node, self.world_size)
-
-    def is_two_hop(self, config: QSDPConfig) -> bool:
-        """Whether reduces take two hops, and gathers two levels: where one of them would be among
-        ranks of their own, both are flat.
-
-        Raises ValueError when two hops are asked for and nodes are not even.
-        """
-        if config.reduce == "two-hop" and not self.has_even_nodes:
-            raise ValueError(
-                f"a two-hop reduce of {self.world_size} ranks cannot have nodes of "
-                f"{self.ranks_per_node}; choose ranks_per_node so that it divides them"
-            )
-        is_worth_it = self.has_even_nodes and 1 < self.ranks_of_a_node < self.world_size
-        return config.reduce != "flat" and is_worth_it
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One reduce of the simulated ranks: its hops, and the order of its sums."""
+"""One reduce of the simulated ranks: its stages, and the order of its sums."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from qsdp.simulation.reference import BETWEEN_NODES, BETWEEN_REPLICAS, FLAT, IN_NODE, Wire
+from qsdp.codec.rounding import Stage
+from qsdp.simulation.reference import Wire
 
 
 class Reduction:
     """One reduce of all ranks, which bring their gradients in the order of their ranks.
 
-    flat      every row but a rank's own is quantized; rows are added in fp32 in rank order
-    two hops  inside a node every row is quantized for the local rank of its destination; each node
-              then quantizes its fp32 sum for the destination, where sums are added in node order.
-              What a rank keeps to itself is exact in both hops (after ZeRO++, arXiv 2306.10209)
+    stages    in the first every row is quantized for that rank of the sender's unit that has its
+              destination's place there; each unit then quantizes its fp32 sum for that unit of the
+              next larger one which has the destination's place, and so on. Rows and sums are added
+              in fp32 in the order of places. What a rank keeps to itself is exact in all stages
+              (in two, after ZeRO++, arXiv 2306.10209)
     replicas  native: added in the reduce dtype. Quantized: every replica's sum, the own one too, is
               quantized; they are added in fp32 in replica order and divided by their number
     """
@@ -33,8 +35,8 @@ class Reduction:
             self._before = _fp16_predivisor(self._divisor)
         self._num_added = 0
         self._names: set[str] = set()
-        self._node: dict[tuple[str, int], Tensor] = {}
-        self._shards: dict[tuple[str, int], Tensor] = {}
+        self._sums: list[dict[tuple[str, int], Tensor]] = [{} for _ in wire.stages]
+        """By stage, those of the unit that is being summed."""
         self._replicas: dict[tuple[str, int], Tensor] = {}
 
     def add(self, grads: Mapping[str, Tensor]) -> None:
@@ -55,13 +57,10 @@ class Reduction:
         for name, grad in grads.items():
             for receiver, whole in enumerate(self._wire.sharding.cut(name, grad.div(self._before))):
                 row = self._wire.kept_grads.pick(name, whole, receiver)
-                if self._wire.is_two_hop:
-                    self._add_in_node(name, row, sender, receiver)
-                else:
-                    is_own = rank == receiver
-                    self._add(self._shards, name, row, FLAT, sender, receiver, is_own)
-        if self._wire.is_two_hop and (rank + 1) % world.ranks_of_a_node == 0:
-            self._add_between_nodes(sender // world.ranks_of_a_node)
+                self._exchange(0, name, row, sender, receiver)
+        for place, each in enumerate(self._wire.stages[1:], start=1):
+            if (rank + 1) % each.stride == 0:
+                self._send_on(place, sender // each.stride)
         if rank == world.world_size - 1:
             self._add_between_replicas(sender // world.world_size)
 
@@ -75,42 +74,41 @@ class Reduction:
             mean = total.div(self._divisor / self._before)
             yield name, receiver, self._wire.kept_grads.spread(name, mean, receiver)
 
-    def _add_in_node(self, name: str, row: Tensor, sender: int, receiver: int) -> None:
-        local = self._wire.world.ranks_of_a_node
-        is_own = sender % local == receiver % local
-        self._add(self._node, name, row, IN_NODE, sender, receiver, is_own)
+    def _send_on(self, place: int, unit: int) -> None:
+        """Send what the ranks of a ``unit`` of the stage before have summed into the stage at
+        ``place``; units are counted over all replicas."""
+        each, before = self._wire.stages[place], self._sums[place - 1]
+        for (name, receiver), total in before.items():
+            sender = unit * each.stride + receiver % each.stride
+            self._exchange(place, name, total, sender, receiver)
+        before.clear()
 
-    def _add_between_nodes(self, node: int) -> None:
-        """Send the sums of ``node``, counted over all replicas."""
-        world = self._wire.world
-        local = world.ranks_of_a_node
-        here = node % (world.world_size // local)
-        for (name, receiver), total in self._node.items():
-            sender = node * local + receiver % local
-            is_own = receiver // local == here
-            self._add(self._shards, name, total, BETWEEN_NODES, sender, receiver, is_own)
-        self._node.clear()
+    def _exchange(self, place: int, name: str, row: Tensor, sender: int, receiver: int) -> None:
+        """Bring a row to whoever sums it in a stage, which may be the sender itself."""
+        each = self._wire.stages[place]
+        is_own = each.digit(sender) == each.digit(receiver)
+        self._add(self._sums[place], name, row, each.stage, sender, receiver, is_own)
 
     def _add_between_replicas(self, replica: int) -> None:
         world = self._wire.world
-        for place, total in self._shards.items():
+        for place, total in self._sums[-1].items():
             name, receiver = place
             total = total.to(world.reduce_dtype)
             if world.quantized_replicas:
                 sender = replica * world.world_size + receiver
-                self._add(self._replicas, name, total, BETWEEN_REPLICAS, sender, receiver, False)
+                self._add(self._replicas, name, total, Stage.REPLICAS, sender, receiver, False)
             elif place in self._replicas:
                 self._replicas[place] = self._replicas[place] + total
             else:
                 self._replicas[place] = total
-        self._shards.clear()
+        self._sums[-1].clear()
 
     def _add(
         self,
         sums: dict[tuple[str, int], Tensor],
         name: str,
         row: Tensor,
-        hop: int,
+        stage: Stage,
         sender: int,
         receiver: int,
         is_own: bool,
@@ -119,7 +117,7 @@ class Reduction:
         if is_own:
             row = row.float()
         else:
-            row = self._wire.grad(name, row, hop, self._step, sender, receiver)
+            row = self._wire.grad(name, row, stage, self._step, sender, receiver)
         place = (name, receiver)
         sums[place] = sums[place] + row if place in sums else row
 

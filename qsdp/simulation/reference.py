@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qsdp import ops
 from qsdp.codec.payload import Layout, Segment
-from qsdp.codec.rounding import Key
+from qsdp.codec.rounding import Direction, Key, Stage
 from qsdp.comm.bit_budget import Claim
 from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.common.model_structure import embedding_names, tied_names
@@ -25,9 +25,7 @@ from qsdp.simulation.kept_weights import SupportMasks
 from qsdp.simulation.levels_and_budget import Bits, SimulatedBudget, SimulatedLevels
 from qsdp.simulation.ranks import Numbers, World
 from qsdp.simulation.shards import Sharding
-
-GATHER, REDUCE, FROZEN = range(3)
-FLAT, IN_NODE, BETWEEN_NODES, BETWEEN_REPLICAS = range(4)
+from qsdp.simulation.stages import stages_of
 
 
 class Codec(NamedTuple):
@@ -43,14 +41,14 @@ class Wire:
 
     Args:
         model: The plain model, for names, shapes and which parameters are embeddings.
-        config: Bits, buckets, roundings, hops.
+        config: Bits, buckets, roundings, stages.
         world: The ranks.
         numbers: Counter words of the generator.
         sharding: How parameters are cut.
 
     Raises:
-        ValueError: a policy pattern matches no parameter, or the budget is too small or has
-            nothing to allot.
+        ValueError: a policy pattern matches no parameter, the budget is too small or has nothing
+            to allot, or ranks do not fill nodes as the reduce needs it.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class Wire:
         aliases = {clean[alias]: clean[name] for alias, name in tied.items()}
         config.check_policy(list(numbers.parameters), aliases)
         self.config, self.world, self.numbers, self.sharding = config, world, numbers, sharding
-        self.is_two_hop = world.is_two_hop(config)
+        self.stages = stages_of(world, config)
         self._codecs: dict[tuple[Segment, int, bool], Codec] = {}
         embeddings, named = {clean[name] for name in tables}, named_parameters(model)
         config.check_embeddings(embeddings)
@@ -125,10 +123,10 @@ class Wire:
         """Bits of a weight in ``step`` of the clock; None is any step after the warm-up."""
         return self._warm(self._bits[name][0], step)
 
-    def grad_bits(self, name: str, hop: int, step: int | None) -> int:
-        """Bits of a gradient in ``hop`` of a reduce in ``step``; None as above."""
+    def grad_bits(self, name: str, stage: Stage, step: int | None) -> int:
+        """Bits of a gradient in ``stage`` of a reduce in ``step``; None as above."""
         bits = self._bits[name][1]
-        if hop == IN_NODE and bits <= 8:
+        if stage == Stage.LOCAL and bits <= 8:
             bits = self.config.local_grad_bits or max(bits, 8)
         return self._warm(bits, step)
 
@@ -143,28 +141,28 @@ class Wire:
             return values  # FSDP2 calls no collective
         if self.is_sent_once(shard):
             # Whichever step it is sent in: a resumed run sends it again and must decode the same.
-            key = Key(self.config.seed, 0, FROZEN, 0, 0, rank).fold()
+            key = Key(self.config.seed, 0, Direction.FROZEN, Stage.FLAT, 0, rank).fold()
             bits = self.weight_bits(name, None)
             return self._cross(name, sent, key, bits, is_grad=False, is_frozen=True)
-        key = Key(self.config.seed, step, GATHER, 0, 0, rank).fold()
+        key = Key(self.config.seed, step, Direction.GATHER, Stage.FLAT, 0, rank).fold()
         bits = self.weight_bits(name, step)
         decoded = self._cross(name, sent, key, bits, is_grad=False)
         return self.kept_weights.spread(name, decoded, rank)
 
     def grad(
-        self, name: str, row: Tensor, hop: int, step: int, sender: int, receiver: int
+        self, name: str, row: Tensor, stage: Stage, step: int, sender: int, receiver: int
     ) -> Tensor:
         """What is decoded of ``row``, in fp32.
 
         ``sender`` is a global rank; ``receiver`` is the rank in the shard group for which the row
         is meant in the end.
         """
-        key = Key(self.config.seed, step, REDUCE, hop, 0, sender, receiver).fold()
-        bits = self.grad_bits(name, hop, step)
+        key = Key(self.config.seed, step, Direction.REDUCE, stage, 0, sender, receiver)
+        bits = self.grad_bits(name, stage, step)
         self._levels.observe((name, "grad", bits), row)
         if bits <= 8 and self._budget.is_open(step):
             self._measure(name, row, sender, is_grad=True)
-        return self._cross(name, row, key, bits, is_grad=True)
+        return self._cross(name, row, key.fold(), bits, is_grad=True)
 
     def segment(
         self, name: str, numel: int, dtype: torch.dtype, bits: int, *, is_grad: bool

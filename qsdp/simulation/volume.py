@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import Layout
-from qsdp.simulation.reference import BETWEEN_NODES, BETWEEN_REPLICAS, FLAT, IN_NODE, Wire
+from qsdp.codec.rounding import Stage
+from qsdp.simulation.reference import Wire
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +54,7 @@ def count_bytes(
     """See `Simulation.wire_bytes`. ``shards`` are those of the shard group's first rank: all ranks'
     payloads have the sizes of its."""
     world, sent = wire.world, _Sent(wire.world.ranks_per_node, rank)
-    size, local = world.world_size, world.ranks_of_a_node
-    in_shard_group = range(rank - rank % size, rank - rank % size + size)
-    if not wire.is_two_hop:
-        in_node, across = [], list(in_shard_group)
-    else:
-        in_node = [peer for peer in in_shard_group if peer // local == rank // local]
-        across = [peer for peer in in_shard_group if peer % local == rank % local]
+    size = world.world_size
     replicas = range(rank % size, world.num_ranks, size) if world.quantized_replicas else ()
     for group in sorted(set(wire.numbers.groups.values())) if size > 1 else ():
         members = {n: shard for n, shard in shards.items() if wire.numbers.groups[n] == group}
@@ -67,14 +62,19 @@ def count_bytes(
         is_kept = reshard_after_forward is False or wire.config.gather == "once"
         is_kept |= reshard_after_forward is None and group == wire.numbers.root
         num_bytes = _weight_bytes(wire, gathered) * micro_batches * (1 if is_kept else 2)
-        sent.to("gather", across, num_bytes)
-        # Between nodes a rank got the shards of its likes; inside the node it hands them on.
-        sent.to("gather", in_node, num_bytes * len(across))
+        for each in reversed(wire.stages):
+            # What a rank got in a stage it hands on in the next.
+            sent.to("gather", each.peers(rank), num_bytes)
+            num_bytes *= each.size
         trained = {n: shard for n, shard in members.items() if shard.requires_grad}
-        sent.to("reduce", in_node, _grad_bytes(wire, trained, IN_NODE) * len(across))
-        last = BETWEEN_NODES if wire.is_two_hop else FLAT
-        sent.to("reduce", across, _grad_bytes(wire, trained, last))
-        sent.to("reduce", replicas, _grad_bytes(wire, trained, BETWEEN_REPLICAS))
+        num_rows, dtype = size, world.reduce_dtype
+        for each in wire.stages:
+            num_rows //= each.size  # for one peer
+            row_bytes = _grad_bytes(wire, trained, each.stage, dtype)
+            sent.to("reduce", each.peers(rank), row_bytes * num_rows)
+            dtype = torch.float32
+        row_bytes = _grad_bytes(wire, trained, Stage.REPLICAS, world.reduce_dtype)
+        sent.to("reduce", replicas, row_bytes)
     return WireBytes(
         gather_intra_node=sent.bytes["gather", True],
         gather_inter_node=sent.bytes["gather", False],
@@ -114,10 +114,9 @@ def _weight_bytes(wire: Wire, shards: Mapping[str, Tensor]) -> int:
     return Layout(segments, 0).payload_bytes if segments else 0
 
 
-def _grad_bytes(wire: Wire, shards: Mapping[str, Tensor], hop: int) -> int:
-    dtype = torch.float32 if hop == BETWEEN_NODES else wire.world.reduce_dtype
+def _grad_bytes(wire: Wire, shards: Mapping[str, Tensor], stage: Stage, dtype: torch.dtype) -> int:
     segments = [
-        wire.segment(name, shard.numel(), dtype, wire.grad_bits(name, hop, None), is_grad=True)
+        wire.segment(name, shard.numel(), dtype, wire.grad_bits(name, stage, None), is_grad=True)
         for name, shard in shards.items()
     ]
     return Layout(segments, 0).payload_bytes if segments else 0

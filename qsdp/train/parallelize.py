@@ -60,10 +60,10 @@ def check_replicas(config: TrainConfig, world: World) -> None:
 
 
 def check_nodes(config: TrainConfig, world: World) -> None:
-    """Raise ValueError unless each replica's ranks fill nodes evenly, where two hops are asked for
-    with nodes of a given size."""
+    """Raise ValueError unless each replica's ranks fill nodes of a given size evenly, where the
+    reduce needs that."""
     wire = config.qsdp
-    if wire is None or wire.reduce != "two-hop" or wire.ranks_per_node is None:
+    if wire is None or not wire.needs_nodes or wire.ranks_per_node is None:
         return
     size = world.size // config.run.replicas
     for first in range(0, world.size, size):
@@ -72,7 +72,7 @@ def check_nodes(config: TrainConfig, world: World) -> None:
             raise ValueError(
                 f"--qsdp-ranks-per-node is {wire.ranks_per_node}, which does not split the {size} "
                 f"ranks {'of a replica ' if config.run.replicas > 1 else ''}evenly as "
-                "--qsdp-reduce two-hop needs it; choose a divisor, or --qsdp-reduce flat."
+                f"--qsdp-reduce {wire.reduce} needs it; choose a divisor, or --qsdp-reduce flat."
             )
 
 

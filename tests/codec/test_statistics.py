@@ -177,7 +177,9 @@ def test_dependent_errors_fail_the_test_of_independence(how):
     assert dependence(*fresh_errors(4, how, int(rng.integers(2**62)), rng)) > 5
 
 
-@pytest.mark.parametrize("field", ["step", "sender", "receiver", "hop", "direction", "occurrence"])
+@pytest.mark.parametrize(
+    "field", ["step", "sender", "receiver", "stage", "direction", "occurrence"]
+)
 def test_errors_under_neighbouring_keys_are_uncorrelated(field):
     """Senders' errors average out in a reduce only if they are independent."""
     rng = fresh()

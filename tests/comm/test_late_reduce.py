@@ -20,14 +20,14 @@ class Bench:
         self.events: list[str] = []
 
     def begin(self, name: str, group: int, error: Exception | None = None) -> LateReduce:
-        """Leave a reduce of two hops under way: 6, to be divided by 2, or ``error``."""
+        """Leave a reduce of two stages under way: 6, to be divided by 2, or ``error``."""
         output = torch.zeros(3)
         reducing = self._reduce(name, output, error)
         slot = self.late.make_room(group)
         assert slot not in {each.slot for each in self.late._under_way()}
         refuse, divide = self.refuser(name), partial(_halve, self.events, name)
         made = LateReduce(group, output, refuse, reducing, slot, divide)
-        self.late.leave(made, num_hops=2)
+        self.late.leave(made, num_stages=2)
         return made
 
     def differ(self, name: str, group: int) -> LateReduce:

@@ -126,7 +126,7 @@ class FakeLinks(link_speed.Links):
         self, clock: list[float], rate: float, burst: float, latency_s: float, spent_s: float = 0.0
     ) -> None:
         super().__init__(
-            cast(Any, None), CPU, None, {"gather": 4 << 20, "reduce": 4 << 20}, 0.0, spent_s, Stop()
+            cast(Any, None), CPU, (), {"gather": 4 << 20, "reduce": 4 << 20}, 0.0, spent_s, Stop()
         )
         self.clock, self.rate, self.bucket, self.latency_s = clock, rate, burst, latency_s
         self.calls, self.held_up_s = 0, dict[int, float]()

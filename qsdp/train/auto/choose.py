@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 from qsdp.comm.group_plan import Parameter, Plan
-from qsdp.comm.topology import Hops, Topology, is_worth_two_hops, launched_ranks, nodes_of, split
+from qsdp.comm.nodes import Nodes, launched_ranks
+from qsdp.comm.topology import StageGroup, open_stages, split
 from qsdp.common.collective_errors import CollectiveError, collective
 from qsdp.common.dtypes import of_precision
 from qsdp.common.model_structure import embedding_names
@@ -165,7 +166,7 @@ def measure(config: TrainConfig, size: ModelSize, world: World) -> Measured:
     all_values = root_values + size.num_layers * block_values
     own = [*block, *root, all_values * rate, *(s for both in coding.values() for s in both)]
     with _measuring_together(world):
-        hops = _hops(world, group)
+        stages = _stages(world, group)
         slowest = torch.tensor(
             [*own, -free, time.perf_counter() - started], dtype=torch.float64, device=world.device
         )
@@ -176,14 +177,14 @@ def measure(config: TrainConfig, size: ModelSize, world: World) -> Measured:
                 name: max(sizes["block"][kind].values())
                 for name, kind in (("gather", "gather_bytes"), ("reduce", "reduce_bytes"))
             }
-            links = Links(group, world.device, hops, most, started, spent, world.stop).measured()
+            links = Links(group, world.device, stages, most, started, spent, world.stop).measured()
         finally:
-            if hops is not None:
-                hops.close()
+            for stage in stages:
+                stage.close()
     coded = own[5:]
     return Measured(
         num_ranks=world.size,
-        ranks_per_node=1 if hops is None else hops.ranks_per_node,
+        ranks_per_node=stages[0].size if stages else 1,
         has_streams=world.backend == "nccl",
         num_blocks=size.num_layers,
         passes=config.method.PASSES,
@@ -275,13 +276,10 @@ def _plan(
     return Plan(parameters, 0, group, wire)
 
 
-def _hops(world: World, group: dist.ProcessGroup) -> Hops | None:
+def _stages(world: World, group: dist.ProcessGroup) -> tuple[StageGroup, ...]:
     """Groups inside nodes and between them, where there are several of several ranks each."""
     sizes: list[int] = [1] * world.size
     dist.all_gather_object(sizes, world.together(launched_ranks))
-    topology = world.together(lambda: Topology(dict(enumerate(sizes))))
-    try:
-        nodes = nodes_of(group, topology)
-    except ValueError:  # uneven: all is flat there
-        return None
-    return split(group, nodes) if is_worth_two_hops(nodes) else None
+    nodes = world.together(lambda: Nodes(dict(enumerate(sizes))))
+    found = split(group, nodes, None, QSDPConfig())
+    return () if found.is_flat else open_stages(group, found.sizes, None)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.comm import transport
-from qsdp.comm.topology import Hops
+from qsdp.comm.topology import StageGroup
 from qsdp.compat.collectives import all_gather_single, reduce_scatter_single
 from qsdp.train.auto.cost_model import Transfer
 from qsdp.train.auto.machine_speed import now
@@ -38,15 +39,16 @@ class Links:
         self,
         group: dist.ProcessGroup,
         device: torch.device,
-        hops: Hops | None,
+        stages: Sequence[StageGroup],
         most_bytes: Mapping[str, int],
         began: float,
         spent_s: float,
         stop: Stop,
     ) -> None:
-        """``most_bytes``: of `gather` and `reduce`, what a rank brings at most. ``began``: when
-        measuring did, by this rank's clock. ``spent_s``: since then, the same on all ranks."""
-        self._group, self._device, self._hops = group, device, hops
+        """``stages``: other groups than that of all ranks. ``most_bytes``: of `gather` and
+        `reduce`, what a rank brings at most. ``began``: when measuring did, by this rank's clock.
+        ``spent_s``: since then, the same on all ranks."""
+        self._group, self._device, self._stages = group, device, stages
         self._most, self._began, self._stop = most_bytes, began, stop
         self._left = LIMIT_S - spent_s
         # Of those so far; none is known of a link that never had time for it.
@@ -61,14 +63,10 @@ class Links:
             ("stock_reduce", "reduce", self._stock_reduce),
             ("stock_gather", "gather", self._stock_gather),
         ]
-        hops = self._hops
-        if hops is not None:
-            kinds += [
-                ("gather_across", "gather", lambda size: self._all_gather(size, hops.across)),
-                ("gather_local", "gather", lambda size: self._all_gather(size, hops.local)),
-                ("reduce_across", "reduce", lambda size: self._all_to_all(size, hops.across)),
-                ("reduce_local", "reduce", lambda size: self._all_to_all(size, hops.local)),
-            ]
+        for direction, exchange in (("gather", self._all_gather), ("reduce", self._all_to_all)):
+            for stage in reversed(self._stages):
+                name = f"{direction}_{stage.stage.name.lower()}"
+                kinds.append((name, direction, partial(exchange, group=stage.group)))
         found = {}
         for place, (name, direction, prepare) in enumerate(kinds):
             share = max(0.0, self._left) / (len(kinds) - place)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qsdp import ops
 from qsdp.codec.payload import Layout, Segment
-from qsdp.comm.topology import launched_ranks
+from qsdp.comm.nodes import launched_ranks
 from qsdp.common.dtypes import DType, of_precision
 from qsdp.config import ROUNDINGS, QSDPConfig
 from qsdp.models.registry import family_of_size

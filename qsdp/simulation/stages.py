@@ -1,0 +1,66 @@
+"""Which of the simulated ranks exchange, stage by stage: written apart from `qsdp.comm`."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+from qsdp.codec.rounding import Stage
+from qsdp.config import QSDPConfig
+from qsdp.simulation.ranks import World
+
+
+class Exchanging(NamedTuple):
+    """One stage: in it ranks exchange that are 1, 2, ... `size` - 1 strides apart."""
+
+    stage: Stage
+    size: int
+    stride: int
+
+    def digit(self, rank: int) -> int:
+        """The place of a rank, global or of the shard group, among those it exchanges with."""
+        return rank // self.stride % self.size
+
+    def peers(self, rank: int) -> range:
+        """The ranks it exchanges with, itself among them."""
+        first = rank - self.digit(rank) * self.stride
+        return range(first, first + self.size * self.stride, self.stride)
+
+
+def two_hop(num_nodes: int, ranks_per_node: int) -> dict[Stage, int]:
+    """Inside each node, then between nodes."""
+    return {Stage.LOCAL: ranks_per_node, Stage.ACROSS: num_nodes}
+
+
+SIZES = {
+    "auto": two_hop,
+    "two-hop": two_hop,
+}
+"""By what `QSDPConfig.reduce` may be, but for flat: how many ranks exchange in each stage."""
+
+
+def stages_of(world: World, config: QSDPConfig) -> list[Exchanging]:
+    """The stages of a shard group, innermost first. Those of one rank have nothing to do; if fewer
+    than two are left, all ranks exchange at once.
+
+    Raises ValueError where the config asks for stages that cannot be.
+    """
+    flat = [Exchanging(Stage.FLAT, world.world_size, 1)]
+    if config.reduce not in SIZES:
+        return flat
+    if not world.has_even_nodes:
+        if config.needs_nodes:
+            raise ValueError(
+                f"a {config.reduce} reduce of {world.world_size} ranks cannot have nodes of "
+                f"{world.ranks_per_node}; choose ranks_per_node so that it divides them"
+            )
+        return flat
+    local = world.ranks_of_a_node
+    sizes = SIZES[config.reduce](world.world_size // local, local)
+    assert prod(sizes.values()) == world.world_size
+    stages, stride = [], 1
+    for stage, size in sizes.items():
+        if size > 1:
+            stages.append(Exchanging(stage, size, stride))
+        stride *= size
+    return stages if len(stages) > 1 else flat
