@@ -10,8 +10,8 @@ from torch.distributed.fsdp import FSDPModule
 from qsdp.data import Corpus, eval_batches
 from qsdp.models.gpt2.generate import generate
 from qsdp.models.gpt2.model import GPT
+from qsdp.oneshot.in_memory import compressed
 from qsdp.sparsity.local_shards import local_shard
-from qsdp.sparsity.one_shot import compressed
 from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.train.config import TrainConfig
 from qsdp.train.wire_bytes import Wire, threshold_bytes

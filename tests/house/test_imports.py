@@ -30,17 +30,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": set(),
     "data": set(),
     "checkpoint": set(),
-    "export": {"checkpoint", "data", "models", "sparsity"},
+    "oneshot": {"checkpoint", "ops", "sparsity"},
+    "export": {"checkpoint", "data", "models", "oneshot", "sparsity"},
     "report": {"sparsity"},
     # "" is `qsdp` itself, whose public names load what they need.
     "train": {
-        *("checkpoint", "codec", "comm", "data", "export", "methods", "models", "ops"),
+        *("checkpoint", "codec", "comm", "data", "export", "methods", "models", "oneshot", "ops"),
         *("report", "sparsity", ""),
     },
-    "commands": {"codec", "comm", "data", "export", "models", "ops", "sparsity", "train", ""},
-    # Rooms to come.
+    "commands": {
+        *("codec", "comm", "data", "export", "models", "oneshot", "ops", "sparsity", "train", ""),
+    },
     "integrations": {"fsdp", "methods", "export", ""},
-    "oneshot": {"checkpoint", "ops", "sparsity"},
+    # Rooms to come.
     "fisher": {"sparsity"},
     "structured": {"models", "sparsity"},
     "distill": {"models"},
