@@ -6,7 +6,6 @@ import math
 import platform
 import statistics
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,6 +17,7 @@ from qsdp.models.gpt2.model import flops_per_token
 from qsdp.ops import native
 from qsdp.report.peak_flops import matmul_flops_per_s
 from qsdp.report.plots import may_fail, remove_stale, write_plots
+from qsdp.report.record import History, Summary, numbers
 from qsdp.report.summary import print_summary
 from qsdp.train.dense_twin import kept_loss
 from qsdp.train.history import CHECKPOINTS
@@ -25,7 +25,7 @@ from qsdp.train.job import Job
 from qsdp.train.wire_bytes import SECONDS
 
 
-def finish(job: Job, history: list[dict[str, Any]]) -> bool:
+def finish(job: Job, history: History) -> bool:
     """Evaluate, then write and print what the run came to; called on all ranks alike.
 
     `history` holds the metrics of all steps, on rank 0. Returns whether it came to that: not if
@@ -52,7 +52,7 @@ def finish(job: Job, history: list[dict[str, Any]]) -> bool:
     flops_per_s = (
         config.passes * flops_per_token(job.model.config, config.seq_len) * (tokens_per_s or 0)
     )
-    summary = {
+    all_of_it = {
         "val_loss": val_loss,
         "val_loss_quantized": quantized,
         # AC/DC's: the best of the last dense phase, in OUT/dense-twin.
@@ -101,7 +101,7 @@ def finish(job: Job, history: list[dict[str, Any]]) -> bool:
         "config": config.as_dict(),
     }
 
-    summary = finite(summary)
+    summary: Summary = finite(all_of_it)
 
     def write() -> None:
         # First what needs no disk.
@@ -127,7 +127,7 @@ def finish(job: Job, history: list[dict[str, Any]]) -> bool:
     return True
 
 
-def _write_summary(job: Job, summary: dict[str, Any]) -> None:
+def _write_summary(job: Job, summary: Summary) -> None:
     path = job.out / "summary.json"
     try:
         write_json(path, summary)
@@ -139,23 +139,18 @@ def _write_summary(job: Job, summary: dict[str, Any]) -> None:
         ) from None
 
 
-def _mean(history: list[dict[str, Any]], name: str, over: int = 0) -> float:
+def _mean(history: History, name: str, over: int = 0) -> float:
     """The mean of a metric over the steps that have it, or its sum over `over` steps."""
-    values = _numbers(history, name)
+    values = numbers(history, name)
     return sum(values) / max(1, over or len(values))
 
 
-def _mean_or_none(history: list[dict[str, Any]], name: str) -> float | None:
+def _mean_or_none(history: History, name: str) -> float | None:
     """The mean of a metric over the steps that have it; None if none has."""
-    return _mean(history, name) if _numbers(history, name) else None
+    return _mean(history, name) if numbers(history, name) else None
 
 
-def _median(history: list[dict[str, Any]], name: str) -> float | None:
+def _median(history: History, name: str) -> float | None:
     """The median of a metric over the steps that have it; None if none has."""
-    values = _numbers(history, name)
+    values = numbers(history, name)
     return statistics.median(values) if values else None
-
-
-def _numbers(history: list[dict[str, Any]], name: str) -> list[float]:
-    """A metric of the steps that have it. What another one has written there is left out."""
-    return [float(line[name]) for line in history if isinstance(line.get(name), int | float)]

@@ -18,6 +18,7 @@ from qsdp.data import Corpus, TokenRange, Tokens, eval_batches, load_corpus
 from qsdp.oneshot.in_memory import compressed
 from qsdp.oneshot.registry import DEFAULT, solver_of
 from qsdp.report.plots import may_fail, write_target_plot
+from qsdp.report.record import Losses
 from qsdp.report.summary import label
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.masks import Prunable
@@ -219,7 +220,7 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "evaluation.json", results)
-    losses = {
+    losses: Losses = {
         "val_loss": dense,
         "one_shot": {row["target"]: row["loss"] for row in rows if row["target"] is not None},
     }
