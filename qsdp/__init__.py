@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from qsdp.methods.gmp.optimizer import GMP
     from qsdp.methods.gmp.schedule import GMPSchedule
     from qsdp.methods.sam.optimizer import SAM
+    from qsdp.oneshot.in_memory import compressed
     from qsdp.simulation import Simulation, simulate
     from qsdp.sparsity.compression_target import Compression
-    from qsdp.sparsity.one_shot import compressed
 
 __version__ = "0.1.0"
 __all__ = [
@@ -54,7 +54,7 @@ _HOMES = {
     "SAM": "qsdp.methods.sam.optimizer",
     "Simulation": "qsdp.simulation",
     "clip_grad_norm_": "qsdp.methods.clip_grad",
-    "compressed": "qsdp.sparsity.one_shot",
+    "compressed": "qsdp.oneshot.in_memory",
     "install": "qsdp.fsdp.install",
     "simulate": "qsdp.simulation",
 }

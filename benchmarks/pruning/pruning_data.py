@@ -22,7 +22,7 @@ from qsdp.data.corpus import load_corpus
 from qsdp.data.token_shards import Tokens
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
-from qsdp.sparsity.one_shot import compressed
+from qsdp.oneshot.in_memory import compressed
 
 TEST_FRACTION = 0.05
 _BATCH_SIZE = 32  # of the test split; the loss does not depend on it

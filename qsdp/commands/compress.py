@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -15,6 +15,7 @@ from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
 from qsdp.common.allocator import return_freed_memory
 from qsdp.common.user_errors import UserError, sentence
+from qsdp.oneshot.registry import DEFAULT, SOLVERS, check
 from qsdp.sparsity.compression_target import Compression
 
 _GIB = 1 << 30
@@ -55,12 +56,31 @@ class CompressFlags:
     """Weights along the input dimension that stay or go together, by the sum of magnitudes. Unset:
     1."""
 
+    method: Annotated[str | None, tyro.conf.arg(metavar="|".join(SOLVERS))] = None
+    """Who decides which weights stay and what they become; `magnitude`: the largest stay. Unset:
+    magnitude."""
+
     prunable: str | None = None
     """Shell-style patterns of the parameters to compress, with commas between. Unset: those of the
     run."""
 
     max_file_gib: float = 2.0
     """The most GiB of tensors in one file; more go into several files with an index."""
+
+    @property
+    def chosen_method(self) -> str:
+        """Raises ValueError for one that cannot be, and where it would have nothing to do."""
+        if self.method is None:
+            return DEFAULT
+        try:
+            check(self.method)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from None
+        if not self.target.fraction and self.target.bits is None:
+            raise ValueError(
+                f"--method {self.method} has nothing to do where --sparsity is 0; leave it out"
+            )
+        return self.method
 
     @property
     def target(self) -> Compression:
@@ -108,7 +128,7 @@ def parse(argv: Sequence[str] | None = None) -> CompressFlags:
     """The flags in `argv`. Raises UserError for what cannot be, SystemExit(0) after `--help`."""
     flags = one_sentence(lambda: tyro.cli(CompressFlags, args=argv))
     try:
-        _ = flags.target
+        _ = flags.target, flags.chosen_method
     except ValueError as error:
         raise UserError(f"{error}.") from None
     if not 0 < flags.max_file_gib < 1 << 20:
@@ -143,12 +163,14 @@ def _compress(flags: CompressFlags) -> None:
             flags.target,
             flags.out,
             patterns=patterns,
+            method=flags.chosen_method,
             file_bytes=round(flags.max_file_gib * _GIB),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    by = "" if flags.chosen_method == DEFAULT else f" by {flags.chosen_method}"
     console.print(
-        f"{source.path} compressed to {flags.target}: {_zeros(facts, 'prunable')} of the prunable "
-        f"weights, {_zeros(facts, 'model')} of all are 0; the model is in {flags.out}",
+        f"{source.path} compressed to {flags.target}{by}: {_zeros(facts, 'prunable')} of the "
+        f"prunable weights, {_zeros(facts, 'model')} of all are 0; the model is in {flags.out}",
         highlight=False,
         markup=False,
         soft_wrap=True,

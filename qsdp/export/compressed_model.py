@@ -21,9 +21,11 @@ from qsdp.export.tensor_files import TensorFiles
 from qsdp.models.language_model import LanguageModel
 from qsdp.models.registry import family_of_size
 from qsdp.models.size import ModelSize
+from qsdp.oneshot.registry import DEFAULT, solver_of
+from qsdp.oneshot.solver import Solver
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.masks import Prunable
-from qsdp.sparsity.streaming import StoredTensor, compress_stream, num_reads
+from qsdp.sparsity.streaming import StoredTensor
 
 TOKENIZER = "tokenizer.json"
 Progress = Callable[[int, int], None]
@@ -36,14 +38,15 @@ def export_compressed(
     out: Path,
     *,
     patterns: Sequence[str] | None = None,
+    method: str = DEFAULT,
     file_bytes: int = 2 << 30,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Compress the model of `checkpoint` in one shot into the new folder `out`; see `folder`.
 
-    What is written equals `compress_` on the whole model, bit for bit. In memory there is one
-    tensor at a time, with its masks and a few copies of it: not the model. A folder that is there
-    is whole: see `new_folder`.
+    What is written equals `oneshot.compress_` on the whole model, bit for bit. In memory there is
+    one tensor at a time, with its masks and a few copies of it: not the model. A folder that is
+    there is whole: see `new_folder`.
 
     Args:
         checkpoint: a folder step-..., written by any number of ranks.
@@ -51,15 +54,17 @@ def export_compressed(
         target: what to compress to.
         out: the folder to make; it must not exist, or be empty.
         patterns: the prunable set, as in `prunable_parameters`.
+        method: a name in `oneshot.registry`, of a solver that needs no calibration tokens.
         file_bytes: the most bytes of tensors in one file.
         progress: called with the bytes read so far, and those to read in all.
 
     Returns: what compression.json holds.
     Raises: ValueError for a damaged checkpoint, one of another model, a target that a parameter
-        cannot have, and an `out` that is in use.
+        cannot have, a method that cannot be, and an `out` that is in use.
     """
     if file_bytes < 1:
         raise ValueError(f"file_bytes is {file_bytes}; choose 1 or more")
+    solver = solver_of(method)
     meta = read_meta(checkpoint)
     with torch.device("meta"):
         model = family_of_size(size).build(size)
@@ -69,12 +74,12 @@ def export_compressed(
         counted = _Counted(progress)
         files = [checkpoint / name for name in meta["checksums"]]
         counted.total = sum(file.stat().st_size for file in files if file.is_file())
-        counted.total += _read_bytes(model, prunable, target)
+        counted.total += _read_bytes(model, prunable, solver.num_reads(target))
         verify(checkpoint, progress=counted.add)
         reader = TensorReader(checkpoint)
         for name, parameter in model.named_parameters():
             reader.check(name, parameter.shape)
-        zeros = _write(folder, reader, model, prunable, target, file_bytes, counted)
+        zeros = _write(folder, reader, model, prunable, target, solver, file_bytes, counted)
         tokenizer = None
         if lists(meta, TOKENIZER) and (checkpoint / TOKENIZER).is_file():
             shutil.copyfile(checkpoint / TOKENIZER, folder / TOKENIZER)
@@ -82,6 +87,7 @@ def export_compressed(
         facts = {
             "format": FORMAT,
             "target": str(target),
+            "method": method,
             "prunable_patterns": None if patterns is None else list(patterns),
             "zeros": _summed(zeros, set(prunable.names)),
             "source": {
@@ -103,6 +109,7 @@ def _write(
     model: LanguageModel,
     prunable: Prunable,
     target: Compression,
+    solver: Solver,
     file_bytes: int,
     counted: _Counted,
 ) -> dict[str, tuple[int, int]]:
@@ -125,7 +132,7 @@ def _write(
     ]
     weights = TensorFiles(folder, "model", kinds, file_bytes)
     masks = TensorFiles(folder, "masks", mask_kinds, file_bytes, MASKS_FORMAT)
-    compressed = compress_stream(stored, target)
+    compressed = solver.compress_stream(stored, target)
     zeros = {}
     try:
         for name in kinds:
@@ -157,11 +164,11 @@ def _summed(zeros: dict[str, tuple[int, int]], prunable: set[str]) -> dict[str, 
     }
 
 
-def _read_bytes(model: LanguageModel, prunable: Prunable, target: Compression) -> int:
+def _read_bytes(model: LanguageModel, prunable: Prunable, num_reads: int) -> int:
     """How much will be read, cut ties aside."""
     once = sum(parameter.nbytes for parameter in model.parameters())
     again = sum(parameter.nbytes for parameter in prunable.parameters)
-    return once + (num_reads(target) - 1) * again
+    return once + (num_reads - 1) * again
 
 
 class _Counted:

@@ -7,9 +7,9 @@ masks.safetensors      by the name of each prunable parameter, which of its weig
                        [ceil(weights / 8)], bit i % 8 (from the lowest) of byte i // 8 for weight i
                        in row-major order; bits past the end are 0. A kept weight may be 0 too. In
                        several files as above
-compression.json       what was done: target, patterns of the prunable set, zeros by tensor, over
-                       the set and over the model; the source's path and step, the model's size,
-                       the run's settings
+compression.json       what was done: target, method (older ones lack it: magnitude), patterns of
+                       the prunable set, zeros by tensor, over the set and over the model; the
+                       source's path and step, the model's size, the run's settings
 tokenizer.json         the run's tokenizer, if it has one
 """
 

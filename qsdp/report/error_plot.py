@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
-History = list[dict[str, Any]]
+from qsdp.report.record import History, StepLine
+
 Errors = dict[str, float]
 """The error of each parameter, at one step."""
+Part = Literal["weight", "grad"]
+_PARTS: tuple[tuple[Part, str], ...] = (("weight", "Weights"), ("grad", "Gradients"))
 
 
 def draw_errors(figure: Any, history: History) -> bool:
@@ -23,12 +26,10 @@ def draw_errors(figure: Any, history: History) -> bool:
     if not measured:
         return False
     axes = figure.subplots(2, 2, sharey="col")
-    shown_names = {
-        name for line in measured for part in ("weight", "grad") for name in _errors(line, part)
-    }
+    shown_names = {name for line in measured for part, _ in _PARTS for name in _errors(line, part)}
     kinds = sorted({_kind(name)[0] for name in shown_names})
     shown: dict[str, Any] = {}
-    for column, (part, title) in enumerate((("weight", "Weights"), ("grad", "Gradients"))):
+    for column, (part, title) in enumerate(_PARTS):
         steps = {line["step"]: _errors(line, part) for line in measured}
         last = max((step for step, errors in steps.items() if errors), default=None)
         for number, kind in enumerate(kinds):
@@ -72,7 +73,7 @@ def _draw_blocks(axes: Any, points: list[tuple[int | None, float]], style: Any) 
             axes.axhline(error, linewidth=1, alpha=0.6, **style)
 
 
-def _errors(line: dict[str, Any], part: str) -> Errors:
+def _errors(line: StepLine, part: Part) -> Errors:
     """The errors of one step that a logarithmic axis can show."""
     errors = {name: error.get(part) for name, error in line["wire_errors"].items()}
     return {name: error for name, error in errors.items() if error is not None and error > 0}

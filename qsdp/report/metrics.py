@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from qsdp.common.atomic_files import finite, replacing
 from qsdp.common.printing import print_error
 from qsdp.report.metrics_lines import Lines
+from qsdp.report.record import StepLine
 
 _MAY_BE_NULL = {"loss", "grad_norm"}
 _MOST = 1e300  # beyond what is ever measured: sums stay finite
@@ -58,7 +59,7 @@ class MetricsWriter:
         self._needed = needed
 
     @property
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> list[StepLine]:
         """All lines of the run so far, those before a resume and those that wait included. Read
         anew: those of a long run are not kept in memory."""
         kept = [json.loads(line, object_pairs_hook=_with_shared_names) for line in self._lines.kept]
@@ -72,7 +73,7 @@ class MetricsWriter:
             print_error(f"warning: {self._lines.path} cannot be read ({error.strerror or error})")
         return found + kept
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: Mapping[str, Any]) -> None:
         """Write one step's `line`, which has a `step`; another one of that step takes its place for
         readers here. What cannot be written ends nothing: lines wait for room, and events stop.
 
@@ -83,7 +84,7 @@ class MetricsWriter:
         with self._events_may_fail():
             self._show(line)
 
-    def _show(self, line: dict[str, Any]) -> None:
+    def _show(self, line: Mapping[str, Any]) -> None:
         if self._events is not None:
             for name, value in _flat(line):
                 if name != "step" and value is not None:
@@ -135,12 +136,12 @@ class MetricsWriter:
         self.close()
 
 
-def read_metrics(path: Path, needed: Collection[str] = ()) -> list[dict[str, Any]]:
+def read_metrics(path: Path, needed: Collection[str] = ()) -> list[StepLine]:
     """The whole lines of a metrics file, which have numbers only and all of the `needed` ones."""
     return [*_whole_lines(path, needed)]
 
 
-def _whole_lines(path: Path, needed: Collection[str]) -> Iterator[dict[str, Any]]:
+def _whole_lines(path: Path, needed: Collection[str]) -> Iterator[StepLine]:
     """One after the other: the file of a long run is large. Of two of one step the later."""
     if not path.exists():
         return
@@ -181,7 +182,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and -_MOST <= value <= _MOST
 
 
-def _flat(line: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The values that are no dictionaries, with the names on the way to them."""
     for name, value in line.items():
         if isinstance(value, dict):

@@ -11,7 +11,8 @@ import numpy as np
 
 from qsdp.common.atomic_files import discard_unfinished, replacing
 from qsdp.common.printing import print_error
-from qsdp.report.error_plot import History, draw_errors
+from qsdp.report.error_plot import draw_errors
+from qsdp.report.record import History, Losses, StepLine, Summary, number, numbers
 from qsdp.sparsity.compression_target import Compression
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ _WIRE_TIME = (
 )
 
 
-def write_plots(folder: Path, history: History, summary: dict[str, Any]) -> list[Path]:
+def write_plots(folder: Path, history: History, summary: Summary) -> list[Path]:
     """Write the plots as PNG files into `folder`; their paths, none without matplotlib."""
     try:
         import matplotlib
@@ -86,11 +87,8 @@ def remove_stale(folder: Path, drawn: list[Path]) -> list[str]:
     return [path.name for path in stale]
 
 
-def write_target_plot(path: Path, losses: dict[str, Any], split: str) -> bool:
-    """Write loss and perplexity over targets as a PNG file; False without matplotlib.
-
-    `losses`: the dense model's as `val_loss`, the others by target as `one_shot`.
-    """
+def write_target_plot(path: Path, losses: Losses, split: str) -> bool:
+    """Write loss and perplexity over targets as a PNG file; False without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -128,10 +126,12 @@ def save_png(figure: Any, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=130)
 
 
-def _plot_loss(axes: Any, history: History, summary: dict[str, Any]) -> None:
+def _plot_loss(axes: Any, history: History, summary: Summary) -> None:
     steps, losses = _series(history, "loss")
-    last = {"step": summary["steps"]} | {
-        name: summary[name] for name in ("val_loss", "val_loss_quantized")
+    last: StepLine = {
+        "step": summary["steps"],
+        "val_loss": summary["val_loss"],
+        "val_loss_quantized": summary["val_loss_quantized"],
     }
     history = [*history, last]
     axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
@@ -157,7 +157,7 @@ def _plot_loss(axes: Any, history: History, summary: dict[str, Any]) -> None:
     axes.legend()
 
 
-def _plot_one_shot(axes: Any, summary: dict[str, Any]) -> None:
+def _plot_one_shot(axes: Any, summary: Losses) -> None:
     """Plain fractions as a curve; other targets as marks at what they prune, by name."""
     losses = {Compression(): summary["val_loss"]}
     losses |= {Compression.of(target): loss for target, loss in summary["one_shot"].items()}
@@ -214,7 +214,7 @@ def _label_steps(axes: Any) -> None:
 def _plot_wire_time(axes: Any, history: History) -> None:
     lines = _timed(history)
     steps = [line["step"] for line in lines]
-    parts = [[1e3 * line[name] for line in lines] for name, _, _ in _WIRE_TIME]
+    parts = [[1e3 * taken for taken in numbers(lines, name)] for name, _, _ in _WIRE_TIME]
     # On a GPU the wire may overlap with what the step computes, so that nothing seems left.
     rest = [
         max(0.0, 1e3 * line["step_s"] - sum(times))
@@ -235,7 +235,8 @@ def _plot_wire_time(axes: Any, history: History) -> None:
 
 def _timed(history: History) -> History:
     """The steps whose time on the wire is known."""
-    return [line for line in history if all(line.get(n) is not None for n, _, _ in _WIRE_TIME)]
+    names = [name for name, _, _ in _WIRE_TIME]
+    return [line for line in history if all(number(line, n) is not None for n in names)]
 
 
 def _ceiling(values: list[float]) -> float:
@@ -244,8 +245,8 @@ def _ceiling(values: list[float]) -> float:
 
 
 def _series(history: History, name: str) -> tuple[list[int], list[float]]:
-    points = [(line["step"], line[name]) for line in history if line.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]
+    steps = [line["step"] for line in history if number(line, name) is not None]
+    return steps, numbers(history, name)
 
 
 def _smoothed(values: list[float], decay: float = 0.9) -> Iterator[float]:

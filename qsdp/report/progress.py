@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -32,8 +33,8 @@ class RunProgress:
         )
         self._task = self._bar.add_task("", total=steps, completed=steps_done)
 
-    def show(self, line: dict[str, Any]) -> None:
-        """Show one step's metrics."""
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Show one step's metrics, a `StepLine`."""
         if not self._is_shown:
             return
         text = (

@@ -13,14 +13,15 @@ from rich.text import Text
 
 from qsdp.common.printing import printable
 from qsdp.report.progress import format_bytes
+from qsdp.report.record import Summary, losses_beside
 from qsdp.sparsity.compression_target import Compression
 
 NAMES = {"gather": "weights", "reduce": "gradients"}
 PARTS = ("encode", "wire", "decode")
 
 
-def print_summary(console: Console, summary: dict[str, Any]) -> None:
-    """Print the tables and the sample of a `summary.json`."""
+def print_summary(console: Console, summary: Summary) -> None:
+    """Print the tables and the sample of a run."""
     losses = Table(title="Validation loss, nats a token")
     losses.add_column("weights")
     losses.add_column("loss", justify="right")
@@ -29,16 +30,16 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
     losses.add_row(f"{name}, exact", _nats(summary["val_loss"]))
     if summary["val_loss_quantized"] is not None:
         losses.add_row(f"{name}, off the wire", _nats(summary["val_loss_quantized"]))
-    for key, loss in summary.items():  # of models that were kept beside
-        if key.endswith("_val_loss") and loss is not None:
-            losses.add_row(f"its {key.removesuffix('_val_loss').replace('_', ' ')}", _nats(loss))
-    for target, loss in summary["one_shot"].items():
-        losses.add_row(f"{label(target)} in one shot", _nats(loss))
+    for kept, loss in losses_beside(summary).items():
+        losses.add_row(f"its {kept}", _nats(loss))
+    for target, after in summary["one_shot"].items():
+        losses.add_row(f"{label(target)} in one shot", _nats(after))
     console.print(losses)
     console.print(_wire_table(summary))
     seconds = summary["wire"]["seconds_per_step"]
-    if None not in seconds.values():
-        console.print(_time_table(seconds))
+    known = {name: taken for name, taken in seconds.items() if taken is not None}
+    if len(known) == len(seconds):
+        console.print(_time_table(known))
     if summary["step_s_median"] is not None and summary["tokens_per_s"] is not None:
         mfu = summary["mfu"]
         share = "" if mfu is None else f", {mfu:.1%} of the matmul rate"
@@ -60,7 +61,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         console.print("No sample: the model's logits are not finite, the training has diverged.")
 
 
-def _wire_table(summary: dict[str, Any]) -> Table:
+def _wire_table(summary: Summary) -> Table:
     wire, steps = summary["wire"], summary["steps_measured"]
     sent, fp32 = wire["sent_bytes_per_step"], wire["fp32_bytes_per_step"]
     table = Table(title=f"Bytes that a rank sends, {wire['source']}")

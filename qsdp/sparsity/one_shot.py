@@ -5,43 +5,53 @@ Everything here is exact under any sharding: the support and the values are thos
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsdp.common.bitmask import PackedMask
-from qsdp.common.meshes import groups_of
-from qsdp.common.rank_agreement import meet, mistakes_shared
-from qsdp.compat.installed_wire import adapt_now, pending_adaptation
-from qsdp.compat.interrupted_passes import abandon_interrupted_pass
-from qsdp.compat.module_buffers import snapshot_buffers
-from qsdp.compat.resharding import reshard
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import LocalShard
-from qsdp.sparsity.masks import Prunable, keep_masks
+from qsdp.sparsity.masks import keep_masks
 
 BITS_GROUP = 128
 """Consecutive values of a row that share a scale when a model is rounded to few bits."""
+
+Score = Callable[[int, LocalShard], Tensor]
+"""What competes in place of the values of a tensor, by the magnitudes of it: for a place among the
+tensors, and this rank's part of the tensor there, a floating-point tensor of that part's shape. The
+scores of a value are the same however the tensor is cut."""
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def compress_(
-    shards: Sequence[LocalShard], target: Compression, dims: Sequence[int]
+    shards: Sequence[LocalShard],
+    target: Compression,
+    dims: Sequence[int],
+    score: Score | None = None,
 ) -> list[PackedMask]:
     """Compress in place: pruned values become +0.0, the others the nearest of few. A collective.
+
+    Values compete by their own magnitudes, or by ``score``.
 
     Returns:
         Per shard what was kept.
     """
-    masks = keep_masks(shards, target, dims)
+    competing = shards if score is None else [scored(s, i, score) for i, s in enumerate(shards)]
+    masks = keep_masks(competing, target, dims)
     packed = []
     for shard, mask in zip(shards, masks, strict=True):
         apply_(shard.values, mask, target)
         packed.append(PackedMask.of(mask))
     return packed
+
+
+def scored(shard: LocalShard, index: int, score: Score) -> LocalShard:
+    """``shard``, the part of tensor number ``index``, with scores in place of its values."""
+    return replace(shard, values=score(index, shard))
 
 
 def apply_(values: Tensor, mask: Tensor, target: Compression) -> None:
@@ -76,51 +86,3 @@ def round_(values: Tensor, bits: int) -> None:
         # The largest floats would overflow, and -0.0 is not a zero on the wire.
         rounded = rounded.clamp(-bound, bound) + 0.0
         out.copy_(rounded.to(values.dtype).view(out.shape))
-
-
-@contextlib.contextmanager
-def compressed(
-    model: nn.Module, target: float | str | Compression, patterns: Sequence[str] | None = None
-) -> Iterator[dict[str, nn.Parameter]]:
-    """Within the context, ``model`` is compressed in one shot; afterwards it is as before.
-
-    A collective, in place, restored bit for bit, buffers included, also when the body raises. Costs
-    a copy of the prunable shards and of the buffers. All ranks raise RuntimeError where target or
-    patterns differ.
-
-    Args:
-        model: Any module, sharded or not; not in the middle of a forward or backward pass.
-        target: A fraction of the prunable weights, or what `Compression.of` reads.
-        patterns: The prunable set, as in `prunable_parameters`.
-
-    Yields:
-        The compressed parameters by name.
-    """
-    reshard(model)
-    groups, call = groups_of(model.parameters()), "qsdp.compressed"
-    with mistakes_shared(call, groups):
-        chosen = Compression.of(target)
-        prunable = Prunable.of(model, patterns)
-        prunable.check(chosen)
-        shards = prunable.shards()
-        facts: dict[str, object] = {
-            "target": str(chosen),
-            "prunable parameters": prunable.names,
-            "trained ones": prunable.trained().names,
-        }
-    meet(call, {**facts, "due before it": pending_adaptation(model)}, groups)
-    adapt_now(model)
-    before, restore_buffers = [shard.values.clone() for shard in shards], snapshot_buffers(model)
-    try:
-        with torch.no_grad():
-            compress_(shards, chosen, prunable.dims)
-        yield dict(zip(prunable.names, prunable.parameters, strict=True))
-    except BaseException:
-        abandon_interrupted_pass(model)
-        raise
-    finally:
-        reshard(model)
-        with torch.no_grad():
-            for shard, values in zip(shards, before, strict=True):
-                shard.values.copy_(values)
-        restore_buffers()

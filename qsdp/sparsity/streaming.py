@@ -1,6 +1,6 @@
 """One-shot compression of a model that does not fit in memory: one tensor at a time.
 
-The outcome is that of `compression.compress_` over all tensors at once, bit for bit.
+The outcome is that of `one_shot.compress_` over all tensors at once, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 from qsdp.common.bitmask import PackedMask
 from qsdp.common.meshes import Groups, Reach
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.local_shards import local_shard
-from qsdp.sparsity.masks import Blocks, find_threshold
-from qsdp.sparsity.one_shot import apply_, compress_
+from qsdp.sparsity.local_shards import LocalShard, local_shard
+from qsdp.sparsity.masks import Blocks, find_threshold, keep_masks
+from qsdp.sparsity.one_shot import Score, apply_, scored
 from qsdp.sparsity.threshold import Threshold
 
 
@@ -39,40 +39,35 @@ def num_reads(target: Compression) -> int:
 
 
 def compress_stream(
-    tensors: Sequence[StoredTensor], target: Compression
+    tensors: Sequence[StoredTensor], target: Compression, score: Score | None = None
 ) -> Iterator[tuple[Tensor, PackedMask]]:
     """Compress ``tensors``, in this order, each in memory only while it is looked at.
 
-    Where magnitudes of all tensors compete, each is read once for each of the three digits of the
-    radix-select, and a last time to be compressed; else once.
+    Values compete by their own magnitudes, or by ``score``. Where those of all tensors do, each
+    tensor is read once for each of the three digits of the radix-select, and a last time to be
+    compressed; else once.
 
     Yields:
         A compressed tensor, and what of it was kept.
     """
-    if not _compete(target):
-        for tensor in tensors:
-            yield _alone(tensor, target)
-        return
-    threshold = find_threshold([_Competing(tensor, target.block) for tensor in tensors], target)
-    for i, tensor in enumerate(tensors):
-        yield _among_others(tensor, target, threshold, i)
+    competing = [_Competing(tensor, target.block, i, score) for i, tensor in enumerate(tensors)]
+    threshold = find_threshold(competing, target) if _compete(target) else None
+    for each in competing:
+        yield _compressed(each, target, threshold)
 
 
-def _alone(tensor: StoredTensor, target: Compression) -> tuple[Tensor, PackedMask]:
-    shard = local_shard(tensor.read())
-    (packed,) = compress_([shard], target, [tensor.dim])
-    return shard.values, packed
-
-
-def _among_others(
-    tensor: StoredTensor, target: Compression, threshold: Threshold, index: int
+def _compressed(
+    competing: _Competing, target: Compression, threshold: Threshold | None
 ) -> tuple[Tensor, PackedMask]:
-    shard = local_shard(tensor.read())
-    if target.block == 1:
-        mask = threshold.keep(index, shard)
+    shard, dim = local_shard(competing.tensor.read()), competing.tensor.dim
+    part = competing.scored(shard)
+    if threshold is None:
+        (mask,) = keep_masks([part], target, [dim])
+    elif target.block == 1:
+        mask = threshold.keep(competing.index, part)
     else:
-        blocks = Blocks(shard, target.block, tensor.dim)
-        mask = blocks.spread(threshold.keep(index, blocks.all))
+        blocks = Blocks(part, target.block, dim)
+        mask = blocks.spread(threshold.keep(competing.index, blocks.all))
     apply_(shard.values, mask, target)
     return shard.values, PackedMask.of(mask)
 
@@ -83,17 +78,25 @@ def _compete(target: Compression) -> bool:
 
 @dataclass(frozen=True)
 class _Competing:
-    """What of a stored tensor competes, read anew each time: its values, or its blocks' sums."""
+    """What of a stored tensor competes, read anew each time: its values or their scores, or the
+    sums of these over blocks."""
 
     tensor: StoredTensor
     block: int
+    index: int
+    """Among all tensors."""
+    score: Score | None
 
     @property
     def values(self) -> Tensor:
-        values = self.tensor.read()
+        part = self.scored(local_shard(self.tensor.read()))
         if self.block == 1:
-            return values
-        return Blocks(local_shard(values), self.block, self.tensor.dim).all.values
+            return part.values
+        return Blocks(part, self.block, self.tensor.dim).all.values
+
+    def scored(self, shard: LocalShard) -> LocalShard:
+        """The whole tensor, with what its values compete by."""
+        return shard if self.score is None else scored(shard, self.index, self.score)
 
     @property
     def groups(self) -> Groups:
@@ -109,7 +112,8 @@ class _Competing:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.tensor.dtype if self.block == 1 else torch.float32
+        is_own = self.block == 1 and self.score is None
+        return self.tensor.dtype if is_own else torch.float32
 
     @property
     def device(self) -> torch.device:

@@ -6,7 +6,6 @@ import math
 import platform
 import statistics
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,13 +18,14 @@ from qsdp.models.registry import family_of_size
 from qsdp.ops import native
 from qsdp.report.peak_flops import matmul_flops_per_s
 from qsdp.report.plots import may_fail, remove_stale, write_plots
+from qsdp.report.record import History, Summary, numbers
 from qsdp.report.summary import print_summary
 from qsdp.train.history import CHECKPOINTS
 from qsdp.train.job import Job
 from qsdp.train.wire_bytes import SECONDS
 
 
-def finish(job: Job, companion: Companion, history: list[dict[str, Any]]) -> bool:
+def finish(job: Job, companion: Companion, history: History) -> bool:
     """Evaluate, then write and print what the run came to; called on all ranks alike.
 
     `history` holds the metrics of all steps, on rank 0. Returns whether it came to that: not if
@@ -52,7 +52,7 @@ def finish(job: Job, companion: Companion, history: list[dict[str, Any]]) -> boo
     size = job.model.config
     flops_per_token = family_of_size(size).flops_per_token(size, config.run.seq_len)
     flops_per_s = config.method.PASSES * flops_per_token * (tokens_per_s or 0)
-    summary = {
+    all_of_it = {
         "val_loss": val_loss,
         "val_loss_quantized": quantized,
         **kept,
@@ -100,7 +100,7 @@ def finish(job: Job, companion: Companion, history: list[dict[str, Any]]) -> boo
         "config": config.as_dict(),
     }
 
-    summary = finite(summary)
+    summary: Summary = finite(all_of_it)
 
     def write() -> None:
         # First what needs no disk.
@@ -126,7 +126,7 @@ def finish(job: Job, companion: Companion, history: list[dict[str, Any]]) -> boo
     return True
 
 
-def _write_summary(job: Job, summary: dict[str, Any]) -> None:
+def _write_summary(job: Job, summary: Summary) -> None:
     path = job.out / "summary.json"
     try:
         write_json(path, summary)
@@ -138,23 +138,18 @@ def _write_summary(job: Job, summary: dict[str, Any]) -> None:
         ) from None
 
 
-def _mean(history: list[dict[str, Any]], name: str, over: int = 0) -> float:
+def _mean(history: History, name: str, over: int = 0) -> float:
     """The mean of a metric over the steps that have it, or its sum over `over` steps."""
-    values = _numbers(history, name)
+    values = numbers(history, name)
     return sum(values) / max(1, over or len(values))
 
 
-def _mean_or_none(history: list[dict[str, Any]], name: str) -> float | None:
+def _mean_or_none(history: History, name: str) -> float | None:
     """The mean of a metric over the steps that have it; None if none has."""
-    return _mean(history, name) if _numbers(history, name) else None
+    return _mean(history, name) if numbers(history, name) else None
 
 
-def _median(history: list[dict[str, Any]], name: str) -> float | None:
+def _median(history: History, name: str) -> float | None:
     """The median of a metric over the steps that have it; None if none has."""
-    values = _numbers(history, name)
+    values = numbers(history, name)
     return statistics.median(values) if values else None
-
-
-def _numbers(history: list[dict[str, Any]], name: str) -> list[float]:
-    """A metric of the steps that have it. What another one has written there is left out."""
-    return [float(line[name]) for line in history if isinstance(line.get(name), int | float)]

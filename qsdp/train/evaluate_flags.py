@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
+from qsdp.oneshot.registry import DEFAULT, SOLVERS, check
 from qsdp.sparsity.compression_target import Compression
 from qsdp.train.run_flags import RunFlags
 
@@ -34,6 +36,10 @@ class EvaluateFlags:
     """What to compress to, with commas between: fractions (0.7), N:M patterns (2:4), bits (4bit);
     `+` joins terms (2:4+4bit, 0.7+layer, 0.5+block4); `none` for the model as it is. Unset:
     0.5,0.6,0.7,0.8,0.9,2:4,4bit for a checkpoint, none for an export."""
+
+    method: Annotated[str | None, tyro.conf.arg(metavar="|".join(SOLVERS))] = None
+    """Who decides which weights stay and what they become; `magnitude`: the largest stay. Unset:
+    magnitude."""
 
     split: str = "val"
     """`val`: the split that the run itself validated on. `test`: the last half of that split, for
@@ -68,3 +74,13 @@ class EvaluateFlags:
         if self.targets == "none":
             return ()
         return tuple(map(Compression.of, self.targets.split(",")))
+
+    @property
+    def chosen_method(self) -> str:
+        """Raises ValueError for one that cannot be, and where it would have nothing to do."""
+        if self.method is None:
+            return DEFAULT
+        check(self.method)
+        if self.targets == "none":
+            raise ValueError(f"method {self.method} has nothing to do with --targets none")
+        return self.method

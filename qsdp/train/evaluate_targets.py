@@ -17,11 +17,13 @@ from qsdp.common.atomic_files import finite, write_json
 from qsdp.data.batches import eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.data.token_shards import TokenRange, Tokens
+from qsdp.oneshot.in_memory import compressed
+from qsdp.oneshot.registry import DEFAULT, solver_of
 from qsdp.report.plots import may_fail, write_target_plot
+from qsdp.report.record import Losses
 from qsdp.report.summary import label
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.masks import Prunable
-from qsdp.sparsity.one_shot import compressed
 from qsdp.train.agree_on_inputs import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate_flags import TARGETS, EvaluateFlags
@@ -54,11 +56,14 @@ def evaluate(flags: EvaluateFlags) -> None:
         evaluator = Evaluator(
             config, world, replace(corpus, val=tokens), model, StockWire(model, world, 1)
         )
-        rows = _rows(evaluator, config, model, targets, world)
+        method = flags.chosen_method
+        rows = _rows(evaluator, config, model, targets, method, world)
         seen = _seen_in_training(source, corpus) if flags.split == "test" else 0
         results = {
             "source": str(source.path.resolve()),
             "compressed_to": source.target,
+            "compressed_by": source.method,
+            "method": method if targets else None,
             "step": source.step,
             "data": config.data.data,
             "split": flags.split,
@@ -117,6 +122,12 @@ def _checked_targets(
     if targets is None:
         texts = TARGETS.split(",") if source.target is None else []
         targets = tuple(map(Compression.of, texts))
+    solver_of(flags.chosen_method)  # for its checks
+    if flags.method is not None and not targets:
+        raise ValueError(
+            f"--method {flags.method} has nothing to do: {source.path} is compressed already; name "
+            "targets, or leave it out."
+        )
     prunable = Prunable.of(model, config.compression.patterns)
     for target in targets:
         prunable.check(target)
@@ -128,6 +139,7 @@ def _rows(
     config: TrainConfig,
     model: torch.nn.Module,
     targets: list[Compression],
+    method: str,
     world: World,
 ) -> list[dict[str, Any]]:
     """What the model is worth as it is, and at each target."""
@@ -142,7 +154,7 @@ def _rows(
         rows = [_row(evaluator, None)]
         for target in targets:
             bar.update(task, advance=1, description=str(target))
-            with compressed(model, target, config.compression.patterns):
+            with compressed(model, target, config.compression.patterns, method=method):
                 rows.append(_row(evaluator, target))
     return rows
 
@@ -184,7 +196,9 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
         markup=False,
         soft_wrap=True,
     )
-    table = Table(title=f"{name} loss after one-shot compression, {results['tokens']:,} tokens")
+    by = _by(results["method"])
+    title = f"{name} loss after one-shot compression{by}, {results['tokens']:,} tokens"
+    table = Table(title=title)
     table.add_column("weights")
     for column in ("nats a token", "more", "perplexity", "zeros: prunable", "all"):
         table.add_column(column, justify="right")
@@ -211,7 +225,7 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "evaluation.json", results)
-    losses = {
+    losses: Losses = {
         "val_loss": dense,
         "one_shot": {row["target"]: row["loss"] for row in rows if row["target"] is not None},
     }
@@ -229,4 +243,10 @@ def _name(results: dict[str, Any], target: str | None) -> str:
     if target is not None:
         return label(target)
     compressed_to = results["compressed_to"]
-    return "dense" if compressed_to is None else f"exported at {compressed_to}"
+    by = _by(results["compressed_by"])
+    return "dense" if compressed_to is None else f"exported at {compressed_to}{by}"
+
+
+def _by(method: str | None) -> str:
+    """Who compressed a model, where it was another one than by default."""
+    return "" if method in (None, DEFAULT) else f" by {method}"

@@ -14,6 +14,7 @@ from qsdp.data.tokenizer import hash_of
 from qsdp.export import FACTS, load_export, read_facts
 from qsdp.models.registry import family_of
 from qsdp.models.size import ModelSize
+from qsdp.oneshot.registry import DEFAULT
 from qsdp.train.config import TrainConfig
 from qsdp.train.config_file import typed_settings
 
@@ -38,6 +39,8 @@ class Source:
     size: ModelSize
     has_tokenizer: bool
     """Whether a tokenizer beside it is its own."""
+    method: str | None = None
+    """Who compressed an export; None for a checkpoint."""
 
     @property
     def tokenizer(self) -> str | None:
@@ -67,8 +70,9 @@ def open_source(path: Path) -> Source:
         config, size = facts["config"], facts["model"]
         step, world_size = source.get("step"), source.get("world_size")
         tokenizer, has_tokenizer = facts.get("tokenizer"), True
+        method = facts.get("method", DEFAULT)
     else:
-        path, target = checkpoint.resolve(path), None
+        path, target, method = checkpoint.resolve(path), None, None
         meta = checkpoint.read_meta(path)
         fingerprint = meta.get("fingerprint")
         config, step, world_size = meta.get("config"), meta["step"], meta.get("world_size")
@@ -80,7 +84,7 @@ def open_source(path: Path) -> Source:
         settings = _settings(path, config)
         model = family_of(settings.run.model).size(size)
         num_ranks = int(world_size or 1)
-        return Source(path, target, int(step), settings, num_ranks, model, has_tokenizer)
+        return Source(path, target, int(step), settings, num_ranks, model, has_tokenizer, method)
     except (UserError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path} was not written by this version of launch/train_gpt.py ({error}); name "

@@ -11,8 +11,8 @@ from qsdp.data.batches import eval_batches
 from qsdp.data.corpus import Corpus
 from qsdp.models.generate import generate
 from qsdp.models.language_model import LanguageModel
+from qsdp.oneshot.in_memory import compressed
 from qsdp.sparsity.local_shards import local_shard
-from qsdp.sparsity.one_shot import compressed
 from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.train.config import TrainConfig
 from qsdp.train.wire_bytes import Wire, threshold_bytes

@@ -31,6 +31,8 @@ FLAGS = [
     BadInput("a sparsity of 2", "{}/run --targets 2", "--targets: sparsity is 2.0"),
     BadInput("an unknown split", "{}/run --split train", "--split is 'train'"),
     BadInput("fewer than no batches", "{}/run --eval-batches=-1", "--eval-batches is -1"),
+    BadInput("an unknown method", "{}/run --method obs", "--method is 'obs'; choose one of"),
+    BadInput("a method for nothing", "{}/run --targets none --method magnitude", "nothing to do"),
     BadInput("missing data", "{}/run --data {}/none.txt", "none.txt cannot be read"),
     BadInput("data of another tokenizer", "{}/run --data {}/new.txt", "'~'", ("new.txt", b"~~~~")),
     BadInput("a folder that is a file", "{}/run --out {}/text.txt", "text.txt is a file"),
@@ -81,7 +83,9 @@ def test_the_losses_are_those_of_the_run(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     summary = json.loads((folder / "run" / "summary.json").read_text())
-    results, rows = evaluated(tmp_path, str(folder / "run"), "--targets", TARGETS)
+    flags = ["--targets", TARGETS, "--method", "magnitude"]
+    results, rows = evaluated(tmp_path, str(folder / "run"), *flags)
+    assert (results["compressed_by"], results["method"]) == (None, "magnitude")
     assert rows.keys() == {None, *TARGETS.split(",")}
     assert rows[None]["loss"] == summary["val_loss"]
     assert {t: row["loss"] for t, row in rows.items() if t is not None} == summary["one_shot"]
@@ -94,7 +98,7 @@ def test_the_losses_are_those_of_the_run(
 
 @pytest.mark.parametrize("flags", ["--sparsity 0.5", "--pattern 2:4", "--bits 4"])
 def test_the_loss_of_an_export_is_the_one_shot_loss_of_the_run(
-    folder: Path, tmp_path: Path, flags: str
+    folder: Path, tmp_path: Path, flags: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     summary = json.loads((folder / "run" / "summary.json").read_text())
     export = tmp_path / "export"
@@ -102,6 +106,11 @@ def test_the_loss_of_an_export_is_the_one_shot_loss_of_the_run(
     results, rows = evaluated(tmp_path / "out", str(export))
     assert list(rows) == [None]
     assert rows[None]["loss"] == summary["one_shot"][results["compressed_to"]]
+    assert (results["compressed_by"], results["method"]) == ("magnitude", None)
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate.main([str(export), "--method", "magnitude"])
+    assert re.fullmatch(r"error: --method .* is compressed already; .*\n", capfd.readouterr().err)
 
 
 def test_the_test_split_is_the_last_half_of_the_validation_split(

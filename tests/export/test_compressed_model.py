@@ -42,6 +42,8 @@ FLAGS = [
     BadInput("1 bit", "{}/run --bits 1", "--bits is 1"),
     BadInput("an unknown scope", "{}/run --sparsity 0.5 --scope row", "--scope is 'row'"),
     BadInput("blocks of nothing", "{}/run --bits 4 --block 4", "--block is given without"),
+    BadInput("an unknown method", "{}/run --bits 4 --method obs", "--method is 'obs'; choose one"),
+    BadInput("a method for nothing", "{}/run --sparsity 0 --method magnitude", "nothing to do"),
     BadInput("an unknown flag", "{}/run --sparsty 0.5", "--sparsty"),
     BadInput("files of no size", "{}/run --bits 4 --max-file-gib 0", "--max-file-gib is 0"),
     BadInput("no checkpoint", "{}/none --bits 4", "none holds no complete checkpoint"),

@@ -30,19 +30,31 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": set(),
     "data": set(),
     "checkpoint": set(),
-    "export": {"checkpoint", "data", "models", "sparsity"},
+    "oneshot": {"checkpoint", "ops", "sparsity"},
+    "export": {"checkpoint", "data", "models", "oneshot", "sparsity"},
     "report": {"sparsity"},
     # "" is `qsdp` itself, whose public names load what they need.
     "train": {
-        *("checkpoint", "codec", "comm", "data", "export", "methods", "models", "ops"),
+        *("checkpoint", "codec", "comm", "data", "export", "methods", "models", "oneshot", "ops"),
         *("report", "sparsity", ""),
     },
     "commands": {
-        *("codec", "comm", "data", "export", "methods", "models", "ops", "sparsity", "train", "")
+        *(
+            "codec",
+            "comm",
+            "data",
+            "export",
+            "methods",
+            "models",
+            "oneshot",
+            "ops",
+            "sparsity",
+            "train",
+            "",
+        ),
     },
-    # Rooms to come.
     "integrations": {"fsdp", "methods", "export", ""},
-    "oneshot": {"checkpoint", "ops", "sparsity"},
+    # Rooms to come.
     "fisher": {"sparsity"},
     "structured": {"models", "sparsity"},
     "distill": {"models"},

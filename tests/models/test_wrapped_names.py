@@ -30,8 +30,8 @@ from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.models.gpt2.model import GPT
 from qsdp.models.huggingface.weights import export_huggingface, load_huggingface_weights
+from qsdp.oneshot.in_memory import compressed
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.one_shot import compressed
 from qsdp.sparsity.prunable import prunable_parameters
 from tests_distributed.support.helpers import all_ranks, make_batch, make_model
 

@@ -17,7 +17,7 @@ from qsdp.methods.acdc.optimizer import ACDC
 from qsdp.methods.cram.optimizer import CrAM
 from qsdp.methods.gmp.optimizer import GMP
 from qsdp.methods.sam.optimizer import SAM
-from qsdp.sparsity.one_shot import compressed
+from qsdp.oneshot.in_memory import compressed
 from qsdp.sparsity.prunable import prunable_parameters
 from tests_distributed.support.helpers import make_batch, make_model
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from qsdp.oneshot.in_memory import compressed
 from qsdp.sparsity.masks import magnitude_masks
-from qsdp.sparsity.one_shot import compressed
 from qsdp.sparsity.prunable import prunable_parameters
 from tests_distributed.support.helpers import make_model
 

@@ -315,10 +315,10 @@ def _frozen_and_clip(stage: Stage) -> None:
     _clip(1.0)(stage)
 
 
-def _compressed(*args: Any, part: bool = False) -> Act:
+def _compressed(*args: Any, part: bool = False, **kwargs: Any) -> Act:
     def act(stage: Stage) -> None:
         model = stage.model.blocks[0] if part else stage.model
-        with qsdp.compressed(model, *args), torch.no_grad():
+        with qsdp.compressed(model, *args, **kwargs), torch.no_grad():
             stage.forward()
 
     return act
@@ -377,6 +377,11 @@ WHOLE = {
         there=_compressed(0.5, "*"),
         elsewhere=_compressed(0.5),
         says=mistaken(COMPRESSED, "the prunable patterns are the text .*"),
+    ),
+    "a method that there is not": Point(
+        there=_compressed(0.5, method="none"),
+        elsewhere=_compressed(0.5),
+        says=mistaken(COMPRESSED, "method is 'none'; choose one of magnitude.*"),
     ),
     "a target that does not fit": Point(
         there=_compressed("0.5+block3"),

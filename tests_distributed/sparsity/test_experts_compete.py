@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import qsdp
+from qsdp.oneshot.in_memory import compressed
 from qsdp.sparsity.masks import magnitude_masks
-from qsdp.sparsity.one_shot import compressed
 from tests_distributed.support.expert_methods import NAMES, expected_masks
 from tests_distributed.support.experts import (
     EXPERTS,

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from qsdp.oneshot.in_memory import compressed
 from qsdp.sparsity.masks import magnitude_masks
-from qsdp.sparsity.one_shot import compressed
 from qsdp.sparsity.prunable import prunable_parameters
 from tests.support.cram_reference import top_k_masks
 from tests_distributed.support.helpers import full_state, make_batch, make_model, shard

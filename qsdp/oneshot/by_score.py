@@ -1,0 +1,39 @@
+"""Solvers that score every weight for itself: the largest scores stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from qsdp.common.bitmask import PackedMask
+from qsdp.sparsity import one_shot, streaming
+from qsdp.sparsity.compression_target import Compression
+from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.one_shot import Score
+
+
+@dataclass(frozen=True)
+class ByScore:
+    """A [Note: Solver] of one function: weights of the smallest scores are pruned, those that stay
+    keep their values, or are rounded to the target's bits.
+
+    Where all matrices compete (scope `global`), so do scores of all of them.
+    """
+
+    score: Score
+    needs_tokens: bool = False
+
+    def compress_(
+        self, model: nn.Module, prunable: Prunable, target: Compression, tokens: Tensor | None
+    ) -> list[PackedMask]:
+        return one_shot.compress_(prunable.shards(), target, prunable.dims, self.score)
+
+    def num_reads(self, target: Compression) -> int:
+        return streaming.num_reads(target)
+
+    def compress_stream(
+        self, tensors: Sequence[streaming.StoredTensor], target: Compression
+    ) -> Iterator[tuple[Tensor, PackedMask]]:
+        return streaming.compress_stream(tensors, target, self.score)

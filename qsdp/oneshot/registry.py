@@ -1,0 +1,40 @@
+"""The solvers that there are, by the names that `--method` takes. No torch here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qsdp.oneshot.solver import Solver
+
+SOLVERS: dict[str, str] = {
+    "magnitude": "qsdp.oneshot.by_magnitude",
+}
+"""By name the module whose `SOLVER` it is."""
+
+DEFAULT = "magnitude"
+
+
+def check(method: str) -> None:
+    """Raise ValueError for a name that no solver has."""
+    if method not in SOLVERS:
+        raise ValueError(f"method is {method!r}; choose one of {', '.join(SOLVERS)}")
+
+
+def solver_of(method: str, *, has_tokens: bool = False) -> Solver:
+    """The solver of that name.
+
+    Raises:
+        ValueError: If there is none, or it is to work without the calibration tokens that it needs,
+            or is given some that it does not use.
+    """
+    check(method)
+    solver: Solver = import_module(SOLVERS[method]).SOLVER
+    if solver.needs_tokens and not has_tokens:
+        raise ValueError(
+            f"the method {method!r} needs calibration tokens; give some, or choose another method"
+        )
+    if has_tokens and not solver.needs_tokens:
+        raise ValueError(f"the method {method!r} uses no calibration tokens; give none")
+    return solver

@@ -1,0 +1,1 @@
+"""Solvers beside those of qsdp, for what is the same for all of them."""
