@@ -6,7 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-ROUNDINGS = ("shift", "dither", "stochastic", "nearest")
+from qsdp.common.roundings import Rounding
+
+ROUNDINGS = tuple(rounding.label for rounding in Rounding)
 LEVELS = ("uniform", "learned")
 LEARNED_BITS = (2, 3, 4, 5, 6)
 GATHERS = ("twice", "once")
@@ -122,10 +124,9 @@ class QSDPConfig:
         if self.rounding is not None:
             choices["rounding"] = ROUNDINGS
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
-                )
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
         if self.ranks_per_node is not None:
             _check_whole("ranks_per_node", self.ranks_per_node, least=1)
         _check_whole("warmup_steps", self.warmup_steps, least=0)
@@ -189,7 +190,7 @@ class QSDPConfig:
             sent |= {max(bits, least) for bits in first}
         is_coded, is_raised = self.has_codes, min(first) < least
         is_learned = self.levels == "learned"
-        own = self.rounding if is_learned and self.rounding in ("shift", "dither") else None
+        own = None if self.rounding == self.rounding_of(LEARNED_BITS[0]) else self.rounding
         narrow, below = "values of 8 bits or fewer", f"values of fewer than {least} bits"
         for name, value, wanted, is_heeded in (
             ("bucket_size", self.bucket_size, narrow, is_coded),
@@ -244,18 +245,17 @@ class QSDPConfig:
 
     def rounding_of(self, bits: int) -> str:
         """How values are rounded to ``bits``-bit codes."""
+        given = self.rounding
         if self.levels == "learned" and bits in LEARNED_BITS:
-            return "nearest" if self.rounding == "nearest" else "stochastic"
-        if self.rounding is not None:
-            return self.rounding
-        return "shift" if bits >= 7 else "dither"
+            if given is None or not Rounding.of(given).properties.has_levels:
+                return Rounding.STOCHASTIC.label
+        elif given is None:
+            return Rounding.SHIFT.label if bits >= 7 else Rounding.DITHER.label
+        return given
 
     def bits_of(self, name: str, is_embedding: bool) -> tuple[int, int]:
         """Weight and gradient bits of a parameter ``name`` that can be coded."""
-        by_policy = self.bits_by_policy(name)
-        if by_policy is not None:
-            return by_policy
-        return self._bits_by_kind(is_embedding)
+        return self.bits_by_policy(name) or self._bits_by_kind(is_embedding)
 
     def _bits_by_kind(self, is_embedding: bool) -> tuple[int, int]:
         """Weight and gradient bits of parameters that no policy names."""
