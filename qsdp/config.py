@@ -6,7 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-ROUNDINGS = ("shift", "dither", "stochastic", "nearest")
+from qsdp.common.roundings import Rounding
+
+ROUNDINGS = tuple(rounding.label for rounding in Rounding)
 LEVELS = ("uniform", "learned")
 LEARNED_BITS = (2, 3, 4, 5, 6)
 GATHERS = ("twice", "once")
@@ -187,7 +189,7 @@ class QSDPConfig:
             sent |= {max(bits, least) for bits in first}
         is_coded, is_raised = self.has_codes, min(first) < least
         is_learned = self.levels == "learned"
-        own = self.rounding if is_learned and self.rounding in ("shift", "dither") else None
+        own = None if self.rounding == self.rounding_of(LEARNED_BITS[0]) else self.rounding
         narrow, below = "values of 8 bits or fewer", f"values of fewer than {least} bits"
         for name, value, wanted, is_heeded in (
             ("bucket_size", self.bucket_size, narrow, is_coded),
@@ -247,11 +249,13 @@ class QSDPConfig:
 
     def rounding_of(self, bits: int) -> str:
         """How values are rounded to ``bits``-bit codes."""
+        given = self.rounding
         if self.levels == "learned" and bits in LEARNED_BITS:
-            return "nearest" if self.rounding == "nearest" else "stochastic"
-        if self.rounding is not None:
-            return self.rounding
-        return "shift" if bits >= 7 else "dither"
+            if given is None or not Rounding.of(given).properties.has_levels:
+                return Rounding.STOCHASTIC.label
+        elif given is None:
+            return Rounding.SHIFT.label if bits >= 7 else Rounding.DITHER.label
+        return given
 
     def bits_of(self, name: str, is_embedding: bool) -> tuple[int, int]:
         """Weight and gradient bits of a parameter ``name`` that can be coded."""

@@ -32,6 +32,7 @@ from qsdp.codec.levels import uniform_levels
 from qsdp.codec.payload import Layout, Segment
 from qsdp.common.atomic_files import write_json
 from qsdp.common.dtypes import CODEC_DTYPES
+from qsdp.common.roundings import Rounding
 from qsdp.config import LEVELS, ROUNDINGS
 from qsdp.ops import native
 
@@ -73,7 +74,7 @@ def operations(
         padded=numel,
         parameter=3,
         bucket=arguments.bucket,
-        rounding=ROUNDINGS.index(case.rounding),
+        rounding=Rounding.of(case.rounding),
         levels=0 if arguments.levels == "learned" else -1,
     )
     levels = uniform_levels(case.bits).square()

@@ -27,7 +27,7 @@ from benchmarks.support import machine
 from qsdp.codec.payload import Layout, Segment
 from qsdp.common.atomic_files import write_json
 from qsdp.common.dtypes import CODEC_DTYPES, DType
-from qsdp.config import ROUNDINGS
+from qsdp.common.roundings import Rounding
 from qsdp.ops import native
 
 DTYPES = {kind.name.lower(): (kind, dtype) for dtype, kind in CODEC_DTYPES.items()}
@@ -78,7 +78,7 @@ def operations(case: Case) -> dict[str, tuple[int, Callable[[int], object]]]:
         padded=numel,
         parameter=3,
         bucket=BUCKETS.get(case.bits, OTHER_BUCKET),
-        rounding=ROUNDINGS.index(case.rounding),
+        rounding=Rounding.of(case.rounding),
     )
     layout = Layout([segment], group=0)
     table = torch.tensor(layout.table([numel]))

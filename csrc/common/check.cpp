@@ -51,10 +51,10 @@ void check_segment(const Segment& segment, int64_t buffer_bytes, int64_t payload
     const int64_t item = item_bytes(segment.dtype);
     bool fits = inside(segment.buffer_byte, segment.padded, item, 0, buffer_bytes);
     if (segment.bits != 0) {
-        if (segment.bucket < 8 || segment.bucket % 8 != 0 || segment.rounding < kShift ||
-            segment.rounding > kNearest) {
+        if (segment.bucket < 8 || segment.bucket % 8 != 0 || segment.rounding < 0 ||
+            segment.rounding >= kNumRoundings) {
             refuse("a segment has buckets of ", segment.bucket, " and rounding ", segment.rounding,
-                   "; give a positive multiple of 8 and 0 to 3");
+                   "; give a positive multiple of 8 and 0 to ", kNumRoundings - 1);
         }
         if (segment.dtype == kOpaque) {
             refuse("a coded segment is opaque; code fp32, bf16 or fp16");
@@ -77,10 +77,15 @@ void check_segment(const Segment& segment, int64_t buffer_bytes, int64_t payload
 void check_segment_levels(const Segment& segment, int64_t num_levels) {
     if (segment.levels == -1) return;
     if (segment.bits < kLeastLearnedBits || segment.bits > kMostLearnedBits ||
-        (segment.rounding != kStochastic && segment.rounding != kNearest)) {
+        !properties_of(segment.rounding).has_levels) {
+        std::string known;
+        for (int64_t rounding = 0; rounding < kNumRoundings; ++rounding) {
+            if (!properties_of(rounding).has_levels) continue;
+            known += (known.empty() ? "" : " or ") + text(rounding);
+        }
         refuse("a segment of learned levels has ", segment.bits, " bits and rounding ",
-               segment.rounding,
-               "; give 2 to 6 bits and stochastic (2) or nearest (3), or -1 for the uniform grid");
+               segment.rounding, "; give 2 to 6 bits and rounding ", known,
+               ", or -1 for the uniform grid");
     }
     const int64_t count = int64_t{1} << segment.bits;
     if (!inside(segment.levels, count, 1, 0, num_levels)) {

@@ -19,10 +19,11 @@ namespace qsdp::QSDP_ISA {
 namespace {
 
 // Values of ``count`` codes, stored as T, or with ``Add`` added to what is there.
-template <class T, bool Add, Noise noise, Mode mode>
+template <class T, bool Add, Rounding how, Mode mode>
 void dequantize(const uint8_t* codes, int64_t count, const Work& work, int64_t first_value,
                 uint8_t* to) {
-    constexpr int kAtOnce = noise == Noise::kDither ? 2 : 1;
+    constexpr bool kHasOwn = draws_for_values(how);
+    constexpr int kAtOnce = kHasOwn ? 2 : 1;
     const Draws draws(work.stream);
     const F low = splat(work.grid.low), step = splat(work.grid.step), r = splat(work.r);
     const F unscale = splat(1.0f / work.grid.factor);
@@ -38,7 +39,7 @@ void dequantize(const uint8_t* codes, int64_t count, const Work& work, int64_t f
                 value = add(low, mul(level, width));
             } else {
                 const F code = widen_codes(block + v * kLanes);
-                value = after_rounding<noise>(code, own[v], r);
+                value = after_rounding<how>(code, own[v], r);
                 value = add(low, mul(value, step));
                 if (mode == Mode::kFull) value = mul(value, unscale);
                 if (mode != Mode::kPlain) value = zero_where_equal(value, code, zero_code);
@@ -55,7 +56,7 @@ void dequantize(const uint8_t* codes, int64_t count, const Work& work, int64_t f
     int64_t i = 0;
     for (; i + kAtOnce * kBlock <= count; i += kAtOnce * kBlock) {
         F own[kAtOnce][4];
-        if (noise == Noise::kDither) draws.draw(first_value + i, own);
+        if (kHasOwn) draws.draw(first_value + i, own);
         for (int b = 0; b < kAtOnce; ++b) {
             const int64_t start = i + b * kBlock;
             block_values(codes + start, own[b], to + start * sizeof(T));
@@ -63,7 +64,7 @@ void dequantize(const uint8_t* codes, int64_t count, const Work& work, int64_t f
     }
     for (; i < count; i += kBlock) {
         F own[1][4];
-        if (noise == Noise::kDither) draws.draw(first_value + i, own);
+        if (kHasOwn) draws.draw(first_value + i, own);
         const int64_t left = count - i < kBlock ? count - i : kBlock;
         uint8_t tail_codes[kBlock] = {}, tail[kBlock * sizeof(T)] = {};
         memcpy(tail_codes, codes + i, left);
@@ -73,15 +74,24 @@ void dequantize(const uint8_t* codes, int64_t count, const Work& work, int64_t f
     }
 }
 
-template <class T, bool Add, Noise noise>
-constexpr Quantize kDequantize[] = {dequantize<T, Add, noise, Mode::kPlain>,
-                                    dequantize<T, Add, noise, Mode::kZeros>,
-                                    dequantize<T, Add, noise, Mode::kFull>};
+// By Mode.
+template <class T, bool Add, Rounding how>
+constexpr Quantize kDequantize[] = {
+    dequantize<T, Add, how, Mode::kPlain>, dequantize<T, Add, how, Mode::kZeros>,
+    dequantize<T, Add, how, Mode::kFull>, dequantize<T, Add, kOfBuckets, Mode::kLevels>};
+
+template <class T, bool Add>
+const Quantize* dequantizers(int64_t rounding) {
+    return with_kernel<decoder_of>(rounding, [](auto kernel) -> const Quantize* {
+        return kDequantize<T, Add, decltype(kernel)::value>;
+    });
+}
 
 template <class T, bool Add>
 void decode_buckets(const Segment& segment, uint64_t key, const float* own_levels,
                     const uint8_t* payload, uint8_t* buffer, int64_t first, int64_t last) {
     const int bits = static_cast<int>(segment.bits);
+    const Quantize* kernels = dequantizers<T, Add>(segment.rounding);
     Shifts shifts(stream_of(segment, key));
     Levels levels;
     if (own_levels != nullptr) levels.fill(own_levels, bits);
@@ -103,13 +113,10 @@ void decode_buckets(const Segment& segment, uint64_t key, const float* own_level
                   .has_zero = has_zero,
                   .ahead_bytes = 0,
                   .levels = &levels};
-        if (segment.rounding == kShift) work.r = shifts.at(bucket);
-        const int mode = static_cast<int>(mode_of(work.grid, has_zero));
-        const Quantize run = own_levels != nullptr && has_learned_levels(grid)
-                                 ? dequantize<T, Add, Noise::kUniform, Mode::kLevels>
-                             : segment.rounding == kDither
-                                 ? kDequantize<T, Add, Noise::kDither>[mode]
-                                 : kDequantize<T, Add, Noise::kUniform>[mode];
+        if (is_one<shifts_buckets_back>(segment.rounding)) work.r = shifts.at(bucket);
+        const bool by_levels = own_levels != nullptr && has_learned_levels(grid);
+        const Mode mode = by_levels ? Mode::kLevels : mode_of(work.grid, has_zero);
+        const Quantize run = kernels[static_cast<int>(mode)];
         if (bits == 8) {
             run(from, count, work, start, to);
             continue;

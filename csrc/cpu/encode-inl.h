@@ -51,10 +51,11 @@ Extent measure(const uint8_t* from, int64_t count) {
 }
 
 // Codes, one a byte, of ``count`` values; ``first_value`` numbers the first in its segment.
-template <class T, Noise noise, Mode mode>
+template <class T, Rounding how, Mode mode>
 void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t first_value,
               uint8_t* codes) {
-    constexpr int kAtOnce = noise == Noise::kUniform ? 1 : 2;
+    constexpr bool kHasOwn = draws_for_values(how);
+    constexpr int kAtOnce = kHasOwn ? 2 : 1;
     const Draws draws(work.stream);
     const F factor = splat(work.grid.factor), low = splat(work.grid.low);
     const F inverse =
@@ -69,13 +70,13 @@ void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t firs
             t[v] = mode == Mode::kFull ? mul(x[v], factor) : x[v];
             t[v] = mul(sub(t[v], low), inverse);
             if (mode == Mode::kLevels) continue;
-            t[v] = before_rounding<noise>(t[v], own[v], r);
+            t[v] = before_rounding<how>(t[v], own[v], r);
         }
         if constexpr (mode == Mode::kLevels) {
-            return level_codes<noise == Noise::kStochastic>(*work.levels, t, own);
+            return level_codes<how>(*work.levels, t, own);
         }
         // Live values have t >= 0, where truncation is floor; zeros are marked whatever t is.
-        Codes out = min(to_codes<noise == Noise::kStochastic>(t), steps);
+        Codes out = min(to_codes<rounds_down(how)>(t), steps);
         if (mode != Mode::kPlain) out = mark_zeros(out, x, last);
         return out;
     };
@@ -83,7 +84,7 @@ void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t firs
     int64_t i = 0;
     for (; i + kAtOnce * kBlock <= count; i += kAtOnce * kBlock) {
         F own[kAtOnce][4];
-        if (noise != Noise::kUniform) draws.draw(first_value + i, own);
+        if (kHasOwn) draws.draw(first_value + i, own);
         for (int b = 0; b < kAtOnce; ++b) {
             const uint8_t* block = from + (i + b * kBlock) * sizeof(T);
             for (int64_t line = 0; line < kBlock * static_cast<int64_t>(sizeof(T)); line += 64) {
@@ -94,7 +95,7 @@ void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t firs
     }
     for (; i < count; i += kBlock) {
         F own[1][4];
-        if (noise != Noise::kUniform) draws.draw(first_value + i, own);
+        if (kHasOwn) draws.draw(first_value + i, own);
         const int64_t left = count - i < kBlock ? count - i : kBlock;
         uint8_t tail[kBlock];
         store(tail, block_codes(Tail<T>(from + i * sizeof(T), left).bytes, own[0]));
@@ -102,21 +103,17 @@ void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t firs
     }
 }
 
-template <class T, Noise noise>
-constexpr Quantize kQuantize[] = {quantize<T, noise, Mode::kPlain>,
-                                  quantize<T, noise, Mode::kZeros>,
-                                  quantize<T, noise, Mode::kFull>};
-// Learned levels round stochastically or to the nearest.
-template <class T>
-constexpr Quantize kQuantizeByLevels[] = {quantize<T, Noise::kUniform, Mode::kLevels>,
-                                          quantize<T, Noise::kStochastic, Mode::kLevels>};
+// By Mode.
+template <class T, Rounding how>
+constexpr Quantize kQuantize[] = {quantize<T, how, Mode::kPlain>, quantize<T, how, Mode::kZeros>,
+                                  quantize<T, how, Mode::kFull>,
+                                  quantize<T, level_encoder_of(how), Mode::kLevels>};
 
 template <class T>
-Quantize quantizer(Noise noise, Mode mode) {
-    const int m = static_cast<int>(mode);
-    if (noise == Noise::kDither) return kQuantize<T, Noise::kDither>[m];
-    if (noise == Noise::kStochastic) return kQuantize<T, Noise::kStochastic>[m];
-    return kQuantize<T, Noise::kUniform>[m];
+const Quantize* quantizers(int64_t rounding) {
+    return with_kernel<encoder_of>(rounding, [](auto kernel) -> const Quantize* {
+        return kQuantize<T, decltype(kernel)::value>;
+    });
 }
 
 // Buckets [first, last) of a coded segment.
@@ -124,7 +121,7 @@ template <class T>
 void encode_buckets(const Segment& segment, uint64_t key, const float* own_levels,
                     const uint8_t* buffer, uint8_t* payload, int64_t first, int64_t last) {
     const int bits = static_cast<int>(segment.bits);
-    const Noise noise = noise_of(segment.rounding);
+    const Quantize* kernels = quantizers<T>(segment.rounding);
     Shifts shifts(stream_of(segment, key));
     Levels levels;
     if (own_levels != nullptr) levels.fill(own_levels, bits);
@@ -154,10 +151,10 @@ void encode_buckets(const Segment& segment, uint64_t key, const float* own_level
                   .has_zero = extent.has_zero,
                   .ahead_bytes = count * static_cast<int64_t>(sizeof(T)),
                   .levels = &levels};
-        if (segment.rounding == kShift) work.r = shifts.at(bucket);
-        const Quantize run = own_levels != nullptr && has_learned_levels(grid)
-                                 ? kQuantizeByLevels<T>[noise == Noise::kStochastic]
-                                 : quantizer<T>(noise, mode_of(work.grid, extent.has_zero));
+        if (is_one<shifts_buckets>(segment.rounding)) work.r = shifts.at(bucket);
+        const bool by_levels = own_levels != nullptr && has_learned_levels(grid);
+        const Mode mode = by_levels ? Mode::kLevels : mode_of(work.grid, extent.has_zero);
+        const Quantize run = kernels[static_cast<int>(mode)];
         if (bits == 8) {
             run(from, count, work, start, to);
             continue;

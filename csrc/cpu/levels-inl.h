@@ -42,8 +42,8 @@ QSDP_INLINE void bisect_step(const Levels& levels, const F (&t)[4], F (&below)[4
     }
 }
 
-// The codes of t, given 128 + k / 2**16 for each if ``Stochastic``.
-template <bool Stochastic>
+// The codes of t, given 128 + k / 2**16 for each if one is drawn.
+template <Rounding how>
 QSDP_INLINE Codes level_codes(const Levels& levels, const F (&t)[4], const F (&own)[4]) {
     const int last = (1 << levels.bits) - 1;
     F below[4], above[4];
@@ -60,8 +60,8 @@ QSDP_INLINE Codes level_codes(const Levels& levels, const F (&t)[4], const F (&o
     if (levels.bits > 5) bisect_step<5>(levels, t, below, above, index);
     for (int v = 0; v < 4; ++v) {
         F least = sub(above[v], t[v]);
-        if (Stochastic) {
-            const F u = number_of<Noise::kStochastic>(own[v]);
+        if (draws_for_levels(how)) {
+            const F u = number_from(own[v], 0.0f);
             least = mul(u, sub(above[v], below[v]));
         }
         index[v] = add_where_less(index[v], least, sub(t[v], below[v]));

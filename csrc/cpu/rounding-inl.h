@@ -7,31 +7,35 @@
 namespace qsdp::QSDP_ISA {
 namespace {
 
-// The numbers of values, drawn as 128 + k / 2**16: in (-1/2, 1/2) for dither, in (0, 1) for
-// stochastic.
-template <Noise noise>
-QSDP_INLINE F number_of(const F& drawn) {
-    return add(sub(drawn, splat(noise == Noise::kDither ? 128.5f : 128.0f)), splat(0x1p-17f));
+// A number that was drawn as 128 + k / 2**16, in (0, 1) less ``below``.
+QSDP_INLINE F number_from(const F& drawn, float below) {
+    return add(sub(drawn, splat(128.0f + below)), splat(0x1p-17f));
 }
 
-// What is rounded in place of t: down, which is truncation as t >= 0, if stochastic, else to the
-// nearest. ``r`` is the bucket's shift.
-template <Noise noise>
+// The numbers of values: r of [Note: Grid], or r + 1/2 for what rounds down.
+template <Rounding how>
+QSDP_INLINE F number_of(const F& drawn) {
+    return number_from(drawn, rounds_down(how) ? 0.0f : 0.5f);
+}
+
+// What is rounded in place of t, down or to the nearest; down is truncation, as t >= 0. ``r`` is
+// the bucket's shift.
+template <Rounding how>
 QSDP_INLINE F before_rounding(const F& t, const F& drawn, const F& r) {
-    if constexpr (noise == Noise::kUniform) {
-        return sub(t, r);
-    } else if constexpr (noise == Noise::kDither) {
-        return sub(t, number_of<noise>(drawn));
+    constexpr bool kDown = rounds_down(how);
+    if constexpr (draws_for_values(how)) {
+        return kDown ? add(t, number_of<how>(drawn)) : sub(t, number_of<how>(drawn));
     } else {
-        return add(t, number_of<noise>(drawn));
+        return kDown ? add(t, add(r, splat(0.5f))) : sub(t, r);
     }
 }
 
-// What a code stands for. A receiver knows the shift and the dither, and takes them back.
-template <Noise noise>
+// What a code stands for. ``r`` is the bucket's shift, or 0 where that is not taken back.
+template <Rounding how>
 QSDP_INLINE F after_rounding(const F& code, const F& drawn, const F& r) {
-    if constexpr (noise == Noise::kDither) {
-        return add(code, number_of<noise>(drawn));
+    if constexpr (draws_for_values(how)) {
+        static_assert(!rounds_down(how), "number_of is not what a receiver takes back");
+        return add(code, number_of<how>(drawn));
     } else {
         return add(code, r);
     }

@@ -23,7 +23,7 @@ struct Coder {
     Stream stream;
     const float* levels;  // of a bucket that learned levels serve, or null
     int bits;
-    Rounding rounding;
+    int16_t rounding;
 };
 
 QSDP_INLINE Coder make_coder(const Item& item, uint64_t key, const float* levels, Grid grid,
@@ -37,7 +37,7 @@ QSDP_INLINE Coder make_coder(const Item& item, uint64_t key, const float* levels
     coder.stream = {key, item.parameter, item.group};
     coder.levels = item.levels >= 0 && has_learned_levels(grid) ? levels + item.levels : nullptr;
     coder.bits = item.bits;
-    coder.rounding = static_cast<Rounding>(item.rounding);
+    coder.rounding = item.rounding;
     return coder;
 }
 
@@ -49,7 +49,7 @@ QSDP_INLINE uint32_t level_code(const Coder& coder, float t, float u) {
     }
     const float below = coder.levels[index];
     const float above = coder.levels[index < last ? index + 1 : last];
-    const float least = coder.rounding == kStochastic ? u * (above - below) : above - t;
+    const float least = is_one<draws_for_levels>(coder.rounding) ? u * (above - below) : above - t;
     if (least < t - below) ++index;
     return static_cast<uint32_t>(index < last ? index : last);
 }
@@ -57,7 +57,7 @@ QSDP_INLINE uint32_t level_code(const Coder& coder, float t, float u) {
 // The codes of a run whose first value is number ``index`` of its segment, as a stream of bits.
 QSDP_INLINE uint64_t encode_run(const Run& run, const Coder& coder, float inverse, int64_t index) {
     if (coder.is_broken) return 0;
-    const bool has_own = coder.rounding == kDither || coder.rounding == kStochastic;
+    const bool has_own = is_one<draws_for_values>(coder.rounding);
     PhiloxBlock own{};
     if (has_own) own = philox(coder.stream, static_cast<uint64_t>(index) / kRun);
     const uint32_t last = (1u << coder.bits) - 1;
@@ -67,7 +67,7 @@ QSDP_INLINE uint64_t encode_run(const Run& run, const Coder& coder, float invers
     for (int i = 0; i < kRun; ++i) {
         const float x = run.x[i];
         float t = (x * coder.working.factor - coder.working.low) * inverse;
-        const float r = has_own ? centred(half_word(own, static_cast<uint64_t>(i))) : coder.r;
+        const float r = has_own ? number_of(coder.rounding, own, i) : coder.r;
         if (coder.levels != nullptr) {
             codes[i] = level_code(coder, t, r + 0.5f);
             continue;
@@ -94,8 +94,9 @@ QSDP_INLINE float inverse_of(const Coder& coder) {
 
 template <class T>
 QSDP_INLINE Run decode_run(uint64_t stream, const Coder& coder, int64_t index, T) {
+    const bool has_own = is_one<takes_back_values>(coder.rounding);
     PhiloxBlock own{};
-    if (coder.rounding == kDither) own = philox(coder.stream, static_cast<uint64_t>(index) / kRun);
+    if (has_own) own = philox(coder.stream, static_cast<uint64_t>(index) / kRun);
     const uint32_t last = (1u << coder.bits) - 1;
     const uint32_t half[2] = {static_cast<uint32_t>(stream),
                               static_cast<uint32_t>(stream >> 4 * coder.bits)};
@@ -109,9 +110,7 @@ QSDP_INLINE Run decode_run(uint64_t stream, const Coder& coder, int64_t index, T
         if (coder.levels != nullptr) {
             value = coder.grid.low + coder.levels[code] * width;
         } else {
-            const float r = coder.rounding == kDither
-                                ? centred(half_word(own, static_cast<uint64_t>(i)))
-                                : coder.r;
+            const float r = has_own ? number_of(coder.rounding, own, i) : coder.r;
             value =
                 (coder.working.low + (static_cast<float>(code) + r) * coder.working.step) * unscale;
             if (coder.has_zero && code == last) value = 0.0f;

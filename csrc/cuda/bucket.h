@@ -67,13 +67,15 @@ QSDP_INLINE uint32_t half_of(const PhiloxBlock& block, uint32_t index) {
     return (index & 4 ? high : low) >> (index & 1) * 16 & 0xFFFFu;
 }
 
-// The shift of ``bucket``, from the block of eight buckets that ``block`` holds.
+// The shift of ``bucket``, from the block of eight buckets that ``block`` holds; 0 for a rounding
+// that is not ``one``.
 struct Shifts {
     int64_t number;
     PhiloxBlock block;
 
+    template <bool (*one)(int64_t)>
     QSDP_MEMBER float at(const Item& item, uint64_t key, int64_t bucket) {
-        if (item.rounding != kShift) return 0.0f;
+        if (!is_one<one>(item.rounding)) return 0.0f;
         if (bucket / kRun != number) {
             number = bucket / kRun;
             block = philox({key, item.parameter, item.group}, static_cast<uint64_t>(number));

@@ -15,7 +15,7 @@
 namespace qsdp {
 
 // A whole unit of buckets of 2**item.bucket_log2 <= 1024 values, none of them special.
-template <class T, bool Add, Noise noise, bool Zeros>
+template <class T, bool Add, Rounding how, bool Zeros>
 QSDP_INLINE void decode_whole_rows(const Work& work, int64_t unit, int bucket_log2,
                                    PerLane<uint64_t[kRows]>& codes, PerLane<Grid[kRows]>& grid) {
     const Item& item = *work.item;
@@ -27,11 +27,12 @@ QSDP_INLINE void decode_whole_rows(const Work& work, int64_t unit, int bucket_lo
         for (int row = 0; row < kRows; ++row) {
             const int offset = row * kRow + lane * kRun;
             const int64_t index = unit * kUnit + offset;
-            const float shift = shifts.at(item, work.key, index >> bucket_log2);
+            const float shift =
+                shifts.at<shifts_buckets_back>(item, work.key, index >> bucket_log2);
             const Grid own = grid[lane][row];
             const Plain plain = make_plain(own.low, fabsf(own.scale), 0.0f, shift,
                                            is_negative(own.scale), item.bits);
-            Run run = decode_plain<noise, Zeros>(codes[lane][row], plain, stream, index, T{});
+            Run run = decode_plain<how, Zeros>(codes[lane][row], plain, stream, index, T{});
             uint8_t* out = to + offset * sizeof(T);
             if (Add) {
                 const Run there = load_run(out, T{});
@@ -71,15 +72,11 @@ QSDP_INLINE bool decode_whole(const Work& work, int64_t unit) {
     };
     if (any_row([](Grid own) { return !is_plain(own); })) return false;
     const bool has_zeros = any_row([](Grid own) { return is_negative(own.scale); });
-    constexpr Noise kDithered = Noise::kDither, kOther = Noise::kUniform;
-    if (item.rounding == kDither) {
-        has_zeros
-            ? decode_whole_rows<T, Add, kDithered, true>(work, unit, bucket_log2, codes, grid)
-            : decode_whole_rows<T, Add, kDithered, false>(work, unit, bucket_log2, codes, grid);
-    } else {
-        has_zeros ? decode_whole_rows<T, Add, kOther, true>(work, unit, bucket_log2, codes, grid)
-                  : decode_whole_rows<T, Add, kOther, false>(work, unit, bucket_log2, codes, grid);
-    }
+    with_kernel<decoder_of>(item.rounding, [&](auto kernel) {
+        constexpr Rounding kHow = decltype(kernel)::value;
+        has_zeros ? decode_whole_rows<T, Add, kHow, true>(work, unit, bucket_log2, codes, grid)
+                  : decode_whole_rows<T, Add, kHow, false>(work, unit, bucket_log2, codes, grid);
+    });
     return true;
 }
 
@@ -99,9 +96,9 @@ QSDP_INLINE void decode_any(const Work& work, int64_t unit) {
             const int valid = rest < kRun ? static_cast<int>(rest) : kRun;
             const uint8_t* meta = work.from + item.meta_byte + bucket * kMetaBytes;
             const Grid grid{load_item<float>(meta), load_item<float>(meta + 4)};
-            const Coder coder =
-                make_coder(item, work.key, work.levels, grid, float_bits(grid.scale) >> 31, false,
-                           shifts.at(item, work.key, bucket));
+            const float shift = shifts.at<shifts_buckets_back>(item, work.key, bucket);
+            const Coder coder = make_coder(item, work.key, work.levels, grid,
+                                           float_bits(grid.scale) >> 31, false, shift);
             const uint64_t codes = load_stream(work.from + item.data_byte + index / kRun * bits,
                                                (valid * bits + 7) / 8);
             Run run = decode_run(codes, coder, index, T{});

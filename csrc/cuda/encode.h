@@ -37,7 +37,7 @@ QSDP_INLINE void measure_groups(PerLane<Run[kRows]>& held,
 
 // A whole unit of buckets of ``Bucket`` values, read once. Of each bucket some lanes, its owners,
 // make the grid. Returns false, having done nothing, where a bucket is special.
-template <class T, int Bucket, Noise noise>
+template <class T, int Bucket, Rounding how>
 QSDP_INLINE bool encode_whole_unit(const Work& work, int64_t unit) {
     constexpr int kTogether = Bucket < kRow ? 1 : Bucket / kRow;   // rows of a bucket
     constexpr int kWidth = Bucket < kRow ? Bucket / kRun : kWarp;  // lanes of a bucket
@@ -75,7 +75,7 @@ QSDP_INLINE bool encode_whole_unit(const Work& work, int64_t unit) {
         if (lane % Own::kLanes == 0) store_grid(meta + bucket * kMetaBytes, own);
         const float inverse = inverse_step({1.0f, own.low, fabsf(own.scale)});
         scale[lane] = {own.low, copysignf(inverse, own.scale), 0.0f};
-        if (noise == Noise::kUniform && item.rounding == kShift) {
+        if (!draws_for_values(how) && is_one<shifts_buckets>(item.rounding)) {
             // A unit's buckets share a block.
             const uint64_t number = static_cast<uint64_t>(unit * kBuckets);
             const uint32_t index = static_cast<uint32_t>(number) + static_cast<uint32_t>(bucket);
@@ -96,8 +96,8 @@ QSDP_INLINE bool encode_whole_unit(const Work& work, int64_t unit) {
                 const Run& run = held[lane][row];
                 const int64_t index = unit * kUnit + offset;
                 store_stream(data + offset / kRun * bits,
-                             has_zeros ? encode_plain<noise, true>(run, plain, stream, index)
-                                       : encode_plain<noise, false>(run, plain, stream, index),
+                             has_zeros ? encode_plain<how, true>(run, plain, stream, index)
+                                       : encode_plain<how, false>(run, plain, stream, index),
                              bits);
             }
         });
@@ -137,8 +137,9 @@ QSDP_INLINE void encode_bucket(const Work& work, int64_t bucket) {
         const Extent own = extent[lane];
         const Grid grid = grid_of(own, bits);
         if (lane == 0) store_grid(work.to + item.meta_byte + bucket * kMetaBytes, grid);
-        const Coder coder = make_coder(item, work.key, work.levels, grid, own.has_zero(),
-                                       own.is_broken(), shifts.at(item, work.key, bucket));
+        const Coder coder =
+            make_coder(item, work.key, work.levels, grid, own.has_zero(), own.is_broken(),
+                       shifts.at<shifts_buckets>(item, work.key, bucket));
         const float inverse = inverse_of(coder);
         for (int64_t i = lane * kRun; i < count; i += kRow) {
             const int64_t rest = count - i;
@@ -153,14 +154,9 @@ QSDP_INLINE void encode_bucket(const Work& work, int64_t bucket) {
 
 template <class T, int Bucket>
 QSDP_INLINE bool encode_whole_buckets(const Work& work, int64_t unit) {
-    switch (work.item->rounding) {
-        case kDither:
-            return encode_whole_unit<T, Bucket, Noise::kDither>(work, unit);
-        case kStochastic:
-            return encode_whole_unit<T, Bucket, Noise::kStochastic>(work, unit);
-        default:
-            return encode_whole_unit<T, Bucket, Noise::kUniform>(work, unit);
-    }
+    return with_kernel<encoder_of>(work.item->rounding, [&](auto kernel) {
+        return encode_whole_unit<T, Bucket, decltype(kernel)::value>(work, unit);
+    });
 }
 
 // Whether the unit is done: its buckets are of a size that kernels are made for, and plain.

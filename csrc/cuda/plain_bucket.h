@@ -47,17 +47,17 @@ QSDP_INLINE bool is_plain(Grid grid) {
 }
 
 // As encode_run. Values but zeros are at least the low, so nothing is below code 0.
-template <Noise noise, bool Zeros>
+template <Rounding how, bool Zeros>
 QSDP_INLINE uint64_t encode_plain(const Run& run, const Plain& plain, Stream stream,
                                   int64_t index) {
     PhiloxBlock own{};
-    if (noise != Noise::kUniform) own = philox(stream, static_cast<uint64_t>(index) / kRun);
+    if (draws_for_values(how)) own = philox(stream, static_cast<uint64_t>(index) / kRun);
     uint32_t raw[kRun];
     QSDP_UNROLL(8)
     for (int i = 0; i < kRun; ++i) {
         float t = (run.x[i] - plain.low) * plain.inverse;
-        t = fminf(before_rounding<noise>(t, own, i, plain.r), plain.steps);
-        raw[i] = round_to_bits<noise>(t);
+        t = fminf(before_rounding<how>(t, own, i, plain.r), plain.steps);
+        raw[i] = round_to_bits<how>(t);
         if (Zeros && run.x[i] == 0.0f) raw[i] = kWholeBits + plain.last;
     }
     const uint32_t base = plain.last + 1;
@@ -72,10 +72,10 @@ QSDP_INLINE uint64_t encode_plain(const Run& run, const Plain& plain, Stream str
 }
 
 // As decode_run.
-template <Noise noise, bool Zeros, class T>
+template <Rounding how, bool Zeros, class T>
 QSDP_INLINE Run decode_plain(uint64_t codes, const Plain& plain, Stream stream, int64_t index, T) {
     PhiloxBlock own{};
-    if (noise == Noise::kDither) own = philox(stream, static_cast<uint64_t>(index) / kRun);
+    if (draws_for_values(how)) own = philox(stream, static_cast<uint64_t>(index) / kRun);
     const uint32_t half[2] = {static_cast<uint32_t>(codes),
                               static_cast<uint32_t>(codes >> 4 * plain.bits)};
     Run run;
@@ -83,7 +83,7 @@ QSDP_INLINE Run decode_plain(uint64_t codes, const Plain& plain, Stream stream, 
     for (int i = 0; i < kRun; ++i) {
         const uint32_t bits = (half[i / 4] >> i % 4 * plain.bits & plain.last) | 0x4B000000u;
         const float code = bits_float(bits) - 0x1p23f;
-        float value = plain.low + after_rounding<noise>(code, own, i, plain.r) * plain.step;
+        float value = plain.low + after_rounding<how>(code, own, i, plain.r) * plain.step;
         if (Zeros && code == plain.zero_code) value = 0.0f;
         if (sizeof(T) == 2) value = fmaxf(fminf(value, largest(T{})), -largest(T{}));
         run.x[i] = value;

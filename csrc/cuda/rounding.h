@@ -11,20 +11,22 @@
 
 namespace qsdp {
 
-// The number of value i of a block: in (-1/2, 1/2) for dither, in (0, 1) for stochastic.
-template <Noise noise>
+// The number of value i of a block: r of [Note: Grid], or r + 1/2 for what rounds down.
+template <Rounding how>
 QSDP_INLINE float number_of(const PhiloxBlock& block, int i) {
     const float drawn = bits_float(0x43000000u | half_word(block, static_cast<uint64_t>(i)));
-    return (drawn - (noise == Noise::kDither ? 128.5f : 128.0f)) + 0x1p-17f;
+    return (drawn - (rounds_down(how) ? 128.0f : 128.5f)) + 0x1p-17f;
 }
 
-// What is rounded in place of t: down if stochastic, else to the nearest. ``r`` is the bucket's
-// shift.
-template <Noise noise>
+// What is rounded in place of t, down or to the nearest. ``r`` is the bucket's shift.
+template <Rounding how>
 QSDP_INLINE float before_rounding(float t, const PhiloxBlock& block, int i, float r) {
-    if (noise == Noise::kUniform) return t - r;
-    if (noise == Noise::kDither) return t - number_of<noise>(block, i);
-    return t + number_of<noise>(block, i);
+    constexpr bool kDown = rounds_down(how);
+    if constexpr (draws_for_values(how)) {
+        return kDown ? t + number_of<how>(block, i) : t - number_of<how>(block, i);
+    } else {
+        return kDown ? t + (r + 0.5f) : t - r;
+    }
 }
 
 constexpr float kWhole = 0x1.8p23f;  // added, leaves a whole number in the low bits
@@ -39,26 +41,36 @@ QSDP_INLINE float add_down(float a, float b) {
 }
 
 // t rounded, plus kWholeBits.
-template <Noise noise>
+template <Rounding how>
 QSDP_INLINE uint32_t round_to_bits(float t) {
-    return float_bits(noise == Noise::kStochastic ? add_down(t, kWhole) : t + kWhole);
+    return float_bits(rounds_down(how) ? add_down(t, kWhole) : t + kWhole);
 }
 
-// What a code stands for. A receiver knows the shift and the dither, and takes them back.
-template <Noise noise>
+// What a code stands for. ``r`` is the bucket's shift, or 0 where that is not taken back.
+template <Rounding how>
 QSDP_INLINE float after_rounding(float code, const PhiloxBlock& block, int i, float r) {
-    return code + (noise == Noise::kDither ? number_of<noise>(block, i) : r);
+    if constexpr (draws_for_values(how)) {
+        static_assert(!rounds_down(how), "number_of is not what a receiver takes back");
+        return code + number_of<how>(block, i);
+    } else {
+        return code + r;
+    }
 }
 
-// The same where the rounding is known at run time alone. ``r``: the shift of the value or the
-// bucket, in (-1/2, 1/2).
-QSDP_INLINE float before_rounding(Rounding rounding, float t, float r) {
-    return rounding == kStochastic ? t + (r + 0.5f) : t - r;
+// The same where the rounding is known at run time alone. ``r``: of the value or the bucket, in
+// (-1/2, 1/2).
+QSDP_INLINE float number_of(int16_t /* all draw alike */, const PhiloxBlock& block, int i) {
+    return centred(half_word(block, static_cast<uint64_t>(i)));
+}
+
+QSDP_INLINE float before_rounding(int16_t rounding, float t, float r) {
+    return is_one<rounds_down>(rounding) ? t + (r + 0.5f) : t - r;
 }
 
 // Of 0 <= t <= 255.
-QSDP_INLINE uint32_t round_to_code(Rounding rounding, float t) {
-    return rounding == kStochastic ? static_cast<uint32_t>(t) : float_bits(t + kWhole) & 0xFFu;
+QSDP_INLINE uint32_t round_to_code(int16_t rounding, float t) {
+    return is_one<rounds_down>(rounding) ? static_cast<uint32_t>(t)
+                                         : float_bits(t + kWhole) & 0xFFu;
 }
 
 }  // namespace qsdp

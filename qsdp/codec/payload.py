@@ -51,7 +51,7 @@ class Field(IntEnum):
     NUMEL = 4  # valid values
     PADDED = 5  # values that the buffer reserves; decode zeroes the rest
     BUCKET = 6  # values a bucket
-    ROUNDING = 7  # index into config.ROUNDINGS
+    ROUNDING = 7  # a `Rounding`
     META_BYTE = 8  # where the bucket metadata starts in the payload
     DATA_BYTE = 9  # where codes or raw values start in the payload
     PARAMETER = 10  # third counter word of the generator

@@ -18,8 +18,6 @@ from torch import Tensor
 
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
 
-SHIFT, DITHER, STOCHASTIC, NEAREST = range(4)
-
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 7

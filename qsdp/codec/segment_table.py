@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import HEADER_BYTES, META_BYTES, Field
-from qsdp.codec.rounding import DITHER, NEAREST, SHIFT, STOCHASTIC, uniform
+from qsdp.codec.rounding import uniform
 from qsdp.common.dtypes import ITEM_BYTES, TORCH_DTYPES, DType
+from qsdp.common.roundings import Rounding
 from qsdp.config import LEARNED_BITS
 
 
@@ -62,11 +63,7 @@ class Row:
     """One table row with names, and the slices it stands for."""
 
     def __init__(self, row: list[int]) -> None:
-        self.bits, self.bucket, self.rounding = (
-            row[Field.BITS],
-            row[Field.BUCKET],
-            row[Field.ROUNDING],
-        )
+        self.bits, self.bucket = row[Field.BITS], row[Field.BUCKET]
         self.numel, self.padded = row[Field.NUMEL], row[Field.PADDED]
         self.row = row
         self.dtype = TORCH_DTYPES[DType(row[Field.DTYPE])]
@@ -82,10 +79,11 @@ class Row:
         inside = row[Field.BUFFER_BYTE] >= 0 and row[Field.DATA_BYTE] >= HEADER_BYTES
         inside &= row[Field.BUFFER_BYTE] + self.padded * item <= buffer_bytes
         if self.bits:
-            if self.bucket < 8 or self.bucket % 8 or self.rounding not in (0, 1, 2, 3):
+            rounding = row[Field.ROUNDING]
+            if self.bucket < 8 or self.bucket % 8 or not 0 <= rounding < len(Rounding):
                 raise ValueError(
-                    f"a segment has buckets of {self.bucket} and rounding {self.rounding}; "
-                    "give a positive multiple of 8 and 0 to 3"
+                    f"a segment has buckets of {self.bucket} and rounding {rounding}; "
+                    f"give a positive multiple of 8 and 0 to {max(Rounding)}"
                 )
             if row[Field.DTYPE] == DType.OPAQUE:
                 raise ValueError("a coded segment is opaque; code fp32, bf16 or fp16")
@@ -105,16 +103,23 @@ class Row:
         start = self.row[Field.LEVELS]
         if start == -1:
             return
-        if self.bits not in LEARNED_BITS or self.rounding not in (STOCHASTIC, NEAREST):
+        if self.bits not in LEARNED_BITS or not self.rounding.properties.has_levels:
+            known = [f"{each.label} ({each})" for each in Rounding if each.properties.has_levels]
             raise ValueError(
-                f"a segment of learned levels has {self.bits} bits and rounding {self.rounding}; "
-                "give 2 to 6 bits and stochastic (2) or nearest (3), or -1 for the uniform grid"
+                f"a segment of learned levels has {self.bits} bits and rounding "
+                f"{self.row[Field.ROUNDING]}; give 2 to 6 bits and {' or '.join(known)}, or -1 for "
+                "the uniform grid"
             )
         if start < 0 or start + self.num_codes > num_levels:
             raise ValueError(
                 f"a segment's {self.num_codes} levels start at {start} of {num_levels} floats; "
                 "give levels that hold them, or -1 for the uniform grid"
             )
+
+    @property
+    def rounding(self) -> Rounding:
+        """Of a coded segment, once it is checked."""
+        return Rounding(self.row[Field.ROUNDING])
 
     @property
     def num_codes(self) -> int:
@@ -148,15 +153,9 @@ class Row:
     def data(self, payload: Tensor) -> Tensor:
         return payload.narrow(0, self.row[Field.DATA_BYTE], self.data_bytes)
 
-    def shifts(self, key: int, like_NB: Tensor) -> Tensor:
-        """r of [Note: Grid], fp32, broadcastable to [buckets, bucket]."""
-        words = (self.row[Field.PARAMETER], self.row[Field.GROUP], key, like_NB.device)
-        if self.rounding == SHIFT:
-            return uniform(like_NB.shape[0], *words)[:, None]
-        if self.rounding in (DITHER, STOCHASTIC):
-            return uniform(like_NB.numel(), *words).view_as(like_NB)
-        assert self.rounding == NEAREST
-        return torch.zeros(1, 1, device=like_NB.device)
+    def uniform(self, num: int, key: int, device: torch.device) -> Tensor:
+        """``num`` numbers of the segment's own, fp32 [num] in (-1/2, 1/2): [Note: Keys]."""
+        return uniform(num, self.row[Field.PARAMETER], self.row[Field.GROUP], key, device)
 
     def _span(self, buffer: Tensor, numel: int) -> Tensor:
         return buffer.narrow(0, self.row[Field.BUFFER_BYTE], numel * self.dtype.itemsize)

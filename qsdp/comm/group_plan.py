@@ -16,8 +16,9 @@ from qsdp.comm.level_fitting import Kind, offset
 from qsdp.comm.topology import StageGroup
 from qsdp.common.collective_errors import title
 from qsdp.common.dtypes import CODEC_DTYPES, DType
+from qsdp.common.roundings import Rounding
 from qsdp.common.sharding import chunk
-from qsdp.config import ROUNDINGS, QSDPConfig
+from qsdp.config import QSDPConfig
 
 _MOST_LAYOUTS = 32
 """A step uses few of each direction: frozen or not, stages, replicas, what was agreed on."""
@@ -234,7 +235,7 @@ class Plan:
             padded=parameter.padded_numel(self.world_size) * _units(dtype),
             parameter=parameter.index,
             bucket=self._config.bucket_of(bits, is_grad=kind == Kind.GRAD),
-            rounding=ROUNDINGS.index(self._config.rounding_of(bits)),
+            rounding=Rounding.of(self._config.rounding_of(bits)),
             levels=offset(self._config, parameter.index, bits, kind),
         )
 

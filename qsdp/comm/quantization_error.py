@@ -13,9 +13,10 @@ from qsdp.codec.payload import Field, Layout, Segment
 from qsdp.comm.level_fitting import Kind, offset
 from qsdp.common.dtypes import DType
 from qsdp.common.gpu_streams import reads_on_this_stream
+from qsdp.common.roundings import Rounding
 from qsdp.compat.collectives import all_gather_single
 from qsdp.compat.process_groups import control_device
-from qsdp.config import ROUNDINGS, QSDPConfig
+from qsdp.config import QSDPConfig
 
 
 class Meter:
@@ -80,7 +81,7 @@ class Meter:
             padded=values.numel(),
             parameter=row[Field.PARAMETER],
             bucket=self._config.bucket_of(bits, is_grad=kind == Kind.GRAD),
-            rounding=ROUNDINGS.index(self._config.rounding_of(bits)),
+            rounding=Rounding.of(self._config.rounding_of(bits)),
             levels=offset(self._config, row[Field.PARAMETER], bits, kind),
         )
         layout = Layout([segment], row[Field.GROUP])

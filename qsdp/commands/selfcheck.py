@@ -30,8 +30,9 @@ from qsdp.comm import transport
 from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
 from qsdp.common.dtypes import TORCH_DTYPES, DType
+from qsdp.common.roundings import Rounding
 from qsdp.common.user_errors import UserError
-from qsdp.config import CODED_BITS, ROUNDINGS
+from qsdp.config import CODED_BITS
 from qsdp.models.language_model import LanguageModel
 from qsdp.models.registry import DEFAULT_PRESET, family_of
 from qsdp.ops import native
@@ -103,7 +104,7 @@ def check_codec(world: World) -> str:
     """Bits 2 to 8, all roundings, three dtypes: equal bytes and equal values."""
     count = 0
     for bits in CODED_BITS:
-        for rounding in range(len(ROUNDINGS)):
+        for rounding in Rounding:
             for dtype in (DType.FP32, DType.BF16, DType.FP16):
                 segment = Segment(
                     bits=bits, dtype=dtype, padded=5000, parameter=3, rounding=rounding
@@ -119,9 +120,9 @@ def check_codec(world: World) -> str:
                     torch.ops.qsdp, values.to(world.device), layout, table, key
                 )
                 if not torch.equal(found.cpu(), expected):
-                    raise Failed(f"{bits} bits, {ROUNDINGS[rounding]}, {dtype.name}: other bytes")
+                    raise Failed(f"{bits} bits, {rounding.label}, {dtype.name}: other bytes")
                 if not torch.equal(found_back.cpu(), back):
-                    raise Failed(f"{bits} bits, {ROUNDINGS[rounding]}, {dtype.name}: other values")
+                    raise Failed(f"{bits} bits, {rounding.label}, {dtype.name}: other values")
                 count += 1
     return f"{count} combinations, {native.remark(world.device)}"
 

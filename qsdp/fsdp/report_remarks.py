@@ -8,6 +8,7 @@ import torch
 
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.topology import Split
+from qsdp.common.roundings import Rounding
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.config import QSDPConfig
 from qsdp.ops import native
@@ -30,8 +31,9 @@ def remarks(
         is_allotted: Whether the bits follow the budget by now.
     """
     yield native.remark(torch.device(groups[0].mesh.device_type))
-    if config.rounding == "nearest":
-        yield "rounding to nearest is biased: weights and gradients keep a systematic error"
+    if config.rounding is not None and Rounding.of(config.rounding).properties.is_biased:
+        lasting = "weights and gradients keep a systematic error"
+        yield f"rounding {config.rounding} is biased: {lasting}"
     sizes = {plan.world_size for plan in plans}
     if sizes == {1}:
         yield "one rank: FSDP2 bypasses the collectives, weights and gradients are exact"

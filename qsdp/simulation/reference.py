@@ -19,8 +19,9 @@ from qsdp.codec.rounding import Direction, Key, Stage
 from qsdp.comm.bit_budget import Claim
 from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.common.model_structure import embedding_names, tied_names
+from qsdp.common.roundings import Rounding
 from qsdp.compat.parameter_names import clean_names, named_parameters
-from qsdp.config import CODED_BITS, ROUNDINGS, QSDPConfig
+from qsdp.config import CODED_BITS, QSDPConfig
 from qsdp.simulation.kept_weights import SupportMasks
 from qsdp.simulation.levels_and_budget import Bits, SimulatedBudget, SimulatedLevels
 from qsdp.simulation.ranks import Numbers, World
@@ -176,7 +177,7 @@ class Wire:
             padded=numel if own != DType.OPAQUE else numel * dtype.itemsize,
             parameter=self.numbers.parameters[name],
             bucket=self.config.bucket_of(bits, is_grad=is_grad),
-            rounding=ROUNDINGS.index(self.config.rounding_of(bits)),
+            rounding=Rounding.of(self.config.rounding_of(bits)),
         )
 
     def _claim(self, name: str, whole: Tensor, is_grad: bool, is_embedding: bool) -> Claim:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "qsdp"
 MAY_IMPORT: dict[str, set[str]] = {
     "common": {"compat"},
     "compat": set(),
-    "config": set(),
+    "config": {"common"},  # without torch: `tests/commands/test_light_start.py`
     "codec": set(),
     "ops": {"codec"},
     "comm": {"codec", "ops"},

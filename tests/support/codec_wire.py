@@ -14,7 +14,7 @@ from torch import Tensor
 from qsdp.codec.payload import HEADER_BYTES, META_BYTES, Layout, Segment
 from qsdp.codec.rounding import Key
 from qsdp.common.dtypes import DType
-from qsdp.config import ROUNDINGS
+from qsdp.common.roundings import Rounding
 from qsdp.ops.reference import codec
 
 UNBIASED = ("shift", "dither", "stochastic")
@@ -64,7 +64,7 @@ def send(
         padded=x.numel(),
         parameter=parameter,
         bucket=bucket,
-        rounding=ROUNDINGS.index(how),
+        rounding=Rounding.of(how),
         levels=-1 if levels is None else 3,
     )
     if levels is not None:

@@ -9,13 +9,16 @@ segments of a group (see [Note: Payload] for the bytes and `Field` for the table
     lo, hi   least and greatest value. A bucket with exact zeros leaves them out, spans the rest
              with L - 1 steps and keeps code L for +0.0; its stored scale has the sign bit set.
     d        hi / steps - lo / steps, which cannot overflow; a subnormal d counts as 0
-    code     round_half_even((x - lo) * (1 / d) - r), `stochastic`
-             floor((x - lo) * (1 / d) + (r + 1/2)); clamped to 0..steps
-    value    lo + (code + r) * d; stochastic and nearest: r = 0. Clamped to the finite range of the
-             dtype it is stored in.
+    t        (x - lo) * (1 / d)
+    code     round_half_even(t - r), or where the rounding goes down floor(t + (r + 1/2)); clamped
+             to 0..steps
+    value    lo + (code + r) * d, or lo + code * d where r is not taken back. Clamped to the finite
+             range of the dtype it is stored in.
 
 r is in (-1/2, 1/2): one a bucket (`shift`: QSDP, arXiv 2302.02390, section 4), one a value
-(`dither`). A bucket with |lo| > 2**120 or d > 2**112 is worked on scaled by 2**-8, so that no
+(`dither`, `stochastic`), or 0 (`nearest`). Which rounding does which its `Properties` say; the
+arithmetic of r and of the code stands in `numbers` and `rounded`. A bucket with |lo| > 2**120 or
+d > 2**112 is worked on scaled by 2**-8, so that no
 difference overflows. A bucket with a NaN or an Inf has lo = NaN, scale 0 and codes 0: it decodes
 to NaN.
 
@@ -26,7 +29,7 @@ whose scale is above zero (no exact zeros, not all-equal, whole) and that are no
     w        d * L
     t        (x - lo) * (1 / w)
     i        the last index with l[i] <= t, by bisection
-    code     `nearest` i + (l[i + 1] - t < t - l[i]), `stochastic`
+    code     i + (l[i + 1] - t < t - l[i]), where a number is drawn for each value
              i + ((r + 1/2) * (l[i + 1] - l[i]) < t - l[i]); at most L, and l[L + 1] counts as l[L]
     value    lo + l[code] * w
 
@@ -40,8 +43,8 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import HEADER_BYTES
-from qsdp.codec.rounding import STOCHASTIC
 from qsdp.codec.segment_table import Row, check
+from qsdp.common.roundings import Drawn, Rounding
 
 HUGE_VALUE = 2.0**120
 HUGE_SCALE = 2.0**112
@@ -133,11 +136,8 @@ def quantize(
     factor = _huge_factor(low, d)
     inverse = (1 / (d * factor)).masked_fill(d == 0, 0.0)
     t = (x_NB * factor[:, None] - (low * factor)[:, None]) * inverse[:, None]
-    r = segment.shifts(key, x_NB)
-    if segment.rounding == STOCHASTIC:
-        codes = torch.floor(t + (r + 0.5))
-    else:
-        codes = torch.round(t - r)
+    r = numbers(segment, key, x_NB)
+    codes = rounded(t, r, segment.rounding)
     codes = torch.minimum(codes.clamp(min=0), steps[:, None])
     codes = codes.masked_fill(zero, segment.num_codes - 1).masked_fill(broken[:, None], 0)
     scale = torch.where(zero.any(1) & ~broken, -d, d)
@@ -155,12 +155,12 @@ def dequantize(
     buckets = low.numel()
     c_NB = torch.nn.functional.pad(codes, (0, buckets * segment.bucket - codes.numel()))
     c_NB = c_NB.view(buckets, segment.bucket)
-    r = segment.shifts(key, c_NB)
-    if segment.rounding == STOCHASTIC:
-        r = torch.zeros_like(r)
+    place = c_NB.float()
+    if segment.rounding.properties.is_taken_back:
+        place = place + numbers(segment, key, c_NB)
     d = scale.abs()
     factor = _huge_factor(low, d)
-    value = (low * factor)[:, None] + (c_NB.float() + r) * (d * factor)[:, None]
+    value = (low * factor)[:, None] + place * (d * factor)[:, None]
     value = value / factor[:, None]
     is_zero = scale.signbit()[:, None] & (c_NB == segment.num_codes - 1)
     value = value.masked_fill(is_zero, 0.0)
@@ -169,6 +169,27 @@ def dequantize(
         by_level = low[:, None] + levels.to(c_NB.device)[c_NB.long()] * width[:, None]
         value = torch.where(_has_learned_levels(low, scale)[:, None], by_level, value)
     return value.view(-1)[: codes.numel()]
+
+
+def numbers(segment: Row, key: int, like_NB: Tensor) -> Tensor:
+    """r of [Note: Grid], fp32, broadcastable to [buckets, bucket], on either side. A rounding that
+    makes something else of what it draws says so here."""
+    match segment.rounding.properties.drawn:
+        case Drawn.A_BUCKET:
+            r = segment.uniform(like_NB.shape[0], key, like_NB.device)[:, None]
+        case Drawn.A_VALUE:
+            r = segment.uniform(like_NB.numel(), key, like_NB.device).view_as(like_NB)
+        case Drawn.NOTHING:
+            r = torch.zeros(1, 1, device=like_NB.device)
+    return r
+
+
+def rounded(t_NB: Tensor, r: Tensor, rounding: Rounding) -> Tensor:
+    """The whole numbers that become codes, before they are clamped. A rounding that rounds in
+    another way says so here."""
+    if rounding.properties.rounds_down:
+        return torch.floor(t_NB + (r + 0.5))
+    return torch.round(t_NB - r)
 
 
 def convert(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -201,7 +222,7 @@ def _has_learned_levels(low: Tensor, scale: Tensor) -> Tensor:
     return (scale > 0) & (_huge_factor(low, scale) == 1)
 
 
-def _level_codes(t: Tensor, levels: Tensor, r: Tensor, rounding: int) -> Tensor:
+def _level_codes(t: Tensor, levels: Tensor, r: Tensor, rounding: Rounding) -> Tensor:
     """Codes (int64, the shape of t) of values between 0 and 1, see [Note: Grid]."""
     levels = levels.to(t.device)
     last = levels.numel() - 1
@@ -210,7 +231,7 @@ def _level_codes(t: Tensor, levels: Tensor, r: Tensor, rounding: int) -> Tensor:
         index += step * (levels[index + step] <= t)
         step //= 2
     below, above = levels[index], levels[(index + 1).clamp(max=last)]
-    if rounding == STOCHASTIC:
+    if rounding.properties.drawn == Drawn.A_VALUE:
         up = (r + 0.5) * (above - below) < t - below
     else:
         up = above - t < t - below

@@ -23,7 +23,8 @@ from qsdp import ops
 from qsdp.codec.payload import Layout, Segment
 from qsdp.comm.nodes import launched_ranks
 from qsdp.common.dtypes import DType, of_precision
-from qsdp.config import ROUNDINGS, QSDPConfig
+from qsdp.common.roundings import Rounding
+from qsdp.config import QSDPConfig
 from qsdp.models.registry import family_of_size
 from qsdp.models.size import ModelSize
 from qsdp.train.config import TrainConfig
@@ -98,7 +99,7 @@ def codec_s(
         padded=numel,
         parameter=0,
         bucket=wire.bucket_of(bits, is_grad=False),
-        rounding=ROUNDINGS.index(wire.rounding_of(bits)),
+        rounding=Rounding.of(wire.rounding_of(bits)),
     )
     layout = Layout([segment], 0)
     table, header = torch.tensor(layout.table([numel])), layout.header(0, 0)
