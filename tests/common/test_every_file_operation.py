@@ -270,6 +270,7 @@ def evaluation_reported(folder: Path) -> None:
         "step": 3,
         "tokens": 9,
         "compressed_to": None,
+        "method": "magnitude",
         "tokens_seen_in_validation": 0,
     }
     evaluate_targets._report(results, folder / "evaluation")
