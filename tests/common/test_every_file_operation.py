@@ -270,6 +270,7 @@ def evaluation_reported(folder: Path) -> None:
         "step": 3,
         "tokens": 9,
         "compressed_to": None,
+        "compressed_by": None,
         "method": "magnitude",
         "tokens_seen_in_validation": 0,
     }
