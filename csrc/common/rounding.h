@@ -104,11 +104,11 @@ struct KernelOf {
     static constexpr Rounding value = how;
 };
 
-// ``run(KernelOf<how>{})``, where ``how`` is ``kernel_of(rounding)``: itself or kOfBuckets. A
-// switch, because nvcc joins what chained ifs lead to, and the joint kernel has too few registers.
+// ``run(KernelOf<how>{})``, where ``how`` is ``kernel_of(chosen)``: itself or kOfBuckets. A switch,
+// because nvcc joins what chained ifs lead to, and the joint kernel has too few registers.
 template <Rounding (*kernel_of)(int64_t), class Integer, class Run>
-QSDP_INLINE auto with_kernel(Integer rounding, const Run& run) {
-    switch (rounding) {
+QSDP_INLINE auto with_kernel(Integer chosen, const Run& run) {
+    switch (chosen) {
         case kDither:
             if constexpr (kernel_of(kDither) == kDither) {
                 return run(KernelOf<kDither>{});

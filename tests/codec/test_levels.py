@@ -16,11 +16,12 @@ from torch import Tensor
 
 from qsdp.codec import levels as learning
 from qsdp.codec.levels import BINS, expected_error, fit, histogram, uniform_levels
+from qsdp.common.roundings import Rounding
 from qsdp.config import LEARNED_BITS
 from tests.support import codec_reference as reference
 from tests.support.codec_wire import DTYPES, KEY, LARGEST, fresh, send
 
-ROUNDINGS = ("stochastic", "nearest")
+ROUNDINGS = tuple(each.label for each in Rounding if each.properties.has_levels)
 FALSE_ALARM = 1e-7
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qsdp.codec.payload import Field, Layout, Segment
 from qsdp.common.dtypes import DType
+from qsdp.common.roundings import Rounding
 from qsdp.ops import native
 from qsdp.ops.reference import codec
 from tests.support import gpu_kernels, patience
@@ -144,10 +145,17 @@ def some_valid(layout: Layout, generator: torch.Generator) -> list[int]:
     ]
 
 
+WITH_LEVELS = [rounding for rounding in Rounding if rounding.properties.has_levels]
 every_rounding = pytest.mark.parametrize(
     ("rounding", "learned"),
-    [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)],
-    ids=["shift", "dither", "stochastic", "nearest", "learned stochastic", "learned nearest"],
+    [
+        *((rounding, False) for rounding in Rounding),
+        *((rounding, True) for rounding in WITH_LEVELS),
+    ],
+    ids=[
+        *(rounding.label for rounding in Rounding),
+        *(f"learned {rounding.label}" for rounding in WITH_LEVELS),
+    ],
 )
 
 
@@ -229,7 +237,7 @@ def test_whole_buckets_at_even_addresses(
 def test_any_metadata_decodes_as_in_the_specification(
     kernels: str, dtype: DType, generator: torch.Generator
 ) -> None:
-    for rounding in range(4):
+    for rounding in Rounding:
         segments = [
             Segment(bits=b, dtype=dtype, padded=500, parameter=1, bucket=16, rounding=rounding)
             for b in range(2, 9)
@@ -259,7 +267,7 @@ def test_any_levels_and_metadata_give_what_the_specification_gives(
             rounding=rounding,
             levels=LEVEL_STARTS[bits],
         )
-        for bits, rounding in product(LEVEL_STARTS, (2, 3))
+        for bits, rounding in product(LEVEL_STARTS, WITH_LEVELS)
     ]
     layout = Layout(segments, group=0)
     table = torch.tensor(layout.table([500] * len(segments)))
@@ -333,7 +341,14 @@ def test_opaque_bytes_travel_untouched(kernels: str, generator: torch.Generator)
 def test_threads_do_not_change_bytes(kernels: str, generator: torch.Generator) -> None:
     sizes = (70_001, 5, 200_000, 0, 33_333)
     segments = [
-        Segment(bits=b, dtype=DType.FP32, padded=n, parameter=b, rounding=b % 4, bucket=b * 104)
+        Segment(
+            bits=b,
+            dtype=DType.FP32,
+            padded=n,
+            parameter=b,
+            rounding=b % len(Rounding),
+            bucket=b * 104,
+        )
         for b, n in zip((8, 5, 3, 4, 6), sizes, strict=True)
     ]
     segments.append(Segment(bits=0, dtype=DType.FP32, padded=99_999, parameter=9, wire=DType.BF16))
@@ -399,7 +414,8 @@ BAD_FIELDS = [
     (Field.BUCKET, 0),
     (Field.BUCKET, 12),
     (Field.BUCKET, -8),
-    (Field.ROUNDING, 4),
+    (Field.ROUNDING, len(Rounding)),
+    (Field.ROUNDING, -1),
     (Field.META_BYTE, 0),
     (Field.META_BYTE, 34),
     (Field.META_BYTE, 2**63 - 1),

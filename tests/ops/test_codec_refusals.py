@@ -9,6 +9,7 @@ import torch
 
 from qsdp.codec.payload import Field, Layout, Segment
 from qsdp.common.dtypes import DType
+from qsdp.common.roundings import Rounding
 from qsdp.ops.reference import codec
 
 
@@ -54,7 +55,7 @@ BAD_CALLS = {
     "no bucket": call(BUCKET=0),
     "bucket of 12": call(BUCKET=12),
     "bucket of -8": call(BUCKET=-8),
-    "unknown rounding": call(ROUNDING=4),
+    "unknown rounding": call(ROUNDING=len(Rounding)),
     "unknown dtype": call(DTYPE=7),
     "unknown wire dtype": call(BITS=0, WIRE=-1),
     "coded opaque": call(DTYPE=DType.OPAQUE),

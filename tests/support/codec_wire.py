@@ -17,7 +17,7 @@ from qsdp.common.dtypes import DType
 from qsdp.common.roundings import Rounding
 from qsdp.ops.reference import codec
 
-UNBIASED = ("shift", "dither", "stochastic")
+UNBIASED = tuple(each.label for each in Rounding if not each.properties.is_biased)
 DTYPES = {torch.float32: DType.FP32, torch.bfloat16: DType.BF16, torch.float16: DType.FP16}
 KEY = Key(seed=7, step=3, direction=0, stage=0, occurrence=0, sender=1)
 LARGEST = float(np.finfo(np.float32).max)
