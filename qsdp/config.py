@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from qsdp.common.roundings import Rounding
+from qsdp.common.rounding import Rounding
 
 ROUNDINGS = tuple(rounding.label for rounding in Rounding)
 LEVELS = ("uniform", "learned")
@@ -273,43 +272,6 @@ class QSDPConfig:
         """Whether a parameter's bits were chosen for it, so that a budget leaves them."""
         by_embedding_bits = is_embedding and self.embedding_bits is not None
         return by_embedding_bits or self.bits_by_policy(name) is not None
-
-    def check_policy(self, names: Sequence[str], aliases: Mapping[str, str]) -> None:
-        """Raise ValueError unless every pattern sets the bits of one of a model's parameter
-        ``names``.
-
-        ``aliases`` are further names of tied parameters, each with the one among ``names``.
-        """
-        left = set(names)
-        for pattern, _ in self.policy:
-            named = {name for name in names if fnmatchcase(name, pattern)}
-            if not named:
-                for alias, name in aliases.items():
-                    if fnmatchcase(alias, pattern):
-                        raise ValueError(
-                            f"the policy pattern {pattern!r} matches only {alias!r}, which is tied "
-                            f"to {name!r}; use that name"
-                        )
-                raise ValueError(
-                    f"the policy pattern {pattern!r} matches no parameter; names look like "
-                    f"{names[0]!r}, and * stands for any characters"
-                )
-            if left.isdisjoint(named):
-                raise ValueError(
-                    f"the policy pattern {pattern!r} matches only parameters that patterns before "
-                    "it match; put it before them, or leave it out"
-                )
-            left -= named
-
-    def check_embeddings(self, names: Collection[str]) -> None:
-        """Raise ValueError where `embedding_bits` set the bits of none of the ``names``."""
-        if self.embedding_bits is None or any(self.bits_by_policy(n) is None for n in names):
-            return
-        why = "which the policy gives bits already" if names else "of which the model has none"
-        raise ValueError(
-            f"embedding_bits is {self.embedding_bits}, for embeddings and the head, {why}; leave "
-            "it out"
-        )
 
     def bits_by_policy(self, name: str) -> tuple[int, int] | None:
         """Weight and gradient bits that the first matching pattern gives to ``name``, if any."""

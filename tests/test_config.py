@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from qsdp.comm.policy_checks import check_embeddings, check_policy
 from qsdp.config import QSDPConfig
 
 
@@ -125,20 +126,20 @@ def test_a_field_that_nothing_would_heed_is_refused_by_its_name(field, ignored, 
 def test_a_policy_pattern_that_sets_no_bits_of_a_model_is_refused():
     config = QSDPConfig(policy=(("a.*", 4), ("*.weight", 8), ("a.bias", 2)))
     with pytest.raises(ValueError, match=r"'a\.bias' matches only parameters that patterns before"):
-        config.check_policy(["a.weight", "a.bias", "b.weight"], {})
+        check_policy(config, ["a.weight", "a.bias", "b.weight"], {})
     with pytest.raises(ValueError, match=r"'\*\.weight' matches only"):
-        config.check_policy(["a.weight", "a.bias"], {})
+        check_policy(config, ["a.weight", "a.bias"], {})
     swapped = dataclasses.replace(config, policy=config.policy[::-1])
-    swapped.check_policy(["a.weight", "a.bias", "a.scale", "b.weight"], {})
+    check_policy(swapped, ["a.weight", "a.bias", "a.scale", "b.weight"], {})
 
 
 def test_bits_of_embeddings_that_are_not_there_are_refused():
     config = QSDPConfig(embedding_bits=4, policy=(("head.*", 8),))
-    config.check_embeddings({"head.weight", "embed.weight"})
-    QSDPConfig().check_embeddings(())
+    check_embeddings(config, {"head.weight", "embed.weight"})
+    check_embeddings(QSDPConfig(), ())
     for names, why in (((), "has none"), (("head.weight",), "gives bits already")):
         with pytest.raises(ValueError, match=rf"embedding_bits is 4, .* {why}; leave it out"):
-            config.check_embeddings(names)
+            check_embeddings(config, names)
 
 
 @pytest.mark.parametrize("steps", [(), "10", 10, (0,), (1.5,)])

@@ -27,7 +27,7 @@ from benchmarks.support import machine
 from qsdp.codec.payload import Layout, Segment
 from qsdp.common.atomic_files import write_json
 from qsdp.common.dtypes import CODEC_DTYPES, DType
-from qsdp.common.roundings import Rounding
+from qsdp.common.rounding import Rounding
 from qsdp.ops import native
 
 DTYPES = {kind.name.lower(): (kind, dtype) for dtype, kind in CODEC_DTYPES.items()}

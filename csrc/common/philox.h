@@ -1,4 +1,4 @@
-// Philox4x32-7, one block at a time; see [Note: Keys] in qsdp/codec/rounding.py.
+// Philox4x32-7, one block at a time; see [Note: Keys] in qsdp/codec/random_numbers.py.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Roundings and their properties: the table of qsdp/common/roundings.py again. What a rounding does
+// Roundings and their properties: the table of qsdp/common/rounding.py again. What a rounding does
 // to a value stands in cpu/rounding-inl.h and in cuda/rounding.h.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Random numbers of buckets and of values; see [Note: Keys] in qsdp/codec/rounding.py.
+// Random numbers of buckets and of values; see [Note: Keys] in qsdp/codec/random_numbers.py.
 #pragma once
 
 #include <cstdint>

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import HEADER_BYTES, META_BYTES, Field
-from qsdp.codec.rounding import uniform
+from qsdp.codec.random_numbers import uniform
 from qsdp.common.dtypes import ITEM_BYTES, TORCH_DTYPES, DType
-from qsdp.common.roundings import Rounding
+from qsdp.common.rounding import Rounding
 from qsdp.config import LEARNED_BITS
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qsdp import ops
 from qsdp.codec.payload import Status
-from qsdp.codec.rounding import Stage
+from qsdp.codec.random_numbers import Stage
 from qsdp.comm import transport
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers

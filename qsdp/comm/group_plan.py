@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 
 from qsdp.codec.payload import Layout, Segment
-from qsdp.codec.rounding import Stage
+from qsdp.codec.random_numbers import Stage
 from qsdp.comm.bit_budget import Claim
 from qsdp.comm.group_layout import GroupLayout, Masks, SparseGroupLayout
 from qsdp.comm.level_fitting import Kind, offset
 from qsdp.comm.topology import StageGroup
 from qsdp.common.collective_errors import title
 from qsdp.common.dtypes import CODEC_DTYPES, DType
-from qsdp.common.roundings import Rounding
+from qsdp.common.rounding import Rounding
 from qsdp.common.sharding import chunk
 from qsdp.config import QSDPConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from qsdp.codec.rounding import Direction, Key, Stage
+from qsdp.codec.random_numbers import Direction, Key, Stage
 
 
 class Clock:

@@ -13,7 +13,7 @@ from qsdp.codec.payload import Field, Layout, Segment
 from qsdp.comm.level_fitting import Kind, offset
 from qsdp.common.dtypes import DType
 from qsdp.common.gpu_streams import reads_on_this_stream
-from qsdp.common.roundings import Rounding
+from qsdp.common.rounding import Rounding
 from qsdp.compat.collectives import all_gather_single
 from qsdp.compat.process_groups import control_device
 from qsdp.config import QSDPConfig

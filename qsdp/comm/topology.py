@@ -24,7 +24,7 @@ from math import prod
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsdp.codec.rounding import Stage
+from qsdp.codec.random_numbers import Stage
 from qsdp.comm.nodes import Nodes, even_nodes
 from qsdp.compat.process_groups import destroy_group, new_group, unique_group_name
 from qsdp.config import QSDPConfig

@@ -25,12 +25,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
 from qsdp.codec.payload import Layout, Segment
-from qsdp.codec.rounding import Direction, Key, Stage
+from qsdp.codec.random_numbers import Direction, Key, Stage
 from qsdp.comm import transport
 from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
 from qsdp.common.dtypes import TORCH_DTYPES, DType
-from qsdp.common.roundings import Rounding
+from qsdp.common.rounding import Rounding
 from qsdp.common.user_errors import UserError
 from qsdp.config import CODED_BITS
 from qsdp.models.language_model import LanguageModel

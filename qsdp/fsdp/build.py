@@ -14,6 +14,7 @@ from qsdp.comm.bit_budget import check_budget
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.level_fitting import Levels
 from qsdp.comm.nodes import launched_ranks
+from qsdp.comm.policy_checks import check_embeddings, check_policy
 from qsdp.comm.topology import Split, StageGroup
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire_state import Wire
@@ -150,9 +151,9 @@ def _make_plans(
     tied, tables = tied_names(model), embedding_names(model)
     clean = clean_names(model, {*tied, *tied.values(), *tables})
     aliases = {clean[alias]: clean[name] for alias, name in tied.items()}
-    config.check_policy(list(order), aliases)
+    check_policy(config, list(order), aliases)
     embeddings = {clean[name] for name in tables}
-    config.check_embeddings(embeddings)
+    check_embeddings(config, embeddings)
     plans = [
         make_plan(group, index, names, order, embeddings, config)
         for index, group in enumerate(groups)

@@ -8,7 +8,7 @@ import torch
 
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.topology import Split
-from qsdp.common.roundings import Rounding
+from qsdp.common.rounding import Rounding
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.config import QSDPConfig
 from qsdp.ops import native

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from qsdp.codec.rounding import Stage
+from qsdp.codec.random_numbers import Stage
 from qsdp.simulation.reference import Wire
 
 

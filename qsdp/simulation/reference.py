@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from qsdp import ops
 from qsdp.codec.payload import Layout, Segment
-from qsdp.codec.rounding import Direction, Key, Stage
+from qsdp.codec.random_numbers import Direction, Key, Stage
 from qsdp.comm.bit_budget import Claim
+from qsdp.comm.policy_checks import check_embeddings, check_policy
 from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.common.model_structure import embedding_names, tied_names
-from qsdp.common.roundings import Rounding
+from qsdp.common.rounding import Rounding
 from qsdp.compat.parameter_names import clean_names, named_parameters
 from qsdp.config import CODED_BITS, QSDPConfig
 from qsdp.simulation.kept_weights import SupportMasks
@@ -63,12 +64,12 @@ class Wire:
         tied, tables = tied_names(model), embedding_names(model)
         clean = clean_names(model, {*tied, *tied.values(), *tables})
         aliases = {clean[alias]: clean[name] for alias, name in tied.items()}
-        config.check_policy(list(numbers.parameters), aliases)
+        check_policy(config, list(numbers.parameters), aliases)
         self.config, self.world, self.numbers, self.sharding = config, world, numbers, sharding
         self.stages = stages_of(world, config)
         self._codecs: dict[tuple[Segment, int, bool], Codec] = {}
         embeddings, named = {clean[name] for name in tables}, named_parameters(model)
-        config.check_embeddings(embeddings)
+        check_embeddings(config, embeddings)
         self._bits: Bits = {
             name: _bits(name, parameter, config, name in embeddings)
             for name, parameter in named.items()

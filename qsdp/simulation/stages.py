@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import NamedTuple
 
-from qsdp.codec.rounding import Stage
+from qsdp.codec.random_numbers import Stage
 from qsdp.config import QSDPConfig
 from qsdp.simulation.ranks import World
 

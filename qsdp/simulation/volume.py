@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import Layout
-from qsdp.codec.rounding import Stage
+from qsdp.codec.random_numbers import Stage
 from qsdp.simulation.reference import Wire
 
 

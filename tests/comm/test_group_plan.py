@@ -14,6 +14,7 @@ import qsdp
 from qsdp.codec.payload import Field
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Parameter, Plan
+from qsdp.comm.policy_checks import check_policy
 from qsdp.common.model_structure import embedding_names, tied_names
 
 
@@ -67,8 +68,8 @@ def test_a_policy_that_names_a_tied_parameter_by_its_second_name_is_told_the_fir
         with pytest.raises(
             ValueError, match=r"'head\.weight', which is tied to 'embed.weight'; use"
         ):
-            config.check_policy(names, tied_names(model))
-    qsdp.QSDPConfig(policy=(("*.weight", 4),)).check_policy(names, tied_names(model))
+            check_policy(config, names, tied_names(model))
+    check_policy(qsdp.QSDPConfig(policy=(("*.weight", 4),)), names, tied_names(model))
 
 
 class Ranks:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from qsdp.codec.rounding import Stage
+from qsdp.codec.random_numbers import Stage
 from qsdp.comm.reduce_scatter import exchanges_of
 from qsdp.comm.topology import TOPOLOGIES, gathered_ranks
 from qsdp.config import REDUCES

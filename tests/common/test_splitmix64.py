@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qsdp.codec.rounding import Key
+from qsdp.codec.random_numbers import Key
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
 from qsdp.data.batches import Batches
 from qsdp.methods.cram.optimizer import draw

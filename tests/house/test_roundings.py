@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from qsdp.common.roundings import Drawn, Rounding
+from qsdp.common.rounding import Drawn, Rounding
 
 ROOT = Path(__file__).parents[2]
-MAY_NAME_ONE = {"qsdp/common/roundings.py", "qsdp/ops/reference/codec.py"}
+MAY_NAME_ONE = {"qsdp/common/rounding.py", "qsdp/ops/reference/codec.py"}
 KERNELS_MAY_NAME_ONE = {"common/rounding.h", "cpu/rounding-inl.h", "cuda/rounding.h"}
 LABELS = {rounding.label for rounding in Rounding}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qsdp.codec.payload import Field, Layout, Segment
 from qsdp.common.dtypes import DType
-from qsdp.common.roundings import Rounding
+from qsdp.common.rounding import Rounding
 from qsdp.ops import native
 from qsdp.ops.reference import codec
 from tests.support import gpu_kernels, patience

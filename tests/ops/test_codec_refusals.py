@@ -9,7 +9,7 @@ import torch
 
 from qsdp.codec.payload import Field, Layout, Segment
 from qsdp.common.dtypes import DType
-from qsdp.common.roundings import Rounding
+from qsdp.common.rounding import Rounding
 from qsdp.ops.reference import codec
 
 

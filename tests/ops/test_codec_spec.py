@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from qsdp.codec import rounding
+from qsdp.codec import random_numbers
 from qsdp.codec.payload import Layout, Segment
-from qsdp.codec.rounding import Key
+from qsdp.codec.random_numbers import Key
 from qsdp.common.dtypes import DType
 from qsdp.config import ROUNDINGS
 from qsdp.ops.reference import codec
@@ -86,8 +86,8 @@ def test_the_reference_generator_gives_random123s_known_answers(rounds, counter,
 def test_the_generator_gives_random123s_known_answers(rounds, counter, key, output):
     c0, c1, c2, c3 = words(counter)
     block = torch.tensor([signed(c0, c1)])
-    assert rounding.ROUNDS == rounds
-    assert rounding.philox(block, c2, c3, signed(*words(key)))[0].tolist() == words(output)
+    assert random_numbers.ROUNDS == rounds
+    assert random_numbers.philox(block, c2, c3, signed(*words(key)))[0].tolist() == words(output)
 
 
 def test_random_numbers_are_16_bits_a_value_centred_in_their_cells():
@@ -95,7 +95,7 @@ def test_random_numbers_are_16_bits_a_value_centred_in_their_cells():
     key = int(rng.integers(-(2**63), 2**63))
     parameter, group = (int(n) for n in rng.integers(0, 2**32, 2))
     for num in (0, 1, 7, 8, 9, 1001):
-        drawn = rounding.uniform(num, parameter, group, key, torch.device("cpu"))
+        drawn = random_numbers.uniform(num, parameter, group, key, torch.device("cpu"))
         assert drawn.dtype == torch.float32
         assert np.array_equal(drawn.numpy(), reference.uniforms(num, parameter, group, key))
         assert bool(((drawn.double() + 0.5) * 65536 % 1 == 0.5).all())

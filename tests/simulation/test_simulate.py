@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from qsdp.codec.payload import Layout, Segment
-from qsdp.codec.rounding import Key
+from qsdp.codec.random_numbers import Key
 from qsdp.common.dtypes import DType
 from qsdp.compat.parameter_names import named_parameters
 from tests.support.simulated import (

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import HEADER_BYTES, META_BYTES, Layout, Segment
-from qsdp.codec.rounding import Key
+from qsdp.codec.random_numbers import Key
 from qsdp.common.dtypes import DType
-from qsdp.common.roundings import Rounding
+from qsdp.common.rounding import Rounding
 from qsdp.ops.reference import codec
 
 UNBIASED = tuple(each.label for each in Rounding if not each.properties.is_biased)

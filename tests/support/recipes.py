@@ -123,7 +123,12 @@ class Recipe:
 
     def copy(self, root: Path, tree: Path) -> Path:
         """Copy to ``tree`` what the recipe needs of the tree at ``root``, without its steps."""
-        for name in (*_EVERY, *(NATIVE if self.is_native else ())):
+        has_tests = any(path.startswith("tests/") for path in self.files)
+        for name in (
+            *_EVERY,
+            *(NATIVE if self.is_native else ()),
+            *(("tests",) if has_tests else ()),
+        ):
             if (root / name).is_dir():
                 skipped = shutil.ignore_patterns("__pycache__")
                 shutil.copytree(root / name, tree / name, ignore=skipped)

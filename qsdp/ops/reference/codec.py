@@ -44,7 +44,7 @@ from torch import Tensor
 
 from qsdp.codec.payload import HEADER_BYTES
 from qsdp.codec.segment_table import Row, check
-from qsdp.common.roundings import Drawn, Rounding
+from qsdp.common.rounding import Drawn, Rounding
 
 HUGE_VALUE = 2.0**120
 HUGE_SCALE = 2.0**112

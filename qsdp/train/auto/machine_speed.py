@@ -23,7 +23,7 @@ from qsdp import ops
 from qsdp.codec.payload import Layout, Segment
 from qsdp.comm.nodes import launched_ranks
 from qsdp.common.dtypes import DType, of_precision
-from qsdp.common.roundings import Rounding
+from qsdp.common.rounding import Rounding
 from qsdp.config import QSDPConfig
 from qsdp.models.registry import family_of_size
 from qsdp.models.size import ModelSize
