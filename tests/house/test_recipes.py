@@ -49,8 +49,7 @@ python launch/thing.py
 
 
 def marked(recipe: Recipe) -> object:
-    marks = [pytest.mark.slow, *([pytest.mark.heavy] if recipe.is_native else [])]
-    return pytest.param(recipe, id=recipe.title, marks=marks)
+    return pytest.param(recipe, id=recipe.title, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("recipe", [marked(recipe) for recipe in RECIPES])
