@@ -196,9 +196,9 @@ def _first_paragraph(boxed: str) -> str:
 
 def _check_files(config: TrainConfig) -> None:
     """Raise UserError for inputs that are not there, before anything is loaded."""
-    data = Path(config.data.data)
-    if config.data.data != "stdlib" and not (data.is_file() or data.is_dir()):
-        state = "is neither a file nor a folder" if data.exists() else "does not exist"
+    data = config.data.data
+    if data != "stdlib" and not (Path(data).is_file() or Path(data).is_dir()):
+        state = "is neither a file nor a folder" if Path(data).exists() else "does not exist"
         raise UserError(
             f"--data {data} {state}; give stdlib, a text file or a folder of token shards."
         )

@@ -41,6 +41,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({error}); export the model again.") from None
     parts = {"model": dict, "config": dict, "source": dict, "target": str}
     is_whole = isinstance(facts, dict) and facts.get("format") == FORMAT
+    if is_whole and "method" in facts:
+        parts["method"] = str
     if not is_whole or not all(isinstance(facts.get(n), kind) for n, kind in parts.items()):
         raise ValueError(f"{path} was not written by launch/compress.py; export the model again.")
     return facts

@@ -50,9 +50,9 @@ def check_methods(methods: Sequence[Method], steps: int) -> None:
     if len(keys) > 1:
         raise ValueError(f"{flag(keys[0])} and {flag(keys[1])} are both given; choose one method.")
     for method in methods:
+        method.check_values()  # of what is empty too, where it says more
         for name in method.values():
             method.require_contents(name)
-        method.check_values()
     check_heeded(methods)
     chosen(methods).check_run(steps)
 

@@ -116,3 +116,6 @@ def test_the_command_says_which_method_and_older_exports_are_magnitude(
     facts.write_text(json.dumps(content))
     assert open_source(tmp_path / "magnitude").method == "magnitude"
     assert open_source(tmp_path).method is None
+    facts.write_text(json.dumps(content | {"method": 3}))
+    with pytest.raises(ValueError, match="was not written by"):
+        read_facts(tmp_path / "magnitude")

@@ -49,6 +49,7 @@ class BadInput:
 # Refused by the flags alone.
 FLAGS = [
     BadInput("a missing data file", "--data {}/none.txt", "none.txt does not exist"),
+    BadInput("a missing file as it was given", "--data ./no.txt", "--data ./no.txt does not exist"),
     BadInput("a missing tokenizer", "--tokenizer {}/none.json", "none.json does not exist"),
     BadInput("a missing config file", "--config {}/none.toml", "cannot be read"),
     BadInput("a missing checkpoint", "--resume {}/none", "none does not exist"),
@@ -136,6 +137,12 @@ FLAGS = [
         "a list as by default",
         "--cram_sparsity 0.5,0.7,0.9",
         "--cram-sparsity is given without --cram",
+    ),
+    BadInput(
+        "no sparsity",
+        "--config {}/none.toml",
+        "--cram-sparsity is (); give numbers from 0",
+        ("none.toml", b"cram_sparsity = []\n"),
     ),
     BadInput("GMP's flag under AC/DC", "--acdc --gmp-every 5", "--gmp-every is given without"),
     BadInput("SAM's flag alone", "--sam-rho 0.05", "--sam-rho is given without --sam"),
