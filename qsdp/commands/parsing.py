@@ -15,10 +15,15 @@ from typing import Annotated, Any, TypeVar
 from qsdp.common.flags import flag
 from qsdp.common.printing import flush_output, forgiving_output
 from qsdp.common.user_errors import UserError, sentence
-from qsdp.methods.registry import check_heeded, replaced
+from qsdp.methods.registry import (
+    FOLDERS_OF_EVERY_RUN,
+    check_heeded,
+    kept_folders,
+    replaced,
+)
 from qsdp.models.registry import presets
-from qsdp.train.config import TrainConfig, all_groups, names_of, setting_types
-from qsdp.train.config_file import FILE_TYPES, LISTS, OR_AUTO, read_config_file
+from qsdp.train.config import TrainConfig, all_groups, names_of
+from qsdp.train.config_file import FILE_TYPES, LISTS, OR_AUTO, file_types, read_config_file
 from qsdp.train.run_flags import RunFlags
 from qsdp.train.wire_flags import AUTO, BITS_OF_ONE_DIRECTION, CHOSEN, WireFlags
 
@@ -47,7 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", nargs="?")
     first.add_argument("--config", nargs="?")
-    numbers = {name: hint for name, hint in setting_types().items() if hint in _NUMBERS}
+    numbers = {name: hint for name, hint in file_types().items() if hint in _NUMBERS}
     for name in numbers:
         first.add_argument(flag(name), f"--{name}", dest=name, nargs="?")
     known, _ = first.parse_known_args(argv)
@@ -219,7 +224,7 @@ def _check_files(config: TrainConfig) -> None:
         )
     if config.out_dir.exists() and not config.out_dir.is_dir():
         raise UserError(f"--out {config.out_dir} is a file; give a folder.")
-    for name in ("checkpoints", "plots", "tensorboard"):
+    for name in (*FOLDERS_OF_EVERY_RUN, *kept_folders()):
         if (config.out_dir / name).exists() and not (config.out_dir / name).is_dir():
             raise UserError(
                 f"--out {config.out_dir} holds a file named {name}, where a folder is to be made; "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
+from qsdp.common.registered import held_by
 from qsdp.models.size import ModelSize
 from qsdp.models.spec import ModelSpec
 
@@ -21,7 +21,7 @@ def families() -> dict[str, ModelSpec[Any]]:
     found: dict[str, ModelSpec[Any]] = {}
     owners: dict[tuple[str, object], str] = {}
     for name, module in FAMILIES.items():
-        family: ModelSpec[Any] = import_module(module).FAMILY
+        family: ModelSpec[Any] = held_by(module, "FAMILY")
         own: list[tuple[str, object]] = [("sizes", family.sizes)]
         own += [("preset", preset) for preset in family.presets]
         if family.transformers is not None:
