@@ -65,7 +65,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
         _leave_to_auto(known.config, from_file, given)
     model = known.model or from_file.get("model", RunFlags.model)
     # An unknown model has no defaults; the check comes below, with all other checks.
-    settings = _parse_flags(argv, {"model": model} | presets().get(model, {}) | from_file)
+    settings = _parse_flags(argv, {"model": model} | _defaults_of(model) | from_file)
     try:
         config = TrainConfig.of(**settings)
         check_heeded(config.methods, given)
@@ -76,6 +76,18 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     except OSError as error:  # a folder that may not be entered, a name that is too long
         raise UserError(f"{sentence(error)}; give a path that can be read.") from None
     return config
+
+
+def _defaults_of(model: str) -> dict[str, Any]:
+    """The settings that the preset ``model`` has other defaults of. Raises ValueError for a name
+    that no setting has."""
+    defaults = presets().get(model, {})
+    if odd := sorted(defaults.keys() - file_types().keys()):
+        raise ValueError(
+            f"the model preset {model} has a default for {odd[0]!r}, which is not a setting; name "
+            "one that --help lists, with underscores"
+        )
+    return defaults
 
 
 def _given(argv: Sequence[str] | None) -> list[str]:

@@ -232,9 +232,9 @@ class OptimizerWrapper(torch.optim.Optimizer):
         1. `meet`: all ranks are about to take the same step.
         2. The closure, if there is one, with gradients enabled, makes gradients; an exception in it
            leaves all as it was (`rollback_on_exception`).
-        3. Where the call `_only_makes_state`, the base's step, its own entries of `state`, and
-           no more. What DCP loads goes into entries that are there: whichever a parameter ever
-           has, it has after any step.
+        3. Where the call `_only_makes_state`: the base's step, and what the wrapper keeps of each
+           parameter in `state`, no more. DCP loads into entries that are there, so that what a
+           parameter ever has, it has after any step.
         4. The norm, `last_grad_norm`. Where it is not finite nothing changes but `_count_skipped`.
         5. `scale_grads_`, and the base's step.
         6. What the next step must know is remembered, under keys of the parameter groups, and what
