@@ -15,10 +15,15 @@ from typing import Annotated, Any, TypeVar
 from qsdp.common.flags import flag
 from qsdp.common.printing import flush_output, forgiving_output
 from qsdp.common.user_errors import UserError, sentence
-from qsdp.methods.registry import check_heeded, replaced
+from qsdp.methods.registry import (
+    FOLDERS_OF_EVERY_RUN,
+    check_heeded,
+    kept_folders,
+    replaced,
+)
 from qsdp.models.registry import presets
-from qsdp.train.config import TrainConfig, all_groups, names_of, setting_types
-from qsdp.train.config_file import FILE_TYPES, LISTS, OR_AUTO, read_config_file
+from qsdp.train.config import TrainConfig, all_groups, names_of
+from qsdp.train.config_file import FILE_TYPES, LISTS, OR_AUTO, file_types, read_config_file
 from qsdp.train.run_flags import RunFlags
 from qsdp.train.wire_flags import AUTO, BITS_OF_ONE_DIRECTION, CHOSEN, WireFlags
 
@@ -47,7 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", nargs="?")
     first.add_argument("--config", nargs="?")
-    numbers = {name: hint for name, hint in setting_types().items() if hint in _NUMBERS}
+    numbers = {name: hint for name, hint in file_types().items() if hint in _NUMBERS}
     for name in numbers:
         first.add_argument(flag(name), f"--{name}", dest=name, nargs="?")
     known, _ = first.parse_known_args(argv)
@@ -60,7 +65,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
         _leave_to_auto(known.config, from_file, given)
     model = known.model or from_file.get("model", RunFlags.model)
     # An unknown model has no defaults; the check comes below, with all other checks.
-    settings = _parse_flags(argv, {"model": model} | presets().get(model, {}) | from_file)
+    settings = _parse_flags(argv, {"model": model} | _defaults_of(model) | from_file)
     try:
         config = TrainConfig.of(**settings)
         check_heeded(config.methods, given)
@@ -71,6 +76,18 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     except OSError as error:  # a folder that may not be entered, a name that is too long
         raise UserError(f"{sentence(error)}; give a path that can be read.") from None
     return config
+
+
+def _defaults_of(model: str) -> dict[str, Any]:
+    """The settings that the preset ``model`` has other defaults of. Raises ValueError for a name
+    that no setting has."""
+    defaults = presets().get(model, {})
+    if odd := sorted(defaults.keys() - file_types().keys()):
+        raise ValueError(
+            f"the model preset {model} has a default for {odd[0]!r}, which is not a setting; name "
+            "one that --help lists, with underscores"
+        )
+    return defaults
 
 
 def _given(argv: Sequence[str] | None) -> list[str]:
@@ -219,7 +236,7 @@ def _check_files(config: TrainConfig) -> None:
         )
     if config.out_dir.exists() and not config.out_dir.is_dir():
         raise UserError(f"--out {config.out_dir} is a file; give a folder.")
-    for name in ("checkpoints", "plots", "tensorboard"):
+    for name in (*FOLDERS_OF_EVERY_RUN, *kept_folders()):
         if (config.out_dir / name).exists() and not (config.out_dir / name).is_dir():
             raise UserError(
                 f"--out {config.out_dir} holds a file named {name}, where a folder is to be made; "

@@ -226,7 +226,22 @@ class OptimizerWrapper(torch.optim.Optimizer):
             self._remember_defaults()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step; each wrapper says what it does around the base's."""
+        """Take a step, a collective when the model is sharded: what each wrapper does around the
+        base's. It is made of these parts, in this order:
+
+        1. `meet`: all ranks are about to take the same step.
+        2. The closure, if there is one, with gradients enabled, makes gradients; an exception in it
+           leaves all as it was (`rollback_on_exception`).
+        3. Where the call `_only_makes_state`: the base's step, and what the wrapper keeps of each
+           parameter in `state`, no more. DCP loads into entries that are there, so that what a
+           parameter ever has, it has after any step.
+        4. The norm, `last_grad_norm`. Where it is not finite nothing changes but `_count_skipped`.
+        5. `scale_grads_`, and the base's step.
+        6. What the next step must know is remembered, under keys of the parameter groups, and what
+           was gathered of edited weights is freed (`reshard_all`).
+
+        `last_bad` is None unless the step was skipped; the loss is returned.
+        """
         raise NotImplementedError
 
     def _only_makes_state(self) -> bool:

@@ -54,7 +54,7 @@ class Method(Flags):
     OF_THE_SCHEDULE: ClassVar[tuple[str, ...]] = ()
     """Fields that count by the `schedule` that they come to."""
     FOLDERS: ClassVar[tuple[str, ...]] = ()
-    """Folders of OUT in which it keeps models; see `KeptModel`."""
+    """Folders of OUT in which it keeps models, which nothing else has; see `KeptModel`."""
     IS_IN_EVERY_IDENTITY: ClassVar[bool] = False
     """Whether its flags tell runs without it apart too: the names of their folders were made so."""
 
@@ -141,7 +141,9 @@ class Companion:
     """What a method does beside the steps of a run: nothing, here. Called on all ranks alike."""
 
     def after_validation(self, steps_done: int, loss: float) -> None:
-        """The weights after ``steps_done`` have the validation loss ``loss``."""
+        """The weights after ``steps_done`` have the validation loss ``loss``. After the last step
+        too; once more, with the same weights, where a finished run is told to write its results
+        again."""
 
     def results(self) -> dict[str, Any]:
         """What it adds to summary.json as the run ends: losses of kept models as NAME_val_loss."""

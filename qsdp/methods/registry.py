@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import cache
-from importlib import import_module
 
 from qsdp.common.flags import flag
+from qsdp.common.registered import held_by
 from qsdp.methods.method import Method
 
 METHODS = {
@@ -18,20 +18,48 @@ METHODS = {
 }
 """Modules whose `METHOD` is a class of flags."""
 
+FOLDERS_OF_EVERY_RUN = ("checkpoints", "plots", "tensorboard")
+"""Folders of results in which no method may keep models."""
+
 
 @cache
 def method_classes() -> dict[str, type[Method]]:
-    """The flags of each method. Raises ValueError for one whose flags are not named after it."""
-    found = {key: import_module(module).METHOD for key, module in METHODS.items()}
+    """The flags of each method. Raises ValueError for one that lacks them, whose flags have no
+    defaults or are not named after it, or that keeps models in a folder of others."""
+    found = {key: _method_of(module) for key, module in METHODS.items()}
+    folders = [*FOLDERS_OF_EVERY_RUN]
     for key, method in found.items():
         names = [field.name for field in fields(method)]
         odd = [name for name in names if name != key and not name.startswith(f"{key}_")]
         if method.KEY != key or key not in names or odd:
             raise ValueError(
-                f"the method {key!r} has KEY {method.KEY!r} and the fields {', '.join(names)}; "
+                f"the method {key!r} has KEY {method.KEY!r} and the fields "
+                f"{', '.join(names) or 'of no dataclass'}; "
                 f"name its fields {key} and {key}_..., and its KEY {key!r}"
             )
+        for field in fields(method):
+            if field.default is MISSING:
+                raise ValueError(
+                    f"the method {key!r} has no default for {field.name}, which every run has; "
+                    "give it one that no run can change, such as a number or a tuple"
+                )
+        if taken := {*method.FOLDERS} & {*folders}:
+            raise ValueError(
+                f"the method {key!r} keeps models in {sorted(taken)[0]!r}, which is the folder of "
+                "others; choose another name"
+            )
+        folders += method.FOLDERS
     return found
+
+
+def _method_of(module: str) -> type[Method]:
+    method = held_by(module, "METHOD")
+    if isinstance(method, type) and issubclass(method, Method):
+        return method
+    raise ValueError(
+        f"METHOD in {module} is {method!r}; let it be the class of the method's flags, which "
+        "derives from Method"
+    )
 
 
 def unchosen() -> tuple[Method, ...]:

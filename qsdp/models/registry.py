@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
+from qsdp.common.registered import held_by
 from qsdp.models.size import ModelSize
 from qsdp.models.spec import ModelSpec
 
@@ -16,12 +16,21 @@ DEFAULT_PRESET = "nano"
 
 
 def families() -> dict[str, ModelSpec[Any]]:
-    """All families by name. Raises ValueError if two have a preset, a class of sizes or a type in
-    the transformers library in common, or one trains a preset that it does not have."""
+    """All families by name. Raises ValueError for one that is none, if two have a preset, a class
+    of sizes or a type in the transformers library in common, or one trains a preset that it does
+    not have."""
     found: dict[str, ModelSpec[Any]] = {}
     owners: dict[tuple[str, object], str] = {}
     for name, module in FAMILIES.items():
-        family: ModelSpec[Any] = import_module(module).FAMILY
+        family: ModelSpec[Any] = held_by(module, "FAMILY")
+        if not isinstance(family, ModelSpec):
+            raise ValueError(
+                f"FAMILY in {module} is {family!r}: let it be an object of a class that derives "
+                "from ModelSpec."
+            )
+        for needed in ("sizes", "presets"):
+            if not hasattr(family, needed):
+                raise ValueError(f"The family {name} has no {needed}: see ModelSpec.")
         own: list[tuple[str, object]] = [("sizes", family.sizes)]
         own += [("preset", preset) for preset in family.presets]
         if family.transformers is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from qsdp.common.registered import held_by
 
 if TYPE_CHECKING:
     from qsdp.oneshot.solver import Solver
@@ -30,7 +31,7 @@ def solver_of(method: str, *, has_tokens: bool = False) -> Solver:
             or is given some that it does not use.
     """
     check(method)
-    solver: Solver = import_module(SOLVERS[method]).SOLVER
+    solver: Solver = held_by(SOLVERS[method], "SOLVER")
     if solver.needs_tokens and not has_tokens:
         raise ValueError(
             f"the method {method!r} needs calibration tokens; give some, or choose another method"

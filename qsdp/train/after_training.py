@@ -38,6 +38,7 @@ def finish(job: Job, companion: Companion, history: History) -> bool:
     one_shot = job.evaluator.one_shot()
     if job.world.stop.is_agreed:
         return False
+    companion.after_validation(job.steps_done, val_loss)
     sparsity = job.evaluator.sparsity()
     kept = companion.results()
     sample = job.evaluator.sample()

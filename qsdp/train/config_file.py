@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from qsdp.train.wire_flags import AUTO
 OR_AUTO: Any = int | Literal["auto"] | None
 
 
+# What a setting may be, by its type: what a file holds, and how that is told.
 FILE_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
     int: ((int,), "an integer"),
@@ -26,9 +28,26 @@ FILE_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
 }
 LISTS: dict[Any, tuple[tuple[type, ...], str]] = {
     tuple[float, ...]: ((int, float), "a list of numbers"),
+    tuple[float, ...] | None: ((int, float), "a list of numbers"),
+    tuple[int, ...]: ((int,), "a list of integers"),
     tuple[int, ...] | None: ((int,), "a list of integers"),
+    tuple[str, ...]: ((str,), "a list of strings"),
     tuple[str, ...] | None: ((str,), "a list of strings"),
 }
+
+
+@cache
+def file_types() -> dict[str, Any]:
+    """The type of each setting, by its name. Raises ValueError for one that files do not hold: the
+    config.toml of a run could not be read again."""
+    hints = setting_types()
+    for name, hint in hints.items():
+        if hint not in FILE_TYPES and hint not in LISTS:
+            raise ValueError(
+                f"the field {name} is a {hint}, which no file of settings holds; make it a bool, "
+                "or an int, float, str or a tuple[..., ...] of one of these, or None beside it"
+            )
+    return hints
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -48,7 +67,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 def typed_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """`settings`, as a file at `path` has them. Raises UserError for an unknown key or a value of
     another type than the setting's."""
-    hints = setting_types()
+    hints = file_types()
     values: dict[str, Any] = {}
     for key, value in settings.items():
         name = key.replace("-", "_")

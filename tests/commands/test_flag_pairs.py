@@ -33,7 +33,7 @@ from qsdp.train.loop import learning_rate
 Values = dict[str, Any]
 
 ADAMW: Values = {}
-CRAM, ACDC, GMP, SAM = ({method: True} for method in METHODS)
+CRAM, ACDC, GMP, SAM = ({method: True} for method in ("cram", "acdc", "gmp", "sam"))
 WIRE: Values = {"qsdp_bits": 4}
 LEARNED = WIRE | {"qsdp_levels": "learned"}
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from qsdp.commands.parsing import parse
 from qsdp.models import registry
 from qsdp.models.gpt2.family import GPT2
 from qsdp.models.huggingface.weights import export_huggingface
@@ -74,6 +75,35 @@ def test_what_two_families_would_share_is_refused(
     register(monkeypatch, **changes)
     with pytest.raises(ValueError, match=message):
         registry.presets()
+
+
+class WithoutSizes(ModelSpec[Any]):
+    build = init_weights = flops_per_token = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ({}, r"other_family is registered, but has no FAMILY; let it end with FAMILY = \.\.\."),
+        ({"FAMILY": Other}, "FAMILY in other_family is <class .*Other'>: let it be an object of a"),
+        ({"FAMILY": WithoutSizes()}, "The family other has no sizes: see ModelSpec"),
+    ],
+)
+def test_a_family_that_is_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch, module: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "other_family", SimpleNamespace(**module))
+    monkeypatch.setitem(registry.FAMILIES, "other", "other_family")
+    with pytest.raises(ValueError, match=message):
+        registry.presets()
+
+
+def test_a_default_of_a_setting_that_there_is_not_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    register(monkeypatch, training={"other-small": {"steps": 3, "warmup": 5}})
+    with pytest.raises(ValueError, match="preset other-small has a default for 'warmup', which is"):
+        parse(["--model", "other-small"])
 
 
 def test_an_unknown_preset_or_size_is_refused() -> None:

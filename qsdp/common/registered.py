@@ -1,0 +1,17 @@
+"""What a module that a registry names holds, under a name that is the same in all of them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+
+def held_by(module: str, name: str) -> Any:
+    """What ``module`` holds as ``name``. Raises ValueError where it holds nothing so."""
+    found = import_module(module)
+    if not hasattr(found, name):
+        raise ValueError(
+            f"{module} is registered, but has no {name}; let it end with {name} = ..., as the "
+            "others of its registry do"
+        )
+    return getattr(found, name)
