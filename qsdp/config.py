@@ -11,7 +11,12 @@ ROUNDINGS = tuple(rounding.label for rounding in Rounding)
 LEVELS = ("uniform", "learned")
 LEARNED_BITS = (2, 3, 4, 5, 6)
 GATHERS = ("twice", "once")
-REDUCES = ("auto", "flat", "two-hop")
+REDUCES = {
+    "auto": "two-hop where nodes are of one size",
+    "flat": "one exchange among all ranks",
+    "two-hop": "inside each node, then between nodes",
+}
+"""By what `QSDPConfig.reduce` may be, over which stages."""
 CODED_BITS = tuple(range(2, 9))
 WIRE_BITS = (*CODED_BITS, 16, 32)
 MAX_BUCKET_SIZE = 1 << 20
@@ -56,9 +61,8 @@ class QSDPConfig:
     8 bytes a bucket. None: 1024 for 7 and 8 bits; below, 128 for weights and 256 for gradients."""
 
     rounding: str | None = None
-    """`shift` (the paper's, one random shift a bucket), `dither` (one a value), `stochastic`
-    (coin flip) or `nearest` (biased: the report says so). None: shift for 7 and 8 bits, dither
-    below."""
+    """How values become codes, the label of a `Rounding`, which has it in words. A biased one is
+    told by the report. None: shift (the paper's) for 7 and 8 bits, dither below."""
 
     levels: str = "uniform"
     """`uniform`, or `learned` for parameters of 2 to 6 bits: levels that are fitted to each
@@ -76,9 +80,9 @@ class QSDPConfig:
     parameters until their contents change, on whatever rank and by whatever edit."""
 
     reduce: str = "auto"
-    """`flat`: one all-to-all over all ranks. `two-hop`: inside each node, then between nodes; the
-    gather follows suit and brings each shard to a node once. `auto`: two-hop where nodes are of one
-    size. Both are flat unless there are several nodes of several ranks each."""
+    """Over which stages ranks exchange, a name in `REDUCES`. Gathers follow suit, so that each
+    shard comes to a node once. All are flat unless there are several nodes of several ranks each.
+    """
 
     ranks_per_node: int | None = None
     """Ranks of one node, consecutive ones, also for the counters of bytes. None: the launcher's
@@ -119,7 +123,7 @@ class QSDPConfig:
             raise ValueError(
                 f"bucket_size is {size!r}; choose a multiple of 8 between 8 and {MAX_BUCKET_SIZE}"
             )
-        choices = {"levels": LEVELS, "gather": GATHERS, "reduce": REDUCES}
+        choices = {"levels": LEVELS, "gather": GATHERS, "reduce": tuple(REDUCES)}
         if self.rounding is not None:
             choices["rounding"] = ROUNDINGS
         for name, allowed in choices.items():

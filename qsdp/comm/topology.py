@@ -41,7 +41,7 @@ class Topology:
     """In reports."""
     sizes: Callable[[int, int], Sizes]
     """Of (nodes, ranks of a node); raises ValueError where there can be no such stages. The first
-    is ``Stage.LOCAL``."""
+    is ``Stage.LOCAL``, inside a node; in it alone gradients have ``local_grad_bits``."""
 
 
 def two_hop(num_nodes: int, ranks_per_node: int) -> Sizes:
@@ -77,7 +77,7 @@ def split(
     Raises ValueError where the config asks for stages that cannot be.
     """
     flat = {Stage.FLAT: group.size()}
-    if config.reduce not in TOPOLOGIES:
+    if config.reduce == "flat":
         return Split(flat)
     topology = TOPOLOGIES[config.reduce]
     try:

@@ -37,8 +37,7 @@ class CompressFlags:
     """The folder to make; it appears when it is complete."""
 
     sparsity: float | None = None
-    """Fraction of the prunable weights to set to zero: the smallest magnitudes. 0 exports the dense
-    model."""
+    """Fraction of the prunable weights to set to zero. 0 exports the dense model."""
 
     pattern: str | None = None
     """N:M in place of --sparsity: of every M weights along the input dimension the N largest

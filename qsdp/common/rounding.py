@@ -22,6 +22,9 @@ class Drawn(Enum):
 class Properties:
     """What the codec, the wire and its report ask of a rounding."""
 
+    words: str
+    """For users."""
+
     drawn: Drawn
     """The numbers r of [Note: Grid], which sender and receiver draw alike."""
 
@@ -66,8 +69,16 @@ class Rounding(IntEnum):
 
 
 _PROPERTIES = {
-    Rounding.SHIFT: Properties(drawn=Drawn.A_BUCKET, is_taken_back=True),
-    Rounding.DITHER: Properties(drawn=Drawn.A_VALUE, is_taken_back=True),
-    Rounding.STOCHASTIC: Properties(drawn=Drawn.A_VALUE, rounds_down=True, has_levels=True),
-    Rounding.NEAREST: Properties(drawn=Drawn.NOTHING, has_levels=True, is_biased=True),
+    Rounding.SHIFT: Properties(
+        words="one random shift a bucket", drawn=Drawn.A_BUCKET, is_taken_back=True
+    ),
+    Rounding.DITHER: Properties(
+        words="one random shift a value", drawn=Drawn.A_VALUE, is_taken_back=True
+    ),
+    Rounding.STOCHASTIC: Properties(
+        words="up or down by a coin flip", drawn=Drawn.A_VALUE, rounds_down=True, has_levels=True
+    ),
+    Rounding.NEAREST: Properties(
+        words="to the nearer one", drawn=Drawn.NOTHING, has_levels=True, is_biased=True
+    ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ class ByScore:
     """
 
     score: Score
-    needs_tokens: bool = False
+    needs_tokens: ClassVar[bool] = False
 
     def compress_(
         self, model: nn.Module, prunable: Prunable, target: Compression, tokens: Tensor | None

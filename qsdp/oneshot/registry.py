@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qsdp.common.registered import held_by
-
-if TYPE_CHECKING:
-    from qsdp.oneshot.solver import Solver
+from qsdp.oneshot.solver import Solver
 
 SOLVERS: dict[str, str] = {
     "magnitude": "qsdp.oneshot.by_magnitude",
@@ -31,10 +27,15 @@ def solver_of(method: str, *, has_tokens: bool = False) -> Solver:
             or is given some that it does not use.
     """
     check(method)
-    solver: Solver = held_by(SOLVERS[method], "SOLVER")
+    solver = held_by(SOLVERS[method], "SOLVER")
+    if not isinstance(solver, Solver):
+        raise ValueError(
+            f"SOLVER in {SOLVERS[method]} is {solver!r}; let it be a Solver, a ByScore for one"
+        )
     if solver.needs_tokens and not has_tokens:
         raise ValueError(
-            f"the method {method!r} needs calibration tokens; give some, or choose another method"
+            f"the method {method!r} needs calibration tokens, which no command has; give some to "
+            "qsdp.oneshot, or choose another method"
         )
     if has_tokens and not solver.needs_tokens:
         raise ValueError(f"the method {method!r} uses no calibration tokens; give none")

@@ -10,13 +10,15 @@ keeps what every target promises:
 - The outcome is the same on any number of ranks, and the same streamed as in memory.
 
 It draws on the weights alone, or on calibration tokens too (``needs_tokens``), which it runs the
-model on. One that scores every weight for itself is a `ByScore`, with all of this done.
+model on. One that scores every weight for itself is a `ByScore`, with all of this done; one whose
+scores come of a pass over tokens collects what they need in its `compress_`, and lets a `ByScore`
+of them do the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from qsdp.sparsity.streaming import StoredTensor
 
 
+@runtime_checkable
 class Solver(Protocol):
     """See [Note: Solver]."""
 

@@ -46,7 +46,7 @@ def stages_of(world: World, config: QSDPConfig) -> list[Exchanging]:
     Raises ValueError where the config asks for stages that cannot be.
     """
     flat = [Exchanging(Stage.FLAT, world.world_size, 1)]
-    if config.reduce not in SIZES:
+    if config.reduce == "flat":
         return flat
     if not world.has_even_nodes:
         if config.needs_nodes:

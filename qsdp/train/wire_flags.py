@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from qsdp.common.flags import Flags, flag
-from qsdp.config import QSDPConfig, check_bits
+from qsdp.common.rounding import Rounding
+from qsdp.config import REDUCES, QSDPConfig, check_bits
 
 AUTO = "auto"
 """Bits that are measured for, where others are given."""
@@ -17,6 +20,11 @@ CHOSEN = ("qsdp_bits", "qsdp_gather", "qsdp_reduce")
 """What `auto` may come to, in flags."""
 _BITS = ("qsdp_bits", *BITS_OF_ONE_DIRECTION)
 Policy = tuple[tuple[str, int | tuple[int, int]], ...]
+_ROUNDING = "; ".join(
+    f"`{each.label}`: {each.properties.words}{', which is biased' * each.properties.is_biased}"
+    for each in Rounding
+)
+_REDUCE = "; ".join(f"`{name}`: {words}" for name, words in REDUCES.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +60,10 @@ class WireFlags(Flags):
     """Values that share one minimum and scale, a multiple of 8. Unset: 1024 for 7 and 8 bits;
     below, 128 for weights and 256 for gradients."""
 
-    qsdp_rounding: str | None = None
-    """`shift`, `dither`, `stochastic` or `nearest`; all but nearest are unbiased. Unset: shift for
-    7 and 8 bits, dither below."""
+    qsdp_rounding: Annotated[
+        str | None,
+        tyro.conf.arg(help=f"{_ROUNDING}. Unset: shift for 7 and 8 bits, dither below."),
+    ] = None
 
     qsdp_levels: str | None = None
     """`uniform`, or `learned` for parameters of 2 to 6 bits: levels fitted to each parameter's
@@ -86,9 +95,13 @@ class WireFlags(Flags):
     """`twice`: the backward pass gathers the weights again. `once`: what the forward pass gathered
     is kept, packed, until the backward pass. Unset: twice."""
 
-    qsdp_reduce: str | None = None
-    """`flat`: one exchange among all ranks. `two-hop`: inside each node, then between nodes.
-    `auto`: two-hop where there are several nodes of several ranks. Unset: auto."""
+    qsdp_reduce: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=f"{_REDUCE}. All are flat unless there are several nodes of several ranks each. "
+            "Unset: auto."
+        ),
+    ] = None
 
     qsdp_ranks_per_node: int | None = None
     """Ranks of one node, consecutive ones. Unset: as the launcher says."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from qsdp import oneshot
 from qsdp.commands.compress import main
 from qsdp.export import export_compressed, read_facts
-from qsdp.oneshot.registry import SOLVERS
+from qsdp.oneshot.registry import SOLVERS, solver_of
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.masks import Prunable
 from qsdp.sparsity.one_shot import compress_
@@ -89,16 +91,32 @@ def test_a_solver_that_needs_tokens_gets_them_and_no_other(tmp_path: Path) -> No
         assert not model.blocks[0].weight.any()
     assert calibrated.seen.pop() == 18
     assert model.blocks[0].weight.all()
-    with pytest.raises(ValueError, match="'calibrated' needs calibration tokens; give some"):
+    with pytest.raises(ValueError, match="'calibrated' needs calibration tokens, which no"):
         oneshot.compress_(model, 0.5, method="calibrated")
     with pytest.raises(ValueError, match="'magnitude' uses no calibration tokens; give none"):
         oneshot.compress_(model, 0.5, tokens=tokens)
     path = tmp_path / "none"
     with pytest.raises(ValueError, match="needs calibration tokens"):
         export_compressed(path, SIZE, Compression(bits=4), path, method="calibrated")
-    with pytest.raises(ValueError, match="method is 'obs'; choose one of magnitude, by_chance"):
+    with pytest.raises(ValueError, match=r"method is 'obs'; choose one of .*magnitude, by_chance"):
         oneshot.compress_(model, 0.5, method="obs")
     assert model.blocks[0].weight.all()
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ({}, "odd_solver is registered, but has no SOLVER; let it end with SOLVER = "),
+        ({"SOLVER": len}, "SOLVER in odd_solver is <built-in function len>; let it be a Solver"),
+    ],
+)
+def test_a_solver_that_is_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch, module: dict[str, object], said: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "odd_solver", SimpleNamespace(**module))
+    monkeypatch.setitem(SOLVERS, "odd", "odd_solver")
+    with pytest.raises(ValueError, match=said):
+        solver_of("odd")
 
 
 @pytest.mark.usefixtures("gloo_of_one")
