@@ -37,7 +37,7 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CUDA_FILES := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp)
 
-.PHONY: help setup train quick test test-quick test-smoke test-rest test-all test-torch lint cuda-check gpu clean
+.PHONY: help setup train quick test test-quick test-smoke test-rest test-recipes test-all test-torch lint cuda-check gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -64,7 +64,7 @@ train: setup  ## train the nano GPT on two processes: 8-bit wire, CrAM; results 
 
 quick: lint test-quick test-smoke  ## lint and the quick tests, for the minute after an edit
 
-test: test-quick test-rest  ## run every test but the heavy variants of some
+test: test-quick test-rest  ## run every test but recipes and the heavy variants of some
 
 # What runs under pytest, with its report: $(call pytest,NAME,ARGUMENTS).
 pytest = $(BIN)/python -m pytest --dist worksteal --junit-xml $(QSDP_TEST_REPORT)/$(1).xml $(2)
@@ -76,7 +76,10 @@ test-smoke: setup  ## one training step of two ranks
 	$(call pytest,smoke,"$(SMOKE)")
 
 test-rest: setup
-	$(call pytest,slow,tests tests_distributed -m slow -n $(JOBS))
+	$(call pytest,slow,tests tests_distributed -m "slow and not recipe" -n $(JOBS))
+
+test-recipes: setup  ## add one extension of each kind by its recipe in docs/extend
+	$(call pytest,recipes,tests -m recipe -n $(JOBS))
 
 test-all: setup  ## every test with every combination: an hour
 	$(call pytest,all,tests tests_distributed --all-combinations -n $(JOBS))

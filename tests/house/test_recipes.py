@@ -49,7 +49,7 @@ python launch/thing.py
 
 
 def marked(recipe: Recipe) -> object:
-    return pytest.param(recipe, id=recipe.title, marks=pytest.mark.slow)
+    return pytest.param(recipe, id=recipe.title, marks=[pytest.mark.slow, pytest.mark.recipe])
 
 
 @pytest.mark.parametrize("recipe", [marked(recipe) for recipe in RECIPES])

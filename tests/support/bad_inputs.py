@@ -140,9 +140,9 @@ FLAGS = [
     ),
     BadInput(
         "no sparsity",
-        "--config {}/none.toml",
+        "--config {}/empty.toml",
         "--cram-sparsity is (); give numbers from 0",
-        ("none.toml", b"cram_sparsity = []\n"),
+        ("empty.toml", b"cram_sparsity = []\n"),
     ),
     BadInput("GMP's flag under AC/DC", "--acdc --gmp-every 5", "--gmp-every is given without"),
     BadInput("SAM's flag alone", "--sam-rho 0.05", "--sam-rho is given without --sam"),

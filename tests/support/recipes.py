@@ -130,8 +130,7 @@ class Recipe:
             *(("tests",) if has_tests else ()),
         ):
             if (root / name).is_dir():
-                skipped = shutil.ignore_patterns("__pycache__")
-                shutil.copytree(root / name, tree / name, ignore=skipped)
+                shutil.copytree(root / name, tree / name)
             else:
                 shutil.copy(root / name, tree / name)
         return tree
