@@ -136,59 +136,122 @@ int64_t check_levels(const std::optional<torch::stable::Tensor>& levels) {
     return levels->numel();
 }
 
-// Fills ``segments``.
-void check_table(const torch::stable::Tensor& table, int64_t buffer_bytes, int64_t payload_bytes,
-                 int64_t num_levels, std::vector<Segment>& segments) {
-    if (table.scalar_type() != ScalarType::Long || !table.is_cpu() || table.dim() != 2) {
+// The row of int64 words that ``tensor`` has from its word ``start`` on.
+template <class Row>
+Row row_of(const torch::stable::Tensor& tensor, int64_t start, int64_t stride) {
+    constexpr int64_t kFields = sizeof(Row) / sizeof(int64_t);
+    const auto* words = static_cast<const int64_t*>(tensor.data_ptr()) + start;
+    int64_t fields[kFields];
+    for (int64_t i = 0; i < kFields; ++i) fields[i] = words[i * stride];
+    Row row;
+    std::memcpy(&row, fields, sizeof row);
+    return row;
+}
+
+// Fills ``call`` with the tables, of which ``table`` is one if it has two dimensions, and with all
+// but the parts.
+void check_tables(const torch::stable::Tensor& table, int64_t dims,
+                  const std::optional<torch::stable::Tensor>& levels, Call& call) {
+    if (table.scalar_type() != ScalarType::Long || !table.is_cpu() || table.dim() != dims) {
         refuse("the table is ", torch::headeronly::toString(table.scalar_type()), " of ",
                table.dim(), " dimensions; give int64 rows on the cpu");
     }
-    if (table.size(1) != kSegmentFields) {
-        refuse("the table has ", table.size(1), " columns; give ", kSegmentFields);
+    if (table.size(dims - 1) != kSegmentFields) {
+        refuse("the table has ", table.size(dims - 1), " columns; give ", kSegmentFields);
     }
-    if (payload_bytes < kHeaderBytes) {
-        refuse("the payload has ", payload_bytes, " bytes; a header alone takes ", kHeaderBytes);
+    if (call.payload_bytes < kHeaderBytes) {
+        refuse("the payload has ", call.payload_bytes, " bytes; a header alone takes ",
+               kHeaderBytes);
     }
-    const int64_t rows = table.size(0);
-    segments.resize(static_cast<size_t>(rows));
-    const auto* words = static_cast<const int64_t*>(table.data_ptr());
-    for (int64_t row = 0; row < rows; ++row) {
-        int64_t fields[kSegmentFields];
-        for (int64_t column = 0; column < kSegmentFields; ++column) {
-            fields[column] = words[row * table.stride(0) + column * table.stride(1)];
-        }
-        Segment& segment = segments[static_cast<size_t>(row)];
-        std::memcpy(&segment, fields, sizeof segment);
-        check_segment(segment, buffer_bytes, payload_bytes);
+    const int64_t num_levels = check_levels(levels);
+    call.levels = levels ? static_cast<const float*>(levels->data_ptr()) : nullptr;
+    call.num_tables = dims == 3 ? table.size(0) : 1;
+    const int64_t stride = dims == 3 ? table.stride(0) : 0;
+    call.num_segments = table.size(dims - 2);
+    const int64_t rows = call.num_tables * call.num_segments;
+    call.segments.resize(static_cast<size_t>(rows));
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t number = i / call.num_segments, row = i % call.num_segments;
+        const int64_t start = number * stride + row * table.stride(dims - 2);
+        Segment& segment = call.segments[static_cast<size_t>(i)];
+        segment = row_of<Segment>(table, start, table.stride(dims - 1));
+        check_segment(segment, call.buffer_bytes, call.payload_bytes);
         check_segment_levels(segment, num_levels);
+    }
+}
+
+// Raises where decode may not add into what the table says.
+void check_adds(const Call& call, int64_t table) {
+    for (int64_t i = 0; i < call.num_segments; ++i) {
+        const int64_t dtype = call.table(table)[i].dtype;
+        if (dtype != kFp32) refuse("decode adds into dtype ", dtype, "; give an fp32 buffer");
+    }
+}
+
+void check_rows(const char* name, const torch::stable::Tensor& tensor, Where where) {
+    if (tensor.scalar_type() == ScalarType::Byte && tensor.dim() == 2 && tensor.is_contiguous() &&
+        is_at(tensor, where)) {
+        return;
+    }
+    refuse("the ", name, " are ", description(tensor), "; give contiguous 2-D uint8 rows on the ",
+           name_of(where));
+}
+
+void check_place(const char* name, int64_t place, int64_t count) {
+    if (place < 0 || place >= count) {
+        refuse("a part names ", name, " ", place, " of ", count, "; give one of them, from 0 on");
     }
 }
 
 }  // namespace
 
-const float* check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,
-                         const torch::stable::Tensor& payload,
-                         const std::optional<torch::stable::Tensor>& levels, Where where,
-                         std::vector<Segment>& segments) {
+void check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,
+                 int64_t key, bool add, const torch::stable::Tensor& payload,
+                 const std::optional<torch::stable::Tensor>& levels, Where where, Call& call) {
     check_bytes("buffer", buffer, where);
     check_bytes("payload", payload, where);
     check_same_device(buffer, payload);
-    const int64_t num_levels = check_levels(levels);
-    check_table(table, buffer.numel(), payload.numel(), num_levels, segments);
-    return levels ? static_cast<const float*>(levels->data_ptr()) : nullptr;
+    call.buffer_bytes = buffer.numel();
+    call.payload_bytes = payload.numel();
+    check_tables(table, 2, levels, call);
+    if (add) check_adds(call, 0);
+    call.parts.assign(1, {key, 0, 0, 0, add});
+}
+
+void check_codec_all(const torch::stable::Tensor& buffers, const torch::stable::Tensor& tables,
+                     const torch::stable::Tensor& parts, bool adds,
+                     const torch::stable::Tensor& payloads,
+                     const std::optional<torch::stable::Tensor>& levels, Where where, Call& call) {
+    check_rows("buffers", buffers, where);
+    check_rows("payloads", payloads, where);
+    check_same_device(buffers, payloads);
+    call.buffer_bytes = buffers.size(1);
+    call.payload_bytes = payloads.size(1);
+    check_tables(tables, 3, levels, call);
+    if (parts.scalar_type() != ScalarType::Long || !parts.is_cpu() || parts.dim() != 2 ||
+        parts.size(1) != kPartFields) {
+        refuse("the parts are ", description(parts), "; give int64 rows of ", kPartFields,
+               " columns on the cpu");
+    }
+    call.parts.resize(static_cast<size_t>(parts.size(0)));
+    int64_t may_add = -1;  // the table that was looked at last
+    for (int64_t i = 0; i < parts.size(0); ++i) {
+        Part& part = call.parts[static_cast<size_t>(i)];
+        part = row_of<Part>(parts, i * parts.stride(0), parts.stride(1));
+        check_place("table", part.table, tables.size(0));
+        check_place("buffer", part.buffer, buffers.size(0));
+        check_place("payload", part.payload, payloads.size(0));
+        if (part.add < 0 || part.add > adds) {
+            refuse("a part has add ", part.add, "; give ", adds ? "0 or 1" : "0");
+        }
+        if (part.add && part.table != may_add) check_adds(call, part.table);
+        if (part.add) may_add = part.table;
+    }
 }
 
 void check_header(int64_t words) {
     if (words * static_cast<int64_t>(sizeof(int64_t)) != kHeaderBytes) {
         refuse("the header has ", words, " words; give 4");
-    }
-}
-
-void check_adds(const std::vector<Segment>& segments) {
-    for (const Segment& segment : segments) {
-        if (segment.dtype != kFp32) {
-            refuse("decode adds into dtype ", segment.dtype, "; give an fp32 buffer");
-        }
     }
 }
 

@@ -7,8 +7,8 @@
 #include <optional>
 #include <vector>
 
+#include "common/call.h"
 #include "common/magnitude.h"
-#include "common/segment.h"
 #include "common/span.h"
 
 namespace qsdp {
@@ -18,18 +18,20 @@ constexpr Where kCpu = Where::kCpu, kCuda = Where::kCuda;
 
 // All raise std::invalid_argument (ValueError in Python), with one sentence.
 
-// What encode and decode are given. Fills ``segments`` with the table's rows after checking each
-// against the sizes; returns the learned levels that they name, or null.
-const float* check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,
-                         const torch::stable::Tensor& payload,
-                         const std::optional<torch::stable::Tensor>& levels, Where where,
-                         std::vector<Segment>& segments);
+// What encode and decode are given: fills ``call`` with one part, after checking each row of the
+// table against the sizes.
+void check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,
+                 int64_t key, bool add, const torch::stable::Tensor& payload,
+                 const std::optional<torch::stable::Tensor>& levels, Where where, Call& call);
+
+// What encode_all and decode_all are given: fills ``call``. ``adds``: whether parts may add.
+void check_codec_all(const torch::stable::Tensor& buffers, const torch::stable::Tensor& tables,
+                     const torch::stable::Tensor& parts, bool adds,
+                     const torch::stable::Tensor& payloads,
+                     const std::optional<torch::stable::Tensor>& levels, Where where, Call& call);
 
 // How many words a header has.
 void check_header(int64_t words);
-
-// Whether decode may add into what the segments say.
-void check_adds(const std::vector<Segment>& segments);
 
 // The table's spans, after checking each against the sizes and, on the CPU, its mask.
 std::vector<Span> check_spans(const torch::stable::Tensor& dense,

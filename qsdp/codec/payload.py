@@ -1,4 +1,4 @@
-"""[Note: Payload] The bytes that one rank sends for one group: arithmetic only, no tensors.
+"""[Note: Payload] The bytes that one rank sends for one group, in numbers or arrays of them.
 
     header   32 bytes, four little-endian int64: (version << 32 | sender), key step,
              payload bytes, plan hash ^ status; the hash is `hash_of` the version, the group and
@@ -21,6 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from hashlib import blake2b
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from qsdp.common.dtypes import ITEM_BYTES, DType
 
@@ -59,6 +63,20 @@ class Field(IntEnum):
     LEVELS = 12  # where the segment's 2**bits learned levels start, in floats; -1: a uniform grid
 
 
+class Part(IntEnum):
+    """Columns of the int64 rows of which each has one of a call's payloads."""
+
+    KEY = 0  # the folded key
+    TABLE = 1  # which table
+    BUFFER = 2  # which row of the buffers
+    PAYLOAD = 3  # which row of the payloads
+    ADD = 4  # decode: 1 adds to what the buffer holds; else 0
+
+
+Count = TypeVar("Count", int, npt.NDArray[np.int64])
+"""How many values or bytes: of one rank, or of each."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Segment:
     """One parameter's stretch of a flat buffer. ``bits`` 0 is raw, travelling as ``wire``.
@@ -82,15 +100,15 @@ class Segment:
         travels = (self.bits, self.dtype, self.wire, self.padded, self.parameter)
         return (*travels, self.bucket, self.rounding, self.levels)
 
-    @property
-    def num_buckets(self) -> int:
-        return -(-self.padded // self.bucket) if self.bits else 0
+    def meta_bytes(self, count: Count) -> Count:
+        """Of the metadata of ``count`` values."""
+        return -(-count // self.bucket) * META_BYTES if self.bits else count * 0
 
-    @property
-    def data_bytes(self) -> int:
+    def data_bytes(self, count: Count) -> Count:
+        """Of the codes of ``count`` values, or of these as they are."""
         if self.bits:
-            return -(-self.padded * self.bits // 8)
-        return self.padded * ITEM_BYTES[self.wire]
+            return -(-count * self.bits // 8)
+        return count * ITEM_BYTES[self.wire]
 
 
 class Layout:
@@ -104,22 +122,8 @@ class Layout:
         self.group = group
         self.num_values = sum(segment.padded for segment in segments)
         self.buffer_bytes = sum(s.padded * ITEM_BYTES[s.dtype] for s in segments)
-        end = HEADER_BYTES
-        meta_starts = []
-        for segment in segments:
-            meta_starts.append(end)
-            end += META_BYTES * segment.num_buckets
-        data_starts = [0] * len(segments)
-        raw = [i for i, segment in enumerate(segments) if not segment.bits]
-        for i in sorted(raw, key=lambda i: -ITEM_BYTES[segments[i].wire]):
-            data_starts[i] = end
-            end += segments[i].data_bytes
-        end = _align(end)
-        for i, segment in enumerate(segments):
-            if segment.bits:
-                data_starts[i] = end
-                end += segment.data_bytes
-        self.payload_bytes = _align(end)
+        starts = offsets(segments, [segment.padded for segment in segments])
+        meta_starts, data_starts, self.payload_bytes = starts
         self._starts = tuple(zip(meta_starts, data_starts, strict=True))
         self.hash = hash_of([VERSION, group, *(n for s in segments for n in s.definition)])
 
@@ -143,11 +147,33 @@ class Layout:
         return [VERSION << 32 | sender, step, self.payload_bytes, self.hash ^ status]
 
 
+def offsets(
+    segments: Sequence[Segment], counts: Sequence[Count]
+) -> tuple[list[Count], list[Count], Count]:
+    """Where the metadata and the data of each segment start in a payload whose segments reserve
+    ``counts`` values, and the bytes of the payload."""
+    end: Any = HEADER_BYTES
+    meta_starts, data_starts = [], [end] * len(segments)
+    for segment, count in zip(segments, counts, strict=True):
+        meta_starts.append(end)
+        end = end + segment.meta_bytes(count)
+    raw = [i for i, segment in enumerate(segments) if not segment.bits]
+    for i in sorted(raw, key=lambda i: -ITEM_BYTES[segments[i].wire]):
+        data_starts[i] = end
+        end = end + segments[i].data_bytes(counts[i])
+    end = _align(end)
+    for i, segment in enumerate(segments):
+        if segment.bits:
+            data_starts[i] = end
+            end = end + segment.data_bytes(counts[i])
+    return meta_starts, data_starts, _align(end)
+
+
 def hash_of(integers: Sequence[int]) -> int:
     """A signed hash of 64 bits of ``integers``: it depends on no name of a class or a field."""
     packed = struct.pack(f"<{len(integers)}q", *integers)
     return int.from_bytes(blake2b(packed, digest_size=8).digest(), "little", signed=True)
 
 
-def _align(num_bytes: int) -> int:
+def _align(num_bytes: Count) -> Count:
     return -(-num_bytes // ALIGN_BYTES) * ALIGN_BYTES

@@ -10,9 +10,11 @@ Philox4x32-7 is the generator of Salmon, Moraes, Dror and Shaw, "Parallel random
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,10 +63,32 @@ class Key(NamedTuple):
 
     def fold(self) -> int:
         """The 64-bit key of the generator, as a signed integer: field after field is mixed in."""
-        state = 0
-        for field in self:
-            state = finalize((state ^ field) + GOLDEN_GAMMA & MASK)
+        state = _mixed(self)
         return state - (state >> 63 << 64)
+
+
+def fold_all(
+    seed: int,
+    step: int,
+    direction: Direction,
+    stage: Stage,
+    occurrence: int,
+    senders: Tensor,
+    receivers: Tensor,
+) -> Tensor:
+    """The folded keys of payloads that differ in their ends alone, which are int64 [n] or [1]:
+    int64 [n]."""
+    state: Any = _mixed([seed, step, direction, stage, occurrence])
+    for end in (senders, receivers):
+        state = finalize((state ^ end.numpy().view(np.uint64)) + GOLDEN_GAMMA & MASK)
+    return torch.from_numpy(state.view(np.int64))
+
+
+def _mixed(fields: Iterable[int]) -> int:
+    state = 0
+    for field in fields:
+        state = finalize((state ^ field) + GOLDEN_GAMMA & MASK)
+    return state
 
 
 def philox(block: Tensor, parameter: int, group: int, key: int) -> Tensor:

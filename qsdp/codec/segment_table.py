@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qsdp.codec.payload import HEADER_BYTES, META_BYTES, Field
+from qsdp.codec.payload import HEADER_BYTES, META_BYTES, Field, Part
 from qsdp.codec.random_numbers import uniform
 from qsdp.common.dtypes import ITEM_BYTES, TORCH_DTYPES, DType
 from qsdp.common.rounding import Rounding
@@ -29,14 +29,60 @@ def check(
                 f"the {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
                 "give a contiguous 1-D uint8 view"
             )
-    if table.dtype != torch.int64 or table.device.type != "cpu" or table.dim() != 2:
+    _check_tables(table, 2, buffer.numel(), payload.numel(), levels)
+    if add:
+        _check_adds(table)
+
+
+def check_all(
+    buffers: Tensor,
+    tables: Tensor,
+    parts: Tensor,
+    payloads: Tensor,
+    levels: Tensor | None,
+    *,
+    adds: bool,
+) -> None:
+    """Raise ValueError when a call for many payloads cannot be what it needs. ``adds``: whether
+    parts may add."""
+    for name, tensor in (("buffers", buffers), ("payloads", payloads)):
+        if tensor.dtype != torch.uint8 or tensor.dim() != 2 or not tensor.is_contiguous():
+            raise ValueError(
+                f"the {name} are {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                "give contiguous 2-D uint8 rows"
+            )
+    _check_tables(tables, 3, buffers.shape[1], payloads.shape[1], levels)
+    if parts.dtype != torch.int64 or parts.device.type != "cpu" or parts.shape[1:] != (len(Part),):
         raise ValueError(
-            f"the table is {table.dtype} on {table.device}; give int64 rows on the cpu"
+            f"the parts are {parts.dtype} of shape {tuple(parts.shape)} on {parts.device}; "
+            f"give int64 rows of {len(Part)} columns on the cpu"
         )
-    if table.shape[1] != len(Field):
-        raise ValueError(f"the table has {table.shape[1]} columns; give {len(Field)}")
-    if payload.numel() < HEADER_BYTES:
-        raise ValueError(f"the payload has {payload.numel()} bytes; a header alone takes 32")
+    counts = {Part.TABLE: len(tables), Part.BUFFER: len(buffers), Part.PAYLOAD: len(payloads)}
+    for part in parts.tolist():
+        for column, count in counts.items():
+            if not 0 <= part[column] < count:
+                raise ValueError(
+                    f"a part names {column.name.lower()} {part[column]} of {count}; "
+                    "give one of them, from 0 on"
+                )
+        if part[Part.ADD] not in range(1 + adds):
+            raise ValueError(f"a part has add {part[Part.ADD]}; give {'0 or 1' if adds else '0'}")
+        if part[Part.ADD]:
+            _check_adds(tables[part[Part.TABLE]])
+
+
+def _check_tables(
+    table: Tensor, dims: int, buffer_bytes: int, payload_bytes: int, levels: Tensor | None
+) -> None:
+    if table.dtype != torch.int64 or table.device.type != "cpu" or table.dim() != dims:
+        raise ValueError(
+            f"the table is {table.dtype} of {table.dim()} dimensions on {table.device}; "
+            "give int64 rows on the cpu"
+        )
+    if table.shape[-1] != len(Field):
+        raise ValueError(f"the table has {table.shape[-1]} columns; give {len(Field)}")
+    if payload_bytes < HEADER_BYTES:
+        raise ValueError(f"the payload has {payload_bytes} bytes; a header alone takes 32")
     if levels is not None and (
         levels.dtype != torch.float32
         or levels.device.type != "cpu"
@@ -47,15 +93,19 @@ def check(
             f"the levels are {levels.dtype} of shape {tuple(levels.shape)} on {levels.device}; "
             "give a contiguous 1-D fp32 tensor on the cpu"
         )
-    for row in table.tolist():
+    for row in table.reshape(-1, len(Field)).tolist():
         for field in (Field.DTYPE, Field.WIRE):
             if row[field] not in iter(DType):
                 raise ValueError(f"a segment has {field.name} {row[field]}; give 0 to {max(DType)}")
         segment = Row(row)
-        segment.check(buffer.numel(), payload.numel())
+        segment.check(buffer_bytes, payload_bytes)
         segment.check_levels(0 if levels is None else levels.numel())
-        if add and row[Field.DTYPE] != DType.FP32:
-            name = DType(row[Field.DTYPE]).name
+
+
+def _check_adds(table: Tensor) -> None:
+    for dtype in table[:, Field.DTYPE].tolist():
+        if dtype != DType.FP32:
+            name = DType(dtype).name
             raise ValueError(f"decode adds into a segment of {name}; give an fp32 buffer and table")
 
 

@@ -5,36 +5,88 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp import ops
 from qsdp.codec.payload import HEADER_BYTES, Status
 from qsdp.comm import transport
+from qsdp.comm.buffers import allocate
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers
 from qsdp.comm.topology import gathered_ranks
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.transport import as_bytes
+from qsdp.comm.weight_cache import Part, Payloads, Source, WeightCache
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import collective
 from qsdp.common.gpu_streams import reads_on_this_stream, written_on_this_stream
 
 
-class Payloads(NamedTuple):
-    """What all ranks sent in one gather: the weights, to be decoded whenever they are needed."""
+class WeightGather:
+    """A gather of one group that is under way.
 
-    layout: GroupLayout
-    buffer: Tensor
-    """uint8 [ranks * payload bytes], in the order of `gathered_ranks`."""
-    step: int
-    keys: tuple[int, ...]
-    written: torch.Event | None = None
-    """On a GPU: kept payloads may be decoded on another stream than they came on."""
+    Trained and frozen weights are two parts, with a layout each: what the cache has is decoded, and
+    the rest crosses the wire first.
+
+    Args:
+        plan: how the group travels.
+        cache: of its payloads.
+        wire: what it shares with the others.
+        trained, frozen: what `WeightCache.parts` says of this gather.
+        input: this rank's flat shard, maybe a view into ``output``: it is read here.
+        output: of all ranks, filled by `finish`.
+        keeps: whether the backward pass decodes the trained payloads again.
+        async_op: the trained ones travel beside what this thread does until `finish`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        cache: WeightCache,
+        wire: Wire,
+        trained: Part,
+        frozen: Part,
+        input: Tensor,
+        output: Tensor,
+        *,
+        keeps: bool,
+        async_op: bool = False,
+    ) -> None:
+        self._plan, self._cache, self._wire = plan, cache, wire
+        self._output, self._keeps = output, keeps
+        self._kept = [part.payloads for part in (frozen, trained) if part.payloads is not None]
+        self._sent: list[tuple[Gathering, bool]] = []
+        if frozen.source is Source.WIRE:  # once for all steps, so also for a warm-up's
+            layout = plan.gather(frozen.places, is_frozen=True)
+            buffer = allocate(plan.world_size * layout.payload_bytes, input.device)
+            sent = Gathering(plan, layout, input, wire, buffer, is_frozen=True)
+            self._sent.append((sent, True))
+        if trained.source is Source.WIRE:
+            least_bits = 32 if wire.is_exact else wire.least_bits
+            layout = plan.gather(trained.places, least_bits, is_dense=wire.is_exact)
+            room = cache.room if keeps else wire.buffers.acquire
+            buffer = room(plan.world_size * layout.payload_bytes, input.device)
+            sent = Gathering(plan, layout, input, wire, buffer, async_op=async_op)
+            self._sent.append((sent, False))
+
+    def finish(self) -> None:
+        """Wait for the payloads and fill the output.
+
+        Raises RuntimeError when a header is not what is expected, or a pruned weight is not zero.
+        """
+        for payloads in self._kept:
+            decode(self._plan, payloads, self._output, self._wire)
+        for gathering, is_frozen in self._sent:
+            payloads = gathering.finish()
+            decode(self._plan, payloads, self._output, self._wire)
+            if is_frozen or self._keeps:
+                self._cache.keep(payloads, is_frozen=is_frozen)
+            else:
+                self._wire.buffers.release(payloads.buffer)
 
 
 class Gathering:
@@ -63,27 +115,24 @@ class Gathering:
         all steps. ``async_op``: beside what this thread does until `finish`.
         """
         clock = wire.clock
-        key = clock.frozen_key if is_frozen else clock.gather_key
-        keys = tuple(key(rank) for rank in range(plan.world_size))
+        keys = (clock.frozen_keys if is_frozen else clock.gather_keys)(plan.world_size)
+        step = 0 if is_frozen else clock.step
         self._plan, self._wire = plan, wire
-        self._payloads = Payloads(layout, buffer, 0 if is_frozen else clock.step, keys)
+        self._payloads = Payloads(layout, buffer, step, keys)
         size, group = layout.payload_bytes, plan.stages[-1].group
         self._gathered = self._room(group.size() * size)
         own = self._gathered.narrow(0, group.rank() * size, size)
-        header = layout.header(plan.rank, self._payloads.step)
-        table, own_key = layout.tables[plan.rank], keys[plan.rank]
+        header = layout.header(plan.rank, step)
         self._mistake: RuntimeError | None = None
         with wire.times.measure("gather", "encode", buffer.device):
             try:
-                values = layout.compact(
-                    plan.rank, as_bytes(input), wire.buffers, "compact", strict=True
-                )
+                shard, key = as_bytes(input), int(keys[plan.rank])
+                pool, levels = wire.buffers, wire.level_values
+                layout.encode(plan.rank, shard, key, header, own, pool, levels)
             except RuntimeError as error:  # the others wait for a payload of this size
                 self._mistake = error
-                header = layout.header(plan.rank, self._payloads.step, Status.FAILED)
+                header = layout.header(plan.rank, step, Status.FAILED)
                 own[:HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
-            else:
-                ops.encode(values, table, own_key, header, own, wire.level_values)
         with self._on_the_wire():
             self._arrival = transport.all_gather(self._gathered, own, group, async_op=async_op)
 
@@ -153,17 +202,15 @@ class GatheringWork(dist.Work):
 def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
     """Decode every rank's payload into its slice of the flat ``output``, this rank's own too: all
     ranks compute with the same weights."""
-    layout, size = payloads.layout, payloads.layout.payload_bytes
-    received = dict(zip(gathered_ranks(plan.stages), payloads.buffer.split(size), strict=True))
-    slices = as_bytes(output).chunk(plan.world_size)
+    layout = payloads.layout
     if payloads.written is not None:
         payloads.written.wait()
     reads_on_this_stream(payloads.buffer)
+    slices = as_bytes(output).view(plan.world_size, plan.buffer_bytes)
+    received = payloads.buffer.view(plan.world_size, layout.payload_bytes)
     with wire.times.measure("gather", "decode", output.device):
-        for rank, (key, table) in enumerate(zip(payloads.keys, layout.tables, strict=True)):
-            values = layout.room(rank, slices[rank], wire.buffers)
-            ops.decode(received[rank], table, key, values, levels=wire.level_values)
-            layout.expand(rank, values, slices[rank])
+        order, pool, levels = gathered_ranks(plan.stages), wire.buffers, wire.level_values
+        layout.decode(received, order, payloads.keys, slices, pool, levels)
 
 
 def regather(output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> None:

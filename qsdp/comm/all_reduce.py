@@ -39,16 +39,18 @@ def all_reduce(
     """
     layout = plan.reduce(with_grad, tensor.dtype, wire.least_bits)
     size, clock, device = layout.payload_bytes, wire.clock, tensor.device
-    values = layout.compact(plan.rank, tensor, wire.buffers, "compact")
+    values = layout.compact(tensor.view(1, -1), wire.buffers, plan.rank)[0]
     levels = wire.level_values
     ranks = dist.get_process_group_ranks(group)
     payloads = wire.buffers.take("receive", group.size() * size, device)
     own = payloads.narrow(0, group.rank() * size, size)
-    keys = [clock.reduce_key(Stage.REPLICAS, occurrence, rank, plan.rank) for rank in ranks]
+    keys = clock.reduce_keys(
+        Stage.REPLICAS, occurrence, torch.tensor(ranks), torch.tensor([plan.rank])
+    )
     header = layout.header(ranks[group.rank()], clock.step)
-    table, fp32_table = layout.tables[plan.rank], layout.fp32_tables[plan.rank]
+    table, key = layout.table(plan.rank), int(keys[group.rank()])
     with wire.times.measure("reduce", "encode", device):
-        ops.encode(as_bytes(values), table, keys[group.rank()], header, own, levels)
+        ops.encode(as_bytes(values), table, key, header, own, levels)
     wire.observe(table, values)
     with (
         collective("all-reduce between replicas", plan.names, clock.step),
@@ -60,9 +62,16 @@ def all_reduce(
     wire.traffic.in_fp32("reduce", group.size(), 2 * layout.num_values // plan.world_size)
     if check_headers(seen, layout, ranks, clock.step, plan) != Status.KEPT:
         raise SetsDiffer
-    total_bytes = wire.buffers.take("sums", 4 * values.numel(), device)
-    total = total_bytes.view(torch.float32)
+    total = wire.buffers.take("sums", 4 * values.numel(), device)
+    places = torch.arange(group.size())
+    parts = layout.parts(
+        torch.full_like(places, plan.rank),
+        keys,
+        buffers=torch.zeros_like(places),
+        payloads=places,
+        adds=places > 0,
+    )
     with wire.times.measure("reduce", "decode", device):
-        for place, (payload, key) in enumerate(zip(payloads.split(size), keys, strict=True)):
-            ops.decode(payload, fp32_table, key, as_bytes(total), place > 0, levels)
-    layout.expand(plan.rank, total.div_(divisor), tensor)
+        received = payloads.view(-1, size)
+        ops.decode_all(received, layout.fp32_tables, parts, total[None], levels)
+    layout.expand(plan.rank, total.view(torch.float32).div_(divisor), tensor)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from qsdp.codec.payload import META_BYTES, Segment
+from qsdp.codec.payload import Segment
 from qsdp.common.dtypes import DType
 from qsdp.config import CODED_BITS, QSDPConfig
 
@@ -114,4 +114,6 @@ def _size(claim: Claim, bits: int, config: QSDPConfig, is_grad: bool) -> int:
         parameter=0,
         bucket=config.bucket_of(bits, is_grad=is_grad),
     )
-    return 8 * claim.num_ranks * (segment.data_bytes + META_BYTES * segment.num_buckets)
+    return (
+        8 * claim.num_ranks * (segment.data_bytes(claim.padded) + segment.meta_bytes(claim.padded))
+    )

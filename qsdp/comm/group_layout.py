@@ -1,66 +1,117 @@
-"""One direction of one group: its layout, and the codec's tables for every rank's slice."""
+"""One direction of one group: where each segment lies, by rank, and how slices become payloads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qsdp import ops
-from qsdp.codec.payload import VERSION, Field, Layout, Segment, Status, hash_of
+from qsdp.codec.payload import VERSION, Field, Layout, Part, Segment, Status, hash_of, offsets
 from qsdp.comm.buffers import BufferPool
-from qsdp.common import bitmask
+from qsdp.comm.pruned_slices import PrunedSlices
 from qsdp.common.dtypes import ITEM_BYTES, DType
-from qsdp.ops.reference.sparse import Span
 
 
 class GroupLayout:
-    """One direction of a group, with the codec tables of every rank.
+    """One direction of a group, with the codec's tables of every rank.
 
     Args:
-        layouts: by rank, of its slice.
-        numels: by rank the valid values of each segment of its slice.
-        starts: the segments' places in the flat buffer, in bytes: a layout may leave out some of
-            the buffer's parameters.
+        segments: of a rank's slice of the flat buffer; all ranks' are of one size.
+        group: of the random generator.
+        numels: int64 [ranks, segments], the valid values.
+        starts: the segments' places in the slice, in bytes: a layout may leave out some of the
+            buffer's parameters.
+        pruned: what payloads leave out; None: nothing. They are as long as the longest, so that one
+            collective takes them.
     """
-
-    is_sparse = False
 
     def __init__(
         self,
-        layouts: Sequence[Layout],
-        numels: Sequence[Sequence[int]],
+        segments: Sequence[Segment],
+        group: int,
+        numels: Tensor,
         starts: Sequence[int] | None = None,
+        pruned: PrunedSlices | None = None,
     ) -> None:
-        self._layouts, self._numels = layouts, numels
-        self._hash = layouts[0].hash
-        self.payload_bytes = max(layout.payload_bytes for layout in layouts)
-        """Of every rank."""
-        self.tables = self._tables(None, starts)
-        self.num_values = sum(map(sum, numels))
+        self._layout = Layout(segments, group)
+        self._hash = self._layout.hash
+        self.pruned = pruned
+        self.num_values = int(numels.sum())
         """Of all ranks together, padding left out; pruned ones count."""
+        padded = torch.tensor([segment.padded for segment in segments])
+        if pruned is not None:
+            numels, padded = numels.minimum(pruned.counts), pruned.counts
+            self._hash = hash_of([self._hash, *padded.flatten().tolist()])
+        sizes = torch.cat([numels, padded.expand_as(numels)], dim=1)
+        kinds, self._kinds = torch.unique(sizes, dim=0, return_inverse=True)
+        self._numels, self._padded = kinds.split(len(segments), dim=1)
+        meta, data, payload_bytes = offsets(segments, [*self._padded.numpy().T])
+        self._meta, self._data = (
+            torch.from_numpy(np.stack([np.broadcast_to(at, len(kinds)) for at in starts], axis=1))
+            for starts in (meta, data)
+        )
+        self.payload_bytes = int(payload_bytes.max())
+        """Of every rank."""
+        self.tables = self._tables(None)
+        """int64 [kinds, segments, len(Field)]: ranks whose slices are alike share a table."""
+        if starts is not None and pruned is None:
+            self.tables[:, :, Field.BUFFER_BYTE] = torch.tensor(starts)
 
     @cached_property
-    def fp32_tables(self) -> list[Tensor]:
+    def fp32_tables(self) -> Tensor:
         """The same tables for a flat buffer in fp32."""
         return self._tables(DType.FP32)
 
-    def _tables(self, dtype: DType | None, starts: Sequence[int] | None = None) -> list[Tensor]:
-        """By rank; those of equal slices, as most are, are one tensor."""
-        made: dict[tuple[int, ...], Tensor] = {}
-        tables = []
-        for layout, numels in zip(self._layouts, self._numels, strict=True):
-            key = (id(layout), *numels)
-            if key not in made:
-                made[key] = torch.tensor(layout.table(numels, dtype), dtype=torch.int64)
-                if starts is not None:
-                    made[key][:, Field.BUFFER_BYTE] = torch.tensor(starts)
-            tables.append(made[key])
+    def _tables(self, dtype: DType | None) -> Tensor:
+        segments = self._layout.segments
+        rows = torch.tensor(self._layout.table([0] * len(segments), dtype))
+        items = torch.tensor([ITEM_BYTES[DType(item)] for item in rows[:, Field.DTYPE].tolist()])
+        num_bytes = self._padded * items
+        columns = {
+            Field.BUFFER_BYTE: num_bytes.cumsum(1) - num_bytes,
+            Field.NUMEL: self._numels,
+            Field.PADDED: self._padded,
+            Field.META_BYTE: self._meta,
+            Field.DATA_BYTE: self._data,
+        }
+        tables = rows.repeat(len(self._padded), 1, 1)
+        for field, values in columns.items():
+            tables[:, :, field] = values
         return tables
+
+    def table(self, rank: int) -> Tensor:
+        """That of ``rank``'s slice: int64 [segments, len(Field)]."""
+        return self.tables[int(self._kinds[rank])]
+
+    def parts(
+        self,
+        ranks: Tensor,
+        keys: Tensor,
+        *,
+        buffers: Tensor,
+        payloads: Tensor,
+        adds: Tensor | None = None,
+    ) -> Tensor:
+        """What `ops.encode_all` or `ops.decode_all` works through: int64 [parts, len(Part)].
+
+        Args:
+            ranks: int64 [parts]: whose slices they are.
+            keys: int64 [parts].
+            buffers, payloads: int64 [parts]: which of the buffers and payloads of the call.
+            adds: bool [parts]: whether values are added to what is there; None: they are not.
+        """
+        columns = {
+            Part.KEY: keys,
+            Part.TABLE: self._kinds[ranks],
+            Part.BUFFER: buffers,
+            Part.PAYLOAD: payloads,
+            Part.ADD: torch.zeros_like(keys) if adds is None else adds.long(),
+        }
+        return torch.stack([columns[column] for column in Part], dim=1)
 
     def header(self, sender: int, step: int, status: Status = Status.KEPT) -> list[int]:
         """The four int64 words that open a payload."""
@@ -68,134 +119,80 @@ class GroupLayout:
 
     def expected_headers(self, senders: Sequence[int], step: int) -> Tensor:
         """int64 [senders, 4]: what each payload must open with."""
-        return torch.tensor([self.header(sender, step) for sender in senders])
+        headers = torch.tensor([self.header(0, step)]).repeat(len(senders), 1)
+        headers[:, 0] |= torch.tensor(senders)
+        return headers
 
-    def compact(
-        self, rank: int, dense: Tensor, pool: BufferPool, purpose: str, *, strict: bool = False
-    ) -> Tensor:
-        """What is coded of ``dense``, a 1-D slice that belongs to ``rank``: all of it."""
-        return dense
+    def encode(
+        self,
+        rank: int,
+        dense: Tensor,
+        key: int,
+        header: list[int],
+        payload: Tensor,
+        pool: BufferPool,
+        levels: Tensor | None,
+    ) -> None:
+        """Write the ``payload`` of ``rank``'s slice ``dense``, both uint8 [bytes].
 
-    def kept(self, rank: int, place: int, values: Tensor) -> Tensor:
-        """What is coded of one segment's ``values``, the 1-D shard of ``rank``: all of them."""
-        return values
+        Raises RuntimeError where a pruned value is not zero.
+        """
+        values = dense
+        if self.pruned is not None:
+            slices = dense.view(1, -1)
+            values = self.pruned.compact(slices, rank, pool, "compact", strict=True).view(-1)
+        ops.encode(values, self.table(rank), key, header, payload, levels)
 
-    def room(self, rank: int, dense: Tensor, pool: BufferPool) -> Tensor:
-        """Where a payload of ``rank``'s slice is decoded, before `expand` fills ``dense``."""
-        return dense
+    def decode(
+        self,
+        payloads: Tensor,
+        order: Sequence[int],
+        keys: Tensor,
+        slices: Tensor,
+        pool: BufferPool,
+        levels: Tensor | None,
+    ) -> None:
+        """Fill the ``slices`` of all ranks where the layout's segments lie.
+
+        Args:
+            payloads: uint8 [ranks, payload bytes].
+            order: whose they are.
+            keys: int64 [ranks], by rank.
+            slices: uint8 [ranks, bytes], in the order of ranks.
+            pool: of buffers.
+            levels: the learned levels, if any.
+        """
+        ranks = torch.arange(len(order))
+        parts = self.parts(ranks, keys, buffers=ranks, payloads=torch.tensor(order).argsort())
+        pruned = self.pruned
+        if pruned is None:
+            ops.decode_all(payloads, self.tables, parts, slices, levels)
+            return
+        for some in ranks.split(pruned.at_once):
+            first, num = int(some[0]), len(some)
+            room = pool.take("room", num * pruned.width, slices.device).view(num, pruned.width)
+            chosen = parts[first : first + num]
+            chosen[:, Part.BUFFER] -= first
+            ops.decode_all(payloads, self.tables, chosen, room, levels)
+            pruned.expand(room, first, slices[first : first + num])
+
+    def compact(self, slices: Tensor, pool: BufferPool, first: int = 0) -> Tensor:
+        """What is coded of ``slices``, [ranks, values] of the ranks from ``first`` on: valid until
+        the next call."""
+        if self.pruned is None:
+            return slices
+        given = slices.view(torch.uint8)
+        return self.pruned.compact(given, first, pool, "compact").view(slices.dtype)
 
     def expand(self, rank: int, compact: Tensor, dense: Tensor) -> None:
-        """Fill ``dense`` from what `compact` or `room` gave."""
-        if compact is not dense:
+        """Fill ``rank``'s slice ``dense``, [values], from a row of what `compact` gives, or from
+        sums of such rows."""
+        if self.pruned is not None:
+            values = compact.to(dense.dtype).view(torch.uint8).view(1, -1)
+            self.pruned.expand(values, rank, dense.view(torch.uint8).view(1, -1))
+        elif compact.data_ptr() != dense.data_ptr():
             dense.copy_(compact)
 
-
-class Masks(NamedTuple):
-    """What all ranks keep of their shards of one parameter."""
-
-    bits: Tensor
-    """uint8 [ranks, bytes], see `bitmask`: of all parameters of the exchange."""
-    start: int
-    """The byte of a row where the parameter's own mask starts."""
-    counts: list[int]
-    """By rank, the values that are kept."""
-
-
-class SparseGroupLayout(GroupLayout):
-    """A layout whose payloads leave out what the masks prune: every rank's slice has its own sizes.
-
-    Payloads are as long as the longest, so that one collective takes them.
-
-    Args:
-        segments: of the dense slice.
-        group: of the random generator.
-        numels, starts: as of `GroupLayout`.
-        masks: by segment those of its parameter, of one exchange; None where all values travel.
-    """
-
-    is_sparse = True
-
-    def __init__(
-        self,
-        segments: Sequence[Segment],
-        group: int,
-        numels: Sequence[Sequence[int]],
-        starts: Sequence[int] | None,
-        masks: Sequence[Masks | None],
-    ) -> None:
-        ranks = range(len(numels))
-        self._kept = [
-            [None if each is None else each.counts[rank] for each in masks] for rank in ranks
-        ]
-        layouts = [
-            Layout(
-                [
-                    segment if count is None else replace(segment, padded=count)
-                    for segment, count in zip(segments, kept, strict=True)
-                ],
-                group,
-            )
-            for kept in self._kept
-        ]
-        super().__init__(
-            layouts,
-            [
-                [n if count is None else count for n, count in zip(whole, kept, strict=True)]
-                for whole, kept in zip(numels, self._kept, strict=True)
-            ],
-        )
-        self.num_values = sum(map(sum, numels))
-        self._hash = hash_of([layout.hash for layout in layouts])
-        self._segments, self._starts = segments, starts
-        self._bitmaps = next(each.bits for each in masks if each is not None)
-        self._bitmap_starts = [-1 if each is None else each.start for each in masks]
-        self._spans: dict[tuple[int, torch.dtype], tuple[Tensor, int]] = {}
-
-    def compact(
-        self, rank: int, dense: Tensor, pool: BufferPool, purpose: str, *, strict: bool = False
-    ) -> Tensor:
-        """The kept values, valid until the next call with this purpose.
-
-        ``strict``: raise RuntimeError where a pruned value is not zero.
-        """
-        spans, num_bytes = self._spans_of(rank, dense.dtype)
-        out = pool.take(purpose, num_bytes, dense.device)
-        given = dense.view(torch.uint8)
-        ops.compact(given, spans, self._bitmaps[rank], out, strict)
-        return out.view(dense.dtype)
-
     def kept(self, rank: int, place: int, values: Tensor) -> Tensor:
-        start, num = self._bitmap_starts[place], values.numel()
-        if start < 0:
-            return values
-        return values[bitmask.unpack(self._bitmaps[rank][start : start + -(-num // 8)], num)]
-
-    def room(self, rank: int, dense: Tensor, pool: BufferPool) -> Tensor:
-        num_bytes = self._spans_of(rank, dense.dtype)[1]
-        return pool.take("room", num_bytes, dense.device).view(dense.dtype)
-
-    def expand(self, rank: int, compact: Tensor, dense: Tensor) -> None:
-        compact = compact.to(dense.dtype)
-        spans = self._spans_of(rank, dense.dtype)[0]
-        out = dense.view(torch.uint8)
-        ops.expand(compact.view(torch.uint8), spans, self._bitmaps[rank], out)
-
-    def _spans_of(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-        """The spans of ``rank``'s slice in a buffer of ``dtype`` (uint8: of the segments' own), and
-        the bytes of its compact form."""
-        key = (rank, dtype)
-        if key not in self._spans:
-            rows, dense_end, compact_end = [], 0, 0
-            for i, segment in enumerate(self._segments):
-                item = ITEM_BYTES[segment.dtype] if dtype == torch.uint8 else dtype.itemsize
-                start = dense_end if self._starts is None else self._starts[i]
-                kept = self._kept[rank][i]
-                count = segment.padded if kept is None else kept
-                rows.append(
-                    [start, segment.padded, item, self._bitmap_starts[i], compact_end, count]
-                )
-                dense_end += segment.padded * item
-                compact_end += count * item
-            table = torch.tensor(rows, dtype=torch.int64).view(-1, len(Span))
-            self._spans[key] = (table, compact_end)
-        return self._spans[key]
+        """What is coded of one segment's ``values``, the 1-D shard of ``rank``."""
+        return values if self.pruned is None else self.pruned.kept(rank, place, values)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from qsdp.codec.payload import Layout, Segment
+from qsdp.codec.payload import Segment
 from qsdp.codec.random_numbers import Stage
 from qsdp.comm.bit_budget import Claim
-from qsdp.comm.group_layout import GroupLayout, Masks, SparseGroupLayout
+from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.level_fitting import Kind, offset
+from qsdp.comm.pruned_slices import Masks, PrunedSlices
 from qsdp.comm.topology import StageGroup
 from qsdp.common.collective_errors import title
 from qsdp.common.dtypes import CODEC_DTYPES, DType
@@ -159,13 +162,12 @@ class Plan:
         for p in self.parameters:
             starts.append(end)
             end += p.padded_numel(self.world_size) * p.dtype.itemsize
-        chosen = [self.parameters[i] for i in places]
         kept = [mask is not None for mask in masks] or [False] * len(places)
         segments = []
-        for p, is_kept in zip(chosen, kept, strict=True):
+        for p, is_kept in zip((self.parameters[i] for i in places), kept, strict=True):
             kind = Kind.FROZEN if is_frozen else Kind.KEPT if is_kept else Kind.WEIGHT
             segments.append(self._segment(p, p.dtype, max(p.weight_bits, least_bits), kind))
-        return self._keep(key, self._layout(segments, chosen, masks, [starts[i] for i in places]))
+        return self._keep(key, self._layout(segments, places, masks, [starts[i] for i in places]))
 
     def reduce(
         self,
@@ -182,14 +184,13 @@ class Plan:
         key = ("reduce", with_grad, dtype, least_bits, is_local, "sparse" if masks else "dense")
         if (layout := self._known(key)) is not None:
             return layout
-        chosen = [self.parameters[i] for i in with_grad]
         segments = []
-        for p in chosen:
+        for p in (self.parameters[i] for i in with_grad):
             bits = p.grad_bits
             if is_local and bits <= 8:
                 bits = self._config.local_grad_bits or 8
             segments.append(self._segment(p, dtype, max(bits, least_bits), Kind.GRAD))
-        return self._keep(key, self._layout(segments, chosen, masks))
+        return self._keep(key, self._layout(segments, with_grad, masks))
 
     def _known(self, key: tuple[object, ...]) -> GroupLayout | None:
         layout = self._layouts.pop(key, None)
@@ -207,17 +208,22 @@ class Plan:
     def _layout(
         self,
         segments: list[Segment],
-        parameters: Sequence[Parameter],
+        places: tuple[int, ...],
         masks: Sequence[Masks | None],
         starts: Sequence[int] | None = None,
     ) -> GroupLayout:
-        numels = [
-            [p.shard_numel(rank, self.world_size) * _units(p.dtype) for p in parameters]
-            for rank in range(self.world_size)
+        pruned = PrunedSlices(segments, starts, masks) if masks else None
+        return GroupLayout(segments, self.index, self._numels[:, places], starts, pruned)
+
+    @cached_property
+    def _numels(self) -> Tensor:
+        """int64 [ranks, parameters]: the codec's elements in each rank's slices."""
+        ranks, parameters = range(self.world_size), self.parameters
+        by_parameter = [
+            [p.shard_numel(rank, self.world_size) * _units(p.dtype) for rank in ranks]
+            for p in parameters
         ]
-        if masks:
-            return SparseGroupLayout(segments, self.index, numels, starts, masks)
-        return GroupLayout([Layout(segments, self.index)] * self.world_size, numels, starts)
+        return torch.tensor(by_parameter).T
 
     def _masks(self, places: Sequence[int]) -> list[Masks | None]:
         """By place, the masks; an empty list where there are none."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from qsdp.comm.group_plan import Plan
 def check_headers(
     payloads: Tensor | None,
     layout: GroupLayout,
-    senders: list[int],
+    senders: Sequence[int],
     step: int,
     plan: Plan,
     status: Status = Status.KEPT,

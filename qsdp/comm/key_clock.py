@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from qsdp.codec.random_numbers import Direction, Key, Stage
+import torch
+from torch import Tensor
+
+from qsdp.codec.random_numbers import Direction, Stage, fold_all
 
 
 class Clock:
@@ -20,6 +23,7 @@ class Clock:
         self.step = 0
         self._reduced = False
         self._occurrences: Counter[int] = Counter()
+        self._made: dict[Direction, tuple[tuple[int, int, int], Tensor]] = {}
 
     @property
     def next_step(self) -> int:
@@ -44,19 +48,32 @@ class Clock:
         self._reduced = False
         self._occurrences.clear()
 
-    def gather_key(self, sender: int) -> int:
-        """``sender`` is the rank in the shard group: replicas decode the same weights."""
-        return Key(self.seed, self.step, Direction.GATHER, Stage.FLAT, 0, sender).fold()
+    def gather_keys(self, num_ranks: int) -> Tensor:
+        """int64 [ranks], by the rank in the shard group: replicas decode the same weights."""
+        return self._keys_of_gathers(self.step, Direction.GATHER, num_ranks)
 
-    def frozen_key(self, sender: int) -> int:
+    def frozen_keys(self, num_ranks: int) -> Tensor:
         """Of weights that are sent once for all steps."""
-        return Key(self.seed, 0, Direction.FROZEN, Stage.FLAT, 0, sender).fold()
+        return self._keys_of_gathers(0, Direction.FROZEN, num_ranks)
 
-    def reduce_key(self, stage: Stage, occurrence: int, sender: int, receiver: int) -> int:
-        """``sender`` is the global rank: every replica rounds for itself. ``receiver`` is the rank
-        in the shard group of the row's owner."""
-        key = Key(self.seed, self.step, Direction.REDUCE, stage, occurrence, sender, receiver)
-        return key.fold()
+    def reduce_keys(
+        self, stage: Stage, occurrence: int, senders: Tensor, receivers: Tensor
+    ) -> Tensor:
+        """int64 [payloads]. ``senders``, int64 [payloads] or [1], are global ranks: every replica
+        rounds for itself. ``receivers`` are the ranks in the shard group of the rows' owners."""
+        seed, step = self.seed, self.step
+        return fold_all(seed, step, Direction.REDUCE, stage, occurrence, senders, receivers)
+
+    def _keys_of_gathers(self, step: int, direction: Direction, num_ranks: int) -> Tensor:
+        # All groups have the same in a step.
+        now = (self.seed, step, num_ranks)
+        made_for, keys = self._made.get(direction, (None, None))
+        if keys is None or made_for != now:
+            ranks = torch.arange(num_ranks)
+            nobody = torch.zeros(1, dtype=torch.int64)
+            keys = fold_all(self.seed, step, direction, Stage.FLAT, 0, ranks, nobody)
+            self._made[direction] = now, keys
+        return keys
 
     def state_dict(self) -> dict[str, int]:
         return {"seed": self.seed, "step": self.step, "reduced": int(self._reduced)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,16 @@ def exchanges_of(
     return exchanges
 
 
+@dataclass
+class _Rows:
+    """What this rank has of the sums so far: a row for each rank that they are to go to."""
+
+    values: Tensor
+    """[rows, values], without what is pruned at the owners."""
+    owners: tuple[int, ...]
+    """Ranks of the shard group."""
+
+
 def reduce(
     plan: Plan,
     exchanges: list[Exchange],
@@ -83,20 +94,17 @@ def reduce(
     """
     occurrence = wire.clock.before_reduce(plan.index)
     layout, status = exchanges[0].layout, Status.KEPT
-    # Rows are without what is pruned at their owner from here to the end.
-    rows = {
-        rank: layout.compact(rank, row, wire.buffers, f"row {rank}")
-        for rank, row in enumerate(input.chunk(plan.world_size))
-    }
-    del input
+    values = layout.compact(input.view(plan.world_size, output.numel()), wire.buffers)
+    rows = _Rows(values, tuple(range(plan.world_size)))
+    del input, values
     for exchange in exchanges:
         is_last = exchange is exchanges[-1] and output.dtype == torch.float32
-        into = output if is_last and not layout.is_sparse else None
+        into = output if is_last and layout.pruned is None else None
         keeps = is_late and len(exchanges) == 1  # else only sums are needed at the last stop
         status = yield from _take(plan, exchange, rows, occurrence, wire, slot, into, status, keeps)
     if status != Status.KEPT:
         raise SetsDiffer
-    layout.expand(plan.rank, rows[plan.rank], output)
+    layout.expand(plan.rank, rows.values[0], output)
     wire.traffic.in_fp32("reduce", plan.world_size, exchanges[-1].layout.num_values)
     return occurrence
 
@@ -104,7 +112,7 @@ def reduce(
 def _take(
     plan: Plan,
     exchange: Exchange,
-    rows: dict[int, Tensor],
+    rows: _Rows,
     occurrence: int,
     wire: Wire,
     slot: int,
@@ -112,8 +120,8 @@ def _take(
     status: Status,
     keeps: bool,
 ) -> Generator[None, None, Status]:
-    """Take one exchange: the rows that this rank owns, which alone are left of ``rows``, become
-    fp32 sums over its group.
+    """Take one exchange: of ``rows`` those that this rank owns are left, as fp32 sums over its
+    group.
 
     1. Encode the rows of every other rank: unbiased, each with a key of its own.
     2. One all-to-all of payloads; nothing is sent to oneself.
@@ -125,66 +133,69 @@ def _take(
     ``slot``. ``keeps``: copy this rank's own rows before the first stop.
     """
     layout, stage, group, owned = exchange
-    me, mine = group.rank(), owned[group.rank()]
-    if group.size() == 1:
-        for row in mine:
-            rows[row] = rows[row].float()
+    me, num_ranks = group.rank(), group.size()
+    if num_ranks == 1:
+        rows.values = rows.values.float()
         return status
-    device = rows[mine[0]].device
-    size, width, step = layout.payload_bytes, len(mine), wire.clock.step
+    values, device = rows.values, rows.values.device
+    size, width, step = layout.payload_bytes, len(owned[me]), wire.clock.step
     levels = wire.level_values
-    peers = [rank for rank in range(group.size()) if rank != me]
+    peers = torch.tensor([rank for rank in range(num_ranks) if rank != me])
     global_ranks = dist.get_process_group_ranks(group)
 
     def take(purpose: str, num_bytes: int) -> Tensor:
         return wire.buffers.take(f"{purpose} {slot}", num_bytes, device)
 
-    def key(sender: int, row: int) -> int:
-        return wire.clock.reduce_key(stage, occurrence, global_ranks[sender], row)
-
     sent = take("send", len(peers) * width * size)
     received = take("receive", len(peers) * width * size)
     header = layout.header(global_ranks[me], step, status)
-    to_send = [row for peer in peers for row in owned[peer]]
+    # Of peer p are the rows p, p + num_ranks, ...
+    to_send = (peers[:, None] + num_ranks * torch.arange(width)).flatten()
+    owners = torch.tensor(rows.owners)
+    sender = torch.tensor([global_ranks[me]])
+    keys = wire.clock.reduce_keys(stage, occurrence, sender, owners[to_send])
+    numbers = torch.arange(len(to_send))
+    parts = layout.parts(owners[to_send], keys, buffers=to_send, payloads=numbers)
     with wire.times.measure("reduce", "encode", device):
-        for row, payload in zip(to_send, sent.split(size), strict=True):
-            values, table = as_bytes(rows[row]), layout.tables[row]
-            ops.encode(values, table, key(me, row), header, payload, levels)
-    for row in to_send:
-        wire.observe(layout.tables[row], rows[row])
+        payloads = sent.view(-1, size)
+        ops.encode_all(values.view(torch.uint8), layout.tables, parts, header, payloads, levels)
+    for row in to_send.tolist() if wire.meters else ():
+        wire.observe(layout.table(rows.owners[row]), values[row])
 
-    splits = [width * size if rank != me else 0 for rank in range(group.size())]
+    splits = [width * size if rank != me else 0 for rank in range(num_ranks)]
     with collective("reduce", plan.names, step), wire.times.measure("reduce", "wire", device):
         arrival = transport.all_to_all(received, sent, splits, splits, group)
-    for row in [*rows]:
-        if row not in mine:
-            del rows[row]
-        elif keeps:
-            own = take(f"own row {row}", rows[row].nbytes)
-            rows[row] = own.view(rows[row].dtype).copy_(rows[row])
-    keys = {(peer, row): key(peer, row) for peer in peers for row in mine}
+    own = values[me::num_ranks]
+    if keeps:
+        own = take("own rows", own.nbytes).view(own.dtype).view_as(own).copy_(own)
+    rows.owners = owned[me]
+    del values
+    rows.values = own
+    senders = torch.tensor(global_ranks)[peers].repeat_interleave(width)
+    mine = torch.tensor(owned[me]).repeat(len(peers))
+    parts = layout.parts(
+        mine,
+        wire.clock.reduce_keys(stage, occurrence, senders, mine),
+        buffers=torch.arange(width).repeat(len(peers)),
+        payloads=numbers,
+        adds=peers.repeat_interleave(width) > 0,
+    )
     yield
     with collective("reduce", plan.names, step), wire.times.measure("reduce", "wire", device):
         seen = arrival.wait()
-    wire.traffic.sent("reduce", [global_ranks[peer] for peer in peers], width * size)
-    senders = [global_ranks[peer] for peer in peers for _ in range(width)]
-    status = check_headers(seen, layout, senders, step, plan, status)
+    wire.traffic.sent("reduce", senders[::width].tolist(), width * size)
+    status = check_headers(seen, layout, senders.tolist(), step, plan, status)
 
-    numels = [rows[row].numel() for row in mine]
-    memory = take(f"sums {stage.name}", 4 * sum(numels) if output is None else 0)
-    sums = list(memory.view(torch.float32).split(numels)) if output is None else [output]
-    payloads = received.split(size)
+    shape = rows.values.shape
+    memory = take(f"sums {stage.name}", 4 * shape.numel()) if output is None else as_bytes(output)
+    sums = memory.view(torch.float32).view(shape)
+    payloads = received.view(-1, size)
     with wire.times.measure("reduce", "decode", device):
-        for i, (total, row) in enumerate(zip(sums, mine, strict=True)):
-            table = layout.fp32_tables[row]
-            for rank in range(group.size()):
-                if rank != me:
-                    payload = payloads[peers.index(rank) * width + i]
-                    into, own_key = as_bytes(total), keys[rank, row]
-                    ops.decode(payload, table, own_key, into, rank > 0, levels)
-                elif rank == 0:
-                    total.copy_(rows[row])
-                else:
-                    total.add_(rows[row])
-            rows[row] = total
+        for some, is_before in ((parts[: me * width], True), (parts[me * width :], False)):
+            ops.decode_all(payloads, layout.fp32_tables, some, sums.view(torch.uint8), levels)
+            if is_before and me == 0:
+                sums.copy_(rows.values)
+            elif is_before:
+                sums.add_(rows.values)
+    rows.values = sums
     return status

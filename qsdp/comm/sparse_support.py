@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.comm import transport
-from qsdp.comm.group_layout import Masks
 from qsdp.comm.group_plan import Plan
+from qsdp.comm.pruned_slices import Masks
 from qsdp.comm.wire_state import Wire
 from qsdp.common import bitmask
 from qsdp.common.collective_errors import collective

@@ -19,6 +19,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch.distributed as dist
@@ -153,11 +154,16 @@ def open_stages(
     return tuple(stages)
 
 
-def gathered_ranks(stages: Sequence[StageGroup]) -> list[int]:
+def gathered_ranks(stages: Sequence[StageGroup]) -> tuple[int, ...]:
     """The ranks of the shard group in the order in which a gather leaves their payloads: each stage
     puts side by side what its ranks have from the stages outside of it."""
+    return _gathered_ranks(*(stage.size for stage in stages))
+
+
+@lru_cache
+def _gathered_ranks(*sizes: int) -> tuple[int, ...]:
     ranks, stride = [0], 1
-    for stage in stages:
-        ranks = [rank + digit * stride for rank in ranks for digit in range(stage.size)]
-        stride *= stage.size
-    return ranks
+    for size in sizes:
+        ranks = [rank + digit * stride for rank in ranks for digit in range(size)]
+        stride *= size
+    return tuple(ranks)

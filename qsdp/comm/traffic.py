@@ -33,7 +33,7 @@ class Traffic:
         """Count an all-gather of ``payload_bytes`` a rank over ``group``."""
         ranks = dist.get_process_group_ranks(group)
         neighbour = ranks[(group.rank() + 1) % len(ranks)]
-        self.sent(direction, [neighbour] * (len(ranks) - 1), payload_bytes)
+        self.sent(direction, [neighbour], (len(ranks) - 1) * payload_bytes)
 
     def summed(self, group: dist.ProcessGroup, num_bytes: int) -> None:
         """Count an all-reduce of ``num_bytes`` over ``group`` as `other`: in a ring the next rank
@@ -45,9 +45,10 @@ class Traffic:
     def sent(self, direction: str, receivers: Iterable[int], payload_bytes: int) -> None:
         """Count ``payload_bytes`` to each of the global ranks ``receivers``."""
         kind = "other" if self._is_paused else direction
-        for receiver in receivers:
-            link = LINKS[not self._nodes.is_here(receiver)]
-            self._counts[f"{kind}_{link}_bytes"] += payload_bytes
+        here = [self._nodes.is_here(receiver) for receiver in receivers]
+        for link, num in zip(LINKS, (sum(here), len(here) - sum(here)), strict=True):
+            if num:
+                self._counts[f"{kind}_{link}_bytes"] += num * payload_bytes
 
     def in_fp32(self, direction: str, num_ranks: int, num_values: int) -> None:
         """Count a rank's share of ``num_values`` in fp32, each sent once to all but one rank."""

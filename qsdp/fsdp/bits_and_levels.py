@@ -270,7 +270,7 @@ class Adaptation:
                     continue
                 least = 0 if is_frozen else least_bits
                 layout = plan.gather(places, least, is_frozen=is_frozen)
-                for number, row in enumerate(layout.tables[plan.rank].tolist()):
+                for number, row in enumerate(layout.table(plan.rank).tolist()):
                     i = places[number]
                     values = shards[i].detach().to(plan.parameters[i].dtype).reshape(-1)
                     kind = Kind.KEPT if i in masked else Kind.WEIGHT

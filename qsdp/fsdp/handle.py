@@ -120,7 +120,7 @@ class Handle:
     def kept_bytes(self) -> int:
         """What kept payloads (`gather="once"`) take at most on this rank, in bytes."""
         self._check_installed()
-        return sum(gather.kept_bytes for gather in self._comms.gathers)
+        return sum(gather.cache.num_bytes for gather in self._comms.gathers)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:

@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.codec.payload import Status
-from qsdp.comm.all_gather import Gathering, GatheringWork, Payloads, decode, regather
+from qsdp.comm.all_gather import GatheringWork, WeightGather, regather
 from qsdp.comm.all_reduce import all_reduce
-from qsdp.comm.buffers import allocate
 from qsdp.comm.gradient_consensus import Consensus, Places
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.late_reduce import LateReduce, SetsDiffer, exhaust
 from qsdp.comm.reduce_scatter import Exchange, exchanges_of, reduce
+from qsdp.comm.weight_cache import Source, WeightCache
 from qsdp.comm.wire_state import Wire
 from qsdp.common.checksum import checksum
 from qsdp.common.gpu_streams import reads_on_this_stream
@@ -42,9 +42,10 @@ class _Comm:
 class AllGather(_Comm):
     """The all-gather of one group.
 
-    With `gather="once"` it keeps payloads: those of a training forward until the backward pass
-    decodes them again, those of frozen parameters until one of these is edited or trained: the
-    shards' contents are compared, since not every edit raises torch's counters of versions.
+    The cache of payloads knows no FSDP2: what that and the module alone can say, it is told in
+    values. Those are which parameters are trained, whether weights are needed again, and whether
+    frozen ones were edited: the shards' contents are compared, since not every edit raises torch's
+    counters of versions.
 
     Args:
         plan: how the group travels.
@@ -65,17 +66,9 @@ class AllGather(_Comm):
     ) -> None:
         self._plan, self._wire, self._group = plan, wire, group
         self._recorder, self._unwatched, self.passes = recorder, unwatched, passes
-        self._kept: Payloads | None = None
-        self._buffer: Tensor | None = None
-        self._frozen: Payloads | None = None
+        self.cache = WeightCache(plan, wire)
         self._frozen_sum = 0
         self._gathered_at: tuple[str, int] | None = None
-
-    @property
-    def kept_bytes(self) -> int:
-        """What the buffers of kept payloads take on this rank."""
-        frozen = None if self._frozen is None else self._frozen.buffer
-        return sum(buffer.numel() for buffer in (self._buffer, frozen) if buffer is not None)
 
     def __call__(
         self,
@@ -95,76 +88,52 @@ class AllGather(_Comm):
             self.passes.before_collective_in_backward(plan)
             regather(output_tensor, input_tensor, group, wire.traffic)
             return None
-        given = input_tensor.numel() * input_tensor.element_size()
-        if group.size() != plan.world_size or given != plan.buffer_bytes:
+        num_bytes = input_tensor.numel() * input_tensor.element_size()
+        if group.size() != plan.world_size or num_bytes != plan.buffer_bytes:
             raise RuntimeError(
-                f"FSDP2 gathers {given} bytes over {group.size()} ranks for the group of "
+                f"FSDP2 gathers {num_bytes} bytes over {group.size()} ranks for the group of "
                 f"{plan.name}, but its plan has {plan.buffer_bytes} over {plan.world_size}: "
                 "install qsdp after the model has its final parameters, dtypes and sharding"
             )
         self._unwatched.add(self._recorder)
         self._unwatched -= {recorder for recorder in self._unwatched if recorder.watch()}
         in_backward = is_in_backward()
-        kept = self._kept if in_backward and not wire.is_exact else None
-        self._kept = None
         if not in_backward:
+            self.cache.forget_trained()
             self._recorder.forget_what_was_dropped()
             self.passes.before_gather(plan)
         self._gathered_at = self.passes.now
-        places = plan.places if wire.is_exact else self._gather_frozen(input_tensor)
-        if kept is not None or not places:
-            self._decode(kept, output_tensor)
-            return None
-        if in_backward:
+        parts = self.cache.parts(self._group.requires_grad())
+        trained, frozen = parts
+        if in_backward and any(part.source is Source.WIRE for part in parts):
             self.passes.before_collective_in_backward(plan)
+        if frozen.source is Source.WIRE:
+            self._frozen_sum = self._sum_of_frozen()
         keeps = not wire.is_exact and not in_backward and self._is_needed_again()
         is_async = async_op and input_tensor.device.type == "cpu"
-        is_exact = wire.is_exact
-        layout = plan.gather(places, 32 if is_exact else wire.least_bits, is_dense=is_exact)
-        buffer = self._take_buffer(layout, input_tensor.device, keeps)
-        gathering = Gathering(plan, layout, input_tensor, wire, buffer, async_op=is_async)
+        given = input_tensor, output_tensor
+        gather = WeightGather(
+            plan, self.cache, wire, *parts, *given, keeps=keeps, async_op=is_async
+        )
 
         def finish() -> None:
             with nullcontext() if in_backward else self.passes.meetings.mistakes_reach_replicas():
-                payloads = gathering.finish()
-            self._decode(payloads, output_tensor)
-            if keeps:
-                self._kept = payloads
-            else:
-                wire.buffers.release(buffer)
+                gather.finish()
 
-        if is_async:
+        if is_async and trained.source is Source.WIRE:
             return GatheringWork(finish)
         finish()
         return None
 
-    def _gather_frozen(self, input: Tensor) -> tuple[int, ...]:
-        """See to the payloads of frozen parameters; returns the places of the others."""
-        plan, wire = self._plan, self._wire
-        trains = self._group.requires_grad()
-        frozen = tuple(i for i in plan.places if not trains[i])
-        if wire.config.gather == "twice" or not frozen:
-            self._frozen = None
-            return plan.places
-        # Sent once, so for a warm-up too.
-        layout = plan.gather(frozen, is_frozen=True)
-        if self._frozen is None or self._frozen.layout is not layout:
-            if is_in_backward():
-                self.passes.before_collective_in_backward(plan)
-            buffer = allocate(plan.world_size * layout.payload_bytes, input.device)
-            self._frozen_sum = self._sum_of_frozen()
-            self._frozen = Gathering(plan, layout, input, wire, buffer, is_frozen=True).finish()
-        return tuple(i for i in plan.places if trains[i])
-
     @property
     def has_frozen(self) -> bool:
-        return self._frozen is not None
+        return self.cache.has_frozen
 
     def frozen_changed(self) -> bool:
         return self._frozen_sum != self._sum_of_frozen()
 
     def forget_frozen(self) -> None:
-        self._frozen = None
+        self.cache.forget_frozen()
 
     def drop_stale(self, is_due: bool) -> None:
         group = self._group
@@ -183,20 +152,6 @@ class AllGather(_Comm):
         # module can tell a training forward from a validation.
         is_training = self._group.modules[0].training
         return self._wire.config.gather == "once" and is_training and self._group.gathers_again
-
-    def _take_buffer(self, layout: GroupLayout, device: torch.device, keeps: bool) -> Tensor:
-        """Memory for the payloads of all ranks."""
-        size = self._plan.world_size * layout.payload_bytes
-        if keeps:
-            if self._buffer is None or self._buffer.numel() < size:
-                self._buffer = allocate(size, device)
-            return self._buffer[:size]
-        return self._wire.buffers.acquire(size, device)
-
-    def _decode(self, payloads: Payloads | None, output: Tensor) -> None:
-        for part in (payloads, None if self._wire.is_exact else self._frozen):
-            if part is not None:
-                decode(self._plan, part, output, self._wire)
 
 
 class ReduceScatter(_Comm):

@@ -58,7 +58,7 @@ def test_a_gather_leaves_payloads_in_the_order_that_is_expected(sizes: dict[Stag
     held = {rank: [rank] for rank in range(num_ranks)}
     for each in reversed(stages_of(sizes)):
         held = {rank: [p for peer in each.peers(rank) for p in held[peer]] for rank in held}
-    expected = gathered_ranks(plan_of(sizes, 0).stages)
+    expected = [*gathered_ranks(plan_of(sizes, 0).stages)]
     assert sorted(expected) == list(range(num_ranks))
     assert all(payloads == expected for payloads in held.values())
 

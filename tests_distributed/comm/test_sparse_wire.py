@@ -170,10 +170,11 @@ def _bytes_of_masks() -> tuple[int, int, int]:
     handle.set_support(masks)  # type: ignore[arg-type]
     for step in range(2):
         model(*make_batch(model, step)).backward()
-    layouts: Any = [x for plan in handle._plans for x in plan._layouts.values() if x.is_sparse]
-    storages = [layout._bitmaps.untyped_storage() for layout in layouts]
+    layouts = [x for plan in handle._plans for x in plan._layouts.values()]
+    pruned = [layout.pruned for layout in layouts if layout.pruned is not None]
+    storages = [each._bits.untyped_storage() for each in pruned]
     held = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    return sum(held.values()), num_bytes, len(layouts)
+    return sum(held.values()), num_bytes, len(pruned)
 
 
 def test_masks_of_all_ranks_take_one_bit_a_weight(run: Run) -> None:

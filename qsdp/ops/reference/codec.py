@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import HEADER_BYTES
-from qsdp.codec.segment_table import Row, check
+from qsdp.codec.segment_table import Row, check, check_all
 from qsdp.common.rounding import Drawn, Rounding
 
 HUGE_VALUE = 2.0**120
@@ -70,19 +70,8 @@ def encode(
         levels: fp32 [floats] on the CPU, contiguous: what `Field.LEVELS` points into.
     """
     check(buffer, table, payload, levels)
-    if len(header) != HEADER_BYTES // 8:
-        raise ValueError(f"the header has {len(header)} words; give 4, as Layout.header does")
-    payload.zero_()
-    payload[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(header))
-    for row in table.tolist():
-        segment = Row(row)
-        values = segment.values(buffer)
-        if segment.bits == 0:
-            segment.data(payload).copy_(convert(values, segment.wire).view(torch.uint8))
-            continue
-        codes, low, scale = quantize(values.float(), segment, key, segment.levels(levels))
-        segment.meta(payload).copy_(torch.stack((low, scale), dim=1).view(-1).view(torch.uint8))
-        segment.data(payload).copy_(pack(codes, segment.bits))
+    _check_header(header)
+    _encode(buffer, table, key, header, payload, levels)
 
 
 def decode(
@@ -98,6 +87,79 @@ def decode(
     Args as in `encode`. Without ``add``, padding is set to zero; with it, padding stays.
     """
     check(buffer, table, payload, levels, add)
+    _decode(payload, table, key, buffer, add, levels)
+
+
+def encode_all(
+    buffers: Tensor,
+    tables: Tensor,
+    parts: Tensor,
+    header: list[int],
+    payloads: Tensor,
+    levels: Tensor | None = None,
+) -> None:
+    """Write several payloads of one header, as `encode` does, in the order of ``parts``.
+
+    Args:
+        buffers: uint8 [slices, bytes], contiguous.
+        tables: int64 [tables, segments, len(Field)] on the CPU.
+        parts: int64 [parts, len(Part)] on the CPU: one row a payload.
+        header: four int64 words.
+        payloads: uint8 [payloads, payload bytes], contiguous: those that a part names are
+            overwritten.
+        levels: as in `encode`.
+    """
+    check_all(buffers, tables, parts, payloads, levels, adds=False)
+    _check_header(header)
+    for key, table, buffer, payload, _ in parts.tolist():
+        _encode(buffers[buffer], tables[table], key, header, payloads[payload], levels)
+
+
+def decode_all(
+    payloads: Tensor,
+    tables: Tensor,
+    parts: Tensor,
+    buffers: Tensor,
+    levels: Tensor | None = None,
+) -> None:
+    """Write, or add, the values of several payloads, as `decode` does, in the order of ``parts``.
+
+    Args as in `encode_all`. Several parts may add into one row of the buffers.
+    """
+    check_all(buffers, tables, parts, payloads, levels, adds=True)
+    for key, table, buffer, payload, add in parts.tolist():
+        _decode(payloads[payload], tables[table], key, buffers[buffer], bool(add), levels)
+
+
+def _check_header(header: list[int]) -> None:
+    if len(header) != HEADER_BYTES // 8:
+        raise ValueError(f"the header has {len(header)} words; give 4, as Layout.header does")
+
+
+def _encode(
+    buffer: Tensor,
+    table: Tensor,
+    key: int,
+    header: list[int],
+    payload: Tensor,
+    levels: Tensor | None,
+) -> None:
+    payload.zero_()
+    payload[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(header))
+    for row in table.tolist():
+        segment = Row(row)
+        values = segment.values(buffer)
+        if segment.bits == 0:
+            segment.data(payload).copy_(convert(values, segment.wire).view(torch.uint8))
+            continue
+        codes, low, scale = quantize(values.float(), segment, key, segment.levels(levels))
+        segment.meta(payload).copy_(torch.stack((low, scale), dim=1).view(-1).view(torch.uint8))
+        segment.data(payload).copy_(pack(codes, segment.bits))
+
+
+def _decode(
+    payload: Tensor, table: Tensor, key: int, buffer: Tensor, add: bool, levels: Tensor | None
+) -> None:
     for row in table.tolist():
         segment = Row(row)
         if segment.bits == 0:

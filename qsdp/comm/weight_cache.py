@@ -1,0 +1,122 @@
+"""The payloads that a group keeps of its gathers, to decode them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum, auto
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsdp.comm.buffers import allocate
+from qsdp.comm.group_layout import GroupLayout
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.wire_state import Wire
+
+
+class Payloads(NamedTuple):
+    """What all ranks sent in one gather: the weights, to be decoded whenever they are needed."""
+
+    layout: GroupLayout
+    buffer: Tensor
+    """uint8 [ranks * payload bytes], in the order of `gathered_ranks`."""
+    step: int
+    keys: Tensor
+    """int64 [ranks], by rank."""
+    written: torch.Event | None = None
+    """On a GPU: kept payloads may be decoded on another stream than they came on."""
+
+
+class Source(Enum):
+    """Where a gather has weights from."""
+
+    NOWHERE = auto()
+    """There are none of this kind."""
+    WIRE = auto()
+    """All ranks send them."""
+    CACHE = auto()
+    """Their payloads are here: they are decoded again, and nothing is sent."""
+
+
+class Part(NamedTuple):
+    """The trained or the frozen weights of a group, in one gather."""
+
+    source: Source
+    places: tuple[int, ...] = ()
+    payloads: Payloads | None = None
+    """Of the cache."""
+
+
+class WeightCache:
+    """The payloads that one group keeps: with ``gather="once"`` those of a training forward, until
+    the backward pass decodes them again, and those of frozen weights, until whoever knows that
+    these have changed says so.
+
+    Args:
+        plan: how the group travels.
+        wire: what it shares with the others.
+    """
+
+    def __init__(self, plan: Plan, wire: Wire) -> None:
+        self._plan, self._wire = plan, wire
+        self._trained: Payloads | None = None
+        self._frozen: Payloads | None = None
+        self._memory: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """What its buffers take on this rank."""
+        frozen = None if self._frozen is None else self._frozen.buffer
+        return sum(buffer.numel() for buffer in (self._memory, frozen) if buffer is not None)
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether payloads of frozen weights are kept."""
+        return self._frozen is not None
+
+    def forget_frozen(self) -> None:
+        """Let the next gather send the frozen weights again."""
+        self._frozen = None
+
+    def forget_trained(self) -> None:
+        """Let no backward pass decode what an earlier forward pass has kept."""
+        self._trained = None
+
+    def parts(self, trains: Sequence[bool]) -> tuple[Part, Part]:
+        """Where a gather has the trained and the frozen weights from. What was kept of trained ones
+        is the caller's from now on, and serves once.
+
+        ``trains``: by place. In an exact step all weights count as trained, and are sent.
+        """
+        plan, wire = self._plan, self._wire
+        trained, self._trained = self._trained, None
+        if wire.is_exact:
+            return Part(Source.WIRE, plan.places), Part(Source.NOWHERE)
+        frozen = self._frozen_part(tuple(i for i in plan.places if not trains[i]))
+        places = tuple(i for i in plan.places if i not in frozen.places)
+        if trained is not None:
+            return Part(Source.CACHE, places, trained), frozen
+        return Part(Source.WIRE if places else Source.NOWHERE, places), frozen
+
+    def _frozen_part(self, places: tuple[int, ...]) -> Part:
+        if self._wire.config.gather == "twice" or not places:
+            self._frozen = None
+            return Part(Source.NOWHERE)
+        layout = self._plan.gather(places, is_frozen=True)
+        if self._frozen is None or self._frozen.layout is not layout:
+            return Part(Source.WIRE, places)
+        return Part(Source.CACHE, places, self._frozen)
+
+    def room(self, num_bytes: int, device: torch.device) -> Tensor:
+        """uint8 [num_bytes] for trained payloads that are to be kept; those of before are lost."""
+        if self._memory is None or self._memory.numel() < num_bytes:
+            self._memory = allocate(num_bytes, device)
+        return self._memory[:num_bytes]
+
+    def keep(self, payloads: Payloads, *, is_frozen: bool) -> None:
+        """Keep ``payloads``, until the backward pass or, of frozen weights, until they change."""
+        if is_frozen:
+            self._frozen = payloads
+        else:
+            self._trained = payloads
