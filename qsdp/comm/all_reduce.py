@@ -13,6 +13,7 @@ from qsdp.comm import transport
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers
 from qsdp.comm.late_reduce import SetsDiffer
+from qsdp.comm.routes import averaged
 from qsdp.comm.transport import as_bytes
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import collective
@@ -44,9 +45,8 @@ def all_reduce(
     ranks = dist.get_process_group_ranks(group)
     payloads = wire.buffers.take("receive", group.size() * size, device)
     own = payloads.narrow(0, group.rank() * size, size)
-    keys = clock.reduce_keys(
-        Stage.REPLICAS, occurrence, torch.tensor(ranks), torch.tensor([plan.rank])
-    )
+    route = averaged(plan.rank, tuple(ranks))
+    keys = clock.reduce_keys(Stage.REPLICAS, occurrence, route)
     header = layout.header(ranks[group.rank()], clock.step)
     table, key = layout.table(plan.rank), int(keys[group.rank()])
     with wire.times.measure("reduce", "encode", device):
@@ -63,15 +63,7 @@ def all_reduce(
     if check_headers(seen, layout, ranks, clock.step, plan) != Status.KEPT:
         raise SetsDiffer
     total = wire.buffers.take("sums", 4 * values.numel(), device)
-    places = torch.arange(group.size())
-    parts = layout.parts(
-        torch.full_like(places, plan.rank),
-        keys,
-        buffers=torch.zeros_like(places),
-        payloads=places,
-        adds=places > 0,
-    )
     with wire.times.measure("reduce", "decode", device):
-        received = payloads.view(-1, size)
-        ops.decode_all(received, layout.fp32_tables, parts, total[None], levels)
+        given, parts = payloads.view(-1, size), layout.parts(route, keys)
+        ops.decode_all(given, layout.fp32_tables, parts, total[None], levels)
     layout.expand(plan.rank, total.view(torch.float32).div_(divisor), tensor)

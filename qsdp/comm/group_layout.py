@@ -13,6 +13,7 @@ from qsdp import ops
 from qsdp.codec.payload import VERSION, Field, Layout, Part, Segment, Status, hash_of, offsets
 from qsdp.comm.buffers import BufferPool
 from qsdp.comm.pruned_slices import PrunedSlices
+from qsdp.comm.routes import Route, gathered
 from qsdp.common.dtypes import ITEM_BYTES, DType
 
 
@@ -40,6 +41,7 @@ class GroupLayout:
         self._layout = Layout(segments, group)
         self._hash = self._layout.hash
         self.pruned = pruned
+        self._parts: dict[Route, Tensor] = {}
         self.num_values = int(numels.sum())
         """Of all ranks together, padding left out; pruned ones count."""
         padded = torch.tensor([segment.padded for segment in segments])
@@ -87,31 +89,24 @@ class GroupLayout:
         """That of ``rank``'s slice: int64 [segments, len(Field)]."""
         return self.tables[int(self._kinds[rank])]
 
-    def parts(
-        self,
-        ranks: Tensor,
-        keys: Tensor,
-        *,
-        buffers: Tensor,
-        payloads: Tensor,
-        adds: Tensor | None = None,
-    ) -> Tensor:
-        """What `ops.encode_all` or `ops.decode_all` works through: int64 [parts, len(Part)].
+    def parts(self, route: Route, keys: Tensor) -> Tensor:
+        """What `ops.encode_all` or `ops.decode_all` works through: int64 [payloads, len(Part)].
 
-        Args:
-            ranks: int64 [parts]: whose slices they are.
-            keys: int64 [parts].
-            buffers, payloads: int64 [parts]: which of the buffers and payloads of the call.
-            adds: bool [parts]: whether values are added to what is there; None: they are not.
+        ``keys``: int64 [payloads].
         """
-        columns = {
-            Part.KEY: keys,
-            Part.TABLE: self._kinds[ranks],
-            Part.BUFFER: buffers,
-            Part.PAYLOAD: payloads,
-            Part.ADD: torch.zeros_like(keys) if adds is None else adds.long(),
-        }
-        return torch.stack([columns[column] for column in Part], dim=1)
+        known = self._parts.get(route)
+        if known is None:
+            columns = {
+                Part.KEY: torch.zeros_like(route.owners),
+                Part.TABLE: self._kinds[route.owners],
+                Part.BUFFER: route.buffers,
+                Part.PAYLOAD: route.payloads,
+                Part.ADD: route.adds,
+            }
+            known = self._parts[route] = torch.stack([columns[each] for each in Part], dim=1)
+        parts = known.clone()
+        parts[:, Part.KEY] = keys
+        return parts
 
     def header(self, sender: int, step: int, status: Status = Status.KEPT) -> list[int]:
         """The four int64 words that open a payload."""
@@ -146,7 +141,7 @@ class GroupLayout:
     def decode(
         self,
         payloads: Tensor,
-        order: Sequence[int],
+        order: tuple[int, ...],
         keys: Tensor,
         slices: Tensor,
         pool: BufferPool,
@@ -162,16 +157,15 @@ class GroupLayout:
             pool: of buffers.
             levels: the learned levels, if any.
         """
-        ranks = torch.arange(len(order))
-        parts = self.parts(ranks, keys, buffers=ranks, payloads=torch.tensor(order).argsort())
+        parts = self.parts(gathered(order), keys)
         pruned = self.pruned
         if pruned is None:
             ops.decode_all(payloads, self.tables, parts, slices, levels)
             return
-        for some in ranks.split(pruned.at_once):
-            first, num = int(some[0]), len(some)
+        for first in range(0, len(parts), pruned.at_once):
+            chosen = parts[first : first + pruned.at_once]
+            num = len(chosen)
             room = pool.take("room", num * pruned.width, slices.device).view(num, pruned.width)
-            chosen = parts[first : first + num]
             chosen[:, Part.BUFFER] -= first
             ops.decode_all(payloads, self.tables, chosen, room, levels)
             pruned.expand(room, first, slices[first : first + num])

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from qsdp.codec.random_numbers import Direction, Stage, fold_all
+from qsdp.comm.routes import Route
+
+
+@lru_cache
+def _everyone(num_ranks: int) -> tuple[Tensor, Tensor]:
+    """The ends of a gather, which has no receiver of its own."""
+    return torch.arange(num_ranks), torch.zeros(1, dtype=torch.int64)
 
 
 class Clock:
@@ -23,7 +31,8 @@ class Clock:
         self.step = 0
         self._reduced = False
         self._occurrences: Counter[int] = Counter()
-        self._made: dict[Direction, tuple[tuple[int, int, int], Tensor]] = {}
+        self._made: dict[tuple[int, ...], tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+        self._made_at = seed, self.step
 
     @property
     def next_step(self) -> int:
@@ -50,30 +59,36 @@ class Clock:
 
     def gather_keys(self, num_ranks: int) -> Tensor:
         """int64 [ranks], by the rank in the shard group: replicas decode the same weights."""
-        return self._keys_of_gathers(self.step, Direction.GATHER, num_ranks)
+        return self._once_a_step(self.step, Direction.GATHER, Stage.FLAT, 0, _everyone(num_ranks))
 
     def frozen_keys(self, num_ranks: int) -> Tensor:
         """Of weights that are sent once for all steps."""
-        return self._keys_of_gathers(0, Direction.FROZEN, num_ranks)
+        return self._once_a_step(0, Direction.FROZEN, Stage.FLAT, 0, _everyone(num_ranks))
 
-    def reduce_keys(
-        self, stage: Stage, occurrence: int, senders: Tensor, receivers: Tensor
+    def reduce_keys(self, stage: Stage, occurrence: int, route: Route) -> Tensor:
+        """int64 [payloads]. Senders are global ranks: every replica rounds for itself; receivers
+        are ranks of the shard group, the rows' owners."""
+        ends = route.senders, route.owners
+        return self._once_a_step(self.step, Direction.REDUCE, stage, occurrence, ends)
+
+    def _once_a_step(
+        self,
+        step: int,
+        direction: Direction,
+        stage: Stage,
+        occurrence: int,
+        ends: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """int64 [payloads]. ``senders``, int64 [payloads] or [1], are global ranks: every replica
-        rounds for itself. ``receivers`` are the ranks in the shard group of the rows' owners."""
-        seed, step = self.seed, self.step
-        return fold_all(seed, step, Direction.REDUCE, stage, occurrence, senders, receivers)
-
-    def _keys_of_gathers(self, step: int, direction: Direction, num_ranks: int) -> Tensor:
-        # All groups have the same in a step.
-        now = (self.seed, step, num_ranks)
-        made_for, keys = self._made.get(direction, (None, None))
-        if keys is None or made_for != now:
-            ranks = torch.arange(num_ranks)
-            nobody = torch.zeros(1, dtype=torch.int64)
-            keys = fold_all(self.seed, step, direction, Stage.FLAT, 0, ranks, nobody)
-            self._made[direction] = now, keys
-        return keys
+        """The keys of payloads of ``ends``, senders and receivers: all groups have the same."""
+        now = self.seed, self.step
+        if self._made_at != now:
+            self._made_at = now
+            self._made.clear()
+        key = direction, stage, occurrence, *map(id, ends)
+        if key not in self._made:
+            keys = fold_all(self.seed, step, direction, stage, occurrence, *ends)
+            self._made[key] = keys, ends  # which keeps their ids theirs
+        return self._made[key][0]
 
     def state_dict(self) -> dict[str, int]:
         return {"seed": self.seed, "step": self.step, "reduced": int(self._reduced)}

@@ -18,6 +18,7 @@ from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers
 from qsdp.comm.late_reduce import SetsDiffer
+from qsdp.comm.routes import received, sent
 from qsdp.comm.transport import as_bytes
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import collective
@@ -49,8 +50,8 @@ def exchanges_of(
     exchanges, rows = [], tuple(range(plan.world_size))
     for each in plan.stages:
         layout = plan.reduce(with_grad, dtype, wire.least_bits, each.is_in_node)
-        over = group if each.group is plan.group else each.group
-        owned = tuple(rows[place :: each.size] for place in range(each.size))
+        over, size = group if each.group is plan.group else each.group, each.size
+        owned = tuple(rows[place::size] for place in range(size))
         exchanges.append(Exchange(layout, each.stage, over, owned))
         rows, dtype = owned[over.rank()], torch.float32
     return exchanges
@@ -140,56 +141,43 @@ def _take(
     values, device = rows.values, rows.values.device
     size, width, step = layout.payload_bytes, len(owned[me]), wire.clock.step
     levels = wire.level_values
-    peers = torch.tensor([rank for rank in range(num_ranks) if rank != me])
-    global_ranks = dist.get_process_group_ranks(group)
+    global_ranks = tuple(dist.get_process_group_ranks(group))
 
     def take(purpose: str, num_bytes: int) -> Tensor:
         return wire.buffers.take(f"{purpose} {slot}", num_bytes, device)
 
-    sent = take("send", len(peers) * width * size)
-    received = take("receive", len(peers) * width * size)
+    to_send = sent(rows.owners, me, global_ranks)
+    num_bytes = len(to_send.payloads) * size
+    outgoing, incoming = take("send", num_bytes), take("receive", num_bytes)
     header = layout.header(global_ranks[me], step, status)
-    # Of peer p are the rows p, p + num_ranks, ...
-    to_send = (peers[:, None] + num_ranks * torch.arange(width)).flatten()
-    owners = torch.tensor(rows.owners)
-    sender = torch.tensor([global_ranks[me]])
-    keys = wire.clock.reduce_keys(stage, occurrence, sender, owners[to_send])
-    numbers = torch.arange(len(to_send))
-    parts = layout.parts(owners[to_send], keys, buffers=to_send, payloads=numbers)
+    parts = layout.parts(to_send, wire.clock.reduce_keys(stage, occurrence, to_send))
     with wire.times.measure("reduce", "encode", device):
-        payloads = sent.view(-1, size)
-        ops.encode_all(values.view(torch.uint8), layout.tables, parts, header, payloads, levels)
-    for row in to_send.tolist() if wire.meters else ():
+        given, payloads = values.view(torch.uint8), outgoing.view(-1, size)
+        ops.encode_all(given, layout.tables, parts, header, payloads, levels)
+    for row in to_send.buffers.tolist() if wire.meters else ():
         wire.observe(layout.table(rows.owners[row]), values[row])
 
     splits = [width * size if rank != me else 0 for rank in range(num_ranks)]
     with collective("reduce", plan.names, step), wire.times.measure("reduce", "wire", device):
-        arrival = transport.all_to_all(received, sent, splits, splits, group)
+        arrival = transport.all_to_all(incoming, outgoing, splits, splits, group)
     own = values[me::num_ranks]
     if keeps:
         own = take("own rows", own.nbytes).view(own.dtype).view_as(own).copy_(own)
-    rows.owners = owned[me]
-    del values
-    rows.values = own
-    senders = torch.tensor(global_ranks)[peers].repeat_interleave(width)
-    mine = torch.tensor(owned[me]).repeat(len(peers))
-    parts = layout.parts(
-        mine,
-        wire.clock.reduce_keys(stage, occurrence, senders, mine),
-        buffers=torch.arange(width).repeat(len(peers)),
-        payloads=numbers,
-        adds=peers.repeat_interleave(width) > 0,
-    )
+    rows.values, rows.owners = own, owned[me]
+    del values, given, own
+    to_add = received(owned[me], me, global_ranks)
+    parts = layout.parts(to_add, wire.clock.reduce_keys(stage, occurrence, to_add))
     yield
     with collective("reduce", plan.names, step), wire.times.measure("reduce", "wire", device):
         seen = arrival.wait()
-    wire.traffic.sent("reduce", senders[::width].tolist(), width * size)
-    status = check_headers(seen, layout, senders.tolist(), step, plan, status)
+    senders = to_add.senders.tolist()
+    wire.traffic.sent("reduce", senders[::width], width * size)
+    status = check_headers(seen, layout, senders, step, plan, status)
 
     shape = rows.values.shape
     memory = take(f"sums {stage.name}", 4 * shape.numel()) if output is None else as_bytes(output)
     sums = memory.view(torch.float32).view(shape)
-    payloads = received.view(-1, size)
+    payloads = incoming.view(-1, size)
     with wire.times.measure("reduce", "decode", device):
         for some, is_before in ((parts[: me * width], True), (parts[me * width :], False)):
             ops.decode_all(payloads, layout.fp32_tables, some, sums.view(torch.uint8), levels)
