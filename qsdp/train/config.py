@@ -90,15 +90,11 @@ class TrainConfig:
 
         Raises TypeError for a name that no setting has.
         """
-        homes = {name: key for key, group in all_groups().items() for name in names_of(group)}
-        if odd := settings.keys() - homes.keys():
+        if odd := settings.keys() - setting_types().keys():
             raise TypeError(f"there is no setting {sorted(odd)[0]!r}; see `setting_types`")
-        parts = {
-            key: group(**{name: settings[name] for name in names_of(group) if name in settings})
-            for key, group in all_groups().items()
-        }
+        parts: dict[str, Any] = groups_of(settings)
         methods = tuple(parts.pop(key) for key in method_classes())
-        return cls(**parts, methods=methods)  # type: ignore[arg-type]
+        return cls(**parts, methods=methods)
 
     def changed(self, **settings: Any) -> Self:
         """The same run but for these settings, by the names of their flags."""
@@ -200,6 +196,15 @@ def all_groups() -> dict[str, type[Flags]]:
 def names_of(group: type[Flags]) -> list[str]:
     """The names of a group's settings."""
     return [field.name for field in fields(group)]
+
+
+def groups_of(settings: Mapping[str, Any]) -> dict[str, Flags]:
+    """All groups, by their names, with what they have of ``settings``; the others are as by
+    default."""
+    return {
+        key: group(**{name: settings[name] for name in names_of(group) if name in settings})
+        for key, group in all_groups().items()
+    }
 
 
 @cache
