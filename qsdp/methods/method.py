@@ -79,11 +79,7 @@ class Method(Flags):
 
     def identity(self) -> dict[str, Any]:
         """The settings that change a run's numbers, as JSON holds them, but for the schedule's."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in self.values().items()
-            if value is not None and name not in self.OF_THE_SCHEDULE
-        }
+        return {n: value for n, value in self.stored().items() if n not in self.OF_THE_SCHEDULE}
 
     def schedule(self, steps: int) -> Any:
         """When masks change in a run of ``steps``, as a dataclass; None where there are none."""

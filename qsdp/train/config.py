@@ -155,7 +155,7 @@ class TrainConfig:
         the schedule of masks."""
         method = self.method
         kept = {"eval_every"} if method.IS_TIMED_BY_VALIDATION else set()
-        found = _stored(self.run.values() | self.output.values() | self.compression.values())
+        found = self.run.stored() | self.output.stored() | self.compression.stored()
         found = {n: v for n, v in found.items() if n not in {*_RECORDS} - kept}
         # What was given in two ways may be the same.
         found["min_lr"] = self.run.last_lr
@@ -173,7 +173,8 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """All settings by their names, `out` resolved, as JSON and TOML can hold them; unset ones
         are left out."""
-        return _stored(self.settings()) | {"out": str(self.out_dir)}
+        stored = {n: value for group in self._groups() for n, value in group.stored().items()}
+        return stored | {"out": str(self.out_dir)}
 
     def to_toml(self) -> str:
         """A file that --config reads back as this configuration, but for `resume`, whose `none`
@@ -213,11 +214,3 @@ def setting_types() -> dict[str, Any]:
     groups = all_groups().values()
     hints = [(group, get_type_hints(group)) for group in groups]
     return {name: types[name] for group, types in hints for name in names_of(group)}
-
-
-def _stored(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in settings.items()
-        if value is not None
-    }
