@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from qsdp.common.flags import Flags, flag
@@ -174,10 +173,6 @@ class TrainingRun(Protocol):
 
     @property
     def steps_done(self) -> int: ...
-
-    @property
-    def out(self) -> Path:
-        """The folder of results."""
 
     def validation_loss(self) -> float:
         """Of the exact weights, in nats a token."""
