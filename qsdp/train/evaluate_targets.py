@@ -18,7 +18,7 @@ from qsdp.data.batches import eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.data.token_shards import TokenRange, Tokens
 from qsdp.oneshot.in_memory import compressed
-from qsdp.oneshot.registry import DEFAULT, solver_of
+from qsdp.oneshot.registry import by_method, solver_of
 from qsdp.report.plots import may_fail, write_target_plot
 from qsdp.report.record import Losses
 from qsdp.report.summary import label
@@ -196,7 +196,7 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
         markup=False,
         soft_wrap=True,
     )
-    by = _by(results["method"])
+    by = by_method(results["method"])
     title = f"{name} loss after one-shot compression{by}, {results['tokens']:,} tokens"
     table = Table(title=title)
     table.add_column("weights")
@@ -243,10 +243,5 @@ def _name(results: dict[str, Any], target: str | None) -> str:
     if target is not None:
         return label(target)
     compressed_to = results["compressed_to"]
-    by = _by(results["compressed_by"])
+    by = by_method(results["compressed_by"])
     return "dense" if compressed_to is None else f"exported at {compressed_to}{by}"
-
-
-def _by(method: str | None) -> str:
-    """Who compressed a model, where it was another one than by default."""
-    return "" if method in (None, DEFAULT) else f" by {method}"
