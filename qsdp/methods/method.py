@@ -140,13 +140,18 @@ class Companion:
         too; once more, with the same weights, where a finished run is told to write its results
         again."""
 
-    def results(self) -> dict[str, Any]:
-        """What it adds to summary.json as the run ends: losses of kept models as NAME_val_loss."""
-        return {}
+    def outcome(self) -> Outcome:
+        """What came of it, as the run ends."""
+        return Outcome()
 
-    def remark(self) -> str | None:
-        """What the run says of it in the end."""
-        return None
+
+class Outcome(NamedTuple):
+    """What came of what a method did beside the steps."""
+
+    results: Mapping[str, Any] = {}
+    """What is added to summary.json: losses of kept models as NAME_val_loss."""
+    remark: str | None = None
+    """What the run says of it in the end, on rank 0."""
 
 
 class KeptModel(Protocol):
