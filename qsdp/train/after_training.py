@@ -107,7 +107,7 @@ def finish(job: Job, companion: Companion, history: History) -> bool:
         # First what needs no disk.
         print_summary(Console(), summary)
         if outcome.remark is not None:
-            print(outcome.remark)
+            job.say(outcome.remark)
         job.check_lock()
         may_fail(f"the plots in {job.out / 'plots'}", draw)
         _write_summary(job, summary)

@@ -11,9 +11,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 import qsdp
 from qsdp.common.atomic_files import finite, write_json
+from qsdp.common.printing import printable
 from qsdp.data.batches import eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.data.token_shards import TokenRange, Tokens
@@ -190,12 +192,8 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
     rows = results["results"]
     is_test = results["split"] == "test"
     name = "Test" if is_test else "Validation"
-    console.print(
-        f"{results['source']}, step {results['step']}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    source = Text(printable(f"{results['source']}, step {results['step']}"))
+    console.print(source, soft_wrap=True)
     by = by_method(results["method"])
     title = f"{name} loss after one-shot compression{by}, {results['tokens']:,} tokens"
     table = Table(title=title)
@@ -207,7 +205,8 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
         loss = row["loss"]
         is_known = loss is not None and dense is not None
         table.add_row(
-            _name(results, row["target"]),
+            # An export may be another's, who had it say what he liked.
+            Text(printable(_name(results, row["target"]))),
             "not finite" if loss is None else f"{loss:.4f}",
             f"{loss - dense:+.4f}" if is_known and row is not rows[0] else "",
             "not finite" if row["perplexity"] is None else f"{row['perplexity']:,.3f}",
