@@ -168,7 +168,8 @@ def _parse_flags(argv: Sequence[str] | None, defaults: dict[str, Any]) -> dict[s
             args=argv,
             description=_ABOUT,
             registry=registry,
-            config=(tyro.conf.OmitArgPrefixes,),
+            # Of each group tyro would look for a comment in the source of a class that has none.
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
         )
     )
     return {k: v for key in filled for k, v in getattr(found, key).values().items()}
