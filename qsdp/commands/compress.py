@@ -15,7 +15,7 @@ from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
 from qsdp.common.allocator import return_freed_memory
 from qsdp.common.user_errors import UserError, sentence
-from qsdp.oneshot.registry import DEFAULT, SOLVERS, check
+from qsdp.oneshot.registry import SOLVERS, by_method, chosen_method
 from qsdp.sparsity.compression_target import Compression
 
 _GIB = 1 << 30
@@ -69,17 +69,9 @@ class CompressFlags:
     @property
     def chosen_method(self) -> str:
         """Raises ValueError for one that cannot be, and where it would have nothing to do."""
-        if self.method is None:
-            return DEFAULT
-        try:
-            check(self.method)
-        except ValueError as error:
-            raise ValueError(f"--{error}") from None
-        if not self.target.fraction and self.target.bits is None:
-            raise ValueError(
-                f"--method {self.method} has nothing to do where --sparsity is 0; leave it out"
-            )
-        return self.method
+        is_idle = not self.target.fraction and self.target.bits is None
+        idle = "where --sparsity is 0; leave it out" if is_idle else None
+        return chosen_method(self.method, idle=idle)
 
     @property
     def target(self) -> Compression:
@@ -166,7 +158,7 @@ def _compress(flags: CompressFlags) -> None:
             file_bytes=round(flags.max_file_gib * _GIB),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    by = "" if flags.chosen_method == DEFAULT else f" by {flags.chosen_method}"
+    by = by_method(flags.chosen_method)
     console.print(
         f"{source.path} compressed to {flags.target}{by}: {_zeros(facts, 'prunable')} of the "
         f"prunable weights, {_zeros(facts, 'model')} of all are 0; the model is in {flags.out}",

@@ -35,7 +35,7 @@ def parse(argv: Sequence[str] | None = None) -> EvaluateFlags:
     try:
         _ = flags.chosen_method
     except ValueError as error:
-        raise UserError(f"--{error}.") from None
+        raise UserError(f"{error}.") from None
     if flags.split not in SPLITS:
         raise UserError(f"--split is {flags.split!r}; choose val or test.")
     if flags.eval_batches is not None and not 0 <= flags.eval_batches < 1 << 40:

@@ -22,7 +22,7 @@ from qsdp.methods.registry import (
     replaced,
 )
 from qsdp.models.registry import presets
-from qsdp.train.config import TrainConfig, all_groups, names_of
+from qsdp.train.config import TrainConfig, groups_of, names_of
 from qsdp.train.config_file import FILE_TYPES, LISTS, OR_AUTO, file_types, read_config_file
 from qsdp.train.run_flags import RunFlags
 from qsdp.train.wire_flags import AUTO, BITS_OF_ONE_DIRECTION, CHOSEN, WireFlags
@@ -147,11 +147,7 @@ def _parse_flags(argv: Sequence[str] | None, defaults: dict[str, Any]) -> dict[s
             ],
         )
 
-    groups = all_groups()
-    filled = {
-        key: group(**{name: defaults[name] for name in names_of(group) if name in defaults})
-        for key, group in groups.items()
-    }
+    filled = groups_of(defaults)
     told = "TOML file of these settings, as written to OUT/config.toml; flags win over it."
     command = make_dataclass(
         "CommandLine",
@@ -161,7 +157,7 @@ def _parse_flags(argv: Sequence[str] | None, defaults: dict[str, Any]) -> dict[s
                 Annotated[Path | None, tyro.conf.arg(help=told)],
                 field(default=None),
             ),
-            *((key, group, field(default=filled[key])) for key, group in groups.items()),
+            *((key, type(group), field(default=group)) for key, group in filled.items()),
         ],
         kw_only=True,
         frozen=True,
@@ -172,10 +168,11 @@ def _parse_flags(argv: Sequence[str] | None, defaults: dict[str, Any]) -> dict[s
             args=argv,
             description=_ABOUT,
             registry=registry,
-            config=(tyro.conf.OmitArgPrefixes,),
+            # Of each group tyro would look for a comment in the source of a class that has none.
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
         )
     )
-    return {k: v for key in groups for k, v in getattr(found, key).values().items()}
+    return {k: v for key in filled for k, v in getattr(found, key).values().items()}
 
 
 def one_sentence(read_flags: Callable[[], T]) -> T:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -30,6 +31,7 @@ from qsdp.comm import transport
 from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
 from qsdp.common.dtypes import TORCH_DTYPES, DType
+from qsdp.common.printing import printable
 from qsdp.common.rounding import Rounding
 from qsdp.common.user_errors import UserError
 from qsdp.config import CODED_BITS
@@ -91,7 +93,9 @@ def _run(world: World) -> int:
         all_hold &= not bad
         result = "[red]failed" if bad else "[green]holds"
         seconds = f"{time.perf_counter() - start:.1f}"
-        table.add_row(name, result, seconds, "; ".join(bad[:3]) if bad else seen)
+        # Errors of torch have paths in brackets, which would be markup.
+        told = Text(printable("; ".join(bad[:3]) if bad else seen))
+        table.add_row(name, result, seconds, told)
     if world.is_main:
         console = Console()
         console.print(table)

@@ -20,6 +20,14 @@ class Flags:
         """All fields, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def stored(self) -> dict[str, Any]:
+        """The fields that are set, by name, as JSON and TOML can hold them."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in self.values().items()
+            if value is not None
+        }
+
     def require(self, name: str, holds: bool, allowed: str) -> None:
         """Raise ValueError, which says what is ``allowed``, unless the field's value ``holds``."""
         if not holds:

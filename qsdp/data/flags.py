@@ -21,6 +21,11 @@ class DataFlags(Flags):
     a text file, and the folder's own for token shards."""
 
     @property
+    def chosen_tokenizer(self) -> str | None:
+        """The tokenizer that the data is read with, as `load_corpus` takes it."""
+        return "byte" if self.tokenizer is None and self.data == "stdlib" else self.tokenizer
+
+    @property
     def identity(self) -> dict[str, str | None]:
         """What tells inputs apart, wherever the run is started from."""
         return {

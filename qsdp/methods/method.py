@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from qsdp.common.flags import Flags, flag
@@ -79,11 +78,7 @@ class Method(Flags):
 
     def identity(self) -> dict[str, Any]:
         """The settings that change a run's numbers, as JSON holds them, but for the schedule's."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in self.values().items()
-            if value is not None and name not in self.OF_THE_SCHEDULE
-        }
+        return {n: value for n, value in self.stored().items() if n not in self.OF_THE_SCHEDULE}
 
     def schedule(self, steps: int) -> Any:
         """When masks change in a run of ``steps``, as a dataclass; None where there are none."""
@@ -145,13 +140,18 @@ class Companion:
         too; once more, with the same weights, where a finished run is told to write its results
         again."""
 
-    def results(self) -> dict[str, Any]:
-        """What it adds to summary.json as the run ends: losses of kept models as NAME_val_loss."""
-        return {}
+    def outcome(self) -> Outcome:
+        """What came of it, as the run ends."""
+        return Outcome()
 
-    def remark(self) -> str | None:
-        """What the run says of it in the end."""
-        return None
+
+class Outcome(NamedTuple):
+    """What came of what a method did beside the steps."""
+
+    results: Mapping[str, Any] = {}
+    """What is added to summary.json: losses of kept models as NAME_val_loss."""
+    remark: str | None = None
+    """What the run says of it in the end, on rank 0."""
 
 
 class KeptModel(Protocol):
@@ -178,10 +178,6 @@ class TrainingRun(Protocol):
 
     @property
     def steps_done(self) -> int: ...
-
-    @property
-    def out(self) -> Path:
-        """The folder of results."""
 
     def validation_loss(self) -> float:
         """Of the exact weights, in nats a token."""

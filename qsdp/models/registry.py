@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from qsdp.common.registered import held_by
@@ -14,11 +15,13 @@ FAMILIES = {
 }
 DEFAULT_PRESET = "nano"
 
+_SOME_VOCABULARY = 256
+
 
 def families() -> dict[str, ModelSpec[Any]]:
     """All families by name. Raises ValueError for one that is none, if two have a preset, a class
-    of sizes or a type in the transformers library in common, or one trains a preset that it does
-    not have."""
+    of sizes or a type in the transformers library in common, one trains a preset that it does not
+    have, or a preset makes no size."""
     found: dict[str, ModelSpec[Any]] = {}
     owners: dict[tuple[str, object], str] = {}
     for name, module in FAMILIES.items():
@@ -46,8 +49,22 @@ def families() -> dict[str, ModelSpec[Any]]:
                 f"The family {name} says how {sorted(strange)} are trained, but has no such "
                 f"presets: name some of {list(family.presets)}."
             )
+        for preset in family.presets:
+            _check_preset(name, family, preset)
         found[name] = family
     return found
+
+
+def _check_preset(name: str, family: ModelSpec[Any], preset: str) -> None:
+    """Raise ValueError for a preset that lacks a field, or has one too many."""
+    try:
+        with suppress(ValueError):  # which tells of a value, and may like another vocabulary
+            family.size_of_preset(preset, _SOME_VOCABULARY)
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"The preset {preset} of the family {name} makes no {family.sizes.__name__} ({error}): "
+            "give it all fields that have no default, but vocab_size, and no others."
+        ) from None
 
 
 def presets() -> dict[str, dict[str, Any]]:

@@ -77,7 +77,8 @@ class TransformersForm(ABC, Generic[S]):
     def size(self, settings: Mapping[str, Any], path: Path) -> S:
         """The size that the settings of a config.json describe, dropout left out.
 
-        Raises ValueError, naming `path`, for a model whose function ours does not compute.
+        Raises ValueError, naming `path`, for a model whose function ours does not compute, and
+        KeyError for a setting that is missing.
         """
 
     @abstractmethod

@@ -19,6 +19,33 @@ def check(method: str) -> None:
         raise ValueError(f"method is {method!r}; choose one of {', '.join(SOLVERS)}")
 
 
+def chosen_method(given: str | None, *, idle: str | None) -> str:
+    """The solver of a command: the one ``given`` as --method, or the default.
+
+    Args:
+        given: None where it is unset.
+        idle: Where a solver has nothing to do, in words; None where it has something.
+
+    Raises:
+        ValueError: For a name that no solver has, and for one that is given to do nothing.
+    """
+    if given is None:
+        return DEFAULT
+    try:
+        check(given)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+    if idle is not None:
+        raise ValueError(f"--method {given} has nothing to do {idle}")
+    return given
+
+
+def by_method(method: str | None) -> str:
+    """Who compressed a model, for the end of a phrase: nothing where it was the default, or nobody
+    as with None."""
+    return "" if method in (None, DEFAULT) else f" by {method}"
+
+
 def solver_of(method: str, *, has_tokens: bool = False) -> Solver:
     """The solver of that name.
 

@@ -40,7 +40,7 @@ def finish(job: Job, companion: Companion, history: History) -> bool:
         return False
     companion.after_validation(job.steps_done, val_loss)
     sparsity = job.evaluator.sparsity()
-    kept = companion.results()
+    outcome = companion.outcome()
     sample = job.evaluator.sample()
     last_other = job.world.sum((job.wire.total() - before).other_bytes)[0] / job.world.size
     peak = job.world.sum(matmul_flops_per_s(job.world.device, job.config.run.precision))[0]
@@ -56,7 +56,7 @@ def finish(job: Job, companion: Companion, history: History) -> bool:
     all_of_it = {
         "val_loss": val_loss,
         "val_loss_quantized": quantized,
-        **kept,
+        **outcome.results,
         "one_shot": one_shot,
         "method": config.method.NAME,
         "sparsity": sparsity,
@@ -106,8 +106,8 @@ def finish(job: Job, companion: Companion, history: History) -> bool:
     def write() -> None:
         # First what needs no disk.
         print_summary(Console(), summary)
-        if (remark := companion.remark()) is not None:
-            print(remark)
+        if outcome.remark is not None:
+            job.say(outcome.remark)
         job.check_lock()
         may_fail(f"the plots in {job.out / 'plots'}", draw)
         _write_summary(job, summary)

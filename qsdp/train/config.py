@@ -90,15 +90,11 @@ class TrainConfig:
 
         Raises TypeError for a name that no setting has.
         """
-        homes = {name: key for key, group in all_groups().items() for name in names_of(group)}
-        if odd := settings.keys() - homes.keys():
+        if odd := settings.keys() - setting_types().keys():
             raise TypeError(f"there is no setting {sorted(odd)[0]!r}; see `setting_types`")
-        parts = {
-            key: group(**{name: settings[name] for name in names_of(group) if name in settings})
-            for key, group in all_groups().items()
-        }
+        parts: dict[str, Any] = groups_of(settings)
         methods = tuple(parts.pop(key) for key in method_classes())
-        return cls(**parts, methods=methods)  # type: ignore[arg-type]
+        return cls(**parts, methods=methods)
 
     def changed(self, **settings: Any) -> Self:
         """The same run but for these settings, by the names of their flags."""
@@ -159,7 +155,7 @@ class TrainConfig:
         the schedule of masks."""
         method = self.method
         kept = {"eval_every"} if method.IS_TIMED_BY_VALIDATION else set()
-        found = _stored(self.run.values() | self.output.values() | self.compression.values())
+        found = self.run.stored() | self.output.stored() | self.compression.stored()
         found = {n: v for n, v in found.items() if n not in {*_RECORDS} - kept}
         # What was given in two ways may be the same.
         found["min_lr"] = self.run.last_lr
@@ -177,7 +173,8 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """All settings by their names, `out` resolved, as JSON and TOML can hold them; unset ones
         are left out."""
-        return _stored(self.settings()) | {"out": str(self.out_dir)}
+        stored = {n: value for group in self._groups() for n, value in group.stored().items()}
+        return stored | {"out": str(self.out_dir)}
 
     def to_toml(self) -> str:
         """A file that --config reads back as this configuration, but for `resume`, whose `none`
@@ -202,17 +199,18 @@ def names_of(group: type[Flags]) -> list[str]:
     return [field.name for field in fields(group)]
 
 
+def groups_of(settings: Mapping[str, Any]) -> dict[str, Flags]:
+    """All groups, by their names, with what they have of ``settings``; the others are as by
+    default."""
+    return {
+        key: group(**{name: settings[name] for name in names_of(group) if name in settings})
+        for key, group in all_groups().items()
+    }
+
+
 @cache
 def setting_types() -> dict[str, Any]:
     """The type of each setting, by its name."""
     groups = all_groups().values()
     hints = [(group, get_type_hints(group)) for group in groups]
     return {name: types[name] for group, types in hints for name in names_of(group)}
-
-
-def _stored(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in settings.items()
-        if value is not None
-    }

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from qsdp.oneshot.registry import DEFAULT, SOLVERS, check
+from qsdp.oneshot.registry import SOLVERS, chosen_method
 from qsdp.sparsity.compression_target import Compression
 from qsdp.train.run_flags import RunFlags
 
@@ -78,9 +78,5 @@ class EvaluateFlags:
     @property
     def chosen_method(self) -> str:
         """Raises ValueError for one that cannot be, and where it would have nothing to do."""
-        if self.method is None:
-            return DEFAULT
-        check(self.method)
-        if self.targets == "none":
-            raise ValueError(f"method {self.method} has nothing to do with --targets none")
-        return self.method
+        idle = "with --targets none" if self.targets == "none" else None
+        return chosen_method(self.method, idle=idle)

@@ -11,14 +11,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 import qsdp
 from qsdp.common.atomic_files import finite, write_json
+from qsdp.common.printing import printable
 from qsdp.data.batches import eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.data.token_shards import TokenRange, Tokens
 from qsdp.oneshot.in_memory import compressed
-from qsdp.oneshot.registry import DEFAULT, solver_of
+from qsdp.oneshot.registry import by_method, solver_of
 from qsdp.report.plots import may_fail, write_target_plot
 from qsdp.report.record import Losses
 from qsdp.report.summary import label
@@ -190,13 +192,9 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
     rows = results["results"]
     is_test = results["split"] == "test"
     name = "Test" if is_test else "Validation"
-    console.print(
-        f"{results['source']}, step {results['step']}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    by = _by(results["method"])
+    source = Text(printable(f"{results['source']}, step {results['step']}"))
+    console.print(source, soft_wrap=True)
+    by = by_method(results["method"])
     title = f"{name} loss after one-shot compression{by}, {results['tokens']:,} tokens"
     table = Table(title=title)
     table.add_column("weights")
@@ -207,7 +205,8 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
         loss = row["loss"]
         is_known = loss is not None and dense is not None
         table.add_row(
-            _name(results, row["target"]),
+            # An export may be another's, who had it say what he liked.
+            Text(printable(_name(results, row["target"]))),
             "not finite" if loss is None else f"{loss:.4f}",
             f"{loss - dense:+.4f}" if is_known and row is not rows[0] else "",
             "not finite" if row["perplexity"] is None else f"{row['perplexity']:,.3f}",
@@ -243,10 +242,5 @@ def _name(results: dict[str, Any], target: str | None) -> str:
     if target is not None:
         return label(target)
     compressed_to = results["compressed_to"]
-    by = _by(results["compressed_by"])
+    by = by_method(results["compressed_by"])
     return "dense" if compressed_to is None else f"exported at {compressed_to}{by}"
-
-
-def _by(method: str | None) -> str:
-    """Who compressed a model, where it was another one than by default."""
-    return "" if method in (None, DEFAULT) else f" by {method}"

@@ -130,15 +130,15 @@ def make_optimizer(config: TrainConfig, model: LanguageModel) -> torch.optim.Opt
 
     Raises ValueError where the model cannot be compressed as asked.
     """
+    run = config.run
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [
-        {"params": matrices, "weight_decay": config.run.weight_decay},
+        {"params": matrices, "weight_decay": run.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     # One launch for many tensors: DTensors one by one take longer than their arithmetic.
-    base = torch.optim.AdamW(groups, lr=config.run.lr, betas=(0.9, config.run.beta2), fused=True)
-    run = config.run
+    base = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, run.beta2), fused=True)
     settings = RunSettings(
         steps=run.steps,
         seed=run.seed,

@@ -53,7 +53,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     lock = _take_folder(config, world, held)
     world.together(lambda: check_replicas(config, world))
     world.together(lambda: check_nodes(config, world))
-    corpus = world.together(lambda: _load_corpus(config))
+    corpus = world.together(lambda: load_corpus(config.data.data, config.data.chosen_tokenizer))
     data = agree_on_data(corpus, world)
     size = world.together(lambda: model_config(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))
@@ -199,13 +199,6 @@ def _take_folder(config: TrainConfig, world: World, held: ExitStack) -> Lock | N
 
     world.together(see)
     return lock
-
-
-def _load_corpus(config: TrainConfig) -> Corpus:
-    tokenizer = config.data.tokenizer
-    if tokenizer is None and config.data.data == "stdlib":
-        tokenizer = "byte"
-    return load_corpus(config.data.data, tokenizer)
 
 
 def _make_batches(config: TrainConfig, world: World, corpus: Corpus) -> Batches:

@@ -48,8 +48,7 @@ class Source:
         stored = self.path / "tokenizer.json"
         if self.has_tokenizer and stored.is_file():
             return str(stored)
-        is_stdlib = self.config.data.tokenizer is None and self.config.data.data == "stdlib"
-        return "byte" if is_stdlib else self.config.data.tokenizer
+        return self.config.data.chosen_tokenizer
 
     def load(self, model: nn.Module) -> None:
         """Fill a sharded `model`. A collective for a checkpoint; raises ValueError."""

@@ -175,10 +175,9 @@ class WireFlags(Flags):
 
     def _details(self) -> dict[str, Any]:
         """The flags that were given, those of bits for all parameters left out."""
-        values = {field.name: getattr(self, field.name) for field in fields(WireFlags)}
         return {
             name: value
-            for name, value in values.items()
+            for name, value in self.values().items()
             if value is not None and value is not False and name not in _BITS
         }
 

@@ -96,6 +96,19 @@ def test_the_losses_are_those_of_the_run(
     assert "50% pruned" in capfd.readouterr().out
 
 
+def test_what_an_export_says_of_itself_steers_no_terminal(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    row = {"target": None, "loss": 1.0, "perplexity": 2.0, "zeros": {"prunable": 0.0, "model": 0.0}}
+    results = {"source": "there\x1b[2J", "compressed_to": "2:4[/]", "compressed_by": "me\x1b[31m"}
+    results |= {"method": None, "step": 3, "split": "val", "tokens": 8, "results": [row]}
+    evaluate_targets._report(results | {"tokens_seen_in_validation": 0}, None)
+    printed = capfd.readouterr().out
+    assert "\x1b" not in printed
+    assert "there\ufffd[2J, step 3\n" in printed
+    assert "2:4[/]" in printed
+
+
 @pytest.mark.parametrize("flags", ["--sparsity 0.5", "--pattern 2:4", "--bits 4"])
 def test_the_loss_of_an_export_is_the_one_shot_loss_of_the_run(
     folder: Path, tmp_path: Path, flags: str, capfd: pytest.CaptureFixture[str]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from qsdp.commands import train
-from qsdp.methods.method import Companion, Method, TrainingRun
+from qsdp.methods.method import Companion, Method, Outcome, TrainingRun
 from tests.support.bad_inputs import TEXT
 
 pytestmark = pytest.mark.usefixtures("world_of_one", "brief_ends", "no_peak")
 
 
-def test_a_companion_hears_of_every_validation_before_it_is_asked_for_results(
+def test_a_companion_hears_of_every_validation_before_it_is_asked_for_its_outcome(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     heard: list[tuple[int, float]] = []
@@ -28,11 +27,9 @@ def test_a_companion_hears_of_every_validation_before_it_is_asked_for_results(
             assert self.run.steps_done == steps_done
             heard.append((steps_done, loss))
 
-        def results(self) -> dict[str, Any]:
-            return {"best_val_loss": min(loss for _, loss in heard), "heard": len(heard)}
-
-        def remark(self) -> str:
-            return f"Heard {len(heard)} times"
+        def outcome(self) -> Outcome:
+            results = {"best_val_loss": min(loss for _, loss in heard), "heard": len(heard)}
+            return Outcome(results, f"Heard {len(heard)} times")
 
     monkeypatch.setattr(Method, "companion", lambda method, run: Listener(run))
     (tmp_path / "text.txt").write_text(TEXT)

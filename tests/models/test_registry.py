@@ -77,6 +77,29 @@ def test_what_two_families_would_share_is_refused(
         registry.presets()
 
 
+@dataclass(frozen=True, kw_only=True)
+class SizeOfHeads(OtherSize):
+    num_heads: int
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1000 or self.num_heads == 3:
+            raise ValueError("no such model")
+
+
+def test_a_preset_without_a_field_of_its_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    presets: dict[str, dict[str, int]] = {"other-small": {"num_heads": 1}, "other-large": {}}
+    register(monkeypatch, sizes=SizeOfHeads, presets=presets)
+    message = "preset other-large of the family other makes no SizeOfHeads .*num_heads.*: give it"
+    with pytest.raises(ValueError, match=message):
+        registry.presets()
+    presets["other-large"] = {"num_heads": 3, "heads": 2}
+    with pytest.raises(ValueError, match=r"preset other-large .*'heads'.*: give it all fields"):
+        registry.presets()
+    # What a size says of its values it says when it is asked for, with the data's vocabulary.
+    presets["other-large"] = {"num_heads": 3}
+    assert {*presets} < {*registry.presets()}
+
+
 class WithoutSizes(ModelSpec[Any]):
     build = init_weights = flops_per_token = None  # type: ignore[assignment]
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from qsdp.methods.acdc.optimizer import ACDC
-from qsdp.methods.method import Companion, KeptModel, TrainingRun
+from qsdp.methods.method import Companion, KeptModel, Outcome, TrainingRun
 
 
 class DenseTwin(Companion):
@@ -25,12 +24,10 @@ class DenseTwin(Companion):
     def after_validation(self, steps_done: int, loss: float) -> None:
         self._consider(steps_done, loss)
 
-    def results(self) -> dict[str, Any]:
-        self._found = self._kept.loss()
-        return {"dense_twin_val_loss": self._found}
-
-    def remark(self) -> str | None:
-        return None if self._found is not None else f"No dense twin was kept: {self._kept.why_none}"
+    def outcome(self) -> Outcome:
+        loss = self._kept.loss()
+        remark = f"No dense twin was kept: {self._kept.why_none}" if loss is None else None
+        return Outcome({"dense_twin_val_loss": loss}, remark)
 
     def _consider(self, steps_done: int, loss: float | None = None) -> None:
         """Keep the weights, of validation loss ``loss``, if they are dense and the best of the last

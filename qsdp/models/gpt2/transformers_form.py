@@ -54,20 +54,15 @@ class GPT2Form(TransformersForm[GPTConfig]):
                     f"{path} sets {name} to {settings[name]!r}, but only {list(allowed)} can be "
                     "loaded: choose another checkpoint."
                 )
-        try:
-            width = settings["n_embd"]
-            config = GPTConfig(
-                vocab_size=settings["vocab_size"],
-                num_layers=settings["n_layer"],
-                num_heads=settings["n_head"],
-                width=width,
-                context=settings["n_positions"],
-                tie_weights=settings.get("tie_word_embeddings", True),
-            )
-        except KeyError as error:
-            raise ValueError(
-                f"{path} lacks the setting {error}: choose a complete GPT-2 checkpoint."
-            ) from None
+        width = settings["n_embd"]
+        config = GPTConfig(
+            vocab_size=settings["vocab_size"],
+            num_layers=settings["n_layer"],
+            num_heads=settings["n_head"],
+            width=width,
+            context=settings["n_positions"],
+            tie_weights=settings.get("tie_word_embeddings", True),
+        )
         if settings.get("n_inner") not in (None, 4 * width):
             raise ValueError(
                 f"{path} sets n_inner to {settings['n_inner']}, but only 4 n_embd = {4 * width} "

@@ -20,7 +20,13 @@ def config_from_huggingface(folder: str | Path) -> ModelSize:
     """
     path = Path(folder) / "config.json"
     settings = read_json(path)
-    return _form_of(settings, path).size(settings, path)
+    form = _form_of(settings, path)
+    try:
+        return form.size(settings, path)
+    except KeyError as error:
+        raise ValueError(
+            f"{path} lacks the setting {error}: choose a complete checkpoint."
+        ) from None
 
 
 def form_of(folder: Path) -> TransformersForm[Any]:

@@ -1,0 +1,30 @@
+"""What launch/selfcheck.py says of a machine on which something is wrong."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from qsdp.commands import selfcheck
+
+CHECKS = ("codec", "all_gather", "all_to_all", "same_weights", "full_precision", "eight_bits")
+
+
+@pytest.mark.usefixtures("gloo_of_one")
+def test_an_error_is_shown_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(world: Any) -> str:
+        raise RuntimeError("[/gloo/pair.cc:5] \x1b[2J closed")
+
+    for name in CHECKS:
+        monkeypatch.setattr(selfcheck, f"check_{name}", fails if name == "codec" else lambda _: "x")
+    monkeypatch.setenv("COLUMNS", "200")
+    world: Any = SimpleNamespace(size=1, backend="gloo", device=torch.device("cpu"), is_main=True)
+    assert selfcheck._run(world) == 1
+    printed = capsys.readouterr().out
+    assert "rank 0: [/gloo/pair.cc:5] \ufffd[2J closed" in printed
+    assert (printed.count("failed"), printed.count("holds")) == (1, 5)
