@@ -54,6 +54,7 @@ def main() -> None:
     with ends_on_error():
         check_least(arguments, {"rounds": 1, "width": 1})
         check_each_least("--ranks", arguments.ranks, 2)
+        torch.set_num_threads(1)  # kernels have little to share out
         rows = measure(arguments.ranks, arguments.width, arguments.rounds)
     for row in rows:
         print(line(row))
@@ -75,8 +76,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(ranks: list[int], width: int, rounds: int) -> list[dict[str, Any]]:
-    """The rows of the table, a case each: on one thread, for kernels have little to share out."""
-    torch.set_num_threads(1)
+    """The rows of the table, a case each."""
     cases = {
         (num, has_masks): Group(num, width, has_masks)
         for num in ranks

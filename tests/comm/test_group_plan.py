@@ -85,7 +85,7 @@ class Ranks:
         return 1
 
 
-def _plan(num_ranks: int, num_parameters: int = 8) -> Plan:
+def a_plan(num_ranks: int, num_parameters: int = 8) -> Plan:
     parameters = [
         Parameter(
             name=f"weight {i}",
@@ -109,7 +109,7 @@ def _same(one: GroupLayout, other: GroupLayout) -> bool:
 
 
 def test_sets_of_gradients_that_change_with_every_step_are_not_all_kept() -> None:
-    plan = _plan(3)
+    plan = a_plan(3)
     frozen, whole = plan.gather((0, 1), is_frozen=True), plan.gather(plan.places)
     draw, sets = random.Random(0), {tuple(range(8))}
     while len(sets) < 100:
@@ -117,13 +117,13 @@ def test_sets_of_gradients_that_change_with_every_step_are_not_all_kept() -> Non
     for places in sets:
         layout = plan.reduce(places, torch.float32)
         assert plan.reduce(places, torch.float32) is layout
-        assert _same(layout, _plan(3).reduce(places, torch.float32))
+        assert _same(layout, a_plan(3).reduce(places, torch.float32))
     assert len(plan._layouts) < 50
     # Payloads that are kept of the same layouts are still of these.
     assert plan.gather((0, 1), is_frozen=True) is frozen
     for places in sets - {plan.places}:
         layout = plan.gather(places)
-        assert _same(layout, _plan(3).gather(places))
+        assert _same(layout, a_plan(3).gather(places))
         assert plan.gather((0, 1), is_frozen=True) is frozen
     assert len(plan._layouts) < 100
     assert _same(plan.gather(plan.places), whole)
@@ -131,7 +131,7 @@ def test_sets_of_gradients_that_change_with_every_step_are_not_all_kept() -> Non
 
 @pytest.mark.parametrize("num_ranks", [2, 40])
 def test_ranks_with_equal_slices_share_a_table(num_ranks: int) -> None:
-    plan = _plan(num_ranks)
+    plan = a_plan(num_ranks)
     for layout in (plan.gather((2, 5)), plan.reduce((1, 4), torch.bfloat16)):
         assert len(layout.tables) == len(layout.fp32_tables) <= 4  # full, two ragged ones, empty
         chosen = (2, 5) if layout.tables[0, 0, Field.PARAMETER] == 2 else (1, 4)
