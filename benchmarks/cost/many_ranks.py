@@ -143,10 +143,10 @@ class Group:
         self.plan._layouts.clear()
 
     def gather(self) -> None:
-        parts = self.cache.parts([True] * len(self.plan.places))
+        weights = self.cache.find([True] * len(self.plan.places))
         own = self.weights[RANK]
         WeightGather(
-            self.plan, self.cache, self.wire, *parts, own, self.weights.view(-1), keeps=False
+            self.plan, self.cache, self.wire, *weights, own, self.weights.view(-1), keeps=False
         ).finish()
 
     def reduce(self) -> None:

@@ -20,7 +20,7 @@ from qsdp.comm.headers import check_headers
 from qsdp.comm.topology import gathered_ranks
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.transport import as_bytes
-from qsdp.comm.weight_cache import Part, Payloads, Source, WeightCache
+from qsdp.comm.weight_cache import Payloads, Source, WeightCache, Weights
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import collective
 from qsdp.common.gpu_streams import reads_on_this_stream, written_on_this_stream
@@ -29,14 +29,14 @@ from qsdp.common.gpu_streams import reads_on_this_stream, written_on_this_stream
 class WeightGather:
     """A gather of one group that is under way.
 
-    Trained and frozen weights are two parts, with a layout each: what the cache has is decoded, and
-    the rest crosses the wire first.
+    Trained and frozen weights have a layout each. What the cache has is decoded, the rest crosses
+    the wire first.
 
     Args:
         plan: how the group travels.
         cache: of its payloads.
         wire: what it shares with the others.
-        trained, frozen: what `WeightCache.parts` says of this gather.
+        trained, frozen: what `WeightCache.find` says of this gather.
         input: this rank's flat shard, maybe a view into ``output``: it is read here.
         output: of all ranks, filled by `finish`.
         keeps: whether the backward pass decodes the trained payloads again.
@@ -48,8 +48,8 @@ class WeightGather:
         plan: Plan,
         cache: WeightCache,
         wire: Wire,
-        trained: Part,
-        frozen: Part,
+        trained: Weights,
+        frozen: Weights,
         input: Tensor,
         output: Tensor,
         *,
@@ -58,19 +58,19 @@ class WeightGather:
     ) -> None:
         self._plan, self._cache, self._wire = plan, cache, wire
         self._output, self._keeps = output, keeps
-        self._kept = [part.payloads for part in (frozen, trained) if part.payloads is not None]
-        self._sent: list[tuple[Gathering, bool]] = []
+        self._kept = [each.payloads for each in (frozen, trained) if each.payloads is not None]
+        self._sent: list[tuple[PayloadGather, bool]] = []
         if frozen.source is Source.WIRE:  # once for all steps, so also for a warm-up's
             layout = plan.gather(frozen.places, is_frozen=True)
             buffer = allocate(plan.world_size * layout.payload_bytes, input.device)
-            sent = Gathering(plan, layout, input, wire, buffer, is_frozen=True)
+            sent = PayloadGather(plan, layout, input, wire, buffer, is_frozen=True)
             self._sent.append((sent, True))
         if trained.source is Source.WIRE:
             least_bits = 32 if wire.is_exact else wire.least_bits
             layout = plan.gather(trained.places, least_bits, is_dense=wire.is_exact)
             room = cache.room if keeps else wire.buffers.acquire
             buffer = room(plan.world_size * layout.payload_bytes, input.device)
-            sent = Gathering(plan, layout, input, wire, buffer, async_op=async_op)
+            sent = PayloadGather(plan, layout, input, wire, buffer, async_op=async_op)
             self._sent.append((sent, False))
 
     def finish(self) -> None:
@@ -89,7 +89,7 @@ class WeightGather:
                 self._wire.buffers.release(payloads.buffer)
 
 
-class Gathering:
+class PayloadGather:
     """A gather of one layout that is under way.
 
     1. Encode this rank's shard. The input may be a view into the output: it is read first.

@@ -39,7 +39,7 @@ class Source(Enum):
     """Their payloads are here: they are decoded again, and nothing is sent."""
 
 
-class Part(NamedTuple):
+class Weights(NamedTuple):
     """The trained or the frozen weights of a group, in one gather."""
 
     source: Source
@@ -83,7 +83,7 @@ class WeightCache:
         """Let no backward pass decode what an earlier forward pass has kept."""
         self._trained = None
 
-    def parts(self, trains: Sequence[bool]) -> tuple[Part, Part]:
+    def find(self, trains: Sequence[bool]) -> tuple[Weights, Weights]:
         """Where a gather has the trained and the frozen weights from. What was kept of trained ones
         is the caller's from now on, and serves once.
 
@@ -92,21 +92,21 @@ class WeightCache:
         plan, wire = self._plan, self._wire
         trained, self._trained = self._trained, None
         if wire.is_exact:
-            return Part(Source.WIRE, plan.places), Part(Source.NOWHERE)
-        frozen = self._frozen_part(tuple(i for i in plan.places if not trains[i]))
+            return Weights(Source.WIRE, plan.places), Weights(Source.NOWHERE)
+        frozen = self._find_frozen(tuple(i for i in plan.places if not trains[i]))
         places = tuple(i for i in plan.places if i not in frozen.places)
         if trained is not None:
-            return Part(Source.CACHE, places, trained), frozen
-        return Part(Source.WIRE if places else Source.NOWHERE, places), frozen
+            return Weights(Source.CACHE, places, trained), frozen
+        return Weights(Source.WIRE if places else Source.NOWHERE, places), frozen
 
-    def _frozen_part(self, places: tuple[int, ...]) -> Part:
+    def _find_frozen(self, places: tuple[int, ...]) -> Weights:
         if self._wire.config.gather == "twice" or not places:
             self._frozen = None
-            return Part(Source.NOWHERE)
+            return Weights(Source.NOWHERE)
         layout = self._plan.gather(places, is_frozen=True)
         if self._frozen is None or self._frozen.layout is not layout:
-            return Part(Source.WIRE, places)
-        return Part(Source.CACHE, places, self._frozen)
+            return Weights(Source.WIRE, places)
+        return Weights(Source.CACHE, places, self._frozen)
 
     def room(self, num_bytes: int, device: torch.device) -> Tensor:
         """uint8 [num_bytes] for trained payloads that are to be kept; those of before are lost."""

@@ -103,9 +103,8 @@ class AllGather(_Comm):
             self._recorder.forget_what_was_dropped()
             self.passes.before_gather(plan)
         self._gathered_at = self.passes.now
-        parts = self.cache.parts(self._group.requires_grad())
-        trained, frozen = parts
-        if in_backward and any(part.source is Source.WIRE for part in parts):
+        weights = trained, frozen = self.cache.find(self._group.requires_grad())
+        if in_backward and any(each.source is Source.WIRE for each in weights):
             self.passes.before_collective_in_backward(plan)
         if frozen.source is Source.WIRE:
             self._frozen_sum = self._sum_of_frozen()
@@ -113,7 +112,7 @@ class AllGather(_Comm):
         is_async = async_op and input_tensor.device.type == "cpu"
         given = input_tensor, output_tensor
         gather = WeightGather(
-            plan, self.cache, wire, *parts, *given, keeps=keeps, async_op=is_async
+            plan, self.cache, wire, *weights, *given, keeps=keeps, async_op=is_async
         )
 
         def finish() -> None:

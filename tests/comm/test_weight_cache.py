@@ -30,13 +30,13 @@ def payloads_of(plan: Plan, places: tuple[int, ...], *, is_frozen: bool) -> Payl
 
 
 def sources(cache: WeightCache, trains: list[bool] = TRAINS) -> list[Source]:
-    return [part.source for part in cache.parts(trains)]
+    return [each.source for each in cache.find(trains)]
 
 
 def test_gathered_twice_all_weights_cross_the_wire_and_nothing_is_kept() -> None:
     _, _, cache = cache_of("twice")
     for trains in (TRAINS, [True] * 4, [False] * 4):
-        trained, frozen = cache.parts(trains)
+        trained, frozen = cache.find(trains)
         assert (trained.source, frozen.source) == (Source.WIRE, Source.NOWHERE)
         assert trained.places == (0, 1, 2, 3)
     assert cache.num_bytes == 0
@@ -44,12 +44,12 @@ def test_gathered_twice_all_weights_cross_the_wire_and_nothing_is_kept() -> None
 
 def test_what_a_forward_pass_keeps_serves_one_gather() -> None:
     plan, _, cache = cache_of("once")
-    trained, frozen = cache.parts(TRAINS)
+    trained, frozen = cache.find(TRAINS)
     assert (trained.source, trained.places) == (Source.WIRE, (0, 1, 3))
     assert (frozen.source, frozen.places) == (Source.WIRE, (2,))
     kept = payloads_of(plan, trained.places, is_frozen=False)
     cache.keep(kept, is_frozen=False)
-    trained, _ = cache.parts(TRAINS)
+    trained, _ = cache.find(TRAINS)
     assert trained.source is Source.CACHE
     assert trained.payloads is kept
     assert sources(cache)[0] is Source.WIRE

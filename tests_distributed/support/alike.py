@@ -7,8 +7,8 @@ weights move by a power of two of their gradients, in one rounding however it is
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -208,10 +208,7 @@ def trained_in_order(case: Case, device: str) -> list[Tensor]:
 
         return call
 
-    with (
-        mock.patch.object(ops, "encode", in_order(ops.encode)),
-        mock.patch.object(ops, "decode", in_order(ops.decode)),
-    ):
+    with _codec_calls(in_order):
         return trained(case, device)
 
 
@@ -229,11 +226,16 @@ def delayed(seed: int, step: int) -> Iterator[None]:
 
         return call
 
-    with (
-        mock.patch.object(ops, "encode", late(ops.encode)),
-        mock.patch.object(ops, "decode", late(ops.decode)),
-        mock.patch.object(Part, "see", late(Part.see)),
-    ):
+    with _codec_calls(late), mock.patch.object(Part, "see", late(Part.see)):
+        yield
+
+
+@contextmanager
+def _codec_calls(changed: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, the codec's operators are what ``changed`` makes of them."""
+    with ExitStack() as patches:
+        for name in ("encode", "decode", "encode_all", "decode_all"):
+            patches.enter_context(mock.patch.object(ops, name, changed(getattr(ops, name))))
         yield
 
 
