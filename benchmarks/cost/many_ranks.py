@@ -8,17 +8,19 @@ transport copies it to where it arrives, whose own time is taken off. The block 
 1,000 ranks a slice is tiny: what grows with the ranks is seen, and not the kernels. Where half of
 the weights are pruned, every rank's slice has sizes of its own.
 
-Times are processor time of the one thread: waiting for a core does not count. A first use makes the
-layout and tables for all ranks, any other finds them. Each round takes every case in turn, four
-times: first; again; again with qsdp's operators replaced by nothing, which leaves Python and what
-it asks of torch; and the same calls of the operators with empty tables, which is what calling
-takes. What these two leave of the second is kernels. Printed are medians over rounds. What comes
-out is compared, before it is timed, with single calls of the operators.
+Times are processor time of the one thread, without garbage collection: waiting for a core does not
+count. A first use makes the layout and tables for all ranks, any other finds them. Each round takes
+every case in turn, four times: first; again; again with qsdp's operators replaced by nothing, which
+leaves Python and what it asks of torch; and the same calls of the operators with empty tables,
+which is what calling takes. What these two leave of the second is kernels, with the check of each
+call's table. Printed are medians over rounds. What comes out is compared, before it is timed, with
+single calls of the operators.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -84,10 +86,16 @@ class Case:
     def _seconds(self, call: Callable[[], None], times: int) -> float:
         """Of one of ``times`` calls, without the network's."""
         self._network.seconds = 0.0
-        started = time.thread_time()
-        for _ in range(times):
-            call()
-        return (time.thread_time() - started - self._network.seconds) / times
+        had_gc = gc.isenabled()
+        gc.disable()  # it would go through what all cases hold, in whichever is timed by then
+        try:
+            started = time.thread_time()
+            for _ in range(times):
+                call()
+            return (time.thread_time() - started - self._network.seconds) / times
+        finally:
+            if had_gc:
+                gc.enable()
 
     def _empty_calls(self) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
         """The operators that one use calls, each with an empty table: it stands second in all."""
