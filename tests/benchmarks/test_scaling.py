@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from qsdp.train.auto.cost_model import CODED, STOCK, Way
 
@@ -87,20 +86,6 @@ def test_growth_is_told_in_ratios_of_the_same_rounds(load: Any, tmp_path: Path) 
     assert (tmp_path / "plot.png").stat().st_size > 0
 
 
-def test_the_hosts_time_at_many_ranks_is_told_by_case(load: Any) -> None:
-    many = load("cost.many_ranks")
-    before = torch.get_num_threads()
-    rows = many.measure([2, 5], 8, 1)
-    assert torch.get_num_threads() == before
-    assert len(rows) == 2 * 2 * 2 * 2
-    for row in rows:
-        assert len(row["host_s"]) == len(row["kernels_s"]) == 1
-        assert min(row["host_s"] + row["kernels_s"]) > 0
-    line = many.line(rows[0] | {"host_s": [1e-3, 3e-3, 2e-3], "kernels_s": [4e-6]})
-    assert "2 ranks  whole  gather, its layout made" in line
-    assert "2.000 ms on the host (1.000 to 3.000), kernels 0.004 ms" in line
-
-
 def test_the_papers_links_as_its_communication_over_its_computation(load: Any) -> None:
     miniature = load("wire.miniature")
     # 15.6 GB at 10 Gbit/s; 8192 tokens of 1.3e9 parameters at 40 Tflop/s.
@@ -127,7 +112,6 @@ def test_the_papers_links_as_its_communication_over_its_computation(load: Any) -
         ("wire.miniature", ["--gbit", "inf"], "--gbit has inf: give numbers of at least 0.1"),
         ("wire.miniature", ["--hosts", "1"], "--hosts is 1: give at least 2"),
         ("cost.startup", ["--jobs", "0"], "--jobs is 0: give at least 1"),
-        ("cost.many_ranks", ["--ranks", "1"], "--ranks has 1: give numbers of at least 2"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_sentence(
@@ -139,7 +123,7 @@ def test_what_cannot_be_run_is_refused_in_one_sentence(
     flags: list[str],
     said: str,
 ) -> None:
-    out = [] if tool in ("cost.startup", "cost.many_ranks") else ["--out", str(tmp_path / "out")]
+    out = [] if tool == "cost.startup" else ["--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", [f"{tool}.py", *flags, *out])
     with pytest.raises(SystemExit) as end:
         load(tool).main()
