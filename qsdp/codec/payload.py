@@ -59,6 +59,16 @@ class Field(IntEnum):
     LEVELS = 12  # where the segment's 2**bits learned levels start, in floats; -1: a uniform grid
 
 
+class Part(IntEnum):
+    """Columns of the int64 parts that a codec call of many payloads works through, in order."""
+
+    KEY = 0  # the folded `Key`
+    TABLE = 1  # which of the segment tables
+    BUFFER = 2  # which row of the buffers
+    PAYLOAD = 3  # which row of the payloads
+    ADD = 4  # decode: 1 adds to what the buffer holds, 0 overwrites it; encode: 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Segment:
     """One parameter's stretch of a flat buffer. ``bits`` 0 is raw, travelling as ``wire``.

@@ -13,6 +13,8 @@ native.load()
 
 encode = torch.ops.qsdp.encode
 decode = torch.ops.qsdp.decode
+encode_all = torch.ops.qsdp.encode_all
+decode_all = torch.ops.qsdp.decode_all
 compact = torch.ops.qsdp.compact
 expand = torch.ops.qsdp.expand
 count_digits = torch.ops.qsdp.count_digits
@@ -22,7 +24,9 @@ __all__ = [
     "compact",
     "count_digits",
     "decode",
+    "decode_all",
     "encode",
+    "encode_all",
     "expand",
     "mark_above",
     "native",

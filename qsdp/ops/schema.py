@@ -15,6 +15,8 @@ from qsdp.ops.reference import codec, magnitude, sparse
 KERNELS: dict[str, Callable[..., None]] = {
     "encode": codec.encode,
     "decode": codec.decode,
+    "encode_all": codec.encode_all,
+    "decode_all": codec.decode_all,
     "compact": sparse.compact,
     "expand": sparse.expand,
     "count_digits": magnitude.count_digits,
@@ -26,6 +28,10 @@ _SIGNATURES = (
     "encode(Tensor buffer, Tensor table, int key, int[] header, Tensor(a!) payload, "
     "Tensor? levels=None) -> ()",
     "decode(Tensor payload, Tensor table, int key, Tensor(a!) buffer, bool add=False, "
+    "Tensor? levels=None) -> ()",
+    "encode_all(Tensor buffers, Tensor tables, Tensor parts, int[] header, Tensor(a!) payloads, "
+    "Tensor? levels=None) -> ()",
+    "decode_all(Tensor payloads, Tensor tables, Tensor parts, Tensor(a!) buffers, "
     "Tensor? levels=None) -> ()",
     "compact(Tensor dense, Tensor spans, Tensor bitmap, Tensor(a!) out, bool strict) -> ()",
     "expand(Tensor compact, Tensor spans, Tensor bitmap, Tensor(a!) out) -> ()",

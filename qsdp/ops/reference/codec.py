@@ -1,8 +1,9 @@
 """The codec in plain PyTorch: the numerical specification.
 
 `encode` turns a flat buffer into a payload, `decode` turns it back; one call works through all
-segments of a group (see [Note: Payload] for the bytes and `Field` for the table). Other kernels
-(csrc/) give the same bytes for the same key.
+segments of a group (see [Note: Payload] for the bytes and `Field` for the table). `encode_all` and
+`decode_all` are loops over them (see `Part`). Other kernels (csrc/) give the same bytes for the
+same key.
 
 [Note: Grid] A bucket of b-bit codes, L = 2**b - 1, in fp32 arithmetic without contraction:
 
@@ -43,7 +44,7 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import HEADER_BYTES
-from qsdp.codec.segment_table import Row, check
+from qsdp.codec.segment_table import Row, check, check_all
 from qsdp.common.rounding import Drawn, Rounding
 
 HUGE_VALUE = 2.0**120
@@ -70,19 +71,8 @@ def encode(
         levels: fp32 [floats] on the CPU, contiguous: what `Field.LEVELS` points into.
     """
     check(buffer, table, payload, levels)
-    if len(header) != HEADER_BYTES // 8:
-        raise ValueError(f"the header has {len(header)} words; give 4, as Layout.header does")
-    payload.zero_()
-    payload[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(header))
-    for row in table.tolist():
-        segment = Row(row)
-        values = segment.values(buffer)
-        if segment.bits == 0:
-            segment.data(payload).copy_(convert(values, segment.wire).view(torch.uint8))
-            continue
-        codes, low, scale = quantize(values.float(), segment, key, segment.levels(levels))
-        segment.meta(payload).copy_(torch.stack((low, scale), dim=1).view(-1).view(torch.uint8))
-        segment.data(payload).copy_(pack(codes, segment.bits))
+    _check_header(header)
+    _encode(buffer, table, key, header, payload, levels)
 
 
 def decode(
@@ -98,6 +88,81 @@ def decode(
     Args as in `encode`. Without ``add``, padding is set to zero; with it, padding stays.
     """
     check(buffer, table, payload, levels, add)
+    _decode(payload, table, key, buffer, add, levels)
+
+
+def encode_all(
+    buffers: Tensor,
+    tables: Tensor,
+    parts: Tensor,
+    header: list[int],
+    payloads: Tensor,
+    levels: Tensor | None = None,
+) -> None:
+    """Write many payloads of one group, as `encode` writes each, part after part.
+
+    Args:
+        buffers: uint8 [rows, bytes], contiguous: a row is a flat buffer viewed as bytes.
+        tables: int64 [kinds, segments, len(Field)] on the CPU: what parts name by its number.
+        parts: int64 [parts, len(Part)] on the CPU.
+        header: four int64 words, which all the payloads open with.
+        payloads: uint8 [payloads, payload bytes], contiguous; what parts name is overwritten.
+        levels: fp32 [floats] on the CPU, contiguous: what `Field.LEVELS` points into.
+    """
+    check_all(buffers, tables, parts, payloads, levels, may_add=False)
+    _check_header(header)
+    for key, table, row, payload, _ in parts.tolist():
+        _encode(buffers[row], tables[table], key, header, payloads[payload], levels)
+
+
+def decode_all(
+    payloads: Tensor,
+    tables: Tensor,
+    parts: Tensor,
+    buffers: Tensor,
+    levels: Tensor | None = None,
+) -> None:
+    """Decode many payloads of one group, as `decode` does each, part after part: several parts may
+    write one row, and a row that no part names stays.
+
+    Args as in `encode_all`.
+    """
+    check_all(buffers, tables, parts, payloads, levels, may_add=True)
+    for key, table, row, payload, add in parts.tolist():
+        _decode(payloads[payload], tables[table], key, buffers[row], bool(add), levels)
+
+
+def _check_header(header: list[int]) -> None:
+    if len(header) != HEADER_BYTES // 8:
+        raise ValueError(f"the header has {len(header)} words; give 4, as Layout.header does")
+
+
+def _encode(
+    buffer: Tensor,
+    table: Tensor,
+    key: int,
+    header: list[int],
+    payload: Tensor,
+    levels: Tensor | None,
+) -> None:
+    """`encode` of what is checked."""
+    payload.zero_()
+    payload[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(header))
+    for row in table.tolist():
+        segment = Row(row)
+        values = segment.values(buffer)
+        if segment.bits == 0:
+            segment.data(payload).copy_(convert(values, segment.wire).view(torch.uint8))
+            continue
+        codes, low, scale = quantize(values.float(), segment, key, segment.levels(levels))
+        segment.meta(payload).copy_(torch.stack((low, scale), dim=1).view(-1).view(torch.uint8))
+        segment.data(payload).copy_(pack(codes, segment.bits))
+
+
+def _decode(
+    payload: Tensor, table: Tensor, key: int, buffer: Tensor, add: bool, levels: Tensor | None
+) -> None:
+    """`decode` of what is checked."""
     for row in table.tolist():
         segment = Row(row)
         if segment.bits == 0:
