@@ -1,5 +1,5 @@
-// What a call of an operator must be given; of the codec the same rules as `check` in
-// qsdp/codec/segment_table.py.
+// What a call of an operator must be given; of the codec the same rules as `check` and `check_all`
+// in qsdp/codec/segment_table.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,8 +7,8 @@
 #include <optional>
 #include <vector>
 
+#include "common/codec_call.h"
 #include "common/magnitude.h"
-#include "common/segment.h"
 #include "common/span.h"
 
 namespace qsdp {
@@ -18,18 +18,19 @@ constexpr Where kCpu = Where::kCpu, kCuda = Where::kCuda;
 
 // All raise std::invalid_argument (ValueError in Python), with one sentence.
 
-// What encode and decode are given. Fills ``segments`` with the table's rows after checking each
-// against the sizes; returns the learned levels that they name, or null.
-const float* check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,
-                         const torch::stable::Tensor& payload,
-                         const std::optional<torch::stable::Tensor>& levels, Where where,
-                         std::vector<Segment>& segments);
+// What encode and decode are given. Fills ``call`` with one part and its table.
+void check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,
+                 int64_t key, const torch::stable::Tensor& payload, bool add,
+                 const std::optional<torch::stable::Tensor>& levels, Where where, CodecCall& call);
+
+// What encode_all and, where parts may add, decode_all are given. Fills ``call``.
+void check_codec_all(const torch::stable::Tensor& buffers, const torch::stable::Tensor& tables,
+                     const torch::stable::Tensor& parts, const torch::stable::Tensor& payloads,
+                     bool may_add, const std::optional<torch::stable::Tensor>& levels, Where where,
+                     CodecCall& call);
 
 // How many words a header has.
 void check_header(int64_t words);
-
-// Whether decode may add into what the segments say.
-void check_adds(const std::vector<Segment>& segments);
 
 // The table's spans, after checking each against the sizes and, on the CPU, its mask.
 std::vector<Span> check_spans(const torch::stable::Tensor& dense,

@@ -12,62 +12,106 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/codec_call.h"
 #include "common/gaps.h"
 #include "cpu/compact.h"
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
+#include "cpu/share.h"
 
 namespace {
 
-using qsdp::Segment;
+using qsdp::CodecCall;
+using qsdp::Part;
+using qsdp::SegmentTable;
 using torch::stable::Tensor;
 
 // Values a thread takes at least: a few tens of microseconds of work.
 constexpr int64_t kGrain = 1 << 15;
 
-// Kept between calls, so that a call allocates nothing.
-thread_local std::vector<Segment> segments;
+// Kept between calls, so that a call allocates nothing. Other threads have others.
+thread_local CodecCall own_call;
+thread_local qsdp::Share own_share;
 
-// Fills ``segments``; the table lives until the next call.
-qsdp::Table checked_table(const Tensor& buffer, const Tensor& table, int64_t key,
-                          const Tensor& payload, const std::optional<Tensor>& levels) {
-    const float* values = qsdp::check_codec(buffer, table, payload, levels, qsdp::kCpu, segments);
-    return {segments.data(), static_cast<int64_t>(segments.size()), static_cast<uint64_t>(key),
-            values};
+qsdp::Table table_of(const CodecCall& call, const Part& part) {
+    const std::vector<qsdp::Segment>& segments =
+        call.tables[static_cast<size_t>(part.table)].segments;
+    return {segments.data(), static_cast<int64_t>(segments.size()), static_cast<uint64_t>(part.key),
+            call.levels};
+}
+
+// Calls ``open(part)`` for each part before its values, and ``code(part, from, to)`` for these.
+template <class Open, class Code>
+void share_out(const CodecCall& call, int64_t Part::* row, int64_t SegmentTable::* values,
+               const Open& open, const Code& code) {
+    qsdp::Share& share = own_share;
+    for (size_t next = 0; next < call.parts.size();) {
+        const size_t first = next;
+        next = share.take(call, first, row, values);
+        for (size_t i = first; i < next; ++i) open(call.parts[i]);
+        torch::stable::parallel_for(
+            0, share.num_values(), share.grain(kGrain),
+            [&](int64_t begin, int64_t end) { share.each(begin, end, code); });
+    }
+}
+
+void encode_parts(const CodecCall& call, const int64_t* header, const Tensor& buffers,
+                  const Tensor& payloads) {
+    const auto* from = static_cast<const uint8_t*>(buffers.data_ptr());
+    auto* to = static_cast<uint8_t*>(payloads.data_ptr());
+    const auto open = [&](const Part& part) {
+        uint8_t* payload = to + part.payload * call.payload_bytes;
+        std::memcpy(payload, header, qsdp::kHeaderBytes);
+        const auto& table = call.tables[static_cast<size_t>(part.table)];
+        qsdp::each_gap(table.segments, call.payload_bytes, [&](int64_t first, int64_t last) {
+            std::memset(payload + first, 0, static_cast<size_t>(last - first));
+        });
+    };
+    const qsdp::Kernels& kernels = qsdp::kernels_in_use();
+    const auto code = [&](const Part& part, int64_t begin, int64_t end) {
+        kernels.encode(table_of(call, part), from + part.buffer * call.buffer_bytes,
+                       to + part.payload * call.payload_bytes, begin, end);
+    };
+    share_out(call, &Part::payload, &SegmentTable::numel, open, code);
+}
+
+void decode_parts(const CodecCall& call, const Tensor& payloads, const Tensor& buffers) {
+    const auto* from = static_cast<const uint8_t*>(payloads.data_ptr());
+    auto* to = static_cast<uint8_t*>(buffers.data_ptr());
+    const qsdp::Kernels& kernels = qsdp::kernels_in_use();
+    const auto code = [&](const Part& part, int64_t begin, int64_t end) {
+        kernels.decode(table_of(call, part), from + part.payload * call.payload_bytes,
+                       to + part.buffer * call.buffer_bytes, part.add != 0, begin, end);
+    };
+    share_out(call, &Part::buffer, &SegmentTable::padded, [](const Part&) {}, code);
 }
 
 void encode(const Tensor& buffer, const Tensor& table, int64_t key,
             torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payload,
             const std::optional<Tensor>& levels) {
-    const qsdp::Table work = checked_table(buffer, table, key, payload, levels);
+    qsdp::check_codec(buffer, table, key, payload, false, levels, qsdp::kCpu, own_call);
     qsdp::check_header(static_cast<int64_t>(header.size()));
-    const auto* from = static_cast<const uint8_t*>(buffer.data_ptr());
-    auto* to = static_cast<uint8_t*>(payload.data_ptr());
-    std::memcpy(to, header.data(), qsdp::kHeaderBytes);
-    qsdp::each_gap(segments, payload.numel(), [&](int64_t first, int64_t last) {
-        std::memset(to + first, 0, static_cast<size_t>(last - first));
-    });
-
-    int64_t num_values = 0;
-    for (const Segment& segment : segments) num_values += segment.numel;
-    const qsdp::Kernels& kernels = qsdp::kernels_in_use();
-    torch::stable::parallel_for(0, num_values, kGrain, [&](int64_t begin, int64_t end) {
-        kernels.encode(work, from, to, begin, end);
-    });
+    encode_parts(own_call, header.data(), buffer, payload);
 }
 
 void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tensor& buffer, bool add,
             const std::optional<Tensor>& levels) {
-    const qsdp::Table work = checked_table(buffer, table, key, payload, levels);
-    if (add) qsdp::check_adds(segments);
-    int64_t num_values = 0;
-    for (const Segment& segment : segments) num_values += segment.padded;
-    const auto* from = static_cast<const uint8_t*>(payload.data_ptr());
-    auto* to = static_cast<uint8_t*>(buffer.data_ptr());
-    const qsdp::Kernels& kernels = qsdp::kernels_in_use();
-    torch::stable::parallel_for(0, num_values, kGrain, [&](int64_t begin, int64_t end) {
-        kernels.decode(work, from, to, add, begin, end);
-    });
+    qsdp::check_codec(buffer, table, key, payload, add, levels, qsdp::kCpu, own_call);
+    decode_parts(own_call, payload, buffer);
+}
+
+void encode_all(const Tensor& buffers, const Tensor& tables, const Tensor& parts,
+                torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payloads,
+                const std::optional<Tensor>& levels) {
+    qsdp::check_codec_all(buffers, tables, parts, payloads, false, levels, qsdp::kCpu, own_call);
+    qsdp::check_header(static_cast<int64_t>(header.size()));
+    encode_parts(own_call, header.data(), buffers, payloads);
+}
+
+void decode_all(const Tensor& payloads, const Tensor& tables, const Tensor& parts,
+                const Tensor& buffers, const std::optional<Tensor>& levels) {
+    qsdp::check_codec_all(buffers, tables, parts, payloads, true, levels, qsdp::kCpu, own_call);
+    decode_parts(own_call, payloads, buffers);
 }
 
 void compact(const Tensor& dense, const Tensor& spans, const Tensor& bitmap, const Tensor& out,
@@ -147,6 +191,8 @@ void mark_above(const Tensor& values, int64_t key, const Tensor& out) {
 STABLE_TORCH_LIBRARY_IMPL(qsdp, CPU, library) {
     library.impl("encode", TORCH_BOX(&encode));
     library.impl("decode", TORCH_BOX(&decode));
+    library.impl("encode_all", TORCH_BOX(&encode_all));
+    library.impl("decode_all", TORCH_BOX(&decode_all));
     library.impl("compact", TORCH_BOX(&compact));
     library.impl("expand", TORCH_BOX(&expand));
     library.impl("count_digits", TORCH_BOX(&count_digits));

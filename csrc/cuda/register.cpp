@@ -13,11 +13,13 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/codec_call.h"
 #include "cuda/launch.h"
 
 namespace {
 
-using qsdp::Segment;
+using qsdp::CodecCall;
+using qsdp::Part;
 using torch::stable::Tensor;
 
 // Makes a tensor's GPU the current one; its stream.
@@ -45,29 +47,63 @@ void check_launch() {
     }
 }
 
+void encode_parts(const CodecCall& call, const int64_t* header, const Tensor& buffers,
+                  const Tensor& payloads) {
+    const Place place(buffers);
+    const auto* from = static_cast<const uint8_t*>(buffers.data_ptr());
+    auto* to = static_cast<uint8_t*>(payloads.data_ptr());
+    for (const Part& part : call.parts) {
+        qsdp::encode_on_gpu(
+            call.tables[static_cast<size_t>(part.table)].segments, static_cast<uint64_t>(part.key),
+            header, call.levels, from + part.buffer * call.buffer_bytes,
+            to + part.payload * call.payload_bytes, call.payload_bytes, place.stream());
+    }
+    check_launch();
+}
+
+void decode_parts(const CodecCall& call, const Tensor& payloads, const Tensor& buffers) {
+    const Place place(buffers);
+    const auto* from = static_cast<const uint8_t*>(payloads.data_ptr());
+    auto* to = static_cast<uint8_t*>(buffers.data_ptr());
+    for (const Part& part : call.parts) {
+        qsdp::decode_on_gpu(call.tables[static_cast<size_t>(part.table)].segments,
+                            static_cast<uint64_t>(part.key), call.levels,
+                            from + part.payload * call.payload_bytes,
+                            to + part.buffer * call.buffer_bytes, part.add != 0, place.stream());
+    }
+    check_launch();
+}
+
 void encode(const Tensor& buffer, const Tensor& table, int64_t key,
             torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payload,
             const std::optional<Tensor>& levels) {
-    std::vector<Segment> segments;
-    const float* values = qsdp::check_codec(buffer, table, payload, levels, qsdp::kCuda, segments);
+    CodecCall call;
+    qsdp::check_codec(buffer, table, key, payload, false, levels, qsdp::kCuda, call);
     qsdp::check_header(static_cast<int64_t>(header.size()));
-    const Place place(buffer);
-    qsdp::encode_on_gpu(segments, static_cast<uint64_t>(key), header.data(), values,
-                        static_cast<const uint8_t*>(buffer.data_ptr()),
-                        static_cast<uint8_t*>(payload.data_ptr()), payload.numel(), place.stream());
-    check_launch();
+    encode_parts(call, header.data(), buffer, payload);
 }
 
 void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tensor& buffer, bool add,
             const std::optional<Tensor>& levels) {
-    std::vector<Segment> segments;
-    const float* values = qsdp::check_codec(buffer, table, payload, levels, qsdp::kCuda, segments);
-    if (add) qsdp::check_adds(segments);
-    const Place place(buffer);
-    qsdp::decode_on_gpu(segments, static_cast<uint64_t>(key), values,
-                        static_cast<const uint8_t*>(payload.data_ptr()),
-                        static_cast<uint8_t*>(buffer.data_ptr()), add, place.stream());
-    check_launch();
+    CodecCall call;
+    qsdp::check_codec(buffer, table, key, payload, add, levels, qsdp::kCuda, call);
+    decode_parts(call, payload, buffer);
+}
+
+void encode_all(const Tensor& buffers, const Tensor& tables, const Tensor& parts,
+                torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payloads,
+                const std::optional<Tensor>& levels) {
+    CodecCall call;
+    qsdp::check_codec_all(buffers, tables, parts, payloads, false, levels, qsdp::kCuda, call);
+    qsdp::check_header(static_cast<int64_t>(header.size()));
+    encode_parts(call, header.data(), buffers, payloads);
+}
+
+void decode_all(const Tensor& payloads, const Tensor& tables, const Tensor& parts,
+                const Tensor& buffers, const std::optional<Tensor>& levels) {
+    CodecCall call;
+    qsdp::check_codec_all(buffers, tables, parts, payloads, true, levels, qsdp::kCuda, call);
+    decode_parts(call, payloads, buffers);
 }
 
 // Room for what the kernels count on the way, of the current stream.
@@ -125,6 +161,8 @@ void mark_above(const Tensor& values, int64_t key, const Tensor& out) {
 STABLE_TORCH_LIBRARY_IMPL(qsdp, CUDA, library) {
     library.impl("encode", TORCH_BOX(&encode));
     library.impl("decode", TORCH_BOX(&decode));
+    library.impl("encode_all", TORCH_BOX(&encode_all));
+    library.impl("decode_all", TORCH_BOX(&decode_all));
     library.impl("compact", TORCH_BOX(&compact));
     library.impl("expand", TORCH_BOX(&expand));
     library.impl("count_digits", TORCH_BOX(&count_digits));
