@@ -95,6 +95,8 @@ def _on_gpu() -> dict[str, Callable[..., None]]:
     return {
         "encode": run("encode", out=4, stays=(1, 5)),
         "decode": run("decode", out=3, stays=(1, 5)),
+        "encode_all": run("encode_all", out=4, stays=(1, 2, 5)),
+        "decode_all": run("decode_all", out=3, stays=(1, 2, 4)),
         "compact": run("compact", out=3, stays=(1,)),
         "expand": run("expand", out=3, stays=(1,)),
         "count_digits": run("count_digits", out=4, stays=()),

@@ -147,7 +147,7 @@ def _encode(
 ) -> None:
     """`encode` of what is checked."""
     payload.zero_()
-    payload[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(header))
+    payload[:HEADER_BYTES].copy_(torch.tensor(header).view(torch.uint8))
     for row in table.tolist():
         segment = Row(row)
         values = segment.values(buffer)
