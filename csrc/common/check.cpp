@@ -109,12 +109,20 @@ const char* name_of(Where where) {
     return where == kCpu ? "cpu" : "GPU";
 }
 
+bool is_bytes(const torch::stable::Tensor& tensor, int64_t dim, Where where) {
+    return tensor.scalar_type() == ScalarType::Byte && tensor.dim() == dim &&
+           tensor.is_contiguous() && is_at(tensor, where);
+}
+
 void check_bytes(const char* name, const torch::stable::Tensor& tensor, Where where) {
-    if (tensor.scalar_type() == ScalarType::Byte && tensor.dim() == 1 && tensor.is_contiguous() &&
-        is_at(tensor, where)) {
-        return;
-    }
+    if (is_bytes(tensor, 1, where)) return;
     refuse("the ", name, " is ", description(tensor), "; give a contiguous 1-D uint8 view on the ",
+           name_of(where));
+}
+
+void check_byte_rows(const char* name, const torch::stable::Tensor& tensor, Where where) {
+    if (is_bytes(tensor, 2, where)) return;
+    refuse("the ", name, " are ", description(tensor), "; give contiguous 2-D uint8 rows on the ",
            name_of(where));
 }
 
@@ -125,127 +133,139 @@ void check_same_device(const torch::stable::Tensor& a, const torch::stable::Tens
     }
 }
 
-// How many learned levels there are.
-int64_t check_levels(const std::optional<torch::stable::Tensor>& levels) {
-    if (!levels) return 0;
+void check_levels(const std::optional<torch::stable::Tensor>& levels) {
+    if (!levels) return;
     if (levels->scalar_type() != ScalarType::Float || levels->dim() != 1 ||
         !levels->is_contiguous() || !levels->is_cpu()) {
         refuse("the levels are ", description(*levels),
                "; give a contiguous 1-D fp32 tensor on the cpu");
     }
-    return levels->numel();
 }
 
-// The row of int64 words that ``tensor`` has from its word ``start`` on.
-template <class Row>
-Row row_of(const torch::stable::Tensor& tensor, int64_t start, int64_t stride) {
-    constexpr int64_t kFields = sizeof(Row) / sizeof(int64_t);
-    const auto* words = static_cast<const int64_t*>(tensor.data_ptr()) + start;
-    int64_t fields[kFields];
-    for (int64_t i = 0; i < kFields; ++i) fields[i] = words[i * stride];
-    Row row;
-    std::memcpy(&row, fields, sizeof row);
-    return row;
-}
+// Where the rows of a table lie, which need not be contiguous.
+struct Rows {
+    const int64_t* words;
+    int64_t num, row_stride, column_stride;
+};
 
-// Fills ``call`` with the tables, of which ``table`` is one if it has two dimensions, and with all
-// but the parts.
-void check_tables(const torch::stable::Tensor& table, int64_t dims,
-                  const std::optional<torch::stable::Tensor>& levels, Call& call) {
-    if (table.scalar_type() != ScalarType::Long || !table.is_cpu() || table.dim() != dims) {
-        refuse("the table is ", torch::headeronly::toString(table.scalar_type()), " of ",
-               table.dim(), " dimensions; give int64 rows on the cpu");
+void check_rows(const Rows& rows, int64_t num_levels, const CodecCall& call, SegmentTable& table) {
+    table.segments.resize(static_cast<size_t>(rows.num));
+    table.numel = table.padded = 0;
+    table.is_fp32 = true;
+    for (int64_t row = 0; row < rows.num; ++row) {
+        int64_t fields[kSegmentFields];
+        for (int64_t column = 0; column < kSegmentFields; ++column) {
+            fields[column] = rows.words[row * rows.row_stride + column * rows.column_stride];
+        }
+        Segment& segment = table.segments[static_cast<size_t>(row)];
+        std::memcpy(&segment, fields, sizeof segment);
+        check_segment(segment, call.buffer_bytes, call.payload_bytes);
+        check_segment_levels(segment, num_levels);
+        table.numel += segment.numel;
+        table.padded += segment.padded;
+        table.is_fp32 &= segment.dtype == kFp32;
     }
-    if (table.size(dims - 1) != kSegmentFields) {
-        refuse("the table has ", table.size(dims - 1), " columns; give ", kSegmentFields);
+}
+
+// Of ``num_tables`` tables, whose rows and columns are the last two dimensions. Fills all but the
+// parts.
+void check_tables(const torch::stable::Tensor& tables, int64_t num_tables, int64_t table_stride,
+                  const std::optional<torch::stable::Tensor>& levels, CodecCall& call) {
+    const int64_t dim = tables.dim();
+    if (tables.size(dim - 1) != kSegmentFields) {
+        refuse("the table has ", tables.size(dim - 1), " columns; give ", kSegmentFields);
     }
     if (call.payload_bytes < kHeaderBytes) {
         refuse("the payload has ", call.payload_bytes, " bytes; a header alone takes ",
                kHeaderBytes);
     }
-    const int64_t num_levels = check_levels(levels);
+    check_levels(levels);
     call.levels = levels ? static_cast<const float*>(levels->data_ptr()) : nullptr;
-    call.num_tables = dims == 3 ? table.size(0) : 1;
-    const int64_t stride = dims == 3 ? table.stride(0) : 0;
-    call.num_segments = table.size(dims - 2);
-    const int64_t rows = call.num_tables * call.num_segments;
-    call.segments.resize(static_cast<size_t>(rows));
-    for (int64_t i = 0; i < rows; ++i) {
-        const int64_t number = i / call.num_segments, row = i % call.num_segments;
-        const int64_t start = number * stride + row * table.stride(dims - 2);
-        Segment& segment = call.segments[static_cast<size_t>(i)];
-        segment = row_of<Segment>(table, start, table.stride(dims - 1));
-        check_segment(segment, call.buffer_bytes, call.payload_bytes);
-        check_segment_levels(segment, num_levels);
+    const int64_t num_levels = levels ? levels->numel() : 0;
+    const size_t num = static_cast<size_t>(num_tables);
+    if (call.tables.size() < num) call.tables.resize(num);
+    Rows rows{static_cast<const int64_t*>(tables.data_ptr()), tables.size(dim - 2),
+              tables.stride(dim - 2), tables.stride(dim - 1)};
+    for (size_t table = 0; table < num; ++table, rows.words += table_stride) {
+        check_rows(rows, num_levels, call, call.tables[table]);
     }
 }
 
-// Raises where decode may not add into what the table says.
-void check_adds(const Call& call, int64_t table) {
-    for (int64_t i = 0; i < call.num_segments; ++i) {
-        const int64_t dtype = call.table(table)[i].dtype;
-        if (dtype != kFp32) refuse("decode adds into dtype ", dtype, "; give an fp32 buffer");
+void check_adds(const SegmentTable& table) {
+    if (table.is_fp32) return;
+    for (const Segment& segment : table.segments) {
+        if (segment.dtype != kFp32) {
+            refuse("decode adds into dtype ", segment.dtype, "; give an fp32 buffer and table");
+        }
     }
 }
 
-void check_rows(const char* name, const torch::stable::Tensor& tensor, Where where) {
-    if (tensor.scalar_type() == ScalarType::Byte && tensor.dim() == 2 && tensor.is_contiguous() &&
-        is_at(tensor, where)) {
-        return;
-    }
-    refuse("the ", name, " are ", description(tensor), "; give contiguous 2-D uint8 rows on the ",
-           name_of(where));
-}
-
-void check_place(const char* name, int64_t place, int64_t count) {
-    if (place < 0 || place >= count) {
-        refuse("a part names ", name, " ", place, " of ", count, "; give one of them, from 0 on");
-    }
+void check_named(const char* name, int64_t which, int64_t count) {
+    if (which >= 0 && which < count) return;
+    refuse("a part names ", name, " ", which, " of ", count,
+           "; give one that is there, counted from 0");
 }
 
 }  // namespace
 
 void check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,
-                 int64_t key, bool add, const torch::stable::Tensor& payload,
-                 const std::optional<torch::stable::Tensor>& levels, Where where, Call& call) {
+                 int64_t key, const torch::stable::Tensor& payload, bool add,
+                 const std::optional<torch::stable::Tensor>& levels, Where where, CodecCall& call) {
     check_bytes("buffer", buffer, where);
     check_bytes("payload", payload, where);
     check_same_device(buffer, payload);
+    if (table.scalar_type() != ScalarType::Long || !table.is_cpu() || table.dim() != 2) {
+        refuse("the table is ", torch::headeronly::toString(table.scalar_type()), " of ",
+               table.dim(), " dimensions; give int64 rows on the cpu");
+    }
     call.buffer_bytes = buffer.numel();
     call.payload_bytes = payload.numel();
-    check_tables(table, 2, levels, call);
-    if (add) check_adds(call, 0);
+    check_tables(table, 1, 0, levels, call);
+    if (add) check_adds(call.tables[0]);
     call.parts.assign(1, {key, 0, 0, 0, add});
 }
 
 void check_codec_all(const torch::stable::Tensor& buffers, const torch::stable::Tensor& tables,
-                     const torch::stable::Tensor& parts, bool adds,
-                     const torch::stable::Tensor& payloads,
-                     const std::optional<torch::stable::Tensor>& levels, Where where, Call& call) {
-    check_rows("buffers", buffers, where);
-    check_rows("payloads", payloads, where);
+                     const torch::stable::Tensor& parts, const torch::stable::Tensor& payloads,
+                     bool may_add, const std::optional<torch::stable::Tensor>& levels, Where where,
+                     CodecCall& call) {
+    check_byte_rows("buffers", buffers, where);
+    check_byte_rows("payloads", payloads, where);
     check_same_device(buffers, payloads);
+    if (tables.scalar_type() != ScalarType::Long || !tables.is_cpu() || tables.dim() != 3) {
+        refuse("the tables are ", description(tables), "; give int64 [kinds, segments, ",
+               kSegmentFields, "] on the cpu");
+    }
+    if (parts.scalar_type() != ScalarType::Long || !parts.is_cpu() || parts.dim() != 2) {
+        refuse("the parts are ", description(parts), "; give int64 [parts, ", kPartFields,
+               "] on the cpu");
+    }
+    if (parts.size(1) != kPartFields) {
+        refuse("the parts have ", parts.size(1), " columns; give ", kPartFields);
+    }
+    const int64_t num_buffers = buffers.size(0), num_payloads = payloads.size(0);
+    const int64_t num_tables = tables.size(0), num_parts = parts.size(0);
     call.buffer_bytes = buffers.size(1);
     call.payload_bytes = payloads.size(1);
-    check_tables(tables, 3, levels, call);
-    if (parts.scalar_type() != ScalarType::Long || !parts.is_cpu() || parts.dim() != 2 ||
-        parts.size(1) != kPartFields) {
-        refuse("the parts are ", description(parts), "; give int64 rows of ", kPartFields,
-               " columns on the cpu");
-    }
-    call.parts.resize(static_cast<size_t>(parts.size(0)));
-    int64_t may_add = -1;  // the table that was looked at last
-    for (int64_t i = 0; i < parts.size(0); ++i) {
-        Part& part = call.parts[static_cast<size_t>(i)];
-        part = row_of<Part>(parts, i * parts.stride(0), parts.stride(1));
-        check_place("table", part.table, tables.size(0));
-        check_place("buffer", part.buffer, buffers.size(0));
-        check_place("payload", part.payload, payloads.size(0));
-        if (part.add < 0 || part.add > adds) {
-            refuse("a part has add ", part.add, "; give ", adds ? "0 or 1" : "0");
+    check_tables(tables, num_tables, tables.stride(0), levels, call);
+    call.parts.resize(static_cast<size_t>(num_parts));
+    const auto* words = static_cast<const int64_t*>(parts.data_ptr());
+    const int64_t row_stride = parts.stride(0), column_stride = parts.stride(1);
+    for (Part& part : call.parts) {
+        int64_t fields[kPartFields];
+        for (int64_t column = 0; column < kPartFields; ++column) {
+            fields[column] = words[column * column_stride];
         }
-        if (part.add && part.table != may_add) check_adds(call, part.table);
-        if (part.add) may_add = part.table;
+        std::memcpy(&part, fields, sizeof part);
+        check_named("table", part.table, num_tables);
+        check_named("buffer", part.buffer, num_buffers);
+        check_named("payload", part.payload, num_payloads);
+        if (part.add != 0 && !(may_add && part.add == 1)) {
+            refuse("a part has ADD ", part.add, "; give 0",
+                   may_add ? " or 1" : ", since nothing adds to a payload");
+        }
+        if (part.add != 0) check_adds(call.tables[static_cast<size_t>(part.table)]);
+        words += row_stride;
     }
 }
 

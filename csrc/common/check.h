@@ -1,5 +1,5 @@
-// What a call of an operator must be given; of the codec the same rules as `check` in
-// qsdp/codec/segment_table.py.
+// What a call of an operator must be given; of the codec the same rules as `check` and `check_all`
+// in qsdp/codec/segment_table.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "common/call.h"
+#include "common/codec_call.h"
 #include "common/magnitude.h"
 #include "common/span.h"
 
@@ -18,17 +18,16 @@ constexpr Where kCpu = Where::kCpu, kCuda = Where::kCuda;
 
 // All raise std::invalid_argument (ValueError in Python), with one sentence.
 
-// What encode and decode are given: fills ``call`` with one part, after checking each row of the
-// table against the sizes.
+// What encode and decode are given. Fills ``call`` with one part and its table.
 void check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,
-                 int64_t key, bool add, const torch::stable::Tensor& payload,
-                 const std::optional<torch::stable::Tensor>& levels, Where where, Call& call);
+                 int64_t key, const torch::stable::Tensor& payload, bool add,
+                 const std::optional<torch::stable::Tensor>& levels, Where where, CodecCall& call);
 
-// What encode_all and decode_all are given: fills ``call``. ``adds``: whether parts may add.
+// What encode_all and, where parts may add, decode_all are given. Fills ``call``.
 void check_codec_all(const torch::stable::Tensor& buffers, const torch::stable::Tensor& tables,
-                     const torch::stable::Tensor& parts, bool adds,
-                     const torch::stable::Tensor& payloads,
-                     const std::optional<torch::stable::Tensor>& levels, Where where, Call& call);
+                     const torch::stable::Tensor& parts, const torch::stable::Tensor& payloads,
+                     bool may_add, const std::optional<torch::stable::Tensor>& levels, Where where,
+                     CodecCall& call);
 
 // How many words a header has.
 void check_header(int64_t words);

@@ -13,13 +13,11 @@ namespace qsdp {
 
 // Calls ``gap(from, to)`` for each range of such bytes after the header, in order.
 template <class Gap>
-void each_gap(const Segment* segments, int64_t num_segments, int64_t payload_bytes,
-              const Gap& gap) {
+void each_gap(const std::vector<Segment>& segments, int64_t payload_bytes, const Gap& gap) {
     // Kept between calls, so that a call allocates nothing.
     thread_local std::vector<std::pair<int64_t, int64_t>> written;
     written.clear();
-    for (int64_t i = 0; i < num_segments; ++i) {
-        const Segment& segment = segments[i];
+    for (const Segment& segment : segments) {
         written.emplace_back(segment.data_byte, segment.data_byte + data_bytes(segment));
         if (segment.bits != 0) {
             const int64_t meta_bytes = num_buckets(segment) * kMetaBytes;

@@ -5,147 +5,113 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cstring>
 #include <mutex>
 #include <optional>
 #include <stdexcept>
-#include <utility>
 #include <vector>
 
 #include "common/check.h"
+#include "common/codec_call.h"
 #include "common/gaps.h"
 #include "cpu/compact.h"
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
+#include "cpu/share.h"
 
 namespace {
 
-using qsdp::Segment;
+using qsdp::CodecCall;
+using qsdp::Part;
+using qsdp::SegmentTable;
 using torch::stable::Tensor;
 
 // Values a thread takes at least: a few tens of microseconds of work.
 constexpr int64_t kGrain = 1 << 15;
 
-// Kept between calls, so that a call allocates nothing.
-thread_local qsdp::Call kept_call;
-thread_local std::vector<int64_t> kept_sizes, kept_ends;
+// Kept between calls, so that a call allocates nothing. Other threads have others.
+thread_local CodecCall own_call;
+thread_local qsdp::Share own_share;
 
-// How many values each table has, as ``count`` says of a segment.
-const std::vector<int64_t>& sizes_of(const qsdp::Call& call, int64_t Segment::* count) {
-    kept_sizes.clear();
-    for (int64_t table = 0; table < call.num_tables; ++table) {
-        int64_t size = 0;
-        for (int64_t i = 0; i < call.num_segments; ++i) size += call.table(table)[i].*count;
-        kept_sizes.push_back(size);
-    }
-    return kept_sizes;
+qsdp::Table table_of(const CodecCall& call, const Part& part) {
+    const std::vector<qsdp::Segment>& segments =
+        call.tables[static_cast<size_t>(part.table)].segments;
+    return {segments.data(), static_cast<int64_t>(segments.size()), static_cast<uint64_t>(part.key),
+            call.levels};
 }
 
-// Shares the values of all parts out to threads. Parts that write the same row, which ``row`` says,
-// are done in order: those whose rows ascend are laid end to end, and cut into ranges that
-// ``work(part, table, begin, end)`` is called with.
-template <class Work>
-void share_out(const qsdp::Call& call, int64_t qsdp::Part::* row, int64_t Segment::* count,
-               const Work& work) {
-    const std::vector<int64_t>& sizes = sizes_of(call, count);
-    const std::vector<qsdp::Part>& parts = call.parts;
-    for (size_t first = 0, last = 0; first < parts.size(); first = last) {
-        kept_ends.clear();
-        int64_t total = 0;
-        do {
-            total += sizes[static_cast<size_t>(parts[last].table)];
-            kept_ends.push_back(total);
-            ++last;
-        } while (last < parts.size() && parts[last].*row > parts[last - 1].*row);
-        const std::vector<int64_t>& ends = kept_ends;  // this thread's, in all
-        const auto work_on = [&, &ends = ends](int64_t begin, int64_t end) {
-            auto i = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), begin) -
-                                         ends.begin());
-            for (; begin < end; ++i) {
-                const int64_t start = i == 0 ? 0 : ends[i - 1];
-                const int64_t stop = std::min(end, ends[i]);
-                const qsdp::Part& part = parts[first + i];
-                const qsdp::Table table{call.table(part.table), call.num_segments,
-                                        static_cast<uint64_t>(part.key), call.levels};
-                work(part, table, begin - start, stop - start);
-                begin = stop;
-            }
-        };
-        torch::stable::parallel_for(0, total, kGrain, work_on);
+// Calls ``open(part)`` for each part before its values, and ``code(part, from, to)`` for these.
+template <class Open, class Code>
+void share_out(const CodecCall& call, int64_t Part::* row, int64_t SegmentTable::* values,
+               const Open& open, const Code& code) {
+    qsdp::Share& share = own_share;
+    for (size_t next = 0; next < call.parts.size();) {
+        const size_t first = next;
+        next = share.take(call, first, row, values);
+        for (size_t i = first; i < next; ++i) open(call.parts[i]);
+        torch::stable::parallel_for(
+            0, share.num_values(), share.grain(kGrain),
+            [&](int64_t begin, int64_t end) { share.each(begin, end, code); });
     }
 }
 
-void encode_parts(const qsdp::Call& call, const int64_t* header, const uint8_t* from, uint8_t* to) {
-    std::vector<std::pair<int64_t, int64_t>> gaps;
-    int64_t gaps_of = -1;  // which table's these are
-    for (const qsdp::Part& part : call.parts) {
+void encode_parts(const CodecCall& call, const int64_t* header, const Tensor& buffers,
+                  const Tensor& payloads) {
+    const auto* from = static_cast<const uint8_t*>(buffers.data_ptr());
+    auto* to = static_cast<uint8_t*>(payloads.data_ptr());
+    const auto open = [&](const Part& part) {
         uint8_t* payload = to + part.payload * call.payload_bytes;
         std::memcpy(payload, header, qsdp::kHeaderBytes);
-        if (part.table != gaps_of) {
-            gaps.clear();
-            qsdp::each_gap(
-                call.table(part.table), call.num_segments, call.payload_bytes,
-                [&](int64_t begin, int64_t end) { gaps.emplace_back(begin, end - begin); });
-            gaps_of = part.table;
-        }
-        for (const auto& [begin, size] : gaps) {
-            std::memset(payload + begin, 0, static_cast<size_t>(size));
-        }
-    }
+        const auto& table = call.tables[static_cast<size_t>(part.table)];
+        qsdp::each_gap(table.segments, call.payload_bytes, [&](int64_t first, int64_t last) {
+            std::memset(payload + first, 0, static_cast<size_t>(last - first));
+        });
+    };
     const qsdp::Kernels& kernels = qsdp::kernels_in_use();
-    const auto encode_range = [&](const qsdp::Part& part, const qsdp::Table& table, int64_t begin,
-                                  int64_t end) {
-        kernels.encode(table, from + part.buffer * call.buffer_bytes,
+    const auto code = [&](const Part& part, int64_t begin, int64_t end) {
+        kernels.encode(table_of(call, part), from + part.buffer * call.buffer_bytes,
                        to + part.payload * call.payload_bytes, begin, end);
     };
-    share_out(call, &qsdp::Part::payload, &Segment::numel, encode_range);
+    share_out(call, &Part::payload, &SegmentTable::numel, open, code);
 }
 
-void decode_parts(const qsdp::Call& call, const uint8_t* from, uint8_t* to) {
+void decode_parts(const CodecCall& call, const Tensor& payloads, const Tensor& buffers) {
+    const auto* from = static_cast<const uint8_t*>(payloads.data_ptr());
+    auto* to = static_cast<uint8_t*>(buffers.data_ptr());
     const qsdp::Kernels& kernels = qsdp::kernels_in_use();
-    const auto decode_range = [&](const qsdp::Part& part, const qsdp::Table& table, int64_t begin,
-                                  int64_t end) {
-        kernels.decode(table, from + part.payload * call.payload_bytes,
+    const auto code = [&](const Part& part, int64_t begin, int64_t end) {
+        kernels.decode(table_of(call, part), from + part.payload * call.payload_bytes,
                        to + part.buffer * call.buffer_bytes, part.add != 0, begin, end);
     };
-    share_out(call, &qsdp::Part::buffer, &Segment::padded, decode_range);
-}
-
-const uint8_t* bytes_of(const Tensor& tensor) {
-    return static_cast<const uint8_t*>(tensor.data_ptr());
-}
-
-uint8_t* output_of(const Tensor& tensor) {
-    return static_cast<uint8_t*>(tensor.data_ptr());
+    share_out(call, &Part::buffer, &SegmentTable::padded, [](const Part&) {}, code);
 }
 
 void encode(const Tensor& buffer, const Tensor& table, int64_t key,
             torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payload,
             const std::optional<Tensor>& levels) {
-    qsdp::check_codec(buffer, table, key, false, payload, levels, qsdp::kCpu, kept_call);
+    qsdp::check_codec(buffer, table, key, payload, false, levels, qsdp::kCpu, own_call);
     qsdp::check_header(static_cast<int64_t>(header.size()));
-    encode_parts(kept_call, header.data(), bytes_of(buffer), output_of(payload));
+    encode_parts(own_call, header.data(), buffer, payload);
 }
 
 void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tensor& buffer, bool add,
             const std::optional<Tensor>& levels) {
-    qsdp::check_codec(buffer, table, key, add, payload, levels, qsdp::kCpu, kept_call);
-    decode_parts(kept_call, bytes_of(payload), output_of(buffer));
+    qsdp::check_codec(buffer, table, key, payload, add, levels, qsdp::kCpu, own_call);
+    decode_parts(own_call, payload, buffer);
 }
 
 void encode_all(const Tensor& buffers, const Tensor& tables, const Tensor& parts,
                 torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payloads,
                 const std::optional<Tensor>& levels) {
-    qsdp::check_codec_all(buffers, tables, parts, false, payloads, levels, qsdp::kCpu, kept_call);
+    qsdp::check_codec_all(buffers, tables, parts, payloads, false, levels, qsdp::kCpu, own_call);
     qsdp::check_header(static_cast<int64_t>(header.size()));
-    encode_parts(kept_call, header.data(), bytes_of(buffers), output_of(payloads));
+    encode_parts(own_call, header.data(), buffers, payloads);
 }
 
 void decode_all(const Tensor& payloads, const Tensor& tables, const Tensor& parts,
                 const Tensor& buffers, const std::optional<Tensor>& levels) {
-    qsdp::check_codec_all(buffers, tables, parts, true, payloads, levels, qsdp::kCpu, kept_call);
-    decode_parts(kept_call, bytes_of(payloads), output_of(buffers));
+    qsdp::check_codec_all(buffers, tables, parts, payloads, true, levels, qsdp::kCpu, own_call);
+    decode_parts(own_call, payloads, buffers);
 }
 
 void compact(const Tensor& dense, const Tensor& spans, const Tensor& bitmap, const Tensor& out,

@@ -87,7 +87,7 @@ class Items {
 inline Items encode_items(const std::vector<Segment>& segments, int64_t payload_bytes) {
     Items items;
     for (const Segment& segment : segments) items.add_segment(segment);
-    each_gap(segments.data(), static_cast<int64_t>(segments.size()), payload_bytes,
+    each_gap(segments, payload_bytes,
              [&](int64_t from, int64_t to) { items.add_zeros(from, to - from); });
     return items;
 }

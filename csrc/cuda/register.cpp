@@ -13,11 +13,13 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/codec_call.h"
 #include "cuda/launch.h"
 
 namespace {
 
-using qsdp::Segment;
+using qsdp::CodecCall;
+using qsdp::Part;
 using torch::stable::Tensor;
 
 // Makes a tensor's GPU the current one; its stream.
@@ -45,76 +47,62 @@ void check_launch() {
     }
 }
 
-// Calls ``launch(part, segments)`` for each part, in order.
-template <class Launch>
-void each_part(const qsdp::Call& call, const Launch& launch) {
-    std::vector<Segment> segments;
-    int64_t segments_of = -1;  // which table's they are
-    for (const qsdp::Part& part : call.parts) {
-        if (part.table != segments_of) {
-            const Segment* rows = call.table(part.table);
-            segments.assign(rows, rows + call.num_segments);
-            segments_of = part.table;
-        }
-        launch(part, segments);
-    }
-}
-
-void encode_parts(const qsdp::Call& call, const int64_t* header, const Tensor& buffers,
+void encode_parts(const CodecCall& call, const int64_t* header, const Tensor& buffers,
                   const Tensor& payloads) {
     const Place place(buffers);
     const auto* from = static_cast<const uint8_t*>(buffers.data_ptr());
     auto* to = static_cast<uint8_t*>(payloads.data_ptr());
-    each_part(call, [&](const qsdp::Part& part, const std::vector<Segment>& segments) {
-        qsdp::encode_on_gpu(segments, static_cast<uint64_t>(part.key), header, call.levels,
-                            from + part.buffer * call.buffer_bytes,
-                            to + part.payload * call.payload_bytes, call.payload_bytes,
-                            place.stream());
-    });
+    for (const Part& part : call.parts) {
+        qsdp::encode_on_gpu(
+            call.tables[static_cast<size_t>(part.table)].segments, static_cast<uint64_t>(part.key),
+            header, call.levels, from + part.buffer * call.buffer_bytes,
+            to + part.payload * call.payload_bytes, call.payload_bytes, place.stream());
+    }
     check_launch();
 }
 
-void decode_parts(const qsdp::Call& call, const Tensor& payloads, const Tensor& buffers) {
+void decode_parts(const CodecCall& call, const Tensor& payloads, const Tensor& buffers) {
     const Place place(buffers);
     const auto* from = static_cast<const uint8_t*>(payloads.data_ptr());
     auto* to = static_cast<uint8_t*>(buffers.data_ptr());
-    each_part(call, [&](const qsdp::Part& part, const std::vector<Segment>& segments) {
-        qsdp::decode_on_gpu(segments, static_cast<uint64_t>(part.key), call.levels,
+    for (const Part& part : call.parts) {
+        qsdp::decode_on_gpu(call.tables[static_cast<size_t>(part.table)].segments,
+                            static_cast<uint64_t>(part.key), call.levels,
                             from + part.payload * call.payload_bytes,
                             to + part.buffer * call.buffer_bytes, part.add != 0, place.stream());
-    });
+    }
     check_launch();
 }
 
 void encode(const Tensor& buffer, const Tensor& table, int64_t key,
             torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payload,
             const std::optional<Tensor>& levels) {
-    qsdp::Call call;
-    qsdp::check_codec(buffer, table, key, false, payload, levels, qsdp::kCuda, call);
+    CodecCall call;
+    qsdp::check_codec(buffer, table, key, payload, false, levels, qsdp::kCuda, call);
     qsdp::check_header(static_cast<int64_t>(header.size()));
     encode_parts(call, header.data(), buffer, payload);
 }
 
 void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tensor& buffer, bool add,
             const std::optional<Tensor>& levels) {
-    qsdp::Call call;
-    qsdp::check_codec(buffer, table, key, add, payload, levels, qsdp::kCuda, call);
+    CodecCall call;
+    qsdp::check_codec(buffer, table, key, payload, add, levels, qsdp::kCuda, call);
     decode_parts(call, payload, buffer);
 }
 
 void encode_all(const Tensor& buffers, const Tensor& tables, const Tensor& parts,
                 torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payloads,
                 const std::optional<Tensor>& levels) {
-    qsdp::Call call;
-    qsdp::check_codec_all(buffers, tables, parts, false, payloads, levels, qsdp::kCuda, call);
+    CodecCall call;
+    qsdp::check_codec_all(buffers, tables, parts, payloads, false, levels, qsdp::kCuda, call);
     qsdp::check_header(static_cast<int64_t>(header.size()));
     encode_parts(call, header.data(), buffers, payloads);
 }
 
 void decode_all(const Tensor& payloads, const Tensor& tables, const Tensor& parts,
                 const Tensor& buffers, const std::optional<Tensor>& levels) {
-    qsdp::Call call;
-    qsdp::check_codec_all(buffers, tables, parts, true, payloads, levels, qsdp::kCuda, call);
+    CodecCall call;
+    qsdp::check_codec_all(buffers, tables, parts, payloads, true, levels, qsdp::kCuda, call);
     decode_parts(call, payloads, buffers);
 }
 

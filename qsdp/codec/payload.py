@@ -64,13 +64,13 @@ class Field(IntEnum):
 
 
 class Part(IntEnum):
-    """Columns of the int64 rows of which each has one of a call's payloads."""
+    """Columns of the int64 parts that a codec call of many payloads works through, in order."""
 
-    KEY = 0  # the folded key
-    TABLE = 1  # which table
+    KEY = 0  # the folded `Key`
+    TABLE = 1  # which of the segment tables
     BUFFER = 2  # which row of the buffers
     PAYLOAD = 3  # which row of the payloads
-    ADD = 4  # decode: 1 adds to what the buffer holds; else 0
+    ADD = 4  # decode: 1 adds to what the buffer holds, 0 overwrites it; encode: 0
 
 
 Count = TypeVar("Count", int, npt.NDArray[np.int64])

@@ -19,17 +19,22 @@ def check(
     levels: Tensor | None = None,
     add: bool = False,
 ) -> None:
-    """Raise ValueError when a codec call's arguments cannot be what it needs.
+    """Raise ValueError when the arguments of `encode` or `decode` cannot be what they need.
 
     What the levels hold is not looked at: a codec call is safe whatever it is.
     """
     for name, tensor in (("buffer", buffer), ("payload", payload)):
-        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
+        if not _is_bytes(tensor, 1):
             raise ValueError(
                 f"the {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
                 "give a contiguous 1-D uint8 view"
             )
-    _check_tables(table, 2, buffer.numel(), payload.numel(), levels)
+    if table.dtype != torch.int64 or table.device.type != "cpu" or table.dim() != 2:
+        raise ValueError(
+            f"the table is {table.dtype} on {table.device}; give int64 rows on the cpu"
+        )
+    _check_sizes(table, payload, levels)
+    _check_rows(table, buffer.numel(), payload.numel(), levels)
     if add:
         _check_adds(table)
 
@@ -39,50 +44,60 @@ def check_all(
     tables: Tensor,
     parts: Tensor,
     payloads: Tensor,
-    levels: Tensor | None,
+    levels: Tensor | None = None,
     *,
-    adds: bool,
+    may_add: bool,
 ) -> None:
-    """Raise ValueError when a call for many payloads cannot be what it needs. ``adds``: whether
-    parts may add."""
+    """Raise ValueError when the arguments of `encode_all` or `decode_all` cannot be what they need.
+
+    Only what may add has parts that do. All tables are checked, each once.
+    """
     for name, tensor in (("buffers", buffers), ("payloads", payloads)):
-        if tensor.dtype != torch.uint8 or tensor.dim() != 2 or not tensor.is_contiguous():
+        if not _is_bytes(tensor, 2):
             raise ValueError(
                 f"the {name} are {tensor.dtype} of shape {tuple(tensor.shape)}; "
                 "give contiguous 2-D uint8 rows"
             )
-    _check_tables(tables, 3, buffers.shape[1], payloads.shape[1], levels)
-    if parts.dtype != torch.int64 or parts.device.type != "cpu" or parts.shape[1:] != (len(Part),):
+    if tables.dtype != torch.int64 or tables.device.type != "cpu" or tables.dim() != 3:
+        raise ValueError(
+            f"the tables are {tables.dtype} of shape {tuple(tables.shape)} on {tables.device}; "
+            f"give int64 [kinds, segments, {len(Field)}] on the cpu"
+        )
+    if (parts.dtype, parts.device.type, parts.dim()) != (torch.int64, "cpu", 2):
         raise ValueError(
             f"the parts are {parts.dtype} of shape {tuple(parts.shape)} on {parts.device}; "
-            f"give int64 rows of {len(Part)} columns on the cpu"
+            f"give int64 [parts, {len(Part)}] on the cpu"
         )
-    counts = {Part.TABLE: len(tables), Part.BUFFER: len(buffers), Part.PAYLOAD: len(payloads)}
+    if parts.shape[1] != len(Part):
+        raise ValueError(f"the parts have {parts.shape[1]} columns; give {len(Part)}")
+    _check_sizes(tables, payloads, levels)
+    for table in tables:
+        _check_rows(table, buffers.shape[1], payloads.shape[1], levels)
+    counts = {Part.TABLE: tables, Part.BUFFER: buffers, Part.PAYLOAD: payloads}
     for part in parts.tolist():
-        for column, count in counts.items():
-            if not 0 <= part[column] < count:
+        for column, of in counts.items():
+            if not 0 <= part[column] < len(of):
                 raise ValueError(
-                    f"a part names {column.name.lower()} {part[column]} of {count}; "
-                    "give one of them, from 0 on"
+                    f"a part names {column.name.lower()} {part[column]} of {len(of)}; give one "
+                    "that is there, counted from 0"
                 )
-        if part[Part.ADD] not in range(1 + adds):
-            raise ValueError(f"a part has add {part[Part.ADD]}; give {'0 or 1' if adds else '0'}")
-        if part[Part.ADD]:
-            _check_adds(tables[part[Part.TABLE]])
+        if part[Part.ADD] not in (0, may_add):
+            allowed = "0 or 1" if may_add else "0, since nothing adds to a payload"
+            raise ValueError(f"a part has {Part.ADD.name} {part[Part.ADD]}; give {allowed}")
+    for kind in parts[parts[:, Part.ADD] == 1, Part.TABLE].unique():
+        _check_adds(tables[kind])
 
 
-def _check_tables(
-    table: Tensor, dims: int, buffer_bytes: int, payload_bytes: int, levels: Tensor | None
-) -> None:
-    if table.dtype != torch.int64 or table.device.type != "cpu" or table.dim() != dims:
-        raise ValueError(
-            f"the table is {table.dtype} of {table.dim()} dimensions on {table.device}; "
-            "give int64 rows on the cpu"
-        )
+def _is_bytes(tensor: Tensor, dim: int) -> bool:
+    return tensor.dtype == torch.uint8 and tensor.dim() == dim and tensor.is_contiguous()
+
+
+def _check_sizes(table: Tensor, payload: Tensor, levels: Tensor | None) -> None:
+    """Of one table and payload, or of several: of their last dimension."""
     if table.shape[-1] != len(Field):
         raise ValueError(f"the table has {table.shape[-1]} columns; give {len(Field)}")
-    if payload_bytes < HEADER_BYTES:
-        raise ValueError(f"the payload has {payload_bytes} bytes; a header alone takes 32")
+    if payload.shape[-1] < HEADER_BYTES:
+        raise ValueError(f"the payload has {payload.shape[-1]} bytes; a header alone takes 32")
     if levels is not None and (
         levels.dtype != torch.float32
         or levels.device.type != "cpu"
@@ -93,7 +108,12 @@ def _check_tables(
             f"the levels are {levels.dtype} of shape {tuple(levels.shape)} on {levels.device}; "
             "give a contiguous 1-D fp32 tensor on the cpu"
         )
-    for row in table.reshape(-1, len(Field)).tolist():
+
+
+def _check_rows(
+    table: Tensor, buffer_bytes: int, payload_bytes: int, levels: Tensor | None
+) -> None:
+    for row in table.tolist():
         for field in (Field.DTYPE, Field.WIRE):
             if row[field] not in iter(DType):
                 raise ValueError(f"a segment has {field.name} {row[field]}; give 0 to {max(DType)}")

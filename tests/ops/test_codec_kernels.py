@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.codec.payload import Field, Layout, Segment
+from qsdp.codec.payload import Field, Layout, Part, Segment
 from qsdp.common.dtypes import DType
 from qsdp.common.rounding import Rounding
 from qsdp.ops import native
@@ -464,6 +464,22 @@ def test_bad_tensors_raise(kernels: str) -> None:
         torch.ops.qsdp.encode(buffer, table, 0, header[:3], payload)
     with pytest.raises(ValueError, match="give an fp32 buffer"):
         torch.ops.qsdp.decode(payload, table, 0, buffer, add=True)
+    rows, parts = (payload[None], table[None]), torch.tensor([[0, 0, 0, 0, 0]])
+    for place, value, told in (
+        (Part.TABLE, 1, "a part names table 1 of 1; give one"),
+        (Part.BUFFER, -1, "a part names buffer -1 of 1; give one"),
+        (Part.PAYLOAD, 7, "a part names payload 7 of 1; give one"),
+        (Part.ADD, 2, "a part has ADD 2; give 0 or 1"),
+        (Part.ADD, 1, "give an fp32 buffer"),
+    ):
+        bad = parts.clone()
+        bad[0, place] = value
+        with pytest.raises(ValueError, match=told):
+            torch.ops.qsdp.decode_all(*rows, bad, buffer[None])
+    with pytest.raises(ValueError, match="the header has 5 words"):
+        torch.ops.qsdp.encode_all(buffer[None], table[None], parts, [*header, 0], payload[None])
+    with pytest.raises(ValueError, match=r"the payloads are .* give contiguous 2-D uint8 rows"):
+        torch.ops.qsdp.encode_all(buffer[None], table[None], parts, header, payload)
 
 
 def test_python_serves_where_it_is_asked_for() -> None:

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from qsdp.codec.payload import Field, Layout, Segment
+from qsdp.codec.payload import Field, Layout, Part, Segment
 from qsdp.common.dtypes import DType
 from qsdp.common.rounding import Rounding
 from qsdp.ops.reference import codec
@@ -40,11 +40,36 @@ def learned(**changes: object) -> dict[str, object]:
     return call(**{"LEVELS": 0, "ROUNDING": 2, "levels": LEVELS} | changes)
 
 
+def many(of: dict[str, object], part: int = 0, **changes: object) -> dict[str, object]:
+    """Arguments of an encode_all of two payloads, with changes to one part or to whole arguments.
+
+    Buffer, table and payload are those of ``of``; where tables can be stacked, the first is good.
+    """
+    good, table = call()["table"], of["table"]
+    fits = table.shape == good.shape and table.dtype == good.dtype
+    parts = torch.tensor([[1, 0, 0, 0, 0], [2, int(fits), 0, 1, 0]])
+    for name, value in changes.items():
+        if name in Part.__members__:
+            parts[part, Part[name]] = value
+    given = {
+        "buffers": of["buffer"].unsqueeze(0),
+        "tables": torch.stack([good, table]) if fits else table.unsqueeze(0),
+        "parts": parts,
+        "header": of["header"],
+        "payloads": as_rows(of["payload"]),
+        "levels": of.get("levels"),
+    }
+    return given | {name: v for name, v in changes.items() if name not in Part.__members__}
+
+
+def as_rows(payload: torch.Tensor) -> torch.Tensor:
+    """Two of it, strided if it is."""
+    rows = payload.new_zeros(2, *payload.shape, 1 if payload.is_contiguous() else 2)[..., 0]
+    return rows.copy_(payload)
+
+
 # The specification, and whatever kernels serve the CPU.
-KERNELS = {
-    "specification": (codec.encode, codec.decode),
-    "in use": (torch.ops.qsdp.encode, torch.ops.qsdp.decode),
-}
+KERNELS = {"specification": codec, "in use": torch.ops.qsdp}
 BAD_CALLS = {
     "1 bit": call(BITS=1),
     "9 bits": call(BITS=9),
@@ -96,23 +121,69 @@ BAD_CALLS = {
 }
 
 
+# What only calls of many payloads can be given; those of one that are bad are bad in them too.
+BAD_PARTS = {
+    "a table that is not there": many(call(), 1, TABLE=2),
+    "a table before the first": many(call(), 1, TABLE=-1),
+    "no table": many(call(), tables=torch.zeros(0, 1, len(Field), dtype=torch.int64)),
+    "a buffer that is not there": many(call(), 1, BUFFER=1),
+    "a buffer before the first": many(call(), 1, BUFFER=-1),
+    "no buffer": many(call(), buffers=torch.zeros(0, 160, dtype=BYTES)),
+    "a payload that is not there": many(call(), 1, PAYLOAD=2**62),
+    "a payload before the first": many(call(), 1, PAYLOAD=-(2**63)),
+    "no payload": many(call(), payloads=torch.zeros(0, 80, dtype=BYTES)),
+    "neither added nor not": many(call(), 1, ADD=2),
+    "added backwards": many(call(), 1, ADD=-1),
+    "int32 parts": many(call(), parts=torch.zeros(2, len(Part), dtype=torch.int32)),
+    "flat parts": many(call(), parts=torch.zeros(len(Part), dtype=torch.int64)),
+    "narrow parts": many(call(), parts=torch.zeros(2, 4, dtype=torch.int64)),
+    "no part, of no column": many(call(), parts=torch.zeros(0, 0, dtype=torch.int64)),
+    "no part, and a bad table": many(call(BITS=1), parts=torch.zeros(0, 5, dtype=torch.int64)),
+    "buffers whose rows have gaps": many(call(), buffers=torch.zeros(2, 161, dtype=BYTES)[:, 1:]),
+    "payloads whose rows have gaps": many(call(), payloads=torch.zeros(2, 97, dtype=BYTES)[:, 1:]),
+}
+
+
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_a_bad_argument_is_refused_in_one_sentence_before_anything_is_written(name, kernels):
-    encode, decode = KERNELS[kernels]
-    given = BAD_CALLS[name]
-    before = given["payload"].clone()
+    ops, given = KERNELS[kernels], BAD_CALLS[name]
     rest = {"levels": given["levels"]} if "levels" in given else {}
-    with pytest.raises((ValueError, RuntimeError)) as caught:
-        encode(**given)
-    assert_one_sentence(str(caught.value))
-    assert torch.equal(given["payload"], before)
+    assert_refused(ops.encode, given, writes="payload")
     if "header" not in name:
-        before = given["buffer"].clone()
-        with pytest.raises((ValueError, RuntimeError)) as caught:
-            decode(given["payload"], given["table"], given["key"], given["buffer"], **rest)
-        assert_one_sentence(str(caught.value))
-        assert torch.equal(given["buffer"], before)
+        arguments = {field: given[field] for field in ("payload", "table", "key", "buffer")}
+        assert_refused(ops.decode, arguments | rest, writes="buffer")
+    assert_all_refused(ops, many(given), is_of_encode="header" in name)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("name", BAD_PARTS)
+def test_a_bad_part_is_refused_in_one_sentence_before_anything_is_written(name, kernels):
+    assert_all_refused(KERNELS[kernels], BAD_PARTS[name])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_only_decoding_adds(kernels):
+    given = many(call(), 1, ADD=1)
+    assert_refused(KERNELS[kernels].encode_all, given, writes="payloads")
+    KERNELS[kernels].decode_all(*(given[name] for name in DECODE_ALL))
+
+
+DECODE_ALL = ("payloads", "tables", "parts", "buffers", "levels")
+
+
+def assert_all_refused(ops, given, is_of_encode=False):
+    assert_refused(ops.encode_all, given, writes="payloads")
+    if not is_of_encode:
+        assert_refused(ops.decode_all, {name: given[name] for name in DECODE_ALL}, writes="buffers")
+
+
+def assert_refused(operator, given, writes):
+    before = given[writes].clone()
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        operator(**given)
+    assert_one_sentence(str(caught.value))
+    assert torch.equal(given[writes], before)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -126,10 +197,15 @@ def test_adding_into_anything_but_fp32_is_refused_before_anything_is_written(dty
     payload = torch.zeros(layout.payload_bytes, dtype=torch.uint8)
     payload[32:36] = torch.tensor([1.5]).view(torch.uint8)
     table = torch.tensor(layout.table([8, 8]))
-    with pytest.raises((ValueError, RuntimeError)) as caught:
-        KERNELS[kernels][1](payload, table, 1, buffer, True)
-    assert_one_sentence(str(caught.value))
+    ops, given = KERNELS[kernels], {"payload": payload, "table": table, "key": 1, "buffer": buffer}
+    assert_refused(ops.decode, given | {"add": True}, writes="buffer")
+    rows = (payload.unsqueeze(0), table.unsqueeze(0))
+    parts = torch.tensor([[1, 0, 0, 0, 0], [1, 0, 0, 0, 1]])
+    given = dict(zip(DECODE_ALL, (*rows, parts, buffer.unsqueeze(0), None), strict=True))
+    assert_refused(ops.decode_all, given, writes="buffers")
     assert bool((buffer == 1).all())
+    ops.decode_all(*rows, parts[:1], buffer.unsqueeze(0))
+    assert not bool((buffer == 1).all())
 
 
 def assert_one_sentence(message: str) -> None:

@@ -46,6 +46,14 @@ class Sent:
         buffer = self.decoded.view(torch.uint8)
         torch.ops.qsdp.decode(self.payload, self.table, 5, buffer, add)
 
+    def code_all(self) -> None:
+        """Both at once, twice over."""
+        parts, tables = torch.tensor([[5, 0, 0, 0, 0]] * 2), self.table.unsqueeze(0)
+        buffer, payload = self.values.view(1, -1).view(torch.uint8), self.payload.unsqueeze(0)
+        torch.ops.qsdp.encode_all(buffer, tables, parts, self.header, payload)
+        buffer = self.decoded.view(1, -1).view(torch.uint8)
+        torch.ops.qsdp.decode_all(payload, tables, parts, buffer)
+
     def wanted(self) -> tuple[Tensor, Tensor]:
         """By the specification, on the CPU."""
         payload = torch.zeros(self.payload.shape, dtype=torch.uint8)
@@ -90,6 +98,7 @@ def test_nothing_waits_for_the_gpu() -> None:
         sent.encode()
         sent.decode()
         sent.decode(add=True)
+        sent.code_all()
         torch.ops.qsdp.count_digits(values, prefix, 20, 11, counts)
         torch.ops.qsdp.mark_above(values, 1 << 29, marks)
         torch.ops.qsdp.compact(values.view(torch.uint8), spans, bits, kept, False)
@@ -112,6 +121,18 @@ def test_a_graph_replays_it() -> None:
         sent.values.normal_()
         graph.replay()
         sent.check()
+
+
+def test_a_graph_replays_many_payloads() -> None:
+    sent = Sent(100_000, bits=4, num_segments=40)
+    sent.code_all()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sent.code_all()
+    sent.values.normal_()
+    graph.replay()
+    sent.check()
 
 
 def test_offsets_above_2_to_the_31() -> None:

@@ -1,8 +1,9 @@
 """The codec in plain PyTorch: the numerical specification.
 
 `encode` turns a flat buffer into a payload, `decode` turns it back; one call works through all
-segments of a group (see [Note: Payload] for the bytes and `Field` for the table). Other kernels
-(csrc/) give the same bytes for the same key.
+segments of a group (see [Note: Payload] for the bytes and `Field` for the table). `encode_all` and
+`decode_all` are loops over them (see `Part`). Other kernels (csrc/) give the same bytes for the
+same key.
 
 [Note: Grid] A bucket of b-bit codes, L = 2**b - 1, in fp32 arithmetic without contraction:
 
@@ -98,21 +99,20 @@ def encode_all(
     payloads: Tensor,
     levels: Tensor | None = None,
 ) -> None:
-    """Write several payloads of one header, as `encode` does, in the order of ``parts``.
+    """Write many payloads of one group, as `encode` writes each, part after part.
 
     Args:
-        buffers: uint8 [slices, bytes], contiguous.
-        tables: int64 [tables, segments, len(Field)] on the CPU.
-        parts: int64 [parts, len(Part)] on the CPU: one row a payload.
-        header: four int64 words.
-        payloads: uint8 [payloads, payload bytes], contiguous: those that a part names are
-            overwritten.
-        levels: as in `encode`.
+        buffers: uint8 [rows, bytes], contiguous: a row is a flat buffer viewed as bytes.
+        tables: int64 [kinds, segments, len(Field)] on the CPU: what parts name by its number.
+        parts: int64 [parts, len(Part)] on the CPU.
+        header: four int64 words, which all the payloads open with.
+        payloads: uint8 [payloads, payload bytes], contiguous; what parts name is overwritten.
+        levels: fp32 [floats] on the CPU, contiguous: what `Field.LEVELS` points into.
     """
-    check_all(buffers, tables, parts, payloads, levels, adds=False)
+    check_all(buffers, tables, parts, payloads, levels, may_add=False)
     _check_header(header)
-    for key, table, buffer, payload, _ in parts.tolist():
-        _encode(buffers[buffer], tables[table], key, header, payloads[payload], levels)
+    for key, table, row, payload, _ in parts.tolist():
+        _encode(buffers[row], tables[table], key, header, payloads[payload], levels)
 
 
 def decode_all(
@@ -122,13 +122,14 @@ def decode_all(
     buffers: Tensor,
     levels: Tensor | None = None,
 ) -> None:
-    """Write, or add, the values of several payloads, as `decode` does, in the order of ``parts``.
+    """Decode many payloads of one group, as `decode` does each, part after part: several parts may
+    write one row, and a row that no part names stays.
 
-    Args as in `encode_all`. Several parts may add into one row of the buffers.
+    Args as in `encode_all`.
     """
-    check_all(buffers, tables, parts, payloads, levels, adds=True)
-    for key, table, buffer, payload, add in parts.tolist():
-        _decode(payloads[payload], tables[table], key, buffers[buffer], bool(add), levels)
+    check_all(buffers, tables, parts, payloads, levels, may_add=True)
+    for key, table, row, payload, add in parts.tolist():
+        _decode(payloads[payload], tables[table], key, buffers[row], bool(add), levels)
 
 
 def _check_header(header: list[int]) -> None:
@@ -144,8 +145,9 @@ def _encode(
     payload: Tensor,
     levels: Tensor | None,
 ) -> None:
+    """`encode` of what is checked."""
     payload.zero_()
-    payload[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(header))
+    payload[:HEADER_BYTES].copy_(torch.tensor(header).view(torch.uint8))
     for row in table.tolist():
         segment = Row(row)
         values = segment.values(buffer)
@@ -160,6 +162,7 @@ def _encode(
 def _decode(
     payload: Tensor, table: Tensor, key: int, buffer: Tensor, add: bool, levels: Tensor | None
 ) -> None:
+    """`decode` of what is checked."""
     for row in table.tolist():
         segment = Row(row)
         if segment.bits == 0:
