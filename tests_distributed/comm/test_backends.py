@@ -77,7 +77,10 @@ def _made(store: str, rank: int, size: int, backend: str | None, case: Case) -> 
 
 @pytest.mark.parametrize(
     "case",
-    [Case(), Case(ranks=4, config={"ranks_per_node": 2, "reduce": "two-hop"})],
+    [
+        Case(num_steps=2),
+        Case(ranks=4, num_steps=2, config={"ranks_per_node": 2, "reduce": "two-hop"}),
+    ],
     ids=["flat", "two hops"],
 )
 def test_a_group_made_without_naming_gloo_alone_trains_as_gloo_does(run: Run, case: Case) -> None:
