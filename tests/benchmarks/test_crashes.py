@@ -107,7 +107,14 @@ def test_a_run_that_is_killed_at_any_instant_loses_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["a flipped byte", "truncated", "missing"])
+@pytest.mark.parametrize(
+    "how",
+    # What all kinds come to is the business of tests/checkpoint/test_damaged_checkpoints.py.
+    [
+        "a flipped byte",
+        *(pytest.param(how, marks=pytest.mark.heavy) for how in ("truncated", "missing")),
+    ],
+)
 def test_a_damaged_file_is_found_and_the_checkpoint_before_is_used(
     matrix: Any, stage: Any, whole: Any, how: str
 ) -> None:

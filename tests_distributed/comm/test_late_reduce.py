@@ -282,6 +282,8 @@ EVERY = {f"{name}, {ranks}": (ranks, name) for name, way in WAYS.items() for ran
 HEAVY = {
     *("compiled", "fp16 shards", "factor 1", "shared block", "hooks", "optimizer in backward"),
     *("graph kept", "two hops, hooks on one rank", "masks of weights alone"),
+    # As "accumulated" does, and the file of two hops.
+    *("micro-batches synced each", "two hops, gradients there on one rank"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -49,7 +50,9 @@ def _both_ways(case: Case) -> int:
 
 @pytest.mark.parametrize("case", CASES)
 def test_staged_payloads_give_the_same_numbers(run: Run, case: str) -> None:
-    for num_buffers in run(CASES[case].ranks, _both_ways, CASES[case]):
+    # Two steps: of one there are buffers when the next begins, and masks come with the second.
+    short = replace(CASES[case], num_steps=2)
+    for num_buffers in run(short.ranks, _both_ways, short):
         assert num_buffers > 10
 
 

@@ -68,9 +68,11 @@ def test_bad_inputs_are_refused_by_both_ranks_and_named_by_the_first(
 ) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     shards = shards_with_late_ids(tmp_path / "shards")
-    cases = [*FLAGS, *DATA]
+    # What a flag's mistake is, no rank asks another: some show that both end.
+    some = FLAGS[::9]
+    cases = [*some, *DATA]
     flags = [[bad.arguments(tmp_path)] * 2 for bad in cases]
-    for both in flags[len(FLAGS) :]:
+    for both in flags[len(some) :]:
         both[:] = [[*own, "--out", str(tmp_path / "out")] for own in both]
     # Found by one rank alone, but only after all have met.
     homes = [tmp_path / f"home-{rank}" for rank in (0, 1)]

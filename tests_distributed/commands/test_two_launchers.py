@@ -24,7 +24,7 @@ def flags(tmp_path: Path, wire: list[str]) -> list[str]:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     out = ["--out", str(tmp_path / "out")]
-    return ["--data", str(text), *out, *SMALL, "--steps", "3", "--cram", *wire]
+    return ["--data", str(text), *out, *SMALL, "--steps", "3", "--one-shot", "0.5", "--cram", *wire]
 
 
 def check(out: Path, sizes: tuple[int, int]) -> None:

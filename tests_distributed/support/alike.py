@@ -25,7 +25,6 @@ from qsdp import ops
 from qsdp.sparsity.local_shards import local_shard
 from tests_distributed.support.helpers import all_ranks, wire_config
 
-STEPS = 4
 _RATE = 2.0**-5
 _NUM_BLOCKS = 4
 _DELAY_CYCLES = 2_000_000  # a millisecond or two
@@ -36,6 +35,7 @@ class Case:
     """One training."""
 
     ranks: int = 2
+    num_steps: int = 4
     reshard: bool | int = True
     replicas: int = 1
     """With qsdp's own all-reduce between them."""
@@ -108,7 +108,7 @@ def trained(case: Case, device: str, delays: int | None = None) -> list[Tensor]:
     CPU. ``delays``: a seed of waits on the streams, which must change nothing."""
     model, handle = make(case, device)
     grads: list[Tensor] = []
-    for step in range(STEPS):
+    for step in range(case.num_steps):
         if case.sparse and step == 1:
             keep_a_third(model, handle)
         take_step(model, case, step, device, grads, delays)
