@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from qsdp.common.dtypes import ITEM_BYTES, DType
 
-VERSION = 2
+VERSION = 3
 HEADER_BYTES = 32
 META_BYTES = 8
 ALIGN_BYTES = 16

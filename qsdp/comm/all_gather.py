@@ -57,7 +57,7 @@ class WeightGather:
         async_op: bool = False,
     ) -> None:
         self._plan, self._cache, self._wire = plan, cache, wire
-        self._output, self._keeps = output, keeps
+        self._output, self._keeps, self._places = output, keeps, trained.places
         self._kept = [each.payloads for each in (frozen, trained) if each.payloads is not None]
         self._sent: list[tuple[PayloadGather, bool]] = []
         if frozen.source is Source.WIRE:  # once for all steps, so also for a warm-up's
@@ -83,8 +83,10 @@ class WeightGather:
         for gathering, is_frozen in self._sent:
             payloads = gathering.finish()
             decode(self._plan, payloads, self._output, self._wire)
-            if is_frozen or self._keeps:
-                self._cache.keep(payloads, is_frozen=is_frozen)
+            if is_frozen:
+                self._cache.keep_frozen(payloads)
+            elif self._keeps:
+                self._cache.keep_trained(self._places, payloads)
             else:
                 self._wire.buffers.release(payloads.buffer)
 

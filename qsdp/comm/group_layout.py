@@ -52,11 +52,12 @@ class GroupLayout:
         kinds, self._kinds = torch.unique(sizes, dim=0, return_inverse=True)
         self._numels, self._padded = kinds.split(len(segments), dim=1)
         meta, data, payload_bytes = offsets(segments, [*self._padded.numpy().T])
-        self._meta, self._data = (
-            torch.from_numpy(np.stack([np.broadcast_to(at, len(kinds)) for at in starts], axis=1))
-            for starts in (meta, data)
-        )
-        self.payload_bytes = int(payload_bytes.max())
+        starts_of_both = np.empty((2, len(segments), len(kinds)), dtype=np.int64)
+        for i, each in enumerate((meta, data)):
+            for segment, at in enumerate(each):
+                starts_of_both[i, segment] = at
+        self._meta, self._data = torch.from_numpy(starts_of_both).mT
+        self.payload_bytes = int(np.max(payload_bytes))
         """Of every rank."""
         self.tables = self._tables(None)
         """int64 [kinds, segments, len(Field)]: ranks whose slices are alike share a table."""
@@ -165,9 +166,11 @@ class GroupLayout:
         for first in range(0, len(parts), pruned.at_once):
             chosen = parts[first : first + pruned.at_once]
             num = len(chosen)
+            tables = self.tables[chosen[:, Part.TABLE]]  # a call checks all that it is given
+            chosen[:, Part.TABLE] = torch.arange(num)
             room = pool.take("room", num * pruned.width, slices.device).view(num, pruned.width)
             chosen[:, Part.BUFFER] -= first
-            ops.decode_all(payloads, self.tables, chosen, room, levels)
+            ops.decode_all(payloads, tables, chosen, room, levels)
             pruned.expand(room, first, slices[first : first + num])
 
     def compact(self, slices: Tensor, pool: BufferPool, first: int = 0) -> Tensor:

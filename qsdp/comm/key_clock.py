@@ -31,7 +31,7 @@ class Clock:
         self.step = 0
         self._reduced = False
         self._occurrences: Counter[int] = Counter()
-        self._made: dict[tuple[int, ...], tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+        self._made: dict[tuple[int, ...], tuple[int, Tensor, tuple[Tensor, Tensor]]] = {}
         self._made_at = seed, self.step
 
     @property
@@ -84,11 +84,13 @@ class Clock:
         if self._made_at != now:
             self._made_at = now
             self._made.clear()
-        key = direction, stage, occurrence, *map(id, ends)
-        if key not in self._made:
+        # Of occurrences the last one's: without an end of the step there may be any number.
+        whose = direction, stage, *map(id, ends)
+        made_for, keys, _ = self._made.get(whose, (-1, None, None))
+        if keys is None or made_for != occurrence:
             keys = fold_all(self.seed, step, direction, stage, occurrence, *ends)
-            self._made[key] = keys, ends  # which keeps their ids theirs
-        return self._made[key][0]
+            self._made[whose] = occurrence, keys, ends  # which keeps their ids theirs
+        return keys
 
     def state_dict(self) -> dict[str, int]:
         return {"seed": self.seed, "step": self.step, "reduced": int(self._reduced)}

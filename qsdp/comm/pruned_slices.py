@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qsdp import ops
-from qsdp.codec.payload import Segment
+from qsdp.codec.payload import ALIGN_BYTES, Segment
 from qsdp.comm.buffers import BufferPool
 from qsdp.common import bitmask
 from qsdp.common.dtypes import ITEM_BYTES
@@ -40,7 +40,7 @@ class PrunedSlices:
 
     Attributes:
         counts: int64 [ranks, segments], the values that are kept.
-        width: bytes of the longest.
+        width: bytes that the longest takes, a whole number of blocks of 16.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class PrunedSlices:
         compact_bytes = self.counts * items
         whole_bytes = padded * items
         ends = compact_bytes.cumsum(1)
-        self.width = int(ends[:, -1].max())
+        self.width = -(-int(ends[:, -1].max()) // ALIGN_BYTES) * ALIGN_BYTES or ALIGN_BYTES
         columns = {
             Span.DENSE_BYTE: whole_bytes.cumsum(0) - whole_bytes
             if starts is None

@@ -161,7 +161,7 @@ def _take(
     with collective("reduce", plan.names, step), wire.times.measure("reduce", "wire", device):
         arrival = transport.all_to_all(incoming, outgoing, splits, splits, group)
     own = values[me::num_ranks]
-    if keeps:
+    if keeps or layout.pruned is not None:  # a pruned row lies among those that were sent
         own = take("own rows", own.nbytes).view(own.dtype).view_as(own).copy_(own)
     rows.values, rows.owners = own, owned[me]
     del values, given, own

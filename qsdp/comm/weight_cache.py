@@ -60,7 +60,7 @@ class WeightCache:
 
     def __init__(self, plan: Plan, wire: Wire) -> None:
         self._plan, self._wire = plan, wire
-        self._trained: Payloads | None = None
+        self._trained: tuple[tuple[int, ...], Payloads] | None = None
         self._frozen: Payloads | None = None
         self._memory: Tensor | None = None
 
@@ -87,20 +87,24 @@ class WeightCache:
         """Where a gather has the trained and the frozen weights from. What was kept of trained ones
         is the caller's from now on, and serves once.
 
-        ``trains``: by place. In an exact step all weights count as trained, and are sent.
+        ``trains``: by place. All weights count as trained where nothing is kept: in an exact step,
+        and with ``gather="twice"``. To a backward pass those count as trained that did when payloads
+        were kept: it has the weights of its forward pass.
         """
         plan, wire = self._plan, self._wire
-        trained, self._trained = self._trained, None
-        if wire.is_exact:
+        kept, self._trained = self._trained, None
+        if wire.is_exact or wire.config.gather == "twice":
             return Weights(Source.WIRE, plan.places), Weights(Source.NOWHERE)
-        frozen = self._find_frozen(tuple(i for i in plan.places if not trains[i]))
-        places = tuple(i for i in plan.places if i not in frozen.places)
-        if trained is not None:
-            return Weights(Source.CACHE, places, trained), frozen
-        return Weights(Source.WIRE if places else Source.NOWHERE, places), frozen
+        places = tuple(i for i in plan.places if trains[i])
+        if kept is not None:
+            places = kept[0]
+            trained = Weights(Source.CACHE, *kept)
+        else:
+            trained = Weights(Source.WIRE if places else Source.NOWHERE, places)
+        return trained, self._find_frozen(tuple(i for i in plan.places if i not in places))
 
     def _find_frozen(self, places: tuple[int, ...]) -> Weights:
-        if self._wire.config.gather == "twice" or not places:
+        if not places:
             self._frozen = None
             return Weights(Source.NOWHERE)
         layout = self._plan.gather(places, is_frozen=True)
@@ -114,9 +118,10 @@ class WeightCache:
             self._memory = allocate(num_bytes, device)
         return self._memory[:num_bytes]
 
-    def keep(self, payloads: Payloads, *, is_frozen: bool) -> None:
-        """Keep ``payloads``, until the backward pass or, of frozen weights, until they change."""
-        if is_frozen:
-            self._frozen = payloads
-        else:
-            self._trained = payloads
+    def keep_trained(self, places: tuple[int, ...], payloads: Payloads) -> None:
+        """Keep payloads of the trained weights at ``places`` until the backward pass."""
+        self._trained = places, payloads
+
+    def keep_frozen(self, payloads: Payloads) -> None:
+        """Keep payloads of the frozen weights until they change."""
+        self._frozen = payloads

@@ -48,12 +48,16 @@ def test_what_a_forward_pass_keeps_serves_one_gather() -> None:
     assert (trained.source, trained.places) == (Source.WIRE, (0, 1, 3))
     assert (frozen.source, frozen.places) == (Source.WIRE, (2,))
     kept = payloads_of(plan, trained.places, is_frozen=False)
-    cache.keep(kept, is_frozen=False)
-    trained, _ = cache.find(TRAINS)
-    assert trained.source is Source.CACHE
+    cache.keep_trained(trained.places, kept)
+    # Unfrozen since: the backward pass has the weights of its forward pass.
+    cache.keep_frozen(payloads_of(plan, frozen.places, is_frozen=True))
+    trained, frozen = cache.find([True] * 4)
+    assert trained.source is frozen.source is Source.CACHE
     assert trained.payloads is kept
+    assert (trained.places, frozen.places) == ((0, 1, 3), (2,))
+    cache.forget_frozen()
     assert sources(cache)[0] is Source.WIRE
-    cache.keep(kept, is_frozen=False)
+    cache.keep_trained(trained.places, kept)
     cache.forget_trained()
     assert sources(cache)[0] is Source.WIRE
 
@@ -62,13 +66,13 @@ def test_frozen_payloads_are_kept_until_somebody_says_so_or_others_are_frozen() 
     plan, wire, cache = cache_of("once")
     kept = payloads_of(plan, (2,), is_frozen=True)
     for _ in range(2):
-        cache.keep(kept, is_frozen=True)
+        cache.keep_frozen(kept)
         assert cache.has_frozen
         assert cache.num_bytes == kept.buffer.numel()
         assert sources(cache) == sources(cache) == [Source.WIRE, Source.CACHE]
         cache.forget_frozen()
         assert sources(cache) == [Source.WIRE, Source.WIRE]
-    cache.keep(kept, is_frozen=True)
+    cache.keep_frozen(kept)
     wire.is_exact = True  # which sends all, and keeps what there is for later
     assert sources(cache) == [Source.WIRE, Source.NOWHERE]
     wire.is_exact = False
@@ -77,7 +81,7 @@ def test_frozen_payloads_are_kept_until_somebody_says_so_or_others_are_frozen() 
     assert sources(cache) == [Source.WIRE, Source.CACHE]
     plan.set_bits({})  # makes layouts anew
     assert sources(cache) == [Source.WIRE, Source.WIRE]
-    cache.keep(payloads_of(plan, (2,), is_frozen=True), is_frozen=True)
+    cache.keep_frozen(payloads_of(plan, (2,), is_frozen=True))
     assert sources(cache, [True] * 4) == [Source.WIRE, Source.NOWHERE]
     assert not cache.has_frozen
 
