@@ -72,8 +72,8 @@ class GroupLayout:
     def _tables(self, dtype: DType | None) -> Tensor:
         segments = self._layout.segments
         rows = torch.tensor(self._layout.table([0] * len(segments), dtype))
-        items = torch.tensor([ITEM_BYTES[DType(item)] for item in rows[:, Field.DTYPE].tolist()])
-        num_bytes = self._padded * items
+        items = [ITEM_BYTES[each.dtype if dtype is None else dtype] for each in segments]
+        num_bytes = self._padded * torch.tensor(items)
         columns = {
             Field.BUFFER_BYTE: num_bytes.cumsum(1) - num_bytes,
             Field.NUMEL: self._numels,
