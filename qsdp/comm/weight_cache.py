@@ -88,8 +88,8 @@ class WeightCache:
         is the caller's from now on, and serves once.
 
         ``trains``: by place. All weights count as trained where nothing is kept: in an exact step,
-        and with ``gather="twice"``. To a backward pass those do that did when payloads were kept: it
-        has the weights of its forward pass.
+        and with ``gather="twice"``. To a backward pass those do that did when payloads were kept:
+        it has the weights of its forward pass.
         """
         plan, wire = self._plan, self._wire
         kept, self._trained = self._trained, None
