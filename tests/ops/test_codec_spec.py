@@ -215,7 +215,7 @@ def test_a_payload_is_header_metadata_raw_wider_first_then_codes_from_a_16_byte_
     parts = x[:5], x[5:42], x[42:45], x[45:]
     dither = reference.encode_segment(parts[1].numpy(), 3, 16, "dither", 1, 9, reference.fold(KEY))
     shift = reference.encode_segment(parts[3].numpy(), 8, 32, "shift", 3, 9, reference.fold(KEY))
-    expected = struct.pack("<IIqqq", 3, 2, 77, layout.payload_bytes, layout.hash)
+    expected = struct.pack("<IIqqq", 3, 3, 77, layout.payload_bytes, layout.hash)
     expected += dither[0] + shift[0]
     expected += parts[2].numpy().tobytes()
     expected += bytes(parts[0].bfloat16().view(torch.uint8).tolist())
@@ -248,7 +248,7 @@ def test_a_plan_hash_changes_with_everything_that_changes_the_bytes():
 
 def test_a_plan_hash_is_one_of_plain_integers_in_an_order_of_its_own():
     layout = Layout([Segment(bits=4, dtype=DType.BF16, padded=64, parameter=7, rounding=1)], 5)
-    integers = [2, 5, 4, 1, 0, 64, 7, 1024, 1, -1]
+    integers = [3, 5, 4, 1, 0, 64, 7, 1024, 1, -1]
     digest = hashlib.blake2b(struct.pack("<10q", *integers), digest_size=8).digest()
     assert layout.hash == struct.unpack("<q", digest)[0]
     assert len(layout.segments[0].definition) == len(dataclasses.fields(Segment))
