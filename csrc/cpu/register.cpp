@@ -9,6 +9,7 @@
 #include <mutex>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
@@ -32,6 +33,8 @@ constexpr int64_t kGrain = 1 << 15;
 // Kept between calls, so that a call allocates nothing. Other threads have others.
 thread_local CodecCall own_call;
 thread_local qsdp::Share own_share;
+using Gaps = std::vector<std::pair<int64_t, int64_t>>;  // starts and sizes
+thread_local Gaps own_gaps;
 
 qsdp::Table table_of(const CodecCall& call, const Part& part) {
     const std::vector<qsdp::Segment>& segments =
@@ -59,13 +62,22 @@ void encode_parts(const CodecCall& call, const int64_t* header, const Tensor& bu
                   const Tensor& payloads) {
     const auto* from = static_cast<const uint8_t*>(buffers.data_ptr());
     auto* to = static_cast<uint8_t*>(payloads.data_ptr());
+    Gaps& gaps = own_gaps;
+    int64_t gaps_of = -1;  // which table's they are: most parts have that of the part before
     const auto open = [&](const Part& part) {
+        if (part.table != gaps_of) {
+            gaps.clear();
+            const auto& table = call.tables[static_cast<size_t>(part.table)];
+            qsdp::each_gap(table.segments, call.payload_bytes, [&](int64_t first, int64_t last) {
+                gaps.emplace_back(first, last - first);
+            });
+            gaps_of = part.table;
+        }
         uint8_t* payload = to + part.payload * call.payload_bytes;
         std::memcpy(payload, header, qsdp::kHeaderBytes);
-        const auto& table = call.tables[static_cast<size_t>(part.table)];
-        qsdp::each_gap(table.segments, call.payload_bytes, [&](int64_t first, int64_t last) {
-            std::memset(payload + first, 0, static_cast<size_t>(last - first));
-        });
+        for (const auto& [first, size] : gaps) {
+            std::memset(payload + first, 0, static_cast<size_t>(size));
+        }
     };
     const qsdp::Kernels& kernels = qsdp::kernels_in_use();
     const auto code = [&](const Part& part, int64_t begin, int64_t end) {
