@@ -136,7 +136,7 @@ class GroupLayout:
         values = dense
         if self.pruned is not None:
             slices = dense.view(1, -1)
-            values = self.pruned.compact(slices, rank, pool, "compact", strict=True).view(-1)
+            values = self.pruned.compact(slices, rank, pool, strict=True).view(-1)
         ops.encode(values, self.table(rank), key, header, payload, levels)
 
     def decode(
@@ -179,7 +179,7 @@ class GroupLayout:
         if self.pruned is None:
             return slices
         given = slices.view(torch.uint8)
-        return self.pruned.compact(given, first, pool, "compact").view(slices.dtype)
+        return self.pruned.compact(given, first, pool).view(slices.dtype)
 
     def expand(self, rank: int, compact: Tensor, dense: Tensor) -> None:
         """Fill ``rank``'s slice ``dense``, [values], from a row of what `compact` gives, or from

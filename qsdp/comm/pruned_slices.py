@@ -89,15 +89,15 @@ class PrunedSlices:
         return values[bitmask.unpack(own, num)]
 
     def compact(
-        self, slices: Tensor, first: int, pool: BufferPool, purpose: str, *, strict: bool = False
+        self, slices: Tensor, first: int, pool: BufferPool, *, strict: bool = False
     ) -> Tensor:
         """Of ``slices``, uint8 [slices, bytes] of the ranks from ``first`` on, uint8 [slices,
-        width]: valid until the next call with this purpose.
+        width]: valid until the next call with this pool.
 
         ``strict``: raise RuntimeError where a pruned value is not zero.
         """
         num, size = slices.shape
-        out = pool.take(purpose, num * self.width, slices.device).view(num, self.width)
+        out = pool.take("compact", num * self.width, slices.device).view(num, self.width)
         spans, bits = self._spans_of(first, num, size), self._bits[first : first + num].view(-1)
         ops.compact(slices.view(-1), spans, bits, out.view(-1), strict)
         return out
@@ -111,7 +111,7 @@ class PrunedSlices:
     @property
     def at_once(self) -> int:
         """Of how many ranks to `expand` the slices in one call."""
-        return max(1, _ROOM // max(1, self.width))
+        return max(1, _ROOM // self.width)
 
     def _spans_of(self, first: int, num: int, size: int) -> Tensor:
         """The spans of the ranks ``first`` to ``first + num`` whose slices, of ``size`` bytes, lie

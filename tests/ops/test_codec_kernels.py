@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,13 +37,6 @@ LEVEL_STARTS = {bits: (1 << bits) + 3 * bits for bits in range(2, 7)}
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     with gpu_kernels.serving(request.param):
         yield request.param
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
 
 
 def hard_values(numel: int, generator: torch.Generator) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 
 import pytest
@@ -27,13 +26,6 @@ COMPILED = [name for name in native.available() if name != native.PYTHON]
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     with gpu_kernels.serving(request.param):
         yield request.param
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
 
 
 def some(below: int, generator: torch.Generator, *shape: int) -> Tensor:
