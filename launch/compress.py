@@ -1,4 +1,4 @@
-"""Compress a training checkpoint in one shot: `launch/compress.py --help` explains each flag."""
+"""Compress a training checkpoint in one shot: ``launch/compress.py --help`` explains each flag."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss and perplexity over targets: `launch/evaluate.py --help` explains each flag."""
+"""Loss and perplexity over targets: ``launch/evaluate.py --help`` explains each flag."""
 
 from __future__ import annotations
 

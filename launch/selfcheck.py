@@ -1,4 +1,4 @@
-"""Prove codec, collectives and hooks on the real backend: `launch/selfcheck.py --help` explains."""
+"""Prove codec, collectives and hooks on the real backend: ``launch/selfcheck.py --help``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train a GPT: `torchrun --nproc-per-node 2 launch/train_gpt.py --help` explains each flag."""
+"""Train a GPT: ``torchrun --nproc-per-node 2 launch/train_gpt.py --help`` explains each flag."""
 
 from __future__ import annotations
 

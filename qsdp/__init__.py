@@ -1,7 +1,7 @@
 """FSDP2 training with 2- to 8-bit communication and models that compress in one shot.
 
-Names load when they are first used: what needs FSDP2 takes seconds to import, a command line that
-only answers `--help` should not.
+Names load when they are first used: what needs FSDP2 takes seconds to import, and a command line
+that only answers ``--help`` should not wait for it.
 """
 
 from __future__ import annotations

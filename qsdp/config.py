@@ -16,7 +16,7 @@ REDUCES = {
     "flat": "one exchange among all ranks",
     "two-hop": "inside each node, then between nodes",
 }
-"""By what `QSDPConfig.reduce` may be, over which stages."""
+"""What ``QSDPConfig.reduce`` may be, and over which stages."""
 CODED_BITS = tuple(range(2, 9))
 WIRE_BITS = (*CODED_BITS, 16, 32)
 MAX_BUCKET_SIZE = 1 << 20
@@ -49,66 +49,83 @@ class QSDPConfig:
     """Bits a gradient value in the reduce-scatter: 2 to 8, 16 or 32 as above."""
 
     embedding_bits: int | None = None
-    """Bits of embeddings and of the output head, both ways; None takes `weight_bits` and
-    `grad_bits`, but at least 8: few values, whose errors cost most."""
+    """Bits of embeddings and of the output head, both ways: few values, whose errors cost most.
+    None takes ``weight_bits`` and ``grad_bits``, but at least 8.
+    """
 
     local_grad_bits: int | None = None
-    """Bits a coded gradient value inside a node, in the first hop of a two-hop reduce; None is 8:
-    links inside a node are fast. Not with a flat reduce."""
+    """Bits a coded gradient value inside a node, in the first hop of a two-hop reduce.
+    None is 8: links inside a node are fast. Not with a flat reduce.
+    """
 
     bucket_size: int | None = None
-    """Values that share one (min, scale) pair: a multiple of 8. Smaller is more exact and costs
-    8 bytes a bucket. None: 1024 for 7 and 8 bits; below, 128 for weights and 256 for gradients."""
+    """Values that share one (min, scale) pair: a multiple of 8.
+    Smaller is more exact and costs 8 bytes a bucket. None: 1024 for 7 and 8 bits; below, 128 for
+    weights and 256 for gradients.
+    """
 
     rounding: str | None = None
-    """How values become codes, the label of a `Rounding`, which has it in words. A biased one is
-    told by the report. None: shift (the paper's) for 7 and 8 bits, dither below."""
+    """How values become codes: the label of a ``Rounding``, which has it in words.
+    The report tells of a biased one. None: shift (the paper's) for 7 and 8 bits, dither below.
+    """
 
     levels: str = "uniform"
-    """`uniform`, or `learned` for parameters of 2 to 6 bits: levels that are fitted to each
-    parameter's normalised values at `level_steps` (QSDP, section 5), apart for its gradients, for
-    its whole weights and for those that a mask keeps, as each of them travels then. Learned levels
-    round stochastically between neighbours; wider parameters keep the uniform grid."""
+    """``uniform``, or ``learned`` for parameters of 2 to 6 bits.
+    Learned levels are fitted to each parameter's normalised values at ``level_steps`` (QSDP,
+    section 5), apart for its gradients, for its whole weights and for those that a mask keeps, as
+    each of them travels then. They round stochastically between neighbours; wider parameters keep
+    the uniform grid.
+    """
 
     level_steps: tuple[int, ...] | None = None
-    """Steps of the keys' clock before which learned levels are learned anew. Until the first the
-    grid is uniform. None: 10, 50, 200 and 1000."""
+    """Steps of the keys' clock before which levels are learned anew.
+    Until the first the grid is uniform. None: 10, 50, 200 and 1000.
+    """
 
     gather: str = "twice"
-    """`twice`: the backward pass gathers again, and memory stays low. `once`: the payload of the
-    forward gather of modules in training mode is kept until the backward pass, and that of frozen
-    parameters until their contents change, on whatever rank and by whatever edit."""
+    """``twice``: the backward pass gathers again, and memory stays low.
+    ``once``: the payload of the forward gather of modules in training mode is kept until the
+    backward pass, and that of frozen parameters until their contents change, on whatever rank and
+    by whatever edit.
+    """
 
     reduce: str = "auto"
-    """Over which stages ranks exchange, a name in `REDUCES`. Gathers follow suit, so that each
-    shard comes to a node once. All are flat unless there are several nodes of several ranks each.
+    """Over which stages ranks exchange, a name in ``REDUCES``.
+    Gathers follow suit, so that each shard comes to a node once. All are flat unless there are
+    several nodes of several ranks each.
     """
 
     ranks_per_node: int | None = None
-    """Ranks of one node, consecutive ones, also for the counters of bytes. None: the launcher's
-    LOCAL_WORLD_SIZE, or 1."""
+    """Ranks of one node, consecutive ones, also for the counters of bytes.
+    None: the launcher's LOCAL_WORLD_SIZE, or 1.
+    """
 
     warmup_steps: int = 0
-    """First steps of the keys' clock during which no fewer than `warmup_bits` are sent, but for
-    frozen weights that are gathered once."""
+    """First steps of the keys' clock during which no fewer than ``warmup_bits`` are sent.
+    Frozen weights that are gathered once are left out.
+    """
 
     warmup_bits: int | None = None
     """Least bits a value during the warm-up: 2 to 8, 16 or 32. None: 32."""
 
     budget: float | None = None
-    """Bits a coded value at most on average, of weights and of gradients, padding and metadata
-    included; pruned values count. Each parameter is given 2 to 8 bits so that the measured squared
-    error is least; the measure is taken in the first step after the warm-up, which travels at
-    `weight_bits` and `grad_bits`, or the first after it whose errors are finite. Parameters keep
-    the bits that `policy`, or an `embedding_bits` that is not None, gives them: if these are coded
-    they count, and the others share what is left. None: no allocation."""
+    """Bits a coded value at most on average, of weights and of gradients.
+    Padding and metadata are included; pruned values count. Each parameter is given 2 to 8 bits so
+    that the measured squared error is least; the measure is taken in the first step after the
+    warm-up, which travels at ``weight_bits`` and ``grad_bits``, or the first after it whose errors
+    are finite. Parameters keep the bits that ``policy``, or an ``embedding_bits`` that is not None,
+    gives them: if these are coded they count, and the others share what is left. None: no
+    allocation.
+    """
 
     seed: int = 0
-    """Seeds every random number of the wire, 0 to 2**63 - 1; the same on all ranks."""
+    """The seed of every random number of the wire, 0 to 2**63 - 1; the same on all ranks."""
 
     policy: tuple[tuple[str, int | tuple[int, int]], ...] = ()
-    """Pairs (pattern, bits) or (pattern, (weight bits, gradient bits)): the first shell-style
-    pattern to match a parameter's full name sets its bits: only what cannot be coded goes first."""
+    """Pairs (pattern, bits) or (pattern, (weight bits, gradient bits)).
+    The first shell-style pattern to match a parameter's full name sets its bits: only what cannot
+    be coded goes first.
+    """
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "grad_bits"):
@@ -180,7 +197,7 @@ class QSDPConfig:
             )
 
     def _check_widths(self) -> None:
-        """Raise ValueError for a field that is for widths of which no value is."""
+        """Raise ValueError for a field that is for widths that no value has."""
         grads = {grad for _, grad in self._pairs}
         first = {weight for weight, _ in self._pairs} | grads
         if self.reduce != "flat" and min(grads) <= 8:
@@ -229,7 +246,7 @@ class QSDPConfig:
 
     @property
     def needs_nodes(self) -> bool:
-        """Whether ranks must fill nodes as `reduce` says; with `auto` it is flat if they do not."""
+        """Whether ranks must fill nodes as ``reduce`` says; ``auto`` is flat if they do not."""
         return self.reduce not in ("auto", "flat")
 
     @property

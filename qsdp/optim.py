@@ -1,4 +1,4 @@
-"""The former name of `qsdp.methods`: its optimizers, and clipping that knows shards."""
+"""The former name of ``qsdp.methods``: its optimizers, and clipping that knows shards."""
 
 from __future__ import annotations
 

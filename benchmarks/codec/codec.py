@@ -39,7 +39,7 @@ from qsdp.ops import native
 DTYPES = {kind.name.lower(): (kind, dtype) for dtype, kind in CODEC_DTYPES.items()}
 SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 BATCH_BYTES = 32 << 20
-"""Values of a batch at least: small calls are timed many at once."""
+"""Bytes of values that a batch has at least: small calls are timed many at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Case:
 def operations(
     case: Case, arguments: argparse.Namespace
 ) -> dict[str, tuple[int, Callable[[], object]]]:
-    """By name: bytes moved by a call, and the call, of one segment of random values."""
+    """The bytes moved by a call, and the call, of each operation on a segment of random values."""
     kind, dtype = DTYPES[case.dtype]
     numel = case.size // dtype.itemsize
     segment = Segment(
@@ -153,7 +153,7 @@ def measure(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def size_of(text: str) -> int:
-    """Bytes of ``64M``."""
+    """The bytes that ``64M`` and the like stand for."""
     number, unit = text[:-1], text[-1:].upper()
     if not number.isdigit() or unit not in SIZES or int(number) == 0:
         raise argparse.ArgumentTypeError(f"{text} is no size; give 4K, 64M or 1G")
@@ -161,7 +161,7 @@ def size_of(text: str) -> int:
 
 
 def name_of(size: int) -> str:
-    """``64M`` of its bytes."""
+    """The text that stands for so many bytes, like ``64M``."""
     unit, unit_bytes = next((u, n) for u, n in reversed(SIZES.items()) if size >= n)
     return f"{size // unit_bytes}{unit}"
 

@@ -34,7 +34,7 @@ DTYPES = {kind.name.lower(): (kind, dtype) for dtype, kind in CODEC_DTYPES.items
 BUCKETS = {8: 1024, 7: 1024}
 OTHER_BUCKET = 128  # qsdp's default for weights below 7 bits
 AT_LEAST = {8: 0.85, 4: 0.80}
-"""Of the copy's bytes a second: for fp32 and shifts from 64 MiB on."""
+"""The fraction of the copy's bytes a second to reach: for fp32 and shifts from 64 MiB on."""
 COPY_BYTES = 1 << 30
 
 
@@ -69,7 +69,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
 
 
 def operations(case: Case) -> dict[str, tuple[int, Callable[[int], object]]]:
-    """By name: bytes moved by a call, and call number i."""
+    """The bytes moved by a call, and call number i, of each operation."""
     kind, dtype = DTYPES[case.dtype]
     numel = case.mib * 2**20 // dtype.itemsize
     segment = Segment(
@@ -111,7 +111,7 @@ def operations(case: Case) -> dict[str, tuple[int, Callable[[int], object]]]:
 
 
 def seconds(call: Callable[[int], object], times: int) -> float:
-    """Of one call, by events around ``times`` of them."""
+    """Seconds of one call, by events around ``times`` of them."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for i in range(times):

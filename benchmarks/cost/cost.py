@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 -m benchmarks.cost.cost --json cost.json
 
 Trains one GPT of 19 million parameters a contestant, 4096 tokens a rank and step, under stock FSDP2
-or with `--bits` on qsdp's wire. Steps of the contestants take turns; a ratio is the median over
+or with --bits on qsdp's wire. Steps of the contestants take turns; a ratio is the median over
 rounds of a contestant's step over the plain one of the same round. The threshold is timed alone, on
 the same shards, and stated as a share of the plain step. A CrAM step runs two forward and backward
 passes where a plain one runs one, but one optimizer step.

@@ -67,7 +67,7 @@ class Case:
             self._calls = self._empty_calls()
         self._times = max(1, CALLS_OF_RANKS // num_ranks)
         self.taken: dict[str, list[float]] = {}
-        """Seconds by round."""
+        """Seconds of each kind, by round."""
 
     def round(self) -> None:
         """Take every time once."""
@@ -84,7 +84,7 @@ class Case:
             self.taken.setdefault(name, []).append(seconds)
 
     def _seconds(self, call: Callable[[], None], times: int) -> float:
-        """Of one of ``times`` calls, without the network's."""
+        """Seconds of one of ``times`` calls, without the network's."""
         self._network.seconds = 0.0
         had_gc = gc.isenabled()
         gc.disable()  # it would go through what all cases hold, in whichever is timed by then

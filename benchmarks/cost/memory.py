@@ -57,10 +57,10 @@ class Reading:
     """Bytes allocated by torch since the measurement began."""
 
     between: int = 0
-    """At the end of the last forward pass."""
+    """Bytes at the end of the last forward pass."""
     peak: int = 0
     marked: list[int] = field(default_factory=list)
-    """GPU: what was allocated at each end of a forward pass."""
+    """On a GPU, what was allocated at each end of a forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ def measure(bits: int, mesh: DeviceMesh, device: torch.device) -> Row:
 
 
 def train(config: qsdp.QSDPConfig, mesh: DeviceMesh, device: torch.device) -> tuple[Reading, int]:
-    """Two steps; what they allocated, and what the handle says it kept."""
+    """Take two steps. Returns what they allocated, and what the handle said it kept."""
     with torch.device("meta"):
         model = GPT(SIZE)
     for block in model.blocks:
@@ -232,7 +232,7 @@ def read_trace(events: list[dict[str, Any]], reading: Reading) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """For a reader, in MiB."""
+    """The rows for a reader, in MiB."""
     head = f"{'':6}{'after the forward pass':^36}{'at the peak':^36}{'kept, by':>12}"
     lines = ["MiB that torch has allocated beyond the model, gathered twice and once", head]
     columns = [*("twice", "once", "more") * 2, "the handle"]

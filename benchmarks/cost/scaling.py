@@ -93,7 +93,7 @@ def points(arguments: argparse.Namespace) -> list[tuple[str, Any, dict[str, Any]
 
 
 def point(arguments: argparse.Namespace, name: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """One of them."""
+    """Measure one of them."""
     chosen = argparse.Namespace(**vars(arguments) | changes)
     record = take_turns(chosen, arguments.out / f"{name}.json")
     seconds = {row["name"]: row["seconds"] for row in record["rows"]}
@@ -144,8 +144,10 @@ def line(row: dict[str, Any]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> bool:
-    """Time and memory of a step as fractions of FSDP2's, a column an axis. False without
-    matplotlib."""
+    """Plot time and memory of a step as fractions of FSDP2's, a column an axis.
+
+    False without matplotlib.
+    """
     try:
         import matplotlib as mpl
     except ImportError:

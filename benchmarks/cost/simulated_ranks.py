@@ -58,7 +58,7 @@ class Network:
         self.payloads = torch.empty(0, dtype=torch.uint8)
         """uint8 [ranks, payload bytes], in the order of ranks; a reduce's have none of this one."""
         self.seconds = 0.0
-        """That the stand-in has taken."""
+        """Seconds that the stand-in has taken."""
 
     def all_gather(self, output: Tensor, input: Tensor, group: Any, **_: Any) -> Arrived:
         started = time.thread_time()
@@ -99,18 +99,17 @@ class Arrived:
 
 
 class Collective:
-    """What `Gather` and `Reduce` share: the group, at 8 bits, and what all ranks have of it.
+    """What ``Gather`` and ``Reduce`` share: the group, at 8 bits, and what all ranks have of it.
+
+    ``output`` is what ``once`` fills, and is to be equal to ``expected``. ``slices``, fp32 [ranks,
+    values], stand in the slices of all ranks' flat buffers. ``travels``, bool [ranks, values], says
+    which of these are coded: all, or those that are not pruned.
 
     Args:
-        num_ranks: of them all, at least 2.
-        width: of the GPT block whose parameters the group has.
-        network: stands in for the transport.
-        is_pruned: only half of the values of each weight travel, both ways.
-
-    Attributes:
-        output: what `once` fills, and is to be equal to ``expected``.
-        slices: fp32 [ranks, values], what stands in the slices of all ranks' flat buffers.
-        travels: bool [ranks, values], which of these are coded: all, or those that are not pruned.
+        num_ranks: How many there are in all, at least 2.
+        width: The width of the GPT block whose parameters the group has.
+        network: Stands in for the transport.
+        is_pruned: Only half of the values of each weight travel, both ways.
     """
 
     def __init__(self, num_ranks: int, width: int, network: Network, *, is_pruned: bool) -> None:
@@ -141,8 +140,10 @@ class Collective:
     def code(
         self, layout: GroupLayout, sender: int, owner: int, direction: Direction, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The payload of ``values``, a slice that is ``owner``'s, and what is decoded of it, fp32
-        [values]: by single calls of the operators."""
+        """The payload of ``values``, ``owner``'s slice, and what is decoded of it, fp32 [values].
+
+        Both come from single calls of the operators.
+        """
         clock, receiver = self.wire.clock, owner if direction == Direction.REDUCE else 0
         key = Key(clock.seed, clock.step, direction, Stage.FLAT, 0, sender, receiver).fold()
         table, travels = layout.table(owner), self.travels[owner]
@@ -232,7 +233,7 @@ def block(width: int, config: QSDPConfig) -> list[Parameter]:
 
 
 def support_of(masks: dict[int, Tensor]) -> dict[int, Masks]:
-    """By place what ranks would have told each other of ``masks``, bool [ranks, values]."""
+    """What ranks would have told each other of ``masks``, bool [ranks, values], by place."""
     if not masks:
         return {}
     packed = []

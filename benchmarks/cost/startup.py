@@ -3,7 +3,7 @@
     python -m benchmarks.cost.startup --json startup.json
 
 Imports are timed in fresh processes, in turns; the difference is the median over rounds. The job
-is launch/train_gpt.py on two ranks as `make train` starts it; its first step is over when its
+is launch/train_gpt.py on two ranks as "make train" starts it; its first step is over when its
 metrics have a line, counted from the start of torchrun.
 
 Exits with status 1 if an import takes more than 0.3 s or the first step comes after 12 s.

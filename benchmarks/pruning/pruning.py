@@ -82,16 +82,20 @@ class Options:
     """Text files, which are joined: the last 5 % test, of the rest 90 % train and 10 % validate."""
 
     preset: str = "nano"
-    """`nano`: all methods, three seeds. `larger`: the mini model with 2048 BPE tokens (5.3M
-    parameters), the five main methods, one seed."""
+    """nano or larger: which model, methods and seeds.
+    nano: all methods, three seeds. larger: the mini model with 2048 BPE tokens (5.3M parameters),
+    the five main methods, one seed.
+    """
 
     methods: tuple[str, ...] | None = None
-    """Which methods, if not the preset's: adamw, sam, gmp, cram, cram-plus, cram-multi, cram-2:4,
-    acdc."""
+    """Which methods, if not the preset's.
+    They are adamw, sam, gmp, cram, cram-plus, cram-multi, cram-2:4 and acdc.
+    """
 
     wires: bool = False
-    """In place of all methods: CrAM+-Multi and AC/DC on 2 ranks over the 8-bit and the 4-bit wire
-    and over stock FSDP2."""
+    """In place of all methods, two of them on 2 ranks over three wires.
+    CrAM+-Multi and AC/DC over the 8-bit and the 4-bit wire and over stock FSDP2.
+    """
 
     seeds: tuple[int, ...] | None = None
     """Seeds of weights, data order and rounding, if not the preset's."""
@@ -103,14 +107,13 @@ class Options:
     """Flags of launch/train_gpt.py for all runs, after those of the preset."""
 
     split: str = "test"
-    """Which losses are shown and judged: `test`, or `val` to choose settings by."""
+    """Which losses are shown and judged: test, or val to choose settings by."""
 
     jobs: int = 1
     """Trainings side by side. Losses do not depend on it; seconds do."""
 
     out: Path | None = None
-    """Folder of the runs' records, pruning.json and pruning.png; out/pruning/PRESET unless
-    given."""
+    """Folder of the runs' records, pruning.json and pruning.png. Unset: out/pruning/PRESET."""
 
 
 def main(options: Options) -> int:

@@ -35,15 +35,15 @@ class Texts:
     train: Path
     """The text of the training and validation splits."""
     tokenizer: str
-    """As --tokenizer takes it."""
+    """The tokenizer, as --tokenizer takes it."""
     test: Tokens
     vocab_size: int
     sha256: str
-    """Of the whole text and the tokenizer."""
+    """The digest of the whole text and the tokenizer."""
 
 
 def split(paths: Sequence[Path], folder: Path, bpe_tokens: int | None) -> Texts:
-    """Write the training text, and the tokenizer made from it, into `folder`.
+    """Write the training text, and the tokenizer made from it, into ``folder``.
 
     Raises ValueError if the test text has a character that the training text has not.
     """
@@ -69,7 +69,7 @@ def split(paths: Sequence[Path], folder: Path, bpe_tokens: int | None) -> Texts:
 
 
 def make_tokenizer(text: str, num_tokens: int) -> str:
-    """A byte-level BPE tokenizer trained on `text`, as JSON of the tokenizers library."""
+    """A byte-level BPE tokenizer trained on ``text``, as JSON of the tokenizers library."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -85,7 +85,7 @@ def make_tokenizer(text: str, num_tokens: int) -> str:
 
 
 def losses_on_test(checkpoint: Path, model: str, texts: Texts, seq_len: int) -> dict[str, float]:
-    """Nats a token of the test split: `dense` for the weights as they are, and by target."""
+    """Nats a token of the test split: ``dense`` for the weights as they are, and by target."""
     gpt = GPT(GPTConfig.from_preset(model, vocab_size=texts.vocab_size))
     reader = TensorReader(checkpoint)
     with torch.no_grad():

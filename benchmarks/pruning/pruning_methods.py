@@ -40,7 +40,7 @@ METHODS = {
 }
 
 WIRES = {"stock": (), "8-bit": ("--qsdp-bits", "8"), "4-bit": ("--qsdp-bits", "4")}
-"""How weights and gradients travel; `stock` is FSDP2's own full precision."""
+"""How weights and gradients travel; ``stock`` is FSDP2's own full precision."""
 
 WIRE_METHODS = ("cram-multi", "acdc")
 """The methods that are trained over every wire."""
@@ -56,8 +56,9 @@ class Preset:
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     tuned: dict[str, tuple[str, ...]]
-    """Flags of launch/train_gpt.py by method, chosen on the validation split; `10%` stands for a
-    share of the steps."""
+    """Flags of launch/train_gpt.py by method, chosen on the validation split.
+    ``10%`` stands for a share of the steps.
+    """
     lead: float
     """Nats by which CrAM+-Multi is to be ahead of AdamW at 80 and 90 %."""
 
@@ -98,7 +99,9 @@ def tuned_flags(preset: Preset, method: str, steps: int) -> list[str]:
 
 
 def steps_of(method: str, steps: int) -> tuple[int, ...]:
-    """The numbers of steps that a method is trained for: those of CrAM, and as many as cost the
-    same."""
+    """The numbers of steps that a method is trained for.
+
+    These are those of CrAM, and as many as cost the same.
+    """
     passes = METHODS[method].passes
     return (steps,) if passes == 2 else (2 * steps, steps)

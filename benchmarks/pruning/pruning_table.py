@@ -28,18 +28,18 @@ class Row:
     """What came of one method, number of steps and wire."""
 
     method: str
-    """A key of METHODS, or `acdc-twin`: the dense twin of the row before."""
+    """A key of METHODS, or ``acdc-twin``: the dense twin of the row before."""
     wire: str
     steps: int
     seeds: list[int]
     losses: Losses = field(default_factory=dict)
     """Nats a token, by column and then by seed."""
     base: list[float] = field(default_factory=list)
-    """The dense model's, by seed: for AC/DC the dense twin's."""
+    """The dense model's loss, by seed: for AC/DC the dense twin's."""
 
     @property
     def label(self) -> str:
-        """For a reader."""
+        """The row's name for a reader."""
         name = "  its dense twin" if self.method == TWIN else METHODS[self.method].label
         return name if self.wire == "stock" else f"{name}, {self.wire}"
 
@@ -54,8 +54,10 @@ class Row:
 
 
 def make_rows(records: Iterable[Record], split: str = "test") -> list[Row]:
-    """One row a method, number of steps and wire, in order of compute; twins follow their model,
-    on the validation split (`val`) without a row of their own."""
+    """One row a method, number of steps and wire, in order of compute.
+
+    Twins follow their model, on the validation split (``val``) without a row of their own.
+    """
     groups: dict[tuple[str, str, int], list[Record]] = {}
     for record in records:
         key = (record["method"], record["wire"], record["steps"])
@@ -108,10 +110,10 @@ def gap_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def verdicts(rows: Sequence[Row], steps: int, lead: float) -> list[dict[str, Any]]:
-    """What the methods promise, and whether they kept it here; `below` is None for mere figures.
+    """What the methods promise, and whether they kept it here; ``below`` is None for mere figures.
 
     Args:
-        steps: Of CrAM: twice as many of the others are equal compute.
+        steps: The steps of CrAM: twice as many of the others are equal compute.
         lead: Nats by which CrAM+-Multi is to be ahead of AdamW at 80 and 90 %.
     """
     by_key = {(row.method, row.steps): row for row in rows if row.wire == "stock"}
@@ -144,7 +146,7 @@ def verdicts(rows: Sequence[Row], steps: int, lead: float) -> list[dict[str, Any
 
 
 def wire_verdicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """By method and wire, the column whose mean loss is furthest from that of stock FSDP2."""
+    """The column whose mean loss is furthest from that of stock FSDP2, by method and wire."""
     stock = {(row.method, row.steps): row for row in rows if row.wire == "stock"}
     found = []
     for row in rows:
@@ -204,7 +206,7 @@ def plot(rows: Sequence[Row], path: Path, title: str, split: str) -> bool:
 
 
 def _differences(row: Row, base: Row, column: str) -> list[float]:
-    """Seed by seed."""
+    """The differences of the losses, seed by seed."""
     theirs = dict(zip(base.seeds, base.losses[column], strict=True))
     ours = zip(row.seeds, row.losses[column], strict=True)
     return [loss - theirs[seed] for seed, loss in ours]

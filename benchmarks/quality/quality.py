@@ -54,11 +54,15 @@ class Options:
     """Text file: the first 90 % of its characters train, the rest validates."""
 
     preset: str = "nano"
-    """`nano`: all wires, three seeds. `larger`: the mini model, fp32 and the defaults, one seed."""
+    """nano or larger: which model, wires and seeds.
+    nano: all wires, three seeds. larger: the mini model, fp32 and the defaults, one seed.
+    """
 
     wires: tuple[str, ...] | None = None
-    """Which wires, if not the preset's: fp32, w4g4-default, w8g8-default, or weight and gradient
-    bits (8/8, 6/6, 5/4, 4/4, 3/3) and method, as w5g4-dither: shift, dither, learned."""
+    """Which wires, if not the preset's.
+    They are fp32, w4g4-default, w8g8-default, or weight and gradient bits (8/8, 6/6, 5/4, 4/4, 3/3)
+    and method, as w5g4-dither: shift, dither, learned.
+    """
 
     seeds: tuple[int, ...] | None = None
     """Seeds of weights, data order and rounding, if not the preset's."""
@@ -73,11 +77,10 @@ class Options:
     """Trainings side by side. Losses do not depend on it; seconds do."""
 
     gathers: tuple[str, ...] = GATHERS
-    """Count the bytes gathered `twice` and `once`, or one of them."""
+    """Count the bytes gathered twice and once, or one of them."""
 
     out: Path | None = None
-    """Folder of the runs' records, quality.json and quality.png; out/quality/PRESET unless
-    given."""
+    """Folder of the runs' records, quality.json and quality.png. Unset: out/quality/PRESET."""
 
 
 def main(options: Options) -> int:
@@ -172,7 +175,7 @@ def plan(options: Options) -> list[Run]:
 
 
 def count_parameters(model: str, data: Path) -> int:
-    """Values in the model that is trained on `data`."""
+    """Values in the model that is trained on ``data``."""
     vocab_size = load_corpus(data, "char").vocab_size
     with torch.device("meta"):
         built = GPT(GPTConfig.from_preset(model, vocab_size=vocab_size))

@@ -26,11 +26,11 @@ class Row:
     minus_fp32: list[float] | None
     """The same less fp32's with the same seed; None where fp32 was not run."""
     bytes_per_parameter: dict[str, float]
-    """Bytes a parameter a step, by how the wire gathers: `twice`, `once`."""
+    """Bytes a parameter a step, by how the wire gathers: ``twice``, ``once``."""
 
     @property
     def mean_gap(self) -> float | None:
-        """Mean over the seeds."""
+        """The mean of the gaps over the seeds."""
         return None if self.minus_fp32 is None else statistics.mean(self.minus_fp32)
 
     @property

@@ -22,12 +22,12 @@ class Wire:
     method: str
     """fp32, a key of METHODS, or default: what --qsdp-bits alone selects."""
     flags: tuple[str, ...] = ()
-    """Flags of launch/train_gpt.py, but for the gather."""
+    """Flags of launch/train_gpt.py, except the gather."""
     gather: str = "twice"
     """How the trainings gather; the bytes are measured both ways."""
 
     def all_flags(self, gather: str) -> list[str]:
-        """Flags of a run that gathers `twice` or `once`; stock FSDP2 knows only the former."""
+        """Flags of a run that gathers ``twice`` or ``once``; stock FSDP2 knows only the former."""
         return [*self.flags, *(["--qsdp-gather", "once"] if gather == "once" else [])]
 
     @property

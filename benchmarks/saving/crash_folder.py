@@ -64,7 +64,7 @@ class Row:
             self.wrong.append(f"a traceback: {end.said[-1]}")
 
     def expect_status(self, end: Ended, status: int) -> None:
-        """See that a job has ended with `status`; with 2, in one sentence."""
+        """See that a job has ended with ``status``; with 2, in one sentence."""
         if end.status != status and not (status and len(end.ranks) and end.status):
             self.wrong.append(f"status {end.status}, not {status}")
         if any(found not in (status, None) for found in end.ranks):
@@ -84,7 +84,7 @@ class Whole:
 
     @classmethod
     def of(cls, out: Path) -> Whole:
-        """The run that has ended in the folder `out`."""
+        """The run that has ended in the folder ``out``."""
         newest = checkpoint.latest(out / "checkpoints")
         assert newest is not None
         return cls(out, lines_in(out), digests(newest))
@@ -106,12 +106,12 @@ def num_lines(out: Path) -> int:
 
 
 def newest_step(out: Path) -> int:
-    """Of the checkpoints; 0 without one."""
+    """The step of the newest checkpoint; 0 without one."""
     return max(checkpoint.steps(out / "checkpoints"), default=0)
 
 
 def written_since(out: Path, started: float) -> list[str]:
-    """Names of the checkpoints that are being written, made after the time `started`."""
+    """Names of the checkpoints that are being written, made after the time ``started``."""
     found = []
     with contextlib.suppress(OSError):
         for entry in os.scandir(out / "checkpoints"):
@@ -152,7 +152,7 @@ def tree(folder: Path) -> dict[str, str | None]:
 
 
 def left_by_a_kill(whole: Whole, out: Path, step: int) -> None:
-    """Make `out` what a run killed after `step` leaves, of which `whole` has a checkpoint."""
+    """Make ``out`` what a run killed after ``step`` leaves, of which ``whole`` has a checkpoint."""
     checkpoints = checkpoint.steps(whole.out / "checkpoints")
     kept = [path for number, path in checkpoints.items() if number <= step][-2:]
     for path in kept:
@@ -163,7 +163,7 @@ def left_by_a_kill(whole: Whole, out: Path, step: int) -> None:
 
 
 def damage(path: Path, how: str, rng: random.Random) -> str:
-    """Damage a file in one of `HOWS`; returns where."""
+    """Damage a file in one of ``HOWS``; returns where."""
     if how == "missing":
         path.unlink()
         return ""
@@ -178,8 +178,10 @@ def damage(path: Path, how: str, rng: random.Random) -> str:
 
 
 def judge_stopped(row: Row, out: Path, whole: Whole, before: int) -> None:
-    """After a run was stopped anywhere: its lines are whole, and no checkpoint has gone. `before`
-    is the step of the newest one when it was started."""
+    """Judge a run that was stopped anywhere: its lines are whole, and no checkpoint has gone.
+
+    ``before`` is the step of the newest checkpoint when it was started.
+    """
     lines, newest = lines_in(out), newest_step(out)
     if lines != whole.lines[: len(lines)]:
         row.lost.append(_difference(lines, whole.lines[: len(lines)]))
@@ -190,7 +192,7 @@ def judge_stopped(row: Row, out: Path, whole: Whole, before: int) -> None:
 
 
 def judge_start(row: Row, end: Ended, newest: int) -> None:
-    """A run went on from its newest checkpoint, or has said why not."""
+    """See that a run went on from its newest checkpoint, or has said why not."""
     found = _GOING_ON.search(end.printed)
     step = int(found[1]) if found else 0
     has_begun = found is not None or "results in" in end.printed
@@ -199,15 +201,17 @@ def judge_start(row: Row, end: Ended, newest: int) -> None:
 
 
 def is_told_of(end: Ended, step: int) -> bool:
-    """Whether a line names the checkpoint of `step`, not as the one to go on from."""
+    """Whether a line names the checkpoint of ``step``, not as the one to go on from."""
     texts = [end.printed, *end.complaints]
     lines = [line for text in texts for line in text.splitlines()]
     return any(f"step-{step:08d}" in line and not _GOING_ON.search(line) for line in lines)
 
 
 def judge_end(row: Row, end: Ended, out: Path, whole: Whole) -> None:
-    """What a run that ended well has come to is what the undisturbed one has, and nothing is left
-    lying about. One that was refused has lost nothing yet."""
+    """See that a run that ended well has come to what the undisturbed one has.
+
+    Nothing is left lying about. A run that was refused has lost nothing yet.
+    """
     if end.status:
         return
     lines = lines_in(out)
@@ -252,7 +256,10 @@ def can_mount() -> bool:
 
 @contextlib.contextmanager
 def small_disk(path: Path, kib: int) -> Iterator[None]:
-    """Inside, the folder `path` is a disk of its own (tmpfs). Raises Unavailable without mount."""
+    """Inside, the folder ``path`` is a disk of its own (tmpfs).
+
+    Raises Unavailable without mount.
+    """
     path.mkdir(parents=True, exist_ok=True)
     _mount("-t", "tmpfs", "-o", f"size={kib}k", "qsdp-crash", str(path))
     try:
@@ -262,12 +269,12 @@ def small_disk(path: Path, kib: int) -> Iterator[None]:
 
 
 def resize(path: Path, kib: int) -> None:
-    """Give a `small_disk` another size."""
+    """Give a ``small_disk`` another size."""
     _mount("-o", f"remount,size={kib}k", str(path))
 
 
 def fill(path: Path) -> Path:
-    """Leave no room on the disk of the folder `path`. Returns the file that takes it."""
+    """Leave no room on the disk of the folder ``path``. Returns the file that takes it."""
     ballast = path / "ballast"
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while file.write(bytes(4096)):
@@ -277,7 +284,7 @@ def fill(path: Path) -> Path:
 
 @contextlib.contextmanager
 def read_only(path: Path) -> Iterator[None]:
-    """Inside, nothing can be written in the folder `path`.
+    """Inside, nothing can be written in the folder ``path``.
 
     Raises Unavailable for root without mount: modes do not bind it.
     """

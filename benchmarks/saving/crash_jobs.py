@@ -32,11 +32,11 @@ class Ended:
     """How a job came to its end."""
 
     status: int
-    """Of torchrun, or of the process that ran alone; -9 after SIGKILL."""
+    """The status of torchrun, or of the process that ran alone; -9 after SIGKILL."""
     ranks: list[int | None] = field(default_factory=list)
     """Exit statuses of torchrun's ranks in their last start; None of one that a signal ended."""
     printed: str = ""
-    """By rank 0, on standard output."""
+    """What rank 0 printed on standard output."""
     complaints: list[str] = field(default_factory=list)
     """What each rank wrote on standard error."""
     has_hung: bool = False
@@ -52,15 +52,20 @@ class Ended:
 
     @property
     def said(self) -> list[str]:
-        """The sentences on standard error, each once: of warnings what they say, no line of code,
-        and nothing of torch's log."""
+        """The sentences on standard error, each once.
+
+        Of warnings it is what they say, no line of code, and nothing of torch's log.
+        """
         lines = [line for text in self.complaints for line in text.splitlines()]
         told = [line.rpartition("Warning: ")[2].strip() for line in lines if line[:1] not in " "]
         return [*dict.fromkeys(line for line in told if not re.match(r"\[?[WIE]\d{4} ", line))]
 
 
 class Job:
-    """One start of a command, by torchrun if there are several ranks; its logs are in `folder`."""
+    """One start of a command, by torchrun if there are several ranks.
+
+    Its logs are in ``folder``.
+    """
 
     def __init__(
         self,
@@ -70,7 +75,7 @@ class Job:
         launcher: Sequence[str],
         patience_s: float,
     ) -> None:
-        """Whatever waits for it waits until `patience_s` have gone since it was started."""
+        """Start the command. Whoever waits for it waits until ``patience_s`` have gone since."""
         folder.mkdir(parents=True)
         self._folder, self._ranks = folder, ranks
         command = [sys.executable, str(TRAIN)]
@@ -99,7 +104,7 @@ class Job:
         return self._process.poll() is None
 
     def wait_until(self, is_time: Callable[[], bool], at_most_s: float = math.inf) -> bool:
-        """Whether `is_time` came while the job ran, before all patience had gone."""
+        """Whether ``is_time`` came while the job ran, before all patience had gone."""
         deadline = min(self._deadline, time.monotonic() + at_most_s)
         while self.is_running and time.monotonic() < deadline:
             if is_time():
@@ -108,8 +113,10 @@ class Job:
         return False
 
     def send(self, number: int, rank: int | None = None) -> bool:
-        """Send a signal to a rank, as soon as it is there, or to torchrun (the process that runs
-        alone). False if the job has ended."""
+        """Send a signal to a rank, as soon as it is there, or to torchrun.
+
+        Torchrun is the process itself where that runs alone. False if the job has ended.
+        """
         pid: int | None = self._process.pid
         if rank is not None and self._ranks > 1:
             self.wait_until(lambda: self._pid(rank) is not None)
@@ -155,7 +162,7 @@ class Job:
         )
 
     def kill(self) -> None:
-        """SIGKILL all of it that is there."""
+        """Send SIGKILL to all of it that is there."""
         self.send_all(signal.SIGKILL)
         self.send_all(signal.SIGKILL)  # what was being started
         self._process.wait()
@@ -198,18 +205,18 @@ class Job:
 class Stage:
     """Where the jobs of one part of the matrix run, side by side with others'.
 
-    It ends with `terminate`, which another thread may call: then nothing is started any more.
+    It ends with ``terminate``, which another thread may call: then nothing is started any more.
     """
 
     def __init__(self, folder: Path, flags: Sequence[str], ranks: int, patience_s: float) -> None:
-        """`flags` are those of every start, but for --out."""
+        """Take ``flags``, those of every start, except --out."""
         self.folder, self.flags, self.ranks, self._patience_s = folder, [*flags], ranks, patience_s
         self._jobs: list[Job] = []
         self._count = itertools.count()
         self._is_stopped = False
 
     def start(self, out: Path, *more: str, launcher: Sequence[str] = ()) -> Job:
-        """Start the command that trains into `out`."""
+        """Start the command that trains into ``out``."""
         if self._is_stopped:
             raise Stopped("the benchmark was ended")
         log = self.folder / f"start-{next(self._count)}"

@@ -1,7 +1,7 @@
 """The rows of the crash matrix: what is done to a run, and what is promised then.
 
 Each function disturbs runs of its stage's command, starts the same command again until it comes to
-its end, and compares that with the undisturbed run `whole`.
+its end, and compares that with the undisturbed run ``whole``.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Instant:
     """When a run is struck."""
 
     kind: str
-    """`writing` of a checkpoint, `step`, or `start`."""
+    """What it waits for: ``writing`` of a checkpoint, ``step``, or ``start``."""
     count: int
     """Checkpoints begun, or lines written, since the start of the process."""
     delay_s: float
 
     @classmethod
     def draw(cls, rng: random.Random, save_every: int) -> Instant:
-        """Half of them in the writing of a checkpoint, some before the first step."""
+        """Draw one: half of them in the writing of a checkpoint, some before the first step."""
         (kind,) = rng.choices(("writing", "step", "start"), (5, 4, 1))
         count = rng.randint(1, 2) if kind == "writing" else rng.randint(1, 2 * save_every)
         return cls(kind, count, rng.uniform(0, {"writing": 0.04, "step": 0.1, "start": 4}[kind]))
@@ -115,7 +115,7 @@ class Life:
         return end
 
     def to_the_end(self, what: str) -> Row:
-        """The same command once more, undisturbed."""
+        """Run the same command once more, undisturbed."""
         row = Row(what, f"from step {newest_step(self.out)}")
         go_on(row, self.stage.run, self.out, self.whole)
         return row
@@ -135,7 +135,7 @@ def go_on(row: Row, run: Run, out: Path, whole: Whole) -> Ended:
 def kills(
     stage: Stage, whole: Whole, rng: random.Random, number: int, save_every: int
 ) -> list[Row]:
-    """SIGKILL, of one rank or of all processes at once, `number` times; then to the end."""
+    """Send SIGKILL, to one rank or all processes at once, ``number`` times; then go to the end."""
     life, rows = Life(stage, whole), []
     for _ in range(number):
         rank = rng.choice([None, *range(stage.ranks)]) if stage.ranks > 1 else None
@@ -158,7 +158,7 @@ def kills(
 
 
 def restarts(stage: Stage, whole: Whole, rng: random.Random, save_every: int) -> list[Row]:
-    """SIGKILL of each rank in turn under torchrun --max-restarts: it goes on by itself."""
+    """Send SIGKILL to each rank in turn under torchrun --max-restarts: it goes on by itself."""
     out = stage.folder / "run"
     job = stage.start(out, launcher=["--max-restarts", str(stage.ranks)])
     row = Row("torchrun --max-restarts, each rank killed in turn")
@@ -184,7 +184,7 @@ def restarts(stage: Stage, whole: Whole, rng: random.Random, save_every: int) ->
 
 
 def signals(stage: Stage, whole: Whole, rng: random.Random, save_every: int) -> list[Row]:
-    """SIGTERM and SIGUSR1, to one process and to all: a checkpoint of the steps done, status 0."""
+    """Send SIGTERM and SIGUSR1, to one process and to all: steps are saved, and the status is 0."""
     launcher = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     life, rows = Life(stage, whole, launcher if stage.ranks > 1 else ()), []
     for name in ("SIGTERM", "SIGUSR1"):
@@ -214,8 +214,10 @@ def signals(stage: Stage, whole: Whole, rng: random.Random, save_every: int) -> 
 def damaged(
     run: Run, out: Path, whole: Whole, rng: random.Random, step: int, name: str, how: str
 ) -> Row:
-    """A file of the newest checkpoint, of `step`, is damaged before the command is started again:
-    the checkpoint before is used, and a line says so."""
+    """Damage a file of the newest checkpoint, of ``step``, before the command is started again.
+
+    The checkpoint before is used, and a line says so.
+    """
     left_by_a_kill(whole, out, step)
     where = damage(out / "checkpoints" / f"step-{step:08d}" / name, how, rng)
     row = Row(f"{name}: {how}", ", ".join(filter(None, (f"step {step}", where))))
@@ -232,7 +234,7 @@ def damaged(
 def damages(
     stage: Stage, whole: Whole, rng: random.Random, hows: Sequence[str] = HOWS
 ) -> list[Row]:
-    """Each file of a checkpoint, in each way."""
+    """Damage each file of a checkpoint, in each way."""
     step = steps_kept(whole)[-2]
     names = sorted(p.name for p in (whole.out / "checkpoints" / f"step-{step:08d}").iterdir())
     return [
@@ -243,7 +245,7 @@ def damages(
 
 
 def all_damaged(run: Run, out: Path, whole: Whole, rng: random.Random) -> Row:
-    """No checkpoint is left to go on from: the command is refused, and nothing is removed."""
+    """Leave no checkpoint to go on from: the command is refused, and nothing is removed."""
     step = steps_kept(whole)[-2]
     left_by_a_kill(whole, out, step)
     for path in checkpoint.steps(out / "checkpoints").values():
@@ -253,7 +255,7 @@ def all_damaged(run: Run, out: Path, whole: Whole, rng: random.Random) -> Row:
 
 
 def unwritable(run: Run, out: Path, whole: Whole) -> Row:
-    """The folder is read-only: the command is refused; once it is not, it goes on."""
+    """Make the folder read-only: the command is refused; once it is not, it goes on."""
     step = steps_kept(whole)[-2]
     left_by_a_kill(whole, out, step)
     row = Row("a read-only folder", f"step {step}")
@@ -264,7 +266,7 @@ def unwritable(run: Run, out: Path, whole: Whole) -> Row:
 
 
 def refused(row: Row, run: Run, out: Path, folder: Path) -> Row:
-    """See that the command ends with status 2 and one sentence, and changes nothing in `folder`."""
+    """See that the command ends with status 2 and one sentence, and leaves ``folder`` as it was."""
     before = tree(folder)
     end = run(out)
     row.note(end)
@@ -275,7 +277,7 @@ def refused(row: Row, run: Run, out: Path, folder: Path) -> Row:
 
 
 def two_jobs(stage: Stage, whole: Whole) -> list[Row]:
-    """A second job in the folder of one that holds still, and two that start at once."""
+    """Start a second job in the folder of one that holds still, and two at once."""
     out = stage.folder / "held"
     row = Row("a second job on the folder of one that runs")
     first = stage.start(out)
@@ -302,7 +304,7 @@ def two_jobs(stage: Stage, whole: Whole) -> list[Row]:
 
 
 def full_for_checkpoints(stage: Stage, whole: Whole) -> list[Row]:
-    """No room for the third checkpoint: status 2, those before it intact; it goes on with room."""
+    """Leave no room for the third checkpoint: status 2, those before it stay."""
     out = stage.folder / "checkpoints full"
     row = Row("a full disk for checkpoints")
     one = whole.out / "checkpoints" / f"step-{steps_kept(whole)[0]:08d}"
@@ -338,8 +340,10 @@ def _apart(out: Path) -> Iterator[None]:
 
 
 def full_for_metrics(stage: Stage, whole: Whole, save_every: int) -> list[Row]:
-    """No room for lines of metrics, for a while: the run goes on, says so, and no line is lost
-    without a word."""
+    """Leave no room for lines of metrics, for a while.
+
+    The run goes on, says so, and no line is lost without a word.
+    """
     out = stage.folder / "metrics full"
     row = Row("a full disk for metrics, for a while")
     with _apart(out):
@@ -364,7 +368,7 @@ def full_for_metrics(stage: Stage, whole: Whole, save_every: int) -> list[Row]:
 
 
 def full_for_plots(stage: Stage, whole: Whole) -> list[Row]:
-    """No room for plots: a line says so, and all else is there."""
+    """Leave no room for plots: a line says so, and all else is there."""
     out = stage.folder / "plots full"
     row = Row("a full disk for plots", "at the end")
     with small_disk(out / "plots", 64):
@@ -379,7 +383,7 @@ def full_for_plots(stage: Stage, whole: Whole) -> list[Row]:
 
 
 def full_for_summary(stage: Stage, whole: Whole) -> list[Row]:
-    """No room for summary.json: tables are printed, status 2; the same command writes it later."""
+    """Leave no room for summary.json: tables are printed, status 2; the command writes it later."""
     out = stage.folder / "summary full"
     row = Row("a full disk for the summary", "at the end")
     with _apart(out):
@@ -397,5 +401,5 @@ def full_for_summary(stage: Stage, whole: Whole) -> list[Row]:
 
 
 def steps_kept(whole: Whole) -> list[int]:
-    """Of the checkpoints of the undisturbed run."""
+    """The steps of the checkpoints of the undisturbed run."""
     return [*checkpoint.steps(whole.out / "checkpoints")]

@@ -68,7 +68,7 @@ class Options:
     """SIGKILLs of each run that is killed, 20 unless given (in the short form 3)."""
 
     seed: int = 0
-    """Of the instants, of the ranks that are struck and of the bytes that are damaged."""
+    """Seed of the instants, of the ranks that are struck and of the bytes that are damaged."""
 
     jobs: int = 2
     """Parts side by side."""
@@ -82,7 +82,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that one run after the other makes."""
+    """Rows that one run makes, one after the other."""
 
     name: str
     ranks: int
@@ -145,7 +145,7 @@ def main(options: Options) -> int:
 
 
 def chosen(options: Options) -> list[Part]:
-    """The parts that `options` ask for. Raises Mistake for what cannot be run."""
+    """The parts that ``options`` ask for. Raises Mistake for what cannot be run."""
     found = {part.name: part for part in parts(options)}
     if options.parts is None:
         return [*found.values()]
@@ -298,14 +298,14 @@ def result_of(record: Record) -> str:
 
 
 def totals_of(records: list[Record]) -> dict[str, int]:
-    """Of all rows, how many have which kind of fault."""
+    """How many of all rows have which kind of fault."""
     rows = [row for record in records for row in record["rows"]]
     names = ("lost", "hangs", "differs", "wrong")
     return {"rows": len(rows)} | {name: sum(bool(row[name]) for row in rows) for name in names}
 
 
 def table(records: list[Record]) -> Table:
-    """Every row."""
+    """The table of every row."""
     found = Table(title="What was done, and what came of it")
     for name in ("part", "what", "when", "status", "on standard error", "verdict"):
         found.add_column(name, overflow="fold")
@@ -319,7 +319,7 @@ def table(records: list[Record]) -> Table:
 
 
 def totals_table(records: list[Record]) -> Table:
-    """A line a part."""
+    """The table of a line a part."""
     found = Table(title="In all")
     for name in ("part", "rows", "silent losses", "hangs", "other weights", "otherwise wrong", "s"):
         found.add_column(name, justify="left" if name == "part" else "right")

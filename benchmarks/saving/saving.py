@@ -1,4 +1,4 @@
-"""How long a save holds up training, at once and beside it (`--save-async`).
+"""How long a save holds up training, at once and beside it (--save-async).
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.saving.saving --model gpt2
 

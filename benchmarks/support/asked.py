@@ -79,8 +79,10 @@ def decide(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """The folder ``out``, which is made, is this comparison's alone. Raises Mistake if it cannot
-    be."""
+    """Inside, the folder ``out``, which is made, is this comparison's alone.
+
+    Raises Mistake if it cannot be.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

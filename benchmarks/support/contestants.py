@@ -133,9 +133,11 @@ def fsdp(
     is_alone: bool = False,
     waits: bool = False,
 ) -> Callable[[Setting], Ready]:
-    """FSDP2 as launch/train_gpt.py uses it, with qsdp's wire where there is a config; alone it has
-    nobody to talk to, and what is left is its own work and the computation. Where gradients are
-    read in the backward pass (``waits``), qsdp's reduces cannot travel beside it."""
+    """FSDP2 as launch/train_gpt.py uses it, with qsdp's wire where there is a config.
+
+    Alone it has nobody to talk to, and what is left is its own work and the computation. Where
+    gradients are read in the backward pass (``waits``), qsdp's reduces cannot travel beside it.
+    """
 
     def make(setting: Setting) -> Ready:
         with torch.device("meta"):
@@ -176,12 +178,12 @@ def chosen(arguments: argparse.Namespace) -> list[Contestant]:
 
 
 def trained(arguments: argparse.Namespace) -> list[Contestant]:
-    """Those of `chosen` whose loss says something."""
+    """Those of ``chosen`` whose loss says something."""
     return [one for one in chosen(arguments) if one.role != YARDSTICK]
 
 
 def add_size_arguments(parser: argparse._ActionsContainer) -> None:
-    """The model that a comparison's driver lets its ranks time, and a step's tokens."""
+    """Add the model that a comparison's driver lets its ranks time, and a step's tokens."""
     parser.add_argument("--model", choices=MODELS, default="19m", help="its number of parameters")
     parser.add_argument(
         "--groups", type=int, default=0, help="FSDP2 groups of blocks; 0: each block is its own"
@@ -192,7 +194,7 @@ def add_size_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
-    """What else a comparison's driver hands through to its ranks."""
+    """Add what else a comparison's driver hands through to its ranks."""
     add_turn_arguments(parser)
     parser.add_argument(
         "--contestants",
@@ -204,7 +206,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def add_turn_arguments(parser: argparse._ActionsContainer) -> None:
-    """The part of that which is not about who takes part."""
+    """Add the part of that which is not about who takes part."""
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contestant")
     parser.add_argument("--warmup", type=int, default=1, help="untimed rounds before")
     parser.add_argument(

@@ -38,7 +38,8 @@ CONTEXT = 64  # short, as steps must be many
 EVAL_TOKENS = 1 << 16
 CURVE_TOKENS = 1 << 14  # often, so fewer
 BEGINNING = 10
-"""One step in so many is warm-up, and before PowerSGD compresses, as torch's documentation advises.
+"""One step in so many is warm-up, and before PowerSGD compresses.
+torch's documentation advises it.
 """
 SCHEDULE = "warm-up over a tenth of the steps, then a cosine to a tenth of the rate"
 
@@ -80,7 +81,7 @@ def parse() -> argparse.Namespace:
 
 
 def add_loss_arguments(parser: argparse._ActionsContainer, prefix: str = "loss-") -> None:
-    """What the driver hands through for losses only."""
+    """Add what the driver hands through for losses only."""
     parser.add_argument("--data", default="stdlib", help="'stdlib', or a text file, for losses")
     parser.add_argument(
         f"--{prefix}model", choices=MODELS, default="1m", help="which trains, for losses"
@@ -110,8 +111,11 @@ def eval_steps(steps: int, evals: int) -> list[int]:
 def train(
     one: Contestant, ranks: Ranks, corpus: Corpus, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """A contestant's losses, in nats a token: of training the mean over the last tenth, of
-    validation after the last step, and the curve of (step, validation loss on fewer tokens)."""
+    """A contestant's losses, in nats a token.
+
+    They are of training the mean over the last tenth, of validation that after the last step, and
+    the curve of (step, validation loss on fewer tokens).
+    """
     steps = arguments.loss_steps
     setting = ranks.setting(
         arguments,
@@ -157,8 +161,10 @@ def train(
 
 
 def validate(ready: Ready, batches: Any, ranks: Ranks) -> float:
-    """Mean of the loss over all ranks' targets, of the exact weights; training goes on after it as
-    without it."""
+    """Mean of the loss over all ranks' targets, of the exact weights.
+
+    Training goes on after it as without it.
+    """
     val_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=ranks.device), 0
     exact = contextlib.nullcontext() if ready.handle is None else ready.handle.exact()
     ready.model.eval()

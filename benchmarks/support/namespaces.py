@@ -1,12 +1,12 @@
 """Network namespaces that stand for hosts, and what their interfaces count.
 
-Every host is a namespace with one interface, `eth0`, a cable (veth pair) to a bridge in one more
+Every host is a namespace with one interface, ``eth0``, a cable (veth pair) to a bridge in one more
 namespace, and an address 10.77.0.1, 10.77.0.2, ...; nothing is added to the machine's own network.
 
 To count, segmentation offload is off: a packet is a frame of at most 1514 bytes, as on a real
 network, and the interface counts the headers of each. That takes processor time, for which a
 network card has its own, and can hold a link below half a Gbit/s: to measure time, leave it on.
-What the programs sent is then `bytes - 66 * packets`: Ethernet 14, IPv4 20, TCP 20 and its time
+What the programs sent is then ``bytes - 66 * packets``: Ethernet 14, IPv4 20, TCP 20 and its time
 stamps 12. The few packets with longer headers (the opening of a connection, ARP) are some tens of
 bytes a connection. What TCP sent twice is left out, as full segments of 1448 bytes: it may be less.
 """
@@ -58,11 +58,11 @@ class Counters:
 
 
 class Hosts:
-    """A context manager: `num_hosts` namespaces on one switch, gone when the block ends.
+    """A context manager: ``num_hosts`` namespaces on one switch, gone when the block ends.
 
     Args:
         num_hosts: 1 to 250.
-        rate: What each host may send at most, as `tc` writes it ("100mbit", "1gbit").
+        rate: What each host may send at most, as ``tc`` writes it ("100mbit", "1gbit").
         offload: Leave segmentation offload on: for times, not for counts of packets.
 
     Raises:
@@ -114,17 +114,17 @@ class Hosts:
     ) -> None:
         """Run a command on every host at once; env-variable rendezvous, one process a host.
 
-        In each argument `{host}` stands for the host's number. The variables RANK, WORLD_SIZE,
+        In each argument ``{host}`` stands for the host's number. The variables RANK, WORLD_SIZE,
         LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME are set.
 
         Args:
             command: Program and arguments.
             env: More variables, on top of this process's own.
             timeout: Seconds after which the command counts as hung.
-            output: A folder that takes what host i prints, as `host<i>.log`.
+            output: A folder that takes what host i prints, as ``host<i>.log``.
 
         Raises:
-            RuntimeError: When a host's command fails (the others are then killed) or hangs.
+            RuntimeError: A host's command fails (the others are then killed) or hangs.
         """
         processes: list[subprocess.Popen[bytes]] = []
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -224,7 +224,7 @@ class Hosts:
 
 
 def torchrun(num_hosts: int, nproc_per_node: int, command: list[str]) -> list[str]:
-    """The command line that starts `command` with torchrun on every host, for `Hosts.run`."""
+    """The command line that starts ``command`` with torchrun on every host, for ``Hosts.run``."""
     launcher = [sys.executable, "-m", "torch.distributed.run"]
     launcher += ["--nnodes", str(num_hosts), "--node-rank", "{host}"]
     launcher += ["--nproc-per-node", str(nproc_per_node)]
@@ -232,7 +232,7 @@ def torchrun(num_hosts: int, nproc_per_node: int, command: list[str]) -> list[st
 
 
 def exit_on_termination() -> None:
-    """Let SIGTERM and SIGHUP end the program through its `with` blocks."""
+    """Let SIGTERM and SIGHUP end the program through its ``with`` blocks."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
 

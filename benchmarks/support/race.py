@@ -130,7 +130,7 @@ def begin_losses(arguments: argparse.Namespace, path: Path) -> Record:
 
 
 def take_losses(arguments: argparse.Namespace, path: Path) -> Record:
-    """What losses.py finds, kept at ``path``. Raises as `take_turns` does."""
+    """What losses.py finds, kept at ``path``. Raises as ``take_turns`` does."""
     record = begin_losses(arguments, path)
     if any(one.name not in record["rows"] for one in trained(arguments)):
         command = ["-m", "benchmarks.support.losses", "--out", str(path)]
@@ -141,8 +141,10 @@ def take_losses(arguments: argparse.Namespace, path: Path) -> Record:
 
 
 def run_here(command: list[str], arguments: argparse.Namespace) -> None:
-    """Run a rank's program (`-m`, its module, its flags) in plain processes. Raises RuntimeError if
-    one fails."""
+    """Run a rank's program (``-m``, its module, its flags) in plain processes.
+
+    Raises RuntimeError if one fails.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     launcher += [str(arguments.hosts * (arguments.nproc_per_node or 1)), *command]
     with subprocess.Popen(launcher, env=os.environ | _environment(arguments)) as process:

@@ -30,12 +30,14 @@ class Ranks:
     control: Any
     mesh: DeviceMesh
     alone: DeviceMesh
-    """Of this rank only."""
+    """The mesh of this rank only."""
 
     @staticmethod
     def meet(arguments: argparse.Namespace) -> Ranks:
-        """Join the others, through the environment. A comparison has one machine, so that rank i
-        has GPU i wherever its namespace is."""
+        """Join the others, through the environment.
+
+        A comparison has one machine, so that rank i has GPU i wherever its namespace is.
+        """
         warnings.simplefilter("ignore", FutureWarning)  # of FSDP2's and DeepSpeed's own calls
         torch.set_num_threads(arguments.threads)
         keep_freed_memory()  # as qsdp's trainer does; all contestants have it

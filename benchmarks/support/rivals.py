@@ -26,16 +26,17 @@ def ddp(*, is_bf16: bool) -> Callable[[Setting], Ready]:
 
 
 def averaged_in_bf16(_, bucket):  # DDP refuses annotations that are texts
-    """What torch's bf16_compress_hook does, which it refuses to do over gloo."""
+    """Do what torch's bf16_compress_hook does, which it refuses to do over gloo."""
     halves = bucket.buffer().to(torch.bfloat16).div_(dist.get_world_size())
     future = dist.all_reduce(halves, async_op=True).get_future()
     return future.then(lambda done: bucket.buffer().copy_(done.value()[0]))
 
 
 def powersgd(*, is_bf16: bool) -> Callable[[Setting], Ready]:
-    """DDP whose gradients travel as matrices of low rank (Vogels et al., arXiv 1905.13727), with
-    torch's hook as it advises: error feedback and warm start. Steps before `powersgd_start` average
-    whole gradients, and the first after them has nothing to start from.
+    """DDP whose gradients travel as matrices of low rank (Vogels et al., arXiv 1905.13727).
+
+    It is torch's hook as torch advises: error feedback and warm start. Steps before
+    ``powersgd_start`` average whole gradients, and the first after them has nothing to start from.
 
     The hook starts a bucket's later collectives when its earlier ones have ended. Of several
     buckets gloo's threads would do so in another order on each rank, and fail: so there is one.

@@ -33,8 +33,11 @@ class Mistake(Exception):
 
 @contextmanager
 def ends_on_error() -> Iterator[None]:
-    """Inside, an error in one sentence ends the program: with status 2 where something cannot be
-    run, as asked or on this machine, and with 1 where it failed."""
+    """Inside, an error in one sentence ends the program.
+
+    It ends with status 2 where something cannot be run, as asked or on this machine, and with 1
+    where it failed.
+    """
     try:
         yield
     except (Mistake, RuntimeError, ValueError) as error:
@@ -85,13 +88,14 @@ def run_all(
     take: Callable[[Run, Processes], Record],
     result_of: Callable[[Record], str],
 ) -> dict[str, str]:
-    """Run what `records` lacks and add it there, `jobs` side by side.
+    """Run what ``records`` lacks and add it there, ``jobs`` side by side.
 
     Args:
         take: Takes one run from start to end; raises RuntimeError with the end of its log.
         result_of: A record in a few words.
 
-    Returns: the last lines of what failed, by name.
+    Returns:
+        The last lines of what failed, by name.
     """
     missing = [run for run in runs if run.name not in records]
     failed: dict[str, str] = {}
@@ -135,7 +139,7 @@ def seconds_left(waiting: list[Run], records: list[Record]) -> float:
 
 
 def launch(run: Run, out: Path, processes: Processes) -> Record:
-    """Train into the folder `out`, on one thread a rank, and return summary.json.
+    """Train into the folder ``out``, on one thread a rank, and return summary.json.
 
     Raises RuntimeError with the end of the log.
     """

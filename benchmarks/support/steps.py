@@ -28,7 +28,7 @@ MODELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """The same for every contestant."""
+    """What is the same for every contestant."""
 
     size: GPTConfig
     batch: int
@@ -36,14 +36,14 @@ class Setting:
     device: torch.device
     mesh: DeviceMesh
     alone: DeviceMesh
-    """Of this rank only."""
+    """The mesh of this rank only."""
     groups: int
     """FSDP2 groups of blocks, beside the root's."""
     powersgd_rank: int
     powersgd_start: int
     """The first step whose gradients PowerSGD compresses: at least 2, for DDP."""
     seed: int = 0
-    """Of the first weights and of all that is random on a wire."""
+    """Seed of the first weights and of all that is random on a wire."""
 
 
 @dataclass(kw_only=True)
@@ -94,7 +94,7 @@ def with_adamw(
     autocast: bool = False,
     lead_in: int = 0,
 ) -> Ready:
-    """The model with torch's AdamW; with `autocast` its passes compute in bf16."""
+    """The model with torch's AdamW; with ``autocast`` its passes compute in bf16."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
 
     def step(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:

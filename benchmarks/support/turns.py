@@ -91,7 +91,7 @@ def parse() -> argparse.Namespace:
 def take_round(
     ready: dict[str, Ready], tokens_BT: Tensor, ranks: Ranks, settle: int
 ) -> dict[str, Any]:
-    """One step of each, and what it took."""
+    """Take one step of each, and say what it took."""
     taken = {}
     for name, one in ready.items():
         for _ in range(settle):

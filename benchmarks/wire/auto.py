@@ -1,9 +1,9 @@
-"""Whether what `--qsdp-bits auto` chooses is the fastest, on links of several rates.
+"""Whether what --qsdp-bits auto chooses is the fastest, on links of several rates.
 
     sudo python -m benchmarks.wire.auto --rates 100mbit 1gbit loopback --out out/auto
     sudo python -m benchmarks.wire.auto --short
 
-Hosts are network namespaces with one rank each, as for link.py; `loopback` is plain processes. On
+Hosts are network namespaces with one rank each, as for link.py; loopback is plain processes. On
 each link the GPT of link.py's contestants is measured several times as launch/train_gpt.py would
 before its first step, and each time a choice is made. Then all that could have been chosen, and the
 rivals, take turns on the same link, as in link.py. The table has a step's seconds as predicted and

@@ -10,7 +10,7 @@ on them, in turns (turns.py): no communication, FSDP2, DDP, DDP with PowerSGD, D
 (where it is installed) and qsdp. Then each trains a small model on real text, without the link, and
 its loss stands beside its time (losses.py). In the end a table, link.json and link.png are in
 --out. Killed, the same command goes on after the last finished round or training; more --rounds add
-to those that are there. `--rate loopback` compares in plain processes, without hosts or root;
+to those that are there. --rate loopback compares in plain processes, without hosts or root;
 --short is 100 Mbit/s with the floor and five contestants; --report makes one table of several
 finished --out.
 

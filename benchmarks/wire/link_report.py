@@ -1,4 +1,4 @@
-"""Several links in one table: `link.py --report FOLDER ...`."""
+"""Several links in one table: ``link.py --report FOLDER ...``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PER_LINK = ("link", "code")
 
 
 def report(folders: list[Path]) -> str:
-    """Markdown: a row a folder, and what they were measured on and with.
+    """A table in Markdown: a row a folder, and what they were measured on and with.
 
     Raises Mistake for a folder without a finished comparison, and for one of other settings.
     """

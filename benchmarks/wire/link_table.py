@@ -20,7 +20,7 @@ PHASES = ("encode", "wire", "decode")
 
 
 def ratio(over: Row, under: Row) -> float:
-    """Of two rows' steps, over the rounds that both were in: slow contestants take fewer."""
+    """The ratio of two rows' steps, over the rounds both were in: slow contestants take fewer."""
     return statistics.median(a / b for a, b in zip(over["seconds"], under["seconds"], strict=False))
 
 
@@ -30,8 +30,11 @@ def median_of(row: Row) -> float:
 
 
 def references(record: Record) -> dict[str, Row]:
-    """Whom every row is held against, as far as they took part: FSDP2 in fp32, the best rival that
-    shards weights and optimizer state, and the best of all rivals."""
+    """The rows that every row is held against, as far as they took part.
+
+    They are FSDP2 in fp32, the best rival that shards weights and optimizer state, and the best of
+    all rivals.
+    """
     found = {row["name"]: row for row in record["rows"] if row["name"] == FIRST}
     rivals = [row for row in record["rows"] if row["role"] == RIVAL]
     for name, rows in (
@@ -91,11 +94,10 @@ def losses_in_words(losses: Record) -> str:
 
 
 def explanations(record: Record) -> list[dict[str, Any]]:
-    """What each of qsdp's steps is made of: medians in seconds, and by how much of the step their
-    sum, taken in each round, is off.
+    """What each of qsdp's steps is made of: medians in seconds.
 
-    FSDP2's own copies are what FSDP2 takes over one rank beyond the floor; a wire is what was
-    waited for.
+    It also says by how much of the step their sum, taken in each round, is off. FSDP2's own copies
+    are what FSDP2 takes over one rank beyond the floor; a wire is what was waited for.
     """
     rows = {row["name"]: row for row in record["rows"]}
     found = []
@@ -129,7 +131,7 @@ def explanations(record: Record) -> list[dict[str, Any]]:
 
 
 def explanation_table(found: list[dict[str, Any]]) -> str:
-    """Milliseconds, a line a contestant."""
+    """The parts in milliseconds, a line a contestant."""
     keys = ["floor_s", "copies_s"]
     keys += [f"{way}_{phase}_s" for way in ("gather", "reduce") for phase in PHASES]
     keys += ["sum_s", "measured_s"]
@@ -146,8 +148,10 @@ def explanation_table(found: list[dict[str, Any]]) -> str:
 
 
 def plot(record: Record, path: Path) -> bool:
-    """Bars of seconds a step; of qsdp's the share of encode, wire and decode. False without
-    matplotlib."""
+    """Draw bars of seconds a step; of qsdp's the share of encode, wire and decode.
+
+    False without matplotlib.
+    """
     try:
         import matplotlib as mpl
     except ImportError:

@@ -23,8 +23,9 @@ TARGETS: dict[str, list[tuple[str, str, bool, float]]] = {
     ],
     "loopback": [(BEST, BEST_SHARDED, False, 1.10)],
 }
-"""By link, for two hosts and the 19m model: (contestant, reference, whether a speed-up of at least
-or a slow-down of at most, limit)."""
+"""The targets of each link, for two hosts and the 19m model.
+They are (contestant, reference, whether a speed-up of at least or a slow-down of at most, limit).
+"""
 
 EXPLAINED_WITHIN = 0.05
 
@@ -79,7 +80,7 @@ def at_most(what: str, value: float, limit: float) -> dict[str, Any]:
 
 
 def in_words(verdict: dict[str, Any]) -> str:
-    """A line."""
+    """The verdict as a line."""
     limit = f"at {'least' if verdict['is_least'] else 'most'} {verdict['limit']}"
     state = "met" if verdict["is_met"] else "MISSED"
     return f"{verdict['what']}: {verdict['value']:.3f}, {limit}: {state}"

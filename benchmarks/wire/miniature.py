@@ -66,7 +66,7 @@ CONTESTANTS = (
 RIVALS = ("ddp-fp32", "ddp-powersgd-fp32", "zero3-fp32")
 PACE_ROUNDS = 5
 IMPLIED = (ASKED - 1) / (1 - ASKED / 4)
-"""What communication is of computation where a quarter of it makes a step `ASKED` times as fast."""
+"""What communication is of computation where a quarter makes a step ``ASKED`` times as fast."""
 
 
 def ratio(gbit: float) -> float:

@@ -53,13 +53,13 @@ class Line:
 
     bits: int
     what: str
-    """`reduce`, `gather` or `step`."""
+    """``reduce``, ``gather`` or ``step``."""
     reduce: str
     gather: str
     counted: float
-    """By qsdp."""
+    """Bytes by qsdp's counters."""
     seen: float
-    """On the interface."""
+    """Bytes on the interface."""
 
     @property
     def difference(self) -> float:

@@ -1,12 +1,12 @@
 """The program that benchmarks/wire/nodes.py runs on its nodes: passes of a GPT, and who sent what.
 
-Started by torchrun on hosts whose link is `eth0`. Each phase repeats one kind of pass, and between
-barriers rank 0 of each node reads what left its interface, less packet headers; qsdp's counters are
-read at the same places. Three kinds of pass tell gathers from reduces:
+Started by torchrun on hosts whose link is ``eth0``. Each phase repeats one kind of pass, and
+between barriers rank 0 of each node reads what left its interface, less packet headers; qsdp's
+counters are read at the same places. Three kinds of pass tell gathers from reduces:
 
     forward   without autograd: every group is gathered once
     kept      forward and backward, weights kept from one to the other: the same gathers, and the
-              reduces; less `forward` it is what the reduces sent
+              reduces; less ``forward`` it is what the reduces sent
     step      forward and backward as training does them: less the reduces it is what the gathers of
               a training step sent
 """
@@ -94,7 +94,7 @@ def build(config: qsdp.QSDPConfig, *, reshard_after_forward: bool) -> tuple[GPT,
 
 
 def run(model: GPT, tokens: torch.Tensor, one_pass: Callable[[GPT, torch.Tensor], None]) -> None:
-    """One pass, after which no weights are gathered."""
+    """Take one pass, after which no weights are gathered."""
     one_pass(model, tokens)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -108,7 +108,7 @@ def forward(model: GPT, tokens: torch.Tensor) -> None:
 
 
 def forward_backward(model: GPT, tokens: torch.Tensor) -> None:
-    """A training step but for the optimizer."""
+    """Do a training step without the optimizer."""
     _, loss = model(tokens, tokens)
     loss.backward()
     for parameter in model.parameters():
@@ -116,8 +116,10 @@ def forward_backward(model: GPT, tokens: torch.Tensor) -> None:
 
 
 def state(handle: qsdp.Handle) -> dict[str, int]:
-    """What the node has sent so far, by its interface (rank 0 of the node reads it), and what this
-    rank has, by the counters."""
+    """What the node has sent so far, by its interface, and what this rank has, by the counters.
+
+    Rank 0 of the node reads the interface.
+    """
     dist.barrier()
     counts = handle.traffic.snapshot()
     return {

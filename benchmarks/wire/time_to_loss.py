@@ -11,7 +11,7 @@ three quarters of its steps; the seconds to it are steps times seconds a step.
 
 A table a link, time_to_loss.json and time_to_loss.png (loss over seconds) are in --out. Killed, the
 same command goes on after the last finished round or training; more --rounds, --rates and --seeds
-add to those that are there. --short takes under 8 minutes on two cores. Links but `loopback` need
+add to those that are there. --short takes under 8 minutes on two cores. Links but loopback need
 root and iproute2. Exits with status 2 for what cannot be run, and with 1 if a rank fails.
 """
 

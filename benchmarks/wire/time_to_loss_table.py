@@ -16,10 +16,11 @@ Curve = list[tuple[int, float | None]]
 
 
 def judge(record: Record) -> Record:
-    """The loss to reach, every contestant's curve over steps, the mean of the seeds, and a row a
-    contestant and link with its steps and seconds to that loss, None where it never got there.
+    """The loss to reach, and what every contestant has to show for it.
 
-    Raises RuntimeError where FSDP2's loss is no number.
+    These are its curve over steps, the mean of the seeds, and a row a contestant and link with its
+    steps and seconds to that loss, None where it never got there. Raises RuntimeError where FSDP2's
+    loss is no number.
     """
     trained = record["losses"]
     seeds = {name: [one["rows"][name]["curve"] for one in trained] for name in trained[0]["rows"]}
@@ -48,7 +49,7 @@ def judge(record: Record) -> Record:
 
 
 def mean_curve(curves: list[Curve]) -> Curve:
-    """Of several seeds, step by step."""
+    """The mean of several seeds, step by step."""
     mean: Curve = []
     for points in zip(*curves, strict=True):
         losses = [loss for _, loss in points if loss is not None]
@@ -59,8 +60,11 @@ def mean_curve(curves: list[Curve]) -> Curve:
 
 
 def steps_to(curve: Curve, target: float) -> float | None:
-    """After how many steps the loss was at ``target`` first; None if it never was. Between two
-    validations it falls in a straight line; before the first one nothing is known of it."""
+    """After how many steps the loss was at ``target`` first; None if it never was.
+
+    Between two validations it falls in a straight line; before the first one nothing is known of
+    it.
+    """
     before: tuple[int, float | None] | None = None
     for step, loss in curve:
         if loss is not None and loss <= target:
@@ -73,7 +77,7 @@ def steps_to(curve: Curve, target: float) -> float | None:
 
 
 def seconds_of(steps: float, times: Row) -> float:
-    """What so many steps take, of which the first may be others."""
+    """The seconds that so many steps take, of which the first may be others."""
     early = min(steps, times["num_early"])
     seconds: float = early * times["early_s"] + (steps - early) * times["step_s"]
     return seconds

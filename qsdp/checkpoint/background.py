@@ -1,4 +1,4 @@
-"""Saving beside training: `AsyncSaver`."""
+"""Saving beside training: ``AsyncSaver``."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from qsdp.compat.process_groups import destroy_group, new_group, unique_group_na
 class AsyncSaver:
     """Saves checkpoints while training goes on, one at a time.
 
-    `save` waits for the one before, copies this rank's part of model and optimizer into host
-    memory, and returns. A thread then writes the copy with DCP's `async_save`, and lets the
+    ``save`` waits for the one before, copies this rank's part of model and optimizer into host
+    memory, and returns. A thread then writes the copy with DCP's ``async_save``, and lets the
     checkpoint appear once all ranks have written theirs. Ranks agree over a gloo group of their
     own, since collectives of two threads in one group would mix.
 
-    Use it as a context manager, or call `close`: either waits for the last checkpoint. A saver that
-    is dropped lets it appear too; a failure is a warning then.
+    Use it as a context manager, or call ``close``: either waits for the last checkpoint. A saver
+    that is dropped lets it appear too; a failure is a warning then.
     """
 
     def __init__(self) -> None:
@@ -68,11 +68,14 @@ class AsyncSaver:
         damaged: Collection[Path] = (),
         may_appear: Callable[[], None] = lambda: None,
     ) -> None:
-        """As `qsdp.checkpoint.save`, but that the checkpoint appears later, as model, optimizer and
-        the other arguments are now. `may_appear` is called in another thread.
+        """Save as ``qsdp.checkpoint.save`` does, but let the checkpoint appear later.
 
-        Raises: as `save`, for what is found before anything is written; as `wait`, for the
-        checkpoint before.
+        It holds model, optimizer and the other arguments as they are now. ``may_appear`` is called
+        in another thread.
+
+        Raises:
+            ValueError: As ``save``, for what is found before anything is written.
+            RuntimeError: As ``save``; as ``wait``, for the checkpoint before.
         """
         self.wait()
         if self._group is None:
@@ -99,10 +102,13 @@ class AsyncSaver:
             self._last.append(_Writing(request, folder, future, threads, group, rest))
 
     def wait(self) -> Path | None:
-        """Wait for the checkpoint that is being written, and return it; None without one.
+        """Wait for the checkpoint that is being written, and return its folder; None without one.
 
-        A collective. Raises, on every rank, RuntimeError if it could not be written, ValueError if
-        it may not appear.
+        A collective.
+
+        Raises:
+            RuntimeError: On every rank, if the checkpoint could not be written.
+            ValueError: On every rank, if it may not appear.
         """
         writing = self._ended()
         if writing is None:
@@ -115,8 +121,10 @@ class AsyncSaver:
         return writing.path
 
     def close(self) -> None:
-        """Wait for the checkpoint that is being written, and end the group. No collective of all
-        ranks: a failure is a warning. May be called again."""
+        """Wait for the checkpoint that is being written, and end the group.
+
+        No collective of all ranks: a failure is a warning. It may be called again.
+        """
         writing = self._ended()
         if writing is not None:
             writing.warn()
@@ -198,14 +206,14 @@ class _Writing:
 
 
 def _leave_alone(last: list[_Writing]) -> None:
-    """The saver has gone, or Python ends: nobody will ask how the last checkpoint has ended."""
+    """Leave the last checkpoint to its thread: the saver has gone, or Python ends."""
     for writing in last:
         writing.is_alone = True
         writing.warn()  # else the thread does, when it ends
 
 
 def _told(error: Exception) -> Exception:
-    """`error` without its traceback, which holds the copy of the weights."""
+    """``error`` without its traceback, which holds the copy of the weights."""
     if not dist.is_initialized():
         return RuntimeError(
             "the process group was destroyed before the checkpoint was written; wait for it, or "
@@ -219,7 +227,7 @@ def _told(error: Exception) -> Exception:
 
 
 class _Staged(AsyncStager):
-    """For what has been copied already: ranks have to agree that all could."""
+    """What has been copied already: ranks have to agree that all could copy."""
 
     _synchronize_after_execute = False
 
@@ -246,7 +254,7 @@ class _Planner(DefaultSavePlanner):
 
 
 def _copied(value: Any, name: str, copies: dict[Any, Tensor]) -> Any:
-    """`value` in host memory, sharing nothing with what training changes; tied tensors once.
+    """``value`` in host memory, sharing nothing with what training changes; tied tensors once.
 
     Raises Refused for what could only be loaded by running code.
     """

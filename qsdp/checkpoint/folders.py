@@ -31,8 +31,9 @@ from qsdp.common.atomic_files import (
 
 META = "meta.json"
 OWN_CHECKSUM = "checksum"
-"""The last entry of meta.json, of versions that list all files: the checksum of its own bytes, with
-zeros in the place of that checksum."""
+"""The last entry of meta.json, where all files are listed: the checksum of the text itself.
+The checksum is taken with zeros in its own place.
+"""
 _REWRITTEN = ".new"
 _REMOVED = "tmp-old-"
 _COMPLETE = re.compile(rf"step-(\d{{8,}})({_REWRITTEN})?")
@@ -58,8 +59,10 @@ def step_of(path: Path) -> int | None:
 
 
 def steps(root: Path, without: Collection[Path] = ()) -> dict[int, Path]:
-    """The complete checkpoints in `root` by their step, oldest first; `without` some, by their real
-    paths."""
+    """The complete checkpoints in ``root`` by their step, oldest first.
+
+    Those of which ``without`` has the real paths are left out.
+    """
     if not root.is_dir():
         return {}
     found = {
@@ -71,17 +74,18 @@ def steps(root: Path, without: Collection[Path] = ()) -> dict[int, Path]:
 
 
 def latest(root: Path, until: float = math.inf, without: Collection[Path] = ()) -> Path | None:
-    """The newest complete checkpoint in `root`, if any; of those that are no later than `until`,
-    `without` some as in `steps`."""
+    """The newest complete checkpoint in ``root`` that is no later than ``until``, if any.
+
+    ``without`` as in ``steps``.
+    """
     found = reversed(steps(root, without).items())
     return next((path for step, path in found if step <= until), None)
 
 
 def resolve(path: Path, without: Collection[Path] = ()) -> Path:
-    """The checkpoint that a user means by `path`: itself, or the newest one in that folder,
-    `without` some as in `steps`.
+    """The checkpoint that a user means by ``path``: itself, or the newest one in that folder.
 
-    Raises ValueError if there is none.
+    ``without`` as in ``steps``. Raises ValueError if there is none.
     """
     if (path / META).is_file():
         return path
@@ -94,11 +98,13 @@ def resolve(path: Path, without: Collection[Path] = ()) -> Path:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What `save` was given as `meta`, with `step`, `checksums` and its own `checksum`; older
-    versions wrote no `checksum`, and of the files only DCP's into `checksums`.
+    """What ``save`` was given as ``meta``, with ``step``, ``checksums`` and its own ``checksum``.
 
-    Raises Damaged if it is not as it was written, ValueError if it cannot be read or lists what is
-    no file's name.
+    Older versions wrote no ``checksum``, and into ``checksums`` only DCP's files.
+
+    Raises:
+        Damaged: It is not as it was written.
+        ValueError: It cannot be read, or lists what is no file's name.
     """
     try:
         data = (path / META).read_bytes()
@@ -135,8 +141,10 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def lists(meta: Mapping[str, Any], name: str) -> bool:
-    """Whether the file `name` is of the checkpoint of `meta`, as far as that tells: older versions
-    did not list texts."""
+    """Whether the file ``name`` belongs to the checkpoint of ``meta``, as far as that tells.
+
+    Older versions did not list texts.
+    """
     return OWN_CHECKSUM not in meta or name in meta["checksums"]
 
 
@@ -153,14 +161,15 @@ def _sealed_by(before: bytes, after: bytes) -> str:
 
 
 def checksum_of(data: bytes) -> str:
-    """As `checksum`, of bytes."""
+    """The same as ``checksum``, of bytes."""
     return f"crc32:{zlib.crc32(data):08x}"
 
 
 def checksum(path: Path) -> str:
-    """CRC-32 of a file, as `crc32:` and eight digits: seconds for a rank's share of a large model.
+    """The CRC-32 of a file, as ``crc32:`` and eight digits.
 
-    It is there to notice what a disk or a copy has damaged, not what someone has forged.
+    It takes seconds for a rank's share of a large model. It is there to notice what a disk or a
+    copy has damaged, not what someone has forged.
     """
     crc = 0
     with path.open("rb") as file:
@@ -175,10 +184,13 @@ def verify(
     size: int = 1,
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
-    """Check that this rank's part of the files is as `save` left them.
+    """Check that this rank's part of the files is as ``save`` left them.
 
-    `progress` is called with the number of bytes that were just read.
-    Raises Damaged if it is not, ValueError if it cannot be read.
+    ``progress`` is called with the number of bytes that were just read.
+
+    Raises:
+        Damaged: A file is not as it was left.
+        ValueError: A file cannot be read.
     """
     stated = read_meta(path)["checksums"]
     for name in sorted(stated)[rank::size]:
@@ -196,19 +208,21 @@ def verify(
 
 @contextlib.contextmanager
 def writing(root: Path, step: int) -> Iterator[Path]:
-    """An empty folder, of this call alone, to write the checkpoint of `step` into; it goes if it is
-    not published. Raises OSError if it cannot be made."""
+    """An empty folder, of this call alone, to write the checkpoint of ``step`` into.
+
+    It goes if it is not published. Raises OSError if it cannot be made.
+    """
     path = root / f"tmp-step-{step:08d}-{secrets.token_hex(4)}"
-    # Just made, and not locked yet, it looks to another run's `clear_killed` like a killed one's.
+    # Just made, and not locked yet, it looks to another run's ``clear_killed`` like a killed one's.
     with claimed_folder(path, is_waiting=True) as folder:
         yield folder
 
 
 def clear_killed(root: Path, damaged: Collection[Path] = ()) -> list[str]:
-    """Make the folder `root` if there is none; finish or remove what killed writers left in it.
+    """Make the folder ``root`` if there is none; finish or remove what killed writers left in it.
 
-    Returns a line for each thing that was removed, but for what was about to be, and for each that
-    cannot be.
+    Returns a line for each thing that was removed, except what was about to be, and for each that
+    cannot be removed.
     """
     root.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
@@ -235,11 +249,11 @@ def publish(
     keep: int,
     damaged: Collection[Path] = (),
 ) -> tuple[Path, list[str]]:
-    """Add the text `files` to what `writing` made and let it take the name of `step`, all or
-    nothing; of two that do so at once for one step, the later one's stays.
+    """Add the text ``files`` to what ``writing`` made and let it take the name of ``step``.
 
-    Afterwards what is `damaged` there (real paths) goes, and of the checkpoints before this one the
-    oldest, until `keep` are left. Later ones stay.
+    All or nothing: of two that do so at once for one step, the later one's stays. Afterwards what
+    is ``damaged`` there (real paths) goes, and the oldest of the checkpoints before this one, until
+    ``keep`` are left. Later ones stay.
 
     Returns where it is, and a line for each thing that could not be removed.
     """
@@ -250,7 +264,7 @@ def publish(
     sync(folder)
     lines: list[str] = []
     with locked_folder(root):
-        is_again = final.exists()  # never without one of the two: see `steps`
+        is_again = final.exists()  # never without one of the two: see ``steps``
         path = folder.rename(final.with_name(final.name + _REWRITTEN) if is_again else final)
         sync(root)
         if is_again:
@@ -267,8 +281,10 @@ def publish(
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint so that no instant shows half of it under its name. Raises OSError if it
-    cannot be: what has lost its name then goes with the next save beside it."""
+    """Delete a checkpoint so that no instant shows half of it under its name.
+
+    Raises OSError if it cannot be: what has lost its name then goes with the next save beside it.
+    """
     with contextlib.suppress(FileNotFoundError):  # another process has removed it
         remove_tree(_set_aside(path))
 
@@ -292,7 +308,7 @@ def _settle(path: Path) -> None:
 
 @contextlib.contextmanager
 def _tidying(path: Path, lines: list[str]) -> Iterator[None]:
-    """Inside `path` is removed; that it cannot be is a line, and no error."""
+    """Inside, ``path`` is removed; if it cannot be, that is a line of ``lines`` and no error."""
     try:
         yield
     except OSError as error:

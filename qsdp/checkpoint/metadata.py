@@ -1,4 +1,4 @@
-"""DCP's table of contents (`.metadata`), a pickle, read so that nothing in it can run.
+"""DCP's table of contents (``.metadata``), a pickle, read so that nothing in it can run.
 
 It is read into records without code, of which DCP's objects are made after a look at every value.
 """
@@ -37,7 +37,7 @@ _RECORDS = (
     (f"{_DCP}.metadata", "StorageMeta"),
     (f"{_DCP}.filesystem", "_StorageInfo"),
 )
-_UNUSED = (  # how memory was laid out (in Python 3.11.0 an enum by `getattr`), where the folder lay
+_UNUSED = (  # how memory was laid out (in Python 3.11.0 an enum by getattr), where the folder lay
     ("builtins", "getattr"),
     (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch.serialization", "_get_layout"),
@@ -61,8 +61,10 @@ class _Record:
 
 
 class _TableUnpickler(pickle.Unpickler):
-    """Knows nothing but sizes, dtypes, and classes that are its own: a pickle may call what it
-    names, and set attributes of it."""
+    """Knows nothing but sizes, dtypes, and classes that are its own.
+
+    A pickle may call what it names, and set attributes of it.
+    """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         super().__init__(file)
@@ -74,7 +76,7 @@ class _TableUnpickler(pickle.Unpickler):
             self._known[place] = type("Unused", (_Record,), {"__init__": lambda self, *_: None})
 
     def find_class(self, module: str, name: str) -> Any:
-        """By its whole name only: pickle itself would follow the dots in one."""
+        """The class of this whole name only: pickle itself would follow the dots in one."""
         if (module, name) in self._known:
             return self._known[module, name]
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
@@ -83,7 +85,7 @@ class _TableUnpickler(pickle.Unpickler):
 
 
 class _Place(NamedTuple):
-    """As DCP's `_StorageInfo`: where in which file an entry lies."""
+    """As DCP's ``_StorageInfo``: where in which file an entry lies."""
 
     relative_path: str
     offset: int
@@ -94,7 +96,9 @@ class _Place(NamedTuple):
 def read_table(path: Path, files: Collection[str]) -> Metadata:
     """The table in the file ``path``, which may name ``files`` only.
 
-    Raises Refused if it names other files or code, ValueError if it cannot be read.
+    Raises:
+        Refused: The table names other files, or code.
+        ValueError: The table cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -108,7 +112,7 @@ def read_table(path: Path, files: Collection[str]) -> Metadata:
 
 
 def _metadata(path: Path, table: Any, files: Collection[str]) -> Metadata:
-    """DCP's objects of a table's records. Raises anything if it is not as DCP writes it."""
+    """DCP's objects of a table's records. Raises some error if the table is not DCP's."""
     contents = _fields(table, "Metadata")
     entries = {_text(n): _entry(e) for n, e in _dict(contents["state_dict_metadata"]).items()}
     places = {}
@@ -141,8 +145,10 @@ def _entry(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
 
 
 def _fill(boxes: Sequence[_Box], dims: Iterable[int], size: torch.Size) -> bool:
-    """Whether the boxes, alike in all but ``dims``, fill a tensor of ``size`` without overlap: cut
-    along one dimension, and what lies between two cuts along the others."""
+    """Whether the boxes, alike in all but ``dims``, fill a tensor of ``size`` without overlap.
+
+    They are cut along one dimension, and what lies between two cuts along the others.
+    """
     dims = list(dims)
     if not boxes or not dims:
         return len(boxes) == 1

@@ -28,8 +28,10 @@ def refused(path: Path, name: str) -> Refused:
 
 @contextmanager
 def plain_only() -> Iterator[None]:
-    """Inside, torch's restricted unpickler makes no object of the classes that were added to its
-    list: torch itself adds some, and one of them, DeviceMesh, opens process groups."""
+    """Inside, torch's restricted unpickler makes no object of the classes on its list of additions.
+
+    torch itself adds some, and one of them, DeviceMesh, opens process groups.
+    """
     given = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:
@@ -39,7 +41,7 @@ def plain_only() -> Iterator[None]:
 
 
 def _without_numpy(value: Any) -> Any:
-    """NumPy's numbers, in nested lists, tuples and dicts too, as Python's."""
+    """NumPy's numbers as Python's, in nested lists, tuples and dicts too."""
     if isinstance(value, np.generic):
         return value.item()
     if type(value) in (list, tuple):
@@ -50,8 +52,11 @@ def _without_numpy(value: Any) -> Any:
 
 
 def plain_part(name: str, tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor. Raises Refused for one of another class, an 8-bit optimizer's
-    for one: code would have to make it."""
+    """This rank's part of a tensor.
+
+    Raises Refused for a tensor of another class, for example an 8-bit optimizer's: code would have
+    to make it.
+    """
     with torch.no_grad():
         part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if type(part) not in (Tensor, nn.Parameter):
@@ -60,7 +65,7 @@ def plain_part(name: str, tensor: Tensor) -> Tensor:
 
 
 def readable(name: str, value: object) -> Any:
-    """What `ReadingPlanner` gives for `value` later. Raises Refused if it could not read that."""
+    """What ``ReadingPlanner`` gives for ``value`` later. Raises Refused if it could not read it."""
     value = _without_numpy(value)
     written = io.BytesIO()
     try:

@@ -16,23 +16,25 @@ class TensorReader:
     """The model of one checkpoint; a tensor is in memory only while its reader holds it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError if the checkpoint has no readable table of contents, or one that asks
-        for code."""
+        """Read the table of contents of the checkpoint at ``path``.
+
+        Raises ValueError if there is no readable one, or one that asks for code.
+        """
         self._path = path
         self._reader = Reader(path)
         self._metadata = self._reader.metadata
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of the parameter `name`. Raises ValueError if there is none."""
+        """The dtype of the parameter ``name``. Raises ValueError if there is none."""
         return self._stored(name).properties.dtype
 
     def shape(self, name: str) -> torch.Size:
-        """Of the parameter `name`. Raises ValueError if there is none."""
+        """The shape of the parameter ``name``. Raises ValueError if there is none."""
         return self._stored(name).size
 
     def check(self, name: str, shape: torch.Size) -> None:
-        """Raise ValueError unless there is a parameter `name` of this shape."""
+        """Raise ValueError unless there is a parameter ``name`` of this shape."""
         stored = self._stored(name)
         if stored.size != shape:
             raise ValueError(
@@ -41,7 +43,7 @@ class TensorReader:
             )
 
     def read(self, name: str) -> Tensor:
-        """The whole parameter `name`, on the CPU. Holds one rank's part of it beside it.
+        """The whole parameter ``name``, on the CPU. It holds one rank's part of it beside it.
 
         Raises ValueError if there is none, or it cannot be read.
         """

@@ -1,8 +1,8 @@
 """DCP's files read and written so that nothing in them can run.
 
-DCP keeps two kinds of pickles: the table of contents (`.metadata`), and a small one in the data
+DCP keeps two kinds of pickles: the table of contents (``.metadata``), and a small one in the data
 files for every value that is no tensor. Its own reader lets both name any function. Here
-`metadata.py` reads the table, and torch's restricted unpickler all else. What that one could not
+``metadata.py`` reads the table, and torch's restricted unpickler all else. What that one could not
 read back is not written.
 """
 
@@ -35,7 +35,7 @@ class Reader(FileSystemReader):
     """Reads a checkpoint's files; its table is read, and looked at, once, when this is made."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError if the table cannot be read, asks for code, or leads out of `path`."""
+        """Read the table. Raises ValueError if it is unreadable or wants code or other files."""
         super().__init__(path)
         files = read_meta(path)["checksums"]
         if TABLE not in files:
@@ -80,7 +80,7 @@ class ReadingPlanner(DefaultLoadPlanner):
 
 
 class WritingPlanner(DefaultSavePlanner):
-    """Refuses what `ReadingPlanner` could not read. NumPy's numbers become Python's."""
+    """Refuses what ``ReadingPlanner`` could not read. NumPy's numbers become Python's."""
 
     def create_local_plan(self) -> SavePlan:
         for name, value in self.state_dict.items():

@@ -1,5 +1,7 @@
-"""Saving model and optimizer with torch.distributed.checkpoint (DCP): `save`, and the steps of it
-that saving in the background has too."""
+"""Saving model and optimizer with torch.distributed.checkpoint (DCP).
+
+``save`` is here, and its steps, which saving in the background has too.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Request:
-    """What `save` was asked for, but for model and optimizer; what may be of another type until it
-    has been `checked`."""
+    """What ``save`` was asked for, except model and optimizer.
+
+    Until it has been ``checked``, the values may be of another type.
+    """
 
     root: Path
     step: int
@@ -104,30 +108,33 @@ def save(
     damaged: Collection[Path] = (),
     may_appear: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write the checkpoint of `step` into `root`; a crash at any instant leaves it whole or absent.
+    """Write the checkpoint of ``step`` into ``root``; a crash leaves it whole or absent.
 
     1. rank 0 makes a temporary folder;
     2. all ranks write their shards into it, exact fp32;
     3. every rank syncs the files that it wrote to disk, and takes their checksums;
-    4. rank 0 adds `files` and meta.json with all checksums, syncs, renames the folder, and removes
-       what is damaged and old checkpoints.
+    4. rank 0 adds ``files`` and meta.json with all checksums, syncs, renames the folder, and
+       removes what is damaged and old checkpoints.
 
     Args:
-        root: folder of the run's checkpoints, which every rank sees; made if it is not there.
-        step: optimizer steps done.
-        model: whose parameters and buffers to save, sharded or not.
-        optimizer: whose state to save; None for the model alone.
+        root: The folder of the run's checkpoints, which every rank sees; made if it is not there.
+        step: Optimizer steps done.
+        model: Its parameters and buffers are saved, sharded or not.
+        optimizer: Its state is saved; None for the model alone.
         meta: JSON values to keep with it.
-        files: texts to keep with it, by file name.
-        keep: how many checkpoints stay, this one and those before it; later ones stay.
-        damaged: real paths of checkpoints that are known to be damaged, on rank 0: those in `root`
-            do not count, and go when this one is there.
-        may_appear: called on rank 0 when all is written; raises ValueError if it may not appear.
+        files: Texts to keep with it, by file name.
+        keep: How many checkpoints stay, this one and those before it; later ones stay.
+        damaged: Real paths of checkpoints that are known to be damaged, on rank 0: those in
+            ``root`` do not count, and go when this one is there.
+        may_appear: Called on rank 0 when all is written; raises ValueError if it may not appear.
 
-    Returns: the checkpoint's folder.
-    Raises: RuntimeError, on every rank, if any could not write, or if ranks differ in what they
-        give; ValueError if ranks have different tensors under one name, the state holds objects
-        that only code could load, or an argument is not as above.
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        RuntimeError: On every rank, if any could not write, or if ranks differ in what they give.
+        ValueError: Ranks have different tensors under one name, the state holds objects that only
+            code could load, or an argument is not as above.
     """
     request = Request(root, step, meta, files, keep, damaged, may_appear)
     request = agreed(request, model, optimizer)
@@ -139,7 +146,7 @@ def save(
 
 
 def agreed(request: Request, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Request:
-    """The request, `checked`. Raises, on every rank, if ranks differ or it cannot be kept."""
+    """The request, ``checked``. Raises, on every rank, if ranks differ or it cannot be kept."""
     with mistakes_shared("checkpoint.save", [everyone()]):
         request = request.checked()
     shards = _spread_shards(model)
@@ -152,7 +159,7 @@ def agreed(request: Request, model: nn.Module, optimizer: torch.optim.Optimizer 
 
 @contextlib.contextmanager
 def claimed(request: Request) -> Iterator[Path]:
-    """A folder to write to, which goes again if it is not `finished`."""
+    """A folder to write to, which goes again if it is not ``finished``."""
     with contextlib.ExitStack() as claim:
 
         def begin() -> tuple[Path, list[str]]:
@@ -189,7 +196,7 @@ def _as_it_is(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def written(request: Request) -> Iterator[None]:
-    """Inside DCP writes, whose failures are told in one sentence."""
+    """Inside, DCP writes: its failures are told in one sentence."""
     try:
         yield
     except CheckpointException as error:
@@ -201,7 +208,7 @@ def written(request: Request) -> Iterator[None]:
 
 
 def finished(request: Request, folder: Path, group: dist.ProcessGroup | None = None) -> Path:
-    """Let what is written into `folder` appear. A collective over `group`, of all ranks."""
+    """Let what is written into ``folder`` appear. A collective over ``group``, of all ranks."""
     files = dict(request.files or {})
     checksums = _checksums(folder, group)
     checksums |= {name: checksum_of(text.encode()) for name, text in files.items()}
@@ -223,8 +230,11 @@ def unwritable(said: str) -> RuntimeError:
 
 
 def _spread_shards(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...], Tensor]]:
-    """By name, of what is sharded over some of the ranks: the first of these, this rank's place
-    among them, and what it holds. Others may have the same, or a tensor of their own."""
+    """What is sharded over some of the ranks, by name.
+
+    It gives the first of these ranks, this rank's place among them, and what it holds. Others may
+    have the same, or a tensor of their own.
+    """
     named = {n: p for n, p in sharded_parameters(model).items() if isinstance(p, DTensor)}
     try:
         spread = spread_of(named.values())
@@ -261,7 +271,7 @@ def _check_names(shards: Mapping[str, tuple[int, tuple[int, ...], Tensor]]) -> N
 
 
 def _checksums(folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
-    """The checksum of every file of DCP in `folder`, on all ranks; each rank reads its own.
+    """The checksum of every file of DCP in ``folder``, on all ranks; each rank reads its own.
 
     They are on disk then: DCP syncs a file before Python has written the last of its buffer.
     """
@@ -286,7 +296,7 @@ def _checksums(folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
 
 
 def _on_first(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `work` on rank 0; all wait for it, and have its result or learn of its failure."""
+    """Run ``work`` on rank 0; all wait for it, and have its result or learn of its failure."""
     done: list[Any] = [None, None]
     failure: Exception | None = None
     if dist.get_rank() == 0:

@@ -1,5 +1,4 @@
-"""What of model and optimizer a checkpoint holds, and loading it with torch.distributed.checkpoint
-(DCP)."""
+"""What a checkpoint holds of model and optimizer, and how torch.distributed.checkpoint loads it."""
 
 from __future__ import annotations
 
@@ -30,15 +29,16 @@ from qsdp.compat.sharded_parameters import sharded_parameters
 
 _STATE = "optimizer.state."
 _BEFORE_STEPS = {"mask"}
-"""What the state of a parameter that no step has changed may hold, of AC/DC and GMP."""
+"""What the state of a parameter that no step has changed may hold: AC/DC and GMP have masks."""
 
 
 def check(path: Path) -> None:
-    """Read every file of the checkpoint at `path`, each by one rank, and compare it with its
-    checksum.
+    """Read every file of the checkpoint at ``path``, each by one rank, and compare its checksum.
 
-    Raises: Damaged, on every rank, if a file is missing, truncated or altered; ValueError if one
-    cannot be read, or asks for code; RuntimeError if ranks name different checkpoints.
+    Raises:
+        Damaged: On every rank, if a file is missing, truncated or altered.
+        ValueError: A file cannot be read, or asks for code.
+        RuntimeError: Ranks name different checkpoints.
     """
     meet_at("check", folder=path)
     _reader(path)
@@ -47,12 +47,15 @@ def check(path: Path) -> None:
 def load(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, is_checked: bool = False
 ) -> None:
-    """Put the checkpoint at `path` into `model` and `optimizer`, in place, on any number of ranks.
+    """Put the checkpoint at ``path`` into ``model`` and ``optimizer``, in place, on any ranks.
 
-    Before, it is read as `check` does, unless that `is_checked` already. Nothing in it is run. The
-    optimizer has a state afterwards if the one that was saved had taken a step.
+    Before, it is read as ``check`` does, unless that ``is_checked`` already. Nothing in it is run.
+    The optimizer has a state afterwards if the one that was saved had taken a step.
 
-    Raises: as `check`; ValueError, on every rank, if anything is missing or of another shape.
+    Raises:
+        Damaged: As ``check``.
+        RuntimeError: As ``check``.
+        ValueError: As ``check``; on every rank, if anything is missing or of another shape.
     """
     meet_at("load", folder=path, is_checked=is_checked)
     reader = _reader(path, is_checked=is_checked)
@@ -72,8 +75,10 @@ def load(
 
 @contextlib.contextmanager
 def _made_ready(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, an optimizer that has taken no step has neither gradients nor masks: with these DCP
-    would not make the state that is read into. An exception leaves it as it was."""
+    """Inside, an optimizer that has taken no step has neither gradients nor masks.
+
+    With these DCP would not make the state that is read into. An exception leaves it as it was.
+    """
     masks = dict(optimizer.state)
     if any(entries.keys() - _BEFORE_STEPS for entries in masks.values()):
         yield
@@ -95,7 +100,7 @@ def _made_ready(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def load_model(path: Path, model: nn.Module) -> None:
-    """As `load`, the model alone."""
+    """Load as ``load`` does, the model alone."""
     meet_at("load_model", folder=path)
     reader = _reader(path)
     with _fitting(path):
@@ -105,7 +110,7 @@ def load_model(path: Path, model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _fitting(path: Path) -> Iterator[None]:
-    """Raises ValueError where torch stumbles over values of another kind than it expects."""
+    """Inside, torch stumbling over values of another kind than it expects is a ValueError."""
     try:
         yield
     except (TypeError, LookupError, AttributeError, AssertionError) as error:
@@ -116,7 +121,7 @@ def _fitting(path: Path) -> Iterator[None]:
 
 
 def everyone() -> dist.ProcessGroup:
-    """All ranks. Raises RuntimeError if there is no process group."""
+    """The group of all ranks. Raises RuntimeError if there is no process group."""
     if dist.group.WORLD is None:
         raise RuntimeError(
             "there is no process group of all ranks; call torch.distributed.init_process_group "
@@ -135,7 +140,7 @@ def meet_at(call: str, *, has_news: bool = False, **facts: object) -> bool:
 
 
 def _load(reader: Reader, state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """`state` with what the checkpoint holds."""
+    """``state`` with what the checkpoint holds."""
     names = checkpoint_names(model)
     loaded = renamed(state, names)
     if "optimizer" in loaded:
@@ -153,8 +158,10 @@ def _load(reader: Reader, state: dict[str, Any], model: nn.Module) -> dict[str, 
 
 
 def _want_no_more(reader: Reader, states: dict[str, Any]) -> None:
-    """Take out of `states`, of the optimizer by parameter, what the checkpoint does not have of one
-    that no step has changed yet: it holds masks at most."""
+    """Take out of ``states`` what the checkpoint does not have of parameters without a step.
+
+    These are the optimizer's states by parameter; one that no step has changed holds masks at most.
+    """
     stored: dict[str, set[str]] = {}
     for name in reader.metadata.state_dict_metadata:
         if name.startswith(_STATE):
@@ -167,8 +174,11 @@ def _want_no_more(reader: Reader, states: dict[str, Any]) -> None:
 
 
 def _check_all_is_taken(reader: Reader, state: Mapping[str, Any], frozen: Collection[str]) -> None:
-    """Raise ValueError if the checkpoint holds what would be dropped: of the model, or of a
-    parameter's state, the mask for one. What is ``frozen`` now has no state."""
+    """Raise ValueError if the checkpoint holds what would be dropped.
+
+    That is a part of the model, or of a parameter's state, such as the mask. What is ``frozen`` now
+    has no state.
+    """
     taken: dict[str, Collection[str]] = {"model": state["model"]}
     optimizer = state.get("optimizer", {})
     for group in optimizer.get("param_groups", ()):
@@ -190,7 +200,7 @@ def _check_all_is_taken(reader: Reader, state: Mapping[str, Any], frozen: Collec
 
 
 def renamed(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """`state`, with the same tensors, by other names: DCP leaves the names of some wrappers in."""
+    """The same tensors as in ``state`` by other names: DCP leaves the names of some wrappers in."""
 
     def by_name(values: Mapping[str, Any]) -> dict[str, Any]:
         return {names.get(name, name): value for name, value in values.items()}
@@ -207,7 +217,7 @@ def renamed(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
 
 
 def _reader(path: Path, *, is_checked: bool = False) -> Reader:
-    """A reader of the checkpoint. Raises as `check`."""
+    """A reader of the checkpoint. Raises as ``check``."""
     rank, size = dist.get_rank(), dist.get_world_size()
     mistake = None
     try:

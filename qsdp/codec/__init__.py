@@ -1,1 +1,1 @@
-"""The form of payloads: bytes, random numbers, learned levels. `qsdp.ops` has the operators."""
+"""The form of payloads: bytes, random numbers, learned levels. ``qsdp.ops`` has the operators."""

@@ -2,7 +2,7 @@
 
 QSDP (arXiv 2302.02390, section 5) learns a tensor's levels by online gradient descent: at chosen
 steps it runs over the normalised values and moves levels a little for each. Here the values are
-counted first and `fit` minimises over the counts, for two reasons: counts of all ranks add up
+counted first and ``fit`` minimises over the counts, for two reasons: counts of all ranks add up
 exactly, so that all ranks find the same levels; and the objective, the expected squared error of
 stochastic rounding between neighbouring levels, then has an exact minimum in each level while the
 others stay, so that neither a learning rate nor an order of the values is left to choose.
@@ -30,12 +30,12 @@ def uniform_levels(bits: int) -> Tensor:
 def histogram(values: Tensor, bucket: int, out: Tensor) -> None:
     """Count the normalised values (x - lo) / (hi - lo) of every bucket into ``out``.
 
-    Left out are what levels do not serve, buckets with exact zeros, all-equal or with a NaN or an
-    Inf, and the ends of the others, which are exact under any levels.
+    What levels do not serve is left out: buckets with exact zeros, all-equal ones, those with a NaN
+    or an Inf, and the ends of the others, which are exact under any levels.
 
     Args:
         values: fp32, bf16 or fp16 [n]; the last bucket may be shorter.
-        bucket: values a bucket.
+        bucket: Values a bucket.
         out: int64 [BINS], added to.
     """
     assert values.dim() == 1
@@ -53,7 +53,7 @@ def expected_error(levels: Tensor, counts: Tensor) -> float:
 
     Args:
         levels: fp32 [2**bits], from 0 to 1, non-decreasing.
-        counts: int64 [BINS] of `histogram`; a bin's values count as its centre.
+        counts: int64 [BINS] of ``histogram``; a bin's values count as its centre.
     """
     at, terms = levels.tolist(), []
     for k, count in enumerate(counts.tolist()):
@@ -66,7 +66,7 @@ def expected_error(levels: Tensor, counts: Tensor) -> float:
 
 
 def fit(levels: Tensor, counts: Tensor) -> Tensor:
-    """Levels of least `expected_error` on ``counts``: coordinate descent from a good start.
+    """Levels of least ``expected_error`` on ``counts``: coordinate descent from a good start.
 
     Equal counts give equal levels, bit for bit, on every machine: the descent is in integers, and
     the start takes square roots alone. The levels are non-decreasing from 0 to 1, and never worse
@@ -74,7 +74,10 @@ def fit(levels: Tensor, counts: Tensor) -> Tensor:
 
     Args:
         levels: fp32 [2**bits], the levels so far.
-        counts: int64 [BINS], see `histogram`.
+        counts: int64 [BINS], see ``histogram``.
+
+    Returns:
+        fp32 [2**bits].
     """
     assert levels.dtype == torch.float32
     assert counts.shape == (BINS,)
@@ -103,8 +106,8 @@ def _counts(x_NB: Tensor) -> Tensor:
 def _start(histogram: list[int], num: int) -> list[int]:
     """Bins of ``num`` levels whose density is near the cube root of the values' density.
 
-    That is the best density of many levels (Panter and Dite, 1951). The power is 5/16, of square
-    roots, which every machine rounds alike.
+    That is the best density of many levels (Panter and Dite, 1951). The power is 5/16, which takes
+    square roots alone: every machine rounds them alike.
     """
     roots = [math.sqrt(math.sqrt(count)) for count in histogram]
     below = list(accumulate(root * math.sqrt(math.sqrt(root)) for root in roots))

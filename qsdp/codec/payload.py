@@ -1,7 +1,7 @@
 """[Note: Payload] The bytes that one rank sends for one group, in numbers or arrays of them.
 
     header   32 bytes, four little-endian int64: (version << 32 | sender), key step,
-             payload bytes, plan hash ^ status; the hash is `hash_of` the version, the group and
+             payload bytes, plan hash ^ status; the hash is ``hash_of`` the version, the group and
              what defines each segment, the status is 0 but where a rank has other gradients than
              were agreed on: [Note: Consensus] in comm/gradient_consensus.py
     metadata 8 bytes a bucket, segment after segment: fp32 min, fp32 scale
@@ -35,9 +35,12 @@ ALIGN_BYTES = 16
 
 
 class Status(IntEnum):
-    """What a header says of its sender's gradients: they are those that were agreed on, or others,
-    or the sender has heard of both; or that it has nothing to send, and raises. Random bits, so
-    that damage is not taken for a status."""
+    """What a header says of its sender's gradients.
+
+    They are those that were agreed on, or others, or the sender has heard of both; or it has
+    nothing to send, and raises. The values are random bits, so that damage is not taken for a
+    status.
+    """
 
     KEPT = 0
     CHANGED = 0x3C6EF372FE94F82A
@@ -55,7 +58,7 @@ class Field(IntEnum):
     NUMEL = 4  # valid values
     PADDED = 5  # values that the buffer reserves; decode zeroes the rest
     BUCKET = 6  # values a bucket
-    ROUNDING = 7  # a `Rounding`
+    ROUNDING = 7  # a ``Rounding``
     META_BYTE = 8  # where the bucket metadata starts in the payload
     DATA_BYTE = 9  # where codes or raw values start in the payload
     PARAMETER = 10  # third counter word of the generator
@@ -66,7 +69,7 @@ class Field(IntEnum):
 class Part(IntEnum):
     """Columns of the int64 parts that a codec call of many payloads works through, in order."""
 
-    KEY = 0  # the folded `Key`
+    KEY = 0  # the folded ``Key``
     TABLE = 1  # which of the segment tables
     BUFFER = 2  # which row of the buffers
     PAYLOAD = 3  # which row of the payloads
@@ -79,10 +82,10 @@ Count = TypeVar("Count", int, npt.NDArray[np.int64])
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One parameter's stretch of a flat buffer. ``bits`` 0 is raw, travelling as ``wire``.
+    """One parameter's stretch of a flat buffer. ``bits`` 0 is raw: it travels as ``wire``.
 
-    ``levels`` is where the segment's learned levels start in the tensor that `encode` and `decode`
-    are given; -1 stands for the uniform grid.
+    ``levels`` is where the segment's learned levels start in the tensor that ``encode`` and
+    ``decode`` are given; -1 stands for the uniform grid.
     """
 
     bits: int
@@ -101,11 +104,11 @@ class Segment:
         return (*travels, self.bucket, self.rounding, self.levels)
 
     def meta_bytes(self, count: Count) -> Count:
-        """Of the metadata of ``count`` values."""
+        """Bytes of the metadata of ``count`` values."""
         return -(-count // self.bucket) * META_BYTES if self.bits else count * 0
 
     def data_bytes(self, count: Count) -> Count:
-        """Of the codes of ``count`` values, or of these as they are."""
+        """Bytes of the codes of ``count`` values, or of these as they are."""
         if self.bits:
             return -(-count * self.bits // 8)
         return count * ITEM_BYTES[self.wire]
@@ -128,7 +131,7 @@ class Layout:
         self.hash = hash_of([VERSION, group, *(n for s in segments for n in s.definition)])
 
     def table(self, numels: Sequence[int], dtype: DType | None = None) -> list[list[int]]:
-        """Rows (see `Field`) for one sender whose segments hold ``numels`` valid values.
+        """Rows (see ``Field``) for one sender whose segments hold ``numels`` valid values.
 
         ``dtype`` replaces the buffer's own dtype: a bf16 gradient is decoded into fp32.
         """
@@ -150,8 +153,10 @@ class Layout:
 def offsets(
     segments: Sequence[Segment], counts: Sequence[Count]
 ) -> tuple[list[Count], list[Count], Count]:
-    """Where the metadata and the data of each segment start in a payload whose segments reserve
-    ``counts`` values, and the bytes of the payload."""
+    """Where the metadata and the data of each segment start in a payload, and the payload's bytes.
+
+    Its segments reserve ``counts`` values.
+    """
     end: Any = HEADER_BYTES
     meta_starts, data_starts = [], [end] * len(segments)
     for segment, count in zip(segments, counts, strict=True):

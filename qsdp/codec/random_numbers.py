@@ -1,6 +1,6 @@
 """The random numbers of the codec: pure functions of a key, the same on every machine.
 
-[Note: Keys] A `Key` names one payload; it is folded into 64 bits. Within the payload the
+[Note: Keys] A ``Key`` names one payload; it is folded into 64 bits. Within the payload the
 generator's 128-bit counter is (block, parameter, group): value or bucket number i takes 16-bit half
 word i % 8 of block i // 8. No generator state exists, so resume and replay are exact.
 
@@ -36,12 +36,15 @@ class Direction(IntEnum):
 
 
 class Stage(IntEnum):
-    """Among which ranks a payload of a reduce travels: a word of its key. A topology is made of
-    stages: [Note: Stages] in `comm/topology.py`."""
+    """Among which ranks a payload of a reduce travels: a word of its key.
+
+    A topology is made of stages: [Note: Stages] in ``comm/topology.py``.
+    """
 
     FLAT = 0
-    """All of the shard group at once. Gathers have this word in every topology: a shard is coded
-    once, and handed on as it is."""
+    """All of the shard group at once.
+    Gathers have this word in every topology: a shard is coded once, and handed on as it is.
+    """
     LOCAL = 1
     """Inside a node."""
     ACROSS = 2
@@ -76,8 +79,7 @@ def fold_all(
     senders: Tensor,
     receivers: Tensor,
 ) -> Tensor:
-    """The folded keys of payloads that differ in their ends alone, which are int64 [n] or [1]:
-    int64 [n]."""
+    """The folded keys, int64 [n], of payloads that differ in their ends alone: int64 [n] or [1]."""
     state: Any = _mixed([seed, step, direction, stage, occurrence])
     for end in (senders, receivers):
         state = finalize((state ^ end.numpy().view(np.uint64)) + GOLDEN_GAMMA & MASK)

@@ -19,7 +19,7 @@ def check(
     levels: Tensor | None = None,
     add: bool = False,
 ) -> None:
-    """Raise ValueError when the arguments of `encode` or `decode` cannot be what they need.
+    """Raise ValueError unless the arguments of ``encode`` or ``decode`` are what they need.
 
     What the levels hold is not looked at: a codec call is safe whatever it is.
     """
@@ -48,7 +48,7 @@ def check_all(
     *,
     may_add: bool,
 ) -> None:
-    """Raise ValueError when the arguments of `encode_all` or `decode_all` cannot be what they need.
+    """Raise ValueError unless the arguments of ``encode_all`` or ``decode_all`` are what they need.
 
     Only what may add has parts that do. All tables are checked, each once.
     """
@@ -93,7 +93,7 @@ def _is_bytes(tensor: Tensor, dim: int) -> bool:
 
 
 def _check_sizes(table: Tensor, payload: Tensor, levels: Tensor | None) -> None:
-    """Of one table and payload, or of several: of their last dimension."""
+    """Check the sizes of one table and payload, or of several: of their last dimension."""
     if table.shape[-1] != len(Field):
         raise ValueError(f"the table has {table.shape[-1]} columns; give {len(Field)}")
     if payload.shape[-1] < HEADER_BYTES:
@@ -188,7 +188,7 @@ class Row:
 
     @property
     def rounding(self) -> Rounding:
-        """Of a coded segment, once it is checked."""
+        """The rounding of a coded segment, once it is checked."""
         return Rounding(self.row[Field.ROUNDING])
 
     @property

@@ -1,1 +1,1 @@
-"""Collectives over payloads. Knows process groups, not FSDP."""
+"""Collectives over payloads. They know process groups, not FSDP."""

@@ -33,14 +33,14 @@ class WeightGather:
     the wire first.
 
     Args:
-        plan: how the group travels.
-        cache: of its payloads.
-        wire: what it shares with the others.
-        trained, frozen: what `WeightCache.find` says of this gather.
-        input: this rank's flat shard, maybe a view into ``output``: it is read here.
-        output: of all ranks, filled by `finish`.
-        keeps: whether the backward pass decodes the trained payloads again.
-        async_op: the trained ones travel beside what this thread does until `finish`.
+        plan: How the group travels.
+        cache: The payloads that the group keeps.
+        wire: What the group shares with the others.
+        trained, frozen: What ``WeightCache.find`` says of this gather.
+        input: This rank's flat shard, maybe a view into ``output``: it is read here.
+        output: The flat buffer of all ranks, filled by ``finish``.
+        keeps: Whether the backward pass decodes the trained payloads again.
+        async_op: The trained ones travel beside what this thread does until ``finish``.
     """
 
     def __init__(
@@ -113,8 +113,10 @@ class PayloadGather:
     ) -> None:
         """Encode ``input``, this rank's flat shard, and start the first all-gather.
 
-        ``buffer``: uint8 [ranks * payload bytes], for the payloads. ``is_frozen``: sent once for
-        all steps. ``async_op``: beside what this thread does until `finish`.
+        Args:
+            buffer: uint8 [ranks * payload bytes], for the payloads.
+            is_frozen: The weights are sent once for all steps.
+            async_op: The payloads travel beside what this thread does until ``finish``.
         """
         clock = wire.clock
         keys = (clock.frozen_keys if is_frozen else clock.gather_keys)(plan.world_size)
@@ -139,8 +141,10 @@ class PayloadGather:
             self._arrival = transport.all_gather(self._gathered, own, group, async_op=async_op)
 
     def finish(self) -> Payloads:
-        """Wait for the payloads. Raises RuntimeError when a header is not what is expected, or a
-        pruned weight is not zero."""
+        """Wait for the payloads.
+
+        Raises RuntimeError when a header is not what is expected, or a pruned weight is not zero.
+        """
         plan, wire, payloads = self._plan, self._wire, self._payloads
         size = payloads.layout.payload_bytes
         with self._on_the_wire():
@@ -165,7 +169,7 @@ class PayloadGather:
         return payloads._replace(written=written_on_this_stream(payloads.buffer.device))
 
     def _room(self, num_bytes: int) -> Tensor:
-        """For the payloads of one stage: what the last one leaves is what is asked for."""
+        """Room for the payloads of one stage: what the last one leaves is what is asked for."""
         buffer = self._payloads.buffer
         if num_bytes == buffer.numel():
             return buffer
@@ -202,8 +206,10 @@ class GatheringWork(dist.Work):
 
 
 def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
-    """Decode every rank's payload into its slice of the flat ``output``, this rank's own too: all
-    ranks compute with the same weights."""
+    """Decode every rank's payload into its slice of the flat ``output``.
+
+    This rank's own is decoded too: all ranks compute with the same weights.
+    """
     layout = payloads.layout
     if payloads.written is not None:
         payloads.written.wait()

@@ -28,13 +28,12 @@ def all_reduce(
     wire: Wire,
     divisor: int,
 ) -> None:
-    """Sum ``tensor`` [shard], a reduced row, over the replicas in ``group`` and divide it by
-    ``divisor``, in place.
+    """Average ``tensor`` [shard], a reduced row, over the replicas in ``group``, in place.
 
-    Every replica sends its row to all others as one payload, quantized once. All rows, the own one
-    too, are decoded and added in fp32 in replica order, so that replicas stay bit-identical. For R
-    replicas it takes R - 1 payloads a rank: the least for two, more than a reduce-scatter and an
-    all-gather (2 (R - 1) / R, quantized twice) for many.
+    The sum is divided by ``divisor``. Every replica sends its row to all others as one payload,
+    quantized once. All rows, the own one too, are decoded and added in fp32 in replica order, so
+    that replicas stay bit-identical. For R replicas it takes R - 1 payloads a rank: the least for
+    two, more than a reduce-scatter and an all-gather (2 (R - 1) / R, quantized twice) for many.
 
     Raises SetsDiffer when a replica has other parameters to reduce.
     """

@@ -54,13 +54,17 @@ def allot(
     value.
 
     Args:
-        claims: of all parameters that are coded.
-        errors: ``errors[i][b]``: squared error at CODED_BITS[b] of parameter i of those that keep
-            no bits.
-        budget: bits a value on average.
-        is_grad: whether it is their gradients.
+        claims: Those of all parameters that are coded.
+        errors: ``errors[i][b]`` is the squared error at CODED_BITS[b] of parameter i, counted among
+            those that keep no bits.
+        budget: Bits a value on average.
+        is_grad: Whether the values are the parameters' gradients.
 
-    Returns the bits of those that keep none. Raises ValueError where not even 2 bits fit.
+    Returns:
+        The bits of those that keep none.
+
+    Raises:
+        ValueError: Not even 2 bits fit.
     """
     left = _left(claims, budget, config, is_grad)
     claims = [claim for claim in claims if claim.kept_bits is None]

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class BufferPool:
-    """Byte buffers, grown to the largest size asked for: by purpose, or, where several are
-    in use at once, for whoever acquires and releases them.
+    """Byte buffers, grown to the largest size asked for.
 
+    They go by purpose, or, where several are in use at once, to whoever acquires and releases them.
     On a GPU the caching allocator is that pool already, and knows which stream still reads what.
     """
 
@@ -27,7 +27,7 @@ class BufferPool:
         return buffer[:num_bytes]
 
     def acquire(self, num_bytes: int, device: torch.device) -> Tensor:
-        """uint8 [num_bytes], uninitialised, the caller's own until `release`d."""
+        """uint8 [num_bytes], uninitialised, the caller's own until ``release``d."""
         if device.type != "cpu":
             return allocate(num_bytes, device)
         buffer = self._free.pop() if self._free else None
@@ -36,14 +36,16 @@ class BufferPool:
         return buffer[:num_bytes]
 
     def release(self, acquired: Tensor) -> None:
-        """Let others acquire what `acquire` returned."""
+        """Let others acquire what ``acquire`` returned."""
         if acquired.device.type == "cpu":
             self._free.append(allocate(0, acquired.device).set_(acquired.untyped_storage()))
             self._free.sort(key=Tensor.numel)  # the largest is taken first
 
 
 def allocate(num_bytes: int, device: torch.device) -> Tensor:
-    """Memory that a training step may write, also when a validation in inference mode made it:
-    uint8 [num_bytes], uninitialised."""
+    """uint8 [num_bytes], uninitialised: memory that a training step may write.
+
+    It may also when a validation in inference mode has made it.
+    """
     with torch.inference_mode(False):
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)

@@ -7,7 +7,7 @@ the set that they agreed on last, and its reduce is as large as that set makes i
 
     first reduce of a group         an all-gather of 8 bytes first: do all have the same set?
     a rank has the agreed set       it reduces; not a byte, not a collective more than without this
-    a rank has another set          it sends as many bytes, whose headers say so (`Status`); the
+    a rank has another set          it sends as many bytes, whose headers say so (``Status``); the
                                     others see it where they check headers anyway
     all ranks have other sets       they ask again as the first time, and then reduce
     some ranks have other sets      all ask each other, and raise: they name the parameters
@@ -17,9 +17,9 @@ that qsdp averages, the ranks are those of the shard group and of its replicas, 
 heard in its shard group it tells its replicas in the same way. Over NCCL only ranks with another
 set read headers, since it stops the stream: they raise, which ends the others.
 
-Where a reduce may be left under way ([Note: Late] in `comm/late_reduce.py`) the ranks hear of it at
-different times. There all, also those that know at once, go on with every further collective of the
-backward pass, gradients of NaN in place of the group's, and ask each other at its end.
+Where a reduce may be left under way ([Note: Late] in ``comm/late_reduce.py``) the ranks hear of it
+at different times. There all, also those that know at once, go on with every further collective of
+the backward pass, gradients of NaN in place of the group's, and ask each other at its end.
 
 A rank that used no parameter of a group does not reduce it, and its next collective meets another
 one of its peers. Headers tell, where sizes happen to be equal; else gloo aborts a rank, whose peers
@@ -50,8 +50,8 @@ class Consensus:
     """The parameters of one group that all ranks reduce: see [Note: Consensus].
 
     Args:
-        plan: of the group.
-        replicas: the ranks that hold the same shards, where qsdp averages over them.
+        plan: How the group travels.
+        replicas: The ranks that hold the same shards, where qsdp averages over them.
     """
 
     def __init__(self, plan: Plan, replicas: dist.ProcessGroup | None) -> None:
@@ -67,19 +67,21 @@ class Consensus:
         device: torch.device,
         averaged: Callable[[Places], GroupLayout],
     ) -> None:
-        """Make sure that all ranks of ``group``, and their replicas, are about to reduce the
-        parameters at ``places``.
+        """Make sure that all ranks are about to reduce the parameters at ``places``.
+
+        These are the ranks of ``group`` and their replicas.
 
         Args:
-            places: of this rank's gradients, among the group's parameters.
-            group: the ranks that reduce together.
-            exchanges: the all-to-alls of a reduce of the parameters at the places it is given.
-            step: of the keys' clock.
-            device: where the gradients lie.
-            averaged: the layout of the average over replicas, of the same.
+            places: Places of this rank's gradients among the group's parameters.
+            group: The ranks that reduce together.
+            exchanges: The all-to-alls of a reduce of the parameters at the places it is given.
+            step: The step of the keys' clock.
+            device: Where the gradients lie.
+            averaged: The layout of the average over replicas, of the parameters at the same places.
 
-        Raises RuntimeError where all have changed to different ones, on every rank but over NCCL;
-        SetsDiffer where some ranks have the agreed ones: the others hear of it in their reduce.
+        Raises:
+            RuntimeError: All have changed to different ones; on every rank, except over NCCL.
+            SetsDiffer: Some ranks have the agreed ones: the others hear of it in their reduce.
         """
         if places == self._agreed:
             return

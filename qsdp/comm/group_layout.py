@@ -21,13 +21,13 @@ class GroupLayout:
     """One direction of a group, with the codec's tables of every rank.
 
     Args:
-        segments: of a rank's slice of the flat buffer; all ranks' are of one size.
-        group: of the random generator.
+        segments: Those of a rank's slice of the flat buffer; all ranks' slices are of one size.
+        group: The group's number for the random generator.
         numels: int64 [ranks, segments], the valid values.
-        starts: the segments' places in the slice, in bytes: a layout may leave out some of the
+        starts: The segments' places in the slice, in bytes: a layout may leave out some of the
             buffer's parameters.
-        pruned: what payloads leave out; None: nothing. They are as long as the longest, so that one
-            collective takes them.
+        pruned: What payloads leave out; None for nothing. All are as long as the longest, so that
+            one collective takes them.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class GroupLayout:
         self.pruned = pruned
         self._parts: dict[Route, Tensor] = {}
         self.num_values = int(numels.sum())
-        """Of all ranks together, padding left out; pruned ones count."""
+        """Values of all ranks together, padding left out; pruned ones count."""
         padded = torch.tensor([segment.padded for segment in segments])
         if pruned is not None:
             numels, padded = numels.minimum(pruned.counts), pruned.counts
@@ -58,7 +58,7 @@ class GroupLayout:
                 starts_of_both[i, segment] = at
         self._meta, self._data = torch.from_numpy(starts_of_both).mT
         self.payload_bytes = int(np.max(payload_bytes))
-        """Of every rank."""
+        """Bytes of every rank's payload."""
         self.tables = self._tables(None)
         """int64 [kinds, segments, len(Field)]: ranks whose slices are alike share a table."""
         if starts is not None and pruned is None:
@@ -87,11 +87,11 @@ class GroupLayout:
         return tables
 
     def table(self, rank: int) -> Tensor:
-        """That of ``rank``'s slice: int64 [segments, len(Field)]."""
+        """The table of ``rank``'s slice: int64 [segments, len(Field)]."""
         return self.tables[int(self._kinds[rank])]
 
     def parts(self, route: Route, keys: Tensor) -> Tensor:
-        """What `ops.encode_all` or `ops.decode_all` works through: int64 [payloads, len(Part)].
+        """What ``ops.encode_all`` or ``ops.decode_all`` works through: int64 [payloads, len(Part)].
 
         ``keys``: int64 [payloads].
         """
@@ -152,11 +152,11 @@ class GroupLayout:
 
         Args:
             payloads: uint8 [ranks, payload bytes].
-            order: whose they are.
+            order: The ranks that the payloads are of.
             keys: int64 [ranks], by rank.
             slices: uint8 [ranks, bytes], in the order of ranks.
-            pool: of buffers.
-            levels: the learned levels, if any.
+            pool: Buffers for what is decoded.
+            levels: The learned levels, if any.
         """
         parts = self.parts(gathered(order), keys)
         pruned = self.pruned
@@ -174,16 +174,17 @@ class GroupLayout:
             pruned.expand(room, first, slices[first : first + num])
 
     def compact(self, slices: Tensor, pool: BufferPool, first: int = 0) -> Tensor:
-        """What is coded of ``slices``, [ranks, values] of the ranks from ``first`` on: valid until
-        the next call."""
+        """What is coded of ``slices``, [ranks, values] of the ranks from ``first`` on.
+
+        Valid until the next call.
+        """
         if self.pruned is None:
             return slices
         given = slices.view(torch.uint8)
         return self.pruned.compact(given, first, pool).view(slices.dtype)
 
     def expand(self, rank: int, compact: Tensor, dense: Tensor) -> None:
-        """Fill ``rank``'s slice ``dense``, [values], from a row of what `compact` gives, or from
-        sums of such rows."""
+        """Fill ``rank``'s slice ``dense``, [values], from a row of ``compact``, or of sums."""
         if self.pruned is not None:
             values = compact.to(dense.dtype).view(torch.uint8).view(1, -1)
             self.pruned.expand(values, rank, dense.view(torch.uint8).view(1, -1))

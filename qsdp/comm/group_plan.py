@@ -24,7 +24,9 @@ from qsdp.common.sharding import chunk
 from qsdp.config import QSDPConfig
 
 _MOST_LAYOUTS = 32
-"""A step uses few of each direction: frozen or not, stages, replicas, what was agreed on."""
+"""The most layouts of a direction that are kept.
+A step uses few of each: frozen or not, stages, replicas, what was agreed on.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +37,20 @@ class Parameter:
     index: int
     """Place among all parameters of the model: a counter word of the random generator."""
     shape: torch.Size
-    """Of the whole parameter."""
+    """The shape of the whole parameter."""
     dtype: torch.dtype
-    """In the all-gather buffer."""
+    """The dtype in the all-gather buffer."""
     shard_dim: int
     weight_bits: int
     """2 to 8: coded. 16: bf16. 32: the value as it is."""
     grad_bits: int
     keeps_bits: bool
-    """Whether a budget leaves its bits."""
+    """Whether a budget leaves its bits as they are."""
     why: str
     """Why it travels so, for the report."""
 
     def shard_numel(self, rank: int, world_size: int) -> int:
-        """Valid values of rank's slice of the shard dimension."""
+        """Valid values of the rank's slice of the shard dimension."""
         rows = self.shape[self.shard_dim]
         _, mine = chunk(rows, rank, world_size)
         return mine * (self.shape.numel() // rows) if rows else 0
@@ -61,16 +63,15 @@ class Parameter:
 class Plan:
     """How one group travels.
 
-    Args:
-        parameters: in the order of FSDP2's flat buffer.
-        index: the group's place in the model: a counter word of the random generator.
-        group: the process group of the shard axis.
-        config: roundings and bucket sizes.
+    ``stages`` says whom this rank exchanges with, innermost first ([Note: Stages]): flat until all
+    ranks have agreed. ``has_sparse_grads`` says whether under a support only the gradients of kept
+    weights travel.
 
-    Attributes:
-        stages: whom this rank exchanges with, innermost first: [Note: Stages]. Flat until all ranks
-            have agreed.
-        has_sparse_grads: under a support, whether only the gradients of kept weights travel.
+    Args:
+        parameters: In the order of FSDP2's flat buffer.
+        index: The group's place in the model: a counter word of the random generator.
+        group: The process group of the shard axis.
+        config: Roundings and bucket sizes.
     """
 
     def __init__(
@@ -92,16 +93,16 @@ class Plan:
         self._support: Mapping[int, Masks] = {}
         self.has_sparse_grads = True
         self._layouts: dict[tuple[object, ...], GroupLayout] = {}
-        """In the order of their last use."""
+        """The layouts that are kept, in the order of their last use."""
 
     @property
     def places(self) -> tuple[int, ...]:
-        """Of all parameters."""
+        """The places of all parameters."""
         return tuple(range(len(self.parameters)))
 
     @property
     def buffer_bytes(self) -> int:
-        """A rank's slice of FSDP2's flat buffer of weights."""
+        """Bytes of a rank's slice of FSDP2's flat buffer of weights."""
         return sum(p.padded_numel(self.world_size) * p.dtype.itemsize for p in self.parameters)
 
     def claims(self, *, is_grad: bool) -> list[tuple[Parameter, Claim]]:
@@ -116,8 +117,10 @@ class Plan:
         return found
 
     def set_bits(self, bits: Mapping[str, tuple[int, int]]) -> None:
-        """Give the parameters of these names other (weight, gradient) bits than they were made
-        with, and the others those again."""
+        """Give the parameters of these names other (weight, gradient) bits than they had at first.
+
+        All others get theirs back.
+        """
         self.parameters = tuple(
             replace(p, weight_bits=bits[p.name][0], grad_bits=bits[p.name][1], why="budget")
             if p.name in bits
@@ -127,8 +130,7 @@ class Plan:
         self._layouts.clear()
 
     def set_support(self, masks: Mapping[int, Masks], *, with_grads: bool = True) -> None:
-        """Take it that of the parameters at these places only some weights are not zero. See
-        [Note: Support].
+        """Let only some weights of the parameters at these places not be zero: [Note: Support].
 
         ``with_grads``: nobody wants the gradients of the others either.
         """
@@ -151,8 +153,10 @@ class Plan:
     ) -> GroupLayout:
         """The gather of the parameters at ``places``, with no fewer than ``least_bits``.
 
-        ``is_frozen``: sent once, so whole, and on the uniform grid: levels may be learned anew.
-        ``is_dense``: whole, whatever the support.
+        Args:
+            is_frozen: It is sent once, so whole, and on the uniform grid: levels may be learned
+                anew.
+            is_dense: It is sent whole, whatever the support.
         """
         masks = self._masks([] if is_frozen or is_dense else places)
         key = ("gather", places, least_bits, is_frozen, "sparse" if masks else "dense")

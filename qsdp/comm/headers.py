@@ -22,8 +22,8 @@ def check_headers(
 ) -> Status:
     """Raise RuntimeError unless every payload opens as expected.
 
-    ``payloads`` are None where nobody looks at them: a GPU's, off NCCL, for it would stop the
-    stream. There the size of the collective is the only check.
+    ``payloads`` are None where nobody looks at them. That is so for a GPU's over NCCL, for it would
+    stop the stream: there the size of the collective is the only check.
 
     Returns this rank's status ([Note: Consensus]) after what it heard of the senders'.
     """

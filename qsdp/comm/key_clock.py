@@ -62,12 +62,15 @@ class Clock:
         return self._once_a_step(self.step, Direction.GATHER, Stage.FLAT, 0, _everyone(num_ranks))
 
     def frozen_keys(self, num_ranks: int) -> Tensor:
-        """Of weights that are sent once for all steps."""
+        """int64 [ranks], the keys of weights that are sent once for all steps."""
         return self._once_a_step(0, Direction.FROZEN, Stage.FLAT, 0, _everyone(num_ranks))
 
     def reduce_keys(self, stage: Stage, occurrence: int, route: Route) -> Tensor:
-        """int64 [payloads]. Senders are global ranks: every replica rounds for itself; receivers
-        are ranks of the shard group, the rows' owners."""
+        """int64 [payloads], the keys of what a reduce sends along ``route``.
+
+        Senders are global ranks: every replica rounds for itself. Receivers are ranks of the shard
+        group, the rows' owners.
+        """
         ends = route.senders, route.owners
         return self._once_a_step(self.step, Direction.REDUCE, stage, occurrence, ends)
 
@@ -96,7 +99,7 @@ class Clock:
         return {"seed": self.seed, "step": self.step, "reduced": int(self._reduced)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken. ``state`` was checked before."""
+        """Go on where ``state_dict`` was taken. ``state`` was checked before."""
         self.seed, self.step = state["seed"], state["step"]
         self._reduced = bool(state["reduced"])
         self._occurrences.clear()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 MOST_UNDER_WAY = 2
-"""Reduces: each has buffers and a copy of this rank's own row."""
+"""Reduces that are left under way: each has buffers and a copy of this rank's own row."""
 
 
 class SetsDiffer(Exception):
@@ -33,15 +33,15 @@ class LateReduce:
     group: int
     """The plan's index."""
     output: Tensor
-    """What it fills: NaN until then."""
+    """What the reduce fills: NaN until then."""
     refuse: Callable[[], None]
     """What to do at the end if ranks reduce different gradients."""
     reducing: Generator[None, None, int] | None = None
-    """As `reduce` in `comm/reduce_scatter.py` makes it, late; None: nothing is under way."""
+    """As ``reduce`` in ``comm/reduce_scatter.py`` makes it, late; None: nothing is under way."""
     slot: int = 0
-    """Of its buffers."""
+    """The slot of its buffers."""
     divide: Callable[[Tensor], None] | None = None
-    """What makes of the finished sum what FSDP2 would have made of it."""
+    """Makes of the finished sum what FSDP2 would have made of it."""
 
     def finish(self) -> bool:
         """Fill the output. Returns False, and it stays NaN, where ranks reduce different ones."""
@@ -65,7 +65,7 @@ class Late:
     another one of its group begins, and at the end of the backward pass. To finish is to wait,
     decode and add: no matter of other ranks, so each may do so when it likes, also at once. Ranks
     that find out that they reduce different gradients, at whatever time, go on to the end of the
-    backward pass, where all say so ([Note: Consensus] in `comm/gradient_consensus.py`).
+    backward pass, where all say so ([Note: Consensus] in ``comm/gradient_consensus.py``).
     """
 
     def __init__(self) -> None:
@@ -80,11 +80,12 @@ class Late:
         return len(self._under_way())
 
     def make_room(self, group: int, *, adds: bool = False) -> int:
-        """To be called before a reduce of ``group``: finish what is under way of it, and the first
-        of too many. Returns a free slot.
+        """Make room for a reduce of ``group``, and return a free slot.
 
-        ``adds``: FSDP2 will add to gradients that are there, which any reduce may have to fill: of
-        tied parameters one of another group. So all are finished.
+        What is under way of it is finished, and the first of too many.
+
+        ``adds``: FSDP2 will add to gradients that are there, and any reduce may have to fill these:
+        for tied parameters one of another group. So all are finished.
         """
         for late in self._under_way():
             if adds or late.group == group or self.num_under_way == MOST_UNDER_WAY:
@@ -113,9 +114,11 @@ class Late:
             late.refuse()
 
     def abandon(self) -> None:
-        """Finish all that a pass left behind which nobody wants any more, with zeros in place of
-        what it brings: its gradients may have been set to zero meanwhile. Errors are those of that
-        pass; a rank that is lost is heard of at the next meeting."""
+        """Finish all that a pass left behind and nobody wants any more.
+
+        Zeros take the place of what it brings: its gradients may have been set to zero meanwhile.
+        Errors are those of that pass; a rank that is lost is heard of at the next meeting.
+        """
         left, self._reduces = self._reduces, []
         for late in left:
             if late.reducing is not None:

@@ -21,7 +21,7 @@ from qsdp.config import LEARNED_BITS, QSDPConfig
 
 
 class Kind(IntEnum):
-    """What values of a parameter a segment holds: each has levels of its own."""
+    """Which values of a parameter a segment holds: each has levels of its own."""
 
     WEIGHT = 0
     GRAD = 1
@@ -36,8 +36,7 @@ _STRIDE = sum(1 << bits for bits in LEARNED_BITS)
 
 
 def offset(config: QSDPConfig, parameter: int, bits: int, kind: Kind) -> int:
-    """Where the levels of a parameter's values start in `Levels.values`; -1 if these keep the
-    uniform grid."""
+    """Where the levels of a parameter's values start in ``Levels.values``; -1: the uniform grid."""
     if config.levels == "uniform" or bits not in LEARNED_BITS or kind == Kind.FROZEN:
         return -1
     return _start(parameter, bits, kind)
@@ -49,8 +48,10 @@ def _start(parameter: int, bits: int, kind: Kind) -> int:
 
 
 def check_rows(rows: Iterable[Any]) -> None:
-    """Raise ValueError unless ``rows`` are such as `Levels.state` gives: each with levels that the
-    codec can take, and none twice."""
+    """Raise ValueError unless ``rows`` are such as ``Levels.state`` gives.
+
+    Each has levels that the codec can take, and none is there twice.
+    """
     seen = set()
     for row in rows:
         if not isinstance(row, list | tuple) or len(row) < 3:
@@ -85,11 +86,11 @@ def _ascend(levels: Sequence[float]) -> bool:
 class Levels:
     """The levels of each parameter and kind, for all bits that have learned levels.
 
-    Args:
-        indices: by the names of the model's parameters, their indices from 0 on.
+    ``values`` holds them, fp32 on the CPU, from the places that ``offset`` gives. It is changed in
+    place.
 
-    Attributes:
-        values: fp32, on the CPU; see `offset`. Changed in place.
+    Args:
+        indices: The indices of the model's parameters, from 0 on, by their names.
     """
 
     def __init__(self, indices: Mapping[str, int]) -> None:
@@ -98,9 +99,11 @@ class Levels:
         self._learned: set[tuple[int, int]] = set()
 
     def learn(self, counts: Counts, groups: Iterable[dist.ProcessGroup], traffic: Traffic) -> None:
-        """Fit all levels that ``counts`` has places for to the counts of all ranks, which are added
-        up over one of ``groups`` after the other: a collective, alike on all ranks. Levels of which
-        nothing was counted stay."""
+        """Fit all levels that ``counts`` has places for to the counts of all ranks.
+
+        These are added up over one of ``groups`` after the other: a collective, alike on all ranks.
+        Levels of which nothing was counted stay.
+        """
         places = counts.places
         if not places:
             return
@@ -118,8 +121,10 @@ class Levels:
                 self._learned.add((start, bits))
 
     def state(self) -> list[list[Any]]:
-        """Rows [name, "weight" or "grad" or "kept", bits, level, ...] of what was learned; floats
-        survive JSON exactly."""
+        """Rows [name, "weight" or "grad" or "kept", bits, level, ...] of what was learned.
+
+        Floats survive JSON exactly.
+        """
         names = {index: name for name, index in self._indices.items()}
         rows: list[list[Any]] = []
         for start, bits in sorted(self._learned):
@@ -129,7 +134,7 @@ class Levels:
         return rows
 
     def load(self, rows: Iterable[Sequence[Any]]) -> None:
-        """Take over what `state` gave, in place of all that was learned."""
+        """Take over what ``state`` gave, in place of all that was learned."""
         self.values.copy_(self._uniform())
         self._learned.clear()
         for name, kind, bits, *levels in rows:
@@ -138,7 +143,7 @@ class Levels:
             self._learned.add((start, bits))
 
     def rewind_point(self) -> Callable[[], None]:
-        """A function that makes all as it is now."""
+        """A function that restores everything as it is now."""
         values, learned = self.values.clone(), set(self._learned)
 
         def rewind() -> None:

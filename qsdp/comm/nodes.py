@@ -16,10 +16,11 @@ class Nodes:
     Nodes are consecutive ranks, as torchrun numbers them, each as large as its launcher says.
 
     Args:
-        sizes: by global rank, the ranks on its node.
+        sizes: The ranks on its node, by global rank.
         mesh: [nodes, ranks of a node], which wins for the ranks that it holds.
 
-    Raises ValueError where ``sizes`` do not add up to nodes and there is no mesh.
+    Raises:
+        ValueError: ``sizes`` do not add up to nodes and there is no mesh.
     """
 
     def __init__(self, sizes: Mapping[int, int], mesh: DeviceMesh | None = None) -> None:
@@ -44,7 +45,7 @@ class Nodes:
         return self._nodes[global_rank]
 
     def is_here(self, global_rank: int) -> bool:
-        """Whether it is on this rank's node."""
+        """Whether the rank is on this rank's node."""
         return global_rank in self._here
 
 
@@ -62,7 +63,7 @@ def launched_ranks() -> int:
 
 
 def _first_ranks(sizes: Mapping[int, int]) -> dict[int, int] | None:
-    """By global rank, the first rank of its node; None where ``sizes`` do not add up to nodes."""
+    """The first rank of each global rank's node; None where ``sizes`` do not add up to nodes."""
     if len(set(sizes.values())) == 1:
         return {rank: rank - rank % size for rank, size in sizes.items()}
     nodes: dict[int, int] = {}
@@ -80,7 +81,7 @@ def even_nodes(group: dist.ProcessGroup, nodes: Nodes, reduce: str) -> tuple[int
     """How many nodes the ranks of ``group`` fill, and how many of them are on each.
 
     Raises ValueError where they do not fill nodes evenly, one after the other, as a ``reduce`` of
-    this name needs them.
+    this name needs it.
     """
     ranks = dist.get_process_group_ranks(group)
     if len(nodes.sizes) > 1:
@@ -103,8 +104,7 @@ def even_nodes(group: dist.ProcessGroup, nodes: Nodes, reduce: str) -> tuple[int
 
 
 def check_mesh(group: dist.ProcessGroup, mesh: DeviceMesh) -> None:
-    """Raise ValueError unless ``mesh`` is 2-D, [nodes, ranks of a node], over the ranks of
-    ``group``."""
+    """Raise ValueError unless ``mesh`` is 2-D, [nodes, ranks of a node], and of the ``group``."""
     ranks = dist.get_process_group_ranks(group)
     if mesh.ndim != 2 or mesh.mesh.flatten().tolist() != ranks:
         raise ValueError(

@@ -41,7 +41,7 @@ class Times:
             self._count(*self._events.pop(0))
 
     def snapshot(self) -> dict[str, float]:
-        """Seconds since install: `gather_encode_s`, `gather_wire_s`, ..., `reduce_decode_s`.
+        """Seconds since install: ``gather_encode_s``, ``gather_wire_s``, ..., ``reduce_decode_s``.
 
         On a GPU it waits for what is still under way.
         """

@@ -9,8 +9,7 @@ from qsdp.config import QSDPConfig
 
 
 def check_policy(config: QSDPConfig, names: Sequence[str], aliases: Mapping[str, str]) -> None:
-    """Raise ValueError unless every pattern sets the bits of one of a model's parameter
-    ``names``.
+    """Raise ValueError unless every pattern sets the bits of one of a model's ``names``.
 
     ``aliases`` are further names of tied parameters, each with the one among ``names``.
     """
@@ -37,7 +36,7 @@ def check_policy(config: QSDPConfig, names: Sequence[str], aliases: Mapping[str,
 
 
 def check_embeddings(config: QSDPConfig, names: Collection[str]) -> None:
-    """Raise ValueError where `embedding_bits` set the bits of none of the ``names``."""
+    """Raise ValueError where ``embedding_bits`` set the bits of none of the ``names``."""
     if config.embedding_bits is None or any(config.bits_by_policy(n) is None for n in names):
         return
     why = "which the policy gives bits already" if names else "of which the model has none"

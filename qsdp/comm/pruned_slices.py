@@ -23,24 +23,23 @@ class Masks(NamedTuple):
     """What all ranks keep of their shards of one parameter."""
 
     bits: Tensor
-    """uint8 [ranks, bytes], see `bitmask`: of all parameters of the exchange."""
+    """uint8 [ranks, bytes], see ``bitmask``: of all parameters of the exchange."""
     start: int
     """The byte of a row where the parameter's own mask starts."""
     counts: list[int]
-    """By rank, the values that are kept."""
+    """The values that are kept, by rank."""
 
 
 class PrunedSlices:
     """What is kept of each rank's slice: one segment after another, without a gap.
 
-    Args:
-        segments: of a whole slice.
-        starts: their places in it, in bytes; None: one after another.
-        masks: by segment those of its parameter, of one exchange; None where all is kept.
+    ``counts``, int64 [ranks, segments], are the values that are kept; ``width`` is the bytes that
+    the longest takes, a whole number of blocks of 16.
 
-    Attributes:
-        counts: int64 [ranks, segments], the values that are kept.
-        width: bytes that the longest takes, a whole number of blocks of 16.
+    Args:
+        segments: Those of a whole slice.
+        starts: Their places in it, in bytes; None: one after another.
+        masks: Those of each segment's parameter, of one exchange; None where all is kept.
     """
 
     def __init__(
@@ -91,10 +90,11 @@ class PrunedSlices:
     def compact(
         self, slices: Tensor, first: int, pool: BufferPool, *, strict: bool = False
     ) -> Tensor:
-        """Of ``slices``, uint8 [slices, bytes] of the ranks from ``first`` on, uint8 [slices,
-        width]: valid until the next call with this pool.
+        """What is kept of ``slices``, uint8 [slices, bytes] of the ranks from ``first`` on.
 
         ``strict``: raise RuntimeError where a pruned value is not zero.
+
+        Returns uint8 [slices, width], valid until the next call with this pool.
         """
         num, size = slices.shape
         out = pool.take("compact", num * self.width, slices.device).view(num, self.width)
@@ -103,19 +103,21 @@ class PrunedSlices:
         return out
 
     def expand(self, compact: Tensor, first: int, slices: Tensor) -> None:
-        """Fill ``slices`` from what `compact` gives, with zeros where values are pruned."""
+        """Fill ``slices`` from what ``compact`` gives, with zeros where values are pruned."""
         num, size = slices.shape
         spans, bits = self._spans_of(first, num, size), self._bits[first : first + num].view(-1)
         ops.expand(compact.view(-1), spans, bits, slices.view(-1))
 
     @property
     def at_once(self) -> int:
-        """Of how many ranks to `expand` the slices in one call."""
+        """How many ranks' slices to ``expand`` in one call."""
         return max(1, _ROOM // self.width)
 
     def _spans_of(self, first: int, num: int, size: int) -> Tensor:
-        """The spans of the ranks ``first`` to ``first + num`` whose slices, of ``size`` bytes, lie
-        one after another: int64 [num * segments, len(Span)]."""
+        """int64 [num * segments, len(Span)], the spans of the ranks ``first`` to ``first + num``.
+
+        Their slices, of ``size`` bytes, lie one after another.
+        """
         found = self._shifted.get((first, num, size))
         if found is None:
             found = self._spans[first : first + num].clone()

@@ -20,13 +20,14 @@ from qsdp.config import QSDPConfig
 
 
 class Meter:
-    """Adds up, for each parameter and direction, the squares of values and of their errors, once
-    decoded as the wire does: weights into their own type, gradients into fp32.
+    """Adds up the squares of values and of their errors for each parameter and direction.
+
+    Values are decoded as the wire does: weights into their own type, gradients into fp32.
 
     Args:
-        config: buckets and roundings.
-        levels: the learned levels, if any.
-        bits: for which bits to measure; None: those that the values travel at.
+        config: Buckets and roundings.
+        levels: The learned levels, if any.
+        bits: The bits for which to measure; None: those that the values travel at.
     """
 
     def __init__(
@@ -57,10 +58,10 @@ class Meter:
     def totals(
         self, keys: Iterable[tuple[int, bool, int]], groups: Iterable[dist.ProcessGroup]
     ) -> Tensor:
-        """fp64 [keys, 2] on the CPU: errors and squares over all ranks, added in rank order over
-        one of ``groups`` after the other. A collective.
+        """fp64 [keys, 2] on the CPU: errors and squares over all ranks. A collective.
 
-        A key is (parameter, is a gradient, bits), bits being 0 for those that the values travel at.
+        They are added in rank order over one of ``groups`` after the other. A key is (parameter, is
+        a gradient, bits), where bits are 0 for those that the values travel at.
         """
         device = next((sums.device for sums in self._sums.values()), None)
         nothing = torch.zeros(2, dtype=torch.float64, device=device)

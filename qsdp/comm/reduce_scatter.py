@@ -31,7 +31,7 @@ class Exchange(NamedTuple):
     stage: Stage
     group: dist.ProcessGroup
     owned: tuple[tuple[int, ...], ...]
-    """By rank of the group: the rows, of all the shard group's, that it ends with."""
+    """The rows, of all the shard group's, that each rank of the group ends with."""
 
 
 def exchanges_of(
@@ -43,9 +43,9 @@ def exchanges_of(
 ) -> list[Exchange]:
     """The exchanges of a reduce of the parameters at places ``with_grad``, in ``dtype``.
 
-    One a stage of the plan ([Note: Stages]), that of all ranks over ``group``. After the first,
-    fp32 sums are sent. Over nodes, what crosses their boundaries is 1 / ranks-per-node of the flat
-    form.
+    There is one for each stage of the plan ([Note: Stages]); that of all ranks is over ``group``.
+    After the first, fp32 sums are sent. Over nodes, what crosses their boundaries is 1 /
+    ranks-per-node of the flat form.
     """
     exchanges, rows = [], tuple(range(plan.world_size))
     for each in plan.stages:
@@ -83,15 +83,19 @@ def reduce(
     thread can do something else. All that its keys and codec depend on is bound before its stop.
 
     Args:
-        plan: of the group.
-        exchanges: see `exchanges_of`.
-        output, input: of one dtype.
-        wire: with the step, counters and buffers.
-        slot: of the buffers, which no other reduce may use meanwhile.
+        plan: How the group travels.
+        exchanges: See ``exchanges_of``.
+        output, input: Of one dtype.
+        wire: With the step, counters and buffers.
+        slot: A slot of buffers that no other reduce may use meanwhile.
         is_late: ``input`` is not needed after the last stop: what is left of it is copied.
 
-    Returns how many reduces the group had before in this step. Raises RuntimeError when a header is
-    not what this rank expects, SetsDiffer when another rank has other parameters to reduce.
+    Returns:
+        How many reduces the group had before in this step.
+
+    Raises:
+        RuntimeError: A header is not what this rank expects.
+        SetsDiffer: Another rank has other parameters to reduce.
     """
     occurrence = wire.clock.before_reduce(plan.index)
     layout, status = exchanges[0].layout, Status.KEPT
@@ -121,8 +125,7 @@ def _take(
     status: Status,
     keeps: bool,
 ) -> Generator[None, None, Status]:
-    """Take one exchange: of ``rows`` those that this rank owns are left, as fp32 sums over its
-    group.
+    """Take one exchange: what is left are ``rows`` of this rank, fp32 sums over its group.
 
     1. Encode the rows of every other rank: unbiased, each with a key of its own.
     2. One all-to-all of payloads; nothing is sent to oneself.
@@ -130,8 +133,10 @@ def _take(
     4. Add the rows in fp32 in rank order, the only one into ``output`` if it is given. This rank's
        own rows never cross the wire and are added as they are; no sum is quantized again.
 
-    Returns this rank's status after what it heard; sums are valid until the next reduce of this
-    ``slot``. ``keeps``: copy this rank's own rows before the first stop.
+    ``keeps``: copy this rank's own rows before the first stop.
+
+    Returns this rank's status after what it heard. The sums are valid until the next reduce of this
+    ``slot``.
     """
     layout, stage, group, owned = exchange
     me, num_ranks = group.rank(), group.size()

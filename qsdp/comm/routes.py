@@ -1,5 +1,4 @@
-"""Which payloads one call of the codec works through: made once, since they are the same in every
-step."""
+"""Which payloads one call of the codec works through: made once, the same in every step."""
 
 from __future__ import annotations
 
@@ -15,9 +14,9 @@ class Route:
     """The payloads of one call, in order: int64 [payloads] each."""
 
     owners: Tensor
-    """Ranks of the shard group whose slices they are of: of a reduce those that they go to."""
+    """Ranks of the shard group whose slices they are; in a reduce, those that they go to."""
     senders: Tensor
-    """Of a gather ranks of the shard group, else global ones."""
+    """In a gather ranks of the shard group, else global ones."""
     buffers: Tensor
     """Rows of the buffers."""
     payloads: Tensor
@@ -36,8 +35,11 @@ def gathered(order: tuple[int, ...]) -> Route:
 
 @lru_cache
 def sent(owners: tuple[int, ...], me: int, global_ranks: tuple[int, ...]) -> Route:
-    """What the rank at place ``me`` of ``global_ranks`` sends of its rows, of which row i goes to
-    the owner i and to the place i % ranks: those of the first other rank, then the next one's."""
+    """What the rank at place ``me`` of ``global_ranks`` sends of its rows.
+
+    Row i goes to the owner i, at the place i % ranks: first the first other rank's, then the next
+    one's.
+    """
     num = len(global_ranks)
     peers = torch.tensor([place for place in range(num) if place != me])
     rows = (peers[:, None] + num * torch.arange(len(owners) // num)).flatten()
@@ -48,7 +50,7 @@ def sent(owners: tuple[int, ...], me: int, global_ranks: tuple[int, ...]) -> Rou
 
 @lru_cache
 def received(mine: tuple[int, ...], me: int, global_ranks: tuple[int, ...]) -> Route:
-    """What it receives: a row for each owner in ``mine`` from each other rank, to be added up."""
+    """What that rank receives, to be added up: a row for each owner in ``mine`` from each other."""
     peers = torch.tensor([place for place in range(len(global_ranks)) if place != me])
     width = len(mine)
     senders = torch.tensor(global_ranks)[peers].repeat_interleave(width)

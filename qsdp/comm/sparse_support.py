@@ -33,10 +33,10 @@ def exchange(
     """Tell all ranks which weights are kept, and the plans; a collective where a mask is given.
 
     Args:
-        plans: of all groups of the model.
-        masks: by plan and place the bool mask of this rank's shard; the same places on all ranks.
-        wire: with the counters and the step.
-        with_grads: gradients of pruned weights are left out too.
+        plans: Those of all groups of the model.
+        masks: The bool mask of this rank's shard by plan and place; the same places on all ranks.
+        wire: With the counters and the step.
+        with_grads: Gradients of pruned weights are left out too.
     """
     groups: dict[dist.ProcessGroup, list[int]] = {}
     for i, plan in enumerate(plans):

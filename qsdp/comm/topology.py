@@ -31,7 +31,7 @@ from qsdp.compat.process_groups import destroy_group, new_group, unique_group_na
 from qsdp.config import QSDPConfig
 
 Sizes = dict[Stage, int]
-"""By stage, innermost first, how many ranks exchange in it."""
+"""How many ranks exchange in each stage, innermost first."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ class Topology:
     """A choice of ``QSDPConfig.reduce`` that goes by nodes."""
 
     words: str
-    """In reports."""
+    """What reports call it."""
     sizes: Callable[[int, int], Sizes]
-    """Of (nodes, ranks of a node); raises ValueError where there can be no such stages. The first
-    is ``Stage.LOCAL``, inside a node; in it alone gradients have ``local_grad_bits``."""
+    """The stages of (nodes, ranks of a node); raises ValueError where there can be none.
+    The first is ``Stage.LOCAL``, inside a node; in it alone gradients have ``local_grad_bits``.
+    """
 
 
 def two_hop(num_nodes: int, ranks_per_node: int) -> Sizes:
@@ -54,7 +55,7 @@ TOPOLOGIES = {
     "auto": Topology("two hops", two_hop),
     "two-hop": Topology("two hops", two_hop),
 }
-"""By what ``QSDPConfig.reduce`` may be, but for flat."""
+"""By what ``QSDPConfig.reduce`` may be, except flat."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Split:
 
     sizes: Sizes
     words: str = ""
-    """For the report, where nodes are even."""
+    """What the report says, where nodes are even."""
 
     @property
     def is_flat(self) -> bool:
@@ -73,7 +74,7 @@ class Split:
 def split(
     group: dist.ProcessGroup, nodes: Nodes, mesh: DeviceMesh | None, config: QSDPConfig
 ) -> Split:
-    """The stages of ``group``, of the ``nodes`` that its ranks are on, or those of a node mesh.
+    """The stages of ``group``, by the ``nodes`` that its ranks are on, or those of a node mesh.
 
     Raises ValueError where the config asks for stages that cannot be.
     """
@@ -125,8 +126,11 @@ class StageGroup:
 def open_stages(
     group: dist.ProcessGroup, sizes: Mapping[Stage, int], mesh: DeviceMesh | None
 ) -> tuple[StageGroup, ...]:
-    """The stages of this rank, over groups of their own where neither ``group`` nor ``mesh`` has
-    one of the same ranks. A collective over ``group``."""
+    """The stages of this rank. A collective over ``group``.
+
+    They are over groups of their own where neither ``group`` nor ``mesh`` has one of the same
+    ranks.
+    """
     ranks = dist.get_process_group_ranks(group)
     known = [group]
     if mesh is not None and len(sizes) > 1:
@@ -155,8 +159,10 @@ def open_stages(
 
 
 def gathered_ranks(stages: Sequence[StageGroup]) -> tuple[int, ...]:
-    """The ranks of the shard group in the order in which a gather leaves their payloads: each stage
-    puts side by side what its ranks have from the stages outside of it."""
+    """The ranks of the shard group in the order in which a gather leaves their payloads.
+
+    Each stage puts side by side what its ranks have from the stages outside of it.
+    """
     return _gathered_ranks(*(stage.size for stage in stages))
 
 

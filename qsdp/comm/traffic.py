@@ -19,7 +19,7 @@ class Traffic:
 
     Payloads count whole, header, metadata and raw parts included; transport headers do not. An
     all-gather counts as the ring that gloo and NCCL make of it: all but one of its payloads go to
-    the next rank. Masks that ranks exchange ([Note: Support]) count as gathers. `*_fp32_bytes` is
+    the next rank. Masks that ranks exchange ([Note: Support]) count as gathers. ``*_fp32_bytes`` is
     what the same gathers and reduces would have sent in fp32, each value once, pruned ones too:
     4 (N - 1) / N bytes a value of the gathered buffer.
     """
@@ -36,8 +36,10 @@ class Traffic:
         self.sent(direction, [neighbour], (len(ranks) - 1) * payload_bytes)
 
     def summed(self, group: dist.ProcessGroup, num_bytes: int) -> None:
-        """Count an all-reduce of ``num_bytes`` over ``group`` as `other`: in a ring the next rank
-        is sent every byte twice, but for an own share."""
+        """Count an all-reduce of ``num_bytes`` over ``group`` as ``other``.
+
+        In a ring the next rank is sent every byte twice, except an own share.
+        """
         ranks = dist.get_process_group_ranks(group)
         neighbour = ranks[(group.rank() + 1) % len(ranks)]
         self.sent("other", [neighbour], 2 * (len(ranks) - 1) * num_bytes // len(ranks))
@@ -57,13 +59,15 @@ class Traffic:
             self._counts[f"{direction}_fp32_bytes"] += share
 
     def other(self, num_bytes: int) -> None:
-        """Count ``num_bytes`` that are neither a gather nor a reduce of training, to a rank that
-        nobody names: as if it were on this node."""
+        """Count ``num_bytes`` that are neither a gather nor a reduce of training.
+
+        They go to a rank that nobody names, and count as if it were on this node.
+        """
         self._counts["other_intra_node_bytes"] += num_bytes
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, whatever is sent counts as `other`: validation, say."""
+        """Inside, whatever is sent counts as ``other``, for example that of a validation."""
         before, self._is_paused = self._is_paused, True
         try:
             yield
@@ -71,8 +75,11 @@ class Traffic:
             self._is_paused = before
 
     def snapshot(self) -> dict[str, int]:
-        """All counters since install, in bytes: `<direction>_<link>_bytes`,
-        `<direction>_sent_bytes` (both links) and `<direction>_fp32_bytes`."""
+        """All counters since install, in bytes.
+
+        They are ``<direction>_<link>_bytes``, ``<direction>_sent_bytes`` (both links) and
+        ``<direction>_fp32_bytes``.
+        """
         counts = {f"{d}_{link}_bytes": 0 for d in DIRECTIONS for link in LINKS}
         counts |= {"gather_fp32_bytes": 0, "reduce_fp32_bytes": 0} | dict(self._counts)
         for direction in DIRECTIONS:

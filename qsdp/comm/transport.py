@@ -25,8 +25,7 @@ from qsdp.compat.collectives import all_gather_single
 from qsdp.compat.process_groups import backend_of
 
 _TAG = 0x95D
-"""Of qsdp's messages between two ranks, so that those of others (pipelining) are not taken for its
-own."""
+"""The tag of qsdp's messages between two ranks: others' (pipelining) are not taken for them."""
 
 _unclaimed: WeakKeyDictionary[dist.ProcessGroup, list[tuple[int, list[dist.Work]]]]
 _unclaimed = WeakKeyDictionary()
@@ -73,7 +72,7 @@ def all_gather(
 ) -> Arrival:
     """All-gather 1-D ``input`` into ``output``, of which ``input`` may be this rank's part.
 
-    ``async_op``: beside what this thread does until it waits for the arrival.
+    ``async_op``: it runs beside what this thread does until it waits for the arrival.
     """
     host, own = output, input
     if is_staged(group, output.device):
@@ -98,10 +97,10 @@ def all_to_all(
     sent: list[int],
     group: dist.ProcessGroup,
 ) -> Arrival:
-    """Send ``sent[r]`` values of 1-D ``input`` to rank r, and receive ``received[r]`` from it; none
-    to and from itself.
+    """Send ``sent[r]`` values of 1-D ``input`` to rank r, and receive ``received[r]`` from it.
 
-    On CPUs it runs beside what this thread does until it waits for the arrival.
+    None go to and from itself. On CPUs it runs beside what this thread does until it waits for the
+    arrival.
     """
     host, own = output, input
     if is_staged(group, output.device):

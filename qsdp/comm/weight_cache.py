@@ -20,12 +20,12 @@ class Payloads(NamedTuple):
 
     layout: GroupLayout
     buffer: Tensor
-    """uint8 [ranks * payload bytes], in the order of `gathered_ranks`."""
+    """uint8 [ranks * payload bytes], in the order of ``gathered_ranks``."""
     step: int
     keys: Tensor
     """int64 [ranks], by rank."""
     written: torch.Event | None = None
-    """On a GPU: kept payloads may be decoded on another stream than they came on."""
+    """When they were written. On a GPU they may be decoded on another stream than they came on."""
 
 
 class Source(Enum):
@@ -45,17 +45,18 @@ class Weights(NamedTuple):
     source: Source
     places: tuple[int, ...] = ()
     payloads: Payloads | None = None
-    """Of the cache."""
+    """Those of the cache."""
 
 
 class WeightCache:
-    """The payloads that one group keeps: with ``gather="once"`` those of a training forward, until
-    the backward pass decodes them again, and those of frozen weights, until whoever knows that
-    these have changed says so.
+    """The payloads that one group keeps.
+
+    With ``gather="once"`` those of a training forward, until the backward pass decodes them again;
+    and those of frozen weights, until whoever knows that these have changed says so.
 
     Args:
-        plan: how the group travels.
-        wire: what it shares with the others.
+        plan: How the group travels.
+        wire: What the group shares with the others.
     """
 
     def __init__(self, plan: Plan, wire: Wire) -> None:
@@ -66,7 +67,7 @@ class WeightCache:
 
     @property
     def num_bytes(self) -> int:
-        """What its buffers take on this rank."""
+        """Bytes that its buffers take on this rank."""
         frozen = None if self._frozen is None else self._frozen.buffer
         return sum(buffer.numel() for buffer in (self._memory, frozen) if buffer is not None)
 
@@ -84,12 +85,13 @@ class WeightCache:
         self._trained = None
 
     def find(self, trains: Sequence[bool]) -> tuple[Weights, Weights]:
-        """Where a gather has the trained and the frozen weights from. What was kept of trained ones
-        is the caller's from now on, and serves once.
+        """Where a gather has the trained and the frozen weights from.
 
-        ``trains``: by place. All weights count as trained where nothing is kept: in an exact step,
-        and with ``gather="twice"``. To a backward pass those do that did when payloads were kept:
-        it has the weights of its forward pass.
+        What was kept of trained ones is the caller's from now on, and serves once.
+
+        ``trains`` says by place which are trained. All weights count as trained where nothing is
+        kept: in an exact step, and with ``gather="twice"``. To a backward pass those do that did
+        when payloads were kept: it has the weights of its forward pass.
         """
         plan, wire = self._plan, self._wire
         kept, self._trained = self._trained, None

@@ -28,7 +28,8 @@ class CompressFlags:
     One process, one tensor in memory at a time: the model may be larger than memory, and the
     checkpoint may come from any number of ranks. OUT then holds model.safetensors (dense, pruned
     weights exactly 0), masks.safetensors (1 bit a prunable weight), compression.json (what was
-    done, with the zeros counted) and the tokenizer. launch/evaluate.py reads it."""
+    done, with the zeros counted) and the tokenizer. launch/evaluate.py reads it.
+    """
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint's folder step-..., or a run's folder: then its newest checkpoint."""
@@ -40,35 +41,38 @@ class CompressFlags:
     """Fraction of the prunable weights to set to zero. 0 exports the dense model."""
 
     pattern: str | None = None
-    """N:M in place of --sparsity: of every M weights along the input dimension the N largest
-    stay."""
+    """N:M in place of --sparsity: of every M weights along the input dimension N stay.
+    The N largest do.
+    """
 
     bits: int | None = None
-    """Bits of the weights that stay, 2 to 8: the nearest of 2**bits - 1 symmetric levels, 128
-    weights of a row sharing a scale. Alone, or with one of the two above."""
+    """Bits of the weights that stay, 2 to 8. Alone, or with one of the two above.
+    The nearest of 2**bits - 1 symmetric levels is taken; 128 weights of a row share a scale.
+    """
 
     scope: str | None = None
-    """`global`: the weights of all prunable matrices compete. `layer`: each matrix loses the same
-    fraction. Unset: global."""
+    """Which weights compete: global or layer. Unset: global.
+    With global the weights of all prunable matrices compete, with layer each matrix loses the
+    same fraction.
+    """
 
     block: int | None = None
-    """Weights along the input dimension that stay or go together, by the sum of magnitudes. Unset:
-    1."""
+    """Weights along the input dimension that stay or go together, by the sum of magnitudes.
+    Unset: 1.
+    """
 
     method: Annotated[str | None, tyro.conf.arg(metavar="|".join(SOLVERS))] = None
-    """Who decides which weights stay and what they become; `magnitude`: the largest stay. Unset:
-    magnitude."""
+    """Who decides which weights stay and what they become. Unset: magnitude (the largest stay)."""
 
     prunable: str | None = None
-    """Shell-style patterns of the parameters to compress, with commas between. Unset: those of the
-    run."""
+    """Shell-style patterns of the parameters to compress, with commas between. Unset: the run's."""
 
     max_file_gib: float = 2.0
     """The most GiB of tensors in one file; more go into several files with an index."""
 
     @property
     def chosen_method(self) -> str:
-        """Raises ValueError for one that cannot be, and where it would have nothing to do."""
+        """The method's name. Raises ValueError for one that cannot be, or has nothing to do."""
         is_idle = not self.target.fraction and self.target.bits is None
         idle = "where --sparsity is 0; leave it out" if is_idle else None
         return chosen_method(self.method, idle=idle)
@@ -106,7 +110,7 @@ class CompressFlags:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Compress as `argv` says. Exits with 2, in one sentence, on a user's mistake."""
+    """Compress as ``argv`` says. Exits with 2, in one sentence, on a user's mistake."""
     with one_sentence_at_the_end("nothing was written"):
         flags = parse(argv)
         try:
@@ -116,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> CompressFlags:
-    """The flags in `argv`. Raises UserError for what cannot be, SystemExit(0) after `--help`."""
+    """The flags in ``argv``. Raises UserError for a mistake, SystemExit(0) after ``--help``."""
     flags = one_sentence(lambda: tyro.cli(CompressFlags, args=argv))
     try:
         _ = flags.target, flags.chosen_method

@@ -14,7 +14,7 @@ from qsdp.train.run_flags import BACKENDS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate as `argv` says.
+    """Evaluate as ``argv`` says.
 
     Exits, with one sentence: with 2 on a user's mistake, 1 if another rank is lost, 130 on Ctrl-C.
     """
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> EvaluateFlags:
-    """The flags in `argv`. Raises UserError for what cannot be, SystemExit(0) after `--help`."""
+    """The flags in ``argv``. Raises UserError for a mistake, SystemExit(0) after ``--help``."""
     flags = one_sentence(lambda: tyro.cli(EvaluateFlags, args=argv))
     try:
         _ = flags.chosen

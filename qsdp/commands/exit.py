@@ -26,7 +26,7 @@ _SHORT_PATIENCE_S = 1.0
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether `error` comes from a rank that has ended or does not answer."""
+    """Whether ``error`` comes from a rank that has ended or does not answer."""
     if "torch" not in sys.modules:
         return False
     from qsdp.common.collective_errors import is_failure  # loads torch
@@ -78,8 +78,10 @@ _INTERRUPTED = 130  # as a shell reports SIGINT
 
 @contextlib.contextmanager
 def one_sentence_at_the_end(if_interrupted: str) -> Iterator[None]:
-    """Inside, what ends a command before its time becomes one sentence and an exit status; what
-    cannot be printed ends nothing."""
+    """Inside, what ends a command before its time becomes one sentence and an exit status.
+
+    What cannot be printed ends nothing.
+    """
     try:
         with forgiving_output():
             yield

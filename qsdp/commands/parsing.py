@@ -45,9 +45,9 @@ Runs under torchrun, or alone as a world of one."""
 
 
 def parse(argv: Sequence[str] | None = None) -> TrainConfig:
-    """The configuration that `argv` (sys.argv without the program's name) asks for.
+    """The configuration that ``argv`` (sys.argv without the program's name) asks for.
 
-    Raises UserError for what cannot be read, SystemExit(0) after `--help`.
+    Raises UserError for what cannot be read, SystemExit(0) after ``--help``.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", nargs="?")
@@ -79,8 +79,10 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
 
 
 def _defaults_of(model: str) -> dict[str, Any]:
-    """The settings that the preset ``model`` has other defaults of. Raises ValueError for a name
-    that no setting has."""
+    """The settings for which the preset ``model`` has defaults of its own.
+
+    Raises ValueError for a name that no setting has.
+    """
     defaults = presets().get(model, {})
     if odd := sorted(defaults.keys() - file_types().keys()):
         raise ValueError(
@@ -91,14 +93,14 @@ def _defaults_of(model: str) -> dict[str, Any]:
 
 
 def _given(argv: Sequence[str] | None) -> list[str]:
-    """The fields whose flags stand in `argv`, whatever their values."""
+    """The fields whose flags stand in ``argv``, whatever their values."""
     texts = sys.argv[1:] if argv is None else argv
     names = (text[2:].partition("=")[0].replace("-", "_") for text in texts if text[:2] == "--")
     return [name.removeprefix("no_") for name in names]
 
 
 def _drop_replaced(from_file: dict[str, Any], given: Sequence[str]) -> None:
-    """Take out of a file's settings those that flags ``given`` stand in place of."""
+    """Take out of a file's settings those that the flags ``given`` take the place of."""
     # By flag, what it would leave without effect, or what would leave it without.
     instead: dict[str, tuple[str, ...]] = {"qsdp_bits": BITS_OF_ONE_DIRECTION}
     for pair in replaced().items():
@@ -112,8 +114,10 @@ def _drop_replaced(from_file: dict[str, Any], given: Sequence[str]) -> None:
 
 
 def _leave_to_auto(path: str, from_file: dict[str, Any], given: Sequence[str]) -> None:
-    """Take out of a file's settings what --qsdp-bits auto chooses, as a run that it has chosen for
-    has them. Raises UserError for others of the wire, which would be lost."""
+    """Take out of a file's settings what --qsdp-bits auto chooses, where a run has it chosen so.
+
+    Raises UserError for others of the wire, which would be lost.
+    """
     for name in CHOSEN:
         from_file.pop(name, None)
     for name in names_of(WireFlags):
@@ -125,7 +129,7 @@ def _leave_to_auto(path: str, from_file: dict[str, Any], given: Sequence[str]) -
 
 
 def _parse_flags(argv: Sequence[str] | None, defaults: dict[str, Any]) -> dict[str, Any]:
-    """All settings, by name: those in `argv`, and `defaults` over what they are without."""
+    """All settings, by name: those in ``argv``, and the ``defaults`` for what is not there."""
     import tyro
 
     registry = tyro.constructors.ConstructorRegistry()
@@ -178,7 +182,7 @@ def _parse_flags(argv: Sequence[str] | None, defaults: dict[str, Any]) -> dict[s
 def one_sentence(read_flags: Callable[[], T]) -> T:
     """What a call of tyro's reads. Raises UserError for what it refuses, SystemExit after --help.
 
-    A reader of the help who has seen enough, as `head` has, is no error.
+    A reader of the help who has seen enough, as ``head`` has, is no error.
     """
     complaint = io.StringIO()
     try:

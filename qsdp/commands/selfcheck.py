@@ -2,8 +2,8 @@
 
     torchrun --nnodes 2 --nproc-per-node 8 ... launch/selfcheck.py
 
-On GPUs that is NCCL, with a GPU for every rank. `--backend gloo` lets ranks share GPUs, which NCCL
-refuses: it proves kernels, hooks and streams on a single GPU, and nothing of NCCL.
+On GPUs that is NCCL, with a GPU for every rank. With --backend gloo ranks may share GPUs, which
+NCCL refuses: it proves kernels, hooks and streams on a single GPU, and nothing of NCCL.
 
 Every check runs on every rank; rank 0 prints the table. Exit status 0 if all hold, 1 if not.
 """
@@ -65,7 +65,7 @@ class Flags:
     """What the checks run over."""
 
     backend: str | None = None
-    """`nccl` or `gloo`. Unset: nccl on GPUs, gloo on CPUs."""
+    """nccl or gloo. Unset: nccl on GPUs, gloo on CPUs."""
 
 
 def _run(world: World) -> int:

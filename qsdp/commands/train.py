@@ -9,7 +9,7 @@ from qsdp.commands.parsing import parse
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as `argv` says.
+    """Train as ``argv`` says.
 
     Exits, with one sentence: with 2 on a user's mistake, 1 if another rank is lost, 130 on Ctrl-C.
     """

@@ -1,1 +1,1 @@
-"""What all rooms stand on; it knows none of them but `compat`."""
+"""What all rooms stand on; it knows none of them but ``compat``."""

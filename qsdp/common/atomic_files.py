@@ -25,10 +25,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write that takes the name ``path`` when the body has ended: the old one, or the new
-    one, at every instant.
+    """A file to write that takes the name ``path`` when the body has ended.
 
-    Of two processes that write one file the second waits. If the body raises, the old file stays.
+    At every instant that is the old file or the new one. Of two processes that write one file the
+    second waits. If the body raises, the old file stays.
     """
     temporary = _unfinished(path)
     try:
@@ -49,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def discard_unfinished(path: Path) -> None:
-    """Remove what a killed `replacing` has left of ``path``, which nobody writes now."""
+    """Remove what a killed ``replacing`` has left of ``path``, which nobody writes now."""
     _unfinished(path).unlink(missing_ok=True)
 
 
@@ -60,12 +60,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write_text`, with the JSON of ``value``, made `finite`."""
+    """Write the JSON of ``value``, made ``finite``, as ``write_text`` does."""
     write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
 
 
 def finite(value: Any) -> Any:
-    """``value`` with None, JSON's null, for every number in it that is not finite: JSON has no NaN.
+    """``value`` with None, JSON's null, for every number that is not finite: JSON has no NaN.
 
     Tuples become lists, as JSON has them, and NumPy's numbers Python's.
     """
@@ -85,7 +85,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Until then its name is ``out``.partial, which only a killed process leaves behind and the next
     call clears.
 
-    Raises: ValueError if ``out`` is in use, is being made by another process, or cannot be made or
+    Raises ValueError if ``out`` is in use, is being made by another process, or cannot be made or
     written.
     """
     named, out = out, Path(os.path.realpath(out))
@@ -145,7 +145,8 @@ def claimed_folder(path: Path, *, is_waiting: bool = False) -> Iterator[Path]:
         is_waiting: Wait for whoever holds it: right for a name of one's own, which others hold only
             to see whether its maker was killed.
 
-    Raises: BlockingIOError if another process holds it, unless it is waited for.
+    Raises:
+        BlockingIOError: Another process holds it, and is not waited for.
     """
 
     def open_folder() -> int:
@@ -166,7 +167,7 @@ def claimed_folder(path: Path, *, is_waiting: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def unclaimed(path: Path) -> Iterator[bool]:
-    """Whether the folder `path` is there and no process claims it; inside, none can."""
+    """Whether the folder ``path`` is there and no process claims it; inside, none can."""
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError:
@@ -179,7 +180,7 @@ def unclaimed(path: Path) -> Iterator[bool]:
 
 
 def is_file_name(name: object) -> bool:
-    """Whether `name` is that of something in a folder: no path, and not the folder above."""
+    """Whether ``name`` is that of something in a folder: no path, and not the folder above."""
     return (
         isinstance(name, str)
         and name not in ("", ".", "..")

@@ -21,7 +21,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, num: int) -> Tensor:
-    """The first ``num`` values of a mask that `pack` made: bool [num]."""
+    """The first ``num`` values of a mask that ``pack`` made: bool [num]."""
     if bits.device.type == "cpu":
         values = np.unpackbits(bits.numpy(), count=num, bitorder="little")
         return torch.from_numpy(values).view(torch.bool)

@@ -1,5 +1,7 @@
-"""Whether tensors are still what they were: torch's counters of versions miss collectives, and what
-`torch._foreach_*` does to DTensors."""
+"""Whether tensors are still what they were.
+
+torch's counters of versions miss collectives, and what ``torch._foreach_*`` does to DTensors.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,12 @@ _CHUNK = 1 << 22
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """A number that other contents of ``tensors``, of any types on one kind of device, would hardly
-    have; at about the speed of memory. On CPUs a CRC of 32 bits; elsewhere words of 32 bits, each
-    times an odd random number of its place, summed modulo 2**64."""
+    """A number that other contents of ``tensors`` would hardly have.
+
+    The tensors are of any types, on one kind of device. It takes about the speed of memory. On CPUs
+    it is a CRC of 32 bits; elsewhere words of 32 bits, each times an odd random number of its
+    place, summed modulo 2**64.
+    """
     total = 0
     for tensor in tensors:
         raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
@@ -40,7 +45,7 @@ def _add(total: int, raw: Tensor) -> int:
 
 @cache
 def _factors(device: torch.device) -> Tensor:
-    """Odd int64 [_CHUNK]."""
+    """int64 [_CHUNK], odd random numbers."""
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False):
         odd = torch.randint(-(1 << 62), 1 << 62, (_CHUNK,), generator=generator) | 1

@@ -22,14 +22,14 @@ class CollectiveError(RuntimeError):
 def collective(what: str, names: Sequence[str] = (), step: int | None = None) -> Iterator[None]:
     """Inside, an error of torch.distributed becomes a CollectiveError that says what failed.
 
-    Args:
-        what: the collective, `gather` for instance.
-        names: the parameters of the group that it is for.
-        step: of the keys' clock.
-
     On CPUs the end of another rank is noticed at once, and one that hangs after the process group's
     timeout. NCCL works behind the host's back: there its watchdog ends the process instead. Errors
     that are this rank's own (its memory is full, a tensor may not be written) pass as they are.
+
+    Args:
+        what: The collective, ``gather`` for instance.
+        names: The parameters of the group that it is for.
+        step: The step of the keys' clock.
     """
     try:
         yield
@@ -73,7 +73,7 @@ def _is_failed_collective(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """``error`` and what it comes from, but for what was cut off by `raise ... from None`."""
+    """``error`` and what it comes from, except what was cut off by ``raise ... from None``."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

@@ -13,8 +13,10 @@ def flag(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """A group of settings. The flags of all groups of a command are one list: no name of a field
-    stands in two of them."""
+    """A group of settings.
+
+    The flags of all groups of a command are one list: no name of a field stands in two of them.
+    """
 
     def values(self) -> dict[str, Any]:
         """All fields, by name."""
@@ -34,7 +36,7 @@ class Flags:
             raise ValueError(f"{flag(name)} is {getattr(self, name)!r}; {allowed}.")
 
     def require_contents(self, name: str) -> None:
-        """Raise ValueError for a field that was given, but nothing in it."""
+        """Raise ValueError for a field that was given, but with nothing in it."""
         if getattr(self, name) in ("", ()):
             raise ValueError(f"{flag(name)} is empty; give a value, or leave it out.")
 

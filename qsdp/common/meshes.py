@@ -1,5 +1,7 @@
-"""Which ranks hold the tensors of a model: its meshes, what lies on some of the ranks alone, and
-replicas that no mesh tells of."""
+"""Which ranks hold the tensors of a model.
+
+These are its meshes, what lies on some of the ranks alone, and replicas that no mesh tells of.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 Groups = tuple[dist.ProcessGroup, ...]
-"""The process groups, one a sharded mesh axis, over which the parts of a tensor make the whole."""
+"""The process groups over which the parts of a tensor make the whole: one a sharded mesh axis."""
 
 
 class Reach(NamedTuple):
     """Over which ranks what is counted of a tensor adds up to the whole job's."""
 
     groups: Groups
-    """One after the other."""
+    """The process groups, to be gone through one after the other."""
     is_counted: bool = True
     """Whether this rank's part adds to that: of equal parts one does."""
     first_rank: int = 0
-    """Of the ranks that share the tensor: tensors of the same name are in this order."""
+    """The first of the ranks that share the tensor: tensors of the same name are in this order."""
 
 
 Spread = Mapping[DeviceMesh, Reach]
@@ -41,11 +43,11 @@ class Averaged(Protocol):
 
 
 averaged: WeakSet[Averaged] = WeakSet()
-"""All that there are now: `qsdp.install` with a ``replicate_mesh`` knows, and parameters do not."""
+"""All there are now: ``qsdp.install`` with replicas adds to it, and parameters know of none."""
 
 
 def replicas_of(tensors: Iterable[Tensor]) -> list[dist.ProcessGroup]:
-    """The process groups over which gradients of ``tensors`` are averaged, of `averaged` models."""
+    """The groups over which gradients of ``tensors``, of ``averaged`` models, are averaged."""
     if not averaged:
         return []
     owners = {id(p): model.replicas for model in averaged for p in model.parameters()}
@@ -54,9 +56,11 @@ def replicas_of(tensors: Iterable[Tensor]) -> list[dist.ProcessGroup]:
 
 
 def groups_of(tensors: Iterable[Tensor], *, with_replicas: bool = False) -> list[dist.ProcessGroup]:
-    """The process groups of all axes of the meshes of ``tensors``: none where all are plain. The
-    last axes, over which HSDP shards and passes meet, come first; ``with_replicas``, those of
-    `replicas_of` come last: all these ranks take one step."""
+    """The process groups of all axes of the meshes of ``tensors``: none where all are plain.
+
+    The last axes, over which HSDP shards and passes meet, come first. ``with_replicas``, those of
+    ``replicas_of`` come last: all these ranks take one step.
+    """
     tensors = list(tensors)
     meshes = dict.fromkeys(t.device_mesh for t in tensors if isinstance(t, DTensor))
     groups = dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()[::-1])
@@ -81,17 +85,17 @@ def spread_of(tensors: Iterable[Tensor], *, with_replicas: bool = False) -> Spre
 
     These are the meshes of some of the ranks over which others of ``tensors`` are sharded. Each
     part of the ranks has tensors of its own there under the same names: experts, all of which
-    count. But a mesh that lacks a named axis of another, along which tensors of that are cut, has
-    the same ones on all ranks of the axis, as tensor parallelism leaves what it does not cut: the
-    first ranks' count.
+    count. But a mesh may lack a named axis of another, along which that one's tensors are cut: then
+    it has the same tensors on all ranks of the axis, as tensor parallelism leaves what it does not
+    cut, and the first ranks' count.
 
     Args:
         tensors: All that are counted together.
-        with_replicas: So also where meshes repeat tensors (HSDP), or `replicas_of` does, of which
-            the first replica's count then.
+        with_replicas: Also count so where meshes repeat tensors (HSDP), or ``replicas_of`` does:
+            then the first replica's count.
 
     Raises:
-        ValueError: If no mesh holds the ranks of all others.
+        ValueError: No mesh holds the ranks of all others.
     """
     tensors = list(tensors)
     cut: dict[DeviceMesh, set[int]] = {}
@@ -127,8 +131,10 @@ def spread_of(tensors: Iterable[Tensor], *, with_replicas: bool = False) -> Spre
 
 
 def _first_repeated(mesh: DeviceMesh, other: DeviceMesh, cut: set[int]) -> frozenset[int]:
-    """If ``mesh`` is ``other`` without axes of which some are in ``cut``: the ranks that come first
-    along these. Else none."""
+    """The ranks that come first, if ``mesh`` is ``other`` without axes of which some are ``cut``.
+
+    First is along these axes. Else there are none.
+    """
     names, own = other.mesh_dim_names or (), mesh.mesh_dim_names or ()
     if not own or not set(own) < set(names) or all(names[axis] in own for axis in cut):
         return frozenset()

@@ -10,8 +10,11 @@ from qsdp.compat.parameter_names import unwrapped
 
 
 def embedding_names(model: nn.Module) -> set[str]:
-    """Names of the embeddings and the output heads of ``model``: the weights of every nn.Embedding,
-    and of every nn.Linear outside the blocks with as many outputs as an embedding has rows."""
+    """Names of the embeddings and the output heads of ``model``.
+
+    They are the weights of every nn.Embedding, and of every nn.Linear outside the blocks with as
+    many outputs as an embedding has rows.
+    """
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     rows = {table.num_embeddings for table in tables}
     heads = [linear for linear in _linears_outside_blocks(model) if linear.out_features in rows]
@@ -20,7 +23,10 @@ def embedding_names(model: nn.Module) -> set[str]:
 
 
 def _linears_outside_blocks(module: nn.Module) -> Iterator[nn.Linear]:
-    """Blocks are the entries of containers, but for linears and what has an embedding inside."""
+    """The linears outside of blocks.
+
+    Blocks are the entries of containers, except linears and what has an embedding inside.
+    """
     if isinstance(module, nn.Linear):
         yield module
     is_container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
@@ -31,7 +37,7 @@ def _linears_outside_blocks(module: nn.Module) -> Iterator[nn.Linear]:
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """The further names of tied parameters, each with the one that `named_parameters` lists."""
+    """The further names of tied parameters, each with the one that ``named_parameters`` lists."""
     first = {id(p): name for name, p in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in every if name != first[id(p)]}

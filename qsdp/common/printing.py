@@ -13,7 +13,7 @@ from typing import Any, TextIO
 def forgiving_output() -> Iterator[None]:
     """Inside, nothing that is printed can fail: what cannot be written is dropped.
 
-    A reader that has gone, as `head` does, is not waited for: whatever is printed later, by this
+    A reader that has gone, as ``head`` does, is not waited for: whatever is printed later, by this
     process or by what it starts, goes nowhere. A stream that is not there is one into nowhere.
     """
     before = {"stdout": sys.stdout, "stderr": sys.stderr}
@@ -39,13 +39,15 @@ def print_error(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` as a terminal shows it: files of others may hold what would steer one."""
+    """``text`` as a terminal shows it: files of others may hold what would steer one."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def flush_output() -> None:
-    """Write what was printed and is still in memory, as far as it can be written: the rest goes
-    nowhere, since it would fail again when Python ends, with another exit status."""
+    """Write what was printed and is still in memory, as far as it can be written.
+
+    The rest goes nowhere: it would fail again when Python ends, with another exit status.
+    """
     for stream in (sys.stdout, sys.stderr):
         own = stream._stream if isinstance(stream, _Forgiving) else stream
         if own is not None:

@@ -37,19 +37,23 @@ def meet(
     A collective; with several groups, the axes of a mesh, all ranks of the mesh hear of each other.
 
     Args:
-        call: in words that go on after "is at".
-        facts: by what they are called, of plain types, so that what is equal has the same `repr`.
-        groups: process groups whose ranks all call this.
-        has_news: what this rank alone may know, and all shall hear of.
+        call: What this is, in words that go on after "is at".
+        facts: By what they are called, of plain types, so that what is equal has the same ``repr``.
+        groups: Process groups whose ranks all call this.
+        has_news: Whether this rank knows what it alone may know, and all shall hear of.
         is_read: False leaves the digests unread where that would stop a GPU's stream.
 
-    Returns whether any rank has news. Raises RuntimeError, on every rank, where ranks differ.
+    Returns:
+        Whether any rank has news.
+
+    Raises:
+        RuntimeError: On every rank, where ranks differ.
     """
     return Meeting(call, facts, groups, has_news=has_news, is_read=is_read).end()
 
 
 def compare(call: str, facts: object, groups: Sequence[dist.ProcessGroup]) -> dict[int, Any] | None:
-    """What each global rank calls its ``facts``, or None if these are the same on all. See `meet`.
+    """What each global rank calls its ``facts``, or None if these are equal on all: see ``meet``.
 
     Raises RuntimeError, on every rank, where another rank is at another call.
     """
@@ -58,8 +62,10 @@ def compare(call: str, facts: object, groups: Sequence[dist.ProcessGroup]) -> di
 
 @contextmanager
 def mistakes_shared(call: str, groups: Sequence[dist.ProcessGroup]) -> Iterator[None]:
-    """Inside, a mistake that this rank alone finds also reaches the others' next meeting at
-    ``call``, which would wait for this rank in vain."""
+    """Inside, a mistake that this rank alone finds also reaches the others.
+
+    It reaches their next meeting at ``call``, which would wait for this rank in vain.
+    """
     try:
         yield
     except CollectiveError:  # nobody would answer
@@ -70,8 +76,10 @@ def mistakes_shared(call: str, groups: Sequence[dist.ProcessGroup]) -> Iterator[
 
 
 def warn(text: str) -> None:
-    """Give the UserWarning ``text``: all ranks call this, and the first one shows it. Where
-    warnings are errors, all raise."""
+    """Give the UserWarning ``text``: all ranks call this, and the first one shows it.
+
+    Where warnings are errors, all raise.
+    """
     if not dist.is_initialized() or dist.get_rank() == 0:
         warnings.warn(text, stacklevel=2)
         return
@@ -83,8 +91,10 @@ def warn(text: str) -> None:
 
 
 class Meeting:
-    """A meeting that has begun: what this rank does until it ends may take place beside it, but for
-    other collectives. The arguments are those of `meet`."""
+    """A meeting that has begun: other work of this rank, except collectives, may go on beside it.
+
+    The arguments are those of ``meet``.
+    """
 
     def __init__(
         self,
@@ -103,14 +113,14 @@ class Meeting:
             self._send(groups[0])
 
     def end(self) -> bool:
-        """Wait for all ranks. Returns whether any has news; raises RuntimeError as `meet` does."""
+        """Wait for all ranks. Returns whether any has news; raises as ``meet`` does."""
         found, news = self.compare()
         if found is not None:
             raise RuntimeError(_difference(self._call, found))
         return news
 
     def compare(self) -> tuple[dict[int, Any] | None, bool]:
-        """As `end`, but returns the facts by global rank where these differ."""
+        """End as ``end`` does, but return the facts by global rank where these differ."""
         differs = False
         for group in self._groups:
             words = self._receive(group)

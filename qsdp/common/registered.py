@@ -7,7 +7,7 @@ from typing import Any
 
 
 def held_by(module: str, name: str) -> Any:
-    """What ``module`` holds as ``name``. Raises ValueError where it holds nothing so."""
+    """What ``module`` holds as ``name``. Raises ValueError where it holds no such thing."""
     found = import_module(module)
     if not hasattr(found, name):
         raise ValueError(

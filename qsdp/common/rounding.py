@@ -1,7 +1,7 @@
 """How values are rounded to codes: each rounding with what all that serve it must know of it.
 
-What it does to a value stands in `qsdp/ops/reference/codec.py`, with the words in [Note: Grid].
-There is no torch here: `qsdp/config.py` names its roundings by this, and command lines read it.
+What it does to a value stands in ``qsdp/ops/reference/codec.py``, with the words in [Note: Grid].
+There is no torch here: ``qsdp/config.py`` names its roundings by this, and command lines read it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Properties:
     """What the codec, the wire and its report ask of a rounding."""
 
     words: str
-    """For users."""
+    """The rounding in words, for users."""
 
     drawn: Drawn
     """The numbers r of [Note: Grid], which sender and receiver draw alike."""
@@ -35,17 +35,23 @@ class Properties:
     """Whether t + (r + 1/2) is rounded down, where else t - r is rounded to the nearest."""
 
     has_levels: bool = False
-    """Whether it serves learned levels too. There one that draws a number for each value goes to
-    either neighbour by it, one that draws nothing to the nearer."""
+    """Whether it serves learned levels too.
+    There one that draws a number for each value goes to either neighbour by it, one that draws
+    nothing to the nearer.
+    """
 
     is_biased: bool = False
-    """Whether a value differs, on average over the numbers, from what it is decoded to: the report
-    of the handle says so."""
+    """Whether a value differs, on average over the numbers, from what it is decoded to.
+    The report of the handle says so.
+    """
 
 
 class Rounding(IntEnum):
-    """By its code, which stands in segment tables and goes into the hash of a plan: a code is never
-    given to another rounding. Codes go up from 0 without gaps, as in csrc/common/rounding.h."""
+    """A rounding by its code, which stands in segment tables and goes into the hash of a plan.
+
+    A code is never given to another rounding. Codes go up from 0 without gaps, as in
+    csrc/common/rounding.h.
+    """
 
     SHIFT = 0
     DITHER = 1
@@ -59,7 +65,7 @@ class Rounding(IntEnum):
 
     @property
     def label(self) -> str:
-        """What users call it: `shift` for SHIFT, with hyphens for underscores."""
+        """What users call it: ``shift`` for SHIFT, with hyphens for underscores."""
         return self.name.lower().replace("_", "-")
 
     @classmethod

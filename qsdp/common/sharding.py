@@ -7,8 +7,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 def chunk(length: int, place: int, num: int) -> tuple[int, int]:
-    """Start and size of part ``place`` of ``num`` of ``length`` rows, as `torch.chunk`, FSDP2 and
-    DTensor cut: ceil(length / num) rows each, as long as there are any."""
+    """Start and size of part ``place`` of ``num`` of ``length`` rows.
+
+    As ``torch.chunk``, FSDP2 and DTensor cut: ceil(length / num) rows each, as long as there are
+    any.
+    """
     size = -(-length // num)
     start = min(place * size, length)
     return start, min(size, length - start)

@@ -1,7 +1,7 @@
 """The last step of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), for whoever chains it.
 
-Each of its users has a chaining of its own: keys of payloads (`codec.random_numbers`), seeds of
-steps (`methods.cram`), windows of text (`data.batches`).
+Each of its users has a chaining of its own: keys of payloads (``codec.random_numbers``), seeds of
+steps (``methods.cram``), windows of text (``data.batches``).
 """
 
 from __future__ import annotations

@@ -7,13 +7,13 @@ class UserError(Exception):
     """A mistake that its message, one sentence, lets the user correct."""
 
     def __init__(self, message: str, *, is_shared: bool = False) -> None:
-        """`is_shared`: every rank raises this error, so rank 0 will print it."""
+        """``is_shared``: every rank raises this error, so rank 0 will print it."""
         super().__init__(message)
         self.is_shared = is_shared
 
 
 def sentence(error: BaseException) -> str:
-    """The message of `error` on one line; of an OSError, what failed on which file."""
+    """The message of ``error`` on one line; of an OSError, what failed on which file."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     else:

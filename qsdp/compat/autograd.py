@@ -14,7 +14,7 @@ def is_in_backward() -> bool:
 
 
 def is_in_compiled_backward() -> bool:
-    """Whether a backward pass runs that `torch.compile` has made a graph of."""
+    """Whether a backward pass runs that ``torch.compile`` has made a graph of."""
     compiled = sys.modules.get("torch._dynamo.compiled_autograd")  # a second to import
     return compiled is not None and bool(compiled.in_compiled_autograd_region)
 

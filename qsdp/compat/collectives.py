@@ -26,8 +26,11 @@ def reduce_scatter_single(output: Tensor, input: Tensor, group: dist.ProcessGrou
 
 
 def full_tensor(tensor: DTensor) -> Tensor:
-    """The whole of ``tensor``, a collective. Over gloo a GPU's parts meet, and the whole is, on the
-    CPU: `DTensor.full_tensor` would let gloo read the GPU's addresses as the host's."""
+    """The whole of ``tensor``, a collective.
+
+    Over gloo a GPU's parts meet, and the whole is, on the CPU: ``DTensor.full_tensor`` would let
+    gloo read the GPU's addresses as the host's.
+    """
     mesh = tensor.device_mesh
     groups = mesh.get_all_groups()
     if tensor.device.type == "cpu" or all(backend_of(g, tensor.device) != "gloo" for g in groups):

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def state_of(module: Any) -> Any:
-    """FSDP2's state of ``module``, on which `fully_shard` was called."""
+    """FSDP2's state of ``module``, on which ``fully_shard`` was called."""
     return module._get_fsdp_state()
 
 
@@ -38,7 +38,10 @@ def is_root(module: nn.Module) -> bool:
 
 
 def becomes_root(module: nn.Module) -> bool:
-    """`is_root`, asked before FSDP2 hears of a forward pass of ``module``: its first decides."""
+    """The same as ``is_root``, asked before FSDP2 hears of a forward pass of ``module``.
+
+    The first pass decides.
+    """
     state = state_of(module)
     if state._is_root is None:
         state._lazy_init()
@@ -46,8 +49,10 @@ def becomes_root(module: nn.Module) -> bool:
 
 
 def stays_gathered_by_default(module: nn.Module) -> bool:
-    """Whether FSDP2 keeps the weights of ``module``, a root, after its forward pass without having
-    been asked to: for a backward pass that follows at once."""
+    """Whether FSDP2 keeps the weights of ``module``, a root, after its forward pass by default.
+
+    It does so for a backward pass that follows at once.
+    """
     return bool(state_of(module)._auto_reshard_after_forward)
 
 
@@ -57,8 +62,10 @@ def all_states(root: nn.Module) -> list[Any]:
 
 
 def with_enclosing_roots(model: nn.Module) -> list[nn.Module]:
-    """``model``, and the FSDP2 roots outside of it that it is a part of, known since their first
-    pass: their groups may hold parameters of ``model``."""
+    """``model``, and the FSDP2 roots outside of it that it is a part of.
+
+    These are known since their first pass: their groups may hold parameters of ``model``.
+    """
     found = {id(model): model}
     for part in fsdp_roots(model):
         for state in state_of(part)._state_ctx.all_states:

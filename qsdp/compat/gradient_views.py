@@ -13,9 +13,11 @@ from qsdp.compat.parameter_group import ParameterGroup
 
 
 def gradients_are_views(group: ParameterGroup, output: Tensor) -> bool:
-    """Whether FSDP2, after a reduce of ``group``, only divides ``output`` and takes views of it as
-    gradients, as far as that depends on what all ranks have in common; and there is an end of a
-    backward pass to wait for."""
+    """Whether FSDP2 only divides ``output`` after a reduce of ``group``, and hands out views of it.
+
+    So far as that depends on what all ranks have in common; and whether there is an end of a
+    backward pass to wait for.
+    """
     return (
         output.device.type == "cpu"
         and is_in_backward()
@@ -26,8 +28,11 @@ def gradients_are_views(group: ParameterGroup, output: Tensor) -> bool:
 
 
 def may_fill_later(group: ParameterGroup, places: Sequence[int]) -> bool:
-    """The same for what a rank may have alone: whether nothing is added to the gradients of the
-    parameters at ``places``, and nobody is shown them, before the backward pass ends."""
+    """The same for what a rank may have alone.
+
+    It is whether nothing is added to the gradients of the parameters at ``places``, and nobody is
+    shown them, before the backward pass ends.
+    """
     params = [group.fsdp_param_group.fsdp_params[i] for i in places]
     return (
         group.fsdp_param_group._all_reduce_hook is None
@@ -37,8 +42,10 @@ def may_fill_later(group: ParameterGroup, places: Sequence[int]) -> bool:
 
 
 def gradient_divider(group: ParameterGroup, output: Tensor) -> Callable[[Tensor], None]:
-    """What FSDP2 does to the sum of a reduce of ``group``, in place, as things are now: for a
-    sum like ``output`` that it has not seen yet."""
+    """What FSDP2 does to the sum of a reduce of ``group``, in place, as things are now.
+
+    It is for a sum like ``output`` that FSDP2 has not seen yet.
+    """
     settings = group.fsdp_param_group
     _, factor, *_ = _fsdp_collectives._get_gradient_divide_factors(
         group.shard_group,

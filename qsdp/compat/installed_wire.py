@@ -1,4 +1,4 @@
-"""What others than its handle ask of the wire that `install` has put on a model."""
+"""What others than its handle ask of the wire that ``install`` has put on a model."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ def adapt_now(model: nn.Module) -> None:
 
 
 def rewind_point(model: nn.Module) -> Callable[[], None]:
-    """A function that makes what qsdp's wire of ``model`` counts as it is now: for the second try
-    of a step. Without the wire there is nothing to do."""
+    """A function that makes what qsdp's wire of ``model`` counts as it is now.
+
+    It is for the second try of a step. Without the wire there is nothing to do.
+    """
     points = [passes.rewind_point() for passes in passes_of(model)]
 
     def rewind() -> None:

@@ -13,8 +13,10 @@ from qsdp.compat.installed_wire import passes_of
 
 
 def is_backward_interrupted(module: nn.Module) -> bool:
-    """Whether the last backward pass through ``module``, a root, has begun but not ended; to be
-    asked outside a backward pass."""
+    """Whether the last backward pass through ``module``, a root, has begun but not ended.
+
+    To be asked outside a backward pass.
+    """
     return is_root(module) and bool(state_of(module)._state_ctx.post_backward_final_callback_queued)
 
 
@@ -22,7 +24,7 @@ def abandon_pass(model: nn.Module) -> None:
     """Make FSDP2 forget a forward or backward pass that an exception cut short.
 
     Weights that stayed gathered are freed, or the next pass would not see an edit of the shards,
-    and gradients that were not reduced are dropped. The public `reset_iter_state` does most of it
+    and gradients that were not reduced are dropped. The public ``reset_iter_state`` does most of it
     since torch 2.13. Does nothing where FSDP2 is not used.
     """
     for passes in passes_of(model):
@@ -43,12 +45,12 @@ def abandon_pass(model: nn.Module) -> None:
 
 
 def abandon_interrupted_pass(model: nn.Module) -> None:
-    """`abandon_pass` where FSDP2 is in the middle of a pass; none may be under way."""
+    """Call ``abandon_pass`` where FSDP2 is in the middle of a pass; none may be under way."""
     for root in fsdp_roots(model):
         context = state_of(root)._state_ctx
         if context.post_backward_final_callback_queued or any(
             state._training_state is not type(state._training_state).IDLE
-            # One call to `fully_shard` for several modules waits for all of them.
+            # One call to ``fully_shard`` for several modules waits for all of them.
             and not (len(state._modules) > 1 and state._modules_to_run_forward)
             for state in context.all_states
         ):
@@ -56,7 +58,7 @@ def abandon_interrupted_pass(model: nn.Module) -> None:
 
 
 def _reset_iteration(state: Any) -> None:
-    """What `reset_iter_state` does, on the fields of torch 2.11."""
+    """Do what ``reset_iter_state`` does, on the fields of torch 2.11."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     state._comm_ctx.all_gather_state = None

@@ -12,8 +12,10 @@ from qsdp.compat.fsdp_state import with_enclosing_roots
 
 
 def snapshot_buffers(model: nn.Module) -> Callable[[], None]:
-    """A function that makes the buffers of ``model``, and of the FSDP2 roots around it, what they
-    are now, in place, and puts those back that were replaced meanwhile."""
+    """A function that restores the buffers of ``model``, and of the FSDP2 roots around it.
+
+    They become what they are now, in place; those that were replaced meanwhile are put back.
+    """
     modules = {id(m): m for whole in with_enclosing_roots(model) for m in whole.modules()}
     kept = [(m, name, b) for m in modules.values() for name, b in m._buffers.items()]
     buffers = {id(b): b for *_, b in kept if b is not None and not is_lazy(b) and not b.is_nested}
@@ -33,7 +35,7 @@ def snapshot_buffers(model: nn.Module) -> Callable[[], None]:
 
 
 def _without_repeats(tensor: Tensor) -> Tensor:
-    """A view of ``tensor`` without the values that share the memory of others (`expand`)."""
+    """A view of ``tensor`` without the values that share the memory of others (``expand``)."""
     view = tensor.detach()
     if view.layout == torch.strided:
         for dim, (size, stride) in enumerate(zip(view.shape, view.stride(), strict=True)):

@@ -1,4 +1,4 @@
-"""The parameters that one `fully_shard` call gathers and reduces together."""
+"""The parameters that one ``fully_shard`` call gathers and reduces together."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ShardedParameter:
     """What FSDP2's own tables say of one parameter of a group."""
 
     parameter: nn.Parameter
-    """The sharded DTensor that `module.parameters()` shows while the group is sharded."""
+    """The sharded DTensor that ``module.parameters()`` shows while the group is sharded."""
     dtype: torch.dtype
-    """Element type in the all-gather buffer, `param_dtype` applied."""
+    """Element type in the all-gather buffer, ``param_dtype`` applied."""
     shard_dim: int
     padded_numel: int
     """Values that every rank's slice takes in the flat buffer."""
@@ -34,14 +34,14 @@ class ShardedParameter:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """One `fully_shard` call: the parameters that travel together."""
+    """One ``fully_shard`` call: the parameters that travel together."""
 
     module: FSDPModule
     """The first of its modules: setters on it act on the group."""
     modules: tuple[nn.Module, ...]
     state: Any
     num_groups: int
-    """More than one with per-parameter meshes."""
+    """More than one where parameters have meshes of their own."""
 
     @property
     def fsdp_param_group(self) -> Any:
@@ -72,8 +72,11 @@ class ParameterGroup:
         return [getattr(p, "_unsharded_param", None) for p in self.fsdp_param_group.fsdp_params]
 
     def init_unsharded_parameters(self) -> None:
-        """Gather once outside inference mode, if nothing was gathered yet: FSDP2 keeps the buffers
-        of its first gather, and those of inference mode cannot be written in training."""
+        """Gather once outside inference mode, if nothing was gathered yet.
+
+        FSDP2 keeps the buffers of its first gather, and those of inference mode cannot be written
+        in training.
+        """
         if None in self.unsharded_parameters():
             with torch.inference_mode(False), torch.no_grad():
                 self.module.unshard()
@@ -142,7 +145,7 @@ class ParameterGroup:
 
     @property
     def regather_world_size(self) -> int | None:
-        """Ranks of the second gather under `reshard_after_forward=<int>`, else None."""
+        """Ranks of the second gather under ``reshard_after_forward=<int>``, else None."""
         info = self.fsdp_param_group.post_forward_mesh_info
         if info is None or info is self.fsdp_param_group.mesh_info:
             return None
@@ -205,19 +208,24 @@ class ParameterGroup:
 
     @property
     def partial_reduce_output(self) -> Tensor | None:
-        """The sums of earlier backward passes that wait for their average over replicas, where
-        FSDP2 keeps those of its own replicas: it drops them together with a pass cut short."""
+        """The sums of earlier backward passes that wait for their average over replicas.
+
+        They are here where FSDP2 keeps those of its own replicas: it drops them together with a
+        pass that is cut short.
+        """
         waiting: Tensor | None = self.fsdp_param_group._partial_reduce_output
         return waiting
 
     def set_partial_reduce_output(self, waiting: Tensor) -> None:
-        """To be called after a backward pass: each reduce without replicas of FSDP2's clears it."""
+        """Keep the sums after a backward pass: a reduce without replicas of FSDP2's clears them."""
         self.fsdp_param_group._partial_reduce_output = waiting
 
     @property
     def prefetches(self) -> tuple[list[Any], list[Any]]:
-        """The states of the groups that it gathers ahead, in a forward and in a backward pass,
-        where the user has said which."""
+        """The states of the groups that it gathers ahead, in a forward and in a backward pass.
+
+        Only where the user has said which.
+        """
         return self.state._states_to_forward_prefetch, self.state._states_to_backward_prefetch
 
     def requires_grad(self) -> list[bool]:
@@ -238,7 +246,7 @@ class ParameterGroup:
         return [comm for comm, default in pairs if type(comm) is not default]
 
     def comms(self) -> tuple[Any, Any, bool, Any, bool]:
-        """What `set_comms` takes."""
+        """What ``set_comms`` takes."""
         group = self.fsdp_param_group
         return (
             group._all_gather_comm,
@@ -256,8 +264,11 @@ class ParameterGroup:
         all_reduce_hook: Any,
         async_op: bool,
     ) -> None:
-        """Give FSDP2 its collectives. With `async_op` gathers that it asks for ahead of time run
-        beside the computation on CPUs too."""
+        """Give FSDP2 its collectives.
+
+        With ``async_op`` gathers that it asks for ahead of time run beside the computation on CPUs
+        too.
+        """
         self.module.set_custom_all_gather(all_gather)
         self.module.set_custom_reduce_scatter(reduce_scatter)
         self.module.set_force_sum_reduction_for_comms(force_sum)
@@ -266,7 +277,7 @@ class ParameterGroup:
 
 
 def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
-    """The groups of all FSDPModules in ``model``, in module order, those without parameters out."""
+    """The groups of all FSDPModules in ``model`` that have parameters, in module order."""
     groups: dict[int, ParameterGroup] = {}
     modules: dict[int, list[nn.Module]] = {}
     for module in model.modules():
@@ -287,8 +298,10 @@ def has_pending_gradients(model: nn.Module) -> bool:
 
 
 def _registered(fsdp_param: Any) -> Any:
-    """The sharded parameter that its module has now. One that was set after `fully_shard`, as
-    loading into a model made on the meta device does, enters FSDP2's tables with the first forward.
+    """The sharded parameter that its module has now.
+
+    One that was set after ``fully_shard``, as loading into a model made on the meta device does,
+    enters FSDP2's tables with the first forward.
     """
     info = fsdp_param._module_info
     return getattr(info.module, info.param_name)

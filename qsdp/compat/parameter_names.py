@@ -10,13 +10,13 @@ from torch.distributed.checkpoint import state_dict as dcp_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
-"""What the wrappers of `torch.compile` and of activation checkpointing call what they wrap."""
+"""What the wrappers of ``torch.compile`` and of activation checkpointing call what they wrap."""
 
 
 def clean_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """By each of ``names``, of what ``model`` holds, the one in the model as the user wrote it:
-    without those of the wrappers of `torch.compile`, activation checkpointing and DDP.
+    """The name in the model as the user wrote it, for each of ``names`` of what ``model`` holds.
 
+    It lacks the names of the wrappers of ``torch.compile``, activation checkpointing and DDP.
     Raises ValueError if two become one.
     """
     clean: dict[str, str] = {}
@@ -33,20 +33,22 @@ def clean_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of ``model``, tied ones once, in its order, by their `clean_names`."""
+    """The parameters of ``model``, tied ones once, in its order, by their ``clean_names``."""
     named = dict(model.named_parameters())
     return {clean: named[name] for name, clean in clean_names(model, named).items()}
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """As `named_parameters`, the buffers."""
+    """The buffers of ``model`` by their ``clean_names``, as ``named_parameters``."""
     named = dict(model.named_buffers())
     return {clean: named[name] for name, clean in clean_names(model, named).items()}
 
 
 def checkpoint_names(model: nn.Module) -> dict[str, str]:
-    """By each name that DCP, which leaves out some wrappers' names itself, has for what ``model``
-    holds: the clean one."""
+    """The clean name by each name that DCP has for what ``model`` holds.
+
+    DCP leaves out some wrappers' names itself.
+    """
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     return {
         theirs: clean
@@ -57,7 +59,7 @@ def checkpoint_names(model: nn.Module) -> dict[str, str]:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What `torch.compile` and activation checkpointing have wrapped into ``module``, or itself."""
+    """What ``torch.compile`` or activation checkpointing has wrapped into ``module``, or itself."""
     while (inner := _wrapped(module)) is not None:
         module = inner
     return module

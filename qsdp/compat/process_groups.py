@@ -13,8 +13,10 @@ _num_names: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 def unique_group_name(parent: dist.ProcessGroup) -> str:
-    """A name for groups of ranks of ``parent``, none of which had it before: the same on all its
-    ranks, which ask for names equally often."""
+    """A name for groups of ranks of ``parent``, none of which had it before.
+
+    It is the same on all its ranks, which ask for names equally often.
+    """
     _num_names[parent] = number = _num_names.get(parent, 0) + 1
     return f"qsdp {number} of {parent.group_name}"
 
@@ -22,11 +24,11 @@ def unique_group_name(parent: dist.ProcessGroup) -> str:
 def new_group(
     ranks: list[int], parent: dist.ProcessGroup, name: str, backend: str | None = None
 ) -> dist.ProcessGroup:
-    """A process group of ``ranks``, which alone call this, with the timeout of ``parent``, and its
-    backends where no other ``backend`` is given.
+    """A process group of ``ranks``, which alone call this, with the timeout of ``parent``.
 
-    `dist.new_group` lets ranks meet at a name with the number of groups that each knows. Ranks may
-    know of different groups, and once one was destroyed the next has its name.
+    It has the parent's backends too, where no other ``backend`` is given. ``dist.new_group`` lets
+    ranks meet at a name with the number of groups that each knows. Ranks may know of different
+    groups, and once one was destroyed the next has its name.
     """
     world = distributed_c10d._world
     timeout = parent._get_backend(control_device(parent)).options._timeout
@@ -54,13 +56,15 @@ def destroy_group(group: dist.ProcessGroup) -> None:
 
 
 def control_device(group: dist.ProcessGroup) -> torch.device:
-    """Where control messages of ``group`` lie: on the CPU where it serves one, since reading them
-    from a GPU waits for all of the stream's work."""
+    """Where control messages of ``group`` lie: on the CPU where it serves one.
+
+    Reading them from a GPU waits for all of the stream's work.
+    """
     kinds = [device.type for device in group._device_types]
     return torch.device("cpu" if "cpu" in kinds else kinds[0])
 
 
 def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
-    """The backend that serves tensors of ``device`` in ``group``: `gloo` or `nccl`, say."""
+    """The backend that serves tensors of ``device`` in ``group``, such as ``gloo`` or ``nccl``."""
     name: str = group._get_backend(device).name()
     return name

@@ -27,7 +27,7 @@ def reshard(model: nn.Module) -> None:
     """Free every gathered weight of ``model``; does nothing where FSDP2 is not used.
 
     A group that stays gathered after a forward pass (the root does) would hide its shards from
-    `model.parameters()`, and the next forward pass would not see an edit of them; nor would one
+    ``model.parameters()``, and the next forward pass would not see an edit of them; nor would one
     whose gather is under way, since FSDP2 takes that for the next forward pass.
     """
     for module in model.modules():
@@ -36,7 +36,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def reshard_module(module: Any) -> None:
-    """As `reshard`, the group of ``module`` alone."""
+    """Free the gathered weights of the group of ``module`` alone, as ``reshard`` does."""
     if any(group._all_gather_result is not None for group in param_groups_of(state_of(module))):
         module.unshard()
     module.reshard()

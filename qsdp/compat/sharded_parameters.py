@@ -10,8 +10,10 @@ from qsdp.compat.parameter_names import named_parameters
 
 
 def sharded_by_unsharded_id(model: nn.Module) -> dict[int, nn.Parameter]:
-    """By the `id` of a gathered parameter, which modules show as long as it is gathered, the shard
-    that optimizers hold."""
+    """The shards that optimizers hold, by the ``id`` of the gathered parameter.
+
+    Modules show that one as long as it is gathered.
+    """
     return {
         id(unsharded): sharded
         for whole in with_enclosing_roots(model)
@@ -24,6 +26,6 @@ def sharded_by_unsharded_id(model: nn.Module) -> dict[int, nn.Parameter]:
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """`named_parameters`, where those that are gathered now are their shards."""
+    """``named_parameters``, where those that are gathered now are their shards."""
     sharded = sharded_by_unsharded_id(model)
     return {name: sharded.get(id(p), p) for name, p in named_parameters(model).items()}

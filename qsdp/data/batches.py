@@ -19,7 +19,7 @@ from qsdp.data.token_shards import Tokens
 class Batches:
     """Training batches: windows of seq_len + 1 tokens at random places, drawn with replacement.
 
-    Sample i of micro-batch `micro` of a step has the global number
+    Sample i of micro-batch ``micro`` of a step has the global number
     g = ((step * grad_accum + micro) * world_size + rank) * batch_size + i,
     and (seed, g) alone places its window.
     """
@@ -34,17 +34,19 @@ class Batches:
         world_size: int = 1,
         grad_accum: int = 1,
     ) -> None:
-        """
-        Args:
-            tokens: the training split.
-            batch_size: sequences a rank a micro-batch.
-            seq_len: tokens a sequence.
-            seed: 0 to 2^64 - 1.
-            rank, world_size: which of how many processes this is.
-            grad_accum: micro-batches a step.
+        """Check the numbers, and look at the split.
 
-        Raises: ValueError for a number out of range, a split without one whole window, and a step
-            that takes more tokens than the split has.
+        Args:
+            tokens: The training split.
+            batch_size: Sequences a rank a micro-batch.
+            seq_len: Tokens a sequence.
+            seed: 0 to 2^64 - 1.
+            rank, world_size: Which of how many processes this is.
+            grad_accum: Micro-batches a step.
+
+        Raises:
+            ValueError: A number is out of range, the split has not one whole window, or a step
+                takes more tokens than the split has.
         """
         _check_sizes(tokens, batch_size, seq_len, "training")
         _check_place(rank, world_size)
@@ -89,15 +91,18 @@ def eval_batches(
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Validation batches: windows that follow each other from the split's start up to its end.
 
-    Every rank yields the same number of batches, at most `num_batches` (None: all of the split),
-    for their forwards are collective. Where the split ends inside the last ones, a rank's batch
-    is shorter, or is one sequence that counts nothing. The windows seen depend only on
-    num_batches * batch_size * world_size.
+    Every rank yields the same number of batches, at most ``num_batches`` (None: all of the split),
+    for their forwards are collective. Where the split ends inside the last ones, a rank's batch is
+    shorter, or is one sequence that counts nothing. The windows seen depend only on num_batches *
+    batch_size * world_size.
 
-    Yields: (inputs_BT, targets_BT, num_tokens): int64 on the CPU, and how many targets count, 0 or
-        all of them. The exact mean is the sum over batches and ranks of num_tokens * loss, divided
-        by the sum of num_tokens.
-    Raises: ValueError, at the call, for a number out of range or a split without one whole window.
+    Yields:
+        (inputs_BT, targets_BT, num_tokens): int64 on the CPU, and how many targets count, 0 or all
+        of them. The exact mean is the sum over batches and ranks of num_tokens * loss, divided by
+        the sum of num_tokens.
+
+    Raises:
+        ValueError: At the call, a number is out of range or the split has not one whole window.
     """
     _check_sizes(tokens, batch_size, seq_len, "validation")
     _check_place(rank, world_size)

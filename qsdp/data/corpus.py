@@ -42,7 +42,7 @@ class Corpus:
         return len(self.val) // 2
 
     def mistake(self) -> str | None:
-        """What is wrong with the ids read so far, if anything; see `TokenShards.mistake`."""
+        """What is wrong with the ids read so far, if anything; see ``TokenShards.mistake``."""
         found = (getattr(tokens, "mistake", None) for tokens in (self.train, self.val))
         return next((mistake for mistake in found if mistake is not None), None)
 
@@ -55,17 +55,18 @@ class Corpus:
 def load_corpus(
     spec: str | Path, tokenizer_spec: str | Path | None = None, stdlib_bytes: int = STDLIB_BYTES
 ) -> Corpus:
-    """The corpus that `spec` names.
+    """The corpus that ``spec`` names.
 
     Args:
         spec: "stdlib", a UTF-8 text file, or a folder of token shards. The first 90 % of a text's
             tokens are the training split, the rest validate.
-        tokenizer_spec: as `load_tokenizer` takes it; None is "char" for a text, and for a folder
+        tokenizer_spec: As ``load_tokenizer`` takes it; None is "char" for a text, and for a folder
             the tokenizer that it was made with, from which no other may be chosen.
-        stdlib_bytes: the most bytes of sources that "stdlib" reads.
+        stdlib_bytes: The most bytes of sources that "stdlib" reads.
 
-    Raises: ValueError for a file that is missing, empty or not UTF-8, a damaged folder, and a
-        tokenizer that cannot encode the text or is not the folder's.
+    Raises:
+        ValueError: A file is missing, empty or not UTF-8, a folder is damaged, or a tokenizer
+            cannot encode the text or is not the folder's.
     """
     path = Path(spec)
     if spec != "stdlib" and path.is_dir():
@@ -110,7 +111,7 @@ def _load_folder(folder: Path, tokenizer_spec: str | Path | None) -> Corpus:
 
 
 def _is_the_tokenizer(stored: Tokenizer | None, vocab_size: int, spec: str | Path) -> bool:
-    """Whether `spec` names the stored tokenizer, or one that fits where none is stored."""
+    """Whether ``spec`` names the stored tokenizer, or one that fits where none is stored."""
     # A char tokenizer is made from the text, which a folder no longer has: its kind must do.
     if spec == "char":
         return stored is not None and '"kind": "char"' in stored.to_json()

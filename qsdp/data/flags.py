@@ -13,16 +13,18 @@ class DataFlags(Flags):
     """What is trained on."""
 
     data: str = "stdlib"
-    """What to train on: `stdlib` (the sources of the Python standard library), a text file, or a
-    folder of token shards (train-*.bin, val-*.bin, meta.json)."""
+    """What to train on: stdlib (sources of Python's standard library), a text file, or a folder.
+    A folder holds token shards (train-*.bin, val-*.bin, meta.json).
+    """
 
     tokenizer: str | None = None
-    """`char`, `byte`, or a JSON file of the `tokenizers` library. Unset: byte for stdlib, char for
-    a text file, and the folder's own for token shards."""
+    """char, byte, or a JSON file of the tokenizers library.
+    Unset: byte for stdlib, char for a text file, and the folder's own for token shards.
+    """
 
     @property
     def chosen_tokenizer(self) -> str | None:
-        """The tokenizer that the data is read with, as `load_corpus` takes it."""
+        """The tokenizer that the data is read with, as ``load_corpus`` takes it."""
         return "byte" if self.tokenizer is None and self.data == "stdlib" else self.tokenizer
 
     @property

@@ -52,7 +52,7 @@ class TokenRange:
 
     @property
     def mistake(self) -> str | None:
-        """As that of `TokenShards`."""
+        """What is wrong with the ids read so far, as ``TokenShards`` has it."""
         return getattr(self._tokens, "mistake", None)
 
 
@@ -62,14 +62,16 @@ class TokenShards:
     def __init__(
         self, shards: Sequence[TokenArray], vocab_size: int | None = None, origin: str = "A shard"
     ) -> None:
-        """`vocab_size`: an id that is not below it is read as 0, and `mistake` tells of it."""
+        """Read an id that is not below ``vocab_size`` as 0: ``mistake`` tells of it."""
         self._shards = tuple(shards)
         self._starts = np.cumsum([0, *(len(shard) for shard in shards)])
         self._vocab_size = vocab_size
         self._origin = origin
         self.mistake: str | None = None
-        """The first id outside the vocabulary that was read. No exception: the reader may be one
-        rank of many, and all of them must stop at the same place."""
+        """What says which was the first id outside the vocabulary that was read.
+        No exception: the reader may be one rank of many, and all of them must stop at the same
+        place.
+        """
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -132,9 +134,9 @@ def read_shards(folder: Path) -> tuple[Tokens, Tokens, Tokenizer | None, int]:
 
 
 class ShardWriter:
-    """Writes one folder of token shards: `append` ids to a split, then `finish` once.
+    """Writes one folder of token shards: ``append`` ids to a split, then ``finish`` once.
 
-    A folder without meta.json, which `finish` writes last, is not complete and is not read.
+    A folder without meta.json, which ``finish`` writes last, is not complete and is not read.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
@@ -147,7 +149,7 @@ class ShardWriter:
         self._counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
 
     def append(self, split: str, ids: TokenArray) -> None:
-        """Append `ids` to `split`, opening a new file every `shard_tokens` ids."""
+        """Append ``ids`` to ``split``, opening a new file every ``shard_tokens`` ids."""
         counts = self._counts[split]
         while len(ids):
             name = next(reversed(counts), "")

@@ -24,23 +24,26 @@ def prepare_shards(
     document_end: str = "",
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> dict[str, int]:
-    """Encode text files, in the order given, into the new folder `out`.
+    """Encode text files, in the order given, into the new folder ``out``.
 
     The text is encoded in pieces of about a megabyte, cut after a line end where there is one, so a
-    token never spans a cut's two lines. A folder that is there is whole: see `new_folder`.
+    token never spans a cut's two lines. A folder that is there is whole: see ``new_folder``.
 
     Args:
         texts: UTF-8 files.
-        out: the folder to make; it must not exist, or be empty.
-        tokenizer_spec: as `load_tokenizer` takes it; "char" reads the files once more.
-        val_fraction: how much of the bytes, at the end, validate.
-        shard_tokens: the most ids in one file.
-        document_end: text appended to each file, a tokenizer's "<|endoftext|>" for one.
-        progress: called with the number of bytes that were just encoded.
+        out: The folder to make; it must not exist, or be empty.
+        tokenizer_spec: As ``load_tokenizer`` takes it; "char" reads the files once more.
+        val_fraction: How much of the bytes, at the end, validate.
+        shard_tokens: The most ids in one file.
+        document_end: Text appended to each file, for example a tokenizer's "<|endoftext|>".
+        progress: Called with the number of bytes that were just encoded.
 
-    Returns: the number of tokens, of "train" and of "val".
-    Raises: ValueError for a file that is missing, empty or not UTF-8, an `out` that is in use, and
-        a number out of range.
+    Returns:
+        The number of tokens, of "train" and of "val".
+
+    Raises:
+        ValueError: A file is missing, empty or not UTF-8, ``out`` is in use, or a number is out of
+            range.
     """
     if not texts:
         raise ValueError("No text file was given: give at least one.")
@@ -89,7 +92,7 @@ def _size(path: Path) -> int:
 
 
 def _pieces(path: Path, cut: int) -> Iterator[tuple[str, int, str]]:
-    """(text, its bytes, its split) of consecutive pieces: "train" up to byte `cut`, then "val"."""
+    """(text, its bytes, its split) of pieces in order: "train" up to byte ``cut``, then "val"."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cut = _character_start(data, cut)
         for split, start, end in (("train", 0, cut), ("val", cut, len(data))):
@@ -109,7 +112,7 @@ def _pieces(path: Path, cut: int) -> Iterator[tuple[str, int, str]]:
 
 
 def _character_start(data: mmap.mmap, position: int) -> int:
-    """The last start of a UTF-8 character at or before `position`, or the end of the data."""
+    """The last start of a UTF-8 character at or before ``position``, or the end of the data."""
     for candidate in range(position, max(0, position - 4), -1):
         if candidate == len(data) or data[candidate] & 0xC0 != 0x80:
             return candidate

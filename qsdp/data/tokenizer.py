@@ -1,4 +1,4 @@
-"""Text to token ids and back: characters, bytes, or any file of the `tokenizers` library."""
+"""Text to token ids and back: characters, bytes, or any file of the ``tokenizers`` library."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ TokenArray = npt.NDArray[np.unsignedinteger[Any]]
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer does. `to_json` and `tokenizer_from_json` are each other's inverse."""
+    """What every tokenizer does: ``to_json`` and ``tokenizer_from_json`` are inverses."""
 
     vocab_size: int
 
     def encode(self, text: str) -> TokenArray:
-        """Ids of `text`, in `token_dtype(vocab_size)`. Raises ValueError for what has no id."""
+        """Ids of ``text``, in ``token_dtype(vocab_size)``. Raises ValueError for what has no id."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`. Raises ValueError for an id outside 0..vocab_size - 1."""
+        """Text of ``ids``. Raises ValueError for an id outside 0..vocab_size - 1."""
 
     def to_json(self) -> str:
-        """One JSON object that `tokenizer_from_json` and `load_tokenizer` read."""
+        """One JSON object that ``tokenizer_from_json`` and ``load_tokenizer`` read."""
 
 
 def hash_of(definition: str) -> str:
-    """SHA-256 of what `Tokenizer.to_json` gave; of "" where there is no tokenizer."""
+    """SHA-256 of what ``Tokenizer.to_json`` gave; of "" where there is no tokenizer."""
     return hashlib.sha256(definition.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -40,7 +40,7 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
 
 
 class CharTokenizer:
-    """One id a character of `vocabulary`, in the order of the code points."""
+    """One id a character of ``vocabulary``, in the order of the code points."""
 
     def __init__(self, vocabulary: Iterable[str]) -> None:
         self.vocabulary = "".join(sorted(set(vocabulary)))
@@ -87,7 +87,7 @@ class ByteTokenizer:
         return np.frombuffer(data, dtype=np.uint8).astype(token_dtype(self.vocab_size))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """As `Tokenizer.decode`; bytes that are not UTF-8 become U+FFFD, for models sample any."""
+        """The text, where bytes that are not UTF-8 become U+FFFD: models sample any."""
         return bytes(_checked(ids, self.vocab_size)).decode("utf-8", errors="replace")
 
     def to_json(self) -> str:
@@ -95,7 +95,7 @@ class ByteTokenizer:
 
 
 class LibraryTokenizer:
-    """A tokenizer of Hugging Face's `tokenizers` library, from the JSON text of its file.
+    """A tokenizer of Hugging Face's ``tokenizers`` library, from the JSON text of its file.
 
     Adds no special tokens of its own, but recognises those that stand in the text.
     """
@@ -147,11 +147,11 @@ class LibraryTokenizer:
 
 
 def load_tokenizer(spec: str | Path, text: str | None = None) -> Tokenizer:
-    """The tokenizer that `spec` names.
+    """The tokenizer that ``spec`` names.
 
-    `spec` is "char" (one id for each character of `text`), "byte", or the path of a JSON file: one
-    of the `tokenizers` library, or what `to_json` wrote.
-    Raises ValueError for a missing or unreadable file, and for "char" without text.
+    ``spec`` is "char" (one id for each character of ``text``), "byte", or the path of a JSON file:
+    one of the ``tokenizers`` library, or what ``to_json`` wrote. Raises ValueError for a missing or
+    unreadable file, and for "char" without text.
     """
     if spec == "char":
         return CharTokenizer(text or "")
@@ -177,9 +177,9 @@ def load_tokenizer(spec: str | Path, text: str | None = None) -> Tokenizer:
 
 
 def tokenizer_from_json(text: str, origin: str = "The tokenizer") -> Tokenizer:
-    """The tokenizer whose `to_json` gave `text`; `origin` names it in errors.
+    """The tokenizer whose ``to_json`` gave ``text``; ``origin`` names it in errors.
 
-    Raises ValueError for a text that no `to_json` wrote.
+    Raises ValueError for a text that no ``to_json`` wrote.
     """
     try:
         match json.loads(text):

@@ -42,25 +42,28 @@ def export_compressed(
     file_bytes: int = 2 << 30,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Compress the model of `checkpoint` in one shot into the new folder `out`; see `folder`.
+    """Compress the model of ``checkpoint`` in one shot into the new folder ``out``; see ``folder``.
 
-    What is written equals `oneshot.compress_` on the whole model, bit for bit. In memory there is
+    What is written equals ``oneshot.compress_`` on the whole model, bit for bit. In memory there is
     one tensor at a time, with its masks and a few copies of it: not the model. A folder that is
-    there is whole: see `new_folder`.
+    there is whole: see ``new_folder``.
 
     Args:
-        checkpoint: a folder step-..., written by any number of ranks.
-        size: of the model in it.
-        target: what to compress to.
-        out: the folder to make; it must not exist, or be empty.
-        patterns: the prunable set, as in `prunable_parameters`.
-        method: a name in `oneshot.registry`, of a solver that needs no calibration tokens.
-        file_bytes: the most bytes of tensors in one file.
-        progress: called with the bytes read so far, and those to read in all.
+        checkpoint: A folder step-..., written by any number of ranks.
+        size: The size of the model in it.
+        target: What to compress to.
+        out: The folder to make; it must not exist, or be empty.
+        patterns: The prunable set, as in ``prunable_parameters``.
+        method: A name in ``oneshot.registry``, of a solver that needs no calibration tokens.
+        file_bytes: The most bytes of tensors in one file.
+        progress: Called with the bytes read so far, and those to read in all.
 
-    Returns: what compression.json holds.
-    Raises: ValueError for a damaged checkpoint, one of another model, a target that a parameter
-        cannot have, a method that cannot be, and an `out` that is in use.
+    Returns:
+        What compression.json holds.
+
+    Raises:
+        ValueError: A checkpoint is damaged or of another model, a parameter cannot have the target,
+            a method cannot be, or ``out`` is in use.
     """
     if file_bytes < 1:
         raise ValueError(f"file_bytes is {file_bytes}; choose 1 or more")
@@ -113,7 +116,7 @@ def _write(
     file_bytes: int,
     counted: _Counted,
 ) -> dict[str, tuple[int, int]]:
-    """Write weights and masks; by name how many zeros a parameter has, and how many values."""
+    """Write weights and masks. Returns (zeros, values) of each parameter, by name."""
 
     def read(name: str) -> Tensor:
         tensor = reader.read(name)
@@ -165,7 +168,7 @@ def _summed(zeros: dict[str, tuple[int, int]], prunable: set[str]) -> dict[str, 
 
 
 def _read_bytes(model: LanguageModel, prunable: Prunable, num_reads: int) -> int:
-    """How much will be read, cut ties aside."""
+    """How many bytes will be read; a tied tensor counts once."""
     once = sum(parameter.nbytes for parameter in model.parameters())
     again = sum(parameter.nbytes for parameter in prunable.parameters)
     return once + (num_reads - 1) * again

@@ -49,7 +49,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def load_export(folder: Path, model: nn.Module) -> None:
-    """Fill `model`, plain or sharded by FSDP2, in place; each rank reads its slices alone.
+    """Fill ``model``, plain or sharded by FSDP2, in place; each rank reads its slices alone.
 
     Raises ValueError for a tensor that is missing or of another shape.
     """
@@ -57,7 +57,7 @@ def load_export(folder: Path, model: nn.Module) -> None:
 
 
 def read_mask(folder: Path, name: str) -> Tensor:
-    """Which weights of the prunable parameter `name` were kept: bool of its shape, on the CPU.
+    """Which weights of the prunable parameter ``name`` were kept: bool of its shape, on the CPU.
 
     Raises ValueError if the folder has no mask of that name, or one of another size.
     """

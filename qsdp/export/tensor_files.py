@@ -38,13 +38,14 @@ class TensorFiles:
     def __init__(
         self, folder: Path, stem: str, kinds: Mapping[str, Kind], file_bytes: int, form: str = "pt"
     ) -> None:
-        """
+        """Lay out the files.
+
         Args:
-            folder: where the files go.
-            stem: how their names begin.
-            kinds: by name what `write` will be given, in this order.
-            file_bytes: the most bytes of tensors in one file, which holds at least one tensor.
-            form: the `format` that each file's header states.
+            folder: Where the files go.
+            stem: How their names begin.
+            kinds: What ``write`` will be given, by name, in this order.
+            file_bytes: The most bytes of tensors in one file, which holds at least one tensor.
+            form: The ``format`` that each file's header states.
         """
         self._folder, self._kinds, self._form = folder, dict(kinds), form
         groups = _split(kinds, file_bytes)

@@ -1,1 +1,1 @@
-"""The quantized wire on FSDP2: what it calls, and what `install` makes."""
+"""The quantized wire on FSDP2: what it calls, and what ``install`` makes."""

@@ -13,13 +13,12 @@ from qsdp.compat.autograd import after_backward, backward_number
 class BackwardPass:
     """The backward pass through a model, one after the other. It holds no model.
 
-    Args:
-        late: The reduces that are under way, which are finished, or refused, where it ends. If
-            that raises, the pass counts as cut short.
-        at_end: Called when it has ended.
+    ``is_under_way`` says whether one has begun and not ended, or was cut short.
 
-    Attributes:
-        is_under_way: Whether one has begun and not ended, or was cut short.
+    Args:
+        late: The reduces that are under way, which are finished, or refused, where it ends. If that
+            raises, the pass counts as cut short.
+        at_end: Called when it has ended.
     """
 
     def __init__(self, late: Late, at_end: Callable[[], None]) -> None:
@@ -31,8 +30,10 @@ class BackwardPass:
 
     @property
     def was_cut_short(self) -> bool:
-        """Whether the pass that began last is gone without having ended. Asked inside a backward
-        pass: outside, any that is under way was."""
+        """Whether the pass that began last is gone without having ended.
+
+        To be asked inside a backward pass: outside, any that is under way was.
+        """
         return self.is_under_way and self._running() is None
 
     def begin(self) -> None:
@@ -46,13 +47,15 @@ class BackwardPass:
         after_backward(end)
 
     def end(self) -> None:
-        """Take it for ended."""
+        """Take the backward pass for ended."""
         self.is_under_way = False
         self._at_end()
 
     def end_late(self) -> None:
-        """See to it that what is left under way is finished, or refused, when the backward pass
-        ends: on all ranks in one place, also those that have left nothing."""
+        """Let what is left under way be finished, or refused, when the backward pass ends.
+
+        That is in one place on all ranks, also on those that have left nothing.
+        """
         is_whole = backward_number() == self._number  # not one inside, which recomputes
         self._ends_late |= is_whole
         after_backward(partial(self._end_what_is_late, is_whole))

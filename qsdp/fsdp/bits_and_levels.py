@@ -23,13 +23,12 @@ from qsdp.config import CODED_BITS, QSDPConfig, both_ways
 class Adaptation:
     """Sets bits and levels of all plans between two steps, alike on all ranks.
 
-    Args:
-        plans, groups: of the handle's groups.
-        wire: with the config and the step.
-        everyone: process groups that together reach all ranks, one after the other.
+    ``mark`` is a short text that is the same for the same bits and levels.
 
-    Attributes:
-        mark: a short text that is the same for the same bits and levels.
+    Args:
+        plans, groups: Those of the handle.
+        wire: With the config and the step.
+        everyone: Process groups that together reach all ranks, one after the other.
     """
 
     def __init__(
@@ -48,8 +47,7 @@ class Adaptation:
         self._mark()
 
     def settle(self) -> None:
-        """Do what is due before the step that a gather now would belong to; a collective when
-        something is due."""
+        """Do what is due before the step of a gather that came now; if so, it is a collective."""
         step = self._wire.clock.next_step
         if step > self._settled:
             with torch.inference_mode(False):  # what is made now is written in training
@@ -71,7 +69,7 @@ class Adaptation:
 
     @property
     def due(self) -> str:
-        """What `settle` would do now with all ranks."""
+        """What ``settle`` would do now with all ranks."""
         step, levels = self._wire.clock.next_step, self._wire.levels
         if step <= self._settled:
             return ""
@@ -93,8 +91,10 @@ class Adaptation:
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """Inside, bits and levels are those of a gather for training that came now; afterwards
-        what was due is due again. A collective when something is due."""
+        """Inside, bits and levels are those of a gather for training now; then all is due again.
+
+        A collective when something is due.
+        """
         if not self.due or self._wire.is_exact:  # such gathers wait for nothing
             yield
             return
@@ -107,7 +107,7 @@ class Adaptation:
             rewind()
 
     def rewind_point(self) -> Callable[[], None]:
-        """A function that makes all as it is now, between two steps."""
+        """A function that restores everything as it is now, between two steps."""
         settled, bits, levels = self._settled, self._bits, self._wire.levels
         rewind_levels = None if levels is None else levels.rewind_point()
         meter = None if self._meter is None else self._meter.copy()
@@ -141,7 +141,7 @@ class Adaptation:
         return {"request": self._request, "parameters": parameters, "bits": bits, "levels": levels}
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raise ValueError unless what `load_state_dict` would take over is of these parameters."""
+        """Raise ValueError unless what ``load_state_dict`` would take is of these parameters."""
         bits, levels = self._to_take_over(state)
         if not bits and not levels:
             return
@@ -187,8 +187,7 @@ class Adaptation:
                 )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over levels, and the bits if they were allotted to the same request; what was due
-        before the next step was done when the state was taken."""
+        """Take over levels, and bits that were allotted to the same request: nothing is due now."""
         self._take_meters()
         self._settled = self._wire.clock.next_step
         bits, levels = self._to_take_over(state)
@@ -204,12 +203,11 @@ class Adaptation:
         return bits or {}, [] if self._wire.levels is None else state["levels"]
 
     def _shapes(self) -> dict[str, Any]:
-        """Of all parameters, by name, in JSON's types."""
+        """The shapes of all parameters, by name, in JSON's types."""
         return {p.name: list(p.shape) for plan in self._plans for p in plan.parameters}
 
     def _allottable(self) -> dict[str, list[tuple[int, ...]]]:
-        """By the names of the parameters that share the budget, what bits their weights and their
-        gradients may be given: one of the two may keep its own."""
+        """The bits that weights and gradients of parameters which share the budget may get."""
         found: dict[str, list[tuple[int, ...]]] = {}
         for plan in self._plans:
             for is_grad in (False, True):
@@ -220,7 +218,7 @@ class Adaptation:
         return found
 
     def _mark(self) -> None:
-        """Write down in `mark`, for comparison, what bits and levels are now."""
+        """Write down in ``mark``, for comparison, what bits and levels are now."""
         levels = self._wire.level_values
         values = b"" if levels is None else levels.numpy().tobytes()
         described = repr(sorted(self._bits.items())).encode() + values
@@ -246,7 +244,7 @@ class Adaptation:
             self._wire.meters.append(self._meter)
 
     def _new_counts(self) -> Counts:
-        """For all levels that this step's and later payloads may use."""
+        """Counts for all levels that this step's and later payloads may use."""
         config = self._wire.config
         places = []
         for p in (p for plan in self._plans for p in plan.parameters):
@@ -259,8 +257,7 @@ class Adaptation:
         return Counts(places)
 
     def _look(self, meter: Meter | Counts, least_bits: int = 0) -> None:
-        """Let ``meter`` look at the values that this rank's gathers send, at no fewer than
-        ``least_bits``; with one rank nothing is sent."""
+        """Let ``meter`` look at what this rank's gathers send, at no fewer than ``least_bits``."""
         once = self._wire.config.gather == "once"
         for plan, group in zip(self._plans, self._groups, strict=True):
             trains, shards, masked = group.requires_grad(), group.local_shards(), plan.num_kept
@@ -312,7 +309,7 @@ def _are_among(both: Sequence[Any], allowed: Sequence[tuple[int, ...]]) -> bool:
 
 
 def _request(config: QSDPConfig) -> dict[str, Any]:
-    """All of the config that allotted bits depend on, but for roundings, in JSON's types."""
+    """All of the config that allotted bits depend on, except roundings, in JSON's types."""
     names = ("budget", "weight_bits", "grad_bits", "embedding_bits", "bucket_size")
     policy = [[pattern, *both_ways(bits)] for pattern, bits in config.policy]
     return {name: getattr(config, name) for name in names} | {"policy": policy}

@@ -1,4 +1,4 @@
-"""What `install` makes of a sharded model, once all ranks have agreed: the parts of a handle."""
+"""What ``install`` makes of a sharded model, once all ranks have agreed: the parts of a handle."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Parts:
 
     plans: Sequence[Plan]
     unsharded: Mapping[int, Row]
-    """By their places in the model, what the report says of parameters without a plan."""
+    """What the report says of parameters without a plan, by their places in the model."""
     everyone: Sequence[dist.ProcessGroup]
     """Process groups that together reach all ranks, one after the other."""
     splits: Sequence[Split]
-    """Of all process groups of several ranks."""
+    """Those of all process groups of several ranks."""
     stages: Sequence[StageGroup]
-    """Of all of these."""
+    """The groups of all splits."""
     wire: Wire
     adaptation: Adaptation
     passes: Passes
@@ -68,7 +68,7 @@ def build(
     replicate_mesh: DeviceMesh | None,
     node_mesh: DeviceMesh | None,
 ) -> Parts:
-    """Put the wire on ``model``, whose ``groups`` these are. A collective; see `install`."""
+    """Put the wire on ``model``, whose ``groups`` these are. A collective; see ``install``."""
     for group in groups:
         reshard_module(group.module)
     names = {p: name for name, p in named_parameters(model).items()}
@@ -147,7 +147,7 @@ def _make_plans(
     names: dict[nn.Parameter, str],
     order: dict[str, int],
 ) -> list[Plan]:
-    """One a group. Raises ValueError where the config does not go with the model."""
+    """One plan a group. Raises ValueError where the config does not go with the model."""
     tied, tables = tied_names(model), embedding_names(model)
     clean = clean_names(model, {*tied, *tied.values(), *tables})
     aliases = {clean[alias]: clean[name] for alias, name in tied.items()}

@@ -1,4 +1,4 @@
-"""What a user told FSDP2 after `qsdp.install` that would take a group off the wire."""
+"""What a user told FSDP2 after ``qsdp.install`` that would take a group off the wire."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ def mistake(
     averages: bool,
     in_backward: bool,
 ) -> str:
-    """What takes ``group`` off the wire, or its gradients to other sums, in one sentence; nothing:
-    an empty text.
+    """What takes ``group`` off the wire, or its gradients to other sums, in one sentence.
+
+    An empty text if nothing does.
 
     Args:
-        plan: Of the group.
-        group: As FSDP2 has it now.
-        installed: Its `comms` as install has set them.
+        plan: How the group travels.
+        group: The group as FSDP2 has it now.
+        installed: Its ``comms`` as install has set them.
         averages: Whether qsdp averages over replicas.
-        in_backward: Whether it is about to be reduced.
+        in_backward: Whether the group is about to be reduced.
     """
     kept = zip(_SETTERS, group.comms(), installed, strict=False)
     changed = [setter for setter, now, then in kept if now is not then]

@@ -1,4 +1,4 @@
-"""Sums of gradients whose average over replicas `set_requires_all_reduce(False)` defers."""
+"""Sums of gradients whose average over replicas ``set_requires_all_reduce(False)`` defers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ class Waiting(NamedTuple):
     """Sums of gradients over the shard group that wait for their average over replicas."""
 
     places: Places
-    """Of the parameters."""
+    """The places of the parameters."""
     total: Tensor
     number: int
-    """Of the backward pass that they are from."""
+    """The number of the backward pass that they are from."""
 
 
 class DeferredAverage:
-    """What waits of one group's gradients, in the field where FSDP2 keeps what waits of its own
-    replicas: whatever makes it forget a pass drops that too.
+    """What waits of one group's gradients.
+
+    It stands in the field where FSDP2 keeps what waits of its own replicas: whatever makes it
+    forget a pass drops that too.
 
     Args:
-        plan: Of the group.
+        plan: How the group travels.
         group: FSDP2's layout of it.
     """
 
@@ -40,7 +42,8 @@ class DeferredAverage:
     def add_to(self, reduced: Tensor, places: Places, tell_replicas: Callable[[], None]) -> None:
         """Add the sums that wait, if there are any, to the ``reduced`` gradients at ``places``.
 
-        Raises RuntimeError where these are others, after ``tell_replicas`` if those wait.
+        Raises RuntimeError where they are of other places, after ``tell_replicas`` if replicas
+        wait.
         """
         waiting, self._waiting = self._waiting, None
         field = self._group.partial_reduce_output

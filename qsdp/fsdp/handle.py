@@ -1,4 +1,4 @@
-"""The quantized wire of one model: what `install` returns."""
+"""The quantized wire of one model: what ``install`` returns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qsdp.fsdp.support_masks import masks_by_place
 
 
 class Handle:
-    """The quantized wire of one model. Made by `install`."""
+    """The quantized wire of one model. Made by ``install``."""
 
     def __init__(self, config: QSDPConfig, groups: Sequence[ParameterGroup], parts: Parts) -> None:
         self.config = config
@@ -77,19 +77,19 @@ class Handle:
         """Send only the weights that ``masks`` keep, and their gradients, until the next call.
 
         A collective where masks are given, one bit a weight: all ranks give them for the same
-        parameters. Pruned weights arrive as +0.0 and so do their gradients.
-        The optimizers of `qsdp.methods` call it where they are told to: `share_support`.
+        parameters. Pruned weights arrive as +0.0 and so do their gradients. The optimizers of
+        ``qsdp.methods`` call it where they are told to: ``share_support``.
 
         Args:
-            masks: by parameter (this rank's DTensor) a bool mask of its local shape, True where a
+            masks: By parameter (this rank's DTensor) a bool mask of its local shape, True where a
                 weight is kept; all others must be +0.0, which every gather checks. Parameters
                 without a mask travel whole. None: all do.
             with_grads: False sends all gradients.
 
         Raises:
-            ValueError: if a mask is no bool tensor of its parameter's local shape, or is given for
-                what FSDP2 does not shard; or `with_grads` is False without masks.
-            RuntimeError: if ranks give masks for other parameters; or the handle was removed.
+            ValueError: A mask is no bool tensor of its parameter's local shape, or is given for
+                what FSDP2 does not shard; or ``with_grads`` is False without masks.
+            RuntimeError: Ranks give masks for other parameters; or the handle was removed.
         """
         self._check_installed()
         call = "handle.set_support"
@@ -118,13 +118,13 @@ class Handle:
 
     @property
     def kept_bytes(self) -> int:
-        """What kept payloads (`gather="once"`) take at most on this rank, in bytes."""
+        """Bytes that kept payloads (``gather="once"``) take at most on this rank."""
         self._check_installed()
         return sum(gather.cache.num_bytes for gather in self._comms.gathers)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Inside, the errors of all gradients that this rank sends are measured, for `errors`.
+        """Inside, the errors of all gradients that this rank sends are measured, for ``errors``.
 
         It takes about as long again as the codec does. One inside another measures for both.
         """
@@ -138,14 +138,15 @@ class Handle:
             self._grad_meter = meter
 
     def errors(self) -> dict[str, dict[str, float | None]]:
-        """Relative errors of quantization by parameter name: {"weight": e, "grad": e}, each
-        |decoded - value| / |value| in the 2-norm over all ranks. A collective.
+        """Relative errors of quantization by parameter name: {"weight": e, "grad": e}.
+
+        Each is |decoded - value| / |value| in the 2-norm over all ranks. A collective.
 
         Weights are those of now, the values that a gather for training now would send (under
-        `set_support` the kept ones), at the bits and levels that it would: what is due before it
+        ``set_support`` the kept ones), at the bits and levels that it would: what is due before it
         is done for the measure alone, and training goes on as if it had not been. Gradients are
-        those sent so far inside the `measuring` that was entered or left last. None where nothing
-        was sent, or not in codes: inside `exact`, with one rank, at 16 and 32 bits.
+        those sent so far inside the ``measuring`` that was entered or left last. None where nothing
+        was sent, or not in codes: inside ``exact``, with one rank, at 16 and 32 bits.
         """
         self._check_installed()
         self._passes.settle_what_was_cut_short()
@@ -173,7 +174,7 @@ class Handle:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to send the same bytes, in JSON's types.
 
-        With a `budget` or learned levels it is a collective: what is due before the next step is
+        With a ``budget`` or learned levels it is a collective: what is due before the next step is
         done now. Of a backward pass that was cut short it waits for what is under way.
         """
         self._check_installed()
@@ -183,14 +184,14 @@ class Handle:
         return self._wire.clock.state_dict() | self._adaptation.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, on any number of ranks, each with the same state.
+        """Go on where ``state_dict`` was taken, on any number of ranks, each with the same state.
 
         Allotted bits are taken over if budget, bits, bucket size and policy are those of then;
         otherwise the config's own hold, and a budget is allotted by the errors of the next step.
         Levels are taken over if they are learned here.
 
-        Raises ValueError, and loads nothing, if the state is not such as `state_dict` gives, or if
-        there are bits or levels to take over and the state is of a model whose parameters have
+        Raises ValueError, and loads nothing, if the state is not such as ``state_dict`` gives, or
+        if there are bits or levels to take over and the state is of a model whose parameters have
         other names or shapes: a head was replaced, say. With empty "bits" and "levels" such a state
         is loaded, and both are found anew.
         """
@@ -203,11 +204,12 @@ class Handle:
         self._adaptation.load_state_dict(state)
 
     def abandon_step(self) -> None:
-        """Give up a step between two of its passes: gradients that were accumulated, and not
-        reduced, are dropped, as `reset_iter_state` of torch 2.13 says it does; so are sums that
-        wait for their average over replicas.
+        """Give up a step between two of its passes.
 
-        An exception inside a pass is noticed without this, at the next pass. A collective, but
+        Gradients that were accumulated, and not reduced, are dropped, as ``reset_iter_state`` of
+        torch 2.13 says it does; so are sums that wait for their average over replicas.
+
+        An exception inside a pass is noticed without this, at the next pass. A collective, except
         where an exception is being handled: the other ranks may not get here.
         """
         self._check_installed()
@@ -218,8 +220,10 @@ class Handle:
         self._reshard()
 
     def remove(self) -> None:
-        """Give FSDP2 back the collectives it had before `install`. A collective, but where an
-        exception is on its way: the other ranks may not get here."""
+        """Give FSDP2 back the collectives it had before ``install``.
+
+        A collective, except where an exception is on its way: the other ranks may not get here.
+        """
         self._check_installed()
         if sys.exc_info()[1] is None:
             put_off = [
@@ -242,8 +246,10 @@ class Handle:
             stage.close()
 
     def _meet(self, call: str, facts: Mapping[str, object]) -> None:
-        """Make sure that all ranks are at ``call``, or that the replicas of those that are not hear
-        of it in their passes."""
+        """Make sure that all ranks are at ``call``.
+
+        The replicas of those that are not hear of it in their passes.
+        """
         own, others = self._meets[: self._num_shard_groups], self._meets[self._num_shard_groups :]
         with self._passes.meetings.mistakes_reach_replicas():
             meet(call, facts, own)
@@ -262,5 +268,5 @@ class Handle:
 
 
 def _relative(error: float, square: float) -> float | None:
-    """None where nothing was measured."""
+    """The relative error; None where nothing was measured."""
     return (error / square) ** 0.5 if square else None

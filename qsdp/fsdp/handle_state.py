@@ -20,12 +20,16 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "levels": (lambda value: type(value) is list, "a list of rows"),
     "parameters": (lambda value: type(value) is dict, "a dict of shapes by name"),
 }
-"""What each may be, and that in words. Earlier versions wrote no parameters, and a list of bits."""
+"""What each key may hold, and that in words.
+Earlier versions wrote no parameters, and a list of bits.
+"""
 
 
 def check_form(state: object) -> None:
-    """Raise ValueError unless ``state`` has the keys that `Handle.state_dict` gives, of its types.
-    What is in its bits and levels, `Adaptation.check_state` looks at."""
+    """Raise ValueError unless ``state`` has the keys of ``Handle.state_dict``, of its types.
+
+    What is in its bits and levels, ``Adaptation.check_state`` looks at.
+    """
     if not isinstance(state, dict):
         raise ValueError(
             f"the state is a {type(state).__name__}; give the dict that handle.state_dict() returns"

@@ -48,11 +48,11 @@ class AllGather(_Comm):
     counters of versions.
 
     Args:
-        plan: how the group travels.
-        wire, passes: what it shares with the others.
+        plan: How the group travels.
+        wire, passes: What the group shares with the others.
         group: FSDP2's layout of it.
-        recorder: of its gradients.
-        unwatched: what all groups share: the recorders that miss tensors of gathered groups.
+        recorder: Records the group's gradients.
+        unwatched: What all groups share: the recorders that miss tensors of gathered groups.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class ReduceScatter(_Comm):
     def all_reduce(self, reduce_output: Tensor) -> None:
         """FSDP2's all-reduce hook: average what was just reduced over the replicas, in place.
 
-        While `set_requires_all_reduce` puts that off, it becomes zero and its sum waits, as with
+        While ``set_requires_all_reduce`` puts that off, it becomes zero and its sum waits, as with
         FSDP2's own replicas.
         """
         assert self._reduced is not None

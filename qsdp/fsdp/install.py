@@ -1,4 +1,4 @@
-"""`install(model, config) -> handle`: the quantized wire on a model that the user sharded."""
+"""``install(model, config) -> handle``: the quantized wire on a model that the user sharded."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ def install(
     A collective: all ranks of the model's mesh call it, and make sure that they agree.
 
     Args:
-        model: a module on which `fully_shard` was called, itself or on submodules. Its parameters
+        model: A module on which ``fully_shard`` was called, itself or on submodules. Its parameters
             stay plain DTensors; optimizers, checkpoints and clipping work as before.
-        config: bits, buckets, rounding; None takes the defaults (8 bits both ways).
+        config: Bits, buckets, rounding; None takes the defaults (8 bits both ways).
         replicate_mesh: HSDP with a quantized all-reduce: a 1-D mesh over the ranks that hold the
             same shards, of a model that was sharded over a 1-D mesh of its own.
-        node_mesh: a 2-D mesh [nodes, ranks of a node] over the shard group's ranks, in place of
-            `ranks_per_node`, also for the counters of bytes; where it holds all ranks, not beside
+        node_mesh: A 2-D mesh [nodes, ranks of a node] over the shard group's ranks, in place of
+            ``ranks_per_node``, also for the counters of bytes; where it holds all ranks, not beside
             it.
 
     Returns:
-        A `Handle`: report, traffic counters, state for checkpoints, removal.
+        A ``Handle``: report, traffic counters, state for checkpoints, removal.
 
     Raises:
-        ValueError: the model is not sharded by FSDP2, has the wire already, or uses what qsdp does
+        ValueError: The model is not sharded by FSDP2, has the wire already, or uses what qsdp does
             not support: CPUOffloadPolicy, per-parameter meshes, tensor parallelism, a mesh without
             a shard axis, float64 in parameters or reduces, parameters with an all-gather of their
-            own; a policy pattern, or `embedding_bits`, sets the bits of no parameter; the budget is
-            less than 2 bits and their metadata take, or has nothing to allot; the shard group does
-            not split into nodes as the config's reduce needs; or replicate_mesh is not such a mesh.
-        RuntimeError: the ranks do not have the same model, config and meshes.
+            own; a policy pattern, or ``embedding_bits``, sets the bits of no parameter; the budget
+            is less than 2 bits and their metadata take, or has nothing to allot; the shard group
+            does not split into nodes as the config's reduce needs; or replicate_mesh is not such a
+            mesh.
+        RuntimeError: The ranks do not have the same model, config and meshes.
     """
     groups = parameter_groups(model)
     if not groups:

@@ -19,7 +19,7 @@ from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.config import QSDPConfig
 
 Description = dict[str, Any]
-"""What must be equal on all ranks, in plain types; of a rank that cannot install its mistake."""
+"""What must be equal on all ranks, in plain types; for a rank that cannot install, its mistake."""
 
 CALL = "qsdp.install"
 
@@ -68,13 +68,13 @@ def describe(
 
 
 def describe_meshes(**meshes: DeviceMesh | None) -> Description:
-    """Which meshes `install` was given, and of what shape."""
+    """Which meshes ``install`` was given, and of what shape."""
     shapes = {name: None if mesh is None else tuple(mesh.shape) for name, mesh in meshes.items()}
     return {"versions": {}, "config": shapes, "parameters": {}, "groups": {}}
 
 
 def by_rank(everyone: Sequence[dist.ProcessGroup], mine: int) -> dict[int, int]:
-    """What each global rank calls ``mine``; a collective as `check` is."""
+    """What each global rank calls ``mine``; a collective, as ``check`` is."""
     found = compare(CALL, {"mine": mine}, everyone)
     if found is None:
         return dict.fromkeys(range(dist.get_world_size()), mine)
@@ -89,8 +89,8 @@ def check(everyone: Sequence[dist.ProcessGroup], mine: Description) -> None:
     the process (gloo) or hang it (NCCL), and a seed is in no header.
 
     Args:
-        everyone: the process groups of all axes of the model's mesh.
-        mine: this rank's description.
+        everyone: The process groups of all axes of the model's mesh.
+        mine: This rank's description.
     """
     found = compare(CALL, mine, everyone)
     if found is None:

@@ -12,10 +12,9 @@ from qsdp.compat.parameter_group import ParameterGroup
 
 
 class OptimizerSteps:
-    """Counts the steps of optimizers that hold parameters of ``groups``, whoever made them.
+    """Counts, in ``num``, the steps of optimizers that hold parameters of ``groups``.
 
-    Attributes:
-        num: Counted so far.
+    It does so whoever made them.
     """
 
     def __init__(self, groups: Sequence[ParameterGroup]) -> None:

@@ -36,16 +36,18 @@ class Cache(Protocol):
         """Send them anew with the next gather."""
 
     def drop_stale(self, is_due: bool) -> None:
-        """Free gathered weights that are not made of the weights, bits and levels of now;
-        ``is_due``: also those that what is due before the next step would leave as they are."""
+        """Free gathered weights that are not made of the weights, bits and levels of now.
+
+        ``is_due``: also those that what is due before the next step would leave as they are.
+        """
 
 
 class PassMeetings:
     """The meetings of one handle's passes: [Note: Passes] says when there is one.
 
     Args:
-        plans, groups: Of the handle's groups; members are places in these.
-        wire: What they share.
+        plans, groups: Those of the handle; members are places in these.
+        wire: What the groups share.
         facts: What is compared.
         replicas: The ranks that hold the same shards, where qsdp averages over them.
     """
@@ -82,14 +84,15 @@ class PassMeetings:
     def meet_for_a_forward(
         self, first: Plan, members: list[int], grad_mode: str, caches: Sequence[Cache]
     ) -> None:
-        """Agree on all that the gathers of ``members`` in a pass depend on, the ``first`` among
-        them; and let all forget frozen payloads that any rank has edited.
+        """Agree on all that the gathers of ``members`` in a pass depend on.
+
+        All ranks forget frozen payloads that any of them has edited.
 
         Args:
-            first: The plan that is gathered now.
-            members: Of all plans that are gathered in the pass.
-            grad_mode: Of autograd, in words.
-            caches: By plan.
+            first: The plan that is gathered now, one of the members.
+            members: All plans that are gathered in the pass.
+            grad_mode: The mode of autograd, in words.
+            caches: The cache of each plan.
         """
         wire, group = self._wire, first.group
         facts = self._facts.of_forward(first, members, grad_mode)
@@ -111,13 +114,15 @@ class PassMeetings:
         self._agreed[tuple(members)] = facts
 
     def new_backward(self) -> None:
-        """Take it that a backward pass begins: no meeting was on behalf of any group yet."""
+        """Begin a backward pass: no meeting was on behalf of any group yet."""
         self._spoken_of.clear()
         self._shown.clear()
 
     def begin_for_a_backward(self, group: dist.ProcessGroup, places: Sequence[int]) -> None:
-        """Begin a meeting of a backward pass on behalf of those of ``places`` that travel over
-        ``group``, beside what comes before its first collective."""
+        """Begin a meeting of a backward pass for those of ``places`` that travel over ``group``.
+
+        It takes place beside what comes before its first collective.
+        """
         members = self.members(group, places)
         self._spoken_of.update(members)
         if control_device(group).type == "cpu":  # else nobody would read what is said
@@ -147,12 +152,14 @@ class PassMeetings:
         return plan.index in self._spoken_of
 
     def may_be_late(self, plan: Plan) -> bool:
-        """Whether no rank has a hook that is shown the gradients of ``plan`` in the middle of this
-        backward pass: an optimizer's would step with those that are to be refused."""
+        """Whether no rank has a hook that is shown the gradients of ``plan`` in this backward pass.
+
+        In the middle of it: an optimizer's would step with those that are to be refused.
+        """
         return plan.index not in self._shown
 
     def _is_shown(self, group: ParameterGroup) -> bool:
-        """Whether hooks keep its reduces from being left under way, which others could be."""
+        """Whether hooks keep its reduces from being left under way, which others' could be."""
         is_flat = not self._facts.is_replicated(group) and group.mesh.device_type == "cpu"
         return is_flat and group.has_gradient_hooks
 

@@ -14,9 +14,9 @@ class Facts:
     """The facts of one handle's model as they are now, by what they are called: [Note: Meeting].
 
     Args:
-        plans, groups: Of the handle's groups; members are places in these.
-        wire: What they share.
-        adaptation: Of bits and levels.
+        plans, groups: Those of the handle; members are places in these.
+        wire: What the groups share.
+        adaptation: What sets bits and levels.
         averages: Whether qsdp averages over replicas.
     """
 
@@ -64,7 +64,7 @@ class Facts:
         }
 
     def of_forward(self, first: Plan, members: Sequence[int], grad_mode: str) -> dict[str, object]:
-        """What the gathers of ``members`` in a forward pass depend on, but for the step."""
+        """What the gathers of ``members`` in a forward pass depend on, except the step."""
         return {
             "the first group": first.name,
             "gradients": grad_mode,
@@ -86,8 +86,10 @@ class Facts:
         return {each: facts[each] for each in (*words, "groups that are not averaged")}
 
     def _settings(self, members: Sequence[int], *, is_forward: bool) -> dict[str, object]:
-        """What FSDP2 was told of ``members`` that decides which collectives there are in a pass,
-        and in which order."""
+        """What FSDP2 was told of ``members`` that decides on the collectives of a pass.
+
+        That is which collectives there are, and in which order.
+        """
         found: dict[str, list[str]] = {}
         for plan, group in ((self._plans[i], self._groups[i]) for i in members):
             if is_forward:

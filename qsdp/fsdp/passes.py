@@ -49,23 +49,18 @@ class Passes:
 
     An exception that ends a pass in the middle leaves FSDP2 and the wire in the middle of it. What
     is left is undone before the next pass, so that it equals one of a run without the exception:
-    the step in the keys is that of the pass that was cut short, and gradients that were not
-    reduced are dropped. Only what is seen to raise, or not to end, counts as cut short: a root may
-    be called inside its own pass, from a method that FSDP2 was told to take for a forward.
+    the step in the keys is that of the pass that was cut short, and gradients that were not reduced
+    are dropped. Only what is seen to raise, or not to end, counts as cut short: a root may be
+    called inside its own pass, from a method that FSDP2 was told to take for a forward.
+
+    ``caches`` and ``comms`` are set once they are made: by plan, its cache and what FSDP2 was
+    given. ``facts`` is what ranks compare where they meet, ``meetings`` those of the passes.
 
     Args:
-        plans, groups: of the handle's groups.
-        wire: what they share.
-        adaptation: of bits and levels.
-        replicas: the ranks that hold the same shards, where qsdp averages over them.
-
-    Attributes:
-        caches: by plan; set once they are made.
-        comms: by plan, what FSDP2 was given; set then too.
-        facts: what ranks compare where they meet.
-        meetings: those of the passes.
-        backward: the backward pass.
-        is_removed: whether the handle was.
+        plans, groups: Those of the handle.
+        wire: What the groups share.
+        adaptation: What sets bits and levels.
+        replicas: The ranks that hold the same shards, where qsdp averages over them.
     """
 
     def __init__(
@@ -118,8 +113,7 @@ class Passes:
 
     @property
     def now(self) -> tuple[str, int]:
-        """What gathered weights belong to: bits and levels, and what optimizers had made of the
-        weights."""
+        """What gathered weights belong to: bits and levels, and how often optimizers stepped."""
         return self._adaptation.mark, self._optimizer_steps.num
 
     def begin_anew(self) -> None:
@@ -147,7 +141,7 @@ class Passes:
             wire.clock.before_forward()
 
     def before_collective_in_backward(self, plan: Plan) -> None:
-        """Meet, if it is the first of a backward pass."""
+        """Meet, if this is the first collective of a backward pass."""
         if self.backward.was_cut_short:  # this is another one's
             self._end_what_was_cut_short()
         if not self.backward.is_under_way:
@@ -173,11 +167,11 @@ class Passes:
 
     @property
     def due(self) -> str:
-        """What is due before the next pass of training; nothing: an empty text."""
+        """What is due before the next pass of training; an empty text if nothing is."""
         return self._adaptation.due
 
     def settle(self) -> None:
-        """Do it, with the weights as they are now: a collective if there is anything."""
+        """Do what is due, with the weights as they are now: a collective if there is anything."""
         self._adaptation.settle()
 
     def mend(self) -> None:
@@ -217,7 +211,9 @@ class Passes:
 
     def _refuse(self, call: str, places: Iterable[int], group: dist.ProcessGroup | None) -> None:
         """Refuse what takes a group at ``places`` off the wire, or its gradients to other sums.
-        ``group``: whose ranks are about to meet at ``call``; None where nobody would hear."""
+
+        The ranks of ``group`` are about to meet at ``call``; None where nobody would hear.
+        """
         found = (
             mistake(
                 self._plans[place],
@@ -296,7 +292,7 @@ class Passes:
                 # A leaf, a parameter for one, outlives the pass, and would gather hooks.
                 if tensor.requires_grad and not tensor.is_leaf:
                     tensor.register_hook(partial(_gradient_came, weakref.ref(self)))
-        # Nobody else would, and `model.parameters()` would show decoded weights.
+        # Nobody else would, and ``model.parameters()`` would show decoded weights.
         if not torch.is_grad_enabled() and stays_gathered_by_default(module):
             reshard_module(module)
 

@@ -1,4 +1,4 @@
-"""What `install` makes of a sharded model before it sends anything: plans, nodes and stages."""
+"""What ``install`` makes of a sharded model before it sends anything: plans, nodes and stages."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def make_stages(
 
 
 def _shard_groups(plans: list[Plan]) -> list[dist.ProcessGroup]:
-    """Of several ranks, each once."""
+    """The shard groups of several ranks, each once."""
     return [*dict.fromkeys(plan.group for plan in plans if plan.world_size > 1)]
 
 

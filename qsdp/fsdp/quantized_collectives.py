@@ -17,14 +17,12 @@ from qsdp.fsdp.passes import Passes
 class InstalledComms:
     """The all-gathers and reduce-scatters of one handle's groups, given to FSDP2.
 
-    Args:
-        plans, groups: Of the handle's groups.
-        wire, passes: What they share.
-        replicas: The ranks that hold the same shards, where qsdp averages over them.
+    ``gathers`` are by plan, and so is ``given``: what FSDP2 was given, its ``comms``.
 
-    Attributes:
-        gathers: By plan.
-        given: By plan, what FSDP2 was given: its `comms`.
+    Args:
+        plans, groups: Those of the handle.
+        wire, passes: What the groups share.
+        replicas: The ranks that hold the same shards, where qsdp averages over them.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class InstalledComms:
         self.given = [group.comms() for group in groups]
 
     def remove(self) -> None:
-        """Give FSDP2 back what it had before, but for what the user has set since."""
+        """Give FSDP2 back what it had before, except what the user has set since."""
         for recorder in self._recorders:
             recorder.remove()
         pairs = zip(self._before, self.given, strict=True)

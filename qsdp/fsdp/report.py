@@ -1,4 +1,4 @@
-"""What `handle.report()` says: how every parameter travels, and why."""
+"""What ``handle.report()`` says: how every parameter travels, and why."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from qsdp.compat.parameter_group import ParameterGroup
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter."""
+    """How one parameter travels."""
 
     name: str
     shape: tuple[int, ...]
     group: int | None
     """None for a parameter that FSDP2 does not shard: it does not travel."""
     weight: str
-    """How it travels in the gather: `8 bits`, `raw float32`, ...; `none` when it does not."""
+    """How it travels in the gather: ``8 bits``, ``raw float32``, ...; ``none`` when it does not."""
     grad: str
-    """How its gradient travels in the reduce; `none` when it is frozen or not sharded."""
+    """How its gradient travels in the reduce; ``none`` when it is frozen or not sharded."""
     why: str
 
 
@@ -50,7 +50,7 @@ class Report:
 
 
 def sharded_rows(plans: Sequence[Plan], groups: Sequence[ParameterGroup]) -> dict[int, Row]:
-    """By their places in the model, the rows of parameters with a plan, as things are now."""
+    """The rows of parameters with a plan, as things are now, by their places in the model."""
     rows = {}
     for plan, group in zip(plans, groups, strict=True):
         for p, is_trained in zip(plan.parameters, group.requires_grad(), strict=True):
@@ -63,7 +63,7 @@ def sharded_rows(plans: Sequence[Plan], groups: Sequence[ParameterGroup]) -> dic
 
 
 def unsharded_rows(names: Mapping[nn.Parameter, str], plans: Sequence[Plan]) -> dict[int, Row]:
-    """By their places in the model, the rows of parameters without a plan; ``names`` is of all."""
+    """The rows of parameters without a plan, by their places in the model; ``names`` is of all."""
     planned = {p.name for plan in plans for p in plan.parameters}
     return {
         place: Row(name, tuple(p.shape), None, "none", "none", "not sharded by FSDP2")

@@ -22,12 +22,12 @@ def remarks(
     *,
     is_allotted: bool,
 ) -> Iterator[str]:
-    """One sentence each.
+    """The remarks, one sentence each.
 
     Args:
-        config: As it was given to `install`.
-        plans, groups: Of the handle's groups.
-        splits: Of all process groups of several ranks.
+        config: The config that ``install`` was given.
+        plans, groups: Those of the handle.
+        splits: Those of all process groups of several ranks.
         is_allotted: Whether the bits follow the budget by now.
     """
     yield native.remark(torch.device(groups[0].mesh.device_type))

@@ -1,4 +1,4 @@
-"""The masks that `Handle.set_support` is given, checked and brought to their parameters' places."""
+"""The masks that ``Handle.set_support`` is given, checked and brought to their places."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qsdp.compat.parameter_group import ParameterGroup
 def masks_by_place(
     masks: Mapping[nn.Parameter, Tensor], groups: Sequence[ParameterGroup]
 ) -> list[dict[int, Tensor]]:
-    """By group, the masks by their parameters' places in it.
+    """The masks of each group, by their parameters' places in it.
 
     Raises ValueError if a mask is no bool tensor of its parameter's local shape, or is given for
     what none of ``groups`` holds.

@@ -1,8 +1,8 @@
 """Adapters to other libraries: one file an ecosystem, of at most 150 lines.
 
-`integrations.NAME` loads the file when it is first asked for, and with it the library: nothing else
-in qsdp imports an adapter. What the library is installed by is the extra of the same name,
-`pip install qsdp[NAME]`. docs/extend.md says how one is added.
+``integrations.NAME`` loads the file when it is first asked for, and with it the library: nothing
+else in qsdp imports an adapter. What the library is installed by is the extra of the same name,
+``pip install qsdp[NAME]``. docs/extend.md says how one is added.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def __getattr__(name: str) -> ModuleType:
     """Load an adapter.
 
     Raises:
-        AttributeError: If there is none of that name.
-        ImportError: If the library that it adapts is not installed. An error inside the library, or
-            of what that one lacks, comes as it is.
+        AttributeError: There is none of that name.
+        ImportError: The library that it adapts is not installed. An error inside the library, or of
+            what that one lacks, comes as it is.
     """
     own = f"{__name__}.{name}"
     if name not in _names():
@@ -44,8 +44,7 @@ def _names() -> list[str]:
 
 
 def _is_imported_here(error: ModuleNotFoundError, name: str) -> bool:
-    """Whether it was the adapter's own file that asked for what is missing, and not a library that
-    it has found."""
+    """Whether the adapter's own file asked for what is missing, not a library that it has found."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

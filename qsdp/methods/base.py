@@ -26,8 +26,10 @@ def _do_nothing(_: torch.optim.Optimizer) -> None:
 
 
 class SupportCallback(Protocol):
-    """Takes the masks of pruned parameters, None for whole weights; ``with_grads``: gradients of
-    pruned weights are not needed either."""
+    """Takes the masks of pruned parameters, None for whole weights.
+
+    ``with_grads``: gradients of pruned weights are not needed either.
+    """
 
     def __call__(
         self, masks: Mapping[nn.Parameter, Tensor] | None, *, with_grads: bool = True
@@ -37,23 +39,24 @@ class SupportCallback(Protocol):
 class OptimizerWrapper(torch.optim.Optimizer):
     """An optimizer that does something around the steps of another, and shares all it has.
 
-    `param_groups` and `state` are the base's own objects, so learning-rate schedulers, DCP's
-    `get_optimizer_state_dict` and the user may hold either of the two. What the wrapper must
-    remember between steps stands in the parameter groups, under its own keys: `state_dict` and DCP
-    save and restore it with them.
+    ``param_groups`` and ``state`` are the base's own objects, so learning-rate schedulers, DCP's
+    ``get_optimizer_state_dict`` and the user may hold either of the two. What the wrapper must
+    remember between steps stands in the parameter groups, under its own keys: ``state_dict`` and
+    DCP save and restore it with them.
 
     Parameters are known by their names in ``model``. Where the model has others than at the last
-    step, they are looked up again, and must be in the base's `param_groups`: libraries that prepare
-    a model and its optimizer together put them there.
+    step, they are looked up again, and must be in the base's ``param_groups``: libraries that
+    prepare a model and its optimizer together put them there.
 
-    Attributes:
-        skipped_steps: Steps skipped since this object was made.
-        last_bad: What was not finite in the last step, in words that are the same on all ranks;
-            None if it was not skipped.
-        last_grad_norm: Norm of what the base was given in the last step, before clipping; None
-            before. Not finite when the step was skipped.
-        last_target: What the last step compressed weights to, whose threshold was then looked for;
-            None if it did not.
+    After a step it can be asked for
+
+    - ``skipped_steps``: steps skipped since this object was made;
+    - ``last_bad``: what was not finite in the last step, in words that are the same on all ranks;
+      None if it was not skipped;
+    - ``last_grad_norm``: norm of what the base was given in the last step, before clipping; None
+      before. Not finite when the step was skipped;
+    - ``last_target``: what the last step compressed weights to, whose threshold was looked for;
+      None if it did not.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
             remembered: Keys of the parameter groups with initial values.
 
         Raises:
-            ValueError: If the base takes closures or sparse gradients, or lacks parameters.
+            ValueError: The base takes closures or sparse gradients, or lacks parameters.
         """
         if not isinstance(base, torch.optim.Optimizer):
             raise ValueError(
@@ -107,8 +110,11 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.defaults = base.defaults
 
     def attach(self) -> None:
-        """Leave marks and hooks on the base. Only when all ranks have agreed that this is made:
-        what is refused leaves the base as it was."""
+        """Leave marks and hooks on the base.
+
+        Only when all ranks have agreed that this is made: what is refused leaves the base as it
+        was.
+        """
         # Loading gives the base new dictionaries. A hook that held this would keep the model until
         # garbage is collected.
         register_weak_hook(self.base.register_load_state_dict_post_hook, self._on_load)
@@ -116,7 +122,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The base's own, as they are now."""
+        """The base's own parameter groups, as they are now."""
         return self.base.param_groups if self._unused is None else self._unused["param_groups"]
 
     @param_groups.setter
@@ -125,7 +131,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """The base's own, as it is now."""
+        """The base's own state, as it is now."""
         return self.base.state if self._unused is None else self._unused["state"]
 
     @state.setter
@@ -149,8 +155,10 @@ class OptimizerWrapper(torch.optim.Optimizer):
         return 0.0
 
     def share_support(self, tell: SupportCallback) -> None:
-        """Call ``tell`` from now on when the weights that are not zero change: for instance
-        `Handle.set_support`, so that a pruned weight costs nothing on the wire."""
+        """Call ``tell`` from now on when the weights that are not zero change.
+
+        For instance ``Handle.set_support``, so that a pruned weight costs nothing on the wire.
+        """
         self._on_support_change = tell
 
     def parameters(self) -> list[Tensor]:
@@ -166,10 +174,9 @@ class OptimizerWrapper(torch.optim.Optimizer):
             )
 
     def meet(self, check: Callable[[], None] | None, **facts: object) -> None:
-        """Make sure that all ranks are about to take the same step, of the model's parameters as
-        they are now. A collective when sharded.
+        """Make sure that all ranks are about to take the same step, of the parameters of now.
 
-        ``check`` raises what else stands against it.
+        A collective when sharded. ``check`` raises what else stands against it.
         """
         call = f"{type(self).__name__}.step"
         is_current = self._tracked.is_current
@@ -189,8 +196,10 @@ class OptimizerWrapper(torch.optim.Optimizer):
         meet(call, own | self.made_with | now | facts, groups)
 
     def _grad_norm(self, loss: Any = None) -> float:
-        """The norm over all parameters of the base, each once, and NaN if ``loss``, which a closure
-        has returned, is a number and not finite; see `global_grad_norm`."""
+        """The norm over all parameters of the base, each once: see ``global_grad_norm``.
+
+        NaN if ``loss``, which a closure has returned, is a number and not finite.
+        """
         return norm_among(unique(self.parameters()), self._tracked.spread, scalar_loss(loss))
 
     def _count_skipped(self, loss: Any, when: str = "") -> None:
@@ -211,8 +220,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.base.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Refuse to be copied or pickled: torch copies optimizers without what holds them to a
-        model."""
+        """Refuse to be copied or pickled: copies would lack what holds an optimizer to a model."""
         raise TypeError(
             f"{type(self).__name__} cannot be copied or pickled; copy the model, make another "
             "around it, and give that load_state_dict(copy.deepcopy(optimizer.state_dict()))"
@@ -226,27 +234,32 @@ class OptimizerWrapper(torch.optim.Optimizer):
             self._remember_defaults()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step, a collective when the model is sharded: what each wrapper does around the
-        base's. It is made of these parts, in this order:
+        """Take a step, a collective when the model is sharded.
 
-        1. `meet`: all ranks are about to take the same step.
+        What each wrapper does around the base's step is made of these parts, in this order:
+
+        1. ``meet``: all ranks are about to take the same step.
         2. The closure, if there is one, with gradients enabled, makes gradients; an exception in it
-           leaves all as it was (`rollback_on_exception`).
-        3. Where the call `_only_makes_state`: the base's step, and what the wrapper keeps of each
-           parameter in `state`, no more. DCP loads into entries that are there, so that what a
+           leaves all as it was (``rollback_on_exception``).
+        3. Where the call ``_only_makes_state``: the base's step, and what the wrapper keeps of each
+           parameter in ``state``, no more. DCP loads into entries that are there, so that what a
            parameter ever has, it has after any step.
-        4. The norm, `last_grad_norm`. Where it is not finite nothing changes but `_count_skipped`.
-        5. `scale_grads_`, and the base's step.
+        4. The norm, ``last_grad_norm``. Where it is not finite nothing changes but
+           ``_count_skipped``.
+        5. ``scale_grads_``, and the base's step.
         6. What the next step must know is remembered, under keys of the parameter groups, and what
-           was gathered of edited weights is freed (`reshard_all`).
+           was gathered of edited weights is freed (``reshard_all``).
 
-        `last_bad` is None unless the step was skipped; the loss is returned.
+        ``last_bad`` is None unless the step was skipped; the loss is returned.
         """
         raise NotImplementedError
 
     def _only_makes_state(self) -> bool:
-        """Whether this is DCP's call that makes an optimizer fill its state: learning rates and
-        gradients are all zero, and there is no state, on all ranks. A collective when sharded."""
+        """Whether this is DCP's call that makes an optimizer fill its state.
+
+        Learning rates and gradients are all zero then, and there is no state, on all ranks. A
+        collective when sharded.
+        """
         if self.state or not self._has_no_rate() or self._grad_norm():
             return False
         return self._on_any_rank(self._has_grads())

@@ -17,15 +17,15 @@ def clip_grad_norm_(
 ) -> float:
     """Scale all gradients in place so that their global norm is at most ``max_norm``.
 
-    As `torch.nn.utils.clip_grad_norm_`, but exact for DTensors of any mesh together with plain
+    As ``torch.nn.utils.clip_grad_norm_``, but exact for DTensors of any mesh together with plain
     tensors: the coefficient max_norm / (norm + 1e-6), at most 1, is computed in fp64 and applied
     in the gradients' precision (at least fp32). A norm that is not finite makes every coefficient
     NaN or 0, as in torch: look at the returned norm before stepping.
 
     Args:
-        parameters: As for `global_grad_norm`.
+        parameters: As for ``global_grad_norm``.
         max_norm: Above 0, the same on every rank.
-        loss: As for `global_grad_norm`: give it to skip a step whose loss is not finite on any
+        loss: As for ``global_grad_norm``: give it to skip a step whose loss is not finite on any
             rank, though all gradients are.
 
     Returns:

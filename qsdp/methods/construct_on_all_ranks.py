@@ -46,8 +46,10 @@ def reject_unknown_arguments(init: Callable[P, None]) -> Callable[P, None]:
 
 
 def collective_constructor(init: Callable[P, None]) -> Callable[P, None]:
-    """Make a constructor ``(self, model, base_optimizer, ...)`` a collective over the ranks that
-    share the model: all of them raise RuntimeError if their arguments differ."""
+    """Make a constructor ``(self, model, base_optimizer, ...)`` a collective.
+
+    All ranks that share the model raise RuntimeError if their arguments differ.
+    """
     signature = inspect.signature(init)
 
     @wraps(init)

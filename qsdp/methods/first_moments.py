@@ -29,11 +29,13 @@ _ENOUGH = 128  # squared, weights that classes of 8 bits do not leave in fp32
 
 
 class FirstMoments:
-    """Of an optimizer ``base``: found by the names that optimizers give them."""
+    """The first moments of an optimizer ``base``: found by the names that optimizers give them."""
 
     def __init__(self, base: torch.optim.Optimizer, owner: str) -> None:
-        """``owner`` sets them to zero. Raises ValueError if that cannot be, as far as a step of
-        another optimizer of this kind shows."""
+        """Check that ``owner`` can set them to zero.
+
+        Raises ValueError if it cannot, as far as a step of another optimizer of this kind shows.
+        """
         self._base, self._owner = base, owner
         kind = getattr(base, "optimizer_name", None)
         self._names = _FIRST - ({"state1"} if kind in _WITHOUT_MOMENTUM else set())
@@ -51,8 +53,10 @@ class FirstMoments:
                     _zero_(values)
 
     def check(self) -> None:
-        """Raise ValueError if some cannot be set to zero; warn, once, of state that may be a first
-        moment under another name. Changes nothing."""
+        """Raise ValueError if some cannot be set to zero. Changes nothing.
+
+        It warns, once, of state that may be a first moment under another name.
+        """
         for state in self._base.state.values():
             self._check(state, is_spare=False)
         if not self._is_told and self._base.state:
@@ -65,7 +69,7 @@ class FirstMoments:
                 yield name, value.to_local() if isinstance(value, DTensor) else value
 
     def _check(self, state: Mapping[str, Any], *, is_spare: bool) -> None:
-        """``is_spare``: the state may be changed."""
+        """Check one ``state``, which may be changed if it ``is_spare``."""
         for name, values in self._of(state):
             kind = type(values)
             if kind in self._settable:
@@ -107,8 +111,10 @@ def _may_be_moment(value: object, parameter: object) -> bool:
 
 
 def _zero_(values: Tensor) -> None:
-    """Set ``values``, of any class, to zero, through what the class offers: loading a state needs
-    `copy_` anyway."""
+    """Set ``values``, of any class, to zero, through what the class offers.
+
+    Loading a state needs ``copy_`` anyway.
+    """
     try:
         values.zero_()
     except Exception:  # what is not implemented is told in many ways
@@ -116,8 +122,10 @@ def _zero_(values: Tensor) -> None:
 
 
 def _tried(base: torch.optim.Optimizer) -> list[Mapping[str, Any]]:
-    """The states of an optimizer as ``base``, of one parameter, after a step; none if that cannot
-    be made, or stepped."""
+    """The states of an optimizer of one parameter, made as ``base`` is, after a step.
+
+    None if that cannot be made, or stepped.
+    """
     first = next(each for group in base.param_groups for each in group["params"])
     device = first.device if first.device.type != "meta" else torch.device("cpu")
     parameter = nn.Parameter(torch.zeros(_ENOUGH, _ENOUGH, dtype=first.dtype, device=device))

@@ -25,7 +25,7 @@ def global_grad_norm(parameters: Iterable[Tensor], *, loss: Tensor | float | Non
     rank order, so the result does not depend on the order of arrival. A plain or replicated
     parameter (also an HSDP replica's) counts once; its gradient is taken to be the same on every
     rank, and the first rank's is the one counted. Of parameters that are sharded over some ranks
-    alone, beside others over all (experts), those of all ranks count; see `spread_of`. A
+    alone, beside others over all (experts), those of all ranks count; see ``spread_of``. A
     collective if any parameter is a DTensor, whatever the gradients: a rank may have none.
 
     Args:
@@ -41,7 +41,7 @@ def global_grad_norm(parameters: Iterable[Tensor], *, loss: Tensor | float | Non
         The norm: not finite on all ranks if a gradient is not finite on any; 0.0 without gradients.
 
     Raises:
-        ValueError: If parameters are sharded over different ranks, and none over all of these, or
+        ValueError: Parameters are sharded over different ranks, and none over all of these, or
             ``loss`` is no float and no floating-point tensor of one value.
     """
     parameters = unique(parameters)
@@ -52,7 +52,7 @@ def global_grad_norm(parameters: Iterable[Tensor], *, loss: Tensor | float | Non
 def norm_among(
     parameters: Sequence[Tensor], spread: Spread, loss: Tensor | float | None = None
 ) -> float:
-    """`global_grad_norm` of ``parameters``, each once, among those that ``spread`` is of."""
+    """The ``global_grad_norm`` of ``parameters``, each once, among those that ``spread`` is of."""
     grads: dict[Groups, list[Tensor]] = {}
     repeated: dict[Groups, list[Tensor]] = {}
     devices: dict[Groups, torch.device] = {}
@@ -95,15 +95,17 @@ def check_loss(loss: object) -> None:
 
 
 def _is_heard_by_all(reaches: Collection[Groups]) -> bool:
-    """Whether the sums over ``reaches`` come to all ranks that take the same step: plain parameters
-    (DDP) are shared with ranks that no group may know of."""
+    """Whether the sums over ``reaches`` come to all ranks that take the same step.
+
+    Plain parameters (DDP) are shared with ranks that no group may know of.
+    """
     size = dist.get_world_size() if dist.is_initialized() else 1
     most = max((math.prod(group.size() for group in groups) for groups in reaches), default=1)
     return () not in reaches or most >= size
 
 
 def _nothing(loss: Tensor | float, device: torch.device) -> Tensor | float:
-    """0, or NaN if ``loss`` is not finite. No device waits for it that has what is needed."""
+    """0, or NaN if ``loss`` is not finite. A device that has what is needed is not waited for."""
     value = scalar_loss(loss)
     if not isinstance(value, Tensor):
         return 0.0 if value is None else 0.0 * value

@@ -1,5 +1,8 @@
-"""Masks in an optimizer's state: bool tensors that torch's own loading would spoil, and that belong
-to the parameters they were made of."""
+"""Masks in an optimizer's state.
+
+They are bool tensors that torch's own loading would spoil, and that belong to the parameters they
+were made of.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,16 @@ MASK = "mask"
 
 
 def mask_of(state: Mapping[Tensor, Mapping[str, Any]], parameter: Tensor) -> Tensor:
-    """The mask of ``parameter`` in an optimizer's ``state``; where it has none, one that keeps
-    all."""
+    """The mask of ``parameter`` in an optimizer's ``state``; one that keeps all if it has none."""
     mask: Tensor | None = state.get(parameter, {}).get(MASK)
     return torch.ones_like(parameter, dtype=torch.bool) if mask is None else mask
 
 
 def step_without_masks(base: torch.optim.Optimizer) -> None:
-    """Step ``base`` and hide the masks meanwhile: torch's optimizers make a state where there is
-    nothing yet."""
+    """Step ``base`` and hide the masks meanwhile.
+
+    torch's optimizers make a state only where there is nothing yet.
+    """
     masks = {p: state.pop(MASK) for p, state in base.state.items() if MASK in state}
     try:
         base.step()
@@ -65,10 +69,10 @@ def check_masks(
     """Raise ValueError if masks that are to be loaded are not those of the prunable parameters.
 
     Args:
-        masked: `id` of each parameter that would get a mask.
-        saved_names: Of the parameters whose masks were saved; None from DCP, which puts them in
-            their places by name and brings none.
-        prunable: By `id` the names of the prunable parameters, in the optimizer's order.
+        masked: The ``id`` of each parameter that would get a mask.
+        saved_names: Names of the parameters whose masks were saved; None from DCP, which puts them
+            in their places by name and brings none.
+        prunable: Names of the prunable parameters by ``id``, in the optimizer's order.
         trained: Names of those that are trained now, in the same order.
         owner: The optimizer, by its class.
     """
@@ -101,12 +105,12 @@ def check_masks(
 
 
 def names_by_id(prunable: Prunable, parameters: Sequence[Tensor]) -> dict[int, str]:
-    """By `id` the names of ``prunable``, in the order of ``parameters``."""
+    """The names of ``prunable`` by ``id``, in the order of ``parameters``."""
     pairs = zip(prunable.parameters, prunable.names, strict=True)
     names = {id(parameter): name for parameter, name in pairs}
     return {id(p): names[id(p)] for p in parameters if id(p) in names}
 
 
 def _first(names: Sequence[str]) -> str:
-    """The first of `names`, and how many more there are."""
+    """The first of ``names``, and how many more there are."""
     return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"

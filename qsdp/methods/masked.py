@@ -37,22 +37,20 @@ class MaskedOptimizer(OptimizerWrapper):
     """Steps of a base optimizer in which pruned weights stay exactly zero.
 
     The masks are bool tensors of the parameters' own kind (DTensors under FSDP2) in the optimizer's
-    state: `state_dict` and DCP save them, and restore them on any number of ranks.
+    state: ``state_dict`` and DCP save them, and restore them on any number of ranks.
 
     ``step`` is called after the backward pass, as any optimizer's. It masks the gradients, clips
     them, lets the base step, and sets pruned weights to +0.0 again. When a gradient, or the loss
-    that a closure returns (as for `CrAM`), is not finite on any rank, weights and moments stay, and
-    with a closure buffers and gradients; the step counts, `skipped_steps` counts it, and `last_bad`
-    says why. Masks change at the end of a step, so that the next forward pass sees them. Frozen
-    weights could not grow back: they are neither pruned nor counted while they are. What is
-    unfrozen has the mask that it had, if any, until masks are renewed or lifted; after DCP has
-    loaded the state while it was frozen, it has none.
+    that a closure returns (as for ``CrAM``), is not finite on any rank, weights and moments stay,
+    and with a closure buffers and gradients; the step counts, ``skipped_steps`` counts it, and
+    ``last_bad`` says why. Masks change at the end of a step, so that the next forward pass sees
+    them. Frozen weights could not grow back: they are neither pruned nor counted while they are.
+    What is unfrozen has the mask that it had, if any, until masks are renewed or lifted; after DCP
+    has loaded the state while it was frozen, it has none.
 
-    Attributes:
-        last_grad_norm: Norm of the (masked) gradient of the last step, before clipping.
-        last_target: What the masks were renewed to after the last step; None if they stayed.
-        before_pruning: Called, when set, just before masks are renewed: the weights are still
-            dense.
+    ``last_target`` is what the masks were renewed to after the last step; None if they stayed.
+    ``before_pruning``, when set, is called just before masks are renewed: the weights are still
+    dense.
     """
 
     def __init__(
@@ -85,7 +83,7 @@ class MaskedOptimizer(OptimizerWrapper):
 
     @property
     def num_steps(self) -> int:
-        """Steps taken, skipped ones included; saved in `state_dict`."""
+        """Steps taken, skipped ones included; saved in ``state_dict``."""
         return int(self._recall(_STEP))
 
     @property
@@ -108,7 +106,7 @@ class MaskedOptimizer(OptimizerWrapper):
                 without one the gradients are there already.
 
         Raises:
-            RuntimeError: If the base optimizer has other parameters than the model; FSDP2 keeps
+            RuntimeError: The base optimizer has other parameters than the model; FSDP2 keeps
                 its weights gathered after the backward pass; or ranks are not at the same step.
         """
         facts = {"step": self.num_steps, "closure": closure is not None, "state": bool(self.state)}
@@ -155,7 +153,7 @@ class MaskedOptimizer(OptimizerWrapper):
         )
 
     def _take_step(self, loss: Any) -> bool:
-        """Let the base step under the masks. Returns whether: gradient and ``loss`` are finite."""
+        """Let the base step under the masks. Returns whether gradient and ``loss`` are finite."""
         is_masked = self._is_masked(self.num_steps)
         if is_masked:
             for parameter in self._tracked.prunable.parameters:
@@ -210,7 +208,7 @@ class MaskedOptimizer(OptimizerWrapper):
         self._announce_support()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's, whose states go by number, with the names of the masks."""
+        """The base optimizer's state, which goes by number, with the names of the masks."""
         masked = {id(key) for key, state in self.state.items() if MASK in state}
         named, own = self._tracked.prunable_ids, [*map(id, self.parameters())]
         names = [named[key] for key in own if key in masked and key in named]
@@ -261,7 +259,7 @@ class MaskedOptimizer(OptimizerWrapper):
     def _extract_masks(
         self, _: torch.optim.Optimizer, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
-        """Load the masks past torch; see `split_masks`."""
+        """Load the masks past torch; see ``split_masks``."""
         if self._recall(_PLAN) != self._plan:
             return state_dict  # another one has wrapped the base since
         first = state_dict["param_groups"][0]

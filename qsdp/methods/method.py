@@ -1,8 +1,7 @@
-"""What a training method brings for the trainer: its flags, and what follows from them. No torch
-here.
+"""What a training method brings for the trainer: its flags, and what follows. No torch here.
 
-A method is a folder of this room: `flags.py` with a `Method`, the optimizer that it wraps around
-AdamW, and one line in `registry.py`. Nobody else names it.
+A method is a folder of this room: ``flags.py`` with a ``Method``, the optimizer that it wraps
+around AdamW, and one line in ``registry.py``. Nobody else names it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class RunSettings(NamedTuple):
     """Optimizer steps in all."""
     seed: int
     max_norm: float | None
-    """To clip the gradient's norm to; None for no clipping."""
+    """The norm that the gradient is clipped to; None for no clipping."""
     prunable: list[str] | None
     """Patterns of --prunable; None for the weights of linear layers in blocks."""
 
@@ -34,9 +33,9 @@ class RunSettings(NamedTuple):
 class Method(Flags):
     """How the optimizer prepares the model for compression. This one is plain AdamW, without flags.
 
-    A subclass has the field `KEY`, which chooses it, and others named KEY_...: the flags `--KEY`
-    and `--KEY-...`, whose help is the fields' docstrings. Their types are those of
-    `train/config_file.py`. All that a run knows of its method, it asks here.
+    A subclass has the field ``KEY``, which chooses it, and others named KEY_...: the flags
+    ``--KEY`` and ``--KEY-...``, whose help is the fields' docstrings. Their types are those of
+    ``train/config_file.py``. All that a run knows of its method, it asks here.
     """
 
     KEY: ClassVar[str] = ""
@@ -51,9 +50,9 @@ class Method(Flags):
     INSTEAD: ClassVar[Mapping[str, str]] = {}
     """Fields that nothing heeds beside another, which says the same in place of it."""
     OF_THE_SCHEDULE: ClassVar[tuple[str, ...]] = ()
-    """Fields that count by the `schedule` that they come to."""
+    """Fields that count by the ``schedule`` that they come to."""
     FOLDERS: ClassVar[tuple[str, ...]] = ()
-    """Folders of OUT in which it keeps models, which nothing else has; see `KeptModel`."""
+    """Folders of OUT in which it keeps models, which nothing else has; see ``KeptModel``."""
     IS_IN_EVERY_IDENTITY: ClassVar[bool] = False
     """Whether its flags tell runs without it apart too: the names of their folders were made so."""
 
@@ -77,7 +76,7 @@ class Method(Flags):
         return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
 
     def identity(self) -> dict[str, Any]:
-        """The settings that change a run's numbers, as JSON holds them, but for the schedule's."""
+        """The settings that change a run's numbers, as JSON holds them, except the schedule's."""
         return {n: value for n, value in self.stored().items() if n not in self.OF_THE_SCHEDULE}
 
     def schedule(self, steps: int) -> Any:
@@ -85,8 +84,10 @@ class Method(Flags):
         return None
 
     def learning_rate_cycle(self, step: int, steps: int) -> tuple[int, int] | None:
-        """Where optimizer step number ``step``, the first being 0, stands in a cycle of the
-        learning rate, and how many steps that has; None where the run is one cycle."""
+        """Where step number ``step``, the first being 0, stands in a cycle of the learning rate.
+
+        It comes with how many steps the cycle has; None where the run is one cycle.
+        """
         return None
 
     def check_values(self) -> None:
@@ -96,8 +97,11 @@ class Method(Flags):
         """Raise ValueError for what no run of ``steps`` with this method can have."""
 
     def check_heeded(self, given: Iterable[str]) -> None:
-        """Raise ValueError if of the fields ``given`` one is for a method that is not chosen, or
-        has no effect beside others: also where it is given as it is by default."""
+        """Raise ValueError if one of the fields ``given`` has no effect.
+
+        It is for a method that is not chosen, or does nothing beside others: also where it is given
+        as it is by default.
+        """
         own = self.values().keys() - {self.KEY}
         for name in (name for name in given if name in own):
             if not self.is_chosen:
@@ -115,16 +119,20 @@ class Method(Flags):
                 raise ValueError(f"{self.as_given(name)} is for {missing}, or leave it out.")
 
     def company(self, name: str) -> str | None:
-        """What the field ``name`` is for where that is not there, and what to do; None where the
-        others let it count."""
+        """What the field ``name`` needs that is not there, and what to do.
+
+        None where the others let it count.
+        """
         return None
 
     def wrap(
         self, model: nn.Module, base: torch.optim.Optimizer, settings: RunSettings
     ) -> torch.optim.Optimizer:
-        """The optimizer of a run: an `OptimizerWrapper` around ``base``, an AdamW that has all
-        parameters of ``model``, which is sharded by FSDP2 and initialised. Raises ValueError where
-        the model cannot be compressed as asked."""
+        """The optimizer of a run: an ``OptimizerWrapper`` around ``base``.
+
+        ``base`` is an AdamW that has all parameters of ``model``, which is sharded by FSDP2 and
+        initialised. Raises ValueError where the model cannot be compressed as asked.
+        """
         return base
 
     def companion(self, run: TrainingRun) -> Companion:
@@ -136,9 +144,11 @@ class Companion:
     """What a method does beside the steps of a run: nothing, here. Called on all ranks alike."""
 
     def after_validation(self, steps_done: int, loss: float) -> None:
-        """The weights after ``steps_done`` have the validation loss ``loss``. After the last step
-        too; once more, with the same weights, where a finished run is told to write its results
-        again."""
+        """Hear that the weights after ``steps_done`` have the validation loss ``loss``.
+
+        After the last step too; once more, with the same weights, where a finished run is told to
+        write its results again.
+        """
 
     def outcome(self) -> Outcome:
         """What came of it, as the run ends."""
@@ -155,8 +165,10 @@ class Outcome(NamedTuple):
 
 
 class KeptModel(Protocol):
-    """The best of some weights of a run, kept as a checkpoint without an optimizer in a folder of
-    OUT. A run that goes on finds what it kept."""
+    """The best of some weights of a run, as a checkpoint without an optimizer in a folder of OUT.
+
+    A run that goes on finds what it kept.
+    """
 
     why_none: str
     """Why nothing was kept, as long as nothing was."""
@@ -165,8 +177,10 @@ class KeptModel(Protocol):
         """Write the weights, of validation loss ``loss``, in place of what was kept before."""
 
     def loss(self) -> float | None:
-        """The validation loss of what was kept so far; None without that. A collective; what is
-        damaged or cannot be read counts as none, which rank 0 says."""
+        """The validation loss of what was kept so far; None without that. A collective.
+
+        What is damaged or cannot be read counts as none, which rank 0 says.
+        """
 
 
 class TrainingRun(Protocol):
@@ -174,16 +188,16 @@ class TrainingRun(Protocol):
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """What `wrap` made."""
+        """What ``wrap`` made."""
 
     @property
     def steps_done(self) -> int: ...
 
     def validation_loss(self) -> float:
-        """Of the exact weights, in nats a token."""
+        """The validation loss of the exact weights, in nats a token."""
 
     def zero_fraction(self) -> float:
-        """Of the prunable weights."""
+        """The fraction of the prunable weights that are zero."""
 
     def kept_model(self, folder: str) -> KeptModel:
-        """What is kept in ``folder``, which is one of `Method.FOLDERS`."""
+        """The model that is kept in ``folder``, which is one of ``Method.FOLDERS``."""

@@ -20,7 +20,7 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     for name, tensor in tensors.items():
         values = local_shard(tensor).values
         if values.is_floating_point() and values.numel():
-            ends = torch.stack(values.aminmax()).tolist()  # `isfinite` would make copies
+            ends = torch.stack(values.aminmax()).tolist()  # ``isfinite`` would make copies
             if not all(map(math.isfinite, ends)):
                 return name
     return None
@@ -44,8 +44,8 @@ def name_not_finite(
 
     Args:
         parameters: By name, in the model's order.
-        loss: Of this rank; what is no number is taken for a finite one.
-        groups: Whose ranks take the step together; none where each has all gradients.
+        loss: That of this rank; what is no number is taken for a finite one.
+        groups: Their ranks take the step together; none where each has all gradients.
     """
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     name, value = first_not_finite(grads), scalar_loss(loss)

@@ -16,7 +16,7 @@ METHODS = {
     "gmp": "qsdp.methods.gmp.flags",
     "sam": "qsdp.methods.sam.flags",
 }
-"""Modules whose `METHOD` is a class of flags."""
+"""Modules whose ``METHOD`` is a class of flags."""
 
 FOLDERS_OF_EVERY_RUN = ("checkpoints", "plots", "tensorboard")
 """Folders of results in which no method may keep models."""
@@ -24,8 +24,11 @@ FOLDERS_OF_EVERY_RUN = ("checkpoints", "plots", "tensorboard")
 
 @cache
 def method_classes() -> dict[str, type[Method]]:
-    """The flags of each method. Raises ValueError for one that lacks them, whose flags have no
-    defaults or are not named after it, or that keeps models in a folder of others."""
+    """The flags of each method.
+
+    Raises ValueError for one that lacks them, whose flags have no defaults or are not named after
+    it, or that keeps models in a folder of others.
+    """
     found = {key: _method_of(module) for key, module in METHODS.items()}
     folders = [*FOLDERS_OF_EVERY_RUN]
     for key, method in found.items():
@@ -68,7 +71,7 @@ def unchosen() -> tuple[Method, ...]:
 
 
 def chosen(methods: Sequence[Method]) -> Method:
-    """The one that is chosen; plain AdamW where none is."""
+    """The method that is chosen; plain AdamW where none is."""
     return next((method for method in methods if method.is_chosen), Method())
 
 
@@ -86,8 +89,10 @@ def check_methods(methods: Sequence[Method], steps: int) -> None:
 
 
 def check_heeded(methods: Sequence[Method], given: Iterable[str] | None = None) -> None:
-    """Raise ValueError if a field that was ``given`` has no effect; see `Method.check_heeded`.
-    Unset: those that are not as they are by default."""
+    """Raise ValueError if a field that was ``given`` has no effect; see ``Method.check_heeded``.
+
+    Unset: those that are not as they are by default.
+    """
     for method in methods:
         method.check_heeded(method.given if given is None else given)
 

@@ -29,9 +29,11 @@ def abandon_passes(model: nn.Module) -> None:
 
 @contextmanager
 def rollback_on_exception(model: nn.Module, restore: Callable[[], None]) -> Iterator[None]:
-    """An exception inside leaves ``model`` as if no pass had been begun inside: the next try of the
-    step gathers the same weights. Gradients that were not reduced are dropped, and ``restore`` is
-    called."""
+    """An exception inside leaves ``model`` as if no pass had been begun inside.
+
+    The next try of the step gathers the same weights. Gradients that were not reduced are dropped,
+    and ``restore`` is called.
+    """
     rewind = rewind_point(model)
     try:
         yield
@@ -43,8 +45,11 @@ def rollback_on_exception(model: nn.Module, restore: Callable[[], None]) -> Iter
 
 
 def snapshot_buffers_and_grads(model: nn.Module, own: Iterable[Tensor] = ()) -> Callable[[], None]:
-    """A function that makes what passes of ``model`` change what it is now: all buffers, and the
-    gradients of all trained parameters but ``own``; also those of an FSDP2 root around it."""
+    """A function that makes what passes of ``model`` change what it is now.
+
+    That is all buffers, and the gradients of all trained parameters but ``own``; also those of an
+    FSDP2 root around it.
+    """
     restore_buffers, known = snapshot_buffers(model), {*map(id, own)}
     parameters = unique(p for whole in with_enclosing_roots(model) for p in whole.parameters())
     others = [p for p in parameters if p.requires_grad and id(p) not in known]

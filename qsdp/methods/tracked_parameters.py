@@ -1,5 +1,7 @@
-"""Which of a model's parameters an optimizer steps and prunes, by their names: what stands in a
-parameter's place may be another object tomorrow."""
+"""Which of a model's parameters an optimizer steps and prunes, by their names.
+
+What stands in a parameter's place may be another object tomorrow.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,17 @@ _ADVICE = (
 
 
 class TrackedParameters:
-    """What ``owner``, an optimizer around ``base``, knows of ``model``. It keeps no parameter
-    alive, and what it looks at stays as it is: one rank may look alone.
+    """What ``owner``, an optimizer around ``base``, knows of ``model``.
 
-    Attributes:
-        prunable_names: Of the prunable parameters.
-        prunable_ids: These names by what `id` was of the parameters when they were found.
-        groups: Whose ranks share the parameters of both, or are replicas; see `groups_of`.
-        spread: Of these, HSDP's included; see `spread_of`.
-        trained_names: Of those of both that need gradients.
-        missing_names: Of the model's that need gradients and that the base does not have.
+    It keeps no parameter alive, and what it looks at stays as it is: one rank may look alone. It
+    says
+
+    - ``prunable_names``: those of the prunable parameters;
+    - ``prunable_ids``: these names by what ``id`` was of the parameters when they were found;
+    - ``groups``: whose ranks share the parameters of both, or are replicas; see ``groups_of``;
+    - ``spread``: that of these, HSDP's included; see ``spread_of``;
+    - ``trained_names``: of those of both that need gradients;
+    - ``missing_names``: of the model's that need gradients and that the base does not have.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class TrackedParameters:
         base: torch.optim.Optimizer,
         patterns: Sequence[str] | None,
     ) -> None:
-        """Raises ValueError if the base lacks prunable parameters, or all."""
+        """Find the parameters. Raises ValueError if the base lacks prunable parameters, or all."""
         self._owner, self._model, self._base, self._patterns = owner, model, base, patterns
         self.prunable_names = Prunable.of(model, patterns).names
         self._stepped_ids: dict[str, int] = {}
@@ -54,7 +57,7 @@ class TrackedParameters:
 
     @property
     def prunable(self) -> Prunable:
-        """The prunable parameters as they were found the last time, at the next step else."""
+        """The prunable parameters as they were found the last time; changes show at a step."""
         everyone = self.base_parameters()
         if min(self._positions, default=0) < 0:  # some are frozen, which the base need not have
             behind = sharded_by_unsharded_id(self._model)
@@ -69,8 +72,10 @@ class TrackedParameters:
 
     @property
     def is_current(self) -> bool:
-        """Whether model and base still have these parameters, and train these, with these
-        replicas."""
+        """Whether model and base still have these parameters, train them, and have these peers.
+
+        The peers are replicas.
+        """
         parameters = [*self._model.parameters()]
         if self._model_ids != [*map(id, parameters)]:
             behind = sharded_by_unsharded_id(self._model)

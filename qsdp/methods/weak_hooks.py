@@ -8,8 +8,10 @@ from typing import Any, cast
 
 
 def register_weak_hook(register: Callable[..., Any], method: Callable[..., Any]) -> None:
-    """Give ``register`` a hook that calls ``method``, does not hold its object, and goes with it: a
-    base may be wrapped again and again."""
+    """Give ``register`` a hook that calls ``method``, and does not hold its object.
+
+    It goes with that object: a base may be wrapped again and again.
+    """
     held = weakref.WeakMethod(method)
 
     def call(*args: Any) -> Any:

@@ -17,22 +17,26 @@ def generate(
     top_k: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Continue each sequence by `num_tokens` sampled tokens.
+    """Continue each sequence by ``num_tokens`` sampled tokens.
 
     Under FSDP2 every rank calls this with the same arguments: each token is one forward, which is
-    collective. The model sees the last `context` tokens and is put back into the mode it was in.
+    collective. The model sees the last ``context`` tokens and is put back into the mode it was in.
 
     Args:
-        model: plain or sharded.
+        model: Plain or sharded.
         tokens_BT: int64 prompts, at least one token each.
-        num_tokens: how many tokens to append to each.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: sample among the `top_k` most likely tokens only; None samples among all.
-        seed: of the sampling, which draws on the CPU.
+        num_tokens: How many tokens to append to each.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Sample among the ``top_k`` most likely tokens only; None samples among all.
+        seed: The seed of the sampling, which draws on the CPU.
 
-    Returns: int64 [B, T + num_tokens], prompts included, on the prompts' device.
-    Raises: ValueError for an empty prompt, a negative temperature or count, or top_k below 1;
-        FloatingPointError, on every rank, where the model's logits are not finite.
+    Returns:
+        int64 [B, T + num_tokens], prompts included, on the prompts' device.
+
+    Raises:
+        ValueError: A prompt is empty, the temperature or the count is negative, or top_k is below
+            1.
+        FloatingPointError: On every rank, where the model's logits are not finite.
     """
     if tokens_BT.ndim != 2 or tokens_BT.shape[1] == 0:
         raise ValueError(

@@ -23,8 +23,8 @@ _INIT_BLOCK_VALUES = 1 << 18
 def fill_parameters(model: nn.Module, seed: int, std_of: Callable[[str], float]) -> None:
     """Fill the parameters of a model in place, each as a pure function of (seed, its name).
 
-    Matrices are normal with standard deviation `std_of(name)`; of vectors those whose name ends in
-    bias are 0, and the others, the scales of norms, 1. A parameter may be plain or an FSDP2
+    Matrices are normal with standard deviation ``std_of(name)``; of vectors those whose name ends
+    in bias are 0, and the others, the scales of norms, 1. A parameter may be plain or an FSDP2
     DTensor, whose local shard gets its slice of the full tensor: the model is the same for every
     world size. No communication. Values are drawn on the CPU.
 
@@ -53,7 +53,7 @@ def fill_parameters(model: nn.Module, seed: int, std_of: Callable[[str], float])
 def _normal_rows(
     shape: torch.Size, key: str, rows: slice
 ) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-    """Standard normal `rows` of a tensor of `shape`, as (first row, values) pieces.
+    """Standard normal ``rows`` of a tensor of ``shape``, as (first row, values) pieces.
 
     The tensor is made of blocks of whole rows, each from a generator of its own: a shard draws
     the blocks it touches and no others.

@@ -31,12 +31,13 @@ def fill(
     """Fill a model in place, plain or sharded by FSDP2, from safetensors; each rank its slices.
 
     Args:
-        model: whose parameters to fill.
-        folder: what messages name.
-        files: as `find_tensors` returns it.
-        stored: of a parameter's name, the tensor's, and whether it is kept transposed.
+        model: Its parameters are filled.
+        folder: What messages name.
+        files: As ``find_tensors`` returns it.
+        stored: Gives the tensor's name of a parameter's, and whether it is kept transposed.
 
-    Raises: ValueError for a tensor that is missing or of another shape than the model's.
+    Raises:
+        ValueError: A tensor is missing or of another shape than the model's.
     """
     for name, parameter in named_parameters(model).items():
         their_name, transposed = stored(name)
@@ -74,7 +75,7 @@ def check_files(path: Path, files: Mapping[str, str]) -> None:
 
 
 def find_tensors(folder: Path, stem: str = "model") -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it, of a checkpoint in one or more files.
+    """The safetensors file that holds each tensor of a checkpoint, which may be several files.
 
     Where there is one file with all of them it is read, as transformers does, whatever an index
     beside it says. Raises ValueError for a file that is missing or not readable.

@@ -9,7 +9,7 @@ from qsdp.common.registered import held_by
 from qsdp.models.size import ModelSize
 from qsdp.models.spec import ModelSpec
 
-# The module that holds a family's FAMILY, a `ModelSpec`.
+# The module that holds a family's FAMILY, a ``ModelSpec``.
 FAMILIES = {
     "gpt2": "qsdp.models.gpt2.family",
 }
@@ -19,9 +19,12 @@ _SOME_VOCABULARY = 256
 
 
 def families() -> dict[str, ModelSpec[Any]]:
-    """All families by name. Raises ValueError for one that is none, if two have a preset, a class
-    of sizes or a type in the transformers library in common, one trains a preset that it does not
-    have, or a preset makes no size."""
+    """All families by name.
+
+    Raises ValueError for one that is none, if two have a preset, a class of sizes or a type in the
+    transformers library in common, one trains a preset that it does not have, or a preset makes no
+    size.
+    """
     found: dict[str, ModelSpec[Any]] = {}
     owners: dict[tuple[str, object], str] = {}
     for name, module in FAMILIES.items():
@@ -77,7 +80,7 @@ def presets() -> dict[str, dict[str, Any]]:
 
 
 def family_of(preset: str) -> ModelSpec[Any]:
-    """The family that has `preset`. Raises ValueError if none has."""
+    """The family that has ``preset``. Raises ValueError if none has."""
     for family in families().values():
         if preset in family.presets:
             return family

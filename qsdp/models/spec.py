@@ -26,20 +26,20 @@ class ModelSpec(ABC, Generic[S]):
     sizes: type[S]
     """The dataclass of its sizes, which no other family has."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]]
-    """The fields of a size by the preset's name, which no other family has. A run puts the data's
-    `vocab_size` in."""
+    """The fields of a size by the preset's name, which no other family has.
+    A run puts the data's ``vocab_size`` in.
+    """
     training: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """By preset, the flags of training that have another default there, as `TrainConfig` calls
-    them."""
+    """The flags of training that have another default for a preset, by ``TrainConfig``'s names."""
     transformers: TransformersForm[S] | None = None
     """How the transformers library keeps such models, if it has them."""
 
     def size_of_preset(self, preset: str, vocab_size: int) -> S:
-        """The size of `preset` with the vocabulary of the data."""
+        """The size of ``preset`` with the vocabulary of the data."""
         return self.size(dict(self.presets[preset]) | {"vocab_size": vocab_size})
 
     def size(self, settings: Mapping[str, Any]) -> S:
-        """The size of which `asdict` has made `settings`, as a checkpoint or an export states it.
+        """The size of which ``asdict`` has made ``settings``, as checkpoints and exports state it.
 
         Raises TypeError or ValueError for settings that are none of this family's.
         """
@@ -48,16 +48,18 @@ class ModelSpec(ABC, Generic[S]):
 
     @abstractmethod
     def build(self, size: S) -> LanguageModel:
-        """A model of `size`, on the device that torch makes tensors on now: the meta device, where
-        it is to be sharded. Its values are of no account."""
+        """A model of ``size``, on the device that torch makes tensors on now.
+
+        That is the meta device, where it is to be sharded. Its values are of no account.
+        """
 
     @abstractmethod
     def init_weights(self, model: LanguageModel, seed: int) -> None:
-        """Fill the parameters in place, plain or sharded by FSDP2, each as a pure function of the
-        seed and its name, so that the model is the same for every number of ranks;
-        `fill_parameters` does it for a standard deviation a name.
+        """Fill the parameters in place, plain or sharded by FSDP2.
 
-        Raises ValueError for a negative seed and for a parameter on the meta device.
+        Each is a pure function of the seed and its name, so that the model is the same for every
+        number of ranks; ``fill_parameters`` does it for a standard deviation a name. Raises
+        ValueError for a negative seed and for a parameter on the meta device.
         """
 
     @abstractmethod
@@ -77,17 +79,17 @@ class TransformersForm(ABC, Generic[S]):
     def size(self, settings: Mapping[str, Any], path: Path) -> S:
         """The size that the settings of a config.json describe, dropout left out.
 
-        Raises ValueError, naming `path`, for a model whose function ours does not compute, and
+        Raises ValueError, naming ``path``, for a model whose function ours does not compute, and
         KeyError for a setting that is missing.
         """
 
     @abstractmethod
     def settings(self, size: S) -> dict[str, Any]:
-        """The config.json of a model of `size`, of which the method above makes a size again."""
+        """The config.json of a model of ``size``, of which ``size`` makes its size again."""
 
     @abstractmethod
     def tensor_name(self, parameter: str) -> tuple[str, bool]:
         """The tensor that keeps a parameter, and whether it is kept transposed."""
 
     def add_tensors(self, size: S, tensors: dict[str, Tensor]) -> None:
-        """Add to those of our parameters what the library needs besides, as nothing by default."""
+        """Add what the library needs besides those of our parameters: by default nothing."""

@@ -1,7 +1,7 @@
 """Compressing a trained model in one shot, without training: a registry of solvers.
 
-`compress_` and `compressed` do so to a model in memory, plain or sharded. They load torch, and so
-only when they are asked for: command lines look into the registry.
+``compress_`` and ``compressed`` do so to a model in memory, plain or sharded. They load torch, and
+so only when they are asked for: command lines look into the registry.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from qsdp.sparsity.one_shot import Score
 
 @dataclass(frozen=True)
 class ByScore:
-    """A [Note: Solver] of one function: weights of the smallest scores are pruned, those that stay
-    keep their values, or are rounded to the target's bits.
+    """A [Note: Solver] of one function: weights of the smallest scores are pruned.
 
-    Where all matrices compete (scope `global`), so do scores of all of them.
+    Those that stay keep their values, or are rounded to the target's bits. Where all matrices
+    compete (scope ``global``), so do scores of all of them.
     """
 
     score: Score

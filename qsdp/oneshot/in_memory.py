@@ -31,18 +31,20 @@ def compress_(
 ) -> dict[str, PackedMask]:
     """Compress ``model`` in one shot, in place and for good. A collective.
 
-    All ranks raise RuntimeError where target, patterns or method differ.
-
     Args:
         model: Any module, sharded or not; not in the middle of a forward or backward pass.
-        target: A fraction of the prunable weights, or what `Compression.of` reads.
-        patterns: The prunable set, as in `prunable_parameters`.
-        method: A name in `qsdp.oneshot.registry`: who decides which weights stay.
-        tokens: For a method that needs them, what to calibrate it on: int64 [sequences, context],
-            the same on every rank.
+        target: A fraction of the prunable weights, or what ``Compression.of`` reads.
+        patterns: The prunable set, as in ``prunable_parameters``.
+        method: A name in ``qsdp.oneshot.registry``: who decides which weights stay.
+        tokens: What to calibrate on, for a method that needs it: int64 [sequences, context], the
+            same on every rank.
 
     Returns:
-        By name of a prunable parameter, what was kept of this rank's part of it.
+        What was kept of this rank's part of each prunable parameter, by its name.
+
+    Raises:
+        ValueError: A parameter cannot have the target, or the method cannot be.
+        RuntimeError: On all ranks, where target, patterns or method differ.
     """
     call = "qsdp.oneshot.compress_"
     solver, chosen, prunable = _meet(call, model, target, patterns, method, tokens)
@@ -62,8 +64,8 @@ def compressed(
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Within the context, ``model`` is compressed in one shot; afterwards it is as before.
 
-    As `compress_` with these arguments, restored bit for bit, buffers included, also when the body
-    raises. Costs a copy of the prunable shards and of the buffers.
+    The arguments are those of ``compress_``. The model is restored bit for bit, buffers included,
+    also when the body raises. It costs a copy of the prunable shards and of the buffers.
 
     Yields:
         The compressed parameters by name.

@@ -1,4 +1,4 @@
-"""The solvers that there are, by the names that `--method` takes. No torch here."""
+"""The solvers that there are, by the names that ``--method`` takes. No torch here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qsdp.oneshot.solver import Solver
 SOLVERS: dict[str, str] = {
     "magnitude": "qsdp.oneshot.by_magnitude",
 }
-"""By name the module whose `SOLVER` it is."""
+"""The module whose ``SOLVER`` it is, by name."""
 
 DEFAULT = "magnitude"
 
@@ -23,11 +23,11 @@ def chosen_method(given: str | None, *, idle: str | None) -> str:
     """The solver of a command: the one ``given`` as --method, or the default.
 
     Args:
-        given: None where it is unset.
+        given: The name; None where it is unset.
         idle: Where a solver has nothing to do, in words; None where it has something.
 
     Raises:
-        ValueError: For a name that no solver has, and for one that is given to do nothing.
+        ValueError: No solver has the name, or it is given to do nothing.
     """
     if given is None:
         return DEFAULT
@@ -41,8 +41,10 @@ def chosen_method(given: str | None, *, idle: str | None) -> str:
 
 
 def by_method(method: str | None) -> str:
-    """Who compressed a model, for the end of a phrase: nothing where it was the default, or nobody
-    as with None."""
+    """Who compressed a model, for the end of a phrase.
+
+    Nothing where it was the default, or, as with None, nobody.
+    """
     return "" if method in (None, DEFAULT) else f" by {method}"
 
 
@@ -50,7 +52,7 @@ def solver_of(method: str, *, has_tokens: bool = False) -> Solver:
     """The solver of that name.
 
     Raises:
-        ValueError: If there is none, or it is to work without the calibration tokens that it needs,
+        ValueError: There is none, or it is to work without the calibration tokens that it needs,
             or is given some that it does not use.
     """
     check(method)

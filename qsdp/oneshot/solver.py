@@ -1,7 +1,7 @@
 """What a solver is: [Note: Solver]. No torch is loaded here.
 
 [Note: Solver] A solver compresses the prunable matrices of a trained model to a target
-(`Compression`), in place or in a stream. It decides which weights stay and what they become, and
+(``Compression``), in place or in a stream. It decides which weights stay and what they become, and
 keeps what every target promises:
 
 - Exactly as many weights are zero as the target says, ties cut by position; in each group for N:M
@@ -10,9 +10,9 @@ keeps what every target promises:
 - The outcome is the same on any number of ranks, and the same streamed as in memory.
 
 It draws on the weights alone, or on calibration tokens too (``needs_tokens``), which it runs the
-model on. One that scores every weight for itself is a `ByScore`, with all of this done; one whose
-scores come of a pass over tokens collects what they need in its `compress_`, and lets a `ByScore`
-of them do the rest.
+model on. One that scores every weight for itself is a ``ByScore``, with all of this done; one whose
+scores come of a pass over tokens collects what they need in its ``compress_``, and lets a
+``ByScore`` of them do the rest.
 """
 
 from __future__ import annotations
@@ -31,32 +31,33 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Solver(Protocol):
-    """See [Note: Solver]."""
+    """What compresses a model: see [Note: Solver]."""
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether `compress_` takes calibration tokens. Such a solver does not stream: the
-        commands, which have no tokens to give, refuse it."""
+        """Whether ``compress_`` takes calibration tokens.
+
+        Such a solver does not stream: the commands, which have no tokens to give, refuse it.
+        """
 
     def compress_(
         self, model: nn.Module, prunable: Prunable, target: Compression, tokens: Tensor | None
     ) -> list[PackedMask]:
-        """Compress ``model`` in memory, in place, under `torch.no_grad`. A collective.
+        """Compress ``model`` in memory, in place, under ``torch.no_grad``. A collective.
 
         Args:
             model: Plain or sharded by FSDP2, resharded, in no forward or backward pass.
-            prunable: The matrices that may change, which can have the target
-                (`Prunable.check`).
+            prunable: The matrices that may change, which can have the target (``Prunable.check``).
             target: What to compress to.
             tokens: int64 [sequences, context], the same on every rank; None unless
                 ``needs_tokens``.
 
         Returns:
-            For each matrix what was kept of this rank's part of it.
+            What was kept of this rank's part of each matrix.
         """
 
     def num_reads(self, target: Compression) -> int:
-        """How often `compress_stream` reads every tensor, for the time that is left."""
+        """How often ``compress_stream`` reads every tensor, for the time that is left."""
 
     def compress_stream(
         self, tensors: Sequence[StoredTensor], target: Compression
@@ -64,8 +65,8 @@ class Solver(Protocol):
         """Compress the matrices of a model that may be larger than memory, in one process.
 
         Args:
-            tensors: In the order of `Prunable.names`, each to be in memory only while it is looked
-                at, and to be read again where needed.
+            tensors: In the order of ``Prunable.names``, each to be in memory only while it is
+                looked at, and to be read again where needed.
             target: What to compress to.
 
         Yields:

@@ -1,6 +1,7 @@
-"""The operators on payloads, sparse buffers and magnitudes, as `schema` lists them.
+"""The operators on payloads, sparse buffers and magnitudes, as ``schema`` lists them.
 
-A call reaches the best kernel for its tensors: those of csrc/, or the specification in `reference`.
+A call reaches the best kernel for its tensors: those of csrc/, or the specification in
+``reference``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The compiled kernels of csrc/, if the package was built with them, and which kernels serve.
 
-`load` runs when `qsdp.ops` is imported. Kernels are, best first, "avx512", "avx2", "scalar" (plain
-C++) and "python" (qsdp/ops/reference, always there). All give the same bytes. GPUs have those of
-csrc/cuda, where they were built, or else Python's, which are many times slower.
+``load`` runs when ``qsdp.ops`` is imported. Kernels are, best first, "avx512", "avx2", "scalar"
+(plain C++) and "python" (qsdp/ops/reference, always there). All give the same bytes. GPUs have
+those of csrc/cuda, where they were built, or else Python's, which are many times slower.
 
 Environment: ``QSDP_REQUIRE_NATIVE=1`` refuses to go on without the library, and to work on a GPU
 without that of CUDA, which a machine without a GPU need not have;
@@ -35,7 +35,7 @@ def load() -> None:
     """Load the library if it is installed, and choose kernels.
 
     Raises:
-        RuntimeError: the library is required but absent, or does not fit this torch.
+        RuntimeError: The library is required but absent, or does not fit this torch.
         ValueError: QSDP_CPU_CAPABILITY names kernels that are unknown or cannot run here.
     """
     global _library, _has_cuda_kernels, _refusal
@@ -85,11 +85,12 @@ def has_cuda_kernels() -> bool:
 
 
 def serving(device: torch.device) -> str:
-    """The kernels that serve tensors of ``device``: as `capability` has it, on a GPU "cuda sm_90",
-    say, or "python".
+    """The kernels that serve tensors of ``device``.
+
+    As ``capability`` has it; on a GPU "cuda sm_90" or the like, or "python".
 
     Raises:
-        RuntimeError: the CUDA library cannot serve this GPU, or is required but absent.
+        RuntimeError: The CUDA library cannot serve this GPU, or is required but absent.
     """
     if device.type == "cpu":
         return capability()
@@ -107,7 +108,7 @@ def serving(device: torch.device) -> str:
 
 
 def remark(device: torch.device) -> str:
-    """What `serving` says of ``device`` in words, with why and what to do where that is slow."""
+    """What ``serving`` says of ``device`` in words, with why and what to do where that is slow."""
     kernels = serving(device)
     if kernels != PYTHON:
         return f"kernels: {kernels}"
@@ -120,7 +121,7 @@ def use(capability: str) -> None:
     """Choose kernels, for tests and benchmarks; not while the codec runs in another thread.
 
     Raises:
-        ValueError: ``capability`` is not one of `available`.
+        ValueError: ``capability`` is not one of ``available``.
     """
     global _override
     if capability not in available():

@@ -22,7 +22,7 @@ KERNELS: dict[str, Callable[..., None]] = {
     "count_digits": magnitude.count_digits,
     "mark_above": magnitude.mark_above,
 }
-"""By the operator's name, its specification. All write into what they are given."""
+"""The specification of each operator, by its name. All write into what they are given."""
 
 _SIGNATURES = (
     "encode(Tensor buffer, Tensor table, int key, int[] header, Tensor(a!) payload, "

@@ -16,7 +16,7 @@ _PARTS: tuple[tuple[Part, str], ...] = (("weight", "Weights"), ("grad", "Gradien
 
 
 def draw_errors(figure: Any, history: History) -> bool:
-    """Draw the `wire_errors` of a run's metrics; False, and nothing drawn, if there are none.
+    """Draw the ``wire_errors`` of a run's metrics; False, and nothing drawn, if there are none.
 
     A line stands for one kind of parameter, those whose names differ in the block's number only:
     few enough to tell apart, however many blocks. Above, its median and range over all blocks at

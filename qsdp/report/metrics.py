@@ -21,10 +21,10 @@ _MOST = 1e300  # beyond what is ever measured: sums stay finite
 
 
 class MetricsWriter:
-    """Appends lines to `path` and, if asked, TensorBoard events to a folder.
+    """Appends lines to ``path`` and, if asked, TensorBoard events to a folder.
 
-    A run that goes on after `last_step` drops the lines of later steps first, so that each step has
-    one line; a line that a crash tore is dropped as well.
+    A run that goes on after ``last_step`` drops the lines of later steps first, so that each step
+    has one line; a line that a crash tore is dropped as well.
     """
 
     def __init__(
@@ -36,18 +36,20 @@ class MetricsWriter:
         source: Path | None = None,
         may_appear: Callable[[], None] | None = None,
     ) -> None:
-        """
-        Args:
-            path: the file, made if missing.
-            last_step: the last step that is done; 0 begins anew.
-            tensorboard: folder of the events; None writes none.
-            needed: names of the numbers that every line has, null for a loss or a norm that was
-                not finite; one without them counts as torn.
-            source: the file whose lines the run goes on from, if it is not `path`.
-            may_appear: raises ValueError if a file that is gone is not to be made again.
+        """Open the file.
 
-        Raises: ValueError if TensorBoard is asked for but not installed or `last_step` is below 0,
-            OSError if `path` cannot be written.
+        Args:
+            path: The file, made if missing.
+            last_step: The last step that is done; 0 begins anew.
+            tensorboard: Folder of the events; None writes none.
+            needed: Names of the numbers that every line has, null for a loss or a norm that was not
+                finite; one without them counts as torn.
+            source: The file whose lines the run goes on from, if it is not ``path``.
+            may_appear: Raises ValueError if a file that is gone is not to be made again.
+
+        Raises:
+            ValueError: TensorBoard is asked for but not installed, or ``last_step`` is below 0.
+            OSError: ``path`` cannot be written.
         """
         if last_step < 0:
             raise ValueError(f"last_step is {last_step}; choose 0 or more")
@@ -60,8 +62,10 @@ class MetricsWriter:
 
     @property
     def history(self) -> list[StepLine]:
-        """All lines of the run so far, those before a resume and those that wait included. Read
-        anew: those of a long run are not kept in memory."""
+        """All lines of the run so far, those before a resume and those that wait included.
+
+        They are read anew: those of a long run are not kept in memory.
+        """
         kept = [json.loads(line, object_pairs_hook=_with_shared_names) for line in self._lines.kept]
         first = kept[0]["step"] if kept else math.inf
         found = []
@@ -74,11 +78,11 @@ class MetricsWriter:
         return found + kept
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Write one step's `line`, which has a `step`; another one of that step takes its place for
-        readers here. What cannot be written ends nothing: lines wait for room, and events stop.
+        """Write one step's ``line``, which has a ``step``; a later one of that step replaces it.
 
-        Values are numbers, or dictionaries of such; one that is not finite becomes null in the
-        file, and is shown as it is by TensorBoard.
+        Only readers here see one of the two. What cannot be written ends nothing: lines wait for
+        room, and events stop. Values are numbers, or dictionaries of such; one that is not finite
+        becomes null in the file, and is shown as it is by TensorBoard.
         """
         self._lines.append(json.dumps(finite(line)))
         with self._events_may_fail():
@@ -92,8 +96,11 @@ class MetricsWriter:
 
     @contextlib.contextmanager
     def _events_may_fail(self) -> Iterator[None]:
-        """TensorBoard writes in a thread, whose errors, of any kind, come out at a later call. It
-        is not even closed after one: that could wait for the thread."""
+        """Inside, errors of TensorBoard, of any kind, end its events and nothing else.
+
+        It writes in a thread, whose errors come out at a later call. It is not even closed after
+        one: that could wait for the thread.
+        """
         try:
             yield
         except Exception as error:
@@ -108,8 +115,11 @@ class MetricsWriter:
         self._lines.sync()
 
     def moved(self, path: Path, tensorboard: Path | None = None, last_step: int = 0) -> None:
-        """Note that the file has the name `path` now. From now on TensorBoard's events go to
-        `tensorboard`, those of the lines after `last_step` first."""
+        """Note that the file has the name ``path`` now.
+
+        From now on TensorBoard's events go to ``tensorboard``, those of the lines after
+        ``last_step`` first.
+        """
         self._lines.path = path
         if tensorboard is not None:
             with self._events_may_fail():
@@ -137,12 +147,12 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path, needed: Collection[str] = ()) -> list[StepLine]:
-    """The whole lines of a metrics file, which have numbers only and all of the `needed` ones."""
+    """The whole lines of a metrics file, which have numbers only and all of the ``needed`` ones."""
     return [*_whole_lines(path, needed)]
 
 
 def _whole_lines(path: Path, needed: Collection[str]) -> Iterator[StepLine]:
-    """One after the other: the file of a long run is large. Of two of one step the later."""
+    """The lines, one after the other: a long run's file is large. Of two of one step the later."""
     if not path.exists():
         return
     before = None

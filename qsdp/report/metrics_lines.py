@@ -23,22 +23,21 @@ class Lines:
 
     A line that cannot be written (no room, EIO, a stale handle) waits in memory, and with it all
     later ones; the next attempt comes some seconds later. Then what was torn is cut off, and the
-    lines follow in their order. So do those that `sync` could not put on disk: some file systems
+    lines follow in their order. So do those that ``sync`` could not put on disk: some file systems
     say only there that they had no room. Standard error says when it begins, when all is written
     again, and in the end what never was.
 
-    `sync` and `close` look whether the file still has its name. If nothing has, the file is made
-    again, with all that was in it; another file in its place is not touched, and lines wait.
+    ``sync`` and ``close`` look whether the file still has its name. If nothing has, the file is
+    made again, with all that was in it; another file in its place is not touched, and lines wait.
 
-    Attributes:
-        path: The file, under the name that it has now.
-        kept: The last lines, those that wait among them, each with its end of line.
+    ``path`` is the file, under the name that it has now. ``kept`` are the last lines, those that
+    wait among them, each with its end of line.
     """
 
     def __init__(self, path: Path, may_appear: Callable[[], None] | None = None) -> None:
-        """``may_appear`` raises ValueError if a file that is gone is not to be made again.
+        """Open the file ``path``. Raises OSError if it cannot be opened.
 
-        Raises OSError if the file ``path`` cannot be opened.
+        ``may_appear`` raises ValueError if a file that is gone is not to be made again.
         """
         self.path = path
         self.kept: list[bytes] = []
@@ -110,7 +109,7 @@ class Lines:
         print_error(f"warning: {self.path} was gone: it is there again, with all its lines")
 
     def _replaced(self) -> OSError:
-        """By another run's file, perhaps."""
+        """The error of a file in its place, another run's perhaps."""
         return OSError(errno.ESTALE, "another file has taken its place", str(self.path))
 
     def _write(self) -> None:
@@ -131,9 +130,11 @@ class Lines:
             print_error(f"{self.path} is written again: all lines that waited are in it{but}")
 
     def _open_again(self) -> None:
-        """Open the file of before, by its name, and cut off what was not written as a whole. The
-        one that is open stays so until then: its number is no other file's, and its lines are there
-        if the name is gone."""
+        """Open the file of before, by its name, and cut off what was not written as a whole.
+
+        The one that is open stays so until then: its number is no other file's, and its lines are
+        there if the name is gone.
+        """
         if not self.path.exists():
             self._make_again()
         elif self.path.stat().st_ino != self._number:

@@ -31,7 +31,7 @@ _WIRE_TIME = (
 
 
 def write_plots(folder: Path, history: History, summary: Summary) -> list[Path]:
-    """Write the plots as PNG files into `folder`; their paths, none without matplotlib."""
+    """Write the plots as PNG files into ``folder``. Returns the paths, none without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -64,8 +64,10 @@ def write_plots(folder: Path, history: History, summary: Summary) -> list[Path]:
 
 
 def may_fail(what: str, draw: Callable[[], T]) -> T | None:
-    """What ``draw`` returns; None, and a line on standard error, if it fails in whatever way: a
-    picture of results is none of them."""
+    """What ``draw`` returns; None, and a line on standard error, if it fails in whatever way.
+
+    A picture of results is none of them.
+    """
     try:
         return draw()
     except Exception as error:
@@ -75,8 +77,10 @@ def may_fail(what: str, draw: Callable[[], T]) -> T | None:
 
 
 def remove_stale(folder: Path, drawn: list[Path]) -> list[str]:
-    """Delete what `write_plots` drew of an earlier state of the run and not now, whole or killed in
-    the middle; the names of whole ones."""
+    """Delete what ``write_plots`` drew of an earlier state of the run and not now.
+
+    It may be whole, or killed in the middle. Returns the names of whole ones.
+    """
     every = [folder / f"{name}.png" for name in PLOT_NAMES]
     others = [path for path in every if path not in drawn]
     for path in others:
@@ -121,7 +125,7 @@ def _save(path: Path, draw: Callable[[Any], None]) -> None:
 
 
 def save_png(figure: Any, path: Path) -> None:
-    """Replace the file `path` by a picture of the `figure`, all or nothing."""
+    """Replace the file ``path`` by a picture of the ``figure``, all or nothing."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
 
@@ -158,7 +162,7 @@ def _plot_loss(axes: Any, history: History, summary: Summary) -> None:
 
 
 def _plot_one_shot(axes: Any, summary: Losses) -> None:
-    """Plain fractions as a curve; other targets as marks at what they prune, by name."""
+    """Draw plain fractions as a curve; other targets as marks at what they prune, by name."""
     losses = {Compression(): summary["val_loss"]}
     losses |= {Compression.of(target): loss for target, loss in summary["one_shot"].items()}
     found = [(target, loss) for target, loss in losses.items() if loss is not None]
@@ -206,7 +210,7 @@ def _plot_step_time(axes: Any, history: History) -> None:
 
 
 def _label_steps(axes: Any) -> None:
-    """Whole numbers only, in a short run too."""
+    """Label whole numbers only, in a short run too."""
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
 

@@ -14,7 +14,7 @@ _LINE_EVERY_S = 10.0
 
 
 class RunProgress:
-    """Shows loss, speed, bytes on the wire and the time left. Silent unless `is_shown`."""
+    """Shows loss, speed, bytes on the wire and the time left. Silent unless ``is_shown``."""
 
     def __init__(self, steps_done: int, steps: int, *, is_shown: bool) -> None:
         console = Console()
@@ -34,7 +34,7 @@ class RunProgress:
         self._task = self._bar.add_task("", total=steps, completed=steps_done)
 
     def show(self, line: Mapping[str, Any]) -> None:
-        """Show one step's metrics, a `StepLine`."""
+        """Show one step's metrics, a ``StepLine``."""
         if not self._is_shown:
             return
         text = (
@@ -71,7 +71,7 @@ class RunProgress:
 
 
 def format_bytes(count: float) -> str:
-    """`1.2 MB`: with three digits or so, in powers of 1000."""
+    """A text like ``1.2 MB``: with three digits or so, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -80,6 +80,6 @@ def format_bytes(count: float) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """`1:02:03`."""
+    """A text like ``1:02:03``."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

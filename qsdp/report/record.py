@@ -22,16 +22,16 @@ class StepLine(TypedDict, total=False):
 
     step: Required[int]
     loss: float | None
-    """Of the training batch, in nats a token."""
+    """Loss of the training batch, in nats a token."""
     grad_norm: float | None
     """None for a step that was skipped."""
     skipped_steps: int
-    """Of the run so far."""
+    """Skipped steps of the run so far."""
     step_s: float
     tokens_per_s: float
     val_loss: float | None
     val_loss_quantized: float | None
-    """Of the weights as they come off the wire."""
+    """Loss with the weights as they come off the wire."""
     pruned: float
     """The fraction of the prunable weights that training has pruned."""
     wire_bytes_sent: float
@@ -54,11 +54,11 @@ History = Sequence[StepLine]
 
 
 class Losses(TypedDict):
-    """Of one model, in nats a token."""
+    """Losses of one model, in nats a token."""
 
     val_loss: float | None
     one_shot: dict[str, float | None]
-    """After compression in one shot, by target."""
+    """Losses after compression in one shot, by target."""
 
 
 class Zeros(TypedDict):
@@ -69,29 +69,32 @@ class Zeros(TypedDict):
 
 
 class WireSummary(TypedDict):
-    """What a rank sends, a step on the mean over ranks and steps."""
+    """What a rank sends: a step, on the mean over ranks and steps."""
 
     sent_bytes_per_step: float
     fp32_bytes_per_step: float
     other_bytes_per_step: float
     inter_node_bytes_per_step: dict[str, float | None]
-    """By direction, `gather` and `reduce`."""
+    """By direction, ``gather`` and ``reduce``."""
     seconds_per_step: dict[str, float | None]
-    """By the names that a `StepLine` has for them; None where nothing was timed."""
+    """By the names that a ``StepLine`` has for them; None where nothing was timed."""
     source: str
     """Who counted."""
 
 
 class Summary(Losses):
-    """summary.json. Each further key NAME_val_loss is the loss of a model that was kept beside the
-    trained one, or null: see `losses_beside`."""
+    """The contents of summary.json.
+
+    Each further key NAME_val_loss is the loss of a model that was kept beside the trained one, or
+    null: see ``losses_beside``.
+    """
 
     val_loss_quantized: float | None
     sparsity: Zeros
     steps: int
     skipped_steps: int
     steps_measured: int
-    """Those that times and bytes are of."""
+    """The steps that times and bytes are of."""
     step_s_median: float | None
     tokens_per_s: float | None
     mfu: float | None
@@ -112,8 +115,10 @@ def numbers(history: History, name: str) -> list[float]:
 
 
 def losses_beside(summary: Summary) -> dict[str, float]:
-    """The losses of models that a run has kept beside its own: `dense twin` for the number called
-    `dense_twin_val_loss`."""
+    """The losses of models that a run has kept beside its own.
+
+    It is ``dense twin`` for the number called ``dense_twin_val_loss``.
+    """
     ending = "_val_loss"
     return {
         name.removesuffix(ending).replace("_", " "): loss

@@ -14,11 +14,11 @@ from qsdp.compat.parameter_names import clean_names, named_buffers
 
 
 class ForwardBackward:
-    """A model's passes with weights that are not its own. All ranks share one set of `buffers`.
+    """A model's passes with weights that are not its own. All ranks share one set of ``buffers``.
 
     Args:
         model: The plain model, which is not changed.
-        loss: Makes a scalar of what the model returns; None: it returns a scalar.
+        loss: Makes a scalar of what the model returns; None if it returns a scalar.
     """
 
     def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor] | None) -> None:
@@ -32,13 +32,13 @@ class ForwardBackward:
         """The loss of ``batch``, and the gradients of ``scale`` times it.
 
         Args:
-            weights: By name, every whole parameter.
+            weights: Every whole parameter, by name.
             trained: The names of those that need a gradient.
             batch: The positional arguments of the model, or a mapping of its keyword arguments.
             scale: A factor of the loss.
 
         Raises:
-            ValueError: the loss is not a scalar.
+            ValueError: The loss is not a scalar.
         """
         leaves = {
             name: value.detach().requires_grad_(name in trained) for name, value in weights.items()
@@ -53,8 +53,10 @@ class ForwardBackward:
 
 @contextmanager
 def casting_inputs(modules: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Inside, modules with a group of their own cast floating-point inputs to the parameter
-    dtype, as FSDP2 does by default."""
+    """Inside, modules with a group of their own cast floating-point inputs to the parameter dtype.
+
+    FSDP2 does so by default.
+    """
 
     def cast(_: nn.Module, args: Any, kwargs: Any) -> Any:
         return _cast(args, dtype), _cast(kwargs, dtype)
@@ -71,8 +73,10 @@ def casting_inputs(modules: Sequence[nn.Module], dtype: torch.dtype) -> Iterator
 
 
 class _Pass(nn.Module):
-    """Forward and backward in one call, so that what is recomputed in the backward pass sees the
-    parameters of `functional_call` too."""
+    """Forward and backward in one call.
+
+    So what is recomputed in the backward pass sees the parameters of ``functional_call`` too.
+    """
 
     def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor] | None) -> None:
         super().__init__()
@@ -81,7 +85,7 @@ class _Pass(nn.Module):
         own = [name for name, _ in held if name.startswith("model.")]  # a loss may hold some too
         clean = clean_names(self, own)
         self.names = {short.removeprefix("model."): name for name, short in clean.items()}
-        """By clean name in the model, the one that finds it here."""
+        """The name that finds each parameter here, by its clean name in the model."""
 
     def forward(self, batch: Any, scale: float) -> Tensor:
         if isinstance(batch, Mapping):

@@ -14,7 +14,7 @@ class SupportMasks:
     """The values that masks keep; all others are zero and do not travel.
 
     Args:
-        masks: By name the bool mask of a whole parameter; what has none travels whole.
+        masks: The bool mask of each whole parameter, by name; what has none travels whole.
         sharding: How masks are cut, which is how parameters are.
     """
 
@@ -32,7 +32,7 @@ class SupportMasks:
         return row[self._rows[name][rank]] if name in self else row
 
     def spread(self, name: str, values: Tensor, rank: int) -> Tensor:
-        """The inverse of `pick`, with zeros."""
+        """The inverse of ``pick``, with zeros."""
         if name not in self:
             return values
         keep = self._rows[name][rank]

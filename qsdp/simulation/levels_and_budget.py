@@ -17,17 +17,16 @@ from qsdp.simulation.ranks import World
 Place = tuple[str, bool, int]
 """Parameter, whether it is its gradient, bits."""
 LevelPlace = tuple[str, str, int]
-"""Parameter; `weight`, `grad`, or `kept` for weights under a mask; bits."""
+"""Parameter; ``weight``, ``grad``, or ``kept`` for weights under a mask; bits."""
 Bits = Mapping[str, tuple[int, int]]
-"""Of weights and of gradients, by parameter name."""
+"""Bits of weights and of gradients, by parameter name."""
 
 
 class SimulatedLevels:
-    """The levels of each parameter's weights, kept weights and gradients, for the bits that they
-    travel at.
+    """The levels of each parameter's weights, kept weights and gradients, for the bits in use.
 
-    They are fitted before each of `QSDPConfig.level_steps`, to all ranks' weights as they would be
-    sent at that moment, and all gradients that were sent in the step before.
+    They are fitted before each of ``QSDPConfig.level_steps``, to all ranks' weights as they would
+    be sent at that moment, and all gradients that were sent in the step before.
     """
 
     def __init__(self, config: QSDPConfig) -> None:
@@ -36,7 +35,7 @@ class SimulatedLevels:
         self._counts: dict[LevelPlace, Tensor] = {}
 
     def of(self, place: LevelPlace) -> Tensor | None:
-        """fp32 [2**bits]; None stands for the uniform grid."""
+        """fp32 [2**bits]: the levels of ``place``; None stands for the uniform grid."""
         if self._config.levels == "uniform" or place[2] not in LEARNED_BITS:
             return None
         return self._values.get(place, uniform_levels(place[2]))
@@ -72,11 +71,11 @@ class SimulatedBudget:
     Args:
         config: With the budget, if there is one.
         world: The ranks.
-        claims: Of coded weights, and of coded gradients, by name in the order in which ties are
-            broken.
+        claims: Those of coded weights, and of coded gradients, by name in the order in which ties
+            are broken.
 
     Raises:
-        ValueError: the budget is too small, or has nothing to allot.
+        ValueError: The budget is too small, or has nothing to allot.
     """
 
     def __init__(
@@ -100,8 +99,10 @@ class SimulatedBudget:
         self._errors.setdefault(place, [0.0] * self._world.num_ranks)[rank] += error
 
     def allot(self, bits: Bits) -> Bits:
-        """The bits that cost least by the errors so far, which are forgotten; those given where
-        an error is infinite or NaN."""
+        """The bits that cost least by the errors so far, which are forgotten.
+
+        Those given where an error is infinite or NaN.
+        """
         assert self._config.budget is not None
         totals = {
             (name, is_grad): [self._total((name, is_grad, b)) for b in CODED_BITS]
@@ -128,7 +129,7 @@ class SimulatedBudget:
         return {name: (weight, grad) for name, (weight, grad) in found.items()}
 
     def _total(self, place: Place) -> float:
-        """Over all ranks: along the replicate axis first, unless qsdp averages over it."""
+        """The error over all ranks: along replicas first, unless qsdp averages over them."""
         size, errors = self._world.world_size, self._errors.get(place, [])
         rows: Sequence[Sequence[float]] = [
             errors[i : i + size] for i in range(0, len(errors), size)

@@ -1,4 +1,4 @@
-"""`simulate(model, config, world_size=N, ...)`: what is simulated, as a user says it."""
+"""``simulate(model, config, world_size=N, ...)``: what is simulated, as a user says it."""
 
 from __future__ import annotations
 
@@ -38,34 +38,35 @@ def simulate(
 
     The same bits come out under the same conditions as anywhere: the same kernels of torch (device,
     thread count), deterministic operations, no dropout (ranks have generators of their own), and
-    with `replicas` above 2 and FSDP2's own all-reduce only up to the order of its sum. All ranks
+    with ``replicas`` above 2 and FSDP2's own all-reduce only up to the order of its sum. All ranks
     share one set of buffers. Optimizers see the shards of one rank: CrAM and whatever else needs
     the whole model is not simulated.
 
     Args:
-        model: The plain model, before `fully_shard`; its weights are where training starts. It is
+        model: The plain model, before ``fully_shard``; its weights are where training starts. It is
             not changed.
-        config: What `qsdp.install` is given; None takes the defaults.
+        config: What ``qsdp.install`` is given; None takes the defaults.
         world_size: Ranks of the shard axis.
         optimizer: Called once a rank of the shard axis with its shards, in the order of
-            `model.parameters()`; returns an optimizer.
-        groups: What `fully_shard` is called on, but for the root, which always is: modules, their
+            ``model.parameters()``; returns an optimizer.
+        groups: What ``fully_shard`` is called on, except the root, which always is: modules, their
             names, or lists of these for one call on several modules. Groups number random keys.
-        ranks_per_node: Consecutive ranks on one node, where `config.ranks_per_node` does not say
+        ranks_per_node: Consecutive ranks on one node, where ``config.ranks_per_node`` does not say
             it; None is 1.
         replicas: Ranks of the replicate axis (HSDP), of which each has a shard group.
-        quantized_replicas: The replicas' all-reduce is that of `install(..., replicate_mesh=...)`.
-        param_dtype: Of `MixedPrecisionPolicy`: what gathered parameters are cast to.
+        quantized_replicas: The replicas' all-reduce is that of ``install(...,
+            replicate_mesh=...)``.
+        param_dtype: What gathered parameters are cast to, as in ``MixedPrecisionPolicy``.
         reduce_dtype: The dtype of gradients in the reduce.
-        shard_dims: By name, the dimension of those parameters that `shard_placement_fn` does not
+        shard_dims: The dimension, by name, of those parameters that ``shard_placement_fn`` does not
             shard along the first.
-        loss: Makes a scalar of what the model returns; None: it returns a scalar.
+        loss: Makes a scalar of what the model returns; None if it returns a scalar.
 
     Returns:
-        A `Simulation` before its first step.
+        A ``Simulation`` before its first step.
 
     Raises:
-        ValueError: an argument is not as above.
+        ValueError: An argument is not as above.
     """
     config = QSDPConfig() if config is None else config
     if not isinstance(config, QSDPConfig):

@@ -64,16 +64,16 @@ class World:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Places in the random generator's counter, as `qsdp.install` counts them."""
+    """Places in the random generator's counter, as ``qsdp.install`` counts them."""
 
     parameters: Mapping[str, int]
-    """By name, in the order of `named_parameters`."""
+    """The number of each parameter, in the order of ``named_parameters``."""
     groups: Mapping[str, int]
-    """The group of each parameter, in the order of `modules()`."""
+    """The group of each parameter, in the order of ``modules()``."""
     root: int | None
     """The root's group; None if all parameters are in groups of submodules."""
     modules: tuple[nn.Module, ...]
-    """Those that `fully_shard` is called on."""
+    """The modules that ``fully_shard`` is called on."""
 
 
 def number(model: nn.Module, groups: Sequence[Group]) -> Numbers:
@@ -81,11 +81,11 @@ def number(model: nn.Module, groups: Sequence[Group]) -> Numbers:
 
     Args:
         model: The plain model.
-        groups: What `fully_shard` is called on before the root: modules or their names, or lists of
-            them for one call on several modules. The root may be among them.
+        groups: What ``fully_shard`` is called on before the root: modules or their names, or lists
+            of them for one call on several modules. The root may be among them.
 
     Raises:
-        ValueError: a name or module is not of the model, or is given twice, or a parameter is
+        ValueError: A name or module is not of the model, or is given twice, or a parameter is
             tied across groups, which FSDP2 would untie.
     """
     names = {module: name for name, module in model.named_modules()}

@@ -36,7 +36,7 @@ class Reduction:
         self._num_added = 0
         self._names: set[str] = set()
         self._sums: list[dict[tuple[str, int], Tensor]] = [{} for _ in wire.stages]
-        """By stage, those of the unit that is being summed."""
+        """The sums of the unit that is being summed, by stage."""
         self._replicas: dict[tuple[str, int], Tensor] = {}
 
     def add(self, grads: Mapping[str, Tensor]) -> None:
@@ -75,8 +75,10 @@ class Reduction:
             yield name, receiver, self._wire.kept_grads.spread(name, mean, receiver)
 
     def _send_on(self, place: int, unit: int) -> None:
-        """Send what the ranks of a ``unit`` of the stage before have summed into the stage at
-        ``place``; units are counted over all replicas."""
+        """Send what the ranks of a ``unit`` of the stage before have summed into stage ``place``.
+
+        Units are counted over all replicas.
+        """
         each, before = self._wire.stages[place], self._sums[place - 1]
         for (name, receiver), total in before.items():
             sender = unit * each.stride + receiver % each.stride

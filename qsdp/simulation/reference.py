@@ -1,7 +1,7 @@
 """What the simulated wire does to values: bits, keys, codes.
 
 Written from the paper (QSDP, arXiv 2302.02390, section 4) and docs/design.md, apart from
-`qsdp.comm` but for what is a function of numbers alone: the two check each other.
+``qsdp.comm`` except what is a function of numbers alone: the two check each other.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Wire:
         sharding: How parameters are cut.
 
     Raises:
-        ValueError: a policy pattern matches no parameter, the budget is too small or has nothing
+        ValueError: A policy pattern matches no parameter, the budget is too small or has nothing
             to allot, or ranks do not fill nodes as the reduce needs it.
     """
 
@@ -91,8 +91,10 @@ class Wire:
         self._levels.watch(0, self._bits)
 
     def advance(self, step: int, shards: Sequence[Mapping[str, Tensor]]) -> None:
-        """Allot bits and learn levels if they are due before ``step``. ``shards`` are those of
-        the ranks of the shard group, which all replicas have alike."""
+        """Allot bits and learn levels if they are due before ``step``.
+
+        ``shards`` are those of the ranks of the shard group, which all replicas have alike.
+        """
         config, world = self.config, self.world
         if self._budget.is_open(step - 1):
             for rank in range(world.num_ranks):
@@ -111,14 +113,16 @@ class Wire:
         self._levels.watch(step, self._bits)
 
     def set_support(self, masks: Mapping[str, Tensor], *, with_grads: bool) -> None:
-        """Let only the weights that ``masks``, of whole parameters, keep travel from now on, and
-        with ``with_grads`` only their gradients."""
+        """Let only the weights that ``masks`` of whole parameters keep travel from now on.
+
+        With ``with_grads``, only their gradients travel too.
+        """
         self.kept_weights = SupportMasks(masks, self.sharding)
         self.kept_grads = SupportMasks(masks if with_grads else {}, self.sharding)
         self._codecs.clear()  # what other masks leave has other sizes
 
     def weight_dtype(self, shard: Tensor) -> torch.dtype:
-        """Of the parameter once gathered."""
+        """The dtype of the parameter once gathered."""
         return self.world.param_dtype if shard.is_floating_point() else shard.dtype
 
     def weight_bits(self, name: str, step: int | None) -> int:
@@ -182,7 +186,7 @@ class Wire:
         )
 
     def _claim(self, name: str, whole: Tensor, is_grad: bool, is_embedding: bool) -> Claim:
-        """Every rank's payload has room for the first rank's shard."""
+        """The claim of one parameter: every rank's payload has room for the first rank's shard."""
         kept = self._bits[name][is_grad] if self.config.keeps_bits(name, is_embedding) else None
         padded = self.sharding.cut(name, whole)[0].numel()
         return Claim(whole.numel(), padded, self.world.world_size, kept)
@@ -192,7 +196,9 @@ class Wire:
 
     def _sent(self, name: str, shard: Tensor, rank: int) -> Tensor:
         """What travels of the shard of ``rank`` in the shard group: all, or the kept values, 1-D.
-        What is sent once is sent whole."""
+
+        What is sent once is sent whole.
+        """
         values = self._gathered(shard)
         if self.is_sent_once(shard):
             return values

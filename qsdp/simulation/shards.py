@@ -18,7 +18,7 @@ class Sharding:
     Args:
         model: The plain model.
         world_size: Ranks of the shard axis.
-        dims: By name, the dimension of those parameters that are not sharded along the first.
+        dims: The dimension, by name, of those parameters that are not sharded along the first.
 
     Raises:
         ValueError: FSDP2 cannot shard the model so, or qsdp not send it.
@@ -36,7 +36,7 @@ class Sharding:
         return [part.contiguous() for part in parts] + [empty] * (size - len(parts))
 
     def join(self, name: str, rows: list[Tensor]) -> Tensor:
-        """The inverse of `cut`."""
+        """The inverse of ``cut``."""
         return torch.cat(rows, self._dims.get(name, 0))
 
 

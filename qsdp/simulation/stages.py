@@ -1,4 +1,4 @@
-"""Which of the simulated ranks exchange, stage by stage: written apart from `qsdp.comm`."""
+"""Which of the simulated ranks exchange, stage by stage: written apart from ``qsdp.comm``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qsdp.simulation.ranks import World
 
 
 class Exchanging(NamedTuple):
-    """One stage: in it ranks exchange that are 1, 2, ... `size` - 1 strides apart."""
+    """One stage: in it ranks exchange that are 1, 2, ... ``size`` - 1 strides apart."""
 
     stage: Stage
     size: int
@@ -36,13 +36,13 @@ SIZES = {
     "auto": two_hop,
     "two-hop": two_hop,
 }
-"""By what `QSDPConfig.reduce` may be, but for flat: how many ranks exchange in each stage."""
+"""How many ranks exchange in each stage, by what ``QSDPConfig.reduce`` may be, except flat."""
 
 
 def stages_of(world: World, config: QSDPConfig) -> list[Exchanging]:
-    """The stages of a shard group, innermost first. Those of one rank have nothing to do; if fewer
-    than two are left, all ranks exchange at once.
+    """The stages of a shard group, innermost first.
 
+    Those of one rank have nothing to do; if fewer than two are left, all ranks exchange at once.
     Raises ValueError where the config asks for stages that cannot be.
     """
     flat = [Exchanging(Stage.FLAT, world.world_size, 1)]

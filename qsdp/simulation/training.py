@@ -20,11 +20,11 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Simulation:
-    """The ranks' shards and optimizers, and what happens between them. Made by `simulate`.
+    """The ranks' shards and optimizers, and what happens between them. Made by ``simulate``.
 
-    `shards[rank]` are the parameters of a rank of the shard axis by name, `optimizers[rank]` its
-    optimizer (set learning rates on all of them), `clock` the step in the random keys: it counts
-    reduces, and is advanced when the next pass begins.
+    ``shards[rank]`` are the parameters of a rank of the shard axis by name, ``optimizers[rank]``
+    its optimizer (set learning rates on all of them), ``clock`` the step in the random keys: it
+    counts reduces, and is advanced when the next pass begins.
     """
 
     def __init__(
@@ -62,16 +62,16 @@ class Simulation:
         Args:
             batches: ``batches[micro][rank]``, by micro-batch and global rank: the positional
                 arguments of the model, or a mapping of its keyword arguments.
-            max_norm: Clip gradients to this norm, as `qsdp.clip_grad_norm_` does.
+            max_norm: Clip gradients to this norm, as ``qsdp.clip_grad_norm_`` does.
             sync_every: Reduce after each micro-batch, not only after the last.
 
         Returns:
             The mean loss over micro-batches and ranks.
 
         Raises:
-            ValueError: the batches are not those of all ranks, `max_norm` is not above 0, or the
+            ValueError: The batches are not those of all ranks, ``max_norm`` is not above 0, or the
                 loss is not a scalar.
-            RuntimeError: ranks have gradients for different parameters, where FSDP2 would fail.
+            RuntimeError: Ranks have gradients for different parameters, where FSDP2 would fail.
         """
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm}; choose a number above 0")
@@ -84,7 +84,7 @@ class Simulation:
     def pass_(
         self, batches: Sequence[Sequence[Any]], *, sync_every: bool = False
     ) -> list[list[float]]:
-        """The first part of `step`: add the reduced gradients to the shards' `.grad`.
+        """The first part of ``step``: add the reduced gradients to the shards' ``.grad``.
 
         Each loss is multiplied by 1 / (number of micro-batches).
 
@@ -125,8 +125,11 @@ class Simulation:
             optimizer.zero_grad()
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter as all ranks compute with it in this step of the clock: decoded, in the
-        parameter dtype. For validation as the run would see it without `handle.exact()`."""
+        """Every parameter as all ranks compute with it in this step of the clock.
+
+        They are decoded, in the parameter dtype: for validation as the run would see it without
+        ``handle.exact()``.
+        """
         return {
             name: self._wire.sharding.join(
                 name,
@@ -154,10 +157,9 @@ class Simulation:
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
-        """Copy the exact parameters, and the buffers, into a model of the simulated one's names
-        and shapes: to evaluate or save it.
+        """Copy the exact parameters, and the buffers, into ``model``: to evaluate or save it.
 
-        Raises ValueError when it has others.
+        Raises ValueError unless it has the names and shapes of the simulated one.
         """
         sources = self.state() | self._passes.buffers
         targets = named_parameters(model) | named_buffers(model)
@@ -175,13 +177,14 @@ class Simulation:
             targets[name].copy_(value)
 
     def set_support(self, masks: Mapping[str, Tensor] | None, *, with_grads: bool = True) -> None:
-        """Let only the weights that ``masks`` keep travel, as `Handle.set_support` does.
+        """Let only the weights that ``masks`` keep travel, as ``Handle.set_support`` does.
 
         Args:
-            masks: by name a bool mask of the whole parameter; all other weights must be +0.0.
+            masks: A bool mask of each whole parameter, by name; all other weights must be +0.0.
             with_grads: False sends all gradients.
 
-        Raises ValueError for a mask that is no bool tensor of a parameter's shape.
+        Raises:
+            ValueError: A mask is no bool tensor of a parameter's shape.
         """
         if not masks and not with_grads:
             raise ValueError("with_grads is False without masks; give masks, or leave it out")
@@ -198,13 +201,13 @@ class Simulation:
         """What a global rank sends in a step after the warm-up, by arithmetic on layouts.
 
         All trained parameters are taken to get gradients. Not counted are weights that are sent
-        once for all steps (`gather="once"`, frozen), and what FSDP2 sends by itself: the all-reduce
-        of native HSDP.
+        once for all steps (``gather="once"``, frozen), and what FSDP2 sends by itself: the
+        all-reduce of native HSDP.
 
         Args:
-            rank: Whose payloads; all ranks send the same sizes, to the same node or to others.
-            micro_batches: Accumulated before one reduce: each gathers anew.
-            reshard_after_forward: As given to `fully_shard`: None gathers the root's group once
+            rank: The sender; all ranks send the same sizes, to the same node or to others.
+            micro_batches: How many are accumulated before one reduce: each gathers anew.
+            reshard_after_forward: As given to ``fully_shard``: None gathers the root's group once
                 and all others twice, False gathers all once.
         """
         if self._wire.kept_weights:
@@ -225,8 +228,10 @@ class Simulation:
         )
 
     def _pass_window(self, window: Sequence[Sequence[Any]], scale: float) -> list[list[float]]:
-        """The micro-batches up to one reduce. Ranks come one after the other, so that only one
-        rank's gradients are held at a time."""
+        """Take the micro-batches up to one reduce.
+
+        Ranks come one after the other, so that only one rank's gradients are held at a time.
+        """
         if self._has_reduced:
             self.clock, self._has_reduced = self.clock + 1, False
             self._wire.advance(self.clock, self.shards)

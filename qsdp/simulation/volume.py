@@ -51,8 +51,10 @@ def count_bytes(
     micro_batches: int,
     reshard_after_forward: bool | None,
 ) -> WireBytes:
-    """See `Simulation.wire_bytes`. ``shards`` are those of the shard group's first rank: all ranks'
-    payloads have the sizes of its."""
+    """The bytes of a step: see ``Simulation.wire_bytes``.
+
+    ``shards`` are those of the shard group's first rank: all ranks' payloads have the sizes of its.
+    """
     world, sent = wire.world, _Sent(wire.world.ranks_per_node, rank)
     size = world.world_size
     replicas = range(rank % size, world.num_ranks, size) if world.quantized_replicas else ()
@@ -92,7 +94,7 @@ class _Sent:
         self._ranks_per_node, self._rank = ranks_per_node, rank
 
     def to(self, direction: str, ranks: Iterable[int], num_bytes: int) -> None:
-        """Count ``num_bytes`` to each of ``ranks`` but the sender."""
+        """Count ``num_bytes`` to each of ``ranks``, except the sender."""
         node = self._rank // self._ranks_per_node
         for peer in ranks:
             if peer != self._rank:
@@ -100,7 +102,7 @@ class _Sent:
 
 
 def _weight_bytes(wire: Wire, shards: Mapping[str, Tensor]) -> int:
-    """Of one payload; nothing is sent for no parameters."""
+    """Bytes of one payload; nothing is sent for no parameters."""
     segments = [
         wire.segment(
             name,

@@ -19,15 +19,15 @@ class Compression:
     sparsity: float = 0.0
     """Fraction of the prunable weights set to zero, from 0 to below 1: the smallest magnitudes."""
     scope: str = "global"
-    """`global`: magnitudes of all prunable weights compete. `layer`: each matrix loses the same
-    fraction."""
+    """``global``: magnitudes of all prunable weights compete; ``layer``: those of each matrix."""
     pattern: tuple[int, int] | None = None
     """(N, M): of every M weights along the input dimension the N largest stay."""
     block: int = 1
     """Weights along the input dimension that stay or go together, by the sum of magnitudes."""
     bits: int | None = None
-    """Bits of the weights that stay, 2 to 8: the nearest of 2**bits - 1 symmetric levels, 128
-    weights of a row sharing a scale."""
+    """Bits of the weights that stay, 2 to 8: the nearest of 2**bits - 1 symmetric levels.
+    128 weights of a row share a scale.
+    """
 
     def __post_init__(self) -> None:
         for name in ("block", "bits"):
@@ -62,10 +62,10 @@ class Compression:
 
     @classmethod
     def of(cls, target: float | str | Compression) -> Compression:
-        """Read a target: a fraction, or terms joined by `+`.
+        """Read a target: a fraction, or terms joined by ``+``.
 
-        Terms are a fraction (`0.7`), N:M (`2:4`), bits (`4bit`), `layer`, or a block (`block4`):
-        `0.7+layer`, `0.5+block4+8bit`, `2:4+4bit`.
+        Terms are a fraction (``0.7``), N:M (``2:4``), bits (``4bit``), ``layer``, or a block
+        (``block4``): ``0.7+layer``, ``0.5+block4+8bit``, ``2:4+4bit``.
         """
         if isinstance(target, Compression):
             return target

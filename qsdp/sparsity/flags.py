@@ -13,13 +13,16 @@ class CompressionFlags(Flags):
     """What is compressed, by the method or in one shot."""
 
     one_shot: tuple[str, ...] | None = ("0.5", "0.7", "0.8", "0.9")
-    """Targets to compress the final model to in one shot, each put back after its validation, with
-    commas between: fractions (0.7), N:M patterns (2:4), bits (4bit); `+` joins terms (2:4+4bit,
-    0.7+layer, 0.5+block4). `none` for none."""
+    """Targets to compress the final model to in one shot, with commas between; none for no target.
+    Each is put back after its validation. Fractions (0.7), N:M patterns (2:4), bits (4bit); +
+    joins terms (2:4+4bit, 0.7+layer, 0.5+block4).
+    """
 
     prunable: str | None = None
-    """Shell-style patterns of the parameters that may be pruned, with commas between, for a method
-    that prunes or --one-shot. Unset: the weights of linear layers inside the blocks."""
+    """Shell-style patterns of the parameters that may be pruned, with commas between.
+    For a method that prunes or --one-shot. Unset: the weights of linear layers inside the
+    blocks.
+    """
 
     @property
     def targets(self) -> tuple[Compression, ...]:
@@ -29,11 +32,11 @@ class CompressionFlags(Flags):
 
     @property
     def patterns(self) -> list[str] | None:
-        """Of the prunable set."""
+        """The patterns of the prunable set."""
         return None if self.prunable is None else self.prunable.split(",")
 
     def check(self, *, prunes: bool) -> None:
-        """Raise ValueError, naming the flag, for what cannot be; ``prunes``: the method does."""
+        """Raise ValueError, naming the flag, for what cannot be; ``prunes``: the method prunes."""
         self.require_contents("prunable")
         try:
             _ = self.targets

@@ -1,8 +1,8 @@
 """Where a tensor's local part lies in the whole: what thresholds and norms must know of a DTensor.
 
-A plain tensor is its own whole and is held by every rank; a DTensor is cut by its `Shard`
-placements and repeated by its `Replicate` ones, so an HSDP parameter is summed over its shard axis
-alone and counted once.
+A plain tensor is its own whole and is held by every rank; a DTensor is cut by its ``Shard``
+placements and repeated by its ``Replicate`` ones, so an HSDP parameter is summed over its shard
+axis alone and counted once.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Part(Protocol):
 
     @property
     def groups(self) -> Groups:
-        """Whose parts make the whole."""
+        """The process groups whose parts make the whole."""
 
     @property
     def reach(self) -> Reach:
-        """Whose parts compete with it, those of other ranks' tensors included."""
+        """The ranks whose parts compete with it, those of their own tensors included."""
 
     @property
     def numel(self) -> int:
@@ -58,17 +58,17 @@ class LocalShard:
     values: Tensor
     """The part itself, sharing storage with the tensor; any shape, possibly empty."""
     groups: Groups
-    """Empty for a plain or replicated tensor: every rank holds all of it."""
+    """The groups that cut it; none for a plain or replicated tensor: every rank holds all of it."""
     shape: tuple[int, ...]
     """Shape of the whole."""
     offset: tuple[int, ...]
     """Index in the whole of the part's first value."""
     parts: tuple[int, ...]
-    """By dimension, what all cuts are multiples of: the whole size where there are none."""
+    """What all cuts of a dimension are multiples of: the whole size where there are none."""
     reach: Reach
-    """Whose parts compete with it."""
+    """The ranks whose parts compete with it."""
     is_frozen: bool
-    """Whether it is that of a parameter that is not trained."""
+    """Whether it is the part of a parameter that is not trained."""
 
     @property
     def numel(self) -> int:
@@ -98,11 +98,11 @@ def local_shard(tensor: Tensor, spread: Spread | None = None) -> LocalShard:
     """Describe this rank's part of ``tensor``.
 
     Args:
-        tensor: A plain tensor, or a DTensor placed by `Shard` and `Replicate` alone.
-        spread: Of all tensors that it is counted with; None: its own ranks are all.
+        tensor: A plain tensor, or a DTensor placed by ``Shard`` and ``Replicate`` alone.
+        spread: That of all tensors that it is counted with; None: its own ranks are all.
 
     Raises:
-        ValueError: If another placement is met (partial sums, tensor parallelism under FSDP), or a
+        ValueError: Another placement is met (partial sums, tensor parallelism under FSDP), or a
             sparse tensor.
     """
     if tensor.layout != torch.strided:
@@ -151,9 +151,11 @@ def local_shard(tensor: Tensor, spread: Spread | None = None) -> LocalShard:
 
 
 def without_copies(shard: Part) -> Part:
-    """``shard``, where a frozen one that is the same on all parts of its reach counts once: what is
-    frozen is often sharded inside nodes, a copy on each. A collective for frozen ones of others'
-    reach."""
+    """``shard``, where a frozen one that is the same on all parts of its reach counts once.
+
+    What is frozen is often sharded inside nodes, a copy on each. A collective for frozen ones of
+    others' reach.
+    """
     if not isinstance(shard, LocalShard) or not shard.is_frozen:
         return shard
     if shard.reach.groups == shard.groups or not shard.reach.groups:

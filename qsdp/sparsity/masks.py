@@ -27,11 +27,11 @@ class Prunable:
     dims: tuple[int, ...]
     """The input dimension of each: what the products of its layer sum over."""
     spread: Spread
-    """Of all the model's parameters."""
+    """The spread of all the model's parameters."""
 
     @classmethod
     def of(cls, model: nn.Module, patterns: Sequence[str] | None = None) -> Prunable:
-        """The prunable set of ``model``; see `prunable_parameters`."""
+        """The prunable set of ``model``; see ``prunable_parameters``."""
         return cls._of(model, prunable_parameters(model, patterns))
 
     @classmethod
@@ -61,7 +61,7 @@ class Prunable:
         )
 
     def trained(self) -> Prunable:
-        """Those that are not frozen."""
+        """The parameters that are not frozen."""
         kept = [i for i, parameter in enumerate(self.parameters) if parameter.requires_grad]
         return replace(
             self,
@@ -75,8 +75,11 @@ class Prunable:
         return [local_shard(parameter, self.spread) for parameter in self.parameters]
 
     def check(self, target: Compression) -> None:
-        """Raise ValueError where a parameter cannot have the target's pattern, blocks or bits, or
-        has a dtype whose magnitudes cannot be ranked."""
+        """Raise ValueError where a parameter cannot have the target.
+
+        Its pattern, blocks or bits do not fit, or the parameter has a dtype whose magnitudes cannot
+        be ranked.
+        """
         for name, shard, dim in zip(self.names, self.shards(), self.dims, strict=True):
             size = target.group_size
             if (target.fraction or target.bits is not None) and shard.dtype not in DTYPES:
@@ -102,12 +105,12 @@ class Prunable:
 def keep_masks(
     shards: Sequence[LocalShard], target: Compression, dims: Sequence[int]
 ) -> list[Tensor]:
-    """Per shard, which values ``target`` keeps: bool of the local shape. A collective.
+    """Which values of each shard ``target`` keeps: bool of the local shape. A collective.
 
     Args:
-        shards: of all tensors that compete, the same tensors in the same order on every rank.
-        target: how many of them are kept, and in which shapes.
-        dims: the input dimension of each, for patterns and blocks.
+        shards: Those of all tensors that compete, the same tensors in the same order on every rank.
+        target: How many of them are kept, and in which shapes.
+        dims: The input dimension of each, for patterns and blocks.
     """
     if target.pattern is not None:
         return [
@@ -124,7 +127,7 @@ def keep_masks(
 def magnitude_masks(parameters: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
     """Keep the largest magnitudes over all parameters together: exactly n - round(sparsity * n).
 
-    A collective; see `threshold.global_threshold` for the ties.
+    A collective; see ``threshold.global_threshold`` for the ties.
 
     Args:
         parameters: Plain tensors or DTensors by name, the same order on every rank; a tensor that
@@ -132,7 +135,7 @@ def magnitude_masks(parameters: Mapping[str, Tensor], sparsity: float) -> dict[s
         sparsity: Fraction to prune, from 0 (nothing) to below 1.
 
     Returns:
-        By name a bool mask of the local shape, True where the weight is kept.
+        A bool mask of the local shape by name, True where the weight is kept.
     """
     tensors = unique(parameters.values())
     spread = spread_of(tensors)
@@ -144,7 +147,7 @@ def magnitude_masks(parameters: Mapping[str, Tensor], sparsity: float) -> dict[s
 
 
 def find_threshold(shards: Sequence[Part], target: Compression) -> Threshold:
-    """Above which magnitudes the values, or the blocks' sums, stay. A collective."""
+    """The magnitudes above which the values, or the blocks' sums, stay. A collective."""
     if target.scope == "layer":
         numels = [shard.numel for shard in shards]
         return layer_thresholds(shards, [n - round(target.sparsity * n) for n in numels])
@@ -187,6 +190,6 @@ class Blocks:
         self.owned = replace(self.all, values=sums_GR[own:], offset=offset)
 
     def spread(self, keep_GR: Tensor) -> Tensor:
-        """The mask of the matrix's local part that the blocks' mask says."""
+        """The mask of the matrix's local part that follows from the blocks' mask."""
         mask_GMR = keep_GR[:, None].expand(-1, self._size, -1)
         return _own_part(mask_GMR, self._shard, self._dim, self._first)

@@ -11,11 +11,12 @@ from qsdp.sparsity.local_shards import LocalShard, gathered
 def whole_groups(shard: LocalShard, dim: int, size: int) -> tuple[Tensor, int]:
     """The groups of ``size`` along ``dim`` of which this rank holds a part. A collective.
 
-    Where the tensor is cut inside a group, its values are fetched from the other ranks, at most
-    2 (size - 1) rows from each; nothing is sent where all cuts lie between groups.
+    Where the tensor is cut inside a group, its values are fetched from the other ranks, at most 2
+    (size - 1) rows from each; nothing is sent where all cuts lie between groups.
 
     Args:
-        shard: of a matrix whose ``dim`` is a multiple of ``size``, cut by one mesh axis at most.
+        shard: The part of a matrix whose ``dim`` is a multiple of ``size``, cut by one mesh axis at
+            most.
 
     Returns:
         [groups, size, the other dimension], and which row of the first group is this rank's first.

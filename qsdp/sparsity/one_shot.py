@@ -20,9 +20,10 @@ BITS_GROUP = 128
 """Consecutive values of a row that share a scale when a model is rounded to few bits."""
 
 Score = Callable[[int, LocalShard], Tensor]
-"""What competes in place of the values of a tensor, by the magnitudes of it: for a place among the
-tensors, and this rank's part of the tensor there, a floating-point tensor of that part's shape. The
-scores of a value are the same however the tensor is cut."""
+"""What competes in place of the values of a tensor, by its magnitudes.
+For a place among the tensors, and this rank's part of the tensor there, it gives a floating-point
+tensor of that part's shape. The scores of a value are the same however the tensor is cut.
+"""
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,7 +39,7 @@ def compress_(
     Values compete by their own magnitudes, or by ``score``.
 
     Returns:
-        Per shard what was kept.
+        What was kept of each shard.
     """
     competing = shards if score is None else [scored(s, i, score) for i, s in enumerate(shards)]
     masks = keep_masks(competing, target, dims)

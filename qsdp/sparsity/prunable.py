@@ -33,18 +33,18 @@ def prunable_parameters(
     Args:
         model: Any module, sharded or not.
         patterns: Shell-style patterns of full parameter names as the model was written, whatever
-            wraps it or its blocks by now (`torch.compile`, activation checkpointing, DDP), for
-            instance ``["blocks.*.mlp.*.weight"]``. By default, inside an `nn.ModuleList` (the
-            blocks), the weights of `nn.Linear` and of Hugging Face's `Conv1D`, and all parameters
-            of three dimensions above 1 (experts), but those of convolutions, parametrized ones and
-            biases, unless an embedding owns them too. A UserWarning names the weights of blocks
-            that the default leaves out, if they are more than a tenth.
+            wraps it or its blocks by now (``torch.compile``, activation checkpointing, DDP), for
+            instance ``["blocks.*.mlp.*.weight"]``. By default, inside an ``nn.ModuleList`` (the
+            blocks), the weights of ``nn.Linear`` and of Hugging Face's ``Conv1D``, and all
+            parameters of three dimensions above 1 (experts), but those of convolutions,
+            parametrized ones and biases, unless an embedding owns them too. A UserWarning names the
+            weights of blocks that the default leaves out, if they are more than a tenth.
 
     Returns:
-        Parameters by such a name, in the order of `named_parameters`, tied ones once.
+        Parameters by such a name, in the order of ``named_parameters``, tied ones once.
 
     Raises:
-        ValueError: If a pattern matches nothing, or no pattern is given and nothing is found; or
+        ValueError: A pattern matches nothing, or no pattern is given and nothing is found; or
             two parameters have one name without those of wrappers.
     """
     reshard(model)
@@ -121,8 +121,11 @@ def _warn_of_the_rest(
 
 
 def input_dims(model: nn.Module) -> dict[int, int]:
-    """By the id of a weight, or of its shard where it is gathered now, the dimension that its layer
-    sums over: 0 in Hugging Face's Conv1D."""
+    """The dimension that a weight's layer sums over, by the id of the weight.
+
+    Where the weight is gathered now, it is the id of its shard. The dimension is 0 in Hugging
+    Face's Conv1D.
+    """
     sharded = sharded_by_unsharded_id(model)
     return {
         id(sharded.get(id(module.weight), module.weight)): 0 if _is_conv1d(module) else 1

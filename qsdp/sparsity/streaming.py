@@ -1,6 +1,6 @@
 """One-shot compression of a model that does not fit in memory: one tensor at a time.
 
-The outcome is that of `one_shot.compress_` over all tensors at once, bit for bit.
+The outcome is that of ``one_shot.compress_`` over all tensors at once, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qsdp.sparsity.threshold import Threshold
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that lies elsewhere, on a disk for one."""
+    """A tensor that lies elsewhere, for example on a disk."""
 
     read: Callable[[], Tensor]
     """Brings all of it, the same values each time, to the CPU."""
@@ -34,7 +34,7 @@ class StoredTensor:
 
 
 def num_reads(target: Compression) -> int:
-    """How often every tensor is read, but where ties are cut: once or twice more then."""
+    """How often every tensor is read. Where ties are cut it is once or twice more."""
     return 4 if _compete(target) else 1
 
 
@@ -78,13 +78,15 @@ def _compete(target: Compression) -> bool:
 
 @dataclass(frozen=True)
 class _Competing:
-    """What of a stored tensor competes, read anew each time: its values or their scores, or the
-    sums of these over blocks."""
+    """What of a stored tensor competes, read anew each time.
+
+    It is its values or their scores, or the sums of these over blocks.
+    """
 
     tensor: StoredTensor
     block: int
     index: int
-    """Among all tensors."""
+    """Its place among all tensors."""
     score: Score | None
 
     @property

@@ -30,12 +30,12 @@ THRESHOLD_BYTES = 3 * 8 * NUM_BINS
 
 @dataclass(frozen=True)
 class Threshold:
-    """Which entries of a list of shards are kept: those above `keys`, and the first ties."""
+    """Which entries of a list of shards are kept: those above ``keys``, and the first ties."""
 
     keys: tuple[int, ...]
-    """Per shard: bit pattern of the K-th largest |w| as fp32."""
+    """The bit pattern of the K-th largest |w| as fp32, for each shard."""
     ties: tuple[int, ...]
-    """Per shard: an entry of magnitude `key` is kept if its position in the whole is below this."""
+    """The position in each shard's whole below which an entry of magnitude ``key`` is kept."""
 
     def keep(self, index: int, shard: Part) -> Tensor:
         """The bool mask, of the local shape, of the entries kept in shard number ``index``."""
@@ -53,17 +53,17 @@ class Threshold:
 def global_threshold(shards: Sequence[Part], num_keep: int) -> Threshold:
     """Find the ``num_keep`` entries of largest magnitude over all shards of all tensors.
 
-    A collective over the shards' reach: one all-reduce of 16 KiB a round, and a few small
-    ones when only some of the tied entries are kept. The host waits for the device once for the
-    three rounds. Reads every local value three times, and a fourth time for cut ties.
+    A collective over the shards' reach: one all-reduce of 16 KiB a round, and a few small ones when
+    only some of the tied entries are kept. The host waits for the device once for the three rounds.
+    Reads every local value three times, and a fourth time for cut ties.
 
     Args:
         shards: The tensors' local parts, the same tensors in the same order on every rank, each
             tensor once; float32, bfloat16 or float16.
-        num_keep: K, from 0 to the `num_values` in all tensors.
+        num_keep: K, from 0 to the ``num_values`` in all tensors.
 
     Raises:
-        ValueError: If K is out of range or a dtype is not supported.
+        ValueError: K is out of range or a dtype is not supported.
     """
     sets, reaches = [0] * len(shards), [shard.reach for shard in shards]
     return _thresholds(shards, sets, [num_keep], [num_values(shards)], reaches)
@@ -81,7 +81,7 @@ def num_values(shards: Sequence[Part]) -> int:
 
 
 def layer_thresholds(shards: Sequence[Part], num_keep: Sequence[int]) -> Threshold:
-    """As `global_threshold`, with ``num_keep[i]`` entries of tensor i for themselves.
+    """Find as ``global_threshold`` does, with ``num_keep[i]`` entries of tensor i for themselves.
 
     One all-reduce a round for all tensors together.
     """
@@ -96,8 +96,10 @@ def _thresholds(
     totals: Sequence[int],
     reaches: Sequence[Reach],
 ) -> Threshold:
-    """Shard i competes within set number ``sets[i]``, of whose ``totals[set]`` values
-    ``num_keep[set]`` are kept, with all that is in its reach."""
+    """Find thresholds where shard i competes within set number ``sets[i]``.
+
+    ``num_keep[set]`` of the set's ``totals[set]`` values are kept, with all that is in its reach.
+    """
     for shard in shards:
         if shard.dtype not in DTYPES:
             raise ValueError(
@@ -139,7 +141,7 @@ def _thresholds(
 def _tie_limits(
     shards: Sequence[Part], reaches: Sequence[Reach], key: int, num_ties: int
 ) -> tuple[int, ...]:
-    """Per shard, the position at which the first ``num_ties`` entries equal to ``key`` end."""
+    """The position in each shard at which the first ``num_ties`` entries equal to ``key`` end."""
     limits = []
     for shard, reach, ties in zip(shards, reaches, _ties(shards, reaches, key), strict=True):
         limit = 0
@@ -153,8 +155,10 @@ def _tie_limits(
 
 
 def _ties(shards: Sequence[Part], reaches: Sequence[Reach], key: int) -> list[dict[int, int]]:
-    """Per shard, how many entries are equal to ``key`` in its tensor, and in those that other ranks
-    have under its name, by the first rank that holds a tensor."""
+    """How many entries are equal to ``key`` in each shard's tensor, by the first rank that has it.
+
+    Those that other ranks have under its name are included.
+    """
     counts = [(keys_of(shard.values) == key).sum() for shard in shards]
     own = _sum_over_ranks(counts, _own_reaches(shards))
     found = [{reach.first_rank: count} for reach, count in zip(reaches, own, strict=True)]
@@ -190,12 +194,12 @@ def _select(
     """Radix-select in every set S: the ``num_keep[S]``-th largest of keys in [0, 2**bits).
 
     Args:
-        read: By the shard's place, its values: contiguous, 1-D; `ops.reference.magnitude` has their
-            keys. One is held at a time, which may be all that memory has room for.
+        read: Gives a shard's values by its place: contiguous, 1-D; ``ops.reference.magnitude`` has
+            their keys. One is held at a time, which may be all that memory has room for.
 
     Returns:
-        By set: the value, how many entries equal to it are among the ``num_keep`` largest, and how
-        many there are in all.
+        For each set the value, how many entries equal to it are among the ``num_keep`` largest, and
+        how many there are in all.
     """
     if not num_keep:
         return []
@@ -226,7 +230,7 @@ def _histogram(
     shift: int,
     width: int,
 ) -> Tensor:
-    """Over all ranks, how often each next digit follows a set's prefix: int64 [sets, 2048]."""
+    """int64 [sets, 2048]: how often each next digit follows a set's prefix, over all ranks."""
     shape = (len(prefix_S), NUM_BINS)
     total = torch.zeros(shape, dtype=torch.int64, device=prefix_S.device)
     for groups, indices in by_groups(reaches).items():
@@ -255,7 +259,7 @@ def _sum_over_ranks(counts: Sequence[Tensor], reaches: Sequence[Reach]) -> list[
 
 
 def _own_reaches(shards: Sequence[Part]) -> list[Reach]:
-    """Those over which the parts of each tensor for itself add up."""
+    """The reaches over which the parts of each tensor for itself add up."""
     return [Reach(shard.groups) for shard in shards]
 
 

@@ -28,7 +28,7 @@ from qsdp.train.wire_bytes import SECONDS
 def finish(job: Job, companion: Companion, history: History) -> bool:
     """Evaluate, then write and print what the run came to; called on all ranks alike.
 
-    `history` holds the metrics of all steps, on rank 0. Returns whether it came to that: not if
+    ``history`` holds the metrics of all steps, on rank 0. Returns whether it came to that: not if
     the ranks agree meanwhile that the run is to end.
     """
     before = job.wire.total()
@@ -88,7 +88,7 @@ def finish(job: Job, companion: Companion, history: History) -> bool:
             if job.handle is not None
             else f"computed from stock FSDP2's plan over {job.world.backend}",
         },
-        # What --qsdp-bits auto measured and chose; the flags that say the same are in `config`.
+        # What --qsdp-bits auto measured and chose; the flags that say the same are in ``config``.
         "choice": None if job.choice is None else asdict(job.choice),
         "world_size": job.world.size,
         "kernels": native.serving(job.world.device),
@@ -140,7 +140,7 @@ def _write_summary(job: Job, summary: Summary) -> None:
 
 
 def _mean(history: History, name: str, over: int = 0) -> float:
-    """The mean of a metric over the steps that have it, or its sum over `over` steps."""
+    """The mean of a metric over the steps that have it, or its sum over ``over`` steps."""
     values = numbers(history, name)
     return sum(values) / max(1, over or len(values))
 

@@ -31,8 +31,11 @@ def agree_on_config(config: TrainConfig, world: World) -> None:
 
 
 def agree_on_data(corpus: Corpus, world: World) -> dict[str, Any]:
-    """What tells the corpus from others. Raises UserError, on every rank, unless all have read the
-    same tokens, as far as is cheap, and tokens of the vocabulary."""
+    """What tells the corpus from others.
+
+    Raises UserError, on every rank, unless all have read the same tokens, as far as is cheap, and
+    tokens of the vocabulary.
+    """
     facts = _facts(corpus)
     difference = _first_difference(facts, world)
     if difference is not None:
@@ -47,7 +50,7 @@ def agree_on_data(corpus: Corpus, world: World) -> dict[str, Any]:
 
 
 def _facts(corpus: Corpus) -> dict[str, Any]:
-    """Lengths, and hashes of samples."""
+    """Lengths of the splits, and hashes of samples."""
     digest = hashlib.sha256()
     for tokens in (corpus.train, corpus.val):
         last = max(0, len(tokens) - _SAMPLE_TOKENS)
@@ -65,7 +68,7 @@ def _facts(corpus: Corpus) -> dict[str, Any]:
 
 
 def _first_difference(own: dict[str, Any], world: World) -> tuple[str, str] | None:
-    """The first name whose values differ, and who has which: `3 on rank 0 and 5 on rank 1`."""
+    """The first name whose values differ, and who has which: ``3 on rank 0 and 5 on rank 1``."""
     everyones: list[dict[str, Any]] = [{}] * world.size
     with collective("agreement on flags and data"):
         dist.all_gather_object(everyones, own)

@@ -1,5 +1,4 @@
-"""What a training run is told: groups of settings, whose fields are the flags of
-launch/train_gpt.py.
+"""What a training run is told: groups of settings, the flags of launch/train_gpt.py.
 
 No torch here: a mistake on the command line is answered before torch is loaded.
 """
@@ -34,7 +33,7 @@ GROUPS: dict[str, type[Flags]] = {
     "compression": CompressionFlags,
     "wire": WireFlags,
 }
-"""The groups that every run has, by the field of `TrainConfig`."""
+"""The groups that every run has, by the field of ``TrainConfig``."""
 
 # What a run looks at and keeps, and where.
 _RECORDS = (
@@ -45,10 +44,11 @@ _RECORDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run. The settings of all groups have one list of names, in which `of` takes them
-    and files hold them: those of the flags, with underscores.
+    """A training run.
 
-    Raises ValueError, in one sentence, for a value that no run can have.
+    The settings of all groups have one list of names, in which ``of`` takes them and files hold
+    them: those of the flags, with underscores. Raises ValueError, in one sentence, for a value that
+    no run can have.
     """
 
     run: RunFlags = field(default_factory=RunFlags)
@@ -57,7 +57,7 @@ class TrainConfig:
     compression: CompressionFlags = field(default_factory=CompressionFlags)
     wire: WireFlags = field(default_factory=WireFlags)
     methods: tuple[Method, ...] = field(default_factory=unchosen)
-    """The flags of every method; of at most one of them the run is."""
+    """The flags of every method; the run is of at most one of them."""
 
     def __post_init__(self) -> None:
         if self.run.model not in presets():
@@ -97,7 +97,7 @@ class TrainConfig:
         return cls(**parts, methods=methods)
 
     def changed(self, **settings: Any) -> Self:
-        """The same run but for these settings, by the names of their flags."""
+        """The same run except for these settings, by the names of their flags."""
         return type(self).of(**self.settings() | settings)
 
     def settings(self) -> dict[str, Any]:
@@ -110,12 +110,12 @@ class TrainConfig:
 
     @property
     def method(self) -> Method:
-        """The method of the run; `Method` itself, plain AdamW, where none is chosen."""
+        """The method of the run; ``Method`` itself, plain AdamW, where none is chosen."""
         return chosen(self.methods)
 
     @property
     def qsdp(self) -> QSDPConfig | None:
-        """What crosses the wire, None for stock FSDP2, and for `auto` until it is `resolved`."""
+        """What crosses the wire; None for stock FSDP2, and for ``auto`` until ``resolved``."""
         return self.wire.config(self.run.seed)
 
     def resolved(self, settings: Mapping[str, Any]) -> Self:
@@ -128,7 +128,7 @@ class TrainConfig:
 
     @property
     def out_dir(self) -> Path:
-        """Where results go: `out`, or a folder named after what sets the run apart."""
+        """Where results go: ``out``, or a folder named after what sets the run apart."""
         if self.output.out is not None:
             return Path(self.output.out)
         apart = json.dumps(self.identity | self.data.identity, sort_keys=True)
@@ -146,13 +146,15 @@ class TrainConfig:
 
     @property
     def resumes_own(self) -> bool:
-        """Whether `resume` names the folder of results itself."""
+        """Whether ``resume`` names the folder of results itself."""
         return os.path.realpath(self.output.resume) == os.path.realpath(self.out_dir)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that change a run's numbers, but for its data, as `as_dict` has them, and
-        the schedule of masks."""
+        """The settings that change a run's numbers, except its data, and the schedule of masks.
+
+        They are as ``as_dict`` has them.
+        """
         method = self.method
         kept = {"eval_every"} if method.IS_TIMED_BY_VALIDATION else set()
         found = self.run.stored() | self.output.stored() | self.compression.stored()
@@ -171,14 +173,18 @@ class TrainConfig:
         return found if schedule is None else found | {"schedule": asdict(schedule)}
 
     def as_dict(self) -> dict[str, Any]:
-        """All settings by their names, `out` resolved, as JSON and TOML can hold them; unset ones
-        are left out."""
+        """All settings by their names, as JSON and TOML can hold them; unset ones are left out.
+
+        ``out`` is resolved.
+        """
         stored = {n: value for group in self._groups() for n, value in group.stored().items()}
         return stored | {"out": str(self.out_dir)}
 
     def to_toml(self) -> str:
-        """A file that --config reads back as this configuration, but for `resume`, whose `none`
-        would delete the very run that the file was taken from, and `take_over`."""
+        """A file that --config reads back as this configuration, without ``resume``, ``take_over``.
+
+        A ``none`` of ``resume`` would delete the very run that the file was taken from.
+        """
         # JSON's strings, numbers, booleans and lists are TOML's too, but for two things: TOML has
         # no pairs of surrogates, and wants DEL escaped.
         lines = [
@@ -200,8 +206,10 @@ def names_of(group: type[Flags]) -> list[str]:
 
 
 def groups_of(settings: Mapping[str, Any]) -> dict[str, Flags]:
-    """All groups, by their names, with what they have of ``settings``; the others are as by
-    default."""
+    """All groups, by their names, with what they have of ``settings``.
+
+    The others are as by default.
+    """
     return {
         key: group(**{name: settings[name] for name in names_of(group) if name in settings})
         for key, group in all_groups().items()

@@ -38,8 +38,10 @@ LISTS: dict[Any, tuple[tuple[type, ...], str]] = {
 
 @cache
 def file_types() -> dict[str, Any]:
-    """The type of each setting, by its name. Raises ValueError for one that files do not hold: the
-    config.toml of a run could not be read again."""
+    """The type of each setting, by its name.
+
+    Raises ValueError for one that files do not hold: a run's config.toml could not be read again.
+    """
     hints = setting_types()
     for name, hint in hints.items():
         if hint not in FILE_TYPES and hint not in LISTS:
@@ -65,8 +67,10 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def typed_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings`, as a file at `path` has them. Raises UserError for an unknown key or a value of
-    another type than the setting's."""
+    """The ``settings`` as a file at ``path`` has them.
+
+    Raises UserError for an unknown key or a value of another type than the setting's.
+    """
     hints = file_types()
     values: dict[str, Any] = {}
     for key, value in settings.items():

@@ -37,10 +37,10 @@ from qsdp.train.world import World, all_alike, open_world
 
 
 def evaluate(flags: EvaluateFlags) -> None:
-    """Evaluate what `flags` name; print the table, write what `flags.out` is to hold.
+    """Evaluate what ``flags`` name; print the table, write what ``flags.out`` is to hold.
 
-    Called on every rank, under torchrun or alone.
-    Raises UserError, on every rank, for whatever the user can correct.
+    Called on every rank, under torchrun or alone. Raises UserError, on every rank, for whatever the
+    user can correct.
     """
     with open_world(flags.timeout_s, flags.backend) as world:
         source = world.together(lambda: open_source(flags.checkpoint))
@@ -105,7 +105,7 @@ def _load_corpus(config: TrainConfig, source: Source) -> Corpus:
 def _tokens(
     flags: EvaluateFlags, config: TrainConfig, source: Source, corpus: Corpus
 ) -> TokenRange:
-    """Whole sequences, as many as asked for. Cut here, so that ranks only share them."""
+    """Whole sequences, as many as asked for. They are cut here, so that ranks only share them."""
     start = corpus.test_start if flags.split == "test" else 0
     rest: Tokens = TokenRange(corpus.val, start, len(corpus.val))
     num_batches = flags.eval_batches

@@ -1,11 +1,13 @@
-"""The folder of results while it holds what another history left: that stays until the first
-checkpoint of this one is on disk, so that at no instant there is neither.
+"""The folder of results while it holds what another history left.
+
+That stays until the first checkpoint of this one is on disk, so that at no instant there is
+neither.
 
 A history is a line of steps that checkpoints were made from one after the other, with the same
 settings. A run that begins anew, goes back to an earlier checkpoint, or goes on with other settings
 begins a new one. Until its first checkpoint all that it writes lies beside: metrics.HISTORY.jsonl,
 config.HISTORY.toml, and FOLDER.HISTORY for each folder in which the method keeps models. The first
-checkpoint, which names its history, decides: `commit` then removes the rest of the old one and
+checkpoint, which names its history, decides: ``commit`` then removes the rest of the old one and
 gives the new files their names, those of the metrics last. So who finds them beside knows what a
 crash cut short.
 """
@@ -50,8 +52,10 @@ def recover(out: Path, world: World) -> tuple[list[str], int | None]:
 
 
 def damage(path: Path, world: World) -> Damaged | None:
-    """What is damaged of a checkpoint, which the ranks read together. A collective. Raises
-    UserError, on every rank, if it cannot be read."""
+    """What is damaged of a checkpoint, which the ranks read together. A collective.
+
+    Raises UserError, on every rank, if it cannot be read.
+    """
 
     def check() -> Damaged | None:
         try:
@@ -64,7 +68,7 @@ def damage(path: Path, world: World) -> Damaged | None:
 
 
 def _unfinished(out: Path) -> list[tuple[Path, str, int]]:
-    """The checkpoints of a history whose metrics lie beside, with `_history` of each."""
+    """The checkpoints of a history whose metrics lie beside, with ``_history`` of each."""
     found = []
     for path in checkpoint.steps(out / CHECKPOINTS).values():
         with contextlib.suppress(ValueError):  # what cannot be read may be nobody's concern
@@ -75,11 +79,11 @@ def _unfinished(out: Path) -> list[tuple[Path, str, int]]:
 
 
 def commit(out: Path, history: str, went_on_from: int) -> list[str]:
-    """The first checkpoint of `history` is there: delete what is left of others after the step that
-    it went on from. Returns what that was.
+    """Delete what is left of others than ``history``, whose first checkpoint is there.
 
-    Any part of it may have been done before. Raises OSError for what cannot be: the metrics then
-    still lie beside, and whoever finds them does the rest.
+    That is what comes after the step that it went on from. Returns what that was. Any part of it
+    may have been done before. Raises OSError for what cannot be: the metrics then still lie beside,
+    and whoever finds them does the rest.
     """
     is_new = _beside(out, METRICS, history).exists()
     plots = [out / "plots" / f"{name}.png" for name in PLOT_NAMES]
@@ -97,7 +101,7 @@ def commit(out: Path, history: str, went_on_from: int) -> list[str]:
             if remark is not None:
                 _remove(path)
                 removed.append(f"{folder}/{path.name}{remark}")
-    # Until all of that is done a kept model is where `Results.latest_kept` looks for it.
+    # Until all of that is done a kept model is where ``Results.latest_kept`` looks for it.
     for folder in kept_folders():
         own, old = _beside(out, folder, history), out / f"{folder}.old"
         if not own.exists():
@@ -115,8 +119,10 @@ def commit(out: Path, history: str, went_on_from: int) -> list[str]:
 
 
 def _outdated(path: Path, history: str, *, is_new: bool) -> str | None:
-    """A remark on a checkpoint that is another history's; None for one that stays: this one's, and
-    what may be. A new history has none yet but its first one."""
+    """A remark on a checkpoint that is another history's; None for one that stays.
+
+    That is this one's, and what may be. A new history has none yet but its first one.
+    """
     try:
         return "" if _history(path)[0] != history else None
     except Damaged:
@@ -126,7 +132,7 @@ def _outdated(path: Path, history: str, *, is_new: bool) -> str | None:
 
 
 def _history(path: Path) -> tuple[str, int]:
-    """Of a checkpoint, and the step that it went on from. Raises as `read_meta`."""
+    """The history of a checkpoint, and the step it went on from. Raises as ``read_meta``."""
     meta = checkpoint.read_meta(path)
     history, went_on_from = meta.get("history", ""), meta.get("went_on_from")
     return str(history), went_on_from if isinstance(went_on_from, int) else 0
@@ -141,7 +147,7 @@ def _remove(path: Path) -> None:
 
 
 def _beside(out: Path, name: str, history: str) -> Path:
-    """Where a history has the file or folder `name` while those of another one are there."""
+    """Where a history has the file or folder ``name`` while those of another one are there."""
     stem, dot, suffix = name.partition(".")
     return out / f"{stem}.{history}{dot}{suffix}"
 
@@ -151,11 +157,11 @@ class Start:
     """Where a run begins."""
 
     history: str
-    """Names its history."""
+    """The name of its history."""
     source: Path | None = None
     """The checkpoint to go on from."""
     meta: dict[str, Any] | None = None
-    """What `read_meta` says of it."""
+    """What ``read_meta`` says of it."""
     origin: str | None = None
     """The path that --resume named, if the history came of one."""
     went_on_from: int = 0
@@ -170,14 +176,16 @@ class Results:
     """What is done in OUT when. All ranks have the same; one calls the methods that write."""
 
     def __init__(self, out: Path, config: str, start: Start) -> None:
-        """`config` is what OUT/config.toml is to hold."""
+        """Take ``config``, which is what OUT/config.toml is to hold."""
         self.out, self.start, self._config = out, start, config
         self.is_beside = start.is_beside
         """Whether the first checkpoint is still to come, where another history is there."""
 
     def begin(self) -> list[str]:
-        """Make OUT, which `recover` has seen, ready. Returns what was removed: what attempts left
-        that never had a checkpoint."""
+        """Make OUT, which ``recover`` has seen, ready.
+
+        Returns what was removed: what attempts left that never had a checkpoint.
+        """
         removed = [path for path in sorted(self.out.iterdir()) if _BESIDE.fullmatch(path.name)]
         if not self.is_beside and not self.start.has_past:
             names = (METRICS, *kept_folders())
@@ -188,18 +196,21 @@ class Results:
         return [path.name for path in removed]
 
     def path(self, name: str) -> Path:
-        """Where the file or folder `name` is until `settle`."""
+        """Where the file or folder ``name`` is until ``settle``."""
         return _beside(self.out, name, self.start.history) if self.is_beside else self.out / name
 
     def latest_kept(self, folder: str, without: Collection[Path] = ()) -> Path | None:
-        """What this history and its past keep in `folder`, `without` some, by their real paths."""
+        """What this history and its past keep in ``folder``.
+
+        Models of which ``without`` has the real paths are left out.
+        """
         own = checkpoint.latest(self.path(folder), without=without)
         if own is None and self.is_beside and self.start.has_past:
             return checkpoint.latest(self.out / folder, self.start.went_on_from, without)
         return own
 
     def settle(self) -> list[str]:
-        """The first checkpoint is there. Returns what was removed. Raises OSError as `commit`."""
+        """Go on from the first checkpoint. Returns what was removed. Raises as ``commit``."""
         removed = commit(self.out, self.start.history, self.start.went_on_from)
         self.is_beside = False
         return removed

@@ -57,15 +57,16 @@ class Job:
     """What tells the run from others: all that changes its numbers."""
     results: Results
     lock: Lock | None
-    """Of the folder of results, on rank 0."""
+    """The lock of the folder of results, on rank 0."""
     steps_done: int
     pace_since: int
-    """The step after which batch, wire, precision, optimizer and world have been as they are now:
-    times and bytes of earlier steps are another run's."""
+    """The step after which batch, wire, precision, optimizer and world have been as they are now.
+    Times and bytes of earlier steps are another run's.
+    """
     recovered: int | None = None
     """The step after which TensorBoard may lack the history's lines."""
     metrics: MetricsWriter | None = None
-    """On rank 0, once it is open."""
+    """The metrics file, on rank 0, once it is open."""
     has_checkpoint: bool = False
     """Whether this process has written one."""
     is_settled: bool = False
@@ -79,7 +80,7 @@ class Job:
     damaged: set[Path] = field(default_factory=set)
     """Checkpoints and kept models, by their real paths, that are as if they were not there."""
     saver: checkpoint.AsyncSaver | None = None
-    """With --save-async."""
+    """What saves beside training, with --save-async."""
     choice: Choice | None = None
     """What --qsdp-bits auto came to when the run began."""
 
@@ -99,7 +100,7 @@ class Job:
 
     @property
     def has_mistake(self) -> bool:
-        """Whether this rank has something to say in `check`."""
+        """Whether this rank has something to say in ``check``."""
         return self.corpus.mistake() is not None
 
     def check(self) -> None:
@@ -127,7 +128,7 @@ class Job:
         self.metrics = self.world.together(make)
 
     def count_step(self, bad: str | None) -> None:
-        """Count a step, and that it was skipped if something was not finite, which `bad` names."""
+        """Count a step; it was skipped if ``bad`` says what was not finite."""
         self.steps_done += 1
         self.last_bad = bad
         self.skipped_steps += bad is not None
@@ -139,7 +140,7 @@ class Job:
         return self.bad_in_row >= self.config.run.max_bad_steps
 
     def check_bad_steps(self) -> None:
-        """Raise UserError, on every rank, if the run `has_failed`."""
+        """Raise UserError, on every rank, if the run ``has_failed``."""
         if not self.has_failed:
             return
         self.wait_saved()
@@ -167,9 +168,11 @@ class Job:
         return f"the last good checkpoint is {path}: go on from it by --resume with {change}"
 
     def save(self) -> None:
-        """Write the checkpoint of the steps done; with --save-async from the second one on beside
-        training. The first one decides what becomes of other histories' files. In a row of bad
-        steps no earlier one goes."""
+        """Write the checkpoint of the steps done.
+
+        With --save-async all but the first are written beside training. The first one decides what
+        becomes of other histories' files. In a row of bad steps no earlier one goes.
+        """
         # Whoever finds the checkpoint finds the lines of its steps.
         if self.metrics is not None:
             self.metrics.sync()
@@ -191,22 +194,24 @@ class Job:
             self.say(f"Removed from {self.out}, as outdated now: {', '.join(removed)}")
 
     def wait_saved(self) -> None:
-        """Wait until the last checkpoint is there. Raises UserError, on every rank, if it could not
-        be written."""
+        """Wait until the last checkpoint is there.
+
+        Raises UserError, on every rank, if it could not be written.
+        """
         if self.saver is not None:
             with _failures_told():
                 self.saver.wait()
 
     def validation_loss(self) -> float:
-        """Of the exact weights, in nats a token."""
+        """The validation loss of the exact weights, in nats a token."""
         return self.evaluator.loss()
 
     def zero_fraction(self) -> float:
-        """Of the prunable weights."""
+        """The fraction of the prunable weights that are zero."""
         return self.evaluator.sparsity()["prunable"]
 
     def kept_model(self, folder: str) -> KeptModel:
-        """What a method keeps in `folder`."""
+        """What a method keeps in ``folder``."""
 
         def write(steps_done: int, loss: float) -> None:
             self._write(self.results.path(folder), steps_done, None, {"val_loss": loss}, 1)
@@ -222,9 +227,11 @@ class Job:
         keep: int,
         saver: checkpoint.AsyncSaver | None = None,
     ) -> None:
-        """Write a checkpoint into `root`, with `more` beside what all of them have, or let `saver`
-        do it. Raises UserError, on every rank, if that fails, the one before has failed, or the
-        weights or the optimizer's state are not finite."""
+        """Write a checkpoint into ``root``, with ``more`` beside the rest, or let ``saver`` do so.
+
+        Raises UserError, on every rank, if that fails, the one before has failed, or the weights or
+        the optimizer's state are not finite.
+        """
         self.wait_saved()
         self.world.together(lambda: self._check_before_saving(steps_done, optimizer))
         tokenizer, start = self.corpus.tokenizer, self.results.start
@@ -282,8 +289,7 @@ class Job:
             self.lock.check()
 
     def _settle(self) -> list[str] | None:
-        """What was removed, on rank 0; None if it cannot be yet: the next save, and the next start,
-        try again."""
+        """What was removed, on rank 0; None if it cannot be yet: the next save or start will."""
         was_beside = self.results.is_beside
         try:
             removed = self.results.settle()
@@ -305,7 +311,7 @@ class Job:
 
 @contextmanager
 def _failures_told() -> Iterator[None]:
-    """Inside a checkpoint is written; what fails on all ranks alike is the user's to correct."""
+    """Inside, a checkpoint is written; what fails on all ranks alike is the user's to correct."""
     try:
         yield
     except (RuntimeError, ValueError) as error:

@@ -16,7 +16,7 @@ from qsdp.train.world import World
 
 @dataclass
 class KeptModel:
-    """The weights of least loss in a folder of OUT; see `methods.method.KeptModel`."""
+    """The weights of least loss in a folder of OUT; see ``methods.method.KeptModel``."""
 
     folder: str
     world: World
@@ -34,8 +34,10 @@ class KeptModel:
         self._has_written = True
 
     def loss(self) -> float | None:
-        """The validation loss of what was kept so far; None without that. A collective; rank 0 says
-        of what is damaged or cannot be read that it counts as none."""
+        """The validation loss of what was kept so far; None without that. A collective.
+
+        Rank 0 says of what is damaged or cannot be read that it counts as none.
+        """
         world, name = self.world, self.folder.replace("-", " ")
         latest = partial(self.results.latest_kept, self.folder, self.damaged)
         try:

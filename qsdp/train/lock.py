@@ -23,12 +23,13 @@ _JOB_VARIABLES = ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
 
 
 class Lock:
-    """OUT/run.lock, from `hold`.
+    """OUT/run.lock, from ``hold``.
 
-    Whose process has ended holds nothing. Of a process on another machine nobody knows: it holds
-    nothing if its heart has stopped, or if it was an earlier start of the same job, by SLURM_JOB_ID
-    and SLURM_RESTART_COUNT, or by torchrun's id. So a job that is started again after it was
-    preempted finds its folder free. A lock that was taken over is left behind, for who lost it.
+    A run whose process has ended holds nothing. Of a process on another machine nobody knows: it
+    holds nothing if its heart has stopped, or if it was an earlier start of the same job, by
+    SLURM_JOB_ID and SLURM_RESTART_COUNT, or by torchrun's id. So a job that is started again after
+    it was preempted finds its folder free. A lock that was taken over is left behind, for who lost
+    it.
     """
 
     def __init__(self, path: Path, owner: Mapping[str, Any]) -> None:
@@ -78,7 +79,8 @@ def hold(out: Path, *, takes_over: bool) -> Iterator[Lock]:
         out: The folder of results.
         takes_over: Whether to take it from a run that is alive: that one ends when it saves next.
 
-    Raises: ValueError if another run holds it.
+    Raises:
+        ValueError: Another run holds it.
     """
     path, owner = out / _NAME, _owner()
     with locked_folder(out):  # of two that find it free at once the second finds the first
@@ -97,7 +99,7 @@ def hold(out: Path, *, takes_over: bool) -> Iterator[Lock]:
 
 
 def holder(out: Path) -> dict[str, Any] | None:
-    """Whose the folder ``out`` is, as `Lock.owner` says; None if it is free."""
+    """Whose the folder ``out`` is, as ``Lock.owner`` says; None if it is free."""
     return _read(out / _NAME)
 
 

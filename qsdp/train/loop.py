@@ -38,11 +38,11 @@ _NO_STEP = "no step was taken; the same command begins again"
 
 
 def train(config: TrainConfig) -> None:
-    """Run the job that `config` describes, from the step where it was left, to its summary.
+    """Run the job that ``config`` describes, from the step where it was left, to its summary.
 
-    Called on every rank, under torchrun or alone. Told to end by a signal (`train/signals.py`), it
-    saves the steps done and returns.
-    Raises UserError, on every rank, for whatever the user can correct.
+    Called on every rank, under torchrun or alone. Told to end by a signal (``train/signals.py``),
+    it saves the steps done and returns. Raises UserError, on every rank, for whatever the user can
+    correct.
     """
     with (
         forgiving_output(),
@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> None:
             while job.steps_done < config.run.steps and not stop.is_agreed:
                 step = job.steps_done + 1
                 is_validated = _is_due(config.output.eval_every, step, config, at_end=False)
-                # `finish` validates after the last step.
+                # ``finish`` validates after the last step.
                 is_measured = config.wire.qsdp_errors and (is_validated or step == config.run.steps)
                 line = train_step(job, is_measured=is_measured)
                 if is_validated and not job.has_failed:
@@ -106,10 +106,10 @@ def train(config: TrainConfig) -> None:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of optimizer step number `step`, the first being 0: linear warm-up, then a cosine.
+    """The rate of optimizer step number ``step``, the first being 0: linear warm-up, then a cosine.
 
-    The cosine ends in `last_lr` at the last step, or at the last one of each cycle that the method
-    has; a warm-up as long as the run has none.
+    The cosine ends in ``last_lr`` at the last step, or at the last one of each cycle that the
+    method has; a warm-up as long as the run has none.
     """
     if step < config.run.warmup_steps:
         return config.run.lr * (step + 1) / config.run.warmup_steps
@@ -124,11 +124,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
-    """Take one optimizer step and return its metrics; all ranks skip it where a loss or a gradient
-    of any of them is not finite.
+    """Take one optimizer step and return its metrics.
 
-    Bytes, and the seconds of the wire's parts, are means over ranks. `is_measured`: the handle
-    measures the errors of the gradients that it reduces.
+    All ranks skip it where a loss or a gradient of any of them is not finite. Bytes, and the
+    seconds of the wire's parts, are means over ranks. ``is_measured``: the handle measures the
+    errors of the gradients that it reduces.
     """
     config, world, optimizer = job.config, job.world, job.optimizer
     lr = learning_rate(config, job.steps_done)

@@ -26,7 +26,7 @@ class Sharded:
 
     model: LanguageModel
     handle: qsdp.Handle | None
-    """None for stock FSDP2."""
+    """qsdp's handle; None for stock FSDP2."""
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> ModelSize:
@@ -44,8 +44,10 @@ def model_config(config: TrainConfig, vocab_size: int) -> ModelSize:
 
 
 def check_replicas(config: TrainConfig, world: World) -> None:
-    """Raise ValueError unless the ranks can be dealt out to the replicas evenly, and, where qsdp
-    averages over these, two or more to each."""
+    """Raise ValueError unless the ranks can be dealt out to the replicas evenly.
+
+    Where qsdp averages over these, each must have two or more.
+    """
     if world.size % config.run.replicas:
         raise ValueError(
             f"--replicas is {config.run.replicas}, which does not divide the {world.size} "
@@ -60,8 +62,10 @@ def check_replicas(config: TrainConfig, world: World) -> None:
 
 
 def check_nodes(config: TrainConfig, world: World) -> None:
-    """Raise ValueError unless each replica's ranks fill nodes of a given size evenly, where the
-    reduce needs that."""
+    """Raise ValueError unless each replica's ranks fill nodes of a given size evenly.
+
+    Only where the reduce needs that.
+    """
     wire = config.qsdp
     if wire is None or not wire.needs_nodes or wire.ranks_per_node is None:
         return
@@ -77,7 +81,7 @@ def check_nodes(config: TrainConfig, world: World) -> None:
 
 
 def build(config: TrainConfig, size: ModelSize, world: World) -> Sharded:
-    """Make the model of `size` on all ranks of `world`, weights initialised, wire installed.
+    """Make the model of ``size`` on all ranks of ``world``, weights initialised, wire installed.
 
     1. on the meta device: no rank ever holds the whole model;
     2. each block is one FSDP group, the embeddings and the last norm are the root's; a group's
@@ -95,7 +99,7 @@ def build(config: TrainConfig, size: ModelSize, world: World) -> Sharded:
 
 
 def shard(config: TrainConfig, size: ModelSize, world: World, mesh: DeviceMesh) -> LanguageModel:
-    """A model sharded over `mesh` whose weights are still to be filled."""
+    """A model sharded over ``mesh`` whose weights are still to be filled."""
     with torch.device("meta"):
         model = family_of_size(size).build(size)
     policy = (
@@ -113,7 +117,7 @@ def shard(config: TrainConfig, size: ModelSize, world: World, mesh: DeviceMesh) 
 
 
 def _meshes(config: TrainConfig, world: World) -> tuple[DeviceMesh, DeviceMesh | None]:
-    """The mesh for `fully_shard`, and the one over which qsdp averages gradients of replicas.
+    """The mesh for ``fully_shard``, and the one over which qsdp averages gradients of replicas.
 
     Consecutive ranks share a replica: the all-reduce between replicas is what crosses nodes, and it
     carries a shard where a gather carries all. Stock FSDP2 takes both axes and does it itself.

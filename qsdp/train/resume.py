@@ -48,10 +48,10 @@ _PACE = ("batch_size", "grad_accum", "seq_len", "precision", "replicas", "backen
 def find_whole_start(
     config: TrainConfig, world: World, fingerprint: Fingerprint
 ) -> tuple[Start, list[Damaged]]:
-    """Where a run of this configuration begins, and the damaged checkpoints that are passed over
-    for it: the checkpoint to go on from has been read, each file by one rank.
+    """Where a run of this configuration begins, and the damaged checkpoints that are passed over.
 
-    A collective. Raises UserError as `find_start`, and for a damaged checkpoint that was named.
+    The checkpoint to go on from has been read, each file by one rank. A collective. Raises
+    UserError as ``find_start``, and for a damaged checkpoint that was named.
     """
     damaged: list[Damaged] = []
 
@@ -76,7 +76,7 @@ def find_whole_start(
 
 
 def told_as_damaged(start: Start, damaged: Sequence[Damaged]) -> list[str]:
-    """What is lost where `start` is used instead, a line for each."""
+    """What is lost where ``start`` is used instead, a line for each."""
     if start.source is None or start.meta is None:  # to begin anew was asked for
         return []
     lines = []
@@ -124,7 +124,7 @@ def _but_for(damaged: Sequence[Damaged]) -> str:
 def find_start(
     config: TrainConfig, fingerprint: Fingerprint, damaged: Sequence[Damaged] = ()
 ) -> Start:
-    """Where a run of this configuration begins, as if `damaged` checkpoints were not there.
+    """Where a run of this configuration begins, as if ``damaged`` checkpoints were not there.
 
     Raises Damaged for one that is not among these, ValueError if what is there is not of this run,
     or not of this model.
@@ -200,7 +200,7 @@ def find_start(
 
 
 def with_choice(config: TrainConfig, meta: dict[str, Any]) -> TrainConfig:
-    """`config`, with what the run of a checkpoint chose where --qsdp-bits auto is to choose."""
+    """``config``, with what the run of a checkpoint chose where --qsdp-bits auto is to choose."""
     if config.wire.qsdp_bits != AUTO or meta["choice"] is None:
         return config
     return config.resolved(meta["choice"]["settings"])
@@ -258,7 +258,7 @@ def _is_wire_state(state: object) -> bool:
 def _differences(
     meta: dict[str, Any], fingerprint: dict[str, Any], parts: Iterable[str]
 ) -> list[str]:
-    """In which of the `parts` the run of a checkpoint differs: `lr 0.001, not 0.002`."""
+    """In which of the ``parts`` the run of a checkpoint differs: ``lr 0.001, not 0.002``."""
     theirs = meta["fingerprint"]
     ours = json.loads(json.dumps(fingerprint))  # as the other one came: tuples are lists there
     found = []
@@ -288,8 +288,7 @@ def _listed(differences: list[str]) -> str:
 
 
 def is_finished(config: TrainConfig, meta: dict[str, Any]) -> bool:
-    """Whether the run has come to its end with the checkpoint of `meta`, and the summary is that
-    of its end."""
+    """Whether the run has ended with the checkpoint of ``meta``, and the summary is of that."""
     summary = read_summary(config.out_dir)
     found = summary.get("steps"), summary.get("history", "")
     return meta["step"] >= config.run.steps and found == (meta["step"], meta["history"])
@@ -304,7 +303,7 @@ def changed(config: TrainConfig, meta: dict[str, Any]) -> dict[str, tuple[Any, A
 
 
 def pace_since(config: TrainConfig, world: World, meta: dict[str, Any]) -> int:
-    """`Job.pace_since` of a run that goes on from the checkpoint of `meta`."""
+    """The ``Job.pace_since`` of a run that goes on from the checkpoint of ``meta``."""
     is_like = meta["world_size"] == world.size and not any(
         name in _PACE or name.startswith("qsdp_") for name in changed(config, meta)
     )

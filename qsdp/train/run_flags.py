@@ -38,8 +38,9 @@ class RunFlags(Flags):
     """Learning rate after the warm-up."""
 
     min_lr: float | None = None
-    """Learning rate at the end of the cosine, which begins after --warmup-steps. Unset: a tenth of
-    --lr."""
+    """Learning rate at the end of the cosine, which begins after --warmup-steps.
+    Unset: a tenth of --lr.
+    """
 
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly; may exceed --steps."""
@@ -55,27 +56,31 @@ class RunFlags(Flags):
 
     max_bad_steps: int = 10
     """After how many steps in a row without a finite loss and gradient the run ends, 1 or more.
-    Each such step is skipped: it leaves weights and optimizer as they were."""
+    Each such step is skipped: it leaves weights and optimizer as they were.
+    """
 
     seed: int = 0
     """Seed of the weights, the data order, the wire's rounding and what a method draws."""
 
     precision: str = "fp32"
-    """`fp32`, or `bf16` for bf16 weights and activations with fp32 master weights and gradient
-    sums."""
+    """fp32, or bf16 for bf16 weights and activations with fp32 master weights and gradient sums."""
 
     replicas: int = 1
-    """Copies of the model (HSDP), which must divide the ranks: each is sharded over ranks / copies
-    consecutive ranks. Gradients are averaged over the copies, at their bits where the wire is
-    quantized."""
+    """Copies of the model (HSDP), which must divide the ranks.
+    Each is sharded over ranks / copies consecutive ranks. Gradients are averaged over the
+    copies, at their bits where the wire is quantized.
+    """
 
     backend: str | None = None
-    """What collectives run over: `nccl`, a GPU for every rank of a node, or `gloo`, whose ranks may
-    share GPUs (slow: all goes through host memory). Unset: nccl on GPUs, gloo on CPUs."""
+    """What collectives run over: nccl or gloo. Unset: nccl on GPUs, gloo on CPUs.
+    nccl wants a GPU for every rank of a node; ranks of gloo may share GPUs (slow: all goes
+    through host memory).
+    """
 
     timeout_s: int = 900
-    """Seconds that a rank waits for the others in a collective before it ends: more than writing a
-    checkpoint takes. A rank that has ended is noticed at once."""
+    """Seconds that a rank waits for the others in a collective before it ends.
+    More than writing a checkpoint takes. A rank that has ended is noticed at once.
+    """
 
     @property
     def last_lr(self) -> float:

@@ -44,10 +44,14 @@ _SHARED_FOLDER_S = 10.0  # how long a network file system may take to show a new
 
 
 def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
-    """Build the job of `config` on all ranks; None if it is finished already, which is said.
+    """Build the job of ``config`` on all ranks; None if it is finished already, which is said.
 
-    The folder of results is this run's until `held` is closed.
-    Raises UserError, on every rank, for whatever the user can correct, and Told as `choose`.
+    The folder of results is this run's until ``held`` is closed.
+
+    Raises:
+        UserError: On every rank, for whatever the user can correct.
+        StopRequested: As ``choose``.
+        CollectiveError: As ``choose``.
     """
     agree_on_config(config, world)
     lock = _take_folder(config, world, held)
@@ -128,8 +132,10 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
 def _settle_wire(
     config: TrainConfig, size: ModelSize, world: World, start: Start
 ) -> tuple[TrainConfig, Choice | None]:
-    """The configuration with what --qsdp-bits auto comes to, and that choice: of a run that goes on
-    the one that it has made, whatever the link is like by now."""
+    """The configuration with what --qsdp-bits auto comes to, and that choice.
+
+    A run that goes on keeps the one that it has made, whatever the link is like by now.
+    """
     meta = start.meta
     kept = None if meta is None or meta["choice"] is None else Choice(**meta["choice"])
     if kept is not None and kept.measured is None and world.size > 1:

@@ -1,7 +1,7 @@
 """A scheduler's signals: a run that is told to end finishes its step, saves, and ends with 0.
 
-SIGTERM and SIGUSR1 only set a flag here. `World` lets it ride on what all ranks exchange anyway, so
-that all of them know at the same place, whichever of them was told.
+SIGTERM and SIGUSR1 only set a flag here. ``World`` lets it ride on what all ranks exchange anyway,
+so that all of them know at the same place, whichever of them was told.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ _process_ends = False
 
 @contextmanager
 def process_ends() -> Iterator[None]:
-    """Inside, what follows `handling_signals` only ends the process: one that was told ignores what
-    comes then, which would end it with another status."""
+    """Inside, what follows ``handling_signals`` only ends the process.
+
+    One that was told ignores what comes then, which would end it with another status.
+    """
     global _process_ends
     _process_ends = True
     try:
@@ -58,7 +60,7 @@ def process_ends() -> Iterator[None]:
 
 @contextmanager
 def handling_signals(stop: Stop | None = None) -> Iterator[Stop]:
-    """Inside, `SIGNALS` to this process set ``stop.asked``, however often they come.
+    """Inside, ``SIGNALS`` to this process set ``stop.asked``, however often they come.
 
     A thread other than the main one may not handle signals: they are left as they are.
     """
@@ -86,6 +88,8 @@ def handling_signals(stop: Stop | None = None) -> Iterator[Stop]:
 
 
 def stop_was_requested() -> bool:
-    """Whether this process was told to end in the latest `handling_signals`: nobody will tell it
-    again."""
+    """Whether this process was told to end in the latest ``handling_signals``.
+
+    Nobody will tell it again.
+    """
     return _latest.asked is not None

@@ -33,25 +33,25 @@ class Source:
     """What an export was compressed to; None for a checkpoint."""
     step: int
     config: TrainConfig
-    """Of the run that trained it, what concerns its data and its prunable set."""
+    """What concerns data and prunable set in the settings of the run that trained it."""
     world_size: int
     """Ranks of that run."""
     size: ModelSize
     has_tokenizer: bool
     """Whether a tokenizer beside it is its own."""
     method: str | None = None
-    """Who compressed an export; None for a checkpoint."""
+    """The method that compressed an export; None for a checkpoint."""
 
     @property
     def tokenizer(self) -> str | None:
-        """What `load_corpus` is to read text with."""
+        """What ``load_corpus`` is to read text with."""
         stored = self.path / "tokenizer.json"
         if self.has_tokenizer and stored.is_file():
             return str(stored)
         return self.config.data.chosen_tokenizer
 
     def load(self, model: nn.Module) -> None:
-        """Fill a sharded `model`. A collective for a checkpoint; raises ValueError."""
+        """Fill a sharded ``model``. A collective for a checkpoint; raises ValueError."""
         if self.target is None:
             checkpoint.load_model(self.path, model)
         else:
@@ -59,7 +59,7 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """What lies at `path`: an export, a checkpoint, or the newest one of a run's folder.
+    """What lies at ``path``: an export, a checkpoint, or the newest one of a run's folder.
 
     Raises ValueError if it is none of these.
     """
@@ -92,15 +92,19 @@ def open_source(path: Path) -> Source:
 
 
 def _settings(path: Path, config: Any) -> TrainConfig:
-    """What a model's data and size are read from of the settings that `TrainConfig.as_dict` gave:
-    the others may be such as no new run could have."""
+    """What a model's data and size are read from, of the settings of ``TrainConfig.as_dict``.
+
+    The others may be such as no new run could have.
+    """
     given = {name: config[name] for name in _USED if config.get(name) is not None}
     return TrainConfig.of(**typed_settings(path, given))
 
 
 def _check_tokenizer(path: Path, stated: Any) -> None:
-    """Raise ValueError unless the tokenizer beside a model is the one that was written there:
-    another would give other ids, and nobody would see it."""
+    """Raise ValueError unless the tokenizer beside a model is the one that was written there.
+
+    Another would give other ids, and nobody would see it.
+    """
     stored = path / "tokenizer.json"
     if stated in (None, hash_of("")):
         return

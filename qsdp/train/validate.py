@@ -65,8 +65,10 @@ class Evaluator:
         return total / total_tokens
 
     def one_shot(self) -> dict[str, float]:
-        """The exact weights' loss after compression, by target; weights are put back. Without those
-        that were still to come when the ranks agreed that the run is to end."""
+        """The exact weights' loss after compression, by target; weights are put back.
+
+        Those are left out that were still to come when the ranks agreed that the run is to end.
+        """
         losses = {}
         num_shards = self._world.size // self._config.run.replicas
         for target in self._config.compression.targets:
@@ -95,11 +97,12 @@ class Evaluator:
         }
 
     def sample(self) -> str | None:
-        """A validation prompt, continued by the exact weights; None if it cannot be decoded, or if
-        the training has diverged.
+        """A validation prompt, continued by the exact weights.
 
-        A model that fits stays gathered from token to token; a large one would cross the wire
-        whole for each, so its sample is short.
+        None if it cannot be decoded, or if the training has diverged.
+
+        A model that fits stays gathered from token to token; a large one would cross the wire whole
+        for each, so its sample is short.
         """
         tokenizer = self._corpus.tokenizer
         if tokenizer is None:

@@ -25,7 +25,7 @@ SECONDS = (
     *("gather_encode_s", "gather_wire_s", "gather_decode_s"),
     *("reduce_encode_s", "reduce_wire_s", "reduce_decode_s"),
 )
-"""The parts of `WireUse` that are times."""
+"""The parts of ``WireUse`` that are times."""
 
 
 def threshold_bytes(target: Compression, num_matrices: int, num_shards: int) -> int:
@@ -44,14 +44,14 @@ class WireUse:
     reduce_bytes: float = 0.0
     """Reduces of training, those between replicas included."""
     gather_inter_node_bytes: float = 0.0
-    """Of `gather_bytes`, what left the node."""
+    """The part of ``gather_bytes`` that left the node."""
     reduce_inter_node_bytes: float = 0.0
-    """Of `reduce_bytes`, what left the node."""
+    """The part of ``reduce_bytes`` that left the node."""
     other_bytes: float = 0.0
-    """The gathers of validation and sampling, and the histograms that find pruning thresholds or
-    that levels are learned from. Not counted: control messages (norms, sums of metrics, agreement
-    among the ranks, a few bytes a parameter where errors are measured) and the metadata of
-    checkpoints."""
+    """Gathers of validation and sampling, and histograms for pruning thresholds or levels.
+    Not counted: control messages (norms, sums of metrics, agreement among the ranks, a few bytes a
+    parameter where errors are measured) and the metadata of checkpoints.
+    """
     fp32_bytes: float = 0.0
     """The gathers and reduces of training in fp32, each value once: 4 (N - 1) / N bytes a value."""
     gather_encode_s: float = 0.0
@@ -63,7 +63,7 @@ class WireUse:
 
     @property
     def sent_bytes(self) -> float:
-        """Gathers and reduces of training."""
+        """Bytes of gathers and reduces of training."""
         return self.gather_bytes + self.reduce_bytes
 
     def __add__(self, more: WireUse) -> WireUse:
@@ -84,10 +84,10 @@ class Wire(Protocol):
         """Note that a backward pass has reduced the gradients."""
 
     def other(self, num_bytes: float) -> None:
-        """Note that this rank sent `num_bytes` which are neither weights nor gradients."""
+        """Note that this rank sent ``num_bytes`` which are neither weights nor gradients."""
 
     def evaluation(self, exact: bool) -> AbstractContextManager[None]:
-        """Inside, gathers are `other`, and bring exact weights if `exact`."""
+        """Inside, gathers are ``other``, and bring exact weights if ``exact``."""
 
 
 class QuantizedWire:
@@ -109,7 +109,7 @@ class QuantizedWire:
         )
 
     def reduced(self) -> None:
-        """The hooks have seen it."""
+        """Do nothing: the hooks have seen it."""
 
     def other(self, num_bytes: float) -> None:
         self._handle.traffic.other(int(num_bytes))
@@ -179,7 +179,7 @@ class StockWire:
         self._total += WireUse(other_bytes=num_bytes)
 
     def evaluation(self, exact: bool) -> AbstractContextManager[None]:
-        """Nothing to change: the weights are exact, and without autograd a forward is `other`."""
+        """Change nothing: the weights are exact, and without autograd a forward is ``other``."""
         return nullcontext()
 
     def count_forward(self, index: int) -> None:
@@ -200,7 +200,7 @@ def _count_forward(counter: weakref.ref[StockWire], index: int, *_: object) -> N
 
 
 def _crosses(world: World, neighbour: int) -> float:
-    """Which part of what this rank sends to the `neighbour` in a ring leaves the node: 0 or 1.
+    """Which part of what this rank sends to the ``neighbour`` in a ring leaves the node: 0 or 1.
 
     gloo's rings follow the ranks: its all-gather sends to the next rank alone, its all-reduce to
     the one before. NCCL lays rings and trees of its own, and which rank's bytes cross is not known:

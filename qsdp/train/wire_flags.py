@@ -14,10 +14,10 @@ from qsdp.common.rounding import Rounding
 from qsdp.config import REDUCES, QSDPConfig, check_bits
 
 AUTO = "auto"
-"""Bits that are measured for, where others are given."""
+"""The word that has bits measured for, where others are given."""
 BITS_OF_ONE_DIRECTION = ("qsdp_weight_bits", "qsdp_grad_bits")
 CHOSEN = ("qsdp_bits", "qsdp_gather", "qsdp_reduce")
-"""What `auto` may come to, in flags."""
+"""What ``auto`` may come to, in flags."""
 _BITS = ("qsdp_bits", *BITS_OF_ONE_DIRECTION)
 Policy = tuple[tuple[str, int | tuple[int, int]], ...]
 _ROUNDING = "; ".join(
@@ -32,33 +32,40 @@ class WireFlags(Flags):
     """What crosses the wire; None, or False, is a flag that was not given."""
 
     qsdp_bits: int | Literal["auto"] | None = None
-    """Bits a value on the wire for weights and gradients, 2 to 8; 16 (bf16) and 32 (fp32) are
-    baselines through the same collectives. Unset: stock FSDP2. `auto` measures the link, the codec
-    and the computation for at most 10 seconds before the first step, and chooses what takes least:
-    8 or 4 bits, gathered once or twice, reduced flat or in two hops, or stock FSDP2. It says why,
-    a run that resumes keeps the choice, and no other flag of the wire goes with it. As a flag it
-    also replaces what --config says of weights or gradients alone, and `auto` what that says of
-    gathers and reduces; beside flags for both weights and gradients it is refused."""
+    """Bits a value on the wire for weights and gradients, 2 to 8, or auto. Unset: stock FSDP2.
+    16 (bf16) and 32 (fp32) are baselines through the same collectives. auto measures the link,
+    the codec and the computation for at most 10 seconds before the first step, and chooses what
+    takes least: 8 or 4 bits, gathered once or twice, reduced flat or in two hops, or stock
+    FSDP2. It says why, a run that resumes keeps the choice, and no other flag of the wire goes
+    with it. As a flag it also replaces what --config says of weights or gradients alone, and
+    auto what that says of gathers and reduces; beside flags for both weights and gradients it
+    is refused.
+    """
 
     qsdp_weight_bits: int | None = None
-    """Bits a weight in the all-gather, in place of --qsdp-bits; 32 if only the gradients' are
-    given."""
+    """Bits a weight in the all-gather, in place of --qsdp-bits.
+    32 if only the gradients' are given.
+    """
 
     qsdp_grad_bits: int | None = None
-    """Bits a gradient value in the reduce-scatter, in place of --qsdp-bits; 32 if only the
-    weights' are given."""
+    """Bits a gradient value in the reduce-scatter, in place of --qsdp-bits.
+    32 if only the weights' are given.
+    """
 
     qsdp_embedding_bits: int | None = None
-    """Bits of embeddings and of the output head, both ways. Unset: those of other matrices, but at
-    least 8."""
+    """Bits of embeddings and of the output head, both ways.
+    Unset: those of other matrices, but at least 8.
+    """
 
     qsdp_local_grad_bits: int | None = None
-    """Bits a gradient value inside a node, where the reduce has two hops. Unset: those of
-    gradients, but at least 8."""
+    """Bits a gradient value inside a node, where the reduce has two hops.
+    Unset: those of gradients, but at least 8.
+    """
 
     qsdp_bucket_size: int | None = None
-    """Values that share one minimum and scale, a multiple of 8. Unset: 1024 for 7 and 8 bits;
-    below, 128 for weights and 256 for gradients."""
+    """Values that share one minimum and scale, a multiple of 8.
+    Unset: 1024 for 7 and 8 bits; below, 128 for weights and 256 for gradients.
+    """
 
     qsdp_rounding: Annotated[
         str | None,
@@ -66,34 +73,40 @@ class WireFlags(Flags):
     ] = None
 
     qsdp_levels: str | None = None
-    """`uniform`, or `learned` for parameters of 2 to 6 bits: levels fitted to each parameter's
-    values. Unset: uniform."""
+    """uniform, or learned for parameters of 2 to 6 bits. Unset: uniform.
+    Learned levels are fitted to each parameter's values.
+    """
 
     qsdp_level_steps: tuple[int, ...] | None = None
-    """Steps before which levels are learned, with commas between, each from 1; where a method takes
-    two passes a step, each counts. Unset: 10,50,200,1000."""
+    """Steps before which levels are learned, with commas between, each from 1.
+    Where a method takes two passes a step, each counts. Unset: 10,50,200,1000.
+    """
 
     qsdp_policy: str | None = None
-    """Bits by parameter name, PATTERN=BITS or PATTERN=WEIGHT/GRADIENT with commas between
-    ("blocks.0.*=8,*.attn.*=8/4"): the first shell-style pattern that matches wins."""
+    """Bits by parameter name, PATTERN=BITS or PATTERN=WEIGHT/GRADIENT with commas between.
+    The first shell-style pattern that matches wins, as in "blocks.0.*=8,*.attn.*=8/4".
+    """
 
     qsdp_budget: float | None = None
-    """Bits a coded value at most on average, metadata included: 2 to 8 bits are given to each
-    parameter so that the squared error, measured in the first step after a warm-up, is least.
-    Without --qsdp-bits that step travels at 8 bits. Bits given by --qsdp-policy or
-    --qsdp-embedding-bits stay and count; the other parameters share the rest. A run that resumes
-    with another budget, or with other bits, measures anew."""
+    """Bits a coded value at most on average, metadata included.
+    2 to 8 bits are given to each parameter so that the squared error, measured in the first
+    step after a warm-up, is least. Without --qsdp-bits that step travels at 8 bits. Bits given
+    by --qsdp-policy or --qsdp-embedding-bits stay and count; the other parameters share the
+    rest. A run that resumes with another budget, or with other bits, measures anew.
+    """
 
     qsdp_warmup_steps: int | None = None
-    """First steps that travel with at least --qsdp-warmup-bits; of two passes a step each counts.
+    """First steps that travel with at least --qsdp-warmup-bits.
+    Where a method takes two passes a step, each counts.
     """
 
     qsdp_warmup_bits: int | None = None
     """Least bits a value during --qsdp-warmup-steps. Unset: 32, full precision."""
 
     qsdp_gather: str | None = None
-    """`twice`: the backward pass gathers the weights again. `once`: what the forward pass gathered
-    is kept, packed, until the backward pass. Unset: twice."""
+    """twice: the backward pass gathers the weights again; once: it does not. Unset: twice.
+    With once, what the forward pass gathered is kept, packed, until the backward pass.
+    """
 
     qsdp_reduce: Annotated[
         str | None,
@@ -107,11 +120,12 @@ class WireFlags(Flags):
     """Ranks of one node, consecutive ones. Unset: as the launcher says."""
 
     qsdp_errors: bool = False
-    """At each validation, also measure the relative error of each parameter and of its gradient on
-    the wire, for metrics.jsonl and errors.png."""
+    """At each validation, also measure each parameter's relative error on the wire, for errors.png.
+    Its gradient's too; metrics.jsonl has both.
+    """
 
     def config(self, seed: int) -> QSDPConfig | None:
-        """What crosses the wire, None for stock FSDP2, and for `auto`, of which nobody knows yet.
+        """What crosses the wire; None for stock FSDP2, and for ``auto``, of which nobody knows yet.
 
         Raises ValueError, naming the flag, for a value that is not allowed, and for a flag that
         would have no effect beside the others.
@@ -207,7 +221,7 @@ class WireFlags(Flags):
 
 
 def _with_flags(message: str) -> str:
-    """A message of `QSDPConfig`, which begins with a field's name, for the command line."""
+    """A message of ``QSDPConfig``, which begins with a field's name, for the command line."""
     name, _, rest = message.partition(" ")
     names = "|".join(each.name for each in fields(QSDPConfig))
     rest = re.sub(
@@ -217,7 +231,7 @@ def _with_flags(message: str) -> str:
 
 
 def parse_policy(text: str) -> Policy:
-    """`QSDPConfig.policy` from PATTERN=BITS or PATTERN=WEIGHT/GRADIENT, with commas between."""
+    """``QSDPConfig.policy`` from PATTERN=BITS or PATTERN=WEIGHT/GRADIENT, with commas between."""
     policy: list[tuple[str, int | tuple[int, int]]] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\S+)=([0-9]{1,3})(?:/([0-9]{1,3}))?\s*", part)

@@ -39,11 +39,13 @@ class World:
     size: int
     device: torch.device
     backend: str
-    """`nccl` or `gloo`."""
+    """``nccl`` or ``gloo``."""
     mesh: DeviceMesh
     """One axis over all ranks."""
     stop: Stop = field(default_factory=Stop, compare=False)
-    """Whether a scheduler wants the run to end. `together`, `on_main` and `sum` let ranks agree."""
+    """Whether a scheduler wants the run to end.
+    ``together``, ``on_main`` and ``sum`` let ranks agree.
+    """
 
     @property
     def is_main(self) -> bool:
@@ -51,7 +53,7 @@ class World:
         return self.rank == 0
 
     def together(self, work: Callable[[], T]) -> T:
-        """Run `work`, which must not communicate, on every rank and return its result.
+        """Run ``work``, which must not communicate, on every rank and return its result.
 
         Raises UserError on every rank if any had a ValueError, RuntimeError or OSError: with the
         message of the first such rank.
@@ -71,7 +73,7 @@ class World:
         return result
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 and return its result everywhere; errors as in `together`."""
+        """Run ``work`` on rank 0 and return its result everywhere; errors as in ``together``."""
         results = [self.together(lambda: work() if self.is_main else None)]
         with collective("broadcast of what rank 0 found"):
             dist.broadcast_object_list(results, src=0)
@@ -91,7 +93,7 @@ class World:
 
 
 def all_alike(world: World, collective: Callable[[], T]) -> T:
-    """Run what communicates and fails on all ranks alike, or on none; errors as in `together`."""
+    """Run what communicates and fails on all ranks alike, or on none; errors as in ``together``."""
     mistake = None
     try:
         result = collective()
@@ -145,7 +147,7 @@ def open_world(
         rank, size, store = _meet() if "RANK" in os.environ else _alone()
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        # Of the group itself: `init_device_mesh` would make another, of NCCL where it finds a GPU.
+        # Of the group itself: ``init_device_mesh`` would make another, of NCCL if there is a GPU.
         assert dist.group.WORLD is not None
         mesh = DeviceMesh.from_group(dist.group.WORLD, device.type)
         # The first collective shows whether all can reach each other. NCCL would guess its GPU from

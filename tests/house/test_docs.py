@@ -63,14 +63,14 @@ def missing_paths() -> Iterator[str]:
 
 
 def missing_names() -> Iterator[str]:
-    """Of "`name` in path", and notes of "[Note: Name] in path"."""
+    """Of "``name`` in path", and notes of "[Note: Name] in path"."""
     for name, text in TEXTS.items():
-        for what, path in re.findall(rf"`(\w+)`\s+in\s+`?({_PATH})", text):
+        for what, path in re.findall(rf"`(\w+)``?\s+in\s+`{{0,2}}({_PATH})", text):
             file = found(path)
             source = TEXTS.get(file or "", "")
             if not re.search(rf"(?m)^( *(def|class) )?{what}\b", source):
                 yield f"{name}: {what} in {path}"
-        for notes, path in re.findall(rf"((?:\[Note: \w+\][ ,and]*)+)in\s+`?({_PATH})", text):
+        for notes, path in re.findall(rf"((?:\[Note: \w+\][ ,and]*)+)in\s+`{{0,2}}({_PATH})", text):
             for note in re.findall(r"\[Note: \w+\]", notes):
                 if note not in TEXTS[found(path) or name]:
                     yield f"{name}: {note} in {path}"

@@ -30,8 +30,9 @@ class ACDCFlags(Method):
     IS_IN_EVERY_IDENTITY = True
 
     acdc: bool = False
-    """Train with AC/DC: compressed and dense phases alternate, and the model ends sparse; its dense
-    twin is kept in OUT/dense-twin."""
+    """Train with AC/DC: compressed and dense phases alternate, and the model ends sparse.
+    Its dense twin is kept in OUT/dense-twin.
+    """
 
     acdc_sparsity: float = 0.9
     """Fraction of the prunable weights that AC/DC's compressed phases prune."""
@@ -43,8 +44,7 @@ class ACDCFlags(Method):
     """Dense steps before the first compressed phase. Unset: 10 % of --steps."""
 
     acdc_phase: int | None = None
-    """Steps a phase, where there are phases between the warm-up and the last two. Unset: 5 % of
-    --steps."""
+    """Steps a phase, where there are phases between warm-up and last two. Unset: 5 % of --steps."""
 
     acdc_last_dense: int | None = None
     """Steps of the last dense phase. Unset: 10 % of --steps."""

@@ -24,7 +24,7 @@ class ACDC(MaskedOptimizer):
     The second moments stay: Adam's bias correction knows nothing of a reset.
 
     It ends in the last compressed phase: the model is sparse. Its dense twin is the model at the
-    end of the last dense phase; `before_pruning` sees it.
+    end of the last dense phase; ``before_pruning`` sees it.
     """
 
     _has_checked_moments: bool
@@ -44,15 +44,15 @@ class ACDC(MaskedOptimizer):
 
         Args:
             model: The module whose weights are trained. Where it is sharded later, the sharded
-                parameters must be in the base's `param_groups` at the first step.
-            base_optimizer: Any optimizer whose `step()` needs no closure.
+                parameters must be in the base's ``param_groups`` at the first step.
+            base_optimizer: Any optimizer whose ``step()`` needs no closure.
             schedule: The phases, or how many optimizer steps there will be.
-            target: What a compressed phase keeps, as `Compression.of` reads it; no bits.
-            max_norm: Clip the (masked) gradient.
-            prunable: Name patterns of the prunable set; see `sparsity.prunable_parameters`.
+            target: What a compressed phase keeps, as ``Compression.of`` reads it; no bits.
+            max_norm: The norm that the (masked) gradient is clipped to.
+            prunable: Name patterns of the prunable set; see ``sparsity.prunable_parameters``.
 
         Raises:
-            ValueError: If a value is out of range, the optimizer lacks prunable parameters, or its
+            ValueError: A value is out of range, the optimizer lacks prunable parameters, or its
                 first moments are of a class that cannot be set to zero.
         """
         self.schedule = ACDCSchedule.of(schedule) if isinstance(schedule, int) else schedule

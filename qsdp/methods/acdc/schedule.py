@@ -40,7 +40,7 @@ class ACDCSchedule:
         last_dense: int | None = None,
         last_sparse: int | None = None,
     ) -> ACDCSchedule:
-        """What is None takes its share of ``steps``: 10, 5, 10 and 15 %.
+        """A schedule in which what is None takes its share of ``steps``: 10, 5, 10 and 15 %.
 
         Raises ValueError for a ``phase`` where there is no step for one.
         """

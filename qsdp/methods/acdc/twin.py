@@ -9,8 +9,11 @@ from qsdp.methods.method import Companion, KeptModel, Outcome, TrainingRun
 
 
 class DenseTwin(Companion):
-    """Keeps the best dense weights of a run of AC/DC. The last chance for it is just before the
-    last pruning; all that is validated before in that phase counts too."""
+    """Keeps the best dense weights of a run of AC/DC.
+
+    The last chance for it is just before the last pruning; all that is validated before in that
+    phase counts too.
+    """
 
     def __init__(self, run: TrainingRun, kept: KeptModel) -> None:
         assert isinstance(run.optimizer, ACDC)
@@ -30,8 +33,10 @@ class DenseTwin(Companion):
         return Outcome({"dense_twin_val_loss": loss}, remark)
 
     def _consider(self, steps_done: int, loss: float | None = None) -> None:
-        """Keep the weights, of validation loss ``loss``, if they are dense and the best of the last
-        dense phase; without ``loss`` it is measured."""
+        """Keep the weights, if they are dense and the best of the last dense phase.
+
+        ``loss`` is their validation loss; without it, it is measured.
+        """
         if steps_done - 1 not in self._last_dense:
             return
         # The step does not tell whether the model is dense: the phase's last ends with new masks,

@@ -32,20 +32,21 @@ class CrAMFlags(Method):
     """Sparsities, one of which is drawn each step: a list with commas, each from 0 to below 1."""
 
     cram_targets: tuple[str, ...] | None = None
-    """What is drawn from in place of --cram-sparsity, with commas between: fractions (0.7), N:M
-    patterns (2:4,4:8), bits (4bit); `+` joins terms, `layer` makes each matrix lose the same,
-    `block4` prunes 4 weights together (2:4+4bit, 0.7+layer, 0.5+block4)."""
+    """What is drawn from in place of --cram-sparsity, with commas between.
+    Fractions (0.7), N:M patterns (2:4,4:8) or bits (4bit); + joins terms, layer makes each
+    matrix lose the same, block4 prunes 4 weights together (2:4+4bit, 0.7+layer, 0.5+block4).
+    """
 
     cram_rho: float = 0.05
     """Length of CrAM's ascent step, in gradients."""
 
     cram_normalize: bool = False
-    """Ascend by --cram-rho, above 0, along the gradient's direction, whatever its norm, as SAM
-    does."""
+    """Ascend by --cram-rho, above 0, along the gradient's direction, whatever its norm: as SAM."""
 
     cram_plus: bool = True
-    """Add the dense gradient to the compressed model's, and clip at twice --clip-grad;
-    --no-cram-plus is CrAM without it."""
+    """Add the dense gradient to the compressed model's, and clip at twice --clip-grad.
+    --no-cram-plus is CrAM without it.
+    """
 
     cram_sparse_grad: bool = True
     """Mask the compressed model's gradient as its weights are, where targets prune."""

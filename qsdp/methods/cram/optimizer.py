@@ -31,37 +31,34 @@ class CrAM(OptimizerWrapper):
     """Minimize the loss of the model after it is compressed: min_w max_|d| <= rho L(C(w + d)).
 
     C keeps the largest magnitudes of the prunable set, globally and exactly, whatever the sharding,
-    or by layer, in N:M patterns or in blocks, and may round what it keeps to few bits.
-    A step (equation 5 of the paper; w all parameters, Q the prunable ones):
+    or by layer, in N:M patterns or in blocks, and may round what it keeps to few bits. A step
+    (equation 5 of the paper; w all parameters, Q the prunable ones):
 
     1. A target of ``sparsity`` is drawn from (seed, step): the same on all ranks (CrAM-Multi).
     2. The closure gives the gradient g at w.
     3. w += rho * g in place, then Q is compressed to the target.
-    4. The closure, on the same data, gives the gradient h at that point, with `sparse_grad`
+    4. The closure, on the same data, gives the gradient h at that point, with ``sparse_grad``
        masked as Q is. Rounding passes it on as it is (straight through).
     5. w is restored bit for bit; the base optimizer steps with g + h (CrAM+), or with h.
 
     In between it holds w, g and the mask: 8 bytes and a bit a parameter, none of it between steps.
 
     The closure runs forward and backward over all micro-batches, averages them as usual
-    (`set_requires_gradient_sync` or `no_sync` included), and returns the loss. It is called twice
-    and must give the same loss for the same weights: without dropout, or with its generator
-    seeded inside. `step` clears the gradients of the base optimizer's parameters before each call
+    (``set_requires_gradient_sync`` or ``no_sync`` included), and returns the loss. It is called
+    twice and must give the same loss for the same weights: without dropout, or with its generator
+    seeded inside. ``step`` clears the gradients of the base optimizer's parameters before each call
     and after the last. To all else, the model's buffers and the gradients of what the base does not
     have, the step is one call, at w.
 
     When a gradient, or the loss that the closure returns (if it is a float or a tensor of one
     value), is not finite on any rank in either pass, the step changes nothing on any rank,
-    `skipped_steps` counts it, and `last_bad` says what it was and in which pass. Works on plain
+    ``skipped_steps`` counts it, and ``last_bad`` says what it was and in which pass. Works on plain
     modules, under DDP (where gradients alone decide) and under FSDP2;
-    `set_reshard_after_backward(False)` is refused, because the second pass would see the weights
-    of the first. `torch.amp.GradScaler` refuses closures: train in bf16, which needs no scaling.
+    ``set_reshard_after_backward(False)`` is refused, because the second pass would see the weights
+    of the first. ``torch.amp.GradScaler`` refuses closures: train in bf16, which needs no scaling.
 
-    Attributes:
-        last_target: The target drawn for the second pass of the last step; None before, and if
-            the step was skipped without one.
-        last_grad_norm: Norm of what the base optimizer was given in the last step, before
-            clipping; None before. Not finite when the step was skipped.
+    ``last_target`` is the target drawn for the second pass of the last step; None before, and if
+    the step was skipped without one.
     """
 
     @collective_constructor
@@ -83,24 +80,25 @@ class CrAM(OptimizerWrapper):
 
         Args:
             model: The module whose weights are trained. Where it is sharded later, the sharded
-                parameters must be in the base's `param_groups` at the first step.
-            base_optimizer: Any optimizer whose `step()` needs no closure.
+                parameters must be in the base's ``param_groups`` at the first step.
+            base_optimizer: Any optimizer whose ``step()`` needs no closure.
             sparsity: One or several targets, one of which is drawn for every step: fractions of the
-                prunable weights, texts like "2:4" or "0.7+4bit", or `Compression` objects; see
-                `Compression.of`.
+                prunable weights, texts like "2:4" or "0.7+4bit", or ``Compression`` objects; see
+                ``Compression.of``.
             rho: Length of the ascent step, at least 0; times the gradient, unnormalised.
             plus: Add the two gradients (CrAM+), which keeps the dense model good.
             normalize: Ascend by rho * g / |g| instead, as SAM does.
             sparse_grad: Mask the second gradient as the weights were.
-            max_norm: Clip the gradient. The sum of two gradients has about twice the norm of one,
-                so that CrAM+ clips it at 2 * max_norm; plain CrAM clips at max_norm.
-            prunable: Name patterns of the prunable set; see `sparsity.prunable_parameters`.
+            max_norm: The norm that the gradient is clipped to. The sum of two gradients has about
+                twice the norm of one, so that CrAM+ clips it at 2 * max_norm; plain CrAM clips at
+                max_norm.
+            prunable: Name patterns of the prunable set; see ``sparsity.prunable_parameters``.
             seed: Seeds the draw of the target; the same on all ranks.
 
         Raises:
-            ValueError: If a value is out of range, a prunable parameter cannot have a target's
+            ValueError: A value is out of range, a prunable parameter cannot have a target's
                 pattern, or the optimizer lacks prunable parameters.
-            RuntimeError: If ranks that share the model give other values.
+            RuntimeError: Ranks that share the model give other values.
         """
         if isinstance(sparsity, str) or not isinstance(sparsity, Sequence):
             sparsity = (sparsity,)
@@ -140,7 +138,7 @@ class CrAM(OptimizerWrapper):
 
     @property
     def num_steps(self) -> int:
-        """Steps taken with a closure, skipped ones included; saved in `state_dict`."""
+        """Steps taken with a closure, skipped ones included; saved in ``state_dict``."""
         return self._recall(_STEP)
 
     @torch.no_grad()
@@ -157,7 +155,7 @@ class CrAM(OptimizerWrapper):
             What the closure returned at the unperturbed weights.
 
         Raises:
-            RuntimeError: If there is no closure, or there are gradients of earlier micro-batches
+            RuntimeError: There is no closure, or there are gradients of earlier micro-batches
                 beside it; the base optimizer has other parameters than the model;
                 FSDP2 keeps its weights gathered after the backward pass; or ranks are not at the
                 same step.

@@ -1,4 +1,4 @@
-"""CrAM's second pass: at weights that follow the first gradient up, and are compressed then."""
+"""CrAM's second pass: the weights follow the first gradient up, and are compressed then."""
 
 from __future__ import annotations
 
@@ -29,19 +29,20 @@ def second_pass(
     sparse_grad: bool,
     on_support_change: SupportCallback | None,
 ) -> Any:
-    """Leave in `.grad` the gradient at the compressed point, and the weights as before.
+    """Leave in ``.grad`` the gradient at the compressed point, and the weights as before.
 
     Args:
         closure: Runs forward and backward.
         model: Its buffers and other gradients stay as they are.
-        parameters: Of the optimizer, each once, with the gradients of the first pass, ``grads``.
+        parameters: Those of the optimizer, each once, with the gradients of the first pass,
+            ``grads``.
         scale: The weights move by this times their gradient.
         prunable: What is compressed, to ``target``.
         sparse_grad: Mask the gradient as the weights were.
         on_support_change: Hears of the masks, where there are some, and of their end.
 
     Returns:
-        What the closure does.
+        What the closure returns.
     """
     tell = on_support_change if target.fraction else None
     ascents = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
@@ -77,7 +78,7 @@ def second_pass(
 
 
 def run_closure(closure: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:
-    """Run ``closure`` from no gradient of ``parameters``, and return what it does."""
+    """Run ``closure`` from no gradient of ``parameters``, and return what it returns."""
     for parameter in parameters:
         parameter.grad = None
     with torch.enable_grad():
@@ -87,7 +88,7 @@ def run_closure(closure: Callable[[], Any], parameters: Sequence[Tensor]) -> Any
 def _unpacked(
     parameters: Sequence[nn.Parameter], masks: Sequence[PackedMask]
 ) -> dict[nn.Parameter, Tensor]:
-    """A byte a weight, which no name may hold through a pass."""
+    """The masks at a byte a weight, which no name may hold through a pass."""
     return {p: mask.unpack() for p, mask in zip(parameters, masks, strict=True)}
 
 

@@ -24,15 +24,17 @@ class GMPFlags(Method):
     IS_IN_EVERY_IDENTITY = True
 
     gmp: bool = False
-    """Train with gradual magnitude pruning: ever more weights are pruned, by a cubic schedule, and
-    the learning rate starts anew each time."""
+    """Train with gradual magnitude pruning: ever more weights are pruned, by a cubic schedule.
+    The learning rate starts anew each time.
+    """
 
     gmp_sparsity: float = 0.9
     """Fraction of the prunable weights pruned in the end."""
 
     gmp_initial: float | None = None
-    """Fraction pruned at first, at most --gmp-sparsity, where there are several prunings. Unset:
-    0.5, or --gmp-sparsity if that is less."""
+    """Fraction pruned at first, at most --gmp-sparsity, where there are several prunings.
+    Unset: 0.5, or --gmp-sparsity if that is less.
+    """
 
     gmp_start: int | None = None
     """Steps before the first pruning. Unset: 10 % of --steps."""

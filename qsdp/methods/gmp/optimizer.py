@@ -14,8 +14,10 @@ from qsdp.sparsity.compression_target import Compression
 
 
 class GMP(MaskedOptimizer):
-    """Gradual magnitude pruning: the mask is renewed at growing sparsity, by the cubic schedule
-    (Zhu & Gupta, arXiv 1710.01878; GMP*, arXiv 2210.06384). Pruned weights stay pruned."""
+    """Gradual magnitude pruning (Zhu and Gupta, arXiv 1710.01878; GMP*, arXiv 2210.06384).
+
+    The mask is renewed at growing sparsity, by the cubic schedule. Pruned weights stay pruned.
+    """
 
     @collective_constructor
     def __init__(
@@ -28,7 +30,7 @@ class GMP(MaskedOptimizer):
         max_norm: float | None = None,
         prunable: Sequence[str] | None = None,
     ) -> None:
-        """As `ACDC`; ``scope`` is `Compression.scope`."""
+        """Wrap ``base_optimizer`` as ``ACDC`` does; ``scope`` is ``Compression.scope``."""
         if not isinstance(schedule, GMPSchedule):
             raise ValueError(f"the schedule is {schedule!r}; give a GMPSchedule")
         target = Compression(sparsity=schedule.sparsity, scope=scope)  # checks both

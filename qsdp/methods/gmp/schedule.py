@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class GMPSchedule:
     """Gradual magnitude pruning with the cubic schedule (arXiv 1710.01878, 2210.06384).
 
-    Pruned after steps start, start + every, ... up to end, from `initial` to `sparsity`. Raises
-    ValueError for what cannot be.
+    Weights are pruned after steps start, start + every, ... up to end, from ``initial`` to
+    ``sparsity``. Raises ValueError for what cannot be.
     """
 
     steps: int
@@ -42,10 +42,10 @@ class GMPSchedule:
         every: int | None = None,
         end: int | None = None,
     ) -> GMPSchedule:
-        """What is None takes its share of ``steps``: from 10 % to 75 %, every 5 %. ``initial`` is
-        then 0.5, or ``sparsity`` if that is less.
+        """A schedule where what is None takes its share of ``steps``: from 10 % to 75 %, every 5 %.
 
-        Raises ValueError for ``initial`` or ``every`` where there is one pruning only.
+        ``initial`` is then 0.5, or ``sparsity`` if that is less. Raises ValueError for ``initial``
+        or ``every`` where there is one pruning only.
         """
         start = max(1, round(steps * 0.1)) if start is None else start
         schedule = cls(
@@ -68,12 +68,12 @@ class GMPSchedule:
         return schedule
 
     def sparsity_after(self, steps_done: int) -> float | None:
-        """What is pruned when ``steps_done`` steps are done; None where nothing changes then."""
+        """The fraction pruned when ``steps_done`` steps are done; None where nothing changes."""
         place, rest = divmod(steps_done - self.start, self.every)
         return None if rest or not 0 <= place <= self._last else self.sparsity_at(steps_done)
 
     def sparsity_at(self, steps_done: int) -> float:
-        """What has been pruned when ``steps_done`` steps are done."""
+        """The fraction that has been pruned when ``steps_done`` steps are done."""
         if steps_done < self.start:
             return 0.0
         place = min((steps_done - self.start) // self.every, self._last)
@@ -85,8 +85,10 @@ class GMPSchedule:
         return step >= self.start
 
     def cycle(self, step: int) -> tuple[int, int]:
-        """Where ``step`` stands between two prunings, and how many steps lie between them: the
-        learning rate starts anew with each."""
+        """Where ``step`` stands between two prunings, and how many steps lie between them.
+
+        The learning rate starts anew with each.
+        """
         if step < self.start:
             return step, self.start
         begin = self.start + min((step - self.start) // self.every, self._last) * self.every

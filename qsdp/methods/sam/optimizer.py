@@ -10,8 +10,11 @@ from qsdp.methods.cram.optimizer import CrAM
 
 
 class SAM(CrAM):
-    """Sharpness-aware minimization (Foret et al., ICLR 2021, arXiv 2010.01412): the gradient at
-    w + rho * g / |g|, without compression. The baseline of CrAM, by the same code."""
+    """Sharpness-aware minimization (Foret et al., ICLR 2021, arXiv 2010.01412).
+
+    The gradient is that at w + rho * g / |g|, without compression. The baseline of CrAM, by the
+    same code.
+    """
 
     @reject_unknown_arguments
     def __init__(
@@ -22,7 +25,7 @@ class SAM(CrAM):
         rho: float = 0.05,
         max_norm: float | None = None,
     ) -> None:
-        """As `CrAM`, for any module: nothing is pruned, so that nothing need be prunable."""
+        """Wrap ``base_optimizer`` as ``CrAM`` does, of any module: nothing need be prunable."""
         super().__init__(
             model,
             base_optimizer,

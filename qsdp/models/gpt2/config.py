@@ -17,7 +17,7 @@ class GPTConfig:
     num_layers: int
     """Transformer blocks."""
     num_heads: int
-    """Attention heads of a block; must divide `width`."""
+    """Attention heads of a block; must divide ``width``."""
     width: int
     """Values that describe one token between blocks."""
     context: int
@@ -46,11 +46,10 @@ class GPTConfig:
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> GPTConfig:
-        """The preset `name` with `overrides` (those that are None are left out).
+        """The preset ``name`` with ``overrides`` (those that are None are left out).
 
-        `tiny`, `nano` and `mini` have no vocabulary of their own: give them the data's
-        `vocab_size`.
-        Raises ValueError for an unknown preset or a missing vocabulary.
+        ``tiny``, ``nano`` and ``mini`` have no vocabulary of their own: give them the data's
+        ``vocab_size``. Raises ValueError for an unknown preset or a missing vocabulary.
         """
         if name not in PRESETS:
             raise ValueError(f"There is no model preset {name!r}: choose one of {list(PRESETS)}.")

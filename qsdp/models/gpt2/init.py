@@ -13,10 +13,10 @@ INIT_STD = 0.02  # GPT-2's, for every matrix and both embeddings
 
 
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Fill the parameters of a GPT in place, as `fill_parameters`, whose errors it raises.
+    """Fill the parameters of a GPT in place with ``fill_parameters``, whose errors it raises.
 
     Matrices are normal with standard deviation 0.02, the projections that write into the residual
-    stream divided by sqrt(2 num_layers).
+    stream divided by sqrt(2 num_layers) (Radford et al., 2019).
     """
     num_layers = sum(isinstance(module, Block) for module in model.modules())
 

@@ -45,7 +45,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block: the unit that `fully_shard` wraps."""
+    """One pre-norm transformer block: the unit that ``fully_shard`` wraps."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -61,11 +61,11 @@ class Block(nn.Module):
 
 
 class GPT(LanguageModel):
-    """GPT-2: embeddings, `blocks`, a last norm and a head (Radford et al., 2019).
+    """GPT-2: embeddings, ``blocks``, a last norm and a head (Radford et al., 2019).
 
-    With `tie_weights` the head has no parameter of its own: the root's forward multiplies by
-    `embed.weight`, so the tie survives `to_empty`, which gives every module a tensor of its own.
-    The parameters keep torch's default values until `init_weights` fills them.
+    With ``tie_weights`` the head has no parameter of its own: the root's forward multiplies by
+    ``embed.weight``, so the tie survives ``to_empty``, which gives every module a tensor of its
+    own. The parameters keep torch's default values until ``init_weights`` fills them.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -82,11 +82,11 @@ class GPT(LanguageModel):
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Predict the token after each of `tokens_BT` (int64).
+        """Predict the token after each of ``tokens_BT`` (int64).
 
         Without targets: (logits_BTV, None). With targets (int64): (None, loss), the mean
-        cross-entropy in nats a token, an fp32 scalar; the logits are not kept alive.
-        Raises ValueError for a sequence longer than the context.
+        cross-entropy in nats a token, an fp32 scalar; the logits are not kept alive. Raises
+        ValueError for a sequence longer than the context.
         """
         num_tokens = tokens_BT.shape[1]
         if num_tokens > self.config.context:
@@ -110,12 +110,12 @@ def _drop(x: Tensor, probability: float, training: bool) -> Tensor:
 
 
 def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
-    """Floating-point operations of one forward and backward, a token of a `seq_len` sequence.
+    """Floating-point operations of one forward and backward, a token of a ``seq_len`` sequence.
 
-    6 for each weight that multiplies (the head's too, tied or not; embeddings only look up), and
-    12 num_layers width seq_len for attention, the mask's zeros counted: the convention in which
-    model FLOPs utilisation is quoted (PaLM, arXiv 2204.02311, appendix B).
-    `seq_len` is the context unless given.
+    6 for each weight that multiplies (the head's too, tied or not; embeddings only look up), and 12
+    num_layers width seq_len for attention, the mask's zeros counted: the convention in which model
+    FLOPs utilisation is quoted (PaLM, arXiv 2204.02311, appendix B). ``seq_len`` is the context
+    unless given.
     """
     multiplying = config.num_layers * 12 * config.width**2 + config.vocab_size * config.width
     attention = 12 * config.num_layers * config.width * (seq_len or config.context)

@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt-1.3b": _gpt2(24, 16, 2048, context=2048),
 }
 
-# Where they differ from nano's, which are the defaults of `RunFlags`. Learning rates are those of
+# Where they differ from nano's, which are the defaults of ``RunFlags``. Learning rates are those of
 # GPT-3's models of the same size (arXiv 2005.14165, table 2.1); the global batch of about half a
 # million tokens is left to --grad-accum, because it depends on the number of ranks.
 _LARGE = {

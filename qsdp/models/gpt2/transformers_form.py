@@ -41,8 +41,10 @@ _ROOT_MODULES = {
 
 
 class GPT2Form(TransformersForm[GPTConfig]):
-    """GPT2LMHeadModel's config.json and tensors. A model without biases gets zero ones, which
-    compute the same."""
+    """GPT2LMHeadModel's config.json and tensors.
+
+    A model without biases gets zero ones, which compute the same.
+    """
 
     model_type = "gpt2"
     base_prefix = "transformer."

@@ -12,11 +12,10 @@ from qsdp.models.spec import TransformersForm
 
 
 def config_from_huggingface(folder: str | Path) -> ModelSize:
-    """The size of the checkpoint in `folder`, a GPTConfig for a GPT-2 (dropout 0, whatever it was
-    trained with).
+    """The size of the checkpoint in ``folder``: a GPTConfig for a GPT-2.
 
-    Raises ValueError when `folder` has no readable config.json, or one of a model whose function
-    none of ours computes.
+    Its dropout is 0, whatever it was trained with. Raises ValueError when ``folder`` has no
+    readable config.json, or one of a model whose function none of ours computes.
     """
     path = Path(folder) / "config.json"
     settings = read_json(path)
@@ -30,8 +29,10 @@ def config_from_huggingface(folder: str | Path) -> ModelSize:
 
 
 def form_of(folder: Path) -> TransformersForm[Any]:
-    """How the family of the checkpoint in `folder` is kept. Raises ValueError when its config.json
-    is missing, or names a family that is not ours."""
+    """How the family of the checkpoint in ``folder`` is kept.
+
+    Raises ValueError when its config.json is missing, or names a family that is not ours.
+    """
     path = folder / "config.json"
     return _form_of(read_json(path), path)
 

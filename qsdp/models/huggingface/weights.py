@@ -31,10 +31,10 @@ from qsdp.models.spec import TransformersForm
 
 
 def load_huggingface(folder: str | Path) -> LanguageModel:
-    """A plain fp32 model on the CPU with the weights of the checkpoint in `folder`: a GPT for a
-    GPT-2.
+    """A plain fp32 model on the CPU with the weights of the checkpoint in ``folder``.
 
-    Raises ValueError as `config_from_huggingface` and `load_huggingface_weights` do.
+    It is a GPT for a GPT-2. Raises ValueError as ``config_from_huggingface`` and
+    ``load_huggingface_weights`` do.
     """
     size = config_from_huggingface(folder)
     with torch.device("meta"):
@@ -46,9 +46,9 @@ def load_huggingface(folder: str | Path) -> LanguageModel:
 
 @torch.no_grad()
 def load_huggingface_weights(model: nn.Module, folder: str | Path) -> None:
-    """Fill a model in place, plain or sharded by FSDP2, with the checkpoint in `folder`.
+    """Fill a model in place, plain or sharded by FSDP2, with the checkpoint in ``folder``.
 
-    Every rank reads only its own slices. `model` must be built from `config_from_huggingface`.
+    Every rank reads only its own slices. ``model`` must be built from ``config_from_huggingface``.
     Raises ValueError for a missing or unreadable file, and for a tensor that is missing or of
     another shape than the model's.
     """
@@ -69,23 +69,25 @@ def load_huggingface_weights(model: nn.Module, folder: str | Path) -> None:
 def export_huggingface(
     model: LanguageModel, folder: str | Path, *, files: Mapping[str, str] | None = None
 ) -> None:
-    """Write `model` to `folder` so that the transformers library loads it: a GPT as a
-    GPT2LMHeadModel, with zero biases where it has none, which compute the same.
+    """Write ``model`` to ``folder`` so that the transformers library loads it.
 
-    Writes config.json and model.safetensors in the parameters' dtype. Under FSDP2
-    every rank calls this: each parameter is gathered in full precision, one at a time, and rank 0
-    keeps it and writes.
+    A GPT becomes a GPT2LMHeadModel, with zero biases where it has none, which compute the same.
+    config.json and model.safetensors are written in the parameters' dtype. Under FSDP2 every rank
+    calls this: each parameter is gathered in full precision, one at a time, and rank 0 keeps it and
+    writes.
 
     A new folder appears when it is complete. In one that holds a model of the same configuration
     the weights are replaced in one instant, and the parts that an old one lay in are deleted then.
 
     Args:
-        model: Whose parameters to write.
+        model: Its parameters are written.
         folder: To be made, empty, or of a model of the same configuration.
         files: Further texts to write, by file name: the tokenizer.json of the model's tokenizer.
 
-    Raises: ValueError when `folder` holds anything else, or cannot be written, and for a model of
-        which the library has none; RuntimeError on the other ranks then.
+    Raises:
+        ValueError: ``folder`` holds anything else, or cannot be written, or the library has no such
+            model.
+        RuntimeError: On the other ranks then.
     """
     path = Path(folder)
     world = [dist.group.WORLD] if dist.group.WORLD is not None else []
@@ -124,7 +126,7 @@ def _form_of_size(size: ModelSize) -> TransformersForm[Any]:
 
 
 def _is_there(path: Path, form: TransformersForm[Any], size: ModelSize) -> bool:
-    """Whether `path` holds a model of this configuration. Raises ValueError for anything else."""
+    """Whether ``path`` holds a model of this configuration. Raises ValueError for anything else."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: choose a folder to export to.")
     if not path.is_dir() or not any(path.iterdir()):
@@ -165,7 +167,7 @@ def _write(
 
 
 def _remove_parts(folder: Path) -> None:
-    """Delete the parts that the weights lay in before: whoever reads takes the whole file first."""
+    """Delete the parts that the weights lay in before: readers take the whole file first."""
     index = folder / f"{WEIGHTS}.index.json"
     if index.is_file():
         for part in folder.iterdir():

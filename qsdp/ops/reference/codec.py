@@ -1,9 +1,9 @@
 """The codec in plain PyTorch: the numerical specification.
 
-`encode` turns a flat buffer into a payload, `decode` turns it back; one call works through all
-segments of a group (see [Note: Payload] for the bytes and `Field` for the table). `encode_all` and
-`decode_all` are loops over them (see `Part`). Other kernels (csrc/) give the same bytes for the
-same key.
+``encode`` turns a flat buffer into a payload, ``decode`` turns it back; one call works through all
+segments of a group (see [Note: Payload] for the bytes and ``Field`` for the table). ``encode_all``
+and ``decode_all`` are loops over them (see ``Part``). Other kernels (csrc/) give the same bytes for
+the same key.
 
 [Note: Grid] A bucket of b-bit codes, L = 2**b - 1, in fp32 arithmetic without contraction:
 
@@ -16,12 +16,11 @@ same key.
     value    lo + (code + r) * d, or lo + code * d where r is not taken back. Clamped to the finite
              range of the dtype it is stored in.
 
-r is in (-1/2, 1/2): one a bucket (`shift`: QSDP, arXiv 2302.02390, section 4), one a value
-(`dither`, `stochastic`), or 0 (`nearest`). Which rounding does which its `Properties` say; the
-arithmetic of r and of the code stands in `numbers` and `rounded`. A bucket with |lo| > 2**120 or
-d > 2**112 is worked on scaled by 2**-8, so that no
-difference overflows. A bucket with a NaN or an Inf has lo = NaN, scale 0 and codes 0: it decodes
-to NaN.
+r is in (-1/2, 1/2): one a bucket (``shift``: QSDP, arXiv 2302.02390, section 4), one a value
+(``dither``, ``stochastic``), or 0 (``nearest``). Which rounding does which its ``Properties`` say;
+the arithmetic of r and of the code stands in ``numbers`` and ``rounded``. A bucket with |lo| >
+2**120 or d > 2**112 is worked on scaled by 2**-8, so that no difference overflows. A bucket with a
+NaN or an Inf has lo = NaN, scale 0 and codes 0: it decodes to NaN.
 
 A segment with learned levels l[0] = 0 <= l[1] <= ... <= l[L] = 1 (QSDP, section 5) does all this
 alike. Its metadata is the same, so that both sides see alike which buckets the levels serve: those
@@ -65,10 +64,10 @@ def encode(
     Args:
         buffer: uint8 [bytes], contiguous: the flat buffer viewed as bytes.
         table: int64 [segments, len(Field)] on the CPU: one row a segment.
-        key: the folded `Key`.
-        header: four int64 words, see `Layout.header`.
+        key: The folded ``Key``.
+        header: Four int64 words, see ``Layout.header``.
         payload: uint8 [payload bytes], contiguous, overwritten.
-        levels: fp32 [floats] on the CPU, contiguous: what `Field.LEVELS` points into.
+        levels: fp32 [floats] on the CPU, contiguous: what ``Field.LEVELS`` points into.
     """
     check(buffer, table, payload, levels)
     _check_header(header)
@@ -85,7 +84,7 @@ def decode(
 ) -> None:
     """Write (or with ``add`` add, into fp32) the values of one payload into the flat buffer.
 
-    Args as in `encode`. Without ``add``, padding is set to zero; with it, padding stays.
+    Args as in ``encode``. Without ``add``, padding is set to zero; with it, padding stays.
     """
     check(buffer, table, payload, levels, add)
     _decode(payload, table, key, buffer, add, levels)
@@ -99,15 +98,15 @@ def encode_all(
     payloads: Tensor,
     levels: Tensor | None = None,
 ) -> None:
-    """Write many payloads of one group, as `encode` writes each, part after part.
+    """Write many payloads of one group, as ``encode`` writes each, part after part.
 
     Args:
         buffers: uint8 [rows, bytes], contiguous: a row is a flat buffer viewed as bytes.
         tables: int64 [kinds, segments, len(Field)] on the CPU: what parts name by its number.
         parts: int64 [parts, len(Part)] on the CPU.
-        header: four int64 words, which all the payloads open with.
+        header: Four int64 words, which all the payloads open with.
         payloads: uint8 [payloads, payload bytes], contiguous; what parts name is overwritten.
-        levels: fp32 [floats] on the CPU, contiguous: what `Field.LEVELS` points into.
+        levels: fp32 [floats] on the CPU, contiguous: what ``Field.LEVELS`` points into.
     """
     check_all(buffers, tables, parts, payloads, levels, may_add=False)
     _check_header(header)
@@ -122,10 +121,9 @@ def decode_all(
     buffers: Tensor,
     levels: Tensor | None = None,
 ) -> None:
-    """Decode many payloads of one group, as `decode` does each, part after part: several parts may
-    write one row, and a row that no part names stays.
+    """Decode many payloads of one group, as ``decode`` decodes each, part after part.
 
-    Args as in `encode_all`.
+    Several parts may write one row, and a row that no part names stays. Args as in ``encode_all``.
     """
     check_all(buffers, tables, parts, payloads, levels, may_add=True)
     for key, table, row, payload, add in parts.tolist():
@@ -145,7 +143,7 @@ def _encode(
     payload: Tensor,
     levels: Tensor | None,
 ) -> None:
-    """`encode` of what is checked."""
+    """Encode, as ``encode`` does, what is checked."""
     payload.zero_()
     payload[:HEADER_BYTES].copy_(torch.tensor(header).view(torch.uint8))
     for row in table.tolist():
@@ -162,7 +160,7 @@ def _encode(
 def _decode(
     payload: Tensor, table: Tensor, key: int, buffer: Tensor, add: bool, levels: Tensor | None
 ) -> None:
-    """`decode` of what is checked."""
+    """Decode, as ``decode`` does, what is checked."""
     for row in table.tolist():
         segment = Row(row)
         if segment.bits == 0:
@@ -237,8 +235,10 @@ def dequantize(
 
 
 def numbers(segment: Row, key: int, like_NB: Tensor) -> Tensor:
-    """r of [Note: Grid], fp32, broadcastable to [buckets, bucket], on either side. A rounding that
-    makes something else of what it draws says so here."""
+    """r of [Note: Grid], fp32, broadcastable to [buckets, bucket], on either side.
+
+    A rounding that makes something else of what it draws says so here.
+    """
     match segment.rounding.properties.drawn:
         case Drawn.A_BUCKET:
             r = segment.uniform(like_NB.shape[0], key, like_NB.device)[:, None]
@@ -250,16 +250,20 @@ def numbers(segment: Row, key: int, like_NB: Tensor) -> Tensor:
 
 
 def rounded(t_NB: Tensor, r: Tensor, rounding: Rounding) -> Tensor:
-    """The whole numbers that become codes, before they are clamped. A rounding that rounds in
-    another way says so here."""
+    """The whole numbers that become codes, before they are clamped.
+
+    A rounding that rounds in another way says so here.
+    """
     if rounding.properties.rounds_down:
         return torch.floor(t_NB + (r + 0.5))
     return torch.round(t_NB - r)
 
 
 def convert(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values`` in ``dtype``, rounded to nearest even; a NaN becomes the canonical one, but where
-    its bits are kept (bf16 in fp32)."""
+    """``values`` in ``dtype``, rounded to nearest even; a NaN becomes the canonical one.
+
+    Where its bits are kept (bf16 in fp32) it does not.
+    """
     if values.dtype == dtype or (values.dtype, dtype) == (torch.bfloat16, torch.float32):
         return values.to(dtype)
     return values.to(dtype).masked_fill(values.isnan(), torch.nan)
@@ -274,7 +278,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(stream: Tensor, bits: int, num: int) -> Tensor:
-    """The ``num`` codes (uint8) of a bit stream that `pack` made."""
+    """The ``num`` codes (uint8) of a bit stream that ``pack`` made."""
     groups = -(-num // 8)
     stream = torch.nn.functional.pad(stream, (0, groups * bits - stream.numel()))
     octets = torch.nn.functional.pad(stream.view(groups, bits), (0, 8 - bits)).contiguous()

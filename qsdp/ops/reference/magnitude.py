@@ -4,7 +4,7 @@ The key of a float is the bit pattern of its magnitude as fp32 (bf16 and fp16 va
 values, so they may be mixed); NaN's are above infinity's. The key of an int64, which must not be
 negative, is itself.
 
-`count_digits` counts some bits of the keys, `mark_above` marks those above a key. This is the
+``count_digits`` counts some bits of the keys, ``mark_above`` marks those above a key. This is the
 specification in plain PyTorch, and serves GPUs without waiting for them; csrc/ gives the same.
 """
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of the floats that have keys."""
+"""The floats that have keys."""
 KEY_BITS = 31
-"""Of a float's key."""
+"""Bits of a float's key."""
 DIGIT_BITS = 11
 NUM_BINS = 1 << DIGIT_BITS
 
@@ -33,13 +33,14 @@ def keys_of(values: Tensor) -> Tensor:
 
 
 def count_digits(values: Tensor, prefix: Tensor, shift: int, width: int, counts: Tensor) -> None:
-    """Of the keys whose bits from ``shift + width`` on are ``prefix``, count the ``width`` below.
+    """Count the ``width`` bits below ``shift + width`` of the keys that begin with ``prefix``.
 
     Args:
-        values: contiguous, 1-D; float32, bfloat16, float16 or int64.
-        prefix: int64, one value, on any device where this runs for a GPU.
-        shift, width: how many low bits are left out, and how many are counted, 1 to 11; together
-            at most 63.
+        values: Contiguous, 1-D; float32, bfloat16, float16 or int64.
+        prefix: int64, one value, on any device where this runs for a GPU: the keys' bits from
+            ``shift + width`` on.
+        shift, width: How many low bits are left out, and how many are counted, 1 to 11; together at
+            most 63.
         counts: int64 [2048], added to in place.
     """
     _check_values(values)
@@ -67,11 +68,11 @@ def count_digits(values: Tensor, prefix: Tensor, shift: int, width: int, counts:
 
 
 def mark_above(values: Tensor, key: int, out: Tensor) -> None:
-    """Write into ``out``, bool of the shape of ``values``, whose keys are above ``key``.
+    """Write into ``out``, bool of the shape of ``values``, which keys are above ``key``.
 
     Args:
-        values: contiguous, 1-D; float32, bfloat16, float16 or int64.
-        key: from -1, which marks all.
+        values: Contiguous, 1-D; float32, bfloat16, float16 or int64.
+        key: From -1, which marks all.
     """
     _check_values(values)
     if out.dtype != torch.bool or out.shape != values.shape or not out.is_contiguous():

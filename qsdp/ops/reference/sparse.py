@@ -1,6 +1,6 @@
 """Flat buffers without the values that a mask prunes: what a payload of sparse weights is made of.
 
-`compact` copies the values that are kept, segment after segment; `expand` puts them back, with
+``compact`` copies the values that are kept, segment after segment; ``expand`` puts them back, with
 +0.0 elsewhere. This is the specification in plain PyTorch; csrc/ gives the same bytes.
 """
 
@@ -31,8 +31,8 @@ def compact(dense: Tensor, spans: Tensor, bitmap: Tensor, out: Tensor, strict: b
     Args:
         dense, out: uint8 [bytes], contiguous.
         spans: int64 [segments, len(Span)] on the CPU.
-        bitmap: uint8 [bytes]: the masks, see `bitmask`.
-        strict: raise RuntimeError where a value that is not kept has a bit set: +0.0 has none.
+        bitmap: uint8 [bytes]: the masks, see ``bitmask``.
+        strict: Raise RuntimeError where a value that is not kept has a bit set: +0.0 has none.
     """
     for row in _rows(dense, spans, bitmap, out):
         values = _values(dense, row, Span.DENSE_BYTE, row[Span.NUMEL])
@@ -49,7 +49,7 @@ def compact(dense: Tensor, spans: Tensor, bitmap: Tensor, out: Tensor, strict: b
 def expand(compact: Tensor, spans: Tensor, bitmap: Tensor, out: Tensor) -> None:
     """Put the values of ``compact`` in their places of ``out``, and zeros in all others'.
 
-    Args as in `compact`.
+    Args as in ``compact``.
     """
     for row in _rows(out, spans, bitmap, compact):
         values = _values(compact, row, Span.COMPACT_BYTE, row[Span.COUNT])

@@ -1,1 +1,1 @@
-"""`--qsdp-bits auto`: how weights and gradients should travel, by measurement."""
+"""``--qsdp-bits auto``: how weights and gradients should travel, by measurement."""

@@ -1,4 +1,4 @@
-"""`--qsdp-bits auto`: measure, decide by the cost model, and say why.
+"""``--qsdp-bits auto``: measure, decide by the cost model, and say why.
 
 What is measured leaves nothing behind: it has a block of its own, buffers of its own and a random
 generator of its own, and all of that is gone when the run's model is built.
@@ -38,16 +38,16 @@ from qsdp.train.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What `--qsdp-bits auto` came to. All of it can be written as JSON."""
+    """What ``--qsdp-bits auto`` came to. All of it can be written as JSON."""
 
     settings: dict[str, Any]
     """The flags that would have asked for the same; None is one left out."""
     what: str
     why: str
     predicted_s: dict[str, float]
-    """Seconds a step, by way."""
+    """Seconds a step of each way."""
     measured: dict[str, Any] | None
-    """None with one rank."""
+    """What was measured; None with one rank."""
     took_s: float
 
     @property
@@ -65,7 +65,7 @@ class Choice:
 
 
 def is_choice(record: dict[str, Any]) -> bool:
-    """Whether ``record`` is what `asdict` makes of a `Choice`: a file may hold anything."""
+    """Whether ``record`` is what ``asdict`` makes of a ``Choice``: a file may hold anything."""
     settings = record.get("settings")
     return (
         record.keys() == {field.name for field in fields(Choice)}
@@ -80,7 +80,9 @@ def is_choice(record: dict[str, Any]) -> bool:
 def choose(config: TrainConfig, size: ModelSize, world: World) -> Choice:
     """What a run of ``config`` is to send, the same on all ranks. A collective of all of them.
 
-    Raises StopRequested, on all ranks, once one of them was told to end; CollectiveError.
+    Raises:
+        StopRequested: On all ranks, once one of them was told to end.
+        CollectiveError: A collective failed.
     """
     if world.size == 1:
         return Choice(
@@ -137,7 +139,7 @@ def _kept(measured: Measured, way: Way) -> str:
 
 
 def measure(config: TrainConfig, size: ModelSize, world: World) -> Measured:
-    """Measure the computation, the codec and the link, in about `links.LIMIT_S` seconds at most.
+    """Measure the computation, the codec and the link, in about ``links.LIMIT_S`` seconds at most.
 
     1. Each rank computes and codes by itself, bounded by its own clock; the slowest rank counts.
     2. What is left of the time goes to the link. There ranks decide by numbers that they have
@@ -201,8 +203,10 @@ def measure(config: TrainConfig, size: ModelSize, world: World) -> Measured:
 
 @contextmanager
 def _measuring_together(world: World) -> Iterator[None]:
-    """Inside ranks wait for each other all the time: the fault of one, whatever it is, is the end
-    of all, which each says in one sentence."""
+    """Inside, ranks wait for each other all the time: the fault of one is the end of all.
+
+    Each says it in one sentence, whatever it is.
+    """
     what = "measuring of the link"
     try:
         with collective(what):
@@ -221,7 +225,7 @@ def _sizes(
     wires: Mapping[int, QSDPConfig],
     group: dist.ProcessGroup,
 ) -> dict[str, dict[str, Any]]:
-    """Of the root's group and a block's: what `Group` holds, but for the computation."""
+    """What ``Group`` holds of the root's group and of a block's, except the computation."""
     with torch.device("meta"):
         model = family_of_size(size).build(replace(size, num_layers=1))
     dtype = of_precision(config.run.precision)
@@ -253,7 +257,7 @@ def _plan(
     *,
     is_block: bool,
 ) -> Plan:
-    """How a block, or the rest of ``model``, would travel, as `install` would plan it."""
+    """How a block, or the rest of ``model``, would travel, as ``install`` would plan it."""
     tables = embedding_names(model)
     parameters = []
     for index, (name, parameter) in enumerate(model.named_parameters()):

@@ -45,17 +45,17 @@ from typing import Any
 STOCK = 32
 """Bits that stand for stock FSDP2."""
 CODED = (8, 4)
-"""Bits to choose from, which are at loss parity with full precision (docs/results.md): none below
-is ever chosen."""
+"""Bits to choose from, at loss parity with full precision (docs/results.md): never fewer."""
 LOCAL_BITS = 8
 NEAR = 1.03
 """The most bits are taken that take at most this much of the fastest way's time."""
 AS_FAST = 1.01
-"""And of the ways with these bits one with less memory, or fewer hops, that takes at most this much
-of the fastest one's: less, since what they spare costs no accuracy."""
+"""Of the ways with these bits one with less memory, or fewer hops, is taken that is as fast.
+It takes at most this much of the fastest one's time: less, since what it spares costs no accuracy.
+"""
 
 MOST_KEPT = 0.1
-"""Of the free memory, what gathering once may keep."""
+"""The part of the free memory that gathering once may keep."""
 FEW_BYTES = 1 << 18
 """A rank that sent fewer at a time does not know its link's rate, unless it never sends more."""
 
@@ -80,11 +80,11 @@ class Group:
     """The root's group, or that of one block."""
 
     values: int
-    """In a rank's padded shard."""
+    """Values in a rank's padded shard."""
     gather_bytes: Mapping[int, int]
-    """By bits, what a rank brings to a gather; STOCK: to FSDP2's."""
+    """What a rank brings to a gather, by bits; STOCK: to FSDP2's."""
     reduce_bytes: Mapping[int, int]
-    """By bits, what a rank sends to each other one; STOCK: its shard in FSDP2's reduce."""
+    """What a rank sends to each other one, by bits; STOCK: its shard in FSDP2's reduce."""
     local_bytes: int
     """The same in the first hop of two."""
     forward_s: float
@@ -97,7 +97,7 @@ class Measured:
 
     num_ranks: int
     ranks_per_node: int
-    """1 where there are no several nodes of several ranks."""
+    """Ranks of a node; 1 where there are no several nodes of several ranks."""
     has_streams: bool
     """Whether collectives run beside the host: over NCCL."""
     num_blocks: int
@@ -106,39 +106,39 @@ class Measured:
     root: Group
     block: Group
     free_bytes: int | None
-    """Of memory, on the rank with the least, before there is a model; None: not known."""
+    """Free memory on the rank with the least, before there is a model; None: not known."""
     optimizer_s: float
     encode_s: Mapping[int, float]
-    """By bits, seconds a value."""
+    """Seconds a value, by bits."""
     decode_s: Mapping[int, float]
     stock_gather: Transfer
     stock_reduce: Transfer
     gather: Transfer
-    """qsdp's, over all ranks."""
+    """qsdp's gather, over all ranks."""
     reduce: Transfer
     gather_across: Transfer | None = None
-    """Between nodes; those of two hops are None where there are none."""
+    """The gather between nodes; those of two hops are None where there are none."""
     gather_local: Transfer | None = None
     reduce_across: Transfer | None = None
     reduce_local: Transfer | None = None
 
     @property
     def compute_s(self) -> float:
-        """A step without any communication."""
+        """Seconds of a step without any communication."""
         forward = self.root.forward_s + self.num_blocks * self.block.forward_s
         backward = self.root.backward_s + self.num_blocks * self.block.backward_s
         return self.passes * self.micro_batches * (forward + backward) + self.optimizer_s
 
     @property
     def link_mbit_per_s(self) -> float:
-        """What a rank sends in qsdp's reduce, between nodes where there are several ranks each."""
+        """The rate at which a rank sends in qsdp's reduce, between nodes of several ranks each."""
         across = self.reduce if self.reduce_across is None else self.reduce_across
         num_peers = self.num_ranks // self.ranks_per_node - 1
         return num_peers * across.bytes_per_s * 8e-6
 
     @property
     def too_few_bytes(self) -> int | None:
-        """The fewest that a rank sent at a time to find a rate, where that says little of it."""
+        """The fewest bytes a rank sent at a time to find a rate, where that says little of it."""
         num_nodes = self.num_ranks // self.ranks_per_node
         gather, reduce = (
             max(sizes.values()) for sizes in (self.block.gather_bytes, self.block.reduce_bytes)
@@ -160,7 +160,7 @@ class Measured:
         return fewest if fewest < FEW_BYTES else None
 
     def kept_bytes(self, way: Way) -> int:
-        """What ``way`` keeps from the forward to the backward pass."""
+        """Bytes that ``way`` keeps from the forward to the backward pass."""
         if way.gather != "once":
             return 0
         return self.num_ranks * self.num_blocks * self.block.gather_bytes[way.bits]

@@ -20,7 +20,7 @@ from qsdp.train.auto.machine_speed import now
 from qsdp.train.signals import Stop
 
 LIMIT_S = 9.0
-"""Of all measuring together: 10 less what ends late, since whatever was begun is ended."""
+"""The limit of all measuring: 10 less what ends late, since whatever was begun is ended."""
 _FIRST_BYTES = 1 << 12  # to each peer: there may be many, and the link be slow
 _LEAST_MOST_BYTES, _MOST_BYTES = 1 << 20, 1 << 24  # less says little of a fast link
 _MOST_TIMES = 20
@@ -28,7 +28,7 @@ _LATENCY_BYTES = 64
 
 
 class Links:
-    """Measures the collectives. All ranks make one and call `measured`.
+    """Measures the collectives. All ranks make one and call ``measured``.
 
     Ranks decide how much to send next by times of the slowest rank, which all have: so they stay
     together without asking rank 0. With these times go what each has spent since measuring began,
@@ -45,9 +45,14 @@ class Links:
         spent_s: float,
         stop: Stop,
     ) -> None:
-        """``stages``: other groups than that of all ranks. ``most_bytes``: of `gather` and
-        `reduce`, what a rank brings at most. ``began``: when measuring did, by this rank's clock.
-        ``spent_s``: since then, the same on all ranks."""
+        """Take what the links are measured by.
+
+        Args:
+            stages: Other groups than that of all ranks.
+            most_bytes: What a rank brings at most to ``gather`` and ``reduce``.
+            began: When measuring began, by this rank's clock.
+            spent_s: Seconds since then, the same on all ranks.
+        """
         self._group, self._device, self._stages = group, device, stages
         self._most, self._began, self._stop = most_bytes, began, stop
         self._left = LIMIT_S - spent_s
@@ -56,7 +61,7 @@ class Links:
         self._is_staged = device.type != "cpu" and transport.is_staged(group, device)
 
     def measured(self) -> dict[str, Transfer]:
-        """By the names of `Measured`, whatever there is. Raises StopRequested."""
+        """Whatever transfers there are, by the names of ``Measured``. Raises StopRequested."""
         kinds: list[tuple[str, str, Callable[[int], Callable[[], Any]]]] = [
             ("reduce", "reduce", lambda size: self._all_to_all(size, self._group)),
             ("gather", "gather", lambda size: self._all_gather(size, self._group)),
@@ -77,11 +82,11 @@ class Links:
     def _transfer(
         self, prepare: Callable[[int], Callable[[], Any]], most: int, limit_s: float
     ) -> Transfer:
-        """Send more and more, until that says enough, then as often as the time allows: routers and
-        shapers let a burst pass before they show their rate.
+        """Send more and more, until that says enough, then as often as the time allows.
 
-        A `_timed` takes ``idle`` seconds more than what it times: where each answer takes long,
-        that is most of it. There must be one, whatever the time.
+        Routers and shapers let a burst pass before they show their rate. A ``_timed`` takes
+        ``idle`` seconds more than what it times: where each answer takes long, that is most of it.
+        There must be one, whatever the time.
         """
         ends, latency = self._left - limit_s, self._least_latency_s
         if limit_s > 2 * self._least_round_s:
@@ -124,8 +129,10 @@ class Links:
         return Transfer(latency_s=latency, bytes_per_s=rate, busy=is_busy, num_bytes=size)
 
     def _timed(self, run: Callable[[], Any]) -> tuple[float, float, float]:
-        """Of one call its seconds, what it took to time it, and its processor seconds: all of the
-        slowest rank. Raises StopRequested."""
+        """The seconds of one call, what it took to time it, and its processor seconds.
+
+        All are those of the slowest rank. Raises StopRequested.
+        """
         before = self._left
         dist.all_reduce(torch.zeros(1, device=self._device), group=self._group)  # begin together
         used, started = time.process_time(), now(self._device)

@@ -40,16 +40,19 @@ _OF_A_CONTAINER = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-"""Files of the most memory that its processes may take together, and of what they take; the limit
-may also be a word."""
+"""Files of the most memory that its processes may take together, and of what they take.
+The limit may also be a word.
+"""
 
 
 def computation_s(
     config: TrainConfig, size: ModelSize, device: torch.device
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Seconds of a forward and of a backward pass of one block, and of the model without blocks,
-    on a micro-batch of this rank. Takes about `COMPUTE_S` at most, but for the first call of
-    each."""
+    """Seconds of a forward and of a backward pass of one block, and of the model without blocks.
+
+    They are on a micro-batch of this rank. It takes about ``COMPUTE_S`` at most, except the first
+    call of each.
+    """
     dtype = of_precision(config.run.precision)
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
@@ -112,8 +115,10 @@ def codec_s(
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that is free for this rank, an equal share of what ranks have together; infinite where
-    nothing says. Raises ValueError as `launched_ranks`."""
+    """Bytes that are free for this rank, an equal share of what ranks have together.
+
+    Infinite where nothing says. Raises ValueError as ``launched_ranks``.
+    """
     num_ranks = launched_ranks()
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / -(-num_ranks // torch.cuda.device_count())
@@ -139,10 +144,11 @@ def _free_of_machine() -> float:
 def _grown(
     run: Callable[[int, int], tuple[float, float]], batch: int, length: int, limit_s: float
 ) -> tuple[float, float]:
-    """What ``run`` takes for ``batch`` sequences of ``length``; for fewer tokens, and scaled up,
-    where that would take more than ``limit_s``. The median of its tries but the first, which still
-    has to find its memory, unless that takes too long for a second: the fastest may be one beside
-    which another rank of the machine did nothing.
+    """The seconds that ``run`` takes for ``batch`` sequences of ``length``.
+
+    Where that would take more than ``limit_s``, fewer tokens are timed, and scaled up. It is the
+    median of its tries but the first, which still has to find its memory, unless that takes too
+    long for a second: the fastest may be one beside which another rank of the machine did nothing.
 
     The very first call, of the fewest tokens, only sets libraries up and is not counted. Later ones
     may still load a kernel: whether to grow is never decided by one that was not repeated.
