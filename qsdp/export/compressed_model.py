@@ -63,7 +63,7 @@ def export_compressed(
         cannot have, a method that cannot be, and an `out` that is in use.
     """
     if file_bytes < 1:
-        raise ValueError(f"file_bytes is {file_bytes}; choose 1 or more")
+        raise ValueError(f"file_bytes is {file_bytes}: choose 1 or more.")
     solver = solver_of(method)
     meta = read_meta(checkpoint)
     with torch.device("meta"):

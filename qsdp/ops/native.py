@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from qsdp.common.user_errors import quoted
 from qsdp.ops.schema import KERNELS
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_qsdp_native.so"
@@ -171,7 +172,7 @@ def _register(library: Path) -> None:
         torch.ops.load_library(str(library))
     except OSError as error:
         raise RuntimeError(
-            f"{library.name} does not load with torch {torch.__version__} ({error}): "
+            f"{library.name} does not load with torch {torch.__version__} ({quoted(error)}): "
             "install qsdp again with this torch."
         ) from error
 
