@@ -62,7 +62,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module 'qsdp' has no attribute {name!r}")
+        raise AttributeError(f"module 'qsdp' has no attribute {name!r}.")
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -26,12 +26,12 @@ LEVEL_STEPS = (10, 50, 200, 1000)
 def check_bits(name: str, bits: object) -> None:
     """Raise ValueError unless ``bits`` is a width that the wire knows."""
     if type(bits) is not int or bits not in WIRE_BITS:
-        raise ValueError(f"{name} is {bits!r}; choose 2 to 8, 16 (bf16) or 32 (full precision)")
+        raise ValueError(f"{name} is {bits!r}: choose 2 to 8, 16 (bf16) or 32 (full precision).")
 
 
 def _check_whole(name: str, value: object, least: int) -> None:
     if type(value) is not int or not least <= value < 1 << 63:
-        raise ValueError(f"{name} holds {value!r}; choose whole numbers from {least} on")
+        raise ValueError(f"{name} holds {value!r}: choose whole numbers from {least} on.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,39 +138,39 @@ class QSDPConfig:
             type(size) is not int or size % 8 or not 8 <= size <= MAX_BUCKET_SIZE
         ):
             raise ValueError(
-                f"bucket_size is {size!r}; choose a multiple of 8 between 8 and {MAX_BUCKET_SIZE}"
+                f"bucket_size is {size!r}: choose a multiple of 8 between 8 and {MAX_BUCKET_SIZE}."
             )
         choices = {"levels": LEVELS, "gather": GATHERS, "reduce": tuple(REDUCES)}
         if self.rounding is not None:
             choices["rounding"] = ROUNDINGS
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+                raise ValueError(f"{name} is {value!r}: choose one of {', '.join(allowed)}.")
         if self.ranks_per_node is not None:
             _check_whole("ranks_per_node", self.ranks_per_node, least=1)
         _check_whole("warmup_steps", self.warmup_steps, least=0)
         if self.level_steps is not None:
             if not isinstance(self.level_steps, list | tuple) or not self.level_steps:
-                raise ValueError(f"level_steps is {self.level_steps!r}; give steps from 1 on")
+                raise ValueError(f"level_steps is {self.level_steps!r}: give steps from 1 on.")
             for step in self.level_steps:
                 _check_whole("level_steps", step, least=1)
             object.__setattr__(self, "level_steps", tuple(sorted(set(self.level_steps))))
         if self.budget is not None and not (
             isinstance(self.budget, int | float) and 2 < self.budget <= 9
         ):
-            raise ValueError(f"budget is {self.budget!r}; choose more than 2 and at most 9 bits")
+            raise ValueError(f"budget is {self.budget!r}: choose more than 2 and at most 9 bits.")
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"seed is {self.seed!r}; choose an integer from 0 to 2**63 - 1")
+            raise ValueError(f"seed is {self.seed!r}: choose an integer from 0 to 2**63 - 1.")
         if not isinstance(self.policy, list | tuple):
-            raise ValueError(f"policy is {self.policy!r}; give pairs (name pattern, bits)")
+            raise ValueError(f"policy is {self.policy!r}: give pairs (name pattern, bits).")
         policy = []
         for pair in self.policy:
             if not isinstance(pair, list | tuple) or len(pair) != 2 or type(pair[0]) is not str:
-                raise ValueError(f"policy holds {pair!r}; give pairs (name pattern, bits)")
+                raise ValueError(f"policy holds {pair!r}: give pairs (name pattern, bits).")
             name, bits = pair
             both = tuple(bits) if isinstance(bits, list | tuple) else (bits, bits)
             if len(both) != 2:
-                raise ValueError(f"policy for {name!r} is {bits!r}; give bits, or two of them")
+                raise ValueError(f"policy for {name!r} is {bits!r}: give bits, or two of them.")
             for each in both:
                 check_bits(f"policy for {name!r}", each)
             policy.append((name, both if isinstance(bits, list | tuple) else bits))
@@ -187,13 +187,13 @@ class QSDPConfig:
         ):
             if getattr(self, name) is not None and not is_heeded:
                 raise ValueError(
-                    f"{name} is given without {needed}, so that nothing would heed it; add that, "
-                    "or leave it out"
+                    f"{name} is given without {needed}, so that nothing would heed it: add that, "
+                    "or leave it out."
                 )
         if self.embedding_bits is not None and any(name == "*" for name, _ in self.policy):
             raise ValueError(
-                "embedding_bits is given beside a policy for '*', which is for embeddings too; "
-                "leave one of the two out"
+                "embedding_bits is given beside a policy for '*', which is for embeddings too: "
+                "leave one of the two out."
             )
 
     def _check_widths(self) -> None:
@@ -227,8 +227,8 @@ class QSDPConfig:
         ):
             if value is not None and not is_heeded:
                 raise ValueError(
-                    f"{name} is for {wanted}, but there are none; choose other bits, or leave it "
-                    "out"
+                    f"{name} is for {wanted}, but there are none: choose other bits, or leave it "
+                    "out."
                 )
 
     @property

@@ -17,7 +17,7 @@ def refusal(**settings: object) -> str:
     message = str(caught.value)
     assert message
     assert "\n" not in message
-    assert not re.search(r"\. |\.$", message), f"more than one sentence: {message}"
+    assert re.fullmatch(r"([^.]|\.(?! ))+[^.]\.", message), f"not one sentence: {message}"
     return message
 
 
@@ -138,7 +138,7 @@ def test_bits_of_embeddings_that_are_not_there_are_refused():
     check_embeddings(config, {"head.weight", "embed.weight"})
     check_embeddings(QSDPConfig(), ())
     for names, why in (((), "has none"), (("head.weight",), "gives bits already")):
-        with pytest.raises(ValueError, match=rf"embedding_bits is 4, .* {why}; leave it out"):
+        with pytest.raises(ValueError, match=rf"embedding_bits is 4, .* {why}: leave it out"):
             check_embeddings(config, names)
 
 

@@ -1,4 +1,4 @@
-"""Several links in one table for a README: ``link.py --report FOLDER ...``."""
+"""Several links in one table: ``link.py --report FOLDER ...``."""
 
 from __future__ import annotations
 

@@ -40,13 +40,13 @@ bool inside(int64_t start, int64_t count, int64_t size, int64_t lowest, int64_t 
 
 void check_segment(const Segment& segment, int64_t buffer_bytes, int64_t payload_bytes) {
     for (const int64_t dtype : {segment.dtype, segment.wire}) {
-        if (!is_dtype(dtype)) refuse("a segment has dtype ", dtype, "; give 0 to 3");
+        if (!is_dtype(dtype)) refuse("a segment has dtype ", dtype, ": give 0 to 3.");
     }
     if (segment.bits != 0 && (segment.bits < 2 || segment.bits > 8)) {
-        refuse("a segment has ", segment.bits, " bits; give 2 to 8, or 0 for raw");
+        refuse("a segment has ", segment.bits, " bits: give 2 to 8, or 0 for raw.");
     }
     if (segment.numel < 0 || segment.numel > segment.padded) {
-        refuse("a segment has ", segment.numel, " of ", segment.padded, " values; give 0 to all");
+        refuse("a segment has ", segment.numel, " of ", segment.padded, " values: give 0 to all.");
     }
     const int64_t item = item_bytes(segment.dtype);
     bool fits = inside(segment.buffer_byte, segment.padded, item, 0, buffer_bytes);
@@ -54,22 +54,22 @@ void check_segment(const Segment& segment, int64_t buffer_bytes, int64_t payload
         if (segment.bucket < 8 || segment.bucket % 8 != 0 || segment.rounding < 0 ||
             segment.rounding >= kNumRoundings) {
             refuse("a segment has buckets of ", segment.bucket, " and rounding ", segment.rounding,
-                   "; give a positive multiple of 8 and 0 to ", kNumRoundings - 1);
+                   ": give a positive multiple of 8 and 0 to ", kNumRoundings - 1, ".");
         }
         if (segment.dtype == kOpaque) {
-            refuse("a coded segment is opaque; code fp32, bf16 or fp16");
+            refuse("a coded segment is opaque: code fp32, bf16 or fp16.");
         }
         fits &= segment.meta_byte % 4 == 0;
         fits &= inside(segment.meta_byte, num_buckets(segment), kMetaBytes, kHeaderBytes,
                        payload_bytes);
     } else if ((segment.dtype == kOpaque) != (segment.wire == kOpaque)) {
-        refuse("a raw segment is opaque on one side only; make both or none opaque");
+        refuse("a raw segment is opaque on one side only: make both or none opaque.");
     }
     // The values fit in the buffer here, so their bits cannot overflow; else the rest is moot.
     fits = fits && inside(segment.data_byte, data_bytes(segment), 1, kHeaderBytes, payload_bytes);
     if (!fits) {
         refuse("a segment reaches outside its ", buffer_bytes, " buffer bytes or ", payload_bytes,
-               " payload bytes; make table, buffer and payload from one layout");
+               " payload bytes: make table, buffer and payload from one layout.");
     }
 }
 
@@ -84,13 +84,13 @@ void check_segment_levels(const Segment& segment, int64_t num_levels) {
             known += (known.empty() ? "" : " or ") + text(rounding);
         }
         refuse("a segment of learned levels has ", segment.bits, " bits and rounding ",
-               segment.rounding, "; give 2 to 6 bits and rounding ", known,
-               ", or -1 for the uniform grid");
+               segment.rounding, ": give 2 to 6 bits and rounding ", known,
+               ", or -1 for the uniform grid.");
     }
     const int64_t count = int64_t{1} << segment.bits;
     if (!inside(segment.levels, count, 1, 0, num_levels)) {
         refuse("a segment's ", count, " levels start at ", segment.levels, " of ", num_levels,
-               " floats; give levels that hold them, or -1 for the uniform grid");
+               " floats: give levels that hold them, or -1 for the uniform grid.");
     }
 }
 
@@ -116,20 +116,20 @@ bool is_bytes(const torch::stable::Tensor& tensor, int64_t dim, Where where) {
 
 void check_bytes(const char* name, const torch::stable::Tensor& tensor, Where where) {
     if (is_bytes(tensor, 1, where)) return;
-    refuse("the ", name, " is ", description(tensor), "; give a contiguous 1-D uint8 view on the ",
-           name_of(where));
+    refuse("the ", name, " is ", description(tensor), ": give a contiguous 1-D uint8 view on the ",
+           name_of(where), ".");
 }
 
 void check_byte_rows(const char* name, const torch::stable::Tensor& tensor, Where where) {
     if (is_bytes(tensor, 2, where)) return;
-    refuse("the ", name, " are ", description(tensor), "; give contiguous 2-D uint8 rows on the ",
-           name_of(where));
+    refuse("the ", name, " are ", description(tensor), ": give contiguous 2-D uint8 rows on the ",
+           name_of(where), ".");
 }
 
 void check_same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
     if (a.is_cuda() && a.get_device_index() != b.get_device_index()) {
         refuse("buffers lie on the GPUs ", a.get_device_index(), " and ", b.get_device_index(),
-               "; give both on one");
+               ": give both on one.");
     }
 }
 
@@ -138,7 +138,7 @@ void check_levels(const std::optional<torch::stable::Tensor>& levels) {
     if (levels->scalar_type() != ScalarType::Float || levels->dim() != 1 ||
         !levels->is_contiguous() || !levels->is_cpu()) {
         refuse("the levels are ", description(*levels),
-               "; give a contiguous 1-D fp32 tensor on the cpu");
+               ": give a contiguous 1-D fp32 tensor on the cpu.");
     }
 }
 
@@ -173,11 +173,11 @@ void check_tables(const torch::stable::Tensor& tables, int64_t num_tables, int64
                   const std::optional<torch::stable::Tensor>& levels, CodecCall& call) {
     const int64_t dim = tables.dim();
     if (tables.size(dim - 1) != kSegmentFields) {
-        refuse("the table has ", tables.size(dim - 1), " columns; give ", kSegmentFields);
+        refuse("the table has ", tables.size(dim - 1), " columns: give ", kSegmentFields, ".");
     }
     if (call.payload_bytes < kHeaderBytes) {
-        refuse("the payload has ", call.payload_bytes, " bytes; a header alone takes ",
-               kHeaderBytes);
+        refuse("the payload has ", call.payload_bytes, " bytes: give the ", kHeaderBytes,
+               " of a header or more.");
     }
     check_levels(levels);
     call.levels = levels ? static_cast<const float*>(levels->data_ptr()) : nullptr;
@@ -195,7 +195,7 @@ void check_adds(const SegmentTable& table) {
     if (table.is_fp32) return;
     for (const Segment& segment : table.segments) {
         if (segment.dtype != kFp32) {
-            refuse("decode adds into dtype ", segment.dtype, "; give an fp32 buffer and table");
+            refuse("decode adds into dtype ", segment.dtype, ": give an fp32 buffer and table.");
         }
     }
 }
@@ -203,7 +203,7 @@ void check_adds(const SegmentTable& table) {
 void check_named(const char* name, int64_t which, int64_t count) {
     if (which >= 0 && which < count) return;
     refuse("a part names ", name, " ", which, " of ", count,
-           "; give one that is there, counted from 0");
+           ": give one that is there, counted from 0.");
 }
 
 }  // namespace
@@ -216,7 +216,7 @@ void check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tenso
     check_same_device(buffer, payload);
     if (table.scalar_type() != ScalarType::Long || !table.is_cpu() || table.dim() != 2) {
         refuse("the table is ", torch::headeronly::toString(table.scalar_type()), " of ",
-               table.dim(), " dimensions; give int64 rows on the cpu");
+               table.dim(), " dimensions: give int64 rows on the cpu.");
     }
     call.buffer_bytes = buffer.numel();
     call.payload_bytes = payload.numel();
@@ -233,15 +233,15 @@ void check_codec_all(const torch::stable::Tensor& buffers, const torch::stable::
     check_byte_rows("payloads", payloads, where);
     check_same_device(buffers, payloads);
     if (tables.scalar_type() != ScalarType::Long || !tables.is_cpu() || tables.dim() != 3) {
-        refuse("the tables are ", description(tables), "; give int64 [kinds, segments, ",
-               kSegmentFields, "] on the cpu");
+        refuse("the tables are ", description(tables), ": give int64 [kinds, segments, ",
+               kSegmentFields, "] on the cpu.");
     }
     if (parts.scalar_type() != ScalarType::Long || !parts.is_cpu() || parts.dim() != 2) {
-        refuse("the parts are ", description(parts), "; give int64 [parts, ", kPartFields,
-               "] on the cpu");
+        refuse("the parts are ", description(parts), ": give int64 [parts, ", kPartFields,
+               "] on the cpu.");
     }
     if (parts.size(1) != kPartFields) {
-        refuse("the parts have ", parts.size(1), " columns; give ", kPartFields);
+        refuse("the parts have ", parts.size(1), " columns: give ", kPartFields, ".");
     }
     const int64_t num_buffers = buffers.size(0), num_payloads = payloads.size(0);
     const int64_t num_tables = tables.size(0), num_parts = parts.size(0);
@@ -261,8 +261,8 @@ void check_codec_all(const torch::stable::Tensor& buffers, const torch::stable::
         check_named("buffer", part.buffer, num_buffers);
         check_named("payload", part.payload, num_payloads);
         if (part.add != 0 && !(may_add && part.add == 1)) {
-            refuse("a part has ADD ", part.add, "; give 0",
-                   may_add ? " or 1" : ", since nothing adds to a payload");
+            refuse("a part has ADD ", part.add, ": give 0",
+                   may_add ? " or 1." : ", since nothing adds to a payload.");
         }
         if (part.add != 0) check_adds(call.tables[static_cast<size_t>(part.table)]);
         words += row_stride;
@@ -271,7 +271,7 @@ void check_codec_all(const torch::stable::Tensor& buffers, const torch::stable::
 
 void check_header(int64_t words) {
     if (words * static_cast<int64_t>(sizeof(int64_t)) != kHeaderBytes) {
-        refuse("the header has ", words, " words; give 4");
+        refuse("the header has ", words, " words: give 4.");
     }
 }
 
@@ -286,10 +286,10 @@ std::vector<Span> check_spans(const torch::stable::Tensor& dense,
     check_same_device(dense, compact);
     if (spans.scalar_type() != ScalarType::Long || !spans.is_cpu() || spans.dim() != 2 ||
         !spans.is_contiguous()) {
-        refuse("the spans are ", description(spans), "; give contiguous int64 rows on the cpu");
+        refuse("the spans are ", description(spans), ": give contiguous int64 rows on the cpu.");
     }
     if (spans.size(1) != kSpanFields) {
-        refuse("the spans have ", spans.size(1), " columns; give ", kSpanFields);
+        refuse("the spans have ", spans.size(1), " columns: give ", kSpanFields, ".");
     }
     std::vector<Span> found(static_cast<size_t>(spans.size(0)));
     std::memcpy(found.data(), spans.data_ptr(), found.size() * sizeof(Span));
@@ -309,8 +309,8 @@ std::vector<Span> check_spans(const torch::stable::Tensor& dense,
         }
         if (!fits) {
             refuse("a span of ", span.count, " of ", span.numel,
-                   " values reaches outside its buffers or does not match its mask; make spans, "
-                   "bitmap and buffers from one support");
+                   " values reaches outside its buffers or does not match its mask: make spans, "
+                   "bitmap and buffers from one support.");
         }
     }
     return found;
@@ -332,28 +332,28 @@ KeyType check_keys(const torch::stable::Tensor& values, Where where) {
         }
     }
     refuse("the values are ", description(values),
-           "; give contiguous 1-D fp32, bf16, fp16 or int64");
+           ": give contiguous 1-D fp32, bf16, fp16 or int64.");
 }
 
 void check_digits(const torch::stable::Tensor& prefix, int64_t shift, int64_t width,
                   const torch::stable::Tensor& counts, Where where) {
     if (shift < 0 || shift > 62 || width < 1 || width > kDigitBits || shift + width > 63) {
-        refuse("cannot count ", width, " bits from bit ", shift, " on; give 1 to 11 below 63");
+        refuse("cannot count ", width, " bits from bit ", shift, " on: give 1 to 11 below 63.");
     }
     if (prefix.scalar_type() != ScalarType::Long || prefix.numel() != 1 || !is_at(prefix, where)) {
-        refuse("the prefix is ", description(prefix), "; give one int64");
+        refuse("the prefix is ", description(prefix), ": give one int64.");
     }
     if (counts.scalar_type() != ScalarType::Long || counts.dim() != 1 ||
         counts.numel() != kNumBins || !counts.is_contiguous() || !is_at(counts, where)) {
-        refuse("the counts are ", description(counts), "; give contiguous int64 [2048]");
+        refuse("the counts are ", description(counts), ": give contiguous int64 [2048].");
     }
 }
 
 void check_marks(const torch::stable::Tensor& marks, int64_t num_values, Where where) {
     if (marks.scalar_type() != ScalarType::Bool || marks.dim() != 1 ||
         marks.numel() != num_values || !marks.is_contiguous() || !is_at(marks, where)) {
-        refuse("the marks are ", description(marks), "; give contiguous bool of shape (",
-               num_values, ",)");
+        refuse("the marks are ", description(marks), ": give contiguous bool of shape (",
+               num_values, ",).");
     }
 }
 

@@ -146,8 +146,8 @@ void compact(const Tensor& dense, const Tensor& spans, const Tensor& bitmap, con
     }
     if (!is_clean) {
         throw std::runtime_error(
-            "a weight outside the mask is not zero: the sparse wire would drop it; tell the handle "
-            "of another support (set_support) after editing weights");
+            "a weight outside the mask is not zero, and the sparse wire would drop it: tell the "
+            "handle of another support (set_support) after editing weights.");
     }
 }
 

@@ -29,7 +29,7 @@ class Place {
         void* stream = nullptr;
         if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) !=
             AOTI_TORCH_SUCCESS) {
-            throw std::runtime_error("torch knows no current CUDA stream");
+            throw std::runtime_error("torch knows no current CUDA stream.");
         }
         stream_ = static_cast<cudaStream_t>(stream);
     }
@@ -42,8 +42,8 @@ class Place {
 
 void check_launch() {
     if (const cudaError_t error = cudaPeekAtLastError(); error != cudaSuccess) {
-        throw std::runtime_error(std::string("a CUDA kernel could not be launched: ") +
-                                 cudaGetErrorString(error));
+        throw std::runtime_error(std::string("a CUDA kernel could not be launched (") +
+                                 cudaGetErrorString(error) + ").");
     }
 }
 

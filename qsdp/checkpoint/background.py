@@ -32,6 +32,7 @@ from qsdp.checkpoint.saving import (
 from qsdp.checkpoint.state import everyone, meet_at
 from qsdp.common.collective_errors import CollectiveError, is_failure, root
 from qsdp.common.rank_agreement import mistakes_shared, warn
+from qsdp.common.user_errors import quoted
 from qsdp.compat.process_groups import destroy_group, new_group, unique_group_name
 
 
@@ -79,7 +80,7 @@ class AsyncSaver:
         """
         self.wait()
         if self._group is None:
-            raise RuntimeError("the saver is closed; make another one")
+            raise RuntimeError("the saver is closed: make another one.")
         request = Request(root, step, meta, files, keep, damaged, may_appear)
         request = agreed(request, model, optimizer)
         with contextlib.ExitStack() as claim:
@@ -202,7 +203,7 @@ class _Writing:
         """Say what has failed, if anything has and it was not said before."""
         failure, self.failure = self.failure, None
         if failure is not None:
-            warn(f"the checkpoint of step {self._step} is not there: {failure}")
+            warn(f"the checkpoint of step {self._step} is not there: {quoted(failure)}.")
 
 
 def _leave_alone(last: list[_Writing]) -> None:
@@ -216,8 +217,8 @@ def _told(error: Exception) -> Exception:
     """``error`` without its traceback, which holds the copy of the weights."""
     if not dist.is_initialized():
         return RuntimeError(
-            "the process group was destroyed before the checkpoint was written; wait for it, or "
-            "close the saver, before that"
+            "the process group was destroyed before the checkpoint was written: wait for it, or "
+            "close the saver, before that."
         )
     if is_failure(error):
         return CollectiveError(root(error))

@@ -28,6 +28,7 @@ from qsdp.common.atomic_files import (
     sync,
     unclaimed,
 )
+from qsdp.common.user_errors import quoted
 
 META = "meta.json"
 OWN_CHECKSUM = "checksum"
@@ -49,7 +50,7 @@ class Damaged(ValueError):
         self.checkpoint, self.file, self.why = checkpoint, checkpoint / name, why
 
     def __str__(self) -> str:
-        return f"{self.file} is damaged: {self.why}; name another checkpoint"
+        return f"{self.file} is damaged ({self.why}): name another checkpoint."
 
 
 def step_of(path: Path) -> int | None:
@@ -93,7 +94,7 @@ def resolve(path: Path, without: Collection[Path] = ()) -> Path:
     if found is None and step_of(path) is not None and path.is_dir():
         return path  # which is damaged
     if found is None:
-        raise ValueError(f"{path} holds no complete checkpoint; give a folder named step-...")
+        raise ValueError(f"{path} holds no complete checkpoint: give a folder named step-N.")
     return found
 
 
@@ -112,12 +113,12 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise Damaged(path, META, "it is missing") from None
     except OSError as error:
         raise ValueError(
-            f"{path / META} cannot be read ({error.strerror}); resume from another checkpoint."
+            f"{path / META} cannot be read ({error.strerror}): resume from another checkpoint."
         ) from None
     try:
         meta = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise Damaged(path, META, f"it is not JSON ({error})") from None
+        raise Damaged(path, META, f"it is not JSON ({quoted(error)})") from None
     step = meta.get("step") if isinstance(meta, dict) else None
     if type(step) is not int or step < 0:
         raise Damaged(path, META, "it states no step")
@@ -134,8 +135,8 @@ def read_meta(path: Path) -> dict[str, Any]:
     for name in meta["checksums"]:
         if not is_file_name(name):
             raise ValueError(
-                f"{path / META} lists {name[:100]!r}, which is not the name of a file beside it: "
-                "it is refused; resume from another checkpoint."
+                f"{path / META} lists {name[:100]!r}, which is not the name of a file beside it "
+                "and is refused: resume from another checkpoint."
             )
     return meta
 
@@ -202,7 +203,7 @@ def verify(
             raise Damaged(path, name, "it is missing") from None
         except OSError as error:
             raise ValueError(
-                f"{path / name} cannot be read ({error.strerror}); name another checkpoint"
+                f"{path / name} cannot be read ({error.strerror}): name another checkpoint."
             ) from None
 
 
@@ -313,4 +314,4 @@ def _tidying(path: Path, lines: list[str]) -> Iterator[None]:
         yield
     except OSError as error:
         why = error.strerror or error
-        lines.append(f"{path} cannot be removed yet ({why}); the next save there tries again")
+        lines.append(f"{path} cannot be removed yet ({why}), and the next save there tries again.")

@@ -107,7 +107,7 @@ def read_table(path: Path, files: Collection[str]) -> Metadata:
         raise
     except Exception as error:  # it is a pickle: anything may come of a damaged one
         raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}); name another checkpoint"
+            f"{path} cannot be read ({type(error).__name__}): name another checkpoint."
         ) from None
 
 
@@ -121,7 +121,7 @@ def _metadata(path: Path, table: Any, files: Collection[str]) -> Metadata:
         if place.relative_path not in files:
             raise Refused(
                 f"{path} names {place.relative_path[:100]!r}, which is none of the files that "
-                f"{META} lists: it is refused; name another checkpoint"
+                f"{META} lists, and is refused: name another checkpoint."
             )
         places[_index(index)] = place
     return Metadata(entries, storage_data=places, storage_meta=StorageMeta())
@@ -186,7 +186,7 @@ def _place(record: Any) -> _Place:
 
 def _check(holds: bool) -> None:
     if not holds:
-        raise TypeError("the table is not as DCP writes one")
+        raise TypeError("the table is not as DCP writes one.")
 
 
 def _fields(record: Any, kind: str) -> dict[str, Any]:

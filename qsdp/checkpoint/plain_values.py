@@ -22,7 +22,7 @@ def refused(path: Path, name: str) -> Refused:
     """The error of a file at ``path`` that asks for ``name``, which is no plain data."""
     return Refused(
         f"{path} asks for {name[:100]!r} to be loaded, which no checkpoint needs and which could "
-        "run code: it is refused; name another checkpoint"
+        "run code, and is refused: name another checkpoint."
     )
 
 
@@ -82,7 +82,7 @@ def _unreadable(name: str, kind: type) -> Refused:
     return Refused(
         f"{name} is or holds an object ({_name_of(kind)}) that could only be loaded by running "
         "code, which a checkpoint never does: keep plain tensors, numbers, strings, and lists, "
-        "tuples and dicts of these"
+        "tuples and dicts of these."
     )
 
 

@@ -39,7 +39,7 @@ class TensorReader:
         if stored.size != shape:
             raise ValueError(
                 f"{self._path} holds {name} of shape {tuple(stored.size)}, but its model needs "
-                f"{tuple(shape)}; name another checkpoint"
+                f"{tuple(shape)}: name another checkpoint."
             )
 
     def read(self, name: str) -> Tensor:
@@ -58,8 +58,8 @@ class TensorReader:
             raise
         except Exception as error:
             raise ValueError(
-                f"{name} of {self._path} cannot be read ({type(error).__name__}); name another "
-                "checkpoint"
+                f"{name} of {self._path} cannot be read ({type(error).__name__}): name another "
+                "checkpoint."
             ) from error
         return tensor
 
@@ -67,7 +67,7 @@ class TensorReader:
         stored = self._metadata.state_dict_metadata.get(_key(name))
         if not isinstance(stored, TensorStorageMetadata):
             raise ValueError(
-                f"{self._path} holds no parameter {name}; name a checkpoint of this job"
+                f"{self._path} holds no parameter {name}: name a checkpoint of this job."
             )
         return stored
 

@@ -39,7 +39,7 @@ class Reader(FileSystemReader):
         super().__init__(path)
         files = read_meta(path)["checksums"]
         if TABLE not in files:
-            raise Refused(f"{path / META} does not list {TABLE}; name another checkpoint")
+            raise Refused(f"{path / META} does not list {TABLE}: name another checkpoint.")
         self.metadata = read_table(path / TABLE, files)
 
     # Without keywords, so that DCP does not look for tables of single ranks.
@@ -71,7 +71,7 @@ class ReadingPlanner(DefaultLoadPlanner):
                 loaded is None or isinstance(loaded, numbers) or not isinstance(held, numbers)
             )
         if not is_alike:
-            raise TypeError(f"{name} is of another kind")
+            raise TypeError(f"{name} is of another kind.")
         # The default planner unpickles without a limit, so it gets what was written here.
         again = io.BytesIO()
         torch.save(loaded, again)

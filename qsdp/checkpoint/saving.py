@@ -41,6 +41,7 @@ from qsdp.common.atomic_files import is_file_name, sync
 from qsdp.common.checksum import checksum
 from qsdp.common.meshes import Reach, ranks_of, spread_of
 from qsdp.common.rank_agreement import mistakes_shared, warn
+from qsdp.common.user_errors import quoted
 from qsdp.compat.parameter_names import checkpoint_names
 from qsdp.compat.sharded_parameters import sharded_parameters
 
@@ -67,31 +68,35 @@ class Request:
         step, keep, damaged = self.step, self.keep, self.damaged
         files = {} if self.files is None else self.files
         if not isinstance(self.root, str | os.PathLike):
-            raise ValueError(f"root is {self.root!r}; give the path of a folder")
+            raise ValueError(f"root is {self.root!r}: give the path of a folder.")
         if type(step) is not int or step < 0:
-            raise ValueError(f"step is {step!r}; give an integer from 0")
+            raise ValueError(f"step is {step!r}: give an integer from 0.")
         if type(keep) is not int or keep < 1:
-            raise ValueError(f"keep is {keep!r}; choose 1 or more")
+            raise ValueError(f"keep is {keep!r}: choose 1 or more.")
         if not isinstance(files, Mapping):
-            raise ValueError(f"files is {files!r}; give texts by name")
+            raise ValueError(f"files is {files!r}: give texts by name.")
         for name in files:
             if not is_file_name(name) or name in (META, TABLE) or name.endswith(".distcp"):
                 raise ValueError(
-                    f"files holds {name!r}; give names of files that stand beside {META}"
+                    f"files holds {name!r}: give names of files that stand beside {META}."
                 )
         try:
             json.dumps(dict(self.meta))
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"meta holds what JSON cannot ({error}); give JSON values") from None
+            raise ValueError(
+                f"meta holds what JSON cannot ({quoted(error)}): give JSON values."
+            ) from None
         is_many = isinstance(damaged, Collection) and not isinstance(damaged, str | bytes)
         if not is_many or not all(isinstance(path, Path) for path in damaged):
-            raise ValueError(f"damaged is {damaged!r}; give real paths of checkpoints")
+            raise ValueError(f"damaged is {damaged!r}: give real paths of checkpoints.")
         if not callable(self.may_appear):
-            raise ValueError(f"may_appear is {self.may_appear!r}; give a function")
+            raise ValueError(f"may_appear is {self.may_appear!r}: give a function.")
         try:
             "".join([*files, *files.values()]).encode()
         except (TypeError, UnicodeEncodeError) as error:
-            raise ValueError(f"files holds what is no text ({error}); give texts by name") from None
+            raise ValueError(
+                f"files holds what is no text ({quoted(error)}): give texts by name."
+            ) from None
         meta = copy.deepcopy(dict(self.meta))
         return replace(self, root=Path(self.root), meta=meta, files=dict(files), damaged=[*damaged])
 
@@ -203,7 +208,7 @@ def written(request: Request) -> Iterator[None]:
         raise_refused(error)
         raise RuntimeError(
             f"the checkpoint of step {request.step} cannot be written to {request.root} "
-            f"({cause(error)}); free some space there, or choose another --out"
+            f"({cause(error)}): free some space there, or choose another --out."
         ) from error
 
 
@@ -225,8 +230,8 @@ def finished(request: Request, folder: Path, group: dist.ProcessGroup | None = N
 
 
 def unwritable(said: str) -> RuntimeError:
-    said = said.removeprefix("OSError: ")
-    return RuntimeError(f"a checkpoint cannot be written ({said}); choose another --out")
+    said = quoted(said.removeprefix("OSError: "))
+    return RuntimeError(f"a checkpoint cannot be written ({said}): choose another --out.")
 
 
 def _spread_shards(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...], Tensor]]:
@@ -266,7 +271,7 @@ def _check_names(shards: Mapping[str, tuple[int, tuple[int, ...], Tensor]]) -> N
             raise ValueError(
                 f"{name} is sharded over some of the ranks, and the others have one of their own "
                 "under its name, of which a checkpoint would keep one: save such parameters apart, "
-                "those of each part of the ranks for themselves"
+                "those of each part of the ranks for themselves."
             )
 
 
@@ -284,13 +289,13 @@ def _checksums(folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
             sync(file)
             own[file.name] = file_checksum(file)
     except Exception as error:
-        failure = str(error)
+        failure = quoted(error)
     parts: list[tuple[dict[str, str], str | None]] = [({}, None)] * dist.get_world_size()
     dist.all_gather_object(parts, (own, failure), group=group)
     for _, failure in parts:
         if failure is not None:
             raise RuntimeError(
-                f"a checkpoint cannot be read back ({failure}); choose another --out"
+                f"a checkpoint cannot be read back ({failure}): choose another --out."
             )
     return {name: value for part, _ in parts for name, value in sorted(part.items())}
 

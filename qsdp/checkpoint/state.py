@@ -24,6 +24,7 @@ from qsdp.checkpoint.plain_values import Refused
 from qsdp.checkpoint.safe_loading import Reader, ReadingPlanner
 from qsdp.common.collective_errors import listed
 from qsdp.common.rank_agreement import meet
+from qsdp.common.user_errors import quoted
 from qsdp.compat.parameter_names import checkpoint_names
 from qsdp.compat.sharded_parameters import sharded_parameters
 
@@ -115,8 +116,8 @@ def _fitting(path: Path) -> Iterator[None]:
         yield
     except (TypeError, LookupError, AttributeError, AssertionError) as error:
         raise ValueError(
-            f"{path} does not fit this model and optimizer ({type(error).__name__}); name another "
-            "checkpoint"
+            f"{path} does not fit this model and optimizer ({type(error).__name__}): name another "
+            "checkpoint."
         ) from error
 
 
@@ -124,8 +125,8 @@ def everyone() -> dist.ProcessGroup:
     """The group of all ranks. Raises RuntimeError if there is no process group."""
     if dist.group.WORLD is None:
         raise RuntimeError(
-            "there is no process group of all ranks; call torch.distributed.init_process_group "
-            "before checkpoints are saved or loaded, and end it after"
+            "there is no process group of all ranks: call torch.distributed.init_process_group "
+            "before checkpoints are saved or loaded, and end it after."
         )
     return dist.group.WORLD
 
@@ -152,7 +153,7 @@ def _load(reader: Reader, state: dict[str, Any], model: nn.Module) -> dict[str, 
     except CheckpointException as error:
         raise_refused(error)
         raise ValueError(
-            f"{reader.path} cannot be loaded ({cause(error)}); name another checkpoint"
+            f"{reader.path} cannot be loaded ({cause(error)}): name another checkpoint."
         ) from error
     return renamed(loaded, {clean: name for name, clean in names.items()})
 
@@ -195,7 +196,7 @@ def _check_all_is_taken(reader: Reader, state: Mapping[str, Any], frozen: Collec
     if dropped:
         raise ValueError(
             f"{reader.path} holds {listed(sorted(dropped))}, which would be lost: make model and "
-            "optimizer as they were, with the same prunable set"
+            "optimizer as they were, with the same prunable set."
         )
 
 
@@ -244,4 +245,4 @@ def raise_refused(error: CheckpointException) -> None:
 def cause(error: CheckpointException) -> str:
     """The first rank's failure, on one line."""
     first = next(iter(error.failures.values()))[0]
-    return " ".join(f"{type(first).__name__}: {first}".split())[:300]
+    return quoted(f"{type(first).__name__}: {first}", 300)

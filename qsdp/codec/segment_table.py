@@ -26,12 +26,12 @@ def check(
     for name, tensor in (("buffer", buffer), ("payload", payload)):
         if not _is_bytes(tensor, 1):
             raise ValueError(
-                f"the {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
-                "give a contiguous 1-D uint8 view"
+                f"the {name} is {tensor.dtype} of shape {tuple(tensor.shape)}: "
+                "give a contiguous 1-D uint8 view."
             )
     if table.dtype != torch.int64 or table.device.type != "cpu" or table.dim() != 2:
         raise ValueError(
-            f"the table is {table.dtype} on {table.device}; give int64 rows on the cpu"
+            f"the table is {table.dtype} on {table.device}: give int64 rows on the cpu."
         )
     _check_sizes(table, payload, levels)
     _check_rows(table, buffer.numel(), payload.numel(), levels)
@@ -55,21 +55,21 @@ def check_all(
     for name, tensor in (("buffers", buffers), ("payloads", payloads)):
         if not _is_bytes(tensor, 2):
             raise ValueError(
-                f"the {name} are {tensor.dtype} of shape {tuple(tensor.shape)}; "
-                "give contiguous 2-D uint8 rows"
+                f"the {name} are {tensor.dtype} of shape {tuple(tensor.shape)}: "
+                "give contiguous 2-D uint8 rows."
             )
     if tables.dtype != torch.int64 or tables.device.type != "cpu" or tables.dim() != 3:
         raise ValueError(
-            f"the tables are {tables.dtype} of shape {tuple(tables.shape)} on {tables.device}; "
-            f"give int64 [kinds, segments, {len(Field)}] on the cpu"
+            f"the tables are {tables.dtype} of shape {tuple(tables.shape)} on {tables.device}: "
+            f"give int64 [kinds, segments, {len(Field)}] on the cpu."
         )
     if (parts.dtype, parts.device.type, parts.dim()) != (torch.int64, "cpu", 2):
         raise ValueError(
-            f"the parts are {parts.dtype} of shape {tuple(parts.shape)} on {parts.device}; "
-            f"give int64 [parts, {len(Part)}] on the cpu"
+            f"the parts are {parts.dtype} of shape {tuple(parts.shape)} on {parts.device}: "
+            f"give int64 [parts, {len(Part)}] on the cpu."
         )
     if parts.shape[1] != len(Part):
-        raise ValueError(f"the parts have {parts.shape[1]} columns; give {len(Part)}")
+        raise ValueError(f"the parts have {parts.shape[1]} columns: give {len(Part)}.")
     _check_sizes(tables, payloads, levels)
     for table in tables:
         _check_rows(table, buffers.shape[1], payloads.shape[1], levels)
@@ -78,12 +78,12 @@ def check_all(
         for column, of in counts.items():
             if not 0 <= part[column] < len(of):
                 raise ValueError(
-                    f"a part names {column.name.lower()} {part[column]} of {len(of)}; give one "
-                    "that is there, counted from 0"
+                    f"a part names {column.name.lower()} {part[column]} of {len(of)}: give one "
+                    "that is there, counted from 0."
                 )
         if part[Part.ADD] not in (0, may_add):
             allowed = "0 or 1" if may_add else "0, since nothing adds to a payload"
-            raise ValueError(f"a part has {Part.ADD.name} {part[Part.ADD]}; give {allowed}")
+            raise ValueError(f"a part has {Part.ADD.name} {part[Part.ADD]}: give {allowed}.")
     for kind in parts[parts[:, Part.ADD] == 1, Part.TABLE].unique():
         _check_adds(tables[kind])
 
@@ -95,9 +95,11 @@ def _is_bytes(tensor: Tensor, dim: int) -> bool:
 def _check_sizes(table: Tensor, payload: Tensor, levels: Tensor | None) -> None:
     """Check the sizes of one table and payload, or of several: of their last dimension."""
     if table.shape[-1] != len(Field):
-        raise ValueError(f"the table has {table.shape[-1]} columns; give {len(Field)}")
+        raise ValueError(f"the table has {table.shape[-1]} columns: give {len(Field)}.")
     if payload.shape[-1] < HEADER_BYTES:
-        raise ValueError(f"the payload has {payload.shape[-1]} bytes; a header alone takes 32")
+        raise ValueError(
+            f"the payload has {payload.shape[-1]} bytes: give the 32 of a header or more."
+        )
     if levels is not None and (
         levels.dtype != torch.float32
         or levels.device.type != "cpu"
@@ -105,8 +107,8 @@ def _check_sizes(table: Tensor, payload: Tensor, levels: Tensor | None) -> None:
         or not levels.is_contiguous()
     ):
         raise ValueError(
-            f"the levels are {levels.dtype} of shape {tuple(levels.shape)} on {levels.device}; "
-            "give a contiguous 1-D fp32 tensor on the cpu"
+            f"the levels are {levels.dtype} of shape {tuple(levels.shape)} on {levels.device}: "
+            "give a contiguous 1-D fp32 tensor on the cpu."
         )
 
 
@@ -116,7 +118,9 @@ def _check_rows(
     for row in table.tolist():
         for field in (Field.DTYPE, Field.WIRE):
             if row[field] not in iter(DType):
-                raise ValueError(f"a segment has {field.name} {row[field]}; give 0 to {max(DType)}")
+                raise ValueError(
+                    f"a segment has {field.name} {row[field]}: give 0 to {max(DType)}."
+                )
         segment = Row(row)
         segment.check(buffer_bytes, payload_bytes)
         segment.check_levels(0 if levels is None else levels.numel())
@@ -126,7 +130,9 @@ def _check_adds(table: Tensor) -> None:
     for dtype in table[:, Field.DTYPE].tolist():
         if dtype != DType.FP32:
             name = DType(dtype).name
-            raise ValueError(f"decode adds into a segment of {name}; give an fp32 buffer and table")
+            raise ValueError(
+                f"decode adds into a segment of {name}: give an fp32 buffer and table."
+            )
 
 
 class Row:
@@ -142,9 +148,9 @@ class Row:
     def check(self, buffer_bytes: int, payload_bytes: int) -> None:
         row = self.row
         if self.bits not in (0, 2, 3, 4, 5, 6, 7, 8):
-            raise ValueError(f"a segment has {self.bits} bits; give 2 to 8, or 0 for raw")
+            raise ValueError(f"a segment has {self.bits} bits: give 2 to 8, or 0 for raw.")
         if not 0 <= self.numel <= self.padded:
-            raise ValueError(f"a segment has {self.numel} of {self.padded} values; give 0 to all")
+            raise ValueError(f"a segment has {self.numel} of {self.padded} values: give 0 to all.")
         item = ITEM_BYTES[DType(row[Field.DTYPE])]
         inside = row[Field.BUFFER_BYTE] >= 0 and row[Field.DATA_BYTE] >= HEADER_BYTES
         inside &= row[Field.BUFFER_BYTE] + self.padded * item <= buffer_bytes
@@ -152,21 +158,21 @@ class Row:
             rounding = row[Field.ROUNDING]
             if self.bucket < 8 or self.bucket % 8 or not 0 <= rounding < len(Rounding):
                 raise ValueError(
-                    f"a segment has buckets of {self.bucket} and rounding {rounding}; "
-                    f"give a positive multiple of 8 and 0 to {max(Rounding)}"
+                    f"a segment has buckets of {self.bucket} and rounding {rounding}: "
+                    f"give a positive multiple of 8 and 0 to {max(Rounding)}."
                 )
             if row[Field.DTYPE] == DType.OPAQUE:
-                raise ValueError("a coded segment is opaque; code fp32, bf16 or fp16")
+                raise ValueError("a coded segment is opaque: code fp32, bf16 or fp16.")
             num_buckets = -(-self.numel // self.bucket)
             inside &= row[Field.META_BYTE] >= HEADER_BYTES and row[Field.META_BYTE] % 4 == 0
             inside &= row[Field.META_BYTE] + META_BYTES * num_buckets <= payload_bytes
         elif (row[Field.DTYPE] == DType.OPAQUE) != (row[Field.WIRE] == DType.OPAQUE):
-            raise ValueError("a raw segment is opaque on one side only; make both or none opaque")
+            raise ValueError("a raw segment is opaque on one side only: make both or none opaque.")
         inside &= row[Field.DATA_BYTE] + self.data_bytes <= payload_bytes
         if not inside:
             raise ValueError(
                 f"a segment reaches outside its {buffer_bytes} buffer bytes or "
-                f"{payload_bytes} payload bytes; make table, buffer and payload from one layout"
+                f"{payload_bytes} payload bytes: make table, buffer and payload from one layout."
             )
 
     def check_levels(self, num_levels: int) -> None:
@@ -177,13 +183,13 @@ class Row:
             known = [f"{each.label} ({each})" for each in Rounding if each.properties.has_levels]
             raise ValueError(
                 f"a segment of learned levels has {self.bits} bits and rounding "
-                f"{self.row[Field.ROUNDING]}; give 2 to 6 bits and {' or '.join(known)}, or -1 for "
-                "the uniform grid"
+                f"{self.row[Field.ROUNDING]}: give 2 to 6 bits and {' or '.join(known)}, or -1 for "
+                "the uniform grid."
             )
         if start < 0 or start + self.num_codes > num_levels:
             raise ValueError(
-                f"a segment's {self.num_codes} levels start at {start} of {num_levels} floats; "
-                "give levels that hold them, or -1 for the uniform grid"
+                f"a segment's {self.num_codes} levels start at {start} of {num_levels} floats: "
+                "give levels that hold them, or -1 for the uniform grid."
             )
 
     @property

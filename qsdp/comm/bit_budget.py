@@ -33,7 +33,7 @@ def check_budget(weights: Sequence[Claim], grads: Sequence[Claim], config: QSDPC
         raise ValueError(
             f"the budget is {config.budget:g} bits a value and has nothing to allot: leave some "
             "parameter to 2 to 8 weight_bits or grad_bits, beside policy and embedding_bits, or "
-            "leave the budget out"
+            "leave the budget out."
         )
     for claims, is_grad in ((weights, False), (grads, True)):
         _left(claims, config.budget, config, is_grad)
@@ -104,7 +104,7 @@ def _left(claims: Sequence[Claim], budget: float, config: QSDPConfig, is_grad: b
             f"the budget is {budget:g} bits a value, but {'gradients' if is_grad else 'weights'} "
             f"take {math.ceil(100 * least / numel) / 100:g} with the bits that policy and "
             "embedding_bits give, 2 bits for the others, padding and buckets' metadata: raise the "
-            "budget or the bucket size, or give fewer bits"
+            "budget or the bucket size, or give fewer bits."
         )
     return budget * numel - least
 

@@ -151,7 +151,7 @@ class Consensus:
         if index != first_index:
             raise RuntimeError(
                 f"rank {rank} reduces the group of {name} while rank {first} reduces that of "
-                f"{first_name}: let every rank use the same layers, in the same order"
+                f"{first_name}: let every rank use the same layers, in the same order."
             )
         raise RuntimeError(self._difference(f"rank {rank}", theirs, f"rank {first}", firsts))
 
@@ -163,5 +163,5 @@ class Consensus:
         return (
             f"{one} has no gradient of {listed(missing)} to reduce, but {other} has: use the same "
             "parameters on every rank, or call set_reduce_scatter_unused_params(True) on the "
-            "sharded modules (torch 2.13)"
+            "sharded modules (torch 2.13)."
         )

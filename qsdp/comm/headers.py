@@ -40,14 +40,14 @@ def check_headers(
     if Status.FAILED in heard:
         raise RuntimeError(
             f"rank {senders[heard.index(Status.FAILED)]} cannot send its part of the group of "
-            f"{plan.name}, and says why: do the same on every rank"
+            f"{plan.name}, and says why: do the same on every rank."
         )
     if difference.any():
         row = int(difference.any(1).nonzero()[0])
         raise RuntimeError(
             f"rank {senders[row]} sent a payload with header {found[row].tolist()} for the group "
             f"of {plan.name}, but {expected[row].tolist()} is expected (version and sender, "
-            "step, bytes, plan): run the same model, config and step on every rank"
+            "step, bytes, plan): run the same model, config and step on every rank."
         )
     return status if set(heard) == {status} else Status.MIXED
 

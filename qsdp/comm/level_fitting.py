@@ -56,8 +56,8 @@ def check_rows(rows: Iterable[Any]) -> None:
     for row in rows:
         if not isinstance(row, list | tuple) or len(row) < 3:
             raise ValueError(
-                f"the state has {shown(row)} among its levels; give rows [name, kind, bits, level, "
-                "...], as it was taken"
+                f"the state has {shown(row)} among its levels: give rows [name, kind, bits, level, "
+                "...], as state_dict() returned it."
             )
         name, kind, bits, *levels = row
         whose = f"{name}'s {kind} of {bits} bits"
@@ -65,17 +65,17 @@ def check_rows(rows: Iterable[Any]) -> None:
         is_coded = type(bits) is int and bits in LEARNED_BITS
         if not is_known or not is_coded or len(levels) != 1 << bits:
             raise ValueError(
-                f"the state has {len(levels)} levels for {whose}; "
-                f"give 2**bits of {', '.join(_LEARNED_KINDS)} at 2 to 6 bits, as it was taken"
+                f"the state has {len(levels)} levels for {whose}: give 2**bits of "
+                f"{', '.join(_LEARNED_KINDS)} at 2 to 6 bits, as state_dict() returned it."
             )
         is_real = all(type(level) in (int, float) for level in levels)
         if not is_real or (levels[0], levels[-1]) != (0, 1) or not _ascend(levels):
             raise ValueError(
-                f"the state has the levels {shown(levels)} for {whose}; give numbers from 0 to 1 "
-                "in ascending order, as it was taken"
+                f"the state has the levels {shown(levels)} for {whose}: give numbers from 0 to 1 "
+                "in ascending order, as state_dict() returned it."
             )
         if (name, kind, bits) in seen:
-            raise ValueError(f"the state has levels for {whose} twice; give them once")
+            raise ValueError(f"the state has levels for {whose} twice: give them once.")
         seen.add((name, kind, bits))
 
 

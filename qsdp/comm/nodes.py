@@ -29,7 +29,7 @@ class Nodes:
         if nodes is None and mesh is None:
             raise ValueError(
                 f"LOCAL_WORLD_SIZE is {[*sizes.values()]} on the ranks {[*sizes]}, which are no "
-                "nodes of consecutive ranks; set ranks_per_node, or give a node_mesh"
+                "nodes of consecutive ranks: set ranks_per_node, or give a node_mesh."
             )
         # Where nothing is known, ranks that the mesh does not hold count as elsewhere.
         self._nodes = nodes or {rank: rank for rank in sizes}
@@ -57,7 +57,7 @@ def launched_ranks() -> int:
     said = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if not said.isdecimal() or not int(said):
         raise ValueError(
-            f"LOCAL_WORLD_SIZE is {said!r}; start with torchrun, or set it to the ranks of a node"
+            f"LOCAL_WORLD_SIZE is {said!r}: start with torchrun, or set it to the ranks of a node."
         )
     return int(said)
 
@@ -86,9 +86,9 @@ def even_nodes(group: dist.ProcessGroup, nodes: Nodes, reduce: str) -> tuple[int
     ranks = dist.get_process_group_ranks(group)
     if len(nodes.sizes) > 1:
         raise ValueError(
-            f"a {reduce} reduce needs nodes of equal size, but nodes differ: they have "
-            f"{' or '.join(map(str, nodes.sizes))} ranks; set reduce to 'auto' or 'flat', or "
-            "say with ranks_per_node or node_mesh how to split them"
+            f"a {reduce} reduce needs nodes of equal size, but these nodes have "
+            f"{' or '.join(map(str, nodes.sizes))} ranks: set reduce to 'auto' or 'flat', or "
+            "say with ranks_per_node or node_mesh how to split them."
         )
     by_node: dict[int, list[int]] = {}
     for rank in ranks:
@@ -97,8 +97,8 @@ def even_nodes(group: dist.ProcessGroup, nodes: Nodes, reduce: str) -> tuple[int
     if len({len(node) for node in found}) > 1 or [*chain(*found)] != ranks:
         raise ValueError(
             f"the shard group's ranks {ranks} do not fill nodes of {nodes.sizes[0]} "
-            "evenly, one after the other; set ranks_per_node to a number that divides them, or "
-            "reduce to 'flat'"
+            "evenly, one after the other: set ranks_per_node to a number that divides them, or "
+            "reduce to 'flat'."
         )
     return len(found), len(found[0])
 
@@ -108,6 +108,6 @@ def check_mesh(group: dist.ProcessGroup, mesh: DeviceMesh) -> None:
     ranks = dist.get_process_group_ranks(group)
     if mesh.ndim != 2 or mesh.mesh.flatten().tolist() != ranks:
         raise ValueError(
-            f"node_mesh holds the ranks {mesh.mesh.tolist()}; give a 2-D mesh [nodes, ranks of a "
-            f"node] of the model's shard group, {ranks}"
+            f"node_mesh holds the ranks {mesh.mesh.tolist()}: give a 2-D mesh [nodes, ranks of a "
+            f"node] of the model's shard group, {ranks}."
         )

@@ -21,16 +21,16 @@ def check_policy(config: QSDPConfig, names: Sequence[str], aliases: Mapping[str,
                 if fnmatchcase(alias, pattern):
                     raise ValueError(
                         f"the policy pattern {pattern!r} matches only {alias!r}, which is tied "
-                        f"to {name!r}; use that name"
+                        f"to {name!r}: use that name."
                     )
             raise ValueError(
-                f"the policy pattern {pattern!r} matches no parameter; names look like "
-                f"{names[0]!r}, and * stands for any characters"
+                f"the policy pattern {pattern!r} matches no parameter: give one of names such "
+                f"as {names[0]!r}, with * for any characters."
             )
         if left.isdisjoint(named):
             raise ValueError(
                 f"the policy pattern {pattern!r} matches only parameters that patterns before "
-                "it match; put it before them, or leave it out"
+                "it match: put it before them, or leave it out."
             )
         left -= named
 
@@ -41,6 +41,6 @@ def check_embeddings(config: QSDPConfig, names: Collection[str]) -> None:
         return
     why = "which the policy gives bits already" if names else "of which the model has none"
     raise ValueError(
-        f"embedding_bits is {config.embedding_bits}, for embeddings and the head, {why}; leave "
-        "it out"
+        f"embedding_bits is {config.embedding_bits}, for embeddings and the head, {why}: leave "
+        "it out."
     )

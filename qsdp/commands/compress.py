@@ -14,7 +14,7 @@ import tyro
 from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
 from qsdp.common.allocator import return_freed_memory
-from qsdp.common.user_errors import UserError, sentence
+from qsdp.common.user_errors import UserError, quoted, sentence
 from qsdp.oneshot.registry import SOLVERS, by_method, chosen_method
 from qsdp.sparsity.compression_target import Compression
 
@@ -74,27 +74,29 @@ class CompressFlags:
     def chosen_method(self) -> str:
         """The method's name. Raises ValueError for one that cannot be, or has nothing to do."""
         is_idle = not self.target.fraction and self.target.bits is None
-        idle = "where --sparsity is 0; leave it out" if is_idle else None
+        idle = "where --sparsity is 0" if is_idle else None
         return chosen_method(self.method, idle=idle)
 
     @property
     def target(self) -> Compression:
         """What to compress to. Raises ValueError for what cannot be."""
         if self.sparsity is None and self.pattern is None and self.bits is None:
-            raise ValueError("nothing says what to compress to; give --sparsity, --pattern, --bits")
+            raise ValueError(
+                "nothing says what to compress to: give --sparsity, --pattern or --bits."
+            )
         pattern = None
         if self.pattern is not None:
             match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.pattern)
             if match is None:
-                raise ValueError(f"--pattern is {self.pattern!r}; give N:M, such as 2:4")
+                raise ValueError(f"--pattern is {self.pattern!r}: give N:M, such as 2:4.")
             pattern = int(match[1]), int(match[2])
         for name in ("scope", "block"):
             if getattr(self, name) is not None and not self.sparsity:
                 raise ValueError(
-                    f"--{name} is given without --sparsity above 0; give both or neither"
+                    f"--{name} is given without --sparsity above 0: give both or neither."
                 )
         if self.sparsity is not None and self.pattern is not None:
-            raise ValueError("--pattern goes with no --sparsity; give one or the other")
+            raise ValueError("--pattern is given beside --sparsity: give one or the other.")
         try:
             return Compression(
                 sparsity=self.sparsity or 0.0,
@@ -104,9 +106,9 @@ class CompressFlags:
                 block=1 if self.block is None else self.block,
             )
         except ValueError as error:
-            text = str(error)
+            text = quoted(error)
             is_named = text.split()[0] in ("sparsity", "pattern", "bits", "scope", "block")
-            raise ValueError(f"--{text}" if is_named else text) from None
+            raise ValueError(f"{'--' * is_named}{text}.") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -125,11 +127,11 @@ def parse(argv: Sequence[str] | None = None) -> CompressFlags:
     try:
         _ = flags.target, flags.chosen_method
     except ValueError as error:
-        raise UserError(f"{error}.") from None
+        raise UserError(str(error)) from None
     if not 0 < flags.max_file_gib < 1 << 20:
-        raise UserError(f"--max-file-gib is {flags.max_file_gib}; choose a number above 0.")
+        raise UserError(f"--max-file-gib is {flags.max_file_gib}: choose a number above 0.")
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("This command is one process: start it with python, not with torchrun.")
+        raise UserError("this command is one process: start it with python, not with torchrun.")
     return flags
 
 
@@ -144,7 +146,7 @@ def _compress(flags: CompressFlags) -> None:
     source = open_source(flags.checkpoint)
     if source.target is not None:
         raise ValueError(
-            f"{source.path} is compressed already ({source.target}); name a training checkpoint."
+            f"{source.path} is compressed already ({source.target}): name a training checkpoint."
         )
     of_run = source.config.compression.patterns
     patterns = of_run if flags.prunable is None else flags.prunable.split(",")

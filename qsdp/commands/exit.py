@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from qsdp.common.printing import flush_output, forgiving_output, print_error
-from qsdp.common.user_errors import UserError, sentence
+from qsdp.common.user_errors import UserError, quoted
 from qsdp.train.signals import process_ends, stop_was_requested
 
 EXIT_STATUS = 2
@@ -42,7 +42,7 @@ def leave_lost(error: BaseException) -> NoReturn:
     """
     from qsdp.common.collective_errors import root
 
-    print_error(f"error on rank {os.environ.get('RANK', '0')}: {root(error)}")
+    print_error(f"error on rank {os.environ.get('RANK', '0')}: {quoted(root(error))}.")
     flush_output()
     os._exit(LOST_STATUS)
 
@@ -56,7 +56,7 @@ def leave(error: UserError) -> NoReturn:
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
-        print_error(f"error: {sentence(error)}")
+        print_error(f"error: {quoted(error)}.")
         raise SystemExit(EXIT_STATUS)
     signal.signal(signal.SIGTERM, _leave_now)
     # The launcher's signal may have come too early for this handler, and no other will come.
@@ -65,7 +65,7 @@ def leave(error: UserError) -> NoReturn:
         raise SystemExit(EXIT_STATUS)
     time.sleep(_PATIENCE_S)
     if not error.is_shared:
-        print_error(f"error on rank {rank}: {sentence(error)}")
+        print_error(f"error on rank {rank}: {quoted(error)}.")
     raise SystemExit(EXIT_STATUS)
 
 
@@ -93,7 +93,7 @@ def one_sentence_at_the_end(if_interrupted: str) -> Iterator[None]:
         leave(error)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
-            print_error(f"interrupted; {if_interrupted}")
+            print_error(f"interrupted, and {if_interrupted}.")
         raise SystemExit(_INTERRUPTED) from None
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 from qsdp.common.flags import flag
 from qsdp.common.printing import flush_output, forgiving_output
-from qsdp.common.user_errors import UserError, sentence
+from qsdp.common.user_errors import UserError, quoted
 from qsdp.methods.registry import (
     FOLDERS_OF_EVERY_RUN,
     check_heeded,
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     try:
         _check_files(config)
     except OSError as error:  # a folder that may not be entered, a name that is too long
-        raise UserError(f"{sentence(error)}; give a path that can be read.") from None
+        raise UserError(f"a path cannot be read ({quoted(error)}): give another.") from None
     return config
 
 
@@ -86,8 +86,8 @@ def _defaults_of(model: str) -> dict[str, Any]:
     defaults = presets().get(model, {})
     if odd := sorted(defaults.keys() - file_types().keys()):
         raise ValueError(
-            f"the model preset {model} has a default for {odd[0]!r}, which is not a setting; name "
-            "one that --help lists, with underscores"
+            f"the model preset {model} has a default for {odd[0]!r}, which is not a setting: name "
+            "one that --help lists, with underscores."
         )
     return defaults
 
@@ -124,7 +124,7 @@ def _leave_to_auto(path: str, from_file: dict[str, Any], given: Sequence[str]) -
         if name not in given and from_file.get(name, False) is not False:
             raise UserError(
                 f"--config {path} sets {name}, beside --qsdp-bits {AUTO}, which decides on all of "
-                "the wire; take it out of the file, or give bits."
+                "the wire: take it out of the file, or give bits."
             )
 
 
@@ -201,7 +201,7 @@ def _check_number(name: str, text: str | None, hint: Any) -> None:
     try:
         _NUMBERS[hint](text)
     except ValueError:
-        raise UserError(f"{flag(name)} is {text!r}; give {FILE_TYPES[hint][1]}.") from None
+        raise UserError(f"{flag(name)} is {text!r}: give {FILE_TYPES[hint][1]}.") from None
 
 
 def _first_paragraph(boxed: str) -> str:
@@ -209,7 +209,8 @@ def _first_paragraph(boxed: str) -> str:
     lines = [line.strip("│ \n") for line in boxed.splitlines()[1:]]
     is_end = [not line or re.fullmatch("[─╰╯]+", line) is not None for line in lines]
     text = " ".join(lines[: is_end.index(True)] if True in is_end else lines)
-    return f"{text.rstrip('.') or 'The command line cannot be read'}; --help explains each flag."
+    said = f" ({quoted(text)})" if text else ""
+    return f"the command line cannot be read{said}: see --help, which explains each flag."
 
 
 def _check_files(config: TrainConfig) -> None:
@@ -218,13 +219,13 @@ def _check_files(config: TrainConfig) -> None:
     if data != "stdlib" and not (Path(data).is_file() or Path(data).is_dir()):
         state = "is neither a file nor a folder" if Path(data).exists() else "does not exist"
         raise UserError(
-            f"--data {data} {state}; give stdlib, a text file or a folder of token shards."
+            f"--data {data} {state}: give stdlib, a text file or a folder of token shards."
         )
     tokenizer = config.data.tokenizer
     if tokenizer not in (None, "char", "byte") and not Path(str(tokenizer)).is_file():
         state = "is not a file" if Path(str(tokenizer)).exists() else "does not exist"
         raise UserError(
-            f"--tokenizer {tokenizer} {state}; choose char, byte or a JSON file of the "
+            f"--tokenizer {tokenizer} {state}: choose char, byte or a JSON file of the "
             "tokenizers library."
         )
     resume = config.output.resume
@@ -233,19 +234,19 @@ def _check_files(config: TrainConfig) -> None:
     has_begun = (config.out_dir / "checkpoints").exists()
     if is_named and not has_begun and not Path(resume).is_dir():
         raise UserError(
-            f"--resume {resume} does not exist; choose auto, none or a checkpoint's folder."
+            f"--resume {resume} does not exist: choose auto, none or a checkpoint's folder."
         )
     if config.out_dir.exists() and not config.out_dir.is_dir():
-        raise UserError(f"--out {config.out_dir} is a file; give a folder.")
+        raise UserError(f"--out {config.out_dir} is a file: give a folder.")
     for name in (*FOLDERS_OF_EVERY_RUN, *kept_folders()):
         if (config.out_dir / name).exists() and not (config.out_dir / name).is_dir():
             raise UserError(
-                f"--out {config.out_dir} holds a file named {name}, where a folder is to be made; "
+                f"--out {config.out_dir} holds a file named {name}, where a folder is to be made: "
                 "move it away, or give another folder."
             )
     for name in ("config.toml", "metrics.jsonl", "summary.json"):
         if (config.out_dir / name).exists() and not (config.out_dir / name).is_file():
             raise UserError(
-                f"--out {config.out_dir} holds {name}, which is not a file; move it away, or give "
+                f"--out {config.out_dir} holds {name}, which is not a file: move it away, or give "
                 "another folder."
             )

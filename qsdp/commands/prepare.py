@@ -22,7 +22,7 @@ from rich.progress import (
 from qsdp.commands.exit import EXIT_STATUS
 from qsdp.commands.parsing import one_sentence
 from qsdp.common.printing import flush_output, forgiving_output, print_error
-from qsdp.common.user_errors import UserError, sentence
+from qsdp.common.user_errors import UserError, quoted
 from qsdp.data.corpus import TRAIN_FRACTION
 from qsdp.data.tokenize_corpus import prepare_shards
 
@@ -48,7 +48,7 @@ def main() -> None:
         with forgiving_output():
             prepare(one_sentence(lambda: tyro.cli(Options, description=__doc__)))
     except (UserError, ValueError, OSError) as error:
-        print_error(sentence(error))
+        print_error(f"error: {quoted(error)}.")
         sys.exit(EXIT_STATUS)
     finally:
         flush_output()

@@ -33,7 +33,7 @@ from qsdp.commands.parsing import one_sentence
 from qsdp.common.dtypes import TORCH_DTYPES, DType
 from qsdp.common.printing import printable
 from qsdp.common.rounding import Rounding
-from qsdp.common.user_errors import UserError
+from qsdp.common.user_errors import UserError, quoted
 from qsdp.config import CODED_BITS
 from qsdp.models.language_model import LanguageModel
 from qsdp.models.registry import DEFAULT_PRESET, family_of
@@ -54,7 +54,7 @@ def main() -> None:
     with one_sentence_at_the_end("nothing was proved"):
         flags = one_sentence(lambda: tyro.cli(Flags, description=__doc__))
         if flags.backend not in (None, *BACKENDS):
-            raise UserError(f"--backend is {flags.backend!r}; choose nccl or gloo.")
+            raise UserError(f"--backend is {flags.backend!r}: choose nccl or gloo.")
         with open_world(backend=flags.backend) as world:
             status = _run(world)
         raise SystemExit(status)
@@ -86,7 +86,7 @@ def _run(world: World) -> int:
         try:
             seen, holds = check(world), True
         except (Failed, RuntimeError, ValueError) as error:
-            seen, holds = str(error), False
+            seen, holds = quoted(error), False
         outcomes: list[Any] = [None] * world.size
         dist.all_gather_object(outcomes, (holds, seen))
         bad = [f"rank {rank}: {said}" for rank, (fine, said) in enumerate(outcomes) if not fine]
@@ -124,9 +124,9 @@ def check_codec(world: World) -> str:
                     torch.ops.qsdp, values.to(world.device), layout, table, key
                 )
                 if not torch.equal(found.cpu(), expected):
-                    raise Failed(f"{bits} bits, {rounding.label}, {dtype.name}: other bytes")
+                    raise Failed(f"{bits} bits, {rounding.label}, {dtype.name} give other bytes.")
                 if not torch.equal(found_back.cpu(), back):
-                    raise Failed(f"{bits} bits, {rounding.label}, {dtype.name}: other values")
+                    raise Failed(f"{bits} bits, {rounding.label}, {dtype.name} give other values.")
                 count += 1
     return f"{count} combinations, {native.remark(world.device)}"
 
@@ -150,7 +150,7 @@ def check_all_gather(world: World) -> str:
     seconds = _time(lambda: transport.all_gather(output, own, group).wait(), world)
     for rank, found in enumerate(output.split(num_bytes)):
         if not bool((found == rank % 251).all()):
-            raise Failed(f"rank {rank}'s bytes arrived changed")
+            raise Failed(f"rank {rank}'s bytes arrived changed.")
     sent = (world.size - 1) * num_bytes
     return f"{sent / seconds / 1e9:.2f} GB/s sent a rank"
 
@@ -164,7 +164,7 @@ def check_all_to_all(world: World) -> str:
     transport.all_to_all(output, sent, coming, sizes, world.mesh.get_group()).wait()
     for rank, found in enumerate(output.split(coming)):
         if not bool((found == rank % 251).all()):
-            raise Failed(f"rank {rank}'s bytes arrived changed")
+            raise Failed(f"rank {rank}'s bytes arrived changed.")
     return f"{sum(coming)} bytes"
 
 
@@ -184,7 +184,7 @@ def check_same_weights(world: World) -> str:
     transport.all_gather(others, own, world.mesh.get_group()).wait()
     for rank, found in enumerate(others.split(own.numel())):
         if not torch.equal(found, own):
-            raise Failed(f"rank {rank} computes with other weights")
+            raise Failed(f"rank {rank} computes with other weights.")
     return f"{own.numel()} tensors, {handle.traffic.snapshot()['gather_sent_bytes']} bytes sent"
 
 
@@ -202,7 +202,7 @@ def _compare(world: World, one: int | None, other: int, tolerance: float) -> str
     first, second = _train(world, one), _train(world, other)
     gap = max(abs(a - b) for a, b in zip(first, second, strict=True))
     if not gap <= tolerance:
-        raise Failed(f"losses differ by {gap:.3g}, more than {tolerance}")
+        raise Failed(f"losses differ by {gap:.3g}, more than {tolerance}.")
     return f"losses differ by at most {gap:.1e} in {STEPS} steps"
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from qsdp.common.user_errors import quoted, sentence
+
 _LONGEST = 240
 _OF_THE_NETWORK = re.compile(
     r"time-?out|timed out|connect|\bpeer\b|socket|\bstore\b", re.IGNORECASE
@@ -41,16 +43,14 @@ def collective(what: str, names: Sequence[str] = (), step: int | None = None) ->
         of = f" of the group of {title(names)}" if names else ""
         at = "" if step is None else f" at step {step}"
         raise CollectiveError(
-            f"the {what}{of}{at} failed on rank {dist.get_rank()}: {explain(error)}"
+            f"the {what}{of}{at} failed on rank {dist.get_rank()}: {explain(error)}."
         ) from error
 
 
 def explain(error: BaseException) -> str:
     """What it means that a collective failed with ``error``, on one line."""
-    text = " ".join(str(error).split())
-    text = re.sub(r"^\[\S+:\d+\] ", "", text)  # the place in gloo's sources
-    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-    return f"a rank has ended or does not answer ({text.rstrip('.')})"
+    text = re.sub(r"^\[\S+:\d+\] ", "", sentence(error))  # the place in gloo's sources
+    return f"a rank has ended or does not answer ({quoted(text, _LONGEST)})"
 
 
 def is_failure(error: BaseException) -> bool:
@@ -62,7 +62,7 @@ def root(error: BaseException) -> str:
     """The sentence of the collective that failed in the first place."""
     failed = [each for each in _chain(error) if _is_failed_collective(each)]
     named = [each for each in failed if isinstance(each, CollectiveError)]
-    return str(named[-1]) if named else f"a collective failed: {explain(failed[-1])}"
+    return str(named[-1]) if named else f"a collective failed: {explain(failed[-1])}."
 
 
 def _is_failed_collective(error: BaseException) -> bool:

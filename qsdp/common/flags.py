@@ -33,12 +33,12 @@ class Flags:
     def require(self, name: str, holds: bool, allowed: str) -> None:
         """Raise ValueError, which says what is ``allowed``, unless the field's value ``holds``."""
         if not holds:
-            raise ValueError(f"{flag(name)} is {getattr(self, name)!r}; {allowed}.")
+            raise ValueError(f"{flag(name)} is {getattr(self, name)!r}: {allowed}.")
 
     def require_contents(self, name: str) -> None:
         """Raise ValueError for a field that was given, but with nothing in it."""
         if getattr(self, name) in ("", ()):
-            raise ValueError(f"{flag(name)} is empty; give a value, or leave it out.")
+            raise ValueError(f"{flag(name)} is empty: give a value, or leave it out.")
 
     def as_given(self, name: str) -> str:
         """The flag that gave the field ``name`` its value."""

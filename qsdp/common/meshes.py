@@ -112,7 +112,7 @@ def spread_of(tensors: Iterable[Tensor], *, with_replicas: bool = False) -> Spre
         raise ValueError(
             f"some parameters are sharded over ranks {_listed(largest)}, others over ranks "
             f"{_listed(other)}, and none over all of these: shard some over all ranks that train "
-            "together"
+            "together."
         )
 
     replicas = replicas_of(tensors) if with_replicas else []

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.common.collective_errors import CollectiveError, collective, listed
+from qsdp.common.user_errors import quoted
 from qsdp.compat.collectives import all_gather_single
 from qsdp.compat.process_groups import control_device
 
@@ -71,7 +72,7 @@ def mistakes_shared(call: str, groups: Sequence[dist.ProcessGroup]) -> Iterator[
     except CollectiveError:  # nobody would answer
         raise
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        compare(call, {"mistake": " ".join(str(error).split())}, groups)
+        compare(call, {"mistake": quoted(error)}, groups)
         raise
 
 
@@ -174,12 +175,12 @@ def _check_calls(call: str, facts: object, group: dist.ProcessGroup) -> None:
         return
     for rank, (_, mistake) in zip(ranks, everyone, strict=True):
         if mistake is not None:
-            raise RuntimeError(f"rank {rank} cannot do what the others do at {call}: {mistake}")
+            raise RuntimeError(f"rank {rank} cannot do what the others do at {call}: {mistake}.")
     for rank, (other, _) in zip(ranks, everyone, strict=True):
         if other != everyone[0][0]:
             raise RuntimeError(
                 f"rank {rank} is at {other} while rank {ranks[0]} is at {everyone[0][0]}: make the "
-                "same calls on every rank, in the same order"
+                "same calls on every rank, in the same order."
             )
 
 
@@ -187,7 +188,7 @@ def _difference(call: str, found: Mapping[int, Mapping[str, object]]) -> str:
     """One sentence on the first fact that differs."""
     for rank, facts in found.items():
         if "mistake" in facts:
-            return f"rank {rank} cannot do what the others do at {call}: {facts['mistake']}"
+            return f"rank {rank} cannot do what the others do at {call}: {facts['mistake']}."
     first, *others = found
     for rank in others:
         for name in {**found[first], **found[rank]}:
@@ -195,9 +196,9 @@ def _difference(call: str, found: Mapping[int, Mapping[str, object]]) -> str:
             if one != other:
                 return (
                     f"rank {rank} is at {call} with {name} {_told(one, other)}, but rank {first} "
-                    f"with {_told(other, one)}: do the same on every rank"
+                    f"with {_told(other, one)}: do the same on every rank."
                 )
-    raise AssertionError(f"ranks differ at {call} in nothing that can be told: {found}")
+    raise AssertionError(f"ranks differ at {call} in nothing that can be told: {found}.")
 
 
 def _told(value: object, other: object) -> str:

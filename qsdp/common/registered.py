@@ -11,7 +11,7 @@ def held_by(module: str, name: str) -> Any:
     found = import_module(module)
     if not hasattr(found, name):
         raise ValueError(
-            f"{module} is registered, but has no {name}; let it end with {name} = ..., as the "
-            "others of its registry do"
+            f"{module} is registered, but has no {name}: let it end with {name} = ..., as the "
+            "others of its registry do."
         )
     return getattr(found, name)

@@ -34,7 +34,7 @@ def local_slices(parameter: Tensor) -> tuple[slice, ...]:
                 stops[dim] = starts[dim] + size
             elif type(placement) is not Replicate:
                 raise ValueError(
-                    f"A parameter is placed as {placement}, but only Shard and Replicate are "
+                    f"a parameter is placed as {placement}, but only Shard and Replicate are "
                     "known here: shard the model with fully_shard alone."
                 )
     return tuple(slice(start, stop) for start, stop in zip(starts, stops, strict=True))

@@ -26,7 +26,7 @@ def clean_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         if short in of:
             raise ValueError(
                 f"{of[short]!r} and {name!r} are both {short!r} once the names of wrappers are "
-                "left out; rename one of them"
+                "left out: rename one of them."
             )
         clean[name], of[short] = short, name
     return clean

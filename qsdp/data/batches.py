@@ -53,11 +53,11 @@ class Batches:
         if grad_accum < 1:
             raise ValueError(f"grad_accum is {grad_accum}: choose 1 or more.")
         if not 0 <= seed < 1 << 64:
-            raise ValueError(f"The seed is {seed}: choose a number from 0 to 2^64 - 1.")
+            raise ValueError(f"the seed is {seed}: choose a number from 0 to 2^64 - 1.")
         step_tokens = batch_size * seq_len * world_size * grad_accum
         if step_tokens > len(tokens):
             raise ValueError(
-                f"A step of {grad_accum} x {world_size} x {batch_size} sequences of {seq_len} "
+                f"a step of {grad_accum} x {world_size} x {batch_size} sequences of {seq_len} "
                 f"tokens takes {step_tokens} tokens, but the training split has only "
                 f"{len(tokens)}: choose a smaller batch size or more data."
             )
@@ -134,18 +134,18 @@ def _windows(tokens: Tokens, starts: list[int], seq_len: int) -> tuple[Tensor, T
 def _check_place(rank: int, world_size: int) -> None:
     if not 0 <= rank < world_size:
         raise ValueError(
-            f"The rank is {rank} of {world_size}: choose one from 0 to below the number of ranks."
+            f"the rank is {rank} of {world_size}: choose one from 0 to below the number of ranks."
         )
 
 
 def _check_sizes(tokens: Tokens, batch_size: int, seq_len: int, split: str) -> None:
     if batch_size < 1 or seq_len < 1:
         raise ValueError(
-            f"A batch of {batch_size} sequences of {seq_len} tokens is empty: choose at least 1 "
+            f"a batch of {batch_size} sequences of {seq_len} tokens is empty: choose at least 1 "
             "of each."
         )
     if len(tokens) <= seq_len:
         raise ValueError(
-            f"The {split} split has {len(tokens)} tokens, but one sequence of {seq_len} and its "
+            f"the {split} split has {len(tokens)} tokens, but one sequence of {seq_len} and its "
             f"targets need {seq_len + 1}: choose a shorter seq_len or more data."
         )

@@ -72,7 +72,7 @@ def load_corpus(
     if spec != "stdlib" and path.is_dir():
         return _load_folder(path, tokenizer_spec)
     if spec == "stdlib":
-        text, origin = _stdlib_text(stdlib_bytes), "The standard library"
+        text, origin = _stdlib_text(stdlib_bytes), "the standard library"
     else:
         text, origin = read_text(path), str(path)
     if not text:
@@ -102,7 +102,7 @@ def _load_folder(folder: Path, tokenizer_spec: str | Path | None) -> Corpus:
     train, val, tokenizer, vocab_size = read_shards(folder)
     if tokenizer_spec is not None and not _is_the_tokenizer(tokenizer, vocab_size, tokenizer_spec):
         raise ValueError(
-            f"The tokenizer {str(tokenizer_spec)!r} is not the one that {folder} was made with: "
+            f"the tokenizer {str(tokenizer_spec)!r} is not the one that {folder} was made with: "
             "leave --tokenizer unset, or prepare the folder again."
         )
     if tokenizer is None and tokenizer_spec is not None:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qsdp.common.user_errors import quoted
 from qsdp.data.tokenizer import TokenArray, Tokenizer, token_dtype, tokenizer_from_json
 
 FORMAT = "qsdp-tokens-1"
@@ -60,7 +61,7 @@ class TokenShards:
     """Several arrays read as one long sequence; a slice may cross their borders."""
 
     def __init__(
-        self, shards: Sequence[TokenArray], vocab_size: int | None = None, origin: str = "A shard"
+        self, shards: Sequence[TokenArray], vocab_size: int | None = None, origin: str = "a shard"
     ) -> None:
         """Read an id that is not below ``vocab_size`` as 0: ``mistake`` tells of it."""
         self._shards = tuple(shards)
@@ -212,7 +213,9 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}): write it again.") from None
+        raise ValueError(
+            f"{path} is not readable JSON ({quoted(error)}): write it again."
+        ) from None
     match meta:
         # To Python, true is an int: not to a user.
         case {"dtype": "uint16" | "uint32" as dtype, "vocab_size": int(vocab_size)} if (
@@ -222,7 +225,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
                 case dict(counts) if all(type(n) is int for n in counts.values()):
                     return meta
     raise ValueError(
-        f"{path} must state a dtype, 'uint16' or 'uint32', a vocab_size from 1 to the number of "
-        "ids that the dtype holds, and num_tokens, if at all, as numbers: write it again, or "
+        f"{path} does not state a dtype, 'uint16' or 'uint32', a vocab_size from 1 to the number "
+        "of ids that the dtype holds, and num_tokens, if at all, as numbers: write it again, or "
         "prepare the folder again with launch/prepare_data.py."
     )

@@ -46,7 +46,7 @@ def prepare_shards(
             range.
     """
     if not texts:
-        raise ValueError("No text file was given: give at least one.")
+        raise ValueError("no text file was given: give at least one.")
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}: choose a number between 0 and 1.")
     if shard_tokens < 1:
@@ -66,8 +66,9 @@ def prepare_shards(
         num_tokens = writer.finish()
         if not all(num_tokens.values()):
             raise ValueError(
-                f"The texts are too short to be split: {num_tokens['train']} tokens to train on "
-                f"and {num_tokens['val']} to validate on: give more text, or another val_fraction."
+                f"the texts are too short to be split, as {num_tokens['train']} tokens would be "
+                f"left to train on and {num_tokens['val']} to validate on: give more text, or "
+                "another val_fraction."
             )
     return num_tokens
 
@@ -84,7 +85,7 @@ def _tokenizer(spec: str | Path, texts: Sequence[Path], document_end: str) -> To
 
 def _size(path: Path) -> int:
     if not path.is_file():
-        raise ValueError(f"There is no text file {path}: give files that exist.")
+        raise ValueError(f"there is no text file {path}: give files that exist.")
     size = path.stat().st_size
     if not size:  # which mmap refuses
         raise ValueError(f"{path} is empty: leave it out.")

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from qsdp.common.user_errors import quoted
+
 TokenArray = npt.NDArray[np.unsignedinteger[Any]]
 
 
@@ -46,7 +48,7 @@ class CharTokenizer:
         self.vocabulary = "".join(sorted(set(vocabulary)))
         self.vocab_size = len(self.vocabulary)
         if not self.vocabulary:
-            raise ValueError("A char tokenizer was given no text: give it at least one character.")
+            raise ValueError("a char tokenizer was given no text: give it at least one character.")
         self._code_points = _code_points(self.vocabulary)
         # Code point -> id, vocab_size where there is none. The last entry stands for all above.
         self._ids = np.full(int(self._code_points[-1]) + 2, self.vocab_size, dtype=np.uint32)
@@ -58,7 +60,7 @@ class CharTokenizer:
         unknown = np.flatnonzero(ids == self.vocab_size)
         if len(unknown):
             raise ValueError(
-                f"The text holds {text[unknown[0]]!r} at character {unknown[0]}, which is not "
+                f"the text holds {text[unknown[0]]!r} at character {unknown[0]}, which is not "
                 f"among the {self.vocab_size} characters of this char tokenizer: leave it out, "
                 "or use the byte tokenizer."
             )
@@ -81,7 +83,7 @@ class ByteTokenizer:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"The text holds {text[error.start]!r} at character {error.start}, which UTF-8 "
+                f"the text holds {text[error.start]!r} at character {error.start}, which UTF-8 "
                 "cannot express: leave it out."
             ) from None
         return np.frombuffer(data, dtype=np.uint8).astype(token_dtype(self.vocab_size))
@@ -100,7 +102,7 @@ class LibraryTokenizer:
     Adds no special tokens of its own, but recognises those that stand in the text.
     """
 
-    def __init__(self, definition: str, origin: str = "This") -> None:
+    def __init__(self, definition: str, origin: str = "this") -> None:
         try:
             from tokenizers import Tokenizer as Library
         except ImportError:
@@ -112,7 +114,7 @@ class LibraryTokenizer:
             self._library = Library.from_str(definition)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(
-                f"{origin} is no tokenizer that the tokenizers library can read ({error}): "
+                f"{origin} is no tokenizer that the tokenizers library can read ({quoted(error)}): "
                 "give the tokenizer.json of a model, or choose 'char' or 'byte'."
             ) from None
         self._origin = origin
@@ -130,8 +132,8 @@ class LibraryTokenizer:
             ids = self._library.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises bare Exception
             raise ValueError(
-                f"{self._origin} cannot encode the text ({error}): give a tokenizer that has an id "
-                "for all of it, or choose 'char' or 'byte'."
+                f"{self._origin} cannot encode the text ({quoted(error)}): give a tokenizer that "
+                "has an id for all of it, or choose 'char' or 'byte'."
             ) from None
         return np.array(ids, dtype=token_dtype(self.vocab_size))
 
@@ -160,7 +162,7 @@ def load_tokenizer(spec: str | Path, text: str | None = None) -> Tokenizer:
     path = Path(spec)
     if not path.is_file():
         raise ValueError(
-            f"There is no tokenizer {str(spec)!r}: choose 'char', 'byte', or the path of a "
+            f"there is no tokenizer {str(spec)!r}: choose 'char', 'byte', or the path of a "
             "tokenizers JSON file."
         )
     try:
@@ -168,15 +170,15 @@ def load_tokenizer(spec: str | Path, text: str | None = None) -> Tokenizer:
         fields = json.loads(definition)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not a JSON file ({error}): give the tokenizer.json of a model, or choose "
-            "'char' or 'byte'."
+            f"{path} is not a JSON file ({quoted(error)}): give the tokenizer.json of a model, or "
+            "choose 'char' or 'byte'."
         ) from None
     if isinstance(fields, dict) and "kind" in fields:
         return tokenizer_from_json(definition, str(path))
     return LibraryTokenizer(definition, str(path))
 
 
-def tokenizer_from_json(text: str, origin: str = "The tokenizer") -> Tokenizer:
+def tokenizer_from_json(text: str, origin: str = "the tokenizer") -> Tokenizer:
     """The tokenizer whose ``to_json`` gave ``text``; ``origin`` names it in errors.
 
     Raises ValueError for a text that no ``to_json`` wrote.
@@ -203,7 +205,7 @@ def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
     for i in checked:
         if not 0 <= i < vocab_size:
             raise ValueError(
-                f"Token id {i} is outside the tokenizer's 0..{vocab_size - 1}: decode with the "
+                f"token id {i} is outside the tokenizer's 0..{vocab_size - 1}: decode with the "
                 "tokenizer that the model was trained with."
             )
     return checked

@@ -66,7 +66,7 @@ def export_compressed(
             a method cannot be, or ``out`` is in use.
     """
     if file_bytes < 1:
-        raise ValueError(f"file_bytes is {file_bytes}; choose 1 or more")
+        raise ValueError(f"file_bytes is {file_bytes}: choose 1 or more.")
     solver = solver_of(method)
     meta = read_meta(checkpoint)
     with torch.device("meta"):

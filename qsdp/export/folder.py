@@ -25,6 +25,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from qsdp.common.bitmask import PackedMask
+from qsdp.common.user_errors import quoted
 from qsdp.models.load_safetensors import fill, find_tensors
 
 FACTS = "compression.json"
@@ -38,13 +39,15 @@ def read_facts(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); export the model again.") from None
+        raise ValueError(
+            f"{path} cannot be read ({quoted(error)}): export the model again."
+        ) from None
     parts = {"model": dict, "config": dict, "source": dict, "target": str}
     is_whole = isinstance(facts, dict) and facts.get("format") == FORMAT
     if is_whole and "method" in facts:
         parts["method"] = str
     if not is_whole or not all(isinstance(facts.get(n), kind) for n, kind in parts.items()):
-        raise ValueError(f"{path} was not written by launch/compress.py; export the model again.")
+        raise ValueError(f"{path} was not written by launch/compress.py: export the model again.")
     return facts
 
 
@@ -63,11 +66,13 @@ def read_mask(folder: Path, name: str) -> Tensor:
     """
     masks, weights = find_tensors(folder, "masks"), find_tensors(folder)
     if name not in masks or name not in weights:
-        raise ValueError(f"{folder} holds no mask of {name}: only prunable parameters have one.")
+        raise ValueError(f"{folder} holds no mask of {name}: name a prunable parameter.")
     with safe_open(weights[name], framework="pt") as tensors:
         shape = tuple(tensors.get_slice(name).get_shape())
     with safe_open(masks[name], framework="pt") as tensors:
         bits: Tensor = tensors.get_tensor(name)
     if (bits.dtype, tuple(bits.shape)) != (torch.uint8, (-(-math.prod(shape) // 8),)):
-        raise ValueError(f"{folder} holds a mask of {name} that is not its size: export it again.")
+        raise ValueError(
+            f"{folder} holds a mask of {name} that is not of its size: export it again."
+        )
     return PackedMask(bits, shape).unpack()

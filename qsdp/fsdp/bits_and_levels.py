@@ -153,11 +153,12 @@ class Adaptation:
         if "parameters" not in state:
             raise ValueError(
                 "the state has bits or levels by the numbers of parameters, as earlier versions of "
-                f"qsdp wrote them, and not by their names; {advice}"
+                f"qsdp wrote them, and not by their names: {advice}."
             )
         if not isinstance(bits, dict):
             raise ValueError(
-                f"the state's bits are {shown(bits)}; give a dict by name, as it was taken"
+                f"the state's bits are {shown(bits)}: give a dict by name, as state_dict() "
+                "returned it."
             )
         check_rows(levels)
         theirs = state["parameters"]
@@ -167,23 +168,23 @@ class Adaptation:
             first = differing[0]
             there, here = (each.get(first, "missing") for each in (theirs, ours))
             raise ValueError(
-                f"the state is of another model: {first} is {there} there and {here} here, the "
-                f"first of {len(differing)} differences; {advice}"
+                f"the state is of another model, as {first} is {there} there and {here} here, "
+                f"the first of {len(differing)} differences: {advice}."
             )
         allottable = self._allottable() if bits else {}
         odd = sorted(bits.keys() ^ allottable.keys())
         if odd:
             raise ValueError(
                 f"the state has {'bits' if odd[0] in bits else 'no bits'} for {odd[0]}, the first "
-                f"of {len(odd)} differences to what the budget is allotted to here; {advice}"
+                f"of {len(odd)} differences to what the budget is allotted to here: {advice}."
             )
         for name, allowed in allottable.items():
             both = bits[name]
             if not isinstance(both, list | tuple) or not _are_among(both, allowed):
                 words = ", ".join("2 to 8" if len(own) > 1 else str(*own) for own in allowed)
                 raise ValueError(
-                    f"the state's bits of {name} are {shown(both)}; give [{words}], of weights and "
-                    "of gradients, as it was taken"
+                    f"the state's bits of {name} are {shown(both)}: give [{words}], of weights and "
+                    "of gradients, as state_dict() returned it."
                 )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -82,8 +82,8 @@ def build(
         native.serving(torch.device(groups[0].mesh.device_type))  # raises if not as required
         if any(isinstance(group.comms()[0], AllGather) for group in groups):
             raise ValueError(
-                f"qsdp is installed on this {type(model).__name__} already; call "
-                "handle.remove() first"
+                f"qsdp is installed on this {type(model).__name__} already: call "
+                "handle.remove() first."
             )
         refuse_own_comms(groups, replicas)
         plans = _make_plans(model, config, groups, names, order)
@@ -94,7 +94,7 @@ def build(
         ):
             raise ValueError(
                 f"ranks_per_node is {config.ranks_per_node} and a node_mesh is given, which "
-                "holds all ranks and says how they split; leave one of the two out"
+                "holds all ranks and says how they split: leave one of the two out."
             )
         nodes = make_nodes(plans, launched, config, node_mesh)
         splits = make_splits(plans, nodes, config, node_mesh)

@@ -44,19 +44,19 @@ def mistake(
     if changed:
         return (
             f"{changed[0]} was called on the group of {plan.name} after qsdp.install, which "
-            "needs that for the wire: leave it out, or call handle.remove() first"
+            "needs that for the wire: leave it out, or call handle.remove() first."
         )
     if len(plan.stages) > 1 and group.has_own_reduce_group:
         return (
             f"set_separate_reduce_scatter_group was called on the group of {plan.name}, which "
             "reduces in several hops, over process groups of qsdp's own: leave it out, or take "
-            'QSDPConfig(reduce="flat")'
+            'QSDPConfig(reduce="flat").'
         )
     puts_off = in_backward and averages and group.reduces and not group.all_reduces
     if puts_off and (hooked := group.parameters_with_hooks()):
         return (
             f"{listed([plan.names[i] for i in sorted(hooked)])} has a hook on its gradient, "
             "which would find zeros while set_requires_all_reduce(False) puts the average over "
-            "replicate_mesh off: remove the hook, or leave set_requires_all_reduce(True)"
+            "replicate_mesh off: remove the hook, or leave set_requires_all_reduce(True)."
         )
     return ""

@@ -57,7 +57,7 @@ class DeferredAverage:
                 f"{listed([self._plan.names[i] for i in odd])} had a gradient in some of the "
                 "backward passes since set_requires_all_reduce(False), but not in all: use the "
                 "same parameters in each, or call set_reduce_scatter_unused_params(True) "
-                "(torch 2.13)"
+                "(torch 2.13)."
             )
         reduced += waiting.total
 
@@ -68,7 +68,7 @@ class DeferredAverage:
             raise RuntimeError(
                 f"the group of {self._plan.name} is reduced outside a backward pass, where "
                 "replicate_mesh cannot put the average off: leave set_requires_all_reduce(True), "
-                "or shard over a 2-D mesh in place of replicate_mesh"
+                "or shard over a 2-D mesh in place of replicate_mesh."
             )
         parameters = group.sharded_parameters()
         without = [parameters[i] for i in places if parameters[i].grad is None]

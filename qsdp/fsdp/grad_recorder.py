@@ -58,7 +58,7 @@ class GradRecorder:
                 f"FSDP2 reduces {numel} values a rank for the group of {self._plan.name}, but "
                 f"{self._numel(found)} belong to the parameters seen to get a gradient "
                 f"({', '.join(names) or 'none'}): call its module through forward(), and let "
-                "autograd bring its gradients, since qsdp does not see those that are set by hand"
+                "autograd bring its gradients, since qsdp does not see those that are set by hand."
             )
         self._got_grad.clear()
         return found

@@ -99,7 +99,7 @@ class Handle:
         call = "handle.set_support"
         with mistakes_shared(call, self._meets):
             if not masks and not with_grads:
-                raise ValueError("with_grads is False without masks; give masks, or leave it out")
+                raise ValueError("with_grads is False without masks: give masks, or leave it out.")
         self._reshard()
         if not masks:
             self._wire.support = 0
@@ -240,7 +240,7 @@ class Handle:
                 raise RuntimeError(
                     f"sums of gradients of the group of {put_off[0]} wait for their average over "
                     "replicate_mesh, which set_requires_all_reduce(False) puts off: take a "
-                    "backward pass that averages first, or call handle.abandon_step()"
+                    "backward pass that averages first, or call handle.abandon_step()."
                 )
         self._is_removed = True
         self._passes.remove()
@@ -261,7 +261,7 @@ class Handle:
 
     def _check_installed(self) -> None:
         if self._is_removed:
-            raise RuntimeError("this handle was removed already; call qsdp.install again")
+            raise RuntimeError("this handle was removed already: call qsdp.install again.")
 
     def _reshard(self) -> None:
         """Make the next pass gather everything anew: what gathers bring is about to change."""

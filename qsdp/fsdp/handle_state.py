@@ -32,15 +32,17 @@ def check_form(state: object) -> None:
     """
     if not isinstance(state, dict):
         raise ValueError(
-            f"the state is a {type(state).__name__}; give the dict that handle.state_dict() returns"
+            f"the state is a {type(state).__name__}: give the dict that handle.state_dict() "
+            "returns."
         )
     missing = [key for key in _KEYS if key not in state and key != "parameters"]
     if missing:
         raise ValueError(
-            f"the state lacks {', '.join(missing)}; give all that handle.state_dict() returns"
+            f"the state lacks {', '.join(missing)}: give all that handle.state_dict() returns."
         )
     for key, (is_right, words) in _KEYS.items():
         if key in state and not is_right(state[key]):
             raise ValueError(
-                f"the state's {key} is {shown(state[key])}; give {words}, as it was taken"
+                f"the state's {key} is {shown(state[key])}: give {words}, as state_dict() returned "
+                "it."
             )

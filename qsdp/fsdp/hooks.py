@@ -93,7 +93,7 @@ class AllGather(_Comm):
             raise RuntimeError(
                 f"FSDP2 gathers {num_bytes} bytes over {group.size()} ranks for the group of "
                 f"{plan.name}, but its plan has {plan.buffer_bytes} over {plan.world_size}: "
-                "install qsdp after the model has its final parameters, dtypes and sharding"
+                "install qsdp after the model has its final parameters, dtypes and sharding."
             )
         self._unwatched.add(self._recorder)
         self._unwatched -= {recorder for recorder in self._unwatched if recorder.watch()}
@@ -192,8 +192,8 @@ class ReduceScatter(_Comm):
         slot = wire.late.make_room(plan.index, adds=self._group.has_gradients)
         if op != dist.ReduceOp.SUM:
             raise RuntimeError(
-                f"FSDP2 asks the group of {plan.name} for {op}; qsdp sums: leave "
-                "set_force_sum_reduction_for_comms on"
+                f"FSDP2 asks the group of {plan.name} for {op}, but qsdp sums: leave "
+                "set_force_sum_reduction_for_comms on."
             )
         with_grad = self._recorder.take(input_tensor.numel() // plan.world_size)
 

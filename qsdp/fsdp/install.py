@@ -48,7 +48,7 @@ def install(
     groups = parameter_groups(model)
     if not groups:
         raise ValueError(
-            f"{type(model).__name__} has no FSDP2 parameters; call fully_shard before qsdp.install"
+            f"{type(model).__name__} has no FSDP2 parameters: call fully_shard before qsdp.install."
         )
     config = QSDPConfig() if config is None else config
     parts = build(model, config, groups, replicate_mesh, node_mesh)

@@ -107,7 +107,7 @@ def _check_mistakes(found: Mapping[int, Description]) -> None:
         if "mistake" in description:
             raise RuntimeError(
                 f"rank {rank} cannot install qsdp ({description['mistake']}): give every rank the "
-                "same model and config"
+                "same model and config."
             )
 
 
@@ -118,14 +118,14 @@ def _difference(rank: int, ours: Description, first: int, theirs: Description) -
         if mine != other:
             return (
                 f"rank {rank} has version {mine} of {name} but rank {first} has {other}: "
-                "install the same on every rank"
+                "install the same on every rank."
             )
     for field, value in ours["config"].items():
         other = theirs["config"][field]
         if value != other:
             return (
                 f"rank {rank} installs qsdp with {field} {value!r} but rank {first} with "
-                f"{other!r}: give every rank the same config and meshes"
+                f"{other!r}: give every rank the same config and meshes."
             )
     for kind in ("parameters", "groups"):
         mine, others = ours[kind], theirs[kind]
@@ -137,16 +137,16 @@ def _difference(rank: int, ours: Description, first: int, theirs: Description) -
                 return (
                     f"rank {lacking} does not shard {listed(missing)} but rank {having} does "
                     f"({len(few)} and {len(many)} {kind}): build and shard the same model on "
-                    "every rank"
+                    "every rank."
                 )
         for name, facts in mine.items():
             for fact, other in zip(facts, others[name], strict=True):
                 if fact != other:
                     return (
                         f"rank {rank} has {name} {fact} but rank {first} has it {other}: build "
-                        "and shard the same model on every rank"
+                        "and shard the same model on every rank."
                     )
-    raise AssertionError(f"ranks {rank} and {first} list the same parameters in another order")
+    raise AssertionError(f"ranks {rank} and {first} list the same parameters in another order.")
 
 
 def _version() -> str:

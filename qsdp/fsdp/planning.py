@@ -26,18 +26,19 @@ def replica_group(
     if mesh is None:
         return None
     if mesh.ndim != 1:
-        raise ValueError(f"replicate_mesh has {mesh.ndim} dimensions; give a 1-D mesh")
+        raise ValueError(f"replicate_mesh has {mesh.ndim} dimensions: give a 1-D mesh.")
     for group in groups:
         if group.mesh_ndim != 1 or group.mesh.size() < 2:
             raise ValueError(
-                f"{_name(group)} is sharded over a mesh of shape {tuple(group.mesh.shape)}; "
-                "replicate_mesh goes with a 1-D shard mesh of 2 or more ranks"
+                f"{_name(group)} is sharded over a mesh of shape {tuple(group.mesh.shape)}, where "
+                "replicate_mesh has no place: shard over a 1-D mesh of 2 or more ranks, or leave "
+                "replicate_mesh out."
             )
     shared = set(mesh.mesh.tolist()) & set(groups[0].mesh.mesh.tolist())
     if shared != {dist.get_rank()}:
         raise ValueError(
-            f"replicate_mesh holds the ranks {mesh.mesh.tolist()}, which share {sorted(shared)} "
-            "with the shard mesh; they must share this rank alone"
+            f"replicate_mesh holds the ranks {mesh.mesh.tolist()}, of which the shard mesh has "
+            f"{sorted(shared)} too: give a mesh that shares this rank alone with it."
         )
     return mesh.get_group()
 
@@ -49,12 +50,12 @@ def refuse_own_comms(groups: list[ParameterGroup], replicas: dist.ProcessGroup |
             raise ValueError(
                 f"{_name(group)} has a collective of its own, {type(own[0]).__name__}, whose place "
                 "qsdp would take: leave out set_custom_all_gather, set_custom_reduce_scatter, "
-                "set_allocate_memory_from_process_group_for_comm and set_symm_mem_for_comm"
+                "set_allocate_memory_from_process_group_for_comm and set_symm_mem_for_comm."
             )
         if replicas is not None and group.comms()[3] is not None:
             raise ValueError(
                 f"{_name(group)} has a hook of set_all_reduce_hook, whose place the average over "
-                "replicate_mesh would take: leave out one of the two"
+                "replicate_mesh would take: leave out one of the two."
             )
 
 
@@ -62,7 +63,7 @@ def check_type(name: str, given: object, wanted: Any) -> None:
     """Raise ValueError unless ``given`` is a ``wanted``, or None where that may be."""
     if not isinstance(given, wanted):
         allowed = "qsdp.QSDPConfig" if wanted is QSDPConfig else "DeviceMesh"
-        raise ValueError(f"{name} is a {type(given).__name__}; give a {allowed}")
+        raise ValueError(f"{name} is a {type(given).__name__}: give a {allowed}.")
 
 
 def make_nodes(
@@ -116,39 +117,43 @@ def make_plan(
     """
     if group.num_groups > 1:
         raise ValueError(
-            f"{_name(group)} has {group.num_groups} parameter meshes in one fully_shard call; "
-            "qsdp needs one mesh a call: shard such modules apart"
+            f"{_name(group)} has {group.num_groups} parameter meshes in one fully_shard call, "
+            "but qsdp needs one mesh a call: shard such modules apart."
         )
     if group.offloads_to_cpu:
-        raise ValueError(f"{_name(group)} uses CPUOffloadPolicy; shard it without offloading")
+        raise ValueError(f"{_name(group)} uses CPUOffloadPolicy: shard it without offloading.")
     if group.shard_group is None:
-        raise ValueError(f"the mesh of {_name(group)} has no shard axis; use fully_shard's mesh")
+        raise ValueError(f"the mesh of {_name(group)} has no shard axis: use fully_shard's mesh.")
     if group.reduce_dtype is not None and group.reduce_dtype not in CODEC_DTYPES:
         raise ValueError(
-            f"{_name(group)} reduces gradients in {group.reduce_dtype}; qsdp sends float32, "
-            "bfloat16 or float16"
+            f"{_name(group)} reduces gradients in {group.reduce_dtype}, which qsdp does not send: "
+            "choose float32, bfloat16 or float16."
         )
     parameters = []
     for sharded in group.parameters():
         name = names.get(sharded.parameter)
         if name is None:
             raise ValueError(
-                f"{_name(group)} shards a parameter that model.named_parameters() does not list; "
-                "install qsdp on the root of the sharded model, outside a forward or backward pass"
+                f"{_name(group)} shards a parameter that model.named_parameters() does not list: "
+                "install qsdp on the root of the sharded model, outside a forward or backward pass."
             )
         if sharded.mesh_ndim > group.mesh_ndim:
             raise ValueError(
                 f"{name} is sharded over {sharded.mesh_ndim} mesh dimensions (tensor parallelism "
-                f"with FSDP); qsdp supports the {group.mesh_ndim} of fully_shard's own mesh"
+                f"with FSDP), but qsdp supports the {group.mesh_ndim} of fully_shard's own mesh: "
+                "shard it by fully_shard alone."
             )
         if sharded.is_extension:
             raise ValueError(
-                f"{name} brings an all-gather of its own (fsdp_pre_all_gather, as float8 does); "
-                "use a plain parameter"
+                f"{name} brings an all-gather of its own (fsdp_pre_all_gather, as float8 does): "
+                "use a plain parameter."
             )
         can_train = sharded.dtype.is_floating_point or sharded.dtype.is_complex
         if can_train and sharded.dtype not in CODEC_DTYPES:
-            raise ValueError(f"{name} is {sharded.dtype}; qsdp sends float32, bfloat16 or float16")
+            raise ValueError(
+                f"{name} is {sharded.dtype}, which qsdp does not send: choose float32, bfloat16 or "
+                "float16."
+            )
         is_embedding = name in embeddings
         parameters.append(_make_parameter(name, order[name], sharded, config, is_embedding))
     plan = Plan(parameters, index, group.shard_group, config)
@@ -157,8 +162,9 @@ def make_plan(
         if derived != sharded.padded_numel:
             raise RuntimeError(
                 f"{parameter.name} takes {sharded.padded_numel} values a rank in FSDP2's tables, "
-                f"but {derived} by its shape {tuple(parameter.shape)}: this torch "
-                f"({torch.__version__}) shards in a way that qsdp does not know"
+                f"but {derived} by its shape {tuple(parameter.shape)}, so that this torch "
+                f"({torch.__version__}) shards in a way that qsdp does not know: install another "
+                "version of torch."
             )
     return plan
 

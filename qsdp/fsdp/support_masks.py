@@ -23,13 +23,13 @@ def masks_by_place(
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         if type(mask) is not torch.Tensor or mask.dtype != torch.bool:
             raise ValueError(
-                f"a mask is a {type(mask).__name__} of {getattr(mask, 'dtype', None)}; give a "
-                "bool tensor of the parameter's local shape (of a DTensor: mask.to_local())"
+                f"a mask is a {type(mask).__name__} of {getattr(mask, 'dtype', None)}: give a "
+                "bool tensor of the parameter's local shape (a DTensor's mask.to_local())."
             )
         if mask.shape != local.shape:
             raise ValueError(
-                f"a mask has shape {tuple(mask.shape)}, and the local part of its parameter "
-                f"{tuple(local.shape)}; give a mask of that shape"
+                f"a mask has shape {tuple(mask.shape)}, but the local part of its parameter has "
+                f"{tuple(local.shape)}: give a mask of that shape."
             )
     left = {id(parameter): (parameter, mask) for parameter, mask in masks.items()}
     chosen = [
@@ -43,6 +43,6 @@ def masks_by_place(
     for parameter, _ in left.values():
         raise ValueError(
             f"a mask is given for a tensor of shape {tuple(parameter.shape)} that FSDP2 does "
-            "not shard in this model; give masks by the model's own parameters"
+            "not shard in this model: give masks by the model's own parameters."
         )
     return chosen

@@ -23,15 +23,17 @@ def __getattr__(name: str) -> ModuleType:
     """
     own = f"{__name__}.{name}"
     if name not in _names():
-        known = ", ".join(_names()) or "none yet"
-        raise AttributeError(f"{own} is not there: the adapters are {known}; choose one of them")
+        names = " or ".join(_names())
+        advice = f"choose {names}" if names else "add it"
+        raise AttributeError(f"{own} is no adapter that is there: {advice}.")
     try:
         return import_module(own)
     except ModuleNotFoundError as error:
         if error.name is None or "." in error.name or not _is_imported_here(error, name):
             raise
         raise ImportError(
-            f"{own} needs {error.name}, which is not installed: pip install qsdp[{name}]", name=own
+            f"{own} needs {error.name}, which is not installed: run 'pip install qsdp[{name}]'.",
+            name=own,
         ) from error
 
 

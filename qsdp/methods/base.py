@@ -79,12 +79,12 @@ class OptimizerWrapper(torch.optim.Optimizer):
         """
         if not isinstance(base, torch.optim.Optimizer):
             raise ValueError(
-                f"the base optimizer is a {type(base).__name__}; give a torch.optim.Optimizer"
+                f"the base optimizer is a {type(base).__name__}: give a torch.optim.Optimizer."
             )
         if isinstance(base, torch.optim.LBFGS | torch.optim.SparseAdam):
             raise ValueError(
-                f"the base optimizer is {type(base).__name__}; give one whose step() needs no "
-                "closure and takes dense gradients, such as AdamW"
+                f"the base optimizer is {type(base).__name__}: give one whose step() needs no "
+                "closure and takes dense gradients, such as AdamW."
             )
         self.model = model
         self.base = base
@@ -100,8 +100,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
             base.register_load_state_dict_post_hook(_do_nothing).remove()
         except AttributeError:
             raise ValueError(
-                f"the base optimizer is a {type(base).__name__} that is none of its own; give the "
-                "one that it wraps, its .optimizer"
+                f"the base optimizer is a {type(base).__name__} that is none of its own: give the "
+                "one that it wraps, its .optimizer."
             ) from None
         # What torch makes here for this one is dropped: groups and state are the base's.
         self._unused: dict[str, Any] | None = {}
@@ -170,7 +170,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         if not reshards_after_backward(self.model):
             raise RuntimeError(
                 f"{type(self).__name__} edits the weights between two passes, which "
-                "set_reshard_after_backward(False) would hide from the second; leave it at True"
+                "set_reshard_after_backward(False) would hide from the second: leave it at True."
             )
 
     def meet(self, check: Callable[[], None] | None, **facts: object) -> None:
@@ -222,8 +222,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to be copied or pickled: copies would lack what holds an optimizer to a model."""
         raise TypeError(
-            f"{type(self).__name__} cannot be copied or pickled; copy the model, make another "
-            "around it, and give that load_state_dict(copy.deepcopy(optimizer.state_dict()))"
+            f"{type(self).__name__} cannot be copied or pickled: copy the model, make another "
+            "around it, and give that load_state_dict(copy.deepcopy(optimizer.state_dict()))."
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -61,4 +61,4 @@ def scale_grads_(parameters: Iterable[Tensor], max_norm: float, norm: float) -> 
 def check_max_norm(max_norm: float) -> None:
     """Raise ValueError unless ``max_norm`` is above 0."""
     if not max_norm > 0:
-        raise ValueError(f"max_norm is {max_norm}; choose a number above 0")
+        raise ValueError(f"max_norm is {max_norm}: choose a number above 0.")

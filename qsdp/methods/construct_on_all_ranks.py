@@ -39,7 +39,7 @@ def reject_unknown_arguments(init: Callable[P, None]) -> Callable[P, None]:
         for name in options:
             if name not in known:
                 own = f"qsdp.{type(args[0]).__name__}"
-                raise TypeError(f"{own} has no argument {name!r}; it takes {', '.join(known)}")
+                raise TypeError(f"{own} has no argument {name!r}: choose among {', '.join(known)}.")
         init(*args, **options)
 
     return made

@@ -81,8 +81,8 @@ class FirstMoments:
                 raise ValueError(
                     f"{self._owner} sets the first moments of its base to zero when masks are "
                     f"lifted, and {type(self._base).__name__} keeps {name} as {kind.__name__}, "
-                    f"which cannot be set to zero ({type(error).__name__} in zero_ and copy_); "
-                    "give a base with another state, such as torch.optim.AdamW"
+                    f"which cannot be set to zero ({type(error).__name__} in zero_ and copy_): "
+                    "give a base with another state, such as torch.optim.AdamW."
                 ) from None
             self._settable.add(kind)
 
@@ -99,7 +99,7 @@ class FirstMoments:
                 f"{self._owner} does not know {listed([*unknown])} of the state of "
                 f"{type(self._base).__name__}, and leaves it as it is when masks are lifted: if it "
                 "is momentum, set it to zero after the step from which on schedule.is_compressed("
-                "num_steps) is false"
+                "num_steps) is false."
             )
 
 

@@ -91,7 +91,7 @@ def check_loss(loss: object) -> None:
     """Raise ValueError unless ``loss`` is None or one floating-point number."""
     if loss is not None and scalar_loss(loss) is None:
         what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss is {what}; give a float, or a floating-point tensor of one value")
+        raise ValueError(f"loss is {what}: give a float, or a floating-point tensor of one value.")
 
 
 def _is_heard_by_all(reaches: Collection[Groups]) -> bool:

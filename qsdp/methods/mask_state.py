@@ -87,19 +87,19 @@ def check_masks(
     if extra or missing:
         told = [f"no mask of {_first(missing)}"] if missing else []
         told += [f"a mask of {_first(extra)} that {own} does not prune"] if extra else []
-        mistake = f"the state has {' and '.join(told)}; make it with the same prunable set"
+        mistake = f"the state has {' and '.join(told)}: make it with the same prunable set."
     elif saved_names is not None and len(masked) == len(saved_names):
         pairs = zip(saved_names, trained, strict=False)
         moved = [f", {was} where {own} has {now}" for was, now in pairs if was != now]
         mistake = (
-            f"the state has the masks of {own} in other places{''.join(moved[:1])}: the base "
-            "optimizer's parameters stand in another order; make it as it was, or save and "
-            "load with DCP's get_optimizer_state_dict, which goes by name"
+            f"the state has the masks of {own} in other places{''.join(moved[:1])}, since the "
+            "base optimizer's parameters stand in another order: make it as it was, or save and "
+            "load with DCP's get_optimizer_state_dict, which goes by name."
         )
     else:
         mistake = (
             f"the state's {len(masked)} masks are of other parameters than the {len(trained)} "
-            f"that {own} prunes; make it with the same prunable set"
+            f"that {own} prunes: make it with the same prunable set."
         )
     raise ValueError(mistake)
 

@@ -145,11 +145,11 @@ class MaskedOptimizer(OptimizerWrapper):
         if not any(MASK in self.state.get(p, {}) for p in self._tracked.prunable.parameters):
             raise RuntimeError(
                 f"the masks of {type(self).__name__} are gone from the optimizer's state, and with "
-                "them what was pruned: load the state_dict() of before"
+                "them what was pruned: load the state_dict() of before."
             )
         warn(
             f"from now on {type(self).__name__} trains {listed(without)}, and prunes nothing of it "
-            "before masks are renewed the next time"
+            "before masks are renewed the next time."
         )
 
     def _take_step(self, loss: Any) -> bool:
@@ -266,8 +266,8 @@ class MaskedOptimizer(OptimizerWrapper):
         plan = first.get(_PLAN, self._plan)
         if plan != self._plan:
             raise ValueError(
-                f"the state was made under {plan}, and this {type(self).__name__} follows "
-                f"{self._plan}: its masks would not be those of its phases; make it as it was"
+                f"the state was made under {plan}, but this {type(self).__name__} follows "
+                f"{self._plan}, whose phases have other masks: make it as it was."
             )
         self._loaded_masks = []
         parameters = self.parameters()

@@ -107,12 +107,12 @@ class Method(Flags):
             if not self.is_chosen:
                 raise ValueError(
                     f"{self.as_given(name)} is given without {flag(self.KEY)}, so that nothing "
-                    "would heed it; add that, or leave it out."
+                    "would heed it: add that, or leave it out."
                 )
             other = self.INSTEAD.get(name)
             if other is not None and getattr(self, other) is not None:
                 raise ValueError(
-                    f"{flag(name)} is given beside {flag(other)}, which stands in place of it; "
+                    f"{flag(name)} is given beside {flag(other)}, which stands in place of it: "
                     "leave one of the two out."
                 )
             if (missing := self.company(name)) is not None:

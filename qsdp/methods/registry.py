@@ -37,19 +37,19 @@ def method_classes() -> dict[str, type[Method]]:
         if method.KEY != key or key not in names or odd:
             raise ValueError(
                 f"the method {key!r} has KEY {method.KEY!r} and the fields "
-                f"{', '.join(names) or 'of no dataclass'}; "
-                f"name its fields {key} and {key}_..., and its KEY {key!r}"
+                f"{', '.join(names) or 'of no dataclass'}: "
+                f"name its fields {key} and {key}_..., and its KEY {key!r}."
             )
         for field in fields(method):
             if field.default is MISSING:
                 raise ValueError(
-                    f"the method {key!r} has no default for {field.name}, which every run has; "
-                    "give it one that no run can change, such as a number or a tuple"
+                    f"the method {key!r} has no default for {field.name}, which every run has: "
+                    "give it one that no run can change, such as a number or a tuple."
                 )
         if taken := {*method.FOLDERS} & {*folders}:
             raise ValueError(
                 f"the method {key!r} keeps models in {sorted(taken)[0]!r}, which is the folder of "
-                "others; choose another name"
+                "others: choose another name."
             )
         folders += method.FOLDERS
     return found
@@ -60,8 +60,8 @@ def _method_of(module: str) -> type[Method]:
     if isinstance(method, type) and issubclass(method, Method):
         return method
     raise ValueError(
-        f"METHOD in {module} is {method!r}; let it be the class of the method's flags, which "
-        "derives from Method"
+        f"METHOD in {module} is {method!r}: let it be the class of the method's flags, which "
+        "derives from Method."
     )
 
 
@@ -79,7 +79,7 @@ def check_methods(methods: Sequence[Method], steps: int) -> None:
     """Raise ValueError, naming the flag, for what no run of ``steps`` can have."""
     keys = [method.KEY for method in methods if method.is_chosen]
     if len(keys) > 1:
-        raise ValueError(f"{flag(keys[0])} and {flag(keys[1])} are both given; choose one method.")
+        raise ValueError(f"{flag(keys[0])} and {flag(keys[1])} are both given: choose one method.")
     for method in methods:
         method.check_values()  # of what is empty too, where it says more
         for name in method.values():

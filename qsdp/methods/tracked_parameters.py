@@ -126,11 +126,13 @@ class TrackedParameters:
         if lost := [name for name in missing if name in {*names} | replaced]:
             what = "prunable parameters" if lost[0] in names else "parameters"
             raise ValueError(
-                f"the base optimizer lacks {len(lost)} {what} of the model, {lost[0]!r} first; "
-                f"{_ADVICE}"
+                f"the base optimizer lacks {len(lost)} {what} of the model, {lost[0]!r} first: "
+                f"{_ADVICE}."
             )
         if trained and len(missing) == len(trained):
-            raise ValueError(f"the base optimizer has no trained parameter of the model; {_ADVICE}")
+            raise ValueError(
+                f"the base optimizer has no trained parameter of the model: {_ADVICE}."
+            )
         self._check_state(replaced)
         self.missing_names = tuple(missing)
         self.trained_names = tuple(n for n in trained if n in names or n not in missing)
@@ -163,7 +165,7 @@ class TrackedParameters:
             raise ValueError(
                 f"the state of {type(self._base).__name__} is of parameters that others have "
                 "replaced, and stays with them: replace parameters before the first step, or make "
-                "both optimizers anew and load the state_dict()"
+                "both optimizers anew and load the state_dict()."
             )
 
     def _warn_of_mismatch(self, others: Sequence[Tensor]) -> None:
@@ -172,13 +174,13 @@ class TrackedParameters:
             warn(
                 f"the base optimizer of {self._owner} has {len(others)} parameters that the model "
                 f"does not have, and lacks {len(self.missing_names)} that it trains, "
-                f"{self.missing_names[0]!r} first: if these are the same, {_ADVICE}"
+                f"{self.missing_names[0]!r} first: if these are the same, {_ADVICE}."
             )
         elif any(isinstance(parameter, DTensor) for parameter in others):
             warn(
-                f"the base optimizer of {self._owner} has sharded parameters outside of the model: "
-                "what an exception in their passes leaves behind is not undone; give a module that "
-                "holds all of them, nn.ModuleList for one"
+                f"the base optimizer of {self._owner} has sharded parameters outside of the model, "
+                "and what an exception in their passes leaves behind is not undone: give a module "
+                "that holds all of them, nn.ModuleList for one."
             )
 
     def warn_of_late_parameters(self) -> None:
@@ -190,5 +192,5 @@ class TrackedParameters:
         if new:
             warn(
                 f"{listed(new)} came after {self._owner} was made, which does not prune what "
-                "was not there: make it anew"
+                "was not there: make it anew."
             )

@@ -40,13 +40,13 @@ def generate(
     """
     if tokens_BT.ndim != 2 or tokens_BT.shape[1] == 0:
         raise ValueError(
-            f"The prompts have shape {tuple(tokens_BT.shape)}: give [batch, tokens] with at least "
+            f"the prompts have shape {tuple(tokens_BT.shape)}: give [batch, tokens] with at least "
             "one token each."
         )
     if temperature < 0 or num_tokens < 0 or (top_k is not None and top_k < 1):
         raise ValueError(
             f"temperature {temperature}, num_tokens {num_tokens} and top_k {top_k} cannot be "
-            "sampled with: the first two must be 0 or more, top_k 1 or more, or None for all."
+            "sampled with: choose 0 or more for the first two, and for top_k 1 or more, or None."
         )
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training
@@ -57,7 +57,7 @@ def generate(
             logits_BV = logits_BTV[:, -1].float().cpu()
             if not logits_BV.isfinite().all():
                 raise FloatingPointError(
-                    "The model's logits are not finite, so there is nothing to sample from: go "
+                    "the model's logits are not finite, so there is nothing to sample from: go "
                     "back to weights from before the training diverged."
                 )
             next_B1 = _sample(logits_BV, temperature, top_k, generator)

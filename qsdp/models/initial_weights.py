@@ -32,11 +32,11 @@ def fill_parameters(model: nn.Module, seed: int, std_of: Callable[[str], float])
     sharding that FSDP2 does not make.
     """
     if seed < 0:
-        raise ValueError(f"The seed is {seed}: choose 0 or more.")
+        raise ValueError(f"the seed is {seed}: choose 0 or more.")
     for name, parameter in named_parameters(model).items():
         if parameter.is_meta:
             raise ValueError(
-                f"Parameter {name} is on the meta device: call model.to_empty(device=...) "
+                f"parameter {name} is on the meta device: call model.to_empty(device=...) "
                 "before init_weights."
             )
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter

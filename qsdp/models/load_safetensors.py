@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from qsdp.common.atomic_files import is_file_name
 from qsdp.common.sharding import local_slices
+from qsdp.common.user_errors import quoted
 from qsdp.compat.parameter_names import named_parameters
 
 WEIGHTS = "model.safetensors"
@@ -54,7 +55,7 @@ def fill(
             tensor = tensors.get_slice(their_name)
             if list(tensor.get_shape()) != shape:
                 raise ValueError(
-                    f"Tensor {their_name} in {folder} has shape {list(tensor.get_shape())}, but "
+                    f"tensor {their_name} in {folder} has shape {list(tensor.get_shape())}, but "
                     f"the model needs {shape}: build the model from this checkpoint's config."
                 )
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -71,7 +72,9 @@ def check_files(path: Path, files: Mapping[str, str]) -> None:
         try:
             text.encode()
         except (AttributeError, UnicodeEncodeError) as error:
-            raise ValueError(f"files holds no text for {name} ({error}): give one.") from None
+            raise ValueError(
+                f"files holds no text for {name} ({quoted(error)}): give one."
+            ) from None
 
 
 def find_tensors(folder: Path, stem: str = "model") -> dict[str, Path]:
@@ -98,7 +101,7 @@ def find_tensors(folder: Path, stem: str = "model") -> dict[str, Path]:
     for file in sorted(files):
         if not file.is_file():
             raise ValueError(
-                f"There is no {file}: choose a checkpoint saved as safetensors (in transformers, "
+                f"there is no {file}: choose a checkpoint saved as safetensors (in transformers, "
                 "model.save_pretrained(folder))."
             )
         try:
@@ -106,18 +109,20 @@ def find_tensors(folder: Path, stem: str = "model") -> dict[str, Path]:
                 found |= dict.fromkeys(tensors.keys(), file)
         except SafetensorError as error:
             raise ValueError(
-                f"{file} is no readable safetensors file ({error}): copy or save it again."
+                f"{file} is no readable safetensors file ({quoted(error)}): copy or save it again."
             ) from None
     return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"There is no {path}: choose the folder of a Hugging Face checkpoint.")
+        raise ValueError(f"there is no {path}: choose the folder of a Hugging Face checkpoint.")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON ({error}): copy or save it again.") from None
+        raise ValueError(
+            f"{path} is not readable JSON ({quoted(error)}): copy or save it again."
+        ) from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is not a JSON object: copy or save it again.")
     return settings

@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from qsdp.common.registered import held_by
+from qsdp.common.user_errors import quoted
 from qsdp.models.size import ModelSize
 from qsdp.models.spec import ModelSpec
 
@@ -36,7 +37,9 @@ def families() -> dict[str, ModelSpec[Any]]:
             )
         for needed in ("sizes", "presets"):
             if not hasattr(family, needed):
-                raise ValueError(f"The family {name} has no {needed}: see ModelSpec.")
+                raise ValueError(
+                    f"the family {name} has no {needed}: give it some, as ModelSpec says."
+                )
         own: list[tuple[str, object]] = [("sizes", family.sizes)]
         own += [("preset", preset) for preset in family.presets]
         if family.transformers is not None:
@@ -44,12 +47,12 @@ def families() -> dict[str, ModelSpec[Any]]:
         for each in own:
             if owners.setdefault(each, name) != name:
                 raise ValueError(
-                    f"The families {owners[each]} and {name} both have the {each[0]} {each[1]}: "
+                    f"the families {owners[each]} and {name} both have the {each[0]} {each[1]}: "
                     "give one of them another."
                 )
         if strange := family.training.keys() - family.presets.keys():
             raise ValueError(
-                f"The family {name} says how {sorted(strange)} are trained, but has no such "
+                f"the family {name} says how {sorted(strange)} are trained, but has no such "
                 f"presets: name some of {list(family.presets)}."
             )
         for preset in family.presets:
@@ -65,8 +68,9 @@ def _check_preset(name: str, family: ModelSpec[Any], preset: str) -> None:
             family.size_of_preset(preset, _SOME_VOCABULARY)
     except (TypeError, KeyError) as error:
         raise ValueError(
-            f"The preset {preset} of the family {name} makes no {family.sizes.__name__} ({error}): "
-            "give it all fields that have no default, but vocab_size, and no others."
+            f"the preset {preset} of the family {name} makes no {family.sizes.__name__} "
+            f"({quoted(error)}): give it all fields that have no default, but vocab_size, and no "
+            "others."
         ) from None
 
 
@@ -84,7 +88,7 @@ def family_of(preset: str) -> ModelSpec[Any]:
     for family in families().values():
         if preset in family.presets:
             return family
-    raise ValueError(f"There is no model preset {preset!r}: choose one of {list(presets())}.")
+    raise ValueError(f"there is no model preset {preset!r}: choose one of {list(presets())}.")
 
 
 def family_of_size(size: ModelSize) -> ModelSpec[Any]:
@@ -93,6 +97,6 @@ def family_of_size(size: ModelSize) -> ModelSpec[Any]:
         if type(size) is family.sizes:
             return family
     raise ValueError(
-        f"A {type(size).__name__} is the size of no registered model: choose one of a family in "
+        f"a {type(size).__name__} is the size of no registered model: choose one of a family in "
         f"{list(FAMILIES)}."
     )

@@ -17,5 +17,5 @@ __all__ = ["compress_", "compressed"]
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        raise AttributeError(f"module 'qsdp.oneshot' has no attribute {name!r}")
+        raise AttributeError(f"module 'qsdp.oneshot' has no attribute {name!r}.")
     return getattr(import_module("qsdp.oneshot.in_memory"), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qsdp.common.registered import held_by
+from qsdp.common.user_errors import quoted
 from qsdp.oneshot.solver import Solver
 
 SOLVERS: dict[str, str] = {
@@ -16,7 +17,7 @@ DEFAULT = "magnitude"
 def check(method: str) -> None:
     """Raise ValueError for a name that no solver has."""
     if method not in SOLVERS:
-        raise ValueError(f"method is {method!r}; choose one of {', '.join(SOLVERS)}")
+        raise ValueError(f"method is {method!r}: choose one of {', '.join(SOLVERS)}.")
 
 
 def chosen_method(given: str | None, *, idle: str | None) -> str:
@@ -34,9 +35,9 @@ def chosen_method(given: str | None, *, idle: str | None) -> str:
     try:
         check(given)
     except ValueError as error:
-        raise ValueError(f"--{error}") from None
+        raise ValueError(f"--{quoted(error)}.") from None
     if idle is not None:
-        raise ValueError(f"--method {given} has nothing to do {idle}")
+        raise ValueError(f"--method {given} has nothing to do {idle}: leave it out.")
     return given
 
 
@@ -59,13 +60,13 @@ def solver_of(method: str, *, has_tokens: bool = False) -> Solver:
     solver = held_by(SOLVERS[method], "SOLVER")
     if not isinstance(solver, Solver):
         raise ValueError(
-            f"SOLVER in {SOLVERS[method]} is {solver!r}; let it be a Solver, a ByScore for one"
+            f"SOLVER in {SOLVERS[method]} is {solver!r}: let it be a Solver, a ByScore for one."
         )
     if solver.needs_tokens and not has_tokens:
         raise ValueError(
-            f"the method {method!r} needs calibration tokens, which no command has; give some to "
-            "qsdp.oneshot, or choose another method"
+            f"the method {method!r} needs calibration tokens, which no command has: give some to "
+            "qsdp.oneshot, or choose another method."
         )
     if has_tokens and not solver.needs_tokens:
-        raise ValueError(f"the method {method!r} uses no calibration tokens; give none")
+        raise ValueError(f"the method {method!r} uses no calibration tokens: give none.")
     return solver

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from qsdp.common.user_errors import quoted
 from qsdp.ops.schema import KERNELS
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_qsdp_native.so"
@@ -42,12 +43,12 @@ def load() -> None:
     wanted = os.environ.get("QSDP_CPU_CAPABILITY", "")
     if wanted and wanted not in _CAPABILITIES:
         allowed = ", ".join(_CAPABILITIES)
-        raise ValueError(f"QSDP_CPU_CAPABILITY is {wanted}; give one of {allowed}, or unset it")
+        raise ValueError(f"QSDP_CPU_CAPABILITY is {wanted}: give one of {allowed}, or unset it.")
     if LIBRARY.exists():
         _register(LIBRARY)
         _library = _typed(ctypes.CDLL(str(LIBRARY)))
     elif _is_required():
-        raise RuntimeError(f"QSDP_REQUIRE_NATIVE=1 but {_missing('cpu')}, or unset it")
+        raise RuntimeError(f"QSDP_REQUIRE_NATIVE is 1, but {_missing('cpu')}, or unset it.")
     if torch.version.cuda is not None and CUDA_LIBRARY.exists():
         _register(CUDA_LIBRARY)
         _has_cuda_kernels = True
@@ -58,8 +59,8 @@ def load() -> None:
             _refusal.impl(name, _refuse, "CUDA")
     if wanted and _CAPABILITIES[wanted] not in available():
         raise ValueError(
-            f"QSDP_CPU_CAPABILITY is {wanted}, which cannot run here; "
-            f"the kernels that can are {', '.join(available())}"
+            f"QSDP_CPU_CAPABILITY is {wanted}, which cannot run here: "
+            f"give one of {', '.join(available())}, or unset it."
         )
     if wanted:
         use(_CAPABILITIES[wanted])
@@ -101,8 +102,8 @@ def serving(device: torch.device) -> str:
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     if not _runs_on(device):
         raise RuntimeError(
-            f"{CUDA_LIBRARY.name} has no kernels for this GPU ({architecture}); install qsdp again "
-            "with CUDAARCHS=native in the environment"
+            f"{CUDA_LIBRARY.name} has no kernels for this GPU ({architecture}): install qsdp again "
+            "with CUDAARCHS=native in the environment."
         )
     return f"cuda {architecture}"
 
@@ -114,7 +115,7 @@ def remark(device: torch.device) -> str:
         return f"kernels: {kernels}"
     is_chosen = device.type == "cpu" and _library is not None
     why = "chosen by native.use" if is_chosen else _missing(device.type)
-    return f"SLOW kernels: plain PyTorch's, many times slower than compiled ones: {why}"
+    return f"SLOW kernels: plain PyTorch's, many times slower than compiled ones ({why})"
 
 
 def use(capability: str) -> None:
@@ -126,7 +127,7 @@ def use(capability: str) -> None:
     global _override
     if capability not in available():
         raise ValueError(
-            f"no {capability} kernels can run here; give one of {', '.join(available())}"
+            f"no {capability} kernels can run here: give one of {', '.join(available())}."
         )
     _override = None
     if _library is None:
@@ -150,11 +151,11 @@ def _missing(device_type: str) -> str:
     library, tools = LIBRARY, "torch and a C++20 compiler are"
     if device_type != "cpu":
         library, tools = CUDA_LIBRARY, "nvcc and a torch that knows CUDA are"
-    return f"{library.name} is not installed; install qsdp where {tools}"
+    return f"{library.name} is not installed: install qsdp where {tools}"
 
 
 def _refuse(*_: object) -> None:
-    raise RuntimeError(f"QSDP_REQUIRE_NATIVE=1 but {_missing('cuda')}, or unset it")
+    raise RuntimeError(f"QSDP_REQUIRE_NATIVE is 1, but {_missing('cuda')}, or unset it.")
 
 
 def _runs_on(device: torch.device) -> bool:
@@ -172,8 +173,8 @@ def _register(library: Path) -> None:
         torch.ops.load_library(str(library))
     except OSError as error:
         raise RuntimeError(
-            f"{library.name} does not load with torch {torch.__version__} ({error}); "
-            "install qsdp again with this torch"
+            f"{library.name} does not load with torch {torch.__version__} ({quoted(error)}): "
+            "install qsdp again with this torch."
         ) from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from qsdp.common.atomic_files import finite, replacing
 from qsdp.common.printing import print_error
+from qsdp.common.user_errors import quoted
 from qsdp.report.metrics_lines import Lines
 from qsdp.report.record import StepLine
 
@@ -52,7 +53,7 @@ class MetricsWriter:
             OSError: ``path`` cannot be written.
         """
         if last_step < 0:
-            raise ValueError(f"last_step is {last_step}; choose 0 or more")
+            raise ValueError(f"last_step is {last_step}: choose 0 or more.")
         lines = _whole_lines(path if source is None else source, needed)
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= last_step)
@@ -74,7 +75,7 @@ class MetricsWriter:
                 if line["step"] < first:
                     found.append(line)
         except OSError as error:
-            print_error(f"warning: {self._lines.path} cannot be read ({error.strerror or error})")
+            print_error(f"warning: {self._lines.path} cannot be read ({error.strerror or error}).")
         return found + kept
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -106,8 +107,8 @@ class MetricsWriter:
         except Exception as error:
             self._events = None
             print_error(
-                f"warning: TensorBoard's events cannot be written ({error}): the run goes on "
-                "without them"
+                f"warning: TensorBoard's events cannot be written ({quoted(error)}), and the run "
+                "goes on without them."
             )
 
     def sync(self) -> None:
@@ -206,12 +207,12 @@ def _event_writer(folder: Path, last_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError(
-            "--tensorboard needs the tensorboard package; run 'pip install tensorboard', or leave "
+            "--tensorboard needs the tensorboard package: run 'pip install tensorboard', or leave "
             "the flag out."
         ) from None
     except Exception as error:  # of a package beside it, of another version
         raise ValueError(
-            f"--tensorboard: the tensorboard package cannot be loaded ({error}); install it anew, "
-            "or leave the flag out."
+            "--tensorboard needs the tensorboard package, which cannot be loaded "
+            f"({quoted(error)}): install it anew, or leave the flag out."
         ) from None
     return SummaryWriter(str(folder), purge_step=last_step + 1)

@@ -80,7 +80,7 @@ class Lines:
         lost = len(self.kept) - self._num_written + self._num_dropped
         gone = "" if self.path.exists() else ", and the file is gone with those before"
         if lost or gone:
-            print_error(f"warning: {lost} lines of {self.path} were never written{gone}")
+            print_error(f"warning: {lost} lines of {self.path} were never written{gone}.")
 
     def _look_for_name(self) -> None:
         """See that the file is the one that has the name."""
@@ -106,7 +106,7 @@ class Lines:
         with contextlib.suppress(OSError):
             former.close()
         self._number = os.fstat(self._file.fileno()).st_ino
-        print_error(f"warning: {self.path} was gone: it is there again, with all its lines")
+        print_error(f"warning: {self.path} was gone, and is there again with all its lines.")
 
     def _replaced(self) -> OSError:
         """The error of a file in its place, another run's perhaps."""
@@ -127,7 +127,7 @@ class Lines:
         if self._failure is not None:
             self._failure = None
             but = f", but for {self._num_dropped} too many to keep" if self._num_dropped else ""
-            print_error(f"{self.path} is written again: all lines that waited are in it{but}")
+            print_error(f"{self.path} is written again, with all lines that waited{but}.")
 
     def _open_again(self) -> None:
         """Open the file of before, by its name, and cut off what was not written as a whole.
@@ -152,8 +152,8 @@ class Lines:
         if self._failure is None:
             why = getattr(error, "strerror", None) or error
             print_error(
-                f"warning: {self.path} cannot be written ({why}): the run goes "
-                "on, and what belongs there waits in memory until there is room"
+                f"warning: {self.path} cannot be written ({why}), but the run goes "
+                "on, and what belongs there waits in memory until there is room."
             )
         self._failure = error
 

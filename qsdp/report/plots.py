@@ -11,6 +11,7 @@ import numpy as np
 
 from qsdp.common.atomic_files import discard_unfinished, replacing
 from qsdp.common.printing import print_error
+from qsdp.common.user_errors import quoted
 from qsdp.report.error_plot import draw_errors
 from qsdp.report.record import History, Losses, StepLine, Summary, number, numbers
 from qsdp.sparsity.compression_target import Compression
@@ -71,8 +72,8 @@ def may_fail(what: str, draw: Callable[[], T]) -> T | None:
     try:
         return draw()
     except Exception as error:
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        print_error(f"warning: {what} cannot be drawn, or not as a whole ({told})")
+        told = quoted(f"{type(error).__name__}: {error}")
+        print_error(f"warning: {what} cannot be drawn, or not as a whole ({told}).")
         return None
 
 

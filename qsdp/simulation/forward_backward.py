@@ -95,7 +95,9 @@ class _Pass(nn.Module):
         loss = output if self._loss is None else self._loss(output)
         if not isinstance(loss, Tensor) or loss.dim():
             what = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else "no tensor"
-            raise ValueError(f"the loss is {what}; give `loss`, which makes a scalar of the output")
+            raise ValueError(
+                f"the loss is {what}: give `loss`, which makes a scalar of the output."
+            )
         torch.autograd.backward(loss * scale)
         return loss
 

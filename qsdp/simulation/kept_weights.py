@@ -45,16 +45,16 @@ def check_masks(masks: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -
     for name, mask in masks.items():
         if name not in shapes:
             raise ValueError(
-                f"a mask is given for {name!r}, which is no parameter of the model; give masks "
-                "by the names of state()"
+                f"a mask is given for {name!r}, which is no parameter of the model: give masks "
+                "by the names of state()."
             )
         if type(mask) is not Tensor or mask.dtype != torch.bool:
             raise ValueError(
                 f"the mask of {name} is a {type(mask).__name__} of "
-                f"{getattr(mask, 'dtype', None)}; give a bool tensor of the parameter's shape"
+                f"{getattr(mask, 'dtype', None)}: give a bool tensor of the parameter's shape."
             )
         if mask.shape != shapes[name]:
             raise ValueError(
-                f"the mask of {name} has shape {tuple(mask.shape)}, and the parameter "
-                f"{tuple(shapes[name])}; give a mask of that shape"
+                f"the mask of {name} has shape {tuple(mask.shape)}, but the parameter "
+                f"{tuple(shapes[name])}: give a mask of that shape."
             )

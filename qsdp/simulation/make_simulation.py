@@ -69,13 +69,13 @@ def simulate(
     """
     config = QSDPConfig() if config is None else config
     if not isinstance(config, QSDPConfig):
-        raise ValueError(f"config is a {type(config).__name__}; give a qsdp.QSDPConfig")
+        raise ValueError(f"config is a {type(config).__name__}: give a qsdp.QSDPConfig.")
     if ranks_per_node is None:
         ranks_per_node = config.ranks_per_node or 1
     elif config.ranks_per_node not in (None, ranks_per_node):
         raise ValueError(
             f"ranks_per_node is {ranks_per_node}, and that of the config is "
-            f"{config.ranks_per_node}; leave one of the two out"
+            f"{config.ranks_per_node}: leave one of the two out."
         )
     world = World(
         world_size=world_size,

@@ -33,17 +33,17 @@ class World:
         for name in ("world_size", "ranks_per_node", "replicas"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise ValueError(f"{name} is {value!r}; choose a whole number from 1 on")
+                raise ValueError(f"{name} is {value!r}: choose a whole number from 1 on.")
         for name in ("param_dtype", "reduce_dtype"):
             if getattr(self, name) not in CODEC_DTYPES:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; choose torch.float32, torch.bfloat16 or "
-                    "torch.float16"
+                    f"{name} is {getattr(self, name)!r}: choose torch.float32, torch.bfloat16 or "
+                    "torch.float16."
                 )
         if self.quantized_replicas and (self.replicas == 1 or self.world_size == 1):
             raise ValueError(
                 f"quantized_replicas is on for {self.replicas} replicas of {self.world_size} "
-                "ranks; give 2 or more of both, or leave it off"
+                "ranks: give 2 or more of both, or leave it off."
             )
 
     @property
@@ -97,7 +97,7 @@ def number(model: nn.Module, groups: Sequence[Group]) -> Numbers:
             if module is model:
                 continue
             if module in call_of:
-                raise ValueError(f"groups has {names[module]!r} twice; give every module once")
+                raise ValueError(f"groups has {names[module]!r} twice: give every module once.")
             call_of[module] = call
     found: dict[nn.Parameter, int] = {}
     _assign(model, 0, call_of, found)
@@ -125,8 +125,8 @@ def _resolve(model: nn.Module, names: Mapping[nn.Module, str], member: object) -
                 return module
     given = type(member).__name__ if isinstance(member, nn.Module) else repr(member)
     raise ValueError(
-        f"groups holds {given}, which is no module of this {type(model).__name__}; give modules of "
-        "model.named_modules(), or their names"
+        f"groups holds {given}, which is no module of this {type(model).__name__}: give modules of "
+        "model.named_modules(), or their names."
     )
 
 
@@ -142,7 +142,7 @@ def _assign(
         if found.setdefault(parameter, call) != call:
             raise ValueError(
                 f"the parameter {name!r} of a {type(module).__name__} is shared by two groups, "
-                "which FSDP2 would untie; put both of its modules into one group"
+                "which FSDP2 would untie: put both of its modules into one group."
             )
     for child in module.children():
         _assign(child, call, call_of, found)

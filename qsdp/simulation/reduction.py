@@ -51,7 +51,7 @@ class Reduction:
         if sender and odd:
             raise RuntimeError(
                 f"rank {sender} and the ranks before it differ in whether {odd[0]} gets a "
-                "gradient, where FSDP2 would fail; let all ranks use the same parameters"
+                "gradient, where FSDP2 would fail: let all ranks use the same parameters."
             )
         self._names = set(grads)
         for name, grad in grads.items():

@@ -43,25 +43,31 @@ class Sharding:
 def _check_model(model: nn.Module, world_size: int, shard_dims: Mapping[str, int]) -> None:
     named = named_parameters(model)
     if not named:
-        raise ValueError(f"{type(model).__name__} has no parameters; give a model to train")
+        raise ValueError(f"{type(model).__name__} has no parameters: give a model to train.")
     for name in shard_dims:
         if name not in named:
-            raise ValueError(f"shard_dims names {name!r}, which is no parameter of the model")
+            raise ValueError(
+                f"shard_dims names {name!r}, which is no parameter of the model: give names of "
+                "model.named_parameters()."
+            )
     for name, parameter in named.items():
         if isinstance(parameter, DTensor) or parameter.is_meta:
             raise ValueError(
-                f"{name} is {'sharded' if isinstance(parameter, DTensor) else 'on meta'}; give the "
-                "plain model with its initial weights"
+                f"{name} is {'sharded' if isinstance(parameter, DTensor) else 'on meta'}: give the "
+                "plain model with its initial weights."
             )
         if parameter.is_floating_point() and parameter.dtype not in CODEC_DTYPES:
             raise ValueError(
-                f"{name} is {parameter.dtype}; qsdp sends float32, bfloat16 or float16"
+                f"{name} is {parameter.dtype}, which qsdp does not send: choose float32, bfloat16 "
+                "or float16."
             )
         if not parameter.dim():
-            raise ValueError(f"{name} is a scalar, which FSDP2 cannot shard; give it one dimension")
+            raise ValueError(
+                f"{name} is a scalar, which FSDP2 cannot shard: give it one dimension."
+            )
         dim = shard_dims.get(name, 0)
         if not 0 <= dim < parameter.dim() or (dim and parameter.shape[dim] % world_size):
             raise ValueError(
-                f"shard_dims gives {dim} for {name} of shape {tuple(parameter.shape)}; choose a "
-                f"dimension that {world_size} ranks divide"
+                f"shard_dims gives {dim} for {name} of shape {tuple(parameter.shape)}: choose a "
+                f"dimension that {world_size} ranks divide."
             )

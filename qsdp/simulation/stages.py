@@ -52,7 +52,7 @@ def stages_of(world: World, config: QSDPConfig) -> list[Exchanging]:
         if config.needs_nodes:
             raise ValueError(
                 f"a {config.reduce} reduce of {world.world_size} ranks cannot have nodes of "
-                f"{world.ranks_per_node}; choose ranks_per_node so that it divides them"
+                f"{world.ranks_per_node}: choose ranks_per_node so that it divides them."
             )
         return flat
     local = world.ranks_of_a_node

@@ -74,7 +74,7 @@ class Simulation:
             RuntimeError: Ranks have gradients for different parameters, where FSDP2 would fail.
         """
         if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm is {max_norm}; choose a number above 0")
+            raise ValueError(f"max_norm is {max_norm}: choose a number above 0.")
         losses = [loss for micro in self.pass_(batches, sync_every=sync_every) for loss in micro]
         if max_norm is not None:
             self.clip(max_norm)
@@ -95,8 +95,8 @@ class Simulation:
         if not batches or any(len(per_rank) != num_ranks for per_rank in batches):
             given = [len(per_rank) for per_rank in batches]
             raise ValueError(
-                f"batches holds {given} batches of its micro-batches; give at least one "
-                f"micro-batch, and in each one batch for every one of {num_ranks} ranks"
+                f"batches holds {given} batches of its micro-batches: give at least one "
+                f"micro-batch, and in each one batch for every one of {num_ranks} ranks."
             )
         scale = 1 / len(batches)
         windows = [[micro] for micro in batches] if sync_every else [batches]
@@ -171,7 +171,7 @@ class Simulation:
             if ours != theirs:
                 raise ValueError(
                     f"{name} has the shape {theirs} in this {type(model).__name__} and {ours} in "
-                    "the simulation; give a plain model of the same architecture"
+                    "the simulation: give a plain model of the same architecture."
                 )
         for name, value in sources.items():
             targets[name].copy_(value)
@@ -187,7 +187,7 @@ class Simulation:
             ValueError: A mask is no bool tensor of a parameter's shape.
         """
         if not masks and not with_grads:
-            raise ValueError("with_grads is False without masks; give masks, or leave it out")
+            raise ValueError("with_grads is False without masks: give masks, or leave it out.")
         check_masks(masks or {}, self._shapes)
         self._wire.set_support(masks or {}, with_grads=with_grads)
 
@@ -212,12 +212,14 @@ class Simulation:
         """
         if self._wire.kept_weights:
             raise ValueError(
-                "wire_bytes is for whole weights, but a support is set; call it before set_support"
+                "wire_bytes is for whole weights, but a support is set: call it before set_support."
             )
         if type(rank) is not int or not 0 <= rank < self._wire.world.num_ranks:
-            raise ValueError(f"rank is {rank!r}; choose 0 to {self._wire.world.num_ranks - 1}")
+            raise ValueError(f"rank is {rank!r}: choose 0 to {self._wire.world.num_ranks - 1}.")
         if type(micro_batches) is not int or micro_batches < 1:
-            raise ValueError(f"micro_batches is {micro_batches!r}; choose a whole number from 1 on")
+            raise ValueError(
+                f"micro_batches is {micro_batches!r}: choose a whole number from 1 on."
+            )
         return count_bytes(
             self._wire,
             self.shards[0],

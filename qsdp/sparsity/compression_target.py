@@ -33,32 +33,32 @@ class Compression:
         for name in ("block", "bits"):
             value = getattr(self, name)
             if value is not None and type(value) is not int:
-                raise ValueError(f"{name} is {value!r}; choose a whole number")
+                raise ValueError(f"{name} is {value!r}: choose a whole number.")
         if not (math.isfinite(self.sparsity) and 0 <= self.sparsity < 1):
-            raise ValueError(f"sparsity is {self.sparsity}; choose a fraction from 0 to below 1")
+            raise ValueError(f"sparsity is {self.sparsity}: choose a fraction from 0 to below 1.")
         if self.scope not in SCOPES:
-            raise ValueError(f"scope is {self.scope!r}; choose one of {', '.join(SCOPES)}")
+            raise ValueError(f"scope is {self.scope!r}: choose one of {', '.join(SCOPES)}.")
         if self.pattern is not None:
             if not isinstance(self.pattern, tuple) or [*map(type, self.pattern)] != [int, int]:
-                raise ValueError(f"pattern is {self.pattern!r}; choose two whole numbers (N, M)")
+                raise ValueError(f"pattern is {self.pattern!r}: choose two whole numbers (N, M).")
             keep, size = self.pattern
             if not 1 <= keep < size <= 64:
-                raise ValueError(f"pattern is {keep}:{size}; choose N:M with 1 <= N < M <= 64")
+                raise ValueError(f"pattern is {keep}:{size}: choose N:M with 1 <= N < M <= 64.")
             if self.sparsity or self.block != 1 or self.scope != "global":
                 raise ValueError(
                     f"a pattern ({keep}:{size}) goes with no sparsity, scope or block of its own: "
-                    "give one or the other"
+                    "give one or the other."
                 )
         if not 1 <= self.block <= 64:
-            raise ValueError(f"block is {self.block}; choose 1 to 64 weights")
+            raise ValueError(f"block is {self.block}: choose 1 to 64 weights.")
         for name, default in (("scope", "global"), ("block", 1)):
             if getattr(self, name) != default and not self.fraction:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, but sparsity is 0 and nothing is pruned; "
-                    "choose a sparsity above 0, or leave it out"
+                    f"{name} is {getattr(self, name)!r}, but sparsity is 0 and nothing is pruned: "
+                    "choose a sparsity above 0, or leave it out."
                 )
         if self.bits is not None and not 2 <= self.bits <= 8:
-            raise ValueError(f"bits is {self.bits}; choose 2 to 8")
+            raise ValueError(f"bits is {self.bits}: choose 2 to 8.")
 
     @classmethod
     def of(cls, target: float | str | Compression) -> Compression:
@@ -76,7 +76,7 @@ class Compression:
         for term in target.replace(" ", "").split("+"):
             name, value = _read(term, target)
             if name in values:
-                raise ValueError(f"the target {target!r} says {name} twice; say it once")
+                raise ValueError(f"the target {target!r} says {name} twice: say it once.")
             values[name] = value
         return cls(**values)  # type: ignore[arg-type]
 
@@ -115,6 +115,6 @@ def _read(term: str, target: str) -> tuple[str, object]:
         return "sparsity", float(term)
     except ValueError:
         raise ValueError(
-            f"the target {target!r} has the term {term!r}; give fractions (0.7), N:M (2:4), bits "
-            "(4bit), layer or blocks (block4), joined by +"
+            f"the target {target!r} has the term {term!r}: give fractions (0.7), N:M (2:4), bits "
+            "(4bit), layer or blocks (block4), joined by +."
         ) from None

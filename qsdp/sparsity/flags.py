@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qsdp.common.flags import Flags
+from qsdp.common.user_errors import quoted
 from qsdp.sparsity.compression_target import Compression
 
 
@@ -41,9 +42,9 @@ class CompressionFlags(Flags):
         try:
             _ = self.targets
         except ValueError as error:
-            raise ValueError(f"--one-shot: {error}.") from None
+            raise ValueError(f"--one-shot: {quoted(error)}.") from None
         if self.prunable is not None and not prunes and not self.targets:
             raise ValueError(
                 f"--prunable is {self.prunable!r}, but no method is to prune, and --one-shot is "
-                "none, so that nothing would heed it; add one, or leave it out."
+                "none, so that nothing would heed it: add one, or leave it out."
             )

@@ -107,8 +107,8 @@ def local_shard(tensor: Tensor, spread: Spread | None = None) -> LocalShard:
     """
     if tensor.layout != torch.strided:
         raise ValueError(
-            f"a gradient of shape {tuple(tensor.shape)} is {tensor.layout}; only dense ones can be "
-            "added up and masked: make the layer without sparse=True"
+            f"a gradient of shape {tuple(tensor.shape)} is {tensor.layout}, but only dense ones "
+            "can be added up and masked: make the layer without sparse=True."
         )
     is_frozen = isinstance(tensor, nn.Parameter) and not tensor.requires_grad
     if not isinstance(tensor, DTensor):
@@ -128,8 +128,8 @@ def local_shard(tensor: Tensor, spread: Spread | None = None) -> LocalShard:
                 parts[dim] = part if parts[dim] == tensor.shape[dim] else 1
         elif not isinstance(placement, Replicate):
             raise ValueError(
-                f"a tensor placed as {tensor.placements} cannot be read shard by shard; only Shard "
-                "and Replicate are supported: redistribute it first"
+                f"a tensor is placed as {tensor.placements}, but only Shard and Replicate can be "
+                "read shard by shard: redistribute it first."
             )
         else:
             is_first &= mesh.get_local_rank(axis) == 0

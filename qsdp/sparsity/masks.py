@@ -45,8 +45,8 @@ class Prunable:
         if missing:
             raise ValueError(
                 f"{type(model).__name__} has no parameter of its own called {missing[0]!r} any "
-                "more, which was in the prunable set: it was renamed, removed or tied to another; "
-                "make the optimizer anew"
+                "more, which was in the prunable set and was renamed, removed or tied to another: "
+                "make the optimizer anew."
             )
         return cls._of(model, {name: named[name] for name in names})
 
@@ -84,21 +84,23 @@ class Prunable:
             size = target.group_size
             if (target.fraction or target.bits is not None) and shard.dtype not in DTYPES:
                 raise ValueError(
-                    f"{name} is {shard.dtype}; only float32, bfloat16 and float16 are compressed"
+                    f"{name} is {shard.dtype}, but only float32, bfloat16 and float16 are "
+                    "compressed: convert it, or prune others by patterns of names."
                 )
             if size > 1 and (len(shard.shape) != 2 or shard.shape[dim] % size):
                 raise ValueError(
                     f"{name} has shape {tuple(shard.shape)}, whose input dimension {target} cannot "
-                    f"cut into groups of {size}; prune others by patterns of names"
+                    f"cut into groups of {size}: prune others by patterns of names."
                 )
             if size > 1 and len(shard.groups) > 1:
                 raise ValueError(
-                    f"{name} is sharded over {len(shard.groups)} mesh axes; {target} needs one"
+                    f"{name} is sharded over {len(shard.groups)} mesh axes, but {target} needs "
+                    "one: shard it over one."
                 )
             if target.bits is not None and shard.shape and shard.parts[-1] != shard.shape[-1]:
                 raise ValueError(
-                    f"{name} is sharded by its last dimension; {target} rounds along it: shard "
-                    "another one"
+                    f"{name} is sharded by its last dimension, along which {target} rounds: "
+                    "shard another one."
                 )
 
 

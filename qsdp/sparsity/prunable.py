@@ -52,13 +52,14 @@ def prunable_parameters(
     if patterns is not None:
         if isinstance(patterns, str):
             raise ValueError(
-                f"the prunable patterns are the text {patterns!r}; give a list of texts"
+                f"the prunable patterns are the text {patterns!r}: give a list of texts."
             )
         for pattern in patterns:
             if not fnmatch.filter(named, pattern):
+                such = next(iter(named), None)
+                advice = f"one of names such as {such!r}" if such else "a model with parameters"
                 raise ValueError(
-                    f"the prunable pattern {pattern!r} matches no parameter; "
-                    f"names look like {next(iter(named), 'nothing: the model has none')!r}"
+                    f"the prunable pattern {pattern!r} matches no parameter: give {advice}."
                 )
         return {
             name: parameter
@@ -78,7 +79,7 @@ def prunable_parameters(
     if not chosen:
         raise ValueError(
             f"{type(model).__name__} has no linear layers and no experts inside an nn.ModuleList "
-            "of blocks; name the parameters to prune by patterns"
+            "of blocks: name the parameters to prune by patterns."
         )
     weights = {
         name: p
@@ -115,8 +116,8 @@ def _warn_of_the_rest(
         more = f" and {len(largest) - 5} more" if len(largest) > 5 else ""
         warn(
             f"{sum(left.values()) / total:.0%} of the weights in the blocks of "
-            f"{type(model).__name__} are not in the default prunable set, and stay dense: "
-            f"{told}{more}; give patterns of the names of all that may be pruned"
+            f"{type(model).__name__} are not in the default prunable set, and stay dense, "
+            f"among them {told}{more}: give patterns of the names of all that may be pruned."
         )
 
 

@@ -103,7 +103,7 @@ def _thresholds(
     for shard in shards:
         if shard.dtype not in DTYPES:
             raise ValueError(
-                f"cannot rank magnitudes of {shard.dtype}; use float32, bfloat16 or float16"
+                f"cannot rank magnitudes of {shard.dtype}: use float32, bfloat16 or float16."
             )
     everything, nothing = 0, (1 << KEY_BITS) - 1
     keys = [everything] * len(shards)
@@ -112,7 +112,7 @@ def _thresholds(
     searched = []
     for indices, count, total in zip(members, num_keep, totals, strict=True):
         if not 0 <= count <= total:
-            raise ValueError(f"cannot keep {count} of {total} values; choose 0 to {total}")
+            raise ValueError(f"cannot keep {count} of {total} values: choose 0 to {total}.")
         if count == 0:
             for i in indices:
                 keys[i], limits[i] = nothing, 0

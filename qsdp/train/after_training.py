@@ -134,8 +134,8 @@ def _write_summary(job: Job, summary: Summary) -> None:
     except OSError as error:
         raise UserError(
             f"the training is done, with its last checkpoint in {job.out / CHECKPOINTS}, but "
-            f"{path} cannot be written ({error.strerror or error}); free some space there, and "
-            f"{job.same_command} writes it"
+            f"{path} cannot be written ({error.strerror or error}): free some space there, and "
+            f"{job.same_command} writes it."
         ) from None
 
 

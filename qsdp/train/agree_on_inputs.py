@@ -25,7 +25,7 @@ def agree_on_config(config: TrainConfig, world: World) -> None:
     if difference is not None:
         name, values = difference
         raise UserError(
-            f"--{name.replace('_', '-')} is {values}; give every launcher the same flags.",
+            f"--{name.replace('_', '-')} is {values}: give every launcher the same flags.",
             is_shared=True,
         )
 
@@ -41,7 +41,7 @@ def agree_on_data(corpus: Corpus, world: World) -> dict[str, Any]:
     if difference is not None:
         name, values = difference
         raise UserError(
-            f"The ranks do not read the same data: the {name} is {values}; give every node the "
+            f"the ranks do not read the same data, as the {name} is {values}: give every node the "
             "same files, and one Python if --data is stdlib.",
             is_shared=True,
         )

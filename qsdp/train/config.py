@@ -62,7 +62,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.run.model not in presets():
             raise ValueError(
-                f"--model is {self.run.model!r}; choose one of {', '.join(presets())}."
+                f"--model is {self.run.model!r}: choose one of {', '.join(presets())}."
             )
         for group in self._groups():
             for name, value in group.values().items():
@@ -81,7 +81,7 @@ class TrainConfig:
         if self.wire.qsdp_bits == AUTO and self.run.replicas > 1:
             raise ValueError(
                 f"--replicas is {self.run.replicas} beside --qsdp-bits {AUTO}, which does not "
-                "measure what replicas average; give bits, or leave out one of the two."
+                "measure what replicas average: give bits, or leave out one of the two."
             )
 
     @classmethod
@@ -91,7 +91,9 @@ class TrainConfig:
         Raises TypeError for a name that no setting has.
         """
         if odd := settings.keys() - setting_types().keys():
-            raise TypeError(f"there is no setting {sorted(odd)[0]!r}; see `setting_types`")
+            raise TypeError(
+                f"there is no setting {sorted(odd)[0]!r}: choose one of `setting_types`."
+            )
         parts: dict[str, Any] = groups_of(settings)
         methods = tuple(parts.pop(key) for key in method_classes())
         return cls(**parts, methods=methods)

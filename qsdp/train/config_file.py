@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from qsdp.common.user_errors import UserError
+from qsdp.common.user_errors import UserError, quoted
 from qsdp.train.config import setting_types
 from qsdp.train.wire_flags import AUTO
 
@@ -46,8 +46,8 @@ def file_types() -> dict[str, Any]:
     for name, hint in hints.items():
         if hint not in FILE_TYPES and hint not in LISTS:
             raise ValueError(
-                f"the field {name} is a {hint}, which no file of settings holds; make it a bool, "
-                "or an int, float, str or a tuple[..., ...] of one of these, or None beside it"
+                f"the field {name} is a {hint}, which no file of settings holds: make it a bool, "
+                "or an int, float, str or a tuple[..., ...] of one of these, or None beside it."
             )
     return hints
 
@@ -57,12 +57,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
     wanted = "give a TOML file, such as the config.toml of a run"
     try:
         if path.exists() and not path.is_file():  # a pipe would wait for ever
-            raise UserError(f"--config {path} is not a file; {wanted}.")
+            raise UserError(f"--config {path} is not a file: {wanted}.")
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}; {wanted}.") from None
+        raise UserError(f"--config {path} cannot be read ({error.strerror}): {wanted}.") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"--config {path} is not a TOML file: {error}; {wanted}.") from None
+        raise UserError(
+            f"--config {path} is not a TOML file ({quoted(error)}): {wanted}."
+        ) from None
     return typed_settings(path, settings)
 
 
@@ -76,17 +78,19 @@ def typed_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         name = key.replace("-", "_")
         if name not in hints:
-            raise UserError(f"{path} sets {key!r}, which is not a setting; --help lists them all.")
+            raise UserError(
+                f"{path} sets {key!r}, which is not a setting: choose one that --help lists."
+            )
         if hints[name] in LISTS:
             types, description = LISTS[hints[name]]
             if not isinstance(value, list) or not all(_is_a(v, types) for v in value):
-                raise UserError(f"{path} sets {key} to {value!r}; give {description}.")
+                raise UserError(f"{path} sets {key} to {value!r}: give {description}.")
             values[name] = tuple(_to_float(path, key, v) if float in types else v for v in value)
             continue
         types, description = FILE_TYPES[hints[name]]
         is_word = isinstance(value, str) and hints[name] == OR_AUTO
         if not _is_a(value, types) or (is_word and value != AUTO):
-            raise UserError(f"{path} sets {key} to {value!r}; give {description}.")
+            raise UserError(f"{path} sets {key} to {value!r}: give {description}.")
         is_float = hints[name] in (float, float | None)
         values[name] = _to_float(path, key, value) if is_float else value
     return values
@@ -97,7 +101,7 @@ def _to_float(path: Path, key: str, value: float) -> float:
         return float(value)
     except OverflowError:
         raise UserError(
-            f"{path} sets {key} to a number beyond all floats; give a smaller one."
+            f"{path} sets {key} to a number beyond all floats: give a smaller one."
         ) from None
 
 

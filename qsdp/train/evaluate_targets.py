@@ -97,7 +97,7 @@ def _load_corpus(config: TrainConfig, source: Source) -> Corpus:
     if corpus.vocab_size > source.size.vocab_size:
         raise ValueError(
             f"--data {config.data.data} has a vocabulary of {corpus.vocab_size} and the model one "
-            f"of {source.size.vocab_size}; give data of the run's tokenizer."
+            f"of {source.size.vocab_size}: give data of the run's tokenizer."
         )
     return corpus
 
@@ -127,8 +127,8 @@ def _checked_targets(
     solver_of(flags.chosen_method)  # for its checks
     if flags.method is not None and not targets:
         raise ValueError(
-            f"--method {flags.method} has nothing to do: {source.path} is compressed already; name "
-            "targets, or leave it out."
+            f"--method {flags.method} has nothing to do, as {source.path} is compressed already: "
+            "name targets, or leave it out."
         )
     prunable = Prunable.of(model, config.compression.patterns)
     for target in targets:

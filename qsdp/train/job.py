@@ -16,7 +16,7 @@ import qsdp
 from qsdp import checkpoint
 from qsdp.common.collective_errors import is_failure
 from qsdp.common.printing import print_error, printable
-from qsdp.common.user_errors import UserError, sentence
+from qsdp.common.user_errors import UserError, quoted
 from qsdp.compat.sharded_parameters import sharded_parameters
 from qsdp.data.batches import Batches
 from qsdp.data.corpus import Corpus
@@ -148,7 +148,7 @@ class Job:
         steps = f"step {last}" if first == last else f"steps {first} to {last}"
         raise UserError(
             f"--max-bad-steps is {self.config.run.max_bad_steps}, and {steps} had no finite loss "
-            f"and gradient: not finite in step {last} was {self.last_bad}; "
+            f"and gradient (not finite in step {last}: {self.last_bad}), "
             f"{self.world.on_main(self._way_out)}.",
             is_shared=True,
         )
@@ -164,8 +164,8 @@ class Job:
             path = start.source
         change = "a lower --lr or --clip-grad"
         if path is None:
-            return f"there is no checkpoint yet, so begin anew with {change}"
-        return f"the last good checkpoint is {path}: go on from it by --resume with {change}"
+            return f"and there is no checkpoint yet: begin anew with {change}"
+        return f"and the last good checkpoint is {path}: go on from it by --resume with {change}"
 
     def save(self) -> None:
         """Write the checkpoint of the steps done.
@@ -280,7 +280,7 @@ class Job:
         if bad is not None:
             raise ValueError(
                 f"{bad} is not finite on rank {self.world.rank} after step {steps_done}, from "
-                f"which no training recovers, so that no checkpoint is written; {self._way_out()}."
+                f"which no training recovers, so that no checkpoint is written, {self._way_out()}."
             )
 
     def check_lock(self) -> None:
@@ -296,8 +296,8 @@ class Job:
         except OSError as error:
             print_error(
                 f"warning: what is outdated in {self.out} cannot be removed yet "
-                f"({sentence(error)}); the next checkpoint or start tries again, and until then "
-                f"the metrics are in {self.results.path(METRICS).name}"
+                f"({quoted(error)}), so the next checkpoint or start tries again, and until then "
+                f"the metrics are in {self.results.path(METRICS).name}."
             )
             return None
         if self.metrics is not None and was_beside:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qsdp import checkpoint
 from qsdp.common.printing import print_error
-from qsdp.common.user_errors import UserError
+from qsdp.common.user_errors import UserError, quoted
 from qsdp.train.history import Results, damage
 from qsdp.train.world import World
 
@@ -46,21 +46,23 @@ class KeptModel:
                 if error is None:
                     return world.on_main(partial(_loss, path))
                 self.damaged.add(path.resolve())
-                self.why_none = f"{error.file} is damaged: {error.why}"
+                self.why_none = f"{error.file} is damaged ({error.why})"
                 if world.is_main:
                     print_error(
-                        f"warning: {self.why_none}. The {name} of step "
-                        f"{checkpoint.step_of(path)} counts as none"
+                        f"warning: {self.why_none}, and the {name} of step "
+                        f"{checkpoint.step_of(path)} counts as none."
                     )
         except UserError as error:
-            self.why_none = f"it cannot be read ({error})"
+            self.why_none = f"it cannot be read ({quoted(error)})"
             if world.is_main:
-                print_error(f"warning: the {name} in {self.results.out} cannot be read ({error})")
+                print_error(
+                    f"warning: the {name} in {self.results.out} cannot be read ({quoted(error)})."
+                )
         return None
 
 
 def _loss(path: Path) -> float:
     loss = checkpoint.read_meta(path).get("val_loss")
     if not isinstance(loss, float | int):
-        raise ValueError(f"{path} states no validation loss")
+        raise ValueError(f"{path} states no validation loss.")
     return float(loss)

@@ -46,8 +46,8 @@ class Lock:
                 write_json(self._path, self.owner)
         elif found and found != self.owner:  # what cannot be read now will be looked at again
             raise ValueError(
-                f"{self._path.parent} was taken over by {_told(found)}; this run ends, and what "
-                "it has not saved is not written there"
+                f"{self._path.parent} was taken over by {_told(found)}, so this run ends, and what "
+                "it has not saved is not written there."
             )
 
     def end(self) -> None:
@@ -158,8 +158,8 @@ def _is_here(found: Mapping[str, Any]) -> bool:
 
 def _refuse(path: Path) -> None:
     raise ValueError(
-        f"{path.parent} is in use by {_told(_read(path))}; wait for its end, give another --out, "
-        "or end that run by --take-over"
+        f"{path.parent} is in use by {_told(_read(path))}: wait for its end, give another --out, "
+        "or end that run by --take-over."
     )
 
 

@@ -65,5 +65,5 @@ class OutputFlags(Flags):
         if self.save_async and not self.save_every:
             raise ValueError(
                 "--save-async is given, but --save-every is 0, and of the only checkpoint the end "
-                "waits anyway; raise --save-every, or leave --save-async out."
+                "waits anyway: raise --save-every, or leave --save-async out."
             )

@@ -37,8 +37,8 @@ def model_config(config: TrainConfig, vocab_size: int) -> ModelSize:
     size = family_of(config.run.model).size_of_preset(config.run.model, vocab_size)
     if config.run.seq_len > size.context:
         raise ValueError(
-            f"--seq-len is {config.run.seq_len}; {config.run.model} has a context of "
-            f"{size.context}."
+            f"--seq-len is {config.run.seq_len}, but {config.run.model} has a context of "
+            f"{size.context}: choose at most that."
         )
     return size
 
@@ -51,13 +51,13 @@ def check_replicas(config: TrainConfig, world: World) -> None:
     if world.size % config.run.replicas:
         raise ValueError(
             f"--replicas is {config.run.replicas}, which does not divide the {world.size} "
-            f"{'rank' if world.size == 1 else 'ranks'}; choose a divisor, 1 for none."
+            f"{'rank' if world.size == 1 else 'ranks'}: choose a divisor, 1 for none."
         )
     if config.qsdp is not None and 1 < config.run.replicas == world.size:
         allowed = [str(n) for n in range(1, world.size) if world.size % n == 0]
         raise ValueError(
             f"--replicas is {config.run.replicas}, which leaves each replica one rank and nothing "
-            f"to shard, as qsdp needs it; choose {' or '.join(allowed)}, or leave out --qsdp-bits."
+            f"to shard, as qsdp needs it: choose {' or '.join(allowed)}, or leave out --qsdp-bits."
         )
 
 
@@ -76,7 +76,7 @@ def check_nodes(config: TrainConfig, world: World) -> None:
             raise ValueError(
                 f"--qsdp-ranks-per-node is {wire.ranks_per_node}, which does not split the {size} "
                 f"ranks {'of a replica ' if config.run.replicas > 1 else ''}evenly as "
-                f"--qsdp-reduce {wire.reduce} needs it; choose a divisor, or --qsdp-reduce flat."
+                f"--qsdp-reduce {wire.reduce} needs it: choose a divisor, or --qsdp-reduce flat."
             )
 
 

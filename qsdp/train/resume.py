@@ -71,7 +71,7 @@ def find_whole_start(
         damaged.append(found)
         if _is_named(config, found.checkpoint):
             raise UserError(
-                f"{found.file} is damaged: {found.why}; {_instead(found, world)}.", is_shared=True
+                f"{found.file} is damaged ({found.why}), {_instead(found, world)}.", is_shared=True
             )
 
 
@@ -85,8 +85,8 @@ def told_as_damaged(start: Start, damaged: Sequence[Damaged]) -> list[str]:
         if lost < 0:  # somewhere else
             continue
         lines.append(
-            f"{error.file} is damaged: {error.why}. The run goes on from {start.source} instead: "
-            f"{lost} step{' is' if lost == 1 else 's are'} lost"
+            f"{error.file} is damaged ({error.why}), and the run goes on from {start.source} "
+            f"instead, which loses {lost} step{'s' * (lost != 1)}"
         )
     return lines
 
@@ -103,16 +103,18 @@ def _instead(named: Damaged, world: World) -> str:
     while path := world.on_main(lambda: checkpoint.latest(folder, without=without)):
         with contextlib.suppress(UserError):  # of one that cannot be read
             if damage(path, world) is None:
-                return f"{path} is the newest whole one there: name it by --resume"
+                return f"but {path} is the newest whole one there: name it by --resume"
         without.add(path.resolve())
-    return "none beside it is whole: bring one back from a copy, or begin anew with --resume none"
+    return (
+        "and none beside it is whole: bring one back from a copy, or begin anew with --resume none"
+    )
 
 
 def _all_damaged(folder: Path, damaged: Sequence[Damaged]) -> str:
     first = damaged[0]
     return (
-        f"{folder} holds no whole checkpoint ({first.file} is damaged: {first.why}): nothing was "
-        "removed; bring one back from a copy, or begin anew with --resume none."
+        f"{folder} holds no whole checkpoint ({first.file} is damaged: {first.why}), and nothing "
+        "was removed: bring one back from a copy, or begin anew with --resume none."
     )
 
 
@@ -166,7 +168,7 @@ def find_start(
             return same
         if config.output.resume == "auto":
             raise ValueError(
-                f"{_but_for(damaged)}{own} is of another run, with {_listed(differences)}; give "
+                f"{_but_for(damaged)}{own} is of another run, with {_listed(differences)}: give "
                 f"another --out, go on from it all the same with --resume {config.out_dir}, or "
                 "begin anew with --resume none."
             )
@@ -182,8 +184,8 @@ def find_start(
     meta = _read(path)
     if differences := differences_of(meta, _OF_THE_MODEL):
         raise ValueError(
-            f"{_but_for(damaged)}{path} cannot be resumed: it was trained with "
-            f"{_listed(differences)}; give the flags of that run, another --out, or --resume none."
+            f"{_but_for(damaged)}{path} cannot be resumed, as it was trained with "
+            f"{_listed(differences)}: give the flags of that run, another --out, or --resume none."
         )
     _check_steps(config, path, meta)
     has_past = is_taken and path.parent.samefile(root)
@@ -191,7 +193,7 @@ def find_start(
         if own is None:
             raise ValueError(_all_damaged(root, damaged))
         raise ValueError(
-            f"--out {config.out_dir} holds another run, with {own.name}; give another --out, or "
+            f"--out {config.out_dir} holds another run, with {own.name}: give another --out, or "
             "remove that folder."
         )
     if own is not None and own.samefile(path) and not differences_of(meta, _PARTS):
@@ -209,8 +211,8 @@ def with_choice(config: TrainConfig, meta: dict[str, Any]) -> TrainConfig:
 def _check_steps(config: TrainConfig, path: Path | None, meta: dict[str, Any]) -> None:
     if meta["step"] > config.run.steps:
         raise ValueError(
-            f"{path} is past the end: {meta['step']} steps are done and --steps is "
-            f"{config.run.steps}; raise --steps, or give another --out."
+            f"{path} is past the end, as {meta['step']} steps are done and --steps is "
+            f"{config.run.steps}: raise --steps, or give another --out."
         )
 
 
@@ -245,7 +247,7 @@ def _read(path: Path) -> dict[str, Any]:
     is_whole = all(isinstance(meta.get(name, ...), kind) for name, kind in kinds.items())
     is_whole = is_whole and (meta["choice"] is None or is_choice(meta["choice"]))
     if not (is_whole and (wire is None or _is_wire_state(wire))):
-        raise ValueError(f"{path} was not written by this job; resume from another checkpoint.")
+        raise ValueError(f"{path} was not written by this job: resume from another checkpoint.")
     return meta
 
 

@@ -104,5 +104,5 @@ class RunFlags(Flags):
         if self.min_lr is not None and self.warmup_steps >= self.steps - 1:
             raise ValueError(
                 f"--min-lr is {self.min_lr:g}, but of {self.steps} steps none follows the warm-up "
-                f"of {self.warmup_steps}; shorten --warmup-steps, or leave it out."
+                f"of {self.warmup_steps}: shorten --warmup-steps, or leave it out."
             )

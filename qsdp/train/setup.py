@@ -14,6 +14,7 @@ from torch import nn
 
 from qsdp import checkpoint
 from qsdp.common.printing import print_error
+from qsdp.common.user_errors import quoted
 from qsdp.data.batches import Batches, eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.data.tokenizer import hash_of
@@ -72,7 +73,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     source, meta = start.source, start.meta
     if world.is_main:
         for line in told_as_damaged(start, damaged):
-            print_error(f"warning: {line}")
+            print_error(f"warning: {line}.")
     if meta is not None and config.output.resume == "auto" and is_finished(config, meta):
         if world.is_main:
             # Who waits for the end of this start, as a job file does, sees that this is it.
@@ -168,12 +169,12 @@ def _check_targets(config: TrainConfig, model: nn.Module) -> None:
     try:
         prunable = Prunable.of(model, config.compression.patterns)
     except ValueError as error:
-        raise ValueError(f"--prunable: {error}.") from None
+        raise ValueError(f"--prunable: {quoted(error)}.") from None
     for target in config.compression.targets:
         try:
             prunable.check(target)
         except ValueError as error:
-            raise ValueError(f"--one-shot: {error}.") from None
+            raise ValueError(f"--one-shot: {quoted(error)}.") from None
 
 
 def _take_folder(config: TrainConfig, world: World, held: ExitStack) -> Lock | None:
@@ -186,7 +187,7 @@ def _take_folder(config: TrainConfig, world: World, held: ExitStack) -> Lock | N
             return held.enter_context(hold(out, takes_over=config.output.take_over))
         except OSError as error:
             raise ValueError(
-                f"--out {out} cannot be made or written to ({error.strerror}); give a folder where "
+                f"--out {out} cannot be made or written to ({error.strerror}): give a folder where "
                 "you may write."
             ) from None
 
@@ -198,8 +199,8 @@ def _take_folder(config: TrainConfig, world: World, held: ExitStack) -> Lock | N
         while holder(out) != owner:
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"--out {out} is not one folder for all nodes: what rank 0 writes there does "
-                    f"not reach rank {world.rank}; give a folder on a shared file system."
+                    f"--out {out} is not one folder for all nodes, as what rank 0 writes there "
+                    f"does not reach rank {world.rank}: give a folder on a shared file system."
                 )
             time.sleep(0.1)
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from qsdp import checkpoint
-from qsdp.common.user_errors import UserError
+from qsdp.common.user_errors import UserError, quoted
 from qsdp.data.tokenizer import hash_of
 from qsdp.export import FACTS, load_export, read_facts
 from qsdp.models.registry import family_of
@@ -86,8 +86,8 @@ def open_source(path: Path) -> Source:
         return Source(path, target, int(step), settings, num_ranks, model, has_tokenizer, method)
     except (UserError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"{path} was not written by this version of launch/train_gpt.py ({error}); name "
-            "another checkpoint."
+            f"{path} was not written by this version of launch/train_gpt.py ({quoted(error)}): "
+            "name another checkpoint."
         ) from None
 
 
@@ -109,6 +109,6 @@ def _check_tokenizer(path: Path, stated: Any) -> None:
     if stated in (None, hash_of("")):
         return
     if not stored.is_file():
-        raise ValueError(f"{path} lacks tokenizer.json, which the model was trained with; copy it.")
+        raise ValueError(f"{path} lacks tokenizer.json, which the model was trained with: copy it.")
     if hash_of(stored.read_text(encoding="utf-8", errors="replace")) != stated:
-        raise ValueError(f"{stored} is not the one that the model was trained with; copy it again.")
+        raise ValueError(f"{stored} is not the one that the model was trained with: copy it again.")

@@ -144,13 +144,13 @@ class WireFlags(Flags):
         if None not in (both, weights, grads):
             raise ValueError(
                 f"--qsdp-bits is {both} beside --qsdp-weight-bits {weights} and --qsdp-grad-bits "
-                f"{grads}, which leave it nothing to set; leave it out."
+                f"{grads}, which leave it nothing to set: leave it out."
             )
         if not is_given and self.qsdp_budget is None:
             for name in self._details():
                 raise ValueError(
                     f"{flag(name)} is given without --qsdp-bits, and stock FSDP2 would not heed "
-                    "it; add bits (of weights, gradients or both) or a budget, or leave it out."
+                    "it: add bits (of weights, gradients or both) or a budget, or leave it out."
                 )
             return None
         if self.qsdp_policy is not None:
@@ -166,7 +166,7 @@ class WireFlags(Flags):
             raise ValueError(_with_flags(str(error))) from None
         if self.qsdp_errors and not config.has_codes:
             raise ValueError(
-                "--qsdp-errors is for values of 8 bits or fewer, but there are none; choose other "
+                "--qsdp-errors is for values of 8 bits or fewer, but there are none: choose other "
                 "bits, or leave it out."
             )
         return config
@@ -200,7 +200,7 @@ class WireFlags(Flags):
         for name in [*others, *self._details()]:
             raise ValueError(
                 f"{flag(name)} is given beside --qsdp-bits {AUTO}, which decides on all of the "
-                "wire; give bits, or leave it out."
+                "wire: give bits, or leave it out."
             )
 
     def check_steps(self, num_passes: int) -> None:
@@ -211,12 +211,12 @@ class WireFlags(Flags):
         if wire.budget is not None and wire.warmup_steps >= num_passes:
             raise ValueError(
                 f"--qsdp-budget is allotted after a warm-up of {wire.warmup_steps} steps, but the "
-                f"run takes {num_passes}; shorten --qsdp-warmup-steps, or leave the budget out."
+                f"run takes {num_passes}: shorten --qsdp-warmup-steps, or leave the budget out."
             )
         if self.qsdp_level_steps is not None and min(wire.learning_steps) >= num_passes:
             raise ValueError(
                 f"--qsdp-level-steps begins with {min(wire.learning_steps)}, but the run takes "
-                f"{num_passes}; give earlier ones, or leave it out."
+                f"{num_passes}: give earlier ones, or leave it out."
             )
 
 
@@ -227,7 +227,7 @@ def _with_flags(message: str) -> str:
     rest = re.sub(
         rf"\b({names})='?([\w-]+)'?", lambda found: f"{flag('qsdp_' + found[1])} {found[2]}", rest
     )
-    return f"{flag('qsdp_' + name)} {rest}."
+    return f"{flag('qsdp_' + name)} {rest}"
 
 
 def parse_policy(text: str) -> Policy:
@@ -237,7 +237,7 @@ def parse_policy(text: str) -> Policy:
         found = re.fullmatch(r"\s*(\S+)=([0-9]{1,3})(?:/([0-9]{1,3}))?\s*", part)
         if found is None:
             raise ValueError(
-                f"--qsdp-policy holds {part!r}; give PATTERN=BITS or PATTERN=WEIGHT/GRADIENT, with "
+                f"--qsdp-policy holds {part!r}: give PATTERN=BITS or PATTERN=WEIGHT/GRADIENT, with "
                 "commas between."
             )
         pattern, weight, grad = found.groups()

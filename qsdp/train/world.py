@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from qsdp.common.allocator import keep_freed_memory
 from qsdp.common.collective_errors import collective, is_failure
 from qsdp.common.printing import flush_output
-from qsdp.common.user_errors import UserError, sentence
+from qsdp.common.user_errors import UserError, quoted, sentence
 from qsdp.train.run_flags import RunFlags
 from qsdp.train.signals import Stop
 
@@ -155,7 +155,7 @@ def open_world(
         dist.barrier(device_ids=[device.index] if backend == "nccl" else None)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"The ranks did not all meet over {backend} ({sentence(error)[:200]}); look for an "
+            f"the ranks did not all meet over {backend} ({quoted(error, 200)}): look for an "
             "earlier message on another node, and at the address that torchrun was given."
         ) from None
     try:
@@ -173,12 +173,12 @@ def _device(backend: str | None) -> torch.device:
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if not num_gpus:
         if backend == "nccl":
-            raise UserError("--backend is nccl, but this node has no GPU; leave it out.")
+            raise UserError("--backend is nccl, but this node has no GPU: leave it out.")
         return torch.device("cpu")
     if backend != "gloo" and local_rank >= num_gpus:
         raise UserError(
-            f"This node has {num_gpus} GPU{'s' * (num_gpus > 1)}, too few for local rank "
-            f"{local_rank}, and NCCL takes one rank a GPU; lower --nproc-per-node, or let ranks "
+            f"this node has {num_gpus} GPU{'s' * (num_gpus > 1)}, too few for local rank "
+            f"{local_rank}, and NCCL takes one rank a GPU: lower --nproc-per-node, or let ranks "
             "share GPUs with --backend gloo."
         )
     return torch.device("cuda", local_rank % num_gpus)
@@ -222,4 +222,4 @@ def _meet() -> tuple[int, int, Any]:
         if json.loads(here.get("words"))[rank - 1] == own:
             return rank, size, here
         time.sleep(_LOOK_AGAIN.total_seconds() / 10)
-    raise RuntimeError(f"rank 0 or another one did not come within {MEETING_TIMEOUT}")
+    raise RuntimeError(f"rank 0 or another one did not come within {MEETING_TIMEOUT}.")

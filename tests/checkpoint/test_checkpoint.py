@@ -68,7 +68,7 @@ def test_a_step_may_be_saved_again(tmp_path: Path) -> None:
 def test_no_checkpoint_to_keep_is_refused_before_anything_is_written(
     tmp_path: Path, keep: int
 ) -> None:
-    with pytest.raises(ValueError, match=f"keep is {keep}; choose 1 or more"):
+    with pytest.raises(ValueError, match=f"keep is {keep}: choose 1 or more"):
         checkpoint.save(tmp_path, 1, *make(), {}, keep=keep)
     assert not [*tmp_path.iterdir()]
 
@@ -339,7 +339,7 @@ def test_metrics_keep_one_line_a_step_over_crashes(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["loss"] is None
-    with pytest.raises(ValueError, match="last_step is -1; choose 0 or more"):
+    with pytest.raises(ValueError, match="last_step is -1: choose 0 or more"):
         MetricsWriter(path, last_step=-1)
     with MetricsWriter(path):
         pass

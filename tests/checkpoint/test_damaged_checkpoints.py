@@ -67,7 +67,7 @@ def kept(folder: Path) -> list[str]:
 def used_instead(folder: Path, printed: str) -> list[tuple[str, str, str]]:
     """Of each warning: the damaged checkpoint, the one that is used, how many steps are lost."""
     found = re.findall(
-        r"^warning: .*(step-\d+)/\S+ is damaged: .*from .*(step-\d+) instead: (\d+) steps? ",
+        r"^warning: .*(step-\d+)/\S+ is damaged .* from .*(step-\d+) instead, .* (\d+) steps?\.$",
         printed,
         re.MULTILINE,
     )
@@ -226,7 +226,7 @@ def test_a_checkpoint_past_the_end_is_refused_by_auto_too(
     path = path.rename(path.with_name("step-00000009"))
     (path / "meta.json").write_text(sealed(checkpoint_meta(path, step=9)))
     said = refused(small_run(folder, *FLAGS), capfd)
-    assert "step-00000009 is past the end: 9 steps are done and --steps is 4" in said
+    assert "step-00000009 is past the end, as 9 steps are done and --steps is 4" in said
 
 
 def checkpoint_meta(path: Path, **changes: Any) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def test_a_policy_that_names_a_tied_parameter_by_its_second_name_is_told_the_fir
     for pattern in ("head.weight", "head*"):
         config = qsdp.QSDPConfig(policy=((pattern, 4),))
         with pytest.raises(
-            ValueError, match=r"'head\.weight', which is tied to 'embed.weight'; use"
+            ValueError, match=r"'head\.weight', which is tied to 'embed.weight': use"
         ):
             check_policy(config, names, tied_names(model))
     check_policy(qsdp.QSDPConfig(policy=(("*.weight", 4),)), names, tied_names(model))

@@ -154,7 +154,7 @@ def test_an_interrupt_ends_with_status_130_and_one_line(
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 130
-    assert re.fullmatch(r"interrupted; .*\n", capfd.readouterr().err)
+    assert re.fullmatch(r"interrupted, and .*\.\n", capfd.readouterr().err)
 
 
 @pytest.mark.slow

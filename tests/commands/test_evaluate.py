@@ -31,7 +31,7 @@ FLAGS = [
     BadInput("a sparsity of 2", "{}/run --targets 2", "--targets: sparsity is 2.0"),
     BadInput("an unknown split", "{}/run --split train", "--split is 'train'"),
     BadInput("fewer than no batches", "{}/run --eval-batches=-1", "--eval-batches is -1"),
-    BadInput("an unknown method", "{}/run --method obs", "--method is 'obs'; choose one of"),
+    BadInput("an unknown method", "{}/run --method obs", "--method is 'obs': choose one of"),
     BadInput("a method for nothing", "{}/run --targets none --method magnitude", "nothing to do"),
     BadInput("missing data", "{}/run --data {}/none.txt", "none.txt cannot be read"),
     BadInput("data of another tokenizer", "{}/run --data {}/new.txt", "'~'", ("new.txt", b"~~~~")),
@@ -123,7 +123,7 @@ def test_the_loss_of_an_export_is_the_one_shot_loss_of_the_run(
     capfd.readouterr()
     with pytest.raises(SystemExit):
         evaluate.main([str(export), "--method", "magnitude"])
-    assert re.fullmatch(r"error: --method .* is compressed already; .*\n", capfd.readouterr().err)
+    assert re.fullmatch(r"error: --method .* is compressed already: .*\n", capfd.readouterr().err)
 
 
 def test_the_test_split_is_the_last_half_of_the_validation_split(

@@ -302,7 +302,7 @@ def mistake(one: str, other: str, made: list[Values]) -> str | None:
     try:
         both = seen(given(one, other), made)
     except ValueError as error:
-        is_told = re.fullmatch(r"--[^\n]*; [^\n]*\.", str(error)) is not None
+        is_told = re.fullmatch(r"--[^\n]*: [^\n]*[^.]\.", str(error)) is not None
         return None if is_excluded(one, other) and is_told else f"{one}, {other}: {error}"
     if is_excluded(one, other):
         return f"{one} and {other} are taken together"

@@ -86,7 +86,7 @@ class TestTokenizers:
 
     @pytest.mark.parametrize("wrong", [-1, 256])
     def test_an_id_outside_the_vocabulary_is_refused(self, wrong: int) -> None:
-        with pytest.raises(ValueError, match=f"Token id {wrong} is outside the tokenizer's 0..255"):
+        with pytest.raises(ValueError, match=f"token id {wrong} is outside the tokenizer's 0..255"):
             load_tokenizer("byte").decode([0, wrong])
 
     def test_a_library_tokenizer_does_what_its_file_says(self, library_file: Path) -> None:
@@ -113,7 +113,7 @@ class TestTokenizers:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (None, "There is no tokenizer"),
+            (None, "there is no tokenizer"),
             ("not json", "not a JSON file"),
             ("{}", "no tokenizer that the tokenizers library can read"),
             ('{"kind": "word"}', "was not written by qsdp, or is damaged"),
@@ -266,11 +266,15 @@ class TestShards:
         [
             ("meta.json", None, "has no meta.json"),
             ("meta.json", b"{", "not readable JSON"),
-            ("meta.json", b'{"dtype": "int8", "vocab_size": 9}', "must state a dtype"),
+            ("meta.json", b'{"dtype": "int8", "vocab_size": 9}', "does not state a dtype"),
             ("meta.json", b'{"dtype": "uint16", "vocab_size": 2}', "holds the token id 4"),
-            ("meta.json", b'{"dtype": "uint16", "vocab_size": true}', "must state a dtype"),
-            ("meta.json", b'{"dtype": "uint16", "vocab_size": 65537}', "must state a dtype"),
-            ("meta.json", b'{"dtype": "uint32", "vocab_size": 1%s}' % (b"0" * 30), "must state"),
+            ("meta.json", b'{"dtype": "uint16", "vocab_size": true}', "does not state a dtype"),
+            ("meta.json", b'{"dtype": "uint16", "vocab_size": 65537}', "does not state a dtype"),
+            (
+                "meta.json",
+                b'{"dtype": "uint32", "vocab_size": 1%s}' % (b"0" * 30),
+                "does not state",
+            ),
             ("meta.json", DEEP, "not readable JSON"),
             ("train-00001.bin", None, "lacks train-00001.bin"),
             ("val-00000.bin", None, "lacks val-00000.bin"),
@@ -307,8 +311,8 @@ class TestShards:
         (tmp_path / "b.txt").write_bytes(b"\xff" * 100)
         for paths, message in (
             (["a.txt", "b.txt"], r"b.txt is not UTF-8 text \(byte 0\)"),
-            (["a.txt", "c.txt"], "There is no text file"),
-            ([], "No text file was given"),
+            (["a.txt", "c.txt"], "there is no text file"),
+            ([], "no text file was given"),
         ):
             with pytest.raises(ValueError, match=message):
                 prepare_shards([tmp_path / p for p in paths], tmp_path / "out", "byte")
@@ -369,10 +373,10 @@ class TestBatches:
         ("changes", "message"),
         [
             ({"tokens": numbers(16)}, "training split has 16 tokens, but one sequence of 16"),
-            ({"batch_size": 0}, "A batch of 0 sequences"),
+            ({"batch_size": 0}, "a batch of 0 sequences"),
             ({"seq_len": 0}, "sequences of 0 tokens"),
             ({"grad_accum": 0}, "grad_accum is 0"),
-            ({"seed": -1}, "The seed is -1"),
+            ({"seed": -1}, "the seed is -1"),
             ({"batch_size": 20}, "takes 640 tokens, but the training split has only 500"),
         ],
     )
@@ -453,7 +457,7 @@ class TestCommandLine:
             ([], "--out"),
             (
                 ["{}/absent.txt", "--out", "{}/out"],
-                r"There is no text file .*absent\.txt: give files that exist\.",
+                r"there is no text file .*absent\.txt: give files that exist\.",
             ),
         ],
     )
@@ -474,4 +478,4 @@ class TestCommandLine:
         assert stop.value.code == 2
         told = capfd.readouterr().err
         assert re.search(said, told)
-        assert re.fullmatch(r"\S.*\.\n", told), told
+        assert re.fullmatch(r"error: [^A-Z].*[^.]\.\n", told), told

@@ -34,15 +34,15 @@ FLAGS = [
     BadInput("nothing to do", "{}/run", "nothing says what to compress to"),
     BadInput("a sparsity of 1.2", "{}/run --sparsity 1.2", "--sparsity is 1.2"),
     BadInput("a sparsity in words", "{}/run --sparsity half", "--sparsity"),
-    BadInput("a pattern without a colon", "{}/run --pattern 24", "--pattern is '24'; give N:M"),
+    BadInput("a pattern without a colon", "{}/run --pattern 24", "--pattern is '24': give N:M"),
     BadInput("a pattern that keeps all", "{}/run --pattern 4:4", "--pattern is 4:4"),
-    BadInput("a pattern and a sparsity", "{}/run --pattern 2:4 --sparsity 0.5", "goes with no"),
-    BadInput("a pattern and no sparsity", "{}/run --pattern 2:4 --sparsity 0", "goes with no"),
+    BadInput("a pattern and a sparsity", "{}/run --pattern 2:4 --sparsity 0.5", "is given beside"),
+    BadInput("a pattern and no sparsity", "{}/run --pattern 2:4 --sparsity 0", "is given beside"),
     BadInput("a scope of nothing", "{}/run --sparsity 0 --scope layer", "--scope is given without"),
     BadInput("1 bit", "{}/run --bits 1", "--bits is 1"),
     BadInput("an unknown scope", "{}/run --sparsity 0.5 --scope row", "--scope is 'row'"),
     BadInput("blocks of nothing", "{}/run --bits 4 --block 4", "--block is given without"),
-    BadInput("an unknown method", "{}/run --bits 4 --method obs", "--method is 'obs'; choose one"),
+    BadInput("an unknown method", "{}/run --bits 4 --method obs", "--method is 'obs': choose one"),
     BadInput("a method for nothing", "{}/run --sparsity 0 --method magnitude", "nothing to do"),
     BadInput("an unknown flag", "{}/run --sparsty 0.5", "--sparsty"),
     BadInput("files of no size", "{}/run --bits 4 --max-file-gib 0", "--max-file-gib is 0"),
@@ -179,7 +179,7 @@ def test_a_failure_midway_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_files_that_hold_nothing_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="file_bytes is 0; choose 1 or more"):
+    with pytest.raises(ValueError, match="file_bytes is 0: choose 1 or more"):
         export_compressed(tmp_path, SIZE, Compression(bits=4), tmp_path / "out", file_bytes=0)
 
 
@@ -209,7 +209,7 @@ def test_a_folder_in_use_a_damaged_checkpoint_and_many_processes_are_refused(
     shards.write_bytes(content)
     assert "is damaged" in refused(flags, tmp_path / "out", capfd)
     shards.unlink()
-    assert "is damaged: it is missing" in refused(flags, tmp_path / "out", capfd)
+    assert "is damaged (it is missing)" in refused(flags, tmp_path / "out", capfd)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "one process" in refused(flags, tmp_path / "out", capfd)
     assert not (tmp_path / "out").exists()

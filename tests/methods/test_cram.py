@@ -154,7 +154,7 @@ def test_a_base_that_takes_closures_or_sparse_gradients_is_refused(make: Any) ->
         (SAM, {}),
         (ACDC, {"schedule": 20, "prunable": ["1.weight"]}),
     ):
-        with pytest.raises(ValueError, match=f"is {make.__name__}; give one whose") as caught:
+        with pytest.raises(ValueError, match=f"is {make.__name__}: give one whose") as caught:
             wrapper(model, base, **options)
         assert "\n" not in str(caught.value)
 
@@ -181,7 +181,7 @@ def test_sparse_gradients_are_refused(method: str, prunable: str) -> None:
             closure()
             clip_grad_norm_(model.parameters(), 1.0)
 
-    with pytest.raises(ValueError, match=r"is torch\.sparse_coo; only dense ones"):
+    with pytest.raises(ValueError, match=r"is torch\.sparse_coo, but only dense ones"):
         step()
     assert all(torch.equal(w, before[name]) for name, w in _weights(model).items())
 
@@ -197,7 +197,7 @@ def test_copies_are_refused_and_a_state_is_not(method: str, make_copy: Any) -> N
 
     model, optimizer = make()
     _steps(model, optimizer, range(3))
-    with pytest.raises(TypeError, match="cannot be copied or pickled; copy the model"):
+    with pytest.raises(TypeError, match="cannot be copied or pickled: copy the model"):
         make_copy(optimizer)
     twin, other = make()
     twin.load_state_dict(model.state_dict())

@@ -170,7 +170,7 @@ def test_a_damaged_twin_counts_as_none(
     capfd.readouterr()
     train.main(flags)
     printed = capfd.readouterr()
-    assert re.fullmatch(rf"warning: {data} is damaged: .* counts as none\n", printed.err)
+    assert re.fullmatch(rf"warning: {data} is damaged .*, .* counts as none\.\n", printed.err)
     loss = json.loads((out / "summary.json").read_text())["dense_twin_val_loss"]
     if save_every == 12:  # the last dense phase was over
         assert loss is None

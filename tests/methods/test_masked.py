@@ -127,10 +127,10 @@ def test_bad_arguments_are_refused_in_a_sentence() -> None:
     model = make_model()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
     for options, message in (
-        ({"schedule": SCHEDULE, "target": "0.5+4bit"}, "a mask cannot round"),
+        ({"schedule": SCHEDULE, "target": "0.5+4bit"}, "a mask rounds no weights"),
         ({"schedule": SCHEDULE, "target": "2:4"}, "cannot cut into groups of 4"),
         ({"schedule": SCHEDULE, "max_norm": 0.0}, "max_norm is 0.0"),
-        ({"schedule": ACDCSchedule.of(20, warmup=0)}, "AC/DC begins dense"),
+        ({"schedule": ACDCSchedule.of(20, warmup=0)}, "but AC/DC begins dense"),
         ({"schedule": 20, "prunable": ["nothing"]}, "matches no parameter"),
         ({"schedule": 10.0}, "the schedule is 10.0"),
         ({"schedule": None}, "the schedule is None"),
@@ -142,11 +142,11 @@ def test_bad_arguments_are_refused_in_a_sentence() -> None:
         GMP(model, base, schedule=10)  # type: ignore[arg-type]
     double = make_model().double()
     for target in (0.5, "2:4+4bit", "4bit"):
-        with pytest.raises(ValueError, match=r"is torch\.float64; only"):
+        with pytest.raises(ValueError, match=r"is torch\.float64, but only"):
             CrAM(double, torch.optim.SGD(double.parameters()), sparsity=target)
-    with pytest.raises(ValueError, match=r"is torch\.float64; only"):
+    with pytest.raises(ValueError, match=r"is torch\.float64, but only"):
         ACDC(double, torch.optim.SGD(double.parameters()), schedule=SCHEDULE)
-    with pytest.raises(ValueError, match=r"is torch\.float64; only"):
+    with pytest.raises(ValueError, match=r"is torch\.float64, but only"):
         GMP(double, torch.optim.SGD(double.parameters()), schedule=GRADUAL)
     with pytest.raises(ValueError, match="scope is 'row'"):
         GMP(model, base, schedule=GRADUAL, scope="row")

@@ -56,9 +56,9 @@ def test_schedules_that_cannot_be_are_refused(call: str) -> None:
     cases: list[tuple[dict[str, Any], str]]
     if call == "acdc":
         cases = [
-            ({"warmup": -1}, "warmup is -1; choose 0"),
-            ({"phase": 0}, "phase is 0; choose 1"),
-            ({"last_sparse": 0}, "last_sparse is 0; choose 1"),
+            ({"warmup": -1}, "warmup is -1: choose 0"),
+            ({"phase": 0}, "phase is 0: choose 1"),
+            ({"last_sparse": 0}, "last_sparse is 0: choose 1"),
             ({"warmup": 90}, "take 115 of 100 steps"),
             ({"warmup": 75, "phase": 5}, "phase is 5, but"),
         ]

@@ -171,7 +171,7 @@ def test_weights_have_the_standard_deviation_of_gpt2() -> None:
 
 
 def test_a_negative_seed_is_refused() -> None:
-    with pytest.raises(ValueError, match="The seed is -1"):
+    with pytest.raises(ValueError, match="the seed is -1"):
         make(seed=-1)
 
 

@@ -100,7 +100,7 @@ def test_a_model_of_another_function_is_refused(
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"There is no .*config\.json"):
+    with pytest.raises(ValueError, match=r"there is no .*config\.json"):
         load_huggingface(tmp_path / "absent")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not readable JSON"):
@@ -121,7 +121,7 @@ def test_missing_damaged_and_incomplete_weights_are_refused(folder: Path) -> Non
     with pytest.raises(ValueError, match="no readable safetensors file"):
         load_huggingface(folder)
     path.unlink()
-    with pytest.raises(ValueError, match=r"There is no .*model\.safetensors"):
+    with pytest.raises(ValueError, match=r"there is no .*model\.safetensors"):
         load_huggingface(folder)
 
 

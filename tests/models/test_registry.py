@@ -107,9 +107,9 @@ class WithoutSizes(ModelSpec[Any]):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        ({}, r"other_family is registered, but has no FAMILY; let it end with FAMILY = \.\.\."),
+        ({}, r"other_family is registered, but has no FAMILY: let it end with FAMILY = \.\.\."),
         ({"FAMILY": Other}, "FAMILY in other_family is <class .*Other'>: let it be an object of a"),
-        ({"FAMILY": WithoutSizes()}, "The family other has no sizes: see ModelSpec"),
+        ({"FAMILY": WithoutSizes()}, "the family other has no sizes: give it some"),
     ],
 )
 def test_a_family_that_is_none_is_refused(

@@ -93,12 +93,12 @@ def test_a_solver_that_needs_tokens_gets_them_and_no_other(tmp_path: Path) -> No
     assert model.blocks[0].weight.all()
     with pytest.raises(ValueError, match="'calibrated' needs calibration tokens, which no"):
         oneshot.compress_(model, 0.5, method="calibrated")
-    with pytest.raises(ValueError, match="'magnitude' uses no calibration tokens; give none"):
+    with pytest.raises(ValueError, match="'magnitude' uses no calibration tokens: give none"):
         oneshot.compress_(model, 0.5, tokens=tokens)
     path = tmp_path / "none"
     with pytest.raises(ValueError, match="needs calibration tokens"):
         export_compressed(path, SIZE, Compression(bits=4), path, method="calibrated")
-    with pytest.raises(ValueError, match=r"method is 'obs'; choose one of .*magnitude, by_chance"):
+    with pytest.raises(ValueError, match=r"method is 'obs': choose one of .*magnitude, by_chance"):
         oneshot.compress_(model, 0.5, method="obs")
     assert model.blocks[0].weight.all()
 
@@ -106,8 +106,8 @@ def test_a_solver_that_needs_tokens_gets_them_and_no_other(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("module", "said"),
     [
-        ({}, "odd_solver is registered, but has no SOLVER; let it end with SOLVER = "),
-        ({"SOLVER": len}, "SOLVER in odd_solver is <built-in function len>; let it be a Solver"),
+        ({}, "odd_solver is registered, but has no SOLVER: let it end with SOLVER = "),
+        ({"SOLVER": len}, "SOLVER in odd_solver is <built-in function len>: let it be a Solver"),
     ],
 )
 def test_a_solver_that_is_none_is_refused(

@@ -458,10 +458,10 @@ def test_bad_tensors_raise(kernels: str) -> None:
         torch.ops.qsdp.decode(payload, table, 0, buffer, add=True)
     rows, parts = (payload[None], table[None]), torch.tensor([[0, 0, 0, 0, 0]])
     for place, value, told in (
-        (Part.TABLE, 1, "a part names table 1 of 1; give one"),
-        (Part.BUFFER, -1, "a part names buffer -1 of 1; give one"),
-        (Part.PAYLOAD, 7, "a part names payload 7 of 1; give one"),
-        (Part.ADD, 2, "a part has ADD 2; give 0 or 1"),
+        (Part.TABLE, 1, "a part names table 1 of 1: give one"),
+        (Part.BUFFER, -1, "a part names buffer -1 of 1: give one"),
+        (Part.PAYLOAD, 7, "a part names payload 7 of 1: give one"),
+        (Part.ADD, 2, "a part has ADD 2: give 0 or 1"),
         (Part.ADD, 1, "give an fp32 buffer"),
     ):
         bad = parts.clone()
@@ -490,7 +490,7 @@ def test_python_serves_where_it_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "sentence"),
     [
-        ("QSDP_CPU_CAPABILITY", "sse2", "QSDP_CPU_CAPABILITY is sse2; give one of default"),
+        ("QSDP_CPU_CAPABILITY", "sse2", "QSDP_CPU_CAPABILITY is sse2: give one of default"),
         ("QSDP_CPU_CAPABILITY", "avx512", "QSDP_CPU_CAPABILITY is avx512, which cannot run here"),
     ],
 )
@@ -511,5 +511,5 @@ def test_a_missing_library_is_an_error_where_it_is_required(
 ) -> None:
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "_qsdp_native.so")
     monkeypatch.setenv("QSDP_REQUIRE_NATIVE", "1")
-    with pytest.raises(RuntimeError, match="QSDP_REQUIRE_NATIVE=1 but"):
+    with pytest.raises(RuntimeError, match="QSDP_REQUIRE_NATIVE is 1, but"):
         native.load()

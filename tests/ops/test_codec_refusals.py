@@ -209,12 +209,9 @@ def test_adding_into_anything_but_fp32_is_refused_before_anything_is_written(dty
 
 
 def assert_one_sentence(message: str) -> None:
-    assert message
-    assert "\n" not in message
-    assert not re.search(r"\. |\.$", message), f"more than one sentence: {message}"
-    assert re.search(r"give|make|takes|code |choose", message), (
-        f"does not say what is allowed: {message}"
-    )
+    assert re.fullmatch(r".*[^.]\.", message), f"not one line with a full stop: {message}"
+    assert ". " not in message, f"more than one sentence: {message}"
+    assert re.search(r": (give|make|code) [^:;]*$", message), f"no advice at the end: {message}"
 
 
 @pytest.mark.parametrize("given", [call(), learned()], ids=["uniform", "learned"])

@@ -51,7 +51,7 @@ def test_what_serves_the_cpu_is_named() -> None:
 def test_a_missing_library_is_slow_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_library", None)
     assert native.remark(CPU).startswith("SLOW kernels: plain PyTorch's")
-    assert "_qsdp_native.so is not installed; install qsdp where" in native.remark(CPU)
+    assert "_qsdp_native.so is not installed: install qsdp where" in native.remark(CPU)
 
 
 @pytest.mark.usefixtures("with_gpu")
@@ -64,7 +64,7 @@ def test_the_cuda_kernels_are_named_by_the_gpu_that_they_serve(
     assert native.serving(GPU) == "cuda sm_90"
     assert native.remark(GPU) == "kernels: cuda sm_90"
     monkeypatch.setattr(native, "_runs_on", lambda device: False)
-    with pytest.raises(RuntimeError, match=r"has no kernels for this GPU \(sm_90\); install"):
+    with pytest.raises(RuntimeError, match=r"has no kernels for this GPU \(sm_90\): install"):
         native.serving(GPU)
 
 
@@ -73,9 +73,9 @@ def test_python_on_a_gpu_is_said_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert not native.has_cuda_kernels()
     assert native.serving(GPU) == native.PYTHON
     assert native.remark(GPU).startswith("SLOW kernels: plain PyTorch's")
-    assert "_qsdp_cuda.so is not installed; install qsdp where nvcc" in native.remark(GPU)
+    assert "_qsdp_cuda.so is not installed: install qsdp where nvcc" in native.remark(GPU)
     monkeypatch.setenv("QSDP_REQUIRE_NATIVE", "1")
-    with pytest.raises(RuntimeError, match=r"QSDP_REQUIRE_NATIVE=1 but _qsdp_cuda\.so is not"):
+    with pytest.raises(RuntimeError, match=r"QSDP_REQUIRE_NATIVE is 1, but _qsdp_cuda\.so is not"):
         native.serving(GPU)
     assert native.serving(CPU) == native.capability()
 
@@ -96,7 +96,7 @@ def test_a_tensor_on_a_gpu_is_refused_where_its_kernels_are_required_but_absent(
     env = os.environ | {"QSDP_REQUIRE_NATIVE": required}
     printed = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
     assert printed.strip() == str([required == "1"] * len(OPERATORS))
-    with pytest.raises(RuntimeError, match=r"QSDP_REQUIRE_NATIVE=1 but _qsdp_cuda\.so is not"):
+    with pytest.raises(RuntimeError, match=r"QSDP_REQUIRE_NATIVE is 1, but _qsdp_cuda\.so is not"):
         native._refuse(torch.ones(1), 0)
 
 

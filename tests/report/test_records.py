@@ -86,10 +86,10 @@ def test_lines_wait_until_there_is_room(
             path.rename(later)
             writer.moved(later)
             assert [line["step"] for line in writer.history] == [*range(1, 40)]
-        assert "cannot be written (File too large): the run goes on" in capsys.readouterr().err
+        assert "cannot be written (File too large), but the run goes on" in capsys.readouterr().err
         writer.sync()
         assert steps(later) == [*range(1, 40)]
-        assert "all lines that waited are in it\n" in capsys.readouterr().err
+        assert "with all lines that waited.\n" in capsys.readouterr().err
         writer.log({"step": 40, "loss": 1.0})
         with no_sync():
             writer.sync()
@@ -97,7 +97,7 @@ def test_lines_wait_until_there_is_room(
         with later.open("r+b") as file:
             file.truncate(later.stat().st_size - 7)  # nor was all of it
     assert steps(later) == [*range(1, 41)]
-    assert capsys.readouterr().err.endswith("all lines that waited are in it\n")
+    assert capsys.readouterr().err.endswith("with all lines that waited.\n")
 
 
 def test_lines_that_wait_have_a_bound_and_lost_ones_are_counted(
@@ -116,7 +116,7 @@ def test_lines_that_wait_have_a_bound_and_lost_ones_are_counted(
         assert kept == [*range(100 - len(kept), 100)]
         assert len(kept) < 20
     assert path.read_text() == ""
-    assert f"warning: 99 lines of {path} were never written\n" in capsys.readouterr().err
+    assert f"warning: 99 lines of {path} were never written.\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_moved", [False, True])
@@ -130,7 +130,7 @@ def test_a_file_that_is_gone_is_made_again(
             path.rename(tmp_path / "elsewhere") if is_moved else path.unlink()
             writer.sync()
             assert steps(path) == [*range(1, last + 1)]
-            said = f"warning: {path} was gone: it is there again, with all its lines\n"
+            said = f"warning: {path} was gone, and is there again with all its lines.\n"
             assert capsys.readouterr().err == said
         write_steps(writer, range(7, 8))
         path.unlink()
@@ -190,9 +190,9 @@ def test_a_file_that_may_not_appear_again_is_missed_once(
         writer.sync()
     assert not path.exists()
     first, last = capsys.readouterr().err.splitlines()
-    assert "cannot be written (the folder is another run's now): the run goes on" in first
+    assert "cannot be written (the folder is another run's now), but the run goes on" in first
     lost = f"warning: 5 lines of {path} were never written"
-    assert last == f"{lost}, and the file is gone with those before"
+    assert last == f"{lost}, and the file is gone with those before."
 
 
 def test_events_that_cannot_be_written_stop_with_one_line(
@@ -403,7 +403,7 @@ def test_a_run_whose_records_all_fail_comes_to_its_end(
     assert stop.value.code == 2
     *warnings, end = said.err.splitlines()
     assert end.startswith(f"error: the training is done, with its last checkpoint in {out}/check")
-    assert end.endswith("and the same command writes it")
+    assert end.endswith("and the same command writes it.")
     assert sum(line.startswith("warning: ") for line in warnings) == 3 + len(events())
     assert "no font" in said.err
     assert "3 lines of" in said.err

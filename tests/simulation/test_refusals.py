@@ -64,7 +64,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tied name": (
         {"model": tied_in_one_group, "groups": [], "config": {"policy": (("out.weight", 4),)}},
-        "'out.weight', which is tied to 'embed.weight'; use that name",
+        "'out.weight', which is tied to 'embed.weight': use that name",
     ),
     "unknown name": ({"groups": ["bolck"]}, "'bolck'"),
     "foreign module": ({"groups": [nn.GELU()]}, "GELU"),
@@ -88,7 +88,7 @@ def refusal(call: Callable[[], object]) -> str:
         call()
     message = str(caught.value)
     assert "\n" not in message
-    assert not re.search(r"\. |\.$", message), f"more than one sentence: {message}"
+    assert re.fullmatch(r"([^.]|\.(?! ))+[^.]\.", message), f"not one sentence: {message}"
     return message
 
 
@@ -119,9 +119,9 @@ def test_wrong_calls_of_a_simulation_are_named_in_one_sentence() -> None:
     ("masks", "mistake"),
     [
         ({"block.7": torch.ones(20, 12, dtype=torch.bool)}, "'block.7', which is no parameter"),
-        ({"out.weight": torch.ones(5, dtype=torch.bool)}, r"shape (5,), and the parameter (5, 12)"),
-        ({"out.weight": torch.ones(5, 12)}, "a Tensor of torch.float32; give a bool tensor"),
-        ({"out.weight": [[True] * 12] * 5}, "a list of None; give a bool tensor"),
+        ({"out.weight": torch.ones(5, dtype=torch.bool)}, r"shape (5,), but the parameter (5, 12)"),
+        ({"out.weight": torch.ones(5, 12)}, "a Tensor of torch.float32: give a bool tensor"),
+        ({"out.weight": [[True] * 12] * 5}, "a list of None: give a bool tensor"),
     ],
 )
 def test_masks_that_fit_no_parameter_are_refused(masks: Any, mistake: str) -> None:

@@ -57,9 +57,9 @@ FLAGS = [
     BadInput("a missing checkpoint", "--resume {}/none", "none does not exist"),
     BadInput("1 bit", "--qsdp-bits 1", "--qsdp-bits is 1"),
     BadInput("9 bits", "--qsdp-weight-bits 9", "--qsdp-weight-bits is 9"),
-    BadInput("bits in words", "--qsdp-grad-bits four", "is 'four'; give an integer"),
+    BadInput("bits in words", "--qsdp-grad-bits four", "is 'four': give an integer"),
     BadInput(
-        "bits with a point", "--qsdp-bits 8.0", "--qsdp-bits is '8.0'; give an integer or auto"
+        "bits with a point", "--qsdp-bits 8.0", "--qsdp-bits is '8.0': give an integer or auto"
     ),
     BadInput(
         "bits to choose and bits",
@@ -74,11 +74,11 @@ FLAGS = [
     BadInput(
         "bits to choose and replicas", "--qsdp-bits auto --replicas 2", "--replicas is 2 beside"
     ),
-    BadInput("a rate in words", "--min-lr=low", "--min-lr is 'low'; give a number"),
-    BadInput("no tokenizer's name", "--tokenizer=", "--tokenizer is ''; choose"),
-    BadInput("no data's name", "--data=", "--data is ''; give"),
-    BadInput("a name that is not UTF-8", "--out {}/\udcff", "\\udcff'; give UTF-8 text"),
-    BadInput("a config file that is a folder", "--config {}", "is not a file; give a TOML file"),
+    BadInput("a rate in words", "--min-lr=low", "--min-lr is 'low': give a number"),
+    BadInput("no tokenizer's name", "--tokenizer=", "--tokenizer is '': choose"),
+    BadInput("no data's name", "--data=", "--data is '': give"),
+    BadInput("a name that is not UTF-8", "--out {}/\udcff", "\\udcff': give UTF-8 text"),
+    BadInput("a config file that is a folder", "--config {}", "is not a file: give a TOML file"),
     BadInput(
         "a config file nested without end",
         "--config {}/deep.toml",
@@ -143,7 +143,7 @@ FLAGS = [
     BadInput(
         "no sparsity",
         "--config {}/empty.toml",
-        "--cram-sparsity is (); give numbers from 0",
+        "--cram-sparsity is (): give numbers from 0",
         ("empty.toml", b"cram_sparsity = []\n"),
     ),
     BadInput("GMP's flag under AC/DC", "--acdc --gmp-every 5", "--gmp-every is given without"),
@@ -172,7 +172,7 @@ FLAGS = [
     BadInput("a negative rho", "--cram --cram-rho=-0.1", "--cram-rho is -0.1"),
     BadInput("an unknown preset", "--model gpt5", "--model is 'gpt5'"),
     BadInput("no steps", "--steps 0", "--steps is 0"),
-    BadInput("no bad step", "--max-bad-steps 0", "--max-bad-steps is 0; choose 1 or more"),
+    BadInput("no bad step", "--max-bad-steps 0", "--max-bad-steps is 0: choose 1 or more"),
     BadInput("no time to wait", "--timeout-s 0", "--timeout-s is 0"),
     BadInput("half a step", "--steps 1.5", "--steps"),
     BadInput("an unknown flag", "--stepz 3", "--stepz"),

@@ -21,7 +21,7 @@ def refused(flags: list[str], capfd: pytest.CaptureFixture[str]) -> str:
 
 
 def assert_is_one_sentence(text: str) -> None:
-    assert re.fullmatch(r"error: \S.*\n", text), text
+    assert re.fullmatch(r"error: \S.*[^.]\.\n", text), text
     assert "Traceback" not in text
 
 

@@ -77,7 +77,7 @@ class Step:
         hits = [number for number, line in enumerate(lines) if self.anchor in line]
         if len(hits) != 1:
             raise RecipeError(
-                f"{self.place}: {len(hits)} lines of {self.path} have {self.anchor!r}; name one"
+                f"{self.place}: {len(hits)} lines of {self.path} have {self.anchor!r}: name one"
             )
         begin = hits[0] + (self.kind == "after")
         lines[begin : hits[0] + 1] = self.text.splitlines(keepends=True)

@@ -285,5 +285,5 @@ def test_a_loss_that_is_not_finite_makes_the_norm_nan_and_another_changes_nothin
 @pytest.mark.parametrize("loss", ["low", torch.ones(2), torch.tensor(1), (1.0,)])
 def test_what_is_no_loss_is_refused(loss: Any) -> None:
     weight = torch.nn.Parameter(torch.ones(3))
-    with pytest.raises(ValueError, match=r"loss is .*; give a float, or"):
+    with pytest.raises(ValueError, match=r"loss is .*: give a float, or"):
         clip_grad_norm_([weight], 1.0, loss=loss)

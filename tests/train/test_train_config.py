@@ -263,7 +263,7 @@ def test_a_policy_is_read_as_written(text: str, policy: object) -> None:
 
 @pytest.mark.parametrize("text", ["", "a", "=4", "a=", "a=4/", "a=/4", "a=4,", "a=-4", "a=4.0"])
 def test_half_a_policy_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"--qsdp-policy holds '.*'; give PATTERN=BITS"):
+    with pytest.raises(ValueError, match=r"--qsdp-policy holds '.*': give PATTERN=BITS"):
         TrainConfig.of(qsdp_bits=8, qsdp_policy=text)
 
 

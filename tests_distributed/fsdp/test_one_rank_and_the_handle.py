@@ -101,12 +101,12 @@ HANDLE = {
     "a mask of another shape": Point(
         there=_mask_of(lambda p, mask: (p, mask[:, 1:])),
         elsewhere=set_masks(UP),
-        says=mistaken(SUPPORT, r"a mask has shape \(\d, 9\), and the local part .*"),
+        says=mistaken(SUPPORT, r"a mask has shape \(\d, 9\), but the local part .*"),
     ),
     "a mask of another type": Point(
         there=_mask_of(lambda p, mask: (p, mask.float())),
         elsewhere=set_masks(UP),
-        says=mistaken(SUPPORT, r"a mask is a Tensor of torch.float32; give a bool tensor .*"),
+        says=mistaken(SUPPORT, r"a mask is a Tensor of torch.float32: give a bool tensor .*"),
     ),
     "a mask of another model's parameter": Point(
         there=_mask_of(lambda p, mask: (nn.Parameter(p.detach().clone()), mask)),

@@ -126,19 +126,19 @@ INSTALL = {
     "config of a wrong type": Point(
         there=_install("8 bits"),
         elsewhere=_install(),
-        says=cannot_install("config is a str; give a qsdp.QSDPConfig"),
+        says=cannot_install("config is a str: give a qsdp.QSDPConfig"),
         config=None,
     ),
     "node_mesh of a wrong type": Point(
         there=_install(node_mesh=(1, 2)),
         elsewhere=_install(),
-        says=cannot_install("node_mesh is a tuple; give a DeviceMesh"),
+        says=cannot_install("node_mesh is a tuple: give a DeviceMesh"),
         config=None,
     ),
     "replicate_mesh of a wrong type": Point(
         there=_install(replicate_mesh=2),
         elsewhere=_install(),
-        says=cannot_install("replicate_mesh is a int; give a DeviceMesh"),
+        says=cannot_install("replicate_mesh is a int: give a DeviceMesh"),
         config=None,
     ),
     "node_mesh of another shape": Point(
@@ -165,7 +165,7 @@ INSTALL = {
         before=_remove_after_a_failure,
         there=_install(),
         elsewhere=_install(),
-        says=cannot_install(r"qsdp is installed on this \w+ already; call handle.remove\(\) first"),
+        says=cannot_install(r"qsdp is installed on this \w+ already: call handle.remove\(\) first"),
     ),
     "a part of the model": Point(
         there=_install_on_a_part,
@@ -190,7 +190,7 @@ INSTALL = {
     "offloaded": Point(
         there=_install_anew(offload_policy=CPUOffloadPolicy(pin_memory=False)),
         elsewhere=_install_anew(),
-        says=cannot_install(r"\w+ uses CPUOffloadPolicy; shard it without offloading"),
+        says=cannot_install(r"\w+ uses CPUOffloadPolicy: shard it without offloading"),
         config=None,
     ),
 }

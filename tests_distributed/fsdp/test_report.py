@@ -67,7 +67,7 @@ def test_a_tied_weight_is_listed_once_and_a_clean_install_names_its_kernels(run:
 
 def _without_kernels() -> str:
     """What a rank hears of the other's machine, which lacks what is required."""
-    wrong = RuntimeError("QSDP_REQUIRE_NATIVE=1 but _qsdp_cuda.so is not installed")
+    wrong = RuntimeError("QSDP_REQUIRE_NATIVE is 1, but _qsdp_cuda.so is not installed")
     broken = mock.patch.object(native, "serving", side_effect=wrong)
     with broken if dist.get_rank() else nullcontext(), pytest.raises(RuntimeError) as raised:
         qsdp.install(shard(make_model()))

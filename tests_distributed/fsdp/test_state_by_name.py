@@ -173,39 +173,39 @@ def _lowered(state: dict[str, Any]) -> None:
 
 DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     **{
-        f"no {key}": (operator.methodcaller("pop", key), f"the state lacks {key}; give all that")
+        f"no {key}": (operator.methodcaller("pop", key), f"the state lacks {key}: give all that")
         for key in ("seed", "step", "reduced", "request", "bits", "levels")
     },
     **{
-        f"bits {bits}": (_with(bits, "bits", NAME), f"bits of {NAME} are {bits!r}; give [2 to 8, 2")
+        f"bits {bits}": (_with(bits, "bits", NAME), f"bits of {NAME} are {bits!r}: give [2 to 8, 2")
         for bits in ([99, 4], [0, 4], [4, 1], [16, 4], [4.7, 4], ["a", "b"], [True, 4], [4], None)
     },
     "bits by number": (_with([[NAME, 4, 4]], "bits"), "the state's bits are [['blocks.0.qkv"),
-    "bits of a number": (_with(7, "bits"), "the state's bits is 7; give a dict by name"),
+    "bits of a number": (_with(7, "bits"), "the state's bits is 7: give a dict by name"),
     "bits of nothing": (_with(None, "bits"), "the state's bits is None"),
-    "levels by name": (_with({"a": 1}, "levels"), "the state's levels is {'a': 1}; give a list"),
-    "a row of nothing": (_with([], "levels", 0), "the state has [] among its levels; give rows"),
+    "levels by name": (_with({"a": 1}, "levels"), "the state's levels is {'a': 1}: give a list"),
+    "a row of nothing": (_with([], "levels", 0), "the state has [] among its levels: give rows"),
     "a row of a number": (_with(3, "levels", 0), "the state has 3 among its levels"),
     "a row cut short": (_with([NAME, "grad"], "levels", 0), "'grad'] among its levels"),
     "a name that is a list": (_with([NAME], "levels", 0, 0), "levels for ['blocks"),
     "a kind that is a list": (_with(["grad"], "levels", 0, 1), "levels for"),
     "bits of a row in words": (_with("4", "levels", 0, 2), "levels for"),
-    "a level in words": (_with("x", "levels", 0, 5), "; give numbers from 0 to 1 in ascending"),
-    "a level that is NaN": (_with(math.nan, "levels", 0, 5), "; give numbers from 0 to 1 in asc"),
-    "a level above 1": (_with(5.0, "levels", 0, 5), "; give numbers from 0 to 1 in ascending"),
-    "a last level of infinity": (_with(math.inf, "levels", 0, -1), "; give numbers from 0 to 1"),
-    "levels in another order": (_lowered, "; give numbers from 0 to 1 in ascending order"),
+    "a level in words": (_with("x", "levels", 0, 5), ": give numbers from 0 to 1 in ascending"),
+    "a level that is NaN": (_with(math.nan, "levels", 0, 5), ": give numbers from 0 to 1 in asc"),
+    "a level above 1": (_with(5.0, "levels", 0, 5), ": give numbers from 0 to 1 in ascending"),
+    "a last level of infinity": (_with(math.inf, "levels", 0, -1), ": give numbers from 0 to 1"),
+    "levels in another order": (_lowered, ": give numbers from 0 to 1 in ascending order"),
     "a row twice": (
         lambda state: state["levels"].append(state["levels"][0]),
-        "twice; give them once",
+        "twice: give them once",
     ),
-    "a step in words": (_with("abc", "step"), "the state's step is 'abc'; give a whole number"),
-    "a broken step": (_with(1.5, "step"), "the state's step is 1.5; give a whole number"),
-    "a negative step": (_with(-1, "step"), "the state's step is -1; give a whole number from 0"),
-    "a negative seed": (_with(-3, "seed"), "the state's seed is -3; give a whole number from 0"),
-    "reduced twice": (_with(2, "reduced"), "the state's reduced is 2; give 0 or 1"),
-    "parameters in a list": (_with([1], "parameters"), "the state's parameters is [1]; give a"),
-    "a request in words": (_with("8 bits", "request"), "the state's request is '8 bits'; give a"),
+    "a step in words": (_with("abc", "step"), "the state's step is 'abc': give a whole number"),
+    "a broken step": (_with(1.5, "step"), "the state's step is 1.5: give a whole number"),
+    "a negative step": (_with(-1, "step"), "the state's step is -1: give a whole number from 0"),
+    "a negative seed": (_with(-3, "seed"), "the state's seed is -3: give a whole number from 0"),
+    "reduced twice": (_with(2, "reduced"), "the state's reduced is 2: give 0 or 1"),
+    "parameters in a list": (_with([1], "parameters"), "the state's parameters is [1]: give a"),
+    "a request in words": (_with("8 bits", "request"), "the state's request is '8 bits': give a"),
 }
 
 
@@ -221,7 +221,7 @@ def _refuses_damage() -> dict[str, str]:
             other.load_state_dict(damaged)
         assert other.state_dict() == before, what
         said[what] = str(caught.value)
-    with pytest.raises(ValueError, match="the state is a list; give the dict"):
+    with pytest.raises(ValueError, match="the state is a list: give the dict"):
         other.load_state_dict([state])  # type: ignore[arg-type]
     other.load_state_dict(state)
     assert other.state_dict() == state

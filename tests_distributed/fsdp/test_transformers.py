@@ -247,7 +247,7 @@ def _refusal(sizes: dict[str, Any]) -> str:
     ("ranks", "sizes", "words"),
     [
         (4, {"fsdp_size": 2, "tp_size": 2}, "embed_tokens.weight is sharded over 2 mesh dimensi"),
-        (2, {"tp_size": 2}, "LlamaForCausalLM has no FSDP2 parameters; call fully_shard"),
+        (2, {"tp_size": 2}, "LlamaForCausalLM has no FSDP2 parameters: call fully_shard"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(

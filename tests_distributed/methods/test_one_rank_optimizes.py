@@ -113,24 +113,26 @@ OPTIMIZERS = {
     "scope of GMP": _argument("GMP", "scope", "layer", "global", schedule=GROWTH),
     "max_norm of GMP": _argument("GMP", "max_norm", 2.0, None, schedule=GROWTH),
     "prunable of GMP": _argument("GMP", "prunable", MLP, None, schedule=GROWTH),
-    "bad sparsity": _bad("CrAM", "sparsity", 1.5, "sparsity is 1.5; choose .*"),
-    "no sparsity": _bad("CrAM", "sparsity", (), "sparsity is empty; .*"),
-    "bad rho": _bad("CrAM", "rho", -1.0, "rho is -1.0; choose .*"),
-    "bad rho of SAM": _bad("SAM", "rho", float("nan"), "rho is nan; choose .*"),
-    "bad max_norm of SAM": _bad("SAM", "max_norm", 0, "max_norm is 0; choose .*"),
+    "bad sparsity": _bad("CrAM", "sparsity", 1.5, "sparsity is 1.5: choose .*"),
+    "no sparsity": _bad("CrAM", "sparsity", (), "sparsity is empty: .*"),
+    "bad rho": _bad("CrAM", "rho", -1.0, "rho is -1.0: choose .*"),
+    "bad rho of SAM": _bad("SAM", "rho", float("nan"), "rho is nan: choose .*"),
+    "bad max_norm of SAM": _bad("SAM", "max_norm", 0, "max_norm is 0: choose .*"),
     "bad pattern": _bad("CrAM", "prunable", ["no.such"], "the prunable pattern 'no.such' .*"),
     "bad schedule of ACDC": _bad(
         "ACDC", "schedule", "often", "the schedule is .*", schedule=PHASES
     ),
-    "bad target of ACDC": _bad("ACDC", "target", "4bit", "a mask cannot .*", schedule=PHASES),
-    "bad schedule of GMP": _bad("GMP", "schedule", 9, "the schedule is 9; .*", schedule=GROWTH),
-    "bad scope of GMP": _bad("GMP", "scope", "row", "scope is 'row'; .*", schedule=GROWTH),
-    "bad max_norm of GMP": _bad("GMP", "max_norm", -1, "max_norm is -1; .*", schedule=GROWTH),
+    "bad target of ACDC": _bad(
+        "ACDC", "target", "4bit", "the target 4bit has bits, but .*", schedule=PHASES
+    ),
+    "bad schedule of GMP": _bad("GMP", "schedule", 9, "the schedule is 9: .*", schedule=GROWTH),
+    "bad scope of GMP": _bad("GMP", "scope", "row", "scope is 'row': .*", schedule=GROWTH),
+    "bad max_norm of GMP": _bad("GMP", "max_norm", -1, "max_norm is -1: .*", schedule=GROWTH),
     "lr": _base("CrAM", {"lr": 0.2}, "AdamW .*'lr': 0.2.*"),
     "base of SAM": _base("SAM", {"base": torch.optim.SGD}, "SGD .*"),
     "base of ACDC": _base("ACDC", {"base": torch.optim.SGD}, "SGD .*", schedule=PHASES),
     "lr of GMP": _base("GMP", {"lr": 0.2}, "AdamW .*'lr': 0.2.*", schedule=GROWTH),
-    "bad base": _bad("CrAM", "base", torch.optim.LBFGS, "the base optimizer is LBFGS; .*"),
+    "bad base": _bad("CrAM", "base", torch.optim.LBFGS, "the base optimizer is LBFGS: .*"),
     "a parameter less": Point(
         there=_lacking,
         elsewhere=made("CrAM"),
@@ -337,7 +339,7 @@ WHOLE = {
         before=train,
         there=_clip(-1.0),
         elsewhere=_clip(1.0),
-        says=mistaken(CLIP, "max_norm is -1.0; choose a number above 0"),
+        says=mistaken(CLIP, "max_norm is -1.0: choose a number above 0"),
     ),
     "fewer parameters": Point(
         before=train,
@@ -373,7 +375,7 @@ WHOLE = {
     "bad target": Point(
         there=_compressed("many"),
         elsewhere=_compressed(0.5),
-        says=mistaken(COMPRESSED, "the target 'many' has the term 'many'; .*"),
+        says=mistaken(COMPRESSED, "the target 'many' has the term 'many': .*"),
     ),
     "bad patterns": Point(
         there=_compressed(0.5, "*"),
@@ -383,12 +385,12 @@ WHOLE = {
     "a method that there is not": Point(
         there=_compressed(0.5, method="none"),
         elsewhere=_compressed(0.5),
-        says=mistaken(COMPRESSED, "method is 'none'; choose one of magnitude.*"),
+        says=mistaken(COMPRESSED, "method is 'none': choose one of magnitude.*"),
     ),
     "a target that does not fit": Point(
         there=_compressed("0.5+block3"),
         elsewhere=_compressed(0.5),
-        says=mistaken(COMPRESSED, "blocks.* cut into groups of 3; .*"),
+        says=mistaken(COMPRESSED, "blocks.* cut into groups of 3: .*"),
     ),
     "not compressed": Point(
         there=forward, elsewhere=_compressed(0.5), says=apart(FORWARD, COMPRESSED)

@@ -63,7 +63,7 @@ class Stage:
 
 Act = Callable[[Stage], object]
 Says = Callable[[int, int], str]
-"""Of a rank and the odd one, a pattern of what the rank says."""
+"""Of a rank and the odd one, a pattern of what the rank says, without its full stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +213,8 @@ def assert_said(points: Mapping[str, Point], everyone: list[dict[str, str]], odd
     """Every rank said at each point what is to be said of it."""
     for name, point in points.items():
         for rank, said in enumerate(each[name] for each in everyone):
-            assert re.fullmatch(point.says(rank, odd % len(everyone)), said), f"{name}: {said}"
+            told = point.says(rank, odd % len(everyone))
+            assert re.fullmatch(rf"({told})\.", said), f"{name}: {said}"
 
 
 def say(point: Point, odd: int, kind: type[Stage] = Stage) -> str:

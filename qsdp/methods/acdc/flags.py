@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from qsdp.common.user_errors import quoted
 from qsdp.methods.acdc.schedule import ACDCSchedule
 from qsdp.methods.method import Companion, Method, RunSettings, TrainingRun
 from qsdp.sparsity.compression_target import Compression
@@ -79,19 +80,19 @@ class ACDCFlags(Method):
         try:
             _ = self.target
         except ValueError as error:
-            raise ValueError(f"--acdc-target: {error}.") from None
+            raise ValueError(f"--acdc-target: {quoted(error)}.") from None
 
     def check_run(self, steps: int) -> None:
         try:
             schedule = self.schedule(steps)
         except ValueError as error:
-            raise ValueError(f"--acdc: {error}.") from None
+            raise ValueError(f"--acdc: {quoted(error)}.") from None
         if self.target.bits is not None:
             raise ValueError(
-                f"--acdc-target is {self.acdc_target!r}; AC/DC prunes: leave bits out."
+                f"--acdc-target is {self.acdc_target!r}, but AC/DC only prunes: leave bits out."
             )
         if schedule.is_compressed(0):
-            raise ValueError("--acdc-warmup is 0; AC/DC begins dense: choose 1 step or more.")
+            raise ValueError("--acdc-warmup is 0, but AC/DC begins dense: choose 1 step or more.")
 
     def wrap(
         self, model: nn.Module, base: torch.optim.Optimizer, settings: RunSettings

@@ -59,12 +59,14 @@ class ACDC(MaskedOptimizer):
         self.schedule = ACDCSchedule.of(schedule) if isinstance(schedule, int) else schedule
         self.target = _only_pruned(Compression.of(target))
         if not isinstance(self.schedule, ACDCSchedule):
-            raise ValueError(f"the schedule is {schedule!r}; give steps (int) or an ACDCSchedule")
+            raise ValueError(f"the schedule is {schedule!r}: give steps (int) or an ACDCSchedule.")
         plan = f"{self.schedule} to {self.target}"
         super().__init__(model, base_optimizer, plan=plan, max_norm=max_norm, prunable=prunable)
         self.prunable.check(self.target)
         if self.num_steps == 0 and self._is_masked(0):
-            raise ValueError("AC/DC begins dense: give it a warm-up of 1 step or more")
+            raise ValueError(
+                "the schedule has no warm-up, but AC/DC begins dense: give it 1 step or more."
+            )
         self._moments = FirstMoments(self.base, type(self).__name__)
 
     def _is_masked(self, step: int) -> bool:
@@ -95,5 +97,7 @@ class ACDC(MaskedOptimizer):
 
 def _only_pruned(target: Compression) -> Compression:
     if target.bits is not None:
-        raise ValueError(f"a mask cannot round weights: the target {target} has bits; leave them")
+        raise ValueError(
+            f"the target {target} has bits, but a mask rounds no weights: leave them out."
+        )
     return target

@@ -24,11 +24,11 @@ class ACDCSchedule:
     def __post_init__(self) -> None:
         for name, least in (("warmup", 0), ("phase", 1), ("last_dense", 0), ("last_sparse", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; choose {least} steps or more")
+                raise ValueError(f"{name} is {getattr(self, name)}: choose {least} steps or more.")
         if self._between < 0:
             raise ValueError(
                 f"warmup, last_dense and last_sparse take {self.steps - self._between} of "
-                f"{self.steps} steps; make them shorter or the run longer"
+                f"{self.steps} steps: make them shorter or the run longer."
             )
 
     @classmethod
@@ -54,7 +54,7 @@ class ACDCSchedule:
         if phase is not None and not schedule._between:
             raise ValueError(
                 f"phase is {phase}, but warmup, last_dense and last_sparse take all of {steps} "
-                "steps; make one of them shorter, or leave it out"
+                "steps: make one of them shorter, or leave it out."
             )
         return schedule
 

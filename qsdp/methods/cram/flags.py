@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from qsdp.common.user_errors import quoted
 from qsdp.methods.method import Method, RunSettings
 from qsdp.sparsity.compression_target import Compression
 
@@ -81,16 +82,16 @@ class CrAMFlags(Method):
         try:
             _ = self.targets
         except ValueError as error:
-            raise ValueError(f"--cram-targets: {error}.") from None
+            raise ValueError(f"--cram-targets: {quoted(error)}.") from None
 
     def company(self, name: str) -> str | None:
         if name == "cram_sparse_grad" and not any(t.fraction for t in self.targets):
             return (
-                f"targets that prune, but {' and '.join(map(str, self.targets))} masks nothing; "
+                f"targets that prune, but {' and '.join(map(str, self.targets))} masks nothing: "
                 "give another target"
             )
         if name == "cram_normalize" and not self.cram_rho:
-            return "an ascent step, but --cram-rho is 0; give a larger one"
+            return "an ascent step, but --cram-rho is 0: give a larger one"
         return None
 
     def wrap(

@@ -104,9 +104,9 @@ class CrAM(OptimizerWrapper):
             sparsity = (sparsity,)
         self.targets = tuple(Compression.of(target) for target in sparsity)
         if not self.targets:
-            raise ValueError("sparsity is empty; give one or several fractions in [0, 1)")
+            raise ValueError("sparsity is empty: give one or several fractions in [0, 1).")
         if not (math.isfinite(rho) and rho >= 0):
-            raise ValueError(f"rho is {rho}; choose a number of at least 0")
+            raise ValueError(f"rho is {rho}: choose a number of at least 0.")
         if max_norm is not None:
             check_max_norm(max_norm)
         is_pruned = any(target.fraction for target in self.targets)
@@ -118,7 +118,7 @@ class CrAM(OptimizerWrapper):
         ):
             if is_given and not is_heeded:
                 raise ValueError(
-                    f"{name} is given where nothing would heed it; give {wanted}, or leave it out"
+                    f"{name} is given where nothing would heed it: give {wanted}, or leave it out."
                 )
         super().__init__(model, base_optimizer, prunable, {_STEP: 0})
         self.rho = rho
@@ -173,7 +173,7 @@ class CrAM(OptimizerWrapper):
             raise RuntimeError(
                 f"{name}.step() was called without a closure and would be a plain step of "
                 f"{type(self.base).__name__}: give one that runs forward and backward, "
-                f"{name}.step(closure), or call {name}.base.step() where a plain step is meant"
+                f"{name}.step(closure), or call {name}.base.step() where a plain step is meant."
             )
         self.meet(self._check_begin, **facts)
         self.last_target, self.last_bad = None, None
@@ -196,9 +196,9 @@ class CrAM(OptimizerWrapper):
         if names:
             warn(
                 f"the base optimizer of {own} lacks {len(names)} trained parameters of the model, "
-                f"{names[0]!r} first: {own} leaves them where they are in the second pass and "
-                "their gradients as the first pass makes them; give it one optimizer of all "
-                "parameters for these to take part"
+                f"{names[0]!r} first, and {own} leaves them where they are in the second pass and "
+                "their gradients as the first pass makes them: give it one optimizer of all "
+                "parameters for these to take part."
             )
 
     def _check_begin(self) -> None:
@@ -213,7 +213,7 @@ class CrAM(OptimizerWrapper):
                 f"gradients of earlier micro-batches are there as {name}.step(closure) begins, "
                 "which runs the closure twice, from no gradient each time: run all micro-batches "
                 "inside the closure, or drop what is there by zero_grad() (and "
-                "handle.abandon_step(), where it was not reduced yet)"
+                "handle.abandon_step(), where it was not reduced yet)."
             )
 
     def _compute_grads(self, closure: Callable[[], Any], target: Compression) -> tuple[Any, bool]:

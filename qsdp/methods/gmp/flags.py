@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qsdp.common.user_errors import quoted
 from qsdp.methods.gmp.schedule import GMPSchedule
 from qsdp.methods.method import Method, RunSettings
 
@@ -70,7 +71,7 @@ class GMPFlags(Method):
         try:
             self.schedule(steps)
         except ValueError as error:
-            raise ValueError(f"--gmp: {error}.") from None
+            raise ValueError(f"--gmp: {quoted(error)}.") from None
 
     def wrap(
         self, model: nn.Module, base: torch.optim.Optimizer, settings: RunSettings

@@ -42,7 +42,7 @@ class GMP(MaskedOptimizer):
             RuntimeError: Ranks that share the model give other values.
         """
         if not isinstance(schedule, GMPSchedule):
-            raise ValueError(f"the schedule is {schedule!r}; give a GMPSchedule")
+            raise ValueError(f"the schedule is {schedule!r}: give a GMPSchedule.")
         target = Compression(sparsity=schedule.sparsity, scope=scope)  # checks both
         plan = f"{schedule}, {scope}"
         super().__init__(model, base_optimizer, plan=plan, max_norm=max_norm, prunable=prunable)

@@ -23,13 +23,13 @@ class GMPSchedule:
     def __post_init__(self) -> None:
         if not 0 <= self.initial <= self.sparsity < 1:
             raise ValueError(
-                f"gradual pruning goes from {self.initial} to {self.sparsity}; choose fractions "
-                "from 0 to below 1, the first not above the second"
+                f"gradual pruning goes from {self.initial} to {self.sparsity}: choose fractions "
+                "from 0 to below 1, the first not above the second."
             )
         if not 1 <= self.start <= self.end <= self.steps or self.every < 1:
             raise ValueError(
                 f"gradual pruning from step {self.start} to {self.end}, every {self.every}, does "
-                f"not fit into {self.steps} steps; choose 1 <= start <= end and every from 1"
+                f"not fit into {self.steps} steps: choose 1 <= start <= end and every from 1."
             )
 
     @classmethod
@@ -62,8 +62,8 @@ class GMPSchedule:
         ):
             if value is not None and not is_heeded:
                 raise ValueError(
-                    f"{name} is {value}, but the pruning of step {start} is the last one; choose a "
-                    "later end or more prunings, or leave it out"
+                    f"{name} is {value}, but the pruning of step {start} is the last one: choose a "
+                    "later end or more prunings, or leave it out."
                 )
         return schedule
 

@@ -33,9 +33,7 @@ class GPTConfig:
         for name in ("vocab_size", "num_layers", "num_heads", "width", "context"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(
-                    f"{name} is {value!r}, but a GPT needs a whole number from 1: change it."
-                )
+                raise ValueError(f"{name} is {value!r}: choose a whole number from 1 on.")
         if self.width % self.num_heads:
             raise ValueError(
                 f"width {self.width} cannot be split over {self.num_heads} heads: "
@@ -52,8 +50,8 @@ class GPTConfig:
         ``vocab_size``. Raises ValueError for an unknown preset or a missing vocabulary.
         """
         if name not in PRESETS:
-            raise ValueError(f"There is no model preset {name!r}: choose one of {list(PRESETS)}.")
+            raise ValueError(f"there is no model preset {name!r}: choose one of {list(PRESETS)}.")
         fields = PRESETS[name] | {k: v for k, v in overrides.items() if v is not None}
         if "vocab_size" not in fields:
-            raise ValueError(f"Preset {name!r} takes its vocabulary from the data: set vocab_size.")
+            raise ValueError(f"preset {name!r} takes its vocabulary from the data: set vocab_size.")
         return cls(**fields)

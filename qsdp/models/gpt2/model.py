@@ -91,7 +91,7 @@ class GPT(LanguageModel):
         num_tokens = tokens_BT.shape[1]
         if num_tokens > self.config.context:
             raise ValueError(
-                f"A sequence of {num_tokens} tokens exceeds the model's context of "
+                f"a sequence of {num_tokens} tokens exceeds the model's context of "
                 f"{self.config.context}: shorten it, or build a model with a longer context."
             )
         x_BTD = self.embed(tokens_BT) + self.position.weight[:num_tokens]

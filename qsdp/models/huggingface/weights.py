@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from qsdp.common.atomic_files import new_folder, replacing, write_text
 from qsdp.common.rank_agreement import meet, mistakes_shared
+from qsdp.common.user_errors import quoted
 from qsdp.compat.collectives import full_tensor
 from qsdp.compat.parameter_names import named_parameters
 from qsdp.models.huggingface.config import config_from_huggingface, form_of
@@ -119,7 +120,7 @@ def _form_of_size(size: ModelSize) -> TransformersForm[Any]:
     form = family_of_size(size).transformers
     if form is None:
         raise ValueError(
-            f"Models of a {type(size).__name__} have no form in the transformers library: keep a "
+            f"models of a {type(size).__name__} have no form in the transformers library: keep a "
             "checkpoint or an export of qsdp's own."
         )
     return form
@@ -162,7 +163,8 @@ def _write(
             _remove_parts(inside)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path} cannot be written ({error}): free some space there, or choose another folder."
+            f"{path} cannot be written ({quoted(error)}): free some space there, or choose another "
+            "folder."
         ) from None
 
 

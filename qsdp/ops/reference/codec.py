@@ -132,7 +132,7 @@ def decode_all(
 
 def _check_header(header: list[int]) -> None:
     if len(header) != HEADER_BYTES // 8:
-        raise ValueError(f"the header has {len(header)} words; give 4, as Layout.header does")
+        raise ValueError(f"the header has {len(header)} words: give 4, as Layout.header does.")
 
 
 def _encode(

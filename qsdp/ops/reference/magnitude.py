@@ -45,13 +45,15 @@ def count_digits(values: Tensor, prefix: Tensor, shift: int, width: int, counts:
     """
     _check_values(values)
     if not (0 <= shift and 1 <= width <= DIGIT_BITS and shift + width <= 63):
-        raise ValueError(f"cannot count {width} bits from bit {shift} on; give 1 to 11 below 63")
+        raise ValueError(f"cannot count {width} bits from bit {shift} on: give 1 to 11 below 63.")
     if prefix.dtype != torch.int64 or prefix.numel() != 1:
-        raise ValueError(f"the prefix is {prefix.dtype} of {prefix.numel()} values; give one int64")
+        raise ValueError(
+            f"the prefix is {prefix.dtype} of {prefix.numel()} values: give one int64."
+        )
     if counts.dtype != torch.int64 or counts.shape != (NUM_BINS,) or not counts.is_contiguous():
         raise ValueError(
-            f"the counts are {counts.dtype} of shape {tuple(counts.shape)}; give contiguous int64 "
-            f"[{NUM_BINS}]"
+            f"the counts are {counts.dtype} of shape {tuple(counts.shape)}: give contiguous int64 "
+            f"[{NUM_BINS}]."
         )
     on_cpu = values.device.type == "cpu"
     for chunk in values.split(_CHUNK_CPU if on_cpu else _CHUNK_GPU):
@@ -77,8 +79,8 @@ def mark_above(values: Tensor, key: int, out: Tensor) -> None:
     _check_values(values)
     if out.dtype != torch.bool or out.shape != values.shape or not out.is_contiguous():
         raise ValueError(
-            f"the marks are {out.dtype} of shape {tuple(out.shape)}; give contiguous bool of shape "
-            f"{tuple(values.shape)}"
+            f"the marks are {out.dtype} of shape {tuple(out.shape)}: give contiguous bool of shape "
+            f"{tuple(values.shape)}."
         )
     keys = keys_of(values)
     torch.gt(keys, min(key, torch.iinfo(keys.dtype).max), out=out)
@@ -88,6 +90,6 @@ def _check_values(values: Tensor) -> None:
     dtypes = (*DTYPES, torch.int64)
     if values.dtype not in dtypes or values.dim() != 1 or not values.is_contiguous():
         raise ValueError(
-            f"the values are {values.dtype} of shape {tuple(values.shape)}; give contiguous 1-D "
-            "fp32, bf16, fp16 or int64"
+            f"the values are {values.dtype} of shape {tuple(values.shape)}: give contiguous 1-D "
+            "fp32, bf16, fp16 or int64."
         )

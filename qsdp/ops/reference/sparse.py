@@ -62,8 +62,8 @@ def expand(compact: Tensor, spans: Tensor, bitmap: Tensor, out: Tensor) -> None:
 
 
 _STRAY = (
-    "a weight outside the mask is not zero: the sparse wire would drop it; tell the handle of "
-    "another support (set_support) after editing weights"
+    "a weight outside the mask is not zero, and the sparse wire would drop it: tell the handle of "
+    "another support (set_support) after editing weights."
 )
 
 
@@ -71,13 +71,13 @@ def _rows(dense: Tensor, spans: Tensor, bitmap: Tensor, compact: Tensor) -> list
     for name, tensor in (("dense buffer", dense), ("bitmap", bitmap), ("compact buffer", compact)):
         if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
             raise ValueError(
-                f"the {name} is {tensor.dtype} of shape {tuple(tensor.shape)}; "
-                "give a contiguous 1-D uint8 view"
+                f"the {name} is {tensor.dtype} of shape {tuple(tensor.shape)}: "
+                "give a contiguous 1-D uint8 view."
             )
     if spans.dtype != torch.int64 or spans.device.type != "cpu" or spans.dim() != 2:
-        raise ValueError(f"the spans are {spans.dtype} on {spans.device}; give int64 on the cpu")
+        raise ValueError(f"the spans are {spans.dtype} on {spans.device}: give int64 on the cpu.")
     if spans.shape[1] != len(Span):
-        raise ValueError(f"the spans have {spans.shape[1]} columns; give {len(Span)}")
+        raise ValueError(f"the spans have {spans.shape[1]} columns: give {len(Span)}.")
     rows: list[list[int]] = spans.tolist()
     for row in rows:
         dense_byte, numel, item, bitmap_byte, compact_byte, count = row
@@ -94,7 +94,7 @@ def _rows(dense: Tensor, spans: Tensor, bitmap: Tensor, compact: Tensor) -> list
         if not fits:
             raise ValueError(
                 f"a span of {count} of {numel} values reaches outside its buffers or does not "
-                "match its mask; make spans, bitmap and buffers from one support"
+                "match its mask: make spans, bitmap and buffers from one support."
             )
     return rows
 

@@ -24,7 +24,7 @@ from qsdp.comm.topology import StageGroup, open_stages, split
 from qsdp.common.collective_errors import CollectiveError, collective
 from qsdp.common.dtypes import of_precision
 from qsdp.common.model_structure import embedding_names
-from qsdp.common.user_errors import sentence
+from qsdp.common.user_errors import quoted
 from qsdp.config import QSDPConfig
 from qsdp.models.registry import family_of_size
 from qsdp.models.size import ModelSize
@@ -215,7 +215,7 @@ def _measuring_together(world: World) -> Iterator[None]:
         raise
     except (RuntimeError, ValueError, OSError) as error:
         raise CollectiveError(
-            f"the {what} failed on rank {world.rank}: {sentence(error)}"
+            f"the {what} failed on rank {world.rank}: {quoted(error)}."
         ) from error
 
 
