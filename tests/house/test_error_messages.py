@@ -17,7 +17,7 @@ TELLING = re.compile(
 FIELD, BARE = "\0", "\0.)"
 """What stands for a field of an f-string, and for an error in one, which brings its full stop."""
 BEFORE = re.compile(r"(error|warning|error on rank \0|--[\w-]+): ")
-CPP = re.compile(r"(?:refuse|_error)\(((?:[^;\"]|\"(?:[^\"\\]|\\.)*\")*)\);")
+CPP = re.compile(r"(?:refuse|_error|stop)\(((?:[^;{\"]|\"(?:[^\"\\]|\\.)*\")*)\);")
 
 
 def mistakes(text: str) -> list[str]:
