@@ -46,7 +46,7 @@ class Compression:
                 raise ValueError(f"pattern is {keep}:{size}: choose N:M with 1 <= N < M <= 64.")
             if self.sparsity or self.block != 1 or self.scope != "global":
                 raise ValueError(
-                    f"a pattern ({keep}:{size}) goes with no sparsity, scope or block of its own: "
+                    f"pattern {keep}:{size} is given beside a sparsity, scope or block: "
                     "give one or the other."
                 )
         if not 1 <= self.block <= 64:

@@ -308,7 +308,7 @@ DATA = [
     BadInput(
         "a budget for a raw wire",
         "--data {}/text.txt --qsdp-budget 5 --qsdp-bits 32",
-        "the budget is 5 bits a value and has nothing to allot",
+        "the budget is 5 bits a value, but there is nothing to allot",
     ),
     BadInput(
         "sequences longer than the context", "--data {}/text.txt --seq-len 65", "--seq-len is 65"

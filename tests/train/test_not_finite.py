@@ -160,7 +160,7 @@ def test_a_row_of_bad_steps_ends_the_run_and_pushes_no_checkpoint_out(
     spoil({2: ("loss", 1), 4: bad, 5: bad})
     said = refused(command, capfd)
     assert "--max-bad-steps is 2, and steps 4 to 5 had no finite loss and gradient" in said
-    assert "in step 5 was the gradient of blocks.0.attn.qkv.weight" in said
+    assert "in step 5: the gradient of blocks.0.attn.qkv.weight" in said
     assert ("in the second pass" in said) == (method == "cram")
     assert f"the last good checkpoint is {folder / 'step-00000003'}: go on from it" in said
     assert [*checkpoint.steps(folder)] == [1, 3]  # that of step 2 was put off
@@ -258,7 +258,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     huge = ("--lr", "1e40", "--save-every", "1")
     said = refused(flags(tmp_path, *huge), capfd)
     assert "embed.weight is not finite on rank 0 after step 1" in said
-    assert "there is no checkpoint yet, so begin anew with a lower --lr" in said
+    assert "there is no checkpoint yet: begin anew with a lower --lr" in said
     assert not checkpoint.steps(folder)
 
     train.main(flags(tmp_path, "--steps", "2"))

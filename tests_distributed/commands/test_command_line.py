@@ -106,10 +106,10 @@ def test_bad_inputs_are_refused_by_both_ranks_and_named_by_the_first(
     assert len(found) == len(said) > 20
     for (first, second), expected in zip(found, said, strict=True):
         assert first.status == second.status == 2, first
-        assert re.fullmatch(r"error: \S.*\n", first.complaint), first
+        assert re.fullmatch(r"error: \S.*[^.]\.\n", first.complaint), first
         assert expected in first.complaint
         # A mistake in the flags could be this rank's alone, so it speaks, after its patience.
-        assert re.fullmatch(r"(error on rank 1: \S.*\n)?", second.complaint), second
+        assert re.fullmatch(r"(error on rank 1: \S.*[^.]\.\n)?", second.complaint), second
 
 
 def test_a_mistake_of_one_rank_or_of_all_ends_a_launch_soon_with_one_sentence(

@@ -112,7 +112,7 @@ def _ignored_parameters() -> None:
 def _unreadable() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     partial = DTensor.from_local(torch.ones(3), mesh, [torch.distributed.tensor.Partial()])
-    with pytest.raises(ValueError, match="only Shard and Replicate are supported"):
+    with pytest.raises(ValueError, match="only Shard and Replicate can be read"):
         magnitude_masks({"a": partial}, 0.5)
 
 

@@ -230,7 +230,7 @@ def test_all_ranks_end_alike_and_keep_the_last_good_checkpoint(
     last = tmp_path / "finite/checkpoints/step-00000001"
     said = diverging[0].complaint
     assert "steps 2 to 3 had no finite loss and gradient" in said
-    assert "in step 3 was the gradient of embed.weight on rank 0 and the loss on rank 0" in said
+    assert "in step 3: the gradient of embed.weight on rank 0 and the loss on rank 0)" in said
     assert f"the last good checkpoint is {last}:" in said
     assert [line["skipped_steps"] for line in read_metrics(tmp_path / "finite")] == [0, 1, 2]
     assert [*checkpoint.steps(tmp_path / "finite/checkpoints")] == [1]
