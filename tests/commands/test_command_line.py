@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qsdp.checkpoint.folders import sealed
+from qsdp.checkpoint.meta_json import sealed
 from qsdp.commands.train import main
 from qsdp.data.tokenize_corpus import prepare_shards
 from tests.support import patience

@@ -367,7 +367,7 @@ def weights(out: Path) -> torch.Tensor:
     path = checkpoint.latest(out / "checkpoints")
     assert path is not None
     assert path.name == "step-00000003"
-    checkpoint.folders.verify(path)
+    checkpoint.verify(path)
     return checkpoint.TensorReader(path).read("blocks.1.mlp.down.weight")
 
 
