@@ -40,7 +40,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import qsdp
 from benchmarks.support import machine
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.models.gpt2.model import GPT

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import qsdp
 from benchmarks.support import machine
 from qsdp.commands.exit import leave
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 from qsdp.common.user_errors import UserError
 from qsdp.data.batches import Batches
 from qsdp.data.corpus import Corpus, load_corpus

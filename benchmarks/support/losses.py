@@ -27,7 +27,7 @@ from benchmarks.support.contestants import (
 from benchmarks.support.ranks import Ranks
 from benchmarks.support.rounds import read
 from benchmarks.support.steps import LR, MODELS, Ready, parameters
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 from qsdp.data.batches import Batches, eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.train.config import TrainConfig

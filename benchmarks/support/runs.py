@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.support.namespaces import Unavailable
 from benchmarks.support.paths import TRAIN
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 
 Record = dict[str, Any]
 Processes = set[subprocess.Popen[str]]

@@ -44,7 +44,7 @@ from benchmarks.support.runs import Mistake, ends_on_error
 from benchmarks.support.steps import size_of
 from benchmarks.wire.link_table import median_of, ratio
 from benchmarks.wire.link_targets import at_most, in_words
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 from qsdp.train.auto.choose import choose
 from qsdp.train.config import TrainConfig
 from qsdp.train.run_flags import PRECISIONS

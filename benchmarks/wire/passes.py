@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
 from benchmarks.support.namespaces import HEADER_BYTES, INTERFACE
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.models.gpt2.model import GPT

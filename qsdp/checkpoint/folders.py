@@ -17,13 +17,8 @@ import secrets
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from qsdp.common.atomic_files import (
-    claimed_folder,
-    locked_folder,
-    remove_tree,
-    sync,
-    unclaimed,
-)
+from qsdp.common.atomic_files import claimed_folder, remove_tree, sync
+from qsdp.common.folder_locks import locked_folder, unlocked_folder
 
 META = "meta.json"
 _REWRITTEN = ".new"
@@ -100,7 +95,7 @@ def clear_killed(root: Path, damaged: Collection[Path] = ()) -> list[str]:
         is_rewritten = path.name.endswith(_REWRITTEN) and step_of(path) is not None
         if not path.is_dir() or not (is_rewritten or path.name.startswith("tmp-")):
             continue
-        with _tidying(path, lines), unclaimed(path) as is_free:
+        with _tidying(path, lines), unlocked_folder(path) as is_free:
             if not is_free:  # what another process makes is its own
                 continue
             if is_rewritten and path.resolve() not in damaged:  # else the old one is better

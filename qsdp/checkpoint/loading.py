@@ -23,7 +23,7 @@ from qsdp.checkpoint.dcp_failures import first_failure, raise_refused
 from qsdp.checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 from qsdp.checkpoint.state_dicts import renamed_state
 from qsdp.checkpoint.verifying import verified_reader
-from qsdp.common.collective_errors import listed
+from qsdp.common.user_errors import names_for_user
 from qsdp.compat.parameter_names import checkpoint_names
 from qsdp.compat.sharded_parameters import sharded_parameters
 
@@ -165,6 +165,6 @@ def _check_all_is_taken(
             dropped.append(stored)
     if dropped:
         raise ValueError(
-            f"{reader.path} holds {listed(sorted(dropped))}, which would be lost: make model and "
-            "optimizer as they were, with the same prunable set."
+            f"{reader.path} holds {names_for_user(sorted(dropped))}, which would be lost: make "
+            "model and optimizer as they were, with the same prunable set."
         )

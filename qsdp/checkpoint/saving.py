@@ -31,8 +31,9 @@ from qsdp.checkpoint.safe_dcp import SafeSavePlanner
 from qsdp.checkpoint.state_dicts import state_to_save
 from qsdp.common.atomic_files import is_file_name, sync
 from qsdp.common.checksum import checksum
-from qsdp.common.meshes import Reach, ranks_of, spread_of
+from qsdp.common.meshes import ranks_of
 from qsdp.common.rank_agreement import mistakes_shared, warn
+from qsdp.common.spread import Reach, spread_of
 from qsdp.common.user_errors import quoted
 from qsdp.compat.sharded_parameters import sharded_parameters
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qsdp.checkpoint import TensorReader, lists, read_meta, verify
-from qsdp.common.atomic_files import new_folder
+from qsdp.common.atomic_files import atomic_folder
 from qsdp.data.tokenizer import hash_of
 from qsdp.export.folder import FACTS, FORMAT, MASKS_FORMAT
 from qsdp.export.tensor_files import TensorFiles
@@ -46,7 +46,7 @@ def export_compressed(
 
     What is written equals ``oneshot.compress_`` on the whole model, bit for bit. In memory there is
     one tensor at a time, with its masks and a few copies of it: not the model. A folder that is
-    there is whole: see ``new_folder``.
+    there is whole: see ``atomic_folder``.
 
     Args:
         checkpoint: A folder step-..., written by any number of ranks.
@@ -73,7 +73,7 @@ def export_compressed(
         model = family_of_size(size).build(size)
     prunable = Prunable.of(model, patterns)
     prunable.check(target)
-    with new_folder(out) as folder:
+    with atomic_folder(out) as folder:
         counted = _Counted(progress)
         files = [checkpoint / name for name in meta["checksums"]]
         counted.total = sum(file.stat().st_size for file in files if file.is_file())

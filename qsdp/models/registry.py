@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from qsdp.common.registered import held_by
+from qsdp.common.registered import held_by_registered
 from qsdp.common.user_errors import quoted
 from qsdp.models.size import ModelSize
 from qsdp.models.spec import ModelSpec
@@ -29,7 +29,7 @@ def families() -> dict[str, ModelSpec[Any]]:
     found: dict[str, ModelSpec[Any]] = {}
     owners: dict[tuple[str, object], str] = {}
     for name, module in FAMILIES.items():
-        family: ModelSpec[Any] = held_by(module, "FAMILY")
+        family: ModelSpec[Any] = held_by_registered(module, "FAMILY")
         if not isinstance(family, ModelSpec):
             raise ValueError(
                 f"FAMILY in {module} is {family!r}: let it be an object of a class that derives "

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qsdp.common.atomic_files import finite, replacing
+from qsdp.common.atomic_files import replacing
+from qsdp.common.json_files import json_value
 from qsdp.common.printing import print_error
 from qsdp.common.user_errors import quoted
 from qsdp.report.metrics_lines import Lines
@@ -85,7 +86,7 @@ class MetricsWriter:
         room, and events stop. Values are numbers, or dictionaries of such; one that is not finite
         becomes null in the file, and is shown as it is by TensorBoard.
         """
-        self._lines.append(json.dumps(finite(line)))
+        self._lines.append(json.dumps(json_value(line)))
         with self._events_may_fail():
             self._show(line)
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 import qsdp
-from qsdp.common.atomic_files import finite, write_json
+from qsdp.common.json_files import json_value, write_json
 from qsdp.common.user_errors import UserError
 from qsdp.methods.method import Companion
 from qsdp.models.registry import family_of_size
@@ -101,7 +101,7 @@ def finish(job: Job, companion: Companion, history: History) -> bool:
         "config": config.as_dict(),
     }
 
-    summary: Summary = finite(all_of_it)
+    summary: Summary = json_value(all_of_it)
 
     def write() -> None:
         # First what needs no disk.

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 import qsdp
-from qsdp.common.atomic_files import finite, write_json
+from qsdp.common.json_files import json_value, write_json
 from qsdp.common.printing import printable
 from qsdp.data.batches import eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
@@ -78,7 +78,7 @@ def evaluate(flags: EvaluateFlags) -> None:
             "world_size": world.size,
             "versions": {"qsdp": qsdp.__version__, "torch": torch.__version__},
         }
-        world.on_main(lambda: _report(finite(results), flags.out))
+        world.on_main(lambda: _report(json_value(results), flags.out))
 
 
 def _config(flags: EvaluateFlags, source: Source) -> TrainConfig:

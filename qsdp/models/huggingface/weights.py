@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qsdp.common.atomic_files import new_folder, replacing, write_text
+from qsdp.common.atomic_files import atomic_folder, replacing, write_text
 from qsdp.common.rank_agreement import meet, mistakes_shared
 from qsdp.common.user_errors import quoted
 from qsdp.compat.collectives import full_tensor
@@ -153,7 +153,7 @@ def _write(
     is_there: bool,
 ) -> None:
     try:
-        with nullcontext(path) if is_there else new_folder(path) as inside:
+        with nullcontext(path) if is_there else atomic_folder(path) as inside:
             with replacing(inside / WEIGHTS) as temporary:
                 save_file(dict(tensors), temporary, metadata={"format": "pt"})
             if not is_there:
