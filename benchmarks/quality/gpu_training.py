@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import qsdp
 from benchmarks.support import machine
-from qsdp.commands.exit import leave
+from qsdp.commands.exit import end_process, leave
+from qsdp.common.gpu_streams import to_device
 from qsdp.common.json_files import write_json
 from qsdp.common.user_errors import UserError
 from qsdp.data.batches import Batches
@@ -35,7 +36,7 @@ from qsdp.sparsity.local_shards import local_shard
 from qsdp.train.config import TrainConfig
 from qsdp.train.parallelize import make_optimizer, shard
 from qsdp.train.run_flags import BACKENDS
-from qsdp.train.world import World, end_process, open_world, to_device
+from qsdp.train.world import World, open_world
 
 BITS = (32, 8, 4)
 METHODS = ("plain", "CrAM+")

@@ -21,7 +21,7 @@ from qsdp.methods.registry import (
     kept_folders,
     replaced,
 )
-from qsdp.models.registry import presets
+from qsdp.models.registry import preset_defaults
 from qsdp.train.config import TrainConfig, groups_of, names_of
 from qsdp.train.config_file import FILE_TYPES, LISTS, OR_AUTO, file_types, read_config_file
 from qsdp.train.run_flags import RunFlags
@@ -83,7 +83,7 @@ def _defaults_of(model: str) -> dict[str, Any]:
 
     Raises ValueError for a name that no setting has.
     """
-    defaults = presets().get(model, {})
+    defaults = preset_defaults().get(model, {})
     if odd := sorted(defaults.keys() - file_types().keys()):
         raise ValueError(
             f"the model preset {model} has a default for {odd[0]!r}, which is not a setting: name "

@@ -16,7 +16,7 @@ from torch import Tensor
 from qsdp.checkpoint import TensorReader, lists, read_meta, verify
 from qsdp.common.atomic_files import atomic_folder
 from qsdp.data.tokenizer import hash_of
-from qsdp.export.folder import FACTS, FORMAT, MASKS_FORMAT
+from qsdp.export.read_export import FACTS, FORMAT, MASKS_FORMAT
 from qsdp.export.tensor_files import TensorFiles
 from qsdp.models.language_model import LanguageModel
 from qsdp.models.registry import family_of_size
@@ -92,7 +92,7 @@ def export_compressed(
             "target": str(target),
             "method": method,
             "prunable_patterns": None if patterns is None else list(patterns),
-            "zeros": _summed(zeros, set(prunable.names)),
+            "zeros": _count_zeros(zeros, set(prunable.names)),
             "source": {
                 "path": str(checkpoint.resolve()),
                 "step": meta["step"],
@@ -153,7 +153,7 @@ def _write(
     return zeros
 
 
-def _summed(zeros: dict[str, tuple[int, int]], prunable: set[str]) -> dict[str, Any]:
+def _count_zeros(zeros: dict[str, tuple[int, int]], prunable: set[str]) -> dict[str, Any]:
     def total(names: Sequence[str]) -> dict[str, int]:
         return {
             "zeros": sum(zeros[name][0] for name in names),
@@ -183,5 +183,6 @@ class _Counted:
         self.total = 0
 
     def add(self, num_bytes: int) -> None:
+        """Note that ``num_bytes`` more have been read."""
         self._done += num_bytes
         self._progress(self._done, max(self._done, self.total))

@@ -74,7 +74,7 @@ def _check_preset(name: str, family: ModelSpec[Any], preset: str) -> None:
         ) from None
 
 
-def presets() -> dict[str, dict[str, Any]]:
+def preset_defaults() -> dict[str, dict[str, Any]]:
     """Every preset, in order, with the defaults of training that differ there."""
     return {
         preset: dict(family.training.get(preset, {}))
@@ -88,7 +88,9 @@ def family_of(preset: str) -> ModelSpec[Any]:
     for family in families().values():
         if preset in family.presets:
             return family
-    raise ValueError(f"there is no model preset {preset!r}: choose one of {list(presets())}.")
+    raise ValueError(
+        f"there is no model preset {preset!r}: choose one of {list(preset_defaults())}."
+    )
 
 
 def family_of_size(size: ModelSize) -> ModelSpec[Any]:

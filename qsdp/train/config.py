@@ -20,7 +20,7 @@ from qsdp.config import QSDPConfig
 from qsdp.data.flags import DataFlags
 from qsdp.methods.method import Method
 from qsdp.methods.registry import check_methods, chosen, method_classes, unchosen
-from qsdp.models.registry import presets
+from qsdp.models.registry import preset_defaults
 from qsdp.sparsity.flags import CompressionFlags
 from qsdp.train.output_flags import OutputFlags
 from qsdp.train.run_flags import RunFlags
@@ -60,9 +60,9 @@ class TrainConfig:
     """The flags of every method; the run is of at most one of them."""
 
     def __post_init__(self) -> None:
-        if self.run.model not in presets():
+        if self.run.model not in preset_defaults():
             raise ValueError(
-                f"--model is {self.run.model!r}: choose one of {', '.join(presets())}."
+                f"--model is {self.run.model!r}: choose one of {', '.join(preset_defaults())}."
             )
         for group in self._groups():
             for name, value in group.values().items():

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from qsdp.common.collective_errors import collective
+from qsdp.common.gpu_streams import to_device
 from qsdp.common.meshes import groups_of
 from qsdp.common.printing import forgiving_output
 from qsdp.compat.sharded_parameters import sharded_parameters
@@ -27,7 +28,7 @@ from qsdp.train.job import Job
 from qsdp.train.setup import set_up
 from qsdp.train.signals import StopRequested, handling_signals
 from qsdp.train.wire_bytes import SECONDS, WireUse, threshold_bytes
-from qsdp.train.world import open_world, to_device
+from qsdp.train.world import open_world
 
 # Of the wire, what a line of metrics.jsonl says beside the sums.
 WIRE_METRICS = (

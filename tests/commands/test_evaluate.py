@@ -66,9 +66,11 @@ def test_patterns_are_for_what_is_evaluated_whatever_the_run_compressed(tmp_path
     source = Source(
         tmp_path, None, 2, settings, 1, GPTConfig.from_preset("tiny", vocab_size=9), True
     )
-    flags = evaluate.parse([str(tmp_path), "--prunable", "a.*,b.*", "--targets", "none"])
+    flags = evaluate.parse_evaluate_flags(
+        [str(tmp_path), "--prunable", "a.*,b.*", "--targets", "none"]
+    )
     assert evaluate_targets._config(flags, source).compression.patterns == ["a.*", "b.*"]
-    flags = evaluate.parse([str(tmp_path)])
+    flags = evaluate.parse_evaluate_flags([str(tmp_path)])
     assert evaluate_targets._config(flags, source).compression.patterns is None
 
 

@@ -11,7 +11,7 @@ from qsdp.commands.parsing import parse
 from qsdp.common.user_errors import UserError
 from qsdp.config import QSDPConfig
 from qsdp.methods.cram.flags import CrAMFlags
-from qsdp.models.registry import family_of, presets
+from qsdp.models.registry import family_of, preset_defaults
 from qsdp.train.config import TrainConfig, all_groups, names_of, setting_types
 from qsdp.train.config_file import FILE_TYPES, LISTS, read_config_file
 from qsdp.train.loop import learning_rate
@@ -29,8 +29,8 @@ FULL_WIRE = [
 
 
 def test_every_model_preset_is_trained_as_its_context_allows() -> None:
-    assert len(presets()) > 1
-    for model in presets():
+    assert len(preset_defaults()) > 1
+    for model in preset_defaults():
         context = family_of(model).size_of_preset(model, 50).context
         assert parse(["--model", model]).run.seq_len <= context
 
