@@ -22,8 +22,8 @@ from qsdp.data.token_shards import TokenRange, Tokens
 from qsdp.oneshot.in_memory import compressed
 from qsdp.oneshot.registry import by_method, solver_of
 from qsdp.report.plots import may_fail, write_target_plot
-from qsdp.report.record import Losses
-from qsdp.report.summary import label
+from qsdp.report.summary_json import Losses
+from qsdp.report.summary_tables import target_in_tables
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.masks import Prunable
 from qsdp.train.agree_on_inputs import agree_on_config, agree_on_data
@@ -240,7 +240,7 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
 
 def _name(results: dict[str, Any], target: str | None) -> str:
     if target is not None:
-        return label(target)
+        return target_in_tables(target)
     compressed_to = results["compressed_to"]
     by = by_method(results["compressed_by"])
     return "dense" if compressed_to is None else f"exported at {compressed_to}{by}"

@@ -27,7 +27,7 @@ from qsdp.checkpoint import Damaged
 from qsdp.common.atomic_files import remove_tree, write_text
 from qsdp.methods.registry import kept_folders
 from qsdp.report.plots import PLOT_NAMES
-from qsdp.report.summary import read_summary
+from qsdp.report.summary_json import read_summary
 from qsdp.train.world import World, all_alike
 
 CHECKPOINTS = "checkpoints"

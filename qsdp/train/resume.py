@@ -14,7 +14,7 @@ from typing import Any
 from qsdp import checkpoint
 from qsdp.checkpoint import Damaged
 from qsdp.common.user_errors import UserError
-from qsdp.report.summary import read_summary
+from qsdp.report.summary_json import read_summary
 from qsdp.train.auto.choose import is_choice
 from qsdp.train.config import TrainConfig
 from qsdp.train.history import CHECKPOINTS, Start, damage
