@@ -34,7 +34,8 @@ from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.sparsity.local_shards import local_shard
 from qsdp.train.config import TrainConfig
-from qsdp.train.parallelize import make_optimizer, shard
+from qsdp.train.make_optimizer import make_optimizer
+from qsdp.train.parallelize import shard_model
 from qsdp.train.run_flags import BACKENDS
 from qsdp.train.world import World, open_world
 
@@ -112,7 +113,7 @@ def run(
         cram=method == "CrAM+",
     )
     assert config.qsdp is not None
-    model = shard(config, size, world, world.mesh)
+    model = shard_model(config, size, world, world.mesh)
     fill(model, start, config.run.seed)
     handle = qsdp.install(model, config.qsdp)
     optimizer = make_optimizer(config, model)

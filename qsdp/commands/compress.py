@@ -143,10 +143,10 @@ def _compress(flags: CompressFlags) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from qsdp.export import export_compressed
-    from qsdp.train.trained_model import open_source
+    from qsdp.train.trained_model import open_trained_model
 
     return_freed_memory()
-    source = open_source(flags.checkpoint)
+    source = open_trained_model(flags.checkpoint)
     if source.target is not None:
         raise ValueError(
             f"{source.path} is compressed already ({source.target}): name a training checkpoint."

@@ -20,9 +20,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     with one_sentence_at_the_end("nothing was written"):
         flags = parse_evaluate_flags(argv)
-        from qsdp.train.evaluate_targets import evaluate  # loads torch
+        from qsdp.train.evaluate_targets import evaluate_targets  # loads torch
 
-        evaluate(flags)
+        evaluate_targets(flags)
 
 
 def parse_evaluate_flags(argv: Sequence[str] | None = None) -> EvaluateFlags:

@@ -94,7 +94,7 @@ class TrainConfig:
             raise TypeError(
                 f"there is no setting {sorted(odd)[0]!r}: choose one of `setting_types`."
             )
-        parts: dict[str, Any] = groups_of(settings)
+        parts: dict[str, Any] = groups_from_settings(settings)
         methods = tuple(parts.pop(key) for key in method_classes())
         return cls(**parts, methods=methods)
 
@@ -202,18 +202,18 @@ def all_groups() -> dict[str, type[Flags]]:
     return {**GROUPS, **method_classes()}
 
 
-def names_of(group: type[Flags]) -> list[str]:
-    """The names of a group's settings."""
+def setting_names(group: type[Flags]) -> list[str]:
+    """The names of the settings in a group of the configuration."""
     return [field.name for field in fields(group)]
 
 
-def groups_of(settings: Mapping[str, Any]) -> dict[str, Flags]:
-    """All groups, by their names, with what they have of ``settings``.
+def groups_from_settings(settings: Mapping[str, Any]) -> dict[str, Flags]:
+    """All groups of a run's configuration, by their names, with what they have of ``settings``.
 
     The others are as by default.
     """
     return {
-        key: group(**{name: settings[name] for name in names_of(group) if name in settings})
+        key: group(**{name: settings[name] for name in setting_names(group) if name in settings})
         for key, group in all_groups().items()
     }
 
@@ -223,4 +223,4 @@ def setting_types() -> dict[str, Any]:
     """The type of each setting, by its name."""
     groups = all_groups().values()
     hints = [(group, get_type_hints(group)) for group in groups]
-    return {name: types[name] for group, types in hints for name in names_of(group)}
+    return {name: types[name] for group, types in hints for name in setting_names(group)}

@@ -32,7 +32,7 @@ _LOOK_AGAIN = timedelta(seconds=1)
 
 @dataclass(frozen=True)
 class World:
-    """This process among all others."""
+    """The world of a run, from one of its processes: which it is, and how all agree."""
 
     rank: int
     size: int
@@ -71,6 +71,21 @@ class World:
                 raise UserError(first, is_shared=True)
         return result
 
+    def all_alike(self, collective: Callable[[], T]) -> T:
+        """Run what communicates and fails on all ranks, or on none; errors as in ``together``."""
+        mistake = None
+        try:
+            result = collective()
+        except (ValueError, RuntimeError) as error:
+            mistake = error
+
+        def report() -> T:
+            if mistake is not None:
+                raise mistake
+            return result
+
+        return self.together(report)
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Run ``work`` on rank 0 and return its result everywhere; errors as in ``together``."""
         results = [self.together(lambda: work() if self.is_main else None)]
@@ -89,22 +104,6 @@ class World:
             *sums, num_asked = total.tolist()
         self.stop.is_agreed |= num_asked > 0
         return sums
-
-
-def all_alike(world: World, collective: Callable[[], T]) -> T:
-    """Run what communicates and fails on all ranks alike, or on none; errors as in ``together``."""
-    mistake = None
-    try:
-        result = collective()
-    except (ValueError, RuntimeError) as error:
-        mistake = error
-
-    def report() -> T:
-        if mistake is not None:
-            raise mistake
-        return result
-
-    return world.together(report)
 
 
 @contextmanager

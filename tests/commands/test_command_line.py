@@ -150,7 +150,7 @@ def test_an_interrupt_ends_with_status_130_and_one_line(
     def interrupt(config: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qsdp.train.loop.train", interrupt)
+    monkeypatch.setattr("qsdp.train.loop.training_loop", interrupt)
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 130

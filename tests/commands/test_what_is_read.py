@@ -26,7 +26,7 @@ from qsdp.models.gpt2.model import GPT
 from qsdp.models.huggingface.weights import export_huggingface, load_huggingface
 from qsdp.report import plots
 from qsdp.report.metrics import MetricsWriter
-from qsdp.train.trained_model import open_source
+from qsdp.train.trained_model import open_trained_model
 from tests.support.bad_inputs import TEXT
 from tests.support.file_operations import debris, tree
 from tests.support.huggingface_models import our_model, their_model
@@ -90,7 +90,7 @@ def change(path: Path, edit: Callable[[torch.Tensor], None]) -> None:
     try:
         meta = checkpoint.read_meta(path)
         reader = checkpoint.TensorReader(path)
-        model = GPT(open_source(path).size)
+        model = GPT(open_trained_model(path).size)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(reader.read(name))
@@ -155,17 +155,17 @@ def test_a_dense_twin_carries_its_tokenizer(run: Callable[..., Path]) -> None:
         for name in out.glob("*/*/meta.json"):
             strict(name.read_text())
         stored = path / "tokenizer.json"
-        source = open_source(path)
+        source = open_trained_model(path)
         assert source.tokenizer == str(stored)
         text = stored.read_text()
         stored.write_text(text.replace("q", "Q", 1))
         with pytest.raises(ValueError, match="not the one that the model was trained with"):
-            open_source(path)
+            open_trained_model(path)
         stored.unlink()
         with pytest.raises(ValueError, match=r"lacks tokenizer\.json"):
-            open_source(path)
+            open_trained_model(path)
         stored.write_text(text)
-        assert open_source(path) == source
+        assert open_trained_model(path) == source
 
 
 def test_shards_that_are_not_counted_are_not_read(tmp_path: Path) -> None:

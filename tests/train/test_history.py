@@ -104,8 +104,8 @@ def test_what_is_of_the_new_history_stays_whenever_the_rest_goes(
 ) -> None:
     """A removal that fails is made up for at the next start, when the run may be at its end."""
     checkpoint.save(out / f"dense-twin.{OTHER}", 3, *make(), {"history": OTHER, "val_loss": 1.5})
-    start = results.Start(OTHER, is_beside=True)
-    run = results.Results(out, "", start)
+    start = results.HistoryStart(OTHER, is_beside=True)
+    run = results.HistoryFolder(out, "", start)
     with monkeypatch.context() as patch:
         patch.setattr(results, "_remove", Mock(side_effect=OSError("busy")))
         with pytest.raises(OSError, match="busy"):

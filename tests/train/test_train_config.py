@@ -12,7 +12,7 @@ from qsdp.common.user_errors import UserError
 from qsdp.config import QSDPConfig
 from qsdp.methods.cram.flags import CrAMFlags
 from qsdp.models.registry import family_of, preset_defaults
-from qsdp.train.config import TrainConfig, all_groups, names_of, setting_types
+from qsdp.train.config import TrainConfig, all_groups, setting_names, setting_types
 from qsdp.train.config_file import FILE_TYPES, LISTS, read_config_file
 from qsdp.train.loop import learning_rate
 from qsdp.train.wire_flags import WireFlags, parse_policy
@@ -36,7 +36,7 @@ def test_every_model_preset_is_trained_as_its_context_allows() -> None:
 
 
 def test_every_setting_has_one_home_and_a_type_that_files_and_flags_can_hold() -> None:
-    names = [name for group in all_groups().values() for name in names_of(group)]
+    names = [name for group in all_groups().values() for name in setting_names(group)]
     assert len(names) == len({*names})
     assert {*setting_types().values()} <= FILE_TYPES.keys() | LISTS.keys()
 
