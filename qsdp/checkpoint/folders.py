@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from qsdp.common.atomic_files import claimed_folder, remove_tree, sync
+from qsdp.common.atomic_files import unfinished_folder, remove_tree, sync
 from qsdp.common.folder_locks import locked_folder, unlocked_folder
 
 META = "meta.json"
@@ -79,7 +79,7 @@ def writing(root: Path, step: int) -> Iterator[Path]:
     """
     path = root / f"tmp-step-{step:08d}-{secrets.token_hex(4)}"
     # Just made, and not locked yet, it looks to another run's ``clear_killed`` like a killed one's.
-    with claimed_folder(path, is_waiting=True) as folder:
+    with unfinished_folder(path, is_waiting=True) as folder:
         yield folder
 
 

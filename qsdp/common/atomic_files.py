@@ -73,7 +73,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
             raise ValueError(f"{named} exists already: choose a new folder, or remove it.")
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = contextlib.ExitStack()
-        lock.enter_context(claimed_folder(partial))
+        lock.enter_context(unfinished_folder(partial))
     except BlockingIOError:
         raise ValueError(
             f"{named} is being made by another process: wait for it, or choose another folder."
@@ -101,10 +101,10 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def claimed_folder(path: Path, *, is_waiting: bool = False) -> Iterator[Path]:
-    """Inside, ``path`` is an empty folder that no other process claims; a killed one's is cleared.
+def unfinished_folder(path: Path, *, is_waiting: bool = False) -> Iterator[Path]:
+    """An empty folder at ``path``, for what is to be whole or absent: deleted at the end or renamed.
 
-    The claim follows the folder when it is renamed; one that was not is deleted at the end.
+    No other process claims it, which follows it when it is renamed; a killed one's is cleared.
 
     Args:
         is_waiting: Wait for whoever holds it: right for a name of one's own, which others hold only

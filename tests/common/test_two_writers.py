@@ -95,7 +95,7 @@ def test_what_another_run_claims_just_before_its_removal_stays(
 
     def claimed_now(path: Path) -> None:
         try:
-            with atomic_files.claimed_folder(folder):
+            with atomic_files.unfinished_folder(folder):
                 (folder / "theirs").write_text("theirs")
                 remove_tree(path)
                 assert (folder / "theirs").read_text() == "theirs"
