@@ -30,8 +30,8 @@ import torch
 from benchmarks.support import machine
 from qsdp.codec.levels import uniform_levels
 from qsdp.codec.payload import Layout, Segment
-from qsdp.common.atomic_files import write_json
 from qsdp.common.dtypes import CODEC_DTYPES
+from qsdp.common.json_files import write_json
 from qsdp.common.rounding import Rounding
 from qsdp.config import LEVELS, ROUNDINGS
 from qsdp.ops import native

@@ -25,8 +25,8 @@ import torch
 
 from benchmarks.support import machine
 from qsdp.codec.payload import Layout, Segment
-from qsdp.common.atomic_files import write_json
 from qsdp.common.dtypes import CODEC_DTYPES, DType
+from qsdp.common.json_files import write_json
 from qsdp.common.rounding import Rounding
 from qsdp.ops import native
 

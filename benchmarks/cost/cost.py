@@ -30,13 +30,13 @@ from torch.distributed.fsdp import fully_shard
 
 import qsdp
 from benchmarks.support import machine
+from qsdp.commands.exit import end_process
 from qsdp.common.allocator import keep_freed_memory
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.models.gpt2.model import GPT
 from qsdp.sparsity.masks import Prunable, keep_masks
-from qsdp.train.world import end_process
 
 AT_MOST = {"CrAM+": 2.05, "AC/DC, compressed phase": 1.03, "threshold": 0.01}
 

@@ -40,7 +40,7 @@ from benchmarks.support import machine
 from benchmarks.support.asked import check_each_least, check_least
 from benchmarks.support.runs import ends_on_error
 from qsdp import ops
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 
 CALLS_OF_RANKS = 512
 """Ranks whose payloads a timing works through at least: short uses are timed many at once."""

@@ -40,11 +40,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import qsdp
 from benchmarks.support import machine
-from qsdp.common.atomic_files import write_json
+from qsdp.commands.exit import end_process
+from qsdp.common.json_files import write_json
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.models.gpt2.model import GPT
-from qsdp.train.world import end_process
 
 SIZE = GPTConfig(vocab_size=256, num_layers=6, num_heads=8, width=512, context=128, bias=False)
 BATCH_SIZE = 4

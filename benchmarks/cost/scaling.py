@@ -25,7 +25,7 @@ from benchmarks.support.contestants import add_turn_arguments
 from benchmarks.support.race import LOOPBACK, device_of, take_turns
 from benchmarks.support.runs import Mistake, ends_on_error
 from benchmarks.support.steps import MODELS
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 from qsdp.report.plots import save_png
 
 THEIRS, OURS = "fsdp-fp32", "qsdp-w8g8-once-fp32"

@@ -24,7 +24,7 @@ from benchmarks.support import machine
 from benchmarks.support.asked import check_least
 from benchmarks.support.paths import TRAIN
 from benchmarks.support.runs import ends_on_error
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 
 IMPORT_AT_MOST_S, STEP_AT_MOST_S = 0.3, 12.0
 PATIENCE_S = 120.0

@@ -67,7 +67,7 @@ from qsdp.common.user_errors import quoted
 from qsdp.methods.acdc.flags import DENSE_TWIN as TWIN
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
-from qsdp.models.registry import presets
+from qsdp.models.registry import preset_defaults
 from qsdp.train.run_flags import RunFlags
 
 STEPS = 1000
@@ -174,7 +174,7 @@ def plan(options: Options, texts: Texts) -> list[Run]:
     common = {
         "model": preset.model,
         "ranks": ranks,
-        "seq_len": presets()[preset.model].get("seq_len", RunFlags.seq_len),
+        "seq_len": preset_defaults()[preset.model].get("seq_len", RunFlags.seq_len),
         "data": "+".join(path.name for path in options.data),
         "data_sha256": texts.sha256,
         "parameters": count_parameters(preset.model, texts.vocab_size),

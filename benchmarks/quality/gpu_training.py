@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 import qsdp
 from benchmarks.support import machine
-from qsdp.commands.exit import leave
-from qsdp.common.atomic_files import write_json
+from qsdp.commands.exit import end_process, leave
+from qsdp.common.gpu_streams import to_device
+from qsdp.common.json_files import write_json
 from qsdp.common.user_errors import UserError
 from qsdp.data.batches import Batches
 from qsdp.data.corpus import Corpus, load_corpus
@@ -33,9 +34,10 @@ from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.sparsity.local_shards import local_shard
 from qsdp.train.config import TrainConfig
-from qsdp.train.parallelize import make_optimizer, shard
+from qsdp.train.make_optimizer import make_optimizer
+from qsdp.train.parallelize import shard_model
 from qsdp.train.run_flags import BACKENDS
-from qsdp.train.world import World, end_process, open_world, to_device
+from qsdp.train.world import World, open_world
 
 BITS = (32, 8, 4)
 METHODS = ("plain", "CrAM+")
@@ -111,7 +113,7 @@ def run(
         cram=method == "CrAM+",
     )
     assert config.qsdp is not None
-    model = shard(config, size, world, world.mesh)
+    model = shard_model(config, size, world, world.mesh)
     fill(model, start, config.run.seed)
     handle = qsdp.install(model, config.qsdp)
     optimizer = make_optimizer(config, model)

@@ -41,7 +41,7 @@ from qsdp.common.user_errors import quoted
 from qsdp.data.corpus import load_corpus
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
-from qsdp.models.registry import presets
+from qsdp.models.registry import preset_defaults
 from qsdp.train.run_flags import RunFlags
 
 BYTES_STEPS = 3
@@ -144,7 +144,7 @@ def plan(options: Options) -> list[Run]:
         raise Mistake(f"--jobs is {options.jobs}: choose 1 or more.")
     if not options.data.is_file():
         raise Mistake(f"--data {options.data} is no file: give a text.")
-    steps = options.steps or presets()[preset.model].get("steps", RunFlags.steps)
+    steps = options.steps or preset_defaults()[preset.model].get("steps", RunFlags.steps)
     common = {
         "model": preset.model,
         "ranks": options.ranks,

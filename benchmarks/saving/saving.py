@@ -23,12 +23,12 @@ from torch.distributed.fsdp import fully_shard
 
 from benchmarks.support import machine
 from qsdp import checkpoint
+from qsdp.commands.exit import end_process
 from qsdp.common.allocator import keep_freed_memory
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.models.gpt2.model import GPT
-from qsdp.train.world import end_process
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.support.contestants import chosen, contestants
 from benchmarks.support.race import LOOPBACK, device_of
 from benchmarks.support.runs import Mistake
-from qsdp.common.atomic_files import unclaimed
+from qsdp.common.folder_locks import unlocked_folder
 
 
 def check_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None:
@@ -90,7 +90,7 @@ def claimed(out: Path) -> Iterator[None]:
             f"--out is {out}, which cannot be made ({error.strerror}): give a folder where you may "
             "write."
         ) from None
-    with unclaimed(out) as is_ours:
+    with unlocked_folder(out) as is_ours:
         if not is_ours:
             raise Mistake(f"--out is {out}, where another comparison runs: wait, or give another.")
         yield

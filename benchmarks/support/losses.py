@@ -27,12 +27,12 @@ from benchmarks.support.contestants import (
 from benchmarks.support.ranks import Ranks
 from benchmarks.support.rounds import read
 from benchmarks.support.steps import LR, MODELS, Ready, parameters
-from qsdp.common.atomic_files import write_json
+from qsdp.commands.exit import end_process
+from qsdp.common.json_files import write_json
 from qsdp.data.batches import Batches, eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.train.config import TrainConfig
 from qsdp.train.loop import learning_rate
-from qsdp.train.world import end_process
 
 CONTEXT = 64  # short, as steps must be many
 EVAL_TOKENS = 1 << 16

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.runs import Mistake
-from qsdp.common.atomic_files import finite, write_json
+from qsdp.common.json_files import json_value, write_json
 
 Record = dict[str, Any]
 
@@ -25,7 +25,7 @@ def kept(path: Path, settings: Record, empty: Record) -> Record:
 
     Raises Mistake if it was made with other settings, or is damaged.
     """
-    settings = finite(settings)
+    settings = json_value(settings)
     if not path.exists():
         record = {"settings": settings} | empty
         write_json(path, record)

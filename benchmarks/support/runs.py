@@ -20,7 +20,7 @@ from rich.console import Console
 
 from benchmarks.support.namespaces import Unavailable
 from benchmarks.support.paths import TRAIN
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 from qsdp.common.user_errors import quoted
 
 Record = dict[str, Any]

@@ -23,8 +23,8 @@ from benchmarks.support.contestants import add_arguments, add_size_arguments, ch
 from benchmarks.support.ranks import Ranks
 from benchmarks.support.rounds import due, read
 from benchmarks.support.steps import Ready, parameters
-from qsdp.common.atomic_files import write_json
-from qsdp.train.world import end_process
+from qsdp.commands.exit import end_process
+from qsdp.common.json_files import write_json
 
 
 def main() -> None:

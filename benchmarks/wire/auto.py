@@ -44,11 +44,12 @@ from benchmarks.support.runs import Mistake, ends_on_error
 from benchmarks.support.steps import size_of
 from benchmarks.wire.link_table import median_of, ratio
 from benchmarks.wire.link_targets import at_most, in_words
-from qsdp.common.atomic_files import write_json
+from qsdp.commands.exit import end_process
+from qsdp.common.json_files import write_json
 from qsdp.train.auto.choose import choose
 from qsdp.train.config import TrainConfig
 from qsdp.train.run_flags import PRECISIONS
-from qsdp.train.world import end_process, open_world
+from qsdp.train.world import open_world
 
 WITHIN, AT_MOST_S = 1.10, 10.0
 SHARED = ("model", "tokens", "context", "vocab_size")

@@ -54,7 +54,7 @@ from benchmarks.support.runs import Mistake, ends_on_error
 from benchmarks.wire.link_report import report
 from benchmarks.wire.link_table import explanation_table, explanations, plot, table
 from benchmarks.wire.link_targets import adds_up, in_words, verdicts
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 
 SHORT_FORM = {"rate": "100mbit", "rounds": 3, "settle": 0, "loss_steps": 200}
 

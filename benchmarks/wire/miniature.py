@@ -48,7 +48,7 @@ from benchmarks.support.race import take_turns
 from benchmarks.support.runs import ends_on_error
 from benchmarks.wire.link_table import plot, table
 from benchmarks.wire.link_table import ratio as ratio_of_rows
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 
 OPERATIONS = 8192 * (6 * 1.3e9 + 12 * 24 * 2048 * 2048)
 COMPUTE_S = OPERATIONS / 40e12

@@ -39,7 +39,7 @@ from typing import Any
 from benchmarks.support import machine
 from benchmarks.support.namespaces import Hosts, Unavailable, exit_on_termination, torchrun
 from benchmarks.support.paths import TRAIN
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 from qsdp.common.user_errors import quoted
 
 NODES, RANKS_PER_NODE = 2, 2

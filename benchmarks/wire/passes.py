@@ -26,11 +26,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
 from benchmarks.support.namespaces import HEADER_BYTES, INTERFACE
-from qsdp.common.atomic_files import write_json
+from qsdp.commands.exit import end_process
+from qsdp.common.json_files import write_json
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.models.gpt2.model import GPT
-from qsdp.train.world import end_process
 
 SIZE = GPTConfig(vocab_size=64, num_layers=6, num_heads=4, width=256, context=32, bias=False)
 KINDS = ("forward", "kept", "step")

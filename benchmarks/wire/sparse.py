@@ -33,10 +33,10 @@ import qsdp
 from benchmarks.support import machine
 from benchmarks.support.namespaces import Hosts, Unavailable, exit_on_termination, torchrun
 from benchmarks.wire.passes import SIZE, build, forward, forward_backward, run, state
-from qsdp.common.atomic_files import write_json
+from qsdp.commands.exit import end_process
+from qsdp.common.json_files import write_json
 from qsdp.common.user_errors import quoted
 from qsdp.sparsity.local_shards import local_shard
-from qsdp.train.world import end_process
 
 NUM_HOSTS = 2
 GATHER_AT_MOST, REDUCE_AT_MOST = 1.0, 1.2

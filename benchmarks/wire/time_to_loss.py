@@ -37,7 +37,7 @@ from benchmarks.support.race import LOOPBACK, begin_losses, take_losses, take_tu
 from benchmarks.support.rounds import Record
 from benchmarks.support.runs import Mistake, ends_on_error
 from benchmarks.wire.time_to_loss_table import FIRST, judge, plot, table
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 from qsdp.data.corpus import load_corpus
 
 CONTESTANTS = [

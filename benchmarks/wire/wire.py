@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.support.namespaces import Hosts, Unavailable, exit_on_termination
 from benchmarks.support.paths import TRAIN
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 from qsdp.common.user_errors import quoted
 
 CASES = {

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from qsdp.checkpoint.background import AsyncSaver
-from qsdp.checkpoint.folders import (
-    Damaged,
-    latest,
-    lists,
-    read_meta,
-    remove,
-    resolve,
-    step_of,
-    steps,
-    verify,
-)
-from qsdp.checkpoint.reader import TensorReader
+from qsdp.checkpoint.damaged import Damaged
+from qsdp.checkpoint.folders import latest, remove, resolve, step_of, steps
+from qsdp.checkpoint.loading import load, load_model
+from qsdp.checkpoint.meta_json import lists, read_meta
 from qsdp.checkpoint.saving import save
-from qsdp.checkpoint.state import check, load, load_model
+from qsdp.checkpoint.tensor_reader import TensorReader
+from qsdp.checkpoint.verifying import check, verify
 
 __all__ = [
     "AsyncSaver",

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from qsdp.checkpoint.plain_values import plain_part, readable
+from qsdp.checkpoint.all_ranks import all_ranks, meet_all_ranks
+from qsdp.checkpoint.plain_values import plain_part, plain_value
 from qsdp.checkpoint.saving import (
     Request,
-    agreed,
-    claimed,
+    agreed_request,
+    cannot_save,
     finished,
-    state_of,
-    unwritable,
+    folder_to_save_in,
     written,
 )
-from qsdp.checkpoint.state import everyone, meet_at
+from qsdp.checkpoint.state_dicts import state_to_save
 from qsdp.common.collective_errors import CollectiveError, is_failure, root
 from qsdp.common.rank_agreement import mistakes_shared, warn
 from qsdp.common.user_errors import quoted
@@ -50,7 +50,7 @@ class AsyncSaver:
 
     def __init__(self) -> None:
         """A collective over all ranks."""
-        meet_at("AsyncSaver")
+        meet_all_ranks("AsyncSaver")
         self._group: _Group | None = _Group()
         self._last: list[_Writing] = []
         """The checkpoint that is being written, if any."""
@@ -82,13 +82,13 @@ class AsyncSaver:
         if self._group is None:
             raise RuntimeError("the saver is closed: make another one.")
         request = Request(root, step, meta, files, keep, damaged, may_appear)
-        request = agreed(request, model, optimizer)
+        request = agreed_request(request, model, optimizer)
         with contextlib.ExitStack() as claim:
-            folder = claim.enter_context(claimed(request))
-            state = state_of(model, optimizer)
-            with mistakes_shared("checkpoint.save", [everyone()]):
+            folder = claim.enter_context(folder_to_save_in(request))
+            state = state_to_save(model, optimizer)
+            with mistakes_shared("checkpoint.save", [all_ranks()]):
                 staged = _copied(state, "", {})
-            meet_at("save", step=step)
+            meet_all_ranks("save", step=step)
             threads: list[threading.Thread] = []
             response: Any = dcp.async_save(
                 staged,
@@ -114,11 +114,11 @@ class AsyncSaver:
         writing = self._ended()
         if writing is None:
             return None
-        groups = [everyone()] if dist.is_initialized() else []
+        groups = [all_ranks()] if dist.is_initialized() else []
         with mistakes_shared("checkpoint.AsyncSaver.wait", groups):
             if writing.failure is not None:
                 raise writing.failure
-        meet_at("AsyncSaver.wait")
+        meet_all_ranks("AsyncSaver.wait")
         return writing.path
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class _Group:
     """A gloo group of all ranks that ends with this object."""
 
     def __init__(self) -> None:
-        world = everyone()
+        world = all_ranks()
         name = f"{unique_group_name(world)}, of checkpoints"
         self.group = new_group([*range(world.size())], world, name, backend="gloo")
         self.end = weakref.finalize(self, destroy_group, self.group)
@@ -193,7 +193,7 @@ class _Writing:
                     future.result()
                 self.path = finished(request, folder, group.group)
         except Exception as error:
-            self.failure = _told(error)
+            self.failure = _without_traceback(error)
         for thread in threads:
             thread.join()
         if self.is_alone:
@@ -213,7 +213,7 @@ def _leave_alone(last: list[_Writing]) -> None:
         writing.warn()  # else the thread does, when it ends
 
 
-def _told(error: Exception) -> Exception:
+def _without_traceback(error: Exception) -> Exception:
     """``error`` without its traceback, which holds the copy of the weights."""
     if not dist.is_initialized():
         return RuntimeError(
@@ -224,7 +224,7 @@ def _told(error: Exception) -> Exception:
         return CollectiveError(root(error))
     if isinstance(error, ValueError | RuntimeError):
         return (ValueError if isinstance(error, ValueError) else RuntimeError)(str(error))
-    return unwritable(f"{type(error).__name__}: {error}")
+    return cannot_save(f"{type(error).__name__}: {error}")
 
 
 class _Staged(AsyncStager):
@@ -271,4 +271,4 @@ def _copied(value: Any, name: str, copies: dict[Any, Tensor]) -> Any:
         return {key: _copied(each, f"{inner}{key}", copies) for key, each in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_copied(e, f"{inner}{i}", copies) for i, e in enumerate(value))
-    return copy.deepcopy(readable(name, value))
+    return copy.deepcopy(plain_value(name, value))

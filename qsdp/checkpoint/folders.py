@@ -11,46 +11,19 @@ tmp-.../                   being written, each save under a name of its own, or 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 import secrets
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from qsdp.common.atomic_files import (
-    claimed_folder,
-    is_file_name,
-    locked_folder,
-    remove_tree,
-    sync,
-    unclaimed,
-)
-from qsdp.common.user_errors import quoted
+from qsdp.common.atomic_files import unfinished_folder, remove_tree, sync
+from qsdp.common.folder_locks import locked_folder, unlocked_folder
 
 META = "meta.json"
-OWN_CHECKSUM = "checksum"
-"""The last entry of meta.json, where all files are listed: the checksum of the text itself.
-The checksum is taken with zeros in its own place.
-"""
 _REWRITTEN = ".new"
 _REMOVED = "tmp-old-"
 _COMPLETE = re.compile(rf"step-(\d{{8,}})({_REWRITTEN})?")
-_NO_CHECKSUM = f"crc32:{0:08x}"
-_SEAL = re.compile(rf',\n "{OWN_CHECKSUM}": "(crc32:[0-9a-f]{{8}})"\n}}\n'.encode())
-
-
-class Damaged(ValueError):
-    """A file of a checkpoint is missing, truncated or altered."""
-
-    def __init__(self, checkpoint: Path, name: str, why: str) -> None:
-        super().__init__(checkpoint, name, why)
-        self.checkpoint, self.file, self.why = checkpoint, checkpoint / name, why
-
-    def __str__(self) -> str:
-        return f"{self.file} is damaged ({self.why}): name another checkpoint."
 
 
 def step_of(path: Path) -> int | None:
@@ -98,115 +71,6 @@ def resolve(path: Path, without: Collection[Path] = ()) -> Path:
     return found
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """What ``save`` was given as ``meta``, with ``step``, ``checksums`` and its own ``checksum``.
-
-    Older versions wrote no ``checksum``, and into ``checksums`` only DCP's files.
-
-    Raises:
-        Damaged: It is not as it was written.
-        ValueError: It cannot be read, or lists what is no file's name.
-    """
-    try:
-        data = (path / META).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise Damaged(path, META, "it is missing") from None
-    except OSError as error:
-        raise ValueError(
-            f"{path / META} cannot be read ({error.strerror}): resume from another checkpoint."
-        ) from None
-    try:
-        meta = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise Damaged(path, META, f"it is not JSON ({quoted(error)})") from None
-    step = meta.get("step") if isinstance(meta, dict) else None
-    if type(step) is not int or step < 0:
-        raise Damaged(path, META, "it states no step")
-    if step_of(path) not in (None, step):
-        raise Damaged(path, META, f"it is of step {step}")
-    if not isinstance(meta.get("checksums"), dict):
-        raise Damaged(path, META, "it states no checksums")
-    seal = _SEAL.search(data, max(0, len(data) - 50))
-    if seal is not None:
-        if seal[1].decode() != _sealed_by(data[: seal.start(1)], data[seal.end(1) :]):
-            raise Damaged(path, META, "its checksum is not the one that it states")
-    elif [*meta][-1] != "checksums":  # which older versions wrote last
-        raise Damaged(path, META, "it does not end with its checksum")
-    for name in meta["checksums"]:
-        if not is_file_name(name):
-            raise ValueError(
-                f"{path / META} lists {name[:100]!r}, which is not the name of a file beside it "
-                "and is refused: resume from another checkpoint."
-            )
-    return meta
-
-
-def lists(meta: Mapping[str, Any], name: str) -> bool:
-    """Whether the file ``name`` belongs to the checkpoint of ``meta``, as far as that tells.
-
-    Older versions did not list texts.
-    """
-    return OWN_CHECKSUM not in meta or name in meta["checksums"]
-
-
-def sealed(meta: Mapping[str, Any]) -> str:
-    """The text of meta.json, with the checksum of its own bytes at its end."""
-    values = {name: value for name, value in meta.items() if name != OWN_CHECKSUM}
-    text = json.dumps({**values, OWN_CHECKSUM: _NO_CHECKSUM}, indent=1) + "\n"
-    before, _, after = text.rpartition(_NO_CHECKSUM)
-    return before + _sealed_by(before.encode(), after.encode()) + after
-
-
-def _sealed_by(before: bytes, after: bytes) -> str:
-    return checksum_of(before + _NO_CHECKSUM.encode() + after)
-
-
-def checksum_of(data: bytes) -> str:
-    """The same as ``checksum``, of bytes."""
-    return f"crc32:{zlib.crc32(data):08x}"
-
-
-def checksum(path: Path) -> str:
-    """The CRC-32 of a file, as ``crc32:`` and eight digits.
-
-    It takes seconds for a rank's share of a large model. It is there to notice what a disk or a
-    copy has damaged, not what someone has forged.
-    """
-    crc = 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            crc = zlib.crc32(piece, crc)
-    return f"crc32:{crc:08x}"
-
-
-def verify(
-    path: Path,
-    rank: int = 0,
-    size: int = 1,
-    progress: Callable[[int], None] = lambda num_bytes: None,
-) -> None:
-    """Check that this rank's part of the files is as ``save`` left them.
-
-    ``progress`` is called with the number of bytes that were just read.
-
-    Raises:
-        Damaged: A file is not as it was left.
-        ValueError: A file cannot be read.
-    """
-    stated = read_meta(path)["checksums"]
-    for name in sorted(stated)[rank::size]:
-        try:
-            if checksum(path / name) != stated[name]:
-                raise Damaged(path, name, f"its checksum is not the one in {META}")
-            progress((path / name).stat().st_size)
-        except FileNotFoundError:
-            raise Damaged(path, name, "it is missing") from None
-        except OSError as error:
-            raise ValueError(
-                f"{path / name} cannot be read ({error.strerror}): name another checkpoint."
-            ) from None
-
-
 @contextlib.contextmanager
 def writing(root: Path, step: int) -> Iterator[Path]:
     """An empty folder, of this call alone, to write the checkpoint of ``step`` into.
@@ -215,7 +79,7 @@ def writing(root: Path, step: int) -> Iterator[Path]:
     """
     path = root / f"tmp-step-{step:08d}-{secrets.token_hex(4)}"
     # Just made, and not locked yet, it looks to another run's ``clear_killed`` like a killed one's.
-    with claimed_folder(path, is_waiting=True) as folder:
+    with unfinished_folder(path, is_waiting=True) as folder:
         yield folder
 
 
@@ -231,7 +95,7 @@ def clear_killed(root: Path, damaged: Collection[Path] = ()) -> list[str]:
         is_rewritten = path.name.endswith(_REWRITTEN) and step_of(path) is not None
         if not path.is_dir() or not (is_rewritten or path.name.startswith("tmp-")):
             continue
-        with _tidying(path, lines), unclaimed(path) as is_free:
+        with _tidying(path, lines), unlocked_folder(path) as is_free:
             if not is_free:  # what another process makes is its own
                 continue
             if is_rewritten and path.resolve() not in damaged:  # else the old one is better
@@ -250,7 +114,7 @@ def publish(
     keep: int,
     damaged: Collection[Path] = (),
 ) -> tuple[Path, list[str]]:
-    """Add the text ``files`` to what ``writing`` made and let it take the name of ``step``.
+    """Let the folder that ``writing`` made, with the texts ``files``, take the name of ``step``.
 
     All or nothing: of two that do so at once for one step, the later one's stays. Afterwards what
     is ``damaged`` there (real paths) goes, and the oldest of the checkpoints before this one, until

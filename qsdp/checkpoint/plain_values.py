@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 
 
 class Refused(ValueError):
-    """A checkpoint holds what it may not, or would; the message is the whole sentence."""
+    """A checkpoint holds, or would, what is no plain value; the message is the whole sentence."""
 
 
-def refused(path: Path, name: str) -> Refused:
-    """The error of a file at ``path`` that asks for ``name``, which is no plain data."""
+def not_plain(path: Path, name: str) -> Refused:
+    """The error that a file at ``path`` asks for ``name``, which is no plain value."""
     return Refused(
         f"{path} asks for {name[:100]!r} to be loaded, which no checkpoint needs, could run code "
         "and is refused: name another checkpoint."
@@ -28,9 +28,10 @@ def refused(path: Path, name: str) -> Refused:
 
 @contextmanager
 def plain_only() -> Iterator[None]:
-    """Inside, torch's restricted unpickler makes no object of the classes on its list of additions.
+    """Inside, torch's restricted unpickler makes plain values only.
 
-    torch itself adds some, and one of them, DeviceMesh, opens process groups.
+    It makes no object of the classes on its list of additions. torch itself adds some, and one of
+    them, DeviceMesh, opens process groups.
     """
     given = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
@@ -60,12 +61,12 @@ def plain_part(name: str, tensor: Tensor) -> Tensor:
     with torch.no_grad():
         part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     if type(part) not in (Tensor, nn.Parameter):
-        raise _unreadable(name, type(part))
+        raise _no_plain_value(name, type(part))
     return part
 
 
-def readable(name: str, value: object) -> Any:
-    """What ``ReadingPlanner`` gives for ``value`` later. Raises Refused if it could not read it."""
+def plain_value(name: str, value: object) -> Any:
+    """``value`` as a plain value, which a load gives later. Raises Refused if it could not."""
     value = _without_numpy(value)
     written = io.BytesIO()
     try:
@@ -74,11 +75,11 @@ def readable(name: str, value: object) -> Any:
         with plain_only():
             torch.load(written, weights_only=True)
     except Exception:  # pickling calls the value's own methods
-        raise _unreadable(name, type(value)) from None
+        raise _no_plain_value(name, type(value)) from None
     return value
 
 
-def _unreadable(name: str, kind: type) -> Refused:
+def _no_plain_value(name: str, kind: type) -> Refused:
     return Refused(
         f"{name} is or holds an object ({_name_of(kind)}) that could only be loaded by running "
         "code, which a checkpoint never does: keep plain tensors, numbers, strings, and lists, "

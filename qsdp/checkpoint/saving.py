@@ -19,30 +19,22 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-)
 from torch.distributed.tensor import DTensor
 
-from qsdp.checkpoint.folders import (
-    META,
-    checksum_of,
-    clear_killed,
-    publish,
-    sealed,
-    writing,
-)
-from qsdp.checkpoint.folders import checksum as file_checksum
-from qsdp.checkpoint.metadata import TABLE
-from qsdp.checkpoint.safe_loading import WritingPlanner
-from qsdp.checkpoint.state import cause, everyone, meet_at, raise_refused, renamed
+from qsdp.checkpoint.all_ranks import all_ranks, meet_all_ranks
+from qsdp.checkpoint.crc32 import crc32_of_bytes, crc32_of_file
+from qsdp.checkpoint.dcp_failures import first_failure, raise_refused
+from qsdp.checkpoint.dcp_table import TABLE
+from qsdp.checkpoint.folders import META, clear_killed, publish, writing
+from qsdp.checkpoint.meta_json import sealed
+from qsdp.checkpoint.safe_dcp import SafeSavePlanner
+from qsdp.checkpoint.state_dicts import state_to_save
 from qsdp.common.atomic_files import is_file_name, sync
 from qsdp.common.checksum import checksum
-from qsdp.common.meshes import Reach, ranks_of, spread_of
+from qsdp.common.meshes import ranks_of
 from qsdp.common.rank_agreement import mistakes_shared, warn
+from qsdp.common.spread import Reach, spread_of
 from qsdp.common.user_errors import quoted
-from qsdp.compat.parameter_names import checkpoint_names
 from qsdp.compat.sharded_parameters import sharded_parameters
 
 T = TypeVar("T")
@@ -142,29 +134,31 @@ def save(
             code could load, or an argument is not as above.
     """
     request = Request(root, step, meta, files, keep, damaged, may_appear)
-    request = agreed(request, model, optimizer)
-    with claimed(request) as folder:
-        state = state_of(model, optimizer)
+    request = agreed_request(request, model, optimizer)
+    with folder_to_save_in(request) as folder:
+        state = state_to_save(model, optimizer)
         with written(request):
-            dcp.save(state, checkpoint_id=folder, planner=WritingPlanner())
+            dcp.save(state, checkpoint_id=folder, planner=SafeSavePlanner())
         return finished(request, folder)
 
 
-def agreed(request: Request, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Request:
-    """The request, ``checked``. Raises, on every rank, if ranks differ or it cannot be kept."""
-    with mistakes_shared("checkpoint.save", [everyone()]):
+def agreed_request(
+    request: Request, model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> Request:
+    """What all ranks ask a save for, ``checked``. Raises, on all, where it cannot be kept."""
+    with mistakes_shared("checkpoint.save", [all_ranks()]):
         request = request.checked()
     shards = _spread_shards(model)
     facts = {"step": request.step, "folder": request.root, "optimizer": optimizer is not None}
     facts |= {"keep": request.keep}
-    if meet_at("save", has_news=bool(shards), **facts):
+    if meet_all_ranks("save", has_news=bool(shards), **facts):
         _check_names(shards)
     return request
 
 
 @contextlib.contextmanager
-def claimed(request: Request) -> Iterator[Path]:
-    """A folder to write to, which goes again if it is not ``finished``."""
+def folder_to_save_in(request: Request) -> Iterator[Path]:
+    """A new folder to save into, which goes again if the save is not ``finished``."""
     with contextlib.ExitStack() as claim:
 
         def begin() -> tuple[Path, list[str]]:
@@ -177,46 +171,24 @@ def claimed(request: Request) -> Iterator[Path]:
         yield folder
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """What to write: the tensors themselves, by their names."""
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
-    if optimizer is not None:
-        with _as_it_is(optimizer):
-            state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    return renamed(state, checkpoint_names(model))
-
-
-@contextlib.contextmanager
-def _as_it_is(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, DCP finds a state to be there, which it would fill by a step that counts."""
-    state: Any = optimizer.state
-    empty = [] if state else [p for group in optimizer.param_groups for p in group["params"]]
-    state.update((parameter, {}) for parameter in empty)
-    try:
-        yield
-    finally:
-        for parameter in empty:
-            state.pop(parameter, None)
-
-
 @contextlib.contextmanager
 def written(request: Request) -> Iterator[None]:
-    """Inside, DCP writes: its failures are told in one sentence."""
+    """Inside, DCP writes what is saved: its failures are told in one sentence."""
     try:
         yield
     except CheckpointException as error:
         raise_refused(error)
         raise RuntimeError(
             f"the checkpoint of step {request.step} cannot be written to {request.root} "
-            f"({cause(error)}): free some space there, or choose another --out."
+            f"({first_failure(error)}): free some space there, or choose another --out."
         ) from error
 
 
 def finished(request: Request, folder: Path, group: dist.ProcessGroup | None = None) -> Path:
-    """Let what is written into ``folder`` appear. A collective over ``group``, of all ranks."""
+    """End a save: let what is in ``folder`` appear. A collective over ``group``, of all ranks."""
     files = dict(request.files or {})
     checksums = _checksums(folder, group)
-    checksums |= {name: checksum_of(text.encode()) for name, text in files.items()}
+    checksums |= {name: crc32_of_bytes(text.encode()) for name, text in files.items()}
     files[META] = sealed({**request.meta, "step": request.step, "checksums": checksums})
 
     def appear() -> tuple[Path, list[str]]:
@@ -229,7 +201,8 @@ def finished(request: Request, folder: Path, group: dist.ProcessGroup | None = N
     return path
 
 
-def unwritable(said: str) -> RuntimeError:
+def cannot_save(said: str) -> RuntimeError:
+    """The error of a save that cannot write, of which some rank has ``said`` why."""
     said = quoted(said.removeprefix("OSError: "))
     return RuntimeError(f"a checkpoint cannot be written ({said}): choose another --out.")
 
@@ -287,7 +260,7 @@ def _checksums(folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
         files = [*folder.glob(f"__{rank}_*.distcp"), *([folder / ".metadata"] if not rank else [])]
         for file in files:
             sync(file)
-            own[file.name] = file_checksum(file)
+            own[file.name] = crc32_of_file(file)
     except Exception as error:
         failure = quoted(error)
     parts: list[tuple[dict[str, str], str | None]] = [({}, None)] * dist.get_world_size()
@@ -316,5 +289,5 @@ def _on_first(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> 
     if isinstance(said, tuple):
         raise ValueError(*said) from failure
     if said is not None:
-        raise unwritable(said) from failure
+        raise cannot_save(said) from failure
     return cast(T, result)

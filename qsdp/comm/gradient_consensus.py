@@ -40,8 +40,9 @@ from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers, only_header
 from qsdp.comm.late_reduce import SetsDiffer
 from qsdp.comm.reduce_scatter import Exchange
-from qsdp.common.collective_errors import collective, listed
+from qsdp.common.collective_errors import collective
 from qsdp.common.rank_agreement import compare
+from qsdp.common.user_errors import names_for_user
 
 Places = tuple[int, ...]
 
@@ -161,7 +162,7 @@ class Consensus:
             one, ones, other, others = other, others, one, ones
         missing = [names[i] for i in others if i not in ones]
         return (
-            f"{one} has no gradient of {listed(missing)} to reduce, but {other} has: use the same "
-            "parameters on every rank, or call set_reduce_scatter_unused_params(True) on the "
-            "sharded modules (torch 2.13)."
+            f"{one} has no gradient of {names_for_user(missing)} to reduce, but {other} has: use "
+            "the same parameters on every rank, or call set_reduce_scatter_unused_params(True) on "
+            "the sharded modules (torch 2.13)."
         )

@@ -17,10 +17,10 @@ from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.level_fitting import Kind, offset
 from qsdp.comm.pruned_slices import Masks, PrunedSlices
 from qsdp.comm.topology import StageGroup
-from qsdp.common.collective_errors import title
 from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.common.rounding import Rounding
 from qsdp.common.sharding import chunk
+from qsdp.common.user_errors import group_for_user
 from qsdp.config import QSDPConfig
 
 _MOST_LAYOUTS = 32
@@ -88,7 +88,7 @@ class Plan:
         self.world_size = group.size()
         self.rank = group.rank()
         self.names = tuple(p.name for p in parameters)
-        self.name = title(self.names)
+        self.name = group_for_user(self.names)
         self._config = config
         self._support: Mapping[int, Masks] = {}
         self.has_sparse_grads = True

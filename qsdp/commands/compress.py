@@ -114,15 +114,18 @@ class CompressFlags:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compress as ``argv`` says. Exits with 2, in one sentence, on a user's mistake."""
     with one_sentence_at_the_end("nothing was written"):
-        flags = parse(argv)
+        flags = parse_compress_flags(argv)
         try:
             _compress(flags)
         except (ValueError, OSError) as error:
             raise UserError(sentence(error)) from None
 
 
-def parse(argv: Sequence[str] | None = None) -> CompressFlags:
-    """The flags in ``argv``. Raises UserError for a mistake, SystemExit(0) after ``--help``."""
+def parse_compress_flags(argv: Sequence[str] | None = None) -> CompressFlags:
+    """The flags of the command that compresses, in ``argv``.
+
+    Raises UserError for a mistake, SystemExit(0) after ``--help``.
+    """
     flags = one_sentence(lambda: tyro.cli(CompressFlags, args=argv))
     try:
         _ = flags.target, flags.chosen_method
@@ -140,10 +143,10 @@ def _compress(flags: CompressFlags) -> None:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from qsdp.export import export_compressed
-    from qsdp.train.trained_model import open_source
+    from qsdp.train.trained_model import open_trained_model
 
     return_freed_memory()
-    source = open_source(flags.checkpoint)
+    source = open_trained_model(flags.checkpoint)
     if source.target is not None:
         raise ValueError(
             f"{source.path} is compressed already ({source.target}): name a training checkpoint."

@@ -19,14 +19,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     Exits, with one sentence: with 2 on a user's mistake, 1 if another rank is lost, 130 on Ctrl-C.
     """
     with one_sentence_at_the_end("nothing was written"):
-        flags = parse(argv)
-        from qsdp.train.evaluate_targets import evaluate  # loads torch
+        flags = parse_evaluate_flags(argv)
+        from qsdp.train.evaluate_targets import evaluate_targets  # loads torch
 
-        evaluate(flags)
+        evaluate_targets(flags)
 
 
-def parse(argv: Sequence[str] | None = None) -> EvaluateFlags:
-    """The flags in ``argv``. Raises UserError for a mistake, SystemExit(0) after ``--help``."""
+def parse_evaluate_flags(argv: Sequence[str] | None = None) -> EvaluateFlags:
+    """The flags of the command that evaluates, in ``argv``.
+
+    Raises UserError for a mistake, SystemExit(0) after ``--help``.
+    """
     flags = one_sentence(lambda: tyro.cli(EvaluateFlags, args=argv))
     try:
         _ = flags.chosen

@@ -26,7 +26,7 @@ _SHORT_PATIENCE_S = 1.0
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether ``error`` comes from a rank that has ended or does not answer."""
+    """Whether to exit at once: ``error`` comes from a rank that has ended or does not answer."""
     if "torch" not in sys.modules:
         return False
     from qsdp.common.collective_errors import is_failure  # loads torch
@@ -97,6 +97,17 @@ def one_sentence_at_the_end(if_interrupted: str) -> Iterator[None]:
         raise SystemExit(_INTERRUPTED) from None
 
 
+def end_process(status: int) -> NoReturn:
+    """Exit with ``status``, all work being on disk, without tearing Python down.
+
+    gloo's threads outlive their process group, and one that still drops its last tensor while
+    Python is being finalized ends the process with SIGABRT ("terminate called without an active
+    exception", torch 2.13): the launcher would report a failed run.
+    """
+    flush_output()
+    os._exit(status)
+
+
 def run(command: Callable[[], None]) -> NoReturn:
     """Run a command that may have opened a world, and end the process with its exit status."""
     status: object = 0
@@ -106,9 +117,6 @@ def run(command: Callable[[], None]) -> NoReturn:
     except SystemExit as stop:
         status = stop.code
     if "torch" in sys.modules and (status is None or isinstance(status, int)):
-        # Only now: a mistake on the command line is answered before torch is loaded.
-        from qsdp.train.world import end_process
-
         end_process(status or 0)
     flush_output()
     raise SystemExit(status)

@@ -21,8 +21,8 @@ from qsdp.methods.registry import (
     kept_folders,
     replaced,
 )
-from qsdp.models.registry import presets
-from qsdp.train.config import TrainConfig, groups_of, names_of
+from qsdp.models.registry import preset_defaults
+from qsdp.train.config import TrainConfig, groups_from_settings, setting_names
 from qsdp.train.config_file import FILE_TYPES, LISTS, OR_AUTO, file_types, read_config_file
 from qsdp.train.run_flags import RunFlags
 from qsdp.train.wire_flags import AUTO, BITS_OF_ONE_DIRECTION, CHOSEN, WireFlags
@@ -83,7 +83,7 @@ def _defaults_of(model: str) -> dict[str, Any]:
 
     Raises ValueError for a name that no setting has.
     """
-    defaults = presets().get(model, {})
+    defaults = preset_defaults().get(model, {})
     if odd := sorted(defaults.keys() - file_types().keys()):
         raise ValueError(
             f"the model preset {model} has a default for {odd[0]!r}, which is not a setting: name "
@@ -120,7 +120,7 @@ def _leave_to_auto(path: str, from_file: dict[str, Any], given: Sequence[str]) -
     """
     for name in CHOSEN:
         from_file.pop(name, None)
-    for name in names_of(WireFlags):
+    for name in setting_names(WireFlags):
         if name not in given and from_file.get(name, False) is not False:
             raise UserError(
                 f"--config {path} sets {name}, beside --qsdp-bits {AUTO}, which decides on all of "
@@ -151,7 +151,7 @@ def _parse_flags(argv: Sequence[str] | None, defaults: dict[str, Any]) -> dict[s
             ],
         )
 
-    filled = groups_of(defaults)
+    filled = groups_from_settings(defaults)
     told = "TOML file of these settings, as written to OUT/config.toml; flags win over it."
     command = make_dataclass(
         "CommandLine",

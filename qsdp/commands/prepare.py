@@ -28,7 +28,9 @@ from qsdp.data.tokenize_corpus import prepare_shards
 
 
 @dataclass(frozen=True)
-class Options:
+class PrepareFlags:
+    """The flags of the command that prepares token shards."""
+
     texts: tuple[Path, ...]
     """UTF-8 text files, encoded in this order."""
     out: Path
@@ -44,9 +46,10 @@ class Options:
 
 
 def main() -> None:
+    """Prepare token shards as the command line says. Exits with 2 on a user's mistake."""
     try:
         with forgiving_output():
-            prepare(one_sentence(lambda: tyro.cli(Options, description=__doc__)))
+            prepare(one_sentence(lambda: tyro.cli(PrepareFlags, description=__doc__)))
     except (UserError, ValueError, OSError) as error:
         print_error(f"error: {quoted(error)}.")
         sys.exit(EXIT_STATUS)
@@ -54,7 +57,8 @@ def main() -> None:
         flush_output()
 
 
-def prepare(options: Options) -> None:
+def prepare(options: PrepareFlags) -> None:
+    """Prepare the token shards that ``options`` describe, and show how far it is."""
     columns = (
         TextColumn("encoding"),
         BarColumn(),

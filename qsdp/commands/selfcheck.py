@@ -52,7 +52,7 @@ class Failed(Exception):
 def main() -> None:
     """Run all checks. Exits with 0 if all hold, 1 if not, 2 on a user's mistake."""
     with one_sentence_at_the_end("nothing was proved"):
-        flags = one_sentence(lambda: tyro.cli(Flags, description=__doc__))
+        flags = one_sentence(lambda: tyro.cli(SelfcheckFlags, description=__doc__))
         if flags.backend not in (None, *BACKENDS):
             raise UserError(f"--backend is {flags.backend!r}: choose nccl or gloo.")
         with open_world(backend=flags.backend) as world:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class SelfcheckFlags:
     """What the checks run over."""
 
     backend: str | None = None

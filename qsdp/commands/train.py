@@ -15,6 +15,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     with one_sentence_at_the_end("the same command goes on from the newest checkpoint"):
         config = parse(argv)
-        from qsdp.train.loop import train  # loads torch: only after the flags have been checked
+        from qsdp.train.loop import (
+            training_loop,  # loads torch: only after the flags have been checked
+        )
 
-        train(config)
+        training_loop(config)

@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from qsdp.common.folder_locks import has_locked, is_named_so
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
@@ -32,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = _unfinished(path)
     try:
-        with _made(temporary, lambda: os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)) as file:
+        with _locked(temporary, lambda: os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)) as file:
             try:
                 os.ftruncate(file, 0)
                 yield temporary
@@ -59,28 +54,9 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write the JSON of ``value``, made ``finite``, as ``write_text`` does."""
-    write_text(path, json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """``value`` with None, JSON's null, for every number that is not finite: JSON has no NaN.
-
-    Tuples become lists, as JSON has them, and NumPy's numbers Python's.
-    """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``out``, all or nothing, when the body has ended.
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """A folder that is whole or absent: it becomes ``out`` when the body has ended.
 
     Until then its name is ``out``.partial, which only a killed process leaves behind and the next
     call clears.
@@ -97,7 +73,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             raise ValueError(f"{named} exists already: choose a new folder, or remove it.")
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = contextlib.ExitStack()
-        lock.enter_context(claimed_folder(partial))
+        lock.enter_context(unfinished_folder(partial))
     except BlockingIOError:
         raise ValueError(
             f"{named} is being made by another process: wait for it, or choose another folder."
@@ -125,21 +101,10 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked_folder(path: Path) -> Iterator[None]:
-    """Inside, no other process is inside for the same folder: it waits."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _has_locked(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
+def unfinished_folder(path: Path, *, is_waiting: bool = False) -> Iterator[Path]:
+    """An empty folder at ``path``, for what is to be whole or absent: deleted at the end or renamed.
 
-
-@contextlib.contextmanager
-def claimed_folder(path: Path, *, is_waiting: bool = False) -> Iterator[Path]:
-    """Inside, ``path`` is an empty folder that no other process claims; a killed one's is cleared.
-
-    The claim follows the folder when it is renamed; one that was not is deleted at the end.
+    No other process claims it, which follows it when it is renamed; a killed one's is cleared.
 
     Args:
         is_waiting: Wait for whoever holds it: right for a name of one's own, which others hold only
@@ -155,28 +120,14 @@ def claimed_folder(path: Path, *, is_waiting: bool = False) -> Iterator[Path]:
             with contextlib.suppress(FileNotFoundError):  # another process has just cleared it
                 return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
-    with _made(path, open_folder, is_waiting=is_waiting) as folder:
+    with _locked(path, open_folder, is_waiting=is_waiting) as folder:
         try:
             for inner in path.iterdir():
                 remove_tree(inner)
             yield path
         finally:
-            if _is_named(folder, path):  # else the name may be another process's by now
+            if is_named_so(folder, path):  # else the name may be another process's by now
                 remove_tree(path)
-
-
-@contextlib.contextmanager
-def unclaimed(path: Path) -> Iterator[bool]:
-    """Whether the folder ``path`` is there and no process claims it; inside, none can."""
-    try:
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        yield False
-        return
-    try:
-        yield _has_locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) and _is_named(folder, path)
-    finally:
-        os.close(folder)
 
 
 def is_file_name(name: object) -> bool:
@@ -213,36 +164,15 @@ def _unfinished(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _made(path: Path, make: Callable[[], int], *, is_waiting: bool = True) -> Iterator[int]:
+def _locked(path: Path, make: Callable[[], int], *, is_waiting: bool = True) -> Iterator[int]:
     """A descriptor of what ``make`` opens at ``path``, locked, and still of that name."""
     while True:
         descriptor = make()
         try:
-            how = fcntl.LOCK_EX if is_waiting else fcntl.LOCK_EX | fcntl.LOCK_NB
-            if not _has_locked(descriptor, how):
+            if not has_locked(descriptor, is_waiting=is_waiting):
                 raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(path))
-            if _is_named(descriptor, path):
+            if is_named_so(descriptor, path):
                 yield descriptor
                 return
         finally:
             os.close(descriptor)
-
-
-def _has_locked(descriptor: int, how: int) -> bool:
-    """Whether the lock was had, or cannot be had at all: some file systems know none."""
-    try:
-        fcntl.flock(descriptor, how)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-    return True
-
-
-def _is_named(descriptor: int, path: Path) -> bool:
-    """Whether ``path`` still names the open file: who held the lock before may have renamed it."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

@@ -45,6 +45,7 @@ class PackedMask:
 
     @classmethod
     def of(cls, mask: Tensor) -> PackedMask:
+        """The mask, packed."""
         return cls(pack(mask), tuple(mask.shape))
 
     def unpack(self) -> Tensor:

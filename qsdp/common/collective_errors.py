@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from qsdp.common.user_errors import quoted, sentence
+from qsdp.common.user_errors import group_for_user, quoted, sentence
 
 _LONGEST = 240
 _OF_THE_NETWORK = re.compile(
@@ -40,7 +40,7 @@ def collective(what: str, names: Sequence[str] = (), step: int | None = None) ->
     except RuntimeError as error:
         if not (_is_failed_collective(error) or _OF_THE_NETWORK.search(str(error))):
             raise
-        of = f" of the group of {title(names)}" if names else ""
+        of = f" of the group of {group_for_user(names)}" if names else ""
         at = "" if step is None else f" at step {step}"
         raise CollectiveError(
             f"the {what}{of}{at} failed on rank {dist.get_rank()}: {explain(error)}."
@@ -77,16 +77,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-
-
-def title(names: Sequence[str]) -> str:
-    """A group in few words: its first parameter, and how many others."""
-    others = len(names) - 1
-    return f"{names[0]} and {others} other{'s' * (others > 1)}" if others else names[0]
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    if len(names) <= 3:
-        return " and ".join(names)
-    return f"{', '.join(names[:3])} and {len(names) - 3} more"

@@ -25,3 +25,10 @@ def written_on_this_stream(device: torch.device) -> torch.Event | None:
     event = torch.Event(device)
     event.record()
     return event
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``, without waiting for what that GPU's streams still compute."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -37,7 +37,7 @@ def _linears_outside_blocks(module: nn.Module) -> Iterator[nn.Linear]:
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """The further names of tied parameters, each with the one that ``named_parameters`` lists."""
+    """Which parameters ``model`` ties: their further names, each with the one listed first."""
     first = {id(p): name for name, p in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in every if name != first[id(p)]}

@@ -67,6 +67,7 @@ class _Forgiving:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
+        """Write ``text``, if that can be done; what the encoding lacks is escaped."""
         try:
             self._try(lambda: self._stream.write(text))
         except UnicodeEncodeError as error:
@@ -75,10 +76,12 @@ class _Forgiving:
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:
+        """Write all ``lines``, as ``write`` does."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
+        """Flush the stream, if that can be done."""
         self._try(self._stream.flush)
 
     def _try(self, work: Callable[[], object]) -> None:

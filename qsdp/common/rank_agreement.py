@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp.common.collective_errors import CollectiveError, collective, listed
-from qsdp.common.user_errors import quoted
+from qsdp.common.collective_errors import CollectiveError, collective
+from qsdp.common.user_errors import names_for_user, quoted
 from qsdp.compat.collectives import all_gather_single
 from qsdp.compat.process_groups import control_device
 
@@ -63,7 +63,7 @@ def compare(call: str, facts: object, groups: Sequence[dist.ProcessGroup]) -> di
 
 @contextmanager
 def mistakes_shared(call: str, groups: Sequence[dist.ProcessGroup]) -> Iterator[None]:
-    """Inside, a mistake that this rank alone finds also reaches the others.
+    """Inside, a mistake of this rank alone ends the agreement of the other ranks too.
 
     It reaches their next meeting at ``call``, which would wait for this rank in vain.
     """
@@ -92,7 +92,7 @@ def warn(text: str) -> None:
 
 
 class Meeting:
-    """A meeting that has begun: other work of this rank, except collectives, may go on beside it.
+    """An agreement of ranks that has begun: other work, except collectives, may go on beside it.
 
     The arguments are those of ``meet``.
     """
@@ -206,7 +206,7 @@ def _told(value: object, other: object) -> str:
     if not (isinstance(value, tuple) and isinstance(other, tuple)):
         return str(value)
     own = [str(each) for each in value if each not in other]
-    return listed(own) if own else f"{len(value)} others" if value else "none"
+    return names_for_user(own) if own else f"{len(value)} others" if value else "none"
 
 
 def _digest(described: object) -> int:

@@ -6,8 +6,11 @@ from importlib import import_module
 from typing import Any
 
 
-def held_by(module: str, name: str) -> Any:
-    """What ``module`` holds as ``name``. Raises ValueError where it holds no such thing."""
+def held_by_registered(module: str, name: str) -> Any:
+    """What a registered ``module`` holds as ``name``, its ``FAMILY`` for instance.
+
+    Raises ValueError where it holds no such thing.
+    """
     found = import_module(module)
     if not hasattr(found, name):
         raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """A mistake that its message, one sentence, lets the user correct."""
@@ -28,3 +30,16 @@ def quoted(error: BaseException | str, longest: int | None = None) -> str:
     """
     text = error if isinstance(error, str) else sentence(error)
     return " ".join(text.split())[:longest].rstrip(" .")
+
+
+def group_for_user(names: Sequence[str]) -> str:
+    """A group of parameters as a user is told of it: the first of ``names``, how many others."""
+    others = len(names) - 1
+    return f"{names[0]} and {others} other{'s' * (others > 1)}" if others else names[0]
+
+
+def names_for_user(names: Sequence[str]) -> str:
+    """Names as a user is told them: the first ones, and how many more there are."""
+    if len(names) <= 3:
+        return " and ".join(names)
+    return f"{', '.join(names[:3])} and {len(names) - 3} more"

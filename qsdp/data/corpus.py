@@ -84,7 +84,10 @@ def load_corpus(
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, its line ends untouched. Raises ValueError if it cannot be read."""
+    """The text of a corpus in a UTF-8 file, its line ends untouched.
+
+    Raises ValueError if it cannot be read.
+    """
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -6,7 +6,7 @@ import mmap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from qsdp.common.atomic_files import new_folder
+from qsdp.common.atomic_files import atomic_folder
 from qsdp.data.corpus import TRAIN_FRACTION
 from qsdp.data.token_shards import ShardWriter
 from qsdp.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
@@ -27,7 +27,7 @@ def prepare_shards(
     """Encode text files, in the order given, into the new folder ``out``.
 
     The text is encoded in pieces of about a megabyte, cut after a line end where there is one, so a
-    token never spans a cut's two lines. A folder that is there is whole: see ``new_folder``.
+    token never spans a cut's two lines. A folder that is there is whole: see ``atomic_folder``.
 
     Args:
         texts: UTF-8 files.
@@ -54,7 +54,7 @@ def prepare_shards(
     sizes = [_size(path) for path in texts]
     tokenizer = _tokenizer(tokenizer_spec, texts, document_end)
 
-    with new_folder(out) as partial:
+    with atomic_folder(out) as partial:
         writer = ShardWriter(partial, tokenizer, shard_tokens)
         train_left = round(sum(sizes) * (1 - val_fraction))
         for path, size in zip(texts, sizes, strict=True):

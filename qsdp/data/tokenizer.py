@@ -37,7 +37,7 @@ def hash_of(definition: str) -> str:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
-    """The narrowest of uint16 and uint32 that holds every id."""
+    """The dtype of a tokenizer's ids: the narrowest of uint16 and uint32 that holds all."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
@@ -55,6 +55,7 @@ class CharTokenizer:
         self._ids[self._code_points] = np.arange(self.vocab_size)
 
     def encode(self, text: str) -> TokenArray:
+        """Ids of ``text``, a character each. Raises ValueError for one that is unknown."""
         code_points = _code_points(text)
         ids = self._ids[np.minimum(code_points, len(self._ids) - 1)]
         unknown = np.flatnonzero(ids == self.vocab_size)
@@ -67,9 +68,11 @@ class CharTokenizer:
         return ids.astype(token_dtype(self.vocab_size))
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``. Raises ValueError for one that is none."""
         return "".join(self.vocabulary[i] for i in _checked(ids, self.vocab_size))
 
     def to_json(self) -> str:
+        """JSON of the vocabulary, of which ``tokenizer_from_json`` makes this again."""
         return json.dumps({"kind": "char", "vocabulary": self.vocabulary})
 
 
@@ -79,6 +82,7 @@ class ByteTokenizer:
     vocab_size = 256
 
     def encode(self, text: str) -> TokenArray:
+        """Ids of ``text``, a byte of its UTF-8 form each. Raises ValueError for lone surrogates."""
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -93,6 +97,7 @@ class ByteTokenizer:
         return bytes(_checked(ids, self.vocab_size)).decode("utf-8", errors="replace")
 
     def to_json(self) -> str:
+        """JSON that says that these are bytes."""
         return json.dumps({"kind": "byte"})
 
 
@@ -128,6 +133,7 @@ class LibraryTokenizer:
             raise ValueError(f"{origin} has an empty vocabulary: train it first.")
 
     def encode(self, text: str) -> TokenArray:
+        """Ids of ``text``. Raises ValueError for what the library has no id for."""
         try:
             ids = self._library.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises bare Exception
@@ -138,10 +144,12 @@ class LibraryTokenizer:
         return np.array(ids, dtype=token_dtype(self.vocab_size))
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``, special tokens too. Raises ValueError for one that is none."""
         checked = _checked(ids, self.vocab_size)
         return str(self._library.decode(checked, skip_special_tokens=False))
 
     def to_json(self) -> str:
+        """JSON of the library's own definition."""
         return json.dumps(
             {"kind": "tokenizers", "definition": json.loads(self._library.to_str())},
             ensure_ascii=False,

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from qsdp.export.compressed_model import export_compressed
-from qsdp.export.folder import FACTS, load_export, read_facts, read_mask
+from qsdp.export.read_export import FACTS, load_export, read_facts, read_mask
 
 __all__ = ["FACTS", "export_compressed", "load_export", "read_facts", "read_mask"]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from qsdp.checkpoint import TensorReader, lists, read_meta, verify
-from qsdp.common.atomic_files import new_folder
+from qsdp.common.atomic_files import atomic_folder
 from qsdp.data.tokenizer import hash_of
-from qsdp.export.folder import FACTS, FORMAT, MASKS_FORMAT
+from qsdp.export.read_export import FACTS, FORMAT, MASKS_FORMAT
 from qsdp.export.tensor_files import TensorFiles
 from qsdp.models.language_model import LanguageModel
 from qsdp.models.registry import family_of_size
@@ -42,11 +42,11 @@ def export_compressed(
     file_bytes: int = 2 << 30,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Compress the model of ``checkpoint`` in one shot into the new folder ``out``; see ``folder``.
+    """Compress the model of ``checkpoint`` in one shot into the new folder ``out``; see ``read_export``.
 
     What is written equals ``oneshot.compress_`` on the whole model, bit for bit. In memory there is
     one tensor at a time, with its masks and a few copies of it: not the model. A folder that is
-    there is whole: see ``new_folder``.
+    there is whole: see ``atomic_folder``.
 
     Args:
         checkpoint: A folder step-..., written by any number of ranks.
@@ -73,7 +73,7 @@ def export_compressed(
         model = family_of_size(size).build(size)
     prunable = Prunable.of(model, patterns)
     prunable.check(target)
-    with new_folder(out) as folder:
+    with atomic_folder(out) as folder:
         counted = _Counted(progress)
         files = [checkpoint / name for name in meta["checksums"]]
         counted.total = sum(file.stat().st_size for file in files if file.is_file())
@@ -92,7 +92,7 @@ def export_compressed(
             "target": str(target),
             "method": method,
             "prunable_patterns": None if patterns is None else list(patterns),
-            "zeros": _summed(zeros, set(prunable.names)),
+            "zeros": _count_zeros(zeros, set(prunable.names)),
             "source": {
                 "path": str(checkpoint.resolve()),
                 "step": meta["step"],
@@ -153,7 +153,7 @@ def _write(
     return zeros
 
 
-def _summed(zeros: dict[str, tuple[int, int]], prunable: set[str]) -> dict[str, Any]:
+def _count_zeros(zeros: dict[str, tuple[int, int]], prunable: set[str]) -> dict[str, Any]:
     def total(names: Sequence[str]) -> dict[str, int]:
         return {
             "zeros": sum(zeros[name][0] for name in names),
@@ -183,5 +183,6 @@ class _Counted:
         self.total = 0
 
     def add(self, num_bytes: int) -> None:
+        """Note that ``num_bytes`` more have been read."""
         self._done += num_bytes
         self._progress(self._done, max(self._done, self.total))

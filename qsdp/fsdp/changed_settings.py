@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qsdp.comm.group_plan import Plan
-from qsdp.common.collective_errors import listed
+from qsdp.common.user_errors import names_for_user
 from qsdp.compat.parameter_group import ParameterGroup
 
 _HOOK = "set_all_reduce_hook"
@@ -55,8 +55,9 @@ def mistake(
     puts_off = in_backward and averages and group.reduces and not group.all_reduces
     if puts_off and (hooked := group.parameters_with_hooks()):
         return (
-            f"{listed([plan.names[i] for i in sorted(hooked)])} has a hook on its gradient, "
-            "which would find zeros while set_requires_all_reduce(False) puts the average over "
-            "replicate_mesh off: remove the hook, or leave set_requires_all_reduce(True)."
+            f"{names_for_user([plan.names[i] for i in sorted(hooked)])} has a hook on its "
+            "gradient, which would find zeros while set_requires_all_reduce(False) puts the "
+            "average over replicate_mesh off: remove the hook, or leave "
+            "set_requires_all_reduce(True)."
         )
     return ""

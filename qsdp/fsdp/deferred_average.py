@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qsdp.comm.gradient_consensus import Places
 from qsdp.comm.group_plan import Plan
-from qsdp.common.collective_errors import listed
+from qsdp.common.user_errors import names_for_user
 from qsdp.compat.autograd import after_backward, backward_number, is_in_backward
 from qsdp.compat.parameter_group import ParameterGroup
 
@@ -54,9 +54,9 @@ class DeferredAverage:
                 tell_replicas()
             odd = sorted(set(places) ^ set(waiting.places))
             raise RuntimeError(
-                f"{listed([self._plan.names[i] for i in odd])} had a gradient in some of the "
-                "backward passes since set_requires_all_reduce(False), but not in all: use the "
-                "same parameters in each, or call set_reduce_scatter_unused_params(True) "
+                f"{names_for_user([self._plan.names[i] for i in odd])} had a gradient in some of "
+                "the backward passes since set_requires_all_reduce(False), but not in all: use "
+                "the same parameters in each, or call set_reduce_scatter_unused_params(True) "
                 "(torch 2.13)."
             )
         reduced += waiting.total

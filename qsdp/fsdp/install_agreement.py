@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp.codec.payload import VERSION
 from qsdp.comm.group_plan import Plan
-from qsdp.common.collective_errors import listed
 from qsdp.common.rank_agreement import compare
+from qsdp.common.user_errors import names_for_user
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.config import QSDPConfig
 
@@ -135,8 +135,8 @@ def _difference(rank: int, ours: Description, first: int, theirs: Description) -
         ):
             if missing := [name for name in many if name not in few]:
                 return (
-                    f"rank {lacking} does not shard {listed(missing)} but rank {having} does "
-                    f"({len(few)} and {len(many)} {kind}): build and shard the same model on "
+                    f"rank {lacking} does not shard {names_for_user(missing)} but rank {having} "
+                    f"does ({len(few)} and {len(many)} {kind}): build and shard the same model on "
                     "every rank."
                 )
         for name, facts in mine.items():

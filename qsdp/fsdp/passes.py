@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import CollectiveError
-from qsdp.common.meshes import averaged
 from qsdp.common.rank_agreement import mistakes_shared
+from qsdp.common.replicas import replicated
 from qsdp.compat.autograd import is_in_backward
 from qsdp.compat.fsdp_state import all_states, becomes_root, is_root, stays_gathered_by_default
 from qsdp.compat.interrupted_passes import abandon_pass, is_backward_interrupted
@@ -97,7 +97,7 @@ class Passes:
         self._indices = {id(group.state): i for i, group in enumerate(groups)}
         self.is_removed = False
         if self._averages:
-            averaged.add(self)
+            replicated.add(self)
         self._handles: list[RemovableHandle] = []
         # A block's compiler shall not look inside. [Note: Hooks] says why the reference is weak.
         for place, group in enumerate(groups):
@@ -201,7 +201,7 @@ class Passes:
     def remove(self) -> None:
         self.is_removed = True
         self._optimizer_steps.stop()
-        averaged.discard(self)
+        replicated.discard(self)
         for handle in self._handles:
             handle.remove()
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qsdp.common.collective_errors import listed
 from qsdp.common.rank_agreement import warn
+from qsdp.common.user_errors import names_for_user
 
 _FIRST = {
     # Adam's kin, Lion, Adan, AdEMAMix; SGD, RMSprop, Muon; Dion, LARS.
@@ -96,7 +96,7 @@ class FirstMoments:
         )
         if unknown:
             warn(
-                f"{self._owner} does not know {listed([*unknown])} of the state of "
+                f"{self._owner} does not know {names_for_user([*unknown])} of the state of "
                 f"{type(self._base).__name__}, and leaves it as it is when masks are lifted: if it "
                 "is momentum, set it to zero after the step from which on schedule.is_compressed("
                 "num_steps) is false."

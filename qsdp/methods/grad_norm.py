@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp.common.meshes import Groups, Spread, spread_of
+from qsdp.common.meshes import Groups
+from qsdp.common.spread import Spread, spread_of
 from qsdp.methods.nonfinite import scalar_loss
 from qsdp.sparsity.local_shards import gathered, local_shard, unique
 

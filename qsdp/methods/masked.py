@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsdp.common.collective_errors import listed
 from qsdp.common.rank_agreement import warn
+from qsdp.common.user_errors import names_for_user
 from qsdp.methods.base import OptimizerWrapper, SupportCallback
 from qsdp.methods.clip_grad import check_max_norm, scale_grads_
 from qsdp.methods.mask_state import (
@@ -148,8 +148,8 @@ class MaskedOptimizer(OptimizerWrapper):
                 "them what was pruned: load the state_dict() of before."
             )
         warn(
-            f"from now on {type(self).__name__} trains {listed(without)}, and prunes nothing of it "
-            "before masks are renewed the next time."
+            f"from now on {type(self).__name__} trains {names_for_user(without)}, and prunes "
+            "nothing of it before masks are renewed the next time."
         )
 
     def _take_step(self, loss: Any) -> bool:

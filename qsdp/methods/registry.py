@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from functools import cache
 
 from qsdp.common.flags import flag
-from qsdp.common.registered import held_by
+from qsdp.common.registered import held_by_registered
 from qsdp.methods.method import Method
 
 METHODS = {
@@ -56,7 +56,7 @@ def method_classes() -> dict[str, type[Method]]:
 
 
 def _method_of(module: str) -> type[Method]:
-    method = held_by(module, "METHOD")
+    method = held_by_registered(module, "METHOD")
     if isinstance(method, type) and issubclass(method, Method):
         return method
     raise ValueError(

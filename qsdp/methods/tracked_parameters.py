@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qsdp.common.collective_errors import listed
-from qsdp.common.meshes import groups_of, replicas_of, spread_of
+from qsdp.common.meshes import groups_of
 from qsdp.common.rank_agreement import warn
+from qsdp.common.replicas import replicas_of
+from qsdp.common.spread import spread_of
+from qsdp.common.user_errors import names_for_user
 from qsdp.compat.sharded_parameters import sharded_by_unsharded_id, sharded_parameters
 from qsdp.sparsity.masks import Prunable
 from qsdp.sparsity.prunable import prunable_parameters
@@ -191,6 +193,6 @@ class TrackedParameters:
         self._late = {*late}
         if new:
             warn(
-                f"{listed(new)} came after {self._owner} was made, which does not prune what "
-                "was not there: make it anew."
+                f"{names_for_user(new)} came after {self._owner} was made, which does not prune "
+                "what was not there: make it anew."
             )

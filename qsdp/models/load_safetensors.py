@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,6 @@ from qsdp.common.atomic_files import is_file_name
 from qsdp.common.sharding import local_slices
 from qsdp.common.user_errors import quoted
 from qsdp.compat.parameter_names import named_parameters
-
-WEIGHTS = "model.safetensors"
-PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 @torch.no_grad()
@@ -64,19 +60,6 @@ def fill(
                 local.copy_(values.t() if transposed else values)
 
 
-def check_files(path: Path, files: Mapping[str, str]) -> None:
-    for name, text in files.items():
-        is_ours = name in (WEIGHTS, f"{WEIGHTS}.index.json", "config.json")
-        if not is_file_name(name) or is_ours or PART.fullmatch(name) or (path / name).is_dir():
-            raise ValueError(f"files holds {name!r}: give names of files that stand beside these.")
-        try:
-            text.encode()
-        except (AttributeError, UnicodeEncodeError) as error:
-            raise ValueError(
-                f"files holds no text for {name} ({quoted(error)}): give one."
-            ) from None
-
-
 def find_tensors(folder: Path, stem: str = "model") -> dict[str, Path]:
     """The safetensors file that holds each tensor of a checkpoint, which may be several files.
 
@@ -85,7 +68,7 @@ def find_tensors(folder: Path, stem: str = "model") -> dict[str, Path]:
     """
     index, whole = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
     if index.exists() and not whole.exists():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json_beside(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map of files: copy or save it again.")
         for file in weight_map.values():
@@ -114,7 +97,11 @@ def find_tensors(folder: Path, stem: str = "model") -> dict[str, Path]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_beside(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that lies beside safetensors: their index, or config.json.
+
+    Raises ValueError if there is none, or none that can be read.
+    """
     if not path.is_file():
         raise ValueError(f"there is no {path}: choose the folder of a Hugging Face checkpoint.")
     try:

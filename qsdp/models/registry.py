@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from qsdp.common.registered import held_by
+from qsdp.common.registered import held_by_registered
 from qsdp.common.user_errors import quoted
 from qsdp.models.size import ModelSize
 from qsdp.models.spec import ModelSpec
@@ -29,7 +29,7 @@ def families() -> dict[str, ModelSpec[Any]]:
     found: dict[str, ModelSpec[Any]] = {}
     owners: dict[tuple[str, object], str] = {}
     for name, module in FAMILIES.items():
-        family: ModelSpec[Any] = held_by(module, "FAMILY")
+        family: ModelSpec[Any] = held_by_registered(module, "FAMILY")
         if not isinstance(family, ModelSpec):
             raise ValueError(
                 f"FAMILY in {module} is {family!r}: let it be an object of a class that derives "
@@ -74,7 +74,7 @@ def _check_preset(name: str, family: ModelSpec[Any], preset: str) -> None:
         ) from None
 
 
-def presets() -> dict[str, dict[str, Any]]:
+def preset_defaults() -> dict[str, dict[str, Any]]:
     """Every preset, in order, with the defaults of training that differ there."""
     return {
         preset: dict(family.training.get(preset, {}))
@@ -88,7 +88,9 @@ def family_of(preset: str) -> ModelSpec[Any]:
     for family in families().values():
         if preset in family.presets:
             return family
-    raise ValueError(f"there is no model preset {preset!r}: choose one of {list(presets())}.")
+    raise ValueError(
+        f"there is no model preset {preset!r}: choose one of {list(preset_defaults())}."
+    )
 
 
 def family_of_size(size: ModelSize) -> ModelSpec[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qsdp.common.registered import held_by
+from qsdp.common.registered import held_by_registered
 from qsdp.common.user_errors import quoted
 from qsdp.oneshot.solver import Solver
 
@@ -57,7 +57,7 @@ def solver_of(method: str, *, has_tokens: bool = False) -> Solver:
             or is given some that it does not use.
     """
     check(method)
-    solver = held_by(SOLVERS[method], "SOLVER")
+    solver = held_by_registered(SOLVERS[method], "SOLVER")
     if not isinstance(solver, Solver):
         raise ValueError(
             f"SOLVER in {SOLVERS[method]} is {solver!r}: let it be a Solver, a ByScore for one."

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from qsdp.report.record import History, StepLine
+from qsdp.report.step_line import History, StepLine
 
 Errors = dict[str, float]
 """The error of each parameter, at one step."""

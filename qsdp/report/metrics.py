@@ -11,11 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from qsdp.common.atomic_files import finite, replacing
+from qsdp.common.atomic_files import replacing
+from qsdp.common.json_files import json_value
 from qsdp.common.printing import print_error
 from qsdp.common.user_errors import quoted
-from qsdp.report.metrics_lines import Lines
-from qsdp.report.record import StepLine
+from qsdp.report.appended_lines import AppendedLines
+from qsdp.report.step_line import StepLine
 
 _MAY_BE_NULL = {"loss", "grad_norm"}
 _MOST = 1e300  # beyond what is ever measured: sums stay finite
@@ -58,7 +59,7 @@ class MetricsWriter:
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= last_step)
         self._events = None if tensorboard is None else _event_writer(tensorboard, last_step)
-        self._lines = Lines(path, may_appear)
+        self._lines = AppendedLines(path, may_appear)
         self._needed = needed
 
     @property
@@ -85,7 +86,7 @@ class MetricsWriter:
         room, and events stop. Values are numbers, or dictionaries of such; one that is not finite
         becomes null in the file, and is shown as it is by TensorBoard.
         """
-        self._lines.append(json.dumps(finite(line)))
+        self._lines.append(json.dumps(json_value(line)))
         with self._events_may_fail():
             self._show(line)
 
@@ -130,6 +131,7 @@ class MetricsWriter:
                         self._show(line)
 
     def close(self) -> None:
+        """Write what waits, if that can be done now, and close the file and the events."""
         self._lines.close()
         with self._events_may_fail():
             if self._events is not None:
@@ -148,7 +150,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path, needed: Collection[str] = ()) -> list[StepLine]:
-    """The whole lines of a metrics file, which have numbers only and all of the ``needed`` ones."""
+    """The whole lines of a metrics.jsonl, with numbers only and all of the ``needed`` ones."""
     return [*_whole_lines(path, needed)]
 
 

@@ -14,7 +14,7 @@ _NO_MEMORY = ("can't allocate memory", "ALLOC_FAILED")  # of the CPU's allocator
 
 
 def matmul_flops_per_s(device: torch.device, precision: str) -> float:
-    """Floating-point operations a second of square matrix products on ``device``, measured.
+    """The peak of ``device``, measured: FLOPs a second of products of square matrices.
 
     A data sheet's peak would need a table of devices and would be out of reach; this is what the
     same torch gets out of the same cores, so it is called on all ranks at the same time. Not a

@@ -13,7 +13,8 @@ from qsdp.common.atomic_files import discard_unfinished, replacing
 from qsdp.common.printing import print_error
 from qsdp.common.user_errors import quoted
 from qsdp.report.error_plot import draw_errors
-from qsdp.report.record import History, Losses, StepLine, Summary, number, numbers
+from qsdp.report.step_line import History, StepLine, step_metric, step_metrics
+from qsdp.report.summary_json import Losses, Summary
 from qsdp.sparsity.compression_target import Compression
 
 T = TypeVar("T")
@@ -219,7 +220,7 @@ def _label_steps(axes: Any) -> None:
 def _plot_wire_time(axes: Any, history: History) -> None:
     lines = _timed(history)
     steps = [line["step"] for line in lines]
-    parts = [[1e3 * taken for taken in numbers(lines, name)] for name, _, _ in _WIRE_TIME]
+    parts = [[1e3 * taken for taken in step_metrics(lines, name)] for name, _, _ in _WIRE_TIME]
     # On a GPU the wire may overlap with what the step computes, so that nothing seems left.
     rest = [
         max(0.0, 1e3 * line["step_s"] - sum(times))
@@ -241,7 +242,7 @@ def _plot_wire_time(axes: Any, history: History) -> None:
 def _timed(history: History) -> History:
     """The steps whose time on the wire is known."""
     names = [name for name, _, _ in _WIRE_TIME]
-    return [line for line in history if all(number(line, n) is not None for n in names)]
+    return [line for line in history if all(step_metric(line, n) is not None for n in names)]
 
 
 def _ceiling(values: list[float]) -> float:
@@ -250,8 +251,8 @@ def _ceiling(values: list[float]) -> float:
 
 
 def _series(history: History, name: str) -> tuple[list[int], list[float]]:
-    steps = [line["step"] for line in history if number(line, name) is not None]
-    return steps, numbers(history, name)
+    steps = [line["step"] for line in history if step_metric(line, name) is not None]
+    return steps, step_metrics(history, name)
 
 
 def _smoothed(values: list[float], decay: float = 0.9) -> Iterator[float]:

@@ -71,7 +71,7 @@ class RunProgress:
 
 
 def format_bytes(count: float) -> str:
-    """A text like ``1.2 MB``: with three digits or so, in powers of 1000."""
+    """Bytes as the progress shows them, ``1.2 MB``: three digits or so, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -80,6 +80,6 @@ def format_bytes(count: float) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """A text like ``1:02:03``."""
+    """Seconds as the progress shows them, ``1:02:03``."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

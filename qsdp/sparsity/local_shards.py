@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from qsdp.common.checksum import checksum
-from qsdp.common.meshes import Groups, Reach, Spread
+from qsdp.common.meshes import Groups
 from qsdp.common.sharding import chunk
+from qsdp.common.spread import Reach, Spread
 from qsdp.compat.collectives import all_gather_single
 
 

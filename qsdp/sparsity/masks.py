@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qsdp.common.meshes import Spread, spread_of
+from qsdp.common.spread import Spread, spread_of
 from qsdp.compat.sharded_parameters import sharded_parameters
 from qsdp.ops.reference.magnitude import DTYPES, keys_of
 from qsdp.sparsity.compression_target import Compression

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qsdp.common.bitmask import PackedMask
-from qsdp.common.meshes import Groups, Reach
+from qsdp.common.meshes import Groups
+from qsdp.common.spread import Reach
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import LocalShard, local_shard
 from qsdp.sparsity.masks import Blocks, find_threshold, keep_masks

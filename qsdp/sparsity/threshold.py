@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import ops
-from qsdp.common.meshes import Reach
+from qsdp.common.spread import Reach
 from qsdp.ops.reference.magnitude import DIGIT_BITS, DTYPES, KEY_BITS, NUM_BINS, keys_of
 from qsdp.sparsity.local_shards import Part, by_groups, gathered
 

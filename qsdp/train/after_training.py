@@ -11,15 +11,16 @@ import torch
 from rich.console import Console
 
 import qsdp
-from qsdp.common.atomic_files import finite, write_json
+from qsdp.common.json_files import json_value, write_json
 from qsdp.common.user_errors import UserError
 from qsdp.methods.method import Companion
 from qsdp.models.registry import family_of_size
 from qsdp.ops import native
 from qsdp.report.peak_flops import matmul_flops_per_s
 from qsdp.report.plots import may_fail, remove_stale, write_plots
-from qsdp.report.record import History, Summary, numbers
-from qsdp.report.summary import print_summary
+from qsdp.report.step_line import History, step_metrics
+from qsdp.report.summary_json import Summary
+from qsdp.report.summary_tables import print_summary
 from qsdp.train.history import CHECKPOINTS
 from qsdp.train.job import Job
 from qsdp.train.wire_bytes import SECONDS
@@ -101,7 +102,7 @@ def finish(job: Job, companion: Companion, history: History) -> bool:
         "config": config.as_dict(),
     }
 
-    summary: Summary = finite(all_of_it)
+    summary: Summary = json_value(all_of_it)
 
     def write() -> None:
         # First what needs no disk.
@@ -141,16 +142,16 @@ def _write_summary(job: Job, summary: Summary) -> None:
 
 def _mean(history: History, name: str, over: int = 0) -> float:
     """The mean of a metric over the steps that have it, or its sum over ``over`` steps."""
-    values = numbers(history, name)
+    values = step_metrics(history, name)
     return sum(values) / max(1, over or len(values))
 
 
 def _mean_or_none(history: History, name: str) -> float | None:
     """The mean of a metric over the steps that have it; None if none has."""
-    return _mean(history, name) if numbers(history, name) else None
+    return _mean(history, name) if step_metrics(history, name) else None
 
 
 def _median(history: History, name: str) -> float | None:
     """The median of a metric over the steps that have it; None if none has."""
-    values = numbers(history, name)
+    values = step_metrics(history, name)
     return statistics.median(values) if values else None

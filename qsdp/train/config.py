@@ -20,7 +20,7 @@ from qsdp.config import QSDPConfig
 from qsdp.data.flags import DataFlags
 from qsdp.methods.method import Method
 from qsdp.methods.registry import check_methods, chosen, method_classes, unchosen
-from qsdp.models.registry import presets
+from qsdp.models.registry import preset_defaults
 from qsdp.sparsity.flags import CompressionFlags
 from qsdp.train.output_flags import OutputFlags
 from qsdp.train.run_flags import RunFlags
@@ -60,9 +60,9 @@ class TrainConfig:
     """The flags of every method; the run is of at most one of them."""
 
     def __post_init__(self) -> None:
-        if self.run.model not in presets():
+        if self.run.model not in preset_defaults():
             raise ValueError(
-                f"--model is {self.run.model!r}: choose one of {', '.join(presets())}."
+                f"--model is {self.run.model!r}: choose one of {', '.join(preset_defaults())}."
             )
         for group in self._groups():
             for name, value in group.values().items():
@@ -94,7 +94,7 @@ class TrainConfig:
             raise TypeError(
                 f"there is no setting {sorted(odd)[0]!r}: choose one of `setting_types`."
             )
-        parts: dict[str, Any] = groups_of(settings)
+        parts: dict[str, Any] = groups_from_settings(settings)
         methods = tuple(parts.pop(key) for key in method_classes())
         return cls(**parts, methods=methods)
 
@@ -202,18 +202,18 @@ def all_groups() -> dict[str, type[Flags]]:
     return {**GROUPS, **method_classes()}
 
 
-def names_of(group: type[Flags]) -> list[str]:
-    """The names of a group's settings."""
+def setting_names(group: type[Flags]) -> list[str]:
+    """The names of the settings in a group of the configuration."""
     return [field.name for field in fields(group)]
 
 
-def groups_of(settings: Mapping[str, Any]) -> dict[str, Flags]:
-    """All groups, by their names, with what they have of ``settings``.
+def groups_from_settings(settings: Mapping[str, Any]) -> dict[str, Flags]:
+    """All groups of a run's configuration, by their names, with what they have of ``settings``.
 
     The others are as by default.
     """
     return {
-        key: group(**{name: settings[name] for name in names_of(group) if name in settings})
+        key: group(**{name: settings[name] for name in setting_names(group) if name in settings})
         for key, group in all_groups().items()
     }
 
@@ -223,4 +223,4 @@ def setting_types() -> dict[str, Any]:
     """The type of each setting, by its name."""
     groups = all_groups().values()
     hints = [(group, get_type_hints(group)) for group in groups]
-    return {name: types[name] for group, types in hints for name in names_of(group)}
+    return {name: types[name] for group, types in hints for name in setting_names(group)}

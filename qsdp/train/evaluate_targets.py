@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 import qsdp
-from qsdp.common.atomic_files import finite, write_json
+from qsdp.common.json_files import json_value, write_json
 from qsdp.common.printing import printable
 from qsdp.data.batches import eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
@@ -22,28 +22,28 @@ from qsdp.data.token_shards import TokenRange, Tokens
 from qsdp.oneshot.in_memory import compressed
 from qsdp.oneshot.registry import by_method, solver_of
 from qsdp.report.plots import may_fail, write_target_plot
-from qsdp.report.record import Losses
-from qsdp.report.summary import label
+from qsdp.report.summary_json import Losses
+from qsdp.report.summary_tables import target_in_tables
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.masks import Prunable
 from qsdp.train.agree_on_inputs import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate_flags import TARGETS, EvaluateFlags
-from qsdp.train.parallelize import shard
-from qsdp.train.trained_model import Source, open_source
+from qsdp.train.parallelize import shard_model
+from qsdp.train.trained_model import TrainedModel, open_trained_model
 from qsdp.train.validate import Evaluator
 from qsdp.train.wire_bytes import StockWire
-from qsdp.train.world import World, all_alike, open_world
+from qsdp.train.world import World, open_world
 
 
-def evaluate(flags: EvaluateFlags) -> None:
-    """Evaluate what ``flags`` name; print the table, write what ``flags.out`` is to hold.
+def evaluate_targets(flags: EvaluateFlags) -> None:
+    """Evaluate the targets that ``flags`` name: print the table, write what ``out`` is to hold.
 
     Called on every rank, under torchrun or alone. Raises UserError, on every rank, for whatever the
     user can correct.
     """
     with open_world(flags.timeout_s, flags.backend) as world:
-        source = world.together(lambda: open_source(flags.checkpoint))
+        source = world.together(lambda: open_trained_model(flags.checkpoint))
         config = world.together(lambda: _config(flags, source))
         agree_on_config(config, world)
         corpus = world.together(lambda: _load_corpus(config, source))
@@ -52,9 +52,9 @@ def evaluate(flags: EvaluateFlags) -> None:
         num_sequences = (len(tokens) - 1) // config.run.seq_len
         num_batches = -(-num_sequences // (config.run.batch_size * world.size))
         config = config.changed(eval_batches=num_batches)
-        model = shard(config, source.size, world, world.mesh)
+        model = shard_model(config, source.size, world, world.mesh)
         targets = world.together(lambda: _checked_targets(flags, config, source, model))
-        all_alike(world, lambda: source.load(model))
+        world.all_alike(lambda: source.load(model))
         evaluator = Evaluator(
             config, world, replace(corpus, val=tokens), model, StockWire(model, world, 1)
         )
@@ -78,10 +78,10 @@ def evaluate(flags: EvaluateFlags) -> None:
             "world_size": world.size,
             "versions": {"qsdp": qsdp.__version__, "torch": torch.__version__},
         }
-        world.on_main(lambda: _report(finite(results), flags.out))
+        world.on_main(lambda: _report(json_value(results), flags.out))
 
 
-def _config(flags: EvaluateFlags, source: Source) -> TrainConfig:
+def _config(flags: EvaluateFlags, source: TrainedModel) -> TrainConfig:
     """What is known of the run's settings, with what the flags change, on stock FSDP2."""
     given = {"data": flags.data, "prunable": flags.prunable}
     return source.config.changed(
@@ -92,7 +92,7 @@ def _config(flags: EvaluateFlags, source: Source) -> TrainConfig:
     )
 
 
-def _load_corpus(config: TrainConfig, source: Source) -> Corpus:
+def _load_corpus(config: TrainConfig, source: TrainedModel) -> Corpus:
     corpus = load_corpus(config.data.data, source.tokenizer)
     if corpus.vocab_size > source.size.vocab_size:
         raise ValueError(
@@ -103,7 +103,7 @@ def _load_corpus(config: TrainConfig, source: Source) -> Corpus:
 
 
 def _tokens(
-    flags: EvaluateFlags, config: TrainConfig, source: Source, corpus: Corpus
+    flags: EvaluateFlags, config: TrainConfig, source: TrainedModel, corpus: Corpus
 ) -> TokenRange:
     """Whole sequences, as many as asked for. They are cut here, so that ranks only share them."""
     start = corpus.test_start if flags.split == "test" else 0
@@ -118,7 +118,7 @@ def _tokens(
 
 
 def _checked_targets(
-    flags: EvaluateFlags, config: TrainConfig, source: Source, model: torch.nn.Module
+    flags: EvaluateFlags, config: TrainConfig, source: TrainedModel, model: torch.nn.Module
 ) -> list[Compression]:
     targets = flags.chosen
     if targets is None:
@@ -172,14 +172,14 @@ def _row(evaluator: Evaluator, target: Compression | None) -> dict[str, Any]:
 
 
 def perplexity(loss: float) -> float:
-    """The exponential of a loss in nats; infinite beyond all floats."""
+    """The perplexity at a target: e to its loss in nats, infinite beyond all floats."""
     try:
         return math.exp(loss)
     except OverflowError:
         return math.inf
 
 
-def _seen_in_training(source: Source, corpus: Corpus) -> int:
+def _seen_in_training(source: TrainedModel, corpus: Corpus) -> int:
     """Tokens of the test split that the run's own validations read, of its own data."""
     config = source.config
     sequences = config.output.eval_batches * config.run.batch_size * source.world_size
@@ -240,7 +240,7 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
 
 def _name(results: dict[str, Any], target: str | None) -> str:
     if target is not None:
-        return label(target)
+        return target_in_tables(target)
     compressed_to = results["compressed_to"]
     by = by_method(results["compressed_by"])
     return "dense" if compressed_to is None else f"exported at {compressed_to}{by}"

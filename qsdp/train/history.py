@@ -27,8 +27,9 @@ from qsdp.checkpoint import Damaged
 from qsdp.common.atomic_files import remove_tree, write_text
 from qsdp.methods.registry import kept_folders
 from qsdp.report.plots import PLOT_NAMES
-from qsdp.report.summary import read_summary
-from qsdp.train.world import World, all_alike
+from qsdp.report.summary_json import read_summary
+from qsdp.train.verify_together import verify_together
+from qsdp.train.world import World
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.toml"
@@ -45,26 +46,10 @@ def recover(out: Path, world: World) -> tuple[list[str], int | None]:
     Returns what was removed, and the step that this history went on from; None if there is none.
     """
     for path, history, went_on_from in world.on_main(lambda: _unfinished(out)):
-        if damage(path, world) is None:  # else it is no reason to delete others
+        if verify_together(path, world) is None:  # else it is no reason to delete others
             removed = world.on_main(partial(commit, out, history, went_on_from))
             return removed, went_on_from
     return [], None
-
-
-def damage(path: Path, world: World) -> Damaged | None:
-    """What is damaged of a checkpoint, which the ranks read together. A collective.
-
-    Raises UserError, on every rank, if it cannot be read.
-    """
-
-    def check() -> Damaged | None:
-        try:
-            checkpoint.check(path)
-        except Damaged as error:
-            return error
-        return None
-
-    return all_alike(world, check)
 
 
 def _unfinished(out: Path) -> list[tuple[Path, str, int]]:
@@ -101,7 +86,7 @@ def commit(out: Path, history: str, went_on_from: int) -> list[str]:
             if remark is not None:
                 _remove(path)
                 removed.append(f"{folder}/{path.name}{remark}")
-    # Until all of that is done a kept model is where ``Results.latest_kept`` looks for it.
+    # Until all of that is done a kept model is where ``HistoryFolder.latest_kept`` looks for it.
     for folder in kept_folders():
         own, old = _beside(out, folder, history), out / f"{folder}.old"
         if not own.exists():
@@ -153,8 +138,8 @@ def _beside(out: Path, name: str, history: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a run begins."""
+class HistoryStart:
+    """Where a run begins, and the history that it is part of."""
 
     history: str
     """The name of its history."""
@@ -172,10 +157,13 @@ class Start:
     """Whether what OUT holds up to that step is the past of this history."""
 
 
-class Results:
-    """What is done in OUT when. All ranks have the same; one calls the methods that write."""
+class HistoryFolder:
+    """The folder OUT through a history: what is done in it when.
 
-    def __init__(self, out: Path, config: str, start: Start) -> None:
+    All ranks have the same; one calls the methods that write.
+    """
+
+    def __init__(self, out: Path, config: str, start: HistoryStart) -> None:
         """Take ``config``, which is what OUT/config.toml is to hold."""
         self.out, self.start, self._config = out, start, config
         self.is_beside = start.is_beside

@@ -25,7 +25,7 @@ from qsdp.models.language_model import LanguageModel
 from qsdp.report.metrics import MetricsWriter
 from qsdp.train.auto.choose import Choice
 from qsdp.train.config import TrainConfig
-from qsdp.train.history import CHECKPOINTS, METRICS, Results
+from qsdp.train.history import CHECKPOINTS, METRICS, HistoryFolder
 from qsdp.train.kept_model import KeptModel
 from qsdp.train.lock import Lock
 from qsdp.train.resume import launch_id
@@ -55,7 +55,7 @@ class Job:
     evaluator: Evaluator
     fingerprint: dict[str, Any]
     """What tells the run from others: all that changes its numbers."""
-    results: Results
+    results: HistoryFolder
     lock: Lock | None
     """The lock of the folder of results, on rank 0."""
     steps_done: int

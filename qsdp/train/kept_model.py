@@ -10,7 +10,8 @@ from pathlib import Path
 from qsdp import checkpoint
 from qsdp.common.printing import print_error
 from qsdp.common.user_errors import UserError, quoted
-from qsdp.train.history import Results, damage
+from qsdp.train.history import HistoryFolder
+from qsdp.train.verify_together import verify_together
 from qsdp.train.world import World
 
 
@@ -20,7 +21,7 @@ class KeptModel:
 
     folder: str
     world: World
-    results: Results
+    results: HistoryFolder
     damaged: set[Path]
     """What is as if it were not there, by real paths."""
     write: Callable[[int, float], None]
@@ -42,7 +43,7 @@ class KeptModel:
         latest = partial(self.results.latest_kept, self.folder, self.damaged)
         try:
             while path := world.on_main(latest):
-                error = None if self._has_written else damage(path, world)
+                error = None if self._has_written else verify_together(path, world)
                 if error is None:
                     return world.on_main(partial(_loss, path))
                 self.damaged.add(path.resolve())

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qsdp.common.atomic_files import locked_folder, write_json
+from qsdp.common.folder_locks import locked_folder
+from qsdp.common.json_files import write_json
 
 HEARTBEAT_S = 30.0
 MISSED = 4

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from qsdp.common.collective_errors import collective
+from qsdp.common.gpu_streams import to_device
 from qsdp.common.meshes import groups_of
 from qsdp.common.printing import forgiving_output
 from qsdp.compat.sharded_parameters import sharded_parameters
@@ -27,7 +28,7 @@ from qsdp.train.job import Job
 from qsdp.train.setup import set_up
 from qsdp.train.signals import StopRequested, handling_signals
 from qsdp.train.wire_bytes import SECONDS, WireUse, threshold_bytes
-from qsdp.train.world import open_world, to_device
+from qsdp.train.world import open_world
 
 # Of the wire, what a line of metrics.jsonl says beside the sums.
 WIRE_METRICS = (
@@ -37,8 +38,8 @@ WIRE_METRICS = (
 _NO_STEP = "no step was taken; the same command begins again"
 
 
-def train(config: TrainConfig) -> None:
-    """Run the job that ``config`` describes, from the step where it was left, to its summary.
+def training_loop(config: TrainConfig) -> None:
+    """The training loop: run the job of ``config`` from where it was left to its summary.
 
     Called on every rank, under torchrun or alone. Told to end by a signal (``train/signals.py``),
     it saves the steps done and returns. Raises UserError, on every rank, for whatever the user can
@@ -80,7 +81,7 @@ def train(config: TrainConfig) -> None:
                         job.save()
                         job.wait_saved()
                         saved = step
-                    line |= evaluate(job, progress)
+                    line |= validate_in_loop(job, progress)
                     companion.after_validation(step, line["val_loss"])
                 if is_measured and job.handle is not None:
                     line["wire_errors"] = job.handle.errors()
@@ -139,7 +140,7 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
     with job.handle.measuring() if is_measured and job.handle is not None else nullcontext():
         if isinstance(optimizer, OptimizerWrapper):
             optimizer.zero_grad()
-            loss = optimizer.step(lambda: forward_backward(job))
+            loss = optimizer.step(lambda: run_micro_batches(job))
             grad_norm, bad = optimizer.last_grad_norm or 0.0, optimizer.last_bad
             if optimizer.last_target is not None:
                 num_matrices = len(optimizer.prunable.names)
@@ -147,7 +148,7 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
                 job.wire.other(threshold_bytes(optimizer.last_target, num_matrices, num_shards))
         else:
             optimizer.zero_grad()
-            loss = forward_backward(job)
+            loss = run_micro_batches(job)
             grad_norm, bad = _clip(job, loss)
             if bad is None:
                 optimizer.step()
@@ -181,7 +182,7 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
     }
 
 
-def forward_backward(job: Job) -> Tensor:
+def run_micro_batches(job: Job) -> Tensor:
     """Run all micro-batches of the step, leave the mean gradient, return this rank's mean loss."""
     config, device = job.config, job.world.device
     total = torch.zeros((), device=device)
@@ -195,8 +196,8 @@ def forward_backward(job: Job) -> Tensor:
     return total
 
 
-def evaluate(job: Job, progress: RunProgress) -> dict[str, float]:
-    """Validate with exact weights, and with those off the wire if it is quantized."""
+def validate_in_loop(job: Job, progress: RunProgress) -> dict[str, float]:
+    """Validate within the loop: with exact weights, and with those off a quantized wire."""
     before = job.wire.total()
     losses = {"val_loss": job.evaluator.loss()}
     text = f"step {job.steps_done}: validation loss {losses['val_loss']:.4f}"

@@ -12,9 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import qsdp
-from qsdp.methods.method import RunSettings
 from qsdp.models.language_model import LanguageModel
-from qsdp.models.registry import family_of, family_of_size
+from qsdp.models.registry import family_of_size
 from qsdp.models.size import ModelSize
 from qsdp.train.config import TrainConfig
 from qsdp.train.world import World
@@ -22,25 +21,11 @@ from qsdp.train.world import World
 
 @dataclass(frozen=True)
 class Sharded:
-    """A sharded model and its wire."""
+    """A parallelized model and its wire."""
 
     model: LanguageModel
     handle: qsdp.Handle | None
     """qsdp's handle; None for stock FSDP2."""
-
-
-def model_config(config: TrainConfig, vocab_size: int) -> ModelSize:
-    """The model's size: the preset with the data's vocabulary.
-
-    Raises ValueError for sequences longer than the preset's context.
-    """
-    size = family_of(config.run.model).size_of_preset(config.run.model, vocab_size)
-    if config.run.seq_len > size.context:
-        raise ValueError(
-            f"--seq-len is {config.run.seq_len}, but {config.run.model} has a context of "
-            f"{size.context}: choose at most that."
-        )
-    return size
 
 
 def check_replicas(config: TrainConfig, world: World) -> None:
@@ -62,7 +47,7 @@ def check_replicas(config: TrainConfig, world: World) -> None:
 
 
 def check_nodes(config: TrainConfig, world: World) -> None:
-    """Raise ValueError unless each replica's ranks fill nodes of a given size evenly.
+    """Raise ValueError unless a parallelized model's replicas fill nodes of a given size evenly.
 
     Only where the reduce needs that.
     """
@@ -80,8 +65,8 @@ def check_nodes(config: TrainConfig, world: World) -> None:
             )
 
 
-def build(config: TrainConfig, size: ModelSize, world: World) -> Sharded:
-    """Make the model of ``size`` on all ranks of ``world``, weights initialised, wire installed.
+def parallelize(config: TrainConfig, size: ModelSize, world: World) -> Sharded:
+    """Parallelize the model of ``size`` over ``world``: weights initialised, wire installed.
 
     1. on the meta device: no rank ever holds the whole model;
     2. each block is one FSDP group, the embeddings and the last norm are the root's; a group's
@@ -91,14 +76,16 @@ def build(config: TrainConfig, size: ModelSize, world: World) -> Sharded:
     """
     wire = config.qsdp
     shard_mesh, replicate_mesh = _meshes(config, world)
-    model = shard(config, size, world, shard_mesh)
+    model = shard_model(config, size, world, shard_mesh)
     family_of_size(size).init_weights(model, config.run.seed)
     if wire is None:
         return Sharded(model, None)
     return Sharded(model, qsdp.install(model, wire, replicate_mesh=replicate_mesh))
 
 
-def shard(config: TrainConfig, size: ModelSize, world: World, mesh: DeviceMesh) -> LanguageModel:
+def shard_model(
+    config: TrainConfig, size: ModelSize, world: World, mesh: DeviceMesh
+) -> LanguageModel:
     """A model sharded over ``mesh`` whose weights are still to be filled."""
     with torch.device("meta"):
         model = family_of_size(size).build(size)
@@ -127,26 +114,3 @@ def _meshes(config: TrainConfig, world: World) -> tuple[DeviceMesh, DeviceMesh |
     shape = (config.run.replicas, world.size // config.run.replicas)
     mesh = init_device_mesh(world.mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
     return (mesh, None) if config.qsdp is None else (mesh["shard"], mesh["replicate"])
-
-
-def make_optimizer(config: TrainConfig, model: LanguageModel) -> torch.optim.Optimizer:
-    """AdamW with weight decay on matrices only, in the method's wrapper if there is one.
-
-    Raises ValueError where the model cannot be compressed as asked.
-    """
-    run = config.run
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": run.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    # One launch for many tensors: DTensors one by one take longer than their arithmetic.
-    base = torch.optim.AdamW(groups, lr=run.lr, betas=(0.9, run.beta2), fused=True)
-    settings = RunSettings(
-        steps=run.steps,
-        seed=run.seed,
-        max_norm=run.clip_grad or None,
-        prunable=config.compression.patterns,
-    )
-    return config.method.wrap(model, base, settings)

@@ -14,11 +14,12 @@ from typing import Any
 from qsdp import checkpoint
 from qsdp.checkpoint import Damaged
 from qsdp.common.user_errors import UserError
-from qsdp.report.summary import read_summary
+from qsdp.report.summary_json import read_summary
 from qsdp.train.auto.choose import is_choice
 from qsdp.train.config import TrainConfig
-from qsdp.train.history import CHECKPOINTS, Start, damage
+from qsdp.train.history import CHECKPOINTS, HistoryStart
 from qsdp.train.lock import process_id
+from qsdp.train.verify_together import verify_together
 from qsdp.train.wire_flags import AUTO
 from qsdp.train.world import World
 
@@ -47,7 +48,7 @@ _PACE = ("batch_size", "grad_accum", "seq_len", "precision", "replicas", "backen
 
 def find_whole_start(
     config: TrainConfig, world: World, fingerprint: Fingerprint
-) -> tuple[Start, list[Damaged]]:
+) -> tuple[HistoryStart, list[Damaged]]:
     """Where a run of this configuration begins, and the damaged checkpoints that are passed over.
 
     The checkpoint to go on from has been read, each file by one rank. A collective. Raises
@@ -55,7 +56,7 @@ def find_whole_start(
     """
     damaged: list[Damaged] = []
 
-    def find() -> Start | Damaged:
+    def find() -> HistoryStart | Damaged:
         try:
             return find_start(config, fingerprint, damaged)
         except Damaged as error:
@@ -63,8 +64,8 @@ def find_whole_start(
 
     while True:
         found = world.on_main(find)
-        if isinstance(found, Start):
-            error = None if found.source is None else damage(found.source, world)
+        if isinstance(found, HistoryStart):
+            error = None if found.source is None else verify_together(found.source, world)
             if error is None:
                 return found, damaged
             found = error
@@ -75,7 +76,7 @@ def find_whole_start(
             )
 
 
-def told_as_damaged(start: Start, damaged: Sequence[Damaged]) -> list[str]:
+def told_as_damaged(start: HistoryStart, damaged: Sequence[Damaged]) -> list[str]:
     """What is lost where ``start`` is used instead, a line for each."""
     if start.source is None or start.meta is None:  # to begin anew was asked for
         return []
@@ -102,7 +103,7 @@ def _instead(named: Damaged, world: World) -> str:
     folder, without = named.checkpoint.parent, {named.checkpoint.resolve()}
     while path := world.on_main(lambda: checkpoint.latest(folder, without=without)):
         with contextlib.suppress(UserError):  # of one that cannot be read
-            if damage(path, world) is None:
+            if verify_together(path, world) is None:
                 return f"but {path} is the newest whole one there: name it by --resume"
         without.add(path.resolve())
     return (
@@ -125,7 +126,7 @@ def _but_for(damaged: Sequence[Damaged]) -> str:
 
 def find_start(
     config: TrainConfig, fingerprint: Fingerprint, damaged: Sequence[Damaged] = ()
-) -> Start:
+) -> HistoryStart:
     """Where a run of this configuration begins, as if ``damaged`` checkpoints were not there.
 
     Raises Damaged for one that is not among these, ValueError if what is there is not of this run,
@@ -133,14 +134,14 @@ def find_start(
     """
 
     def differences_of(meta: dict[str, Any], parts: Iterable[str]) -> list[str]:
-        return _differences(meta, fingerprint(with_choice(config, meta)), parts)
+        return _differences(meta, fingerprint(with_resumed_choice(config, meta)), parts)
 
     root = config.out_dir / CHECKPOINTS
     without = {error.checkpoint.resolve() for error in damaged}
     is_taken, own = bool(checkpoint.steps(root)), checkpoint.latest(root, without=without)
     resume = config.output.resume
     named = None if resume in ("auto", "none") else os.path.realpath(resume)
-    anew = Start(secrets.token_hex(4), origin=named, is_beside=is_taken)
+    anew = HistoryStart(secrets.token_hex(4), origin=named, is_beside=is_taken)
     if not is_taken and (named is None or config.resumes_own):
         return anew  # perhaps the first start of a command that may be started again
     if own is None and config.output.resume == "auto":
@@ -154,7 +155,7 @@ def find_start(
         except ValueError:
             if config.output.resume == "auto":
                 raise
-    same = Start(
+    same = HistoryStart(
         newest["history"], own, newest, newest["origin"], newest["went_on_from"], False, True
     )
     # A launcher starts the same command again: it goes on from what came of it.
@@ -201,8 +202,8 @@ def find_start(
     return replace(anew, source=path, meta=meta, went_on_from=meta["step"], has_past=has_past)
 
 
-def with_choice(config: TrainConfig, meta: dict[str, Any]) -> TrainConfig:
-    """``config``, with what the run of a checkpoint chose where --qsdp-bits auto is to choose."""
+def with_resumed_choice(config: TrainConfig, meta: dict[str, Any]) -> TrainConfig:
+    """``config`` with what the run to resume chose, where --qsdp-bits auto is to choose."""
     if config.wire.qsdp_bits != AUTO or meta["choice"] is None:
         return config
     return config.resolved(meta["choice"]["settings"])
@@ -217,7 +218,7 @@ def _check_steps(config: TrainConfig, path: Path | None, meta: dict[str, Any]) -
 
 
 def launch_id() -> str | None:
-    """What tells torchrun's launches apart, on rank 0: restarts are of the same."""
+    """By what a run to resume tells torchrun's launches apart, on rank 0: restarts are of one."""
     return process_id(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 

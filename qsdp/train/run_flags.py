@@ -9,9 +9,9 @@ from typing import Annotated
 import tyro
 
 from qsdp.common.flags import Flags
-from qsdp.models.registry import DEFAULT_PRESET, presets
+from qsdp.models.registry import DEFAULT_PRESET, preset_defaults
 
-_MODEL = f"Model preset: {', '.join(presets())}. The other flags' defaults depend on it."
+_MODEL = f"Model preset: {', '.join(preset_defaults())}. The other flags' defaults depend on it."
 PRECISIONS = ("fp32", "bf16")
 BACKENDS = ("nccl", "gloo")
 

@@ -19,16 +19,18 @@ from qsdp.data.batches import Batches, eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.data.tokenizer import hash_of
 from qsdp.methods.base import OptimizerWrapper
+from qsdp.models.registry import family_of
 from qsdp.models.size import ModelSize
 from qsdp.ops import native
 from qsdp.sparsity.masks import Prunable
 from qsdp.train.agree_on_inputs import agree_on_config, agree_on_data
 from qsdp.train.auto.choose import Choice, choose
 from qsdp.train.config import TrainConfig
-from qsdp.train.history import Results, Start, recover
+from qsdp.train.history import HistoryFolder, HistoryStart, recover
 from qsdp.train.job import Job, _failures_told
 from qsdp.train.lock import Lock, hold, holder
-from qsdp.train.parallelize import build, check_nodes, check_replicas, make_optimizer, model_config
+from qsdp.train.make_optimizer import make_optimizer
+from qsdp.train.parallelize import check_nodes, check_replicas, parallelize
 from qsdp.train.resume import (
     changed,
     find_whole_start,
@@ -39,7 +41,7 @@ from qsdp.train.resume import (
 from qsdp.train.validate import Evaluator
 from qsdp.train.wire_bytes import QuantizedWire, StockWire
 from qsdp.train.wire_flags import AUTO
-from qsdp.train.world import World, all_alike
+from qsdp.train.world import World
 
 _SHARED_FOLDER_S = 10.0  # how long a network file system may take to show a new file
 
@@ -60,7 +62,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     world.together(lambda: check_nodes(config, world))
     corpus = world.together(lambda: load_corpus(config.data.data, config.data.chosen_tokenizer))
     data = agree_on_data(corpus, world)
-    size = world.together(lambda: model_config(config, corpus.vocab_size))
+    size = world.together(lambda: _model_size(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))
 
     def fingerprint_of(config: TrainConfig) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         return None
 
     config, choice = _settle_wire(config, size, world, start)
-    sharded = world.together(lambda: build(config, size, world))
+    sharded = world.together(lambda: parallelize(config, size, world))
     model, handle = sharded.model, sharded.handle
     wire = StockWire(model, world, config.run.replicas) if handle is None else QuantizedWire(handle)
     world.together(lambda: _check_targets(config, model))
@@ -96,13 +98,13 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         optimizer.share_support(handle.set_support)
     steps_done = 0
     if source is not None and meta is not None:
-        all_alike(world, lambda: checkpoint.load(source, model, optimizer, is_checked=True))
+        world.all_alike(lambda: checkpoint.load(source, model, optimizer, is_checked=True))
         steps_done = meta["step"]
         if handle is not None and meta["wire"] is not None:
             load, state = handle.load_state_dict, meta["wire"]
-            all_alike(world, lambda: load(state))
+            world.all_alike(lambda: load(state))
     comment = "" if choice is None else choice.comment
-    results = Results(config.out_dir, comment + config.to_toml(), start)
+    results = HistoryFolder(config.out_dir, comment + config.to_toml(), start)
     removed = world.on_main(results.begin)
     job = Job(
         config=config,
@@ -131,7 +133,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
 
 
 def _settle_wire(
-    config: TrainConfig, size: ModelSize, world: World, start: Start
+    config: TrainConfig, size: ModelSize, world: World, start: HistoryStart
 ) -> tuple[TrainConfig, Choice | None]:
     """The configuration with what --qsdp-bits auto comes to, and that choice.
 
@@ -291,3 +293,17 @@ def _travels(config: TrainConfig) -> str:
         parts += ["gathered once"] if wire.gather == "once" else []
     parts += [f"{config.run.replicas} replicas"] if config.run.replicas > 1 else []
     return ", ".join(parts)
+
+
+def _model_size(config: TrainConfig, vocab_size: int) -> ModelSize:
+    """The model's size: the preset with the data's vocabulary.
+
+    Raises ValueError for sequences longer than the preset's context.
+    """
+    size = family_of(config.run.model).size_of_preset(config.run.model, vocab_size)
+    if config.run.seq_len > size.context:
+        raise ValueError(
+            f"--seq-len is {config.run.seq_len}, but {config.run.model} has a context of "
+            f"{size.context}: choose at most that."
+        )
+    return size

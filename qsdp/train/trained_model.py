@@ -25,8 +25,8 @@ _USED = (
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a model's weights lie."""
+class TrainedModel:
+    """A trained model on disk: where its weights lie, and what is known of its run."""
 
     path: Path
     target: str | None
@@ -58,8 +58,8 @@ class Source:
             load_export(self.path, model)
 
 
-def open_source(path: Path) -> Source:
-    """What lies at ``path``: an export, a checkpoint, or the newest one of a run's folder.
+def open_trained_model(path: Path) -> TrainedModel:
+    """The trained model at ``path``: an export, a checkpoint, or the newest one of a run.
 
     Raises ValueError if it is none of these.
     """
@@ -83,7 +83,9 @@ def open_source(path: Path) -> Source:
         settings = _settings(path, config)
         model = family_of(settings.run.model).size(size)
         num_ranks = int(world_size or 1)
-        return Source(path, target, int(step), settings, num_ranks, model, has_tokenizer, method)
+        return TrainedModel(
+            path, target, int(step), settings, num_ranks, model, has_tokenizer, method
+        )
     except (UserError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path} was not written by this version of launch/train_gpt.py ({quoted(error)}): "

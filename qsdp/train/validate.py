@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from qsdp.common.gpu_streams import to_device
 from qsdp.data.batches import eval_batches
 from qsdp.data.corpus import Corpus
 from qsdp.models.generate import generate
@@ -16,7 +17,7 @@ from qsdp.sparsity.local_shards import local_shard
 from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.train.config import TrainConfig
 from qsdp.train.wire_bytes import Wire, threshold_bytes
-from qsdp.train.world import World, to_device
+from qsdp.train.world import World
 
 _PROMPT_TOKENS = 16
 _SAMPLE_TOKENS = 200

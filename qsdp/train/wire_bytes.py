@@ -78,7 +78,8 @@ class WireUse:
 class Wire(Protocol):
     """How weights and gradients travel, and what that has taken."""
 
-    def total(self) -> WireUse: ...
+    def total(self) -> WireUse:
+        """What this rank has used so far."""
 
     def reduced(self) -> None:
         """Note that a backward pass has reduced the gradients."""
@@ -97,6 +98,7 @@ class QuantizedWire:
         self._handle = handle
 
     def total(self) -> WireUse:
+        """What qsdp's counters and clocks say so far."""
         counts = self._handle.traffic.snapshot()
         return WireUse(
             gather_bytes=counts["gather_sent_bytes"],
@@ -112,10 +114,12 @@ class QuantizedWire:
         """Do nothing: the hooks have seen it."""
 
     def other(self, num_bytes: float) -> None:
+        """Note ``num_bytes`` in qsdp's counters."""
         self._handle.traffic.other(int(num_bytes))
 
     @contextmanager
     def evaluation(self, exact: bool) -> Iterator[None]:
+        """Inside, the counters of training pause, and weights are exact if ``exact``."""
         with self._handle.traffic.paused(), self._handle.exact() if exact else nullcontext():
             yield
 
@@ -170,12 +174,15 @@ class StockWire:
             cast(nn.Module, group.module).register_forward_pre_hook(hook, prepend=True)
 
     def total(self) -> WireUse:
+        """What FSDP2 has sent so far, by arithmetic."""
         return self._total
 
     def reduced(self) -> None:
+        """Add what a backward pass reduces."""
         self._total += self._reduce
 
     def other(self, num_bytes: float) -> None:
+        """Add ``num_bytes``."""
         self._total += WireUse(other_bytes=num_bytes)
 
     def evaluation(self, exact: bool) -> AbstractContextManager[None]:

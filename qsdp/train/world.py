@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from qsdp.common.allocator import keep_freed_memory
 from qsdp.common.collective_errors import collective, is_failure
-from qsdp.common.printing import flush_output
 from qsdp.common.user_errors import UserError, quoted, sentence
 from qsdp.train.run_flags import RunFlags
 from qsdp.train.signals import Stop
@@ -33,7 +32,7 @@ _LOOK_AGAIN = timedelta(seconds=1)
 
 @dataclass(frozen=True)
 class World:
-    """This process among all others."""
+    """The world of a run, from one of its processes: which it is, and how all agree."""
 
     rank: int
     size: int
@@ -72,6 +71,21 @@ class World:
                 raise UserError(first, is_shared=True)
         return result
 
+    def all_alike(self, collective: Callable[[], T]) -> T:
+        """Run what communicates and fails on all ranks, or on none; errors as in ``together``."""
+        mistake = None
+        try:
+            result = collective()
+        except (ValueError, RuntimeError) as error:
+            mistake = error
+
+        def report() -> T:
+            if mistake is not None:
+                raise mistake
+            return result
+
+        return self.together(report)
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Run ``work`` on rank 0 and return its result everywhere; errors as in ``together``."""
         results = [self.together(lambda: work() if self.is_main else None)]
@@ -90,40 +104,6 @@ class World:
             *sums, num_asked = total.tolist()
         self.stop.is_agreed |= num_asked > 0
         return sums
-
-
-def all_alike(world: World, collective: Callable[[], T]) -> T:
-    """Run what communicates and fails on all ranks alike, or on none; errors as in ``together``."""
-    mistake = None
-    try:
-        result = collective()
-    except (ValueError, RuntimeError) as error:
-        mistake = error
-
-    def report() -> T:
-        if mistake is not None:
-            raise mistake
-        return result
-
-    return world.together(report)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on ``device``, without waiting for what that still computes."""
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def end_process(status: int) -> NoReturn:
-    """End a process whose work is on disk, without tearing Python down.
-
-    gloo's threads outlive their process group, and one that still drops its last tensor while
-    Python is being finalized ends the process with SIGABRT ("terminate called without an active
-    exception", torch 2.13): the launcher would report a failed run.
-    """
-    flush_output()
-    os._exit(status)
 
 
 @contextmanager

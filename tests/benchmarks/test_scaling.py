@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qsdp.train.auto.cost_model import CODED, STOCK, Way
+from qsdp.train.auto.cost_model import CODED, STOCK, WireWay
 
 PREDICTED = {"fsdp-fp32": 3.0, "qsdp-w8g8-once-fp32": 1.5, "qsdp-w4g4-once-fp32": 1.4}
 
@@ -31,8 +31,8 @@ def _chosen(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_way_that_auto_may_take_is_a_contestant(load: Any, precision: str) -> None:
     names = [one.name for one in load("support.contestants").contestants()]
-    ways = [Way(bits=STOCK)]
-    ways += [Way(bits=bits, gather=gather) for bits in CODED for gather in ("twice", "once")]
+    ways = [WireWay(bits=STOCK)]
+    ways += [WireWay(bits=bits, gather=gather) for bits in CODED for gather in ("twice", "once")]
     found = [load("wire.auto").contestant(str(way), precision) for way in ways]
     assert len(set(found)) == len(ways)
     assert set(found) <= set(names)

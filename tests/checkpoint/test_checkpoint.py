@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qsdp import checkpoint
-from qsdp.checkpoint import folders
+from qsdp.checkpoint import folders, verifying
 from qsdp.report.metrics import MetricsWriter
 from tests.support.linear_model import make, take_step
 
@@ -201,7 +201,7 @@ def test_a_file_that_cannot_be_read_is_refused_but_not_called_damaged(
     def refuse(file: Path, *_: object) -> None:
         raise OSError(errno.EIO, "Input/output error", str(file))
 
-    for kind, name in ((Path, "read_bytes"), (folders, "checksum")):
+    for kind, name in ((Path, "read_bytes"), (verifying, "crc32_of_file")):
         with monkeypatch.context() as patch:
             patch.setattr(kind, name, refuse)
             with pytest.raises(ValueError, match=r"cannot be read .Input/output") as error:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qsdp import checkpoint
-from qsdp.checkpoint.folders import sealed
+from qsdp.checkpoint.meta_json import sealed
 from qsdp.commands.train import main
 from qsdp.train import history
 from tests.support.bad_inputs import TEXT

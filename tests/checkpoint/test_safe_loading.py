@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp import checkpoint
-from qsdp.checkpoint import metadata
-from qsdp.checkpoint.folders import sealed
+from qsdp.checkpoint import dcp_table
+from qsdp.checkpoint.meta_json import sealed
 from qsdp.commands import compress, evaluate, train
 from qsdp.data.corpus import load_corpus
 from qsdp.data.token_shards import read_shards
@@ -226,7 +226,7 @@ def test_what_torch_itself_would_make_is_made_of_no_entry(copy: Path) -> None:
     ],
 )
 def test_chunks_fill_a_tensor_once(boxes: Any, is_full: bool) -> None:
-    assert metadata._fill(boxes, range(2), torch.Size([4, 3])) is is_full
+    assert dcp_table._fill(boxes, range(2), torch.Size([4, 3])) is is_full
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qsdp.checkpoint.folders import sealed
+from qsdp.checkpoint.meta_json import sealed
 from qsdp.commands.train import main
 from qsdp.data.tokenize_corpus import prepare_shards
 from tests.support import patience
@@ -150,7 +150,7 @@ def test_an_interrupt_ends_with_status_130_and_one_line(
     def interrupt(config: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qsdp.train.loop.train", interrupt)
+    monkeypatch.setattr("qsdp.train.loop.training_loop", interrupt)
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 130

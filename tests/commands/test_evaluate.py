@@ -18,7 +18,7 @@ from qsdp.data.token_shards import TokenRange, TokenShards
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.train import evaluate_targets
 from qsdp.train.config import TrainConfig
-from qsdp.train.trained_model import Source, _settings
+from qsdp.train.trained_model import TrainedModel, _settings
 from tests.support.bad_inputs import TEXT, BadInput
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -63,12 +63,14 @@ def test_patterns_are_for_what_is_evaluated_whatever_the_run_compressed(tmp_path
     run |= {"cram": True, "cram_sparsity": [0.5], "cram_targets": ["2:4"]}
     settings = _settings(tmp_path, run)
     assert settings.run.batch_size == 7
-    source = Source(
+    source = TrainedModel(
         tmp_path, None, 2, settings, 1, GPTConfig.from_preset("tiny", vocab_size=9), True
     )
-    flags = evaluate.parse([str(tmp_path), "--prunable", "a.*,b.*", "--targets", "none"])
+    flags = evaluate.parse_evaluate_flags(
+        [str(tmp_path), "--prunable", "a.*,b.*", "--targets", "none"]
+    )
     assert evaluate_targets._config(flags, source).compression.patterns == ["a.*", "b.*"]
-    flags = evaluate.parse([str(tmp_path)])
+    flags = evaluate.parse_evaluate_flags([str(tmp_path)])
     assert evaluate_targets._config(flags, source).compression.patterns is None
 
 

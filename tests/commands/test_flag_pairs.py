@@ -26,7 +26,7 @@ from qsdp.methods.gmp.optimizer import GMP as GMP_
 from qsdp.methods.gmp.schedule import GMPSchedule
 from qsdp.methods.registry import METHODS
 from qsdp.methods.sam.optimizer import SAM as SAM_
-from qsdp.train import parallelize
+from qsdp.train import make_optimizer
 from qsdp.train.config import TrainConfig, setting_types
 from qsdp.train.loop import learning_rate
 
@@ -264,7 +264,7 @@ def seen(values: Values, made: list[Values]) -> list[Any]:
     """All that a run of these settings reads of them."""
     config = TrainConfig.of(**values)
     made.clear()
-    parallelize.make_optimizer(config, cast(Any, MODEL))
+    make_optimizer.make_optimizer(config, cast(Any, MODEL))
     optimizers = [dict(options) for options in made]
     for options in optimizers:
         if "schedule" in options:

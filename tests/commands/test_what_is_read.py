@@ -18,7 +18,7 @@ import torch.distributed as dist
 from qsdp import checkpoint
 from qsdp.commands import evaluate
 from qsdp.commands.train import main
-from qsdp.common import atomic_files
+from qsdp.common import atomic_files, json_files
 from qsdp.data.corpus import load_corpus
 from qsdp.data.tokenize_corpus import prepare_shards
 from qsdp.methods.acdc.flags import DENSE_TWIN
@@ -26,7 +26,7 @@ from qsdp.models.gpt2.model import GPT
 from qsdp.models.huggingface.weights import export_huggingface, load_huggingface
 from qsdp.report import plots
 from qsdp.report.metrics import MetricsWriter
-from qsdp.train.trained_model import open_source
+from qsdp.train.trained_model import open_trained_model
 from tests.support.bad_inputs import TEXT
 from tests.support.file_operations import debris, tree
 from tests.support.huggingface_models import our_model, their_model
@@ -51,7 +51,7 @@ def strict(text: str) -> Any:
 
 
 def test_json_has_a_null_for_every_number_that_is_not_finite(tmp_path: Path) -> None:
-    atomic_files.write_json(tmp_path / "a.json", BROKEN)
+    json_files.write_json(tmp_path / "a.json", BROKEN)
     assert strict((tmp_path / "a.json").read_text()) == WRITTEN
     with MetricsWriter(tmp_path / "metrics.jsonl") as metrics:
         metrics.log({"step": 1, "loss": math.inf, "errors": {"a": {"b": math.nan}}})
@@ -90,7 +90,7 @@ def change(path: Path, edit: Callable[[torch.Tensor], None]) -> None:
     try:
         meta = checkpoint.read_meta(path)
         reader = checkpoint.TensorReader(path)
-        model = GPT(open_source(path).size)
+        model = GPT(open_trained_model(path).size)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(reader.read(name))
@@ -155,17 +155,17 @@ def test_a_dense_twin_carries_its_tokenizer(run: Callable[..., Path]) -> None:
         for name in out.glob("*/*/meta.json"):
             strict(name.read_text())
         stored = path / "tokenizer.json"
-        source = open_source(path)
+        source = open_trained_model(path)
         assert source.tokenizer == str(stored)
         text = stored.read_text()
         stored.write_text(text.replace("q", "Q", 1))
         with pytest.raises(ValueError, match="not the one that the model was trained with"):
-            open_source(path)
+            open_trained_model(path)
         stored.unlink()
         with pytest.raises(ValueError, match=r"lacks tokenizer\.json"):
-            open_source(path)
+            open_trained_model(path)
         stored.write_text(text)
-        assert open_source(path) == source
+        assert open_trained_model(path) == source
 
 
 def test_shards_that_are_not_counted_are_not_read(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_disk_that_is_really_full_is_left_as_it_was(
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         save(small_disk / "checkpoints", 1, 1.0)
-        atomic_files.write_json(small_disk / "summary.json", {"old": True})
+        json_files.write_json(small_disk / "summary.json", {"old": True})
         large = torch.nn.Linear(300, 300)
         before, free = tree(small_disk), room(small_disk)
         history = [{"step": step, "numbers": list(range(900))} for step in range(200)]
@@ -248,7 +248,7 @@ def test_a_disk_that_is_really_full_is_left_as_it_was(
                 lambda: checkpoint.save(small_disk / "checkpoints", 1, large, None, {}, keep=1),
             ],
             OSError: [
-                lambda: atomic_files.write_json(small_disk / "summary.json", history),
+                lambda: json_files.write_json(small_disk / "summary.json", history),
                 lambda: atomic_files.write_text(small_disk / "config.toml", "#" * 400_000),
             ],
             ValueError: [lambda: export_huggingface(our_model(width=160), small_disk / "out")],

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qsdp.common.atomic_files import finite, new_folder, replacing, write_json, write_text
+from qsdp.common.atomic_files import atomic_folder, replacing, write_text
+from qsdp.common.json_files import json_value, write_json
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, np.float32("nan"), np.float64("-inf")])
@@ -21,7 +22,7 @@ def test_json_has_null_for_what_is_not_finite_wherever_it_stands(
 ) -> None:
     value = {"a": number, "b": [1.0, (number, {"c": number})], "d": np.int64(3), "e": "inf"}
     expected = {"a": None, "b": [1.0, [None, {"c": None}]], "d": 3, "e": "inf"}
-    assert finite(value) == expected
+    assert json_value(value) == expected
     write_json(tmp_path / "a.json", value)
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == expected
 
@@ -30,19 +31,19 @@ def test_a_link_is_followed_and_a_mount_point_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, target in (("to a folder", "empty"), ("to nothing", "new")):
         (tmp_path / name).symlink_to(tmp_path / target)
-        with new_folder(tmp_path / name) as inside:
+        with atomic_folder(tmp_path / name) as inside:
             (inside / "a").write_text("text")
         assert (tmp_path / target / "a").read_text() == "text"
         assert (tmp_path / name).is_symlink()
     with pytest.raises(ValueError, match="mount point: choose a folder in it"):
-        new_folder(Path("/")).__enter__()
+        atomic_folder(Path("/")).__enter__()
 
 
 def test_a_disk_without_room_is_named_by_the_folder_that_was_asked_for(tmp_path: Path) -> None:
     said = r"^\S*new cannot be written \(No space left on device\)"
-    with pytest.raises(ValueError, match=said), new_folder(tmp_path / "new"):
+    with pytest.raises(ValueError, match=said), atomic_folder(tmp_path / "new"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "new"):
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "new"):
         (tmp_path / "of the user").read_text()
     assert list(tmp_path.iterdir()) == []
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from qsdp import checkpoint
-from qsdp.common import atomic_files
+from qsdp.common import atomic_files, json_files
 from qsdp.data.tokenize_corpus import prepare_shards
 from qsdp.export import export_compressed
 from qsdp.models.huggingface.weights import export_huggingface, load_huggingface
@@ -213,7 +213,7 @@ def nothing(folder: Path) -> None:
 
 def files_written(folder: Path) -> None:
     atomic_files.write_text(folder / "a.txt", "new é\n" * 9)
-    atomic_files.write_json(folder / "b.json", {"new": [1.0]})
+    json_files.write_json(folder / "b.json", {"new": [1.0]})
     with atomic_files.replacing(folder / "c.bin") as temporary:
         temporary.write_bytes(bytes(20_000))
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from qsdp import checkpoint
 from qsdp.checkpoint import folders
-from qsdp.common import atomic_files
+from qsdp.common import atomic_files, folder_locks, json_files
 from qsdp.data.corpus import load_corpus
 from qsdp.data.tokenize_corpus import prepare_shards
 from qsdp.export import export_compressed
@@ -95,7 +95,7 @@ def test_what_another_run_claims_just_before_its_removal_stays(
 
     def claimed_now(path: Path) -> None:
         try:
-            with atomic_files.claimed_folder(folder):
+            with atomic_files.unfinished_folder(folder):
                 (folder / "theirs").write_text("theirs")
                 remove_tree(path)
                 assert (folder / "theirs").read_text() == "theirs"
@@ -132,11 +132,11 @@ def test_a_save_waits_for_another_run_that_looks_at_its_new_folder(
             looking[0].start()
         flock(descriptor, how)
 
-    monkeypatch.setattr(atomic_files.fcntl, "flock", locked_by_another_first)
+    monkeypatch.setattr(folder_locks.fcntl, "flock", locked_by_another_first)
     try:
         with folders.writing(tmp_path, 7) as folder:
             assert folder.is_dir()
-            with atomic_files.unclaimed(folder) as is_free:
+            with folder_locks.unlocked_folder(folder) as is_free:
                 assert not is_free
     finally:
         looking[0].join()
@@ -160,7 +160,7 @@ def test_a_killed_run_holds_nothing(tmp_path: Path) -> None:
 
 def write_often(path: Path, who: int) -> None:
     for length in range(40):
-        atomic_files.write_json(path, {"who": who, "numbers": [who] * (length * 200)})
+        json_files.write_json(path, {"who": who, "numbers": [who] * (length * 200)})
 
 
 def read_often(path: Path) -> int:
@@ -175,7 +175,7 @@ def read_often(path: Path) -> int:
 
 def test_a_reader_sees_whole_files_while_two_write(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    atomic_files.write_json(path, {"who": 0, "numbers": [0] * 3000})
+    json_files.write_json(path, {"who": 0, "numbers": [0] * 3000})
     writes = [partial(write_often, path, who) for who in (1, 2)]
     *writers, reader = at_once(*writes, partial(read_often, path))
     assert writers == [{"result": None}] * 2
@@ -227,7 +227,7 @@ def assert_one_was_refused(done: list[dict[str, Any]]) -> None:
 
 
 def test_a_folder_that_another_makes_is_left_alone(tmp_path: Path) -> None:
-    with atomic_files.new_folder(tmp_path / "out") as inside:
+    with atomic_files.atomic_folder(tmp_path / "out") as inside:
         (inside / "mine").write_text("mine")
         (tmp_path / "text.txt").write_text("ab" * 500)
         with pytest.raises(ValueError, match="is being made by another process"):

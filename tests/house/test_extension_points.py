@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import pytest
 
 from qsdp.methods.registry import method_classes
-from qsdp.models.registry import FAMILIES, presets
+from qsdp.models.registry import FAMILIES, preset_defaults
 from tests.house.test_imports import PACKAGE, imports_of
 
 USERS = ("train", "export", "report", "commands")
@@ -24,7 +24,7 @@ METHOD_WORDS = (
     *(method.NAME for method in method_classes().values()),
     *METHOD_FOLDERS,
 )
-MODEL_WORDS = (*FAMILIES, *presets(), "GPT", *MODEL_FOLDERS)
+MODEL_WORDS = (*FAMILIES, *preset_defaults(), "GPT", *MODEL_FOLDERS)
 
 
 def names_said(room_sources: Mapping[str, str], words: Iterable[str]) -> list[str]:

@@ -20,7 +20,7 @@ from qsdp.models.gpt2.model import GPT
 from qsdp.sparsity.prunable import prunable_parameters
 from qsdp.train import loop
 from qsdp.train.job import Job
-from qsdp.train.trained_model import open_source
+from qsdp.train.trained_model import open_trained_model
 from qsdp.train.validate import Evaluator
 from tests.support.bad_inputs import TEXT
 
@@ -42,7 +42,7 @@ def test_the_dense_twin_has_no_pruned_weight(
     skipped: tuple[int, ...],
     eval_every: int,
 ) -> None:
-    forward_backward = loop.forward_backward
+    forward_backward = loop.run_micro_batches
 
     def with_bad_gradients(job: Job) -> torch.Tensor:
         loss = forward_backward(job)
@@ -53,7 +53,7 @@ def test_the_dense_twin_has_no_pruned_weight(
     def better_when_pruned(evaluator: Evaluator, *, exact: bool = True) -> float:
         return 1 - evaluator.sparsity()["prunable"]
 
-    monkeypatch.setattr(loop, "forward_backward", with_bad_gradients)
+    monkeypatch.setattr(loop, "run_micro_batches", with_bad_gradients)
     monkeypatch.setattr(Evaluator, "loss", better_when_pruned)
     (tmp_path / "text.txt").write_text(TEXT)
     flags = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
@@ -72,7 +72,7 @@ def test_the_dense_twin_has_no_pruned_weight(
     assert read_meta(twin)["step"] in LAST_DENSE
     assert summary["dense_twin_val_loss"] == 1.0
     with torch.device("meta"):
-        model = GPT(open_source(twin).size)
+        model = GPT(open_trained_model(twin).size)
     weights = [TensorReader(twin).read(name) for name in prunable_parameters(model)]
     assert sum(int((weight == 0).sum()) for weight in weights) == 0
 

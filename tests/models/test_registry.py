@@ -50,11 +50,11 @@ def register(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> ModelSpec[Any]:
 def test_a_registered_family_is_found_by_its_presets_and_by_its_sizes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = registry.presets()
+    before = registry.preset_defaults()
     assert registry.DEFAULT_PRESET in before
     other = register(monkeypatch, training={"other-small": {"steps": 3}})
-    assert registry.presets() == before | {"other-small": {"steps": 3}}
-    assert list(registry.presets()) == [*before, "other-small"]
+    assert registry.preset_defaults() == before | {"other-small": {"steps": 3}}
+    assert list(registry.preset_defaults()) == [*before, "other-small"]
     assert registry.family_of("other-small") is other
     assert registry.family_of_size(OtherSize()) is other
     assert other.size_of_preset("other-small", 9) == OtherSize(vocab_size=9)
@@ -74,7 +74,7 @@ def test_what_two_families_would_share_is_refused(
 ) -> None:
     register(monkeypatch, **changes)
     with pytest.raises(ValueError, match=message):
-        registry.presets()
+        registry.preset_defaults()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +91,13 @@ def test_a_preset_without_a_field_of_its_size_is_refused(monkeypatch: pytest.Mon
     register(monkeypatch, sizes=SizeOfHeads, presets=presets)
     message = "preset other-large of the family other makes no SizeOfHeads .*num_heads.*: give it"
     with pytest.raises(ValueError, match=message):
-        registry.presets()
+        registry.preset_defaults()
     presets["other-large"] = {"num_heads": 3, "heads": 2}
     with pytest.raises(ValueError, match=r"preset other-large .*'heads'.*: give it all fields"):
-        registry.presets()
+        registry.preset_defaults()
     # What a size says of its values it says when it is asked for, with the data's vocabulary.
     presets["other-large"] = {"num_heads": 3}
-    assert {*presets} < {*registry.presets()}
+    assert {*presets} < {*registry.preset_defaults()}
 
 
 class WithoutSizes(ModelSpec[Any]):
@@ -118,7 +118,7 @@ def test_a_family_that_is_none_is_refused(
     monkeypatch.setitem(sys.modules, "other_family", SimpleNamespace(**module))
     monkeypatch.setitem(registry.FAMILIES, "other", "other_family")
     with pytest.raises(ValueError, match=message):
-        registry.presets()
+        registry.preset_defaults()
 
 
 def test_a_default_of_a_setting_that_there_is_not_is_refused(

@@ -19,7 +19,7 @@ from qsdp.oneshot.registry import SOLVERS, solver_of
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.masks import Prunable
 from qsdp.sparsity.one_shot import compress_
-from qsdp.train.trained_model import open_source
+from qsdp.train.trained_model import open_trained_model
 from tests.support.compression_reference import kept
 from tests.support.small_gpt import SIZE, save_model
 from tests.support.solvers import calibrated
@@ -59,7 +59,7 @@ def test_the_largest_scores_stay_streamed_as_in_memory(tmp_path: Path, target: s
     path, out = tmp_path / "checkpoints" / "step-00000007", tmp_path / "out"
     facts = export_compressed(path, SIZE, Compression.of(target), out, method="by_chance")
     assert facts["method"] == read_facts(out)["method"] == "by_chance"
-    assert open_source(out).method == "by_chance"
+    assert open_trained_model(out).method == "by_chance"
     written, packed = load_file(out / "model.safetensors"), load_file(out / "masks.safetensors")
     for name, parameter in model.named_parameters():
         assert torch.equal(written[name].view(torch.int32), parameter.detach().view(torch.int32))
@@ -132,8 +132,8 @@ def test_the_command_says_which_method_and_older_exports_are_magnitude(
     content = json.loads(facts.read_text())
     assert content.pop("method") == "magnitude"
     facts.write_text(json.dumps(content))
-    assert open_source(tmp_path / "magnitude").method == "magnitude"
-    assert open_source(tmp_path).method is None
+    assert open_trained_model(tmp_path / "magnitude").method == "magnitude"
+    assert open_trained_model(tmp_path).method is None
     facts.write_text(json.dumps(content | {"method": 3}))
     with pytest.raises(ValueError, match="was not written by"):
         read_facts(tmp_path / "magnitude")

@@ -23,7 +23,7 @@ from rich.progress import Progress
 from qsdp import checkpoint
 from qsdp.commands import exit, train
 from qsdp.common.printing import forgiving_output
-from qsdp.report import metrics_lines as metrics_lines
+from qsdp.report import appended_lines
 from qsdp.report.metrics import MetricsWriter
 from qsdp.train.job import STEP_METRICS
 from qsdp.train.loop import WIRE_METRICS, train_step
@@ -71,9 +71,9 @@ def test_lines_wait_until_there_is_room(
 ) -> None:
     path, later = tmp_path / "metrics.a.jsonl", tmp_path / "metrics.jsonl"
     attempts: list[object] = []
-    again = metrics_lines.Lines._open_again
+    again = appended_lines.AppendedLines._open_again
     monkeypatch.setattr(
-        metrics_lines.Lines, "_open_again", lambda lines: attempts.append(again(lines))
+        appended_lines.AppendedLines, "_open_again", lambda lines: attempts.append(again(lines))
     )
     with MetricsWriter(path) as writer:
         write_steps(writer, range(1, 4))
@@ -103,7 +103,7 @@ def test_lines_wait_until_there_is_room(
 def test_lines_that_wait_have_a_bound_and_lost_ones_are_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics_lines, "_MOST_BYTES", 500)
+    monkeypatch.setattr(appended_lines, "_MOST_BYTES", 500)
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(path) as writer:
         write_steps(writer, range(1, 3))
@@ -143,13 +143,13 @@ def test_a_file_that_is_gone_is_made_again_when_there_is_room(
     def refuse(*_: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(metrics_lines, "_RETRY_S", 0.0)
+    monkeypatch.setattr(appended_lines, "_RETRY_S", 0.0)
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(path) as writer:
         write_steps(writer, range(1, 4))
         path.unlink()
         with monkeypatch.context() as patch:
-            patch.setattr(metrics_lines.shutil, "copyfileobj", refuse)
+            patch.setattr(appended_lines.shutil, "copyfileobj", refuse)
             writer.sync()
             write_steps(writer, range(4, 6))
         write_steps(writer, range(6, 7))
@@ -164,7 +164,7 @@ def test_a_file_that_is_gone_is_made_again_when_there_is_room(
 def test_another_file_is_never_taken_for_the_one_of_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics_lines, "_RETRY_S", 0.0)
+    monkeypatch.setattr(appended_lines, "_RETRY_S", 0.0)
     path, others = tmp_path / "metrics.jsonl", tmp_path / "others"
     with MetricsWriter(path) as writer:
         for number in range(1, 6):  # file systems use the numbers of closed files again
@@ -367,7 +367,7 @@ def weights(out: Path) -> torch.Tensor:
     path = checkpoint.latest(out / "checkpoints")
     assert path is not None
     assert path.name == "step-00000003"
-    checkpoint.folders.verify(path)
+    checkpoint.verify(path)
     return checkpoint.TensorReader(path).read("blocks.1.mlp.down.weight")
 
 

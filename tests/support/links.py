@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from qsdp.train.auto.cost_model import STOCK, Group, Measured, Transfer
+from qsdp.train.auto.cost_model import STOCK, Measured, ModelledGroup, Transfer
 
 VALUES = 1_500_000  # of a block's shard
 SLOW, FAST, LOOPBACK = 12.5e6, 1.25e9, 20e9  # bytes a second
@@ -15,9 +15,9 @@ def transfer(bytes_per_s: float, latency_s: float = 1e-4, busy: float = 0.1) -> 
     return Transfer(latency_s=latency_s, bytes_per_s=bytes_per_s, busy=busy, num_bytes=1 << 20)
 
 
-def group(values: int, forward_s: float, *, is_bf16: bool = False) -> Group:
+def group(values: int, forward_s: float, *, is_bf16: bool = False) -> ModelledGroup:
     sizes = {8: int(1.01 * values), 4: int(0.57 * values)}
-    return Group(
+    return ModelledGroup(
         values=values,
         gather_bytes={STOCK: (2 if is_bf16 else 4) * values, **sizes},
         reduce_bytes={STOCK: 4 * values, **sizes},

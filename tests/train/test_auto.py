@@ -17,7 +17,7 @@ from qsdp.config import QSDPConfig
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.train.auto import link_speed, machine_speed
 from qsdp.train.auto.choose import Choice, _decided, is_choice
-from qsdp.train.auto.cost_model import decide
+from qsdp.train.auto.cost_model import decide_by_cost
 from qsdp.train.config import TrainConfig
 from qsdp.train.signals import Stop
 from tests.support.bad_inputs import TEXT
@@ -277,7 +277,7 @@ def test_the_line_says_what_once_keeps_or_would_keep_and_what_little_was_sent() 
     # way may be near enough to the fastest.
     coding = {"encode_s": {8: 3e-10, 4: 8e-10}, "decode_s": {8: 3e-10, 4: 1e-9}}
     coded = measured(3.35e9, **coding, free_bytes=0)
-    assert decide(coded)[0] != decide(replace(coded, free_bytes=None))[0]
+    assert decide_by_cost(coded)[0] != decide_by_cost(replace(coded, free_bytes=None))[0]
     assert "keep" not in _decided(coded, 0.0).why
     fast = measured(1e15, latency_s=0.0)
     assert "keep" not in _decided(replace(fast, free_bytes=0), 0.0).why

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qsdp import checkpoint
-from qsdp.checkpoint import folders
+from qsdp.checkpoint import verifying
 from qsdp.train import history as results
 from qsdp.train.kept_model import KeptModel
 from qsdp.train.world import World
@@ -104,8 +104,8 @@ def test_what_is_of_the_new_history_stays_whenever_the_rest_goes(
 ) -> None:
     """A removal that fails is made up for at the next start, when the run may be at its end."""
     checkpoint.save(out / f"dense-twin.{OTHER}", 3, *make(), {"history": OTHER, "val_loss": 1.5})
-    start = results.Start(OTHER, is_beside=True)
-    run = results.Results(out, "", start)
+    start = results.HistoryStart(OTHER, is_beside=True)
+    run = results.HistoryFolder(out, "", start)
     with monkeypatch.context() as patch:
         patch.setattr(results, "_remove", Mock(side_effect=OSError("busy")))
         with pytest.raises(OSError, match="busy"):
@@ -129,7 +129,7 @@ def test_ranks_read_together_what_one_alone_would_read_for_long(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, read_alone, is_alone = [], [], False
-    on_main, checksum = World.on_main, folders.checksum
+    on_main, checksum = World.on_main, verifying.crc32_of_file
 
     def alone(world: World, work: Callable[[], Any]) -> Any:
         nonlocal is_alone
@@ -144,7 +144,7 @@ def test_ranks_read_together_what_one_alone_would_read_for_long(
         return checksum(path)
 
     monkeypatch.setattr(World, "on_main", alone)
-    monkeypatch.setattr(folders, "checksum", seen)
+    monkeypatch.setattr(verifying, "crc32_of_file", seen)
     mesh: Any = None
     world = World(0, 1, torch.device("cpu"), "gloo", mesh)
     twin = out / "dense-twin" / "step-00000002"

@@ -19,7 +19,7 @@ from qsdp import checkpoint
 from qsdp.commands import train
 from qsdp.methods.clip_grad import clip_grad_norm_
 from qsdp.methods.grad_norm import global_grad_norm
-from qsdp.train import loop, parallelize
+from qsdp.train import loop, make_optimizer
 from qsdp.train.job import Job
 from tests.support.bad_inputs import TEXT
 from tests.support.command_line import refused
@@ -52,7 +52,7 @@ def flags(folder: Path, *more: str) -> list[str]:
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, Fault]], None]:
     """``spoil(faults)``: what is not finite, by step."""
-    forward_backward = loop.forward_backward
+    forward_backward = loop.run_micro_batches
 
     def with_faults(faults: dict[int, Fault]) -> None:
         passes: dict[int, int] = {}
@@ -66,14 +66,14 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, Fault]], None]
                 grad.to_local().fill_(-math.inf)  # masks take a part of it away
             return loss * math.inf if (what, passes[step]) == ("loss", in_pass) else loss
 
-        monkeypatch.setattr(loop, "forward_backward", run)
+        monkeypatch.setattr(loop, "run_micro_batches", run)
 
     return with_faults
 
 
 def without_step(monkeypatch: pytest.MonkeyPatch, left_out: int) -> None:
     """Let the base optimizer leave one of its steps out."""
-    make = parallelize.make_optimizer
+    make = make_optimizer.make_optimizer
 
     def make_one(config: Any, model: Any) -> torch.optim.Optimizer:
         optimizer: Any = make(config, model)
@@ -201,7 +201,7 @@ def test_a_run_told_to_end_before_its_first_good_step_goes_on_as_if_it_had_not_b
     spoil(faults)
     command = flags(tmp_path / "told", *METHODS[method], "--save-every", "0")
     for _ in range(2):
-        with told(loop, "forward_backward", 1, signal.SIGTERM):
+        with told(loop, "run_micro_batches", 1, signal.SIGTERM):
             train.main(command)
     assert [*checkpoint.steps(tmp_path / "told/out/checkpoints")] == [1, 2]
     train.main(command)
@@ -218,14 +218,14 @@ def test_a_row_of_bad_steps_goes_on_over_resumes_and_keeps_what_was_good(
     spoil(dict.fromkeys((3, 4, 5), ("loss", 1)))
     good = ("--save-every", "2", "--keep", "1", "--max-bad-steps", "3", "--eval-every", "1")
     command = flags(tmp_path, *good)
-    with told(loop, "forward_backward", 3, signal.SIGTERM):
+    with told(loop, "run_micro_batches", 3, signal.SIGTERM):
         train.main(command)
-    with told(loop, "forward_backward", 1, signal.SIGTERM):
+    with told(loop, "run_micro_batches", 1, signal.SIGTERM):
         train.main(command)
     folder = tmp_path / "out/checkpoints"
     assert [*checkpoint.steps(folder)] == [2, 3, 4]
     capfd.readouterr()
-    with told(loop, "forward_backward", 1, signal.SIGTERM):  # the row comes first
+    with told(loop, "run_micro_batches", 1, signal.SIGTERM):  # the row comes first
         said = refused(command, capfd)
     assert "steps 3 to 5 had no finite loss" in said
     assert f"the last good checkpoint is {folder / 'step-00000002'}: go on" in said
@@ -236,7 +236,7 @@ def test_moments_that_are_not_finite_are_never_saved(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Gradients are, and weights: these would never move again."""
-    forward_backward = loop.forward_backward
+    forward_backward = loop.run_micro_batches
 
     def huge(job: Job) -> torch.Tensor:
         loss = forward_backward(job)
@@ -244,7 +244,7 @@ def test_moments_that_are_not_finite_are_never_saved(
             cast(Any, parameter.grad).mul_(1e22)
         return loss
 
-    monkeypatch.setattr(loop, "forward_backward", huge)
+    monkeypatch.setattr(loop, "run_micro_batches", huge)
     said = refused(flags(tmp_path, "--clip-grad", "0", "--save-every", "1"), capfd)
     assert "exp_avg_sq of embed.weight is not finite on rank 0 after step 1" in said
     assert not checkpoint.steps(tmp_path / "out/checkpoints")

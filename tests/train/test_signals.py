@@ -71,12 +71,12 @@ def outcome(out: Path) -> Any:
 
 # Where and in which call a signal comes, which, and after which step the run is left.
 MOMENTS: list[tuple[Any, str, int, list[signal.Signals], int]] = [
-    (setup, "build", 1, [signal.SIGTERM], 0),
-    (loop, "forward_backward", 2, [signal.SIGUSR1], 1),  # a second pass
-    (loop, "forward_backward", 1, [signal.SIGTERM, signal.SIGUSR1], 2),  # a validation follows
+    (setup, "parallelize", 1, [signal.SIGTERM], 0),
+    (loop, "run_micro_batches", 2, [signal.SIGUSR1], 1),  # a second pass
+    (loop, "run_micro_batches", 1, [signal.SIGTERM, signal.SIGUSR1], 2),  # a validation follows
     (Evaluator, "loss", 1, [signal.SIGTERM], 4),
     (checkpoint, "save", 1, [signal.SIGUSR1, signal.SIGUSR1], 5),
-    (loop, "forward_backward", 4, [signal.SIGTERM], 7),  # the last step
+    (loop, "run_micro_batches", 4, [signal.SIGTERM], 7),  # the last step
     (Evaluator, "loss", 1, [signal.SIGTERM], 7),  # the last evaluation
 ]
 
@@ -118,8 +118,8 @@ def test_a_run_killed_in_the_validation_after_its_last_step_has_the_line_of_that
     def killed(*_: Any, **__: Any) -> None:
         raise Killed
 
-    with monkeypatch.context() as patch, told(loop, "forward_backward", 3, signal.SIGTERM):
-        patch.setattr(loop, "evaluate", killed)
+    with monkeypatch.context() as patch, told(loop, "run_micro_batches", 3, signal.SIGTERM):
+        patch.setattr(loop, "validate_in_loop", killed)
         with pytest.raises(Killed):
             run(FLAGS)
     dist.destroy_process_group()

@@ -11,8 +11,8 @@ from qsdp.commands.parsing import parse
 from qsdp.common.user_errors import UserError
 from qsdp.config import QSDPConfig
 from qsdp.methods.cram.flags import CrAMFlags
-from qsdp.models.registry import family_of, presets
-from qsdp.train.config import TrainConfig, all_groups, names_of, setting_types
+from qsdp.models.registry import family_of, preset_defaults
+from qsdp.train.config import TrainConfig, all_groups, setting_names, setting_types
 from qsdp.train.config_file import FILE_TYPES, LISTS, read_config_file
 from qsdp.train.loop import learning_rate
 from qsdp.train.wire_flags import WireFlags, parse_policy
@@ -29,14 +29,14 @@ FULL_WIRE = [
 
 
 def test_every_model_preset_is_trained_as_its_context_allows() -> None:
-    assert len(presets()) > 1
-    for model in presets():
+    assert len(preset_defaults()) > 1
+    for model in preset_defaults():
         context = family_of(model).size_of_preset(model, 50).context
         assert parse(["--model", model]).run.seq_len <= context
 
 
 def test_every_setting_has_one_home_and_a_type_that_files_and_flags_can_hold() -> None:
-    names = [name for group in all_groups().values() for name in names_of(group)]
+    names = [name for group in all_groups().values() for name in setting_names(group)]
     assert len(names) == len({*names})
     assert {*setting_types().values()} <= FILE_TYPES.keys() | LISTS.keys()
 

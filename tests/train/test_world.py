@@ -7,8 +7,9 @@ from unittest import mock
 import pytest
 import torch
 
+from qsdp.common.gpu_streams import to_device
 from qsdp.common.user_errors import UserError
-from qsdp.train.world import World, open_world, to_device
+from qsdp.train.world import World, open_world
 
 
 def _device(

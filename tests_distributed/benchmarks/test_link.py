@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from qsdp.common.atomic_files import write_json
+from qsdp.common.json_files import write_json
 from tests_distributed.support.running import Run
 
 SAME = ["alone-fp32", "fsdp-fp32", "ddp-fp32", "qsdp-w32g32-once-fp32"]

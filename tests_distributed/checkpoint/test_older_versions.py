@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from qsdp.models.gpt2.model import GPT
 from qsdp.models.gpt2.presets import PRESETS
-from qsdp.train.trained_model import open_source
+from qsdp.train.trained_model import open_trained_model
 from tests_distributed.support import jobs
 from tests_distributed.support.jobs import Jobs, read_metrics
 from tests_distributed.support.pool import meets_by_itself
@@ -117,7 +117,7 @@ def test_weights_are_read_bit_for_bit(home: Path) -> None:
     sums = json.loads((home / "weights.json").read_text())
     assert sums.keys() == places.keys()
     for name, path in places.items():
-        source = open_source(path)
+        source = open_trained_model(path)
         model = GPT(source.size)
         source.load(model)
         found = {

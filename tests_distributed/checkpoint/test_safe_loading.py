@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from qsdp import checkpoint
-from qsdp.checkpoint.folders import sealed
+from qsdp.checkpoint.meta_json import sealed
 from tests_distributed.support.helpers import make_batch, make_model, shard
 from tests_distributed.support.running import Run
 

@@ -23,7 +23,7 @@ from qsdp.ops import native
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.masks import Prunable
 from qsdp.sparsity.one_shot import compress_
-from qsdp.train.trained_model import open_source
+from qsdp.train.trained_model import open_trained_model
 from tests.support import patience
 from tests.support.bad_inputs import DATA, FLAGS, TEXT, shards_with_late_ids
 from tests_distributed.support.jobs import Jobs, read_metrics
@@ -357,7 +357,7 @@ def test_a_run_on_two_ranks_is_compressed_by_one_and_evaluated_on_any_number(
 
     # The run's checkpoint, written by two ranks, in this one process.
     compress.main([str(run), "--sparsity", "0.7", "--out", str(export)])
-    source = open_source(run)
+    source = open_trained_model(run)
     model = GPT(source.size)
     reader = TensorReader(source.path)
     with torch.no_grad():

@@ -293,13 +293,13 @@ def _short_end() -> Iterator[None]:
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
     """Inside, SIGUSR1 comes in the first step of each command."""
-    forward_backward = loop.forward_backward
+    forward_backward = loop.run_micro_batches
 
     def interrupted(job: Any) -> Any:
         signal.raise_signal(signal.SIGUSR1)
         return forward_backward(job)
 
-    with mock.patch.object(loop, "forward_backward", interrupted):
+    with mock.patch.object(loop, "run_micro_batches", interrupted):
         yield
 
 

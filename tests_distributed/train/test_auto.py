@@ -29,11 +29,11 @@ from qsdp.common.user_errors import UserError
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.train import loop, setup
 from qsdp.train.auto import choose, link_speed
-from qsdp.train.auto.cost_model import Measured, Way, ways
+from qsdp.train.auto.cost_model import Measured, WireWay, ways_to_compare
 from qsdp.train.config import TrainConfig
 from qsdp.train.job import Job
 from qsdp.train.loop import train_step
-from qsdp.train.parallelize import build
+from qsdp.train.parallelize import parallelize
 from qsdp.train.setup import set_up
 from qsdp.train.world import World
 from tests_distributed.support.jobs import Jobs, read_metrics
@@ -58,7 +58,7 @@ def measured_there(node: int) -> Measured:
         mock.patch.object(link_speed, "_MOST_BYTES", 1 << 17),
         mock.patch.object(choose, "free_bytes", return_value=1e6 * (dist.get_world_size() - rank)),
     ):
-        found = choose.measure(config, SIZE, here())
+        found = choose.measure_for_choice(config, SIZE, here())
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert torch.get_num_threads() == threads
@@ -91,7 +91,7 @@ def sent_and_predicted(precision: str, bits: int) -> tuple[Any, Any]:
     """(direction, bytes) of each payload to another rank in a step, and how often by ``_sizes``."""
     config = TrainConfig.of(model="tiny", precision=precision, qsdp_bits=bits)
     world = here()
-    sharded = build(config, SIZE, world)
+    sharded = parallelize(config, SIZE, world)
     model, handle = sharded.model, sharded.handle
     sent: Counter[tuple[str, int]] = Counter()
     send = Traffic.sent
@@ -149,7 +149,7 @@ def told(folder: Path) -> None:
         (link_speed.Links, "_all_to_all"),
         (link_speed.Links, "_stock_gather"),
         (choose, "_decided"),
-        (setup, "build"),
+        (setup, "parallelize"),
     ]
     for rank, ((place, name), (next_place, next_name)) in enumerate(pairwise(parts)):
         is_told, part = dist.get_rank() == rank % dist.get_world_size(), getattr(place, name)
@@ -166,7 +166,7 @@ def told(folder: Path) -> None:
             mock.patch.object(loop, "open_world", return_value=contextlib.nullcontext(here())),
             contextlib.redirect_stdout(printed),
         ):
-            loop.train(config)
+            loop.training_loop(config)
         why = "SIGUSR1" if is_told else "a signal to another rank"
         said = f"{why}: no step was taken; the same command begins again\n"
         assert printed.getvalue() == (said if dist.get_rank() == 0 else "")
@@ -202,14 +202,14 @@ def go_on(folder: Path) -> None:
             | flags,
         )
 
-    way = Way(bits=4, gather="once")
+    way = WireWay(bits=4, gather="once")
 
-    def decided(measured: Measured) -> tuple[Way, dict[Way, float]]:
-        return way, dict.fromkeys(ways(measured), 1.0)
+    def decided(measured: Measured) -> tuple[WireWay, dict[WireWay, float]]:
+        return way, dict.fromkeys(ways_to_compare(measured), 1.0)
 
     auto, by_hand = {"qsdp_bits": "auto"}, {"qsdp_bits": 4, "qsdp_gather": "once"}
     with (
-        mock.patch.object(choose, "decide", decided),
+        mock.patch.object(choose, "decide_by_cost", decided),
         mock.patch.object(link_speed, "_MOST_TIMES", 2),
         mock.patch.object(link_speed, "_MOST_BYTES", 1 << 17),
     ):
@@ -226,7 +226,7 @@ def go_on(folder: Path) -> None:
     assert first.fingerprint == other.fingerprint
 
     # Whatever the link is by now, the run goes on as it began, and by its own flags too.
-    with mock.patch.object(choose, "measure", side_effect=AssertionError):
+    with mock.patch.object(choose, "measure_for_choice", side_effect=AssertionError):
         for flags in (auto, by_hand, auto):
             again, _ = trained(config("auto", **flags), 1)
             assert again.choice == first.choice

@@ -225,13 +225,13 @@ def test_under_torchrun_a_killed_rank_is_replaced_and_a_job_that_is_told_to_end_
     program = tmp_path / "told.py"
     program.write_text(
         "import os, pathlib\n"
-        "from qsdp.commands import exit, train; from qsdp.train import world\n"
-        "end = world.end_process\n"
+        "from qsdp.commands import exit, train\n"
+        "end = exit.end_process\n"
         "def end_and_say(status):\n"
         "    name = f'status-{os.environ[\"RANK\"]}'\n"
         "    (pathlib.Path(__file__).parent / name).write_text(str(status))\n"
         "    end(status)\n"
-        "world.end_process = end_and_say\n"
+        "exit.end_process = end_and_say\n"
         "exit.run(train.main)\n"
     )
     (tmp_path / "text.txt").write_text(TEXT)

@@ -110,7 +110,7 @@ def _drop(x: Tensor, probability: float, training: bool) -> Tensor:
 
 
 def flops_per_token(config: GPTConfig, seq_len: int | None = None) -> int:
-    """Floating-point operations of one forward and backward, a token of a ``seq_len`` sequence.
+    """Floating-point operations of GPT-2, forward and backward, a token of a ``seq_len`` sequence.
 
     6 for each weight that multiplies (the head's too, tied or not; embeddings only look up), and 12
     num_layers width seq_len for attention, the mask's zeros counted: the convention in which model

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qsdp.models.load_safetensors import read_json
+from qsdp.models.load_safetensors import read_json_beside
 from qsdp.models.registry import families
 from qsdp.models.size import ModelSize
-from qsdp.models.spec import TransformersForm
+from qsdp.models.transformers_form import TransformersForm
 
 
 def config_from_huggingface(folder: str | Path) -> ModelSize:
@@ -18,7 +18,7 @@ def config_from_huggingface(folder: str | Path) -> ModelSize:
     readable config.json, or one of a model whose function none of ours computes.
     """
     path = Path(folder) / "config.json"
-    settings = read_json(path)
+    settings = read_json_beside(path)
     form = _form_of(settings, path)
     try:
         return form.size(settings, path)
@@ -34,7 +34,7 @@ def form_of(folder: Path) -> TransformersForm[Any]:
     Raises ValueError when its config.json is missing, or names a family that is not ours.
     """
     path = folder / "config.json"
-    return _form_of(read_json(path), path)
+    return _form_of(read_json_beside(path), path)
 
 
 def _form_of(settings: dict[str, Any], path: Path) -> TransformersForm[Any]:

@@ -6,6 +6,7 @@ Only safetensors is needed: the transformers library is not imported.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,17 +19,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from qsdp.common.atomic_files import new_folder, replacing, write_text
+from qsdp.common.atomic_files import atomic_folder, is_file_name, replacing, write_text
 from qsdp.common.rank_agreement import meet, mistakes_shared
 from qsdp.common.user_errors import quoted
 from qsdp.compat.collectives import full_tensor
 from qsdp.compat.parameter_names import named_parameters
 from qsdp.models.huggingface.config import config_from_huggingface, form_of
 from qsdp.models.language_model import LanguageModel
-from qsdp.models.load_safetensors import PART, WEIGHTS, check_files, fill, find_tensors
+from qsdp.models.load_safetensors import fill, find_tensors
 from qsdp.models.registry import family_of_size
 from qsdp.models.size import ModelSize
-from qsdp.models.spec import TransformersForm
+from qsdp.models.transformers_form import TransformersForm
+
+WEIGHTS = "model.safetensors"
+PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def load_huggingface(folder: str | Path) -> LanguageModel:
@@ -93,7 +97,7 @@ def export_huggingface(
     path = Path(folder)
     world = [dist.group.WORLD] if dist.group.WORLD is not None else []
     with mistakes_shared("export_huggingface", world):
-        check_files(path, files or {})
+        _check_texts(path, files or {})
         form = _form_of_size(model.config)
         is_there = _is_there(path, form, model.config)
     meet("export_huggingface", {}, world)
@@ -114,6 +118,20 @@ def export_huggingface(
         if writes:
             _write(path, form.settings(model.config), tensors, files or {}, is_there)
     meet("export_huggingface", {}, world)
+
+
+def _check_texts(path: Path, files: Mapping[str, str]) -> None:
+    """Raise ValueError unless ``files`` are texts that may stand beside the weights."""
+    for name, text in files.items():
+        is_ours = name in (WEIGHTS, f"{WEIGHTS}.index.json", "config.json")
+        if not is_file_name(name) or is_ours or PART.fullmatch(name) or (path / name).is_dir():
+            raise ValueError(f"files holds {name!r}: give names of files that stand beside these.")
+        try:
+            text.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise ValueError(
+                f"files holds no text for {name} ({quoted(error)}): give one."
+            ) from None
 
 
 def _form_of_size(size: ModelSize) -> TransformersForm[Any]:
@@ -153,7 +171,7 @@ def _write(
     is_there: bool,
 ) -> None:
     try:
-        with nullcontext(path) if is_there else new_folder(path) as inside:
+        with nullcontext(path) if is_there else atomic_folder(path) as inside:
             with replacing(inside / WEIGHTS) as temporary:
                 save_file(dict(tensors), temporary, metadata={"format": "pt"})
             if not is_there:

@@ -28,7 +28,14 @@ from qsdp.common.user_errors import quoted
 from qsdp.config import QSDPConfig
 from qsdp.models.registry import family_of_size
 from qsdp.models.size import ModelSize
-from qsdp.train.auto.cost_model import CODED, STOCK, Group, Measured, Way, decide
+from qsdp.train.auto.cost_model import (
+    CODED,
+    STOCK,
+    Measured,
+    ModelledGroup,
+    WireWay,
+    decide_by_cost,
+)
 from qsdp.train.auto.link_speed import Links
 from qsdp.train.auto.machine_speed import CODEC_S, codec_s, computation_s, free_bytes, optimizer_s
 from qsdp.train.config import TrainConfig
@@ -86,15 +93,15 @@ def choose(config: TrainConfig, size: ModelSize, world: World) -> Choice:
     """
     if world.size == 1:
         return Choice(
-            settings=Way(bits=STOCK).settings(has_nodes=False),
-            what=str(Way(bits=STOCK)),
+            settings=WireWay(bits=STOCK).settings(has_nodes=False),
+            what=str(WireWay(bits=STOCK)),
             why="one rank sends nothing",
             predicted_s={},
             measured=None,
             took_s=0.0,
         )
     started = time.perf_counter()
-    measured = measure(config, size, world)
+    measured = measure_for_choice(config, size, world)
     if world.device.type != "cpu":
         torch.accelerator.empty_cache()  # pieces of other sizes than the run will ask for
     choice = world.on_main(lambda: _decided(measured, started))
@@ -103,8 +110,8 @@ def choose(config: TrainConfig, size: ModelSize, world: World) -> Choice:
 
 
 def _decided(measured: Measured, started: float) -> Choice:
-    way, predicted = decide(measured)
-    stock = Way(bits=STOCK)
+    way, predicted = decide_by_cost(measured)
+    stock = WireWay(bits=STOCK)
     few = measured.too_few_bytes
     why = (
         f"the link carries {measured.link_mbit_per_s:,.0f} Mbit/s a rank"
@@ -120,7 +127,7 @@ def _decided(measured: Measured, started: float) -> Choice:
     why += f", {predicted[other]:.3g} s with {other}"
     if way.gather == "once":
         why += f"; it keeps {_kept(measured, way)}"
-    roomy = decide(replace(measured, free_bytes=None))[0]
+    roomy = decide_by_cost(replace(measured, free_bytes=None))[0]
     if roomy.gather == "once" and roomy != way:
         why += f"; {roomy} would keep {_kept(measured, roomy)}, too much of what is free"
     return Choice(
@@ -133,13 +140,13 @@ def _decided(measured: Measured, started: float) -> Choice:
     )
 
 
-def _kept(measured: Measured, way: Way) -> str:
+def _kept(measured: Measured, way: WireWay) -> str:
     kept = measured.kept_bytes(way)
     return f"{kept / 1e6:,.1f} MB" if kept > 1e6 else f"{kept / 1e3:,.1f} kB"
 
 
-def measure(config: TrainConfig, size: ModelSize, world: World) -> Measured:
-    """Measure the computation, the codec and the link, in about ``links.LIMIT_S`` seconds at most.
+def measure_for_choice(config: TrainConfig, size: ModelSize, world: World) -> Measured:
+    """Measure what to choose by: computation, codec and link, in ``links.LIMIT_S`` seconds or so.
 
     1. Each rank computes and codes by itself, bounded by its own clock; the slowest rank counts.
     2. What is left of the time goes to the link. There ranks decide by numbers that they have
@@ -191,8 +198,8 @@ def measure(config: TrainConfig, size: ModelSize, world: World) -> Measured:
         num_blocks=size.num_layers,
         passes=config.method.PASSES,
         micro_batches=config.run.grad_accum,
-        root=Group(**sizes["root"], forward_s=own[2], backward_s=own[3]),
-        block=Group(**sizes["block"], forward_s=own[0], backward_s=own[1]),
+        root=ModelledGroup(**sizes["root"], forward_s=own[2], backward_s=own[3]),
+        block=ModelledGroup(**sizes["block"], forward_s=own[0], backward_s=own[1]),
         free_bytes=None if math.isinf(free) else int(-free),
         optimizer_s=own[4],
         encode_s=dict(zip(CODED, coded[::2], strict=True)),
@@ -225,7 +232,7 @@ def _sizes(
     wires: Mapping[int, QSDPConfig],
     group: dist.ProcessGroup,
 ) -> dict[str, dict[str, Any]]:
-    """What ``Group`` holds of the root's group and of a block's, except the computation."""
+    """What ``ModelledGroup`` holds of the root's group and of a block's, except the computation."""
     with torch.device("meta"):
         model = family_of_size(size).build(replace(size, num_layers=1))
     dtype = of_precision(config.run.precision)

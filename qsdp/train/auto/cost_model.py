@@ -72,12 +72,13 @@ class Transfer:
     """What each rank brought when the rate was found."""
 
     def seconds(self, num_bytes: float) -> float:
+        """What it takes where each rank brings ``num_bytes``."""
         return self.latency_s + num_bytes / self.bytes_per_s
 
 
 @dataclass(frozen=True, kw_only=True)
-class Group:
-    """The root's group, or that of one block."""
+class ModelledGroup:
+    """A group of the cost model: the root's, or that of one block."""
 
     values: int
     """Values in a rank's padded shard."""
@@ -103,8 +104,8 @@ class Measured:
     num_blocks: int
     passes: int
     micro_batches: int
-    root: Group
-    block: Group
+    root: ModelledGroup
+    block: ModelledGroup
     free_bytes: int | None
     """Free memory on the rank with the least, before there is a model; None: not known."""
     optimizer_s: float
@@ -159,7 +160,7 @@ class Measured:
         fewest = min(found, default=FEW_BYTES)
         return fewest if fewest < FEW_BYTES else None
 
-    def kept_bytes(self, way: Way) -> int:
+    def kept_bytes(self, way: WireWay) -> int:
         """Bytes that ``way`` keeps from the forward to the backward pass."""
         if way.gather != "once":
             return 0
@@ -167,8 +168,8 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
-    """One way over the wire."""
+class WireWay:
+    """A way over the wire whose cost is predicted."""
 
     bits: int
     gather: str = "twice"
@@ -199,14 +200,14 @@ class Cost:
     idle_s: float
 
 
-def ways(measured: Measured) -> list[Way]:
-    """All to choose from, the most welcome first."""
+def ways_to_compare(measured: Measured) -> list[WireWay]:
+    """All ways whose cost is compared, the most welcome first."""
     hops = (False, True) if measured.gather_across is not None else (False,)
     free = math.inf if measured.free_bytes is None else measured.free_bytes
     every = [
-        Way(bits=STOCK),
+        WireWay(bits=STOCK),
         *(
-            Way(bits=bits, gather=gather, is_two_hop=is_two_hop)
+            WireWay(bits=bits, gather=gather, is_two_hop=is_two_hop)
             for bits in CODED
             for gather in ("twice", "once")
             for is_two_hop in hops
@@ -215,9 +216,9 @@ def ways(measured: Measured) -> list[Way]:
     return [way for way in every if measured.kept_bytes(way) <= MOST_KEPT * free]
 
 
-def decide(measured: Measured) -> tuple[Way, dict[Way, float]]:
-    """The way to go, and the seconds a step that each is predicted to take."""
-    predicted = {way: step_s(measured, way) for way in ways(measured)}
+def decide_by_cost(measured: Measured) -> tuple[WireWay, dict[WireWay, float]]:
+    """The way to go by the cost model, and the seconds a step that each is predicted to take."""
+    predicted = {way: step_s(measured, way) for way in ways_to_compare(measured)}
     limit = NEAR * min(predicted.values())
     bits = max(way.bits for way, seconds in predicted.items() if seconds <= limit)
     alike = {way: seconds for way, seconds in predicted.items() if way.bits == bits}
@@ -225,7 +226,7 @@ def decide(measured: Measured) -> tuple[Way, dict[Way, float]]:
     return next(way for way, seconds in alike.items() if seconds <= limit), predicted
 
 
-def step_s(measured: Measured, way: Way) -> float:
+def step_s(measured: Measured, way: WireWay) -> float:
     """Seconds a step: see [Note: Cost]."""
     root, block, blocks = measured.root, measured.block, measured.num_blocks
     gathers = [_gather(measured, way, group) for group in (root, block)]
@@ -254,7 +255,7 @@ def step_s(measured: Measured, way: Way) -> float:
     return measured.passes * one_pass + measured.optimizer_s
 
 
-def _gather(measured: Measured, way: Way, group: Group) -> Cost:
+def _gather(measured: Measured, way: WireWay, group: ModelledGroup) -> Cost:
     size = group.gather_bytes[way.bits]
     if way.bits == STOCK:
         return _stock(measured, measured.stock_gather.seconds(size))
@@ -267,7 +268,7 @@ def _gather(measured: Measured, way: Way, group: Group) -> Cost:
     return _cost(measured, codec + local.seconds(num_nodes * size), across, size)
 
 
-def _reduce(measured: Measured, way: Way, group: Group) -> Cost:
+def _reduce(measured: Measured, way: WireWay, group: ModelledGroup) -> Cost:
     size, encode, decode = group.reduce_bytes[way.bits], measured.encode_s, measured.decode_s
     if way.bits == STOCK:
         return _stock(measured, measured.stock_reduce.seconds(size))

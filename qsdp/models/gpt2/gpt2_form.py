@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qsdp.models.gpt2.config import GPTConfig
-from qsdp.models.spec import TransformersForm
+from qsdp.models.transformers_form import TransformersForm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,7 @@ class GPT2Form(TransformersForm[GPTConfig]):
     base_prefix = "transformer."
 
     def size(self, settings: Mapping[str, Any], path: Path) -> GPTConfig:
+        """The size of a GPT2LMHeadModel with these settings. Raises as ``TransformersForm``."""
         for name, allowed in _SUPPORTED.items():
             if settings.get(name, allowed[0]) not in allowed:
                 raise ValueError(
@@ -73,6 +74,7 @@ class GPT2Form(TransformersForm[GPTConfig]):
         return config
 
     def settings(self, size: GPTConfig) -> dict[str, Any]:
+        """The config.json of a GPT2LMHeadModel."""
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -94,6 +96,7 @@ class GPT2Form(TransformersForm[GPTConfig]):
         }
 
     def tensor_name(self, parameter: str) -> tuple[str, bool]:
+        """The tensor that keeps a parameter; Conv1D keeps it transposed."""
         module, _, kind = parameter.rpartition(".")
         if module in _ROOT_MODULES:
             return f"{_ROOT_MODULES[module]}.{kind}", False
@@ -102,6 +105,7 @@ class GPT2Form(TransformersForm[GPTConfig]):
         return f"transformer.h.{index}.{_BLOCK_MODULES[inner]}.{kind}", transposed
 
     def add_tensors(self, size: GPTConfig, tensors: dict[str, Tensor]) -> None:
+        """Add zero biases to a model that has none."""
         if size.bias:
             return
         for name, weight in list(tensors.items()):

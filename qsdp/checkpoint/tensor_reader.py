@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from qsdp.checkpoint.plain_values import Refused
-from qsdp.checkpoint.safe_loading import Reader, ReadingPlanner
+from qsdp.checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 
 
 class TensorReader:
-    """The model of one checkpoint; a tensor is in memory only while its reader holds it."""
+    """Reads one checkpoint's model tensor by tensor, each in memory only while someone holds it."""
 
     def __init__(self, path: Path) -> None:
         """Read the table of contents of the checkpoint at ``path``.
@@ -21,7 +21,7 @@ class TensorReader:
         Raises ValueError if there is no readable one, or one that asks for code.
         """
         self._path = path
-        self._reader = Reader(path)
+        self._reader = SafeReader(path)
         self._metadata = self._reader.metadata
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
@@ -48,7 +48,7 @@ class TensorReader:
         Raises ValueError if there is none, or it cannot be read.
         """
         stored = self._stored(name)
-        planner = ReadingPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner = SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
             tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
             planner.set_up_planner({_key(name): tensor}, self._metadata, is_coordinator=True)

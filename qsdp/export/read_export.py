@@ -1,4 +1,4 @@
-"""The folder that holds a compressed model, and how it is read.
+"""The folder of an export, which holds a compressed model, and how it is read.
 
 model.safetensors      every parameter under its own name, dense, pruned weights exactly +0.0; where
                        it would be too large, in several files with model.safetensors.index.json, as
@@ -34,7 +34,10 @@ MASKS_FORMAT = "qsdp-masks-1"
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What compression.json says. Raises ValueError if it cannot be read or is another file's."""
+    """What compression.json of an export says.
+
+    Raises ValueError if it cannot be read or is another file's.
+    """
     path = folder / FACTS
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -52,17 +55,19 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def load_export(folder: Path, model: nn.Module) -> None:
-    """Fill ``model``, plain or sharded by FSDP2, in place; each rank reads its slices alone.
+    """Fill ``model`` from an export, in place, plain or sharded by FSDP2.
 
-    Raises ValueError for a tensor that is missing or of another shape.
+    Each rank reads its slices alone. Raises ValueError for a tensor that is missing or of another
+    shape.
     """
     fill(model, folder, find_tensors(folder), lambda name: (name, False))
 
 
 def read_mask(folder: Path, name: str) -> Tensor:
-    """Which weights of the prunable parameter ``name`` were kept: bool of its shape, on the CPU.
+    """The mask in an export of the prunable parameter ``name``: bool of its shape, on the CPU.
 
-    Raises ValueError if the folder has no mask of that name, or one of another size.
+    It says which weights were kept. Raises ValueError if the folder has no mask of that name, or
+    one of another size.
     """
     masks, weights = find_tensors(folder, "masks"), find_tensors(folder)
     if name not in masks or name not in weights:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -13,7 +9,7 @@ from rich.text import Text
 
 from qsdp.common.printing import printable
 from qsdp.report.progress import format_bytes
-from qsdp.report.record import Summary, losses_beside
+from qsdp.report.summary_json import Summary, losses_beside
 from qsdp.sparsity.compression_target import Compression
 
 NAMES = {"gather": "weights", "reduce": "gradients"}
@@ -33,7 +29,7 @@ def print_summary(console: Console, summary: Summary) -> None:
     for kept, loss in losses_beside(summary).items():
         losses.add_row(f"its {kept}", _nats(loss))
     for target, after in summary["one_shot"].items():
-        losses.add_row(f"{label(target)} in one shot", _nats(after))
+        losses.add_row(f"{target_in_tables(target)} in one shot", _nats(after))
     console.print(losses)
     console.print(_wire_table(summary))
     seconds = summary["wire"]["seconds_per_step"]
@@ -97,8 +93,8 @@ def _time_table(seconds: dict[str, float]) -> Table:
     return table
 
 
-def label(target: str) -> str:
-    """A target of compression, for a table: a plain fraction as a percentage."""
+def target_in_tables(target: str) -> str:
+    """A target of compression as the tables have it: a plain fraction as a percentage."""
     chosen = Compression.of(target)
     is_plain = chosen == Compression(sparsity=chosen.sparsity)
     return f"{chosen.sparsity:.0%} pruned" if is_plain else f"{chosen}"
@@ -110,12 +106,3 @@ def _nats(loss: float | None) -> str:
 
 def _signed(count: float) -> str:
     return format_bytes(count) if count >= 0 else f"-{format_bytes(-count)}"
-
-
-def read_summary(out: Path) -> dict[str, Any]:
-    """What summary.json says; nothing where there is none that can be read."""
-    try:
-        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return summary if isinstance(summary, dict) else {}

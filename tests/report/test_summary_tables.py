@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qsdp.report.record import numbers
-from qsdp.report.summary import print_summary
+from qsdp.report.step_line import step_metrics
+from qsdp.report.summary_tables import print_summary
 
 WIRE = {
     **dict.fromkeys(("sent_bytes_per_step", "fp32_bytes_per_step", "other_bytes_per_step"), 8.0),
@@ -60,5 +60,5 @@ def test_a_model_that_was_kept_beside_is_shown_by_its_name(
 
 def test_what_is_no_number_in_a_line_counts_for_nothing() -> None:
     lines: list[Any] = [{"step": 1, "lr": 3}, {"step": 2, "lr": "3"}, {"step": 3, "lr": None}]
-    assert numbers([*lines, {"step": 4}], "lr") == [3.0]
-    assert repr(numbers(lines, "lr")) == "[3.0]"
+    assert step_metrics([*lines, {"step": 4}], "lr") == [3.0]
+    assert repr(step_metrics(lines, "lr")) == "[3.0]"

@@ -18,8 +18,8 @@ _MOST_BYTES = 1 << 25  # that wait
 _KEPT_BYTES = 1 << 15  # that are in the file and not on disk yet
 
 
-class Lines:
-    """Appends to a file whatever becomes of its disk: nothing here raises.
+class AppendedLines:
+    """Appends lines to a file whatever becomes of its disk: nothing here raises.
 
     A line that cannot be written (no room, EIO, a stale handle) waits in memory, and with it all
     later ones; the next attempt comes some seconds later. Then what was torn is cut off, and the

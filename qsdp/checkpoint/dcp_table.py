@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from qsdp.checkpoint.folders import META
-from qsdp.checkpoint.plain_values import Refused, refused
+from qsdp.checkpoint.plain_values import Refused, not_plain
 
 TABLE = ".metadata"
 _DCP = "torch.distributed.checkpoint"
@@ -81,7 +81,7 @@ class _TableUnpickler(pickle.Unpickler):
             return self._known[module, name]
         if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
-        raise refused(self._path, f"{module}.{name}")
+        raise not_plain(self._path, f"{module}.{name}")
 
 
 class _Place(NamedTuple):
@@ -94,7 +94,7 @@ class _Place(NamedTuple):
 
 
 def read_table(path: Path, files: Collection[str]) -> Metadata:
-    """The table in the file ``path``, which may name ``files`` only.
+    """DCP's table of contents in the file ``path``, which may name ``files`` only.
 
     Raises:
         Refused: The table names other files, or code.

@@ -1,0 +1,55 @@
+"""The state dicts of model and optimizer that a checkpoint is written from and read into."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+)
+
+from qsdp.compat.parameter_names import checkpoint_names
+
+
+def state_to_save(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """The state dict of model and optimizer to save: the tensors themselves, by clean names."""
+    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if optimizer is not None:
+        with _seen_by_dcp(optimizer):
+            state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    return renamed_state(state, checkpoint_names(model))
+
+
+@contextlib.contextmanager
+def _seen_by_dcp(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside, DCP finds a state to be there, which it would fill by a step that counts."""
+    state: Any = optimizer.state
+    empty = [] if state else [p for group in optimizer.param_groups for p in group["params"]]
+    state.update((parameter, {}) for parameter in empty)
+    try:
+        yield
+    finally:
+        for parameter in empty:
+            state.pop(parameter, None)
+
+
+def renamed_state(state: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The same state dict by other names: DCP leaves the names of some wrappers in."""
+
+    def by_name(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {names.get(name, name): value for name, value in values.items()}
+
+    found = {"model": by_name(state["model"])}
+    if "optimizer" in state:
+        groups = [
+            {**group, "params": [names.get(name, name) for name in group["params"]]}
+            for group in state["optimizer"]["param_groups"]
+        ]
+        of_each = by_name(state["optimizer"]["state"])
+        found["optimizer"] = {**state["optimizer"], "state": of_each, "param_groups": groups}
+    return found

@@ -1,0 +1,76 @@
+"""Whether the files of a checkpoint are as they were saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from qsdp.checkpoint.all_ranks import meet_all_ranks
+from qsdp.checkpoint.crc32 import crc32_of_file
+from qsdp.checkpoint.damaged import Damaged
+from qsdp.checkpoint.folders import META
+from qsdp.checkpoint.meta_json import read_meta
+from qsdp.checkpoint.safe_dcp import SafeReader
+
+
+def verify(
+    path: Path,
+    rank: int = 0,
+    size: int = 1,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Verify this rank's part of a checkpoint's files: whether they are as ``save`` left them.
+
+    ``progress`` is called with the number of bytes that were just read.
+
+    Raises:
+        Damaged: A file is not as it was left.
+        ValueError: A file cannot be read.
+    """
+    stated = read_meta(path)["checksums"]
+    for name in sorted(stated)[rank::size]:
+        try:
+            if crc32_of_file(path / name) != stated[name]:
+                raise Damaged(path, name, f"its checksum is not the one in {META}")
+            progress((path / name).stat().st_size)
+        except FileNotFoundError:
+            raise Damaged(path, name, "it is missing") from None
+        except OSError as error:
+            raise ValueError(
+                f"{path / name} cannot be read ({error.strerror}): name another checkpoint."
+            ) from None
+
+
+def check(path: Path) -> None:
+    """Verify the whole checkpoint at ``path``, all ranks together: each file is read by one rank.
+
+    Raises:
+        Damaged: On every rank, if a file is missing, truncated or altered.
+        ValueError: A file cannot be read, or asks for code.
+        RuntimeError: Ranks name different checkpoints.
+    """
+    meet_all_ranks("check", folder=path)
+    verified_reader(path)
+
+
+def verified_reader(path: Path, *, is_checked: bool = False) -> SafeReader:
+    """A reader of a checkpoint that all ranks have verified together. Raises as ``check``.
+
+    It is not verified again where it ``is_checked``.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mistake = None
+    try:
+        if not is_checked:
+            verify(path, rank, size)
+        reader = SafeReader(path)
+    except ValueError as error:
+        mistake = error if isinstance(error, Damaged) else str(error)
+    mistakes: list[Damaged | str | None] = [None] * size
+    dist.all_gather_object(mistakes, mistake)
+    # What cannot be read may be whole: it is not passed over because another file is damaged.
+    for first in sorted(filter(None, mistakes), key=lambda each: isinstance(each, Damaged)):
+        raise first if isinstance(first, Damaged) else ValueError(first)
+    return reader
