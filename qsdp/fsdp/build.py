@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp.comm.bit_budget import check_budget
 from qsdp.comm.group_plan import Plan
-from qsdp.comm.level_fitting import Levels
+from qsdp.comm.learned_levels import LearnedLevels
 from qsdp.comm.nodes import launched_ranks
 from qsdp.comm.policy_checks import check_embeddings, check_policy
-from qsdp.comm.topology import Split, StageGroup
+from qsdp.comm.topology import StageGroup, TopologySplit
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire_state import Wire
 from qsdp.common.model_structure import embedding_names, tied_names
@@ -51,7 +51,7 @@ class Parts:
     """What the report says of parameters without a plan, by their places in the model."""
     everyone: Sequence[dist.ProcessGroup]
     """Process groups that together reach all ranks, one after the other."""
-    splits: Sequence[Split]
+    splits: Sequence[TopologySplit]
     """Those of all process groups of several ranks."""
     stages: Sequence[StageGroup]
     """The groups of all splits."""
@@ -103,7 +103,7 @@ def build(
     wire = Wire(config, Traffic(nodes))
     stages = make_stages(plans, splits, node_mesh)
     if config.levels == "learned":
-        wire.levels = Levels(order)
+        wire.levels = LearnedLevels(order)
     adaptation = Adaptation(plans, groups, wire, everyone)
     passes = Passes(plans, groups, wire, adaptation, replicas)
     comms = InstalledComms(plans, groups, wire, passes, replicas)

@@ -11,14 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp.codec.payload import Status
+from qsdp.codec.payload import PayloadStatus
 from qsdp.comm.all_gather import GatheringWork, WeightGather, regather
 from qsdp.comm.all_reduce import all_reduce
+from qsdp.comm.differing_gradients import GradientsDiffer
 from qsdp.comm.gradient_consensus import Consensus, Places
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
-from qsdp.comm.late_reduce import LateReduce, SetsDiffer, exhaust
-from qsdp.comm.reduce_scatter import Exchange, exchanges_of, reduce
+from qsdp.comm.late_reduce import LateReduce, exhaust
+from qsdp.comm.reduce_scatter import Exchange, reduce, reduce_exchanges
 from qsdp.comm.weight_cache import Source, WeightCache
 from qsdp.comm.wire_state import Wire
 from qsdp.common.checksum import checksum
@@ -198,7 +199,7 @@ class ReduceScatter(_Comm):
         with_grad = self._recorder.take(input_tensor.numel() // plan.world_size)
 
         def exchanges(places: Places) -> list[Exchange]:
-            return exchanges_of(plan, places, input_tensor.dtype, group, wire)
+            return reduce_exchanges(plan, places, input_tensor.dtype, group, wire)
 
         def averaged(places: Places) -> GroupLayout:
             return plan.reduce(places, output_tensor.dtype, wire.least_bits)
@@ -221,11 +222,11 @@ class ReduceScatter(_Comm):
             if not is_late:
                 try:
                     self._reduced = (with_grad, exhaust(reducing))
-                except SetsDiffer:
-                    consensus.tell_replicas(averaged(with_grad), step, device, Status.MIXED)
+                except GradientsDiffer:
+                    consensus.tell_replicas(averaged(with_grad), step, device, PayloadStatus.MIXED)
                     raise
                 return
-        except SetsDiffer:
+        except GradientsDiffer:
             if not may_others_be_late:
                 refuse()
             wire.late.refuse_at_the_end(LateReduce(plan.index, output_tensor, refuse))
@@ -254,7 +255,7 @@ class ReduceScatter(_Comm):
         divisor = 1 if group.has_divisor else self._replicas.size()
         try:
             all_reduce(plan, with_grad, reduce_output, self._replicas, occurrence, wire, divisor)
-        except SetsDiffer:
+        except GradientsDiffer:
             self._consensus[True].refuse(with_grad, plan.group, reduce_output.device)
 
     def _tell_replicas(self, places: Places, reduced: Tensor) -> None:
@@ -262,4 +263,4 @@ class ReduceScatter(_Comm):
         layout = self._plan.reduce(places, reduced.dtype, self._wire.least_bits)
         step, device = self._wire.clock.step, reduced.device
         with suppress(RuntimeError):
-            self._consensus[True].tell_replicas(layout, step, device, Status.FAILED)
+            self._consensus[True].tell_replicas(layout, step, device, PayloadStatus.FAILED)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp.comm.group_plan import Parameter, Plan
 from qsdp.comm.nodes import Nodes, check_mesh
-from qsdp.comm.topology import Split, StageGroup, open_stages, split
+from qsdp.comm.topology import StageGroup, TopologySplit, open_stages, split
 from qsdp.common.dtypes import CODEC_DTYPES
 from qsdp.compat.parameter_group import ParameterGroup, ShardedParameter
 from qsdp.config import QSDPConfig
@@ -80,7 +80,7 @@ def make_nodes(
 
 def make_splits(
     plans: list[Plan], nodes: Nodes, config: QSDPConfig, mesh: DeviceMesh | None
-) -> dict[dist.ProcessGroup, Split]:
+) -> dict[dist.ProcessGroup, TopologySplit]:
     """How each process group of several ranks is split.
 
     Raises ValueError where the config asks for stages that cannot be.
@@ -89,7 +89,7 @@ def make_splits(
 
 
 def make_stages(
-    plans: list[Plan], splits: Mapping[dist.ProcessGroup, Split], mesh: DeviceMesh | None
+    plans: list[Plan], splits: Mapping[dist.ProcessGroup, TopologySplit], mesh: DeviceMesh | None
 ) -> list[StageGroup]:
     """The stages of all process groups, which their plans are given. A collective over each."""
     made = {group: open_stages(group, each.sizes, mesh) for group, each in splits.items()}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
+from qsdp.codec.level_fitting import BINS, fit_levels, level_histogram, uniform_levels
 from qsdp.comm.bit_budget import Claim, allot, check_budget
 from qsdp.config import CODED_BITS, LEARNED_BITS, QSDPConfig
 from qsdp.simulation.ranks import World
@@ -57,12 +57,14 @@ class SimulatedLevels:
         """Count what is sent, or would be."""
         if place in self._counts:
             bucket = self._config.bucket_of(place[2], is_grad=place[1] == "grad")
-            histogram(values.reshape(-1), bucket, self._counts[place])
+            level_histogram(values.reshape(-1), bucket, self._counts[place])
 
     def learn(self) -> None:
         """Fit levels to what was counted."""
         for place, counts in self._counts.items():
-            self._values[place] = fit(self._values.get(place, uniform_levels(place[2])), counts)
+            self._values[place] = fit_levels(
+                self._values.get(place, uniform_levels(place[2])), counts
+            )
 
 
 class SimulatedBudget:

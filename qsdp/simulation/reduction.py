@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from qsdp.codec.random_numbers import Stage
+from qsdp.codec.random_numbers import KeyStage
 from qsdp.simulation.reference import Wire
 
 
@@ -98,7 +98,7 @@ class Reduction:
             total = total.to(world.reduce_dtype)
             if world.quantized_replicas:
                 sender = replica * world.world_size + receiver
-                self._add(self._replicas, name, total, Stage.REPLICAS, sender, receiver, False)
+                self._add(self._replicas, name, total, KeyStage.REPLICAS, sender, receiver, False)
             elif place in self._replicas:
                 self._replicas[place] = self._replicas[place] + total
             else:
@@ -110,7 +110,7 @@ class Reduction:
         sums: dict[tuple[str, int], Tensor],
         name: str,
         row: Tensor,
-        stage: Stage,
+        stage: KeyStage,
         sender: int,
         receiver: int,
         is_own: bool,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qsdp import ops
 from qsdp.codec.payload import Layout, Segment
-from qsdp.codec.random_numbers import Direction, Key, Stage
+from qsdp.codec.random_numbers import KeyDirection, KeyStage, RandomKey
 from qsdp.comm.bit_budget import Claim
 from qsdp.comm.policy_checks import check_embeddings, check_policy
 from qsdp.common.dtypes import CODEC_DTYPES, DType
@@ -129,10 +129,10 @@ class Wire:
         """Bits of a weight in ``step`` of the clock; None is any step after the warm-up."""
         return self._warm(self._bits[name][0], step)
 
-    def grad_bits(self, name: str, stage: Stage, step: int | None) -> int:
+    def grad_bits(self, name: str, stage: KeyStage, step: int | None) -> int:
         """Bits of a gradient in ``stage`` of a reduce in ``step``; None as above."""
         bits = self._bits[name][1]
-        if stage == Stage.LOCAL and bits <= 8:
+        if stage == KeyStage.LOCAL and bits <= 8:
             bits = self.config.local_grad_bits or max(bits, 8)
         return self._warm(bits, step)
 
@@ -147,23 +147,23 @@ class Wire:
             return values  # FSDP2 calls no collective
         if self.is_sent_once(shard):
             # Whichever step it is sent in: a resumed run sends it again and must decode the same.
-            key = Key(self.config.seed, 0, Direction.FROZEN, Stage.FLAT, 0, rank).fold()
+            key = RandomKey(self.config.seed, 0, KeyDirection.FROZEN, KeyStage.FLAT, 0, rank).fold()
             bits = self.weight_bits(name, None)
             return self._cross(name, sent, key, bits, is_grad=False, is_frozen=True)
-        key = Key(self.config.seed, step, Direction.GATHER, Stage.FLAT, 0, rank).fold()
+        key = RandomKey(self.config.seed, step, KeyDirection.GATHER, KeyStage.FLAT, 0, rank).fold()
         bits = self.weight_bits(name, step)
         decoded = self._cross(name, sent, key, bits, is_grad=False)
         return self.kept_weights.spread(name, decoded, rank)
 
     def grad(
-        self, name: str, row: Tensor, stage: Stage, step: int, sender: int, receiver: int
+        self, name: str, row: Tensor, stage: KeyStage, step: int, sender: int, receiver: int
     ) -> Tensor:
         """What is decoded of ``row``, in fp32.
 
         ``sender`` is a global rank; ``receiver`` is the rank in the shard group for which the row
         is meant in the end.
         """
-        key = Key(self.config.seed, step, Direction.REDUCE, stage, 0, sender, receiver)
+        key = RandomKey(self.config.seed, step, KeyDirection.REDUCE, stage, 0, sender, receiver)
         bits = self.grad_bits(name, stage, step)
         self._levels.observe((name, "grad", bits), row)
         if bits <= 8 and self._budget.is_open(step):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import NamedTuple
 
-from qsdp.codec.random_numbers import Stage
+from qsdp.codec.random_numbers import KeyStage
 from qsdp.config import QSDPConfig
 from qsdp.simulation.ranks import World
 
@@ -13,7 +13,7 @@ from qsdp.simulation.ranks import World
 class Exchanging(NamedTuple):
     """One stage: in it ranks exchange that are 1, 2, ... ``size`` - 1 strides apart."""
 
-    stage: Stage
+    stage: KeyStage
     size: int
     stride: int
 
@@ -27,9 +27,9 @@ class Exchanging(NamedTuple):
         return range(first, first + self.size * self.stride, self.stride)
 
 
-def two_hop(num_nodes: int, ranks_per_node: int) -> dict[Stage, int]:
+def two_hop(num_nodes: int, ranks_per_node: int) -> dict[KeyStage, int]:
     """Inside each node, then between nodes."""
-    return {Stage.LOCAL: ranks_per_node, Stage.ACROSS: num_nodes}
+    return {KeyStage.LOCAL: ranks_per_node, KeyStage.ACROSS: num_nodes}
 
 
 SIZES = {
@@ -45,7 +45,7 @@ def stages_of(world: World, config: QSDPConfig) -> list[Exchanging]:
     Those of one rank have nothing to do; if fewer than two are left, all ranks exchange at once.
     Raises ValueError where the config asks for stages that cannot be.
     """
-    flat = [Exchanging(Stage.FLAT, world.world_size, 1)]
+    flat = [Exchanging(KeyStage.FLAT, world.world_size, 1)]
     if config.reduce == "flat":
         return flat
     if not world.has_even_nodes:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import Layout
-from qsdp.codec.random_numbers import Stage
+from qsdp.codec.random_numbers import KeyStage
 from qsdp.simulation.reference import Wire
 
 
@@ -75,7 +75,7 @@ def count_bytes(
             row_bytes = _grad_bytes(wire, trained, each.stage, dtype)
             sent.to("reduce", each.peers(rank), row_bytes * num_rows)
             dtype = torch.float32
-        row_bytes = _grad_bytes(wire, trained, Stage.REPLICAS, world.reduce_dtype)
+        row_bytes = _grad_bytes(wire, trained, KeyStage.REPLICAS, world.reduce_dtype)
         sent.to("reduce", replicas, row_bytes)
     return WireBytes(
         gather_intra_node=sent.bytes["gather", True],
@@ -116,7 +116,9 @@ def _weight_bytes(wire: Wire, shards: Mapping[str, Tensor]) -> int:
     return Layout(segments, 0).payload_bytes if segments else 0
 
 
-def _grad_bytes(wire: Wire, shards: Mapping[str, Tensor], stage: Stage, dtype: torch.dtype) -> int:
+def _grad_bytes(
+    wire: Wire, shards: Mapping[str, Tensor], stage: KeyStage, dtype: torch.dtype
+) -> int:
     segments = [
         wire.segment(name, shard.numel(), dtype, wire.grad_bits(name, stage, None), is_grad=True)
         for name, shard in shards.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qsdp.codec.random_numbers import Key
+from qsdp.codec.random_numbers import RandomKey
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
 from qsdp.data.batches import Batches
 from qsdp.methods.cram.optimizer import draw
@@ -25,7 +25,7 @@ def test_every_chaining_gives_the_numbers_that_it_always_gave() -> None:
         *(12035550249420947055, 6791897765849424158, 3069472533636442495),
         *(17271834600348478504, 12710476021226462461),
     ]
-    keys = (Key(0, 0, 0, 0, 0, 0), Key(3, 1, 1, 2, 0, 5, 4))
+    keys = (RandomKey(0, 0, 0, 0, 0, 0), RandomKey(3, 1, 1, 2, 0, 5, 4))
     assert [key.fold() for key in keys] == [701279491252118104, 3080083056687644789]
     tokens = np.arange(10_000, dtype=np.uint16)
     batches = Batches(tokens, 3, seq_len=4, seed=5, rank=1, world_size=2, grad_accum=2)
