@@ -49,9 +49,9 @@ def allot(
 ) -> list[int]:
     """Allot a bit budget: bits for each parameter so that the squared error is least within it.
 
-    It is the sum over parameters. From 2 bits each, the parameter whose error falls most for a bit
-    of payload gets one bit more, as long as all payloads, padding and bucket metadata included,
-    stay within ``budget`` bits a value.
+    That error is a sum over parameters. From 2 bits each, the parameter whose error falls most for
+    a bit of payload gets one bit more, as long as all payloads, padding and bucket metadata
+    included, stay within ``budget`` bits a value.
 
     Args:
         claims: Those of all parameters that are coded.

@@ -37,7 +37,7 @@ def check_policy(config: QSDPConfig, names: Sequence[str], aliases: Mapping[str,
 
 
 def check_embeddings(config: QSDPConfig, names: Collection[str]) -> None:
-    """Raise ValueError where ``embedding_bits``, beside the policy, give bits to none of ``names``."""
+    """Raise ValueError where ``embedding_bits``, beside the policy, give none of ``names`` bits."""
     if config.embedding_bits is None or any(config.bits_by_policy(n) is None for n in names):
         return
     why = "which the policy gives bits already" if names else "of which the model has none"

@@ -21,7 +21,7 @@ from qsdp.config import CODED_BITS, QSDPConfig, config_bits
 
 
 class Adaptation:
-    """Sets bits and levels of all plans between two steps, alike on all ranks.
+    """Sets the bits and levels of all plans between two steps, alike on all ranks.
 
     ``mark`` is a short text that is the same for the same bits and levels.
 
@@ -180,7 +180,7 @@ class Adaptation:
             )
         for name, allowed in allottable.items():
             both = bits[name]
-            if not isinstance(both, list | tuple) or not _are_among(both, allowed):
+            if not isinstance(both, list | tuple) or not _are_allowed_bits(both, allowed):
                 words = ", ".join("2 to 8" if len(own) > 1 else str(*own) for own in allowed)
                 raise ValueError(
                     f"the state's bits of {name} are {shown(both)}: give [{words}], of weights and "
@@ -303,7 +303,7 @@ class Adaptation:
             plan.set_bits(bits)
 
 
-def _are_among(both: Sequence[Any], allowed: Sequence[tuple[int, ...]]) -> bool:
+def _are_allowed_bits(both: Sequence[Any], allowed: Sequence[tuple[int, ...]]) -> bool:
     return len(both) == len(allowed) and all(
         type(bits) is int and bits in own for bits, own in zip(both, allowed, strict=True)
     )

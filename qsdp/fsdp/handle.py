@@ -16,7 +16,7 @@ from qsdp.compat.interrupted_passes import abandon_pass
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.resharding import reshard_module
 from qsdp.config import QSDPConfig
-from qsdp.fsdp.build import Parts
+from qsdp.fsdp.build import BuiltParts
 from qsdp.fsdp.handle_state import check_form
 from qsdp.fsdp.report import Report, sharded_rows
 from qsdp.fsdp.report_remarks import remarks
@@ -26,7 +26,9 @@ from qsdp.fsdp.support_masks import masks_by_place
 class Handle:
     """The quantized wire of one model. Made by ``install``."""
 
-    def __init__(self, config: QSDPConfig, groups: Sequence[ParameterGroup], parts: Parts) -> None:
+    def __init__(
+        self, config: QSDPConfig, groups: Sequence[ParameterGroup], parts: BuiltParts
+    ) -> None:
         self.config = config
         self.traffic = parts.wire.traffic
         self.times = parts.wire.times

@@ -22,7 +22,7 @@ def remarks(
     *,
     is_allotted: bool,
 ) -> Iterator[str]:
-    """The remarks, one sentence each.
+    """The remarks of a report, one sentence each.
 
     Args:
         config: The config that ``install`` was given.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qsdp.common.collective_errors import listed
 from qsdp.common.rank_agreement import warn
+from qsdp.compat.resharding import reshard_all
 from qsdp.methods.base import OptimizerWrapper, SupportCallback
 from qsdp.methods.clip_grad import check_max_norm, scale_grads_
 from qsdp.methods.mask_state import (
@@ -21,7 +22,7 @@ from qsdp.methods.mask_state import (
     split_masks,
     step_without_masks,
 )
-from qsdp.methods.rollback import reshard_all, rollback_on_exception, snapshot_buffers_and_grads
+from qsdp.methods.rollback import rollback_on_exception, snapshot_buffers_and_grads
 from qsdp.methods.weak_hooks import register_weak_hook
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import local_shard

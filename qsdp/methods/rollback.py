@@ -9,22 +9,9 @@ from torch import Tensor, nn
 
 from qsdp.compat.fsdp_state import with_enclosing_roots
 from qsdp.compat.installed_wire import rewind_point
-from qsdp.compat.interrupted_passes import abandon_pass
+from qsdp.compat.interrupted_passes import abandon_passes
 from qsdp.compat.module_buffers import snapshot_buffers
-from qsdp.compat.resharding import reshard
 from qsdp.sparsity.local_shards import unique
-
-
-def reshard_all(model: nn.Module) -> None:
-    """Free what is gathered of ``model``, and of an FSDP2 root around it."""
-    for whole in with_enclosing_roots(model):
-        reshard(whole)
-
-
-def abandon_passes(model: nn.Module) -> None:
-    """Make FSDP2 forget passes that were cut short, of ``model`` and of a root around it."""
-    for whole in with_enclosing_roots(model):
-        abandon_pass(whole)
 
 
 @contextmanager

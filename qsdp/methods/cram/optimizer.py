@@ -13,12 +13,13 @@ from qsdp.common.rank_agreement import warn
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
 from qsdp.compat.fsdp_state import with_enclosing_roots
 from qsdp.compat.interrupted_passes import abandon_interrupted_pass
-from qsdp.compat.parameter_group import has_pending_gradients
+from qsdp.compat.parameter_group import groups_have_pending_gradients
+from qsdp.compat.resharding import reshard_all
 from qsdp.methods.base import OptimizerWrapper
 from qsdp.methods.clip_grad import check_max_norm, scale_grads_
 from qsdp.methods.construct_on_all_ranks import collective_constructor
 from qsdp.methods.cram.second_pass import run_closure, second_pass
-from qsdp.methods.rollback import reshard_all, rollback_on_exception, snapshot_buffers_and_grads
+from qsdp.methods.rollback import rollback_on_exception, snapshot_buffers_and_grads
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import local_shard, unique
 
@@ -207,7 +208,9 @@ class CrAM(OptimizerWrapper):
         for whole in with_enclosing_roots(self.model):
             abandon_interrupted_pass(whole)
         grads = [p.grad for p in self.parameters() if p.grad is not None]
-        if has_pending_gradients(self.model) or any(local_shard(g).values.any() for g in grads):
+        if groups_have_pending_gradients(self.model) or any(
+            local_shard(g).values.any() for g in grads
+        ):
             name = type(self).__name__
             raise RuntimeError(
                 f"gradients of earlier micro-batches are there as {name}.step(closure) begins, "

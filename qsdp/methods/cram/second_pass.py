@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from qsdp.common.bitmask import PackedMask
+from qsdp.compat.interrupted_passes import abandon_passes
+from qsdp.compat.resharding import reshard_all
 from qsdp.methods.base import SupportCallback
-from qsdp.methods.rollback import abandon_passes, reshard_all, snapshot_buffers_and_grads
+from qsdp.methods.rollback import snapshot_buffers_and_grads
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import local_shard, unique
 from qsdp.sparsity.masks import Prunable
