@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,6 +19,15 @@ def all_gather_single(
     single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     work: dist.Work | None = single(output, input, group=group, async_op=async_op)
     return work
+
+
+def all_gather_over_groups(values_N: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
+    """The collective all-gather of 1-D values over several groups, one after the other, by rank."""
+    for group in groups:
+        everyones_N = values_N.new_empty(group.size() * values_N.numel())
+        all_gather_single(everyones_N, values_N, group)
+        values_N = everyones_N
+    return values_N
 
 
 def reduce_scatter_single(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from qsdp.common.meshes import groups_of
+from qsdp.common.model_structure import unique_tensors
 from qsdp.common.rank_agreement import meet, mistakes_shared
 from qsdp.methods.grad_norm import check_loss, global_grad_norm
-from qsdp.sparsity.local_shards import local_shard, unique
+from qsdp.sparsity.local_shards import local_shard
 
 
 def clip_grad_norm_(
@@ -31,7 +32,7 @@ def clip_grad_norm_(
     Returns:
         The norm before clipping.
     """
-    parameters = unique(parameters)
+    parameters = unique_tensors(parameters)
     groups, call = groups_of(parameters, with_replicas=True), "qsdp.clip_grad_norm_"
     with mistakes_shared(call, groups):
         check_max_norm(max_norm)
@@ -48,7 +49,7 @@ def scale_grads_(parameters: Iterable[Tensor], max_norm: float, norm: float) -> 
     coefficient = max_norm / (norm + 1e-6)
     if coefficient >= 1:
         return
-    for parameter in unique(parameters):
+    for parameter in unique_tensors(parameters):
         if parameter.grad is not None:
             local_shard(parameter.grad).values.mul_(coefficient)
 

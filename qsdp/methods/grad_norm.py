@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.common.meshes import Groups, Spread, spread_of
+from qsdp.common.model_structure import unique_tensors
+from qsdp.compat.collectives import all_gather_over_groups
 from qsdp.methods.nonfinite import scalar_loss
-from qsdp.sparsity.local_shards import gathered, local_shard, unique
+from qsdp.sparsity.local_shards import local_shard
 
 # A chunk in double precision stays in a CPU's cache; a GPU wants few launches instead.
 _CHUNK_CPU = 1 << 16
@@ -44,7 +46,7 @@ def global_grad_norm(parameters: Iterable[Tensor], *, loss: Tensor | float | Non
         ValueError: Parameters are sharded over different ranks, and none over all of these, or
             ``loss`` is no float and no floating-point tensor of one value.
     """
-    parameters = unique(parameters)
+    parameters = unique_tensors(parameters)
     check_loss(loss)
     return norm_among(parameters, spread_of(parameters, with_replicas=True), loss)
 
@@ -79,7 +81,9 @@ def norm_among(
     for groups in sorted(sums, key=lambda groups: math.prod(group.size() for group in groups)):
         # The wholes ride along: a rank that has seen what is not finite must tell the others.
         part, known = sums[groups], whole if math.isfinite(total) else math.nan
-        values = gathered(torch.stack([part, torch.full_like(part, known)]), groups).tolist()
+        values = all_gather_over_groups(
+            torch.stack([part, torch.full_like(part, known)]), groups
+        ).tolist()
         wholes = values[1::2]
         for value in values[::2]:
             total += value

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.prunable import Prunable
 
 MASK = "mask"
 

@@ -26,8 +26,9 @@ from qsdp.methods.rollback import rollback_on_exception, snapshot_buffers_and_gr
 from qsdp.methods.weak_hooks import register_weak_hook
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import local_shard
-from qsdp.sparsity.masks import Prunable, keep_masks
-from qsdp.sparsity.one_shot import keep_only_
+from qsdp.sparsity.masks import keep_masks
+from qsdp.sparsity.prunable import Prunable
+from qsdp.sparsity.prune_and_round import prune_by_mask_
 
 _STEP = "masked_step"
 _PLAN = "mask_plan"
@@ -160,7 +161,7 @@ class MaskedOptimizer(OptimizerWrapper):
             for parameter in self._tracked.prunable.parameters:
                 if parameter.grad is not None:
                     mask = local_shard(mask_of(self.state, parameter)).values
-                    keep_only_(local_shard(parameter.grad).values, mask)
+                    prune_by_mask_(local_shard(parameter.grad).values, mask)
         norm = self.last_grad_norm = self._grad_norm(loss)
         if not math.isfinite(norm):
             self._count_skipped(loss)
@@ -244,7 +245,7 @@ class MaskedOptimizer(OptimizerWrapper):
         for parameter in self._tracked.prunable.parameters:
             # The base steps what has a gradient, also where that was frozen since.
             if parameter.requires_grad or parameter.grad is not None:
-                keep_only_(
+                prune_by_mask_(
                     local_shard(parameter).values,
                     local_shard(mask_of(self.state, parameter)).values,
                 )

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from qsdp.common.model_structure import unique_tensors
 from qsdp.compat.fsdp_state import with_enclosing_roots
 from qsdp.compat.installed_wire import rewind_point
 from qsdp.compat.interrupted_passes import abandon_passes
 from qsdp.compat.module_buffers import snapshot_buffers
-from qsdp.sparsity.local_shards import unique
 
 
 @contextmanager
@@ -38,7 +38,9 @@ def snapshot_buffers_and_grads(model: nn.Module, own: Iterable[Tensor] = ()) -> 
     FSDP2 root around it.
     """
     restore_buffers, known = snapshot_buffers(model), {*map(id, own)}
-    parameters = unique(p for whole in with_enclosing_roots(model) for p in whole.parameters())
+    parameters = unique_tensors(
+        p for whole in with_enclosing_roots(model) for p in whole.parameters()
+    )
     others = [p for p in parameters if p.requires_grad and id(p) not in known]
     grads = [p.grad if p.grad is None else p.grad.clone() for p in others]
 

@@ -17,8 +17,7 @@ from qsdp.common.collective_errors import listed
 from qsdp.common.meshes import groups_of, replicas_of, spread_of
 from qsdp.common.rank_agreement import warn
 from qsdp.compat.sharded_parameters import sharded_by_unsharded_id, sharded_parameters
-from qsdp.sparsity.masks import Prunable
-from qsdp.sparsity.prunable import prunable_parameters
+from qsdp.sparsity.prunable import Prunable, prunable_parameters
 
 _ADVICE = (
     "make it of the model's parameters, after sharding, or put into its param_groups what "

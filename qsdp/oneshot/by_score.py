@@ -9,10 +9,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from qsdp.common.bitmask import PackedMask
-from qsdp.sparsity import one_shot, streaming
+from qsdp.sparsity import prune_and_round, streaming
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.masks import Prunable
-from qsdp.sparsity.one_shot import Score
+from qsdp.sparsity.prunable import Prunable
+from qsdp.sparsity.prune_and_round import Score
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class ByScore:
     def compress_(
         self, model: nn.Module, prunable: Prunable, target: Compression, tokens: Tensor | None
     ) -> list[PackedMask]:
-        return one_shot.compress_(prunable.shards(), target, prunable.dims, self.score)
+        return prune_and_round.prune_and_round_(
+            prunable.shards(), target, prunable.dims, self.score
+        )
 
     def num_reads(self, target: Compression) -> int:
         return streaming.num_reads(target)

@@ -18,7 +18,7 @@ from qsdp.compat.resharding import reshard
 from qsdp.oneshot.registry import DEFAULT, solver_of
 from qsdp.oneshot.solver import Solver
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.prunable import Prunable
 
 
 def compress_(

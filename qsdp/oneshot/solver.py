@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from qsdp.common.bitmask import PackedMask
     from qsdp.sparsity.compression_target import Compression
-    from qsdp.sparsity.masks import Prunable
+    from qsdp.sparsity.prunable import Prunable
     from qsdp.sparsity.streaming import StoredTensor
 
 

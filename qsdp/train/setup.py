@@ -21,7 +21,7 @@ from qsdp.data.tokenizer import hash_of
 from qsdp.methods.base import OptimizerWrapper
 from qsdp.models.size import ModelSize
 from qsdp.ops import native
-from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.prunable import Prunable
 from qsdp.train.agree_on_inputs import agree_on_config, agree_on_data
 from qsdp.train.auto.choose import Choice, choose
 from qsdp.train.config import TrainConfig

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsdp.common.model_structure import unique_tensors
 from qsdp.common.rank_agreement import warn
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
 from qsdp.compat.fsdp_state import with_enclosing_roots
@@ -21,7 +22,7 @@ from qsdp.methods.construct_on_all_ranks import collective_constructor
 from qsdp.methods.cram.second_pass import run_closure, second_pass
 from qsdp.methods.rollback import rollback_on_exception, snapshot_buffers_and_grads
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.local_shards import local_shard, unique
+from qsdp.sparsity.local_shards import local_shard
 
 Target = float | str | Compression
 _STEP = "cram_step"
@@ -221,7 +222,7 @@ class CrAM(OptimizerWrapper):
 
     def _compute_grads(self, closure: Callable[[], Any], target: Compression) -> tuple[Any, bool]:
         """Run both passes; leave the step's gradient in place and say whether it is finite."""
-        parameters = unique(self.parameters())
+        parameters = unique_tensors(self.parameters())
         loss = run_closure(closure, parameters)
         norm = self.last_grad_norm = self._grad_norm(loss)
         if not math.isfinite(norm):

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from qsdp.common.bitmask import PackedMask
+from qsdp.common.model_structure import unique_tensors
 from qsdp.compat.interrupted_passes import abandon_passes
 from qsdp.compat.resharding import reshard_all
 from qsdp.methods.base import SupportCallback
 from qsdp.methods.rollback import snapshot_buffers_and_grads
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.local_shards import local_shard, unique
-from qsdp.sparsity.masks import Prunable
-from qsdp.sparsity.one_shot import compress_, keep_only_
+from qsdp.sparsity.local_shards import local_shard
+from qsdp.sparsity.prunable import Prunable
+from qsdp.sparsity.prune_and_round import prune_and_round_, prune_by_mask_
 
 
 def second_pass(
@@ -48,7 +49,7 @@ def second_pass(
     """
     tell = on_support_change if target.fraction else None
     ascents = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
-    edited = unique([*(p for p, _ in ascents), *prunable.parameters])
+    edited = unique_tensors([*(p for p, _ in ascents), *prunable.parameters])
     shards = [local_shard(parameter) for parameter in edited]
     before = [shard.values.clone() for shard in shards]
     restore = snapshot_buffers_and_grads(model, parameters)
@@ -59,7 +60,7 @@ def second_pass(
             local_shard(parameter).values.add_(local_shard(grad).values, alpha=scale)
         masks: list[PackedMask] = []
         if target.fraction or target.bits is not None:  # SAM compresses nothing
-            masks = compress_(prunable.shards(), target, prunable.dims)
+            masks = prune_and_round_(prunable.shards(), target, prunable.dims)
         if tell is not None:
             tell(_unpacked(prunable.parameters, masks), with_grads=sparse_grad)
         loss = run_closure(closure, parameters)
@@ -98,4 +99,4 @@ def _mask_grads(parameters: Sequence[nn.Parameter], masks: Sequence[PackedMask])
     """Zero the gradients of pruned weights."""
     for parameter, mask in zip(parameters, masks, strict=True):
         if parameter.grad is not None:
-            keep_only_(local_shard(parameter.grad).values, mask.unpack())
+            prune_by_mask_(local_shard(parameter.grad).values, mask.unpack())
