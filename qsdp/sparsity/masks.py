@@ -42,7 +42,8 @@ def keep_masks(
 def magnitude_masks(parameters: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
     """Masks that keep the largest magnitudes over all parameters: n - round(sparsity * n).
 
-    It is exactly that many over all of them together. A collective; see ``threshold.global_threshold`` for the ties.
+    It is exactly that many over all of them together. A collective; see
+    ``threshold.global_threshold`` for the ties.
 
     Args:
         parameters: Plain tensors or DTensors by name, the same order on every rank; a tensor that
