@@ -46,7 +46,7 @@ def train(
 ) -> tuple[str, list[tuple[list[Any], Any]]]:
     """Run small jobs one after another, into the folder named with each.
 
-    Returns: all that was printed, and metrics and summary of each folder.
+    Returns all that was printed, and metrics and summary of each folder.
     """
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
@@ -383,6 +383,6 @@ def test_a_run_on_two_ranks_is_compressed_by_one_and_evaluated_on_any_number(
 
 
 def losses(folder: Path) -> dict[str | None, float]:
-    """By target what evaluation.json in `folder` says."""
+    """By target what evaluation.json in ``folder`` says."""
     rows = json.loads((folder / "evaluation.json").read_text())["results"]
     return {row["target"]: row["loss"] for row in rows}

@@ -1,4 +1,4 @@
-"""What `qsdp.install` does not support, and what FSDP2 is told by hand, is refused by name."""
+"""What ``qsdp.install`` does not support, and what FSDP2 is told by hand, is refused by name."""
 
 from __future__ import annotations
 

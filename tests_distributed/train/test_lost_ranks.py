@@ -121,8 +121,10 @@ def _num_lines(path: Path) -> int:
 
 @pytest.fixture
 def three(tmp_path: Path) -> Iterator[Callable[..., tuple[list[Any], list[str], float]]]:
-    """Let three processes live a life, send one a signal in the middle of a step, and return exit
-    codes, outputs and how many seconds the others took to end."""
+    """Let three processes live a life, and send one a signal in the middle of a step.
+
+    Returns exit codes, outputs and how many seconds the others took to end.
+    """
     processes: list[Any] = []
 
     def run(

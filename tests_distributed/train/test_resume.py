@@ -43,7 +43,7 @@ def tensors(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
 
 
 def has_logged(out: Path, step: int) -> Callable[[], bool]:
-    """Whether the metrics of `step` are in the folder of results."""
+    """Whether the metrics of ``step`` are in the folder of results."""
     metrics = out / "metrics.jsonl"
     return lambda: metrics.exists() and metrics.read_text().count("\n") >= step
 
