@@ -12,7 +12,7 @@ from torch import Tensor
 from qsdp.common.meshes import Groups, Spread, spread_of
 from qsdp.common.model_structure import unique_tensors
 from qsdp.compat.collectives import all_gather_over_groups
-from qsdp.methods.nonfinite import scalar_loss
+from qsdp.methods.nonfinite import check_scalar_loss, scalar_loss
 from qsdp.sparsity.local_shards import local_shard
 
 # A chunk in double precision stays in a CPU's cache; a GPU wants few launches instead.
@@ -21,7 +21,7 @@ _CHUNK_GPU = 1 << 24
 
 
 def global_grad_norm(parameters: Iterable[Tensor], *, loss: Tensor | float | None = None) -> float:
-    """The 2-norm of all gradients together, in double precision, the same on every rank.
+    """The norm of all gradients together: 2-norm, fp64, the same on every rank.
 
     Every rank adds the squares of its shards in fp64; the ranks' sums are gathered and added in
     rank order, so the result does not depend on the order of arrival. A plain or replicated
@@ -47,7 +47,7 @@ def global_grad_norm(parameters: Iterable[Tensor], *, loss: Tensor | float | Non
             ``loss`` is no float and no floating-point tensor of one value.
     """
     parameters = unique_tensors(parameters)
-    check_loss(loss)
+    check_scalar_loss(loss)
     return norm_among(parameters, spread_of(parameters, with_replicas=True), loss)
 
 
@@ -89,13 +89,6 @@ def norm_among(
             total += value
     counted = wholes[0] if all(map(math.isfinite, wholes)) else math.nan
     return math.sqrt(total + counted)
-
-
-def check_loss(loss: object) -> None:
-    """Raise ValueError unless ``loss`` is None or one floating-point number."""
-    if loss is not None and scalar_loss(loss) is None:
-        what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss is {what}: give a float, or a floating-point tensor of one value.")
 
 
 def _is_heard_by_all(reaches: Collection[Groups]) -> bool:

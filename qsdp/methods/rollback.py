@@ -16,7 +16,7 @@ from qsdp.compat.module_buffers import snapshot_buffers
 
 @contextmanager
 def rollback_on_exception(model: nn.Module, restore: Callable[[], None]) -> Iterator[None]:
-    """An exception inside leaves ``model`` as if no pass had been begun inside.
+    """Roll back on an exception inside, as if no pass of ``model`` had been begun inside.
 
     The next try of the step gathers the same weights. Gradients that were not reduced are dropped,
     and ``restore`` is called.
@@ -32,7 +32,7 @@ def rollback_on_exception(model: nn.Module, restore: Callable[[], None]) -> Iter
 
 
 def snapshot_buffers_and_grads(model: nn.Module, own: Iterable[Tensor] = ()) -> Callable[[], None]:
-    """A function that makes what passes of ``model`` change what it is now.
+    """A function that rolls back what passes of ``model`` change: its buffers and gradients.
 
     That is all buffers, and the gradients of all trained parameters but ``own``; also those of an
     FSDP2 root around it.

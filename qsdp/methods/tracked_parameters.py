@@ -27,7 +27,7 @@ _ADVICE = (
 
 
 class TrackedParameters:
-    """What ``owner``, an optimizer around ``base``, knows of ``model``.
+    """The parameters that ``owner``, an optimizer around ``base``, tracks of ``model``.
 
     It keeps no parameter alive, and what it looks at stays as it is: one rank may look alone. It
     says

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Solver(Protocol):
-    """What compresses a model: see [Note: Solver]."""
+    """A solver: what compresses a model, see [Note: Solver]."""
 
     @property
     def needs_tokens(self) -> bool:

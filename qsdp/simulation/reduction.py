@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.random_numbers import KeyStage
-from qsdp.simulation.reference import Wire
+from qsdp.simulation.simulated_wire import SimulatedWire
 
 
 class Reduction:
-    """One reduce of all ranks, which bring their gradients in the order of their ranks.
+    """The reduction of all simulated ranks, which bring gradients in the order of their ranks.
 
     stages    in the first every row is quantized for that rank of the sender's unit that has its
               destination's place there; each unit then quantizes its fp32 sum for that unit of the
@@ -23,7 +23,7 @@ class Reduction:
               quantized; they are added in fp32 in replica order and divided by their number
     """
 
-    def __init__(self, wire: Wire, step: int) -> None:
+    def __init__(self, wire: SimulatedWire, step: int) -> None:
         self._wire, self._step = wire, step
         world = wire.world
         # What FSDP2 divides by: it knows of replicas only when the all-reduce is its own.

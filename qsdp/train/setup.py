@@ -18,7 +18,7 @@ from qsdp.common.user_errors import quoted
 from qsdp.data.batches import Batches, eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.data.tokenizer import hash_of
-from qsdp.methods.base import OptimizerWrapper
+from qsdp.methods.optimizer_wrapper import OptimizerWrapper
 from qsdp.models.size import ModelSize
 from qsdp.ops import native
 from qsdp.sparsity.prunable import Prunable

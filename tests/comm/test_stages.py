@@ -17,7 +17,7 @@ from qsdp.codec.random_numbers import KeyStage
 from qsdp.comm.reduce_scatter import reduce_exchanges
 from qsdp.comm.topology import TOPOLOGIES, gathered_ranks
 from qsdp.config import REDUCES
-from qsdp.simulation.stages import SIZES, Exchanging
+from qsdp.simulation.stages import SIZES, SimulatedStage
 
 LISTS = [
     {KeyStage.FLAT: 5},
@@ -27,10 +27,10 @@ LISTS = [
 ]
 
 
-def stages_of(sizes: dict[KeyStage, int]) -> list[Exchanging]:
+def stages_of(sizes: dict[KeyStage, int]) -> list[SimulatedStage]:
     stages, stride = [], 1
     for stage, size in sizes.items():
-        stages.append(Exchanging(stage, size, stride))
+        stages.append(SimulatedStage(stage, size, stride))
         stride *= size
     return stages
 

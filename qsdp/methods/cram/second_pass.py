@@ -12,7 +12,7 @@ from qsdp.common.bitmask import PackedMask
 from qsdp.common.model_structure import unique_tensors
 from qsdp.compat.interrupted_passes import abandon_passes
 from qsdp.compat.resharding import reshard_all
-from qsdp.methods.base import SupportCallback
+from qsdp.methods.optimizer_wrapper import SupportCallback
 from qsdp.methods.rollback import snapshot_buffers_and_grads
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import local_shard
@@ -32,7 +32,9 @@ def second_pass(
     sparse_grad: bool,
     on_support_change: SupportCallback | None,
 ) -> Any:
-    """Leave in ``.grad`` the gradient at the compressed point, and the weights as before.
+    """CrAM's second pass: leave in ``.grad`` the gradient at the compressed point.
+
+    The weights are left as before.
 
     Args:
         closure: Runs forward and backward.
@@ -63,7 +65,7 @@ def second_pass(
             masks = prune_and_round_(prunable.shards(), target, prunable.dims)
         if tell is not None:
             tell(_unpacked(prunable.parameters, masks), with_grads=sparse_grad)
-        loss = run_closure(closure, parameters)
+        loss = run_pass(closure, parameters)
         if sparse_grad and target.fraction:
             _mask_grads(prunable.parameters, masks)
         return loss
@@ -80,8 +82,8 @@ def second_pass(
         restore()
 
 
-def run_closure(closure: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:
-    """Run ``closure`` from no gradient of ``parameters``, and return what it returns."""
+def run_pass(closure: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:
+    """Run ``closure``, the first pass or the second, from no gradient, and return its result."""
     for parameter in parameters:
         parameter.grad = None
     with torch.enable_grad():

@@ -23,23 +23,24 @@ from qsdp.common.model_structure import embedding_names, tied_names
 from qsdp.common.rounding import Rounding
 from qsdp.compat.parameter_names import clean_names, named_parameters
 from qsdp.config import CODED_BITS, QSDPConfig
-from qsdp.simulation.kept_weights import SupportMasks
+from qsdp.simulation.kept_weights import KeptWeights
 from qsdp.simulation.levels_and_budget import Bits, SimulatedBudget, SimulatedLevels
-from qsdp.simulation.ranks import Numbers, World
-from qsdp.simulation.shards import Sharding
-from qsdp.simulation.stages import stages_of
+from qsdp.simulation.numbering import Numbering
+from qsdp.simulation.ranks import SimulatedRanks
+from qsdp.simulation.shards import SimulatedSharding
+from qsdp.simulation.stages import simulated_stages
 
 
-class Codec(NamedTuple):
-    """The operators' arguments for the values of one parameter."""
+class SimulatedCodec(NamedTuple):
+    """The operators' arguments for the values of one parameter on the simulated wire."""
 
     layout: Layout
     encode_table: Tensor
     decode_table: Tensor
 
 
-class Wire:
-    """How each parameter travels.
+class SimulatedWire:
+    """The simulated wire: how each parameter travels.
 
     Args:
         model: The plain model, for names, shapes and which parameters are embeddings.
@@ -57,24 +58,24 @@ class Wire:
         self,
         model: nn.Module,
         config: QSDPConfig,
-        world: World,
-        numbers: Numbers,
-        sharding: Sharding,
+        world: SimulatedRanks,
+        numbers: Numbering,
+        sharding: SimulatedSharding,
     ) -> None:
         tied, tables = tied_names(model), embedding_names(model)
         clean = clean_names(model, {*tied, *tied.values(), *tables})
         aliases = {clean[alias]: clean[name] for alias, name in tied.items()}
         check_policy(config, list(numbers.parameters), aliases)
         self.config, self.world, self.numbers, self.sharding = config, world, numbers, sharding
-        self.stages = stages_of(world, config)
-        self._codecs: dict[tuple[Segment, int, bool], Codec] = {}
+        self.stages = simulated_stages(world, config)
+        self._codecs: dict[tuple[Segment, int, bool], SimulatedCodec] = {}
         embeddings, named = {clean[name] for name in tables}, named_parameters(model)
         check_embeddings(config, embeddings)
         self._bits: Bits = {
             name: _bits(name, parameter, config, name in embeddings)
             for name, parameter in named.items()
         }
-        self.kept_weights = self.kept_grads = SupportMasks({}, sharding)
+        self.kept_weights = self.kept_grads = KeptWeights({}, sharding)
         order = sorted(self._bits, key=lambda n: (numbers.groups[n], numbers.parameters[n]))
         weights, grads = (
             {
@@ -117,8 +118,8 @@ class Wire:
 
         With ``with_grads``, only their gradients travel too.
         """
-        self.kept_weights = SupportMasks(masks, self.sharding)
-        self.kept_grads = SupportMasks(masks if with_grads else {}, self.sharding)
+        self.kept_weights = KeptWeights(masks, self.sharding)
+        self.kept_grads = KeptWeights(masks if with_grads else {}, self.sharding)
         self._codecs.clear()  # what other masks leave has other sizes
 
     def weight_dtype(self, shard: Tensor) -> torch.dtype:
@@ -248,7 +249,7 @@ class Wire:
         ops.decode(payload, decode_table, key, buffer, levels=levels)
         return received
 
-    def _codec(self, name: str, segment: Segment, is_grad: bool) -> Codec:
+    def _codec(self, name: str, segment: Segment, is_grad: bool) -> SimulatedCodec:
         place = (segment, self.numbers.groups[name], is_grad)
         if place not in self._codecs:
             layout = Layout([segment], self.numbers.groups[name])
@@ -256,7 +257,7 @@ class Wire:
                 torch.tensor(layout.table([segment.padded], dtype))
                 for dtype in (None, DType.FP32 if is_grad else None)
             )
-            self._codecs[place] = Codec(layout, encode, decode)
+            self._codecs[place] = SimulatedCodec(layout, encode, decode)
         return self._codecs[place]
 
     def _warm(self, bits: int, step: int | None) -> int:

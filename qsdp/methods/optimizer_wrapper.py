@@ -26,7 +26,7 @@ def _do_nothing(_: torch.optim.Optimizer) -> None:
 
 
 class SupportCallback(Protocol):
-    """Takes the masks of pruned parameters, None for whole weights.
+    """What an optimizer wrapper tells of its masks: those of parameters, or None for whole weights.
 
     ``with_grads``: gradients of pruned weights are not needed either.
     """
@@ -37,7 +37,7 @@ class SupportCallback(Protocol):
 
 
 class OptimizerWrapper(torch.optim.Optimizer):
-    """An optimizer that does something around the steps of another, and shares all it has.
+    """An optimizer wrapper: does something around the steps of another, and shares all it has.
 
     ``param_groups`` and ``state`` are the base's own objects, so learning-rate schedulers, DCP's
     ``get_optimizer_state_dict`` and the user may hold either of the two. What the wrapper must
