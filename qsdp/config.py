@@ -23,8 +23,8 @@ MAX_BUCKET_SIZE = 1 << 20
 LEVEL_STEPS = (10, 50, 200, 1000)
 
 
-def check_bits(name: str, bits: object) -> None:
-    """Raise ValueError unless ``bits`` is a width that the wire knows."""
+def check_config_bits(name: str, bits: object) -> None:
+    """Raise ValueError unless ``bits`` is a width that a ``QSDPConfig`` can have."""
     if type(bits) is not int or bits not in WIRE_BITS:
         raise ValueError(f"{name} is {bits!r}: choose 2 to 8, 16 (bf16) or 32 (full precision).")
 
@@ -129,10 +129,10 @@ class QSDPConfig:
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "grad_bits"):
-            check_bits(name, getattr(self, name))
+            check_config_bits(name, getattr(self, name))
         for name in ("embedding_bits", "local_grad_bits", "warmup_bits"):
             if getattr(self, name) is not None:
-                check_bits(name, getattr(self, name))
+                check_config_bits(name, getattr(self, name))
         size = self.bucket_size
         if size is not None and (
             type(size) is not int or size % 8 or not 8 <= size <= MAX_BUCKET_SIZE
@@ -172,7 +172,7 @@ class QSDPConfig:
             if len(both) != 2:
                 raise ValueError(f"policy for {name!r} is {bits!r}: give bits, or two of them.")
             for each in both:
-                check_bits(f"policy for {name!r}", each)
+                check_config_bits(f"policy for {name!r}", each)
             policy.append((name, both if isinstance(bits, list | tuple) else bits))
         object.__setattr__(self, "policy", tuple(policy))
         self._check_company()
@@ -234,7 +234,7 @@ class QSDPConfig:
     @property
     def _pairs(self) -> list[tuple[int, int]]:
         """Weight and gradient bits that parameters may have before a budget gives them others."""
-        by_policy = [both_ways(bits) for _, bits in self.policy]
+        by_policy = [config_bits(bits) for _, bits in self.policy]
         if any(pattern == "*" for pattern, _ in self.policy):
             return by_policy
         return [*by_policy, *(self._bits_by_kind(is_embedding) for is_embedding in (False, True))]
@@ -298,10 +298,10 @@ class QSDPConfig:
         """Weight and gradient bits that the first matching pattern gives to ``name``, if any."""
         for pattern, bits in self.policy:
             if fnmatchcase(name, pattern):
-                return both_ways(bits)
+                return config_bits(bits)
         return None
 
 
-def both_ways(bits: int | tuple[int, int]) -> tuple[int, int]:
-    """Weight and gradient bits of one number for both, or of two."""
+def config_bits(bits: int | tuple[int, int]) -> tuple[int, int]:
+    """Weight and gradient bits of what a ``QSDPConfig`` has: one number for both, or two."""
     return bits if isinstance(bits, tuple) else (bits, bits)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.support import machine
-from qsdp.codec.levels import uniform_levels
+from qsdp.codec.level_fitting import uniform_levels
 from qsdp.codec.payload import Layout, Segment
 from qsdp.common.dtypes import CODEC_DTYPES
 from qsdp.common.json_files import write_json

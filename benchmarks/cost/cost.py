@@ -36,7 +36,8 @@ from qsdp.common.json_files import write_json
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.init import init_weights
 from qsdp.models.gpt2.model import GPT
-from qsdp.sparsity.masks import Prunable, keep_masks
+from qsdp.sparsity.masks import keep_masks
+from qsdp.sparsity.prunable import Prunable
 
 AT_MOST = {"CrAM+": 2.05, "AC/DC, compressed phase": 1.03, "threshold": 0.01}
 

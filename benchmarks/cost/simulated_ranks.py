@@ -18,15 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import QSDPConfig, ops
-from qsdp.codec.random_numbers import Direction, Key, Stage
+from qsdp.codec.random_numbers import KeyDirection, KeyStage, RandomKey
 from qsdp.comm import transport
-from qsdp.comm.all_gather import PayloadGather, decode
+from qsdp.comm.all_gather import PayloadGather, decode_gathered
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Parameter, Plan
 from qsdp.comm.late_reduce import exhaust
 from qsdp.comm.nodes import Nodes
-from qsdp.comm.pruned_slices import Masks
-from qsdp.comm.reduce_scatter import exchanges_of, reduce
+from qsdp.comm.pruned_slices import SliceMasks
+from qsdp.comm.reduce_scatter import reduce, reduce_exchanges
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire_state import Wire
 from qsdp.common import bitmask
@@ -138,14 +138,16 @@ class Collective:
         self.plan.set_support(self._support)
 
     def code(
-        self, layout: GroupLayout, sender: int, owner: int, direction: Direction, values: Tensor
+        self, layout: GroupLayout, sender: int, owner: int, direction: KeyDirection, values: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The payload of ``values``, ``owner``'s slice, and what is decoded of it, fp32 [values].
 
         Both come from single calls of the operators.
         """
-        clock, receiver = self.wire.clock, owner if direction == Direction.REDUCE else 0
-        key = Key(clock.seed, clock.step, direction, Stage.FLAT, 0, sender, receiver).fold()
+        clock, receiver = self.wire.clock, owner if direction == KeyDirection.REDUCE else 0
+        key = RandomKey(
+            clock.seed, clock.step, direction, KeyStage.FLAT, 0, sender, receiver
+        ).fold()
         table, travels = layout.table(owner), self.travels[owner]
         payload = torch.zeros(layout.payload_bytes, dtype=torch.uint8)
         header = layout.header(sender, clock.step)
@@ -165,7 +167,7 @@ class Gather(Collective):
         self.output = torch.empty(self.slices.numel())
         layout = self.plan.gather(self.plan.places)
         coded = [
-            self.code(layout, rank, rank, Direction.GATHER, values)
+            self.code(layout, rank, rank, KeyDirection.GATHER, values)
             for rank, values in enumerate(self.slices)
         ]
         self.payloads = torch.stack([payload for payload, _ in coded])
@@ -176,7 +178,7 @@ class Gather(Collective):
         plan, wire = self.plan, self.wire
         layout = plan.gather(plan.places, wire.least_bits)
         buffer = wire.buffers.acquire(plan.world_size * layout.payload_bytes, CPU)
-        decode(
+        decode_gathered(
             plan, PayloadGather(plan, layout, self.input, wire, buffer).finish(), self.output, wire
         )
         wire.buffers.release(buffer)
@@ -196,7 +198,7 @@ class Reduce(Collective):
                 self.expected += self.slices[ME]
                 continue
             values = torch.rand_like(self.output) * 2 - 1
-            payload, decoded = self.code(layout, rank, ME, Direction.REDUCE, values)
+            payload, decoded = self.code(layout, rank, ME, KeyDirection.REDUCE, values)
             self.expected += decoded
             payloads.append(payload)
         self.payloads = torch.stack(payloads)
@@ -205,7 +207,7 @@ class Reduce(Collective):
         self.network.payloads = self.payloads
         plan, wire = self.plan, self.wire
         wire.clock.rewind()  # the others have keys of a first reduce
-        exchanges = exchanges_of(plan, plan.places, torch.float32, self.group, wire)
+        exchanges = reduce_exchanges(plan, plan.places, torch.float32, self.group, wire)
         exhaust(reduce(plan, exchanges, self.output, self.input, wire, 0, is_late=False))
 
 
@@ -232,7 +234,7 @@ def block(width: int, config: QSDPConfig) -> list[Parameter]:
     return made
 
 
-def support_of(masks: dict[int, Tensor]) -> dict[int, Masks]:
+def support_of(masks: dict[int, Tensor]) -> dict[int, SliceMasks]:
     """What ranks would have told each other of ``masks``, bool [ranks, values], by place."""
     if not masks:
         return {}
@@ -243,6 +245,6 @@ def support_of(masks: dict[int, Tensor]) -> dict[int, Masks]:
     bits = torch.cat(packed, dim=1)
     starts = accumulate([0, *(part.shape[1] for part in packed[:-1])])
     return {
-        place: Masks(bits, start, mask.sum(1).tolist())
+        place: SliceMasks(bits, start, mask.sum(1).tolist())
         for (place, mask), start in zip(masks.items(), starts, strict=True)
     }

@@ -9,7 +9,7 @@
 
 namespace qsdp {
 
-// One row of the parts; see `Part` in qsdp/codec/payload.py for the columns.
+// One row of the parts; see `Part` in qsdp/codec/segment_table.py for the columns.
 struct Part {
     int64_t key;      // folded
     int64_t table;    // which table

@@ -1,4 +1,4 @@
-// One row of the codec's segment table; see `Field` in qsdp/codec/payload.py for the columns.
+// One row of the codec's segment table; see `Field` in qsdp/codec/segment_table.py for the columns.
 #pragma once
 
 #include <cstdint>

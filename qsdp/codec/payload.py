@@ -1,9 +1,9 @@
 """[Note: Payload] The bytes that one rank sends for one group, in numbers or arrays of them.
 
     header   32 bytes, four little-endian int64: (version << 32 | sender), key step,
-             payload bytes, plan hash ^ status; the hash is ``hash_of`` the version, the group and
-             what defines each segment, the status is 0 but where a rank has other gradients than
-             were agreed on: [Note: Consensus] in comm/gradient_consensus.py
+             payload bytes, plan hash ^ status; the hash is ``plan_hash`` of the version, the group
+             and what defines each segment, the status is 0 but where a rank has other gradients
+             than were agreed on: [Note: Consensus] in comm/gradient_consensus.py
     metadata 8 bytes a bucket, segment after segment: fp32 min, fp32 scale
     raw      the uncoded segments, wider elements first
     codes    from a 16-byte boundary on, segment after segment, each ceil(numel * bits / 8) bytes:
@@ -34,8 +34,8 @@ META_BYTES = 8
 ALIGN_BYTES = 16
 
 
-class Status(IntEnum):
-    """What a header says of its sender's gradients.
+class PayloadStatus(IntEnum):
+    """What the header of a payload says of its sender's gradients.
 
     They are those that were agreed on, or others, or the sender has heard of both; or it has
     nothing to send, and raises. The values are random bits, so that damage is not taken for a
@@ -48,41 +48,13 @@ class Status(IntEnum):
     FAILED = 0x1F83D9ABFB41BD6B
 
 
-class Field(IntEnum):
-    """Columns of the int64 segment table that one codec call works through."""
-
-    BITS = 0  # 2 to 8: coded; 0: raw
-    DTYPE = 1  # of the flat buffer's elements
-    WIRE = 2  # dtype of a raw segment on the wire
-    BUFFER_BYTE = 3  # where the segment starts in the flat buffer
-    NUMEL = 4  # valid values
-    PADDED = 5  # values that the buffer reserves; decode zeroes the rest
-    BUCKET = 6  # values a bucket
-    ROUNDING = 7  # a ``Rounding``
-    META_BYTE = 8  # where the bucket metadata starts in the payload
-    DATA_BYTE = 9  # where codes or raw values start in the payload
-    PARAMETER = 10  # third counter word of the generator
-    GROUP = 11  # fourth counter word of the generator
-    LEVELS = 12  # where the segment's 2**bits learned levels start, in floats; -1: a uniform grid
-
-
-class Part(IntEnum):
-    """Columns of the int64 parts that a codec call of many payloads works through, in order."""
-
-    KEY = 0  # the folded ``Key``
-    TABLE = 1  # which of the segment tables
-    BUFFER = 2  # which row of the buffers
-    PAYLOAD = 3  # which row of the payloads
-    ADD = 4  # decode: 1 adds to what the buffer holds, 0 overwrites it; encode: 0
-
-
 Count = TypeVar("Count", int, npt.NDArray[np.int64])
 """How many values or bytes: of one rank, or of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One parameter's stretch of a flat buffer. ``bits`` 0 is raw: it travels as ``wire``.
+    """One parameter's stretch of a payload. ``bits`` 0 is raw: it travels as ``wire``.
 
     ``levels`` is where the segment's learned levels start in the tensor that ``encode`` and
     ``decode`` are given; -1 stands for the uniform grid.
@@ -115,7 +87,7 @@ class Segment:
 
 
 class Layout:
-    """Where each segment of a group lies in the flat buffer and in the payload.
+    """The layout of a payload: where each segment of a group lies in it, and in the flat buffer.
 
     ``segments`` are in buffer order; ``group`` numbers the group for the random generator.
     """
@@ -125,15 +97,16 @@ class Layout:
         self.group = group
         self.num_values = sum(segment.padded for segment in segments)
         self.buffer_bytes = sum(s.padded * ITEM_BYTES[s.dtype] for s in segments)
-        starts = offsets(segments, [segment.padded for segment in segments])
+        starts = payload_offsets(segments, [segment.padded for segment in segments])
         meta_starts, data_starts, self.payload_bytes = starts
         self._starts = tuple(zip(meta_starts, data_starts, strict=True))
-        self.hash = hash_of([VERSION, group, *(n for s in segments for n in s.definition)])
+        self.hash = plan_hash([VERSION, group, *(n for s in segments for n in s.definition)])
 
     def table(self, numels: Sequence[int], dtype: DType | None = None) -> list[list[int]]:
-        """Rows (see ``Field``) for one sender whose segments hold ``numels`` valid values.
+        """Rows of a segment table for one sender whose segments hold ``numels`` valid values.
 
-        ``dtype`` replaces the buffer's own dtype: a bf16 gradient is decoded into fp32.
+        Their columns are those of ``Field`` in ``codec/segment_table.py``. ``dtype`` replaces the
+        buffer's own dtype: a bf16 gradient is decoded into fp32.
         """
         rows, buffer_byte = [], 0
         for segment, numel, (meta, data) in zip(self.segments, numels, self._starts, strict=True):
@@ -145,15 +118,17 @@ class Layout:
             buffer_byte += segment.padded * ITEM_BYTES[own]
         return rows
 
-    def header(self, sender: int, step: int, status: Status = Status.KEPT) -> list[int]:
+    def header(
+        self, sender: int, step: int, status: PayloadStatus = PayloadStatus.KEPT
+    ) -> list[int]:
         """The four int64 words that open a payload of this layout."""
         return [VERSION << 32 | sender, step, self.payload_bytes, self.hash ^ status]
 
 
-def offsets(
+def payload_offsets(
     segments: Sequence[Segment], counts: Sequence[Count]
 ) -> tuple[list[Count], list[Count], Count]:
-    """Where the metadata and the data of each segment start in a payload, and the payload's bytes.
+    """Where each segment's metadata and data start in a payload, and the payload's bytes.
 
     Its segments reserve ``counts`` values.
     """
@@ -174,8 +149,11 @@ def offsets(
     return meta_starts, data_starts, _align(end)
 
 
-def hash_of(integers: Sequence[int]) -> int:
-    """A signed hash of 64 bits of ``integers``: it depends on no name of a class or a field."""
+def plan_hash(integers: Sequence[int]) -> int:
+    """The hash in the header of a payload: of ``integers``, signed, 64 bits.
+
+    It depends on no name of a class or a field.
+    """
     packed = struct.pack(f"<{len(integers)}q", *integers)
     return int.from_bytes(blake2b(packed, digest_size=8).digest(), "little", signed=True)
 

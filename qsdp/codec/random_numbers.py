@@ -1,6 +1,6 @@
 """The random numbers of the codec: pure functions of a key, the same on every machine.
 
-[Note: Keys] A ``Key`` names one payload; it is folded into 64 bits. Within the payload the
+[Note: Keys] A ``RandomKey`` names one payload; it is folded into 64 bits. Within the payload the
 generator's 128-bit counter is (block, parameter, group): value or bucket number i takes 16-bit half
 word i % 8 of block i // 8. No generator state exists, so resume and replay are exact.
 
@@ -26,8 +26,8 @@ ROUNDS = 7
 _MASK32 = 0xFFFFFFFF
 
 
-class Direction(IntEnum):
-    """What a payload travels for: a word of its key."""
+class KeyDirection(IntEnum):
+    """A word of the key of random numbers: what the payload travels for."""
 
     GATHER = 0
     REDUCE = 1
@@ -35,8 +35,8 @@ class Direction(IntEnum):
     """The gather of weights that are sent once for all steps."""
 
 
-class Stage(IntEnum):
-    """Among which ranks a payload of a reduce travels: a word of its key.
+class KeyStage(IntEnum):
+    """A word of the key of random numbers: among which ranks the payload of a reduce travels.
 
     A topology is made of stages: [Note: Stages] in ``comm/topology.py``.
     """
@@ -53,40 +53,43 @@ class Stage(IntEnum):
     """Between replicas."""
 
 
-class Key(NamedTuple):
-    """What one payload's randomness depends on, besides the parameter and its group."""
+class RandomKey(NamedTuple):
+    """What the random numbers of one payload depend on, besides the parameter and its group."""
 
     seed: int
     step: int
-    direction: Direction
-    stage: Stage
+    direction: KeyDirection
+    stage: KeyStage
     occurrence: int  # how many payloads of this kind the group sent before in this step
     sender: int  # a gather: rank in the shard group; a reduce: global rank
     receiver: int = 0  # a reduce: the destination's rank in the group
 
     def fold(self) -> int:
         """The 64-bit key of the generator, as a signed integer: field after field is mixed in."""
-        state = _mixed(self)
+        state = _fold_fields(self)
         return state - (state >> 63 << 64)
 
 
-def fold_all(
+def fold_keys(
     seed: int,
     step: int,
-    direction: Direction,
-    stage: Stage,
+    direction: KeyDirection,
+    stage: KeyStage,
     occurrence: int,
     senders: Tensor,
     receivers: Tensor,
 ) -> Tensor:
-    """The folded keys, int64 [n], of payloads that differ in their ends alone: int64 [n] or [1]."""
-    state: Any = _mixed([seed, step, direction, stage, occurrence])
+    """The folded keys of random numbers, int64 [n], of payloads that differ in their ends alone.
+
+    These are int64 [n] or [1] each.
+    """
+    state: Any = _fold_fields([seed, step, direction, stage, occurrence])
     for end in (senders, receivers):
         state = finalize((state ^ end.numpy().view(np.uint64)) + GOLDEN_GAMMA & MASK)
     return torch.from_numpy(state.view(np.int64))
 
 
-def _mixed(fields: Iterable[int]) -> int:
+def _fold_fields(fields: Iterable[int]) -> int:
     state = 0
     for field in fields:
         state = finalize((state ^ field) + GOLDEN_GAMMA & MASK)
@@ -94,7 +97,7 @@ def _mixed(fields: Iterable[int]) -> int:
 
 
 def philox(block: Tensor, parameter: int, group: int, key: int) -> Tensor:
-    """Philox4x32-7 of ``block`` (int64 [N]) as 32-bit words in an int64 tensor [N, 4]."""
+    """The generator of the random numbers: Philox4x32-7 of ``block`` (int64 [N]), words [N, 4]."""
     c0, c1 = block & _MASK32, block >> 32 & _MASK32
     c2, c3 = torch.full_like(block, parameter & _MASK32), torch.full_like(block, group & _MASK32)
     k0, k1 = key & _MASK32, key >> 32 & _MASK32
@@ -112,7 +115,7 @@ def philox(block: Tensor, parameter: int, group: int, key: int) -> Tensor:
 
 
 def uniform(num: int, parameter: int, group: int, key: int, device: torch.device) -> Tensor:
-    """``num`` values (k + 1/2) / 2**16 - 1/2 in (-1/2, 1/2), fp32 [num], k uniform in 16 bits."""
+    """``num`` random numbers (k + 1/2) / 2**16 - 1/2, fp32 [num], k uniform in 16 bits."""
     words = philox(torch.arange(-(-num // 8), device=device), parameter, group, key)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[:num]
     return (halves.to(torch.float32) + 0.5) / 65536 - 0.5

@@ -1,25 +1,55 @@
-"""A row of the segment table with names, and what a codec call must be given."""
+"""The segment table of a codec call: its columns, a row with names, and what is checked of it."""
 
 from __future__ import annotations
+
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from qsdp.codec.payload import HEADER_BYTES, META_BYTES, Field, Part
+from qsdp.codec.payload import HEADER_BYTES, META_BYTES
 from qsdp.codec.random_numbers import uniform
 from qsdp.common.dtypes import ITEM_BYTES, TORCH_DTYPES, DType
 from qsdp.common.rounding import Rounding
 from qsdp.config import LEARNED_BITS
 
 
-def check(
+class Field(IntEnum):
+    """Columns of the int64 segment table that one codec call works through."""
+
+    BITS = 0  # 2 to 8: coded; 0: raw
+    DTYPE = 1  # of the flat buffer's elements
+    WIRE = 2  # dtype of a raw segment on the wire
+    BUFFER_BYTE = 3  # where the segment starts in the flat buffer
+    NUMEL = 4  # valid values
+    PADDED = 5  # values that the buffer reserves; decode zeroes the rest
+    BUCKET = 6  # values a bucket
+    ROUNDING = 7  # a ``Rounding``
+    META_BYTE = 8  # where the bucket metadata starts in the payload
+    DATA_BYTE = 9  # where codes or raw values start in the payload
+    PARAMETER = 10  # third counter word of the generator
+    GROUP = 11  # fourth counter word of the generator
+    LEVELS = 12  # where the segment's 2**bits learned levels start, in floats; -1: a uniform grid
+
+
+class Part(IntEnum):
+    """Columns of the int64 parts that say which segment table each payload of a call is for."""
+
+    KEY = 0  # the folded ``RandomKey``
+    TABLE = 1  # which of the segment tables
+    BUFFER = 2  # which row of the buffers
+    PAYLOAD = 3  # which row of the payloads
+    ADD = 4  # decode: 1 adds to what the buffer holds, 0 overwrites it; encode: 0
+
+
+def check_table(
     buffer: Tensor,
     table: Tensor,
     payload: Tensor,
     levels: Tensor | None = None,
     add: bool = False,
 ) -> None:
-    """Raise ValueError unless the arguments of ``encode`` or ``decode`` are what they need.
+    """Raise ValueError unless the segment table of ``encode`` or ``decode`` fits what is beside it.
 
     What the levels hold is not looked at: a codec call is safe whatever it is.
     """
@@ -39,7 +69,7 @@ def check(
         _check_adds(table)
 
 
-def check_all(
+def check_tables(
     buffers: Tensor,
     tables: Tensor,
     parts: Tensor,
@@ -48,7 +78,7 @@ def check_all(
     *,
     may_add: bool,
 ) -> None:
-    """Raise ValueError unless the arguments of ``encode_all`` or ``decode_all`` are what they need.
+    """Raise ValueError unless the segment tables of ``encode_all`` or ``decode_all`` fit the rest.
 
     Only what may add has parts that do. All tables are checked, each once.
     """
@@ -121,7 +151,7 @@ def _check_rows(
                 raise ValueError(
                     f"a segment has {field.name} {row[field]}: give 0 to {max(DType)}."
                 )
-        segment = Row(row)
+        segment = SegmentRow(row)
         segment.check(buffer_bytes, payload_bytes)
         segment.check_levels(0 if levels is None else levels.numel())
 
@@ -135,8 +165,8 @@ def _check_adds(table: Tensor) -> None:
             )
 
 
-class Row:
-    """One table row with names, and the slices it stands for."""
+class SegmentRow:
+    """One row of the segment table with names, and the slices it stands for."""
 
     def __init__(self, row: list[int]) -> None:
         self.bits, self.bucket = row[Field.BITS], row[Field.BUCKET]
@@ -146,6 +176,7 @@ class Row:
         self.wire = TORCH_DTYPES[DType(row[Field.WIRE])]
 
     def check(self, buffer_bytes: int, payload_bytes: int) -> None:
+        """Raise ValueError unless the row fits a buffer and a payload of these sizes."""
         row = self.row
         if self.bits not in (0, 2, 3, 4, 5, 6, 7, 8):
             raise ValueError(f"a segment has {self.bits} bits: give 2 to 8, or 0 for raw.")
@@ -176,6 +207,7 @@ class Row:
             )
 
     def check_levels(self, num_levels: int) -> None:
+        """Raise ValueError unless the row's learned levels are among ``num_levels`` floats."""
         start = self.row[Field.LEVELS]
         if start == -1:
             return
@@ -199,6 +231,7 @@ class Row:
 
     @property
     def num_codes(self) -> int:
+        """How many codes a value of the segment may have."""
         return 1 << self.bits
 
     def levels(self, levels: Tensor | None) -> Tensor | None:
@@ -208,6 +241,7 @@ class Row:
 
     @property
     def data_bytes(self) -> int:
+        """Bytes of the segment's codes, or of its values as they are."""
         if self.bits:
             return -(-self.numel * self.bits // 8)
         return self.numel * ITEM_BYTES[DType(self.row[Field.WIRE])]
@@ -217,16 +251,19 @@ class Row:
         return self._span(buffer, self.numel).clone().view(self.dtype)
 
     def store(self, buffer: Tensor, values: Tensor, keep_padding: bool) -> None:
+        """Write the decoded ``values`` into the segment's place in ``buffer``."""
         self._span(buffer, self.numel).copy_(values.view(torch.uint8))
         if not keep_padding:
             self._span(buffer, self.padded)[values.numel() * self.dtype.itemsize :].zero_()
 
     def meta(self, payload: Tensor) -> Tensor:
+        """The bytes of ``payload`` that hold the metadata of the segment's buckets."""
         return payload.narrow(
             0, self.row[Field.META_BYTE], META_BYTES * -(-self.numel // self.bucket)
         )
 
     def data(self, payload: Tensor) -> Tensor:
+        """The bytes of ``payload`` that hold the segment's codes or raw values."""
         return payload.narrow(0, self.row[Field.DATA_BYTE], self.data_bytes)
 
     def uniform(self, num: int, key: int, device: torch.device) -> Tensor:

@@ -11,23 +11,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp.codec.payload import HEADER_BYTES, Status
+from qsdp.codec.payload import HEADER_BYTES, PayloadStatus
 from qsdp.comm import transport
-from qsdp.comm.buffers import allocate
+from qsdp.comm.buffers import allocate_buffer, as_bytes
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers
 from qsdp.comm.topology import gathered_ranks
 from qsdp.comm.traffic import Traffic
-from qsdp.comm.transport import as_bytes
-from qsdp.comm.weight_cache import Payloads, Source, WeightCache, Weights
+from qsdp.comm.weight_cache import CacheablePayloads, FoundWeights, Source, WeightCache
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import collective
 from qsdp.common.gpu_streams import reads_on_this_stream, written_on_this_stream
 
 
 class WeightGather:
-    """A gather of one group that is under way.
+    """The all-gather of one group's weights that is under way.
 
     Trained and frozen weights have a layout each. What the cache has is decoded, the rest crosses
     the wire first.
@@ -48,8 +47,8 @@ class WeightGather:
         plan: Plan,
         cache: WeightCache,
         wire: Wire,
-        trained: Weights,
-        frozen: Weights,
+        trained: FoundWeights,
+        frozen: FoundWeights,
         input: Tensor,
         output: Tensor,
         *,
@@ -62,7 +61,7 @@ class WeightGather:
         self._sent: list[tuple[PayloadGather, bool]] = []
         if frozen.source is Source.WIRE:  # once for all steps, so also for a warm-up's
             layout = plan.gather(frozen.places, is_frozen=True)
-            buffer = allocate(plan.world_size * layout.payload_bytes, input.device)
+            buffer = allocate_buffer(plan.world_size * layout.payload_bytes, input.device)
             sent = PayloadGather(plan, layout, input, wire, buffer, is_frozen=True)
             self._sent.append((sent, True))
         if trained.source is Source.WIRE:
@@ -79,10 +78,10 @@ class WeightGather:
         Raises RuntimeError when a header is not what is expected, or a pruned weight is not zero.
         """
         for payloads in self._kept:
-            decode(self._plan, payloads, self._output, self._wire)
+            decode_gathered(self._plan, payloads, self._output, self._wire)
         for gathering, is_frozen in self._sent:
             payloads = gathering.finish()
-            decode(self._plan, payloads, self._output, self._wire)
+            decode_gathered(self._plan, payloads, self._output, self._wire)
             if is_frozen:
                 self._cache.keep_frozen(payloads)
             elif self._keeps:
@@ -92,7 +91,7 @@ class WeightGather:
 
 
 class PayloadGather:
-    """A gather of one layout that is under way.
+    """The all-gather of one layout's payloads that is under way.
 
     1. Encode this rank's shard. The input may be a view into the output: it is read first.
     2. One all-gather of payloads a stage, from the outermost to the innermost, of all that this
@@ -122,7 +121,7 @@ class PayloadGather:
         keys = (clock.frozen_keys if is_frozen else clock.gather_keys)(plan.world_size)
         step = 0 if is_frozen else clock.step
         self._plan, self._wire = plan, wire
-        self._payloads = Payloads(layout, buffer, step, keys)
+        self._payloads = CacheablePayloads(layout, buffer, step, keys)
         size, group = layout.payload_bytes, plan.stages[-1].group
         self._gathered = self._room(group.size() * size)
         own = self._gathered.narrow(0, group.rank() * size, size)
@@ -135,12 +134,14 @@ class PayloadGather:
                 layout.encode(plan.rank, shard, key, header, own, pool, levels)
             except RuntimeError as error:  # the others wait for a payload of this size
                 self._mistake = error
-                header = layout.header(plan.rank, step, Status.FAILED)
+                header = layout.header(plan.rank, step, PayloadStatus.FAILED)
                 own[:HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
         with self._on_the_wire():
-            self._arrival = transport.all_gather(self._gathered, own, group, async_op=async_op)
+            self._arrival = transport.start_all_gather(
+                self._gathered, own, group, async_op=async_op
+            )
 
-    def finish(self) -> Payloads:
+    def finish(self) -> CacheablePayloads:
         """Wait for the payloads.
 
         Raises RuntimeError when a header is not what is expected, or a pruned weight is not zero.
@@ -152,7 +153,7 @@ class PayloadGather:
             for stage in reversed(plan.stages[:-1]):
                 handed_on = self._gathered
                 self._gathered = self._room(stage.size * handed_on.numel())
-                seen = transport.all_gather(self._gathered, handed_on, stage.group).wait()
+                seen = transport.start_all_gather(self._gathered, handed_on, stage.group).wait()
                 wire.buffers.release(handed_on)
         for stage in reversed(plan.stages):
             wire.traffic.gathered("gather", stage.group, size)
@@ -187,7 +188,7 @@ class PayloadGather:
 
 
 class GatheringWork(dist.Work):
-    """What FSDP2 waits for before it uses a gather that it asked for ahead of time."""
+    """What FSDP2 waits for before it uses an all-gather that it asked for ahead of time."""
 
     def __init__(self, finish: Any) -> None:
         super().__init__()
@@ -195,6 +196,7 @@ class GatheringWork(dist.Work):
 
     @property
     def is_finished(self) -> bool:
+        """Whether the gather was waited for."""
         return self._finish is None
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
@@ -205,8 +207,8 @@ class GatheringWork(dist.Work):
         return True
 
 
-def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
-    """Decode every rank's payload into its slice of the flat ``output``.
+def decode_gathered(plan: Plan, payloads: CacheablePayloads, output: Tensor, wire: Wire) -> None:
+    """Decode what an all-gather brought: each rank's payload into its slice of ``output``.
 
     This rank's own is decoded too: all ranks compute with the same weights.
     """
@@ -224,7 +226,7 @@ def decode(plan: Plan, payloads: Payloads, output: Tensor, wire: Wire) -> None:
 def regather(output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: Traffic) -> None:
     """All-gather weights that were decoded before, as they are: never quantize twice."""
     with collective("gather of decoded weights"):
-        transport.all_gather(output, input, group).wait()
+        transport.start_all_gather(output, input, group).wait()
     num_bytes = input.numel() * input.element_size()
     num_values = input.numel() if input.is_floating_point() else num_bytes // 4
     traffic.gathered("gather", group, num_bytes)

@@ -13,7 +13,7 @@ from qsdp.config import CODED_BITS, QSDPConfig
 
 
 class Claim(NamedTuple):
-    """What a budget knows of one parameter's coded weights, or gradients."""
+    """What a bit budget knows of one parameter's coded weights, or gradients."""
 
     numel: int
     """Values of the whole parameter."""
@@ -26,7 +26,7 @@ class Claim(NamedTuple):
 
 
 def check_budget(weights: Sequence[Claim], grads: Sequence[Claim], config: QSDPConfig) -> None:
-    """Raise ValueError if there is a budget and nothing to allot, or not enough for 2 bits each."""
+    """Raise ValueError if there is a bit budget and nothing to allot, or too little for 2 bits."""
     if config.budget is None:
         return
     if all(claim.kept_bits is not None for claim in (*weights, *grads)):
@@ -47,11 +47,11 @@ def allot(
     *,
     is_grad: bool,
 ) -> list[int]:
-    """Bits for each parameter so that the sum of squared errors is least within the budget.
+    """Allot a bit budget: bits for each parameter so that the squared error is least within it.
 
-    From 2 bits each, the parameter whose error falls most for a bit of payload gets one bit more,
-    as long as all payloads, padding and bucket metadata included, stay within ``budget`` bits a
-    value.
+    That error is a sum over parameters. From 2 bits each, the parameter whose error falls most for
+    a bit of payload gets one bit more, as long as all payloads, padding and bucket metadata
+    included, stay within ``budget`` bits a value.
 
     Args:
         claims: Those of all parameters that are coded.

@@ -7,8 +7,8 @@ the set that they agreed on last, and its reduce is as large as that set makes i
 
     first reduce of a group         an all-gather of 8 bytes first: do all have the same set?
     a rank has the agreed set       it reduces; not a byte, not a collective more than without this
-    a rank has another set          it sends as many bytes, whose headers say so (``Status``); the
-                                    others see it where they check headers anyway
+    a rank has another set          it sends as many bytes, whose headers say so; the others see it
+                                    where they check headers anyway (``PayloadStatus``)
     all ranks have other sets       they ask again as the first time, and then reduce
     some ranks have other sets      all ask each other, and raise: they name the parameters
 
@@ -33,12 +33,12 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from qsdp.codec.payload import Status
+from qsdp.codec.payload import PayloadStatus
 from qsdp.comm import transport
+from qsdp.comm.differing_gradients import GradientsDiffer
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers, only_header
-from qsdp.comm.late_reduce import SetsDiffer
 from qsdp.comm.reduce_scatter import Exchange
 from qsdp.common.collective_errors import collective
 from qsdp.common.rank_agreement import compare
@@ -48,7 +48,7 @@ Places = tuple[int, ...]
 
 
 class Consensus:
-    """The parameters of one group that all ranks reduce: see [Note: Consensus].
+    """The consensus on the gradients of one group that all ranks reduce: [Note: Consensus].
 
     Args:
         plan: How the group travels.
@@ -82,28 +82,28 @@ class Consensus:
 
         Raises:
             RuntimeError: All have changed to different ones; on every rank, except over NCCL.
-            SetsDiffer: Some ranks have the agreed ones: the others hear of it in their reduce.
+            GradientsDiffer: Some ranks have the agreed ones: the others hear of it in their reduce.
         """
         if places == self._agreed:
             return
         if self._agreed is not None:
             status = self._announce(exchanges(self._agreed), step, device)
             status = self.tell_replicas(averaged(self._agreed), step, device, status)
-            if status != Status.CHANGED:
-                raise SetsDiffer
+            if status != PayloadStatus.CHANGED:
+                raise GradientsDiffer
         self._ask(places, group)
 
     def refuse(self, places: Places, group: dist.ProcessGroup, device: torch.device) -> None:
         """Raise RuntimeError, since some ranks have the agreed set and some have not."""
         assert self._agreed is not None
-        if transport.is_seen(group, device):
+        if transport.host_can_read(group, device):
             self._ask(places, group)
         here = f"rank {dist.get_rank()}"
         raise RuntimeError(self._difference("another rank", self._agreed, here, places))
 
     def tell_replicas(
-        self, layout: GroupLayout, step: int, device: torch.device, status: Status
-    ) -> Status:
+        self, layout: GroupLayout, step: int, device: torch.device, status: PayloadStatus
+    ) -> PayloadStatus:
         """Take part in an average over the replicas without having anything to average.
 
         Returns this rank's status after what it heard.
@@ -114,15 +114,17 @@ class Consensus:
         own = only_header(layout, dist.get_rank(), step, status).to(device)
         received = own.new_empty(len(ranks) * own.numel())
         with collective("all-reduce between replicas", self._plan.names, step):
-            transport.all_gather(received, own, self._replicas).wait()
+            transport.start_all_gather(received, own, self._replicas).wait()
         return check_headers(received, layout, ranks, step, self._plan, status)
 
-    def _announce(self, exchanges: Sequence[Exchange], step: int, device: torch.device) -> Status:
+    def _announce(
+        self, exchanges: Sequence[Exchange], step: int, device: torch.device
+    ) -> PayloadStatus:
         """Take part in a reduce of the agreed set without having it.
 
         Returns CHANGED if all ranks did so, else MIXED.
         """
-        status = Status.CHANGED
+        status = PayloadStatus.CHANGED
         for layout, _, group, owned in exchanges:
             ranks = dist.get_process_group_ranks(group)
             me = group.rank()
@@ -135,7 +137,7 @@ class Consensus:
             received = torch.empty_like(payloads)
             splits = [width * size if rank != me else 0 for rank in range(group.size())]
             with collective("reduce", self._plan.names, step):
-                transport.all_to_all(received, payloads, splits, splits, group).wait()
+                transport.start_all_to_all(received, payloads, splits, splits, group).wait()
             status = check_headers(received, layout, senders, step, self._plan, status)
         return status
 

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from qsdp import ops
-from qsdp.codec.payload import VERSION, Field, Layout, Part, Segment, Status, hash_of, offsets
+from qsdp.codec.payload import VERSION, Layout, PayloadStatus, Segment, payload_offsets, plan_hash
+from qsdp.codec.segment_table import Field, Part
 from qsdp.comm.buffers import BufferPool
 from qsdp.comm.pruned_slices import PrunedSlices
-from qsdp.comm.routes import Route, gathered
+from qsdp.comm.routes import Route, gather_route
 from qsdp.common.dtypes import ITEM_BYTES, DType
 
 
 class GroupLayout:
-    """One direction of a group, with the codec's tables of every rank.
+    """The layout of one direction of a group, with the codec's tables of every rank.
 
     Args:
         segments: Those of a rank's slice of the flat buffer; all ranks' slices are of one size.
@@ -47,11 +48,11 @@ class GroupLayout:
         padded = torch.tensor([segment.padded for segment in segments])
         if pruned is not None:
             numels, padded = numels.minimum(pruned.counts), pruned.counts
-            self._hash = hash_of([self._hash, *padded.flatten().tolist()])
+            self._hash = plan_hash([self._hash, *padded.flatten().tolist()])
         sizes = torch.cat([numels, padded.expand_as(numels)], dim=1)
         kinds, self._kinds = torch.unique(sizes, dim=0, return_inverse=True)
         self._numels, self._padded = kinds.split(len(segments), dim=1)
-        meta, data, payload_bytes = offsets(segments, [*self._padded.numpy().T])
+        meta, data, payload_bytes = payload_offsets(segments, [*self._padded.numpy().T])
         starts_of_both = np.empty((2, len(segments), len(kinds)), dtype=np.int64)
         for i, each in enumerate((meta, data)):
             for segment, at in enumerate(each):
@@ -109,7 +110,9 @@ class GroupLayout:
         parts[:, Part.KEY] = keys
         return parts
 
-    def header(self, sender: int, step: int, status: Status = Status.KEPT) -> list[int]:
+    def header(
+        self, sender: int, step: int, status: PayloadStatus = PayloadStatus.KEPT
+    ) -> list[int]:
         """The four int64 words that open a payload."""
         return [VERSION << 32 | sender, step, self.payload_bytes, self._hash ^ status]
 
@@ -158,7 +161,7 @@ class GroupLayout:
             pool: Buffers for what is decoded.
             levels: The learned levels, if any.
         """
-        parts = self.parts(gathered(order), keys)
+        parts = self.parts(gather_route(order), keys)
         pruned = self.pruned
         if pruned is None:
             ops.decode_all(payloads, self.tables, parts, slices, levels)

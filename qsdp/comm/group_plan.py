@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.codec.payload import Segment
-from qsdp.codec.random_numbers import Stage
+from qsdp.codec.random_numbers import KeyStage
 from qsdp.comm.bit_budget import Claim
 from qsdp.comm.group_layout import GroupLayout
-from qsdp.comm.level_fitting import Kind, offset
-from qsdp.comm.pruned_slices import Masks, PrunedSlices
+from qsdp.comm.learned_levels import LevelKind, levels_offset
+from qsdp.comm.pruned_slices import PrunedSlices, SliceMasks
 from qsdp.comm.topology import StageGroup
 from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.common.rounding import Rounding
@@ -31,7 +31,7 @@ A step uses few of each: frozen or not, stages, replicas, what was agreed on.
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """What the plan knows of one parameter of a group."""
+    """What a group's plan knows of one of its parameters."""
 
     name: str
     index: int
@@ -61,7 +61,7 @@ class Parameter:
 
 
 class Plan:
-    """How one group travels.
+    """The plan of one group: how its parameters travel.
 
     ``stages`` says whom this rank exchanges with, innermost first ([Note: Stages]): flat until all
     ranks have agreed. ``has_sparse_grads`` says whether under a support only the gradients of kept
@@ -84,13 +84,13 @@ class Plan:
         self.parameters = self._made_with = tuple(parameters)
         self.index = index
         self.group = group
-        self.stages: tuple[StageGroup, ...] = (StageGroup(Stage.FLAT, group),)
+        self.stages: tuple[StageGroup, ...] = (StageGroup(KeyStage.FLAT, group),)
         self.world_size = group.size()
         self.rank = group.rank()
         self.names = tuple(p.name for p in parameters)
         self.name = group_for_user(self.names)
         self._config = config
-        self._support: Mapping[int, Masks] = {}
+        self._support: Mapping[int, SliceMasks] = {}
         self.has_sparse_grads = True
         self._layouts: dict[tuple[object, ...], GroupLayout] = {}
         """The layouts that are kept, in the order of their last use."""
@@ -129,7 +129,7 @@ class Plan:
         )
         self._layouts.clear()
 
-    def set_support(self, masks: Mapping[int, Masks], *, with_grads: bool = True) -> None:
+    def set_support(self, masks: Mapping[int, SliceMasks], *, with_grads: bool = True) -> None:
         """Let only some weights of the parameters at these places not be zero: [Note: Support].
 
         ``with_grads``: nobody wants the gradients of the others either.
@@ -169,7 +169,9 @@ class Plan:
         kept = [mask is not None for mask in masks] or [False] * len(places)
         segments = []
         for p, is_kept in zip((self.parameters[i] for i in places), kept, strict=True):
-            kind = Kind.FROZEN if is_frozen else Kind.KEPT if is_kept else Kind.WEIGHT
+            kind = (
+                LevelKind.FROZEN if is_frozen else LevelKind.KEPT if is_kept else LevelKind.WEIGHT
+            )
             segments.append(self._segment(p, p.dtype, max(p.weight_bits, least_bits), kind))
         return self._keep(key, self._layout(segments, places, masks, [starts[i] for i in places]))
 
@@ -193,7 +195,7 @@ class Plan:
             bits = p.grad_bits
             if is_local and bits <= 8:
                 bits = self._config.local_grad_bits or 8
-            segments.append(self._segment(p, dtype, max(bits, least_bits), Kind.GRAD))
+            segments.append(self._segment(p, dtype, max(bits, least_bits), LevelKind.GRAD))
         return self._keep(key, self._layout(segments, with_grad, masks))
 
     def _known(self, key: tuple[object, ...]) -> GroupLayout | None:
@@ -213,7 +215,7 @@ class Plan:
         self,
         segments: list[Segment],
         places: tuple[int, ...],
-        masks: Sequence[Masks | None],
+        masks: Sequence[SliceMasks | None],
         starts: Sequence[int] | None = None,
     ) -> GroupLayout:
         pruned = PrunedSlices(segments, starts, masks) if masks else None
@@ -229,13 +231,15 @@ class Plan:
         ]
         return torch.tensor(by_parameter).T
 
-    def _masks(self, places: Sequence[int]) -> list[Masks | None]:
+    def _masks(self, places: Sequence[int]) -> list[SliceMasks | None]:
         """By place, the masks; an empty list where there are none."""
         if not any(place in self._support for place in places):
             return []
         return [self._support.get(place) for place in places]
 
-    def _segment(self, parameter: Parameter, dtype: torch.dtype, bits: int, kind: Kind) -> Segment:
+    def _segment(
+        self, parameter: Parameter, dtype: torch.dtype, bits: int, kind: LevelKind
+    ) -> Segment:
         own = CODEC_DTYPES.get(dtype, DType.OPAQUE)
         narrow = bits == 16 and own == DType.FP32
         return Segment(
@@ -244,9 +248,9 @@ class Plan:
             wire=DType.BF16 if narrow else own,
             padded=parameter.padded_numel(self.world_size) * _units(dtype),
             parameter=parameter.index,
-            bucket=self._config.bucket_of(bits, is_grad=kind == Kind.GRAD),
+            bucket=self._config.bucket_of(bits, is_grad=kind == LevelKind.GRAD),
             rounding=Rounding.of(self._config.rounding_of(bits)),
-            levels=offset(self._config, parameter.index, bits, kind),
+            levels=levels_offset(self._config, parameter.index, bits, kind),
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qsdp.codec.payload import HEADER_BYTES, Status
+from qsdp.codec.payload import HEADER_BYTES, PayloadStatus
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 
@@ -18,9 +18,9 @@ def check_headers(
     senders: Sequence[int],
     step: int,
     plan: Plan,
-    status: Status = Status.KEPT,
-) -> Status:
-    """Raise RuntimeError unless every payload opens as expected.
+    status: PayloadStatus = PayloadStatus.KEPT,
+) -> PayloadStatus:
+    """Raise RuntimeError unless the headers of all payloads are as expected.
 
     ``payloads`` are None where nobody looks at them. That is so for a GPU's over NCCL, for it would
     stop the stream: there the size of the collective is the only check.
@@ -32,15 +32,15 @@ def check_headers(
     found = payloads.view(len(senders), -1)[:, :HEADER_BYTES].view(torch.int64)
     expected = layout.expected_headers(senders, step)
     found = found.cpu()
-    if status == Status.KEPT and torch.equal(found, expected):
+    if status == PayloadStatus.KEPT and torch.equal(found, expected):
         return status
     difference = found ^ expected
     heard = difference[:, 3].tolist()
-    difference[:, 3] = torch.tensor([each not in list(Status) for each in heard])
-    if Status.FAILED in heard:
+    difference[:, 3] = torch.tensor([each not in list(PayloadStatus) for each in heard])
+    if PayloadStatus.FAILED in heard:
         raise RuntimeError(
-            f"rank {senders[heard.index(Status.FAILED)]} cannot send its part of the group of "
-            f"{plan.name}, and says why: do the same on every rank."
+            f"rank {senders[heard.index(PayloadStatus.FAILED)]} cannot send its part of the group "
+            f"of {plan.name}, and says why: do the same on every rank."
         )
     if difference.any():
         row = int(difference.any(1).nonzero()[0])
@@ -49,11 +49,11 @@ def check_headers(
             f"of {plan.name}, but {expected[row].tolist()} is expected (version and sender, "
             "step, bytes, plan): run the same model, config and step on every rank."
         )
-    return status if set(heard) == {status} else Status.MIXED
+    return status if set(heard) == {status} else PayloadStatus.MIXED
 
 
-def only_header(layout: GroupLayout, sender: int, step: int, status: Status) -> Tensor:
-    """A payload that says nothing but ``status``."""
+def only_header(layout: GroupLayout, sender: int, step: int, status: PayloadStatus) -> Tensor:
+    """A payload that is a header alone, and says nothing but ``status``."""
     payload = torch.zeros(layout.payload_bytes, dtype=torch.uint8)
     payload[:HEADER_BYTES] = torch.tensor(layout.header(sender, step, status)).view(torch.uint8)
     return payload

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qsdp.codec.random_numbers import Direction, Stage, fold_all
+from qsdp.codec.random_numbers import KeyDirection, KeyStage, fold_keys
 from qsdp.comm.routes import Route
 
 
@@ -19,7 +19,7 @@ def _everyone(num_ranks: int) -> tuple[Tensor, Tensor]:
 
 
 class Clock:
-    """Counts synchronised backward passes.
+    """The clock of the random keys: counts synchronised backward passes.
 
     The step advances at the first gather outside a backward pass that follows a reduce. Forward,
     recomputation and backward of one pass therefore share a step, and so do the micro-batches that
@@ -59,26 +59,28 @@ class Clock:
 
     def gather_keys(self, num_ranks: int) -> Tensor:
         """int64 [ranks], by the rank in the shard group: replicas decode the same weights."""
-        return self._once_a_step(self.step, Direction.GATHER, Stage.FLAT, 0, _everyone(num_ranks))
+        return self._once_a_step(
+            self.step, KeyDirection.GATHER, KeyStage.FLAT, 0, _everyone(num_ranks)
+        )
 
     def frozen_keys(self, num_ranks: int) -> Tensor:
         """int64 [ranks], the keys of weights that are sent once for all steps."""
-        return self._once_a_step(0, Direction.FROZEN, Stage.FLAT, 0, _everyone(num_ranks))
+        return self._once_a_step(0, KeyDirection.FROZEN, KeyStage.FLAT, 0, _everyone(num_ranks))
 
-    def reduce_keys(self, stage: Stage, occurrence: int, route: Route) -> Tensor:
+    def reduce_keys(self, stage: KeyStage, occurrence: int, route: Route) -> Tensor:
         """int64 [payloads], the keys of what a reduce sends along ``route``.
 
         Senders are global ranks: every replica rounds for itself. Receivers are ranks of the shard
         group, the rows' owners.
         """
         ends = route.senders, route.owners
-        return self._once_a_step(self.step, Direction.REDUCE, stage, occurrence, ends)
+        return self._once_a_step(self.step, KeyDirection.REDUCE, stage, occurrence, ends)
 
     def _once_a_step(
         self,
         step: int,
-        direction: Direction,
-        stage: Stage,
+        direction: KeyDirection,
+        stage: KeyStage,
         occurrence: int,
         ends: tuple[Tensor, Tensor],
     ) -> Tensor:
@@ -91,11 +93,12 @@ class Clock:
         whose = direction, stage, *map(id, ends)
         made_for, keys, _ = self._made.get(whose, (-1, None, None))
         if keys is None or made_for != occurrence:
-            keys = fold_all(self.seed, step, direction, stage, occurrence, *ends)
+            keys = fold_keys(self.seed, step, direction, stage, occurrence, *ends)
             self._made[whose] = occurrence, keys, ends  # which keeps their ids theirs
         return keys
 
     def state_dict(self) -> dict[str, int]:
+        """The seed and the step, which checkpoints keep."""
         return {"seed": self.seed, "step": self.step, "reduced": int(self._reduced)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qsdp.comm.differing_gradients import GradientsDiffer
+
 MOST_UNDER_WAY = 2
 """Reduces that are left under way: each has buffers and a copy of this rank's own row."""
 
 
-class SetsDiffer(Exception):
-    """Some ranks have the agreed gradients to reduce, and some have others: [Note: Consensus]."""
-
-
 def exhaust(reducing: Generator[None, None, int]) -> int:
-    """Go through all that is left of a reduce. Returns what it returns."""
+    """Go through all that is left of a reduce that may be late. Returns what it returns."""
     while True:
         try:
             next(reducing)
@@ -28,7 +26,7 @@ def exhaust(reducing: Generator[None, None, int]) -> int:
 
 @dataclass(eq=False)
 class LateReduce:
-    """A reduce under way, or one of which this rank knows that ranks reduce different gradients."""
+    """A late reduce: one under way, or of which this rank knows that ranks' gradients differ."""
 
     group: int
     """The plan's index."""
@@ -50,7 +48,7 @@ class LateReduce:
         reducing, self.reducing = self.reducing, None
         try:
             exhaust(reducing)
-        except SetsDiffer:
+        except GradientsDiffer:
             self.output.fill_(math.nan)
             return False
         self.divide(self.output)
@@ -58,7 +56,7 @@ class LateReduce:
 
 
 class Late:
-    """What is under way, in the order in which it began. It holds no model.
+    """The late reduces that are under way, in the order in which they began. It holds no model.
 
     [Note: Late] A reduce returns as soon as the payloads of its last stage travel; earlier stages
     have faster links, and are waited for. It is finished before a third would be under way, before
@@ -77,6 +75,7 @@ class Late:
 
     @property
     def num_under_way(self) -> int:
+        """How many reduces are under way."""
         return len(self._under_way())
 
     def make_room(self, group: int, *, adds: bool = False) -> int:

@@ -13,7 +13,7 @@ PHASES = ("encode", "wire", "decode")
 
 
 class Times:
-    """Cumulative seconds of one handle, by direction and phase.
+    """Cumulative times of one handle's phases, in seconds by direction and phase.
 
     On CPUs a phase is as long as its calls take: of a gather that runs beside the computation, the
     wire is what is still to be waited for. On GPUs it is the time between two events of the stream.

@@ -9,9 +9,10 @@ from qsdp.config import QSDPConfig
 
 
 def check_policy(config: QSDPConfig, names: Sequence[str], aliases: Mapping[str, str]) -> None:
-    """Raise ValueError unless every pattern sets the bits of one of a model's ``names``.
+    """Raise ValueError unless every pattern of the policy sets the bits of one of ``names``.
 
-    ``aliases`` are further names of tied parameters, each with the one among ``names``.
+    Those are a model's; ``aliases`` are further names of tied parameters, each with the one among
+    ``names``.
     """
     left = set(names)
     for pattern, _ in config.policy:
@@ -36,7 +37,7 @@ def check_policy(config: QSDPConfig, names: Sequence[str], aliases: Mapping[str,
 
 
 def check_embeddings(config: QSDPConfig, names: Collection[str]) -> None:
-    """Raise ValueError where ``embedding_bits`` set the bits of none of the ``names``."""
+    """Raise ValueError where ``embedding_bits``, beside the policy, give none of ``names`` bits."""
     if config.embedding_bits is None or any(config.bits_by_policy(n) is None for n in names):
         return
     why = "which the policy gives bits already" if names else "of which the model has none"

@@ -19,8 +19,8 @@ _ROOM = 1 << 20
 """Bytes of kept values that are expanded at once: they stay in a core's cache."""
 
 
-class Masks(NamedTuple):
-    """What all ranks keep of their shards of one parameter."""
+class SliceMasks(NamedTuple):
+    """The masks by which all ranks' slices of one parameter are pruned."""
 
     bits: Tensor
     """uint8 [ranks, bytes], see ``bitmask``: of all parameters of the exchange."""
@@ -31,7 +31,7 @@ class Masks(NamedTuple):
 
 
 class PrunedSlices:
-    """What is kept of each rank's slice: one segment after another, without a gap.
+    """What is kept of each rank's pruned slice: one segment after another, without a gap.
 
     ``counts``, int64 [ranks, segments], are the values that are kept; ``width`` is the bytes that
     the longest takes, a whole number of blocks of 16.
@@ -46,7 +46,7 @@ class PrunedSlices:
         self,
         segments: Sequence[Segment],
         starts: Sequence[int] | None,
-        masks: Sequence[Masks | None],
+        masks: Sequence[SliceMasks | None],
     ) -> None:
         self._bits = next(each.bits for each in masks if each is not None)
         self._masks = masks

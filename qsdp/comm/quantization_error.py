@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import ops
-from qsdp.codec.payload import Field, Layout, Segment
-from qsdp.comm.level_fitting import Kind, offset
+from qsdp.codec.payload import Layout, Segment
+from qsdp.codec.segment_table import Field
+from qsdp.comm.learned_levels import LevelKind, levels_offset
 from qsdp.common.dtypes import DType
 from qsdp.common.gpu_streams import reads_on_this_stream
 from qsdp.common.rounding import Rounding
@@ -20,9 +21,10 @@ from qsdp.config import QSDPConfig
 
 
 class Meter:
-    """Adds up the squares of values and of their errors for each parameter and direction.
+    """Measures quantization errors: adds up squares for each parameter and direction.
 
-    Values are decoded as the wire does: weights into their own type, gradients into fp32.
+    The squares are those of values and of their errors. Values are decoded as the wire does:
+    weights into their own type, gradients into fp32.
 
     Args:
         config: Buckets and roundings.
@@ -37,13 +39,13 @@ class Meter:
         # fp64 [2] each, error and square: on the values' device, so that the host need not wait.
         self._sums: dict[tuple[int, bool, int], Tensor] = {}
 
-    def add_values(self, row: list[int], values: Tensor, kind: Kind) -> None:
+    def add_values(self, row: list[int], values: Tensor, kind: LevelKind) -> None:
         """Measure the 1-D ``values`` of one table row's segment, if they are coded."""
         if not row[Field.BITS]:
             return
         for bits in self._bits or [row[Field.BITS]]:
             found = self._measure(values, row, bits, kind)
-            key = (row[Field.PARAMETER], kind == Kind.GRAD, bits if self._bits else 0)
+            key = (row[Field.PARAMETER], kind == LevelKind.GRAD, bits if self._bits else 0)
             if key in self._sums:
                 reads_on_this_stream(self._sums[key])  # of a reduce; replicas have another stream
                 found = self._sums[key] + found
@@ -75,18 +77,18 @@ class Meter:
                 total += part
         return total.view(-1, 2)
 
-    def _measure(self, values: Tensor, row: list[int], bits: int, kind: Kind) -> Tensor:
+    def _measure(self, values: Tensor, row: list[int], bits: int, kind: LevelKind) -> Tensor:
         segment = Segment(
             bits=bits,
             dtype=DType(row[Field.DTYPE]),
             padded=values.numel(),
             parameter=row[Field.PARAMETER],
-            bucket=self._config.bucket_of(bits, is_grad=kind == Kind.GRAD),
+            bucket=self._config.bucket_of(bits, is_grad=kind == LevelKind.GRAD),
             rounding=Rounding.of(self._config.rounding_of(bits)),
-            levels=offset(self._config, row[Field.PARAMETER], bits, kind),
+            levels=levels_offset(self._config, row[Field.PARAMETER], bits, kind),
         )
         layout = Layout([segment], row[Field.GROUP])
-        is_grad = kind == Kind.GRAD
+        is_grad = kind == LevelKind.GRAD
         encode, decode = (
             torch.tensor(layout.table([values.numel()], dtype))
             for dtype in (None, DType.FP32 if is_grad else None)

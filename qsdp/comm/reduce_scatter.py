@@ -11,37 +11,37 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import ops
-from qsdp.codec.payload import Status
-from qsdp.codec.random_numbers import Stage
+from qsdp.codec.payload import PayloadStatus
+from qsdp.codec.random_numbers import KeyStage
 from qsdp.comm import transport
+from qsdp.comm.buffers import as_bytes
+from qsdp.comm.differing_gradients import GradientsDiffer
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers
-from qsdp.comm.late_reduce import SetsDiffer
-from qsdp.comm.routes import received, sent
-from qsdp.comm.transport import as_bytes
+from qsdp.comm.routes import received_route, sent_route
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import collective
 
 
 class Exchange(NamedTuple):
-    """One all-to-all of a reduce."""
+    """One exchange of a reduce-scatter: an all-to-all of a stage."""
 
     layout: GroupLayout
-    stage: Stage
+    stage: KeyStage
     group: dist.ProcessGroup
     owned: tuple[tuple[int, ...], ...]
     """The rows, of all the shard group's, that each rank of the group ends with."""
 
 
-def exchanges_of(
+def reduce_exchanges(
     plan: Plan,
     with_grad: tuple[int, ...],
     dtype: torch.dtype,
     group: dist.ProcessGroup,
     wire: Wire,
 ) -> list[Exchange]:
-    """The exchanges of a reduce of the parameters at places ``with_grad``, in ``dtype``.
+    """The exchanges of a reduce-scatter of the parameters at places ``with_grad``, in ``dtype``.
 
     There is one for each stage of the plan ([Note: Stages]); that of all ranks is over ``group``.
     After the first, fp32 sums are sent. Over nodes, what crosses their boundaries is 1 /
@@ -77,14 +77,14 @@ def reduce(
     *,
     is_late: bool,
 ) -> Generator[None, None, int]:
-    """Sum ``input`` [world * shard] over ranks, this rank's row into ``output`` [shard].
+    """The reduce-scatter: sum ``input`` [world * shard], this rank's row into ``output`` [shard].
 
     A generator that stops once an exchange, where the payloads are on the wire and, on CPUs, this
     thread can do something else. All that its keys and codec depend on is bound before its stop.
 
     Args:
         plan: How the group travels.
-        exchanges: See ``exchanges_of``.
+        exchanges: See ``reduce_exchanges``.
         output, input: Of one dtype.
         wire: With the step, counters and buffers.
         slot: A slot of buffers that no other reduce may use meanwhile.
@@ -95,10 +95,10 @@ def reduce(
 
     Raises:
         RuntimeError: A header is not what this rank expects.
-        SetsDiffer: Another rank has other parameters to reduce.
+        GradientsDiffer: Another rank has other parameters to reduce.
     """
     occurrence = wire.clock.before_reduce(plan.index)
-    layout, status = exchanges[0].layout, Status.KEPT
+    layout, status = exchanges[0].layout, PayloadStatus.KEPT
     values = layout.compact(input.view(plan.world_size, output.numel()), wire.buffers)
     rows = _Rows(values, tuple(range(plan.world_size)))
     del input, values
@@ -107,8 +107,8 @@ def reduce(
         into = output if is_last and layout.pruned is None else None
         keeps = is_late and len(exchanges) == 1  # else only sums are needed at the last stop
         status = yield from _take(plan, exchange, rows, occurrence, wire, slot, into, status, keeps)
-    if status != Status.KEPT:
-        raise SetsDiffer
+    if status != PayloadStatus.KEPT:
+        raise GradientsDiffer
     layout.expand(plan.rank, rows.values[0], output)
     wire.traffic.in_fp32("reduce", plan.world_size, exchanges[-1].layout.num_values)
     return occurrence
@@ -122,9 +122,9 @@ def _take(
     wire: Wire,
     slot: int,
     output: Tensor | None,
-    status: Status,
+    status: PayloadStatus,
     keeps: bool,
-) -> Generator[None, None, Status]:
+) -> Generator[None, None, PayloadStatus]:
     """Take one exchange: what is left are ``rows`` of this rank, fp32 sums over its group.
 
     1. Encode the rows of every other rank: unbiased, each with a key of its own.
@@ -151,7 +151,7 @@ def _take(
     def take(purpose: str, num_bytes: int) -> Tensor:
         return wire.buffers.take(f"{purpose} {slot}", num_bytes, device)
 
-    to_send = sent(rows.owners, me, global_ranks)
+    to_send = sent_route(rows.owners, me, global_ranks)
     num_bytes = len(to_send.payloads) * size
     outgoing, incoming = take("send", num_bytes), take("receive", num_bytes)
     header = layout.header(global_ranks[me], step, status)
@@ -164,13 +164,13 @@ def _take(
 
     splits = [width * size if rank != me else 0 for rank in range(num_ranks)]
     with collective("reduce", plan.names, step), wire.times.measure("reduce", "wire", device):
-        arrival = transport.all_to_all(incoming, outgoing, splits, splits, group)
+        arrival = transport.start_all_to_all(incoming, outgoing, splits, splits, group)
     own = values[me::num_ranks]
     if keeps or layout.pruned is not None:  # a pruned row lies among those that were sent
         own = take("own rows", own.nbytes).view(own.dtype).view_as(own).copy_(own)
     rows.values, rows.owners = own, owned[me]
     del values, given, own
-    to_add = received(owned[me], me, global_ranks)
+    to_add = received_route(owned[me], me, global_ranks)
     parts = layout.parts(to_add, wire.clock.reduce_keys(stage, occurrence, to_add))
     yield
     with collective("reduce", plan.names, step), wire.times.measure("reduce", "wire", device):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """The payloads of one call, in order: int64 [payloads] each."""
+    """A route: the payloads of one call of the codec, in order, int64 [payloads] each."""
 
     owners: Tensor
     """Ranks of the shard group whose slices they are; in a reduce, those that they go to."""
@@ -26,16 +26,16 @@ class Route:
 
 
 @lru_cache
-def gathered(order: tuple[int, ...]) -> Route:
-    """What comes of a gather that leaves the payloads of ranks in ``order``."""
+def gather_route(order: tuple[int, ...]) -> Route:
+    """The route of what a gather brings, which leaves the payloads of ranks in ``order``."""
     ranks = torch.arange(len(order))
     places = torch.tensor(order).argsort()
     return Route(ranks, ranks, ranks, places, torch.zeros_like(ranks))
 
 
 @lru_cache
-def sent(owners: tuple[int, ...], me: int, global_ranks: tuple[int, ...]) -> Route:
-    """What the rank at place ``me`` of ``global_ranks`` sends of its rows.
+def sent_route(owners: tuple[int, ...], me: int, global_ranks: tuple[int, ...]) -> Route:
+    """The route of what the rank at place ``me`` of ``global_ranks`` sends of its rows.
 
     Row i goes to the owner i, at the place i % ranks: first the first other rank's, then the next
     one's.
@@ -49,8 +49,11 @@ def sent(owners: tuple[int, ...], me: int, global_ranks: tuple[int, ...]) -> Rou
 
 
 @lru_cache
-def received(mine: tuple[int, ...], me: int, global_ranks: tuple[int, ...]) -> Route:
-    """What that rank receives, to be added up: a row for each owner in ``mine`` from each other."""
+def received_route(mine: tuple[int, ...], me: int, global_ranks: tuple[int, ...]) -> Route:
+    """The route of what that rank receives and adds up: a row for each owner in ``mine``.
+
+    There is one from each other rank.
+    """
     peers = torch.tensor([place for place in range(len(global_ranks)) if place != me])
     width = len(mine)
     senders = torch.tensor(global_ranks)[peers].repeat_interleave(width)
@@ -61,8 +64,8 @@ def received(mine: tuple[int, ...], me: int, global_ranks: tuple[int, ...]) -> R
 
 
 @lru_cache
-def averaged(owner: int, global_ranks: tuple[int, ...]) -> Route:
-    """A payload of ``owner``'s row from each replica, to be added up."""
+def average_route(owner: int, global_ranks: tuple[int, ...]) -> Route:
+    """The route of an average: a payload of ``owner``'s row from each replica, added up."""
     places = torch.arange(len(global_ranks))
     senders, first = torch.tensor(global_ranks), torch.zeros_like(places)
     return Route(first + owner, senders, first, places, (places > 0).long())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qsdp.comm import transport
 from qsdp.comm.group_plan import Plan
-from qsdp.comm.pruned_slices import Masks
+from qsdp.comm.pruned_slices import SliceMasks
 from qsdp.comm.wire_state import Wire
 from qsdp.common import bitmask
 from qsdp.common.collective_errors import collective
@@ -30,7 +30,7 @@ def exchange(
     *,
     with_grads: bool,
 ) -> None:
-    """Tell all ranks which weights are kept, and the plans; a collective where a mask is given.
+    """Exchange the sparse support: tell all ranks, and the plans, which weights are kept.
 
     Args:
         plans: Those of all groups of the model.
@@ -57,13 +57,13 @@ def exchange(
             collective("exchange of masks", plans[members[0]].names, wire.clock.step),
             wire.times.measure("gather", "wire", mine.device),
         ):
-            transport.all_gather(everyone, mine, group).wait()
+            transport.start_all_gather(everyone, mine, group).wait()
         wire.traffic.gathered("gather", group, mine.numel())
         bits = everyone.view(group.size(), -1)
         # On a GPU the host waits here, once, and not at every layout that is made of the masks.
         counts = torch.stack([bitmask.count(part) for part in bits.split(sizes, dim=1)]).tolist()
         starts = accumulate([0, *sizes[:-1]])
-        by_parameter = iter([Masks(bits, *each) for each in zip(starts, counts, strict=True)])
+        by_parameter = iter([SliceMasks(bits, *each) for each in zip(starts, counts, strict=True)])
         for i in members:
             of_plan = {place: next(by_parameter) for place in sorted(masks[i])}
             plans[i].set_support(of_plan, with_grads=with_grads)

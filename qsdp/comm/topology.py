@@ -25,30 +25,30 @@ from math import prod
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from qsdp.codec.random_numbers import Stage
+from qsdp.codec.random_numbers import KeyStage
 from qsdp.comm.nodes import Nodes, even_nodes
 from qsdp.compat.process_groups import destroy_group, new_group, unique_group_name
 from qsdp.config import QSDPConfig
 
-Sizes = dict[Stage, int]
+Sizes = dict[KeyStage, int]
 """How many ranks exchange in each stage, innermost first."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A choice of ``QSDPConfig.reduce`` that goes by nodes."""
+    """A topology: a choice of ``QSDPConfig.reduce`` that goes by nodes."""
 
     words: str
     """What reports call it."""
     sizes: Callable[[int, int], Sizes]
     """The stages of (nodes, ranks of a node); raises ValueError where there can be none.
-    The first is ``Stage.LOCAL``, inside a node; in it alone gradients have ``local_grad_bits``.
+    The first is ``KeyStage.LOCAL``, inside a node; in it alone gradients have ``local_grad_bits``.
     """
 
 
 def two_hop(num_nodes: int, ranks_per_node: int) -> Sizes:
-    """Inside each node, then between nodes."""
-    return {Stage.LOCAL: ranks_per_node, Stage.ACROSS: num_nodes}
+    """The topology of two hops: inside each node, then between nodes."""
+    return {KeyStage.LOCAL: ranks_per_node, KeyStage.ACROSS: num_nodes}
 
 
 TOPOLOGIES = {
@@ -59,8 +59,8 @@ TOPOLOGIES = {
 
 
 @dataclass(frozen=True)
-class Split:
-    """How the ranks of a shard group are split."""
+class TopologySplit:
+    """The stages that the topology splits a shard group's ranks into."""
 
     sizes: Sizes
     words: str = ""
@@ -68,19 +68,22 @@ class Split:
 
     @property
     def is_flat(self) -> bool:
+        """Whether all ranks exchange at once."""
         return len(self.sizes) == 1
 
 
 def split(
     group: dist.ProcessGroup, nodes: Nodes, mesh: DeviceMesh | None, config: QSDPConfig
-) -> Split:
-    """The stages of ``group``, by the ``nodes`` that its ranks are on, or those of a node mesh.
+) -> TopologySplit:
+    """The stages that the topology gives ``group``, by the nodes that its ranks are on.
+
+    These are ``nodes``, or those of a node mesh.
 
     Raises ValueError where the config asks for stages that cannot be.
     """
-    flat = {Stage.FLAT: group.size()}
+    flat = {KeyStage.FLAT: group.size()}
     if config.reduce == "flat":
-        return Split(flat)
+        return TopologySplit(flat)
     topology = TOPOLOGIES[config.reduce]
     try:
         if mesh is None:
@@ -91,17 +94,19 @@ def split(
     except ValueError:
         if config.needs_nodes:
             raise
-        return Split(flat)
+        return TopologySplit(flat)
     assert prod(sizes.values()) == group.size()
     sizes = {stage: size for stage, size in sizes.items() if size > 1}
     words = f"{topology.words} over {num_nodes} nodes of {ranks_per_node} ranks"
-    return Split(sizes if len(sizes) > 1 else flat, words)
+    return TopologySplit(sizes if len(sizes) > 1 else flat, words)
 
 
 class StageGroup:
-    """The ranks that this rank exchanges with in one stage, in the order of its digit."""
+    """The ranks that this rank exchanges with in one stage of the topology, by their digit."""
 
-    def __init__(self, stage: Stage, group: dist.ProcessGroup, *, is_owner: bool = False) -> None:
+    def __init__(
+        self, stage: KeyStage, group: dist.ProcessGroup, *, is_owner: bool = False
+    ) -> None:
         """``is_owner``: the process group ends with this object."""
         self.stage, self.group = stage, group
         self._end = weakref.finalize(self, destroy_group, group) if is_owner else None
@@ -110,12 +115,13 @@ class StageGroup:
 
     @property
     def size(self) -> int:
+        """How many ranks they are, this one among them."""
         return self.group.size()
 
     @property
     def is_in_node(self) -> bool:
         """Whether links are those inside a node, which are fast."""
-        return self.stage == Stage.LOCAL
+        return self.stage == KeyStage.LOCAL
 
     def close(self) -> None:
         """Destroy the group, if it is this object's."""
@@ -124,9 +130,9 @@ class StageGroup:
 
 
 def open_stages(
-    group: dist.ProcessGroup, sizes: Mapping[Stage, int], mesh: DeviceMesh | None
+    group: dist.ProcessGroup, sizes: Mapping[KeyStage, int], mesh: DeviceMesh | None
 ) -> tuple[StageGroup, ...]:
-    """The stages of this rank. A collective over ``group``.
+    """The process groups of this rank's stages in the topology. A collective over ``group``.
 
     They are over groups of their own where neither ``group`` nor ``mesh`` has one of the same
     ranks.
@@ -159,7 +165,7 @@ def open_stages(
 
 
 def gathered_ranks(stages: Sequence[StageGroup]) -> tuple[int, ...]:
-    """The ranks of the shard group in the order in which a gather leaves their payloads.
+    """The ranks of a shard group in the order in which the topology gathers their payloads.
 
     Each stage puts side by side what its ranks have from the stages outside of it.
     """

@@ -15,7 +15,7 @@ LINKS = ("intra_node", "inter_node")
 
 
 class Traffic:
-    """Cumulative counters of one handle.
+    """Counts one handle's traffic: the bytes that this rank sends.
 
     Payloads count whole, header, metadata and raw parts included; transport headers do not. An
     all-gather counts as the ring that gloo and NCCL make of it: all but one of its payloads go to

@@ -34,7 +34,7 @@ _numbers = count()
 
 
 class Arrival:
-    """A collective under way: its output may be used once it was waited for.
+    """A collective that the transport has under way: its output may be used after a wait.
 
     The messages of one that is dropped before are kept until a later exchange of the same ranks has
     arrived, behind them: gloo ends a connection at which a message arrives that has no buffer.
@@ -49,7 +49,7 @@ class Arrival:
     ) -> None:
         self._output, self._host, self._group, self._works = output, host, group, works
         self._number = next(_numbers)
-        self._dropped = weakref.finalize(self, _keep, group, self._number, works)
+        self._dropped = weakref.finalize(self, _keep_unclaimed, group, self._number, works)
         self._dropped.atexit = False
 
     def wait(self) -> Tensor | None:
@@ -67,11 +67,12 @@ class Arrival:
         return self._host
 
 
-def all_gather(
+def start_all_gather(
     output: Tensor, input: Tensor, group: dist.ProcessGroup, *, async_op: bool = False
 ) -> Arrival:
-    """All-gather 1-D ``input`` into ``output``, of which ``input`` may be this rank's part.
+    """Start the transport of an all-gather of 1-D ``input`` into ``output``.
 
+    ``input`` may be this rank's part of ``output``.
     ``async_op``: it runs beside what this thread does until it waits for the arrival.
     """
     host, own = output, input
@@ -87,20 +88,20 @@ def all_gather(
     else:
         work = all_gather_single(host, own, group, async_op=async_op)
         works = [] if work is None else [work]
-    return _arrival(output, host.view(output.dtype), group, works)
+    return _arrival_of(output, host.view(output.dtype), group, works)
 
 
-def all_to_all(
+def start_all_to_all(
     output: Tensor,
     input: Tensor,
     received: list[int],
     sent: list[int],
     group: dist.ProcessGroup,
 ) -> Arrival:
-    """Send ``sent[r]`` values of 1-D ``input`` to rank r, and receive ``received[r]`` from it.
+    """Start the transport of ``sent[r]`` values of 1-D ``input`` to each rank r.
 
-    None go to and from itself. On CPUs it runs beside what this thread does until it waits for the
-    arrival.
+    And of ``received[r]`` from it. None go to and from itself. On CPUs it runs beside what this
+    thread does until it waits for the arrival.
     """
     host, own = output, input
     if is_staged(group, output.device):
@@ -112,7 +113,7 @@ def all_to_all(
         is_async = host.device.type == "cpu"
         work = dist.all_to_all_single(host, own, received, sent, group=group, async_op=is_async)
         works = [] if work is None else [work]
-    return _arrival(output, host, group, works)
+    return _arrival_of(output, host, group, works)
 
 
 def _exchange(
@@ -133,7 +134,7 @@ def _exchange(
     return [work for work in works if work is not None]
 
 
-def _arrival(
+def _arrival_of(
     output: Tensor, host: Tensor, group: dist.ProcessGroup, works: list[dist.Work]
 ) -> Arrival:
     return Arrival(output, host if host.device.type == "cpu" else None, group, works)
@@ -143,7 +144,9 @@ def _is_gloo(tensor: Tensor, group: dist.ProcessGroup) -> bool:
     return tensor.device.type == "cpu" and backend_of(group, tensor.device) == "gloo"
 
 
-def _keep(group: dist.ProcessGroup | None, number: int, works: Sequence[dist.Work]) -> None:
+def _keep_unclaimed(
+    group: dist.ProcessGroup | None, number: int, works: Sequence[dist.Work]
+) -> None:
     if group is not None and works:
         _unclaimed.setdefault(group, []).append((number, [*works]))
 
@@ -160,12 +163,12 @@ def _claim(group: dist.ProcessGroup, number: int) -> None:
 
 
 def is_staged(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether tensors of ``device`` go through host memory: [Note: Staging]."""
+    """Whether the transport of tensors of ``device`` is by host memory: [Note: Staging]."""
     return device.type != "cpu" and backend_of(group, device) == "gloo"
 
 
-def is_seen(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether every rank of ``group`` reads the headers of what it receives."""
+def host_can_read(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether the transport over ``group`` shows every rank's host the headers it receives."""
     return device.type == "cpu" or is_staged(group, device)
 
 
@@ -178,8 +181,3 @@ def _to_host(host: Tensor, tensor: Tensor) -> None:
     host.copy_(tensor, non_blocking=True)
     if tensor.device.type != "cpu":
         torch.accelerator.current_stream(tensor.device.index).synchronize()
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """A contiguous 1-D tensor as uint8."""
-    return tensor.view(torch.uint8)

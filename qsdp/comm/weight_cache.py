@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qsdp.comm.buffers import allocate
+from qsdp.comm.buffers import allocate_buffer
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
 
 
-class Payloads(NamedTuple):
-    """What all ranks sent in one gather: the weights, to be decoded whenever they are needed."""
+class CacheablePayloads(NamedTuple):
+    """What all ranks sent in one gather, as the weight cache may keep it to decode it again."""
 
     layout: GroupLayout
     buffer: Tensor
@@ -29,7 +29,7 @@ class Payloads(NamedTuple):
 
 
 class Source(Enum):
-    """Where a gather has weights from."""
+    """Where a gather has weights from, as the weight cache says."""
 
     NOWHERE = auto()
     """There are none of this kind."""
@@ -39,17 +39,17 @@ class Source(Enum):
     """Their payloads are here: they are decoded again, and nothing is sent."""
 
 
-class Weights(NamedTuple):
-    """The trained or the frozen weights of a group, in one gather."""
+class FoundWeights(NamedTuple):
+    """What the weight cache finds of the trained or the frozen weights of a group."""
 
     source: Source
     places: tuple[int, ...] = ()
-    payloads: Payloads | None = None
+    payloads: CacheablePayloads | None = None
     """Those of the cache."""
 
 
 class WeightCache:
-    """The payloads that one group keeps.
+    """The cache of the weights' payloads that one group keeps.
 
     With ``gather="once"`` those of a training forward, until the backward pass decodes them again;
     and those of frozen weights, until whoever knows that these have changed says so.
@@ -61,8 +61,8 @@ class WeightCache:
 
     def __init__(self, plan: Plan, wire: Wire) -> None:
         self._plan, self._wire = plan, wire
-        self._trained: tuple[tuple[int, ...], Payloads] | None = None
-        self._frozen: Payloads | None = None
+        self._trained: tuple[tuple[int, ...], CacheablePayloads] | None = None
+        self._frozen: CacheablePayloads | None = None
         self._memory: Tensor | None = None
 
     @property
@@ -84,7 +84,7 @@ class WeightCache:
         """Let no backward pass decode what an earlier forward pass has kept."""
         self._trained = None
 
-    def find(self, trains: Sequence[bool]) -> tuple[Weights, Weights]:
+    def find(self, trains: Sequence[bool]) -> tuple[FoundWeights, FoundWeights]:
         """Where a gather has the trained and the frozen weights from.
 
         What was kept of trained ones is the caller's from now on, and serves once.
@@ -96,34 +96,34 @@ class WeightCache:
         plan, wire = self._plan, self._wire
         kept, self._trained = self._trained, None
         if wire.is_exact or wire.config.gather == "twice":
-            return Weights(Source.WIRE, plan.places), Weights(Source.NOWHERE)
+            return FoundWeights(Source.WIRE, plan.places), FoundWeights(Source.NOWHERE)
         places = tuple(i for i in plan.places if trains[i])
         if kept is not None:
             places = kept[0]
-            trained = Weights(Source.CACHE, *kept)
+            trained = FoundWeights(Source.CACHE, *kept)
         else:
-            trained = Weights(Source.WIRE if places else Source.NOWHERE, places)
+            trained = FoundWeights(Source.WIRE if places else Source.NOWHERE, places)
         return trained, self._find_frozen(tuple(i for i in plan.places if i not in places))
 
-    def _find_frozen(self, places: tuple[int, ...]) -> Weights:
+    def _find_frozen(self, places: tuple[int, ...]) -> FoundWeights:
         if not places:
             self._frozen = None
-            return Weights(Source.NOWHERE)
+            return FoundWeights(Source.NOWHERE)
         layout = self._plan.gather(places, is_frozen=True)
         if self._frozen is None or self._frozen.layout is not layout:
-            return Weights(Source.WIRE, places)
-        return Weights(Source.CACHE, places, self._frozen)
+            return FoundWeights(Source.WIRE, places)
+        return FoundWeights(Source.CACHE, places, self._frozen)
 
     def room(self, num_bytes: int, device: torch.device) -> Tensor:
         """uint8 [num_bytes] for trained payloads that are to be kept; those of before are lost."""
         if self._memory is None or self._memory.numel() < num_bytes:
-            self._memory = allocate(num_bytes, device)
+            self._memory = allocate_buffer(num_bytes, device)
         return self._memory[:num_bytes]
 
-    def keep_trained(self, places: tuple[int, ...], payloads: Payloads) -> None:
+    def keep_trained(self, places: tuple[int, ...], payloads: CacheablePayloads) -> None:
         """Keep payloads of the trained weights at ``places`` until the backward pass."""
         self._trained = places, payloads
 
-    def keep_frozen(self, payloads: Payloads) -> None:
+    def keep_frozen(self, payloads: CacheablePayloads) -> None:
         """Keep payloads of the frozen weights until they change."""
         self._frozen = payloads

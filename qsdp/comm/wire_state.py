@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qsdp.codec.payload import Field
+from qsdp.codec.segment_table import Field
 from qsdp.comm.buffers import BufferPool
 from qsdp.comm.key_clock import Clock
 from qsdp.comm.late_reduce import Late
-from qsdp.comm.level_fitting import Counts, Kind, Levels
+from qsdp.comm.learned_levels import LearnedLevels, LevelCounts, LevelKind
 from qsdp.comm.phase_times import Times
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.traffic import Traffic
@@ -17,7 +17,7 @@ from qsdp.config import QSDPConfig
 
 
 class Wire:
-    """The step of the keys, counters, buffers, and what holds for the moment."""
+    """The state of the wire: step of the keys, counters, buffers, and what holds for the moment."""
 
     def __init__(self, config: QSDPConfig, traffic: Traffic) -> None:
         self.config = config
@@ -26,9 +26,9 @@ class Wire:
         self.times = Times()
         self.buffers = BufferPool()
         self.is_exact = False
-        self.meters: list[Meter | Counts] = []
+        self.meters: list[Meter | LevelCounts] = []
         """What looks at the gradients that are sent."""
-        self.levels: Levels | None = None
+        self.levels: LearnedLevels | None = None
         self.support = 0
         """The number of the support that holds, 0 where all weights travel."""
         self.late = Late()
@@ -40,7 +40,7 @@ class Wire:
             start = row[Field.BUFFER_BYTE]
             end = start + row[Field.NUMEL] * flat.element_size()
             for meter in self.meters:
-                meter.add_values(row, raw[start:end].view(flat.dtype), Kind.GRAD)
+                meter.add_values(row, raw[start:end].view(flat.dtype), LevelKind.GRAD)
 
     @property
     def level_values(self) -> Tensor | None:

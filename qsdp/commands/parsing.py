@@ -17,7 +17,7 @@ from qsdp.common.printing import flush_output, forgiving_output
 from qsdp.common.user_errors import UserError, quoted
 from qsdp.methods.registry import (
     FOLDERS_OF_EVERY_RUN,
-    check_heeded,
+    check_all_heeded,
     kept_folders,
     replaced,
 )
@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     settings = _parse_flags(argv, {"model": model} | _defaults_of(model) | from_file)
     try:
         config = TrainConfig.of(**settings)
-        check_heeded(config.methods, given)
+        check_all_heeded(config.methods, given)
     except ValueError as error:
         raise UserError(str(error)) from None
     try:

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
 from qsdp.codec.payload import Layout, Segment
-from qsdp.codec.random_numbers import Direction, Key, Stage
+from qsdp.codec.random_numbers import KeyDirection, KeyStage, RandomKey
 from qsdp.comm import transport
 from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
@@ -118,7 +118,7 @@ def check_codec(world: World) -> str:
                 values = torch.randn(5000, generator=torch.Generator().manual_seed(count))
                 values[::97] = 0.0
                 values = values.to(TORCH_DTYPES[dtype])
-                key = Key(0, count, Direction.GATHER, Stage.FLAT, 0, world.rank).fold()
+                key = RandomKey(0, count, KeyDirection.GATHER, KeyStage.FLAT, 0, world.rank).fold()
                 expected, back = _codec(codec, values, layout, table, key)
                 found, found_back = _codec(
                     torch.ops.qsdp, values.to(world.device), layout, table, key
@@ -148,7 +148,7 @@ def check_all_gather(world: World) -> str:
     own = torch.full((num_bytes,), world.rank % 251, dtype=torch.uint8, device=world.device)
     output = torch.empty(world.size * num_bytes, dtype=torch.uint8, device=world.device)
     group = world.mesh.get_group()
-    seconds = _time(lambda: transport.all_gather(output, own, group).wait(), world)
+    seconds = _time(lambda: transport.start_all_gather(output, own, group).wait(), world)
     for rank, found in enumerate(output.split(num_bytes)):
         if not bool((found == rank % 251).all()):
             raise Failed(f"rank {rank}'s bytes arrived changed.")
@@ -162,7 +162,7 @@ def check_all_to_all(world: World) -> str:
     coming = [(0 if peer == world.rank else 1000 + peer) for peer in range(world.size)]
     sent = torch.full((sum(sizes),), world.rank % 251, dtype=torch.uint8, device=world.device)
     output = torch.empty(sum(coming), dtype=torch.uint8, device=world.device)
-    transport.all_to_all(output, sent, coming, sizes, world.mesh.get_group()).wait()
+    transport.start_all_to_all(output, sent, coming, sizes, world.mesh.get_group()).wait()
     for rank, found in enumerate(output.split(coming)):
         if not bool((found == rank % 251).all()):
             raise Failed(f"rank {rank}'s bytes arrived changed.")
@@ -182,7 +182,7 @@ def check_same_weights(world: World) -> str:
     model(*_batch(world, 0))
     own = torch.cat(sums)
     others = torch.empty(world.size * own.numel(), dtype=own.dtype, device=own.device)
-    transport.all_gather(others, own, world.mesh.get_group()).wait()
+    transport.start_all_gather(others, own, world.mesh.get_group()).wait()
     for rank, found in enumerate(others.split(own.numel())):
         if not torch.equal(found, own):
             raise Failed(f"rank {rank} computes with other weights.")

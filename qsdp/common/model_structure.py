@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from qsdp.compat.parameter_names import unwrapped
 
@@ -41,3 +41,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     first = {id(p): name for name, p in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in every if name != first[id(p)]}
+
+
+def unique_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The ``tensors`` of a model in order, a tied one (the same object twice) once."""
+    return list({id(tensor): tensor for tensor in tensors}.values())

@@ -20,11 +20,11 @@ def is_in_compiled_backward() -> bool:
 
 
 def backward_number() -> int:
-    """A number of the backward pass that the calling thread runs in; -1 outside of one."""
+    """Autograd's number of the backward pass that the calling thread runs in; -1 outside of one."""
     number: int = torch._C._current_graph_task_id()
     return number
 
 
 def after_backward(work: Callable[[], None]) -> None:
-    """Call ``work`` at the end of the backward pass that the calling thread is in."""
+    """Call ``work`` where autograd ends the backward pass that the calling thread is in."""
     torch.autograd.Variable._execution_engine.queue_callback(work)

@@ -15,7 +15,7 @@ def state_of(module: Any) -> Any:
 
 
 def param_groups_of(state: Any) -> list[Any]:
-    """The parameter groups of one such state: more than one with per-parameter meshes."""
+    """The parameter groups of an FSDP2 ``state``: more than one with per-parameter meshes."""
     groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13
     if groups is not None:
         return list(groups)
@@ -38,7 +38,7 @@ def is_root(module: nn.Module) -> bool:
 
 
 def becomes_root(module: nn.Module) -> bool:
-    """The same as ``is_root``, asked before FSDP2 hears of a forward pass of ``module``.
+    """Whether FSDP2's state will take ``module`` for a root: ``is_root``, before a pass begins.
 
     The first pass decides.
     """
@@ -49,20 +49,20 @@ def becomes_root(module: nn.Module) -> bool:
 
 
 def stays_gathered_by_default(module: nn.Module) -> bool:
-    """Whether FSDP2 keeps the weights of ``module``, a root, after its forward pass by default.
+    """Whether FSDP2's state of a root says that weights stay gathered after its forward pass.
 
-    It does so for a backward pass that follows at once.
+    They do so for a backward pass that follows at once.
     """
     return bool(state_of(module)._auto_reshard_after_forward)
 
 
 def all_states(root: nn.Module) -> list[Any]:
-    """The states of all groups that FSDP2 has for a pass through ``root``, since its first."""
+    """FSDP2's states of all groups that it has for a pass through ``root``, since its first."""
     return list(state_of(root)._state_ctx.all_states)
 
 
 def with_enclosing_roots(model: nn.Module) -> list[nn.Module]:
-    """``model``, and the FSDP2 roots outside of it that it is a part of.
+    """``model``, and the FSDP2 roots outside of it whose state it is a part of.
 
     These are known since their first pass: their groups may hold parameters of ``model``.
     """

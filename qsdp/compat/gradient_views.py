@@ -13,7 +13,7 @@ from qsdp.compat.parameter_group import ParameterGroup
 
 
 def gradients_are_views(group: ParameterGroup, output: Tensor) -> bool:
-    """Whether FSDP2 only divides ``output`` after a reduce of ``group``, and hands out views of it.
+    """Whether gradients of ``group`` are views of a reduce's ``output``, which FSDP2 only divides.
 
     So far as that depends on what all ranks have in common; and whether there is an end of a
     backward pass to wait for.
@@ -27,10 +27,10 @@ def gradients_are_views(group: ParameterGroup, output: Tensor) -> bool:
     )
 
 
-def may_fill_later(group: ParameterGroup, places: Sequence[int]) -> bool:
-    """The same for what a rank may have alone.
+def views_may_fill_later(group: ParameterGroup, places: Sequence[int]) -> bool:
+    """Whether gradients that are views may be filled later, by what a rank may have alone.
 
-    It is whether nothing is added to the gradients of the parameters at ``places``, and nobody is
+    They may where nothing is added to the gradients of the parameters at ``places``, and nobody is
     shown them, before the backward pass ends.
     """
     params = [group.fsdp_param_group.fsdp_params[i] for i in places]
@@ -41,10 +41,10 @@ def may_fill_later(group: ParameterGroup, places: Sequence[int]) -> bool:
     )
 
 
-def gradient_divider(group: ParameterGroup, output: Tensor) -> Callable[[Tensor], None]:
-    """What FSDP2 does to the sum of a reduce of ``group``, in place, as things are now.
+def gradient_views_divider(group: ParameterGroup, output: Tensor) -> Callable[[Tensor], None]:
+    """What FSDP2 does in place, as things are now, to a sum of which gradients are views.
 
-    It is for a sum like ``output`` that FSDP2 has not seen yet.
+    It is for a sum of a reduce of ``group``, like ``output`` that FSDP2 has not seen yet.
     """
     settings = group.fsdp_param_group
     _, factor, *_ = _fsdp_collectives._get_gradient_divide_factors(

@@ -17,18 +17,18 @@ def passes_of(model: nn.Module) -> list[Any]:
 
 
 def pending_adaptation(model: nn.Module) -> str:
-    """What qsdp's wire of ``model`` would learn of the weights before the next step, in words."""
+    """What the wire installed on ``model`` would learn before the next step, in words."""
     return " and ".join(passes.due for passes in passes_of(model))
 
 
 def adapt_now(model: nn.Module) -> None:
-    """Let it learn that now, before the weights are edited for something else."""
+    """Let the wire installed on ``model`` learn what is pending, before weights are edited."""
     for passes in passes_of(model):
         passes.settle()
 
 
 def rewind_point(model: nn.Module) -> Callable[[], None]:
-    """A function that makes what qsdp's wire of ``model`` counts as it is now.
+    """A function that makes what the wire installed on ``model`` counts as it is now.
 
     It is for the second try of a step. Without the wire there is nothing to do.
     """

@@ -8,7 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from qsdp.compat.fsdp_state import fsdp_roots, is_root, param_groups_of, state_of
+from qsdp.compat.fsdp_state import (
+    fsdp_roots,
+    is_root,
+    param_groups_of,
+    state_of,
+    with_enclosing_roots,
+)
 from qsdp.compat.installed_wire import passes_of
 
 
@@ -21,7 +27,7 @@ def is_backward_interrupted(module: nn.Module) -> bool:
 
 
 def abandon_pass(model: nn.Module) -> None:
-    """Make FSDP2 forget a forward or backward pass that an exception cut short.
+    """Make FSDP2 forget an interrupted forward or backward pass, cut short by an exception.
 
     Weights that stayed gathered are freed, or the next pass would not see an edit of the shards,
     and gradients that were not reduced are dropped. The public ``reset_iter_state`` does most of it
@@ -44,8 +50,14 @@ def abandon_pass(model: nn.Module) -> None:
                     parameter._unsharded_param.grad = None
 
 
+def abandon_passes(model: nn.Module) -> None:
+    """Make FSDP2 forget interrupted passes of ``model``, and of a root around it."""
+    for whole in with_enclosing_roots(model):
+        abandon_pass(whole)
+
+
 def abandon_interrupted_pass(model: nn.Module) -> None:
-    """Call ``abandon_pass`` where FSDP2 is in the middle of a pass; none may be under way."""
+    """Call ``abandon_pass`` where FSDP2 is in an interrupted pass; none may be under way."""
     for root in fsdp_roots(model):
         context = state_of(root)._state_ctx
         if context.post_backward_final_callback_queued or any(

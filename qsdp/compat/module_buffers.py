@@ -12,7 +12,7 @@ from qsdp.compat.fsdp_state import with_enclosing_roots
 
 
 def snapshot_buffers(model: nn.Module) -> Callable[[], None]:
-    """A function that restores the buffers of ``model``, and of the FSDP2 roots around it.
+    """A function that restores the buffers of ``model``'s modules, and of FSDP2 roots around it.
 
     They become what they are now, in place; those that were replaced meanwhile are put back.
     """

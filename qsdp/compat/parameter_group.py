@@ -16,8 +16,8 @@ from qsdp.compat.fsdp_state import param_groups_of, state_of
 
 
 @dataclass(frozen=True)
-class ShardedParameter:
-    """What FSDP2's own tables say of one parameter of a group."""
+class GroupParameter:
+    """What FSDP2's own tables say of one parameter of a ``ParameterGroup``."""
 
     parameter: nn.Parameter
     """The sharded DTensor that ``module.parameters()`` shows while the group is sharded."""
@@ -34,7 +34,7 @@ class ShardedParameter:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """One ``fully_shard`` call: the parameters that travel together."""
+    """A parameter group: what one ``fully_shard`` call gathers and reduces together."""
 
     module: FSDPModule
     """The first of its modules: setters on it act on the group."""
@@ -48,11 +48,11 @@ class ParameterGroup:
         """FSDP2's own object."""
         return param_groups_of(self.state)[0]
 
-    def parameters(self) -> list[ShardedParameter]:
+    def parameters(self) -> list[GroupParameter]:
         """The group's parameters in buffer order, while it is sharded."""
         pairs = [(_registered(p), p) for p in self.fsdp_param_group.fsdp_params]
         return [
-            ShardedParameter(
+            GroupParameter(
                 parameter=parameter,
                 dtype=_wire_dtype(parameter.dtype, self.fsdp_param_group.mp_policy.param_dtype),
                 shard_dim=p.fsdp_placement.dim,
@@ -126,11 +126,13 @@ class ParameterGroup:
 
     @property
     def mesh(self) -> DeviceMesh:
+        """The mesh of the ``fully_shard`` call."""
         mesh: DeviceMesh = self.fsdp_param_group.mesh_info.mesh
         return mesh
 
     @property
     def mesh_ndim(self) -> int:
+        """Dimensions of the mesh: two for HSDP."""
         return self.mesh.ndim
 
     @property
@@ -164,6 +166,7 @@ class ParameterGroup:
 
     @property
     def offloads_to_cpu(self) -> bool:
+        """Whether the user chose ``CPUOffloadPolicy``."""
         return isinstance(self.fsdp_param_group.offload_policy, CPUOffloadPolicy)
 
     @property
@@ -277,7 +280,7 @@ class ParameterGroup:
 
 
 def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
-    """The groups of all FSDPModules in ``model`` that have parameters, in module order."""
+    """The parameter groups of all FSDPModules in ``model``, in module order."""
     groups: dict[int, ParameterGroup] = {}
     modules: dict[int, list[nn.Module]] = {}
     for module in model.modules():
@@ -292,8 +295,8 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
     return list(groups.values())
 
 
-def has_pending_gradients(model: nn.Module) -> bool:
-    """Whether FSDP2 holds gradients of ``model`` that it did not reduce yet."""
+def groups_have_pending_gradients(model: nn.Module) -> bool:
+    """Whether a parameter group of ``model`` holds gradients that FSDP2 did not reduce yet."""
     return any(group.pending_gradients() for group in parameter_groups(model))
 
 

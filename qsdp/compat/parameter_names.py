@@ -59,8 +59,8 @@ def checkpoint_names(model: nn.Module) -> dict[str, str]:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What ``torch.compile`` or activation checkpointing has wrapped into ``module``, or itself."""
-    while (inner := _wrapped(module)) is not None:
+    """``module`` without wrappers that parameter names leave out: compiled, or checkpointed."""
+    while (inner := _wrapped_module(module)) is not None:
         module = inner
     return module
 
@@ -79,6 +79,6 @@ def _clean_name(model: nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
-def _wrapped(module: Any) -> Any:
+def _wrapped_module(module: Any) -> Any:
     children = getattr(module, "_modules", {})
     return next((children[name] for name in _WRAPPED if name in children), None)

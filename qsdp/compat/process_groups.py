@@ -13,7 +13,7 @@ _num_names: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 def unique_group_name(parent: dist.ProcessGroup) -> str:
-    """A name for groups of ranks of ``parent``, none of which had it before.
+    """A name for a process group of ranks of ``parent``, which none had before.
 
     It is the same on all its ranks, which ask for names equally often.
     """
@@ -50,13 +50,13 @@ def new_group(
 
 
 def destroy_group(group: dist.ProcessGroup) -> None:
-    """Destroy ``group``, if that was not done together with the default one."""
+    """Destroy a process group, if that was not done together with the default one."""
     if group in distributed_c10d._world.pg_map:
         dist.destroy_process_group(group)
 
 
 def control_device(group: dist.ProcessGroup) -> torch.device:
-    """Where control messages of ``group`` lie: on the CPU where it serves one.
+    """Where control messages of a process group lie: on the CPU where it serves one.
 
     Reading them from a GPU waits for all of the stream's work.
     """
@@ -65,6 +65,6 @@ def control_device(group: dist.ProcessGroup) -> torch.device:
 
 
 def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
-    """The backend that serves tensors of ``device`` in ``group``, such as ``gloo`` or ``nccl``."""
+    """The backend that serves tensors of ``device`` in a process group: ``gloo``, ``nccl``."""
     name: str = group._get_backend(device).name()
     return name

@@ -7,5 +7,5 @@ from torch.utils._pytree import tree_leaves
 
 
 def tensors_in(output: object) -> list[Tensor]:
-    """The tensors of what a module returned, in whatever containers."""
+    """The tensors in a pytree: what a module returned, in whatever containers."""
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from qsdp.compat.fsdp_state import param_groups_of, state_of
+from qsdp.compat.fsdp_state import param_groups_of, state_of, with_enclosing_roots
 from qsdp.compat.parameter_group import parameter_groups
 
 
 def reshards_after_backward(model: nn.Module) -> bool:
-    """Whether every group of ``model`` frees its gathered weights after the backward pass.
+    """Whether resharding of every group of ``model`` follows its backward pass.
 
     True for a model without FSDP: there is nothing that could go stale.
     """
@@ -33,6 +33,12 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             reshard_module(module)
+
+
+def reshard_all(model: nn.Module) -> None:
+    """Free what is gathered, as ``reshard`` does, of ``model`` and of an FSDP2 root around it."""
+    for whole in with_enclosing_roots(model):
+        reshard(whole)
 
 
 def reshard_module(module: Any) -> None:

@@ -10,7 +10,7 @@ from qsdp.compat.parameter_names import named_parameters
 
 
 def sharded_by_unsharded_id(model: nn.Module) -> dict[int, nn.Parameter]:
-    """The shards that optimizers hold, by the ``id`` of the gathered parameter.
+    """The sharded parameters that optimizers hold, by the ``id`` of the gathered ones.
 
     Modules show that one as long as it is gathered.
     """
@@ -26,6 +26,6 @@ def sharded_by_unsharded_id(model: nn.Module) -> dict[int, nn.Parameter]:
 
 
 def sharded_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """``named_parameters``, where those that are gathered now are their shards."""
+    """``named_parameters``, where those that are gathered now are their sharded ones."""
     sharded = sharded_by_unsharded_id(model)
     return {name: sharded.get(id(p), p) for name, p in named_parameters(model).items()}

@@ -24,7 +24,7 @@ from qsdp.models.size import ModelSize
 from qsdp.oneshot.registry import DEFAULT, solver_of
 from qsdp.oneshot.solver import Solver
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.prunable import Prunable
 from qsdp.sparsity.streaming import StoredTensor
 
 TOKENIZER = "tokenizer.json"

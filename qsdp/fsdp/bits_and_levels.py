@@ -13,15 +13,15 @@ import torch.distributed as dist
 
 from qsdp.comm.bit_budget import allot
 from qsdp.comm.group_plan import Plan
-from qsdp.comm.level_fitting import Counts, Kind, check_rows, offset
+from qsdp.comm.learned_levels import LevelCounts, LevelKind, check_level_rows, levels_offset
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.wire_state import Wire
 from qsdp.compat.parameter_group import ParameterGroup
-from qsdp.config import CODED_BITS, QSDPConfig, both_ways
+from qsdp.config import CODED_BITS, QSDPConfig, config_bits
 
 
 class Adaptation:
-    """Sets bits and levels of all plans between two steps, alike on all ranks.
+    """Sets the bits and levels of all plans between two steps, alike on all ranks.
 
     ``mark`` is a short text that is the same for the same bits and levels.
 
@@ -43,7 +43,7 @@ class Adaptation:
         self._request = _request(wire.config)
         self._bits: dict[str, tuple[int, int]] = {}
         self._meter: Meter | None = None
-        self._counts: Counts | None = None
+        self._counts: LevelCounts | None = None
         self._mark()
 
     def settle(self) -> None:
@@ -160,7 +160,7 @@ class Adaptation:
                 f"the state's bits are {shown(bits)}: give a dict by name, as state_dict() "
                 "returned it."
             )
-        check_rows(levels)
+        check_level_rows(levels)
         theirs = state["parameters"]
         theirs = dict.fromkeys([*bits, *(row[0] for row in levels)], "unknown") | theirs
         differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
@@ -180,7 +180,7 @@ class Adaptation:
             )
         for name, allowed in allottable.items():
             both = bits[name]
-            if not isinstance(both, list | tuple) or not _are_among(both, allowed):
+            if not isinstance(both, list | tuple) or not _are_allowed_bits(both, allowed):
                 words = ", ".join("2 to 8" if len(own) > 1 else str(*own) for own in allowed)
                 raise ValueError(
                     f"the state's bits of {name} are {shown(both)}: give [{words}], of weights and "
@@ -225,7 +225,7 @@ class Adaptation:
         described = repr(sorted(self._bits.items())).encode() + values
         self.mark = blake2b(described, digest_size=4).hexdigest()
 
-    def _take_meters(self) -> tuple[Meter | None, Counts | None]:
+    def _take_meters(self) -> tuple[Meter | None, LevelCounts | None]:
         """What has looked at gradients since the last step, which it now stops doing."""
         taken = self._meter, self._counts
         for meter in taken:
@@ -244,20 +244,20 @@ class Adaptation:
             self._meter = Meter(config, self._wire.level_values, CODED_BITS)
             self._wire.meters.append(self._meter)
 
-    def _new_counts(self) -> Counts:
+    def _new_counts(self) -> LevelCounts:
         """Counts for all levels that this step's and later payloads may use."""
         config = self._wire.config
         places = []
         for p in (p for plan in self._plans for p in plan.parameters):
             local = config.local_grad_bits or 8
-            used = [(p.weight_bits, Kind.WEIGHT), (p.weight_bits, Kind.KEPT)]
-            used += [(p.grad_bits, Kind.GRAD), (local, Kind.GRAD)]
+            used = [(p.weight_bits, LevelKind.WEIGHT), (p.weight_bits, LevelKind.KEPT)]
+            used += [(p.grad_bits, LevelKind.GRAD), (local, LevelKind.GRAD)]
             for bits, kind in used:
-                start = offset(config, p.index, bits, kind)
+                start = levels_offset(config, p.index, bits, kind)
                 places += [(start, bits)] if start >= 0 else []
-        return Counts(places)
+        return LevelCounts(places)
 
-    def _look(self, meter: Meter | Counts, least_bits: int = 0) -> None:
+    def _look(self, meter: Meter | LevelCounts, least_bits: int = 0) -> None:
         """Let ``meter`` look at what this rank's gathers send, at no fewer than ``least_bits``."""
         once = self._wire.config.gather == "once"
         for plan, group in zip(self._plans, self._groups, strict=True):
@@ -271,9 +271,9 @@ class Adaptation:
                 for number, row in enumerate(layout.table(plan.rank).tolist()):
                     i = places[number]
                     values = shards[i].detach().to(plan.parameters[i].dtype).reshape(-1)
-                    kind = Kind.KEPT if i in masked else Kind.WEIGHT
+                    kind = LevelKind.KEPT if i in masked else LevelKind.WEIGHT
                     sent = layout.kept(plan.rank, number, values)
-                    meter.add_values(row, sent, Kind.FROZEN if is_frozen else kind)
+                    meter.add_values(row, sent, LevelKind.FROZEN if is_frozen else kind)
 
     def _allot(self, meter: Meter) -> None:
         """Set the bits by the errors of the last step; leave them where one is not finite."""
@@ -303,7 +303,7 @@ class Adaptation:
             plan.set_bits(bits)
 
 
-def _are_among(both: Sequence[Any], allowed: Sequence[tuple[int, ...]]) -> bool:
+def _are_allowed_bits(both: Sequence[Any], allowed: Sequence[tuple[int, ...]]) -> bool:
     return len(both) == len(allowed) and all(
         type(bits) is int and bits in own for bits, own in zip(both, allowed, strict=True)
     )
@@ -312,5 +312,5 @@ def _are_among(both: Sequence[Any], allowed: Sequence[tuple[int, ...]]) -> bool:
 def _request(config: QSDPConfig) -> dict[str, Any]:
     """All of the config that allotted bits depend on, except roundings, in JSON's types."""
     names = ("budget", "weight_bits", "grad_bits", "embedding_bits", "bucket_size")
-    policy = [[pattern, *both_ways(bits)] for pattern, bits in config.policy]
+    policy = [[pattern, *config_bits(bits)] for pattern, bits in config.policy]
     return {name: getattr(config, name) for name in names} | {"policy": policy}

@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp.comm.bit_budget import check_budget
 from qsdp.comm.group_plan import Plan
-from qsdp.comm.level_fitting import Levels
+from qsdp.comm.learned_levels import LearnedLevels
 from qsdp.comm.nodes import launched_ranks
 from qsdp.comm.policy_checks import check_embeddings, check_policy
-from qsdp.comm.topology import Split, StageGroup
+from qsdp.comm.topology import StageGroup, TopologySplit
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire_state import Wire
 from qsdp.common.model_structure import embedding_names, tied_names
@@ -26,32 +26,25 @@ from qsdp.compat.resharding import reshard_module
 from qsdp.config import QSDPConfig
 from qsdp.fsdp import install_agreement
 from qsdp.fsdp.bits_and_levels import Adaptation
-from qsdp.fsdp.hooks import AllGather
+from qsdp.fsdp.hooks import AllGatherHook
+from qsdp.fsdp.install_arguments import check_argument_type, refuse_own_comms, replica_group
 from qsdp.fsdp.passes import Passes
-from qsdp.fsdp.planning import (
-    check_type,
-    make_nodes,
-    make_plan,
-    make_splits,
-    make_stages,
-    refuse_own_comms,
-    replica_group,
-)
+from qsdp.fsdp.planning import plan_group, plan_nodes, plan_splits, plan_stages
 from qsdp.fsdp.quantized_collectives import InstalledComms
 from qsdp.fsdp.report import Row, unsharded_rows
 from qsdp.ops import native
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a handle is made of."""
+class BuiltParts:
+    """What ``build`` puts on a model: the parts that a handle is made of."""
 
     plans: Sequence[Plan]
     unsharded: Mapping[int, Row]
     """What the report says of parameters without a plan, by their places in the model."""
     everyone: Sequence[dist.ProcessGroup]
     """Process groups that together reach all ranks, one after the other."""
-    splits: Sequence[Split]
+    splits: Sequence[TopologySplit]
     """Those of all process groups of several ranks."""
     stages: Sequence[StageGroup]
     """The groups of all splits."""
@@ -67,8 +60,8 @@ def build(
     groups: list[ParameterGroup],
     replicate_mesh: DeviceMesh | None,
     node_mesh: DeviceMesh | None,
-) -> Parts:
-    """Put the wire on ``model``, whose ``groups`` these are. A collective; see ``install``."""
+) -> BuiltParts:
+    """Build the wire on ``model``, whose ``groups`` these are. A collective; see ``install``."""
     for group in groups:
         reshard_module(group.module)
     names = {p: name for name, p in named_parameters(model).items()}
@@ -76,11 +69,11 @@ def build(
     everyone, replicas = _agree_on_meshes(groups, replicate_mesh, node_mesh)
     with mistakes_shared(install_agreement.CALL, everyone):
         here = launched_ranks()
-    launched = install_agreement.by_rank(everyone, here)
+    launched = install_agreement.install_facts_by_rank(everyone, here)
     with mistakes_shared(install_agreement.CALL, everyone):
-        check_type("config", config, QSDPConfig)
+        check_argument_type("config", config, QSDPConfig)
         native.serving(torch.device(groups[0].mesh.device_type))  # raises if not as required
-        if any(isinstance(group.comms()[0], AllGather) for group in groups):
+        if any(isinstance(group.comms()[0], AllGatherHook) for group in groups):
             raise ValueError(
                 f"qsdp is installed on this {type(model).__name__} already: call "
                 "handle.remove() first."
@@ -96,19 +89,21 @@ def build(
                 f"ranks_per_node is {config.ranks_per_node} and a node_mesh is given, which "
                 "holds all ranks and says how they split: leave one of the two out."
             )
-        nodes = make_nodes(plans, launched, config, node_mesh)
-        splits = make_splits(plans, nodes, config, node_mesh)
+        nodes = plan_nodes(plans, launched, config, node_mesh)
+        splits = plan_splits(plans, nodes, config, node_mesh)
     unsharded = unsharded_rows(names, plans)
-    install_agreement.check(everyone, install_agreement.describe(config, groups, plans))
+    install_agreement.check_install_agreement(
+        everyone, install_agreement.describe_install(config, groups, plans)
+    )
     wire = Wire(config, Traffic(nodes))
-    stages = make_stages(plans, splits, node_mesh)
+    stages = plan_stages(plans, splits, node_mesh)
     if config.levels == "learned":
-        wire.levels = Levels(order)
+        wire.levels = LearnedLevels(order)
     adaptation = Adaptation(plans, groups, wire, everyone)
     passes = Passes(plans, groups, wire, adaptation, replicas)
     comms = InstalledComms(plans, groups, wire, passes, replicas)
     passes.caches, passes.comms = comms.gathers, comms.given
-    return Parts(
+    return BuiltParts(
         plans=plans,
         unsharded=unsharded,
         everyone=everyone,
@@ -132,11 +127,11 @@ def _agree_on_meshes(
     # Before anything of replicate_mesh is used, which another rank may lack.
     with mistakes_shared(install_agreement.CALL, everyone):
         replicas = replica_group(groups, replicate_mesh)
-        check_type("node_mesh", node_mesh, DeviceMesh | None)
+        check_argument_type("node_mesh", node_mesh, DeviceMesh | None)
         given = install_agreement.describe_meshes(
             replicate_mesh=replicate_mesh, node_mesh=node_mesh
         )
-    install_agreement.check(everyone, given)
+    install_agreement.check_install_agreement(everyone, given)
     return everyone + ([] if replicas is None else [replicas]), replicas
 
 
@@ -155,7 +150,7 @@ def _make_plans(
     embeddings = {clean[name] for name in tables}
     check_embeddings(config, embeddings)
     plans = [
-        make_plan(group, index, names, order, embeddings, config)
+        plan_group(group, index, names, order, embeddings, config)
         for index, group in enumerate(groups)
     ]
     weights, grads = (

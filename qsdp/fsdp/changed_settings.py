@@ -26,9 +26,9 @@ def mistake(
     averages: bool,
     in_backward: bool,
 ) -> str:
-    """What takes ``group`` off the wire, or its gradients to other sums, in one sentence.
+    """Which changed setting takes ``group`` off the wire, or its gradients to other sums.
 
-    An empty text if nothing does.
+    It is one sentence; an empty text if nothing does.
 
     Args:
         plan: How the group travels.

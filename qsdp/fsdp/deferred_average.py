@@ -15,7 +15,7 @@ from qsdp.compat.parameter_group import ParameterGroup
 
 
 class Waiting(NamedTuple):
-    """Sums of gradients over the shard group that wait for their average over replicas."""
+    """Sums of gradients that wait for a deferred average over replicas."""
 
     places: Places
     """The places of the parameters."""
@@ -25,7 +25,7 @@ class Waiting(NamedTuple):
 
 
 class DeferredAverage:
-    """What waits of one group's gradients.
+    """The deferred average over replicas: what waits of one group's gradients.
 
     It stands in the field where FSDP2 keeps what waits of its own replicas: whatever makes it
     forget a pass drops that too.

@@ -34,7 +34,7 @@ class GradRecorder:
         self._got_grad: set[int] = set()
         self._watched: set[int] = set()
         # A block's compiler shall not look inside: what the hook finds changes from step to step.
-        hook = torch.compiler.disable(partial(_watch, weakref.ref(self)))
+        hook = torch.compiler.disable(partial(_watch_if_alive, weakref.ref(self)))
         self._handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(hook) for module in group.modules
         ]
@@ -70,7 +70,7 @@ class GradRecorder:
             for i, tensor in enumerate(self._group.unsharded_parameters()):
                 if tensor is not None and i not in self._watched:
                     self._watched.add(i)
-                    self._hook_on(tensor, partial(_record, self._got_grad, i))
+                    self._hook_on(tensor, partial(_record_grad, self._got_grad, i))
         return len(self._watched) == num_parameters
 
     def forget_what_was_dropped(self) -> None:
@@ -78,6 +78,7 @@ class GradRecorder:
         self._got_grad &= self._group.pending_gradients()
 
     def remove(self) -> None:
+        """Record nothing any more."""
         for handle in self._handles:
             handle.remove()
 
@@ -93,10 +94,10 @@ class GradRecorder:
         return sum(self._padded[i] for i in places)
 
 
-def _watch(recorder: weakref.ref[GradRecorder], *_: object) -> None:
+def _watch_if_alive(recorder: weakref.ref[GradRecorder], *_: object) -> None:
     if (found := recorder()) is not None:
         found.watch()
 
 
-def _record(got_grad: set[int], place: int, _: Tensor) -> None:
+def _record_grad(got_grad: set[int], place: int, _: Tensor) -> None:
     got_grad.add(place)

@@ -16,7 +16,7 @@ from qsdp.compat.interrupted_passes import abandon_pass
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.resharding import reshard_module
 from qsdp.config import QSDPConfig
-from qsdp.fsdp.build import Parts
+from qsdp.fsdp.build import BuiltParts
 from qsdp.fsdp.handle_state import check_form
 from qsdp.fsdp.report import Report, sharded_rows
 from qsdp.fsdp.report_remarks import remarks
@@ -30,7 +30,9 @@ class Handle:
     ``times`` the seconds of the collectives. Once it was removed, its methods raise RuntimeError.
     """
 
-    def __init__(self, config: QSDPConfig, groups: Sequence[ParameterGroup], parts: Parts) -> None:
+    def __init__(
+        self, config: QSDPConfig, groups: Sequence[ParameterGroup], parts: BuiltParts
+    ) -> None:
         self.config = config
         self.traffic = parts.wire.traffic
         self.times = parts.wire.times

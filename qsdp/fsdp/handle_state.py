@@ -7,13 +7,13 @@ from reprlib import repr as shown
 from typing import Any
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole_number(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
 _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "seed": (_is_whole, "a whole number from 0 to 2**63 - 1"),
-    "step": (_is_whole, "a whole number from 0 to 2**63 - 1"),
+    "seed": (_is_whole_number, "a whole number from 0 to 2**63 - 1"),
+    "step": (_is_whole_number, "a whole number from 0 to 2**63 - 1"),
     "reduced": (lambda value: type(value) in (int, bool) and value in (0, 1), "0 or 1"),
     "request": (lambda value: type(value) is dict, "a dict"),
     "bits": (lambda value: type(value) in (dict, list), "a dict by name"),
@@ -26,7 +26,7 @@ Earlier versions wrote no parameters, and a list of bits.
 
 
 def check_form(state: object) -> None:
-    """Raise ValueError unless ``state`` has the keys of ``Handle.state_dict``, of its types.
+    """Raise ValueError unless a handle's ``state`` has the keys of ``state_dict``, of its types.
 
     What is in its bits and levels, ``Adaptation.check_state`` looks at.
     """

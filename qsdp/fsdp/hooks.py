@@ -11,20 +11,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp.codec.payload import Status
+from qsdp.codec.payload import PayloadStatus
 from qsdp.comm.all_gather import GatheringWork, WeightGather, regather
 from qsdp.comm.all_reduce import all_reduce
+from qsdp.comm.differing_gradients import GradientsDiffer
 from qsdp.comm.gradient_consensus import Consensus, Places
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
-from qsdp.comm.late_reduce import LateReduce, SetsDiffer, exhaust
-from qsdp.comm.reduce_scatter import Exchange, exchanges_of, reduce
+from qsdp.comm.late_reduce import LateReduce, exhaust
+from qsdp.comm.reduce_scatter import Exchange, reduce, reduce_exchanges
 from qsdp.comm.weight_cache import Source, WeightCache
 from qsdp.comm.wire_state import Wire
 from qsdp.common.checksum import checksum
 from qsdp.common.gpu_streams import reads_on_this_stream
 from qsdp.compat.autograd import is_in_backward
-from qsdp.compat.gradient_views import gradient_divider, gradients_are_views, may_fill_later
+from qsdp.compat.gradient_views import (
+    gradient_views_divider,
+    gradients_are_views,
+    views_may_fill_later,
+)
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.resharding import reshard_module
 from qsdp.fsdp.deferred_average import DeferredAverage
@@ -36,11 +41,12 @@ class _Comm:
     """What FSDP2 asks of both objects besides the collective itself."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A flat buffer for FSDP2, uninitialised."""
         return torch.empty(*size, dtype=dtype, device=device)
 
 
-class AllGather(_Comm):
-    """The all-gather of one group.
+class AllGatherHook(_Comm):
+    """The object that FSDP2 calls for the all-gather of one group.
 
     The cache of payloads knows no FSDP2: what that and the module alone can say, it is told in
     values. Those are which parameters are trained, whether weights are needed again, and whether
@@ -126,15 +132,19 @@ class AllGather(_Comm):
 
     @property
     def has_frozen(self) -> bool:
+        """Whether payloads of frozen parameters are kept."""
         return self.cache.has_frozen
 
     def frozen_changed(self) -> bool:
+        """Whether this rank's frozen shards are other ones than those that were sent."""
         return self._frozen_sum != self._sum_of_frozen()
 
     def forget_frozen(self) -> None:
+        """Send the frozen parameters anew with the next gather."""
         self.cache.forget_frozen()
 
     def drop_stale(self, is_due: bool) -> None:
+        """Free gathered weights that are not made of the weights, bits and levels of now."""
         group = self._group
         is_stale = self._gathered_at is not None and (
             is_due or self._gathered_at != self.passes.now
@@ -153,8 +163,11 @@ class AllGather(_Comm):
         return self._wire.config.gather == "once" and is_training and self._group.gathers_again
 
 
-class ReduceScatter(_Comm):
-    """The reduce-scatter of one group, and with ``replicas`` the all-reduce between replicas."""
+class ReduceScatterHook(_Comm):
+    """The object that FSDP2 calls for the reduce-scatter of one group.
+
+    With ``replicas``, also for the all-reduce between these.
+    """
 
     def __init__(
         self,
@@ -198,7 +211,7 @@ class ReduceScatter(_Comm):
         with_grad = self._recorder.take(input_tensor.numel() // plan.world_size)
 
         def exchanges(places: Places) -> list[Exchange]:
-            return exchanges_of(plan, places, input_tensor.dtype, group, wire)
+            return reduce_exchanges(plan, places, input_tensor.dtype, group, wire)
 
         def averaged(places: Places) -> GroupLayout:
             return plan.reduce(places, output_tensor.dtype, wire.least_bits)
@@ -211,7 +224,7 @@ class ReduceScatter(_Comm):
             and gradients_are_views(self._group, output_tensor)
             and self._passes.meetings.may_be_late(plan)
         )
-        is_late = may_others_be_late and may_fill_later(self._group, with_grad)
+        is_late = may_others_be_late and views_may_fill_later(self._group, with_grad)
         if may_others_be_late:
             self._passes.backward.end_late()
         try:
@@ -221,16 +234,16 @@ class ReduceScatter(_Comm):
             if not is_late:
                 try:
                     self._reduced = (with_grad, exhaust(reducing))
-                except SetsDiffer:
-                    consensus.tell_replicas(averaged(with_grad), step, device, Status.MIXED)
+                except GradientsDiffer:
+                    consensus.tell_replicas(averaged(with_grad), step, device, PayloadStatus.MIXED)
                     raise
                 return
-        except SetsDiffer:
+        except GradientsDiffer:
             if not may_others_be_late:
                 refuse()
             wire.late.refuse_at_the_end(LateReduce(plan.index, output_tensor, refuse))
         else:
-            divide = gradient_divider(self._group, output_tensor)
+            divide = gradient_views_divider(self._group, output_tensor)
             late = LateReduce(plan.index, output_tensor, refuse, reducing, slot, divide)
             wire.late.leave(late, len(own))
 
@@ -254,7 +267,7 @@ class ReduceScatter(_Comm):
         divisor = 1 if group.has_divisor else self._replicas.size()
         try:
             all_reduce(plan, with_grad, reduce_output, self._replicas, occurrence, wire, divisor)
-        except SetsDiffer:
+        except GradientsDiffer:
             self._consensus[True].refuse(with_grad, plan.group, reduce_output.device)
 
     def _tell_replicas(self, places: Places, reduced: Tensor) -> None:
@@ -262,4 +275,4 @@ class ReduceScatter(_Comm):
         layout = self._plan.reduce(places, reduced.dtype, self._wire.least_bits)
         step, device = self._wire.clock.step, reduced.device
         with suppress(RuntimeError):
-            self._consensus[True].tell_replicas(layout, step, device, Status.FAILED)
+            self._consensus[True].tell_replicas(layout, step, device, PayloadStatus.FAILED)

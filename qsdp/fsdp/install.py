@@ -18,7 +18,7 @@ def install(
     replicate_mesh: DeviceMesh | None = None,
     node_mesh: DeviceMesh | None = None,
 ) -> Handle:
-    """Send the weights and gradients of ``model`` over the wire as ``config`` says.
+    """Install the wire: send the weights and gradients of ``model`` as ``config`` says.
 
     A collective: all ranks of the model's mesh call it, and make sure that they agree.
 

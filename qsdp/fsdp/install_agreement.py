@@ -24,14 +24,14 @@ Description = dict[str, Any]
 CALL = "qsdp.install"
 
 
-def describe(
+def describe_install(
     config: QSDPConfig, groups: Sequence[ParameterGroup], plans: Sequence[Plan]
 ) -> Description:
-    """All that the numbers on the wire, their sizes and their order depend on."""
+    """What ranks must agree on at install: all that numbers, sizes and order depend on."""
     return {
         "versions": {
             "torch": torch.__version__,
-            "qsdp": _version(),
+            "qsdp": _qsdp_version(),
             "qsdp's payloads": VERSION,
         },
         "config": {field.name: getattr(config, field.name) for field in fields(config)},
@@ -68,13 +68,13 @@ def describe(
 
 
 def describe_meshes(**meshes: DeviceMesh | None) -> Description:
-    """Which meshes ``install`` was given, and of what shape."""
+    """What ranks must agree on at install before: which meshes it was given, and their shapes."""
     shapes = {name: None if mesh is None else tuple(mesh.shape) for name, mesh in meshes.items()}
     return {"versions": {}, "config": shapes, "parameters": {}, "groups": {}}
 
 
-def by_rank(everyone: Sequence[dist.ProcessGroup], mine: int) -> dict[int, int]:
-    """What each global rank calls ``mine``; a collective, as ``check`` is."""
+def install_facts_by_rank(everyone: Sequence[dist.ProcessGroup], mine: int) -> dict[int, int]:
+    """What each global rank calls ``mine`` at install, as agreement on it begins; a collective."""
     found = compare(CALL, {"mine": mine}, everyone)
     if found is None:
         return dict.fromkeys(range(dist.get_world_size()), mine)
@@ -82,11 +82,12 @@ def by_rank(everyone: Sequence[dist.ProcessGroup], mine: int) -> dict[int, int]:
     return {rank: facts["mine"] for rank, facts in found.items()}
 
 
-def check(everyone: Sequence[dist.ProcessGroup], mine: Description) -> None:
-    """Raise RuntimeError, on every rank and with the difference, unless all descriptions are equal.
+def check_install_agreement(everyone: Sequence[dist.ProcessGroup], mine: Description) -> None:
+    """Raise RuntimeError, on every rank, unless all agree at install on what they describe.
 
-    A collective. Headers come too late for most of what can differ: payloads of unequal sizes end
-    the process (gloo) or hang it (NCCL), and a seed is in no header.
+    They say what the difference is. A collective. Headers come too late for most of what can
+    differ: payloads of unequal sizes end the process (gloo) or hang it (NCCL), and a seed is in no
+    header.
 
     Args:
         everyone: The process groups of all axes of the model's mesh.
@@ -149,7 +150,7 @@ def _difference(rank: int, ours: Description, first: int, theirs: Description) -
     raise AssertionError(f"ranks {rank} and {first} list the same parameters in another order.")
 
 
-def _version() -> str:
+def _qsdp_version() -> str:
     try:
         return version("qsdp")
     except PackageNotFoundError:  # the sources are on the path, and nothing is installed

@@ -22,8 +22,8 @@ FORWARD, BACKWARD = "a forward pass", "a backward pass"
 """What the calls of these meetings are called."""
 
 
-class Cache(Protocol):
-    """What passes must know of the payloads of frozen parameters that a group keeps."""
+class PassMember(Protocol):
+    """A group that takes part in the agreement of a pass: what it is asked of frozen payloads."""
 
     @property
     def has_frozen(self) -> bool:
@@ -43,7 +43,7 @@ class Cache(Protocol):
 
 
 class PassMeetings:
-    """The meetings of one handle's passes: [Note: Passes] says when there is one.
+    """Where ranks meet in one handle's passes, to agree: [Note: Passes] says when.
 
     Args:
         plans, groups: Those of the handle; members are places in these.
@@ -82,7 +82,7 @@ class PassMeetings:
         return mistakes_shared(BACKWARD, self._replicas)
 
     def meet_for_a_forward(
-        self, first: Plan, members: list[int], grad_mode: str, caches: Sequence[Cache]
+        self, first: Plan, members: list[int], grad_mode: str, caches: Sequence[PassMember]
     ) -> None:
         """Agree on all that the gathers of ``members`` in a pass depend on.
 

@@ -11,7 +11,7 @@ from qsdp.fsdp.bits_and_levels import Adaptation
 
 
 class Facts:
-    """The facts of one handle's model as they are now, by what they are called: [Note: Meeting].
+    """The facts of a pass: one handle's model as it is now, in words to compare: [Note: Meeting].
 
     Args:
         plans, groups: Those of the handle; members are places in these.

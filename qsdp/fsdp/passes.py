@@ -29,7 +29,7 @@ from qsdp.fsdp.backward_pass import BackwardPass
 from qsdp.fsdp.bits_and_levels import Adaptation
 from qsdp.fsdp.changed_settings import mistake
 from qsdp.fsdp.optimizer_steps import OptimizerSteps
-from qsdp.fsdp.pass_agreement import BACKWARD, FORWARD, Cache, PassMeetings
+from qsdp.fsdp.pass_agreement import BACKWARD, FORWARD, PassMeetings, PassMember
 from qsdp.fsdp.pass_facts import Facts
 
 _SWITCH = {True: "on", False: "off"}
@@ -78,7 +78,7 @@ class Passes:
         # A gather for the backward pass would come before anything that a meeting could lie beside.
         is_alone = len({plan.group for plan in plans}) == 1
         self._meets_early = wire.config.gather == "once" and is_alone
-        self.caches: Sequence[Cache] = ()
+        self.caches: Sequence[PassMember] = ()
         self.comms: Sequence[tuple[Any, ...]] = ()
         self.facts = Facts(plans, groups, wire, adaptation, averages=self._averages)
         self.meetings = meetings = PassMeetings(plans, groups, wire, self.facts, replicas)
@@ -102,7 +102,7 @@ class Passes:
         # A block's compiler shall not look inside. [Note: Hooks] says why the reference is weak.
         for place, group in enumerate(groups):
             before, after = (
-                torch.compiler.disable(partial(_call, weakref.ref(self), method, place))
+                torch.compiler.disable(partial(_call_if_alive, weakref.ref(self), method, place))
                 for method in (Passes._before_forward, Passes._after_forward)
             )
             for module in group.modules:
@@ -199,6 +199,7 @@ class Passes:
         return rewind
 
     def remove(self) -> None:
+        """Take all hooks on passes out of the model."""
         self.is_removed = True
         self._optimizer_steps.stop()
         replicated.discard(self)
@@ -297,7 +298,7 @@ class Passes:
             reshard_module(module)
 
 
-def _call(passes: weakref.ref[Passes], method: Any, *args: object) -> None:
+def _call_if_alive(passes: weakref.ref[Passes], method: Any, *args: object) -> None:
     if (found := passes()) is not None:
         method(found, *args)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,64 +11,17 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp.comm.group_plan import Parameter, Plan
 from qsdp.comm.nodes import Nodes, check_mesh
-from qsdp.comm.topology import Split, StageGroup, open_stages, split
+from qsdp.comm.topology import StageGroup, TopologySplit, open_stages, split
 from qsdp.common.dtypes import CODEC_DTYPES
-from qsdp.compat.parameter_group import ParameterGroup, ShardedParameter
+from qsdp.compat.parameter_group import GroupParameter, ParameterGroup
 from qsdp.config import QSDPConfig
+from qsdp.fsdp.install_arguments import module_name
 
 
-def replica_group(
-    groups: list[ParameterGroup], mesh: DeviceMesh | None
-) -> dist.ProcessGroup | None:
-    """The process group of ``replicate_mesh``, checked against the model's own mesh."""
-    check_type("replicate_mesh", mesh, DeviceMesh | None)
-    if mesh is None:
-        return None
-    if mesh.ndim != 1:
-        raise ValueError(f"replicate_mesh has {mesh.ndim} dimensions: give a 1-D mesh.")
-    for group in groups:
-        if group.mesh_ndim != 1 or group.mesh.size() < 2:
-            raise ValueError(
-                f"{_name(group)} is sharded over a mesh of shape {tuple(group.mesh.shape)}, where "
-                "replicate_mesh has no place: shard over a 1-D mesh of 2 or more ranks, or leave "
-                "replicate_mesh out."
-            )
-    shared = set(mesh.mesh.tolist()) & set(groups[0].mesh.mesh.tolist())
-    if shared != {dist.get_rank()}:
-        raise ValueError(
-            f"replicate_mesh holds the ranks {mesh.mesh.tolist()}, of which the shard mesh has "
-            f"{sorted(shared)} too: give a mesh that shares this rank alone with it."
-        )
-    return mesh.get_group()
-
-
-def refuse_own_comms(groups: list[ParameterGroup], replicas: dist.ProcessGroup | None) -> None:
-    """Raise ValueError where the wire would take the place of what the user gave FSDP2."""
-    for group in groups:
-        if own := group.custom_comms():
-            raise ValueError(
-                f"{_name(group)} has a collective of its own, {type(own[0]).__name__}, whose place "
-                "qsdp would take: leave out set_custom_all_gather, set_custom_reduce_scatter, "
-                "set_allocate_memory_from_process_group_for_comm and set_symm_mem_for_comm."
-            )
-        if replicas is not None and group.comms()[3] is not None:
-            raise ValueError(
-                f"{_name(group)} has a hook of set_all_reduce_hook, whose place the average over "
-                "replicate_mesh would take: leave out one of the two."
-            )
-
-
-def check_type(name: str, given: object, wanted: Any) -> None:
-    """Raise ValueError unless ``given`` is a ``wanted``, or None where that may be."""
-    if not isinstance(given, wanted):
-        allowed = "qsdp.QSDPConfig" if wanted is QSDPConfig else "DeviceMesh"
-        raise ValueError(f"{name} is a {type(given).__name__}: give a {allowed}.")
-
-
-def make_nodes(
+def plan_nodes(
     plans: list[Plan], launched: Mapping[int, int], config: QSDPConfig, mesh: DeviceMesh | None
 ) -> Nodes:
-    """The nodes of all ranks, of which launchers say how many they ``launched``."""
+    """Plan the nodes of all ranks, of which launchers say how many they ``launched``."""
     if mesh is not None:
         for group in _shard_groups(plans):
             check_mesh(group, mesh)
@@ -78,20 +30,20 @@ def make_nodes(
     return Nodes(sizes, mesh)
 
 
-def make_splits(
+def plan_splits(
     plans: list[Plan], nodes: Nodes, config: QSDPConfig, mesh: DeviceMesh | None
-) -> dict[dist.ProcessGroup, Split]:
-    """How each process group of several ranks is split.
+) -> dict[dist.ProcessGroup, TopologySplit]:
+    """Plan how the ranks of each process group of several ranks are split into stages.
 
     Raises ValueError where the config asks for stages that cannot be.
     """
     return {group: split(group, nodes, mesh, config) for group in _shard_groups(plans)}
 
 
-def make_stages(
-    plans: list[Plan], splits: Mapping[dist.ProcessGroup, Split], mesh: DeviceMesh | None
+def plan_stages(
+    plans: list[Plan], splits: Mapping[dist.ProcessGroup, TopologySplit], mesh: DeviceMesh | None
 ) -> list[StageGroup]:
-    """The stages of all process groups, which their plans are given. A collective over each."""
+    """Open the planned stages of all process groups, for the plans. A collective over each."""
     made = {group: open_stages(group, each.sizes, mesh) for group, each in splits.items()}
     for plan in plans:
         plan.stages = made.get(plan.group, plan.stages)
@@ -103,7 +55,7 @@ def _shard_groups(plans: list[Plan]) -> list[dist.ProcessGroup]:
     return [*dict.fromkeys(plan.group for plan in plans if plan.world_size > 1)]
 
 
-def make_plan(
+def plan_group(
     group: ParameterGroup,
     index: int,
     names: dict[nn.Parameter, str],
@@ -111,31 +63,36 @@ def make_plan(
     embeddings: set[str],
     config: QSDPConfig,
 ) -> Plan:
-    """How one group travels.
+    """Plan how one FSDP2 group travels, by its parameters and the config.
 
     Raises ValueError for what qsdp does not support, RuntimeError if this torch shards otherwise.
     """
     if group.num_groups > 1:
         raise ValueError(
-            f"{_name(group)} has {group.num_groups} parameter meshes in one fully_shard call, "
-            "but qsdp needs one mesh a call: shard such modules apart."
+            f"{module_name(group)} has {group.num_groups} parameter meshes in one fully_shard "
+            "call, but qsdp needs one mesh a call: shard such modules apart."
         )
     if group.offloads_to_cpu:
-        raise ValueError(f"{_name(group)} uses CPUOffloadPolicy: shard it without offloading.")
+        raise ValueError(
+            f"{module_name(group)} uses CPUOffloadPolicy: shard it without offloading."
+        )
     if group.shard_group is None:
-        raise ValueError(f"the mesh of {_name(group)} has no shard axis: use fully_shard's mesh.")
+        raise ValueError(
+            f"the mesh of {module_name(group)} has no shard axis: use fully_shard's mesh."
+        )
     if group.reduce_dtype is not None and group.reduce_dtype not in CODEC_DTYPES:
         raise ValueError(
-            f"{_name(group)} reduces gradients in {group.reduce_dtype}, which qsdp does not send: "
-            "choose float32, bfloat16 or float16."
+            f"{module_name(group)} reduces gradients in {group.reduce_dtype}, which qsdp does "
+            "not send: choose float32, bfloat16 or float16."
         )
     parameters = []
     for sharded in group.parameters():
         name = names.get(sharded.parameter)
         if name is None:
             raise ValueError(
-                f"{_name(group)} shards a parameter that model.named_parameters() does not list: "
-                "install qsdp on the root of the sharded model, outside a forward or backward pass."
+                f"{module_name(group)} shards a parameter that model.named_parameters() does not "
+                "list: install qsdp on the root of the sharded model, outside a forward or "
+                "backward pass."
             )
         if sharded.mesh_ndim > group.mesh_ndim:
             raise ValueError(
@@ -155,7 +112,7 @@ def make_plan(
                 "float16."
             )
         is_embedding = name in embeddings
-        parameters.append(_make_parameter(name, order[name], sharded, config, is_embedding))
+        parameters.append(_plan_parameter(name, order[name], sharded, config, is_embedding))
     plan = Plan(parameters, index, group.shard_group, config)
     for parameter, sharded in zip(parameters, group.parameters(), strict=True):
         derived = parameter.padded_numel(plan.world_size)
@@ -169,10 +126,10 @@ def make_plan(
     return plan
 
 
-def _make_parameter(
+def _plan_parameter(
     name: str,
     index: int,
-    sharded: ShardedParameter,
+    sharded: GroupParameter,
     config: QSDPConfig,
     is_embedding: bool,
 ) -> Parameter:
@@ -196,7 +153,3 @@ def _make_parameter(
         keeps_bits=config.keeps_bits(name, is_embedding),
         why=why,
     )
-
-
-def _name(group: ParameterGroup) -> str:
-    return type(group.module).__name__

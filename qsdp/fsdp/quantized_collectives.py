@@ -10,12 +10,12 @@ from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.fsdp.grad_recorder import GradRecorder
-from qsdp.fsdp.hooks import AllGather, ReduceScatter
+from qsdp.fsdp.hooks import AllGatherHook, ReduceScatterHook
 from qsdp.fsdp.passes import Passes
 
 
 class InstalledComms:
-    """The all-gathers and reduce-scatters of one handle's groups, given to FSDP2.
+    """The quantized collectives of one handle's groups, given to FSDP2 in place of its own.
 
     ``gathers`` are by plan, and so is ``given``: what FSDP2 was given, its ``comms``.
 
@@ -38,11 +38,11 @@ class InstalledComms:
         self._recorders = [
             GradRecorder(plan, group) for plan, group in zip(plans, groups, strict=True)
         ]
-        self.gathers: list[AllGather] = []
+        self.gathers: list[AllGatherHook] = []
         unwatched: set[GradRecorder] = set()
         for plan, group, recorder in zip(plans, groups, self._recorders, strict=True):
-            gather = AllGather(plan, wire, group, recorder, unwatched, passes)
-            reduce = ReduceScatter(plan, wire, group, recorder, passes, replicas)
+            gather = AllGatherHook(plan, wire, group, recorder, unwatched, passes)
+            reduce = ReduceScatterHook(plan, wire, group, recorder, passes, replicas)
             self.gathers.append(gather)
             hook = None if replicas is None else reduce.all_reduce
             *_, all_reduce_hook, async_op = group.comms()

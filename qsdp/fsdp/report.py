@@ -14,7 +14,7 @@ from qsdp.compat.parameter_group import ParameterGroup
 
 @dataclass(frozen=True)
 class Row:
-    """How one parameter travels."""
+    """A row of the report: how one parameter travels."""
 
     name: str
     shape: tuple[int, ...]
@@ -29,7 +29,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows in the model's order, and remarks on what does not travel as one might think."""
+    """The report: rows in the model's order, and remarks on what might surprise."""
 
     rows: tuple[Row, ...]
     remarks: tuple[str, ...]
@@ -50,12 +50,12 @@ class Report:
 
 
 def sharded_rows(plans: Sequence[Plan], groups: Sequence[ParameterGroup]) -> dict[int, Row]:
-    """The rows of parameters with a plan, as things are now, by their places in the model."""
+    """The report's rows of parameters with a plan, as things are now, by places in the model."""
     rows = {}
     for plan, group in zip(plans, groups, strict=True):
         for p, is_trained in zip(plan.parameters, group.requires_grad(), strict=True):
-            weight = _travel(p.weight_bits, p.dtype)
-            grad = _travel(p.grad_bits, group.reduce_dtype or p.dtype, is_grad=True)
+            weight = _travels_as(p.weight_bits, p.dtype)
+            grad = _travels_as(p.grad_bits, group.reduce_dtype or p.dtype, is_grad=True)
             why = p.why if is_trained else f"{p.why}, frozen"
             row = Row(p.name, tuple(p.shape), plan.index, weight, grad, why)
             rows[p.index] = row if is_trained else replace(row, grad="none")
@@ -63,7 +63,7 @@ def sharded_rows(plans: Sequence[Plan], groups: Sequence[ParameterGroup]) -> dic
 
 
 def unsharded_rows(names: Mapping[nn.Parameter, str], plans: Sequence[Plan]) -> dict[int, Row]:
-    """The rows of parameters without a plan, by their places in the model; ``names`` is of all."""
+    """The report's rows of parameters without a plan, by place; ``names`` is of the whole model."""
     planned = {p.name for plan in plans for p in plan.parameters}
     return {
         place: Row(name, tuple(p.shape), None, "none", "none", "not sharded by FSDP2")
@@ -72,7 +72,7 @@ def unsharded_rows(names: Mapping[nn.Parameter, str], plans: Sequence[Plan]) -> 
     }
 
 
-def _travel(bits: int, dtype: torch.dtype, *, is_grad: bool = False) -> str:
+def _travels_as(bits: int, dtype: torch.dtype, *, is_grad: bool = False) -> str:
     if bits <= 8:
         return f"{bits} bits"
     if bits == 16 and dtype == torch.float32:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from qsdp.comm.group_plan import Plan
-from qsdp.comm.topology import Split
+from qsdp.comm.topology import TopologySplit
 from qsdp.common.rounding import Rounding
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.config import QSDPConfig
@@ -18,11 +18,11 @@ def remarks(
     config: QSDPConfig,
     plans: Sequence[Plan],
     groups: Sequence[ParameterGroup],
-    splits: Sequence[Split],
+    splits: Sequence[TopologySplit],
     *,
     is_allotted: bool,
 ) -> Iterator[str]:
-    """The remarks, one sentence each.
+    """The remarks of a report, one sentence each.
 
     Args:
         config: The config that ``install`` was given.

@@ -14,7 +14,7 @@ from qsdp.compat.parameter_group import ParameterGroup
 def masks_by_place(
     masks: Mapping[nn.Parameter, Tensor], groups: Sequence[ParameterGroup]
 ) -> list[dict[int, Tensor]]:
-    """The masks of each group, by their parameters' places in it.
+    """The masks of a support, for each group, by their parameters' places in it.
 
     Raises ValueError if a mask is no bool tensor of its parameter's local shape, or is given for
     what none of ``groups`` holds.

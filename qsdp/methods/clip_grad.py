@@ -7,15 +7,17 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from qsdp.common.meshes import groups_of
+from qsdp.common.model_structure import unique_tensors
 from qsdp.common.rank_agreement import meet, mistakes_shared
-from qsdp.methods.grad_norm import check_loss, global_grad_norm
-from qsdp.sparsity.local_shards import local_shard, unique
+from qsdp.methods.grad_norm import global_grad_norm
+from qsdp.methods.nonfinite import check_scalar_loss
+from qsdp.sparsity.local_shards import local_shard
 
 
 def clip_grad_norm_(
     parameters: Iterable[Tensor], max_norm: float, *, loss: Tensor | float | None = None
 ) -> float:
-    """Scale all gradients in place so that their global norm is at most ``max_norm``.
+    """Clip gradients: scale all in place so that their global norm is at most ``max_norm``.
 
     As ``torch.nn.utils.clip_grad_norm_``, but exact for DTensors of any mesh together with plain
     tensors: the coefficient max_norm / (norm + 1e-6), at most 1, is computed in fp64 and applied in
@@ -36,11 +38,11 @@ def clip_grad_norm_(
         ValueError: ``max_norm`` is not above 0, or as ``global_grad_norm``.
         RuntimeError: Ranks give another ``max_norm``, or train another number of parameters.
     """
-    parameters = unique(parameters)
+    parameters = unique_tensors(parameters)
     groups, call = groups_of(parameters, with_replicas=True), "qsdp.clip_grad_norm_"
     with mistakes_shared(call, groups):
         check_max_norm(max_norm)
-        check_loss(loss)
+        check_scalar_loss(loss)
     num_trained = sum(parameter.requires_grad for parameter in parameters)
     meet(call, {"max_norm": max_norm, "trained parameters": num_trained}, groups)
     norm = global_grad_norm(parameters, loss=loss)
@@ -53,12 +55,12 @@ def scale_grads_(parameters: Iterable[Tensor], max_norm: float, norm: float) -> 
     coefficient = max_norm / (norm + 1e-6)
     if coefficient >= 1:
         return
-    for parameter in unique(parameters):
+    for parameter in unique_tensors(parameters):
         if parameter.grad is not None:
             local_shard(parameter.grad).values.mul_(coefficient)
 
 
 def check_max_norm(max_norm: float) -> None:
-    """Raise ValueError unless ``max_norm`` is above 0."""
+    """Raise ValueError unless gradients can be clipped to ``max_norm``, which is above 0."""
     if not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}: choose a number above 0.")

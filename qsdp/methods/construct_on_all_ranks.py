@@ -31,7 +31,7 @@ def _described(value: object) -> str:
 
 
 def reject_unknown_arguments(init: Callable[P, None]) -> Callable[P, None]:
-    """Make a constructor say which arguments it takes when it is given another by name."""
+    """Decorate a constructor to say which arguments it takes when it is given another by name."""
     _, *known = inspect.signature(init).parameters
 
     @wraps(init)
@@ -46,7 +46,7 @@ def reject_unknown_arguments(init: Callable[P, None]) -> Callable[P, None]:
 
 
 def collective_constructor(init: Callable[P, None]) -> Callable[P, None]:
-    """Make a constructor ``(self, model, base_optimizer, ...)`` a collective.
+    """Decorate a constructor ``(self, model, base_optimizer, ...)``: all ranks construct alike.
 
     All ranks that share the model raise RuntimeError if their arguments differ.
     """

@@ -29,7 +29,7 @@ _ENOUGH = 128  # squared, weights that classes of 8 bits do not leave in fp32
 
 
 class FirstMoments:
-    """The first moments of an optimizer ``base``: found by the names that optimizers give them."""
+    """The first moments in an optimizer's state, by the names that optimizers give them."""
 
     def __init__(self, base: torch.optim.Optimizer, owner: str) -> None:
         """Check that ``owner`` can set them to zero.

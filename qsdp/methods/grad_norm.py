@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.common.meshes import Groups
+from qsdp.common.model_structure import unique_tensors
 from qsdp.common.spread import Spread, spread_of
-from qsdp.methods.nonfinite import scalar_loss
-from qsdp.sparsity.local_shards import gathered, local_shard, unique
+from qsdp.compat.collectives import all_gather_over_groups
+from qsdp.methods.nonfinite import check_scalar_loss, scalar_loss
+from qsdp.sparsity.local_shards import local_shard
 
 # A chunk in double precision stays in a CPU's cache; a GPU wants few launches instead.
 _CHUNK_CPU = 1 << 16
@@ -20,7 +22,7 @@ _CHUNK_GPU = 1 << 24
 
 
 def global_grad_norm(parameters: Iterable[Tensor], *, loss: Tensor | float | None = None) -> float:
-    """The 2-norm of all gradients together, in double precision, the same on every rank.
+    """The norm of all gradients together: 2-norm, fp64, the same on every rank.
 
     Every rank adds the squares of its shards in fp64; the ranks' sums are gathered and added in
     rank order, so the result does not depend on the order of arrival. A plain or replicated
@@ -45,8 +47,8 @@ def global_grad_norm(parameters: Iterable[Tensor], *, loss: Tensor | float | Non
         ValueError: Parameters are sharded over different ranks, and none over all of these, or
             ``loss`` is no float and no floating-point tensor of one value.
     """
-    parameters = unique(parameters)
-    check_loss(loss)
+    parameters = unique_tensors(parameters)
+    check_scalar_loss(loss)
     return norm_among(parameters, spread_of(parameters, with_replicas=True), loss)
 
 
@@ -80,19 +82,14 @@ def norm_among(
     for groups in sorted(sums, key=lambda groups: math.prod(group.size() for group in groups)):
         # The wholes ride along: a rank that has seen what is not finite must tell the others.
         part, known = sums[groups], whole if math.isfinite(total) else math.nan
-        values = gathered(torch.stack([part, torch.full_like(part, known)]), groups).tolist()
+        values = all_gather_over_groups(
+            torch.stack([part, torch.full_like(part, known)]), groups
+        ).tolist()
         wholes = values[1::2]
         for value in values[::2]:
             total += value
     counted = wholes[0] if all(map(math.isfinite, wholes)) else math.nan
     return math.sqrt(total + counted)
-
-
-def check_loss(loss: object) -> None:
-    """Raise ValueError unless ``loss`` is None or one floating-point number."""
-    if loss is not None and scalar_loss(loss) is None:
-        what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-        raise ValueError(f"loss is {what}: give a float, or a floating-point tensor of one value.")
 
 
 def _is_heard_by_all(reaches: Collection[Groups]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.prunable import Prunable
 
 MASK = "mask"
 
@@ -24,7 +24,7 @@ def mask_of(state: Mapping[Tensor, Mapping[str, Any]], parameter: Tensor) -> Ten
 
 
 def step_without_masks(base: torch.optim.Optimizer) -> None:
-    """Step ``base`` and hide the masks meanwhile.
+    """Step ``base`` and hide the masks in its state meanwhile.
 
     torch's optimizers make a state only where there is nothing yet.
     """
@@ -39,7 +39,7 @@ def step_without_masks(base: torch.optim.Optimizer) -> None:
 def split_masks(
     state_dict: Mapping[str, Any], parameters: Sequence[Tensor]
 ) -> tuple[dict[str, Any], list[tuple[Tensor, Tensor]]]:
-    """A ``state_dict`` without its masks, and these, each with its parameter.
+    """An optimizer's ``state_dict`` without its masks, and these, each with its parameter.
 
     Torch gives what it loads the parameter's dtype, and takes a state with nothing but a mask for a
     damaged one. ``parameters`` are those of the optimizer, in its order.
@@ -66,7 +66,7 @@ def check_masks(
     trained: Sequence[str],
     owner: str,
 ) -> None:
-    """Raise ValueError if masks that are to be loaded are not those of the prunable parameters.
+    """Raise ValueError if masks of a state that is to be loaded are not of the prunable parameters.
 
     Args:
         masked: The ``id`` of each parameter that would get a mask.
@@ -104,8 +104,8 @@ def check_masks(
     raise ValueError(mistake)
 
 
-def names_by_id(prunable: Prunable, parameters: Sequence[Tensor]) -> dict[int, str]:
-    """The names of ``prunable`` by ``id``, in the order of ``parameters``."""
+def masked_names_by_id(prunable: Prunable, parameters: Sequence[Tensor]) -> dict[int, str]:
+    """The names of parameters that may have masks in a state, by ``id``, in that order."""
     pairs = zip(prunable.parameters, prunable.names, strict=True)
     names = {id(parameter): name for parameter, name in pairs}
     return {id(p): names[id(p)] for p in parameters if id(p) in names}

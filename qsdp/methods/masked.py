@@ -11,22 +11,24 @@ from torch import Tensor, nn
 
 from qsdp.common.rank_agreement import warn
 from qsdp.common.user_errors import names_for_user
-from qsdp.methods.base import OptimizerWrapper, SupportCallback
+from qsdp.compat.resharding import reshard_all
 from qsdp.methods.clip_grad import check_max_norm, scale_grads_
 from qsdp.methods.mask_state import (
     MASK,
     check_masks,
     mask_of,
-    names_by_id,
+    masked_names_by_id,
     split_masks,
     step_without_masks,
 )
-from qsdp.methods.rollback import reshard_all, rollback_on_exception, snapshot_buffers_and_grads
+from qsdp.methods.optimizer_wrapper import OptimizerWrapper, SupportCallback
+from qsdp.methods.rollback import rollback_on_exception, snapshot_buffers_and_grads
 from qsdp.methods.weak_hooks import register_weak_hook
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import local_shard
-from qsdp.sparsity.masks import Prunable, keep_masks
-from qsdp.sparsity.one_shot import keep_only_
+from qsdp.sparsity.masks import keep_masks
+from qsdp.sparsity.prunable import Prunable
+from qsdp.sparsity.prune_and_round import prune_by_mask_
 
 _STEP = "masked_step"
 _PLAN = "mask_plan"
@@ -34,7 +36,7 @@ _NAMES = "mask_names"
 
 
 class MaskedOptimizer(OptimizerWrapper):
-    """Steps of a base optimizer in which pruned weights stay exactly zero.
+    """A masked optimizer: steps of a base in which pruned weights stay exactly zero.
 
     The masks are bool tensors of the parameters' own kind (DTensors under FSDP2) in the optimizer's
     state: ``state_dict`` and DCP save them, and restore them on any number of ranks.
@@ -72,6 +74,7 @@ class MaskedOptimizer(OptimizerWrapper):
         self.before_pruning: Callable[[], None] | None = None
 
     def attach(self) -> None:
+        """Hook on to the base, and remember the plan of masks in its groups."""
         super().attach()
         self._remember(_PLAN, self._plan)  # an earlier wrapper's may be there
         register_weak_hook(self.base.register_load_state_dict_pre_hook, self._extract_masks)
@@ -159,7 +162,7 @@ class MaskedOptimizer(OptimizerWrapper):
             for parameter in self._tracked.prunable.parameters:
                 if parameter.grad is not None:
                     mask = local_shard(mask_of(self.state, parameter)).values
-                    keep_only_(local_shard(parameter.grad).values, mask)
+                    prune_by_mask_(local_shard(parameter.grad).values, mask)
         norm = self.last_grad_norm = self._grad_norm(loss)
         if not math.isfinite(norm):
             self._count_skipped(loss)
@@ -204,6 +207,7 @@ class MaskedOptimizer(OptimizerWrapper):
         self._announce_support()
 
     def share_support(self, tell: SupportCallback) -> None:
+        """Tell ``tell`` of the masks, now and whenever they change."""
         super().share_support(tell)
         self._announce_support()
 
@@ -243,7 +247,7 @@ class MaskedOptimizer(OptimizerWrapper):
         for parameter in self._tracked.prunable.parameters:
             # The base steps what has a gradient, also where that was frozen since.
             if parameter.requires_grad or parameter.grad is not None:
-                keep_only_(
+                prune_by_mask_(
                     local_shard(parameter).values,
                     local_shard(mask_of(self.state, parameter)).values,
                 )
@@ -278,8 +282,8 @@ class MaskedOptimizer(OptimizerWrapper):
             check_masks(
                 masked,
                 state_dict.get(_NAMES),
-                names_by_id(self._tracked.prunable, parameters),
-                [*names_by_id(self.prunable, parameters).values()],
+                masked_names_by_id(self._tracked.prunable, parameters),
+                [*masked_names_by_id(self.prunable, parameters).values()],
                 type(self).__name__,
             )
         self._loaded_masks = masks

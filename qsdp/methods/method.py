@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class RunSettings(NamedTuple):
-    """What an optimizer is told of the run."""
+    """What a method's optimizer is told of the run."""
 
     steps: int
     """Optimizer steps in all."""
@@ -52,12 +52,13 @@ class Method(Flags):
     OF_THE_SCHEDULE: ClassVar[tuple[str, ...]] = ()
     """Fields that count by the ``schedule`` that they come to."""
     FOLDERS: ClassVar[tuple[str, ...]] = ()
-    """Folders of OUT in which it keeps models, which nothing else has; see ``KeptModel``."""
+    """Folders of OUT in which it keeps models, which nothing else has; see ``MethodCheckpoint``."""
     IS_IN_EVERY_IDENTITY: ClassVar[bool] = False
     """Whether its flags tell runs without it apart too: the names of their folders were made so."""
 
     @property
     def is_chosen(self) -> bool:
+        """Whether the run has this method."""
         return bool(getattr(self, self.KEY))
 
     @property
@@ -164,8 +165,8 @@ class Outcome(NamedTuple):
     """What the run says of it in the end, on rank 0."""
 
 
-class KeptModel(Protocol):
-    """The best of some weights of a run, as a checkpoint without an optimizer in a folder of OUT.
+class MethodCheckpoint(Protocol):
+    """What a method keeps: the best of some weights of a run, as a checkpoint in a folder of OUT.
 
     A run that goes on finds what it kept.
     """
@@ -191,7 +192,8 @@ class TrainingRun(Protocol):
         """What ``wrap`` made."""
 
     @property
-    def steps_done(self) -> int: ...
+    def steps_done(self) -> int:
+        """Optimizer steps that were taken."""
 
     def validation_loss(self) -> float:
         """The validation loss of the exact weights, in nats a token."""
@@ -199,5 +201,5 @@ class TrainingRun(Protocol):
     def zero_fraction(self) -> float:
         """The fraction of the prunable weights that are zero."""
 
-    def kept_model(self, folder: str) -> KeptModel:
+    def kept_model(self, folder: str) -> MethodCheckpoint:
         """The model that is kept in ``folder``, which is one of ``Method.FOLDERS``."""

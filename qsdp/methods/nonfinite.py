@@ -16,7 +16,7 @@ from qsdp.sparsity.local_shards import local_shard
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first of ``tensors`` whose part on this rank holds a NaN or an infinity."""
+    """The first of ``tensors`` whose part on this rank is not finite: holds a NaN or an Inf."""
     for name, tensor in tensors.items():
         values = local_shard(tensor).values
         if values.is_floating_point() and values.numel():
@@ -27,12 +27,19 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def scalar_loss(value: Any) -> Tensor | float | None:
-    """``value``, if it is a loss: a float, or a floating-point tensor of one value; None else."""
+    """``value``, if it is a loss, finite or not: a float, or a tensor of one float; None else."""
     if isinstance(value, DTensor):
         value = value.to_local()
     if isinstance(value, Tensor):
         return value.detach() if value.numel() == 1 and value.is_floating_point() else None
     return value if isinstance(value, float) else None
+
+
+def check_scalar_loss(loss: object) -> None:
+    """Raise ValueError unless ``loss`` is None or one floating-point number, finite or not."""
+    if loss is not None and scalar_loss(loss) is None:
+        what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss is {what}: give a float, or a floating-point tensor of one value.")
 
 
 def name_not_finite(

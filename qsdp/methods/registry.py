@@ -24,12 +24,12 @@ FOLDERS_OF_EVERY_RUN = ("checkpoints", "plots", "tensorboard")
 
 @cache
 def method_classes() -> dict[str, type[Method]]:
-    """The flags of each method.
+    """The flags of each method in the registry.
 
     Raises ValueError for one that lacks them, whose flags have no defaults or are not named after
     it, or that keeps models in a folder of others.
     """
-    found = {key: _method_of(module) for key, module in METHODS.items()}
+    found = {key: _method_class_of(module) for key, module in METHODS.items()}
     folders = [*FOLDERS_OF_EVERY_RUN]
     for key, method in found.items():
         names = [field.name for field in fields(method)]
@@ -55,7 +55,7 @@ def method_classes() -> dict[str, type[Method]]:
     return found
 
 
-def _method_of(module: str) -> type[Method]:
+def _method_class_of(module: str) -> type[Method]:
     method = held_by_registered(module, "METHOD")
     if isinstance(method, type) and issubclass(method, Method):
         return method
@@ -66,17 +66,17 @@ def _method_of(module: str) -> type[Method]:
 
 
 def unchosen() -> tuple[Method, ...]:
-    """All methods, none of which is chosen."""
+    """All methods of the registry, none of which is chosen."""
     return tuple(method() for method in method_classes().values())
 
 
 def chosen(methods: Sequence[Method]) -> Method:
-    """The method that is chosen; plain AdamW where none is."""
+    """The method that is chosen of the registry's; plain AdamW where none is."""
     return next((method for method in methods if method.is_chosen), Method())
 
 
 def check_methods(methods: Sequence[Method], steps: int) -> None:
-    """Raise ValueError, naming the flag, for what no run of ``steps`` can have."""
+    """Raise ValueError, naming the flag, if no run of ``steps`` can have the registry's method."""
     keys = [method.KEY for method in methods if method.is_chosen]
     if len(keys) > 1:
         raise ValueError(f"{flag(keys[0])} and {flag(keys[1])} are both given: choose one method.")
@@ -84,24 +84,24 @@ def check_methods(methods: Sequence[Method], steps: int) -> None:
         method.check_values()  # of what is empty too, where it says more
         for name in method.values():
             method.require_contents(name)
-    check_heeded(methods)
+    check_all_heeded(methods)
     chosen(methods).check_run(steps)
 
 
-def check_heeded(methods: Sequence[Method], given: Iterable[str] | None = None) -> None:
-    """Raise ValueError if a field that was ``given`` has no effect; see ``Method.check_heeded``.
+def check_all_heeded(methods: Sequence[Method], given: Iterable[str] | None = None) -> None:
+    """Raise ValueError if a field that was ``given`` has no effect on any method registered.
 
-    Unset: those that are not as they are by default.
+    See ``Method.check_heeded``. Unset: those that are not as they are by default.
     """
     for method in methods:
         method.check_heeded(method.given if given is None else given)
 
 
 def replaced() -> dict[str, str]:
-    """Fields of all methods by others that stand in place of them."""
+    """Fields of all methods in the registry by others that stand in place of them."""
     return {old: new for method in method_classes().values() for old, new in method.INSTEAD.items()}
 
 
 def kept_folders() -> tuple[str, ...]:
-    """Folders of results in which methods keep models."""
+    """Folders of results in which the methods of the registry keep models."""
     return tuple(name for method in method_classes().values() for name in method.FOLDERS)

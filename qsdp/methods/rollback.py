@@ -7,29 +7,16 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from qsdp.common.model_structure import unique_tensors
 from qsdp.compat.fsdp_state import with_enclosing_roots
 from qsdp.compat.installed_wire import rewind_point
-from qsdp.compat.interrupted_passes import abandon_pass
+from qsdp.compat.interrupted_passes import abandon_passes
 from qsdp.compat.module_buffers import snapshot_buffers
-from qsdp.compat.resharding import reshard
-from qsdp.sparsity.local_shards import unique
-
-
-def reshard_all(model: nn.Module) -> None:
-    """Free what is gathered of ``model``, and of an FSDP2 root around it."""
-    for whole in with_enclosing_roots(model):
-        reshard(whole)
-
-
-def abandon_passes(model: nn.Module) -> None:
-    """Make FSDP2 forget passes that were cut short, of ``model`` and of a root around it."""
-    for whole in with_enclosing_roots(model):
-        abandon_pass(whole)
 
 
 @contextmanager
 def rollback_on_exception(model: nn.Module, restore: Callable[[], None]) -> Iterator[None]:
-    """An exception inside leaves ``model`` as if no pass had been begun inside.
+    """Roll back on an exception inside, as if no pass of ``model`` had been begun inside.
 
     The next try of the step gathers the same weights. Gradients that were not reduced are dropped,
     and ``restore`` is called.
@@ -45,13 +32,15 @@ def rollback_on_exception(model: nn.Module, restore: Callable[[], None]) -> Iter
 
 
 def snapshot_buffers_and_grads(model: nn.Module, own: Iterable[Tensor] = ()) -> Callable[[], None]:
-    """A function that makes what passes of ``model`` change what it is now.
+    """A function that rolls back what passes of ``model`` change: its buffers and gradients.
 
     That is all buffers, and the gradients of all trained parameters but ``own``; also those of an
     FSDP2 root around it.
     """
     restore_buffers, known = snapshot_buffers(model), {*map(id, own)}
-    parameters = unique(p for whole in with_enclosing_roots(model) for p in whole.parameters())
+    parameters = unique_tensors(
+        p for whole in with_enclosing_roots(model) for p in whole.parameters()
+    )
     others = [p for p in parameters if p.requires_grad and id(p) not in known]
     grads = [p.grad if p.grad is None else p.grad.clone() for p in others]
 

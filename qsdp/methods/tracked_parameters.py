@@ -19,8 +19,7 @@ from qsdp.common.replicas import replicas_of
 from qsdp.common.spread import spread_of
 from qsdp.common.user_errors import names_for_user
 from qsdp.compat.sharded_parameters import sharded_by_unsharded_id, sharded_parameters
-from qsdp.sparsity.masks import Prunable
-from qsdp.sparsity.prunable import prunable_parameters
+from qsdp.sparsity.prunable import Prunable, prunable_parameters
 
 _ADVICE = (
     "make it of the model's parameters, after sharding, or put into its param_groups what "
@@ -30,7 +29,7 @@ _ADVICE = (
 
 
 class TrackedParameters:
-    """What ``owner``, an optimizer around ``base``, knows of ``model``.
+    """The parameters that ``owner``, an optimizer around ``base``, tracks of ``model``.
 
     It keeps no parameter alive, and what it looks at stays as it is: one rank may look alone. It
     says

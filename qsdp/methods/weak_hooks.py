@@ -8,7 +8,7 @@ from typing import Any, cast
 
 
 def register_weak_hook(register: Callable[..., Any], method: Callable[..., Any]) -> None:
-    """Give ``register`` a hook that calls ``method``, and does not hold its object.
+    """Register a weak hook: one that calls ``method``, and does not hold its object.
 
     It goes with that object: a base may be wrapped again and again.
     """

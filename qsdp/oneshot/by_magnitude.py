@@ -9,8 +9,8 @@ from qsdp.oneshot.solver import Solver
 from qsdp.sparsity.local_shards import LocalShard
 
 
-def _weights(index: int, shard: LocalShard) -> Tensor:
+def _magnitudes(index: int, shard: LocalShard) -> Tensor:
     return shard.values
 
 
-SOLVER: Solver = ByScore(_weights)
+SOLVER: Solver = ByScore(_magnitudes)

@@ -18,7 +18,7 @@ from qsdp.compat.resharding import reshard
 from qsdp.oneshot.registry import DEFAULT, solver_of
 from qsdp.oneshot.solver import Solver
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.prunable import Prunable
 
 
 def compress_(
@@ -29,7 +29,7 @@ def compress_(
     method: str = DEFAULT,
     tokens: Tensor | None = None,
 ) -> dict[str, PackedMask]:
-    """Compress ``model`` in one shot, in place and for good. A collective.
+    """Compress a ``model`` in memory in one shot, in place and for good. A collective.
 
     Args:
         model: Any module, sharded or not; not in the middle of a forward or backward pass.
@@ -62,7 +62,7 @@ def compressed(
     method: str = DEFAULT,
     tokens: Tensor | None = None,
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Within the context, ``model`` is compressed in one shot; afterwards it is as before.
+    """Within the context, the ``model`` in memory is compressed in one shot; then as before.
 
     The arguments, and what raises, are those of ``compress_``. The model is restored bit for bit,
     buffers included, also when the body raises. It costs a copy of the prunable shards and of the

@@ -15,13 +15,13 @@ DEFAULT = "magnitude"
 
 
 def check(method: str) -> None:
-    """Raise ValueError for a name that no solver has."""
+    """Raise ValueError for a name that no solver in the registry has."""
     if method not in SOLVERS:
         raise ValueError(f"method is {method!r}: choose one of {', '.join(SOLVERS)}.")
 
 
 def chosen_method(given: str | None, *, idle: str | None) -> str:
-    """The solver of a command: the one ``given`` as --method, or the default.
+    """The solver that a command chooses of the registry: --method as ``given``, or the default.
 
     Args:
         given: The name; None where it is unset.
@@ -42,7 +42,7 @@ def chosen_method(given: str | None, *, idle: str | None) -> str:
 
 
 def by_method(method: str | None) -> str:
-    """Who compressed a model, for the end of a phrase.
+    """Which solver in the registry compressed a model, for the end of a phrase.
 
     Nothing where it was the default, or, as with None, nobody.
     """
@@ -50,7 +50,7 @@ def by_method(method: str | None) -> str:
 
 
 def solver_of(method: str, *, has_tokens: bool = False) -> Solver:
-    """The solver of that name.
+    """The solver of that name in the registry.
 
     Raises:
         ValueError: There is none, or it is to work without the calibration tokens that it needs,

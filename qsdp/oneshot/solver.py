@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
     from qsdp.common.bitmask import PackedMask
     from qsdp.sparsity.compression_target import Compression
-    from qsdp.sparsity.masks import Prunable
+    from qsdp.sparsity.prunable import Prunable
     from qsdp.sparsity.streaming import StoredTensor
 
 
 @runtime_checkable
 class Solver(Protocol):
-    """What compresses a model: see [Note: Solver]."""
+    """A solver: what compresses a model, see [Note: Solver]."""
 
     @property
     def needs_tokens(self) -> bool:

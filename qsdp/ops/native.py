@@ -33,7 +33,7 @@ _refusal: torch.library.Library | None = None  # while it lives, nothing serves 
 
 
 def load() -> None:
-    """Load the library if it is installed, and choose kernels.
+    """Load the library of native kernels if it is installed, and choose kernels.
 
     Raises:
         RuntimeError: The library is required but absent, or does not fit this torch.
@@ -45,18 +45,18 @@ def load() -> None:
         allowed = ", ".join(_CAPABILITIES)
         raise ValueError(f"QSDP_CPU_CAPABILITY is {wanted}: give one of {allowed}, or unset it.")
     if LIBRARY.exists():
-        _register(LIBRARY)
-        _library = _typed(ctypes.CDLL(str(LIBRARY)))
+        _register_library(LIBRARY)
+        _library = _with_signatures(ctypes.CDLL(str(LIBRARY)))
     elif _is_required():
         raise RuntimeError(f"QSDP_REQUIRE_NATIVE is 1, but {_missing('cpu')}, or unset it.")
     if torch.version.cuda is not None and CUDA_LIBRARY.exists():
-        _register(CUDA_LIBRARY)
+        _register_library(CUDA_LIBRARY)
         _has_cuda_kernels = True
     elif _is_required():
         # Not an error yet: whether tensors on a GPU will come is not known.
         _refusal = torch.library.Library("qsdp", "IMPL")
         for name in KERNELS:
-            _refusal.impl(name, _refuse, "CUDA")
+            _refusal.impl(name, _refuse_gpu_tensors, "CUDA")
     if wanted and _CAPABILITIES[wanted] not in available():
         raise ValueError(
             f"QSDP_CPU_CAPABILITY is {wanted}, which cannot run here: "
@@ -67,26 +67,26 @@ def load() -> None:
 
 
 def available() -> tuple[str, ...]:
-    """The kernels that this machine can run, best first; the last is "python"."""
+    """The native kernels that this machine can run, best first; the last is "python"."""
     if _library is None:
         return (PYTHON,)
     return (*_library.qsdp_cpu_available().decode().split(","), PYTHON)
 
 
 def capability() -> str:
-    """The kernels that serve the CPU: "avx512", "avx2", "scalar" or "python"."""
+    """The native kernels that serve the CPU: "avx512", "avx2", "scalar" or "python"."""
     if _library is None or _override is not None:
         return PYTHON
     return str(_library.qsdp_cpu_in_use().decode())
 
 
 def has_cuda_kernels() -> bool:
-    """Whether there is a GPU, and the CUDA library."""
+    """Whether there is a GPU, and the CUDA library of native kernels."""
     return _has_cuda_kernels and torch.cuda.is_available()
 
 
 def serving(device: torch.device) -> str:
-    """The kernels that serve tensors of ``device``.
+    """The kernels, native or not, that serve tensors of ``device``.
 
     As ``capability`` has it; on a GPU "cuda sm_90" or the like, or "python".
 
@@ -97,7 +97,7 @@ def serving(device: torch.device) -> str:
         return capability()
     if not _has_cuda_kernels:
         if _is_required():
-            _refuse()
+            _refuse_gpu_tensors()
         return PYTHON
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     if not _runs_on(device):
@@ -119,7 +119,7 @@ def remark(device: torch.device) -> str:
 
 
 def use(capability: str) -> None:
-    """Choose kernels, for tests and benchmarks; not while the codec runs in another thread.
+    """Choose native kernels, for tests and benchmarks; not while the codec runs in another thread.
 
     Raises:
         ValueError: ``capability`` is not one of ``available``.
@@ -154,7 +154,7 @@ def _missing(device_type: str) -> str:
     return f"{library.name} is not installed: install qsdp where {tools}"
 
 
-def _refuse(*_: object) -> None:
+def _refuse_gpu_tensors(*_: object) -> None:
     raise RuntimeError(f"QSDP_REQUIRE_NATIVE is 1, but {_missing('cuda')}, or unset it.")
 
 
@@ -168,7 +168,7 @@ def _runs_on(device: torch.device) -> bool:
     return True
 
 
-def _register(library: Path) -> None:
+def _register_library(library: Path) -> None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
@@ -178,7 +178,7 @@ def _register(library: Path) -> None:
         ) from error
 
 
-def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
+def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
     library.qsdp_cpu_available.restype = ctypes.c_char_p
     library.qsdp_cpu_in_use.restype = ctypes.c_char_p
     library.qsdp_cpu_use.argtypes = [ctypes.c_char_p]

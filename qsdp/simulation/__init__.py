@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from qsdp.simulation.make_simulation import simulate as simulate
 from qsdp.simulation.training import Simulation as Simulation
-from qsdp.simulation.volume import WireBytes as WireBytes
+from qsdp.simulation.volume import SimulatedVolume as SimulatedVolume

@@ -14,7 +14,9 @@ from qsdp.compat.parameter_names import clean_names, named_buffers
 
 
 class ForwardBackward:
-    """A model's passes with weights that are not its own. All ranks share one set of ``buffers``.
+    """Forward and backward passes of a model with weights that are not its own.
+
+    All ranks share one set of ``buffers``.
 
     Args:
         model: The plain model, which is not changed.
@@ -53,7 +55,7 @@ class ForwardBackward:
 
 @contextmanager
 def casting_inputs(modules: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Inside, modules with a group of their own cast floating-point inputs to the parameter dtype.
+    """Within the context, a simulated forward casts inputs of groups to the parameter dtype.
 
     FSDP2 does so by default.
     """
@@ -88,6 +90,7 @@ class _Pass(nn.Module):
         """The name that finds each parameter here, by its clean name in the model."""
 
     def forward(self, batch: Any, scale: float) -> Tensor:
+        """Run the model, and the backward pass of its scaled loss."""
         if isinstance(batch, Mapping):
             output = self.model(**batch)
         else:

@@ -7,18 +7,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qsdp.simulation.shards import Sharding
+from qsdp.simulation.shards import SimulatedSharding
 
 
-class SupportMasks:
-    """The values that masks keep; all others are zero and do not travel.
+class KeptWeights:
+    """The weights that a support keeps; all others are zero and do not travel.
 
     Args:
         masks: The bool mask of each whole parameter, by name; what has none travels whole.
         sharding: How masks are cut, which is how parameters are.
     """
 
-    def __init__(self, masks: Mapping[str, Tensor], sharding: Sharding) -> None:
+    def __init__(self, masks: Mapping[str, Tensor], sharding: SimulatedSharding) -> None:
         self._rows = {name: sharding.cut(name, mask) for name, mask in masks.items()}
 
     def __len__(self) -> int:
@@ -40,8 +40,8 @@ class SupportMasks:
         return zeros.masked_scatter_(keep, values)
 
 
-def check_masks(masks: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    """Raise ValueError for a mask that is no bool tensor of its parameter's shape."""
+def check_kept_masks(masks: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raise ValueError if a mask of kept weights is no bool tensor of its parameter's shape."""
     for name, mask in masks.items():
         if name not in shapes:
             raise ValueError(

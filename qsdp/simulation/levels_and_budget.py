@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
+from qsdp.codec.level_fitting import BINS, fit_levels, level_histogram, uniform_levels
 from qsdp.comm.bit_budget import Claim, allot, check_budget
 from qsdp.config import CODED_BITS, LEARNED_BITS, QSDPConfig
-from qsdp.simulation.ranks import World
+from qsdp.simulation.ranks import SimulatedRanks
 
 Place = tuple[str, bool, int]
 """Parameter, whether it is its gradient, bits."""
@@ -57,16 +57,18 @@ class SimulatedLevels:
         """Count what is sent, or would be."""
         if place in self._counts:
             bucket = self._config.bucket_of(place[2], is_grad=place[1] == "grad")
-            histogram(values.reshape(-1), bucket, self._counts[place])
+            level_histogram(values.reshape(-1), bucket, self._counts[place])
 
     def learn(self) -> None:
         """Fit levels to what was counted."""
         for place, counts in self._counts.items():
-            self._values[place] = fit(self._values.get(place, uniform_levels(place[2])), counts)
+            self._values[place] = fit_levels(
+                self._values.get(place, uniform_levels(place[2])), counts
+            )
 
 
 class SimulatedBudget:
-    """Squared errors of each parameter and direction at all bits, by global rank.
+    """The budget's squared errors of each parameter and direction at all bits, by global rank.
 
     Args:
         config: With the budget, if there is one.
@@ -81,7 +83,7 @@ class SimulatedBudget:
     def __init__(
         self,
         config: QSDPConfig,
-        world: World,
+        world: SimulatedRanks,
         claims: tuple[Mapping[str, Claim], Mapping[str, Claim]],
     ) -> None:
         self._config, self._world, self._claims = config, world, claims
@@ -96,6 +98,7 @@ class SimulatedBudget:
         return self._config.budget is not None and is_warm and not self._is_allotted
 
     def add(self, place: Place, rank: int, error: float) -> None:
+        """Add an ``error`` to those that ``rank`` has at ``place``."""
         self._errors.setdefault(place, [0.0] * self._world.num_ranks)[rank] += error
 
     def allot(self, bits: Bits) -> Bits:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from qsdp.config import QSDPConfig
-from qsdp.simulation.ranks import Group, World, number
-from qsdp.simulation.reference import Wire
-from qsdp.simulation.shards import Sharding
+from qsdp.simulation.numbering import Group, number_model
+from qsdp.simulation.ranks import SimulatedRanks
+from qsdp.simulation.shards import SimulatedSharding
+from qsdp.simulation.simulated_wire import SimulatedWire
 from qsdp.simulation.training import MakeOptimizer, Simulation
 
 
@@ -30,7 +31,9 @@ def simulate(
     shard_dims: Mapping[str, int] | None = None,
     loss: Callable[[Any], Tensor] | None = None,
 ) -> Simulation:
-    """Train as ``world_size`` ranks of FSDP2 with qsdp would, in one process, bit for bit.
+    """Make a simulation: train as ``world_size`` ranks of FSDP2 with qsdp would, bit for bit.
+
+    It runs in one process.
 
     To choose bits before renting a cluster (QSDP, arXiv 2302.02390). A step costs the computation
     of all ranks one after the other; memory holds one set of shards and optimizer states, the
@@ -77,7 +80,7 @@ def simulate(
             f"ranks_per_node is {ranks_per_node}, and that of the config is "
             f"{config.ranks_per_node}: leave one of the two out."
         )
-    world = World(
+    world = SimulatedRanks(
         world_size=world_size,
         ranks_per_node=ranks_per_node,
         replicas=replicas,
@@ -85,7 +88,7 @@ def simulate(
         param_dtype=param_dtype,
         reduce_dtype=reduce_dtype,
     )
-    sharding = Sharding(model, world_size, dict(shard_dims or {}))
-    numbers = number(model, groups)
-    wire = Wire(model, config, world, numbers, sharding)
+    sharding = SimulatedSharding(model, world_size, dict(shard_dims or {}))
+    numbers = number_model(model, groups)
+    wire = SimulatedWire(model, config, world, numbers, sharding)
     return Simulation(model, wire, optimizer, loss)

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from qsdp.codec.random_numbers import Stage
-from qsdp.simulation.reference import Wire
+from qsdp.codec.random_numbers import KeyStage
+from qsdp.simulation.simulated_wire import SimulatedWire
 
 
 class Reduction:
-    """One reduce of all ranks, which bring their gradients in the order of their ranks.
+    """The reduction of all simulated ranks, which bring gradients in the order of their ranks.
 
     stages    in the first every row is quantized for that rank of the sender's unit that has its
               destination's place there; each unit then quantizes its fp32 sum for that unit of the
@@ -23,7 +23,7 @@ class Reduction:
               quantized; they are added in fp32 in replica order and divided by their number
     """
 
-    def __init__(self, wire: Wire, step: int) -> None:
+    def __init__(self, wire: SimulatedWire, step: int) -> None:
         self._wire, self._step = wire, step
         world = wire.world
         # What FSDP2 divides by: it knows of replicas only when the all-reduce is its own.
@@ -98,7 +98,7 @@ class Reduction:
             total = total.to(world.reduce_dtype)
             if world.quantized_replicas:
                 sender = replica * world.world_size + receiver
-                self._add(self._replicas, name, total, Stage.REPLICAS, sender, receiver, False)
+                self._add(self._replicas, name, total, KeyStage.REPLICAS, sender, receiver, False)
             elif place in self._replicas:
                 self._replicas[place] = self._replicas[place] + total
             else:
@@ -110,7 +110,7 @@ class Reduction:
         sums: dict[tuple[str, int], Tensor],
         name: str,
         row: Tensor,
-        stage: Stage,
+        stage: KeyStage,
         sender: int,
         receiver: int,
         is_own: bool,

@@ -12,8 +12,8 @@ from qsdp.common.dtypes import CODEC_DTYPES
 from qsdp.compat.parameter_names import named_parameters
 
 
-class Sharding:
-    """The dimension along which each parameter is sharded.
+class SimulatedSharding:
+    """How parameters are cut into shards of the simulated ranks: along which dimension.
 
     Args:
         model: The plain model.

@@ -5,15 +5,15 @@ from __future__ import annotations
 from math import prod
 from typing import NamedTuple
 
-from qsdp.codec.random_numbers import Stage
+from qsdp.codec.random_numbers import KeyStage
 from qsdp.config import QSDPConfig
-from qsdp.simulation.ranks import World
+from qsdp.simulation.ranks import SimulatedRanks
 
 
-class Exchanging(NamedTuple):
-    """One stage: in it ranks exchange that are 1, 2, ... ``size`` - 1 strides apart."""
+class SimulatedStage(NamedTuple):
+    """A simulated stage: in it ranks exchange that are 1, 2, ... ``size`` - 1 strides apart."""
 
-    stage: Stage
+    stage: KeyStage
     size: int
     stride: int
 
@@ -27,25 +27,25 @@ class Exchanging(NamedTuple):
         return range(first, first + self.size * self.stride, self.stride)
 
 
-def two_hop(num_nodes: int, ranks_per_node: int) -> dict[Stage, int]:
-    """Inside each node, then between nodes."""
-    return {Stage.LOCAL: ranks_per_node, Stage.ACROSS: num_nodes}
+def simulated_two_hop(num_nodes: int, ranks_per_node: int) -> dict[KeyStage, int]:
+    """The simulated stages of two hops: inside each node, then between nodes."""
+    return {KeyStage.LOCAL: ranks_per_node, KeyStage.ACROSS: num_nodes}
 
 
 SIZES = {
-    "auto": two_hop,
-    "two-hop": two_hop,
+    "auto": simulated_two_hop,
+    "two-hop": simulated_two_hop,
 }
 """How many ranks exchange in each stage, by what ``QSDPConfig.reduce`` may be, except flat."""
 
 
-def stages_of(world: World, config: QSDPConfig) -> list[Exchanging]:
-    """The stages of a shard group, innermost first.
+def simulated_stages(world: SimulatedRanks, config: QSDPConfig) -> list[SimulatedStage]:
+    """The stages of a simulated shard group, innermost first.
 
     Those of one rank have nothing to do; if fewer than two are left, all ranks exchange at once.
     Raises ValueError where the config asks for stages that cannot be.
     """
-    flat = [Exchanging(Stage.FLAT, world.world_size, 1)]
+    flat = [SimulatedStage(KeyStage.FLAT, world.world_size, 1)]
     if config.reduce == "flat":
         return flat
     if not world.has_even_nodes:
@@ -61,6 +61,6 @@ def stages_of(world: World, config: QSDPConfig) -> list[Exchanging]:
     stages, stride = [], 1
     for stage, size in sizes.items():
         if size > 1:
-            stages.append(Exchanging(stage, size, stride))
+            stages.append(SimulatedStage(stage, size, stride))
         stride *= size
     return stages if len(stages) > 1 else flat

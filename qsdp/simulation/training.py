@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from qsdp.compat.parameter_names import named_buffers, named_parameters
 from qsdp.simulation.forward_backward import ForwardBackward, casting_inputs
-from qsdp.simulation.kept_weights import check_masks
+from qsdp.simulation.kept_weights import check_kept_masks
 from qsdp.simulation.reduction import Reduction
-from qsdp.simulation.reference import Wire
-from qsdp.simulation.volume import WireBytes, count_bytes
+from qsdp.simulation.simulated_wire import SimulatedWire
+from qsdp.simulation.volume import SimulatedVolume, count_bytes
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Simulation:
-    """The ranks' shards and optimizers, and what happens between them. Made by ``simulate``.
+    """The simulated training: shards, optimizers, and what happens between. Made by ``simulate``.
 
     ``shards[rank]`` are the parameters of a rank of the shard axis by name, ``optimizers[rank]``
     its optimizer (set learning rates on all of them), ``clock`` the step in the random keys: it
@@ -30,7 +30,7 @@ class Simulation:
     def __init__(
         self,
         model: nn.Module,
-        wire: Wire,
+        wire: SimulatedWire,
         make_optimizer: MakeOptimizer,
         loss: Callable[[Any], Tensor] | None,
     ) -> None:
@@ -188,7 +188,7 @@ class Simulation:
         """
         if not masks and not with_grads:
             raise ValueError("with_grads is False without masks: give masks, or leave it out.")
-        check_masks(masks or {}, self._shapes)
+        check_kept_masks(masks or {}, self._shapes)
         self._wire.set_support(masks or {}, with_grads=with_grads)
 
     def wire_bytes(
@@ -197,7 +197,7 @@ class Simulation:
         rank: int = 0,
         micro_batches: int = 1,
         reshard_after_forward: bool | None = None,
-    ) -> WireBytes:
+    ) -> SimulatedVolume:
         """What a global rank sends in a step after the warm-up, by arithmetic on layouts.
 
         All trained parameters are taken to get gradients. Not counted are weights that are sent

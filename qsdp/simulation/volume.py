@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import Layout
-from qsdp.codec.random_numbers import Stage
-from qsdp.simulation.reference import Wire
+from qsdp.codec.random_numbers import KeyStage
+from qsdp.simulation.simulated_wire import SimulatedWire
 
 
 @dataclass(frozen=True, kw_only=True)
-class WireBytes:
-    """Bytes that one rank sends in a step, headers and metadata included.
+class SimulatedVolume:
+    """The volume of a simulated step: bytes that one rank sends, headers and metadata included.
 
     A payload counts once for every peer that it is meant for.
     """
@@ -30,10 +30,12 @@ class WireBytes:
 
     @property
     def gather(self) -> int:
+        """Bytes of gathers."""
         return self.gather_intra_node + self.gather_inter_node
 
     @property
     def reduce(self) -> int:
+        """Bytes of reduces."""
         return self.reduce_intra_node + self.reduce_inter_node
 
     @property
@@ -43,15 +45,15 @@ class WireBytes:
 
 
 def count_bytes(
-    wire: Wire,
+    wire: SimulatedWire,
     shards: Mapping[str, Tensor],
     *,
     num_parameters: int,
     rank: int,
     micro_batches: int,
     reshard_after_forward: bool | None,
-) -> WireBytes:
-    """The bytes of a step: see ``Simulation.wire_bytes``.
+) -> SimulatedVolume:
+    """Count the volume of a simulated step in bytes: see ``Simulation.wire_bytes``.
 
     ``shards`` are those of the shard group's first rank: all ranks' payloads have the sizes of its.
     """
@@ -63,7 +65,7 @@ def count_bytes(
         gathered = {n: shard for n, shard in members.items() if not wire.is_sent_once(shard)}
         is_kept = reshard_after_forward is False or wire.config.gather == "once"
         is_kept |= reshard_after_forward is None and group == wire.numbers.root
-        num_bytes = _weight_bytes(wire, gathered) * micro_batches * (1 if is_kept else 2)
+        num_bytes = _weight_payload_bytes(wire, gathered) * micro_batches * (1 if is_kept else 2)
         for each in reversed(wire.stages):
             # What a rank got in a stage it hands on in the next.
             sent.to("gather", each.peers(rank), num_bytes)
@@ -72,12 +74,12 @@ def count_bytes(
         num_rows, dtype = size, world.reduce_dtype
         for each in wire.stages:
             num_rows //= each.size  # for one peer
-            row_bytes = _grad_bytes(wire, trained, each.stage, dtype)
+            row_bytes = _gradient_payload_bytes(wire, trained, each.stage, dtype)
             sent.to("reduce", each.peers(rank), row_bytes * num_rows)
             dtype = torch.float32
-        row_bytes = _grad_bytes(wire, trained, Stage.REPLICAS, world.reduce_dtype)
+        row_bytes = _gradient_payload_bytes(wire, trained, KeyStage.REPLICAS, world.reduce_dtype)
         sent.to("reduce", replicas, row_bytes)
-    return WireBytes(
+    return SimulatedVolume(
         gather_intra_node=sent.bytes["gather", True],
         gather_inter_node=sent.bytes["gather", False],
         reduce_intra_node=sent.bytes["reduce", True],
@@ -101,7 +103,7 @@ class _Sent:
                 self.bytes[direction, peer // self._ranks_per_node == node] += num_bytes
 
 
-def _weight_bytes(wire: Wire, shards: Mapping[str, Tensor]) -> int:
+def _weight_payload_bytes(wire: SimulatedWire, shards: Mapping[str, Tensor]) -> int:
     """Bytes of one payload; nothing is sent for no parameters."""
     segments = [
         wire.segment(
@@ -116,7 +118,9 @@ def _weight_bytes(wire: Wire, shards: Mapping[str, Tensor]) -> int:
     return Layout(segments, 0).payload_bytes if segments else 0
 
 
-def _grad_bytes(wire: Wire, shards: Mapping[str, Tensor], stage: Stage, dtype: torch.dtype) -> int:
+def _gradient_payload_bytes(
+    wire: SimulatedWire, shards: Mapping[str, Tensor], stage: KeyStage, dtype: torch.dtype
+) -> int:
     segments = [
         wire.segment(name, shard.numel(), dtype, wire.grad_bits(name, stage, None), is_grad=True)
         for name, shard in shards.items()

@@ -11,7 +11,7 @@ SCOPES = ("global", "layer")
 
 @dataclass(frozen=True, kw_only=True)
 class Compression:
-    """A target of compression: how many weights are pruned, in which shapes, at how many bits.
+    """A compression target: how many weights are pruned, in which shapes, at how many bits.
 
     Raises ValueError for what cannot be.
     """

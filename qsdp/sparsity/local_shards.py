@@ -8,7 +8,6 @@ axis alone and counted once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,11 +19,11 @@ from qsdp.common.checksum import checksum
 from qsdp.common.meshes import Groups
 from qsdp.common.sharding import chunk
 from qsdp.common.spread import Reach, Spread
-from qsdp.compat.collectives import all_gather_single
+from qsdp.compat.collectives import all_gather_over_groups
 
 
-class Part(Protocol):
-    """What a threshold must know of this rank's part of a tensor."""
+class LocalShardLike(Protocol):
+    """What is like a local shard to a threshold: this rank's part of a tensor."""
 
     @property
     def values(self) -> Tensor:
@@ -43,10 +42,12 @@ class Part(Protocol):
         """Values in the whole."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Element type of the part."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where the part lies."""
 
     def positions(self, index_N: Tensor) -> Tensor:
         """Map flat int64 indices [N] of the local part to flat indices [N] of the whole."""
@@ -54,7 +55,7 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class LocalShard:
-    """This rank's part of a tensor."""
+    """This rank's local shard of a tensor, and where in the whole it lies."""
 
     values: Tensor
     """The part itself, sharing storage with the tensor; any shape, possibly empty."""
@@ -78,10 +79,12 @@ class LocalShard:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Element type of the part."""
         return self.values.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the part lies."""
         return self.values.device
 
     def positions(self, index_N: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ class LocalShard:
 
 
 def local_shard(tensor: Tensor, spread: Spread | None = None) -> LocalShard:
-    """Describe this rank's part of ``tensor``.
+    """The local shard of ``tensor``: this rank's part.
 
     Args:
         tensor: A plain tensor, or a DTensor placed by ``Shard`` and ``Replicate`` alone.
@@ -151,8 +154,8 @@ def local_shard(tensor: Tensor, spread: Spread | None = None) -> LocalShard:
     )
 
 
-def without_copies(shard: Part) -> Part:
-    """``shard``, where a frozen one that is the same on all parts of its reach counts once.
+def shard_without_copies(shard: LocalShardLike) -> LocalShardLike:
+    """A local ``shard``, where a frozen one with copies on all parts of its reach counts once.
 
     What is frozen is often sharded inside nodes, a copy on each. A collective for frozen ones of
     others' reach.
@@ -165,31 +168,9 @@ def without_copies(shard: Part) -> Part:
     mine = [shard.reach.first_rank, place, checksum([shard.values]) % (1 << 62)]
     row = torch.tensor(mine, device=shard.device)
     parts: dict[int, set[tuple[int, int]]] = {}
-    for rank, *content in gathered(row, shard.reach.groups).view(-1, 3).tolist():
+    for rank, *content in all_gather_over_groups(row, shard.reach.groups).view(-1, 3).tolist():
         parts.setdefault(rank, set()).add(tuple(content))
     if any(part != parts[shard.reach.first_rank] for part in parts.values()):
         return shard
     is_first = shard.reach.is_counted and shard.reach.first_rank == min(parts)
     return replace(shard, reach=Reach(shard.reach.groups, is_first, min(parts)))
-
-
-def by_groups(reaches: Sequence[Reach]) -> dict[Groups, list[int]]:
-    """Indices of what is counted over the same process groups, in one order on every rank."""
-    indices: dict[Groups, list[int]] = {}
-    for i, reach in enumerate(reaches):
-        indices.setdefault(reach.groups, []).append(i)
-    return indices
-
-
-def gathered(values_N: Tensor, groups: Groups) -> Tensor:
-    """What all ranks have: 1-D, in rank order. A collective."""
-    for group in groups:
-        everyones_N = values_N.new_empty(group.size() * values_N.numel())
-        all_gather_single(everyones_N, values_N, group)
-        values_N = everyones_N
-    return values_N
-
-
-def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The tensors in order, a tied one (the same object twice) once."""
-    return list({id(tensor): tensor for tensor in tensors}.values())

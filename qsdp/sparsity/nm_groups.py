@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qsdp.sparsity.local_shards import LocalShard, gathered
+from qsdp.compat.collectives import all_gather_over_groups
+from qsdp.sparsity.local_shards import LocalShard
 
 
 def whole_groups(shard: LocalShard, dim: int, size: int) -> tuple[Tensor, int]:
-    """The groups of ``size`` along ``dim`` of which this rank holds a part. A collective.
+    """The groups of an N:M pattern along ``dim`` of which this rank holds a part. A collective.
 
     Where the tensor is cut inside a group, its values are fetched from the other ranks, at most 2
     (size - 1) rows from each; nothing is sent where all cuts lie between groups.
@@ -48,5 +49,5 @@ def _edges(shard: LocalShard, rows_LR: Tensor, first: int, size: int) -> tuple[T
     if places:
         index[: len(places)] = torch.tensor(places, device=index.device)
         edges[: len(places)] = rows_LR[index[: len(places)] - first]
-    edges = gathered(edges.reshape(-1), shard.groups).view(-1, edges.shape[1])
-    return gathered(index, shard.groups), edges
+    edges = all_gather_over_groups(edges.reshape(-1), shard.groups).view(-1, edges.shape[1])
+    return all_gather_over_groups(index, shard.groups), edges

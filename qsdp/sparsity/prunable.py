@@ -10,14 +10,19 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from qsdp.common.rank_agreement import warn
+from qsdp.common.spread import Spread, spread_of
 from qsdp.compat.parameter_names import named_parameters
 from qsdp.compat.resharding import reshard
-from qsdp.compat.sharded_parameters import sharded_by_unsharded_id
+from qsdp.compat.sharded_parameters import sharded_by_unsharded_id, sharded_parameters
+from qsdp.ops.reference.magnitude import DTYPES
+from qsdp.sparsity.compression_target import Compression
+from qsdp.sparsity.local_shards import LocalShard, local_shard
 
 _UNSAID = 0.1
 """The share of the blocks' weights that may stay out of a default set without a word."""
@@ -26,7 +31,7 @@ _UNSAID = 0.1
 def prunable_parameters(
     model: nn.Module, patterns: Sequence[str] | None = None
 ) -> dict[str, nn.Parameter]:
-    """Choose the parameters that may be pruned, by name.
+    """Choose by name the prunable parameters.
 
     Frees the gathered weights of an FSDP2 model, so that what is returned are its shards.
 
@@ -121,8 +126,94 @@ def _warn_of_the_rest(
         )
 
 
+@dataclass(frozen=True)
+class Prunable:
+    """The prunable parameters of a model, ready to be looked at shard by shard."""
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    dims: tuple[int, ...]
+    """The input dimension of each: what the products of its layer sum over."""
+    spread: Spread
+    """The spread of all the model's parameters."""
+
+    @classmethod
+    def of(cls, model: nn.Module, patterns: Sequence[str] | None = None) -> Prunable:
+        """The prunable set of ``model``; see ``prunable_parameters``."""
+        return cls._of(model, prunable_parameters(model, patterns))
+
+    @classmethod
+    def named(cls, model: nn.Module, names: Sequence[str]) -> Prunable:
+        """The parameters of ``model`` that have these names now.
+
+        Raises ValueError if there are none of a name.
+        """
+        named = sharded_parameters(model)
+        missing = [name for name in names if name not in named]
+        if missing:
+            raise ValueError(
+                f"{type(model).__name__} has no parameter of its own called {missing[0]!r} any "
+                "more, which was in the prunable set and was renamed, removed or tied to another: "
+                "make the optimizer anew."
+            )
+        return cls._of(model, {name: named[name] for name in names})
+
+    @classmethod
+    def _of(cls, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> Prunable:
+        dims = input_dims(model)
+        return cls(
+            tuple(chosen),
+            tuple(chosen.values()),
+            tuple(dims.get(id(p), p.ndim - 1) for p in chosen.values()),
+            spread_of(sharded_parameters(model).values()),
+        )
+
+    def trained(self) -> Prunable:
+        """The parameters that are not frozen."""
+        kept = [i for i, parameter in enumerate(self.parameters) if parameter.requires_grad]
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in kept),
+            parameters=tuple(self.parameters[i] for i in kept),
+            dims=tuple(self.dims[i] for i in kept),
+        )
+
+    def shards(self) -> list[LocalShard]:
+        """This rank's part of each, as it is now."""
+        return [local_shard(parameter, self.spread) for parameter in self.parameters]
+
+    def check(self, target: Compression) -> None:
+        """Raise ValueError where a parameter cannot have the target.
+
+        Its pattern, blocks or bits do not fit, or the parameter has a dtype whose magnitudes cannot
+        be ranked.
+        """
+        for name, shard, dim in zip(self.names, self.shards(), self.dims, strict=True):
+            size = target.group_size
+            if (target.fraction or target.bits is not None) and shard.dtype not in DTYPES:
+                raise ValueError(
+                    f"{name} is {shard.dtype}, but only float32, bfloat16 and float16 are "
+                    "compressed: convert it, or prune others by patterns of names."
+                )
+            if size > 1 and (len(shard.shape) != 2 or shard.shape[dim] % size):
+                raise ValueError(
+                    f"{name} has shape {tuple(shard.shape)}, whose input dimension {target} cannot "
+                    f"cut into groups of {size}: prune others by patterns of names."
+                )
+            if size > 1 and len(shard.groups) > 1:
+                raise ValueError(
+                    f"{name} is sharded over {len(shard.groups)} mesh axes, but {target} needs "
+                    "one: shard it over one."
+                )
+            if target.bits is not None and shard.shape and shard.parts[-1] != shard.shape[-1]:
+                raise ValueError(
+                    f"{name} is sharded by its last dimension, along which {target} rounds: "
+                    "shard another one."
+                )
+
+
 def input_dims(model: nn.Module) -> dict[int, int]:
-    """The dimension that a weight's layer sums over, by the id of the weight.
+    """The dimension that a prunable weight's layer sums over, by the id of the weight.
 
     Where the weight is gathered now, it is the id of its shard. The dimension is 0 in Hugging
     Face's Conv1D.

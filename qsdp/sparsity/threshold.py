@@ -20,9 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsdp import ops
+from qsdp.common.meshes import Groups
 from qsdp.common.spread import Reach
+from qsdp.compat.collectives import all_gather_over_groups
 from qsdp.ops.reference.magnitude import DIGIT_BITS, DTYPES, KEY_BITS, NUM_BINS, keys_of
-from qsdp.sparsity.local_shards import Part, by_groups, gathered
+from qsdp.sparsity.compression_target import Compression
+from qsdp.sparsity.local_shards import LocalShardLike, shard_without_copies
 
 THRESHOLD_BYTES = 3 * 8 * NUM_BINS
 """What one threshold over fp32 shards all-reduces on a shard axis: three histograms."""
@@ -30,18 +33,18 @@ THRESHOLD_BYTES = 3 * 8 * NUM_BINS
 
 @dataclass(frozen=True)
 class Threshold:
-    """Which entries of a list of shards are kept: those above ``keys``, and the first ties."""
+    """A threshold: which entries of shards are kept, those above ``keys`` and the first ties."""
 
     keys: tuple[int, ...]
     """The bit pattern of the K-th largest |w| as fp32, for each shard."""
     ties: tuple[int, ...]
     """The position in each shard's whole below which an entry of magnitude ``key`` is kept."""
 
-    def keep(self, index: int, shard: Part) -> Tensor:
+    def keep(self, index: int, shard: LocalShardLike) -> Tensor:
         """The bool mask, of the local shape, of the entries kept in shard number ``index``."""
         # Everything is kept, or nothing: no pattern is below 0, none above the largest int32.
         key, limit = self.keys[index], self.ties[index]
-        values_N = _flat(shard)
+        values_N = _flat_values(shard)
         keep_N = torch.empty_like(values_N, dtype=torch.bool)
         ops.mark_above(values_N, key - 1 if limit == shard.numel else key, keep_N)
         if 0 < limit < shard.numel:
@@ -50,8 +53,8 @@ class Threshold:
         return keep_N.view(shard.values.shape)
 
 
-def global_threshold(shards: Sequence[Part], num_keep: int) -> Threshold:
-    """Find the ``num_keep`` entries of largest magnitude over all shards of all tensors.
+def global_threshold(shards: Sequence[LocalShardLike], num_keep: int) -> Threshold:
+    """The threshold of the ``num_keep`` entries of largest magnitude over all tensors.
 
     A collective over the shards' reach: one all-reduce of 16 KiB a round, and a few small ones when
     only some of the tied entries are kept. The host waits for the device once for the three rounds.
@@ -60,17 +63,27 @@ def global_threshold(shards: Sequence[Part], num_keep: int) -> Threshold:
     Args:
         shards: The tensors' local parts, the same tensors in the same order on every rank, each
             tensor once; float32, bfloat16 or float16.
-        num_keep: K, from 0 to the ``num_values`` in all tensors.
+        num_keep: K, from 0 to the ``num_values_competing`` in all tensors.
 
     Raises:
         ValueError: K is out of range or a dtype is not supported.
     """
     sets, reaches = [0] * len(shards), [shard.reach for shard in shards]
-    return _thresholds(shards, sets, [num_keep], [num_values(shards)], reaches)
+    return _thresholds(shards, sets, [num_keep], [num_values_competing(shards)], reaches)
 
 
-def num_values(shards: Sequence[Part]) -> int:
-    """Values in all tensors, and in those that other ranks have under the same names.
+def threshold_of_target(shards: Sequence[LocalShardLike], target: Compression) -> Threshold:
+    """The threshold that ``target`` asks for, of the values, or the blocks' sums. A collective."""
+    if target.scope == "layer":
+        numels = [shard.numel for shard in shards]
+        return layer_thresholds(shards, [n - round(target.sparsity * n) for n in numels])
+    shards = [shard_without_copies(shard) for shard in shards]
+    total = num_values_competing(shards)
+    return global_threshold(shards, total - round(target.sparsity * total))
+
+
+def num_values_competing(shards: Sequence[LocalShardLike]) -> int:
+    """How many values one threshold is over: in all tensors, and in others' under the same names.
 
     A collective where there are such.
     """
@@ -80,8 +93,8 @@ def num_values(shards: Sequence[Part]) -> int:
     return sum(everywhere) + sum(s.numel for s in shards if s.reach.groups == s.groups)
 
 
-def layer_thresholds(shards: Sequence[Part], num_keep: Sequence[int]) -> Threshold:
-    """Find as ``global_threshold`` does, with ``num_keep[i]`` entries of tensor i for themselves.
+def layer_thresholds(shards: Sequence[LocalShardLike], num_keep: Sequence[int]) -> Threshold:
+    """A threshold for each tensor, as ``global_threshold``, with ``num_keep[i]`` of tensor i.
 
     One all-reduce a round for all tensors together.
     """
@@ -90,7 +103,7 @@ def layer_thresholds(shards: Sequence[Part], num_keep: Sequence[int]) -> Thresho
 
 
 def _thresholds(
-    shards: Sequence[Part],
+    shards: Sequence[LocalShardLike],
     sets: Sequence[int],
     num_keep: Sequence[int],
     totals: Sequence[int],
@@ -120,7 +133,7 @@ def _thresholds(
             searched.append((indices, count))
     chosen = [i for indices, _ in searched for i in indices]
     found = _select(
-        lambda place: _flat(shards[chosen[place]]),
+        lambda place: _flat_values(shards[chosen[place]]),
         [shards[i] for i in chosen],
         [reaches[i] for i in chosen],
         [number for number, (indices, _) in enumerate(searched) for _ in indices],
@@ -139,7 +152,7 @@ def _thresholds(
 
 
 def _tie_limits(
-    shards: Sequence[Part], reaches: Sequence[Reach], key: int, num_ties: int
+    shards: Sequence[LocalShardLike], reaches: Sequence[Reach], key: int, num_ties: int
 ) -> tuple[int, ...]:
     """The position in each shard at which the first ``num_ties`` entries equal to ``key`` end."""
     limits = []
@@ -154,7 +167,9 @@ def _tie_limits(
     return tuple(limits)
 
 
-def _ties(shards: Sequence[Part], reaches: Sequence[Reach], key: int) -> list[dict[int, int]]:
+def _ties(
+    shards: Sequence[LocalShardLike], reaches: Sequence[Reach], key: int
+) -> list[dict[int, int]]:
     """How many entries are equal to ``key`` in each shard's tensor, by the first rank that has it.
 
     Those that other ranks have under its name are included.
@@ -166,12 +181,14 @@ def _ties(shards: Sequence[Part], reaches: Sequence[Reach], key: int) -> list[di
         if reach.groups != shard.groups:
             mine = torch.tensor([reach.first_rank, reach.is_counted * int(counts[i])])
             found[i] = {}
-            for rank, count in gathered(mine.to(shard.device), reach.groups).view(-1, 2).tolist():
+            for rank, count in (
+                all_gather_over_groups(mine.to(shard.device), reach.groups).view(-1, 2).tolist()
+            ):
                 found[i][rank] = found[i].get(rank, 0) + count
     return found
 
 
-def _position_limit(shard: Part, key: int, num_ties: int) -> int:
+def _position_limit(shard: LocalShardLike, key: int, num_ties: int) -> int:
     """One past the position of the ``num_ties``-th entry equal to ``key`` in one tensor."""
     last = shard.numel - 1
     # The smallest positions are the largest distances from the end.
@@ -185,7 +202,7 @@ def _position_limit(shard: Part, key: int, num_ties: int) -> int:
 
 def _select(
     read: Callable[[int], Tensor],
-    shards: Sequence[Part],
+    shards: Sequence[LocalShardLike],
     reaches: Sequence[Reach],
     sets: Sequence[int],
     num_keep: Sequence[int],
@@ -223,7 +240,7 @@ def _select(
 
 def _histogram(
     read: Callable[[int], Tensor],
-    shards: Sequence[Part],
+    shards: Sequence[LocalShardLike],
     reaches: Sequence[Reach],
     sets: Sequence[int],
     prefix_S: Tensor,
@@ -233,7 +250,7 @@ def _histogram(
     """int64 [sets, 2048]: how often each next digit follows a set's prefix, over all ranks."""
     shape = (len(prefix_S), NUM_BINS)
     total = torch.zeros(shape, dtype=torch.int64, device=prefix_S.device)
-    for groups, indices in by_groups(reaches).items():
+    for groups, indices in _by_groups(reaches).items():
         counts = torch.zeros(shape, dtype=torch.int64, device=shards[indices[0]].device)
         prefixes = prefix_S.to(counts.device)
         for i in (i for i in indices if reaches[i].is_counted):
@@ -245,10 +262,18 @@ def _histogram(
     return total
 
 
+def _by_groups(reaches: Sequence[Reach]) -> dict[Groups, list[int]]:
+    """Indices of what is counted over the same process groups, in one order on every rank."""
+    indices: dict[Groups, list[int]] = {}
+    for i, reach in enumerate(reaches):
+        indices.setdefault(reach.groups, []).append(i)
+    return indices
+
+
 def _sum_over_ranks(counts: Sequence[Tensor], reaches: Sequence[Reach]) -> list[int]:
     """Add up each int64 count over its reach."""
     sums = [0] * len(counts)
-    for groups, indices in by_groups(reaches).items():
+    for groups, indices in _by_groups(reaches).items():
         parts = [counts[i] * reaches[i].is_counted for i in indices]
         stacked = torch.stack([part.to(parts[0].device) for part in parts])
         for group in groups:
@@ -258,15 +283,15 @@ def _sum_over_ranks(counts: Sequence[Tensor], reaches: Sequence[Reach]) -> list[
     return sums
 
 
-def _own_reaches(shards: Sequence[Part]) -> list[Reach]:
+def _own_reaches(shards: Sequence[LocalShardLike]) -> list[Reach]:
     """The reaches over which the parts of each tensor for itself add up."""
     return [Reach(shard.groups) for shard in shards]
 
 
-def _flat(shard: Part) -> Tensor:
+def _flat_values(shard: LocalShardLike) -> Tensor:
     return shard.values.contiguous().view(-1)
 
 
-def _tied(shard: Part, key: int) -> Tensor:
+def _tied(shard: LocalShardLike, key: int) -> Tensor:
     """Flat indices of the local values of magnitude ``key``: int64 [N]."""
-    return (keys_of(_flat(shard)) == key).nonzero().squeeze(1)
+    return (keys_of(_flat_values(shard)) == key).nonzero().squeeze(1)

@@ -25,7 +25,7 @@ from qsdp.report.plots import may_fail, write_target_plot
 from qsdp.report.summary_json import Losses
 from qsdp.report.summary_tables import target_in_tables
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.prunable import Prunable
 from qsdp.train.agree_on_inputs import agree_on_config, agree_on_data
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate_flags import TARGETS, EvaluateFlags

@@ -17,7 +17,7 @@ from qsdp.train.world import World
 
 @dataclass
 class KeptModel:
-    """The weights of least loss in a folder of OUT; see ``methods.method.KeptModel``."""
+    """The weights of least loss in a folder of OUT; see ``methods.method.MethodCheckpoint``."""
 
     folder: str
     world: World

@@ -17,10 +17,10 @@ from qsdp.common.gpu_streams import to_device
 from qsdp.common.meshes import groups_of
 from qsdp.common.printing import forgiving_output
 from qsdp.compat.sharded_parameters import sharded_parameters
-from qsdp.methods.base import OptimizerWrapper
 from qsdp.methods.clip_grad import scale_grads_
 from qsdp.methods.grad_norm import global_grad_norm
 from qsdp.methods.nonfinite import name_not_finite
+from qsdp.methods.optimizer_wrapper import OptimizerWrapper
 from qsdp.report.progress import RunProgress
 from qsdp.train.after_training import finish
 from qsdp.train.config import TrainConfig

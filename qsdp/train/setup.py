@@ -18,11 +18,11 @@ from qsdp.common.user_errors import quoted
 from qsdp.data.batches import Batches, eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.data.tokenizer import hash_of
-from qsdp.methods.base import OptimizerWrapper
+from qsdp.methods.optimizer_wrapper import OptimizerWrapper
 from qsdp.models.registry import family_of
 from qsdp.models.size import ModelSize
 from qsdp.ops import native
-from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.prunable import Prunable
 from qsdp.train.agree_on_inputs import agree_on_config, agree_on_data
 from qsdp.train.auto.choose import Choice, choose
 from qsdp.train.config import TrainConfig

@@ -12,7 +12,7 @@ import tyro
 from qsdp.common.flags import Flags, flag
 from qsdp.common.rounding import Rounding
 from qsdp.common.user_errors import quoted
-from qsdp.config import REDUCES, QSDPConfig, check_bits
+from qsdp.config import REDUCES, QSDPConfig, check_config_bits
 
 AUTO = "auto"
 """The word that has bits measured for, where others are given."""
@@ -136,7 +136,7 @@ class WireFlags(Flags):
             return None
         for name in _BITS:
             if getattr(self, name) is not None:
-                check_bits(flag(name), getattr(self, name))
+                check_config_bits(flag(name), getattr(self, name))
         both, weights, grads = (getattr(self, name) for name in _BITS)
         is_given = any(bits is not None for bits in (both, weights, grads))
         fallback = both if both is not None else 32 if is_given else 8

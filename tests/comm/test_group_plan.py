@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import qsdp
-from qsdp.codec.payload import Field
+from qsdp.codec.segment_table import Field
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Parameter, Plan
 from qsdp.comm.policy_checks import check_policy

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.comm.late_reduce import MOST_UNDER_WAY, Late, LateReduce, SetsDiffer
+from qsdp.comm.differing_gradients import GradientsDiffer
+from qsdp.comm.late_reduce import MOST_UNDER_WAY, Late, LateReduce
 
 
 class Bench:
@@ -110,8 +111,8 @@ def test_what_is_added_to_is_finished_whatever_group_fills_it() -> None:
 
 def test_what_differs_stays_nan_and_is_refused_at_the_end_in_the_order_in_which_it_began() -> None:
     bench = Bench()
-    one = bench.begin("one", 1, SetsDiffer())
-    two, three = bench.differ("two", 2), bench.begin("three", 3, SetsDiffer())
+    one = bench.begin("one", 1, GradientsDiffer())
+    two, three = bench.differ("two", 2), bench.begin("three", 3, GradientsDiffer())
     bench.begin("four", 4)  # makes room: one is known to differ from here on
     assert bench.events.count("one ends") == 1
     assert bench.late.num_under_way == MOST_UNDER_WAY
@@ -167,7 +168,7 @@ def test_all_is_abandoned_with_zeros_though_one_is_an_error(place: int) -> None:
 
 def test_nothing_is_refused_when_all_is_abandoned() -> None:
     bench = Bench()
-    one = bench.begin("one", 1, SetsDiffer())
+    one = bench.begin("one", 1, GradientsDiffer())
     two = bench.begin("two", 2)
     bench.late.abandon()
     assert (_is(one.output, 0), _is(two.output, 0)) == (True, True)

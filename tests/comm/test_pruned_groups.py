@@ -8,7 +8,7 @@ import torch
 from qsdp.codec.payload import Segment
 from qsdp.comm.buffers import BufferPool
 from qsdp.comm.group_layout import GroupLayout
-from qsdp.comm.pruned_slices import Masks, PrunedSlices
+from qsdp.comm.pruned_slices import PrunedSlices, SliceMasks
 from qsdp.common import bitmask
 from qsdp.common.dtypes import CODEC_DTYPES
 
@@ -17,7 +17,7 @@ def _layout(counts: list[int], dtype: torch.dtype) -> GroupLayout:
     """One parameter of 16 values on each of two ranks, of which ``counts`` are kept."""
     segments = [Segment(bits=8, dtype=CODEC_DTYPES[dtype], padded=16, parameter=0, bucket=8)]
     bits = torch.stack([bitmask.pack(torch.arange(16) < count) for count in counts])
-    pruned = PrunedSlices(segments, None, [Masks(bits, 0, counts)])
+    pruned = PrunedSlices(segments, None, [SliceMasks(bits, 0, counts)])
     return GroupLayout(segments, 3, torch.tensor([[16], [16]]), None, pruned)
 
 

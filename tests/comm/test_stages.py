@@ -13,35 +13,35 @@ from typing import Any
 import pytest
 import torch
 
-from qsdp.codec.random_numbers import Stage
-from qsdp.comm.reduce_scatter import exchanges_of
+from qsdp.codec.random_numbers import KeyStage
+from qsdp.comm.reduce_scatter import reduce_exchanges
 from qsdp.comm.topology import TOPOLOGIES, gathered_ranks
 from qsdp.config import REDUCES
-from qsdp.simulation.stages import SIZES, Exchanging
+from qsdp.simulation.stages import SIZES, SimulatedStage
 
 LISTS = [
-    {Stage.FLAT: 5},
-    {Stage.LOCAL: 3, Stage.ACROSS: 2},
-    {Stage.LOCAL: 2, Stage.REPLICAS: 3, Stage.ACROSS: 2},
-    {Stage.LOCAL: 2, Stage.REPLICAS: 2, Stage.FLAT: 3, Stage.ACROSS: 2},
+    {KeyStage.FLAT: 5},
+    {KeyStage.LOCAL: 3, KeyStage.ACROSS: 2},
+    {KeyStage.LOCAL: 2, KeyStage.REPLICAS: 3, KeyStage.ACROSS: 2},
+    {KeyStage.LOCAL: 2, KeyStage.REPLICAS: 2, KeyStage.FLAT: 3, KeyStage.ACROSS: 2},
 ]
 
 
-def stages_of(sizes: dict[Stage, int]) -> list[Exchanging]:
+def stages_of(sizes: dict[KeyStage, int]) -> list[SimulatedStage]:
     stages, stride = [], 1
     for stage, size in sizes.items():
-        stages.append(Exchanging(stage, size, stride))
+        stages.append(SimulatedStage(stage, size, stride))
         stride *= size
     return stages
 
 
-def plan_of(sizes: dict[Stage, int], rank: int) -> Any:
+def plan_of(sizes: dict[KeyStage, int], rank: int) -> Any:
     """As much of a plan as a reduce over these stages asks for; a layout says how it was made."""
     stages = [
         SimpleNamespace(
             stage=each.stage,
             size=each.size,
-            is_in_node=each.stage == Stage.LOCAL,
+            is_in_node=each.stage == KeyStage.LOCAL,
             group=SimpleNamespace(rank=partial(each.digit, rank)),
         )
         for each in stages_of(sizes)
@@ -55,7 +55,7 @@ def plan_of(sizes: dict[Stage, int], rank: int) -> Any:
 
 
 @pytest.mark.parametrize("sizes", LISTS)
-def test_a_gather_leaves_payloads_in_the_order_that_is_expected(sizes: dict[Stage, int]) -> None:
+def test_a_gather_leaves_payloads_in_the_order_that_is_expected(sizes: dict[KeyStage, int]) -> None:
     num_ranks = prod(sizes.values())
     held = {rank: [rank] for rank in range(num_ranks)}
     for each in reversed(stages_of(sizes)):
@@ -66,13 +66,15 @@ def test_a_gather_leaves_payloads_in_the_order_that_is_expected(sizes: dict[Stag
 
 
 @pytest.mark.parametrize("sizes", LISTS)
-def test_a_reduce_brings_each_row_of_each_rank_to_its_owner_once(sizes: dict[Stage, int]) -> None:
+def test_a_reduce_brings_each_row_of_each_rank_to_its_owner_once(
+    sizes: dict[KeyStage, int],
+) -> None:
     num_ranks = prod(sizes.values())
     wire: Any = SimpleNamespace(least_bits=0)
     exchanges, held = {}, {}
     for rank in range(num_ranks):
         plan = plan_of(sizes, rank)
-        exchanges[rank] = exchanges_of(plan, (0,), torch.bfloat16, plan.group, wire)
+        exchanges[rank] = reduce_exchanges(plan, (0,), torch.bfloat16, plan.group, wire)
         held[rank] = {row: [rank] for row in range(num_ranks)}
     for place, each in enumerate(stages_of(sizes)):
         owned = {rank: exchanges[rank][place].owned[each.digit(rank)] for rank in held}
@@ -93,17 +95,17 @@ def test_a_reduce_brings_each_row_of_each_rank_to_its_owner_once(sizes: dict[Sta
 def test_sums_travel_in_fp32_and_only_links_inside_nodes_get_more_bits() -> None:
     plan = plan_of(LISTS[-1], 0)
     wire: Any = SimpleNamespace(least_bits=0)
-    found = exchanges_of(plan, (0,), torch.bfloat16, plan.group, wire)
+    found = reduce_exchanges(plan, (0,), torch.bfloat16, plan.group, wire)
     assert [each.stage for each in found] == [*LISTS[-1]]
     layouts: list[Any] = [each.layout for each in found]
     assert layouts == [(torch.bfloat16, True), *[(torch.float32, False)] * 3]
 
 
 def test_a_stage_of_all_ranks_goes_over_the_group_that_fsdp2_gives() -> None:
-    plan = plan_of({Stage.FLAT: 4}, 2)
+    plan = plan_of({KeyStage.FLAT: 4}, 2)
     wire: Any = SimpleNamespace(least_bits=0)
     given: Any = SimpleNamespace(rank=lambda: 2)
-    (exchange,) = exchanges_of(plan, (0,), torch.float32, given, wire)
+    (exchange,) = reduce_exchanges(plan, (0,), torch.float32, given, wire)
     assert exchange.group is given
 
 
@@ -113,9 +115,9 @@ def test_every_name_of_a_reduce_stands_in_both_tables() -> None:
         sizes = topology.sizes(8, 4)
         assert SIZES[name](8, 4) == sizes
         assert prod(sizes.values()) == 32
-        assert next(iter(sizes)) == Stage.LOCAL
-        assert 4 % sizes[Stage.LOCAL] == 0
+        assert next(iter(sizes)) == KeyStage.LOCAL
+        assert 4 % sizes[KeyStage.LOCAL] == 0
 
 
 def test_no_two_stages_have_the_same_word_in_the_keys() -> None:
-    assert len(Stage.__members__) == len({*Stage})
+    assert len(KeyStage.__members__) == len({*KeyStage})

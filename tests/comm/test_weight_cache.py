@@ -9,7 +9,7 @@ import torch
 import qsdp
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.traffic import Traffic
-from qsdp.comm.weight_cache import Payloads, Source, WeightCache
+from qsdp.comm.weight_cache import CacheablePayloads, Source, WeightCache
 from qsdp.comm.wire_state import Wire
 from tests.comm.test_group_plan import a_plan
 
@@ -23,10 +23,10 @@ def cache_of(gather: str) -> tuple[Plan, Wire, WeightCache]:
     return plan, wire, WeightCache(plan, wire)
 
 
-def payloads_of(plan: Plan, places: tuple[int, ...], *, is_frozen: bool) -> Payloads:
+def payloads_of(plan: Plan, places: tuple[int, ...], *, is_frozen: bool) -> CacheablePayloads:
     layout = plan.gather(places, is_frozen=is_frozen)
     buffer = torch.zeros(3 * layout.payload_bytes, dtype=torch.uint8)
-    return Payloads(layout, buffer, 0, torch.zeros(3, dtype=torch.int64))
+    return CacheablePayloads(layout, buffer, 0, torch.zeros(3, dtype=torch.int64))
 
 
 def sources(cache: WeightCache, trains: list[bool] = TRAINS) -> list[Source]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from qsdp.codec.payload import Field
+from qsdp.codec.segment_table import Field
 from qsdp.comm.group_plan import Parameter, Plan
 from qsdp.config import QSDPConfig
 from qsdp.methods.acdc.optimizer import ACDC as ACDC_

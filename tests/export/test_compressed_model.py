@@ -20,8 +20,8 @@ from qsdp.export.tensor_files import TensorFiles
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.masks import Prunable
-from qsdp.sparsity.one_shot import compress_
+from qsdp.sparsity.prunable import Prunable
+from qsdp.sparsity.prune_and_round import prune_and_round_
 from tests.support import patience
 from tests.support.bad_inputs import BadInput
 from tests.support.small_gpt import SIZE, save_model
@@ -66,7 +66,7 @@ def test_an_export_is_the_model_compressed_at_once_bit_for_bit(tmp_path: Path, t
     facts = export_compressed(tmp_path / "checkpoints" / "step-00000007", SIZE, chosen, out)
     prunable = Prunable.of(model)
     with torch.no_grad():
-        masks = compress_(prunable.shards(), chosen, prunable.dims)
+        masks = prune_and_round_(prunable.shards(), chosen, prunable.dims)
     written = load_file(out / "model.safetensors")
     assert list(facts["zeros"]["tensors"]) == [name for name, _ in model.named_parameters()]
     for name, parameter in model.named_parameters():

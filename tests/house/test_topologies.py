@@ -16,7 +16,7 @@ MAY_SAY = {
     "codec/random_numbers.py": {"LOCAL", "ACROSS"},  # where they are numbered
     "comm/topology.py": {"LOCAL", "ACROSS", "two-hop", "two hops"},
     "simulation/stages.py": {"LOCAL", "ACROSS", "two-hop"},
-    "simulation/reference.py": {"LOCAL"},  # more bits inside nodes, written apart
+    "simulation/simulated_wire.py": {"LOCAL"},  # more bits inside nodes, written apart
     # What is measured beforehand, and by which formulas it is predicted, is of one topology.
     "train/auto/cost_model.py": {"two hops", "is_two_hop"},
 }

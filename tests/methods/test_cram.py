@@ -20,7 +20,7 @@ from torch.func import functional_call
 from qsdp.methods.acdc.optimizer import ACDC
 from qsdp.methods.acdc.schedule import ACDCSchedule
 from qsdp.methods.clip_grad import clip_grad_norm_
-from qsdp.methods.cram.optimizer import CrAM, draw
+from qsdp.methods.cram.optimizer import CrAM, cram_random_bits
 from qsdp.methods.grad_norm import global_grad_norm
 from qsdp.methods.sam.optimizer import SAM
 from tests.support.cram_reference import ReferenceCrAM
@@ -352,7 +352,7 @@ def test_frozen_and_unused_parameters_stay_as_they_are() -> None:
 
 
 def test_the_sparsity_is_a_function_of_seed_and_step() -> None:
-    draws = [draw(seed, step) for seed in range(40) for step in range(100)]
+    draws = [cram_random_bits(seed, step) for seed in range(40) for step in range(100)]
     assert len(set(draws)) == len(draws)
     # 4000 draws of thirds: 6 standard deviations are 179.
     for choice in range(3):

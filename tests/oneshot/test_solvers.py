@@ -17,8 +17,8 @@ from qsdp.commands.compress import main
 from qsdp.export import export_compressed, read_facts
 from qsdp.oneshot.registry import SOLVERS, solver_of
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.masks import Prunable
-from qsdp.sparsity.one_shot import compress_
+from qsdp.sparsity.prunable import Prunable
+from qsdp.sparsity.prune_and_round import prune_and_round_
 from qsdp.train.trained_model import open_trained_model
 from tests.support.compression_reference import kept
 from tests.support.small_gpt import SIZE, save_model
@@ -76,7 +76,7 @@ def test_magnitudes_decide_unless_another_method_is_named(tmp_path: Path) -> Non
         inside = {name: weight.detach().clone() for name, weight in weights.items()}
     masks = oneshot.compress_(one, "0.5+4bit")
     with torch.no_grad():
-        expected = compress_(prunable.shards(), Compression.of("0.5+4bit"), prunable.dims)
+        expected = prune_and_round_(prunable.shards(), Compression.of("0.5+4bit"), prunable.dims)
     for name, weight, mask in zip(prunable.names, prunable.parameters, expected, strict=True):
         assert torch.equal(weight, inside[name])
         assert torch.equal(weight, one.get_parameter(name))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.codec.payload import Field, Layout, Part, Segment
+from qsdp.codec.payload import Layout, Segment
+from qsdp.codec.segment_table import Field, Part
 from qsdp.common.dtypes import TORCH_DTYPES, DType
 from qsdp.common.rounding import Rounding
 from qsdp.ops import native

@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from qsdp.codec.payload import Field, Layout, Part, Segment
+from qsdp.codec.payload import Layout, Segment
+from qsdp.codec.segment_table import Field, Part
 from qsdp.common.dtypes import DType
 from qsdp.common.rounding import Rounding
 from qsdp.ops.reference import codec

@@ -12,7 +12,7 @@ import torch
 
 from qsdp.codec import random_numbers
 from qsdp.codec.payload import Layout, Segment
-from qsdp.codec.random_numbers import Key
+from qsdp.codec.random_numbers import RandomKey
 from qsdp.common.dtypes import DType
 from qsdp.config import ROUNDINGS
 from qsdp.ops.reference import codec
@@ -104,7 +104,7 @@ def test_random_numbers_are_16_bits_a_value_centred_in_their_cells():
 def test_a_key_folds_as_promised_into_a_signed_64_bit_integer():
     rng = fresh()
     for _ in range(200):
-        key = Key(*(int(n) for n in rng.integers(0, 2**63 - 1, len(Key._fields))))
+        key = RandomKey(*(int(n) for n in rng.integers(0, 2**63 - 1, len(RandomKey._fields))))
         assert key.fold() == reference.fold(key)
         assert -(2**63) <= key.fold() < 2**63
 
@@ -114,8 +114,8 @@ def test_every_key_field_changes_the_randomness_and_equal_keys_repeat_it(how):
     x = torch.from_numpy(fresh().standard_normal(512).astype(np.float32))
     here = {"bucket": 16, "parameter": 5, "group": 2}
     first = send(x, 6, how, **here)
-    assert torch.equal(first.payload, send(x.clone(), 6, how, key=Key(*KEY), **here).payload)
-    others = [KEY._replace(**{name: getattr(KEY, name) + 1}) for name in Key._fields]
+    assert torch.equal(first.payload, send(x.clone(), 6, how, key=RandomKey(*KEY), **here).payload)
+    others = [KEY._replace(**{name: getattr(KEY, name) + 1}) for name in RandomKey._fields]
     others += [KEY._replace(**{name: 1 << 40}) for name in ("seed", "step")]
     others += [KEY._replace(step=KEY.sender, sender=KEY.step), KEY._replace(seed=2**63 - 1)]
     seen = {first.codes}
@@ -129,7 +129,7 @@ def test_every_key_field_changes_the_randomness_and_equal_keys_repeat_it(how):
 
 def test_nearest_uses_no_randomness():
     x = torch.from_numpy(fresh().standard_normal(100).astype(np.float32))
-    other = Key(*(field + 1 for field in KEY))
+    other = RandomKey(*(field + 1 for field in KEY))
     sent = send(x, 4, "nearest")
     assert sent.codes == send(x, 4, "nearest", key=other, parameter=9).codes
     assert torch.equal(sent.values, send(x, 4, "nearest", receiver_key=other).values)
@@ -144,7 +144,7 @@ def test_nearest_uses_no_randomness():
 def test_bytes_and_values_equal_the_references(bits, how, dtype):
     rng = fresh()
     bucket = 24
-    key = Key(*(int(n) for n in rng.integers(0, 2**31, len(Key._fields))))
+    key = RandomKey(*(int(n) for n in rng.integers(0, 2**31, len(RandomKey._fields))))
     x = mixed_values(rng, 10 * bucket + int(rng.integers(1, bucket)), bucket).to(dtype)
     sent = send(x, bits, how, key=key, bucket=bucket, parameter=11, group=4)
     meta, codes, values = reference.encode_segment(

@@ -97,7 +97,7 @@ def test_a_tensor_on_a_gpu_is_refused_where_its_kernels_are_required_but_absent(
     printed = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
     assert printed.strip() == str([required == "1"] * len(OPERATORS))
     with pytest.raises(RuntimeError, match=r"QSDP_REQUIRE_NATIVE is 1, but _qsdp_cuda\.so is not"):
-        native._refuse(torch.ones(1), 0)
+        native._refuse_gpu_tensors(torch.ones(1), 0)
 
 
 @pytest.mark.gpu

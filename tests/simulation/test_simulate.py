@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from qsdp.codec.payload import Layout, Segment
-from qsdp.codec.random_numbers import Key
+from qsdp.codec.random_numbers import RandomKey
 from qsdp.common.dtypes import DType
 from qsdp.compat.parameter_names import named_parameters
 from tests.support.simulated import (
@@ -121,7 +121,7 @@ def cross(values: Tensor, bits: int, seed: int, hop: int, sender: int, receiver:
     layout = Layout([segment], 0)
     payload, decoded = torch.empty(layout.payload_bytes, dtype=torch.uint8), torch.empty(num)
     table = torch.tensor(layout.table([num]))
-    key = Key(seed, 0, 1, hop, 0, sender, receiver).fold()
+    key = RandomKey(seed, 0, 1, hop, 0, sender, receiver).fold()
     sent = values.flatten().view(torch.uint8)
     torch.ops.qsdp.encode(sent, table, key, layout.header(0, 0), payload)
     torch.ops.qsdp.decode(payload, table, key, decoded.view(torch.uint8))

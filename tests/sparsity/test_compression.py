@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from qsdp import Compression, compressed
 from qsdp.common.bitmask import PackedMask
-from qsdp.sparsity.masks import Prunable
-from qsdp.sparsity.one_shot import BITS_GROUP, compress_, round_
+from qsdp.sparsity.prunable import Prunable
+from qsdp.sparsity.prune_and_round import BITS_GROUP, prune_and_round_, round_to_bits_
 from tests.support.compression_reference import kept
 from tests_distributed.support.helpers import Conv1D, make_model
 
@@ -52,7 +52,7 @@ def _compress(model: nn.Module, target: str) -> tuple[list[Tensor], list[Tensor]
     """Before and after, and the masks."""
     prunable = Prunable.of(model)
     before = [parameter.detach().clone() for parameter in prunable.parameters]
-    packed = compress_(prunable.shards(), Compression.of(target), prunable.dims)
+    packed = prune_and_round_(prunable.shards(), Compression.of(target), prunable.dims)
     after = [parameter.detach() for parameter in prunable.parameters]
     return before, after, [mask.unpack() for mask in packed]
 
@@ -98,7 +98,7 @@ def test_a_group_has_few_levels_and_every_value_the_nearest(
     before = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = torch.where(before.abs() < 0.1, 0.0, before)
     after = before.clone()
-    round_(after, bits)
+    round_to_bits_(after, bits)
     if not shape or not before.numel():
         assert torch.equal(after, before)
         return
@@ -122,7 +122,7 @@ def test_a_group_has_few_levels_and_every_value_the_nearest(
 def test_the_largest_and_smallest_floats_stay_finite(bits: int) -> None:
     for extreme in (torch.finfo(torch.float32).max, 1e-45, 1e-38):
         values = torch.tensor([extreme, -extreme, 0.0, extreme / 3])
-        round_(values, bits)
+        round_to_bits_(values, bits)
         assert values.isfinite().all()
         assert values.abs().max() <= extreme * (1 + 1e-6)
 
@@ -132,7 +132,7 @@ def test_a_bad_value_shows_in_its_group_and_in_no_other(bad: float) -> None:
     values = torch.ones(2, 2 * BITS_GROUP)
     values[1, BITS_GROUP + 5] = bad
     values[1, BITS_GROUP + 6] = 0.0
-    round_(values, 4)
+    round_to_bits_(values, 4)
     is_bad = torch.zeros_like(values, dtype=torch.bool)
     is_bad[1, BITS_GROUP:] = True
     assert torch.equal(values.isnan(), is_bad)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import HEADER_BYTES, META_BYTES, Layout, Segment
-from qsdp.codec.random_numbers import Key
+from qsdp.codec.random_numbers import RandomKey
 from qsdp.common.dtypes import DType
 from qsdp.common.rounding import Rounding
 from qsdp.ops.reference import codec
 
 UNBIASED = tuple(each.label for each in Rounding if not each.properties.is_biased)
 DTYPES = {torch.float32: DType.FP32, torch.bfloat16: DType.BF16, torch.float16: DType.FP16}
-KEY = Key(seed=7, step=3, direction=0, stage=0, occurrence=0, sender=1)
+KEY = RandomKey(seed=7, step=3, direction=0, stage=0, occurrence=0, sender=1)
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -43,8 +43,8 @@ def send(
     bits: int,
     how: str = "shift",
     *,
-    key: Key = KEY,
-    receiver_key: Key | None = None,
+    key: RandomKey = KEY,
+    receiver_key: RandomKey | None = None,
     bucket: int = 64,
     parameter: int = 5,
     group: int = 2,

@@ -52,9 +52,9 @@ def test_what_serves_a_gpu_follows_from_the_groups_backends(name: str) -> None:
     assert control_device(group) == control
     assert backend_of(group, GPU) == backends["cuda"]
     assert transport.is_staged(group, GPU) == is_staged
-    assert transport.is_seen(group, GPU) == is_seen
+    assert transport.host_can_read(group, GPU) == is_seen
     assert not transport.is_staged(group, CPU)
-    assert transport.is_seen(group, CPU)
+    assert transport.host_can_read(group, CPU)
 
 
 Made = tuple[str, torch.device, str, list[Tensor], list[str]]

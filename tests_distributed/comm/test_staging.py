@@ -83,7 +83,9 @@ def _by_hand() -> None:
         for async_op in (False, True):
             output = torch.full((size, 5), -1, dtype=torch.int64)
             output[rank] = wanted[rank]  # the input is a part of the output
-            arrival = transport.all_gather(output.view(-1), output[rank], group, async_op=async_op)
+            arrival = transport.start_all_gather(
+                output.view(-1), output[rank], group, async_op=async_op
+            )
             seen = arrival.wait()
             assert torch.equal(output, wanted)
             assert seen is not None
@@ -91,7 +93,7 @@ def _by_hand() -> None:
         splits = [0 if peer == rank else 3 for peer in range(size)]
         sent = torch.full((3 * (size - 1),), rank, dtype=torch.uint8)
         received = torch.empty_like(sent)
-        transport.all_to_all(received, sent, splits, splits, group).wait()
+        transport.start_all_to_all(received, sent, splits, splits, group).wait()
         assert received.tolist() == [peer for peer in peers for _ in range(3)]
 
 

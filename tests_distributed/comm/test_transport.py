@@ -29,7 +29,7 @@ def _all_to_all(numel: int) -> Tensor:
     received = torch.zeros_like(sent)
     group = dist.group.WORLD
     assert group is not None
-    arrival = transport.all_to_all(received, sent, splits, splits, group)
+    arrival = transport.start_all_to_all(received, sent, splits, splits, group)
     assert torch.equal(arrival.wait(), torch.cat([_values(numel, rank, me) for rank in peers]))
     return received
 
@@ -41,7 +41,7 @@ def _all_gather(numel: int, *, in_place: bool, is_async: bool) -> None:
     own.copy_(_values(numel, me, me))
     group = dist.group.WORLD
     assert group is not None
-    transport.all_gather(gathered, own, group, async_op=is_async).wait()
+    transport.start_all_gather(gathered, own, group, async_op=is_async).wait()
     assert torch.equal(gathered, torch.cat([_values(numel, rank, rank) for rank in range(size)]))
 
 
@@ -93,7 +93,7 @@ def _dropped() -> list[int]:
         sent = torch.ones(8_000_000 * others, dtype=torch.uint8)
         splits = [8_000_000] * dist.get_world_size()
         splits[dist.get_rank()] = 0
-        transport.all_to_all(torch.zeros_like(sent), sent, splits, splits, group)
+        transport.start_all_to_all(torch.zeros_like(sent), sent, splits, splits, group)
     del sent
     gc.collect()
     dist.barrier()  # on the same connections
@@ -113,8 +113,8 @@ def _dropped_later() -> list[int]:
     assert group is not None
     splits = [8 if rank != dist.get_rank() else 0 for rank in range(dist.get_world_size())]
     sent = torch.ones(sum(splits), dtype=torch.uint8)
-    first = transport.all_to_all(torch.zeros_like(sent), sent, splits, splits, group)
-    transport.all_to_all(torch.zeros_like(sent), sent, splits, splits, group)
+    first = transport.start_all_to_all(torch.zeros_like(sent), sent, splits, splits, group)
+    transport.start_all_to_all(torch.zeros_like(sent), sent, splits, splits, group)
     first.wait()
     kept = [len(transport._unclaimed[group])]
     _all_to_all(8)

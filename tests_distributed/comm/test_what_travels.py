@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 import qsdp
-from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
+from qsdp.codec.level_fitting import BINS, fit_levels, level_histogram, uniform_levels
 from qsdp.comm.bit_budget import Claim, allot
 from qsdp.config import CODED_BITS
 from qsdp.sparsity.local_shards import local_shard
@@ -165,7 +165,7 @@ def _learned() -> Any:
     counts = {}
     for name, values in _sent_of(model, masks=True).items():
         counts[name] = torch.zeros(BINS, dtype=torch.int64)
-        histogram(values, BUCKET, counts[name])
+        level_histogram(values, BUCKET, counts[name])
     before = handle.traffic.snapshot()["other_sent_bytes"]
     levels = {
         (name, kind, bits): values for name, kind, bits, *values in handle.state_dict()["levels"]
@@ -179,7 +179,7 @@ def test_kept_weights_have_levels_of_their_own_and_what_learning_sends_is_counte
     (first, levels, sent), (second, same, sent_too) = run(2, _learned)
     assert levels == same
     expected = {
-        (name, "kept", 3): fit(uniform_levels(3), counts + second[name]).tolist()
+        (name, "kept", 3): fit_levels(uniform_levels(3), counts + second[name]).tolist()
         for name, counts in first.items()
         if (counts + second[name]).any()  # nothing is kept of one
     }

@@ -21,8 +21,8 @@ from qsdp.export import read_mask
 from qsdp.models.gpt2.model import GPT
 from qsdp.ops import native
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.masks import Prunable
-from qsdp.sparsity.one_shot import compress_
+from qsdp.sparsity.prunable import Prunable
+from qsdp.sparsity.prune_and_round import prune_and_round_
 from qsdp.train.trained_model import open_trained_model
 from tests.support import patience
 from tests.support.bad_inputs import DATA, FLAGS, TEXT, shards_with_late_ids
@@ -364,7 +364,7 @@ def test_a_run_on_two_ranks_is_compressed_by_one_and_evaluated_on_any_number(
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read(name))
         prunable = Prunable.of(model)
-        masks = compress_(prunable.shards(), Compression(sparsity=0.7), prunable.dims)
+        masks = prune_and_round_(prunable.shards(), Compression(sparsity=0.7), prunable.dims)
     written = load_file(export / "model.safetensors")
     for name, parameter in model.named_parameters():
         assert torch.equal(written[name].view(torch.int32), parameter.view(torch.int32))

@@ -67,8 +67,8 @@ def _no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
     try:
         with (
-            mock.patch.object(transport, "all_gather", all_gather),
-            mock.patch.object(transport, "all_to_all", all_to_all),
+            mock.patch.object(transport, "start_all_gather", all_gather),
+            mock.patch.object(transport, "start_all_to_all", all_to_all),
         ):
             yield
     finally:

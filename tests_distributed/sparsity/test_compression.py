@@ -11,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from qsdp import Compression, compressed
-from qsdp.sparsity.masks import Prunable, keep_masks
+from qsdp.sparsity.masks import keep_masks
+from qsdp.sparsity.prunable import Prunable
 from tests_distributed.support.helpers import Conv1D, local_part
 from tests_distributed.support.running import Run
 

@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import qsdp
 from qsdp import checkpoint
+from qsdp.compat import collectives
 from qsdp.methods.grad_norm import global_grad_norm
-from qsdp.sparsity import local_shards
 from qsdp.train import loop
 from qsdp.train.config import TrainConfig
 from tests.support.optimizers import METHODS, RARELY_RENEWED, TWO_PASSES, adamw, all_bits
@@ -149,7 +149,7 @@ def test_replicas_leave_out_what_is_bad_on_one_rank_of_one_of_them(
 
 def _count_gathers(work: Callable[[], object]) -> int:
     with mock.patch.object(
-        local_shards, "all_gather_single", wraps=local_shards.all_gather_single
+        collectives, "all_gather_single", wraps=collectives.all_gather_single
     ) as gathers:
         work()
     return gathers.call_count

@@ -60,14 +60,17 @@ class ACDCFlags(Method):
 
     @property
     def details(self) -> str:
+        """The target of the compressed phases."""
         return str(self.target)
 
     def schedule(self, steps: int) -> ACDCSchedule:
+        """When AC/DC compresses in a run of ``steps``."""
         return ACDCSchedule.of(
             steps, self.acdc_warmup, self.acdc_phase, self.acdc_last_dense, self.acdc_last_sparse
         )
 
     def identity(self) -> dict[str, Any]:
+        """The settings that change a run's numbers, the target in one form."""
         settings = super().identity()
         if self.is_chosen:  # what was given in two ways may be the same
             settings["acdc_target"] = str(self.target)
@@ -75,6 +78,7 @@ class ACDCFlags(Method):
         return settings
 
     def check_values(self) -> None:
+        """Raise ValueError for a sparsity or target that cannot be."""
         is_fraction = 0 <= self.acdc_sparsity < 1
         self.require("acdc_sparsity", is_fraction, "choose a fraction from 0 to below 1")
         try:
@@ -83,6 +87,7 @@ class ACDCFlags(Method):
             raise ValueError(f"--acdc-target: {quoted(error)}.") from None
 
     def check_run(self, steps: int) -> None:
+        """Raise ValueError unless phases fit into ``steps``, and the target only prunes."""
         try:
             schedule = self.schedule(steps)
         except ValueError as error:
@@ -97,6 +102,7 @@ class ACDCFlags(Method):
     def wrap(
         self, model: nn.Module, base: torch.optim.Optimizer, settings: RunSettings
     ) -> torch.optim.Optimizer:
+        """AC/DC around ``base``."""
         from qsdp.methods.acdc.optimizer import ACDC
 
         return ACDC(
@@ -109,6 +115,7 @@ class ACDCFlags(Method):
         )
 
     def companion(self, run: TrainingRun) -> Companion:
+        """What keeps the dense twin."""
         from qsdp.methods.acdc.twin import DenseTwin
 
         return DenseTwin(run, run.kept_model(DENSE_TWIN))

@@ -16,7 +16,7 @@ from qsdp.sparsity.compression_target import Compression
 
 
 class ACDC(MaskedOptimizer):
-    """Alternating compressed and decompressed training (Peste et al., arXiv 2106.12379).
+    """AC/DC, alternating compressed and decompressed training (Peste et al., arXiv 2106.12379).
 
     Entering a compressed phase, the mask keeps what ``target`` keeps of the weights (by default the
     largest magnitudes of all, exactly) and stays until the phase ends; entering a dense phase, the
@@ -57,7 +57,7 @@ class ACDC(MaskedOptimizer):
             RuntimeError: Ranks that share the model give other values.
         """
         self.schedule = ACDCSchedule.of(schedule) if isinstance(schedule, int) else schedule
-        self.target = _only_pruned(Compression.of(target))
+        self.target = _require_no_bits(Compression.of(target))
         if not isinstance(self.schedule, ACDCSchedule):
             raise ValueError(f"the schedule is {schedule!r}: give steps (int) or an ACDCSchedule.")
         plan = f"{self.schedule} to {self.target}"
@@ -95,7 +95,7 @@ class ACDC(MaskedOptimizer):
         self._has_checked_moments = False  # what was loaded may be of other classes
 
 
-def _only_pruned(target: Compression) -> Compression:
+def _require_no_bits(target: Compression) -> Compression:
     if target.bits is not None:
         raise ValueError(
             f"the target {target} has bits, but a mask rounds no weights: leave them out."

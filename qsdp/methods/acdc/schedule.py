@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ACDCSchedule:
-    """The phases of AC/DC (Peste et al., NeurIPS 2021, arXiv 2106.12379).
+    """The schedule of AC/DC's phases (Peste et al., NeurIPS 2021, arXiv 2106.12379).
 
     After a dense warm-up, compressed and dense phases of ``phase`` steps alternate; the last dense
     phase and the last compressed one have lengths of their own. Raises ValueError for what cannot

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 
 from qsdp.methods.acdc.optimizer import ACDC
-from qsdp.methods.method import Companion, KeptModel, Outcome, TrainingRun
+from qsdp.methods.method import Companion, MethodCheckpoint, Outcome, TrainingRun
 
 
 class DenseTwin(Companion):
-    """Keeps the best dense weights of a run of AC/DC.
+    """Keeps the dense twin of a run of AC/DC: its best dense weights.
 
     The last chance for it is just before the last pruning; all that is validated before in that
     phase counts too.
     """
 
-    def __init__(self, run: TrainingRun, kept: KeptModel) -> None:
+    def __init__(self, run: TrainingRun, kept: MethodCheckpoint) -> None:
         assert isinstance(run.optimizer, ACDC)
         self._run, self._kept = run, kept
         self._target = run.optimizer.target.fraction
@@ -25,9 +25,11 @@ class DenseTwin(Companion):
         run.optimizer.before_pruning = lambda: self._consider(run.steps_done + 1)
 
     def after_validation(self, steps_done: int, loss: float) -> None:
+        """Keep the weights, if they are the best dense ones so far."""
         self._consider(steps_done, loss)
 
     def outcome(self) -> Outcome:
+        """The validation loss of what was kept, or why nothing was."""
         loss = self._kept.loss()
         remark = f"No dense twin was kept: {self._kept.why_none}" if loss is None else None
         return Outcome({"dense_twin_val_loss": loss}, remark)

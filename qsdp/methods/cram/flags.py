@@ -54,6 +54,7 @@ class CrAMFlags(Method):
 
     @property
     def title(self) -> str:
+        """CrAM, or CrAM+."""
         return self.NAME + "+" * self.cram_plus
 
     @property
@@ -63,9 +64,11 @@ class CrAMFlags(Method):
 
     @property
     def details(self) -> str:
+        """The targets, where they are not sparsities."""
         return "" if self.cram_targets is None else "+".join(map(str, self.targets))
 
     def identity(self) -> dict[str, Any]:
+        """The settings that change a run's numbers, the targets in one form."""
         settings = super().identity()
         if self.is_chosen:  # what was given in two ways may be the same
             settings["cram_targets"] = [str(target) for target in self.targets]
@@ -73,6 +76,7 @@ class CrAMFlags(Method):
         return settings
 
     def check_values(self) -> None:
+        """Raise ValueError for a radius, sparsity or target that cannot be."""
         self.require("cram_rho", 0 <= self.cram_rho < math.inf, "choose a number from 0")
         self.require(
             "cram_sparsity",
@@ -85,6 +89,7 @@ class CrAMFlags(Method):
             raise ValueError(f"--cram-targets: {quoted(error)}.") from None
 
     def company(self, name: str) -> str | None:
+        """What the field ``name`` needs that is not there, and what to do."""
         if name == "cram_sparse_grad" and not any(t.fraction for t in self.targets):
             return (
                 f"targets that prune, but {' and '.join(map(str, self.targets))} masks nothing: "
@@ -97,6 +102,7 @@ class CrAMFlags(Method):
     def wrap(
         self, model: nn.Module, base: torch.optim.Optimizer, settings: RunSettings
     ) -> torch.optim.Optimizer:
+        """CrAM around ``base``."""
         from qsdp.methods.cram.optimizer import CrAM
 
         return CrAM(

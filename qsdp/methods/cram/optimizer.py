@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsdp.common.model_structure import unique_tensors
 from qsdp.common.rank_agreement import warn
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
 from qsdp.compat.fsdp_state import with_enclosing_roots
 from qsdp.compat.interrupted_passes import abandon_interrupted_pass
-from qsdp.compat.parameter_group import has_pending_gradients
-from qsdp.methods.base import OptimizerWrapper
+from qsdp.compat.parameter_group import groups_have_pending_gradients
+from qsdp.compat.resharding import reshard_all
 from qsdp.methods.clip_grad import check_max_norm, scale_grads_
 from qsdp.methods.construct_on_all_ranks import collective_constructor
-from qsdp.methods.cram.second_pass import run_closure, second_pass
-from qsdp.methods.rollback import reshard_all, rollback_on_exception, snapshot_buffers_and_grads
+from qsdp.methods.cram.second_pass import run_pass, second_pass
+from qsdp.methods.optimizer_wrapper import OptimizerWrapper
+from qsdp.methods.rollback import rollback_on_exception, snapshot_buffers_and_grads
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.local_shards import local_shard, unique
+from qsdp.sparsity.local_shards import local_shard
 
 Target = float | str | Compression
 _STEP = "cram_step"
@@ -28,7 +30,7 @@ _TINY = 1e-12
 
 
 class CrAM(OptimizerWrapper):
-    """Minimize the loss of the model after it is compressed: min_w max_|d| <= rho L(C(w + d)).
+    """CrAM minimizes the loss of the compressed model: min_w max_|d| <= rho L(C(w + d)).
 
     C keeps the largest magnitudes of the prunable set, globally and exactly, whatever the sharding,
     or by layer, in N:M patterns or in blocks, and may round what it keeps to few bits. A step
@@ -160,7 +162,7 @@ class CrAM(OptimizerWrapper):
                 FSDP2 keeps its weights gathered after the backward pass; or ranks are not at the
                 same step.
         """
-        target = self.targets[draw(self.seed, self.num_steps) % len(self.targets)]
+        target = self.targets[cram_random_bits(self.seed, self.num_steps) % len(self.targets)]
         facts = {"step": self.num_steps, "closure": closure is not None, "target": str(target)}
         if closure is None:
             self.meet(None, **facts)
@@ -207,7 +209,9 @@ class CrAM(OptimizerWrapper):
         for whole in with_enclosing_roots(self.model):
             abandon_interrupted_pass(whole)
         grads = [p.grad for p in self.parameters() if p.grad is not None]
-        if has_pending_gradients(self.model) or any(local_shard(g).values.any() for g in grads):
+        if groups_have_pending_gradients(self.model) or any(
+            local_shard(g).values.any() for g in grads
+        ):
             name = type(self).__name__
             raise RuntimeError(
                 f"gradients of earlier micro-batches are there as {name}.step(closure) begins, "
@@ -218,8 +222,8 @@ class CrAM(OptimizerWrapper):
 
     def _compute_grads(self, closure: Callable[[], Any], target: Compression) -> tuple[Any, bool]:
         """Run both passes; leave the step's gradient in place and say whether it is finite."""
-        parameters = unique(self.parameters())
-        loss = run_closure(closure, parameters)
+        parameters = unique_tensors(self.parameters())
+        loss = run_pass(closure, parameters)
         norm = self.last_grad_norm = self._grad_norm(loss)
         if not math.isfinite(norm):
             self._count_skipped(loss, ", in the first pass")
@@ -249,8 +253,8 @@ class CrAM(OptimizerWrapper):
         return loss, True
 
 
-def draw(seed: int, step: int) -> int:
-    """64 random bits, a pure function of (seed, step)."""
+def cram_random_bits(seed: int, step: int) -> int:
+    """The 64 random bits by which CrAM draws a step's target, a function of (seed, step)."""
     bits = 0
     for word in (seed, step):
         bits = finalize(bits + word + GOLDEN_GAMMA & MASK)

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from qsdp.common.bitmask import PackedMask
-from qsdp.methods.base import SupportCallback
-from qsdp.methods.rollback import abandon_passes, reshard_all, snapshot_buffers_and_grads
+from qsdp.common.model_structure import unique_tensors
+from qsdp.compat.interrupted_passes import abandon_passes
+from qsdp.compat.resharding import reshard_all
+from qsdp.methods.optimizer_wrapper import SupportCallback
+from qsdp.methods.rollback import snapshot_buffers_and_grads
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.local_shards import local_shard, unique
-from qsdp.sparsity.masks import Prunable
-from qsdp.sparsity.one_shot import compress_, keep_only_
+from qsdp.sparsity.local_shards import local_shard
+from qsdp.sparsity.prunable import Prunable
+from qsdp.sparsity.prune_and_round import prune_and_round_, prune_by_mask_
 
 
 def second_pass(
@@ -29,7 +32,9 @@ def second_pass(
     sparse_grad: bool,
     on_support_change: SupportCallback | None,
 ) -> Any:
-    """Leave in ``.grad`` the gradient at the compressed point, and the weights as before.
+    """CrAM's second pass: leave in ``.grad`` the gradient at the compressed point.
+
+    The weights are left as before.
 
     Args:
         closure: Runs forward and backward.
@@ -46,7 +51,7 @@ def second_pass(
     """
     tell = on_support_change if target.fraction else None
     ascents = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
-    edited = unique([*(p for p, _ in ascents), *prunable.parameters])
+    edited = unique_tensors([*(p for p, _ in ascents), *prunable.parameters])
     shards = [local_shard(parameter) for parameter in edited]
     before = [shard.values.clone() for shard in shards]
     restore = snapshot_buffers_and_grads(model, parameters)
@@ -57,10 +62,10 @@ def second_pass(
             local_shard(parameter).values.add_(local_shard(grad).values, alpha=scale)
         masks: list[PackedMask] = []
         if target.fraction or target.bits is not None:  # SAM compresses nothing
-            masks = compress_(prunable.shards(), target, prunable.dims)
+            masks = prune_and_round_(prunable.shards(), target, prunable.dims)
         if tell is not None:
             tell(_unpacked(prunable.parameters, masks), with_grads=sparse_grad)
-        loss = run_closure(closure, parameters)
+        loss = run_pass(closure, parameters)
         if sparse_grad and target.fraction:
             _mask_grads(prunable.parameters, masks)
         return loss
@@ -77,8 +82,8 @@ def second_pass(
         restore()
 
 
-def run_closure(closure: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:
-    """Run ``closure`` from no gradient of ``parameters``, and return what it returns."""
+def run_pass(closure: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:
+    """Run ``closure``, the first pass or the second, from no gradient, and return its result."""
     for parameter in parameters:
         parameter.grad = None
     with torch.enable_grad():
@@ -96,4 +101,4 @@ def _mask_grads(parameters: Sequence[nn.Parameter], masks: Sequence[PackedMask])
     """Zero the gradients of pruned weights."""
     for parameter, mask in zip(parameters, masks, strict=True):
         if parameter.grad is not None:
-            keep_only_(local_shard(parameter.grad).values, mask.unpack())
+            prune_by_mask_(local_shard(parameter.grad).values, mask.unpack())

@@ -48,9 +48,11 @@ class GMPFlags(Method):
 
     @property
     def details(self) -> str:
+        """The sparsity at the end."""
         return f"{self.gmp_sparsity:g}"
 
     def schedule(self, steps: int) -> GMPSchedule:
+        """When gradual magnitude pruning prunes in a run of ``steps``."""
         return GMPSchedule.of(
             steps,
             self.gmp_sparsity,
@@ -61,13 +63,16 @@ class GMPFlags(Method):
         )
 
     def learning_rate_cycle(self, step: int, steps: int) -> tuple[int, int]:
+        """The cycle of the learning rate between two prunings."""
         return self.schedule(steps).cycle(step)
 
     def check_values(self) -> None:
+        """Raise ValueError for a sparsity that cannot be."""
         is_fraction = 0 <= self.gmp_sparsity < 1
         self.require("gmp_sparsity", is_fraction, "choose a fraction from 0 to below 1")
 
     def check_run(self, steps: int) -> None:
+        """Raise ValueError unless prunings fit into ``steps``."""
         try:
             self.schedule(steps)
         except ValueError as error:
@@ -76,6 +81,7 @@ class GMPFlags(Method):
     def wrap(
         self, model: nn.Module, base: torch.optim.Optimizer, settings: RunSettings
     ) -> torch.optim.Optimizer:
+        """GMP around ``base``."""
         from qsdp.methods.gmp.optimizer import GMP
 
         schedule = self.schedule(settings.steps)

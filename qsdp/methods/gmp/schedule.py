@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class GMPSchedule:
-    """Gradual magnitude pruning with the cubic schedule (arXiv 1710.01878, 2210.06384).
+    """The cubic schedule of gradual magnitude pruning (arXiv 1710.01878, 2210.06384).
 
     Weights are pruned after steps start, start + every, ... up to end, from ``initial`` to
     ``sparsity``. Raises ValueError for what cannot be.

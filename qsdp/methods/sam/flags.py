@@ -29,11 +29,13 @@ class SAMFlags(Method):
     """Length of SAM's ascent step, whatever the gradient's norm."""
 
     def check_values(self) -> None:
+        """Raise ValueError for a radius that cannot be."""
         self.require("sam_rho", 0 <= self.sam_rho < math.inf, "choose a number from 0")
 
     def wrap(
         self, model: nn.Module, base: torch.optim.Optimizer, settings: RunSettings
     ) -> torch.optim.Optimizer:
+        """SAM around ``base``."""
         from qsdp.methods.sam.optimizer import SAM
 
         return SAM(model, base, rho=self.sam_rho, max_norm=settings.max_norm)

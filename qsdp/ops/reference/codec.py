@@ -1,4 +1,4 @@
-"""The codec in plain PyTorch: the numerical specification.
+"""The reference codec in plain PyTorch: the numerical specification of ``encode`` and ``decode``.
 
 ``encode`` turns a flat buffer into a payload, ``decode`` turns it back; one call works through all
 segments of a group (see [Note: Payload] for the bytes and ``Field`` for the table). ``encode_all``
@@ -18,9 +18,9 @@ the same key.
 
 r is in (-1/2, 1/2): one a bucket (``shift``: QSDP, arXiv 2302.02390, section 4), one a value
 (``dither``, ``stochastic``), or 0 (``nearest``). Which rounding does which its ``Properties`` say;
-the arithmetic of r and of the code stands in ``numbers`` and ``rounded``. A bucket with |lo| >
-2**120 or d > 2**112 is worked on scaled by 2**-8, so that no difference overflows. A bucket with a
-NaN or an Inf has lo = NaN, scale 0 and codes 0: it decodes to NaN.
+the arithmetic of r and of the code stands in ``grid_numbers`` and ``unclamped_codes``. A bucket
+with |lo| > 2**120 or d > 2**112 is worked on scaled by 2**-8, so that no difference overflows. A
+bucket with a NaN or an Inf has lo = NaN, scale 0 and codes 0: it decodes to NaN.
 
 A segment with learned levels l[0] = 0 <= l[1] <= ... <= l[L] = 1 (QSDP, section 5) does all this
 alike. Its metadata is the same, so that both sides see alike which buckets the levels serve: those
@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import HEADER_BYTES
-from qsdp.codec.segment_table import Row, check, check_all
+from qsdp.codec.segment_table import SegmentRow, check_table, check_tables
 from qsdp.common.rounding import Drawn, Rounding
 
 HUGE_VALUE = 2.0**120
@@ -59,17 +59,17 @@ def encode(
     payload: Tensor,
     levels: Tensor | None = None,
 ) -> None:
-    """Write the payload of one group.
+    """Specification of the operator ``encode``, of the codec: write the payload of one group.
 
     Args:
         buffer: uint8 [bytes], contiguous: the flat buffer viewed as bytes.
         table: int64 [segments, len(Field)] on the CPU: one row a segment.
-        key: The folded ``Key``.
+        key: The folded ``RandomKey``.
         header: Four int64 words, see ``Layout.header``.
         payload: uint8 [payload bytes], contiguous, overwritten.
         levels: fp32 [floats] on the CPU, contiguous: what ``Field.LEVELS`` points into.
     """
-    check(buffer, table, payload, levels)
+    check_table(buffer, table, payload, levels)
     _check_header(header)
     _encode(buffer, table, key, header, payload, levels)
 
@@ -82,11 +82,12 @@ def decode(
     add: bool = False,
     levels: Tensor | None = None,
 ) -> None:
-    """Write (or with ``add`` add, into fp32) the values of one payload into the flat buffer.
+    """Specification of the operator ``decode``, of the codec: write or add a payload's values.
 
-    Args as in ``encode``. Without ``add``, padding is set to zero; with it, padding stays.
+    They are written into the flat buffer, or with ``add`` added, into fp32. Args as in ``encode``.
+    Without ``add``, padding is set to zero; with it, padding stays.
     """
-    check(buffer, table, payload, levels, add)
+    check_table(buffer, table, payload, levels, add)
     _decode(payload, table, key, buffer, add, levels)
 
 
@@ -98,7 +99,9 @@ def encode_all(
     payloads: Tensor,
     levels: Tensor | None = None,
 ) -> None:
-    """Write many payloads of one group, as ``encode`` writes each, part after part.
+    """Specification of the operator ``encode_all``, of the codec: many payloads of one group.
+
+    They are written as ``encode`` writes each, part after part.
 
     Args:
         buffers: uint8 [rows, bytes], contiguous: a row is a flat buffer viewed as bytes.
@@ -108,7 +111,7 @@ def encode_all(
         payloads: uint8 [payloads, payload bytes], contiguous; what parts name is overwritten.
         levels: fp32 [floats] on the CPU, contiguous: what ``Field.LEVELS`` points into.
     """
-    check_all(buffers, tables, parts, payloads, levels, may_add=False)
+    check_tables(buffers, tables, parts, payloads, levels, may_add=False)
     _check_header(header)
     for key, table, row, payload, _ in parts.tolist():
         _encode(buffers[row], tables[table], key, header, payloads[payload], levels)
@@ -121,11 +124,12 @@ def decode_all(
     buffers: Tensor,
     levels: Tensor | None = None,
 ) -> None:
-    """Decode many payloads of one group, as ``decode`` decodes each, part after part.
+    """Specification of the operator ``decode_all``, of the codec: many payloads of one group.
 
-    Several parts may write one row, and a row that no part names stays. Args as in ``encode_all``.
+    They are decoded as ``decode`` decodes each, part after part. Several parts may write one row,
+    and a row that no part names stays. Args as in ``encode_all``.
     """
-    check_all(buffers, tables, parts, payloads, levels, may_add=True)
+    check_tables(buffers, tables, parts, payloads, levels, may_add=True)
     for key, table, row, payload, add in parts.tolist():
         _decode(payloads[payload], tables[table], key, buffers[row], bool(add), levels)
 
@@ -147,14 +151,14 @@ def _encode(
     payload.zero_()
     payload[:HEADER_BYTES].copy_(torch.tensor(header).view(torch.uint8))
     for row in table.tolist():
-        segment = Row(row)
+        segment = SegmentRow(row)
         values = segment.values(buffer)
         if segment.bits == 0:
-            segment.data(payload).copy_(convert(values, segment.wire).view(torch.uint8))
+            segment.data(payload).copy_(convert_values(values, segment.wire).view(torch.uint8))
             continue
         codes, low, scale = quantize(values.float(), segment, key, segment.levels(levels))
         segment.meta(payload).copy_(torch.stack((low, scale), dim=1).view(-1).view(torch.uint8))
-        segment.data(payload).copy_(pack(codes, segment.bits))
+        segment.data(payload).copy_(pack_codes(codes, segment.bits))
 
 
 def _decode(
@@ -162,25 +166,25 @@ def _decode(
 ) -> None:
     """Decode, as ``decode`` does, what is checked."""
     for row in table.tolist():
-        segment = Row(row)
+        segment = SegmentRow(row)
         if segment.bits == 0:
-            values = convert(segment.data(payload).clone().view(segment.wire), segment.dtype)
+            values = convert_values(segment.data(payload).clone().view(segment.wire), segment.dtype)
         else:
             meta = segment.meta(payload).clone().view(torch.float32).view(-1, 2)
-            codes = unpack(segment.data(payload), segment.bits, segment.numel)
+            codes = unpack_codes(segment.data(payload), segment.bits, segment.numel)
             limit = torch.finfo(segment.dtype).max
             own = segment.levels(levels)
             values = dequantize(codes, meta[:, 0], meta[:, 1], segment, key, own)
-            values = convert(values.clamp(-limit, limit), segment.dtype)
+            values = convert_values(values.clamp(-limit, limit), segment.dtype)
         if add:
             values = segment.values(buffer) + values
         segment.store(buffer, values, keep_padding=add)
 
 
 def quantize(
-    x: Tensor, segment: Row, key: int, levels: Tensor | None
+    x: Tensor, segment: SegmentRow, key: int, levels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (uint8 [n]), lows and scales (fp32 [buckets]) of fp32 [n], see [Note: Grid]."""
+    """The codec's codes (uint8 [n]), lows and scales (fp32 [buckets]) of fp32 [n]: [Note: Grid]."""
     buckets = -(-x.numel() // segment.bucket)
     x_NB = torch.nn.functional.pad(x, (0, buckets * segment.bucket - x.numel()), value=1.0)
     x_NB = x_NB.view(buckets, segment.bucket)
@@ -199,8 +203,8 @@ def quantize(
     factor = _huge_factor(low, d)
     inverse = (1 / (d * factor)).masked_fill(d == 0, 0.0)
     t = (x_NB * factor[:, None] - (low * factor)[:, None]) * inverse[:, None]
-    r = numbers(segment, key, x_NB)
-    codes = rounded(t, r, segment.rounding)
+    r = grid_numbers(segment, key, x_NB)
+    codes = unclamped_codes(t, r, segment.rounding)
     codes = torch.minimum(codes.clamp(min=0), steps[:, None])
     codes = codes.masked_fill(zero, segment.num_codes - 1).masked_fill(broken[:, None], 0)
     scale = torch.where(zero.any(1) & ~broken, -d, d)
@@ -212,15 +216,15 @@ def quantize(
 
 
 def dequantize(
-    codes: Tensor, low: Tensor, scale: Tensor, segment: Row, key: int, levels: Tensor | None
+    codes: Tensor, low: Tensor, scale: Tensor, segment: SegmentRow, key: int, levels: Tensor | None
 ) -> Tensor:
-    """fp32 [n] values of uint8 [n] codes, see [Note: Grid]."""
+    """The fp32 [n] values that the codec makes of uint8 [n] codes: [Note: Grid]."""
     buckets = low.numel()
     c_NB = torch.nn.functional.pad(codes, (0, buckets * segment.bucket - codes.numel()))
     c_NB = c_NB.view(buckets, segment.bucket)
     place = c_NB.float()
     if segment.rounding.properties.is_taken_back:
-        place = place + numbers(segment, key, c_NB)
+        place = place + grid_numbers(segment, key, c_NB)
     d = scale.abs()
     factor = _huge_factor(low, d)
     value = (low * factor)[:, None] + place * (d * factor)[:, None]
@@ -234,10 +238,11 @@ def dequantize(
     return value.view(-1)[: codes.numel()]
 
 
-def numbers(segment: Row, key: int, like_NB: Tensor) -> Tensor:
-    """r of [Note: Grid], fp32, broadcastable to [buckets, bucket], on either side.
+def grid_numbers(segment: SegmentRow, key: int, like_NB: Tensor) -> Tensor:
+    """What the codec's roundings make of random numbers: r of [Note: Grid], fp32, on either side.
 
-    A rounding that makes something else of what it draws says so here.
+    It is broadcastable to [buckets, bucket]. A rounding that makes something else of what it draws
+    says so here.
     """
     match segment.rounding.properties.drawn:
         case Drawn.A_BUCKET:
@@ -249,8 +254,8 @@ def numbers(segment: Row, key: int, like_NB: Tensor) -> Tensor:
     return r
 
 
-def rounded(t_NB: Tensor, r: Tensor, rounding: Rounding) -> Tensor:
-    """The whole numbers that become codes, before they are clamped.
+def unclamped_codes(t_NB: Tensor, r: Tensor, rounding: Rounding) -> Tensor:
+    """The codes of the codec before they are clamped: whole numbers, as its roundings round.
 
     A rounding that rounds in another way says so here.
     """
@@ -259,26 +264,26 @@ def rounded(t_NB: Tensor, r: Tensor, rounding: Rounding) -> Tensor:
     return torch.round(t_NB - r)
 
 
-def convert(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """``values`` in ``dtype``, rounded to nearest even; a NaN becomes the canonical one.
+def convert_values(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The codec's conversion of ``values`` to ``dtype``, rounded to nearest even.
 
-    Where its bits are kept (bf16 in fp32) it does not.
+    A NaN becomes the canonical one, except where its bits are kept (bf16 in fp32).
     """
     if values.dtype == dtype or (values.dtype, dtype) == (torch.bfloat16, torch.float32):
         return values.to(dtype)
     return values.to(dtype).masked_fill(values.isnan(), torch.nan)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 [n] codes as a little-endian bit stream, uint8 [ceil(n * bits / 8)]."""
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """The codec's packing: uint8 [n] codes as a bit stream, uint8 [ceil(n * bits / 8)]."""
     num_bytes = -(-codes.numel() * bits // 8)
     groups = torch.nn.functional.pad(codes, (0, -codes.numel() % 8)).view(-1, 8).long()
     words = (groups << bits * torch.arange(8, device=codes.device)).sum(1)
     return words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)[:num_bytes]
 
 
-def unpack(stream: Tensor, bits: int, num: int) -> Tensor:
-    """The ``num`` codes (uint8) of a bit stream that ``pack`` made."""
+def unpack_codes(stream: Tensor, bits: int, num: int) -> Tensor:
+    """The codec's unpacking: the ``num`` codes (uint8) of a bit stream of ``pack_codes``."""
     groups = -(-num // 8)
     stream = torch.nn.functional.pad(stream, (0, groups * bits - stream.numel()))
     octets = torch.nn.functional.pad(stream.view(groups, bits), (0, 8 - bits)).contiguous()

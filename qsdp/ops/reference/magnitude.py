@@ -26,14 +26,16 @@ _CHUNK_GPU = 1 << 24
 
 
 def keys_of(values: Tensor) -> Tensor:
-    """The keys of ``values``, of the same shape: int32 for floats."""
+    """The integer keys by which magnitudes of ``values`` are ordered: int32 for floats."""
     if values.dtype == torch.int64:
         return values
     return values.float().contiguous().view(torch.int32) & 0x7FFFFFFF
 
 
 def count_digits(values: Tensor, prefix: Tensor, shift: int, width: int, counts: Tensor) -> None:
-    """Count the ``width`` bits below ``shift + width`` of the keys that begin with ``prefix``.
+    """Specification of ``count_digits``: count ``width`` bits of the magnitudes' keys.
+
+    They are those below bit ``shift + width`` of the keys that begin with ``prefix``.
 
     Args:
         values: Contiguous, 1-D; float32, bfloat16, float16 or int64.
@@ -70,7 +72,7 @@ def count_digits(values: Tensor, prefix: Tensor, shift: int, width: int, counts:
 
 
 def mark_above(values: Tensor, key: int, out: Tensor) -> None:
-    """Write into ``out``, bool of the shape of ``values``, which keys are above ``key``.
+    """Specification of ``mark_above``: which magnitudes have keys above ``key``, into ``out``.
 
     Args:
         values: Contiguous, 1-D; float32, bfloat16, float16 or int64.

@@ -15,7 +15,7 @@ from qsdp.common import bitmask
 
 
 class Span(IntEnum):
-    """Columns of the int64 table of segments."""
+    """Columns of the int64 table of spans, by which sparse buffers are compacted and expanded."""
 
     DENSE_BYTE = 0  # where the segment starts in the dense buffer
     NUMEL = 1  # values that the dense buffer reserves for it
@@ -26,7 +26,7 @@ class Span(IntEnum):
 
 
 def compact(dense: Tensor, spans: Tensor, bitmap: Tensor, out: Tensor, strict: bool) -> None:
-    """Copy the kept values of ``dense`` into ``out``.
+    """Specification of the operator ``compact``: copy the kept values of ``dense`` into ``out``.
 
     Args:
         dense, out: uint8 [bytes], contiguous.
@@ -34,31 +34,31 @@ def compact(dense: Tensor, spans: Tensor, bitmap: Tensor, out: Tensor, strict: b
         bitmap: uint8 [bytes]: the masks, see ``bitmask``.
         strict: Raise RuntimeError where a value that is not kept has a bit set: +0.0 has none.
     """
-    for row in _rows(dense, spans, bitmap, out):
+    for row in _checked_rows(dense, spans, bitmap, out):
         values = _values(dense, row, Span.DENSE_BYTE, row[Span.NUMEL])
         target = _values(out, row, Span.COMPACT_BYTE, row[Span.COUNT])
         if row[Span.BITMAP_BYTE] < 0:
             target.copy_(values)
             continue
-        keep = _mask(bitmap, row)
+        keep = _mask_of_row(bitmap, row)
         if strict and bool(values[~keep].any()):
             raise RuntimeError(_STRAY)
         target.copy_(values[keep])
 
 
 def expand(compact: Tensor, spans: Tensor, bitmap: Tensor, out: Tensor) -> None:
-    """Put the values of ``compact`` in their places of ``out``, and zeros in all others'.
+    """Specification of the operator ``expand``: put kept values back into ``out``, among zeros.
 
     Args as in ``compact``.
     """
-    for row in _rows(out, spans, bitmap, compact):
+    for row in _checked_rows(out, spans, bitmap, compact):
         values = _values(compact, row, Span.COMPACT_BYTE, row[Span.COUNT])
         target = _values(out, row, Span.DENSE_BYTE, row[Span.NUMEL])
         if row[Span.BITMAP_BYTE] < 0:
             target.copy_(values)
         else:
             target.zero_()
-            target[_mask(bitmap, row)] = values
+            target[_mask_of_row(bitmap, row)] = values
 
 
 _STRAY = (
@@ -67,7 +67,7 @@ _STRAY = (
 )
 
 
-def _rows(dense: Tensor, spans: Tensor, bitmap: Tensor, compact: Tensor) -> list[list[int]]:
+def _checked_rows(dense: Tensor, spans: Tensor, bitmap: Tensor, compact: Tensor) -> list[list[int]]:
     for name, tensor in (("dense buffer", dense), ("bitmap", bitmap), ("compact buffer", compact)):
         if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
             raise ValueError(
@@ -88,7 +88,7 @@ def _rows(dense: Tensor, spans: Tensor, bitmap: Tensor, compact: Tensor) -> list
         if bitmap_byte < 0:
             fits = fits and count == numel
         elif fits and bitmap_byte + -(-numel // 8) <= bitmap.numel():
-            fits = int(_mask(bitmap, row).sum()) == count
+            fits = int(_mask_of_row(bitmap, row).sum()) == count
         else:
             fits = False
         if not fits:
@@ -99,7 +99,7 @@ def _rows(dense: Tensor, spans: Tensor, bitmap: Tensor, compact: Tensor) -> list
     return rows
 
 
-def _mask(bitmap: Tensor, row: list[int]) -> Tensor:
+def _mask_of_row(bitmap: Tensor, row: list[int]) -> Tensor:
     numel = row[Span.NUMEL]
     return bitmask.unpack(bitmap.narrow(0, row[Span.BITMAP_BYTE], -(-numel // 8)), numel)
 

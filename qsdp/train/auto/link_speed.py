@@ -153,12 +153,12 @@ class Links:
     def _all_gather(self, size: int, group: dist.ProcessGroup) -> Callable[[], Any]:
         gathered = self._bytes(group.size() * size)
         own = gathered.chunk(group.size())[group.rank()]
-        return lambda: transport.all_gather(gathered, own, group, async_op=True).wait()
+        return lambda: transport.start_all_gather(gathered, own, group, async_op=True).wait()
 
     def _all_to_all(self, size: int, group: dist.ProcessGroup) -> Callable[[], Any]:
         sent, received = (self._bytes((group.size() - 1) * size) for _ in range(2))
         splits = [size if rank != group.rank() else 0 for rank in range(group.size())]
-        return lambda: transport.all_to_all(received, sent, splits, splits, group).wait()
+        return lambda: transport.start_all_to_all(received, sent, splits, splits, group).wait()
 
     def _stock_gather(self, size: int) -> Callable[[], Any]:
         gathered = self._bytes(self._group.size() * size)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from qsdp.common.bitmask import PackedMask
 from qsdp.oneshot.solver import Solver
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.prunable import Prunable
 from qsdp.sparsity.streaming import StoredTensor
 
 seen: list[int] = []

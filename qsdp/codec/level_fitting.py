@@ -1,11 +1,11 @@
-"""Learned levels: histograms of bucket-normalised values, and the levels that fit one best.
+"""Fitting learned levels: histograms of bucket-normalised values, and the levels that fit best.
 
 QSDP (arXiv 2302.02390, section 5) learns a tensor's levels by online gradient descent: at chosen
 steps it runs over the normalised values and moves levels a little for each. Here the values are
-counted first and ``fit`` minimises over the counts, for two reasons: counts of all ranks add up
-exactly, so that all ranks find the same levels; and the objective, the expected squared error of
-stochastic rounding between neighbouring levels, then has an exact minimum in each level while the
-others stay, so that neither a learning rate nor an order of the values is left to choose.
+counted first and ``fit_levels`` minimises over the counts, for two reasons: counts of all ranks
+add up exactly, so that all ranks find the same levels; and the objective, the expected squared
+error of stochastic rounding between neighbouring levels, then has an exact minimum in each level
+while the others stay, so that neither a learning rate nor an order of the values is left to choose.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _SWEEPS = 100
 
 
 def uniform_levels(bits: int) -> Tensor:
-    """fp32 [2**bits]: the uniform grid from 0 to 1."""
+    """The levels that fitting begins with, fp32 [2**bits]: the uniform grid from 0 to 1."""
     return torch.arange(1 << bits, dtype=torch.float32) / ((1 << bits) - 1)
 
 
-def histogram(values: Tensor, bucket: int, out: Tensor) -> None:
-    """Count the normalised values (x - lo) / (hi - lo) of every bucket into ``out``.
+def level_histogram(values: Tensor, bucket: int, out: Tensor) -> None:
+    """Count, for the fitting of levels, the normalised values (x - lo) / (hi - lo) of buckets.
 
     What levels do not serve is left out: buckets with exact zeros, all-equal ones, those with a NaN
     or an Inf, and the ends of the others, which are exact under any levels.
@@ -49,11 +49,11 @@ def histogram(values: Tensor, bucket: int, out: Tensor) -> None:
 
 
 def expected_error(levels: Tensor, counts: Tensor) -> float:
-    """Mean squared error of stochastic rounding to ``levels``, in units of (hi - lo)**2.
+    """The error that fitting levels makes least: mean squared, in units of (hi - lo)**2.
 
     Args:
         levels: fp32 [2**bits], from 0 to 1, non-decreasing.
-        counts: int64 [BINS] of ``histogram``; a bin's values count as its centre.
+        counts: int64 [BINS] of ``level_histogram``; a bin's values count as its centre.
     """
     at, terms = levels.tolist(), []
     for k, count in enumerate(counts.tolist()):
@@ -65,7 +65,7 @@ def expected_error(levels: Tensor, counts: Tensor) -> float:
     return math.fsum(terms) / max(int(counts.sum()), 1)
 
 
-def fit(levels: Tensor, counts: Tensor) -> Tensor:
+def fit_levels(levels: Tensor, counts: Tensor) -> Tensor:
     """Levels of least ``expected_error`` on ``counts``: coordinate descent from a good start.
 
     Equal counts give equal levels, bit for bit, on every machine: the descent is in integers, and
@@ -74,7 +74,7 @@ def fit(levels: Tensor, counts: Tensor) -> Tensor:
 
     Args:
         levels: fp32 [2**bits], the levels so far.
-        counts: int64 [BINS], see ``histogram``.
+        counts: int64 [BINS], see ``level_histogram``.
 
     Returns:
         fp32 [2**bits].

@@ -14,8 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.codec import levels as learning
-from qsdp.codec.levels import BINS, expected_error, fit, histogram, uniform_levels
+from qsdp.codec import level_fitting as learning
+from qsdp.codec.level_fitting import (
+    BINS,
+    expected_error,
+    fit_levels,
+    level_histogram,
+    uniform_levels,
+)
 from qsdp.common.rounding import Rounding
 from qsdp.config import LEARNED_BITS
 from tests.support import codec_reference as reference
@@ -200,7 +206,7 @@ def test_the_mean_squared_error_is_the_expected_one(bits):
     rng = fresh()
     x = torch.from_numpy(rng.standard_normal((2000, 128)).astype(np.float32))
     counts = counts_of(x.view(-1), 128)
-    for levels in (uniform_levels(bits), fit(uniform_levels(bits), counts)):
+    for levels in (uniform_levels(bits), fit_levels(uniform_levels(bits), counts)):
         key = KEY._replace(seed=int(rng.integers(2**62)))
         sent = send(x.view(-1), bits, "stochastic", key=key, bucket=128, levels=levels)
         width = x.amax(1, keepdim=True) - x.amin(1, keepdim=True)
@@ -214,7 +220,7 @@ def test_the_mean_squared_error_is_the_expected_one(bits):
 
 def counts_of(values: Tensor, bucket: int) -> Tensor:
     out = torch.zeros(BINS, dtype=torch.int64)
-    histogram(values, bucket, out)
+    level_histogram(values, bucket, out)
     return out
 
 
@@ -245,7 +251,7 @@ def test_a_histogram_counts_the_normalised_values_of_ordinary_buckets(dtype, mon
     assert expected.sum() > 100
     counts = counts_of(x, 24)
     assert counts.tolist() == expected.tolist()
-    histogram(x, 24, counts)
+    level_histogram(x, 24, counts)
     assert counts.tolist() == (2 * expected).tolist(), "counts are not added"
     monkeypatch.setattr(learning, "_CHUNK", 100)
     assert counts_of(x, 24).tolist() == expected.tolist(), "counting by parts changes counts"
@@ -293,12 +299,12 @@ def test_fitted_levels_rise_from_0_to_1_and_are_never_worse(bits):
     rng = fresh()
     for counts in [gaussian_counts(rng), *odd_counts(rng)]:
         for levels in (uniform_levels(bits), some_levels(bits, rng)):
-            found = fit(levels, counts)
+            found = fit_levels(levels, counts)
             assert (found.dtype, found.shape) == (torch.float32, levels.shape)
             assert (found[0], found[-1]) == (0, 1)
             assert bool((found.diff() >= 0).all())
             assert expected_error(found, counts) <= expected_error(levels, counts)
-            assert torch.equal(fit(found, counts), found), "a second fit moved the levels"
+            assert torch.equal(fit_levels(found, counts), found), "a second fit moved the levels"
 
 
 @pytest.mark.parametrize("bits", LEARNED_BITS)
@@ -308,7 +314,7 @@ def test_fitted_levels_are_within_a_hundredth_of_the_best_or_two_where_lopsided(
     # Of 60 draws the worst were 0.5 % and, lopsided, 1.1 % above.
     bounds = (1.01, gaussian_counts(rng)), (1.01, gaussian_counts(rng, 1024)), (1.02, lopsided)
     for bound, counts in bounds:
-        found = fit(uniform_levels(bits), counts)
+        found = fit_levels(uniform_levels(bits), counts)
         assert expected_error(found, counts) <= bound * least_error(counts, 2**bits)
 
 
@@ -316,9 +322,9 @@ def test_equal_counts_give_equal_levels_bit_for_bit_from_anywhere():
     rng = fresh()
     counts = gaussian_counts(rng)
     for bits in LEARNED_BITS:
-        first = fit(uniform_levels(bits), counts)
-        assert torch.equal(fit(uniform_levels(bits), counts.clone()), first)
-        assert torch.equal(fit(some_levels(bits, rng), counts), first)
+        first = fit_levels(uniform_levels(bits), counts)
+        assert torch.equal(fit_levels(uniform_levels(bits), counts.clone()), first)
+        assert torch.equal(fit_levels(some_levels(bits, rng), counts), first)
         assert bool((first[1:-1] * 2 * BINS % 2 == 1).all()), "a level is not at a bin's centre"
 
 
@@ -327,8 +333,8 @@ def test_known_counts_give_known_levels():
     counts = torch.zeros(BINS, dtype=torch.int64)
     counts[[100, 700]] = torch.tensor([5, 9])
     places = [0.0, 100.5 / BINS, 700.5 / BINS, 1.0]
-    assert fit(uniform_levels(2), counts).tolist() == places
-    assert expected_error(fit(uniform_levels(2), counts), counts) == 0
+    assert fit_levels(uniform_levels(2), counts).tolist() == places
+    assert expected_error(fit_levels(uniform_levels(2), counts), counts) == 0
     third, v = 1 / 3, 100.5 / BINS
     thirds = torch.tensor([0, third, 2 * third, 1])
     expected = 5 * v * (float(thirds[1]) - v) + 9 * (700.5 / BINS - float(thirds[2])) * (
@@ -339,7 +345,7 @@ def test_known_counts_give_known_levels():
 
 def test_without_counts_the_levels_stay():
     levels = some_levels(4, fresh())
-    assert torch.equal(fit(levels, torch.zeros(BINS, dtype=torch.int64)), levels)
+    assert torch.equal(fit_levels(levels, torch.zeros(BINS, dtype=torch.int64)), levels)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +354,7 @@ def test_without_counts_the_levels_stay():
 def test_fitting_takes_error_from_gaussian_buckets(bits, bucket, most):
     """Measured on the wire, on fresh values: the levels are fitted to others."""
     rng = fresh()
-    levels = fit(uniform_levels(bits), gaussian_counts(rng, bucket))
+    levels = fit_levels(uniform_levels(bits), gaussian_counts(rng, bucket))
     x = torch.from_numpy(rng.standard_normal(bucket * 1000).astype(np.float32))
     key = KEY._replace(seed=int(rng.integers(2**62)))
     errors = [

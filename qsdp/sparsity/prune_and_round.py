@@ -1,4 +1,4 @@
-"""Compression in one shot: magnitudes pruned, what is left rounded to few bits.
+"""Pruning and rounding in place: what compression in one shot does to weights, by magnitude.
 
 Everything here is exact under any sharding: the support and the values are those of one process.
 """
@@ -28,49 +28,46 @@ tensor of that part's shape. The scores of a value are the same however the tens
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def compress_(
+def prune_and_round_(
     shards: Sequence[LocalShard],
     target: Compression,
     dims: Sequence[int],
     score: Score | None = None,
 ) -> list[PackedMask]:
-    """Compress in place: pruned values become +0.0, the others the nearest of few. A collective.
+    """Prune and round in place: pruned values become +0.0, others the nearest of few. A collective.
 
     Values compete by their own magnitudes, or by ``score``.
 
     Returns:
         What was kept of each shard.
     """
-    competing = shards if score is None else [scored(s, i, score) for i, s in enumerate(shards)]
+    competing = shards
+    if score is not None:
+        competing = [replace(s, values=score(i, s)) for i, s in enumerate(shards)]
     masks = keep_masks(competing, target, dims)
     packed = []
     for shard, mask in zip(shards, masks, strict=True):
-        apply_(shard.values, mask, target)
+        prune_and_round_by_mask_(shard.values, mask, target)
         packed.append(PackedMask.of(mask))
     return packed
 
 
-def scored(shard: LocalShard, index: int, score: Score) -> LocalShard:
-    """``shard``, the part of tensor number ``index``, with scores in place of its values."""
-    return replace(shard, values=score(index, shard))
-
-
-def apply_(values: Tensor, mask: Tensor, target: Compression) -> None:
-    """Compress one tensor in place, of which ``mask`` keeps what ``target`` keeps."""
-    keep_only_(values, mask)
+def prune_and_round_by_mask_(values: Tensor, mask: Tensor, target: Compression) -> None:
+    """Prune one tensor in place by ``mask``, and round what is left to the target's bits."""
+    prune_by_mask_(values, mask)
     if target.bits is not None:
-        round_(values, target.bits)
+        round_to_bits_(values, target.bits)
 
 
-def keep_only_(values: Tensor, mask: Tensor) -> None:
-    """Set to +0.0, in place, what ``mask`` (bool, of the same shape) does not keep."""
+def prune_by_mask_(values: Tensor, mask: Tensor) -> None:
+    """Prune in place: what ``mask`` (bool, of the same shape) does not keep becomes +0.0."""
     # A product of the bit patterns: -1.0 * 0 is -0.0 and NaN * 0 is NaN, neither of which is a zero
     # on the wire. A fifth of the time of masked_fill_.
     values.view(_INTEGERS[values.itemsize]).mul_(mask)
 
 
-def round_(values: Tensor, bits: int) -> None:
-    """Round ``values`` in place to multiples of a scale a group: symmetric, 2**bits - 1 levels.
+def round_to_bits_(values: Tensor, bits: int) -> None:
+    """Round in place what pruning left, to 2**bits - 1 levels: multiples of a scale a group.
 
     Groups are 128 consecutive values of the last dimension. Zero stays zero; a group that holds a
     NaN or an Inf becomes NaN.

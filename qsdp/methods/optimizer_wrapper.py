@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qsdp.common.meshes import groups_of
+from qsdp.common.model_structure import unique_tensors
 from qsdp.common.rank_agreement import meet, mistakes_shared
 from qsdp.compat.resharding import reshards_after_backward
 from qsdp.compat.sharded_parameters import sharded_parameters
@@ -17,8 +18,7 @@ from qsdp.methods.nonfinite import name_not_finite, scalar_loss
 from qsdp.methods.tracked_parameters import TrackedParameters
 from qsdp.methods.weak_hooks import register_weak_hook
 from qsdp.sparsity.compression_target import Compression
-from qsdp.sparsity.local_shards import unique
-from qsdp.sparsity.masks import Prunable
+from qsdp.sparsity.prunable import Prunable
 
 
 def _do_nothing(_: torch.optim.Optimizer) -> None:
@@ -26,7 +26,7 @@ def _do_nothing(_: torch.optim.Optimizer) -> None:
 
 
 class SupportCallback(Protocol):
-    """Takes the masks of pruned parameters, None for whole weights.
+    """What an optimizer wrapper tells of its masks: those of parameters, or None for whole weights.
 
     ``with_grads``: gradients of pruned weights are not needed either.
     """
@@ -37,7 +37,7 @@ class SupportCallback(Protocol):
 
 
 class OptimizerWrapper(torch.optim.Optimizer):
-    """An optimizer that does something around the steps of another, and shares all it has.
+    """An optimizer wrapper: does something around the steps of another, and shares all it has.
 
     ``param_groups`` and ``state`` are the base's own objects, so learning-rate schedulers, DCP's
     ``get_optimizer_state_dict`` and the user may hold either of the two. What the wrapper must
@@ -200,7 +200,9 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
         NaN if ``loss``, which a closure has returned, is a number and not finite.
         """
-        return norm_among(unique(self.parameters()), self._tracked.spread, scalar_loss(loss))
+        return norm_among(
+            unique_tensors(self.parameters()), self._tracked.spread, scalar_loss(loss)
+        )
 
     def _count_skipped(self, loss: Any, when: str = "") -> None:
         """Note that the step is skipped, ``when`` in it, and why. Gradients are still there."""

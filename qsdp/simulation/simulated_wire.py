@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qsdp import ops
 from qsdp.codec.payload import Layout, Segment
-from qsdp.codec.random_numbers import Direction, Key, Stage
+from qsdp.codec.random_numbers import KeyDirection, KeyStage, RandomKey
 from qsdp.comm.bit_budget import Claim
 from qsdp.comm.policy_checks import check_embeddings, check_policy
 from qsdp.common.dtypes import CODEC_DTYPES, DType
@@ -23,23 +23,24 @@ from qsdp.common.model_structure import embedding_names, tied_names
 from qsdp.common.rounding import Rounding
 from qsdp.compat.parameter_names import clean_names, named_parameters
 from qsdp.config import CODED_BITS, QSDPConfig
-from qsdp.simulation.kept_weights import SupportMasks
+from qsdp.simulation.kept_weights import KeptWeights
 from qsdp.simulation.levels_and_budget import Bits, SimulatedBudget, SimulatedLevels
-from qsdp.simulation.ranks import Numbers, World
-from qsdp.simulation.shards import Sharding
-from qsdp.simulation.stages import stages_of
+from qsdp.simulation.numbering import Numbering
+from qsdp.simulation.ranks import SimulatedRanks
+from qsdp.simulation.shards import SimulatedSharding
+from qsdp.simulation.stages import simulated_stages
 
 
-class Codec(NamedTuple):
-    """The operators' arguments for the values of one parameter."""
+class SimulatedCodec(NamedTuple):
+    """The operators' arguments for the values of one parameter on the simulated wire."""
 
     layout: Layout
     encode_table: Tensor
     decode_table: Tensor
 
 
-class Wire:
-    """How each parameter travels.
+class SimulatedWire:
+    """The simulated wire: how each parameter travels.
 
     Args:
         model: The plain model, for names, shapes and which parameters are embeddings.
@@ -57,24 +58,24 @@ class Wire:
         self,
         model: nn.Module,
         config: QSDPConfig,
-        world: World,
-        numbers: Numbers,
-        sharding: Sharding,
+        world: SimulatedRanks,
+        numbers: Numbering,
+        sharding: SimulatedSharding,
     ) -> None:
         tied, tables = tied_names(model), embedding_names(model)
         clean = clean_names(model, {*tied, *tied.values(), *tables})
         aliases = {clean[alias]: clean[name] for alias, name in tied.items()}
         check_policy(config, list(numbers.parameters), aliases)
         self.config, self.world, self.numbers, self.sharding = config, world, numbers, sharding
-        self.stages = stages_of(world, config)
-        self._codecs: dict[tuple[Segment, int, bool], Codec] = {}
+        self.stages = simulated_stages(world, config)
+        self._codecs: dict[tuple[Segment, int, bool], SimulatedCodec] = {}
         embeddings, named = {clean[name] for name in tables}, named_parameters(model)
         check_embeddings(config, embeddings)
         self._bits: Bits = {
             name: _bits(name, parameter, config, name in embeddings)
             for name, parameter in named.items()
         }
-        self.kept_weights = self.kept_grads = SupportMasks({}, sharding)
+        self.kept_weights = self.kept_grads = KeptWeights({}, sharding)
         order = sorted(self._bits, key=lambda n: (numbers.groups[n], numbers.parameters[n]))
         weights, grads = (
             {
@@ -117,8 +118,8 @@ class Wire:
 
         With ``with_grads``, only their gradients travel too.
         """
-        self.kept_weights = SupportMasks(masks, self.sharding)
-        self.kept_grads = SupportMasks(masks if with_grads else {}, self.sharding)
+        self.kept_weights = KeptWeights(masks, self.sharding)
+        self.kept_grads = KeptWeights(masks if with_grads else {}, self.sharding)
         self._codecs.clear()  # what other masks leave has other sizes
 
     def weight_dtype(self, shard: Tensor) -> torch.dtype:
@@ -129,10 +130,10 @@ class Wire:
         """Bits of a weight in ``step`` of the clock; None is any step after the warm-up."""
         return self._warm(self._bits[name][0], step)
 
-    def grad_bits(self, name: str, stage: Stage, step: int | None) -> int:
+    def grad_bits(self, name: str, stage: KeyStage, step: int | None) -> int:
         """Bits of a gradient in ``stage`` of a reduce in ``step``; None as above."""
         bits = self._bits[name][1]
-        if stage == Stage.LOCAL and bits <= 8:
+        if stage == KeyStage.LOCAL and bits <= 8:
             bits = self.config.local_grad_bits or max(bits, 8)
         return self._warm(bits, step)
 
@@ -147,23 +148,23 @@ class Wire:
             return values  # FSDP2 calls no collective
         if self.is_sent_once(shard):
             # Whichever step it is sent in: a resumed run sends it again and must decode the same.
-            key = Key(self.config.seed, 0, Direction.FROZEN, Stage.FLAT, 0, rank).fold()
+            key = RandomKey(self.config.seed, 0, KeyDirection.FROZEN, KeyStage.FLAT, 0, rank).fold()
             bits = self.weight_bits(name, None)
             return self._cross(name, sent, key, bits, is_grad=False, is_frozen=True)
-        key = Key(self.config.seed, step, Direction.GATHER, Stage.FLAT, 0, rank).fold()
+        key = RandomKey(self.config.seed, step, KeyDirection.GATHER, KeyStage.FLAT, 0, rank).fold()
         bits = self.weight_bits(name, step)
         decoded = self._cross(name, sent, key, bits, is_grad=False)
         return self.kept_weights.spread(name, decoded, rank)
 
     def grad(
-        self, name: str, row: Tensor, stage: Stage, step: int, sender: int, receiver: int
+        self, name: str, row: Tensor, stage: KeyStage, step: int, sender: int, receiver: int
     ) -> Tensor:
         """What is decoded of ``row``, in fp32.
 
         ``sender`` is a global rank; ``receiver`` is the rank in the shard group for which the row
         is meant in the end.
         """
-        key = Key(self.config.seed, step, Direction.REDUCE, stage, 0, sender, receiver)
+        key = RandomKey(self.config.seed, step, KeyDirection.REDUCE, stage, 0, sender, receiver)
         bits = self.grad_bits(name, stage, step)
         self._levels.observe((name, "grad", bits), row)
         if bits <= 8 and self._budget.is_open(step):
@@ -248,7 +249,7 @@ class Wire:
         ops.decode(payload, decode_table, key, buffer, levels=levels)
         return received
 
-    def _codec(self, name: str, segment: Segment, is_grad: bool) -> Codec:
+    def _codec(self, name: str, segment: Segment, is_grad: bool) -> SimulatedCodec:
         place = (segment, self.numbers.groups[name], is_grad)
         if place not in self._codecs:
             layout = Layout([segment], self.numbers.groups[name])
@@ -256,7 +257,7 @@ class Wire:
                 torch.tensor(layout.table([segment.padded], dtype))
                 for dtype in (None, DType.FP32 if is_grad else None)
             )
-            self._codecs[place] = Codec(layout, encode, decode)
+            self._codecs[place] = SimulatedCodec(layout, encode, decode)
         return self._codecs[place]
 
     def _warm(self, bits: int, step: int | None) -> int:

@@ -12,16 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp.codec.levels import BINS, fit, histogram, uniform_levels
-from qsdp.codec.payload import Field
+from qsdp.codec.level_fitting import BINS, fit_levels, level_histogram, uniform_levels
+from qsdp.codec.segment_table import Field
 from qsdp.comm.traffic import Traffic
 from qsdp.common.collective_errors import collective
 from qsdp.compat.process_groups import control_device
 from qsdp.config import LEARNED_BITS, QSDPConfig
 
 
-class Kind(IntEnum):
-    """Which values of a parameter a segment holds: each has levels of its own."""
+class LevelKind(IntEnum):
+    """Which values of a parameter have learned levels of their own."""
 
     WEIGHT = 0
     GRAD = 1
@@ -31,24 +31,24 @@ class Kind(IntEnum):
     """Weights that are sent once for all steps, on the uniform grid."""
 
 
-_LEARNED_KINDS = {"weight": Kind.WEIGHT, "grad": Kind.GRAD, "kept": Kind.KEPT}
+_LEARNED_KINDS = {"weight": LevelKind.WEIGHT, "grad": LevelKind.GRAD, "kept": LevelKind.KEPT}
 _STRIDE = sum(1 << bits for bits in LEARNED_BITS)
 
 
-def offset(config: QSDPConfig, parameter: int, bits: int, kind: Kind) -> int:
-    """Where the levels of a parameter's values start in ``Levels.values``; -1: the uniform grid."""
-    if config.levels == "uniform" or bits not in LEARNED_BITS or kind == Kind.FROZEN:
+def levels_offset(config: QSDPConfig, parameter: int, bits: int, kind: LevelKind) -> int:
+    """Where a parameter's learned levels start in ``LearnedLevels.values``; -1: uniform ones."""
+    if config.levels == "uniform" or bits not in LEARNED_BITS or kind == LevelKind.FROZEN:
         return -1
-    return _start(parameter, bits, kind)
+    return _start_of_levels(parameter, bits, kind)
 
 
-def _start(parameter: int, bits: int, kind: Kind) -> int:
+def _start_of_levels(parameter: int, bits: int, kind: LevelKind) -> int:
     before = sum(1 << b for b in LEARNED_BITS if b < bits)
     return (len(_LEARNED_KINDS) * parameter + kind) * _STRIDE + before
 
 
-def check_rows(rows: Iterable[Any]) -> None:
-    """Raise ValueError unless ``rows`` are such as ``Levels.state`` gives.
+def check_level_rows(rows: Iterable[Any]) -> None:
+    """Raise ValueError unless ``rows`` are such as ``LearnedLevels.state`` gives.
 
     Each has levels that the codec can take, and none is there twice.
     """
@@ -83,11 +83,11 @@ def _ascend(levels: Sequence[float]) -> bool:
     return all(a <= b for a, b in pairwise(levels))  # a NaN does not
 
 
-class Levels:
-    """The levels of each parameter and kind, for all bits that have learned levels.
+class LearnedLevels:
+    """The learned levels of each parameter and kind, for all bits that have some.
 
-    ``values`` holds them, fp32 on the CPU, from the places that ``offset`` gives. It is changed in
-    place.
+    ``values`` holds them, fp32 on the CPU, from the places that ``levels_offset`` gives. It is
+    changed in place.
 
     Args:
         indices: The indices of the model's parameters, from 0 on, by their names.
@@ -98,7 +98,9 @@ class Levels:
         self.values = self._uniform()
         self._learned: set[tuple[int, int]] = set()
 
-    def learn(self, counts: Counts, groups: Iterable[dist.ProcessGroup], traffic: Traffic) -> None:
+    def learn(
+        self, counts: LevelCounts, groups: Iterable[dist.ProcessGroup], traffic: Traffic
+    ) -> None:
         """Fit all levels that ``counts`` has places for to the counts of all ranks.
 
         These are added up over one of ``groups`` after the other: a collective, alike on all ranks.
@@ -117,7 +119,7 @@ class Levels:
         for start, bits in places:
             if counts.by_place[start, bits].any():
                 levels = self.values[start : start + (1 << bits)]
-                levels.copy_(fit(levels, counts.by_place[start, bits]))
+                levels.copy_(fit_levels(levels, counts.by_place[start, bits]))
                 self._learned.add((start, bits))
 
     def state(self) -> list[list[Any]]:
@@ -130,7 +132,7 @@ class Levels:
         for start, bits in sorted(self._learned):
             parameter, kind = divmod(start // _STRIDE, len(_LEARNED_KINDS))
             levels = self.values[start : start + (1 << bits)].tolist()
-            rows.append([names[parameter], Kind(kind).name.lower(), bits, *levels])
+            rows.append([names[parameter], LevelKind(kind).name.lower(), bits, *levels])
         return rows
 
     def load(self, rows: Iterable[Sequence[Any]]) -> None:
@@ -138,7 +140,7 @@ class Levels:
         self.values.copy_(self._uniform())
         self._learned.clear()
         for name, kind, bits, *levels in rows:
-            start = _start(self._indices[name], bits, _LEARNED_KINDS[kind])
+            start = _start_of_levels(self._indices[name], bits, _LEARNED_KINDS[kind])
             self.values[start : start + len(levels)] = torch.tensor(levels)
             self._learned.add((start, bits))
 
@@ -157,8 +159,10 @@ class Levels:
         return slot.repeat(len(_LEARNED_KINDS) * len(self._indices))
 
 
-class Counts:
-    """Histograms of bucket-normalised values, by the place of their levels.
+class LevelCounts:
+    """What learned levels are learned from: histograms of values, by the levels' places.
+
+    Values are normalised by bucket.
 
     Args:
         places: (start, bits) of all levels in use, the same on all ranks.
@@ -168,15 +172,15 @@ class Counts:
         self.places = sorted(set(places))
         self.by_place = {place: torch.zeros(BINS, dtype=torch.int64) for place in self.places}
 
-    def copy(self) -> Counts:
+    def copy(self) -> LevelCounts:
         """Another one that has seen the same."""
-        other = Counts(self.places)
+        other = LevelCounts(self.places)
         other.by_place = {place: counts.clone() for place, counts in self.by_place.items()}
         return other
 
-    def add_values(self, row: list[int], values: Tensor, kind: Kind) -> None:
+    def add_values(self, row: list[int], values: Tensor, kind: LevelKind) -> None:
         """Count the 1-D ``values`` of one table row's segment, where it has levels."""
         place = (row[Field.LEVELS], row[Field.BITS])
         if place in self.by_place:
             out = self.by_place[place] = self.by_place[place].to(values.device)
-            histogram(values, row[Field.BUCKET], out)
+            level_histogram(values, row[Field.BUCKET], out)
