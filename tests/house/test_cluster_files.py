@@ -22,14 +22,13 @@ SBATCH = ROOT / "launch" / "slurm" / "train.sbatch"
 K8S = ROOT / "launch" / "k8s" / "train.yaml"
 POD = ROOT / "launch" / "k8s" / "run.sh"
 
-# A command that takes no end until it is told to, and then its time: its words are in ``told``.
+# A command that takes no end until it is told to, and ``enough`` is there: its words are in ``told``.
 WAITING = """
 hear() { echo "$1" >> told; touch heard; }
 trap 'hear USR1' USR1
 trap 'hear TERM' TERM
 echo $$ > running.new; mv running.new running
-while [[ ! -e heard ]]; do sleep 0.01; done
-sleep 0.2
+while [[ ! -e heard || ! -e enough ]]; do sleep 0.01; done
 """
 
 
@@ -98,10 +97,23 @@ def wait_for(path: Path) -> str:
 
 
 def tell_again(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """Several times, each of which the process has the time to hear."""
+    """Several times, each of which the process has heard before the next, and the last at the end.
+
+    bash forgets the status of a command whose end comes with a signal.
+    """
+    deadline = time.monotonic() + patience.seconds()
     for _ in range(3):
         process.send_signal(number)
-        time.sleep(0.02)
+        while not waits(process.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def waits(pid: int) -> bool:
+    """Whether the process sleeps, with no signal left to hear."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    said = dict(line.split(":\t", 1) for line in lines)
+    return said["State"].startswith("S") and int(said["ShdPnd"], 16) == 0
 
 
 # What takes its time before the launcher is started: until ``go`` is there.
@@ -143,7 +155,7 @@ def test_slurm_waits_for_what_a_run_saves_and_queues_it_again_when_time_is_up(
     tmp_path: Path, told: signal.Signals | None, status: int
 ) -> None:
     stub(tmp_path, "scontrol", '[[ $1 == show ]] && echo node-7 || echo "$*" >> told')
-    waiting = "touch heard" if told is None else ""
+    waiting = "touch heard enough" if told is None else ""
     stub(tmp_path, "srun", f"{waiting}\n{WAITING}\necho ended >> told\nexit {status}")
     shell = subprocess.Popen(["bash", SBATCH], env=environment(tmp_path), cwd=tmp_path)
     try:
@@ -155,6 +167,7 @@ def test_slurm_waits_for_what_a_run_saves_and_queues_it_again_when_time_is_up(
         if told is not None:  # torchrun is to hear it once
             wait_for(tmp_path / "heard")
             tell_again(shell, signal.SIGUSR1)
+            (tmp_path / "enough").touch()
         assert shell.wait(patience.seconds()) == status
     finally:
         shell.kill()
@@ -199,7 +212,7 @@ PODS: dict[str, tuple[str, bool, int]] = {
 def test_a_pod_has_completed_when_the_run_has(tmp_path: Path, name: str) -> None:
     end, has_summary, expected = PODS[name]
     is_told = name.startswith("told")
-    waiting = "" if is_told else "touch heard"
+    waiting = "" if is_told else "touch heard enough"
     stub(tmp_path, "torchrun", f"{waiting}\n{WAITING}\necho ended >> told\n{end}")
     (tmp_path / "out").mkdir()
     if has_summary:
@@ -216,6 +229,7 @@ def test_a_pod_has_completed_when_the_run_has(tmp_path: Path, name: str) -> None
             pod.terminate()
             wait_for(tmp_path / "heard")
             tell_again(pod, signal.SIGTERM)  # torchrun is to hear it once
+            (tmp_path / "enough").touch()
         assert pod.wait(patience.seconds()) == expected
     finally:
         pod.kill()
