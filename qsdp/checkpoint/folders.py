@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from qsdp.common.atomic_files import unfinished_folder, remove_tree, sync
+from qsdp.common.atomic_files import remove_tree, sync, unfinished_folder
 from qsdp.common.folder_locks import locked_folder, unlocked_folder
 
 META = "meta.json"
