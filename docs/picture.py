@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-WIDTH, HEIGHT = 960, 536
+WIDTH, HEIGHT = 960, 560
 INK, FAINT, PAPER, LINE = "#1f2430", "#5b6270", "#ffffff", "#9ca3af"
 WEIGHT, GRAD, ZERO, WIRE = "#2563eb", "#c2410c", "#e5e7eb", "#f3f4f6"
 
@@ -112,24 +112,26 @@ def draw_wires(drawing: Drawing) -> None:
 
 def draw_optimizers(drawing: Drawing) -> None:
     """The step on the shard, from gradients to weights: two ways to a model that compresses."""
-    drawing.arrow((130, 244), (130, 301), colour=GRAD)
-    drawing.text(142, 288, "the step on the shard: AdamW or another, alone or inside one of")
-    drawing.arrow((490, 335), (14, 335), (14, 116), (28, 116), colour=WEIGHT)
-    drawing.box(30, 304, 440, 216, PAPER, LINE)
-    drawing.text(48, 330, "CrAM: a dense model, to be pruned later", size=15, bold=True)
-    drawing.text(48, 350, "two passes a step over the same batch", size=12, fill=FAINT)
+    drawing.arrow((130, 244), (130, 313), colour=GRAD)
+    drawing.arrow((130, 292), (710, 292), (710, 313), colour=GRAD)
+    drawing.text(142, 283, "the step on the shard: AdamW or another, alone or inside one of")
+    drawing.arrow((710, 532), (710, 544), (14, 544), (14, 116), (28, 116), colour=WEIGHT)
+    drawing.arrow((250, 532), (250, 543), colour=WEIGHT)
+    drawing.box(30, 316, 440, 216, PAPER, LINE)
+    drawing.text(48, 342, "CrAM+: a dense model, to be pruned later", size=15, bold=True)
+    drawing.text(48, 362, "two passes a step over the same batch", size=12, fill=FAINT)
     for y, kept, words in (
-        (368, "##########", "gradient g at the weights w"),
-        (404, "#..##.#..#", "gradient h at w + rho g, compressed"),
-        (440, "##########", "w again, and a step with g + h"),
+        (380, "##########", "gradient g at the weights w"),
+        (416, "#..##.#..#", "gradient h at w + rho g, compressed"),
+        (452, "##########", "w again, and a step with g + h"),
     ):
         drawing.values(48, y, kept, WEIGHT)
         drawing.text(194, y + 13, words)
-    drawing.text(48, 488, "Afterwards, in one shot, without retraining: 50 to 90 % of")
-    drawing.text(48, 506, "the weights pruned, N:M patterns, or fewer bits.")
-    drawing.box(490, 304, 440, 216, PAPER, LINE)
-    drawing.text(508, 330, "AC/DC: a sparse model and its dense twin", size=15, bold=True)
-    drawing.text(508, 350, "phases in turns, at the cost of plain training", size=12, fill=FAINT)
+    drawing.text(48, 500, "Afterwards, in one shot, without retraining: 70 to 90 % of")
+    drawing.text(48, 518, "the weights pruned, or N:M patterns.")
+    drawing.box(490, 316, 440, 216, PAPER, LINE)
+    drawing.text(508, 342, "AC/DC: a sparse model and its dense twin", size=15, bold=True)
+    drawing.text(508, 362, "phases in turns, at the cost of plain training", size=12, fill=FAINT)
     x = 508.0
     for name, width in (
         ("dense", 96),
@@ -140,14 +142,14 @@ def draw_optimizers(drawing: Drawing) -> None:
         ("sparse", 60),
     ):
         fill, ink = (WEIGHT, PAPER) if name == "dense" else (ZERO, INK)
-        drawing.box(x, 368, width, 40, fill, PAPER)
-        drawing.text(x + width / 2, 393, name, fill=ink, anchor="middle")
+        drawing.box(x, 380, width, 40, fill, PAPER)
+        drawing.text(x + width / 2, 405, name, fill=ink, anchor="middle")
         x += width
-    drawing.text(821, 424, "the twin", size=12, fill=FAINT, anchor="middle")
-    drawing.text(882, 424, "the result", size=12, fill=FAINT, anchor="middle")
-    drawing.text(508, 456, "A sparse phase keeps the largest weights; the others stay")
-    drawing.text(508, 474, "zero until the next dense phase, and do not travel: 0.8 bits")
-    drawing.text(508, 492, "a prunable weight at 90 % and 8 bits.")
+    drawing.text(821, 436, "the twin", size=12, fill=FAINT, anchor="middle")
+    drawing.text(882, 436, "the result", size=12, fill=FAINT, anchor="middle")
+    drawing.text(508, 468, "A sparse phase keeps the largest weights; the others stay")
+    drawing.text(508, 486, "zero until the next dense phase, and do not travel: 0.8 bits")
+    drawing.text(508, 504, "a prunable weight at 90 % and 8 bits.")
 
 
 def picture() -> str:

@@ -25,7 +25,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def brief_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See `shorten_ends`."""
+    """See ``shorten_ends``."""
     shorten_ends(monkeypatch)
 
 

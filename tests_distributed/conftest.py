@@ -16,7 +16,7 @@ from tests_distributed.support.running import Run
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """`run(world_size, function, *args)`: see `Pools.run`."""
+    """``run(world_size, function, *args)``: see ``Pools.run``."""
     pools = Pools(tmp_path_factory.mktemp("pools"))
     yield pools.run
     pools.close()
@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 @pytest.fixture(scope="session")
 def run_jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    """Run the trainer's commands: see `Jobs`."""
+    """Run the trainer's commands: see ``Jobs``."""
     jobs = Jobs(tmp_path_factory.mktemp("jobs"))
     yield jobs
     _report("pool-jobs", jobs.max_threads)

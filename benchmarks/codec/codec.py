@@ -156,7 +156,7 @@ def size_of(text: str) -> int:
     """The bytes that ``64M`` and the like stand for."""
     number, unit = text[:-1], text[-1:].upper()
     if not number.isdigit() or unit not in SIZES or int(number) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is no size; give 4K, 64M or 1G")
+        raise argparse.ArgumentTypeError(f"{text} is no size: give 4K, 64M or 1G.")
     return int(number) * SIZES[unit]
 
 
@@ -176,7 +176,9 @@ def one_of(allowed: tuple[str, ...]) -> Callable[[str], str]:
 
     def check(text: str) -> str:
         if text not in allowed:
-            raise argparse.ArgumentTypeError(f"{text} is unknown; give some of {allowed}")
+            raise argparse.ArgumentTypeError(
+                f"{text} is unknown: give some of {', '.join(allowed)}."
+            )
         return text
 
     return check

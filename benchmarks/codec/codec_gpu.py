@@ -187,7 +187,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file for the rows")
     arguments = parser.parse_args()
     if not native.has_cuda_kernels():
-        print("error: this needs a GPU and qsdp built with CUDA kernels", file=sys.stderr)
+        print(
+            "error: this needs a GPU and CUDA kernels: run it where qsdp has both.", file=sys.stderr
+        )
         sys.exit(2)
     source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.ones_like(source)

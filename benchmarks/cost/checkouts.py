@@ -50,7 +50,7 @@ def compare(arguments: argparse.Namespace) -> None:
     checkouts = {"this": ROOT, "other": arguments.other.resolve()}
     for name, folder in checkouts.items():
         if not (folder / "qsdp" / "__init__.py").exists():
-            sys.exit(f"{name} checkout {folder} has no qsdp; give the root of a checkout")
+            sys.exit(f"error: {name} checkout {folder} has no qsdp: give the root of a checkout.")
     with tempfile.TemporaryDirectory() as stores:
         worlds = {
             name: [
@@ -106,7 +106,7 @@ def _round(ranks: list[subprocess.Popen[str]]) -> dict[str, Any]:
         process.stdin.flush()
     lines = [process.stdout.readline() for process in ranks if process.stdout is not None]
     if not all(lines):
-        sys.exit("a rank has ended; its error stands above")
+        sys.exit("error: a rank has ended: see its error above.")
     found: dict[str, Any] = json.loads(lines[0])
     return found
 

@@ -80,7 +80,8 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.warmup < 2 or arguments.rounds < 1:
         parser.error(
-            f"--warmup is {arguments.warmup} and --rounds {arguments.rounds}; give at least 2 and 1"
+            f"--warmup is {arguments.warmup} and --rounds {arguments.rounds}: give at least 2 and "
+            "1."
         )
     return arguments
 

@@ -62,7 +62,7 @@ class Case:
             if not torch.equal(self._it.output, self._it.expected):
                 raise RuntimeError(
                     f"a {self.facts['collective']} over {num_ranks} ranks gives other values than "
-                    "single calls of the operators: what it takes is of no interest"
+                    "single calls of the operators, so that what it takes is of no interest."
                 )
             self._calls = self._empty_calls()
         self._times = max(1, CALLS_OF_RANKS // num_ranks)

@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="a file for the table, written by rank 0")
     arguments = parser.parse_args()
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        parser.error("one rank gathers nothing: start two or more with torchrun")
+        parser.error("one rank gathers nothing: start two or more with torchrun.")
     is_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if is_gpu else torch.device("cpu")
     if is_gpu:
@@ -222,8 +222,9 @@ def read_trace(events: list[dict[str, Any]], reading: Reading) -> None:
             marks.append(event["ts"])
     if not points or not marks:
         raise RuntimeError(
-            f"torch's trace has {len(points)} allocations and {len(marks)} marks; this torch "
-            f"({torch.__version__}) writes it in another way than this program reads it"
+            f"torch's trace has {len(points)} allocations and {len(marks)} marks, as this torch "
+            f"({torch.__version__}) writes it in another way than this program reads it: install "
+            "another version of torch."
         )
     points.sort(key=lambda point: point[0])
     before = points[0][2] - points[0][1]

@@ -42,7 +42,7 @@ def main() -> None:
         check_each_least("--ranks", arguments.ranks, 1)
         check_each_least("--groups-of", arguments.groups_of, 1)
         if not points(arguments):
-            raise Mistake("there is nothing to measure: give --ranks, --models or --groups-of")
+            raise Mistake("there is nothing to measure: give --ranks, --models or --groups-of.")
         most = argparse.Namespace(**vars(arguments) | {"hosts": max([2, *arguments.ranks])})
         arguments.device = device_of(most)
         settings = {name: getattr(arguments, name) for name in ("tokens", "context", "rounds")}

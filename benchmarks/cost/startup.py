@@ -92,7 +92,7 @@ def seconds_of(program: str) -> float:
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], check=False)
     if done.returncode:
-        raise RuntimeError(f"{program!r} ended with status {done.returncode}")
+        raise RuntimeError(f"{program!r} ended with status {done.returncode}.")
     return time.perf_counter() - started
 
 
@@ -109,9 +109,9 @@ def first_step() -> float:
         try:
             while not (metrics.exists() and metrics.stat().st_size):
                 if job.poll() is not None:
-                    raise RuntimeError(f"{TRAIN.name} ended with status {job.returncode}")
+                    raise RuntimeError(f"{TRAIN.name} ended with status {job.returncode}.")
                 if time.perf_counter() - started > PATIENCE_S:
-                    raise RuntimeError(f"{TRAIN.name} took no step in {PATIENCE_S:g} s")
+                    raise RuntimeError(f"{TRAIN.name} took no step in {PATIENCE_S:g} s.")
                 time.sleep(0.01)
             return time.perf_counter() - started
         finally:

@@ -63,6 +63,7 @@ from benchmarks.support.runs import (
     write_json,
 )
 from qsdp import checkpoint
+from qsdp.common.user_errors import quoted
 from qsdp.methods.acdc.flags import DENSE_TWIN as TWIN
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
@@ -134,7 +135,7 @@ def main(options: Options) -> int:
             out = options.out or Path("out/pruning", name)
             records = read_records(out, runs)
         except (Mistake, ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {quoted(error)}.", file=sys.stderr)
             return 2
 
         def take(run: Run, processes: Processes) -> Record:
@@ -150,19 +151,19 @@ def main(options: Options) -> int:
 def check(options: Options) -> Preset:
     """The preset that is meant. Raises Mistake for options that cannot be run."""
     if options.preset not in PRESETS:
-        raise Mistake(f"--preset is {options.preset!r}; choose one of {', '.join(PRESETS)}")
+        raise Mistake(f"--preset is {options.preset!r}: choose one of {', '.join(PRESETS)}.")
     if unknown := set(options.methods or ()) - METHODS.keys():
         raise Mistake(
-            f"--methods holds {', '.join(sorted(unknown))}; choose of {', '.join(METHODS)}"
+            f"--methods holds {', '.join(sorted(unknown))}: choose of {', '.join(METHODS)}."
         )
     for name in ("jobs", "steps"):
         if getattr(options, name) < 1:
-            raise Mistake(f"--{name} is {getattr(options, name)}; choose 1 or more")
+            raise Mistake(f"--{name} is {getattr(options, name)}: choose 1 or more.")
     if options.split not in SPLITS:
-        raise Mistake(f"--split is {options.split!r}; choose one of {', '.join(SPLITS)}")
+        raise Mistake(f"--split is {options.split!r}: choose one of {', '.join(SPLITS)}.")
     for path in options.data:
         if not path.is_file():
-            raise Mistake(f"--data {path} is no file; give texts")
+            raise Mistake(f"--data {path} is no file: give texts.")
     return PRESETS[options.preset]
 
 

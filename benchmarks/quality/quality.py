@@ -37,6 +37,7 @@ from benchmarks.support.runs import (
     run_all,
     write_json,
 )
+from qsdp.common.user_errors import quoted
 from qsdp.data.corpus import load_corpus
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.gpt2.model import GPT
@@ -96,7 +97,7 @@ def main(options: Options) -> int:
         out = options.out or Path("out/quality", options.preset)
         records = read_records(out, runs)
     except (Mistake, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {quoted(error)}.", file=sys.stderr)
         return 2
     if failed := run_all(runs, records, out, options.jobs, console, train, result_of):
         report_failures(failed)
@@ -128,19 +129,21 @@ def main(options: Options) -> int:
 def plan(options: Options) -> list[Run]:
     """All runs, trainings first. Raises Mistake for options that cannot be run."""
     if options.preset not in PRESETS:
-        raise Mistake(f"--preset is {options.preset!r}; choose one of {', '.join(PRESETS)}")
+        raise Mistake(f"--preset is {options.preset!r}: choose one of {', '.join(PRESETS)}.")
     preset = PRESETS[options.preset]
     wires = options.wires or preset.wires
     if unknown := set(wires) - WIRES.keys():
-        raise Mistake(f"--wires holds {', '.join(sorted(unknown))}; choose of {', '.join(WIRES)}")
+        raise Mistake(f"--wires holds {', '.join(sorted(unknown))}: choose of {', '.join(WIRES)}.")
     if wrong := set(options.gathers) - set(GATHERS):
-        raise Mistake(f"--gathers holds {', '.join(sorted(wrong))}; choose of {', '.join(GATHERS)}")
+        raise Mistake(
+            f"--gathers holds {', '.join(sorted(wrong))}: choose of {', '.join(GATHERS)}."
+        )
     if options.ranks < 2 or SEQUENCES % options.ranks:
-        raise Mistake(f"--ranks is {options.ranks}; choose 2, 3, 4, 6 or 12")
+        raise Mistake(f"--ranks is {options.ranks}: choose 2, 3, 4, 6 or 12.")
     if options.jobs < 1:
-        raise Mistake(f"--jobs is {options.jobs}; choose 1 or more")
+        raise Mistake(f"--jobs is {options.jobs}: choose 1 or more.")
     if not options.data.is_file():
-        raise Mistake(f"--data {options.data} is no file; give a text")
+        raise Mistake(f"--data {options.data} is no file: give a text.")
     steps = options.steps or preset_defaults()[preset.model].get("steps", RunFlags.steps)
     common = {
         "model": preset.model,

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from benchmarks.saving.crash_jobs import Ended
 from qsdp import checkpoint
+from qsdp.common.user_errors import quoted
 
 # Of a line of metrics, what two runs of one command have in common.
 SAME = ("step", "loss", "lr", "grad_norm", "tokens", "wire_bytes_sent")
@@ -223,7 +224,7 @@ def judge_end(row: Row, end: Ended, out: Path, whole: Whole) -> None:
         checkpoint.verify(newest)
         found = digests(newest)
     except ValueError as error:
-        row.wrong.append(str(error))
+        row.wrong.append(quoted(error))
     different = [
         name for name in whole.weights.keys() | found if whole.weights.get(name) != found.get(name)
     ]
@@ -310,9 +311,9 @@ def _mount(*arguments: str) -> None:
     try:
         done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise Unavailable("there is no mount") from None
+        raise Unavailable("there is no program mount: install util-linux.") from None
     if done.returncode:
-        raise Unavailable(" ".join(done.stderr.split()) or "mount failed")
+        raise Unavailable(f"mount failed with status {done.returncode} ({quoted(done.stderr)}).")
 
 
 def _line(text: str) -> Line:

@@ -218,7 +218,7 @@ class Stage:
     def start(self, out: Path, *more: str, launcher: Sequence[str] = ()) -> Job:
         """Start the command that trains into ``out``."""
         if self._is_stopped:
-            raise Stopped("the benchmark was ended")
+            raise Stopped("the benchmark was ended.")
         log = self.folder / f"start-{next(self._count)}"
         given = [*self.flags, *more, "--out", str(out)]
         job = Job(log, given, self.ranks, launcher, self._patience_s)

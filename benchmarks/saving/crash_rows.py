@@ -36,6 +36,7 @@ from benchmarks.saving.crash_folder import (
 )
 from benchmarks.saving.crash_jobs import Ended, Job, Stage
 from qsdp import checkpoint
+from qsdp.common.user_errors import quoted
 
 Run = Callable[[Path], Ended]
 """Starts the command that trains into a folder, and waits for its end."""
@@ -322,7 +323,7 @@ def full_for_checkpoints(stage: Stage, whole: Whole) -> list[Row]:
             try:
                 checkpoint.verify(path)
             except ValueError as error:
-                row.lost.append(str(error))
+                row.lost.append(quoted(error))
         resize(out / "checkpoints", ROOM_KIB)
         go_on(row, stage.run, out, whole)
     return [row]

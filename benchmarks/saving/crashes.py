@@ -45,6 +45,7 @@ from benchmarks.support.runs import (
     run_all,
     write_json,
 )
+from qsdp.common.user_errors import quoted
 
 SAVE_EVERY = 4
 STEPS = {1: 120, 2: 80}  # by ranks
@@ -105,7 +106,7 @@ def main(options: Options) -> int:
         runs = plan(options, [*all_parts.values()])
         records = read_records(out, runs)
     except (Mistake, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {quoted(error)}.", file=sys.stderr)
         return 2
     console.print(f"--seed {options.seed}", highlight=False)
     missing = [all_parts[run.name] for run in runs if run.name not in records]
@@ -151,18 +152,18 @@ def chosen(options: Options) -> list[Part]:
         return [*found.values()]
     for name in options.parts:
         if name not in found:
-            raise Mistake(f"--parts holds {name!r}; choose of {', '.join(found)}")
+            raise Mistake(f"--parts holds {name!r}: choose of {', '.join(found)}.")
     return [found[name] for name in options.parts]
 
 
 def parts(options: Options) -> list[Part]:
     """The whole matrix, or its short form. Raises Mistake for what cannot be run."""
     if options.kills is not None and options.kills < 1:
-        raise Mistake(f"--kills is {options.kills}; choose 1 or more")
+        raise Mistake(f"--kills is {options.kills}: choose 1 or more.")
     if options.jobs < 1:
-        raise Mistake(f"--jobs is {options.jobs}; choose 1 or more")
+        raise Mistake(f"--jobs is {options.jobs}: choose 1 or more.")
     if not options.patience_s > 0:
-        raise Mistake(f"--patience-s is {options.patience_s}; choose a number above 0")
+        raise Mistake(f"--patience-s is {options.patience_s}: choose a number above 0.")
     number = options.kills or (3 if options.short else 20)
     ways = crash_rows.HOWS[:1] if options.short else crash_rows.HOWS
 
@@ -263,7 +264,9 @@ class Theatre:
             with self._stage(f"rehearsal-{size}", size, ()) as stage:
                 end = stage.run(out, "--keep", "6")
             if end.status:
-                raise SystemExit(f"error: the undisturbed run failed: {' '.join(end.said)[-2000:]}")
+                raise SystemExit(
+                    f"error: the undisturbed run failed ({quoted(' '.join(end.said)[-2000:])})."
+                )
             self._wholes[size] = Whole.of(out)
 
     def take(self, part: Part, processes: Any) -> Record:

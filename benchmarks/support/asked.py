@@ -21,14 +21,14 @@ def check_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None
     for name, limit in least.items():
         value = getattr(arguments, name)
         if value < limit:
-            raise Mistake(f"{_flag(name)} is {value}: give at least {limit}")
+            raise Mistake(f"{_flag(name)} is {value}: give at least {limit}.")
 
 
 def check_each_least(flag: str, values: Sequence[float], limit: float) -> None:
     """Raise Mistake for the first of an option's values that is below its least one."""
     for value in values:
         if not limit <= value < math.inf:
-            raise Mistake(f"{flag} has {value}: give numbers of at least {limit}")
+            raise Mistake(f"{flag} has {value}: give numbers of at least {limit}.")
 
 
 def check_whole_sequences(arguments: argparse.Namespace, contexts: Mapping[str, int]) -> None:
@@ -37,7 +37,7 @@ def check_whole_sequences(arguments: argparse.Namespace, contexts: Mapping[str, 
         value = getattr(arguments, name)
         if value % context:
             raise Mistake(
-                f"{_flag(name)} is {value}: give a multiple of {context}, the tokens of a sequence"
+                f"{_flag(name)} is {value}: give a multiple of {context}, the tokens of a sequence."
             )
 
 
@@ -54,7 +54,7 @@ def check_hosts(arguments: argparse.Namespace) -> None:
     for name in ("hosts", "nproc_per_node"):
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= 250:
-            raise Mistake(f"{_flag(name)} is {value}: give 1 to 250")
+            raise Mistake(f"{_flag(name)} is {value}: give 1 to 250.")
 
 
 def check_rate(flag: str, rate: str | None) -> None:
@@ -62,7 +62,7 @@ def check_rate(flag: str, rate: str | None) -> None:
     if rate not in (None, LOOPBACK) and not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?[kmgt]?bit", rate):
         raise Mistake(
             f"{flag} is {rate!r}: give a rate as tc writes it, for instance 100mbit or 1gbit, or "
-            "loopback"
+            "loopback."
         )
 
 
@@ -74,7 +74,7 @@ def decide(arguments: argparse.Namespace) -> None:
         print("DeepSpeed is not installed: pip install 'qsdp[deepspeed]' for its rows")
     if not chosen(arguments):
         names = ", ".join(one.name for one in contestants())
-        raise Mistake(f"--contestants and --without leave none of {names}")
+        raise Mistake(f"--contestants and --without leave none of {names}: leave some in.")
 
 
 @contextmanager
@@ -86,10 +86,13 @@ def claimed(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Mistake(f"--out is {out}, which cannot be made ({error.strerror})") from None
+        raise Mistake(
+            f"--out is {out}, which cannot be made ({error.strerror}): give a folder where you may "
+            "write."
+        ) from None
     with unlocked_folder(out) as is_ours:
         if not is_ours:
-            raise Mistake(f"--out is {out}, where another comparison runs: wait, or give another")
+            raise Mistake(f"--out is {out}, where another comparison runs: wait, or give another.")
         yield
 
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from qsdp.common.user_errors import quoted
+
 HEADER_BYTES = 66
 SEGMENT_BYTES = 1448  # what such a packet carries at most: 1500 bytes on the link
 INTERFACE = "eth0"
@@ -71,7 +73,7 @@ class Hosts:
 
     def __init__(self, num_hosts: int, rate: str | None = None, *, offload: bool = False) -> None:
         if not 1 <= num_hosts <= 250:
-            raise ValueError(f"num_hosts is {num_hosts}, but 1 to 250 hosts fit on the link")
+            raise ValueError(f"num_hosts is {num_hosts}: choose 1 to 250.")
         self._prefix = f"qsdp-{os.getpid()}"
         self._switch = f"{self._prefix}-switch"
         self._hosts = [f"{self._prefix}-host{host}" for host in range(num_hosts)]
@@ -83,11 +85,11 @@ class Hosts:
             if shutil.which(program) is None:
                 raise Unavailable(
                     f"network namespaces need the program {program!r}, which is not on the PATH: "
-                    "install iproute2"
+                    "install iproute2."
                 )
         if os.geteuid() != 0:
             raise Unavailable(
-                f"network namespaces need root, but this is user {os.geteuid()}: run with sudo"
+                f"network namespaces need root, but this is user {os.geteuid()}: run with sudo."
             )
         try:
             self._build()
@@ -150,11 +152,11 @@ class Hosts:
                         del waiting[host]
                     if process.returncode:
                         raise RuntimeError(
-                            f"the command failed on host {host} with status {process.returncode}"
+                            f"the command failed on host {host} with status {process.returncode}."
                         )
                 if deadline is not None and time.monotonic() > deadline:
                     raise RuntimeError(
-                        f"the command did not end on hosts {[*waiting]} in {timeout} s"
+                        f"the command did not end on hosts {[*waiting]} in {timeout} s."
                     )
         finally:
             self._kill()
@@ -264,7 +266,7 @@ def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise Unavailable(
-            f"`{' '.join(command)}` failed ({done.stderr.strip()}): "
-            "network namespaces need root with CAP_SYS_ADMIN and CAP_NET_ADMIN"
+            f"`{' '.join(command)}` failed ({quoted(done.stderr)}): "
+            "run as root with CAP_SYS_ADMIN and CAP_NET_ADMIN, which network namespaces need."
         )
     return done.stdout

@@ -35,7 +35,7 @@ def device_of(arguments: argparse.Namespace) -> str:
     if arguments.device == "cuda" and num_gpus < num_ranks:
         raise Mistake(
             f"--device is cuda, but {num_ranks} ranks need a GPU each and there are {num_gpus}: "
-            "leave it out"
+            "leave it out."
         )
     return arguments.device or ("cuda" if num_gpus >= num_ranks else "cpu")
 
@@ -154,7 +154,7 @@ def run_here(command: list[str], arguments: argparse.Namespace) -> None:
             process.terminate()  # killed, it would leave its ranks behind
             raise
     if status:
-        raise RuntimeError(f"{command[1]} failed with status {status}")
+        raise RuntimeError(f"{command[1]} failed with status {status}.")
 
 
 def run_on_hosts(command: list[str], arguments: argparse.Namespace) -> None:

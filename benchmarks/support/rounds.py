@@ -36,7 +36,7 @@ def kept(path: Path, settings: Record, empty: Record) -> Record:
         name, old, new = difference
         raise Mistake(
             f"{path} was begun with {name} {old}, not {new}: give another --out, or remove that "
-            "file"
+            "file."
         )
     return record
 
@@ -46,11 +46,11 @@ def read(path: Path) -> Record:
     try:
         record = json.loads(path.read_text())
     except OSError as error:
-        raise Mistake(f"{path} cannot be read ({error.strerror}): give another folder") from None
+        raise Mistake(f"{path} cannot be read ({error.strerror}): give another folder.") from None
     except ValueError:
         record = None
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
-        raise Mistake(f"{path} is not a record of a comparison: give another folder")
+        raise Mistake(f"{path} is not a record of a comparison: give another folder.")
     return record
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from benchmarks.support.namespaces import Unavailable
 from benchmarks.support.paths import TRAIN
 from qsdp.common.json_files import write_json
+from qsdp.common.user_errors import quoted
 
 Record = dict[str, Any]
 Processes = set[subprocess.Popen[str]]
@@ -41,7 +42,7 @@ def ends_on_error() -> Iterator[None]:
     try:
         yield
     except (Mistake, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {quoted(error)}.", file=sys.stderr)
         sys.exit(2 if isinstance(error, Mistake | Unavailable) else 1)
 
 
@@ -67,8 +68,8 @@ def read_record(out: Path, run: Run) -> Record | None:
     for name, value in run.settings.items():
         if record.get(name) != value:
             raise Mistake(
-                f"{path} has {name} {record.get(name)}, not {value}; give another --out, or remove "
-                "that file"
+                f"{path} has {name} {record.get(name)}, not {value}: give another --out, or remove "
+                "that file."
             )
     return record
 
@@ -177,7 +178,7 @@ def trainings_end_with_us() -> Iterator[Processes]:
 def report_failures(failed: dict[str, str]) -> None:
     """Print the ends of the logs of what failed."""
     for name, log in failed.items():
-        print(f"{log}\nerror: {name} failed, see above", file=sys.stderr)
+        print(f"{log}\nerror: {name} failed: see above.", file=sys.stderr)
 
 
 def _clock(seconds: float) -> str:

@@ -68,7 +68,7 @@ def main() -> None:
         if arguments.groups:
             raise Mistake(
                 f"--groups is {arguments.groups}, but auto chooses for blocks that are a group "
-                "each: leave it out"
+                "each: leave it out."
             )
         for rate in arguments.rates:
             check_rate("--rates", rate)
@@ -113,7 +113,7 @@ def on_link(rate: str, arguments: argparse.Namespace) -> dict[str, Any]:
     names = {one.name for one in contestants_of(chosen)}
     left_out = {choice["choice"] for choice in found} - names
     if left_out:
-        raise Mistake(f"--without leaves out {min(left_out)}, which auto chose: let it take part")
+        raise Mistake(f"--without leaves out {min(left_out)}, which auto chose: let it take part.")
     record = take_turns(chosen, chosen.out / f"turns-{rate}.json")
     return {"rate": rate, "choices": found, "verdicts": verdicts(rate, found, record), **record}
 

@@ -115,9 +115,9 @@ def short_list() -> list[str]:
 def check_link(arguments: argparse.Namespace) -> None:
     """Raise Mistake for hosts or a rate that cannot be."""
     if arguments.rate == LOOPBACK and arguments.command:
-        raise Mistake("--rate is loopback, which is for comparisons: run the command by itself")
+        raise Mistake("--rate is loopback, which is for comparisons: run the command by itself.")
     if arguments.short and arguments.command:
-        raise Mistake("--short is for comparisons, but a command is given: leave one of them out")
+        raise Mistake("--short is for comparisons, but a command is given: leave one of them out.")
     check_rate("--rate", arguments.rate)
     check_hosts(arguments)
 
@@ -127,11 +127,11 @@ def check_comparison(arguments: argparse.Namespace) -> None:
     check_shared(arguments)
     check_least(arguments, {"loss_steps": 0, "loss_evals": 0, "loss_tokens": CONTEXT})
     if arguments.loss_steps in range(1, 20):
-        raise Mistake(f"--loss-steps is {arguments.loss_steps}: give at least 20, or 0 for none")
+        raise Mistake(f"--loss-steps is {arguments.loss_steps}: give at least 20, or 0 for none.")
     if arguments.loss_evals > arguments.loss_steps > 0:
         raise Mistake(
             f"--loss-evals is {arguments.loss_evals}: give at most {arguments.loss_steps}, one a "
-            "step"
+            "step."
         )
     check_whole_sequences(arguments, {"loss_tokens": CONTEXT})
     decide(arguments)

@@ -41,12 +41,14 @@ def report(folders: list[Path]) -> str:
             name, old, new = difference
             raise Mistake(
                 f"{folder} has {name} {new}, but {folders[0]} {old}: give folders that differ in "
-                "their link only"
+                "their link only."
             )
     links = [record["link"] for record in records]
     for place, folder in enumerate(folders):
         if links[place] in links[:place]:
-            raise Mistake(f"{folder} is of {links[place]}, as one before it: give one a link")
+            raise Mistake(
+                f"{folder} is of {links[place]}, as one before it: give one folder a link."
+            )
     names = {row["name"] for row in first["rows"]}
     columns = {name: head for name, head in COLUMNS.items() if name in names}
     against = [name for name in AGAINST if name in references(first) and OURS in names]
@@ -94,9 +96,9 @@ def _finished(folder: Path) -> Record:
     if not path.exists():
         raise Mistake(
             f"{folder} holds no finished comparison (link.json): let link.py --out {folder} end "
-            "first"
+            "first."
         )
     record = read(path)
     if not isinstance(record.get("rows"), list) or "machine" not in record:
-        raise Mistake(f"{path} is not a record of a comparison: give another folder")
+        raise Mistake(f"{path} is not a record of a comparison: give another folder.")
     return record

@@ -40,6 +40,7 @@ from benchmarks.support import machine
 from benchmarks.support.namespaces import Hosts, Unavailable, exit_on_termination, torchrun
 from benchmarks.support.paths import TRAIN
 from qsdp.common.json_files import write_json
+from qsdp.common.user_errors import quoted
 
 NODES, RANKS_PER_NODE = 2, 2
 REDUCES = ("flat", "two-hop")
@@ -93,7 +94,7 @@ def main() -> None:
                     for reduce in REDUCES:
                         lines.append(train(hosts, bits, reduce, arguments, Path(folder)))
     except Unavailable as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {quoted(error)}.", file=sys.stderr)
         sys.exit(2)
     ratios = ratios_of(lines)
     described = machine.describe()
@@ -130,10 +131,10 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not 0 < arguments.steps[0] < arguments.steps[1]:
         parser.error(
-            f"--steps is {arguments.steps}: give the shorter run's steps first, at least 1"
+            f"--steps is {arguments.steps}: give the shorter run's steps first, at least 1."
         )
     if arguments.passes < 1:
-        parser.error(f"--passes is {arguments.passes}: give at least 1")
+        parser.error(f"--passes is {arguments.passes}: give at least 1.")
     return arguments
 
 
@@ -206,7 +207,7 @@ def _run(hosts: Hosts, command: list[str], timeout: float, folder: Path) -> None
         )
     except RuntimeError as error:
         logs = "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("host*.log")))
-        print(f"{logs}\nerror: {error}", file=sys.stderr)
+        print(f"{logs}\nerror: {quoted(error)}.", file=sys.stderr)
         sys.exit(1)
 
 

@@ -136,7 +136,7 @@ def sent_payload() -> int:
         if name.strip() == INTERFACE:
             fields = numbers.split()
             return int(fields[8]) - HEADER_BYTES * int(fields[9])
-    raise SystemExit(f"this host has no interface {INTERFACE}")
+    raise SystemExit(f"error: this host has no interface {INTERFACE}.")
 
 
 if __name__ == "__main__":

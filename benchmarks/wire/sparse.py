@@ -35,6 +35,7 @@ from benchmarks.support.namespaces import Hosts, Unavailable, exit_on_terminatio
 from benchmarks.wire.passes import SIZE, build, forward, forward_backward, run, state
 from qsdp.commands.exit import end_process
 from qsdp.common.json_files import write_json
+from qsdp.common.user_errors import quoted
 from qsdp.sparsity.local_shards import local_shard
 
 NUM_HOSTS = 2
@@ -63,11 +64,11 @@ def main() -> None:
             except RuntimeError as error:
                 logs = sorted(Path(folder).glob("host*.log"))
                 print("\n".join(log.read_text()[-3000:] for log in logs), file=sys.stderr)
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {quoted(error)}.", file=sys.stderr)
                 sys.exit(1)
             rows = json.loads(out.read_text())
     except Unavailable as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {quoted(error)}.", file=sys.stderr)
         sys.exit(2)
     described = machine.describe()
     print(table(rows, arguments.sparsity))

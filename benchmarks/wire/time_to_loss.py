@@ -96,7 +96,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.evals % QUARTERS or arguments.evals > arguments.steps:
         raise Mistake(
             f"--evals is {arguments.evals}: give a multiple of {QUARTERS}, at most --steps, which "
-            f"is {arguments.steps}"
+            f"is {arguments.steps}."
         )
     for rate in arguments.rates:
         check_rate("--rates", rate)
@@ -105,7 +105,10 @@ def check(arguments: argparse.Namespace) -> None:
     # A floor's step is no training over a link, and a yardstick stands in no comparison.
     arguments.contestants = [one.name for one in chosen(arguments) if one.role in (RIVAL, OURS)]
     if FIRST not in arguments.contestants:
-        raise Mistake(f"--contestants and --without leave {FIRST} out, whose loss is to be reached")
+        raise Mistake(
+            f"--contestants and --without leave {FIRST} out, whose loss is to be reached: leave it "
+            "in."
+        )
     for name in ("model", "steps", "tokens", "evals"):
         setattr(arguments, f"loss_{name}", getattr(arguments, name))
     try:

@@ -27,7 +27,7 @@ def judge(record: Record) -> Record:
     curves = {name: mean_curve(of_seeds) for name, of_seeds in seeds.items()}
     target = curves[FIRST][3 * len(curves[FIRST]) // 4 - 1][1]
     if target is None:
-        raise RuntimeError(f"the loss of {FIRST} is not finite: there is none to reach")
+        raise RuntimeError(f"the loss of {FIRST} is not finite, so that there is none to reach.")
     num_early = powersgd_start(trained[0]["settings"]["loss_steps"])
     links = []
     for link in record["links"]:

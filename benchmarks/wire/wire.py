@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks.support.namespaces import Hosts, Unavailable, exit_on_termination
 from benchmarks.support.paths import TRAIN
 from qsdp.common.json_files import write_json
+from qsdp.common.user_errors import quoted
 
 CASES = {
     "stock": ("stock FSDP2, fp32", []),
@@ -47,7 +48,7 @@ def main() -> None:
             for case in arguments.cases:
                 rows.append(measure(hosts, case, arguments, Path(folder)))
     except Unavailable as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {quoted(error)}.", file=sys.stderr)
         sys.exit(2)
     print(table(rows))
     if arguments.json is not None:
@@ -78,7 +79,7 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not 0 < arguments.steps[0] < arguments.steps[1]:
         parser.error(
-            f"--steps is {arguments.steps}: give the shorter run's steps first, at least 1"
+            f"--steps is {arguments.steps}: give the shorter run's steps first, at least 1."
         )
     return arguments
 
@@ -96,7 +97,7 @@ def measure(hosts: Hosts, case: str, arguments: argparse.Namespace, folder: Path
             hosts.run(command(out, steps, flags), timeout=arguments.timeout, output=folder)
         except RuntimeError as error:
             logs = "\n".join(log.read_text()[-2000:] for log in sorted(folder.glob("host*.log")))
-            sys.exit(f"{logs}\nerror: {error}")
+            sys.exit(f"{logs}\nerror: {quoted(error)}.")
         after = hosts.counters()
         sent = [b.sent_payload - a.sent_payload for a, b in zip(before, after, strict=True)]
         seen.append(sum(sent) / len(sent))

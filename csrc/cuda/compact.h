@@ -136,7 +136,7 @@ QSDP_INLINE void start_units(const SpanJob& job, int64_t number) {
         before += all;
     }
     if (before != item.span.count)
-        stop("a span does not match its mask: make both from one support");
+        stop("a span does not match its mask: make both from one support.");
 }
 
 template <class V, bool Compact>
@@ -162,8 +162,9 @@ QSDP_INLINE void move_values(const SpanJob& job, const Span& span, int64_t first
                     store_item(job.to + dense, V{0});
                 } else if (job.strict && load_item<V>(job.from + dense) != 0) {
                     stop(
-                        "a weight outside the mask is not zero: the sparse wire would drop it; "
-                        "tell the handle of another support (set_support) after editing weights");
+                        "a weight outside the mask is not zero, and the sparse wire would drop "
+                        "it: tell the handle of another support (set_support) after editing "
+                        "weights.");
                 }
             }
         });

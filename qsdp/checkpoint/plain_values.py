@@ -21,8 +21,8 @@ class Refused(ValueError):
 def not_plain(path: Path, name: str) -> Refused:
     """The error that a file at ``path`` asks for ``name``, which is no plain value."""
     return Refused(
-        f"{path} asks for {name[:100]!r} to be loaded, which no checkpoint needs and which could "
-        "run code, and is refused: name another checkpoint."
+        f"{path} asks for {name[:100]!r} to be loaded, which no checkpoint needs, could run code "
+        "and is refused: name another checkpoint."
     )
 
 

@@ -243,8 +243,8 @@ def _check_names(shards: Mapping[str, tuple[int, tuple[int, ...], Tensor]]) -> N
         if any(other != one for other in others):
             raise ValueError(
                 f"{name} is sharded over some of the ranks, and the others have one of their own "
-                "under its name, of which a checkpoint would keep one: save such parameters apart, "
-                "those of each part of the ranks for themselves."
+                "under its name, of which a checkpoint would keep only one: save the parameters of "
+                "each part of the ranks apart."
             )
 
 

@@ -31,9 +31,9 @@ def check_budget(weights: Sequence[Claim], grads: Sequence[Claim], config: QSDPC
         return
     if all(claim.kept_bits is not None for claim in (*weights, *grads)):
         raise ValueError(
-            f"the budget is {config.budget:g} bits a value and has nothing to allot: leave some "
-            "parameter to 2 to 8 weight_bits or grad_bits, beside policy and embedding_bits, or "
-            "leave the budget out."
+            f"the budget is {config.budget:g} bits a value, but there is nothing to allot: give "
+            "weight_bits or grad_bits of 2 to 8 to some parameter that neither policy nor "
+            "embedding_bits is for, or leave the budget out."
         )
     for claims, is_grad in ((weights, False), (grads, True)):
         _left(claims, config.budget, config, is_grad)

@@ -28,7 +28,7 @@ class Nodes:
         nodes = _first_ranks(sizes)
         if nodes is None and mesh is None:
             raise ValueError(
-                f"LOCAL_WORLD_SIZE is {[*sizes.values()]} on the ranks {[*sizes]}, which are no "
+                f"LOCAL_WORLD_SIZE is {[*sizes.values()]} on the ranks {[*sizes]}, which makes no "
                 "nodes of consecutive ranks: set ranks_per_node, or give a node_mesh."
             )
         # Where nothing is known, ranks that the mesh does not hold count as elsewhere.

@@ -123,10 +123,11 @@ def check_codec(world: World) -> str:
                 found, found_back = _codec(
                     torch.ops.qsdp, values.to(world.device), layout, table, key
                 )
+                told = f"{dtype.name} in {bits} bits by {rounding.label}"
                 if not torch.equal(found.cpu(), expected):
-                    raise Failed(f"{bits} bits, {rounding.label}, {dtype.name} give other bytes.")
+                    raise Failed(f"{told} becomes other bytes than plain PyTorch's.")
                 if not torch.equal(found_back.cpu(), back):
-                    raise Failed(f"{bits} bits, {rounding.label}, {dtype.name} give other values.")
+                    raise Failed(f"{told} becomes other values than plain PyTorch's.")
                 count += 1
     return f"{count} combinations, {native.remark(world.device)}"
 

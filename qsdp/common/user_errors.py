@@ -24,8 +24,10 @@ def sentence(error: BaseException) -> str:
 
 
 def quoted(error: BaseException | str, longest: int | None = None) -> str:
-    """What `error` says, as it stands within another sentence: on one line without a full stop, and
-    cut after ``longest`` characters."""
+    """What ``error`` says, as it stands within another sentence.
+
+    It is on one line without a full stop, and cut after ``longest`` characters.
+    """
     text = error if isinstance(error, str) else sentence(error)
     return " ".join(text.split())[:longest].rstrip(" .")
 

@@ -24,7 +24,11 @@ from qsdp.fsdp.support_masks import masks_by_place
 
 
 class Handle:
-    """The quantized wire of one model. Made by ``install``."""
+    """The quantized wire of one model. Made by ``install``.
+
+    ``config`` is what it was installed with, ``traffic`` counts the bytes that this rank sends, and
+    ``times`` the seconds of the collectives. Once it was removed, its methods raise RuntimeError.
+    """
 
     def __init__(self, config: QSDPConfig, groups: Sequence[ParameterGroup], parts: Parts) -> None:
         self.config = config

@@ -100,8 +100,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
             base.register_load_state_dict_post_hook(_do_nothing).remove()
         except AttributeError:
             raise ValueError(
-                f"the base optimizer is a {type(base).__name__} that is none of its own: give the "
-                "one that it wraps, its .optimizer."
+                f"the base optimizer is a {type(base).__name__}, which only wraps another one: "
+                "give that one, its .optimizer."
             ) from None
         # What torch makes here for this one is dropped: groups and state are the base's.
         self._unused: dict[str, Any] | None = {}

@@ -18,9 +18,10 @@ def clip_grad_norm_(
     """Scale all gradients in place so that their global norm is at most ``max_norm``.
 
     As ``torch.nn.utils.clip_grad_norm_``, but exact for DTensors of any mesh together with plain
-    tensors: the coefficient max_norm / (norm + 1e-6), at most 1, is computed in fp64 and applied
-    in the gradients' precision (at least fp32). A norm that is not finite makes every coefficient
-    NaN or 0, as in torch: look at the returned norm before stepping.
+    tensors: the coefficient max_norm / (norm + 1e-6), at most 1, is computed in fp64 and applied in
+    the gradients' precision (at least fp32). A norm that is not finite makes every coefficient NaN
+    or 0, as in torch: look at the returned norm before stepping. A collective if any parameter is a
+    DTensor.
 
     Args:
         parameters: As for ``global_grad_norm``.
@@ -30,6 +31,10 @@ def clip_grad_norm_(
 
     Returns:
         The norm before clipping.
+
+    Raises:
+        ValueError: ``max_norm`` is not above 0, or as ``global_grad_norm``.
+        RuntimeError: Ranks give another ``max_norm``, or train another number of parameters.
     """
     parameters = unique(parameters)
     groups, call = groups_of(parameters, with_replicas=True), "qsdp.clip_grad_norm_"

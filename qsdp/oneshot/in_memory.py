@@ -64,8 +64,9 @@ def compressed(
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Within the context, ``model`` is compressed in one shot; afterwards it is as before.
 
-    The arguments are those of ``compress_``. The model is restored bit for bit, buffers included,
-    also when the body raises. It costs a copy of the prunable shards and of the buffers.
+    The arguments, and what raises, are those of ``compress_``. The model is restored bit for bit,
+    buffers included, also when the body raises. It costs a copy of the prunable shards and of the
+    buffers. A collective on entry.
 
     Yields:
         The compressed parameters by name.

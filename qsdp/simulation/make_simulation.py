@@ -54,8 +54,7 @@ def simulate(
         ranks_per_node: Consecutive ranks on one node, where ``config.ranks_per_node`` does not say
             it; None is 1.
         replicas: Ranks of the replicate axis (HSDP), of which each has a shard group.
-        quantized_replicas: The replicas' all-reduce is that of ``install(...,
-            replicate_mesh=...)``.
+        quantized_replicas: Average over replicas as ``install`` does with a ``replicate_mesh``.
         param_dtype: What gathered parameters are cast to, as in ``MixedPrecisionPolicy``.
         reduce_dtype: The dtype of gradients in the reduce.
         shard_dims: The dimension, by name, of those parameters that ``shard_placement_fn`` does not

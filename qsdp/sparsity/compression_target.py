@@ -19,7 +19,7 @@ class Compression:
     sparsity: float = 0.0
     """Fraction of the prunable weights set to zero, from 0 to below 1: the smallest magnitudes."""
     scope: str = "global"
-    """``global``: magnitudes of all prunable weights compete; ``layer``: those of each matrix."""
+    """``global``: all prunable weights compete. ``layer``: each matrix loses the same fraction."""
     pattern: tuple[int, int] | None = None
     """(N, M): of every M weights along the input dimension the N largest stay."""
     block: int = 1
@@ -46,7 +46,7 @@ class Compression:
                 raise ValueError(f"pattern is {keep}:{size}: choose N:M with 1 <= N < M <= 64.")
             if self.sparsity or self.block != 1 or self.scope != "global":
                 raise ValueError(
-                    f"a pattern ({keep}:{size}) goes with no sparsity, scope or block of its own: "
+                    f"pattern {keep}:{size} is given beside a sparsity, scope or block: "
                     "give one or the other."
                 )
         if not 1 <= self.block <= 64:
@@ -65,7 +65,8 @@ class Compression:
         """Read a target: a fraction, or terms joined by ``+``.
 
         Terms are a fraction (``0.7``), N:M (``2:4``), bits (``4bit``), ``layer``, or a block
-        (``block4``): ``0.7+layer``, ``0.5+block4+8bit``, ``2:4+4bit``.
+        (``block4``): ``0.7+layer``, ``0.5+block4+8bit``, ``2:4+4bit``. Raises ValueError for what
+        cannot be.
         """
         if isinstance(target, Compression):
             return target

@@ -100,7 +100,7 @@ class Prunable:
             if target.bits is not None and shard.shape and shard.parts[-1] != shard.shape[-1]:
                 raise ValueError(
                     f"{name} is sharded by its last dimension, along which {target} rounds: "
-                    "shard another one."
+                    "shard another dimension."
                 )
 
 

@@ -96,7 +96,7 @@ def _load_corpus(config: TrainConfig, source: TrainedModel) -> Corpus:
     corpus = load_corpus(config.data.data, source.tokenizer)
     if corpus.vocab_size > source.size.vocab_size:
         raise ValueError(
-            f"--data {config.data.data} has a vocabulary of {corpus.vocab_size} and the model one "
+            f"--data {config.data.data} has a vocabulary of {corpus.vocab_size}, but the model one "
             f"of {source.size.vocab_size}: give data of the run's tokenizer."
         )
     return corpus

@@ -64,6 +64,6 @@ class OutputFlags(Flags):
         self.require("resume", self.resume != "", "choose auto, none or a checkpoint's path")
         if self.save_async and not self.save_every:
             raise ValueError(
-                "--save-async is given, but --save-every is 0, and of the only checkpoint the end "
-                "waits anyway: raise --save-every, or leave --save-async out."
+                "--save-async is given, but --save-every is 0, and the end waits for the only "
+                "checkpoint anyway: raise --save-every, or leave --save-async out."
             )

@@ -103,6 +103,6 @@ class RunFlags(Flags):
         self.require("timeout_s", 1 <= self.timeout_s <= 1 << 31, "choose 1 second or more")
         if self.min_lr is not None and self.warmup_steps >= self.steps - 1:
             raise ValueError(
-                f"--min-lr is {self.min_lr:g}, but of {self.steps} steps none follows the warm-up "
-                f"of {self.warmup_steps}: shorten --warmup-steps, or leave it out."
+                f"--min-lr is {self.min_lr:g}, but none of the {self.steps} steps follows the "
+                f"warm-up of {self.warmup_steps}: shorten --warmup-steps, or leave it out."
             )

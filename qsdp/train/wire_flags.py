@@ -11,6 +11,7 @@ import tyro
 
 from qsdp.common.flags import Flags, flag
 from qsdp.common.rounding import Rounding
+from qsdp.common.user_errors import quoted
 from qsdp.config import REDUCES, QSDPConfig, check_bits
 
 AUTO = "auto"
@@ -163,7 +164,7 @@ class WireFlags(Flags):
                 **settings,
             )
         except ValueError as error:
-            raise ValueError(_with_flags(str(error))) from None
+            raise ValueError(_with_flags(error)) from None
         if self.qsdp_errors and not config.has_codes:
             raise ValueError(
                 "--qsdp-errors is for values of 8 bits or fewer, but there are none: choose other "
@@ -220,14 +221,14 @@ class WireFlags(Flags):
             )
 
 
-def _with_flags(message: str) -> str:
+def _with_flags(error: ValueError) -> str:
     """A message of ``QSDPConfig``, which begins with a field's name, for the command line."""
-    name, _, rest = message.partition(" ")
+    name, _, rest = quoted(error).partition(" ")
     names = "|".join(each.name for each in fields(QSDPConfig))
     rest = re.sub(
         rf"\b({names})='?([\w-]+)'?", lambda found: f"{flag('qsdp_' + found[1])} {found[2]}", rest
     )
-    return f"{flag('qsdp_' + name)} {rest}"
+    return f"{flag('qsdp_' + name)} {rest}."
 
 
 def parse_policy(text: str) -> Policy:

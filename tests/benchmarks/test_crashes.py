@@ -1,5 +1,7 @@
-"""benchmarks/saving/crashes.py in small: killed, damaged and starved runs lose nothing, and the
-matrix would see it if they did."""
+"""benchmarks/saving/crashes.py in small: killed, damaged and starved runs lose nothing.
+
+The matrix would see it if they did.
+"""
 
 from __future__ import annotations
 

@@ -84,9 +84,9 @@ def test_a_collective_that_gives_something_else_is_not_timed(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--rounds", "0"], "--rounds is 0: give at least 1"),
-        (["--width", "0"], "--width is 0: give at least 1"),
-        (["--ranks", "8", "1"], "--ranks has 1: give numbers of at least 2"),
+        (["--rounds", "0"], "--rounds is 0: give at least 1."),
+        (["--width", "0"], "--width is 0: give at least 1."),
+        (["--ranks", "8", "1"], "--ranks has 1: give numbers of at least 2."),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

@@ -191,7 +191,7 @@ def test_who_never_gets_there_has_no_seconds(load: Any) -> None:
 
 @pytest.fixture
 def run(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Run it with these flags, into `out`."""
+    """Run it with these flags, into ``out``."""
     program = load("wire.time_to_loss")
     monkeypatch.setattr(program, "exit_on_termination", lambda: None)
     text = tmp_path / "text.txt"

@@ -39,7 +39,7 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def folder(finished_once: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Path:
-    """A finished run of four checkpoints, in `out`."""
+    """A finished run of four checkpoints, in ``out``."""
     shutil.copytree(finished_once, tmp_path / "run")
     capfd.readouterr()
     return tmp_path / "run"
@@ -230,7 +230,7 @@ def test_a_checkpoint_past_the_end_is_refused_by_auto_too(
 
 
 def checkpoint_meta(path: Path, **changes: Any) -> dict[str, Any]:
-    """What a checkpoint's meta.json states, with `changes`."""
+    """What a checkpoint's meta.json states, with ``changes``."""
     found: dict[str, Any] = json.loads((path / "meta.json").read_text())
     return found | changes
 

@@ -66,7 +66,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text, and a run over it of one step in `run`."""
+    """A folder with a text, and a run over it of one step in ``run``."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text(TEXT)
     with pytest.MonkeyPatch.context() as patch:
@@ -101,14 +101,14 @@ def change_table(folder: Path, change: Callable[[Any], None]) -> None:
 
 
 def trick_the_table(folder: Path, operations: bytes) -> None:
-    """Put the work of `operations` before the table, which is read as ever after it."""
+    """Put the work of ``operations`` before the table, which is read as ever after it."""
     table = (folder / ".metadata").read_bytes()
     (folder / ".metadata").write_bytes(b"\x80\x04" + operations + b"0" + table)
     seal(folder)
 
 
 def trick_an_entry(folder: Path, index: MetadataIndex, blob: bytes) -> None:
-    """Let the data files hold `blob` as the entry of `index`."""
+    """Let the data files hold ``blob`` as the entry of ``index``."""
     file = next(folder.glob("*.distcp"))
     begin = file.stat().st_size
     with file.open("ab") as opened:
@@ -122,8 +122,10 @@ def trick_an_entry(folder: Path, index: MetadataIndex, blob: bytes) -> None:
 
 
 def refused(folder: Path, *, whole: bool = True) -> str:
-    """What every way of loading says of the checkpoint; `whole`: also those that read no more than
-    the model."""
+    """What every way of loading says of the checkpoint.
+
+    ``whole``: also those that read no more than the model.
+    """
     model, optimizer = make()
     said = []
     with a_world():

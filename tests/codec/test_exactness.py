@@ -176,7 +176,7 @@ def test_a_code_that_overflows_is_clamped_and_never_wraps(bits, how, zeros, extr
     rng = fresh()
     steps = 2**bits - (2 if zeros else 1)
     pairs = []
-    for _ in range(4000):  # the greatest value lies above `steps` by a rounding error
+    for _ in range(4000):  # the greatest value lies above ``steps`` by a rounding error
         low, high = (np.sort(rng.standard_normal(2)) + 100).astype(np.float32)
         d = np.float32(high / np.float32(steps)) - np.float32(low / np.float32(steps))
         above = float(reference.position(high, low, d)) - steps if d > 0 else -1.0

@@ -196,7 +196,7 @@ def test_nearest_fails_the_test_of_bias():
 
 @pytest.mark.parametrize("bits", LEARNED_BITS)
 def test_the_mean_squared_error_is_the_expected_one(bits):
-    """What `expected_error` says of a histogram is what the wire does to the values, to 3%."""
+    """What ``expected_error`` says of a histogram is what the wire does to the values, to 3%."""
     rng = fresh()
     x = torch.from_numpy(rng.standard_normal((2000, 128)).astype(np.float32))
     counts = counts_of(x.view(-1), 128)
@@ -274,7 +274,7 @@ def odd_counts(rng: np.random.Generator) -> list[Tensor]:
 
 
 def least_error(counts: Tensor, num_levels: int) -> float:
-    """The least `expected_error` of any levels at bins' centres, by dynamic programming."""
+    """The least ``expected_error`` of any levels at bins' centres, by dynamic programming."""
     v = np.concatenate([[0], (np.arange(BINS) + 0.5) / BINS, [1]])
     c = np.concatenate([[0], counts.numpy(), [0]]).astype(np.float64)
     s0, s1, s2 = (np.concatenate([[0], np.cumsum(c * v**power)]) for power in (0, 1, 2))

@@ -155,8 +155,10 @@ def dependence(positions: np.ndarray, errors: np.ndarray) -> float:
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
 def test_dither_errors_are_independent_of_the_values_and_of_each_other(bits):
-    """The error, its square: against the value, its place in its cell, nine neighbours, the next
-    bucket and the next key."""
+    """The error, and its square, have nothing to do with other quantities.
+
+    These are the value, its place in its cell, nine neighbours, the next bucket and the next key.
+    """
     rng = fresh()
     assert dependence(*fresh_errors(bits, "dither", int(rng.integers(2**62)), rng)) < 1
 

@@ -56,8 +56,11 @@ def _claims(draw: random.Random, num: int) -> list[Claim]:
 
 
 def _errors(draw: random.Random) -> list[float]:
-    """Falling by a factor of four, or of whole numbers: many ties, a bit that gains nothing or
-    loses, and one that gains more than the bit before it."""
+    """Errors that fall by a factor of four, or by whole numbers.
+
+    There are many ties, a bit that gains nothing or loses, and one that gains more than the bit
+    before it.
+    """
     if draw.random() < 0.3:
         return [float(draw.randrange(4)) for _ in CODED_BITS]
     scale = draw.choice((1.0, 64.0, draw.random()))

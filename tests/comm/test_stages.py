@@ -1,5 +1,7 @@
-"""A gather brings every payload to every rank, and a reduce every row to its owner, over whatever
-stages; one table has all topologies."""
+"""A gather brings every payload to every rank, and a reduce every row to its owner.
+
+They do so over whatever stages; one table has all topologies.
+"""
 
 from __future__ import annotations
 

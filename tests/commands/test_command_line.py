@@ -54,7 +54,7 @@ def test_a_wrong_input_is_refused_in_one_sentence(
 
 @pytest.fixture(scope="module")
 def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`finished_runs(*flags)`: the folder of a `small_run` that has ended, trained once."""
+    """``finished_runs(*flags)``: the folder of a ``small_run`` that has ended, trained once."""
     folders: dict[tuple[str, ...], Path] = {}
 
     def train(*flags: str) -> Path:
@@ -71,7 +71,7 @@ def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 def finished(
     finished_runs: Callable[..., Path], text_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> Callable[..., Path]:
-    """`finished(*flags)`: the test's folder, with a copy of such a run in it."""
+    """``finished(*flags)``: the test's folder, with a copy of such a run in it."""
 
     def copy(*flags: str) -> Path:
         shutil.copytree(finished_runs(*flags) / "out", text_file.parent / "out")

@@ -44,7 +44,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run in `run`, and its text."""
+    """A tiny run in ``run``, and its text."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text(TEXT)
     flags = ["--data", str(folder / "text.txt"), "--out", str(folder / "run"), "--steps", "2"]

@@ -1,6 +1,6 @@
 """No flag of launch/train_gpt.py is taken and ignored: of every pair both count, or it is refused.
 
-`SAMPLES` has every flag, and `EXCLUDED` says which pairs of samples nobody can have at once.
+``SAMPLES`` has every flag, and ``EXCLUDED`` says which pairs of samples nobody can have at once.
 """
 
 from __future__ import annotations

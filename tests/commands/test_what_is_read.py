@@ -67,7 +67,7 @@ ACDC += ["--acdc-last-dense", "3", "--acdc-last-sparse", "3", "--eval-every", "0
 
 @pytest.fixture
 def run(world_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """`run(*flags)`: the folder of a tiny run."""
+    """``run(*flags)``: the folder of a tiny run."""
     monkeypatch.setattr(
         "qsdp.train.after_training.matmul_flops_per_s", lambda device, precision: 1e9
     )
@@ -85,7 +85,7 @@ def run(world_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def change(path: Path, edit: Callable[[torch.Tensor], None]) -> None:
-    """Edit the embedding in the checkpoint at `path`."""
+    """Edit the embedding in the checkpoint at ``path``."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         meta = checkpoint.read_meta(path)

@@ -60,20 +60,22 @@ class Case:
     """Makes what is in the folder."""
     work: Callable[[Path], object]
     refusal: type[Exception] | tuple[type[Exception], ...] = OSError
-    """What a full disk makes of `work`."""
+    """What a full disk makes of ``work``."""
     show: Callable[[Path], Any] = tree
-    """What is to be as if nothing had happened, once `work` is done again."""
+    """What is to be as if nothing had happened, once ``work`` is done again."""
     is_whole: Callable[[Path], object] = lambda folder: True
     """Raises, or is false, for what is neither the old nor the new."""
     is_replaced: bool = True
     """Whether each file is the old one or the new one, byte for byte."""
     may_go_on: bool = False
-    """Whether `work` may do without a part of it."""
+    """Whether ``work`` may do without a part of it."""
 
 
 def assert_every_kill_leaves_old_or_new(folder: Path, case: Case) -> None:
-    """Whatever ends `work` early, what it leaves is whole; the same `work` then leaves what an
-    undisturbed one leaves, and nothing else."""
+    """Whatever ends ``work`` early, what it leaves is whole.
+
+    The same ``work`` then leaves what an undisturbed one leaves, and nothing else.
+    """
     old, new = _prepared(folder, case)
     seen: set[tuple[str, ...]] = set()
     for state in states(folder, lambda: case.work(folder)):
@@ -90,9 +92,12 @@ def assert_every_kill_leaves_old_or_new(folder: Path, case: Case) -> None:
 
 
 def assert_a_full_disk_leaves_old_or_new(folder: Path, case: Case) -> None:
-    """Whichever operation finds no room, one exception says so, or a warning or a line on standard
-    error where `work` may go on. What is there is whole, and no room is taken; once there is room,
-    `work` leaves what an undisturbed one leaves. Every operation of a save, some of the rest."""
+    """Whichever operation finds no room, one exception says so.
+
+    Where ``work`` may go on, it is a warning or a line on standard error. What is there is whole,
+    and no room is taken; once there is room, ``work`` leaves what an undisturbed one leaves. Every
+    operation of a save, some of the rest.
+    """
     old, new = _prepared(folder, case)
     start = tree(folder)
     seen: set[tuple[str, ...]] = set()
@@ -129,7 +134,7 @@ def assert_a_full_disk_leaves_old_or_new(folder: Path, case: Case) -> None:
 
 
 def _prepared(folder: Path, case: Case) -> tuple[Tree, tuple[Tree, Any]]:
-    """What the folder holds before `work`, which it does again now, and what it holds after."""
+    """What the folder holds before ``work``, which it does again now, and what it holds after."""
     folder.mkdir()
     case.before(folder)
     old = tree(folder)

@@ -31,7 +31,7 @@ ROUNDS = 12
 
 
 def alone(work: Callable[..., object], *args: object) -> object:
-    """What `work` comes to, in a world of one."""
+    """What ``work`` comes to, in a world of one."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         return work(*args)

@@ -216,7 +216,7 @@ def test_a_folder_in_use_a_damaged_checkpoint_and_many_processes_are_refused(
 
 
 def refused(flags: list[str], out: Path, capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line that `main` prints on standard error."""
+    """The one line that ``main`` prints on standard error."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
         main([*flags, "--out", str(out)])

@@ -1,5 +1,7 @@
-"""The files for Slurm and Kubernetes start one launcher a node, which meet by c10d, and hand on
-what the scheduler tells them."""
+"""The files for Slurm and Kubernetes start one launcher a node.
+
+The launchers meet by c10d, and hand on what the scheduler tells them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ SBATCH = ROOT / "launch" / "slurm" / "train.sbatch"
 K8S = ROOT / "launch" / "k8s" / "train.yaml"
 POD = ROOT / "launch" / "k8s" / "run.sh"
 
-# A command that takes no end until it is told to, and then its time: its words are in `told`.
+# A command that takes no end until it is told to, and then its time: its words are in ``told``.
 WAITING = """
 hear() { echo "$1" >> told; touch heard; }
 trap 'hear USR1' USR1
@@ -38,7 +40,7 @@ def stub(folder: Path, name: str, text: str) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For the batch script, with the stubs of `folder`."""
+    """For the batch script, with the stubs of ``folder``."""
     return {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "SLURM_JOB_NODELIST": "node-[7,9]",
@@ -102,14 +104,14 @@ def tell_again(process: subprocess.Popen[bytes], number: signal.Signals) -> None
         time.sleep(0.02)
 
 
-# What takes its time before the launcher is started: until `go` is there.
+# What takes its time before the launcher is started: until ``go`` is there.
 HELD = "touch looking; while [[ ! -e go ]]; do sleep 0.01; done"
 
 
 def told_before_the_launcher_is_started(
     folder: Path, command: list[str | Path], number: signal.Signals
 ) -> int:
-    """The exit status of a `command` whose stub is HELD meanwhile."""
+    """The exit status of a ``command`` whose stub is HELD meanwhile."""
     shell = subprocess.Popen(["bash", *command], env=environment(folder), cwd=folder)
     try:
         wait_for(folder / "looking")

@@ -28,9 +28,11 @@ MODEL_WORDS = (*FAMILIES, *preset_defaults(), "GPT", *MODEL_FOLDERS)
 
 
 def names_said(room_sources: Mapping[str, str], words: Iterable[str]) -> list[str]:
-    """`path: word` for each of `words` that a source says, in code or in a comment: alone, or as a
-    part of a name (`GPTConfig`, `nano_size`), but not inside a longer word (`minimum`). What the
-    script launch/train_gpt.py is called may be said."""
+    """``path: word`` for each of ``words`` that a source says, in code or in a comment.
+
+    A word stands alone, or as a part of a name (``GPTConfig``, ``nano_size``), but not inside a
+    longer word (``minimum``). What the script launch/train_gpt.py is called may be said.
+    """
     said = []
     for path, text in room_sources.items():
         rest = text.replace("train_gpt", "")

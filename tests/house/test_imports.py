@@ -1,5 +1,7 @@
-"""The house rules that imports must keep: rooms and files import one way, one room knows private
-torch, and a name leads to one file."""
+"""The house rules that imports must keep.
+
+Rooms and files import one way, one room knows private torch, and a name leads to one file.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ PACKAGE = ROOT / "qsdp"
 MAY_IMPORT: dict[str, set[str]] = {
     "common": {"compat"},
     "compat": set(),
-    "config": {"common"},  # without torch: `tests/commands/test_light_start.py`
+    "config": {"common"},  # without torch: ``tests/commands/test_light_start.py``
     "codec": set(),
     "ops": {"codec"},
     "comm": {"codec", "ops"},
@@ -33,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "oneshot": {"checkpoint", "ops", "sparsity"},
     "export": {"checkpoint", "data", "models", "oneshot", "sparsity"},
     "report": {"sparsity"},
-    # "" is `qsdp` itself, whose public names load what they need.
+    # "" is ``qsdp`` itself, whose public names load what they need.
     "train": {
         *("checkpoint", "codec", "comm", "data", "export", "methods", "models", "oneshot", "ops"),
         *("report", "sparsity", ""),
@@ -74,7 +76,7 @@ ONE_IN_EACH = {
 
 
 def room_of(path: Path, package: Path) -> str:
-    """The room that a file is in: `codec` for qsdp/codec/payload.py."""
+    """The room that a file is in: ``codec`` for qsdp/codec/payload.py."""
     return path.relative_to(package).with_suffix("").parts[0]
 
 
@@ -84,7 +86,7 @@ def module_of(path: Path, package: Path) -> str:
 
 
 def imported_modules(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
-    """Every module or `module.name` that a file imports, anywhere in it, as an absolute name."""
+    """Every module or ``module.name`` that a file imports, anywhere in it, as an absolute name."""
     own = module.split(".")
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -117,8 +119,10 @@ def wrong_arrows(package: Path) -> list[str]:
 
 
 def circle(package: Path) -> list[str]:
-    """Files that import each other in a ring, the first of which is named again at its end. A
-    package stands for its own `__init__`; what is imported inside a function counts."""
+    """Files that import each other in a ring, the first of which is named again at its end.
+
+    A package stands for its own ``__init__``; what is imported inside a function counts.
+    """
     modules = {module_of(path, package): path for path in package.rglob("*.py")}
     graph: dict[str, set[str]] = {}
     for module, path in modules.items():
@@ -148,7 +152,7 @@ def is_private(name: str) -> bool:
 
 
 def dotted(node: ast.expr) -> str | None:
-    """`a.b.c` for a chain of attributes that starts at a plain name."""
+    """``a.b.c`` for a chain of attributes that starts at a plain name."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and (base := dotted(node.value)):
@@ -224,7 +228,7 @@ def test_only_compat_knows_private_torch_names() -> None:
 
 
 def make_package(tmp_path: Path, **files: str) -> Path:
-    """A package of rooms, with these files: `comm_group_plan` is comm/group_plan.py."""
+    """A package of rooms, with these files: ``comm_group_plan`` is comm/group_plan.py."""
     package = tmp_path / "qsdp"
     for room in ("codec", "comm", "fsdp", "methods"):
         (package / room).mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-# What runs what it reads, unless it is told not to. Only `safe_dcp.py` and `dcp_table.py` in
+# What runs what it reads, unless it is told not to. Only ``safe_dcp.py`` and ``dcp_table.py`` in
 # qsdp/checkpoint stand over it.
 RUNS = {
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "shelve.open"),

@@ -1,5 +1,7 @@
-"""A rounding is named where it is defined, in the specification and in what kernels do with it. All
-others ask for its properties, so that a new one needs no line of theirs."""
+"""A rounding is named where it is defined, in the specification and in the kernels.
+
+All others ask for its properties, so that a new one needs no line of theirs.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,10 @@ def named(node: ast.AST) -> bool:
 
 
 def choices(tree: ast.AST) -> Iterator[int]:
-    """Lines that do one thing for a rounding that they name, and another for others: comparisons,
-    patterns of ``match``, keys of dicts."""
+    """Lines that do one thing for a rounding that they name, and another for others.
+
+    These are comparisons, patterns of ``match``, and keys of dicts.
+    """
     for node in ast.walk(tree):
         parts: list[ast.expr | None] = []
         if isinstance(node, ast.Compare):

@@ -1,5 +1,7 @@
-"""Parameters that are frozen under masks keep them; those that are unfrozen get one when masks are
-renewed."""
+"""Parameters that are frozen under masks keep them.
+
+Those that are unfrozen get one when masks are renewed.
+"""
 
 from __future__ import annotations
 

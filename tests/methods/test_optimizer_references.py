@@ -1,5 +1,7 @@
-"""An optimizer made of a model goes by the parameters that the model has at each step: those that
-were replaced since it was made are followed into `param_groups`, or refused by name."""
+"""An optimizer made of a model goes by the parameters that the model has at each step.
+
+Those that were replaced since it was made are followed into ``param_groups``, or refused by name.
+"""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class _Around(torch.optim.Optimizer):
 
 def test_a_base_that_is_none_of_its_own_is_refused() -> None:
     model = make_model(1)
-    with pytest.raises(ValueError, match="a _Around that is none of its own: give the one"):
+    with pytest.raises(ValueError, match="a _Around, which only wraps another one: give that one"):
         METHODS["SAM"](model, _Around(adamw(model)))
 
 

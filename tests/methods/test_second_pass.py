@@ -1,5 +1,8 @@
-"""What CrAM's and SAM's second pass leaves behind: nothing. Buffers, and gradients of parameters
-that another optimizer trains, are those of the pass at the model's own weights."""
+"""What CrAM's and SAM's second pass leaves behind: nothing.
+
+Buffers, and gradients of parameters that another optimizer trains, are those of the pass at the
+model's own weights.
+"""
 
 from __future__ import annotations
 

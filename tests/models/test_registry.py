@@ -40,7 +40,7 @@ class Other(GPT2):
 
 
 def register(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> ModelSpec[Any]:
-    """Another family, `other`, with these attributes changed."""
+    """Another family, ``other``, with these attributes changed."""
     family = type("Changed", (Other,), changes)()
     monkeypatch.setitem(sys.modules, "other_family", SimpleNamespace(FAMILY=family))
     monkeypatch.setitem(registry.FAMILIES, "other", "other_family")

@@ -221,7 +221,7 @@ def test_a_wire_names_parameters_as_without(wrap: str) -> None:
 
 
 class _Encoder(nn.Module):
-    """A user's own attribute `module`."""
+    """A user's own attribute ``module``."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -95,7 +95,7 @@ def assert_same_values(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 
 
 def some_levels(generator: torch.Generator) -> Tensor:
-    """fp32: for each of 2 to 6 bits 2**bits levels from `LEVEL_STARTS` on, some of them equal."""
+    """fp32: for each of 2 to 6 bits 2**bits levels from ``LEVEL_STARTS`` on, some of them equal."""
     levels = torch.full((LEVEL_STARTS[6] + 64,), torch.nan)
     for bits, start in LEVEL_STARTS.items():
         own = torch.rand(1 << bits, generator=generator).mul(20).round().div(20)

@@ -36,7 +36,7 @@ LEVELS = torch.linspace(0, 1, 16)
 
 
 def learned(**changes: object) -> dict[str, object]:
-    """As `call`, of a segment of learned levels."""
+    """As ``call``, of a segment of learned levels."""
     return call(**{"LEVELS": 0, "ROUNDING": 2, "levels": LEVELS} | changes)
 
 

@@ -78,7 +78,7 @@ def test_many_spans(capability: str) -> None:
 
 
 def check(dense: Tensor, spans: Tensor, bitmap: Tensor, mask: Tensor, dtype: torch.dtype) -> None:
-    """`_case` compacted and put back."""
+    """``_case`` compacted and put back."""
     values = dense.view(dtype)
     expected = torch.cat([values[:3], values[3:-5][mask], values[-5:]])
     out = torch.full_like(expected, 7)

@@ -246,7 +246,7 @@ STREAMS: dict[str, Callable[[], Any]] = {
 def brief_run(
     world_of_one: None, brief_ends: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
-    """`brief_run(name, *flags)`: the folder of a tiny run."""
+    """``brief_run(name, *flags)``: the folder of a tiny run."""
     monkeypatch.setattr(
         "qsdp.train.after_training.matmul_flops_per_s", lambda device, precision: 1e9
     )
@@ -334,7 +334,7 @@ def test_a_command_whose_words_are_lost_has_its_status(
 
 
 def ended_with(name: str, work: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> int:
-    """The exit status of a command that does `work`."""
+    """The exit status of a command that does ``work``."""
     ended: list[int] = []
 
     def command() -> None:
@@ -346,7 +346,7 @@ def ended_with(name: str, work: Callable[[], None], monkeypatch: pytest.MonkeyPa
         patch.setattr(sys, "stdout", STREAMS[name]())
         patch.setattr(sys, "stderr", STREAMS[name]())
         streams = sys.stdout, sys.stderr
-        with pytest.raises(SystemExit):  # where `os._exit` does not end it
+        with pytest.raises(SystemExit):  # where ``os._exit`` does not end it
             exit.run(command)
         assert (sys.stdout, sys.stderr) == streams
         for stream in filter(None, streams):

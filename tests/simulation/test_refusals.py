@@ -60,7 +60,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "small budget": ({"config": {"budget": 2.2}}, "the budget is 2.2 bits"),
     "budget for nothing": (
         {"config": {"budget": 4, "policy": (("*", 4),)}},
-        "has nothing to allot",
+        "there is nothing to allot",
     ),
     "tied name": (
         {"model": tied_in_one_group, "groups": [], "config": {"policy": (("out.weight", 4),)}},

@@ -1,4 +1,4 @@
-"""`qsdp.simulate` in one process: what it must equal, what it counts, what it refuses.
+"""``qsdp.simulate`` in one process: what it must equal, what it counts, what it refuses.
 
 tests_distributed/simulation/test_simulation.py compares it with real processes, bit for bit.
 """
@@ -115,7 +115,7 @@ class Dot(nn.Module):
 
 
 def cross(values: Tensor, bits: int, seed: int, hop: int, sender: int, receiver: int) -> Tensor:
-    """The codec alone: ``values`` of a `Dot`'s gradient after one hop in step 0."""
+    """The codec alone: ``values`` of a ``Dot``'s gradient after one hop in step 0."""
     num = values.numel()
     segment = Segment(bits=bits, dtype=DType.FP32, padded=num, parameter=0, bucket=16, rounding=1)
     layout = Layout([segment], 0)
@@ -129,7 +129,7 @@ def cross(values: Tensor, bits: int, seed: int, hop: int, sender: int, receiver:
 
 
 def reduced(grads: Tensor, config: dict[str, Any], **world: Any) -> Tensor:
-    """The gradient of a `Dot` whose ranks had ``grads`` [ranks, 4, 40]."""
+    """The gradient of a ``Dot`` whose ranks had ``grads`` [ranks, 4, 40]."""
     simulated = simulation(
         {"bucket_size": 16, "rounding": "dither", **config}, Dot(), groups=[], **world
     )

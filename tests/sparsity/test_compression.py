@@ -37,7 +37,7 @@ class Layers(nn.Module):
 
 
 def _layers(num_values: int | None = None) -> Layers:
-    """Random weights; with `num_values`, few distinct ones, so that many are tied."""
+    """Random weights; with ``num_values``, few distinct ones, so that many are tied."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Layers()

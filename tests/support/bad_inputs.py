@@ -1,6 +1,6 @@
 """Bad inputs to launch/train_gpt.py, and what the one sentence about each must say.
 
-In the flags, {} is the test's folder, where text.txt holds `TEXT`.
+In the flags, {} is the test's folder, where text.txt holds ``TEXT``.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ WORDS = b"""{"version": "1.0", "truncation": null, "padding": null, "added_token
 
 
 def shards_with_late_ids(folder: Path) -> Path:
-    """A folder of token shards whose ids are outside its vocabulary where no check at the start
-    looks: neither among the first of a file nor in the samples that ranks compare."""
+    """A folder of token shards with ids outside its vocabulary where no check at the start looks.
+
+    They are neither among the first of a file nor in the samples that ranks compare.
+    """
     positions = np.arange(63 * 6000 + 1024)
     is_wrong = (positions >= 1 << 16) & (positions % 6000 >= 1024)
     folder.mkdir()
@@ -39,7 +41,7 @@ class BadInput:
     """A further file in the test's folder: name and content."""
 
     def arguments(self, folder: Path) -> list[str]:
-        """Make the file and return the flags for `folder`."""
+        """Make the file and return the flags for ``folder``."""
         if self.file is not None:
             name, content = self.file
             (folder / name).write_bytes(content)
@@ -306,7 +308,7 @@ DATA = [
     BadInput(
         "a budget for a raw wire",
         "--data {}/text.txt --qsdp-budget 5 --qsdp-bits 32",
-        "the budget is 5 bits a value and has nothing to allot",
+        "the budget is 5 bits a value, but there is nothing to allot",
     ),
     BadInput(
         "sequences longer than the context", "--data {}/text.txt --seq-len 65", "--seq-len is 65"

@@ -11,7 +11,7 @@ from qsdp.commands.train import main
 
 
 def refused(flags: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line that `main` prints on standard error for `flags`."""
+    """The one line that ``main`` prints on standard error for ``flags``."""
     with pytest.raises(SystemExit) as stop:
         main(flags)
     assert stop.value.code == 2

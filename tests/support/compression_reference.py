@@ -19,7 +19,7 @@ def kept(
     pattern: tuple[int, int] | None = None,
     block: int = 1,
 ) -> list[Tensor]:
-    """Masks of matrices whose input dimensions are `dims`; no blocks of equal sums."""
+    """Masks of matrices whose input dimensions are ``dims``; no blocks of equal sums."""
     if pattern is not None:
         return [_pattern(tensor, dim, *pattern) for tensor, dim in zip(tensors, dims, strict=True)]
     scores = [_sums(tensor, dim, block) for tensor, dim in zip(tensors, dims, strict=True)]

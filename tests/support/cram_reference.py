@@ -1,7 +1,7 @@
 """CrAM and its top-K written from the paper on plain tensors: what the optimizer is compared with.
 
-Shares nothing with qsdp: gradients by `torch.autograd.grad` of a functional loss, masks by a stable
-sort, the base optimizer (SGD with momentum and weight decay) by hand.
+Shares nothing with qsdp: gradients by ``torch.autograd.grad`` of a functional loss, masks by a
+stable sort, the base optimizer (SGD with momentum and weight decay) by hand.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Weights = dict[str, Tensor]
 
 
 def top_k_masks(tensors: list[Tensor], num_keep: int) -> list[Tensor]:
-    """True at the `num_keep` largest magnitudes of all tensors; the first of equal ones win."""
+    """True at the ``num_keep`` largest magnitudes of all tensors; the first of equal ones win."""
     flat = torch.cat([tensor.flatten().double().abs() for tensor in tensors])
     keep = torch.zeros(len(flat), dtype=torch.bool)
     keep[flat.sort(descending=True, stable=True).indices[:num_keep]] = True

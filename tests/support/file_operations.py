@@ -2,7 +2,7 @@
 
 A killed process leaves what the folder holds at that instant; a power cut leaves of each file what
 was put on disk before, and perhaps some of the rest. So one undisturbed call shows what every kill
-would leave. Seen are the functions of `os` that change something, and files that Python opens to
+would leave. Seen are the functions of ``os`` that change something, and files that Python opens to
 write.
 """
 
@@ -44,7 +44,10 @@ def tree(folder: Path) -> Tree:
 
 
 def put_back(folder: Path, content: Tree) -> None:
-    """Make `folder` hold `content` and nothing else. Whose lock it was is dead: it binds nobody."""
+    """Make ``folder`` hold ``content`` and nothing else.
+
+    Whose lock it was is dead: it binds nobody.
+    """
     content = {name: data for name, data in content.items() if name != "run.lock"}
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
@@ -72,9 +75,9 @@ class State:
 
 
 def states(folder: Path, work: Callable[[], object]) -> list[State]:
-    """All that `folder` may hold when `work` is killed, or the power is cut, at any operation.
+    """All that ``folder`` may hold when ``work`` is killed, or the power is cut, at any operation.
 
-    The last one is what `work` leaves. Each comes once, however many operations it lasts.
+    The last one is what ``work`` leaves. Each comes once, however many operations it lasts.
     """
     found: dict[int, State] = {}
     count = 0
@@ -98,7 +101,7 @@ def states(folder: Path, work: Callable[[], object]) -> list[State]:
 
 
 def count_operations(folder: Path, work: Callable[[], object]) -> int:
-    """How many operations of `work` need room on the disk."""
+    """How many operations of ``work`` need room on the disk."""
     count = 0
 
     def see(operation: str, name: str) -> None:
@@ -112,7 +115,7 @@ def count_operations(folder: Path, work: Callable[[], object]) -> int:
 
 @contextlib.contextmanager
 def full_disk(folder: Path, after: int, needs: Sequence[str] = _NEEDS_ROOM) -> Iterator[None]:
-    """Inside, operation number `after` of those that need room, and all that follow, have none."""
+    """Inside, operations that need room have none, from number ``after`` of them on."""
     count = 0
 
     def refuse(operation: str, name: str) -> None:
@@ -128,7 +131,7 @@ def full_disk(folder: Path, after: int, needs: Sequence[str] = _NEEDS_ROOM) -> I
 
 @contextlib.contextmanager
 def refusing(folder: Path, is_refused: Callable[[str], bool]) -> Iterator[None]:
-    """Inside, nothing can be changed or put on disk whose path in `folder` is refused."""
+    """Inside, nothing can be changed or put on disk whose path in ``folder`` is refused."""
 
     def refuse(operation: str, name: str) -> None:
         if is_refused(name):
@@ -140,7 +143,7 @@ def refusing(folder: Path, is_refused: Callable[[str], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def killed(folder: Path, after: int) -> Iterator[None]:
-    """Inside, this process ends at operation number `after`, without a word."""
+    """Inside, this process ends at operation number ``after``, without a word."""
     count = 0
 
     def end(operation: str, name: str) -> None:
@@ -154,7 +157,7 @@ def killed(folder: Path, after: int) -> Iterator[None]:
 
 
 class _Disk:
-    """Calls `before` with each operation in `folder`, and the path in it, before it is done."""
+    """Calls ``before`` with each operation in ``folder``, and the path in it, before it is done."""
 
     def __init__(self, folder: Path, before: Callable[[str, str], None]) -> None:
         self._folder = Path(os.path.abspath(folder))
@@ -184,7 +187,7 @@ class _Disk:
         self._patch.undo()
 
     def tree(self) -> Tree:
-        """As `tree`; what nobody has written to since the last time is not read again."""
+        """As ``tree``; what nobody has written to since the last time is not read again."""
         content: Tree = {}
         for path in sorted(self._folder.rglob("*")):
             status = path.stat()
@@ -308,7 +311,7 @@ class _Disk:
 
 
 class Child:
-    """A process that calls a function which can be pickled; `ended` is how it came out."""
+    """A process that calls a function which can be pickled; ``ended`` is how it came out."""
 
     def __init__(self, work: Callable[..., object], *args: object) -> None:
         self._ours, theirs = _CONTEXT.Pipe(duplex=False)
@@ -317,7 +320,7 @@ class Child:
         theirs.close()
 
     def ended(self) -> dict[str, Any]:
-        """Wait for its `result`, or its `error` and `text`; {} if it was killed."""
+        """Wait for its ``result``, or its ``error`` and ``text``; {} if it was killed."""
         try:
             said = self._ours.recv()
         except EOFError:

@@ -27,14 +27,14 @@ CANARY = 0x5A
 _MARGIN = 256
 
 PARAMS = [pytest.param(CUDA, marks=pytest.mark.gpu)]
-"""For `pytest.fixture(params=...)` beside the names of `native.available`."""
+"""For ``pytest.fixture(params=...)`` beside the names of ``native.available``."""
 if EMULATION is not None:
     PARAMS.append(pytest.param(EMULATED))
 
 
 @contextmanager
 def serving(name: str) -> Iterator[None]:
-    """Within it ``name`` serves CPU tensors: one of `native.available`, "cuda" or "emulated"."""
+    """Within it ``name`` serves CPU tensors: one of ``native.available``, "cuda" or "emulated"."""
     before = native.capability()
     override: torch.library.Library | None = None
     if name not in (CUDA, EMULATED):

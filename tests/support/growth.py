@@ -66,8 +66,10 @@ def held() -> Counter[str]:
 
 
 def grown_since(before: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """What there is more of than ``before``: then and now, after a while for what threads of torch
-    are about to drop."""
+    """What there is more of than ``before``: then and now.
+
+    It waits a while for what threads of torch are about to drop.
+    """
     until = time.monotonic() + patience.seconds(5)
     while True:
         now = held()

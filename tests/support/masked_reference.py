@@ -38,7 +38,7 @@ class ReferenceMasked:
     is_masked: Callable[[int], bool]
     """By step."""
     renewed: Callable[[int], dict | None]
-    """By steps done: what `kept` is to keep from then on; None where nothing is renewed."""
+    """By steps done: what ``kept`` is to keep from then on; None where nothing is renewed."""
     dims: list[int]
     max_norm: float = math.inf
     masks: dict[str, Tensor] = field(default_factory=dict)

@@ -19,8 +19,7 @@ SCHEDULE = ACDCSchedule(steps=12, warmup=2, phase=3, last_dense=2, last_sparse=2
 class Halves(Tensor):
     """Values of half precision, as optimizers of few bits keep them: of a class that knows little.
 
-    Attributes:
-        knows: What may be done to it.
+    ``knows`` is what may be done to it.
     """
 
     knows: tuple[Any, ...] = (aten.copy_.default,)
@@ -60,7 +59,7 @@ class KnowsNothing(Halves):
 
 
 class Momentum(torch.optim.Optimizer):
-    """SGD with momentum; what is smaller than `least` has moments of the plain kind."""
+    """SGD with momentum; what is smaller than ``least`` has moments of the plain kind."""
 
     kind: type[Halves] = Halves
     name = "exp_avg"
@@ -90,7 +89,7 @@ class Momentum(torch.optim.Optimizer):
 
 
 def as_placed(own: Tensor, whole: Tensor) -> Tensor:
-    """A tensor sharded as `whole` is, of which this rank has `own`."""
+    """A tensor sharded as ``whole`` is, of which this rank has ``own``."""
     if not isinstance(whole, DTensor):
         return own
     size = {"shape": whole.shape, "stride": whole.stride()}

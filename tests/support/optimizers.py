@@ -139,7 +139,7 @@ def compiled(module: nn.Module) -> Any:
 
 
 def share_due(optimizer: Any) -> float:
-    """What the masks of one of `RARELY_RENEWED` are to prune now."""
+    """What the masks of one of ``RARELY_RENEWED`` are to prune now."""
     if isinstance(optimizer, GMP):
         return optimizer.schedule.sparsity_at(optimizer.num_steps)
     return 0.5 if optimizer.schedule.is_compressed(optimizer.num_steps) else 0.0

@@ -11,7 +11,7 @@ def seconds(base: float = 300.0) -> float:
     """``base`` seconds, times the factor in QSDP_TEST_PATIENCE (default 1).
 
     Raises:
-        ValueError: If the variable is not a number above 0.
+        ValueError: The variable is not a number above 0.
     """
     text = os.environ.get(VARIABLE, "1")
     try:

@@ -1,6 +1,6 @@
 """The recipes of docs/extend: read, and carried out in a copy of the tree.
 
-A recipe is a section `## TITLE`. Its fenced blocks say by their info strings what is done with
+A recipe is a section ``## TITLE``. Its fenced blocks say by their info strings what is done with
 them, in this order:
 
 python new=PATH                     the block becomes a new file
@@ -57,7 +57,7 @@ class Step:
     place: str
     """Of the block in its document, for messages."""
     kind: str
-    """`new`, `after` or `replace`."""
+    """``new``, ``after`` or ``replace``."""
     path: str
     anchor: str
     text: str
@@ -137,8 +137,11 @@ class Recipe:
 
 
 def read(document: str, name: str) -> list[Recipe]:
-    """The recipes of a ``document``, which is called ``name``. Raises RecipeError for a block whose
-    purpose it does not say, and for a recipe without steps or use."""
+    """The recipes of a ``document``, which is called ``name``.
+
+    Raises RecipeError for a block whose purpose it does not say, and for a recipe without steps or
+    use.
+    """
     recipes: list[Recipe] = []
     for place, info, text in _parts(document, name):
         if info is None:
@@ -161,7 +164,7 @@ def read(document: str, name: str) -> list[Recipe]:
 
 
 def table(document: str) -> dict[str, tuple[int, str]]:
-    """What the table `to add | files | which` says, by its first column."""
+    """What the table ``to add | files | which`` says, by its first column."""
     rows = re.findall(r"(?m)^\| *([^|]+?) *\| *(\d+) *\| *([^|]+?) *\|$", document)
     return {name: (int(count), which) for name, count, which in rows}
 

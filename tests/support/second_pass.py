@@ -1,5 +1,7 @@
-"""What a second pass may leave behind: a model with buffers of every kind, and trainings by two
-optimizers."""
+"""What a second pass may leave behind.
+
+There is a model with buffers of every kind, and trainings by two optimizers.
+"""
 
 from __future__ import annotations
 
@@ -180,8 +182,10 @@ class Steps:
                 parameter.grad = 0.1 * parameter.detach()
 
     def take(self, step: int, fault: Callable[[int, str], Any] = lambda _, __: None) -> None:
-        """Take a step, which calls ``fault`` with the number of the pass and the place. What it
-        returns at the end of a pass takes the loss's place."""
+        """Take a step, which calls ``fault`` with the number of the pass and the place.
+
+        What ``fault`` returns at the end of a pass takes the loss's place.
+        """
         count = 0
 
         def on_forward(_: Any, __: Any) -> None:
@@ -274,7 +278,7 @@ def train_plainly(
 def train_with_two(
     method: str, model: nn.Module, closures: Callable[[int], Callable[[], Any]]
 ) -> None:
-    """As `train_plainly`, by two optimizers."""
+    """As ``train_plainly``, by two optimizers."""
     hidden, rest = split(model)
     base = torch.optim.SGD(hidden.values(), lr=LR, foreach=True)
     other = torch.optim.SGD(rest.values(), lr=OTHER_LR, foreach=True)

@@ -16,8 +16,10 @@ SIZE = GPTConfig(vocab_size=11, num_layers=3, num_heads=2, width=16, context=8)
 
 
 def save_model(folder: Path, size: GPTConfig = SIZE) -> GPT:
-    """A model of few distinct magnitudes, so that thresholds cut through ties, and its checkpoint
-    in `folder`/checkpoints."""
+    """A model of few distinct magnitudes, and its checkpoint in ``folder``/checkpoints.
+
+    Thresholds cut through ties of such magnitudes.
+    """
     model = GPT(size)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -43,7 +43,7 @@ def _from_bytes(canary: Path) -> bytes:
 
 
 def _through_a_path(canary: Path) -> bytes:
-    """Of names that tables do hold: an enum's `getattr` and the class of the folder's path."""
+    """Of names that tables do hold: an enum's ``getattr`` and the class of the folder's path."""
     path = named("pathlib", "PosixPath")
     write = called(named("builtins", "getattr"), path, text("write_text"))
     return called(write, called(path, text(str(canary))), text("x"))

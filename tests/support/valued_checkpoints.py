@@ -37,7 +37,7 @@ def save_beside(root: Path, step: int, value: float, keep: int = 2) -> None:
 
 
 def value_of(path: Path) -> float:
-    """Which model is at `path`, all of it bit for bit."""
+    """Which model is at ``path``, all of it bit for bit."""
     content = tuple(sorted(tree(path).items()))
     if content not in _VALUES:
         _VALUES[content] = _loaded(path)

@@ -1,4 +1,4 @@
-"""`--qsdp-bits auto` in a world of one, and what it measures of a machine."""
+"""``--qsdp-bits auto`` in a world of one, and what it measures of a machine."""
 
 from __future__ import annotations
 
@@ -191,8 +191,7 @@ def test_a_links_rate_is_found_in_its_time_behind_a_burst_and_far_away(
 def test_a_call_that_is_held_up_is_not_the_link(
     monkeypatch: pytest.MonkeyPatch, rate: float, call: int, held_up_s: float
 ) -> None:
-    """The first may have had to connect, any other waits for a rank that had something else to
-    do."""
+    """The first may have had to connect, any other waits for a rank that did something else."""
     fake = fake_links(monkeypatch, rate, 0.0, 1e-4, 4.0)
     fake.held_up_s[call] = held_up_s
     for transfer in fake.measured().values():
@@ -221,8 +220,11 @@ def test_without_time_a_rate_is_that_of_one_message(monkeypatch: pytest.MonkeyPa
 def test_what_a_round_takes_beside_what_it_times_counts_too(
     monkeypatch: pytest.MonkeyPatch, spent_s: float
 ) -> None:
-    """Each answer takes half a second. Whatever time there is, each kind is sent once at least, the
-    first also to find out how long a round takes."""
+    """Each answer takes half a second.
+
+    Whatever time there is, each kind is sent once at least, the first also to find out how long a
+    round takes.
+    """
     fake = fake_links(monkeypatch, 1e9, 0.0, 0.25, spent_s)
     found = fake.measured()
     a_round = 5 * 0.25 + 1e-3

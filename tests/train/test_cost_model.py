@@ -1,4 +1,4 @@
-"""What `--qsdp-bits auto` decides by numbers that are invented."""
+"""What ``--qsdp-bits auto`` decides by numbers that are invented."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def lines(out: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 def rate_of(path: Path) -> float:
-    """Which run's checkpoint is at `path`. Raises ValueError if it is not whole."""
+    """Which run's checkpoint is at ``path``. Raises ValueError if it is not whole."""
     content = tuple(sorted(tree(path).items()))
     if content not in _RATES:
         checkpoint.verify(path)
@@ -70,7 +70,7 @@ def summary(out: Path) -> dict[str, Any] | None:
 
 @dataclass
 class Replaced:
-    """A finished run in `out`, and one that replaces it."""
+    """A finished run in ``out``, and one that replaces it."""
 
     out: Path
     command: list[str]
@@ -99,8 +99,10 @@ class Replaced:
         return max((s for s, path in found if rate_of(path) == RATES["new"]), default=None)
 
     def check(self) -> None:
-        """Whatever ended the new run: the old one is all there until the new one has a checkpoint,
-        and then that one is, with its lines."""
+        """See that the old run is all there until the new one has a checkpoint.
+
+        Then that one is, with its lines, whatever ended the new run.
+        """
         assert checkpoint.latest(self.out / "checkpoints") is not None
         step = self.new_step()
         assert step is not None or self.is_old_whole(), "neither run is there"
@@ -136,7 +138,7 @@ class Replaced:
 
 @pytest.fixture
 def how() -> str:
-    """`anew`, or `back` to the first step."""
+    """``anew``, or ``back`` to the first step."""
     return "anew"
 
 

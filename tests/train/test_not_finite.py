@@ -1,5 +1,7 @@
-"""A step whose loss or gradient is not finite is as if it had been left out; a row of them ends the
-run, and what is on disk by then can be gone on from."""
+"""A step whose loss or gradient is not finite is as if it had been left out.
+
+A row of them ends the run, and what is on disk by then can be gone on from.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ METHODS = {
 METHODS["acdc"] += ["--acdc-last-dense", "1"]
 STEPS = 5
 Fault = tuple[str, int]
-"""`loss`, or the name of a parameter whose gradient it is, and in which pass of the step."""
+"""``loss``, or the name of a parameter whose gradient it is, and in which pass of the step."""
 
 
 def flags(folder: Path, *more: str) -> list[str]:
@@ -49,7 +51,7 @@ def flags(folder: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, Fault]], None]:
-    """`spoil(faults)`: what is not finite, by step."""
+    """``spoil(faults)``: what is not finite, by step."""
     forward_backward = loop.run_micro_batches
 
     def with_faults(faults: dict[int, Fault]) -> None:
@@ -158,7 +160,7 @@ def test_a_row_of_bad_steps_ends_the_run_and_pushes_no_checkpoint_out(
     spoil({2: ("loss", 1), 4: bad, 5: bad})
     said = refused(command, capfd)
     assert "--max-bad-steps is 2, and steps 4 to 5 had no finite loss and gradient" in said
-    assert "in step 5 was the gradient of blocks.0.attn.qkv.weight" in said
+    assert "in step 5: the gradient of blocks.0.attn.qkv.weight" in said
     assert ("in the second pass" in said) == (method == "cram")
     assert f"the last good checkpoint is {folder / 'step-00000003'}: go on from it" in said
     assert [*checkpoint.steps(folder)] == [1, 3]  # that of step 2 was put off
@@ -187,8 +189,10 @@ def test_the_end_of_a_run_is_saved_though_its_last_step_was_bad(
 def test_a_run_told_to_end_before_its_first_good_step_goes_on_as_if_it_had_not_been_told(
     tmp_path: Path, spoil: Callable[[dict[int, Fault]], None], method: str
 ) -> None:
-    """Neither the gradients that a bad step leaves nor DCP, which fills an empty state by a step
-    that the base would count, tell in what is saved."""
+    """Neither the gradients that a bad step leaves nor DCP tell in what is saved.
+
+    DCP fills an empty state by a step that the base would count.
+    """
     for name in ("told", "whole"):
         (tmp_path / name).mkdir()
     faults: dict[int, Fault] = {1: ("loss", 1), 2: ("loss", 1)}
@@ -254,7 +258,7 @@ def test_weights_that_are_not_finite_are_never_saved(
     huge = ("--lr", "1e40", "--save-every", "1")
     said = refused(flags(tmp_path, *huge), capfd)
     assert "embed.weight is not finite on rank 0 after step 1" in said
-    assert "there is no checkpoint yet, so begin anew with a lower --lr" in said
+    assert "there is no checkpoint yet: begin anew with a lower --lr" in said
     assert not checkpoint.steps(folder)
 
     train.main(flags(tmp_path, "--steps", "2"))

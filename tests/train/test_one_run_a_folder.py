@@ -1,5 +1,4 @@
-"""A folder of results is one run's: another is refused, or takes over
-once it has a checkpoint."""
+"""A folder of results is one run's: another is refused, or takes over with a checkpoint."""
 
 from __future__ import annotations
 

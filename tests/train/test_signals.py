@@ -39,7 +39,7 @@ ACDC += ["--warmup-steps", "1", "--one-shot", "none", "--save-every", "0"]
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """`run(flags, name)`: train in the folder `name`; what was printed."""
+    """``run(flags, name)``: train in the folder ``name``; what was printed."""
     (tmp_path / "text.txt").write_text(TEXT)
 
     def train(flags: list[str], name: str = "told") -> str:

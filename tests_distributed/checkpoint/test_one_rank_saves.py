@@ -80,5 +80,5 @@ def test_when_one_rank_differs_no_checkpoint_is_touched(
     everyone = run(ranks, go_through_checkpoints, tmp_path / "checkpoints", odd)
     for name, (*_, says) in CHECKPOINTS.items():
         for rank, said in enumerate(each[name] for each in everyone):
-            assert re.fullmatch(says(rank, odd % ranks), said), f"{name}: {said}"
+            assert re.fullmatch(rf"{says(rank, odd % ranks)}\.", said), f"{name}: {said}"
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2

@@ -1,5 +1,7 @@
-"""Gather once, and gathers ahead of time: what each promises beside its numbers, which
-tests_distributed/simulation/test_combinations.py compares with the simulation."""
+"""Gather once, and gathers ahead of time: what each promises beside its numbers.
+
+tests_distributed/simulation/test_combinations.py compares the numbers with the simulation.
+"""
 
 from __future__ import annotations
 

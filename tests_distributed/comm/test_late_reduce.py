@@ -88,7 +88,7 @@ def _graph_kept(job: Job, step: int, *, zero_between: bool) -> None:
 
 
 def _input_gradient(job: Job, step: int) -> None:
-    """`torch.autograd.grad` of the blocks' input, before a backward pass and inside another."""
+    """``torch.autograd.grad`` of the blocks' input, before a backward pass and inside another."""
     job.optimizer.zero_grad()
     inputs: list[Tensor] = []
 
@@ -136,7 +136,7 @@ def _measured(job: Job, step: int) -> None:
         job.note({f"error of {name}": torch.tensor(errors["grad"] or 0.0)})
 
 
-# --- ways to shard, and what comes after `install` ------------------------------------------------
+# --- ways to shard, and what comes after ``install`` ----------------------------------------------
 
 
 def _tables_apart(model: Toy) -> None:

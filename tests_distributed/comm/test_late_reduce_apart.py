@@ -41,8 +41,10 @@ def _taken(config: dict[str, Any], between: Callable[[Job], None]) -> dict[str, 
 
 
 def _step_apart(job: Job, left_out: list[int | None], waits: list[tuple[str, int] | None]) -> str:
-    """What is said of a pass for which each rank leaves out the norm at its place, if it has one,
-    and waits at once as it shall."""
+    """What is said of a pass for which each rank leaves out the norm at its place, if it has one.
+
+    Each rank waits at once as it shall.
+    """
     rank = dist.get_rank()
     if (mine := waits[rank]) is not None:
         wait_at_once(job, *mine)
@@ -85,8 +87,10 @@ def _at(rank: int, what: Any, ranks: int) -> list[Any]:
 
 
 def _odd_cases(ranks: int, odd: int, by_the_odd: bool, is_root: bool) -> dict[str, Case]:
-    """Cases in which one rank leaves out a norm of a block, or of the root. In some, that rank or
-    another one waits at once: for the reduce of that group, or of the next."""
+    """Cases in which one rank leaves out a norm of a block, or of the root.
+
+    In some, that rank or another one waits at once: for the reduce of that group, or of the next.
+    """
     waiter = odd if by_the_odd else (odd + 1) % ranks
     root = len(NORMS) - 1
     waits: list[tuple[int, tuple[str, int] | None]] = [(root, None), (root, ("hook", root))]
@@ -154,9 +158,11 @@ def test_several_other_sets_end_in_one_sentence_too_unless_all_ranks_change(
 
 
 def _optimized_inside(gather: str, inside: list[Ranks]) -> list[tuple[str, set[str], list[str]]]:
-    """By ranks whose hooks update the second block inside the backward pass, and by group of which
-    one rank leaves out a norm: what is said, the modules whose weights change, and weights with NaN
-    in them."""
+    """What comes of hooks on some ranks that update the second block inside the backward pass.
+
+    By ranks that have hooks, and by group of which one rank leaves out a norm: what is said, the
+    modules whose weights change, and weights with NaN in them.
+    """
     outcomes = []
     for ranks in inside:
         for place in (0, 1, 2):

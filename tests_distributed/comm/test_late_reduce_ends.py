@@ -142,7 +142,7 @@ DRAINS: dict[str, Drain] = {
     "errors": lambda job, _: _note_errors(job),
     "remove": lambda job, _: job.handle.remove(),
 }
-"""Each is given what `state_dict` gave before the exception."""
+"""Each is given what ``state_dict`` gave before the exception."""
 # An exception does not bring the step nearer before which levels are learned.
 LEARNED = {"weight_bits": 4, "grad_bits": 4, "levels": "learned", "level_steps": (2,)}
 
@@ -202,9 +202,11 @@ def test_what_an_exception_left_under_way_is_drained_and_forgotten(
 def _drained_by_another_whole(
     gather: str, reshard: bool, zero: bool
 ) -> tuple[list[str], int, int, float]:
-    """The backward pass of a second model, on the same wire, after that of the first was cut short,
-    and then a pass of the first. Returns what differs from a run without the exception; groups that
-    are late after it, and after the second model's pass; the first model's largest gradient then.
+    """A pass of a second model, on the same wire, after that of the first was cut short.
+
+    Then comes a pass of the first. Returns what differs from a run without the exception; groups
+    that are late after it, and after the second model's pass; the first model's largest gradient
+    then.
 
     Where its weights stay gathered, it begins with a reduce. ``zero``: gradients of the first model
     are set to zero before it.
@@ -256,10 +258,12 @@ def _raise() -> None:
 
 
 def _raised_at_the_end(gather: str, waits: str) -> tuple[list[int], list[str]]:
-    """A callback of the user's raises at the end of a backward pass, in which one rank ``waits`` at
-    once for every reduce. Returns the step after that pass and after each of two further ones, and
-    what differs from a run without it: where there are hooks, without the exception alone, since
-    nothing of the pass was left when it came."""
+    """A callback of the user's raises at the end of a backward pass.
+
+    In that pass one rank ``waits`` at once for every reduce. Returns the step after that pass and
+    after each of two further ones, and what differs from a run without it: where there are hooks,
+    without the exception alone, since nothing of the pass was left when it came.
+    """
 
     found: list[dict[str, Tensor]] = []
     steps: list[list[int]] = []
@@ -301,8 +305,11 @@ def test_a_callback_that_raises_at_the_end_leaves_no_rank_a_step_ahead(
 
 
 def _dropped(gather: str) -> tuple[int, list[str], list[str]]:
-    """How many groups were late when all was dropped, what is alive after it, and what is wrong
-    with a training that follows. Threads that are left the pool would find."""
+    """What is left when all is dropped in the middle.
+
+    It is how many groups were late then, what is alive after it, and what is wrong with a training
+    that follows. Threads that are left the pool would find.
+    """
     job = Job(PLAIN, gather)
     job.take(0)
     job.optimizer.zero_grad()

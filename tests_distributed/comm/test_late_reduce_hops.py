@@ -1,5 +1,7 @@
-"""Reduces in two hops that one rank waits for at once: beside collectives that are not qsdp's own,
-and when an exception comes."""
+"""Reduces in two hops that one rank waits for at once.
+
+They are beside collectives that are not qsdp's own, and meet an exception.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,11 @@ def _let_one_wait(job: Job, waits: str, place: int, model: int) -> None:
 
 
 def _average_inside(job: Job, waits: str) -> None:
-    """Let all ranks average the gradients of some activations: after the first block's reduce too,
-    behind which no collective of the wire comes before that of the root."""
+    """Let all ranks average the gradients of some activations.
+
+    After the first block's reduce they do too: no collective of the wire comes behind that before
+    the root's.
+    """
     _let_one_wait(job, waits, place=2, model=0)
 
     def average(grad: Tensor) -> Tensor:
@@ -115,8 +120,10 @@ def _go_on(job: Job, call: str) -> dict[str, Tensor]:
 
 
 def _after_an_exception(gather: str, waits: str, block: int, call: str) -> tuple[list[str], bool]:
-    """What differs from a run without the exception, and whether anything was under way when it
-    came, in the middle of that block."""
+    """What differs from a run without the exception, and whether anything was under way.
+
+    The exception comes in the middle of that block.
+    """
     found = []
     for fails in (True, False):
         job = Job(Way(config=TWO_HOPS), gather)
@@ -153,8 +160,11 @@ def test_an_exception_right_after_a_reduce_leaves_nothing(
 
 
 def _removed_with_an_error() -> tuple[int, list[int], list[int]]:
-    """How often `remove` met an error in what was under way; how many process groups there are and
-    of how many groups gradients are late, before and after it."""
+    """How often ``remove`` met an error in what was under way, and what is left.
+
+    That is how many process groups there are and of how many groups gradients are late, before and
+    after it.
+    """
     before = leftovers.held().groups
     job = Job(Way(config=TWO_HOPS), "twice")
     job.take(0)

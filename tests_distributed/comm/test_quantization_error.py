@@ -37,8 +37,11 @@ def test_errors_are_reported_by_parameter_and_alike_on_all_ranks(run: Run) -> No
 
 
 def _measured_twice_over() -> list[float | None]:
-    """A gradient's error inside, after an inner `measuring`, after the outer one, after two that an
-    exception ended, after a pass that is not measured, and after a `measuring` without a pass."""
+    """A gradient's error inside a ``measuring``, and after ones of all kinds.
+
+    After an inner one, after the outer one, after two that an exception ended, after a pass that is
+    not measured, and after one without a pass.
+    """
     model = shard(make_model())
     handle = qsdp.install(model, qsdp.QSDPConfig(bucket_size=64, rounding="nearest"))
 

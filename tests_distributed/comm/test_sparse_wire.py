@@ -1,5 +1,7 @@
-"""The sparse wire: what it saves, what it refuses, and that the optimizers use it; its numbers are
-compared with the simulation in test_combinations.py."""
+"""The sparse wire: what it saves, what it refuses, and that the optimizers use it.
+
+Its numbers are compared with the simulation in test_combinations.py.
+"""
 
 from __future__ import annotations
 

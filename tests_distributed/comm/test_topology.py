@@ -1,5 +1,7 @@
-"""Two hops and replicas: what each promises beside its numbers, which
-tests_distributed/simulation/test_combinations.py compares with the simulation."""
+"""Two hops and replicas: what each promises beside its numbers.
+
+tests_distributed/simulation/test_combinations.py compares the numbers with the simulation.
+"""
 
 from __future__ import annotations
 

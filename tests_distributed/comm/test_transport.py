@@ -21,7 +21,7 @@ def _values(numel: int, of: int, to: int) -> Tensor:
 
 
 def _all_to_all(numel: int) -> Tensor:
-    """``numel`` bytes for each other rank; those that arrive, as a plan of `reduce` has them."""
+    """``numel`` bytes for each other rank; those that arrive, as a plan of ``reduce`` has them."""
     me, size = dist.get_rank(), dist.get_world_size()
     peers = [rank for rank in range(size) if rank != me]
     splits = [numel if rank != me else 0 for rank in range(size)]
@@ -82,8 +82,10 @@ def test_a_rank_says_that_it_is_ready_before_it_sends(run: Run, ranks: int) -> N
 
 
 def _dropped() -> list[int]:
-    """Drops exchanges that are larger than what a connection buffers; says how many are kept, and
-    how many when one more has arrived."""
+    """Drops exchanges that are larger than what a connection buffers.
+
+    Says how many are kept, and how many when one more has arrived.
+    """
     group = dist.group.WORLD
     assert group is not None
     others = dist.get_world_size() - 1

@@ -59,8 +59,10 @@ run(train.main)
 
 
 def run_program(program: str, *arguments: str) -> int:
-    """Run a program of benchmarks/ in this process, which has imported what it needs. Returns its
-    exit status."""
+    """Run a program of benchmarks/ in this process, which has imported what it needs.
+
+    Returns its exit status.
+    """
     sys.argv = [program, *arguments]
     try:
         importlib.import_module(program).main()
@@ -76,7 +78,7 @@ def _be_program(program: str, *arguments: str) -> None:
 
 @pytest.fixture
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What `run_program` changes, and what is said to a program, are afterwards as before."""
+    """What ``run_program`` changes, and what is said to a program, are afterwards as before."""
     monkeypatch.setattr(sys, "argv", [*sys.argv])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))

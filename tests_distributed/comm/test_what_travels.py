@@ -1,5 +1,7 @@
-"""What the wire measures, learns and says is of the values that travel: under masks, in a warm-up,
-of payloads that are kept, where nothing is quantized at all."""
+"""What the wire measures, learns and says is of the values that travel.
+
+It is so under masks, in a warm-up, for payloads that are kept, and where nothing is quantized.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from tests_distributed.support.helpers import Toy, full_state, make_batch
 from tests_distributed.support.running import Run
 from tests_distributed.support.trainings import Case, installed
 
-BUCKET = 64  # of `trainings`
+BUCKET = 64  # of ``trainings``
 
 
 def _train(model: Toy, steps: int) -> None:
@@ -48,8 +50,10 @@ def _gathered(model: Toy) -> Iterator[dict[str, Tensor]]:
 
 
 def _errors(case: Case, steps: int, is_exact: bool) -> Any:
-    """Of all weights: what is said, and what a gather then does to them. Codes that are rounded to
-    the nearest are the same under every key."""
+    """What is said of all weights, and what a gather then does to them.
+
+    Codes that are rounded to the nearest are the same under every key.
+    """
     model, handle = installed(case, 5)
     _train(model, steps)
     exact = full_state(model)
@@ -98,8 +102,10 @@ def test_the_errors_said_are_those_of_the_weights_that_a_gather_brings(
 
 
 def _measured_along_the_way(asks: bool) -> Any:
-    """A training with a budget and learned levels, where errors are asked for at every point of a
-    step: all that it depends on, the errors of its gradients, and what is due at each point."""
+    """A training with a budget and learned levels, asked for errors at every point of a step.
+
+    Returns all that it depends on, the errors of its gradients, and what is due at each point.
+    """
     config: dict[str, Any] = {"budget": 5.5, "levels": "learned", "level_steps": (1, 2)}
     model, handle = installed(Case(ranks=2, config=config), 9)
     found: list[Any] = []
@@ -185,8 +191,7 @@ def test_kept_weights_have_levels_of_their_own_and_what_learning_sends_is_counte
 
 
 def _allotted() -> Any:
-    """Before bits are allotted: errors of what travels at all bits, and the claims; then the
-    bits."""
+    """Errors of what travels at all bits, and the claims, before bits are allotted; then bits."""
     policy = (("embed.*", 16), ("position.*", 16), ("head.*", 16))
     config = qsdp.QSDPConfig(
         bucket_size=BUCKET, budget=5.5, rounding="nearest", grad_bits=16, policy=policy

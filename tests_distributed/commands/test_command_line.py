@@ -46,7 +46,7 @@ def train(
 ) -> tuple[str, list[tuple[list[Any], Any]]]:
     """Run small jobs one after another, into the folder named with each.
 
-    Returns: all that was printed, and metrics and summary of each folder.
+    Returns all that was printed, and metrics and summary of each folder.
     """
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
@@ -106,10 +106,10 @@ def test_bad_inputs_are_refused_by_both_ranks_and_named_by_the_first(
     assert len(found) == len(said) > 20
     for (first, second), expected in zip(found, said, strict=True):
         assert first.status == second.status == 2, first
-        assert re.fullmatch(r"error: \S.*\n", first.complaint), first
+        assert re.fullmatch(r"error: \S.*[^.]\.\n", first.complaint), first
         assert expected in first.complaint
         # A mistake in the flags could be this rank's alone, so it speaks, after its patience.
-        assert re.fullmatch(r"(error on rank 1: \S.*\n)?", second.complaint), second
+        assert re.fullmatch(r"(error on rank 1: \S.*[^.]\.\n)?", second.complaint), second
 
 
 def test_a_mistake_of_one_rank_or_of_all_ends_a_launch_soon_with_one_sentence(
@@ -383,6 +383,6 @@ def test_a_run_on_two_ranks_is_compressed_by_one_and_evaluated_on_any_number(
 
 
 def losses(folder: Path) -> dict[str | None, float]:
-    """By target what evaluation.json in `folder` says."""
+    """By target what evaluation.json in ``folder`` says."""
     rows = json.loads((folder / "evaluation.json").read_text())["results"]
     return {row["target"]: row["loss"] for row in rows}

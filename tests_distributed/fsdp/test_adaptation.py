@@ -1,5 +1,7 @@
-"""Warm-up, budgets and learned levels: what each promises beside its numbers, which
-tests_distributed/simulation/test_combinations.py compares with the simulation."""
+"""Warm-up, budgets and learned levels: what each promises beside its numbers.
+
+tests_distributed/simulation/test_combinations.py compares the numbers with the simulation.
+"""
 
 from __future__ import annotations
 
@@ -79,8 +81,10 @@ def _adapted(options: dict[str, Any], interrupt: int | None) -> Any:
 
 
 def _bits_a_value(rows: list[Any], column: int, ranks: int) -> float:
-    """Of coded weights (column 2) or gradients (3) on the wire, over their values; buckets of 64,
-    padded shards."""
+    """Bits of coded weights (column 2) or gradients (3) on the wire, over their values.
+
+    Buckets are of 64, shards padded.
+    """
     total = values = 0
     for row in rows:
         if "bits" in row[column]:
@@ -191,8 +195,10 @@ Rows = list[tuple[str, str, str]]
 
 
 def _asked_anew(before: dict[str, Any], after: dict[str, Any], forgets: bool) -> list[Rows]:
-    """How parameters travel under ``before``, then under ``after`` when its state is loaded, and
-    two steps later; at last under ``before`` with the state from its beginning."""
+    """How parameters travel under ``before``, then under ``after`` when its state is loaded.
+
+    Then two steps later; at last under ``before`` with the state from its beginning.
+    """
     found = []
 
     def note(handle: qsdp.Handle) -> None:

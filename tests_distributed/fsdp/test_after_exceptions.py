@@ -159,8 +159,10 @@ def train(setting: Setting, at: int = -1, disturb: Disturb = lambda _: None) -> 
 
 
 def differing(setting: Setting, part: int | None) -> tuple[int, list[str]]:
-    """How many points there are, and those after which training was not the same; of every
-    twentieth point, if they are a ``part``."""
+    """How many points there are, and those after which training was not the same.
+
+    Only every twentieth point is taken, if they are a ``part``.
+    """
     undisturbed = train(setting)
     every = list(points(setting).items())[part :: 1 if part is None else 20]
     found = []

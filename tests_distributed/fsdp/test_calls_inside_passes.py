@@ -60,8 +60,10 @@ def _input(seed: int) -> Tensor:
 
 
 def calls_inside_a_pass(gather: str | None) -> list[list[Tensor]]:
-    """Gradients of micro-batches through a registered method and an evaluation between them, and
-    of a root that calls itself, where torch can do that (2.11 cannot)."""
+    """Gradients of micro-batches through a registered method and an evaluation between them.
+
+    Those of a root that calls itself too, where torch can do that (2.11 cannot).
+    """
     model = _recursive(gather)
     for micro in range(3):
         model.set_requires_gradient_sync(micro == 2)  # type: ignore[operator]
@@ -121,8 +123,10 @@ def test_a_rank_may_train_something_of_its_own(run: Run) -> None:
 
 
 def registered_after_a_failed_evaluation(fails: bool) -> list[float]:
-    """Steps of a registered method, of which no hook hears, and an evaluation before levels are
-    learned."""
+    """Steps of a registered method, of which no hook hears.
+
+    An evaluation comes before levels are learned.
+    """
     model = _recursive("twice", LEARNED)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []

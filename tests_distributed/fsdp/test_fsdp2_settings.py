@@ -143,8 +143,11 @@ def _beside_stock(rows: list[Row]) -> list[tuple[Any, Any]]:
 
 
 def _rows() -> list[Any]:
-    """By switch. Each goes with one layout, where it is refused with all; layouts, every other time
-    one of replicas, times and bits take turns. All else is heavy."""
+    """The rows of all switches.
+
+    Each goes with one layout; where it is refused, with all. Layouts, every other time one of
+    replicas, times and bits take turns. All else is heavy.
+    """
     by_switch = []
     for i, (name, switch) in enumerate(ROWS.items()):
         every = set(itertools.product([name], LAYOUTS, switch.times, (32, 8)))
@@ -224,8 +227,10 @@ def test_the_table_of_the_docs_has_every_switch_of_this_torch() -> None:
 
 
 def _with_mesh_dims(mesh: DeviceMesh, bits: int, **dims: Any) -> Any:
-    """Gradients of a model whose parameters are DTensors of the whole mesh before the sharding, or
-    the sentence that refuses it."""
+    """Gradients of a model whose parameters are DTensors of the whole mesh before the sharding.
+
+    Or the sentence that refuses it.
+    """
     from torch.distributed.fsdp import DataParallelMeshDims  # torch 2.13
 
     everywhere = [Replicate(), Replicate()]

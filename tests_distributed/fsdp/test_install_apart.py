@@ -1,4 +1,4 @@
-"""Ranks that disagree at `qsdp.install` stop there, and each names the difference."""
+"""Ranks that disagree at ``qsdp.install`` stop there, and each names the difference."""
 
 from __future__ import annotations
 

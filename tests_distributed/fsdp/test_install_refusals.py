@@ -1,4 +1,4 @@
-"""What `qsdp.install` does not support, and what FSDP2 is told by hand, is refused by name."""
+"""What ``qsdp.install`` does not support, and what FSDP2 is told by hand, is refused by name."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def _refusal(function: Callable[[], None]) -> str:
         (_install_with_a_policy_for_nothing, 2, "matches no parameter"),
         (_install_with_a_budget_below_two_bits, 2, "the budget is 2.2 bits a value, but weights"),
         (_install_with_a_budget_that_embeddings_take, 2, "the budget is 4 bits a value, but"),
-        (_install_with_a_budget_for_raw_values, 2, "has nothing to allot"),
-        (_install_with_a_budget_for_bits_of_choice, 2, "has nothing to allot"),
+        (_install_with_a_budget_for_raw_values, 2, "there is nothing to allot"),
+        (_install_with_a_budget_for_bits_of_choice, 2, "there is nothing to allot"),
         (_install_with_a_dict, 2, "give a qsdp.QSDPConfig"),
         (_install_with_float64_reduce, 2, "float64"),
         pytest.param(

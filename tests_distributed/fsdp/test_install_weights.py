@@ -1,4 +1,4 @@
-"""What the ranks compute with, and what reaches the owner of a gradient, under `qsdp.install`."""
+"""What the ranks compute with, and what reaches the owner of a gradient, under ``qsdp.install``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
 class Watch:
     """Records the weights that each module of a model computes with, and when.
 
-    Set `in_backward` when a backward pass begins: a forward hook that runs then is recomputation.
+    Set ``in_backward`` when a backward pass begins: a forward hook that runs then is recomputation.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -243,7 +243,7 @@ class Fork(nn.Module):
 def _forked(uses: list[str], later: bool) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     """Gradients over the wire, and exact ones, of passes that use some of the layers.
 
-    `b` has 4 bits, `a` and `c` travel raw: a mistaken identity would show.
+    ``b`` has 4 bits, ``a`` and ``c`` travel raw: a mistaken identity would show.
     """
     results = []
     torch.manual_seed(1)

@@ -1,5 +1,7 @@
-"""What a step costs beside its collectives grows with a model's groups and parameters, and with no
-product of their numbers: calls of qsdp's functions are counted."""
+"""What a step costs beside its collectives grows with a model's groups and parameters.
+
+It does not grow with a product of their numbers: calls of qsdp's functions are counted.
+"""
 
 from __future__ import annotations
 

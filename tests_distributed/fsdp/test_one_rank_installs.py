@@ -1,4 +1,4 @@
-"""One rank differs at `qsdp.install`: all ranks raise one sentence, and none hangs."""
+"""One rank differs at ``qsdp.install``: all ranks raise one sentence, and none hangs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _configured(
 
 
 def _install_anew(**options: Any) -> Act:
-    """Shard another model with these options of `fully_shard`, and install."""
+    """Shard another model with these options of ``fully_shard``, and install."""
 
     def act(stage: Stage) -> None:
         qsdp.install(shard(make_model(num_layers=1), **options))

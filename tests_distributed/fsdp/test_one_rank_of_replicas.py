@@ -28,7 +28,7 @@ SHARED = r"rank (\d) cannot do what the others do at a backward pass: "
 
 
 class ReplicaStage(Stage):
-    """As `Stage`, on two replicas of two ranks each, whose average is qsdp's."""
+    """As ``Stage``, on two replicas of two ranks each, whose average is qsdp's."""
 
     def __init__(self, point: Point, rank: int, odd: int) -> None:
         self.rank, self.odd = rank, odd
@@ -152,7 +152,7 @@ def _evaluate_on_own_average(odds: list[int]) -> str:
 
 
 class HybridStage(Stage):
-    """As `Stage`, on two replicas of two ranks each, whose average is FSDP2's."""
+    """As ``Stage``, on two replicas of two ranks each, whose average is FSDP2's."""
 
     def __init__(self, point: Point, rank: int, odd: int) -> None:
         self.rank, self.odd = rank, odd

@@ -1,4 +1,4 @@
-"""The average over replicas of `replicate_mesh` while it is put off."""
+"""The average over replicas of ``replicate_mesh`` while it is put off."""
 
 from __future__ import annotations
 

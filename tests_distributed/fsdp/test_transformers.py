@@ -1,9 +1,9 @@
 """Models that the transformers library shards with FSDP2 train under qsdp, or are refused by name.
 
 transformers 5 has parallelism of its own: a DistributedConfig says over how many ranks it applies
-`fully_shard`, by each architecture's plan. `from_pretrained(folder, distributed_config=...)` does
-so before it loads, for which it needs accelerate; a model made from a config goes through the two
-methods that `from_pretrained` calls.
+``fully_shard``, by each architecture's plan. ``from_pretrained(folder, distributed_config=...)``
+does so before it loads, for which it needs accelerate; a model made from a config goes through the
+two methods that ``from_pretrained`` calls.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _plain(architecture: str, *, tied: bool = False) -> Any:
 
 
 def _sharded(model: Any, **sizes: Any) -> Any:
-    """`model` sharded by the library."""
+    """``model`` sharded by the library."""
     from transformers.distributed import DistributedConfig
 
     kind = type(model)
@@ -179,7 +179,7 @@ def test_models_sharded_while_they_are_loaded_train_as_without_qsdp(
 
 
 def _loaded_after_sharding() -> Any:
-    """As `from_pretrained` does it: parameters take the places of those that were sharded."""
+    """As ``from_pretrained`` does it: parameters take the places of those that were sharded."""
     model = _plain("llama")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.model.layers:

@@ -1,5 +1,7 @@
-"""Ranks that own different experts: steps are those of one process that has the shared weights and
-all experts."""
+"""Ranks that own different experts take the steps of one process.
+
+That process has the shared weights and all experts.
+"""
 
 from __future__ import annotations
 
@@ -138,8 +140,10 @@ def test_of_equal_magnitudes_those_of_the_first_ranks_stay(
 
 @torch.no_grad()
 def _poisoned(layout: Layout, method: str, base_has: str, bad_call: int) -> dict[str, Any]:
-    """One bad gradient of the last sub-mesh's experts, on one of its ranks, in a pass of CrAM's
-    first step or in a step of another method."""
+    """One bad gradient of the last sub-mesh's experts, on one of its ranks.
+
+    It is in a pass of CrAM's first step or in a step of another method.
+    """
     model = layout.shard()
     options = {} if method == "CrAM" else METHODS[method].options
     make = METHODS[method].make

@@ -1,5 +1,7 @@
-"""One rank differs in an optimizer, a step, or what is clipped and compressed: all ranks raise one
-sentence, and none hangs."""
+"""One rank differs in an optimizer, a step, or what is clipped and compressed.
+
+All ranks raise one sentence, and none hangs.
+"""
 
 from __future__ import annotations
 

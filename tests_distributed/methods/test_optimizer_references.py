@@ -1,5 +1,7 @@
-"""An optimizer made before its model is sharded, wrapped or loaded anew trains as one made after
-it, once it was given the model's parameters; until then every rank refuses to step."""
+"""An optimizer made before its model is sharded, wrapped or loaded anew trains as one made after.
+
+It does once it was given the model's parameters; until then every rank refuses to step.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ PRELOADED = ["torch._dynamo.backends.common"]
 
 
 def _trained(method: str, wire_bits: int | None, order: str) -> tuple[Any, Any, int]:
-    """Losses and `pruned`; the weights; and how many of the whole parameters outlived the swap."""
+    """Losses and ``pruned``; the weights; how many of the whole parameters outlived the swap."""
     model = small_toy()
     whole = [weakref.ref(parameter) for parameter in model.parameters()]
     if order == "made afterwards":

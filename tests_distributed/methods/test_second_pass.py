@@ -1,5 +1,7 @@
-"""Under FSDP2 and DDP too, CrAM's and SAM's second pass leaves nothing behind, with the quantized
-wire and without: see tests/methods/test_second_pass.py for one process."""
+"""Under FSDP2 and DDP too, CrAM's and SAM's second pass leaves nothing behind.
+
+It is so with the quantized wire and without: see tests/methods/test_second_pass.py for one process.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every combination of what the wire can do equals its simulation, bit for bit.
 
-`make test` runs a selection in which every pair of settings occurs. All combinations:
+``make test`` runs a selection in which every pair of settings occurs. All combinations:
 
     python -m pytest tests_distributed/simulation/test_combinations.py --all-combinations
 """

@@ -103,7 +103,7 @@ def _two_axes() -> None:
     )
     model.blocks[0].weight = nn.Parameter(weight)
     with (
-        pytest.raises(ValueError, match=r"blocks\.0\.weight is sharded over 2 mesh axes; 2:4"),
+        pytest.raises(ValueError, match=r"blocks\.0\.weight is sharded over 2 mesh axes, but 2:4"),
         compressed(model, "2:4"),
     ):
         pass

@@ -31,7 +31,7 @@ def _mesh(hsdp: bool) -> DeviceMesh:
 
 
 def _tensors(seed: int, num_values: int, dtype: torch.dtype) -> list[Tensor]:
-    """Random tensors; few distinct values if `num_values` is small, so that many are tied."""
+    """Random tensors; few distinct values if ``num_values`` is small, so that many are tied."""
     generator = torch.Generator().manual_seed(seed)
     tensors = [torch.randn(shape, generator=generator) for shape in SHAPES]
     return [(tensor * num_values).round().div(7).to(dtype) for tensor in tensors]
@@ -93,7 +93,7 @@ def _prune_after_evaluation(reshard: bool) -> list[dict[str, Tensor]]:
 
 
 def full_state_of_shards(model: torch.nn.Module) -> dict[str, Tensor]:
-    """As `full_state`, of a model that a forward pass may have left gathered."""
+    """As ``full_state``, of a model that a forward pass may have left gathered."""
     prunable_parameters(model)
     return full_state(model)
 
@@ -112,7 +112,7 @@ def _ignored_parameters() -> None:
 def _unreadable() -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     partial = DTensor.from_local(torch.ones(3), mesh, [torch.distributed.tensor.Partial()])
-    with pytest.raises(ValueError, match="only Shard and Replicate are supported"):
+    with pytest.raises(ValueError, match="only Shard and Replicate can be read"):
         magnitude_masks({"a": partial}, 0.5)
 
 

@@ -104,8 +104,10 @@ def _shapes(rows: int) -> list[tuple[int, ...]]:
 
 
 def trained(case: Case, device: str, delays: int | None = None) -> list[Tensor]:
-    """Every weight that this rank computed with, its gradients, and its shards at the end, on the
-    CPU. ``delays``: a seed of waits on the streams, which must change nothing."""
+    """Every weight that this rank computed with, its gradients, and its last shards, on the CPU.
+
+    ``delays``: a seed of waits on the streams, which must change nothing.
+    """
     model, handle = make(case, device)
     grads: list[Tensor] = []
     for step in range(case.num_steps):
@@ -198,7 +200,7 @@ def keep_a_third(model: Sums, handle: qsdp.Handle) -> None:
 
 
 def trained_in_order(case: Case, device: str) -> list[Tensor]:
-    """`trained` without streams beside each other: the host waits around the codec's calls."""
+    """``trained`` without streams beside each other: the host waits around the codec's calls."""
 
     def in_order(work: Any) -> Any:
         def call(*args: Any, **options: Any) -> None:
@@ -214,8 +216,10 @@ def trained_in_order(case: Case, device: str) -> list[Tensor]:
 
 @contextmanager
 def delayed(seed: int, step: int) -> Iterator[None]:
-    """Inside, the GPU sleeps now and then, before and after the codec's work and the model's, on
-    the stream of each."""
+    """Inside, the GPU sleeps now and then, on the stream of the codec and on the model's.
+
+    It does before and after the work of each.
+    """
     draw = random.Random(f"{seed} {step} {dist.get_rank()}")
 
     def late(work: Any) -> Any:

@@ -57,7 +57,7 @@ class Recorder(torch.optim.SGD):
 def train_cram(
     model: nn.Module, toy: Toy, ranks: list[int], zeros: list[list[Tensor]] | None, **options: Any
 ) -> tuple[CrAM, Recorder]:
-    """Take CrAM steps on the batches of `ranks`, in micro-batches; note the zeros of each pass."""
+    """Take CrAM steps on the batches of ``ranks``, in micro-batches; note each pass's zeros."""
     base = Recorder(model)
     optimizer = CrAM(model, base, seed=5, **options)
 

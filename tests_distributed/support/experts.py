@@ -1,5 +1,7 @@
-"""A small mixture of experts in which some ranks own other experts than the rest under the same
-names, and the model of one process that holds them all."""
+"""A small mixture of experts in which some ranks own other experts than the rest.
+
+They have the same names; the model of one process holds them all.
+"""
 
 from __future__ import annotations
 
@@ -77,12 +79,12 @@ def make_mixture(
     """The model as the ranks of sub-mesh number ``owner`` see it.
 
     Args:
-        owner: seeds the experts, and nothing else.
-        width: of the activations.
-        hidden: of the experts.
-        tied: all magnitudes are 0.25, or 0.5 for about 70 % of them.
-        alike: all experts start with the same values.
-        frozen: what is shared needs no gradient.
+        owner: Seeds the experts, and nothing else.
+        width: Of the activations.
+        hidden: Of the experts.
+        tied: All magnitudes are 0.25, or 0.5 for about 70 % of them.
+        alike: All experts start with the same values.
+        frozen: What is shared needs no gradient.
     """
     with torch.random.fork_rng(devices=[]):
         model = Mixture(width, hidden)
@@ -145,7 +147,7 @@ class Layout:
         return all_ranks(), DeviceMesh.from_group(own, "cpu")
 
     def shard(self, ignored: set[nn.Parameter] | None = None, **options: Any) -> Any:
-        """This rank's `make_mixture(**options)`, sharded. A collective."""
+        """This rank's ``make_mixture(**options)``, sharded. A collective."""
         model = make_mixture(self.owner_of(dist.get_rank()), **options)
         everyone, own = self.meshes()
         for block in model.blocks:
@@ -167,8 +169,10 @@ LAYOUTS = {
 
 
 class Together(nn.Module):
-    """What the ranks of a layout hold, each expert a parameter of its own: in the order of the
-    names, then of the sub-meshes."""
+    """What the ranks of a layout hold, each expert a parameter of its own.
+
+    They are in the order of the names, then of the sub-meshes.
+    """
 
     def __init__(self, layout: Layout, parts: list[Mixture]) -> None:
         super().__init__()
@@ -232,16 +236,16 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 3
     prunes: str | None = "default"
-    """`default`, `experts`, or None for a method that prunes nothing."""
+    """``default``, ``experts``, or None for a method that prunes nothing."""
     base_has: str = "all"
-    """`all` or `experts`; the rest is frozen then."""
+    """``all`` or ``experts``; the rest is frozen then."""
 
     @property
     def frozen(self) -> bool:
         return self.base_has == "experts"
 
     def around(self, model: nn.Module, lr: float = 0.1) -> Any:
-        """The optimizer of a rank's model, or of a `Together`."""
+        """The optimizer of a rank's model, or of a ``Together``."""
         parameters = [
             p for name, p in model.named_parameters() if self.base_has == "all" or is_expert(name)
         ]
@@ -278,7 +282,7 @@ def train(method: Method, model: nn.Module, backward: Callable[[int], Tensor]) -
 def take_steps(
     method: Method, model: nn.Module, optimizer: Any, backward: Callable[[int], Tensor]
 ) -> Trail:
-    """As `train`, with an optimizer that was made before."""
+    """As ``train``, with an optimizer that was made before."""
     parameters, trail = dict(model.named_parameters()), Trail()
     for step in range(method.steps):
 

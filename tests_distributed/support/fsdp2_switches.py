@@ -46,13 +46,13 @@ class Switch:
     each: Callable[[Any, int], object] | None = None
     """Called with the model before each micro-batch, whose number it is given."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of `fully_shard`."""
+    """Of ``fully_shard``."""
     root: dict[str, Any] = field(default_factory=dict)
     """More, of the root alone."""
     model: dict[str, Any] = field(default_factory=dict)
-    """Of `make_model`."""
+    """Of ``make_model``."""
     ignored: str = ""
-    """The name of a parameter for `ignored_params`."""
+    """The name of a parameter for ``ignored_params``."""
     note: Callable[[Any], object] | None = None
     """What else of the model to compare after each micro-batch."""
     refused: Callable[[str, str], str] = lambda layout, time: ""

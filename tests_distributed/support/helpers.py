@@ -38,7 +38,7 @@ def wire_config(size: int, /, **settings: Any) -> QSDPConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ToyConfig:
-    """Sizes and peculiarities of a `Toy`."""
+    """Sizes and peculiarities of a ``Toy``."""
 
     vocab_size: int = 13
     num_layers: int = 2
@@ -131,7 +131,7 @@ class Toy(nn.Module):
                 parameter.requires_grad_(False)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the mean cross-entropy of `targets_BT` (int64) in nats, a scalar."""
+        """Return the mean cross-entropy of ``targets_BT`` (int64) in nats, a scalar."""
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTC = self.embed(tokens_BT) + self.position(positions_T)
         for block in self.blocks:
@@ -144,9 +144,9 @@ class Toy(nn.Module):
 
 
 def make_model(seed: int = 0, **options: Any) -> Toy:
-    """A `Toy` of `ToyConfig(**options)` whose weights, biases and norms are all random.
+    """A ``Toy`` of ``ToyConfig(**options)`` whose weights, biases and norms are all random.
 
-    The weights are a function of `seed` alone; the caller's random generator is left as it was.
+    The weights are a function of ``seed`` alone; the caller's random generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -158,10 +158,9 @@ def make_model(seed: int = 0, **options: Any) -> Toy:
 
 
 def make_batch(model: Toy, seed: int, rank: int | None = None, batch_size: int = 3) -> list[Tensor]:
-    """Tokens and targets, both int64 [batch_size, context], a function of (seed, rank), on the
-    model's device.
+    """Tokens and targets, both int64 [batch_size, context], on the model's device.
 
-    `rank` is the calling process's own if it is not given.
+    They are a function of (seed, rank). ``rank`` is the calling process's own if it is not given.
     """
     rank = dist.get_rank() if rank is None else rank
     generator = torch.Generator().manual_seed(1000 * seed + rank)
@@ -184,14 +183,14 @@ def shard(
     mesh: DeviceMesh | None = None,
     **options: Any,
 ) -> ModelT:
-    """Apply `fully_shard` to the MLPs (if `nested`), the blocks and the root, in place.
+    """Apply ``fully_shard`` to the MLPs (if ``nested``), the blocks and the root, in place.
 
     Args:
-        model: A `Toy`, or any model with `blocks`, each with an `mlp`.
-        reshard: `reshard_after_forward` of every group.
+        model: A ``Toy``, or any model with ``blocks``, each with an ``mlp``.
+        reshard: ``reshard_after_forward`` of every group.
         nested: Give each MLP a group of its own inside its block's.
         mesh: Defaults to one over all ranks, of the model's device (meta: the CPU).
-        options: More options of `fully_shard`, for instance `mp_policy`.
+        options: More options of ``fully_shard``, for instance ``mp_policy``.
     """
     if mesh is None:
         first = next(model.parameters())
@@ -218,8 +217,10 @@ def full_grads(model: nn.Module) -> dict[str, Tensor]:
 
 
 def full_of_all(tensors: Mapping[KeyT, Tensor]) -> dict[KeyT, Tensor]:
-    """A copy on the CPU of each, gathered exactly if it is sharded, in one exchange for all of a
-    mesh (a collective): a collective for each tensor would take most of a test's time."""
+    """A copy on the CPU of each, gathered exactly if it is sharded. A collective.
+
+    It is one exchange for all of a mesh: one for each tensor would take most of a test's time.
+    """
     whole = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
     by_mesh: dict[DeviceMesh, dict[KeyT, DTensor]] = {}
     for name, tensor in tensors.items():
@@ -250,8 +251,10 @@ def _unpacked(dtype: torch.dtype, shape: torch.Size, values: bytes) -> Tensor:
 
 
 def found_by_one(function: Callable[[], T]) -> T:
-    """What ``function`` returns on rank 0, for every rank: of what all would compute alike, on few
-    cores (a collective)."""
+    """What ``function`` returns on rank 0, for every rank. A collective.
+
+    It is for what all would compute alike, on few cores.
+    """
     found: list[Any] = [function() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
     result: T = found[0]
@@ -259,15 +262,18 @@ def found_by_one(function: Callable[[], T]) -> T:
 
 
 def local_part(whole: Tensor, axis_size: int, index: int, dim: int = 0) -> Tensor:
-    """The part that rank `index` of the shard axis has, as torch.chunk cuts."""
+    """The part that rank ``index`` of the shard axis has, as torch.chunk cuts."""
     part = math.ceil(whole.shape[dim] / axis_size)
     begin = min(index * part, whole.shape[dim])
     return whole.narrow(dim, begin, min(part, whole.shape[dim] - begin))
 
 
 def collected(function: Callable[..., Any], *args: Any) -> Any:
-    """Call it, and let go of its DDP, which an optimizer and its base hold in a cycle, while there
-    is a process group: a collector that ends the group waits for threads that wait for it."""
+    """Call ``function``, and let go of its DDP while there is a process group.
+
+    An optimizer and its base hold the DDP in a cycle: a collector that ends the group waits for
+    threads that wait for it.
+    """
     result = function(*args)
     gc.collect()
     return result

@@ -1,6 +1,6 @@
 """The trainer's commands on the ranks of a pool, as under a launcher but without starting one.
 
-A rank calls the command's own `main`. What a launcher gives is put in its place: the environment,
+A rank calls the command's own ``main``. What a launcher gives is put in its place: the environment,
 a store to meet through, files for what is printed. A pool of its own ends with each call, as ranks
 do.
 """
@@ -33,7 +33,7 @@ from tests_distributed.support.leftovers import held
 from tests_distributed.support.pool import Pool, RankError, meets_by_itself
 
 Flags = Sequence[str]
-"""Of launch/train_gpt.py; after the word `evaluate`, of launch/evaluate.py."""
+"""Of launch/train_gpt.py; after the word ``evaluate``, of launch/evaluate.py."""
 
 _POLL_S = 0.002
 
@@ -50,7 +50,7 @@ class End:
 
 @dataclass(frozen=True)
 class _Work:
-    """What the ranks are to do; see `Jobs`."""
+    """What the ranks are to do; see ``Jobs``."""
 
     folder: Path
     commands: list[list[list[str]]]
@@ -64,10 +64,10 @@ class _Work:
 
 
 class Jobs:
-    """Runs commands; of the `run_jobs` fixture."""
+    """Runs commands; of the ``run_jobs`` fixture."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` is an empty one for stores and what is printed."""
+        """``folder`` is an empty one for stores and what is printed."""
         self._folder = folder
         self._count = itertools.count()
         self.max_threads = 0
@@ -135,12 +135,12 @@ class Jobs:
         last_step: int | None = None,
         disk_s: float = 0.0,
     ) -> str:
-        """Begin a command, SIGKILL its ranks when `is_time`, and return what rank 0 had printed.
+        """Begin a command, SIGKILL its ranks when ``is_time``, and return what rank 0 had printed.
 
-        For a slow look-out: after `last_step`, if given, rank 0 waits to be killed, and whatever is
-        synced to disk takes `disk_s` seconds longer.
+        For a slow look-out: after ``last_step``, if given, rank 0 waits to be killed, and whatever
+        is synced to disk takes ``disk_s`` seconds longer.
 
-        Raises: AssertionError if the command came to its end, or not to that time.
+        Raises AssertionError if the command came to its end, or not to that time.
         """
         folder = self._new_folder()
         pool = Pool(sum(nodes), folder)
@@ -253,7 +253,7 @@ def _status(flags: list[str]) -> object:
 
 
 def _check_nothing_is_open() -> None:
-    """Raise AssertionError for what `main` should have closed; the process goes on without it."""
+    """Raise AssertionError for what ``main`` should have closed; the process goes on without it."""
     assert not dist.is_initialized()
     assert threading.enumerate() == [threading.main_thread()]
     assert not [file for file in held().files if re.search(r"metrics\.jsonl|tfevents", file)]
@@ -305,7 +305,7 @@ def _told() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _waiting_after(last_step: int) -> Iterator[None]:
-    """Inside, the rank that logs the metrics of `last_step` goes no further."""
+    """Inside, the rank that logs the metrics of ``last_step`` goes no further."""
     log = MetricsWriter.log
 
     def log_and_wait(writer: MetricsWriter, line: dict[str, Any]) -> None:

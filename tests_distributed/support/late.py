@@ -56,8 +56,7 @@ def reduce_outside_of_backward(model: Any) -> None:
 class Watch:
     """Looks at the gradients of a model in the middle of each block's backward pass.
 
-    Attributes:
-        seen: by look, of how many groups the gradients are NaN.
+    ``seen`` has for each look of how many groups the gradients are NaN.
     """
 
     def __init__(self, model: Any) -> None:
@@ -98,15 +97,15 @@ class Way:
     """Of the model."""
     config: dict[str, Any] = field(default_factory=dict)
     sharding: dict[str, Any] = field(default_factory=dict)
-    """What `shard` is given."""
+    """What ``shard`` is given."""
     dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None)
     """Parameter and reduce dtype of the mixed-precision policy."""
     shards: torch.dtype = torch.float32
     """The type of the shards themselves."""
     make: Callable[[Toy], Any] | None = None
-    """Shards the model in place of `shard`; returns more options of `install`."""
+    """Shards the model in place of ``shard``; returns more options of ``install``."""
     prepare: Callable[[Job], None] = lambda job: None
-    """Comes after `install`."""
+    """Comes after ``install``."""
     step: Callable[[Job, int], None] = lambda job, step: job.take(step)
 
 
@@ -184,7 +183,7 @@ def late_and_waiting(way: Way, gather: str) -> tuple[list[str], list[int], list[
     return differing(found, expected), late.watch.seen, waits.watch.seen
 
 
-# --- what comes after `install` in several files --------------------------------------------------
+# --- what comes after ``install`` in several files ------------------------------------------------
 
 BESIDE = ("blocks.2.out.bias", "blocks.1.out.bias", "blocks.0.out.bias", "embed.weight")
 """A parameter of each group, in the order of the groups' reduces."""

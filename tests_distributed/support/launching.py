@@ -31,7 +31,7 @@ def start(
     launcher: tuple[str, ...] = ("--standalone",),
     num_ranks: int = 2,
 ) -> Job:
-    """Start torchrun with `num_ranks` processes of the training job, or of another `program`."""
+    """Start torchrun with ``num_ranks`` processes of the training job, or another ``program``."""
     command = [sys.executable, "-m", "torch.distributed.run", *launcher]
     command += ["--nproc-per-node", str(num_ranks), program, *flags]
     return Job(
@@ -55,7 +55,7 @@ class Job:
         self.output = ""
 
     def wait(self, timeout: float | None = None) -> int:
-        """The launcher's exit status; what all printed is in `output`. Kills them when late."""
+        """The launcher's exit status; what all printed is in ``output``. Kills them when late."""
         timeout = patience.seconds() if timeout is None else timeout
         try:
             self.output, _ = self._process.communicate(timeout=timeout)

@@ -89,8 +89,11 @@ class Leftovers:
 
 
 def _cuda() -> set[str]:
-    """CUDA's threads and files are for good: those of the driver, which autograd asks for GPUs in a
-    backward pass on the CPU too, and those of a GPU that is used."""
+    """CUDA's threads and files, which are for good.
+
+    They are those of the driver, which autograd asks for GPUs in a backward pass on the CPU too,
+    and those of a GPU that is used.
+    """
     found = set()
     if any(name.startswith("/dev/nvidia") for name in _files()):
         found.add("driver")
@@ -100,9 +103,11 @@ def _cuda() -> set[str]:
 
 
 def _let_meshes_go() -> None:
-    """Let go of the process groups of meshes that torch keeps in what it has once planned for
-    DTensors. A later mesh that equals one would be taken for it, whose groups are gone:
-    where there was one of more dimensions, such plans go too."""
+    """Let go of the process groups of meshes that torch keeps in its plans for DTensors.
+
+    A later mesh that equals one would be taken for it, whose groups are gone: where there was one
+    of more dimensions, such plans go too.
+    """
     meshes = [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]
     for mesh in meshes:
         getattr(mesh, "_pg_registry", {}).clear()

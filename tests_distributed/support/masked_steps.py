@@ -25,8 +25,9 @@ from tests_distributed.support.helpers import (
 
 NUM_MICRO = 2
 NUM_STEPS = 15
-"""Into a second compressed phase, and past three of the gradual prunings: the rest of the plans is
-the business of one process."""
+"""Into a second compressed phase, and past three of the gradual prunings.
+The rest of the plans is the business of one process.
+"""
 VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "0.9": (0.9, {"sparsity": 0.9}),
     "2:4": ("2:4", {"pattern": (2, 4)}),

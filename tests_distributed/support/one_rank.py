@@ -119,7 +119,7 @@ def mistaken(call: str, mistake: str) -> Says:
 
 
 def installs(what: str, there: str, elsewhere: str) -> Says:
-    """`install` says what differs."""
+    """``install`` says what differs."""
 
     def says(rank: int, odd: int) -> str:
         one, first = (there, elsewhere) if odd else (elsewhere, there)
@@ -130,7 +130,7 @@ def installs(what: str, there: str, elsewhere: str) -> Says:
 
 
 def cannot_install(mistake: str) -> Says:
-    """As `mistaken`, of `install`."""
+    """As ``mistaken``, of ``install``."""
 
     def says(rank: int, odd: int) -> str:
         if rank == odd:

@@ -74,7 +74,7 @@ class Pools:
     """The pools of one test session, made when they are first asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` is an empty folder for store files and stack dumps."""
+        """``folder`` is an empty folder for store files and stack dumps."""
         self._folder = folder
         self._pools: dict[int, Pool] = {}
         self._count = itertools.count()
@@ -88,7 +88,7 @@ class Pools:
         *args: Any,
         timeout: float = CALL_TIMEOUT_S,
     ) -> list[Any]:
-        """Call `function(*args)` on every rank of a gloo world and return the ranks' results.
+        """Call ``function(*args)`` on every rank of a gloo world and return the ranks' results.
 
         Args:
             world_size: 1 to 4 processes.
@@ -101,9 +101,9 @@ class Pools:
             What each rank returned, in rank order; tensors are copies.
 
         Raises:
-            RankError: With the traceback of the rank that failed first, or, after `timeout`, with
+            RankError: With the traceback of the rank that failed first, or, after ``timeout``, with
                 the stacks of the ranks that did not answer.
-            ValueError: If the world size is not 1 to 4 or the call does not pickle.
+            ValueError: The world size is not 1 to 4 or the call does not pickle.
         """
         if not 1 <= world_size <= MAX_WORLD_SIZE:
             raise ValueError(f"world_size is {world_size}, but a pool has 1 to {MAX_WORLD_SIZE}")
@@ -139,7 +139,7 @@ class Pools:
 
 
 class Pool:
-    """`world_size` worker processes, each at the other end of a pipe."""
+    """``world_size`` worker processes, each at the other end of a pipe."""
 
     def __init__(self, world_size: int, folder: Path) -> None:
         self._folder = folder

@@ -38,7 +38,7 @@ class Case:
     """Of the shard axis."""
     replicas: int = 1
     quantized_replicas: bool = False
-    """A 1-D shard mesh and `replicate_mesh`, not a native 2-D mesh."""
+    """A 1-D shard mesh and ``replicate_mesh``, not a native 2-D mesh."""
     reshard: bool | int | None = True
     nested: bool = True
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32)
@@ -49,7 +49,7 @@ class Case:
     adamw: bool = False
     """Or SGD with momentum, in a few operations on all DTensors."""
     columns: bool = False
-    """Shard the MLP's down-projection by columns: `shard_placement_fn`, even sizes only."""
+    """Shard the MLP's down-projection by columns: ``shard_placement_fn``, even sizes only."""
     sparse: bool = False
     """Matrices of the blocks are pruned, and the wire knows it."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -166,8 +166,10 @@ def trained(case: Case, seed: int) -> Outcome:
 
 
 def counted(case: Case, seed: int) -> tuple[int, ...]:
-    """Bytes that this rank sends in its second step: gathers and reduces, inside and outside its
-    node."""
+    """Bytes that this rank sends in its second step.
+
+    They are those of gathers and reduces, inside and outside its node.
+    """
     model, handle = installed(case, seed)
     before = Counter[str]()
     for step in range(2):
@@ -181,7 +183,7 @@ def counted(case: Case, seed: int) -> tuple[int, ...]:
 
 
 def simulation_of(case: Case, seed: int) -> qsdp.Simulation:
-    """The same by `qsdp.simulate`."""
+    """The same by ``qsdp.simulate``."""
     model = _pruned(case, seed)
     groups = []
     for i in range(model.config.num_layers):

@@ -1,4 +1,4 @@
-"""`--qsdp-bits auto` on several ranks: what it measures, and that a run is what it chose."""
+"""``--qsdp-bits auto`` on several ranks: what it measures, and that a run is what it chose."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_all_ranks_measure_the_same_and_leave_nothing_behind(
 
 
 def sent_and_predicted(precision: str, bits: int) -> tuple[Any, Any]:
-    """(direction, bytes) of each payload to another rank in a step, and how often `_sizes` says."""
+    """(direction, bytes) of each payload to another rank in a step, and how often by ``_sizes``."""
     config = TrainConfig.of(model="tiny", precision=precision, qsdp_bits=bits)
     world = here()
     sharded = parallelize(config, SIZE, world)

@@ -121,8 +121,10 @@ def _num_lines(path: Path) -> int:
 
 @pytest.fixture
 def three(tmp_path: Path) -> Iterator[Callable[..., tuple[list[Any], list[str], float]]]:
-    """Let three processes live a life, send one a signal in the middle of a step, and return exit
-    codes, outputs and how many seconds the others took to end."""
+    """Let three processes live a life, and send one a signal in the middle of a step.
+
+    Returns exit codes, outputs and how many seconds the others took to end.
+    """
     processes: list[Any] = []
 
     def run(
@@ -161,7 +163,7 @@ SENTENCE = (
 IN_THE_JOB = (
     rf"^error on rank {{rank}}: ({SENTENCE}|the (sum over all ranks|sum of the gradients' norm|"
     r"agreement at qsdp.clip_grad_norm_) failed on rank {rank}: a rank has ended or does not "
-    r"answer \(.+\)|a collective failed: a rank .+)$"
+    r"answer \(.+\)|a collective failed: a rank .+)\.$"
 )
 
 
@@ -247,7 +249,7 @@ def test_under_torchrun_a_killed_rank_is_replaced_and_a_job_that_is_told_to_end_
         assert job.wait() == 1
     finally:
         job.kill()
-    lost = r"^error on rank 0: .* a rank has ended or does not answer \(.+\)$"  # a save has many
+    lost = r"^error on rank 0: .* a rank has ended or does not answer \(.+\)\.$"  # a save has many
     assert re.search(lost, job.output, re.MULTILINE), job.output
     assert 'told.py", line' not in job.output
     assert [(tmp_path / f"status-{rank}").read_text() for rank in (0, 1)] == ["0", "0"]

@@ -30,7 +30,7 @@ from tests_distributed.support.running import Run, selection
 RANKS = 3
 WEIGHT = "blocks.1.qkv.weight"
 Fault = tuple[str, int, int]
-"""`loss`, or the parameter whose gradient it is; in which pass of a step; on which rank."""
+"""``loss``, or the parameter whose gradient it is; in which pass of a step; on which rank."""
 
 
 def _parts(model: nn.Module, base: torch.optim.Optimizer) -> dict[str, Any]:
@@ -43,8 +43,10 @@ def _parts(model: nn.Module, base: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _leave_out(method: str, num_bits: int, faults: list[Fault], num_replicas: int = 1) -> list[Any]:
-    """What the optimizer says of each of the bad steps, and this rank's bits after a good one, with
-    replicas."""
+    """What the optimizer says of each of the bad steps, with replicas.
+
+    And this rank's bits after a good one.
+    """
     meshes: dict[str, Any] = {}
     if num_replicas > 1:
         shape = (num_replicas, dist.get_world_size() // num_replicas)
@@ -154,8 +156,10 @@ def _count_gathers(work: Callable[[], object]) -> int:
 
 
 def _norms_with_a_loss() -> tuple[list[int], list[float]]:
-    """How many collectives the norm takes without and with a loss; then plain tensors' norm with a
-    loss that is bad on one rank."""
+    """How many collectives the norm takes without and with a loss.
+
+    Then plain tensors' norm with a loss that is bad on one rank.
+    """
     model = shard(make_model(1))
     model(*make_batch(model, seed=0)).backward()
     plain = nn.Parameter(torch.ones(4))
@@ -177,8 +181,10 @@ def test_a_loss_rides_on_the_norms_collective_and_decides_nothing_where_there_is
 
 
 def _learn_past_a_bad_step(config: qsdp.QSDPConfig) -> list[dict[str, Any]]:
-    """The wire's state after a step whose gradients, of which it was to learn, are not finite on
-    one rank, and after another step."""
+    """The wire's state after a step with gradients that are not finite on one rank.
+
+    It was to learn of these. Then the state after another step.
+    """
     model = shard(make_model(1), nested=False)
     handle = qsdp.install(model, config)
     states = []
@@ -224,7 +230,7 @@ def test_all_ranks_end_alike_and_keep_the_last_good_checkpoint(
     last = tmp_path / "finite/checkpoints/step-00000001"
     said = diverging[0].complaint
     assert "steps 2 to 3 had no finite loss and gradient" in said
-    assert "in step 3 was the gradient of embed.weight on rank 0 and the loss on rank 0" in said
+    assert "in step 3: the gradient of embed.weight on rank 0 and the loss on rank 0)" in said
     assert f"the last good checkpoint is {last}:" in said
     assert [line["skipped_steps"] for line in read_metrics(tmp_path / "finite")] == [0, 1, 2]
     assert [*checkpoint.steps(tmp_path / "finite/checkpoints")] == [1]

@@ -43,7 +43,7 @@ def tensors(folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
 
 
 def has_logged(out: Path, step: int) -> Callable[[], bool]:
-    """Whether the metrics of `step` are in the folder of results."""
+    """Whether the metrics of ``step`` are in the folder of results."""
     metrics = out / "metrics.jsonl"
     return lambda: metrics.exists() and metrics.read_text().count("\n") >= step
 
@@ -83,7 +83,7 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
     assert [end.status for end in ends] == [0, 0]
     assert f"Going on from {used}" in ends[0].printed
     assert f"{damaged} is damaged" in ends[0].complaint
-    assert re.search(rf"\b{last_step - before} steps? (is|are) lost", ends[0].complaint)
+    assert re.search(rf"\b{last_step - before} steps?\.", ends[0].complaint)
     assert not ends[1].complaint
     said = rf"a signal to another rank: step {before + 1} of {STEPS} is saved"
     assert re.search(said, ends[0].printed)

@@ -48,12 +48,13 @@ class ACDC(MaskedOptimizer):
             base_optimizer: Any optimizer whose ``step()`` needs no closure.
             schedule: The phases, or how many optimizer steps there will be.
             target: What a compressed phase keeps, as ``Compression.of`` reads it; no bits.
-            max_norm: The norm that the (masked) gradient is clipped to.
+            max_norm: The norm that the (masked) gradient is clipped to; None for no clipping.
             prunable: Name patterns of the prunable set; see ``sparsity.prunable_parameters``.
 
         Raises:
             ValueError: A value is out of range, the optimizer lacks prunable parameters, or its
                 first moments are of a class that cannot be set to zero.
+            RuntimeError: Ranks that share the model give other values.
         """
         self.schedule = ACDCSchedule.of(schedule) if isinstance(schedule, int) else schedule
         self.target = _only_pruned(Compression.of(target))

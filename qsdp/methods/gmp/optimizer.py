@@ -30,7 +30,17 @@ class GMP(MaskedOptimizer):
         max_norm: float | None = None,
         prunable: Sequence[str] | None = None,
     ) -> None:
-        """Wrap ``base_optimizer`` as ``ACDC`` does; ``scope`` is ``Compression.scope``."""
+        """Wrap ``base_optimizer``, made of the parameters of ``model``.
+
+        Args:
+            model, base_optimizer, max_norm, prunable: As for ``ACDC``.
+            schedule: When is pruned, and how much.
+            scope: Which weights compete: ``global`` or ``layer``, as in ``Compression.scope``.
+
+        Raises:
+            ValueError: A value is out of range, or the optimizer lacks prunable parameters.
+            RuntimeError: Ranks that share the model give other values.
+        """
         if not isinstance(schedule, GMPSchedule):
             raise ValueError(f"the schedule is {schedule!r}: give a GMPSchedule.")
         target = Compression(sparsity=schedule.sparsity, scope=scope)  # checks both

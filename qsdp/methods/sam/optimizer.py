@@ -25,7 +25,16 @@ class SAM(CrAM):
         rho: float = 0.05,
         max_norm: float | None = None,
     ) -> None:
-        """Wrap ``base_optimizer`` as ``CrAM`` does, of any module: nothing need be prunable."""
+        """Wrap ``base_optimizer``, made of the parameters of ``model``.
+
+        Args:
+            model, base_optimizer, max_norm: As for ``CrAM``; nothing need be prunable.
+            rho: Length of the ascent step, at least 0, whatever the gradient's norm.
+
+        Raises:
+            ValueError: A value is out of range.
+            RuntimeError: Ranks that share the model give other values.
+        """
         super().__init__(
             model,
             base_optimizer,

@@ -24,7 +24,7 @@ def config_from_huggingface(folder: str | Path) -> ModelSize:
         return form.size(settings, path)
     except KeyError as error:
         raise ValueError(
-            f"{path} lacks the setting {error}: choose a complete checkpoint."
+            f"{path} lacks the setting {error.args[0]!r}: choose a complete checkpoint."
         ) from None
 
 
