@@ -113,34 +113,39 @@ def read_table(path: Path, files: Collection[str]) -> Metadata:
 
 def _metadata(path: Path, table: Any, files: Collection[str]) -> Metadata:
     """DCP's objects of a table's records. Raises some error if the table is not DCP's."""
-    contents = _fields(table, "Metadata")
-    entries = {_text(n): _entry(e) for n, e in _dict(contents["state_dict_metadata"]).items()}
+    contents = _fields_of(table, "Metadata")
+    entries = {
+        _checked_text(n): _read_entry(e)
+        for n, e in _checked_dict(contents["state_dict_metadata"]).items()
+    }
     places = {}
-    for index, record in _dict(contents["storage_data"]).items():
-        place = _place(record)
+    for index, record in _checked_dict(contents["storage_data"]).items():
+        place = _read_place(record)
         if place.relative_path not in files:
             raise Refused(
                 f"{path} names {place.relative_path[:100]!r}, which is none of the files that "
                 f"{META} lists, and is refused: name another checkpoint."
             )
-        places[_index(index)] = place
+        places[_read_index(index)] = place
     return Metadata(entries, storage_data=places, storage_meta=StorageMeta())
 
 
-def _entry(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+def _read_entry(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
     if record.kind == "BytesStorageMetadata":
         return BytesStorageMetadata()
-    fields = _fields(record, "TensorStorageMetadata")
+    fields = _fields_of(record, "TensorStorageMetadata")
     properties = fields["properties"]
-    _check(properties.kind == "TensorProperties")
-    dtype, size = properties.state[0], _size(fields["size"])
-    _check(isinstance(dtype, torch.dtype))
-    _check(type(fields["chunks"]) is list)
-    parts = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
-    chunks = [ChunkStorageMetadata(_size(p["offsets"]), _size(p["sizes"])) for p in parts]
+    _check_table(properties.kind == "TensorProperties")
+    dtype, size = properties.state[0], _checked_size(fields["size"])
+    _check_table(isinstance(dtype, torch.dtype))
+    _check_table(type(fields["chunks"]) is list)
+    parts = [_fields_of(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
+    chunks = [
+        ChunkStorageMetadata(_checked_size(p["offsets"]), _checked_size(p["sizes"])) for p in parts
+    ]
     # What no chunk holds would be read as whatever was in memory.
     boxes = [(chunk.offsets, chunk.sizes) for chunk in chunks if math.prod(chunk.sizes)]
-    _check(not math.prod(size) or _fill(boxes, range(len(size)), size))
+    _check_table(not math.prod(size) or _fill(boxes, range(len(size)), size))
     return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
 
 
@@ -167,51 +172,51 @@ def _fill(boxes: Sequence[_Box], dims: Iterable[int], size: torch.Size) -> bool:
     return False
 
 
-def _index(record: Any) -> MetadataIndex:
-    fields = _fields(record, "MetadataIndex")
+def _read_index(record: Any) -> MetadataIndex:
+    fields = _fields_of(record, "MetadataIndex")
     offset, number = fields.get("offset"), fields.get("index")
     return MetadataIndex(
-        _text(fields["fqn"]),
-        None if offset is None else _size(offset),
-        None if number is None else _count(number),
+        _checked_text(fields["fqn"]),
+        None if offset is None else _checked_size(offset),
+        None if number is None else _checked_count(number),
     )
 
 
-def _place(record: Any) -> _Place:
-    fields = _fields(record, "_StorageInfo")
-    _check(fields.get("transform_descriptors") is None)
+def _read_place(record: Any) -> _Place:
+    fields = _fields_of(record, "_StorageInfo")
+    _check_table(fields.get("transform_descriptors") is None)
     path, offset, length = (fields[name] for name in ("relative_path", "offset", "length"))
-    return _Place(_text(path), _count(offset), _count(length))
+    return _Place(_checked_text(path), _checked_count(offset), _checked_count(length))
 
 
-def _check(holds: bool) -> None:
+def _check_table(holds: bool) -> None:
     if not holds:
         raise TypeError("the table is not as DCP writes one.")
 
 
-def _fields(record: Any, kind: str) -> dict[str, Any]:
-    _check(isinstance(record, _Record))
-    _check(record.kind == kind)
-    return _dict(record.state)
+def _fields_of(record: Any, kind: str) -> dict[str, Any]:
+    _check_table(isinstance(record, _Record))
+    _check_table(record.kind == kind)
+    return _checked_dict(record.state)
 
 
-def _dict(value: Any) -> dict[Any, Any]:
-    _check(type(value) is dict)
+def _checked_dict(value: Any) -> dict[Any, Any]:
+    _check_table(type(value) is dict)
     return value
 
 
-def _text(value: Any) -> str:
-    _check(type(value) is str)
+def _checked_text(value: Any) -> str:
+    _check_table(type(value) is str)
     return value
 
 
-def _count(value: Any) -> int:
-    _check(type(value) is int)
-    _check(value >= 0)
+def _checked_count(value: Any) -> int:
+    _check_table(type(value) is int)
+    _check_table(value >= 0)
     return value
 
 
-def _size(value: Any) -> torch.Size:
-    _check(type(value) is torch.Size)
-    _check(min(value, default=0) >= 0)
+def _checked_size(value: Any) -> torch.Size:
+    _check_table(type(value) is torch.Size)
+    _check_table(min(value, default=0) >= 0)
     return value

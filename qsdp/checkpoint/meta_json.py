@@ -53,7 +53,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise Damaged(path, META, "it states no checksums")
     seal = _SEAL.search(data, max(0, len(data) - 50))
     if seal is not None:
-        if seal[1].decode() != _sealed_by(data[: seal.start(1)], data[seal.end(1) :]):
+        if seal[1].decode() != _own_checksum(data[: seal.start(1)], data[seal.end(1) :]):
             raise Damaged(path, META, "its checksum is not the one that it states")
     elif [*meta][-1] != "checksums":  # which older versions wrote last
         raise Damaged(path, META, "it does not end with its checksum")
@@ -79,8 +79,8 @@ def sealed(meta: Mapping[str, Any]) -> str:
     values = {name: value for name, value in meta.items() if name != OWN_CHECKSUM}
     text = json.dumps({**values, OWN_CHECKSUM: _NO_CHECKSUM}, indent=1) + "\n"
     before, _, after = text.rpartition(_NO_CHECKSUM)
-    return before + _sealed_by(before.encode(), after.encode()) + after
+    return before + _own_checksum(before.encode(), after.encode()) + after
 
 
-def _sealed_by(before: bytes, after: bytes) -> str:
+def _own_checksum(before: bytes, after: bytes) -> str:
     return crc32_of_bytes(before + _NO_CHECKSUM.encode() + after)

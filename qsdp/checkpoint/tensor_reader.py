@@ -51,7 +51,9 @@ class TensorReader:
         planner = SafeLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
             tensor = torch.empty(stored.size, dtype=stored.properties.dtype)
-            planner.set_up_planner({_key(name): tensor}, self._metadata, is_coordinator=True)
+            planner.set_up_planner(
+                {_stored_name(name): tensor}, self._metadata, is_coordinator=True
+            )
             plan = self._reader.prepare_local_plan(planner.create_local_plan())
             self._reader.read_data(plan, planner).wait()
         except Refused:
@@ -64,7 +66,7 @@ class TensorReader:
         return tensor
 
     def _stored(self, name: str) -> TensorStorageMetadata:
-        stored = self._metadata.state_dict_metadata.get(_key(name))
+        stored = self._metadata.state_dict_metadata.get(_stored_name(name))
         if not isinstance(stored, TensorStorageMetadata):
             raise ValueError(
                 f"{self._path} holds no parameter {name}: name a checkpoint of this job."
@@ -72,5 +74,5 @@ class TensorReader:
         return stored
 
 
-def _key(name: str) -> str:
+def _stored_name(name: str) -> str:
     return f"model.{name}"

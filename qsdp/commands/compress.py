@@ -169,14 +169,14 @@ def _compress(flags: CompressFlags) -> None:
         )
     by = by_method(flags.chosen_method)
     console.print(
-        f"{source.path} compressed to {flags.target}{by}: {_zeros(facts, 'prunable')} of the "
-        f"prunable weights, {_zeros(facts, 'model')} of all are 0; the model is in {flags.out}",
+        f"{source.path} compressed to {flags.target}{by}: {_zeros_of(facts, 'prunable')} of the "
+        f"prunable weights, {_zeros_of(facts, 'model')} of all are 0; the model is in {flags.out}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
 
 
-def _zeros(facts: dict[str, Any], part: str) -> str:
+def _zeros_of(facts: dict[str, Any], part: str) -> str:
     counts = facts["zeros"][part]
     return f"{counts['zeros'] / counts['values']:.2%}"

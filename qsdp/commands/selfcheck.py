@@ -56,7 +56,7 @@ def main() -> None:
         if flags.backend not in (None, *BACKENDS):
             raise UserError(f"--backend is {flags.backend!r}: choose nccl or gloo.")
         with open_world(backend=flags.backend) as world:
-            status = _run(world)
+            status = _run_checks(world)
         raise SystemExit(status)
 
 
@@ -68,7 +68,7 @@ class SelfcheckFlags:
     """nccl or gloo. Unset: nccl on GPUs, gloo on CPUs."""
 
 
-def _run(world: World) -> int:
+def _run_checks(world: World) -> int:
     checks: list[tuple[str, Callable[[World], str]]] = [
         ("codec: this device's bytes are the specification's", check_codec),
         ("all-gather of payloads", check_all_gather),
@@ -119,8 +119,8 @@ def check_codec(world: World) -> str:
                 values[::97] = 0.0
                 values = values.to(TORCH_DTYPES[dtype])
                 key = RandomKey(0, count, KeyDirection.GATHER, KeyStage.FLAT, 0, world.rank).fold()
-                expected, back = _codec(codec, values, layout, table, key)
-                found, found_back = _codec(
+                expected, back = _encode_and_decode(codec, values, layout, table, key)
+                found, found_back = _encode_and_decode(
                     torch.ops.qsdp, values.to(world.device), layout, table, key
                 )
                 told = f"{dtype.name} in {bits} bits by {rounding.label}"
@@ -132,7 +132,7 @@ def check_codec(world: World) -> str:
     return f"{count} combinations, {native.remark(world.device)}"
 
 
-def _codec(
+def _encode_and_decode(
     kernels: Any, values: Tensor, layout: Layout, table: Tensor, key: int
 ) -> tuple[Tensor, Tensor]:
     payload = torch.empty(layout.payload_bytes, dtype=torch.uint8, device=values.device)
@@ -148,7 +148,7 @@ def check_all_gather(world: World) -> str:
     own = torch.full((num_bytes,), world.rank % 251, dtype=torch.uint8, device=world.device)
     output = torch.empty(world.size * num_bytes, dtype=torch.uint8, device=world.device)
     group = world.mesh.get_group()
-    seconds = _time(lambda: transport.start_all_gather(output, own, group).wait(), world)
+    seconds = _seconds_of(lambda: transport.start_all_gather(output, own, group).wait(), world)
     for rank, found in enumerate(output.split(num_bytes)):
         if not bool((found == rank % 251).all()):
             raise Failed(f"rank {rank}'s bytes arrived changed.")
@@ -171,7 +171,7 @@ def check_all_to_all(world: World) -> str:
 
 def check_same_weights(world: World) -> str:
     """The gathered weights of one forward pass have one hash on all ranks."""
-    model, handle = _model(world, 4)
+    model, handle = _make_model(world, 4)
     sums: list[Tensor] = []
     for block in model.blocks:
         block.register_forward_pre_hook(
@@ -179,7 +179,7 @@ def check_same_weights(world: World) -> str:
                 torch.stack([_fingerprint(p.detach()) for p in block.parameters()])
             )
         )
-    model(*_batch(world, 0))
+    model(*_make_batch(world, 0))
     own = torch.cat(sums)
     others = torch.empty(world.size * own.numel(), dtype=own.dtype, device=own.device)
     transport.start_all_gather(others, own, world.mesh.get_group()).wait()
@@ -191,28 +191,28 @@ def check_same_weights(world: World) -> str:
 
 def check_full_precision(world: World) -> str:
     """Losses through qsdp's own collectives at 32 bits are stock FSDP2's to 1e-4."""
-    return _compare(world, None, 32, 1e-4)
+    return _compare_losses(world, None, 32, 1e-4)
 
 
 def check_eight_bits(world: World) -> str:
     """Losses at 8 bits follow those at 32 bits to 0.02 nats."""
-    return _compare(world, 32, 8, 0.02)
+    return _compare_losses(world, 32, 8, 0.02)
 
 
-def _compare(world: World, one: int | None, other: int, tolerance: float) -> str:
-    first, second = _train(world, one), _train(world, other)
+def _compare_losses(world: World, one: int | None, other: int, tolerance: float) -> str:
+    first, second = _train_losses(world, one), _train_losses(world, other)
     gap = max(abs(a - b) for a, b in zip(first, second, strict=True))
     if not gap <= tolerance:
         raise Failed(f"losses differ by {gap:.3g}, more than {tolerance}.")
     return f"losses differ by at most {gap:.1e} in {STEPS} steps"
 
 
-def _train(world: World, bits: int | None) -> list[float]:
-    model, _ = _model(world, bits)
+def _train_losses(world: World, bits: int | None) -> list[float]:
+    model, _ = _make_model(world, bits)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for step in range(STEPS):
-        _, loss = model(*_batch(world, step))
+        _, loss = model(*_make_batch(world, step))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -220,7 +220,7 @@ def _train(world: World, bits: int | None) -> list[float]:
     return losses
 
 
-def _model(world: World, bits: int | None) -> tuple[LanguageModel, Any]:
+def _make_model(world: World, bits: int | None) -> tuple[LanguageModel, Any]:
     family = family_of(DEFAULT_PRESET)
     model = family.build(family.size_of_preset(DEFAULT_PRESET, 101)).to(world.device)
     for block in model.blocks:
@@ -234,7 +234,7 @@ def _model(world: World, bits: int | None) -> tuple[LanguageModel, Any]:
     return model, None if config is None else qsdp.install(model, config)
 
 
-def _batch(world: World, step: int) -> list[Tensor]:
+def _make_batch(world: World, step: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1_000_003 * step + world.rank)
     return list(torch.randint(101, (2, 4, 64), generator=generator).to(world.device))
 
@@ -245,15 +245,15 @@ def _fingerprint(values: Tensor) -> Tensor:
     return (bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum()
 
 
-def _time(call: Callable[[], object], world: World) -> float:
+def _seconds_of(call: Callable[[], object], world: World) -> float:
     call()  # the first call opens connections
-    _wait(world)
+    _synchronize(world)
     start = time.perf_counter()
     call()
-    _wait(world)
+    _synchronize(world)
     return time.perf_counter() - start
 
 
-def _wait(world: World) -> None:
+def _synchronize(world: World) -> None:
     if world.device.type == "cuda":
         torch.cuda.synchronize()

@@ -16,8 +16,8 @@ def keep_freed_memory() -> None:
     copies of weights: steps of several passes pay most. So nothing large is mapped by itself, which
     freeing would unmap, and the heap never shrinks.
     """
-    _set(_MMAP_MAX, 0)
-    _set(_TRIM_THRESHOLD, (1 << 31) - 1)
+    _set_mallopt(_MMAP_MAX, 0)
+    _set_mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def return_freed_memory() -> None:
@@ -26,9 +26,9 @@ def return_freed_memory() -> None:
     By default glibc learns to keep blocks of a tensor's size, and its heap, cut into pieces by
     small objects between them, grows with the number of tensors.
     """
-    _set(_MMAP_THRESHOLD, 1 << 16)
+    _set_mallopt(_MMAP_THRESHOLD, 1 << 16)
 
 
-def _set(option: int, value: int) -> None:
+def _set_mallopt(option: int, value: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(option, value)

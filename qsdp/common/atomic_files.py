@@ -102,7 +102,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def unfinished_folder(path: Path, *, is_waiting: bool = False) -> Iterator[Path]:
-    """An empty folder at ``path``, for what is to be whole or absent: deleted at the end or renamed.
+    """An empty folder for what is to be whole or absent: deleted at the end, unless renamed.
 
     No other process claims it, which follows it when it is renamed; a killed one's is cleared.
 

@@ -26,12 +26,14 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     for tensor in tensors:
         raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
         total = (
-            zlib.crc32(raw.numpy().data, total) if raw.device.type == "cpu" else _add(total, raw)
+            zlib.crc32(raw.numpy().data, total)
+            if raw.device.type == "cpu"
+            else _add_on_device(total, raw)
         )
     return total
 
 
-def _add(total: int, raw: Tensor) -> int:
+def _add_on_device(total: int, raw: Tensor) -> int:
     rest = -raw.numel() % 4
     if rest or raw.storage_offset() % 4:
         raw = torch.nn.functional.pad(raw, (0, rest)).clone()

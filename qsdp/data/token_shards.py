@@ -121,7 +121,10 @@ def read_shards(folder: Path) -> tuple[Tokens, Tokens, Tokenizer | None, int]:
                 "prepare it again with launch/prepare_data.py."
             )
         splits[split] = TokenShards(
-            [_map(folder / name, dtype, counts.get(name), meta["vocab_size"]) for name in names],
+            [
+                _map_tokens(folder / name, dtype, counts.get(name), meta["vocab_size"])
+                for name in names
+            ],
             meta["vocab_size"],
             f"The {split} split in {folder}",
         )
@@ -177,7 +180,9 @@ class ShardWriter:
         return {split: sum(counts.values()) for split, counts in self._counts.items()}
 
 
-def _map(file: Path, dtype: np.dtype[Any], num_tokens: int | None, vocab_size: int) -> TokenArray:
+def _map_tokens(
+    file: Path, dtype: np.dtype[Any], num_tokens: int | None, vocab_size: int
+) -> TokenArray:
     if not file.is_file():
         raise ValueError(
             f"{file} is not a file of token ids: copy the folder again, or prepare it again with "

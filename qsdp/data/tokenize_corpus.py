@@ -51,7 +51,7 @@ def prepare_shards(
         raise ValueError(f"val_fraction is {val_fraction}: choose a number between 0 and 1.")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens is {shard_tokens}: choose 1 or more.")
-    sizes = [_size(path) for path in texts]
+    sizes = [_file_bytes(path) for path in texts]
     tokenizer = _tokenizer(tokenizer_spec, texts, document_end)
 
     with atomic_folder(out) as partial:
@@ -83,7 +83,7 @@ def _tokenizer(spec: str | Path, texts: Sequence[Path], document_end: str) -> To
     return CharTokenizer(characters)
 
 
-def _size(path: Path) -> int:
+def _file_bytes(path: Path) -> int:
     if not path.is_file():
         raise ValueError(f"there is no text file {path}: give files that exist.")
     size = path.stat().st_size

@@ -42,7 +42,7 @@ def export_compressed(
     file_bytes: int = 2 << 30,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Compress the model of ``checkpoint`` in one shot into the new folder ``out``; see ``read_export``.
+    """Compress the model of ``checkpoint`` in one shot, written into the new folder ``out``.
 
     What is written equals ``oneshot.compress_`` on the whole model, bit for bit. In memory there is
     one tensor at a time, with its masks and a few copies of it: not the model. A folder that is

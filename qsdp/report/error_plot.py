@@ -34,7 +34,9 @@ def draw_errors(figure: Any, history: History) -> bool:
         last = max((step for step, errors in steps.items() if errors), default=None)
         for number, kind in enumerate(kinds):
             style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
-            over_steps = {step: list(_of_kind(errors, kind)) for step, errors in steps.items()}
+            over_steps = {
+                step: list(_errors_of_kind(errors, kind)) for step, errors in steps.items()
+            }
             over_steps = {step: values for step, values in over_steps.items() if values}
             if not over_steps:
                 continue
@@ -79,7 +81,7 @@ def _errors(line: StepLine, part: Part) -> Errors:
     return {name: error for name, error in errors.items() if error is not None and error > 0}
 
 
-def _of_kind(errors: Errors, kind: str) -> Iterable[tuple[int | None, float]]:
+def _errors_of_kind(errors: Errors, kind: str) -> Iterable[tuple[int | None, float]]:
     for name, error in errors.items():
         own_kind, block = _kind(name)
         if own_kind == kind:

@@ -21,7 +21,7 @@ def matmul_flops_per_s(device: torch.device, precision: str) -> float:
     number where there is no memory left to measure it in.
     """
     try:
-        return _measured(device, precision)
+        return _time_products(device, precision)
     except (RuntimeError, MemoryError) as error:
         is_full = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not is_full and not any(words in str(error) for words in _NO_MEMORY):
@@ -29,22 +29,22 @@ def matmul_flops_per_s(device: torch.device, precision: str) -> float:
         return math.nan
 
 
-def _measured(device: torch.device, precision: str) -> float:
+def _time_products(device: torch.device, precision: str) -> float:
     size = 8192 if device.type == "cuda" else 1024
     dtype = of_precision(precision)
     a = torch.ones(size, size, dtype=dtype, device=device)
     b = torch.ones(size, size, dtype=dtype, device=device)
     torch.mm(a, b)
     count = 0
-    _wait(device)
+    _synchronize(device)
     started = time.perf_counter()
     while time.perf_counter() - started < _SECONDS:
         torch.mm(a, b)
-        _wait(device)
+        _synchronize(device)
         count += 1
     return count * 2 * size**3 / (time.perf_counter() - started)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

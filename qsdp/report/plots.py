@@ -133,7 +133,7 @@ def save_png(figure: Any, path: Path) -> None:
 
 
 def _plot_loss(axes: Any, history: History, summary: Summary) -> None:
-    steps, losses = _series(history, "loss")
+    steps, losses = _steps_and_values(history, "loss")
     last: StepLine = {
         "step": summary["steps"],
         "val_loss": summary["val_loss"],
@@ -155,7 +155,7 @@ def _plot_loss(axes: Any, history: History, summary: Summary) -> None:
             {"color": "C2", "marker": "o", "markersize": 7, "fillstyle": "none", "ls": "--"},
         ),
     ):
-        points = _series(history, name)
+        points = _steps_and_values(history, name)
         if points[0]:
             axes.plot(*points, label=label, **style)
     _label_steps(axes)
@@ -183,7 +183,7 @@ def _plot_one_shot(axes: Any, summary: Losses) -> None:
 
 
 def _plot_pruned(axes: Any, history: History) -> None:
-    steps, fractions = _series(history, "pruned")
+    steps, fractions = _steps_and_values(history, "pruned")
     axes.plot(steps, [100 * f for f in fractions], ".", markersize=2)
     axes.set_ylim(-2, 102)
     _label_steps(axes)
@@ -192,7 +192,7 @@ def _plot_pruned(axes: Any, history: History) -> None:
 
 def _plot_wire(axes: Any, history: History) -> None:
     for name, label in (("wire_bytes_sent", "sent"), ("wire_bytes_fp32", "the same in fp32")):
-        steps, counts = _series(history, name)
+        steps, counts = _steps_and_values(history, name)
         axes.plot(steps, [count / 1e6 for count in counts], label=label)
     axes.set_ylim(bottom=0)
     _label_steps(axes)
@@ -201,7 +201,7 @@ def _plot_wire(axes: Any, history: History) -> None:
 
 
 def _plot_step_time(axes: Any, history: History) -> None:
-    steps, seconds = _series(history, "step_s")
+    steps, seconds = _steps_and_values(history, "step_s")
     milliseconds = [1e3 * s for s in seconds]
     axes.plot(steps, milliseconds, alpha=0.3, linewidth=0.8)
     axes.plot(steps, list(_smoothed(milliseconds)), color="C0")
@@ -250,7 +250,7 @@ def _ceiling(values: list[float]) -> float:
     return 1.5 * sorted(values)[int(0.98 * (len(values) - 1))]
 
 
-def _series(history: History, name: str) -> tuple[list[int], list[float]]:
+def _steps_and_values(history: History, name: str) -> tuple[list[int], list[float]]:
     steps = [line["step"] for line in history if step_metric(line, name) is not None]
     return steps, step_metrics(history, name)
 

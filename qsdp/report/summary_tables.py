@@ -23,13 +23,13 @@ def print_summary(console: Console, summary: Summary) -> None:
     losses.add_column("loss", justify="right")
     pruned = summary["sparsity"]["prunable"]
     name = "dense" if pruned < 0.01 else f"{pruned:.0%} pruned in training"
-    losses.add_row(f"{name}, exact", _nats(summary["val_loss"]))
+    losses.add_row(f"{name}, exact", _loss_in_words(summary["val_loss"]))
     if summary["val_loss_quantized"] is not None:
-        losses.add_row(f"{name}, off the wire", _nats(summary["val_loss_quantized"]))
+        losses.add_row(f"{name}, off the wire", _loss_in_words(summary["val_loss_quantized"]))
     for kept, loss in losses_beside(summary).items():
-        losses.add_row(f"its {kept}", _nats(loss))
+        losses.add_row(f"its {kept}", _loss_in_words(loss))
     for target, after in summary["one_shot"].items():
-        losses.add_row(f"{target_in_tables(target)} in one shot", _nats(after))
+        losses.add_row(f"{target_in_tables(target)} in one shot", _loss_in_words(after))
     console.print(losses)
     console.print(_wire_table(summary))
     seconds = summary["wire"]["seconds_per_step"]
@@ -77,7 +77,7 @@ def _wire_table(summary: Summary) -> Table:
         share = (
             f" ({count / fp32:.1%})" if fp32 and name in ("weights and gradients", "saved") else ""
         )
-        table.add_row(name, _signed(count) + share, _signed(count * steps))
+        table.add_row(name, _signed_bytes(count) + share, _signed_bytes(count * steps))
     return table
 
 
@@ -100,9 +100,9 @@ def target_in_tables(target: str) -> str:
     return f"{chosen.sparsity:.0%} pruned" if is_plain else f"{chosen}"
 
 
-def _nats(loss: float | None) -> str:
+def _loss_in_words(loss: float | None) -> str:
     return "not finite" if loss is None else f"{loss:.4f}"
 
 
-def _signed(count: float) -> str:
+def _signed_bytes(count: float) -> str:
     return format_bytes(count) if count >= 0 else f"-{format_bytes(-count)}"

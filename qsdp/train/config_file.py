@@ -83,13 +83,13 @@ def typed_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
             )
         if hints[name] in LISTS:
             types, description = LISTS[hints[name]]
-            if not isinstance(value, list) or not all(_is_a(v, types) for v in value):
+            if not isinstance(value, list) or not all(_is_of_type(v, types) for v in value):
                 raise UserError(f"{path} sets {key} to {value!r}: give {description}.")
             values[name] = tuple(_to_float(path, key, v) if float in types else v for v in value)
             continue
         types, description = FILE_TYPES[hints[name]]
         is_word = isinstance(value, str) and hints[name] == OR_AUTO
-        if not _is_a(value, types) or (is_word and value != AUTO):
+        if not _is_of_type(value, types) or (is_word and value != AUTO):
             raise UserError(f"{path} sets {key} to {value!r}: give {description}.")
         is_float = hints[name] in (float, float | None)
         values[name] = _to_float(path, key, value) if is_float else value
@@ -105,6 +105,6 @@ def _to_float(path: Path, key: str, value: float) -> float:
         ) from None
 
 
-def _is_a(value: object, types: tuple[type, ...]) -> bool:
+def _is_of_type(value: object, types: tuple[type, ...]) -> bool:
     # To Python, true is an int: not to a user.
     return isinstance(value, types) and (bool in types or not isinstance(value, bool))

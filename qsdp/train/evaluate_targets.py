@@ -153,15 +153,15 @@ def _rows(
     is_shown = world.is_main and console.is_terminal
     with Progress(*columns, console=console, disable=not is_shown) as bar:
         task = bar.add_task("the model as it is", total=1 + len(targets))
-        rows = [_row(evaluator, None)]
+        rows = [_row_at_target(evaluator, None)]
         for target in targets:
             bar.update(task, advance=1, description=str(target))
             with compressed(model, target, config.compression.patterns, method=method):
-                rows.append(_row(evaluator, target))
+                rows.append(_row_at_target(evaluator, target))
     return rows
 
 
-def _row(evaluator: Evaluator, target: Compression | None) -> dict[str, Any]:
+def _row_at_target(evaluator: Evaluator, target: Compression | None) -> dict[str, Any]:
     loss = evaluator.loss()
     return {
         "target": None if target is None else str(target),
@@ -206,7 +206,7 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
         is_known = loss is not None and dense is not None
         table.add_row(
             # An export may be another's, who had it say what he liked.
-            Text(printable(_name(results, row["target"]))),
+            Text(printable(_row_name(results, row["target"]))),
             "not finite" if loss is None else f"{loss:.4f}",
             f"{loss - dense:+.4f}" if is_known and row is not rows[0] else "",
             "not finite" if row["perplexity"] is None else f"{row['perplexity']:,.3f}",
@@ -238,7 +238,7 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
     console.print(f"Results are in {out}{noted}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _name(results: dict[str, Any], target: str | None) -> str:
+def _row_name(results: dict[str, Any], target: str | None) -> str:
     if target is not None:
         return target_in_tables(target)
     compressed_to = results["compressed_to"]

@@ -84,7 +84,7 @@ def commit(out: Path, history: str, went_on_from: int) -> list[str]:
         for step, path in checkpoint.steps(out / folder).items():
             remark = _outdated(path, history, is_new=is_new) if step > went_on_from else None
             if remark is not None:
-                _remove(path)
+                _remove_checkpoint(path)
                 removed.append(f"{folder}/{path.name}{remark}")
     # Until all of that is done a kept model is where ``HistoryFolder.latest_kept`` looks for it.
     for folder in kept_folders():
@@ -123,7 +123,7 @@ def _history(path: Path) -> tuple[str, int]:
     return str(history), went_on_from if isinstance(went_on_from, int) else 0
 
 
-def _remove(path: Path) -> None:
+def _remove_checkpoint(path: Path) -> None:
     try:
         checkpoint.remove(path)
     except OSError:

@@ -86,6 +86,7 @@ class Job:
 
     @property
     def out(self) -> Path:
+        """The folder of results."""
         return self.config.out_dir
 
     @property
@@ -194,10 +195,7 @@ class Job:
             self.say(f"Removed from {self.out}, as outdated now: {', '.join(removed)}")
 
     def wait_saved(self) -> None:
-        """Wait until the last checkpoint is there.
-
-        Raises UserError, on every rank, if it could not be written.
-        """
+        """Wait until the last checkpoint is there. Raises UserError everywhere if it cannot be."""
         if self.saver is not None:
             with _failures_told():
                 self.saver.wait()

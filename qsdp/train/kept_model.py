@@ -45,7 +45,7 @@ class KeptModel:
             while path := world.on_main(latest):
                 error = None if self._has_written else verify_together(path, world)
                 if error is None:
-                    return world.on_main(partial(_loss, path))
+                    return world.on_main(partial(_read_loss, path))
                 self.damaged.add(path.resolve())
                 self.why_none = f"{error.file} is damaged ({error.why})"
                 if world.is_main:
@@ -62,7 +62,7 @@ class KeptModel:
         return None
 
 
-def _loss(path: Path) -> float:
+def _read_loss(path: Path) -> float:
     loss = checkpoint.read_meta(path).get("val_loss")
     if not isinstance(loss, float | int):
         raise ValueError(f"{path} states no validation loss.")

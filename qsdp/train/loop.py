@@ -177,7 +177,7 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
         "wire_bytes_sent": wire.sent_bytes,
         "wire_bytes_other": wire.other_bytes,
         "wire_bytes_fp32": wire.fp32_bytes,
-        **{name: _known(getattr(wire, name)) for name in WIRE_METRICS},
+        **{name: _none_if_unknown(getattr(wire, name)) for name in WIRE_METRICS},
         **pruned,
     }
 
@@ -233,7 +233,7 @@ def _clip(job: Job, loss: Tensor) -> tuple[float, str | None]:
     return norm, None
 
 
-def _known(value: float) -> float | None:
+def _none_if_unknown(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 

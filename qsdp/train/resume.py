@@ -169,7 +169,7 @@ def find_start(
             return same
         if config.output.resume == "auto":
             raise ValueError(
-                f"{_but_for(damaged)}{own} is of another run, with {_listed(differences)}: give "
+                f"{_but_for(damaged)}{own} is of another run, with {_in_words(differences)}: give "
                 f"another --out, go on from it all the same with --resume {config.out_dir}, or "
                 "begin anew with --resume none."
             )
@@ -186,7 +186,8 @@ def find_start(
     if differences := differences_of(meta, _OF_THE_MODEL):
         raise ValueError(
             f"{_but_for(damaged)}{path} cannot be resumed, as it was trained with "
-            f"{_listed(differences)}: give the flags of that run, another --out, or --resume none."
+            f"{_in_words(differences)}: give the flags of that run, another --out, or --resume "
+            "none."
         )
     _check_steps(config, path, meta)
     has_past = is_taken and path.parent.samefile(root)
@@ -280,12 +281,12 @@ def _differences(
         pairs = [f"{n} {was.get(n, _UNSET)}, not {now.get(n, _UNSET)}" for n in names]
         if part != "settings":
             kind = {"schedule": "schedule of masks"}.get(part, part)
-            pairs = [f"another {kind} ({_listed(pairs)})"]
+            pairs = [f"another {kind} ({_in_words(pairs)})"]
         found += pairs
     return found
 
 
-def _listed(differences: list[str]) -> str:
+def _in_words(differences: list[str]) -> str:
     rest = len(differences) - _MOST_TOLD
     return "; ".join(differences[:_MOST_TOLD]) + (f"; and {rest} more" if rest > 0 else "")
 

@@ -124,7 +124,7 @@ def open_world(
         keep_freed_memory()
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     try:
-        rank, size, store = _meet() if "RANK" in os.environ else _alone()
+        rank, size, store = _meet() if "RANK" in os.environ else _meet_nobody()
         timeout = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         # Of the group itself: ``init_device_mesh`` would make another, of NCCL if there is a GPU.
@@ -164,7 +164,7 @@ def _device(backend: str | None) -> torch.device:
     return torch.device("cuda", local_rank % num_gpus)
 
 
-def _alone() -> tuple[int, int, Any]:
+def _meet_nobody() -> tuple[int, int, Any]:
     return 0, 1, cast(Any, dist).HashStore()  # public, but torch's types leave it out
 
 

@@ -24,7 +24,7 @@ def test_an_error_is_shown_as_it_is(
         monkeypatch.setattr(selfcheck, f"check_{name}", fails if name == "codec" else lambda _: "x")
     monkeypatch.setenv("COLUMNS", "200")
     world: Any = SimpleNamespace(size=1, backend="gloo", device=torch.device("cpu"), is_main=True)
-    assert selfcheck._run(world) == 1
+    assert selfcheck._run_checks(world) == 1
     printed = capsys.readouterr().out
     assert "rank 0: [/gloo/pair.cc:5] \ufffd[2J closed" in printed
     assert (printed.count("failed"), printed.count("holds")) == (1, 5)

@@ -16,7 +16,7 @@ from qsdp.commands.train import main
 from qsdp.config import QSDPConfig
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.train.auto import link_speed, machine_speed
-from qsdp.train.auto.choose import Choice, _decided, is_choice
+from qsdp.train.auto.choose import Choice, _choice_by_cost, is_choice
 from qsdp.train.auto.cost_model import decide_by_cost
 from qsdp.train.config import TrainConfig
 from qsdp.train.signals import Stop
@@ -265,11 +265,11 @@ def test_free_memory_is_what_the_machine_says_shared_by_its_ranks(
 
 def test_the_line_says_what_once_keeps_or_would_keep_and_what_little_was_sent() -> None:
     facts = measured(SLOW)
-    once = _decided(facts, 0.0)
+    once = _choice_by_cost(facts, 0.0)
     assert once.settings["qsdp_gather"] == "once"
     assert once.why.endswith("; it keeps 10.3 MB")
     assert "only" not in once.why
-    twice = _decided(replace(facts, free_bytes=100_000_000), 0.0)
+    twice = _choice_by_cost(replace(facts, free_bytes=100_000_000), 0.0)
     assert "qsdp_gather" not in twice.settings
     said = "; 4 bits gathered once would keep 10.3 MB, too much of what is free"
     assert twice.why.endswith(said)
@@ -278,10 +278,10 @@ def test_the_line_says_what_once_keeps_or_would_keep_and_what_little_was_sent() 
     coding = {"encode_s": {8: 3e-10, 4: 8e-10}, "decode_s": {8: 3e-10, 4: 1e-9}}
     coded = measured(3.35e9, **coding, free_bytes=0)
     assert decide_by_cost(coded)[0] != decide_by_cost(replace(coded, free_bytes=None))[0]
-    assert "keep" not in _decided(coded, 0.0).why
+    assert "keep" not in _choice_by_cost(coded, 0.0).why
     fast = measured(1e15, latency_s=0.0)
-    assert "keep" not in _decided(replace(fast, free_bytes=0), 0.0).why
-    few = _decided(replace(facts, reduce=replace(facts.reduce, num_bytes=4096)), 0.0)
+    assert "keep" not in _choice_by_cost(replace(fast, free_bytes=0), 0.0).why
+    few = _choice_by_cost(replace(facts, reduce=replace(facts.reduce, num_bytes=4096)), 0.0)
     assert "the link carries 100 Mbit/s a rank (measured with 4,096 bytes only) and" in few.why
 
 

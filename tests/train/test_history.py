@@ -107,7 +107,7 @@ def test_what_is_of_the_new_history_stays_whenever_the_rest_goes(
     start = results.HistoryStart(OTHER, is_beside=True)
     run = results.HistoryFolder(out, "", start)
     with monkeypatch.context() as patch:
-        patch.setattr(results, "_remove", Mock(side_effect=OSError("busy")))
+        patch.setattr(results, "_remove_checkpoint", Mock(side_effect=OSError("busy")))
         with pytest.raises(OSError, match="busy"):
             run.settle()
     run.is_beside = True

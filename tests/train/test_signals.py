@@ -202,7 +202,7 @@ def test_a_rank_that_waits_for_others_is_ended_by_a_signal(
         raise Met
 
     before = [signal.getsignal(number) for number in SIGNALS]
-    for place, name in ((world, "_alone"), (dist, "barrier")):
+    for place, name in ((world, "_meet_nobody"), (dist, "barrier")):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, look)
             with pytest.raises(Met):

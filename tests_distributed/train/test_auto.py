@@ -148,7 +148,7 @@ def told(folder: Path) -> None:
         (choose, "codec_s"),
         (link_speed.Links, "_all_to_all"),
         (link_speed.Links, "_stock_gather"),
-        (choose, "_decided"),
+        (choose, "_choice_by_cost"),
         (setup, "parallelize"),
     ]
     for rank, ((place, name), (next_place, next_name)) in enumerate(pairwise(parts)):

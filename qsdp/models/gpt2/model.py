@@ -56,8 +56,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x_BTD = x_BTD + _drop(self.attn(self.norm_attn(x_BTD)), self.dropout, self.training)
-        return x_BTD + _drop(self.mlp(self.norm_mlp(x_BTD)), self.dropout, self.training)
+        x_BTD = x_BTD + _dropout(self.attn(self.norm_attn(x_BTD)), self.dropout, self.training)
+        return x_BTD + _dropout(self.mlp(self.norm_mlp(x_BTD)), self.dropout, self.training)
 
 
 class GPT(LanguageModel):
@@ -95,7 +95,7 @@ class GPT(LanguageModel):
                 f"{self.config.context}: shorten it, or build a model with a longer context."
             )
         x_BTD = self.embed(tokens_BT) + self.position.weight[:num_tokens]
-        x_BTD = _drop(x_BTD, self.config.dropout, self.training)
+        x_BTD = _dropout(x_BTD, self.config.dropout, self.training)
         for block in self.blocks:
             x_BTD = block(x_BTD)
         x_BTD = self.norm_out(x_BTD)
@@ -105,7 +105,7 @@ class GPT(LanguageModel):
         return None, F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
 
 
-def _drop(x: Tensor, probability: float, training: bool) -> Tensor:
+def _dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     return F.dropout(x, probability) if training and probability else x
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def _gpt2(num_layers: int, num_heads: int, width: int, context: int = 1024) -> dict[str, Any]:
+def _gpt2_size(num_layers: int, num_heads: int, width: int, context: int = 1024) -> dict[str, Any]:
     return {
         "vocab_size": 50257,
         "num_layers": num_layers,
@@ -19,11 +19,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"num_layers": 2, "num_heads": 2, "width": 64, "context": 64, "bias": False},
     "nano": {"num_layers": 4, "num_heads": 4, "width": 128, "context": 64, "bias": False},
     "mini": {"num_layers": 6, "num_heads": 8, "width": 256, "context": 128, "bias": False},
-    "gpt2": _gpt2(12, 12, 768),
-    "gpt2-medium": _gpt2(24, 16, 1024),
-    "gpt2-large": _gpt2(36, 20, 1280),
-    "gpt2-xl": _gpt2(48, 25, 1600),
-    "gpt-1.3b": _gpt2(24, 16, 2048, context=2048),
+    "gpt2": _gpt2_size(12, 12, 768),
+    "gpt2-medium": _gpt2_size(24, 16, 1024),
+    "gpt2-large": _gpt2_size(36, 20, 1280),
+    "gpt2-xl": _gpt2_size(48, 25, 1600),
+    "gpt-1.3b": _gpt2_size(24, 16, 2048, context=2048),
 }
 
 # Where they differ from nano's, which are the defaults of ``RunFlags``. Learning rates are those of

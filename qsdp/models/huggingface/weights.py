@@ -116,7 +116,7 @@ def export_huggingface(
     form.add_tensors(model.config, tensors)
     with mistakes_shared("export_huggingface", world):
         if writes:
-            _write(path, form.settings(model.config), tensors, files or {}, is_there)
+            _write_checkpoint(path, form.settings(model.config), tensors, files or {}, is_there)
     meet("export_huggingface", {}, world)
 
 
@@ -163,7 +163,7 @@ def _is_there(path: Path, form: TransformersForm[Any], size: ModelSize) -> bool:
     return True
 
 
-def _write(
+def _write_checkpoint(
     path: Path,
     settings: Mapping[str, Any],
     tensors: Mapping[str, Tensor],

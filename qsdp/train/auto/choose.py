@@ -104,12 +104,12 @@ def choose(config: TrainConfig, size: ModelSize, world: World) -> Choice:
     measured = measure_for_choice(config, size, world)
     if world.device.type != "cpu":
         torch.accelerator.empty_cache()  # pieces of other sizes than the run will ask for
-    choice = world.on_main(lambda: _decided(measured, started))
+    choice = world.on_main(lambda: _choice_by_cost(measured, started))
     world.stop.check()
     return choice
 
 
-def _decided(measured: Measured, started: float) -> Choice:
+def _choice_by_cost(measured: Measured, started: float) -> Choice:
     way, predicted = decide_by_cost(measured)
     stock = WireWay(bits=STOCK)
     few = measured.too_few_bytes
@@ -126,10 +126,10 @@ def _decided(measured: Measured, started: float) -> Choice:
     other = stock if stock in others else min(others, key=lambda each: predicted[each])
     why += f", {predicted[other]:.3g} s with {other}"
     if way.gather == "once":
-        why += f"; it keeps {_kept(measured, way)}"
+        why += f"; it keeps {_kept_in_words(measured, way)}"
     roomy = decide_by_cost(replace(measured, free_bytes=None))[0]
     if roomy.gather == "once" and roomy != way:
-        why += f"; {roomy} would keep {_kept(measured, roomy)}, too much of what is free"
+        why += f"; {roomy} would keep {_kept_in_words(measured, roomy)}, too much of what is free"
     return Choice(
         settings=way.settings(has_nodes=measured.ranks_per_node > 1),
         what=str(way),
@@ -140,7 +140,7 @@ def _decided(measured: Measured, started: float) -> Choice:
     )
 
 
-def _kept(measured: Measured, way: WireWay) -> str:
+def _kept_in_words(measured: Measured, way: WireWay) -> str:
     kept = measured.kept_bytes(way)
     return f"{kept / 1e6:,.1f} MB" if kept > 1e6 else f"{kept / 1e3:,.1f} kB"
 

@@ -229,8 +229,8 @@ def decide_by_cost(measured: Measured) -> tuple[WireWay, dict[WireWay, float]]:
 def step_s(measured: Measured, way: WireWay) -> float:
     """Seconds a step: see [Note: Cost]."""
     root, block, blocks = measured.root, measured.block, measured.num_blocks
-    gathers = [_gather(measured, way, group) for group in (root, block)]
-    reduces = [_reduce(measured, way, group) for group in (root, block)]
+    gathers = [_gather_cost(measured, way, group) for group in (root, block)]
+    reduces = [_reduce_cost(measured, way, group) for group in (root, block)]
     again = Cost(0.0, 0.0)  # the block's second gather
     if way.gather == "twice":
         again = gathers[1]
@@ -255,39 +255,39 @@ def step_s(measured: Measured, way: WireWay) -> float:
     return measured.passes * one_pass + measured.optimizer_s
 
 
-def _gather(measured: Measured, way: WireWay, group: ModelledGroup) -> Cost:
+def _gather_cost(measured: Measured, way: WireWay, group: ModelledGroup) -> Cost:
     size = group.gather_bytes[way.bits]
     if way.bits == STOCK:
-        return _stock(measured, measured.stock_gather.seconds(size))
+        return _stock_cost(measured, measured.stock_gather.seconds(size))
     codec = group.values * measured.encode_s[way.bits]
     codec += measured.num_ranks * group.values * measured.decode_s[way.bits]
     across, local = measured.gather_across, measured.gather_local
     if not way.is_two_hop or across is None or local is None:
-        return _cost(measured, codec, measured.gather, size)
+        return _coded_cost(measured, codec, measured.gather, size)
     num_nodes = measured.num_ranks // measured.ranks_per_node
-    return _cost(measured, codec + local.seconds(num_nodes * size), across, size)
+    return _coded_cost(measured, codec + local.seconds(num_nodes * size), across, size)
 
 
-def _reduce(measured: Measured, way: WireWay, group: ModelledGroup) -> Cost:
+def _reduce_cost(measured: Measured, way: WireWay, group: ModelledGroup) -> Cost:
     size, encode, decode = group.reduce_bytes[way.bits], measured.encode_s, measured.decode_s
     if way.bits == STOCK:
-        return _stock(measured, measured.stock_reduce.seconds(size))
+        return _stock_cost(measured, measured.stock_reduce.seconds(size))
     both = group.values * (encode[way.bits] + decode[way.bits])
     across, local = measured.reduce_across, measured.reduce_local
     if not way.is_two_hop or across is None or local is None:
-        return _cost(measured, (measured.num_ranks - 1) * both, measured.reduce, size)
+        return _coded_cost(measured, (measured.num_ranks - 1) * both, measured.reduce, size)
     width, num_nodes = measured.ranks_per_node, measured.num_ranks // measured.ranks_per_node
     in_node = group.values * (encode[LOCAL_BITS] + decode[LOCAL_BITS])
     codec = (width - 1) * num_nodes * in_node + (num_nodes - 1) * both
     first = local.seconds(num_nodes * group.local_bytes)
-    return _cost(measured, codec + first, across, size)
+    return _coded_cost(measured, codec + first, across, size)
 
 
-def _stock(measured: Measured, seconds: float) -> Cost:
+def _stock_cost(measured: Measured, seconds: float) -> Cost:
     return Cost(0.0, seconds) if measured.has_streams else Cost(seconds, 0.0)
 
 
-def _cost(measured: Measured, codec_s: float, transfer: Transfer, num_bytes: int) -> Cost:
+def _coded_cost(measured: Measured, codec_s: float, transfer: Transfer, num_bytes: int) -> Cost:
     seconds = transfer.seconds(num_bytes)
     if measured.has_streams:
         return Cost(0.0, codec_s + seconds)
