@@ -66,7 +66,7 @@ def expected_error(levels: Tensor, counts: Tensor) -> float:
 
 
 def fit_levels(levels: Tensor, counts: Tensor) -> Tensor:
-    """Levels of least ``expected_error`` on ``counts``: coordinate descent from a good start.
+    """Fit levels to ``counts``: of least ``expected_error``, by descent from a good start.
 
     Equal counts give equal levels, bit for bit, on every machine: the descent is in integers, and
     the start takes square roots alone. The levels are non-decreasing from 0 to 1, and never worse

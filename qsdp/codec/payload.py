@@ -1,9 +1,9 @@
 """[Note: Payload] The bytes that one rank sends for one group, in numbers or arrays of them.
 
     header   32 bytes, four little-endian int64: (version << 32 | sender), key step,
-             payload bytes, plan hash ^ status; the hash is ``plan_hash`` of the version, the group
-             and what defines each segment, the status is 0 but where a rank has other gradients
-             than were agreed on: [Note: Consensus] in comm/gradient_consensus.py
+             payload bytes, plan hash ^ status; the hash is ``payload_hash`` of the version, the
+             group and what defines each segment, the status is 0 but where a rank has other
+             gradients than were agreed on: [Note: Consensus] in comm/gradient_consensus.py
     metadata 8 bytes a bucket, segment after segment: fp32 min, fp32 scale
     raw      the uncoded segments, wider elements first
     codes    from a 16-byte boundary on, segment after segment, each ceil(numel * bits / 8) bytes:
@@ -35,7 +35,7 @@ ALIGN_BYTES = 16
 
 
 class PayloadStatus(IntEnum):
-    """What the header of a payload says of its sender's gradients.
+    """A word in every payload: what it says of its sender's gradients.
 
     They are those that were agreed on, or others, or the sender has heard of both; or it has
     nothing to send, and raises. The values are random bits, so that damage is not taken for a
@@ -87,7 +87,7 @@ class Segment:
 
 
 class Layout:
-    """The layout of a payload: where each segment of a group lies in it, and in the flat buffer.
+    """The form of one payload: where each segment of a group lies in it, and in the flat buffer.
 
     ``segments`` are in buffer order; ``group`` numbers the group for the random generator.
     """
@@ -100,7 +100,7 @@ class Layout:
         starts = payload_offsets(segments, [segment.padded for segment in segments])
         meta_starts, data_starts, self.payload_bytes = starts
         self._starts = tuple(zip(meta_starts, data_starts, strict=True))
-        self.hash = plan_hash([VERSION, group, *(n for s in segments for n in s.definition)])
+        self.hash = payload_hash([VERSION, group, *(n for s in segments for n in s.definition)])
 
     def table(self, numels: Sequence[int], dtype: DType | None = None) -> list[list[int]]:
         """Rows of a segment table for one sender whose segments hold ``numels`` valid values.
@@ -149,8 +149,8 @@ def payload_offsets(
     return meta_starts, data_starts, _align(end)
 
 
-def plan_hash(integers: Sequence[int]) -> int:
-    """The hash in the header of a payload: of ``integers``, signed, 64 bits.
+def payload_hash(integers: Sequence[int]) -> int:
+    """The hash in a payload's first bytes: of ``integers``, signed, 64 bits.
 
     It depends on no name of a class or a field.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class GradientsDiffer(Exception):
-    """Some ranks have the agreed gradients to reduce, and some have differing ones.
+    """Raised for differing gradients: some ranks have the agreed ones to reduce, and some others.
 
     See [Note: Consensus] in ``gradient_consensus.py``.
     """

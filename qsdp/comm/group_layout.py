@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from qsdp import ops
-from qsdp.codec.payload import VERSION, Layout, PayloadStatus, Segment, payload_offsets, plan_hash
+from qsdp.codec.payload import (
+    VERSION,
+    Layout,
+    PayloadStatus,
+    Segment,
+    payload_hash,
+    payload_offsets,
+)
 from qsdp.codec.segment_table import Field, Part
 from qsdp.comm.buffers import BufferPool
 from qsdp.comm.pruned_slices import PrunedSlices
@@ -48,7 +55,7 @@ class GroupLayout:
         padded = torch.tensor([segment.padded for segment in segments])
         if pruned is not None:
             numels, padded = numels.minimum(pruned.counts), pruned.counts
-            self._hash = plan_hash([self._hash, *padded.flatten().tolist()])
+            self._hash = payload_hash([self._hash, *padded.flatten().tolist()])
         sizes = torch.cat([numels, padded.expand_as(numels)], dim=1)
         kinds, self._kinds = torch.unique(sizes, dim=0, return_inverse=True)
         self._numels, self._padded = kinds.split(len(segments), dim=1)

@@ -16,7 +16,7 @@ from qsdp.compat.interrupted_passes import abandon_pass
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.resharding import reshard_module
 from qsdp.config import QSDPConfig
-from qsdp.fsdp.build import BuiltParts
+from qsdp.fsdp.build_parts import BuiltParts
 from qsdp.fsdp.handle_state import check_form
 from qsdp.fsdp.report import Report, sharded_rows
 from qsdp.fsdp.report_remarks import remarks

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from qsdp.compat.parameter_group import parameter_groups
 from qsdp.config import QSDPConfig
-from qsdp.fsdp.build import build
+from qsdp.fsdp.build_parts import build_parts
 from qsdp.fsdp.handle import Handle
 
 
@@ -51,5 +51,5 @@ def install(
             f"{type(model).__name__} has no FSDP2 parameters: call fully_shard before qsdp.install."
         )
     config = QSDPConfig() if config is None else config
-    parts = build(model, config, groups, replicate_mesh, node_mesh)
+    parts = build_parts(model, config, groups, replicate_mesh, node_mesh)
     return Handle(config, groups, parts)

@@ -68,7 +68,7 @@ def describe_install(
 
 
 def describe_meshes(**meshes: DeviceMesh | None) -> Description:
-    """What ranks must agree on at install before: which meshes it was given, and their shapes."""
+    """What ranks must agree on first at install: which meshes it was given, and their shapes."""
     shapes = {name: None if mesh is None else tuple(mesh.shape) for name, mesh in meshes.items()}
     return {"versions": {}, "config": shapes, "parameters": {}, "groups": {}}
 

@@ -14,7 +14,7 @@ SOLVERS: dict[str, str] = {
 DEFAULT = "magnitude"
 
 
-def check(method: str) -> None:
+def check_solver(method: str) -> None:
     """Raise ValueError for a name that no solver in the registry has."""
     if method not in SOLVERS:
         raise ValueError(f"method is {method!r}: choose one of {', '.join(SOLVERS)}.")
@@ -33,7 +33,7 @@ def chosen_method(given: str | None, *, idle: str | None) -> str:
     if given is None:
         return DEFAULT
     try:
-        check(given)
+        check_solver(given)
     except ValueError as error:
         raise ValueError(f"--{quoted(error)}.") from None
     if idle is not None:
@@ -56,7 +56,7 @@ def solver_of(method: str, *, has_tokens: bool = False) -> Solver:
         ValueError: There is none, or it is to work without the calibration tokens that it needs,
             or is given some that it does not use.
     """
-    check(method)
+    check_solver(method)
     solver = held_by_registered(SOLVERS[method], "SOLVER")
     if not isinstance(solver, Solver):
         raise ValueError(

@@ -109,7 +109,7 @@ def serving(device: torch.device) -> str:
 
 
 def remark(device: torch.device) -> str:
-    """What ``serving`` says of ``device`` in words, with why and what to do where that is slow."""
+    """Which kernels, native or not, serve ``device``, in words; why, and what to do where slow."""
     kernels = serving(device)
     if kernels != PYTHON:
         return f"kernels: {kernels}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qsdp.simulation.shards import SimulatedSharding
+from qsdp.simulation.simulated_shards import SimulatedSharding
 
 
 class KeptWeights:

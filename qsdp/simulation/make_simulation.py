@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qsdp.config import QSDPConfig
 from qsdp.simulation.numbering import Group, number_model
 from qsdp.simulation.ranks import SimulatedRanks
-from qsdp.simulation.shards import SimulatedSharding
+from qsdp.simulation.simulated_shards import SimulatedSharding
 from qsdp.simulation.simulated_wire import SimulatedWire
 from qsdp.simulation.training import MakeOptimizer, Simulation
 

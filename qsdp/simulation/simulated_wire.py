@@ -27,7 +27,7 @@ from qsdp.simulation.kept_weights import KeptWeights
 from qsdp.simulation.levels_and_budget import Bits, SimulatedBudget, SimulatedLevels
 from qsdp.simulation.numbering import Numbering
 from qsdp.simulation.ranks import SimulatedRanks
-from qsdp.simulation.shards import SimulatedSharding
+from qsdp.simulation.simulated_shards import SimulatedSharding
 from qsdp.simulation.stages import simulated_stages
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qsdp.compat.parameter_names import named_buffers, named_parameters
-from qsdp.simulation.forward_backward import ForwardBackward, casting_inputs
 from qsdp.simulation.kept_weights import check_kept_masks
 from qsdp.simulation.reduction import Reduction
+from qsdp.simulation.simulated_passes import SimulatedPasses, casting_inputs
 from qsdp.simulation.simulated_wire import SimulatedWire
 from qsdp.simulation.volume import SimulatedVolume, count_bytes
 
@@ -36,7 +36,7 @@ class Simulation:
     ) -> None:
         self.clock = 0
         self._model, self._wire = model, wire
-        self._passes = ForwardBackward(model, loss)
+        self._passes = SimulatedPasses(model, loss)
         self._has_reduced = False
         named = named_parameters(model)
         rows = {name: wire.sharding.cut(name, p.detach()) for name, p in named.items()}

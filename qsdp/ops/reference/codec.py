@@ -184,7 +184,7 @@ def _decode(
 def quantize(
     x: Tensor, segment: SegmentRow, key: int, levels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The codec's codes (uint8 [n]), lows and scales (fp32 [buckets]) of fp32 [n]: [Note: Grid]."""
+    """The reference codec's codes (uint8 [n]), lows and scales (fp32 [buckets]): [Note: Grid]."""
     buckets = -(-x.numel() // segment.bucket)
     x_NB = torch.nn.functional.pad(x, (0, buckets * segment.bucket - x.numel()), value=1.0)
     x_NB = x_NB.view(buckets, segment.bucket)
@@ -218,7 +218,7 @@ def quantize(
 def dequantize(
     codes: Tensor, low: Tensor, scale: Tensor, segment: SegmentRow, key: int, levels: Tensor | None
 ) -> Tensor:
-    """The fp32 [n] values that the codec makes of uint8 [n] codes: [Note: Grid]."""
+    """The fp32 [n] values that the reference codec makes of uint8 [n] codes: [Note: Grid]."""
     buckets = low.numel()
     c_NB = torch.nn.functional.pad(codes, (0, buckets * segment.bucket - codes.numel()))
     c_NB = c_NB.view(buckets, segment.bucket)
@@ -239,7 +239,7 @@ def dequantize(
 
 
 def grid_numbers(segment: SegmentRow, key: int, like_NB: Tensor) -> Tensor:
-    """What the codec's roundings make of random numbers: r of [Note: Grid], fp32, on either side.
+    """What the reference codec's roundings work with: r of [Note: Grid], fp32, on either side.
 
     It is broadcastable to [buckets, bucket]. A rounding that makes something else of what it draws
     says so here.
@@ -255,7 +255,7 @@ def grid_numbers(segment: SegmentRow, key: int, like_NB: Tensor) -> Tensor:
 
 
 def unclamped_codes(t_NB: Tensor, r: Tensor, rounding: Rounding) -> Tensor:
-    """The codes of the codec before they are clamped: whole numbers, as its roundings round.
+    """The reference codec's codes before they are clamped: whole numbers, as it rounds.
 
     A rounding that rounds in another way says so here.
     """
@@ -265,7 +265,7 @@ def unclamped_codes(t_NB: Tensor, r: Tensor, rounding: Rounding) -> Tensor:
 
 
 def convert_values(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The codec's conversion of ``values`` to ``dtype``, rounded to nearest even.
+    """The reference codec's conversion of ``values`` to ``dtype``, rounded to nearest even.
 
     A NaN becomes the canonical one, except where its bits are kept (bf16 in fp32).
     """
@@ -275,7 +275,7 @@ def convert_values(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """The codec's packing: uint8 [n] codes as a bit stream, uint8 [ceil(n * bits / 8)]."""
+    """The reference codec's packing of uint8 [n] codes: bits, uint8 [ceil(n * bits / 8)]."""
     num_bytes = -(-codes.numel() * bits // 8)
     groups = torch.nn.functional.pad(codes, (0, -codes.numel() % 8)).view(-1, 8).long()
     words = (groups << bits * torch.arange(8, device=codes.device)).sum(1)
@@ -283,7 +283,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_codes(stream: Tensor, bits: int, num: int) -> Tensor:
-    """The codec's unpacking: the ``num`` codes (uint8) of a bit stream of ``pack_codes``."""
+    """The reference codec's unpacking: the ``num`` codes (uint8) that ``pack_codes`` packed."""
     groups = -(-num // 8)
     stream = torch.nn.functional.pad(stream, (0, groups * bits - stream.numel()))
     octets = torch.nn.functional.pad(stream.view(groups, bits), (0, 8 - bits)).contiguous()

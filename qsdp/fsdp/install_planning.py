@@ -1,4 +1,4 @@
-"""What ``install`` makes of a sharded model before it sends anything: plans, nodes and stages."""
+"""Planning at install, before anything of a sharded model is sent: plans, nodes and stages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qsdp.fsdp.install_arguments import module_name
 def plan_nodes(
     plans: list[Plan], launched: Mapping[int, int], config: QSDPConfig, mesh: DeviceMesh | None
 ) -> Nodes:
-    """Plan the nodes of all ranks, of which launchers say how many they ``launched``."""
+    """The planning at install of nodes, of whose ranks launchers say how many they ``launched``."""
     if mesh is not None:
         for group in _shard_groups(plans):
             check_mesh(group, mesh)
@@ -33,7 +33,7 @@ def plan_nodes(
 def plan_splits(
     plans: list[Plan], nodes: Nodes, config: QSDPConfig, mesh: DeviceMesh | None
 ) -> dict[dist.ProcessGroup, TopologySplit]:
-    """Plan how the ranks of each process group of several ranks are split into stages.
+    """The planning at install of how the ranks of process groups are split into stages.
 
     Raises ValueError where the config asks for stages that cannot be.
     """
@@ -43,7 +43,7 @@ def plan_splits(
 def plan_stages(
     plans: list[Plan], splits: Mapping[dist.ProcessGroup, TopologySplit], mesh: DeviceMesh | None
 ) -> list[StageGroup]:
-    """Open the planned stages of all process groups, for the plans. A collective over each."""
+    """The planning at install of stages: open all, for the plans. A collective over each group."""
     made = {group: open_stages(group, each.sizes, mesh) for group, each in splits.items()}
     for plan in plans:
         plan.stages = made.get(plan.group, plan.stages)
@@ -63,7 +63,7 @@ def plan_group(
     embeddings: set[str],
     config: QSDPConfig,
 ) -> Plan:
-    """Plan how one FSDP2 group travels, by its parameters and the config.
+    """The planning at install of how one FSDP2 group travels.
 
     Raises ValueError for what qsdp does not support, RuntimeError if this torch shards otherwise.
     """

@@ -28,8 +28,8 @@ from qsdp.fsdp import install_agreement
 from qsdp.fsdp.bits_and_levels import Adaptation
 from qsdp.fsdp.hooks import AllGatherHook
 from qsdp.fsdp.install_arguments import check_argument_type, refuse_own_comms, replica_group
+from qsdp.fsdp.install_planning import plan_group, plan_nodes, plan_splits, plan_stages
 from qsdp.fsdp.passes import Passes
-from qsdp.fsdp.planning import plan_group, plan_nodes, plan_splits, plan_stages
 from qsdp.fsdp.quantized_collectives import InstalledComms
 from qsdp.fsdp.report import Row, unsharded_rows
 from qsdp.ops import native
@@ -37,7 +37,7 @@ from qsdp.ops import native
 
 @dataclass(frozen=True, kw_only=True)
 class BuiltParts:
-    """What ``build`` puts on a model: the parts that a handle is made of."""
+    """What ``build_parts`` puts on a model: the parts that a handle is made of."""
 
     plans: Sequence[Plan]
     unsharded: Mapping[int, Row]
@@ -54,14 +54,14 @@ class BuiltParts:
     comms: InstalledComms
 
 
-def build(
+def build_parts(
     model: nn.Module,
     config: QSDPConfig,
     groups: list[ParameterGroup],
     replicate_mesh: DeviceMesh | None,
     node_mesh: DeviceMesh | None,
 ) -> BuiltParts:
-    """Build the wire on ``model``, whose ``groups`` these are. A collective; see ``install``."""
+    """Build the parts of the wire on ``model``, whose ``groups`` these are. A collective."""
     for group in groups:
         reshard_module(group.module)
     names = {p: name for name, p in named_parameters(model).items()}

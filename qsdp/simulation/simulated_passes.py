@@ -13,8 +13,8 @@ from torch.func import functional_call
 from qsdp.compat.parameter_names import clean_names, named_buffers
 
 
-class ForwardBackward:
-    """Forward and backward passes of a model with weights that are not its own.
+class SimulatedPasses:
+    """Simulated passes, forward and backward, of a model with weights that are not its own.
 
     All ranks share one set of ``buffers``.
 
@@ -55,7 +55,7 @@ class ForwardBackward:
 
 @contextmanager
 def casting_inputs(modules: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
-    """Within the context, a simulated forward casts inputs of groups to the parameter dtype.
+    """Within the context, simulated passes cast inputs of groups to the parameter dtype.
 
     FSDP2 does so by default.
     """
