@@ -91,7 +91,7 @@ def _train(row: Row, mesh: DeviceMesh, is_stock: bool) -> Any:
 
 @torch.no_grad()
 def _descend(parameters: list[nn.Parameter]) -> None:
-    """A step on what this rank holds: of DTensors on a new mesh, each operation would be planned."""
+    """A step on what this rank holds: of DTensors, torch would plan it for each new mesh."""
     for parameter in parameters:
         if parameter.grad is not None:
             _held(parameter).sub_(_held(parameter.grad), alpha=0.1)
