@@ -9,5 +9,5 @@ from tests_distributed.support import pool
 
 
 def test_what_workers_preload_is_there() -> None:
-    names = [*pool.preloaded, file_operations.PRELOADED]
+    names = [*pool.preloaded, *file_operations.PRELOADED]
     assert [name for name in names if find_spec(name) is None] == []

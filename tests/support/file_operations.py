@@ -338,9 +338,11 @@ def _report(pipe: Connection, work: Callable[..., object], args: tuple[object, .
 
 
 # Forked from a server with one thread: a fork of this process may wait for threads that it lacks.
-PRELOADED = "tests.common.test_two_writers"
+PRELOADED = ["tests.common.test_two_writers"]
+# What torch imports when a checkpoint is first saved or read.
+PRELOADED += ["torch._dynamo", "torch.distributed.checkpoint._fsspec_filesystem"]
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([PRELOADED])
+_CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def barrier(number: int) -> Barrier:

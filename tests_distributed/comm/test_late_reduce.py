@@ -283,7 +283,13 @@ HEAVY = {
     *("compiled", "fp16 shards", "factor 1", "shared block", "hooks", "optimizer in backward"),
     *("graph kept", "two hops, hooks on one rank", "masks of weights alone"),
     # As "accumulated" does, and the file of two hops.
-    *("micro-batches synced each", "two hops, gradients there on one rank"),
+    *("micro-batches synced each", "two hops, gradients there on one rank", "two hops"),
+    # In tests_distributed/simulation their numbers are those of one process; that they are late, or
+    # not, the others show.
+    *("few bits", "learned levels", "budget", "bf16, reduced in fp32", "micro-batches"),
+    *("re-computation", "frozen", "tied and unused", "replicas", "quantized replicas"),
+    # As docs/fsdp2.md's table of switches is tested.
+    "factor 2.5",
 }
 
 

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -126,7 +125,7 @@ def test_another_set_of_gradients_on_one_rank_ends_in_one_sentence_on_all(
 ) -> None:
     hops = {"reduce": "two-hop", "ranks_per_node": 2} if ranks == 4 else {}
     cases = _odd_cases(ranks, odd, by_the_odd, is_root)
-    if hops:  # every other one, so that all ways to wait are among them
+    if not is_root:  # every other one, the rest where another rank is odd
         cases = dict([*cases.items()][1 - odd :: 2])
     outcomes = run(ranks, _apart, {"gather": gather, **hops}, list(cases.values()))
     for name, each in zip(cases, zip(*outcomes, strict=True), strict=True):
@@ -144,7 +143,7 @@ SEVERAL: dict[str, Case] = {
 }
 
 
-@pytest.mark.parametrize("gather", GATHERS)
+@selection("gather", [("twice",)], GATHERS)
 def test_several_other_sets_end_in_one_sentence_too_unless_all_ranks_change(
     run: Run, gather: str
 ) -> None:
@@ -184,7 +183,7 @@ def _shard(parameter: Any) -> Tensor:
     return local
 
 
-@pytest.mark.parametrize("gather", GATHERS)
+@selection("gather", [("once",)], GATHERS)
 def test_what_is_refused_reaches_no_optimizer_inside_the_backward_pass(
     run: Run, gather: str
 ) -> None:

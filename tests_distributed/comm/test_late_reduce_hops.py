@@ -97,7 +97,10 @@ def _late_and_waiting(way: str, gather: str) -> tuple[list[str], bool, bool]:
 
 
 @selection(
-    "way, gather", [(way, GATHERS[i % 2]) for i, way in enumerate(WAYS)], list(WAYS), GATHERS
+    "way, gather",
+    [("a collective of the user's, gradient", "once"), ("two models, hook", "twice")],
+    list(WAYS),
+    GATHERS,
 )
 def test_one_rank_waits_at_once_beside_collectives_that_are_not_its_wires(
     run: Run, way: str, gather: str
@@ -144,7 +147,10 @@ def _after_an_exception(gather: str, waits: str, block: int, call: str) -> tuple
 
 @selection(
     "waits, gather, block, call",
-    [*(("hook", "twice", 0, call) for call in CALLS), ("gradient", "once", 1, "abandon_step")],
+    [
+        *(("hook", "twice", 0, call) for call in ("abandon_step", "remove")),
+        ("gradient", "once", 1, "errors"),
+    ],
     WAITS,
     GATHERS,
     (0, 1),

@@ -59,7 +59,10 @@ def _pointless(reduce: str, ranks_per_node: int, replicas: int, grad_bits: int) 
     return result, handle.traffic.snapshot(), handle.report().remarks
 
 
-@pytest.mark.parametrize(("ranks_per_node", "replicas"), [(4, 1), (1, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("ranks_per_node", "replicas"),
+    [pytest.param(4, 1, marks=pytest.mark.heavy), (1, 1), (2, 2)],
+)
 def test_two_hops_of_which_one_has_nothing_to_do_are_flat_and_the_report_says_so(
     run: Run, ranks_per_node: int, replicas: int
 ) -> None:

@@ -95,7 +95,10 @@ def _bits_a_value(rows: list[Any], column: int, ranks: int) -> float:
     return total / values if values else 0.0
 
 
-@pytest.mark.parametrize(("ranks", "budget"), [(2, 4.5), (3, 5.0), (4, 6.0)])
+@pytest.mark.parametrize(
+    ("ranks", "budget"),
+    [(2, 4.5), (3, 5.0), pytest.param(4, 6.0, marks=pytest.mark.heavy)],
+)
 def test_what_travels_is_within_the_budget(run: Run, ranks: int, budget: float) -> None:
     for _, rows, _ in run(ranks, _adapted, {"budget": budget}, None):
         for column in (2, 3):
@@ -237,7 +240,7 @@ POLICY: dict[str, Any] = {"policy": (("*.qkv.weight", 4), ("*.up.weight", (5, 6)
         pytest.param(SIX, {"weight_bits": 4}, False, marks=pytest.mark.heavy),
         ({}, SIX, False),
         (SIX, {"budget": 7.0}, False),
-        (SIX, {**SIX, "grad_bits": 6}, False),
+        pytest.param(SIX, {**SIX, "grad_bits": 6}, False, marks=pytest.mark.heavy),
         pytest.param(SIX, {**SIX, "embedding_bits": 4}, False, marks=pytest.mark.heavy),
         (SIX, {**SIX, **POLICY}, False),
         (SIX, SIX, True),
@@ -276,7 +279,7 @@ def test_learned_levels_are_the_same_on_all_ranks_and_survive_interruptions(run:
     never = run(2, _adapted, {**options, "level_steps": (100,)}, None)
     assert never[0][0][0][0] == expected[0][0][0][0]
     assert never[0][0][0][1:] != expected[0][0][0][1:]
-    for step in (1, 2, 3, 4):
+    for step in (2, 3):  # what was learned once; and where it is due
         for (found, _, found_state), (wanted, _, _) in zip(
             run(2, _adapted, options, step), expected, strict=True
         ):

@@ -52,7 +52,7 @@ def _train(row: Row, mesh: DeviceMesh, is_stock: bool) -> Any:
     for module in (model.embed, *model.blocks):
         fully_shard(module, **options)
     fully_shard(model, **options | switch.root)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    parameters = list(model.parameters())
     seen = _see(model)
     found: list[Any] = []
     handle = None
@@ -67,8 +67,7 @@ def _train(row: Row, mesh: DeviceMesh, is_stock: bool) -> Any:
             )
         for micro in range(MICRO_BATCHES):
             if micro == NEXT_STEP:
-                optimizer.step()
-                optimizer.zero_grad()
+                _descend(parameters)
             if micro == start:
                 _set(switch, model, micro)
             elif micro > start and switch.each is not None:
@@ -76,7 +75,7 @@ def _train(row: Row, mesh: DeviceMesh, is_stock: bool) -> Any:
             loss = model(*make_batch(model, micro))
             loss.backward()
             grads = {
-                name: None if p.grad is None else _local(p.grad)
+                name: None if p.grad is None else _held(p.grad).clone()
                 for name, p in model.named_parameters()
             }
             note = None if switch.note is None else switch.note(model)
@@ -90,6 +89,15 @@ def _train(row: Row, mesh: DeviceMesh, is_stock: bool) -> Any:
     return found
 
 
+@torch.no_grad()
+def _descend(parameters: list[nn.Parameter]) -> None:
+    """A step on what this rank holds: of DTensors, torch would plan it for each new mesh."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            _held(parameter).sub_(_held(parameter.grad), alpha=0.1)
+            parameter.grad = None
+
+
 def _set(switch: Switch, model: Any, micro: int) -> None:
     if switch.set is not None:
         switch.set(model)
@@ -97,8 +105,8 @@ def _set(switch: Switch, model: Any, micro: int) -> None:
         switch.each(model, micro)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).clone()
+def _held(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _gathered(model: nn.Module) -> list[bool]:

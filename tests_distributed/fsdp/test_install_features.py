@@ -417,8 +417,18 @@ if hasattr(FSDPModule, "set_separate_reduce_scatter_group"):
     SCENARIOS += SINCE_2_13
 
 
+# As switches alone they are rows of test_fsdp2_settings.py.
+HEAVY = {columns, prefetch, a_method_registered_as_forward, ignored_parameters, divided_by_seven}
+HEAVY |= {all_reduced_later, separate_reduce_scatter_group, unused_reduced_as_zeros}
+
+
 @pytest.mark.parametrize(
-    ("scenario", "ranks"), SCENARIOS, ids=[scenario.__name__ for scenario, _ in SCENARIOS]
+    ("scenario", "ranks"),
+    [
+        pytest.param(*each, marks=pytest.mark.heavy if each[0] in HEAVY else ())
+        for each in SCENARIOS
+    ],
+    ids=[scenario.__name__ for scenario, _ in SCENARIOS],
 )
 def test_fsdp2_features_work(run: Run, scenario: Callable[[Install], Grads], ranks: int) -> None:
     for stock, full, coded in run(ranks, _three_ways, scenario):

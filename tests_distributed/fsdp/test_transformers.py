@@ -169,7 +169,10 @@ def _from_pretrained(folder: str, sizes: dict[str, Any]) -> Any:
     find_spec("accelerate") is None,
     reason="from_pretrained(distributed_config=...) of transformers needs accelerate",
 )
-@pytest.mark.parametrize(("tied", "num_groups"), [(False, 4), (True, 3)])
+@pytest.mark.parametrize(
+    ("tied", "num_groups"),
+    [(False, 4), pytest.param(True, 3, marks=pytest.mark.heavy)],
+)
 def test_models_sharded_while_they_are_loaded_train_as_without_qsdp(
     run: Run, tmp_path: Path, tied: bool, num_groups: int
 ) -> None:

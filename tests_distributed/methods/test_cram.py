@@ -168,9 +168,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @selection(
     "world_size, reshard, tied, options",
     [
-        *((2, True, False, "CrAM+"), (2, False, True, "CrAM")),
-        *((3, True, True, "CrAM"), (3, False, True, "normalized")),
-        *((4, True, True, "CrAM+"), (4, False, False, "normalized")),
+        (2, False, True, "CrAM"),
+        (3, False, False, "normalized"),
+        (4, True, True, "CrAM+"),
     ],
     [2, 3, 4],
     [True, False],

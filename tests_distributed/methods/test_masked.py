@@ -115,7 +115,7 @@ def _resumable(base: str, folder: Path, steps: range, resume: bool) -> Any:
 
 @selection(
     "world_size, variant",
-    [(2, "0.5+layer"), (2, "gmp"), (3, "2:4"), (4, "0.9")],
+    [(2, "0.5+layer"), (2, "gmp"), (3, "2:4")],
     [2, 3, 4],
     tuple(VARIANTS),
 )

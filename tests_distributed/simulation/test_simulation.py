@@ -209,7 +209,8 @@ HEAVY = {
     *("two-hop-bf16", "budget-beside-bits-of-choice", "two-hop-in-each-replica"),
     *("learned-levels-sparse", "budget-sparse-hsdp", "budget-and-learned-levels-two-hop", "budget"),
     *("tied", "frozen", "two-hop-accumulated-after-reduce", "learned-levels-two-hop"),
-    *("warm-up", "kept-payloads", "two-hop", "quantized-replicas"),
+    *("warm-up", "kept-payloads", "two-hop", "quantized-replicas", "two-hop-on-one-node"),
+    *("plain", "learned-levels"),
 }
 
 

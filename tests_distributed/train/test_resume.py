@@ -124,7 +124,7 @@ ACDC += ["--acdc-last-sparse", "5"]  # compressed: steps 4 to 7, and from 10 on
     "wire",
     [
         pytest.param([], marks=pytest.mark.heavy, id="stock"),
-        pytest.param(["--qsdp-bits", "32"], id="sparse"),
+        pytest.param(["--qsdp-bits", "32"], marks=pytest.mark.heavy, id="sparse"),
     ],
 )
 def test_acdc_killed_in_a_phase_on_two_ranks_goes_on_on_four(
