@@ -60,7 +60,7 @@ class Network:
         self.seconds = 0.0
         """Seconds that the stand-in has taken."""
 
-    def all_gather(self, output: Tensor, input: Tensor, group: Any, **_: Any) -> Arrived:
+    def start_all_gather(self, output: Tensor, input: Tensor, group: Any, **_: Any) -> Arrived:
         started = time.thread_time()
         rows = output.view_as(self.payloads)
         assert input.data_ptr() == rows[ME].data_ptr()
@@ -69,7 +69,7 @@ class Network:
         self.seconds += time.thread_time() - started
         return Arrived(output)
 
-    def all_to_all(self, output: Tensor, *_: Any) -> Arrived:
+    def start_all_to_all(self, output: Tensor, *_: Any) -> Arrived:
         started = time.thread_time()
         output.view_as(self.payloads).copy_(self.payloads)
         self.seconds += time.thread_time() - started
@@ -79,7 +79,7 @@ class Network:
     def in_place(self) -> Iterator[None]:
         """Inside, collectives go over it, and no process group is needed."""
         with ExitStack() as stack:
-            for name in ("all_gather", "all_to_all"):
+            for name in ("start_all_gather", "start_all_to_all"):
                 stack.enter_context(mock.patch.object(transport, name, getattr(self, name)))
             stack.enter_context(mock.patch.object(dist, "get_rank", return_value=ME))
             stack.enter_context(
