@@ -15,8 +15,8 @@ from qsdp.comm.learned_levels import LevelKind, levels_offset
 from qsdp.common.dtypes import DType
 from qsdp.common.gpu_streams import reads_on_this_stream
 from qsdp.common.rounding import Rounding
-from qsdp.compat.collectives import all_gather_single
 from qsdp.compat.process_groups import control_device
+from qsdp.compat.torch_collectives import all_gather_single
 from qsdp.config import QSDPConfig
 
 

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsdp.compat.collectives import all_gather_single
 from qsdp.compat.process_groups import backend_of
+from qsdp.compat.torch_collectives import all_gather_single
 
 _TAG = 0x95D
 """The tag of qsdp's messages between two ranks: others' (pipelining) are not taken for them."""

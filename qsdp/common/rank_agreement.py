@@ -21,8 +21,8 @@ from torch import Tensor
 
 from qsdp.common.collective_errors import CollectiveError, collective
 from qsdp.common.user_errors import names_for_user, quoted
-from qsdp.compat.collectives import all_gather_single
 from qsdp.compat.process_groups import control_device
+from qsdp.compat.torch_collectives import all_gather_single
 
 
 def meet(

@@ -13,9 +13,9 @@ from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import collective
 from qsdp.common.rank_agreement import Meeting, meet, mistakes_shared
-from qsdp.compat.collectives import all_gather_single
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.process_groups import control_device
+from qsdp.compat.torch_collectives import all_gather_single
 from qsdp.fsdp.pass_facts import Facts
 
 FORWARD, BACKWARD = "a forward pass", "a backward pass"

@@ -12,7 +12,7 @@ from torch import Tensor
 from qsdp.common.meshes import Groups
 from qsdp.common.model_structure import unique_tensors
 from qsdp.common.spread import Spread, spread_of
-from qsdp.compat.collectives import all_gather_over_groups
+from qsdp.compat.torch_collectives import all_gather_over_groups
 from qsdp.methods.nonfinite import check_scalar_loss, scalar_loss
 from qsdp.sparsity.local_shards import local_shard
 

@@ -19,7 +19,7 @@ from qsdp.common.checksum import checksum
 from qsdp.common.meshes import Groups
 from qsdp.common.sharding import chunk
 from qsdp.common.spread import Reach, Spread
-from qsdp.compat.collectives import all_gather_over_groups
+from qsdp.compat.torch_collectives import all_gather_over_groups
 
 
 class LocalShardLike(Protocol):

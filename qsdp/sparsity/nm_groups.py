@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qsdp.compat.collectives import all_gather_over_groups
+from qsdp.compat.torch_collectives import all_gather_over_groups
 from qsdp.sparsity.local_shards import LocalShard
 
 

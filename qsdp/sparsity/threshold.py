@@ -22,7 +22,7 @@ from torch import Tensor
 from qsdp import ops
 from qsdp.common.meshes import Groups
 from qsdp.common.spread import Reach
-from qsdp.compat.collectives import all_gather_over_groups
+from qsdp.compat.torch_collectives import all_gather_over_groups
 from qsdp.ops.reference.magnitude import DIGIT_BITS, DTYPES, KEY_BITS, NUM_BINS, keys_of
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import LocalShardLike, shard_without_copies

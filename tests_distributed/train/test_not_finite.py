@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import qsdp
 from qsdp import checkpoint
-from qsdp.compat import collectives
+from qsdp.compat import torch_collectives as collectives
 from qsdp.methods.grad_norm import global_grad_norm
 from qsdp.train import loop
 from qsdp.train.config import TrainConfig

@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor
 from qsdp.common.atomic_files import atomic_folder, is_file_name, replacing, write_text
 from qsdp.common.rank_agreement import meet, mistakes_shared
 from qsdp.common.user_errors import quoted
-from qsdp.compat.collectives import full_tensor
 from qsdp.compat.parameter_names import named_parameters
+from qsdp.compat.torch_collectives import full_tensor
 from qsdp.models.huggingface.config import config_from_huggingface, form_of
 from qsdp.models.language_model import LanguageModel
 from qsdp.models.load_safetensors import fill, find_tensors

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qsdp.comm import transport
 from qsdp.comm.topology import StageGroup
-from qsdp.compat.collectives import all_gather_single, reduce_scatter_single
+from qsdp.compat.torch_collectives import all_gather_single, reduce_scatter_single
 from qsdp.train.auto.cost_model import Transfer
 from qsdp.train.auto.machine_speed import now
 from qsdp.train.signals import Stop

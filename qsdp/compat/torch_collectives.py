@@ -1,4 +1,4 @@
-"""Collectives whose names depend on the version of torch, or that gloo cannot do on a GPU."""
+"""Collectives of torch whose names depend on its version, or that gloo cannot do on a GPU."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from qsdp.compat.process_groups import backend_of
 def all_gather_single(
     output: Tensor, input: Tensor, group: dist.ProcessGroup, *, async_op: bool = False
 ) -> dist.Work | None:
-    """The collective all-gather of 1-D ``input`` into ``output`` (renamed in torch 2.13)."""
+    """Torch's collective all-gather of 1-D ``input`` into ``output`` (renamed in torch 2.13)."""
     single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     work: dist.Work | None = single(output, input, group=group, async_op=async_op)
     return work
 
 
 def all_gather_over_groups(values_N: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
-    """The collective all-gather of 1-D values over several groups, one after the other, by rank."""
+    """Torch's collective all-gather of 1-D values over one group after the other, by rank."""
     for group in groups:
         everyones_N = values_N.new_empty(group.size() * values_N.numel())
         all_gather_single(everyones_N, values_N, group)
@@ -31,13 +31,13 @@ def all_gather_over_groups(values_N: Tensor, groups: Sequence[dist.ProcessGroup]
 
 
 def reduce_scatter_single(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
-    """The collective sum-reduce-scatter of 1-D ``input``, as FSDP2 does (renamed in torch 2.13)."""
+    """Torch's collective sum-reduce-scatter of 1-D ``input``, as FSDP2's (renamed in torch 2.13)."""
     single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
     single(output, input, group=group)
 
 
 def full_tensor(tensor: DTensor) -> Tensor:
-    """The whole of a DTensor, by a collective that gloo can do on a GPU too.
+    """Torch's collective for the whole of a DTensor, where gloo cannot do it on a GPU too.
 
     Over gloo a GPU's parts meet, and the whole is, on the CPU: ``DTensor.full_tensor`` would let
     gloo read the GPU's addresses as the host's.
