@@ -31,13 +31,13 @@ def all_gather_over_groups(values_N: Tensor, groups: Sequence[dist.ProcessGroup]
 
 
 def reduce_scatter_single(output: Tensor, input: Tensor, group: dist.ProcessGroup) -> None:
-    """Torch's collective sum-reduce-scatter of 1-D ``input``, as FSDP2's (renamed in torch 2.13)."""
+    """Torch's collective sum-reduce-scatter of 1-D ``input``, as FSDP2's (renamed in 2.13)."""
     single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
     single(output, input, group=group)
 
 
 def full_tensor(tensor: DTensor) -> Tensor:
-    """Torch's collective for the whole of a DTensor, where gloo cannot do it on a GPU too.
+    """Torch's collective for the whole of a DTensor, also where gloo cannot do it on a GPU.
 
     Over gloo a GPU's parts meet, and the whole is, on the CPU: ``DTensor.full_tensor`` would let
     gloo read the GPU's addresses as the host's.
