@@ -22,7 +22,7 @@ SBATCH = ROOT / "launch" / "slurm" / "train.sbatch"
 K8S = ROOT / "launch" / "k8s" / "train.yaml"
 POD = ROOT / "launch" / "k8s" / "run.sh"
 
-# A command that takes no end until it is told to and ``enough`` is there; its words are in ``told``.
+# A command that takes no end until it is told to, and ``enough`` is there. Its words: ``told``.
 WAITING = """
 hear() { echo "$1" >> told; touch heard; }
 trap 'hear USR1' USR1

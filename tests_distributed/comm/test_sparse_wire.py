@@ -130,7 +130,7 @@ def _misused(what: str) -> str:
         ("stray", "a weight outside the mask is not zero"),
         ("stranger", "does not shard"),
         ("floats", "give a bool tensor"),
-        ("a DTensor", "of a DTensor: mask.to_local()"),
+        ("a DTensor", "a DTensor's mask.to_local()"),
         ("too long", "a mask has shape"),
     ],
 )
