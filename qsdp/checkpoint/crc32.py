@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def crc32_of_file(path: Path) -> str:
-    """The CRC-32 of a file, ``crc32:`` and eight digits.
+    """The CRC-32 of a checkpoint's file, ``crc32:`` and eight digits.
 
     It takes seconds for a rank's share of a large model. It is there to notice what a disk or a
     copy has damaged, not what someone has forged.
@@ -20,5 +20,5 @@ def crc32_of_file(path: Path) -> str:
 
 
 def crc32_of_bytes(data: bytes) -> str:
-    """The CRC-32 of bytes, in the form of ``crc32_of_file``."""
+    """The CRC-32 of bytes in a checkpoint, in the form of ``crc32_of_file``."""
     return f"crc32:{zlib.crc32(data):08x}"

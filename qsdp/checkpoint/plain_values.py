@@ -53,7 +53,7 @@ def _without_numpy(value: Any) -> Any:
 
 
 def plain_part(name: str, tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor.
+    """This rank's part of a tensor, for a checkpoint of plain values.
 
     Raises Refused for a tensor of another class, for example an 8-bit optimizer's: code would have
     to make it.

@@ -158,7 +158,7 @@ def agreed_request(
 
 @contextlib.contextmanager
 def folder_to_save_in(request: Request) -> Iterator[Path]:
-    """A new folder to save into, which goes again if the save is not ``finished``."""
+    """A new folder for the saving of a checkpoint, which goes again if that is not ``finished``."""
     with contextlib.ExitStack() as claim:
 
         def begin() -> tuple[Path, list[str]]:
@@ -173,7 +173,7 @@ def folder_to_save_in(request: Request) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def written(request: Request) -> Iterator[None]:
-    """Inside, DCP writes what is saved: its failures are told in one sentence."""
+    """Inside, the saving by DCP takes place: its failures are told in one sentence."""
     try:
         yield
     except CheckpointException as error:

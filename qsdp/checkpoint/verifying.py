@@ -56,7 +56,7 @@ def check(path: Path) -> None:
 
 
 def verified_reader(path: Path, *, is_checked: bool = False) -> SafeReader:
-    """A reader of a checkpoint that all ranks have verified together. Raises as ``check``.
+    """A reader of a checkpoint, after verifying it with all ranks. Raises as ``check``.
 
     It is not verified again where it ``is_checked``.
     """

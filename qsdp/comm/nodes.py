@@ -104,7 +104,7 @@ def even_nodes(group: dist.ProcessGroup, nodes: Nodes, reduce: str) -> tuple[int
 
 
 def check_mesh(group: dist.ProcessGroup, mesh: DeviceMesh) -> None:
-    """Raise ValueError unless the node ``mesh`` is 2-D, [nodes, ranks of a node], of ``group``."""
+    """Raise ValueError unless the mesh of nodes is 2-D, [nodes, ranks of a node], of ``group``."""
     ranks = dist.get_process_group_ranks(group)
     if mesh.ndim != 2 or mesh.mesh.flatten().tolist() != ranks:
         raise ValueError(

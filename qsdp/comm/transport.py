@@ -70,7 +70,7 @@ class Arrival:
 def start_all_gather(
     output: Tensor, input: Tensor, group: dist.ProcessGroup, *, async_op: bool = False
 ) -> Arrival:
-    """Start the transport of an all-gather of 1-D ``input`` into ``output``.
+    """Start the transport of an all-gather, of 1-D ``input`` into ``output``.
 
     ``input`` may be this rank's part of ``output``.
     ``async_op``: it runs beside what this thread does until it waits for the arrival.

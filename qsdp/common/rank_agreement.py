@@ -33,7 +33,7 @@ def meet(
     has_news: bool = False,
     is_read: bool = True,
 ) -> bool:
-    """Make sure that all ranks of ``groups`` are at ``call`` with the same ``facts``.
+    """Make sure that the ranks of ``groups`` agree: all are at ``call`` with the same ``facts``.
 
     A collective; with several groups, the axes of a mesh, all ranks of the mesh hear of each other.
 
@@ -77,7 +77,7 @@ def mistakes_shared(call: str, groups: Sequence[dist.ProcessGroup]) -> Iterator[
 
 
 def warn(text: str) -> None:
-    """Give the UserWarning ``text``: all ranks call this, and the first one shows it.
+    """Give a UserWarning that all ranks agree on: all call this, and the first one shows it.
 
     Where warnings are errors, all raise.
     """

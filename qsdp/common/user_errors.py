@@ -33,13 +33,13 @@ def quoted(error: BaseException | str, longest: int | None = None) -> str:
 
 
 def group_for_user(names: Sequence[str]) -> str:
-    """A group of parameters as a user is told of it: the first of ``names``, how many others."""
+    """In an error for a user, a group of parameters: the first of ``names``, how many others."""
     others = len(names) - 1
     return f"{names[0]} and {others} other{'s' * (others > 1)}" if others else names[0]
 
 
 def names_for_user(names: Sequence[str]) -> str:
-    """Names as a user is told them: the first ones, and how many more there are."""
+    """In an error for a user, some names: the first ones, and how many more there are."""
     if len(names) <= 3:
         return " and ".join(names)
     return f"{', '.join(names[:3])} and {len(names) - 3} more"

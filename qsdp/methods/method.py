@@ -136,7 +136,7 @@ class Method(Flags):
         """
         return base
 
-    def companion(self, run: TrainingRun) -> Companion:
+    def companion(self, run: MethodRun) -> Companion:
         """What the method does beside the steps of ``run``, which is ready to take the next."""
         return Companion()
 
@@ -184,7 +184,7 @@ class MethodCheckpoint(Protocol):
         """
 
 
-class TrainingRun(Protocol):
+class MethodRun(Protocol):
     """What a method sees of a run. Called on all ranks alike."""
 
     @property

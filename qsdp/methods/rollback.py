@@ -16,7 +16,7 @@ from qsdp.compat.module_buffers import snapshot_buffers
 
 @contextmanager
 def rollback_on_exception(model: nn.Module, restore: Callable[[], None]) -> Iterator[None]:
-    """Roll back on an exception inside, as if no pass of ``model`` had been begun inside.
+    """Rollback of an exception inside, as if no pass of ``model`` had been begun inside.
 
     The next try of the step gathers the same weights. Gradients that were not reduced are dropped,
     and ``restore`` is called.

@@ -155,7 +155,7 @@ def local_shard(tensor: Tensor, spread: Spread | None = None) -> LocalShard:
 
 
 def shard_without_copies(shard: LocalShardLike) -> LocalShardLike:
-    """A local ``shard``, where a frozen one with copies on all parts of its reach counts once.
+    """A local shard, of which one that is frozen and the same on all ranks counts once.
 
     What is frozen is often sharded inside nodes, a copy on each. A collective for frozen ones of
     others' reach.

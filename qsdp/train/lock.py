@@ -74,7 +74,7 @@ class Lock:
 
 @contextlib.contextmanager
 def hold(out: Path, *, takes_over: bool) -> Iterator[Lock]:
-    """Hold the folder ``out`` inside.
+    """Hold the lock of a training run's folder ``out`` inside.
 
     Args:
         out: The folder of results.

@@ -107,7 +107,7 @@ def training_loop(config: TrainConfig) -> None:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of optimizer step number ``step``, the first being 0: linear warm-up, then a cosine.
+    """The rate in the loop, of step number ``step`` from 0 on: linear warm-up, then a cosine.
 
     The cosine ends in ``last_lr`` at the last step, or at the last one of each cycle that the
     method has; a warm-up as long as the run has none.

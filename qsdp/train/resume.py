@@ -77,7 +77,7 @@ def find_whole_start(
 
 
 def told_as_damaged(start: HistoryStart, damaged: Sequence[Damaged]) -> list[str]:
-    """What is lost where ``start`` is used instead, a line for each."""
+    """What a resume says of damaged checkpoints, a line for each that ``start`` stands in for."""
     if start.source is None or start.meta is None:  # to begin anew was asked for
         return []
     lines = []

@@ -37,7 +37,7 @@ def threshold_bytes(target: Compression, num_matrices: int, num_shards: int) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class WireUse:
-    """Bytes that one rank sent and seconds that it took, cumulative; NaN where nobody knows."""
+    """Bytes on the wire of one rank, and their seconds, cumulative; NaN where nobody knows."""
 
     gather_bytes: float = 0.0
     """Gathers of training, all that they carry."""
@@ -76,7 +76,7 @@ class WireUse:
 
 
 class Wire(Protocol):
-    """How weights and gradients travel, and what that has taken."""
+    """How weights and gradients travel in a run, and the bytes on the wire that it has taken."""
 
     def total(self) -> WireUse:
         """What this rank has used so far."""
@@ -92,7 +92,7 @@ class Wire(Protocol):
 
 
 class QuantizedWire:
-    """qsdp's own collectives, counters and clocks."""
+    """The quantized wire: bytes and seconds as qsdp's own collectives count them."""
 
     def __init__(self, handle: qsdp.Handle) -> None:
         self._handle = handle

@@ -22,10 +22,10 @@ CHOSEN = ("qsdp_bits", "qsdp_gather", "qsdp_reduce")
 _BITS = ("qsdp_bits", *BITS_OF_ONE_DIRECTION)
 Policy = tuple[tuple[str, int | tuple[int, int]], ...]
 _ROUNDING = "; ".join(
-    f"`{each.label}`: {each.properties.words}{', which is biased' * each.properties.is_biased}"
+    f"{each.label}: {each.properties.words}{', which is biased' * each.properties.is_biased}"
     for each in Rounding
 )
-_REDUCE = "; ".join(f"`{name}`: {words}" for name, words in REDUCES.items())
+_REDUCE = "; ".join(f"{name}: {words}" for name, words in REDUCES.items())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qsdp.commands import train
-from qsdp.methods.method import Companion, Method, Outcome, TrainingRun
+from qsdp.methods.method import Companion, Method, MethodRun, Outcome
 from tests.support.bad_inputs import TEXT
 
 pytestmark = pytest.mark.usefixtures("world_of_one", "brief_ends", "no_peak")
@@ -20,7 +20,7 @@ def test_a_companion_hears_of_every_validation_before_it_is_asked_for_its_outcom
     heard: list[tuple[int, float]] = []
 
     class Listener(Companion):
-        def __init__(self, run: TrainingRun) -> None:
+        def __init__(self, run: MethodRun) -> None:
             self.run = run
 
         def after_validation(self, steps_done: int, loss: float) -> None:

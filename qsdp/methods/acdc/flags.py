@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qsdp.common.user_errors import quoted
 from qsdp.methods.acdc.schedule import ACDCSchedule
-from qsdp.methods.method import Companion, Method, RunSettings, TrainingRun
+from qsdp.methods.method import Companion, Method, MethodRun, RunSettings
 from qsdp.sparsity.compression_target import Compression
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class ACDCFlags(Method):
             prunable=settings.prunable,
         )
 
-    def companion(self, run: TrainingRun) -> Companion:
+    def companion(self, run: MethodRun) -> Companion:
         """What keeps the dense twin."""
         from qsdp.methods.acdc.twin import DenseTwin
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from qsdp.methods.acdc.optimizer import ACDC
-from qsdp.methods.method import Companion, MethodCheckpoint, Outcome, TrainingRun
+from qsdp.methods.method import Companion, MethodCheckpoint, MethodRun, Outcome
 
 
 class DenseTwin(Companion):
@@ -15,7 +15,7 @@ class DenseTwin(Companion):
     phase counts too.
     """
 
-    def __init__(self, run: TrainingRun, kept: MethodCheckpoint) -> None:
+    def __init__(self, run: MethodRun, kept: MethodCheckpoint) -> None:
         assert isinstance(run.optimizer, ACDC)
         self._run, self._kept = run, kept
         self._target = run.optimizer.target.fraction

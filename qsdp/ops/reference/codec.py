@@ -59,7 +59,7 @@ def encode(
     payload: Tensor,
     levels: Tensor | None = None,
 ) -> None:
-    """Specification of the operator ``encode``, of the codec: write the payload of one group.
+    """The reference codec's ``encode``, its specification: write the payload of one group.
 
     Args:
         buffer: uint8 [bytes], contiguous: the flat buffer viewed as bytes.
@@ -82,7 +82,7 @@ def decode(
     add: bool = False,
     levels: Tensor | None = None,
 ) -> None:
-    """Specification of the operator ``decode``, of the codec: write or add a payload's values.
+    """The reference codec's ``decode``, its specification: write or add a payload's values.
 
     They are written into the flat buffer, or with ``add`` added, into fp32. Args as in ``encode``.
     Without ``add``, padding is set to zero; with it, padding stays.
@@ -99,7 +99,7 @@ def encode_all(
     payloads: Tensor,
     levels: Tensor | None = None,
 ) -> None:
-    """Specification of the operator ``encode_all``, of the codec: many payloads of one group.
+    """The reference codec's ``encode_all``, its specification: many payloads of one group.
 
     They are written as ``encode`` writes each, part after part.
 
@@ -124,7 +124,7 @@ def decode_all(
     buffers: Tensor,
     levels: Tensor | None = None,
 ) -> None:
-    """Specification of the operator ``decode_all``, of the codec: many payloads of one group.
+    """The reference codec's ``decode_all``, its specification: many payloads of one group.
 
     They are decoded as ``decode`` decodes each, part after part. Several parts may write one row,
     and a row that no part names stays. Args as in ``encode_all``.

@@ -33,7 +33,7 @@ def keys_of(values: Tensor) -> Tensor:
 
 
 def count_digits(values: Tensor, prefix: Tensor, shift: int, width: int, counts: Tensor) -> None:
-    """Specification of ``count_digits``: count ``width`` bits of the magnitudes' keys.
+    """The reference of ``count_digits``: count ``width`` bits of the magnitudes' keys.
 
     They are those below bit ``shift + width`` of the keys that begin with ``prefix``.
 
@@ -72,7 +72,7 @@ def count_digits(values: Tensor, prefix: Tensor, shift: int, width: int, counts:
 
 
 def mark_above(values: Tensor, key: int, out: Tensor) -> None:
-    """Specification of ``mark_above``: which magnitudes have keys above ``key``, into ``out``.
+    """The reference of ``mark_above``: which magnitudes have keys above ``key``, into ``out``.
 
     Args:
         values: Contiguous, 1-D; float32, bfloat16, float16 or int64.

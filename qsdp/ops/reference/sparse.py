@@ -26,7 +26,7 @@ class Span(IntEnum):
 
 
 def compact(dense: Tensor, spans: Tensor, bitmap: Tensor, out: Tensor, strict: bool) -> None:
-    """Specification of the operator ``compact``: copy the kept values of ``dense`` into ``out``.
+    """The reference of ``compact``: copy the kept values of ``dense`` into ``out``.
 
     Args:
         dense, out: uint8 [bytes], contiguous.
@@ -47,7 +47,7 @@ def compact(dense: Tensor, spans: Tensor, bitmap: Tensor, out: Tensor, strict: b
 
 
 def expand(compact: Tensor, spans: Tensor, bitmap: Tensor, out: Tensor) -> None:
-    """Specification of the operator ``expand``: put kept values back into ``out``, among zeros.
+    """The reference of ``expand``: put kept values back into ``out``, among zeros.
 
     Args as in ``compact``.
     """

@@ -45,7 +45,7 @@ from typing import Any
 STOCK = 32
 """Bits that stand for stock FSDP2."""
 CODED = (8, 4)
-"""Bits to choose from, at loss parity with full precision (docs/results.md): never fewer."""
+"""Bits to choose from: fewer cost 0.02 nats or more (docs/results.md, Loss against bits)."""
 LOCAL_BITS = 8
 NEAR = 1.03
 """The most bits are taken that take at most this much of the fastest way's time."""
@@ -62,7 +62,7 @@ FEW_BYTES = 1 << 18
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """What a collective takes: ``latency_s`` and the bytes that each rank brings by a rate."""
+    """What the cost model says of a collective: ``latency_s``, and bytes of each rank by a rate."""
 
     latency_s: float
     bytes_per_s: float
@@ -94,7 +94,7 @@ class ModelledGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What is known of a run before it begins: the same on all ranks."""
+    """What the cost model is given, measured before the run begins: the same on all ranks."""
 
     num_ranks: int
     ranks_per_node: int
@@ -201,7 +201,7 @@ class Cost:
 
 
 def ways_to_compare(measured: Measured) -> list[WireWay]:
-    """All ways whose cost is compared, the most welcome first."""
+    """All ways that the cost model compares, the most welcome first."""
     hops = (False, True) if measured.gather_across is not None else (False,)
     free = math.inf if measured.free_bytes is None else measured.free_bytes
     every = [

@@ -213,7 +213,7 @@ def _median(run: Callable[[], Any], device: torch.device, limit_s: float) -> flo
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once ``device`` has done what it was given."""
+    """For the speed of a machine: seconds, once ``device`` has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
