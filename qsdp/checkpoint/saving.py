@@ -173,7 +173,7 @@ def folder_to_save_in(request: Request) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def written(request: Request) -> Iterator[None]:
-    """Inside, the saving by DCP takes place: its failures are told in one sentence."""
+    """Inside, the saving takes place: how DCP fails in it is told in one sentence."""
     try:
         yield
     except CheckpointException as error:

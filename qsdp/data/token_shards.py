@@ -106,7 +106,7 @@ def read_shards(folder: Path) -> tuple[Tokens, Tokens, Tokenizer | None, int]:
     Raises ValueError when meta.json is missing or damaged, a split has no file, or a file's size is
     not the one that meta.json states.
     """
-    meta = _read_meta(folder)
+    meta = _read_shards_meta(folder)
     dtype = _DTYPES[meta["dtype"]]
     splits = {}
     for split in SPLITS:
@@ -208,7 +208,7 @@ def _map_tokens(
     return ids
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def _read_shards_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     if not path.is_file():
         raise ValueError(

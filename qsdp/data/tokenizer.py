@@ -69,7 +69,7 @@ class CharTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``. Raises ValueError for one that is none."""
-        return "".join(self.vocabulary[i] for i in _checked_ids(ids, self.vocab_size))
+        return "".join(self.vocabulary[i] for i in _checked_token_ids(ids, self.vocab_size))
 
     def to_json(self) -> str:
         """JSON of the vocabulary, of which ``tokenizer_from_json`` makes this again."""
@@ -94,7 +94,7 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text, where bytes that are not UTF-8 become U+FFFD: models sample any."""
-        return bytes(_checked_ids(ids, self.vocab_size)).decode("utf-8", errors="replace")
+        return bytes(_checked_token_ids(ids, self.vocab_size)).decode("utf-8", errors="replace")
 
     def to_json(self) -> str:
         """JSON that says that these are bytes."""
@@ -145,7 +145,7 @@ class LibraryTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``, special tokens too. Raises ValueError for one that is none."""
-        checked = _checked_ids(ids, self.vocab_size)
+        checked = _checked_token_ids(ids, self.vocab_size)
         return str(self._library.decode(checked, skip_special_tokens=False))
 
     def to_json(self) -> str:
@@ -208,7 +208,7 @@ def _code_points(text: str) -> npt.NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
-def _checked_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
+def _checked_token_ids(ids: Iterable[int], vocab_size: int) -> list[int]:
     checked = [int(i) for i in ids]
     for i in checked:
         if not 0 <= i < vocab_size:

@@ -142,7 +142,7 @@ def _is_free(path: Path, found: Mapping[str, Any], owner: Mapping[str, Any]) -> 
     # An allocation may run several at once: of Slurm's an earlier start alone is another's end.
     is_same_job = owner["job"] is not None and found.get("job") == owner["job"]
     is_same_job &= "SLURM" not in str(owner["job"]) or found.get("start") != owner["start"]
-    return is_same_job or _silence_s(path) > MISSED * HEARTBEAT_S
+    return is_same_job or _run_silent_for_s(path) > MISSED * HEARTBEAT_S
 
 
 def _has_ended(found: Mapping[str, Any]) -> bool:
@@ -171,8 +171,8 @@ def _told(found: Mapping[str, Any] | None) -> str:
     return f"another run (process {found.get('pid')} on {found.get('host')}{job})"
 
 
-def _silence_s(path: Path) -> float:
-    """How long ago the heart beat last, by the clock of the file system: hosts may differ."""
+def _run_silent_for_s(path: Path) -> float:
+    """How long ago the run with the lock last beat, by the file system's clock: hosts may differ."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".now-") as now:
         return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
 

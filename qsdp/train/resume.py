@@ -120,7 +120,7 @@ def _all_damaged(folder: Path, damaged: Sequence[Damaged]) -> str:
 
 
 def _but_for(damaged: Sequence[Damaged]) -> str:
-    """What a sentence on an older checkpoint begins with."""
+    """What a refusal to resume from an older checkpoint begins with."""
     return f"{damaged[0].file} is damaged ({damaged[0].why}), and " if damaged else ""
 
 

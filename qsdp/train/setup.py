@@ -282,7 +282,7 @@ def _announce(
 
 
 def _travels(config: TrainConfig) -> str:
-    """How weights and gradients travel, in a few words."""
+    """What the set-up prints of how weights and gradients travel."""
     wire = config.qsdp
     if wire is None:
         parts = ["stock FSDP2"]

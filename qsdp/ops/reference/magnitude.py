@@ -45,7 +45,7 @@ def count_digits(values: Tensor, prefix: Tensor, shift: int, width: int, counts:
             most 63.
         counts: int64 [2048], added to in place.
     """
-    _check_values(values)
+    _check_magnitudes(values)
     if not (0 <= shift and 1 <= width <= DIGIT_BITS and shift + width <= 63):
         raise ValueError(f"cannot count {width} bits from bit {shift} on: give 1 to 11 below 63.")
     if prefix.dtype != torch.int64 or prefix.numel() != 1:
@@ -78,7 +78,7 @@ def mark_above(values: Tensor, key: int, out: Tensor) -> None:
         values: Contiguous, 1-D; float32, bfloat16, float16 or int64.
         key: From -1, which marks all.
     """
-    _check_values(values)
+    _check_magnitudes(values)
     if out.dtype != torch.bool or out.shape != values.shape or not out.is_contiguous():
         raise ValueError(
             f"the marks are {out.dtype} of shape {tuple(out.shape)}: give contiguous bool of shape "
@@ -88,7 +88,7 @@ def mark_above(values: Tensor, key: int, out: Tensor) -> None:
     torch.gt(keys, min(key, torch.iinfo(keys.dtype).max), out=out)
 
 
-def _check_values(values: Tensor) -> None:
+def _check_magnitudes(values: Tensor) -> None:
     dtypes = (*DTYPES, torch.int64)
     if values.dtype not in dtypes or values.dim() != 1 or not values.is_contiguous():
         raise ValueError(

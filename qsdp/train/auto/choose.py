@@ -210,7 +210,7 @@ def measure_for_choice(config: TrainConfig, size: ModelSize, world: World) -> Me
 
 @contextmanager
 def _measuring_together(world: World) -> Iterator[None]:
-    """Inside, ranks wait for each other all the time: the fault of one is the end of all.
+    """Inside, ranks measure together for a choice: the fault of one is the end of all.
 
     Each says it in one sentence, whatever it is.
     """
