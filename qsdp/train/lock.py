@@ -172,7 +172,7 @@ def _told(found: Mapping[str, Any] | None) -> str:
 
 
 def _run_silent_for_s(path: Path) -> float:
-    """How long ago the run with the lock last beat, by the file system's clock: hosts may differ."""
+    """How long ago the run with the lock last beat, by the clock of the file system."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".now-") as now:
         return os.fstat(now.fileno()).st_mtime - path.stat().st_mtime
 
