@@ -1,5 +1,5 @@
-// What a call of an operator must be given; of the codec the same rules as `check` and `check_all`
-// in qsdp/codec/segment_table.py.
+// What a call of an operator must be given; of the codec the same rules as `check_table` and
+// `check_tables` in qsdp/codec/segment_table.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

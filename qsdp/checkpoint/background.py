@@ -75,8 +75,9 @@ class AsyncSaver:
         in another thread.
 
         Raises:
-            ValueError: As ``save``, for what is found before anything is written.
-            RuntimeError: As ``save``; as ``wait``, for the checkpoint before.
+            ValueError: As ``save``, for what is found before anything is written; as ``wait``, for
+                the checkpoint before.
+            RuntimeError: As ``save``; as ``wait``; or the saver is closed.
         """
         self.wait()
         if self._group is None:

@@ -35,10 +35,11 @@ _BEFORE_STEPS = {"mask"}
 def load(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, is_checked: bool = False
 ) -> None:
-    """Load the checkpoint at ``path`` into ``model`` and ``optimizer``, in place, on any ranks.
+    """Load the checkpoint at ``path`` into ``model`` and ``optimizer``, in place.
 
-    Before, it is read as ``check`` does, unless that ``is_checked`` already. Nothing in it is run.
-    The optimizer has a state afterwards if the one that was saved had taken a step.
+    The number of ranks may be another than that which saved it. Before, it is read as ``check``
+    does, unless that ``is_checked`` already. Nothing in it is run. The optimizer has a state
+    afterwards if the one that was saved had taken a step.
 
     Raises:
         Damaged: As ``check``.

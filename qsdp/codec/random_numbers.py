@@ -97,7 +97,10 @@ def _fold_fields(fields: Iterable[int]) -> int:
 
 
 def philox(block: Tensor, parameter: int, group: int, key: int) -> Tensor:
-    """The generator of the random numbers: Philox4x32-7 of ``block`` (int64 [N]), words [N, 4]."""
+    """The generator of the random numbers: Philox4x32-7 of ``block`` (int64 [N]).
+
+    Returns 32-bit words in an int64 tensor [N, 4].
+    """
     c0, c1 = block & _MASK32, block >> 32 & _MASK32
     c2, c3 = torch.full_like(block, parameter & _MASK32), torch.full_like(block, group & _MASK32)
     k0, k1 = key & _MASK32, key >> 32 & _MASK32
@@ -115,7 +118,7 @@ def philox(block: Tensor, parameter: int, group: int, key: int) -> Tensor:
 
 
 def uniform(num: int, parameter: int, group: int, key: int, device: torch.device) -> Tensor:
-    """``num`` random numbers (k + 1/2) / 2**16 - 1/2, fp32 [num], k uniform in 16 bits."""
+    """``num`` random numbers in (-1/2, 1/2), fp32 [num]: (k + 1/2) / 2**16 - 1/2, k of 16 bits."""
     words = philox(torch.arange(-(-num // 8), device=device), parameter, group, key)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[:num]
     return (halves.to(torch.float32) + 0.5) / 65536 - 0.5

@@ -18,8 +18,8 @@ _CHUNK = 1 << 22
 def checksum(tensors: Iterable[Tensor]) -> int:
     """A number that other contents of ``tensors`` would hardly have.
 
-    The tensors are of any types, on one kind of device. It takes about the speed of memory. On CPUs
-    it is a CRC of 32 bits; elsewhere words of 32 bits, each times an odd random number of its
+    The tensors are of any types, on one kind of device. It works at about the speed of memory. On
+    CPUs it is a CRC of 32 bits; elsewhere words of 32 bits, each times an odd random number of its
     place, summed modulo 2**64.
     """
     total = 0

@@ -79,9 +79,9 @@ def spread_of(tensors: Iterable[Tensor], *, with_replicas: bool = False) -> Spre
 
 
 def _first_repeated(mesh: DeviceMesh, other: DeviceMesh, cut: set[int]) -> frozenset[int]:
-    """The ranks that come first, if ``mesh`` is ``other`` without axes of which some are ``cut``.
+    """The first ranks along the axes of ``other`` that ``mesh`` lacks, if any of these is ``cut``.
 
-    First is along these axes. Else there are none.
+    Empty where ``mesh`` is not ``other`` without some of its axes.
     """
     names, own = other.mesh_dim_names or (), mesh.mesh_dim_names or ()
     if not own or not set(own) < set(names) or all(names[axis] in own for axis in cut):

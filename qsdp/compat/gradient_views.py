@@ -15,7 +15,7 @@ from qsdp.compat.parameter_group import ParameterGroup
 def gradients_are_views(group: ParameterGroup, output: Tensor) -> bool:
     """Whether gradients of ``group`` are views of a reduce's ``output``, which FSDP2 only divides.
 
-    So far as that depends on what all ranks have in common; and whether there is an end of a
+    This is as far as it depends on what all ranks have in common. There must also be an end of a
     backward pass to wait for.
     """
     return (

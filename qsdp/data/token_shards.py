@@ -69,7 +69,7 @@ class TokenShards:
         self._vocab_size = vocab_size
         self._origin = origin
         self.mistake: str | None = None
-        """What says which was the first id outside the vocabulary that was read.
+        """The first id outside the vocabulary that was read, in a sentence; None without one.
         No exception: the reader may be one rank of many, and all of them must stop at the same
         place.
         """

@@ -168,7 +168,7 @@ def _count_zeros(zeros: dict[str, tuple[int, int]], prunable: set[str]) -> dict[
 
 
 def _read_bytes(model: LanguageModel, prunable: Prunable, num_reads: int) -> int:
-    """How many bytes will be read; a tied tensor counts once."""
+    """How many bytes will be read, without the further reads where ties are cut."""
     once = sum(parameter.nbytes for parameter in model.parameters())
     again = sum(parameter.nbytes for parameter in prunable.parameters)
     return once + (num_reads - 1) * again

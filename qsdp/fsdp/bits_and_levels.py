@@ -208,7 +208,10 @@ class Adaptation:
         return {p.name: list(p.shape) for plan in self._plans for p in plan.parameters}
 
     def _allottable(self) -> dict[str, list[tuple[int, ...]]]:
-        """The bits that weights and gradients of parameters which share the budget may get."""
+        """The bits that weights and gradients of parameters which share the budget may get.
+
+        Of a parameter whose weights or gradients alone share it, the others keep their own.
+        """
         found: dict[str, list[tuple[int, ...]]] = {}
         for plan in self._plans:
             for is_grad in (False, True):

@@ -50,6 +50,7 @@ class MaskedOptimizer(OptimizerWrapper):
     What is unfrozen has the mask that it had, if any, until masks are renewed or lifted; after DCP
     has loaded the state while it was frozen, it has none.
 
+    ``last_grad_norm`` is the norm of the (masked) gradient of the last step, before clipping;
     ``last_target`` is what the masks were renewed to after the last step; None if they stayed.
     ``before_pruning``, when set, is called just before masks are renewed: the weights are still
     dense.

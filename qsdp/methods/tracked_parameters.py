@@ -73,10 +73,7 @@ class TrackedParameters:
 
     @property
     def is_current(self) -> bool:
-        """Whether model and base still have these parameters, train them, and have these peers.
-
-        The peers are replicas.
-        """
+        """Whether model and base still have and train these parameters, with these replicas."""
         parameters = [*self._model.parameters()]
         if self._model_ids != [*map(id, parameters)]:
             behind = sharded_by_unsharded_id(self._model)

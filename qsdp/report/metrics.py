@@ -80,11 +80,11 @@ class MetricsWriter:
         return found + kept
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Write one step's ``line``, which has a ``step``; a later one of that step replaces it.
+        """Write one step's ``line``, which has a ``step``; a later one of that step wins.
 
-        Only readers here see one of the two. What cannot be written ends nothing: lines wait for
-        room, and events stop. Values are numbers, or dictionaries of such; one that is not finite
-        becomes null in the file, and is shown as it is by TensorBoard.
+        The file has both, and readers here take the later one. What cannot be written ends nothing:
+        lines wait for room, and events stop. Values are numbers, or dictionaries of such; one that
+        is not finite becomes null in the file, and is shown as it is by TensorBoard.
         """
         self._lines.append(json.dumps(json_value(line)))
         with self._events_may_fail():

@@ -35,7 +35,7 @@ class LocalShardLike(Protocol):
 
     @property
     def reach(self) -> Reach:
-        """The ranks whose parts compete with it, those of their own tensors included."""
+        """The ranks whose parts compete with it, those of tensors of their own included."""
 
     @property
     def numel(self) -> int:

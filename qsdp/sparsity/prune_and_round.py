@@ -67,10 +67,10 @@ def prune_by_mask_(values: Tensor, mask: Tensor) -> None:
 
 
 def round_to_bits_(values: Tensor, bits: int) -> None:
-    """Round in place what pruning left, to 2**bits - 1 levels: multiples of a scale a group.
+    """Round in place what pruning left, to 2**bits - 1 symmetric levels a group.
 
-    Groups are 128 consecutive values of the last dimension. Zero stays zero; a group that holds a
-    NaN or an Inf becomes NaN.
+    They are multiples of a scale of the group: 128 consecutive values of the last dimension. Zero
+    stays zero; a group that holds a NaN or an Inf becomes NaN.
     """
     if values.ndim == 0 or values.numel() == 0:
         return

@@ -60,7 +60,8 @@ class CrAM(OptimizerWrapper):
     of the first. ``torch.amp.GradScaler`` refuses closures: train in bf16, which needs no scaling.
 
     ``last_target`` is the target drawn for the second pass of the last step; None before, and if
-    the step was skipped without one.
+    the step was skipped without one. ``last_grad_norm`` is the norm of what the base optimizer was
+    given in the last step, before clipping; None before, and not finite when the step was skipped.
     """
 
     @collective_constructor

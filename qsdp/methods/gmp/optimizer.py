@@ -34,7 +34,7 @@ class GMP(MaskedOptimizer):
 
         Args:
             model, base_optimizer, max_norm, prunable: As for ``ACDC``.
-            schedule: When is pruned, and how much.
+            schedule: When weights are pruned, and which fraction.
             scope: Which weights compete: ``global`` or ``layer``, as in ``Compression.scope``.
 
         Raises:

@@ -32,7 +32,8 @@ class SAM(CrAM):
             rho: Length of the ascent step, at least 0, whatever the gradient's norm.
 
         Raises:
-            ValueError: A value is out of range.
+            ValueError: A value is out of range, or the optimizer has no
+                parameter of the model.
             RuntimeError: Ranks that share the model give other values.
         """
         super().__init__(

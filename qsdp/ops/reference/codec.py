@@ -275,7 +275,10 @@ def convert_values(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """The reference codec's packing of uint8 [n] codes: bits, uint8 [ceil(n * bits / 8)]."""
+    """The reference codec's packing of uint8 [n] codes, as a little-endian bit stream.
+
+    Returns uint8 [ceil(n * bits / 8)].
+    """
     num_bytes = -(-codes.numel() * bits // 8)
     groups = torch.nn.functional.pad(codes, (0, -codes.numel() % 8)).view(-1, 8).long()
     words = (groups << bits * torch.arange(8, device=codes.device)).sum(1)

@@ -77,6 +77,7 @@ def mark_above(values: Tensor, key: int, out: Tensor) -> None:
     Args:
         values: Contiguous, 1-D; float32, bfloat16, float16 or int64.
         key: From -1, which marks all.
+        out: bool, contiguous, of the shape of ``values``; overwritten.
     """
     _check_magnitudes(values)
     if out.dtype != torch.bool or out.shape != values.shape or not out.is_contiguous():
