@@ -154,7 +154,7 @@ def check(options: Options) -> Preset:
         raise Mistake(f"--preset is {options.preset!r}: choose one of {', '.join(PRESETS)}.")
     if unknown := set(options.methods or ()) - METHODS.keys():
         raise Mistake(
-            f"--methods holds {', '.join(sorted(unknown))}: choose of {', '.join(METHODS)}."
+            f"--methods holds {', '.join(sorted(unknown))}: choose among {', '.join(METHODS)}."
         )
     for name in ("jobs", "steps"):
         if getattr(options, name) < 1:

@@ -133,10 +133,12 @@ def plan(options: Options) -> list[Run]:
     preset = PRESETS[options.preset]
     wires = options.wires or preset.wires
     if unknown := set(wires) - WIRES.keys():
-        raise Mistake(f"--wires holds {', '.join(sorted(unknown))}: choose of {', '.join(WIRES)}.")
+        raise Mistake(
+            f"--wires holds {', '.join(sorted(unknown))}: choose among {', '.join(WIRES)}."
+        )
     if wrong := set(options.gathers) - set(GATHERS):
         raise Mistake(
-            f"--gathers holds {', '.join(sorted(wrong))}: choose of {', '.join(GATHERS)}."
+            f"--gathers holds {', '.join(sorted(wrong))}: choose among {', '.join(GATHERS)}."
         )
     if options.ranks < 2 or SEQUENCES % options.ranks:
         raise Mistake(f"--ranks is {options.ranks}: choose 2, 3, 4, 6 or 12.")

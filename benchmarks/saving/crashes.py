@@ -152,7 +152,7 @@ def chosen(options: Options) -> list[Part]:
         return [*found.values()]
     for name in options.parts:
         if name not in found:
-            raise Mistake(f"--parts holds {name!r}: choose of {', '.join(found)}.")
+            raise Mistake(f"--parts holds {name!r}: choose among {', '.join(found)}.")
     return [found[name] for name in options.parts]
 
 

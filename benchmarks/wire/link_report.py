@@ -47,7 +47,7 @@ def report(folders: list[Path]) -> str:
     for place, folder in enumerate(folders):
         if links[place] in links[:place]:
             raise Mistake(
-                f"{folder} is of {links[place]}, as one before it: give one folder a link."
+                f"{folder} is of {links[place]}, as one before it: leave one of the two out."
             )
     names = {row["name"] for row in first["rows"]}
     columns = {name: head for name, head in COLUMNS.items() if name in names}

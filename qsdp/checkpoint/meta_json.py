@@ -43,7 +43,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise Damaged(path, META, f"it is not JSON ({quoted(error)})") from None
+        raise Damaged(path, META, f"it is not JSON: {quoted(error)}") from None
     step = meta.get("step") if isinstance(meta, dict) else None
     if type(step) is not int or step < 0:
         raise Damaged(path, META, "it states no step")

@@ -40,7 +40,7 @@ def check_headers(
     if PayloadStatus.FAILED in heard:
         raise RuntimeError(
             f"rank {senders[heard.index(PayloadStatus.FAILED)]} cannot send its part of the group "
-            f"of {plan.name}, and says why: do the same on every rank."
+            f"of {plan.name}, for which it has an error of its own: do the same on every rank."
         )
     if difference.any():
         row = int(difference.any(1).nonzero()[0])

@@ -25,8 +25,8 @@ def check_policy(config: QSDPConfig, names: Sequence[str], aliases: Mapping[str,
                         f"to {name!r}: use that name."
                     )
             raise ValueError(
-                f"the policy pattern {pattern!r} matches no parameter: give one of names such "
-                f"as {names[0]!r}, with * for any characters."
+                f"the policy pattern {pattern!r} matches no parameter: give a pattern of names "
+                f"such as {names[0]!r}, with * for any characters."
             )
         if left.isdisjoint(named):
             raise ValueError(

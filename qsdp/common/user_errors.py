@@ -26,10 +26,15 @@ def sentence(error: BaseException) -> str:
 def quoted(error: BaseException | str, longest: int | None = None) -> str:
     """What ``error`` says, as it stands within another sentence.
 
-    It is on one line without a full stop, and cut after ``longest`` characters.
+    It is on one line, cut after ``longest`` characters, with no full stop or colon at its end.
     """
     text = error if isinstance(error, str) else sentence(error)
-    return " ".join(text.split())[:longest].rstrip(" .")
+    return " ".join(text.split())[:longest].rstrip(" .:")
+
+
+def counted(number: int, thing: str) -> str:
+    """So many things, in words: "1 parameter", "2 parameters"."""
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def group_for_user(names: Sequence[str]) -> str:

@@ -230,7 +230,7 @@ def _read_shards_meta(folder: Path) -> dict[str, Any]:
                 case dict(counts) if all(type(n) is int for n in counts.values()):
                     return meta
     raise ValueError(
-        f"{path} does not state a dtype, 'uint16' or 'uint32', a vocab_size from 1 to the number "
-        "of ids that the dtype holds, and num_tokens, if at all, as numbers: write it again, or "
-        "prepare the folder again with launch/prepare_data.py."
+        f"{path} lacks a dtype 'uint16' or 'uint32' or a vocab_size from 1 to the number of ids "
+        "that the dtype holds, or its num_tokens are not numbers: write it again, or prepare the "
+        "folder again with launch/prepare_data.py."
     )

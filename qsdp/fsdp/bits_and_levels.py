@@ -16,6 +16,7 @@ from qsdp.comm.group_plan import Plan
 from qsdp.comm.learned_levels import LevelCounts, LevelKind, check_level_rows, levels_offset
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.wire_state import Wire
+from qsdp.common.user_errors import counted
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.config import CODED_BITS, QSDPConfig, config_bits
 
@@ -169,14 +170,15 @@ class Adaptation:
             there, here = (each.get(first, "missing") for each in (theirs, ours))
             raise ValueError(
                 f"the state is of another model, as {first} is {there} there and {here} here, "
-                f"the first of {len(differing)} differences: {advice}."
+                f"the first of {counted(len(differing), 'difference')}: {advice}."
             )
         allottable = self._allottable() if bits else {}
         odd = sorted(bits.keys() ^ allottable.keys())
         if odd:
             raise ValueError(
                 f"the state has {'bits' if odd[0] in bits else 'no bits'} for {odd[0]}, the first "
-                f"of {len(odd)} differences to what the budget is allotted to here: {advice}."
+                f"of {counted(len(odd), 'difference')} to what the budget is allotted to here: "
+                f"{advice}."
             )
         for name, allowed in allottable.items():
             both = bits[name]

@@ -17,7 +17,7 @@ from qsdp.common.meshes import groups_of
 from qsdp.common.rank_agreement import warn
 from qsdp.common.replicas import replicas_of
 from qsdp.common.spread import spread_of
-from qsdp.common.user_errors import names_for_user
+from qsdp.common.user_errors import counted, names_for_user
 from qsdp.compat.sharded_parameters import sharded_by_unsharded_id, sharded_parameters
 from qsdp.sparsity.prunable import Prunable, prunable_parameters
 
@@ -122,10 +122,10 @@ class TrackedParameters:
         missing = [name for name in trained if id(named[name]) not in known]
         replaced = {name for name, was in self._stepped_ids.items() if id(named.get(name)) != was}
         if lost := [name for name in missing if name in {*names} | replaced]:
-            what = "prunable parameters" if lost[0] in names else "parameters"
+            what = "prunable parameter" if lost[0] in names else "parameter"
             raise ValueError(
-                f"the base optimizer lacks {len(lost)} {what} of the model, {lost[0]!r} first: "
-                f"{_ADVICE}."
+                f"the base optimizer lacks {counted(len(lost), what)} of the model, {lost[0]!r} "
+                f"first: {_ADVICE}."
             )
         if trained and len(missing) == len(trained):
             raise ValueError(
@@ -170,8 +170,8 @@ class TrackedParameters:
         """Say what base and model do not have in common, where that may be a mistake."""
         if others and self.missing_names:
             warn(
-                f"the base optimizer of {self._owner} has {len(others)} parameters that the model "
-                f"does not have, and lacks {len(self.missing_names)} that it trains, "
+                f"the base optimizer of {self._owner} has {counted(len(others), 'parameter')} that "
+                f"the model does not have, and lacks {len(self.missing_names)} that it trains, "
                 f"{self.missing_names[0]!r} first: if these are the same, {_ADVICE}."
             )
         elif any(isinstance(parameter, DTensor) for parameter in others):

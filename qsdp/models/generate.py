@@ -46,7 +46,8 @@ def generate(
     if temperature < 0 or num_tokens < 0 or (top_k is not None and top_k < 1):
         raise ValueError(
             f"temperature {temperature}, num_tokens {num_tokens} and top_k {top_k} cannot be "
-            "sampled with: choose 0 or more for the first two, and for top_k 1 or more, or None."
+            "sampled with: choose 0 or more for the first two, and for top_k 1 or more, or None "
+            "for all."
         )
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qsdp.common.atomic_files import replacing
 from qsdp.common.printing import print_error
+from qsdp.common.user_errors import quoted
 
 _RETRY_S = 5.0
 _MOST_BYTES = 1 << 25  # that wait
@@ -150,7 +151,7 @@ class AppendedLines:
     def _fail(self, error: OSError | ValueError) -> None:
         self._next_try = time.monotonic() + _RETRY_S
         if self._failure is None:
-            why = getattr(error, "strerror", None) or error
+            why = quoted(getattr(error, "strerror", None) or error)
             print_error(
                 f"warning: {self.path} cannot be written ({why}), but the run goes "
                 "on, and what belongs there waits in memory until there is room."

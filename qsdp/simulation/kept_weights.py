@@ -55,6 +55,6 @@ def check_kept_masks(masks: Mapping[str, Tensor], shapes: Mapping[str, torch.Siz
             )
         if mask.shape != shapes[name]:
             raise ValueError(
-                f"the mask of {name} has shape {tuple(mask.shape)}, but the parameter "
+                f"the mask of {name} has shape {tuple(mask.shape)}, but the parameter has "
                 f"{tuple(shapes[name])}: give a mask of that shape."
             )

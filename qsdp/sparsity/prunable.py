@@ -62,7 +62,9 @@ def prunable_parameters(
         for pattern in patterns:
             if not fnmatch.filter(named, pattern):
                 such = next(iter(named), None)
-                advice = f"one of names such as {such!r}" if such else "a model with parameters"
+                advice = (
+                    f"a pattern of names such as {such!r}" if such else "a model with parameters"
+                )
                 raise ValueError(
                     f"the prunable pattern {pattern!r} matches no parameter: give {advice}."
                 )
@@ -122,7 +124,7 @@ def _warn_of_the_rest(
         warn(
             f"{sum(left.values()) / total:.0%} of the weights in the blocks of "
             f"{type(model).__name__} are not in the default prunable set, and stay dense, "
-            f"among them {told}{more}: give patterns of the names of all that may be pruned."
+            f"namely {told}{more}: give patterns of the names of all that may be pruned."
         )
 
 

@@ -266,14 +266,14 @@ class TestShards:
         [
             ("meta.json", None, "has no meta.json"),
             ("meta.json", b"{", "not readable JSON"),
-            ("meta.json", b'{"dtype": "int8", "vocab_size": 9}', "does not state a dtype"),
+            ("meta.json", b'{"dtype": "int8", "vocab_size": 9}', "lacks a dtype"),
             ("meta.json", b'{"dtype": "uint16", "vocab_size": 2}', "holds the token id 4"),
-            ("meta.json", b'{"dtype": "uint16", "vocab_size": true}', "does not state a dtype"),
-            ("meta.json", b'{"dtype": "uint16", "vocab_size": 65537}', "does not state a dtype"),
+            ("meta.json", b'{"dtype": "uint16", "vocab_size": true}', "lacks a dtype"),
+            ("meta.json", b'{"dtype": "uint16", "vocab_size": 65537}', "lacks a dtype"),
             (
                 "meta.json",
                 b'{"dtype": "uint32", "vocab_size": 1%s}' % (b"0" * 30),
-                "does not state",
+                "lacks a dtype",
             ),
             ("meta.json", DEEP, "not readable JSON"),
             ("train-00001.bin", None, "lacks train-00001.bin"),

@@ -58,7 +58,7 @@ def test_a_group_that_was_added_is_missed_when_it_is_forgotten_later() -> None:
     optimizer.add_param_group({"params": [first]})
     model.load_state_dict({n: p.clone() for n, p in model.state_dict().items()}, assign=True)
     optimizer.param_groups[0]["params"] = [*model.parameters()][1:]
-    assert "lacks 1 parameters of the model, 'embed.weight'" in said(optimizer.step)
+    assert "lacks 1 parameter of the model, 'embed.weight'" in said(optimizer.step)
 
 
 def test_a_group_may_be_dropped_with_its_state_left_behind() -> None:
@@ -91,7 +91,7 @@ def test_a_state_is_read_whatever_the_model_has_become() -> None:
     before = len(optimizer.state_dict()["state"])
     model.head = nn.Linear(10, 13)
     assert len(optimizer.state_dict()["state"]) == before
-    assert "lacks 1 parameters of the model, 'head.weight'" in said(optimizer.step)
+    assert "lacks 1 parameter of the model, 'head.weight'" in said(optimizer.step)
 
 
 def test_a_group_may_move_to_another_optimizer() -> None:
@@ -119,7 +119,7 @@ def test_parameters_of_another_time_beside_lacking_ones_are_named() -> None:
     model = make_model(1)
     first, *rest = model.parameters()
     base = torch.optim.SGD([nn.Parameter(first.detach().clone()), *rest], lr=0.1)
-    said = "has 1 parameters that the model does not have, and lacks 1 that it trains, 'embed"
+    said = "has 1 parameter that the model does not have, and lacks 1 that it trains, 'embed"
     with pytest.warns(UserWarning, match=said):
         METHODS["ACDC"](model, base)
 

@@ -179,7 +179,7 @@ def test_a_file_that_may_not_appear_again_is_missed_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse() -> None:
-        raise ValueError("the folder is another run's now")
+        raise ValueError("the folder is another run's now.")
 
     path = tmp_path / "metrics.jsonl"
     with MetricsWriter(path, may_appear=refuse) as writer:

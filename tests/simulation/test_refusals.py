@@ -119,7 +119,10 @@ def test_wrong_calls_of_a_simulation_are_named_in_one_sentence() -> None:
     ("masks", "mistake"),
     [
         ({"block.7": torch.ones(20, 12, dtype=torch.bool)}, "'block.7', which is no parameter"),
-        ({"out.weight": torch.ones(5, dtype=torch.bool)}, r"shape (5,), but the parameter (5, 12)"),
+        (
+            {"out.weight": torch.ones(5, dtype=torch.bool)},
+            r"shape (5,), but the parameter has (5, 12)",
+        ),
         ({"out.weight": torch.ones(5, 12)}, "a Tensor of torch.float32: give a bool tensor"),
         ({"out.weight": [[True] * 12] * 5}, "a list of None: give a bool tensor"),
     ],

@@ -118,7 +118,7 @@ def test_where_warnings_are_errors_every_rank_has_them(run: Run) -> None:
     first, second = run(2, _warn_as_errors)
     assert first == second
     assert len(first) == 2
-    assert "lacks 1 trained parameters of the model, 'embed.weight'" in first[0]
+    assert "lacks 1 trained parameter of the model, 'embed.weight'" in first[0]
 
 
 def _look_while_gathered() -> list[Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qsdp.common.model_structure import unique_tensors
 from qsdp.common.rank_agreement import warn
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
+from qsdp.common.user_errors import counted
 from qsdp.compat.fsdp_state import with_enclosing_roots
 from qsdp.compat.interrupted_passes import abandon_interrupted_pass
 from qsdp.compat.parameter_group import groups_have_pending_gradients
@@ -198,10 +199,10 @@ class CrAM(OptimizerWrapper):
         own, names = type(self).__name__, self._tracked.missing_names
         if names:
             warn(
-                f"the base optimizer of {own} lacks {len(names)} trained parameters of the model, "
-                f"{names[0]!r} first, and {own} leaves them where they are in the second pass and "
-                "their gradients as the first pass makes them: give it one optimizer of all "
-                "parameters for these to take part."
+                f"the base optimizer of {own} lacks {counted(len(names), 'trained parameter')} of "
+                f"the model, {names[0]!r} first, and {own} leaves them where they are in the "
+                "second pass and their gradients as the first pass makes them: give it one "
+                "optimizer of all parameters for these to take part."
             )
 
     def _check_begin(self) -> None:
