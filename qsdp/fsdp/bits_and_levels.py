@@ -158,12 +158,11 @@ class Adaptation:
             )
         if not isinstance(bits, dict):
             raise ValueError(
-                f"the state's bits are {shown(bits)}: give a dict by name, as state_dict() "
-                "returned it."
+                f"the state's bits are {shown(bits)}: give those that state_dict() returned."
             )
         check_level_rows(levels)
-        theirs = state["parameters"]
-        theirs = dict.fromkeys([*bits, *(row[0] for row in levels)], "unknown") | theirs
+        named = [*bits, *(row[0] for row in levels)]
+        theirs = dict.fromkeys(named, "unknown") | state["parameters"]
         differing = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
         if differing:
             first = differing[0]
