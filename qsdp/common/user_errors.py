@@ -40,7 +40,7 @@ def counted(number: int, thing: str) -> str:
 def group_for_user(names: Sequence[str]) -> str:
     """In an error for a user, a group of parameters: the first of ``names``, how many others."""
     others = len(names) - 1
-    return f"{names[0]} and {others} other{'s' * (others > 1)}" if others else names[0]
+    return f"{names[0]} and {counted(others, 'other')}" if others else names[0]
 
 
 def names_for_user(names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import qsdp
+from qsdp.common.user_errors import counted
 from qsdp.models.language_model import LanguageModel
 from qsdp.models.registry import family_of_size
 from qsdp.models.size import ModelSize
@@ -35,8 +36,8 @@ def check_replicas(config: TrainConfig, world: World) -> None:
     """
     if world.size % config.run.replicas:
         raise ValueError(
-            f"--replicas is {config.run.replicas}, which does not divide the {world.size} "
-            f"{'rank' if world.size == 1 else 'ranks'}: choose a divisor, 1 for none."
+            f"--replicas is {config.run.replicas}, which does not divide the "
+            f"{counted(world.size, 'rank')}: choose a divisor, 1 for none."
         )
     if config.qsdp is not None and 1 < config.run.replicas == world.size:
         allowed = [str(n) for n in range(1, world.size) if world.size % n == 0]

@@ -13,7 +13,7 @@ from typing import Any
 
 from qsdp import checkpoint
 from qsdp.checkpoint import Damaged
-from qsdp.common.user_errors import UserError
+from qsdp.common.user_errors import UserError, counted
 from qsdp.report.summary_json import read_summary
 from qsdp.train.auto.choose import is_choice
 from qsdp.train.config import TrainConfig
@@ -87,7 +87,7 @@ def told_as_damaged(start: HistoryStart, damaged: Sequence[Damaged]) -> list[str
             continue
         lines.append(
             f"{error.file} is damaged ({error.why}), and the run goes on from {start.source} "
-            f"instead, which loses {lost} step{'s' * (lost != 1)}"
+            f"instead, which loses {counted(lost, 'step')}"
         )
     return lines
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from qsdp import checkpoint
 from qsdp.common.printing import print_error
-from qsdp.common.user_errors import quoted
+from qsdp.common.user_errors import counted, quoted
 from qsdp.data.batches import Batches, eval_batches
 from qsdp.data.corpus import Corpus, load_corpus
 from qsdp.data.tokenizer import hash_of
@@ -252,8 +252,8 @@ def _announce(
     num_parameters = sum(p.numel() for p in job.model.parameters())
     batch_tokens = world.size * config.run.batch_size * config.run.grad_accum * config.run.seq_len
     job.say(
-        f"{config.run.model}: {num_parameters:,} parameters on {world.size} "
-        f"{'rank' if world.size == 1 else 'ranks'} ({world.backend}, {config.run.precision}), "
+        f"{config.run.model}: {num_parameters:,} parameters on "
+        f"{counted(world.size, 'rank')} ({world.backend}, {config.run.precision}), "
         f"{_travels(config)}, {config.method.title}, "
         f"{batch_tokens:,} tokens a step of {len(job.corpus.train):,}, results in {job.out}"
     )

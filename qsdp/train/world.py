@@ -20,7 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from qsdp.common.allocator import keep_freed_memory
 from qsdp.common.collective_errors import collective, is_failure
-from qsdp.common.user_errors import UserError, quoted, sentence
+from qsdp.common.user_errors import UserError, counted, quoted, sentence
 from qsdp.train.run_flags import RunFlags
 from qsdp.train.signals import Stop
 
@@ -157,7 +157,7 @@ def _device(backend: str | None) -> torch.device:
         return torch.device("cpu")
     if backend != "gloo" and local_rank >= num_gpus:
         raise UserError(
-            f"this node has {num_gpus} GPU{'s' * (num_gpus > 1)}, too few for local rank "
+            f"this node has {counted(num_gpus, 'GPU')}, too few for local rank "
             f"{local_rank}, and NCCL takes one rank a GPU: lower --nproc-per-node, or let ranks "
             "share GPUs with --backend gloo."
         )

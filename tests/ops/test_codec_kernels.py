@@ -20,6 +20,7 @@ from qsdp.common.rounding import Rounding
 from qsdp.ops import native
 from qsdp.ops.reference import codec
 from tests.support import gpu_kernels, patience
+from tests.support.codec_wire import segments_of_sizes
 
 COMPILED = [name for name in native.available() if name != native.PYTHON]
 ABSENT = "the native library is not installed: there are only Python kernels to run"
@@ -332,18 +333,7 @@ def test_opaque_bytes_travel_untouched(kernels: str, generator: torch.Generator)
 
 
 def test_threads_do_not_change_bytes(kernels: str, generator: torch.Generator) -> None:
-    sizes = (70_001, 5, 200_000, 0, 33_333)
-    segments = [
-        Segment(
-            bits=b,
-            dtype=DType.FP32,
-            padded=n,
-            parameter=b,
-            rounding=b % len(Rounding),
-            bucket=b * 104,
-        )
-        for b, n in zip((8, 5, 3, 4, 6), sizes, strict=True)
-    ]
+    segments = segments_of_sizes({8: 70_001, 5: 5, 3: 200_000, 4: 0, 6: 33_333})
     segments.append(Segment(bits=0, dtype=DType.FP32, padded=99_999, parameter=9, wire=DType.BF16))
     learned = {"bits": 4, "rounding": 2, "levels": LEVEL_STARTS[4]}
     segments.append(Segment(dtype=DType.FP32, padded=150_000, parameter=7, **learned))

@@ -15,6 +15,7 @@ from qsdp.common.rounding import Rounding
 from qsdp.ops import native
 from qsdp.ops.reference import codec
 from tests.support import gpu_kernels
+from tests.support.codec_wire import segments_of_sizes
 
 HEADER = [1, 2, 3, 4]
 CANARY = 0xC5
@@ -165,18 +166,7 @@ def test_sums_are_of_the_order_of_the_parts(kernels: str, generator: torch.Gener
 @pytest.mark.parametrize("kernels", COMPILED, indirect=True)
 def test_threads_change_no_bytes(kernels: str, generator: torch.Generator) -> None:
     """Small parts and large ones, alone in their row or several in it, by one table or others."""
-    sizes = {8: 30_001, 3: 5, 4: 61_000}
-    segments = [
-        Segment(
-            bits=b,
-            dtype=DType.FP32,
-            padded=n,
-            parameter=b,
-            bucket=b * 104,
-            rounding=b % len(Rounding),
-        )
-        for b, n in sizes.items()
-    ]
+    segments = segments_of_sizes({8: 30_001, 3: 5, 4: 61_000})
     segments.append(Segment(bits=0, dtype=DType.FP32, padded=9_999, parameter=9, wire=DType.BF16))
     layout = Layout(segments, group=1)
     tables, parts = tables_of(layout), some_parts(10, 4, generator, add=True)

@@ -30,6 +30,21 @@ def fresh() -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
+def segments_of_sizes(sizes: dict[int, int]) -> list[Segment]:
+    """A coded fp32 segment for each number of bits; their buckets and roundings vary."""
+    return [
+        Segment(
+            bits=bits,
+            dtype=DType.FP32,
+            padded=num_values,
+            parameter=bits,
+            bucket=bits * 104,
+            rounding=bits % len(Rounding),
+        )
+        for bits, num_values in sizes.items()
+    ]
+
+
 @dataclass
 class Sent:
     payload: Tensor  # uint8
