@@ -12,5 +12,10 @@ class Damaged(ValueError):
         super().__init__(checkpoint, name, why)
         self.checkpoint, self.file, self.why = checkpoint, checkpoint / name, why
 
+    @property
+    def fact(self) -> str:
+        """What is damaged, and how, as it stands within a sentence."""
+        return f"{self.file} is damaged ({self.why})"
+
     def __str__(self) -> str:
-        return f"{self.file} is damaged ({self.why}): name another checkpoint."
+        return f"{self.fact}: name another checkpoint."

@@ -47,7 +47,7 @@ class KeptModel:
                 if error is None:
                     return world.on_main(partial(_read_loss, path))
                 self.damaged.add(path.resolve())
-                self.why_none = f"{error.file} is damaged ({error.why})"
+                self.why_none = error.fact
                 if world.is_main:
                     print_error(
                         f"warning: {self.why_none}, and the {name} of step "

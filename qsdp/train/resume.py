@@ -71,9 +71,7 @@ def find_whole_start(
             found = error
         damaged.append(found)
         if _is_named(config, found.checkpoint):
-            raise UserError(
-                f"{found.file} is damaged ({found.why}), {_instead(found, world)}.", is_shared=True
-            )
+            raise UserError(f"{found.fact}, {_instead(found, world)}.", is_shared=True)
 
 
 def told_as_damaged(start: HistoryStart, damaged: Sequence[Damaged]) -> list[str]:
@@ -86,7 +84,7 @@ def told_as_damaged(start: HistoryStart, damaged: Sequence[Damaged]) -> list[str
         if lost < 0:  # somewhere else
             continue
         lines.append(
-            f"{error.file} is damaged ({error.why}), and the run goes on from {start.source} "
+            f"{error.fact}, and the run goes on from {start.source} "
             f"instead, which loses {counted(lost, 'step')}"
         )
     return lines
@@ -121,7 +119,7 @@ def _all_damaged(folder: Path, damaged: Sequence[Damaged]) -> str:
 
 def _but_for(damaged: Sequence[Damaged]) -> str:
     """What a refusal to resume from an older checkpoint begins with."""
-    return f"{damaged[0].file} is damaged ({damaged[0].why}), and " if damaged else ""
+    return f"{damaged[0].fact}, and " if damaged else ""
 
 
 def find_start(
