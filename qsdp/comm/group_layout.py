@@ -18,7 +18,7 @@ from qsdp.codec.payload import (
     payload_hash,
     payload_offsets,
 )
-from qsdp.codec.segment_table import Field, Part
+from qsdp.codec.segment_table import Field, Part, SegmentRow
 from qsdp.comm.buffers import BufferPool
 from qsdp.comm.pruned_slices import PrunedSlices
 from qsdp.comm.routes import Route, gather_route
@@ -99,6 +99,15 @@ class GroupLayout:
         for field, values in columns.items():
             tables[:, :, field] = values
         return tables
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The segments of a payload, with the values that all ranks' slices reserve."""
+        return self._layout.segments
+
+    def segment_rows(self, rank: int) -> list[SegmentRow]:
+        """The rows of the table of ``rank``'s slice, with names."""
+        return [SegmentRow(row) for row in self.table(rank).tolist()]
 
     def table(self, rank: int) -> Tensor:
         """The table of ``rank``'s slice: int64 [segments, len(Field)]."""

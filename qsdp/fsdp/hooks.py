@@ -18,6 +18,7 @@ from qsdp.comm.differing_gradients import GradientsDiffer
 from qsdp.comm.gradient_consensus import Consensus, Places
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
+from qsdp.comm.kept_codes import KeptCodes
 from qsdp.comm.late_reduce import LateReduce, exhaust
 from qsdp.comm.reduce_scatter import Exchange, reduce, reduce_exchanges
 from qsdp.comm.weight_cache import Source, WeightCache
@@ -73,6 +74,7 @@ class AllGatherHook(_Comm):
         self._plan, self._wire, self._group = plan, wire, group
         self._recorder, self._unwatched, self.passes = recorder, unwatched, passes
         self.cache = WeightCache(plan, wire)
+        self._kept = KeptCodes(plan, wire) if wire.config.gather == "delta" else None
         self._frozen_sum = 0
         self._gathered_at: tuple[str, int] | None = None
 
@@ -109,6 +111,8 @@ class AllGatherHook(_Comm):
             self._recorder.forget_what_was_dropped()
             self.passes.before_gather(plan)
         self._gathered_at = self.passes.now
+        if self._kept is not None and not wire.is_exact:
+            return self._gather_changes(self._kept, input_tensor, output_tensor, async_op)
         weights = trained, frozen = self.cache.find(self._group.requires_grad())
         if in_backward and any(each.source is Source.WIRE for each in weights):
             self.passes.before_collective_in_backward(plan)
@@ -129,6 +133,47 @@ class AllGatherHook(_Comm):
             return GatheringWork(finish)
         finish()
         return None
+
+    def _gather_changes(
+        self, kept: KeptCodes, input: Tensor, output: Tensor, async_op: bool
+    ) -> dist.Work | None:
+        """Send what has changed of the weights, and decode what all ranks keep of them.
+
+        A backward pass decodes what its forward pass has seen.
+        """
+        if is_in_backward():
+            if kept.is_of(self._wire.clock.step):
+                kept.settle()
+                kept.decode(output)
+                return None
+            self.passes.before_collective_in_backward(self._plan)
+        is_async = async_op and input.device.type == "cpu"
+        shards = self._group.local_shards()
+        kept.begin(input, self._group.requires_grad(), shards, async_op=is_async)
+
+        def finish() -> None:
+            kept.settle()
+            kept.decode(output)
+
+        if is_async:
+            return GatheringWork(finish)
+        finish()
+        return None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that kept payloads and codes take on this rank."""
+        return self.cache.num_bytes + (0 if self._kept is None else self._kept.num_bytes)
+
+    def settle(self) -> None:
+        """Apply what has arrived of the weights' changes, if any is under way."""
+        if self._kept is not None:
+            self._kept.settle()
+
+    def forget_codes(self) -> None:
+        """Draw all weights anew with the next gather, as all ranks do."""
+        if self._kept is not None:
+            self._kept.forget()
 
     @property
     def has_frozen(self) -> bool:

@@ -35,6 +35,12 @@ class PassMember(Protocol):
     def forget_frozen(self) -> None:
         """Send them anew with the next gather."""
 
+    def settle(self) -> None:
+        """Apply what has arrived of the weights' changes, if any is under way."""
+
+    def forget_codes(self) -> None:
+        """Draw all weights anew with the next gather, as all ranks do."""
+
     def drop_stale(self, is_due: bool) -> None:
         """Free gathered weights that are not made of the weights, bits and levels of now.
 

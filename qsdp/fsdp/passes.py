@@ -77,7 +77,7 @@ class Passes:
         self._averages = replicas is not None
         # A gather for the backward pass would come before anything that a meeting could lie beside.
         is_alone = len({plan.group for plan in plans}) == 1
-        self._meets_early = wire.config.gather == "once" and is_alone
+        self._meets_early = wire.config.gather != "twice" and is_alone
         self.caches: Sequence[PassMember] = ()
         self.comms: Sequence[tuple[Any, ...]] = ()
         self.facts = Facts(plans, groups, wire, adaptation, averages=self._averages)
@@ -130,8 +130,13 @@ class Passes:
             return
         members = self.meetings.members(plan.group, self._parts)
         self._open.update(members)
-        with self.meetings.mistakes_reach_replicas():
-            self.meetings.meet_for_a_forward(plan, members, self._grad_mode, self.caches)
+        self.settle_gathers()
+        try:
+            with self.meetings.mistakes_reach_replicas():
+                self.meetings.meet_for_a_forward(plan, members, self._grad_mode, self.caches)
+        except RuntimeError:  # on all ranks: one may have missed what the others keep
+            self.forget_codes()
+            raise
         self._to_come[plan.group] = {*members} - {plan.index}
         self._optimizer_steps.look_again()
         if not wire.is_exact:
@@ -179,6 +184,7 @@ class Passes:
         for group in self._groups:
             self._abandon(group.modules[0])
         self._end_what_was_cut_short()
+        self.settle_gathers()
         self._grad_mode = "unknown"
 
     def _abandon(self, module: nn.Module) -> None:
@@ -233,14 +239,26 @@ class Passes:
     def abandon_what_is_late(self) -> None:
         """Finish what a pass that was cut short has left under way."""
         self._wire.late.abandon()
+        self.settle_gathers()
+
+    def settle_gathers(self) -> None:
+        """Apply what has arrived of the weights' changes: [Note: Kept]."""
+        for cache in self.caches:
+            cache.settle()
+
+    def forget_codes(self) -> None:
+        """Let all groups draw their weights anew with the next gather, as all ranks do."""
+        for cache in self.caches:
+            cache.forget_codes()
 
     def settle_what_was_cut_short(self) -> None:
         """Undo what a backward pass that was cut short has counted, if one was."""
         if not is_in_backward():
             self._end_what_was_cut_short()
+            self.settle_gathers()
 
     def _end_what_was_cut_short(self) -> None:
-        self.abandon_what_is_late()
+        self._wire.late.abandon()
         if self.backward.is_under_way:
             self.backward.end()
             self._wire.clock.rewind()
