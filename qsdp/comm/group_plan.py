@@ -256,15 +256,15 @@ class Plan:
         self, parameter: Parameter, dtype: torch.dtype, bits: int, kind: LevelKind
     ) -> Segment:
         own = CODEC_DTYPES.get(dtype, DType.OPAQUE)
-        narrow = bits == 16 and own == DType.FP32
+        narrow, is_grad = bits == 16 and own == DType.FP32, kind == LevelKind.GRAD
         return Segment(
             bits=bits if bits <= 8 else 0,
             dtype=own,
             wire=DType.BF16 if narrow else own,
             padded=parameter.padded_numel(self.world_size) * _units(dtype),
             parameter=parameter.index,
-            bucket=self._config.bucket_of(bits, is_grad=kind == LevelKind.GRAD),
-            rounding=Rounding.of(self._config.rounding_of(bits)),
+            bucket=self._config.bucket_of(bits, is_grad=is_grad),
+            rounding=Rounding.of(self._config.rounding_of(bits, is_grad=is_grad)),
             levels=levels_offset(self._config, parameter.index, bits, kind),
         )
 
