@@ -42,7 +42,7 @@ class ChangeGather:
         wire: What the group shares with the others.
         most: Bytes that no frame has more of.
         expected: Bytes that all ranks send at once of their frames.
-        is_first: It is the first in a step: its bytes are those of training, whoever needs it first.
+        is_first: It is the first in a step: its bytes are those of training, in a validation too.
         async_op: The frames travel beside what this thread does until ``finish``.
     """
 
