@@ -67,6 +67,11 @@ QSDP_INLINE constexpr bool draws_for_levels(int64_t rounding) {
     return draws_for_values(rounding) && properties_of(rounding).has_levels;
 }
 
+// Whether a bucket's grid may be kept from an epoch on: its code is then a function of the weight.
+QSDP_INLINE constexpr bool may_keep_grids(int64_t rounding) {
+    return !shifts_buckets(rounding) && !rounds_down(rounding);
+}
+
 // Whether a rounding that is known at run time alone is ``one``, such as one that rounds_down: a
 // comparison for each such rounding, where the table would be a branch for every one.
 template <bool (*one)(int64_t), int64_t first = 0, class Integer>
