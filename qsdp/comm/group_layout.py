@@ -65,6 +65,11 @@ class GroupLayout:
             for segment, at in enumerate(each):
                 starts_of_both[i, segment] = at
         self._meta, self._data = torch.from_numpy(starts_of_both).mT
+        epochs = [
+            segment.epochs_start(self._meta[:, i], self._padded[:, i])
+            for i, segment in enumerate(segments)
+        ]
+        self._epochs = torch.stack(epochs, dim=1) if epochs else self._meta
         self.payload_bytes = int(np.max(payload_bytes))
         """Bytes of every rank's payload."""
         self.tables = self._tables(None)
@@ -88,6 +93,7 @@ class GroupLayout:
             Field.PADDED: self._padded,
             Field.META_BYTE: self._meta,
             Field.DATA_BYTE: self._data,
+            Field.EPOCH_BYTE: self._epochs,
         }
         tables = rows.repeat(len(self._padded), 1, 1)
         for field, values in columns.items():
