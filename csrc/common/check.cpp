@@ -85,7 +85,7 @@ void check_levels(const std::optional<torch::stable::Tensor>& levels) {
 
 // Epochs are for what keeps its grids: to encode is to draw fresh ones.
 void check_segment_epochs(const Segment& segment, int64_t payload_bytes, Way way, Where where) {
-    if (segment.epochs == -1) return;
+    if (segment.epoch_byte == -1) return;
     if (way == Way::kEncode) {
         refuse(
             "a segment has epochs, but encode draws fresh grids: give -1 for none, or call "
@@ -97,19 +97,19 @@ void check_segment_epochs(const Segment& segment, int64_t payload_bytes, Way way
             "cpu.");
     }
     if (segment.bits == 0) refuse("a raw segment has epochs: give -1 for none.");
-    if (segment.bucket > kMostKept || !may_keep_grids(segment.rounding)) {
+    if (segment.bucket > kMostKept || !keeps_grids(segment.rounding)) {
         std::string known;
         for (int64_t rounding = 0; rounding < kNumRoundings; ++rounding) {
-            if (!may_keep_grids(rounding)) continue;
+            if (!keeps_grids(rounding)) continue;
             known += (known.empty() ? "" : " or ") + text(rounding);
         }
         refuse("a segment with epochs has buckets of ", segment.bucket, " and rounding ",
                segment.rounding, ": give at most ", kMostKept, " and ", known,
                ", or -1 for no epochs.");
     }
-    if (segment.epochs % 4 != 0 ||
-        !inside(segment.epochs, num_buckets(segment), kEpochBytes, kHeaderBytes, payload_bytes)) {
-        refuse("a segment's ", num_buckets(segment), " epochs start at byte ", segment.epochs,
+    if (segment.epoch_byte % 4 != 0 || !inside(segment.epoch_byte, num_buckets(segment),
+                                               kEpochBytes, kHeaderBytes, payload_bytes)) {
+        refuse("a segment's ", num_buckets(segment), " epochs start at byte ", segment.epoch_byte,
                " of ", payload_bytes, ": give a multiple of 4 that leaves room for them, or -1.");
     }
 }

@@ -22,7 +22,7 @@ struct Segment {
     int64_t parameter;    // third counter word of the generator
     int64_t group;        // fourth counter word of the generator
     int64_t levels;       // where its 2**bits learned levels start, in floats; -1: a uniform grid
-    int64_t epochs;       // where its buckets' epochs start in the payload; -1: it has none
+    int64_t epoch_byte;   // where the buckets' epochs start in the payload; -1: there are none
 };
 
 constexpr int64_t kSegmentFields = sizeof(Segment) / sizeof(int64_t);

@@ -114,9 +114,9 @@ void decode_buckets(const Segment& segment, uint64_t key, const float* own_level
                   .has_zero = has_zero,
                   .ahead_bytes = 0,
                   .levels = &levels};
-        if (segment.epochs >= 0) {
+        if (segment.epoch_byte >= 0) {
             int32_t epoch;
-            memcpy(&epoch, payload + segment.epochs + bucket * kEpochBytes, sizeof epoch);
+            memcpy(&epoch, payload + segment.epoch_byte + bucket * kEpochBytes, sizeof epoch);
             work.base = base_of(epoch);
         }
         if (is_one<shifts_buckets_back>(segment.rounding)) work.r = shifts.at(bucket);
