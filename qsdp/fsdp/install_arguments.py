@@ -56,6 +56,18 @@ def refuse_own_comms(groups: list[ParameterGroup], replicas: dist.ProcessGroup |
             )
 
 
+def refuse_replicas_of_changes(
+    config: QSDPConfig, groups: list[ParameterGroup], replicas: dist.ProcessGroup | None
+) -> None:
+    """Raise ValueError if the arguments of ``install`` keep codes of a model that has replicas."""
+    found = [group for group in groups if replicas is not None or group.replicas > 1]
+    if config.gather == "delta" and found:
+        raise ValueError(
+            f"gather is 'delta' and {module_name(found[0])} has replicas, whose kept codes nothing "
+            "compares: shard over one axis alone, or choose gather 'once' or 'twice'."
+        )
+
+
 def check_argument_type(name: str, given: object, wanted: Any) -> None:
     """Raise ValueError unless an argument of ``install`` is a ``wanted``, or None if it may be."""
     if not isinstance(given, wanted):
