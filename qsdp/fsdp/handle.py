@@ -174,6 +174,8 @@ class Handle:
         meter = weights if self._grad_meter is None else self._grad_meter
         with self._adaptation.settled():
             self._adaptation.measure_as_sent(weights)
+        for gather in self._comms.gathers:
+            gather.measure_codes(weights)
         parameters = [p for plan in self._plans for p in plan.parameters]
         columns = {
             name: [_relative(*pair) for pair in source.totals(keys, self._everyone).tolist()]

@@ -218,7 +218,7 @@ def validate_in_loop(job: Job, progress: RunProgress, line: dict[str, Any]) -> N
     line |= losses | {"eval_bytes_sent": spent.other_bytes}
     if spent.gather_bytes:
         line["wire_bytes_sent"] += spent.gather_bytes
-        for name in CHANGE_METRICS + ("gather_bytes", "gather_inter_node_bytes"):
+        for name in (*CHANGE_METRICS, "gather_bytes", "gather_inter_node_bytes"):
             line[name] += getattr(spent, name)
 
 
