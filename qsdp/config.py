@@ -20,7 +20,6 @@ REDUCES = {
 """What ``QSDPConfig.reduce`` may be, and over which stages."""
 CODED_BITS = tuple(range(2, 9))
 MAX_DELTA_BUCKET = 128
-"""A change of a code names its place in the bucket by seven bits."""
 """Values of a bucket at most where changed codes are sent, each by a place of seven bits."""
 LEVEL_STEPS = (10, 50, 200, 1000)
 

@@ -224,8 +224,8 @@ class SegmentRow:
             known = [f"{each.label} ({each})" for each in Rounding if each.properties.keeps_grids]
             raise ValueError(
                 f"a segment with epochs has {self.bits} bits, buckets of {self.bucket} and "
-                f"rounding {self.row[Field.ROUNDING]}: give 2 to 8 bits, at most {MAX_DELTA_BUCKET} "
-                f"values a bucket and {' or '.join(known)}."
+                f"rounding {self.row[Field.ROUNDING]}: give 2 to 8 bits, at most "
+                f"{MAX_DELTA_BUCKET} values a bucket and {' or '.join(known)}."
             )
 
     def check_levels(self, num_levels: int) -> None:
