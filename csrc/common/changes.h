@@ -47,9 +47,41 @@ QSDP_INLINE int64_t bytes_said(int count, int64_t num_values, int64_t bits) {
     return packed_bytes(num_values, bits) + (count == kDrawn ? kMetaBytes : 0);
 }
 
+inline int64_t bitmap_bytes(const std::vector<Segment>& segments) {
+    return (static_cast<int64_t>(segments.size()) + 7) / 8;
+}
+
+// Where a segment's bytes start in a frame that says all that it can: raw values or count bytes,
+// and the data of its buckets.
+struct PlaceInFrame {
+    int64_t start, data;
+};
+
+// Of all segments; returns the bytes of such a frame.
+inline int64_t set_places(const std::vector<Segment>& segments, std::vector<PlaceInFrame>& places) {
+    places.assign(segments.size(), {});
+    int64_t end = bitmap_bytes(segments);
+    for (size_t s = 0; s < segments.size(); ++s) {
+        if (segments[s].bits != 0) continue;
+        places[s].start = end;
+        end += data_bytes(segments[s]);
+    }
+    for (size_t s = 0; s < segments.size(); ++s) {
+        if (segments[s].bits == 0) continue;
+        places[s].start = end;
+        end += num_buckets(segments[s]);
+    }
+    for (size_t s = 0; s < segments.size(); ++s) {
+        if (segments[s].bits == 0) continue;
+        places[s].data = end;
+        end += num_buckets(segments[s]) * kMetaBytes + data_bytes(segments[s]);
+    }
+    return end;
+}
+
 // The most bytes of a body: all has changed, and every grid is drawn again.
 inline int64_t most_body_bytes(const std::vector<Segment>& segments) {
-    int64_t sum = (static_cast<int64_t>(segments.size()) + 7) / 8;
+    int64_t sum = bitmap_bytes(segments);
     for (const Segment& segment : segments) {
         sum += data_bytes(segment);
         if (segment.bits != 0) sum += num_buckets(segment) * (1 + kMetaBytes);
@@ -95,6 +127,25 @@ QSDP_INLINE bool has_left(Grid grid, float low, float high, int bits) {
     const float least = (low * working.factor - working.low) * inverse;
     const float most = (high * working.factor - working.low) * inverse;
     return !(least >= 0.0f && most <= steps_of(keeps_zero(grid), bits));
+}
+
+struct KeptGrid {
+    Grid grid;
+    int32_t epoch;
+};
+
+// Whether a bucket's grid is drawn again. ``extent`` has ``low`` and ``high``, of the values that
+// are not zero (low > high: there are none), ``has_zero`` and ``broken``. ``every``: 0 for weights
+// that are never due.
+template <class Extent>
+QSDP_INLINE bool is_drawn_again(const Extent& extent, const KeptGrid& kept, const Segment& segment,
+                                int64_t bucket, int32_t step, uint32_t every) {
+    const bool was_broken = kept.grid.low != kept.grid.low;
+    if (extent.broken || was_broken) return extent.broken != was_broken;
+    if (extent.has_zero && !keeps_zero(kept.grid)) return true;
+    if (every != 0 && is_due(due_offset(segment, bucket), kept.epoch, step, every)) return true;
+    const bool has_live = extent.low <= extent.high;
+    return has_live && has_left(kept.grid, extent.low, extent.high, static_cast<int>(segment.bits));
 }
 
 // The grid with a part of its range left free on both sides, if that is finite.

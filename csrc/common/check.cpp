@@ -84,17 +84,12 @@ void check_levels(const std::optional<torch::stable::Tensor>& levels) {
 }
 
 // Epochs are for what keeps its grids: to encode is to draw fresh ones.
-void check_segment_epochs(const Segment& segment, int64_t payload_bytes, Way way, Where where) {
+void check_segment_epochs(const Segment& segment, int64_t payload_bytes, Way way) {
     if (segment.epoch_byte == -1) return;
     if (way == Way::kEncode) {
         refuse(
             "a segment has epochs, but encode draws fresh grids: give -1 for none, or call "
             "encode_changes.");
-    }
-    if (where != kCpu) {
-        refuse(
-            "a segment has epochs, which only CPUs know: give -1 for none, or tensors on the "
-            "cpu.");
     }
     if (segment.bits == 0) refuse("a raw segment has epochs: give -1 for none.");
     if (segment.bucket > kMostKept || !keeps_grids(segment.rounding)) {
@@ -120,7 +115,7 @@ struct Rows {
     int64_t num, row_stride, column_stride;
 };
 
-void check_rows(const Rows& rows, int64_t num_levels, Way way, Where where, const CodecCall& call,
+void check_rows(const Rows& rows, int64_t num_levels, Way way, const CodecCall& call,
                 SegmentTable& table) {
     table.segments.resize(static_cast<size_t>(rows.num));
     table.numel = table.padded = 0;
@@ -134,7 +129,7 @@ void check_rows(const Rows& rows, int64_t num_levels, Way way, Where where, cons
         std::memcpy(&segment, fields, sizeof segment);
         check_segment(segment, call.buffer_bytes, call.payload_bytes);
         check_segment_levels(segment, num_levels);
-        check_segment_epochs(segment, call.payload_bytes, way, where);
+        check_segment_epochs(segment, call.payload_bytes, way);
         table.numel += segment.numel;
         table.padded += segment.padded;
         table.is_fp32 &= segment.dtype == kFp32;
@@ -144,8 +139,7 @@ void check_rows(const Rows& rows, int64_t num_levels, Way way, Where where, cons
 // Of ``num_tables`` tables, whose rows and columns are the last two dimensions. Fills all but the
 // parts.
 void check_tables(const torch::stable::Tensor& tables, int64_t num_tables, int64_t table_stride,
-                  const std::optional<torch::stable::Tensor>& levels, Way way, Where where,
-                  CodecCall& call) {
+                  const std::optional<torch::stable::Tensor>& levels, Way way, CodecCall& call) {
     const int64_t dim = tables.dim();
     if (tables.size(dim - 1) != kSegmentFields) {
         refuse("the table has ", tables.size(dim - 1), " columns: give ", kSegmentFields, ".");
@@ -162,7 +156,7 @@ void check_tables(const torch::stable::Tensor& tables, int64_t num_tables, int64
     Rows rows{static_cast<const int64_t*>(tables.data_ptr()), tables.size(dim - 2),
               tables.stride(dim - 2), tables.stride(dim - 1)};
     for (size_t table = 0; table < num; ++table, rows.words += table_stride) {
-        check_rows(rows, num_levels, way, where, call, call.tables[table]);
+        check_rows(rows, num_levels, way, call, call.tables[table]);
     }
 }
 
@@ -184,13 +178,12 @@ void check_named(const char* name, int64_t which, int64_t count) {
 }  // namespace
 
 void check_table(const torch::stable::Tensor& table,
-                 const std::optional<torch::stable::Tensor>& levels, Way way, Where where,
-                 CodecCall& call) {
+                 const std::optional<torch::stable::Tensor>& levels, Way way, CodecCall& call) {
     if (table.scalar_type() != ScalarType::Long || !table.is_cpu() || table.dim() != 2) {
         refuse("the table is ", torch::headeronly::toString(table.scalar_type()), " of ",
                table.dim(), " dimensions: give int64 rows on the cpu.");
     }
-    check_tables(table, 1, 0, levels, way, where, call);
+    check_tables(table, 1, 0, levels, way, call);
 }
 
 void check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,
@@ -201,7 +194,7 @@ void check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tenso
     check_same_device(buffer, payload);
     call.buffer_bytes = buffer.numel();
     call.payload_bytes = payload.numel();
-    check_table(table, levels, way, where, call);
+    check_table(table, levels, way, call);
     if (way == Way::kAdd) check_adds(call.tables[0]);
     call.parts.assign(1, {key, 0, 0, 0, way == Way::kAdd});
 }
@@ -228,7 +221,7 @@ void check_codec_all(const torch::stable::Tensor& buffers, const torch::stable::
     const int64_t num_tables = tables.size(0), num_parts = parts.size(0);
     call.buffer_bytes = buffers.size(1);
     call.payload_bytes = payloads.size(1);
-    check_tables(tables, num_tables, tables.stride(0), levels, way, where, call);
+    check_tables(tables, num_tables, tables.stride(0), levels, way, call);
     call.parts.resize(static_cast<size_t>(num_parts));
     const auto* words = static_cast<const int64_t*>(parts.data_ptr());
     const int64_t row_stride = parts.stride(0), column_stride = parts.stride(1);

@@ -24,8 +24,7 @@ enum class Way { kEncode, kDecode, kAdd };
 
 // One table alone, for the sizes that ``call`` has. Fills its table.
 void check_table(const torch::stable::Tensor& table,
-                 const std::optional<torch::stable::Tensor>& levels, Way way, Where where,
-                 CodecCall& call);
+                 const std::optional<torch::stable::Tensor>& levels, Way way, CodecCall& call);
 
 // What encode and decode are given. Fills ``call`` with one part and its table.
 void check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,

@@ -88,7 +88,7 @@ void check_apply_changes(const torch::stable::Tensor& frame, const torch::stable
     check_step(step);
     call.buffer_bytes = kNoBuffer;
     call.payload_bytes = kept.numel();
-    check_table(table, std::nullopt, Way::kDecode, kCpu, call);
+    check_table(table, std::nullopt, Way::kDecode, call);
     check_kept(call);
 }
 

@@ -22,27 +22,11 @@
 namespace qsdp::QSDP_ISA {
 namespace {
 
-struct KeptGrid {
-    Grid grid;
-    int32_t epoch;
-};
-
 QSDP_INLINE KeptGrid kept_grid(const Segment& segment, const uint8_t* row, int64_t bucket) {
     KeptGrid kept;
     memcpy(&kept.grid, row + segment.meta_byte + bucket * kMetaBytes, sizeof kept.grid);
     memcpy(&kept.epoch, row + segment.epoch_byte + bucket * kEpochBytes, sizeof kept.epoch);
     return kept;
-}
-
-// ``every``: 0 for weights that are never due.
-QSDP_INLINE bool is_drawn_again(const Extent& extent, const KeptGrid& kept, const Segment& segment,
-                                int64_t bucket, int32_t step, uint32_t every) {
-    const bool was_broken = kept.grid.low != kept.grid.low;
-    if (extent.broken || was_broken) return extent.broken != was_broken;
-    if (extent.has_zero && !keeps_zero(kept.grid)) return true;
-    if (every != 0 && is_due(due_offset(segment, bucket), kept.epoch, step, every)) return true;
-    const bool has_live = extent.low <= extent.high;
-    return has_live && has_left(kept.grid, extent.low, extent.high, static_cast<int>(segment.bits));
 }
 
 // Buckets [first, last) of a coded segment, the first of whose data goes to ``to``.

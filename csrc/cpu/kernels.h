@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/changes.h"
+#include "common/frame_fault.h"
 #include "common/magnitude.h"
 #include "common/segment.h"
 
@@ -13,12 +15,6 @@ struct Table {
     int64_t num_segments;
     uint64_t key;
     const float* levels;  // what the segments' ``levels`` point into
-};
-
-// Where a segment's bytes start in a frame that says all that it can: raw values or count bytes,
-// and the data of its buckets.
-struct PlaceInFrame {
-    int64_t start, data;
 };
 
 // What encode_changes is given, besides the table.
@@ -45,9 +41,6 @@ struct ChangedBuckets {
     const uint8_t *heads, *data;  // the segment's count bytes; the data of these buckets
     int64_t first, last;
 };
-
-// What may be wrong with a bucket's data.
-enum class Fault { kNone, kTooMany, kList, kMap, kCode };
 
 // encode and decode work on the values [begin, end) of the table's segments laid end to end, so
 // that a call can be split between threads: a bucket belongs to the range that its first value lies

@@ -13,7 +13,7 @@
 #include "common/changes.h"
 #include "common/check_changes.h"
 #include "common/codec_call.h"
-#include "common/refuse.h"
+#include "common/frame_fault.h"
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
 
@@ -23,7 +23,7 @@ using qsdp::ChangedBuckets;
 using qsdp::Changes;
 using qsdp::Fault;
 using qsdp::PlaceInFrame;
-using qsdp::refuse;
+using qsdp::refuse_frame;
 using qsdp::Segment;
 using torch::stable::Tensor;
 
@@ -38,37 +38,12 @@ thread_local std::vector<uint8_t> own_flags;
 thread_local std::vector<Changes> own_changes;
 thread_local std::vector<ChangedBuckets> own_buckets;
 
-int64_t bitmap_bytes(const std::vector<Segment>& segments) {
-    return (static_cast<int64_t>(segments.size()) + 7) / 8;
-}
-
-// Where everything lies in a frame that says all: bitmap, raw values, count bytes, data.
-void set_places(const std::vector<Segment>& segments, std::vector<PlaceInFrame>& places) {
-    places.assign(segments.size(), {});
-    int64_t end = bitmap_bytes(segments);
-    for (size_t s = 0; s < segments.size(); ++s) {
-        if (segments[s].bits != 0) continue;
-        places[s].start = end;
-        end += data_bytes(segments[s]);
-    }
-    for (size_t s = 0; s < segments.size(); ++s) {
-        if (segments[s].bits == 0) continue;
-        places[s].start = end;
-        end += num_buckets(segments[s]);
-    }
-    for (size_t s = 0; s < segments.size(); ++s) {
-        if (segments[s].bits == 0) continue;
-        places[s].data = end;
-        end += num_buckets(segments[s]) * qsdp::kMetaBytes + data_bytes(segments[s]);
-    }
-}
-
 // Moves what has changed together, in the order of a body; returns its bytes.
 int64_t join(const std::vector<Segment>& segments, const std::vector<PlaceInFrame>& places,
              const std::vector<uint8_t>& is_changed, const std::vector<Changes>& changes,
              uint8_t* frame) {
-    std::memset(frame, 0, static_cast<size_t>(bitmap_bytes(segments)));
-    uint8_t* end = frame + bitmap_bytes(segments);
+    std::memset(frame, 0, static_cast<size_t>(qsdp::bitmap_bytes(segments)));
+    uint8_t* end = frame + qsdp::bitmap_bytes(segments);
     const auto append = [&](const uint8_t* from, int64_t count) {
         std::memmove(end, from, static_cast<size_t>(count));
         end += count;
@@ -97,7 +72,7 @@ void encode_changes(const Tensor& buffer, const Tensor& table, int64_t key, cons
     std::vector<PlaceInFrame>& places = own_places;
     std::vector<uint8_t>& is_changed = own_flags;
     std::vector<Changes>& changes = own_changes;
-    set_places(segments, places);
+    qsdp::set_places(segments, places);
     is_changed.assign(segments.size(), 0);
     changes.clear();
     auto* body = static_cast<uint8_t*>(frame.data_ptr());
@@ -136,17 +111,14 @@ class Body {
 
     const uint8_t* take(int64_t count) {
         if (count > size_ - at_) {
-            refuse("a frame of ", size_, " bytes ends before its byte ", at_ + count,
-                   ": give what encode_changes wrote for this table.");
+            refuse_frame({Fault::kEndsEarly, size_, at_ + count});
         }
         at_ += count;
         return start_ + at_ - count;
     }
 
     void end() const {
-        if (at_ == size_) return;
-        refuse("a frame of ", size_, " bytes has no more to say after ", at_,
-               ": give what encode_changes wrote for this table.");
+        if (at_ != size_) refuse_frame({Fault::kBytesLeft, size_, at_});
     }
 
   private:
@@ -172,29 +144,6 @@ void take_data(const Segment& segment, const uint8_t* heads, Body& body,
     }
 }
 
-void refuse_fault(Fault fault) {
-    switch (fault) {
-        case Fault::kNone:
-            return;
-        case Fault::kTooMany:
-            refuse(
-                "a frame has more changes of a bucket than that has values: give what "
-                "encode_changes wrote for this table.");
-        case Fault::kList:
-            refuse(
-                "a frame lists changes of a bucket that are not in order of place, or outside "
-                "it: give what encode_changes wrote for this table.");
-        case Fault::kMap:
-            refuse(
-                "a frame maps other changes of a bucket than it counts: give what "
-                "encode_changes wrote for this table.");
-        case Fault::kCode:
-            refuse(
-                "a frame changes a code to one that there is not: give what encode_changes "
-                "wrote for this table.");
-    }
-}
-
 void apply_changes(const Tensor& frame, const Tensor& table, int64_t step, const Tensor& kept) {
     qsdp::check_apply_changes(frame, table, step, kept, own_call);
     const std::vector<Segment>& segments = own_call.tables[0].segments;
@@ -202,11 +151,10 @@ void apply_changes(const Tensor& frame, const Tensor& table, int64_t step, const
     changed.clear();
     auto* row = static_cast<uint8_t*>(kept.data_ptr());
     Body body(frame);
-    const uint8_t* bitmap = body.take(bitmap_bytes(segments));
+    const uint8_t* bitmap = body.take(qsdp::bitmap_bytes(segments));
     const size_t num_segments = segments.size();
     if (num_segments % 8 != 0 && bitmap[num_segments / 8] >> num_segments % 8 != 0) {
-        refuse("a frame has changes of more than ", num_segments,
-               " segments: give what encode_changes wrote for this table.");
+        refuse_frame({Fault::kSegments, frame.numel(), static_cast<int64_t>(num_segments)});
     }
     const auto has_changed = [&](size_t s) { return bitmap[s / 8] >> s % 8 & 1; };
     for (size_t s = 0; s < num_segments; ++s) {
@@ -235,7 +183,7 @@ void apply_changes(const Tensor& frame, const Tensor& table, int64_t step, const
                 found = fault;
             }
         });
-    refuse_fault(found);
+    if (found != Fault::kNone) refuse_frame({found, frame.numel(), 0});
 }
 
 }  // namespace

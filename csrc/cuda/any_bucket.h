@@ -54,12 +54,12 @@ QSDP_INLINE uint32_t level_code(const Coder& coder, float t, float u) {
     return static_cast<uint32_t>(index < last ? index : last);
 }
 
-// The codes of a run whose first value is number ``index`` of its segment, as a stream of bits.
-QSDP_INLINE uint64_t encode_run(const Run& run, const Coder& coder, float inverse, int64_t index) {
+// The codes of a run, as a stream of bits; ``block`` is that of its values' own numbers.
+QSDP_INLINE uint64_t encode_run(const Run& run, const Coder& coder, float inverse, uint64_t block) {
     if (coder.is_broken) return 0;
     const bool has_own = is_one<draws_for_values>(coder.rounding);
     PhiloxBlock own{};
-    if (has_own) own = philox(coder.stream, static_cast<uint64_t>(index) / kRun);
+    if (has_own) own = philox(coder.stream, block);
     const uint32_t last = (1u << coder.bits) - 1;
     const float steps = static_cast<float>(last - coder.has_zero);
     uint32_t codes[kRun];
@@ -93,10 +93,10 @@ QSDP_INLINE float inverse_of(const Coder& coder) {
 }
 
 template <class T>
-QSDP_INLINE Run decode_run(uint64_t stream, const Coder& coder, int64_t index, T) {
+QSDP_INLINE Run decode_run(uint64_t stream, const Coder& coder, uint64_t block, T) {
     const bool has_own = is_one<takes_back_values>(coder.rounding);
     PhiloxBlock own{};
-    if (has_own) own = philox(coder.stream, static_cast<uint64_t>(index) / kRun);
+    if (has_own) own = philox(coder.stream, block);
     const uint32_t last = (1u << coder.bits) - 1;
     const uint32_t half[2] = {static_cast<uint32_t>(stream),
                               static_cast<uint32_t>(stream >> 4 * coder.bits)};

@@ -12,12 +12,19 @@ constexpr int kDecodeThreads = 256, kDecodeBlocks = 4;
 
 __global__ void __launch_bounds__(kEncodeThreads, kEncodeBlocks)
     encode_kernel(const __grid_constant__ Job job) {
-    run_unit<true>(job, (int64_t{blockIdx.x} * kEncodeThreads + threadIdx.x) / kWarp);
+    run_unit<Turn::kToCodes>(job, (int64_t{blockIdx.x} * kEncodeThreads + threadIdx.x) / kWarp);
 }
 
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
     decode_kernel(const __grid_constant__ Job job) {
-    run_unit<false>(job, (int64_t{blockIdx.x} * kDecodeThreads + threadIdx.x) / kWarp);
+    run_unit<Turn::kToValues>(job, (int64_t{blockIdx.x} * kDecodeThreads + threadIdx.x) / kWarp);
+}
+
+// Apart, as epochs take registers.
+__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
+    decode_kept_kernel(const __grid_constant__ Job job) {
+    run_unit<Turn::kKeptToValues>(job,
+                                  (int64_t{blockIdx.x} * kDecodeThreads + threadIdx.x) / kWarp);
 }
 
 unsigned num_blocks(const Job& job, int threads) {
@@ -32,7 +39,7 @@ void encode_on_gpu(const std::vector<Segment>& segments, uint64_t key, const int
                    const float* levels, const uint8_t* buffer, uint8_t* payload,
                    int64_t payload_bytes, cudaStream_t stream) {
     launch_jobs(
-        encode_items(segments, payload_bytes).all(), levels, buffer, payload, key, header, false,
+        encode_items(segments, payload_bytes), levels, buffer, payload, key, header, false,
         [=](const Job& job) {
             encode_kernel<<<num_blocks(job, kEncodeThreads), kEncodeThreads, 0, stream>>>(job);
         });
@@ -41,10 +48,15 @@ void encode_on_gpu(const std::vector<Segment>& segments, uint64_t key, const int
 void decode_on_gpu(const std::vector<Segment>& segments, uint64_t key, const float* levels,
                    const uint8_t* payload, uint8_t* buffer, bool add, cudaStream_t stream) {
     launch_jobs(
-        decode_items(segments, add).all(), levels, payload, buffer, key, nullptr, add,
+        decode_items(segments, add), levels, payload, buffer, key, nullptr, add,
         [=](const Job& job) {
             decode_kernel<<<num_blocks(job, kDecodeThreads), kDecodeThreads, 0, stream>>>(job);
         });
+    const Items kept = kept_items(segments);
+    if (kept.all().empty()) return;
+    launch_jobs(kept, levels, payload, buffer, key, nullptr, add, [=](const Job& job) {
+        decode_kept_kernel<<<num_blocks(job, kDecodeThreads), kDecodeThreads, 0, stream>>>(job);
+    });
 }
 
 }  // namespace qsdp

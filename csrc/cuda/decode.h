@@ -14,8 +14,15 @@
 
 namespace qsdp {
 
+// ``Kept``: whether buckets have epochs. 0 where they have none.
+template <bool Kept>
+QSDP_INLINE uint32_t epoch_of(const Work& work, int64_t bucket) {
+    if constexpr (!Kept) return 0;
+    return load_item<uint32_t>(work.from + work.epoch_byte + bucket * kEpochBytes);
+}
+
 // A whole unit of buckets of 2**item.bucket_log2 <= 1024 values, none of them special.
-template <class T, bool Add, Rounding how, bool Zeros>
+template <class T, bool Add, bool Kept, Rounding how, bool Zeros>
 QSDP_INLINE void decode_whole_rows(const Work& work, int64_t unit, int bucket_log2,
                                    PerLane<uint64_t[kRows]>& codes, PerLane<Grid[kRows]>& grid) {
     const Item& item = *work.item;
@@ -32,7 +39,8 @@ QSDP_INLINE void decode_whole_rows(const Work& work, int64_t unit, int bucket_lo
             const Grid own = grid[lane][row];
             const Plain plain = make_plain(own.low, fabsf(own.scale), 0.0f, shift,
                                            is_negative(own.scale), item.bits);
-            Run run = decode_plain<how, Zeros>(codes[lane][row], plain, stream, index, T{});
+            const uint64_t block = block_of(index, epoch_of<Kept>(work, index >> bucket_log2));
+            Run run = decode_plain<how, Zeros>(codes[lane][row], plain, stream, block, T{});
             uint8_t* out = to + offset * sizeof(T);
             if (Add) {
                 const Run there = load_run(out, T{});
@@ -45,7 +53,7 @@ QSDP_INLINE void decode_whole_rows(const Work& work, int64_t unit, int bucket_lo
 }
 
 // Returns false, having done nothing, where a bucket is special.
-template <class T, bool Add>
+template <class T, bool Add, bool Kept>
 QSDP_INLINE bool decode_whole(const Work& work, int64_t unit) {
     const Item& item = *work.item;
     const int bits = item.bits, bucket_log2 = item.bucket_log2;
@@ -74,14 +82,15 @@ QSDP_INLINE bool decode_whole(const Work& work, int64_t unit) {
     const bool has_zeros = any_row([](Grid own) { return is_negative(own.scale); });
     with_kernel<decoder_of>(item.rounding, [&](auto kernel) {
         constexpr Rounding kHow = decltype(kernel)::value;
-        has_zeros ? decode_whole_rows<T, Add, kHow, true>(work, unit, bucket_log2, codes, grid)
-                  : decode_whole_rows<T, Add, kHow, false>(work, unit, bucket_log2, codes, grid);
+        has_zeros
+            ? decode_whole_rows<T, Add, Kept, kHow, true>(work, unit, bucket_log2, codes, grid)
+            : decode_whole_rows<T, Add, Kept, kHow, false>(work, unit, bucket_log2, codes, grid);
     });
     return true;
 }
 
 // A unit of buckets of any size and kind, at any address.
-template <class T, bool Add>
+template <class T, bool Add, bool Kept>
 QSDP_INLINE void decode_any(const Work& work, int64_t unit) {
     const Item& item = *work.item;
     const int bits = item.bits;
@@ -101,7 +110,8 @@ QSDP_INLINE void decode_any(const Work& work, int64_t unit) {
                                            float_bits(grid.scale) >> 31, false, shift);
             const uint64_t codes = load_stream(work.from + item.data_byte + index / kRun * bits,
                                                (valid * bits + 7) / 8);
-            Run run = decode_run(codes, coder, index, T{});
+            const uint64_t block = block_of(index, epoch_of<Kept>(work, bucket));
+            Run run = decode_run(codes, coder, block, T{});
             uint8_t* out = work.to + item.buffer_byte + index * sizeof(T);
             if (Add) {
                 const Run there = load_some(out, valid, T{});
@@ -113,13 +123,14 @@ QSDP_INLINE void decode_any(const Work& work, int64_t unit) {
     });
 }
 
-template <class T, bool Add>
+template <class T, bool Add, bool Kept>
 QSDP_INLINE void decode_coded(const Work& work, int64_t unit) {
     const Item& item = *work.item;
     const bool is_whole = (unit + 1) * kUnit <= item.numel && item.unit_values == kUnit &&
                           item.bucket_log2 >= 0 && item.levels < 0 &&
                           is_aligned(work.to + item.buffer_byte, sizeof(Words));
-    if (!is_whole || !decode_whole<T, Add>(work, unit)) decode_any<T, Add>(work, unit);
+    if (is_whole && decode_whole<T, Add, Kept>(work, unit)) return;
+    decode_any<T, Add, Kept>(work, unit);
 }
 
 }  // namespace qsdp

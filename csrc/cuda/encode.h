@@ -94,10 +94,10 @@ QSDP_INLINE bool encode_whole_unit(const Work& work, int64_t unit) {
             for (int i = 0; i < kTogether; ++i) {
                 const int row = group * kTogether + i, offset = row * kRow + lane * kRun;
                 const Run& run = held[lane][row];
-                const int64_t index = unit * kUnit + offset;
+                const uint64_t block = block_of(unit * kUnit + offset);
                 store_stream(data + offset / kRun * bits,
-                             has_zeros ? encode_plain<how, true>(run, plain, stream, index)
-                                       : encode_plain<how, false>(run, plain, stream, index),
+                             has_zeros ? encode_plain<how, true>(run, plain, stream, block)
+                                       : encode_plain<how, false>(run, plain, stream, block),
                              bits);
             }
         });
@@ -144,7 +144,7 @@ QSDP_INLINE void encode_bucket(const Work& work, int64_t bucket) {
         for (int64_t i = lane * kRun; i < count; i += kRow) {
             const int64_t rest = count - i;
             const int valid = rest < kRun ? static_cast<int>(rest) : kRun;
-            uint64_t stream = encode_run(load(i), coder, inverse, start + i);
+            uint64_t stream = encode_run(load(i), coder, inverse, block_of(start + i));
             if (valid < kRun) stream &= (uint64_t{1} << valid * bits) - 1;
             store_stream(work.to + item.data_byte + (start + i) / kRun * bits, stream,
                          (valid * bits + 7) / 8);

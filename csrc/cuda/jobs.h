@@ -41,6 +41,7 @@ class Items {
         item.data_byte = segment.data_byte;
         item.meta_byte = segment.meta_byte;
         item.numel = segment.numel;
+        if (segment.epoch_byte >= 0) epoch_bytes_.push_back(segment.epoch_byte);
         item.parameter = static_cast<uint32_t>(segment.parameter);
         item.group = static_cast<uint32_t>(segment.group);
         item.bits = static_cast<int16_t>(segment.bits);
@@ -73,6 +74,8 @@ class Items {
     }
 
     const std::vector<Item>& all() const { return items_; }
+    // Where the buckets' epochs start, by item; empty where items have none.
+    const std::vector<int64_t>& epoch_bytes() const { return epoch_bytes_; }
     static int64_t num_units(const Item& item) {
         return item.numel / item.unit_values + (item.numel % item.unit_values != 0);
     }
@@ -81,6 +84,7 @@ class Items {
     void add(const Item& item) { items_.push_back(item); }
 
     std::vector<Item> items_;
+    std::vector<int64_t> epoch_bytes_;
 };
 
 // What writes every byte of a payload but the header's.
@@ -92,11 +96,20 @@ inline Items encode_items(const std::vector<Segment>& segments, int64_t payload_
     return items;
 }
 
-// What writes the values of every segment, and its padding unless values are added.
+// What writes the values of the segments that have epochs, which a kernel of its own decodes.
+inline Items kept_items(const std::vector<Segment>& segments) {
+    Items items;
+    for (const Segment& segment : segments) {
+        if (segment.epoch_byte >= 0) items.add_segment(segment);
+    }
+    return items;
+}
+
+// What writes the values of the other segments, and the padding of all unless values are added.
 inline Items decode_items(const std::vector<Segment>& segments, bool add) {
     Items items;
     for (const Segment& segment : segments) {
-        items.add_segment(segment);
+        if (segment.epoch_byte < 0) items.add_segment(segment);
         if (add) continue;
         const int64_t item = item_bytes(segment.dtype);
         items.add_zeros(segment.buffer_byte + segment.numel * item,
@@ -118,7 +131,10 @@ struct Job {
     bool has_header;
     bool add;
     Item items[kMaxItems];
-    float levels[kMaxLevels];
+    union {
+        float levels[kMaxLevels];
+        int64_t epoch_bytes[kMaxItems];  // of items that have epochs, and thus no levels
+    };
 };
 static_assert(sizeof(Job) <= 4096, "more makes every launch slower");
 
@@ -130,13 +146,15 @@ struct Work {
     const uint8_t* from;
     uint8_t* to;
     bool add;
+    int64_t epoch_byte;  // -1: the item's buckets have no epochs
 };
 
 // Calls ``launch(job)`` with one job, or with several where the items are too many for one.
 // ``header`` may be null.
 template <class Launch>
-void launch_jobs(const std::vector<Item>& items, const float* levels, const uint8_t* from,
-                 uint8_t* to, uint64_t key, const int64_t* header, bool add, const Launch& launch) {
+void launch_jobs(const Items& all, const float* levels, const uint8_t* from, uint8_t* to,
+                 uint64_t key, const int64_t* header, bool add, const Launch& launch) {
+    const std::vector<Item>& items = all.all();
     Job job;
     job.from = from, job.to = to, job.key = key, job.add = add;
     job.has_header = header != nullptr;
@@ -154,6 +172,9 @@ void launch_jobs(const std::vector<Item>& items, const float* levels, const uint
                           job.levels + num_levels);
                 item.levels = num_levels;
                 num_levels += count;
+            }
+            if (!all.epoch_bytes().empty()) {
+                job.epoch_bytes[job.num_items] = all.epoch_bytes()[i];
             }
             item.first_unit = job.num_units;
             job.num_units += Items::num_units(item);

@@ -49,9 +49,9 @@ QSDP_INLINE bool is_plain(Grid grid) {
 // As encode_run. Values but zeros are at least the low, so nothing is below code 0.
 template <Rounding how, bool Zeros>
 QSDP_INLINE uint64_t encode_plain(const Run& run, const Plain& plain, Stream stream,
-                                  int64_t index) {
+                                  uint64_t block) {
     PhiloxBlock own{};
-    if (draws_for_values(how)) own = philox(stream, static_cast<uint64_t>(index) / kRun);
+    if (draws_for_values(how)) own = philox(stream, block);
     uint32_t raw[kRun];
     QSDP_UNROLL(8)
     for (int i = 0; i < kRun; ++i) {
@@ -73,9 +73,9 @@ QSDP_INLINE uint64_t encode_plain(const Run& run, const Plain& plain, Stream str
 
 // As decode_run.
 template <Rounding how, bool Zeros, class T>
-QSDP_INLINE Run decode_plain(uint64_t codes, const Plain& plain, Stream stream, int64_t index, T) {
+QSDP_INLINE Run decode_plain(uint64_t codes, const Plain& plain, Stream stream, uint64_t block, T) {
     PhiloxBlock own{};
-    if (draws_for_values(how)) own = philox(stream, static_cast<uint64_t>(index) / kRun);
+    if (draws_for_values(how)) own = philox(stream, block);
     const uint32_t half[2] = {static_cast<uint32_t>(codes),
                               static_cast<uint32_t>(codes >> 4 * plain.bits)};
     Run run;

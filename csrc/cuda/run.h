@@ -17,6 +17,12 @@ struct Run {
     float x[kRun];
 };
 
+// The block of the numbers that a run's values draw, the first of them number ``index`` of its
+// segment, on a grid of ``epoch``.
+QSDP_INLINE uint64_t block_of(int64_t index, uint32_t epoch = 0) {
+    return uint64_t{epoch} << 32 | static_cast<uint64_t>(index) / kRun;
+}
+
 QSDP_INLINE Run load_run(const uint8_t* from, float) {
     const Words first = load_as<Words>(from), second = load_as<Words>(from + sizeof(Words));
     Run run;

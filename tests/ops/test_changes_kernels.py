@@ -13,6 +13,7 @@ from qsdp.common.dtypes import TORCH_DTYPES, DType
 from qsdp.common.rounding import Rounding
 from qsdp.ops import native
 from qsdp.ops.reference import changes
+from tests.support import gpu_kernels
 from tests.support.kept_sender import FLOATS, ROOM, Sender, layout_of
 from tests.support.kernel_inputs import hard_values
 
@@ -22,13 +23,14 @@ KEEPS = [rounding for rounding in Rounding if rounding.properties.keeps_grids]
 
 
 @pytest.fixture(
-    params=COMPILED or [pytest.param("none", marks=pytest.mark.skip(reason=ABSENT))],
+    params=[
+        *(COMPILED or [pytest.param("none", marks=pytest.mark.skip(reason=ABSENT))]),
+        *gpu_kernels.PARAMS,
+    ]
 )
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.capability()
-    native.use(request.param)
-    yield request.param
-    native.use(before)
+    with gpu_kernels.serving(request.param):
+        yield request.param
 
 
 every_rounding = pytest.mark.parametrize("rounding", KEEPS, ids=[each.label for each in KEEPS])
@@ -52,6 +54,20 @@ def test_changes_have_the_bytes_of_the_specification(kernels, dtype, rounding, g
     sender.x.copy_(hard_values(layout.num_values, generator))
     sender.modes.fill_(changes.FROZEN)
     sender.send(redraw_every=1)
+    sender.assert_decoded_alike()
+
+
+@every_rounding
+@pytest.mark.parametrize("dtype", FLOATS, ids=[each.name.lower() for each in FLOATS])
+def test_long_segments_are_decoded_as_the_specification_does(kernels, dtype, rounding, generator):
+    """By whole units on GPUs, and with epochs of several steps."""
+    layout = layout_of(dtype, rounding, generator, lengths=(1024, 2048))
+    x = torch.randn(layout.num_values, generator=generator).to(TORCH_DTYPES[dtype])
+    x[torch.rand(x.shape, generator=generator) < 1e-3] = 0.0
+    sender = Sender(layout, x, generator)
+    for _ in range(2):
+        sender.send(redraw_every=2)
+        sender.wander(0.01)
     sender.assert_decoded_alike()
 
 

@@ -17,6 +17,7 @@ from qsdp.ops import native
 from qsdp.ops.reference import changes, codec
 from qsdp.ops.reference.apply_changes import apply_changes
 from qsdp.ops.reference.changes import encode_changes
+from tests.support import gpu_kernels
 from tests.support.kept_sender import ROOM, Sender, some
 from tests.support.kernel_inputs import assert_canaries, off_by
 
@@ -27,12 +28,15 @@ COMPILED = [name for name in native.available() if name != native.PYTHON]
 ABSENT = "the native library is not installed: there are only Python kernels to run"
 
 
-@pytest.fixture(params=COMPILED or [pytest.param("none", marks=pytest.mark.skip(reason=ABSENT))])
+@pytest.fixture(
+    params=[
+        *(COMPILED or [pytest.param("none", marks=pytest.mark.skip(reason=ABSENT))]),
+        *gpu_kernels.PARAMS,
+    ]
+)
 def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.capability()
-    native.use(request.param)
-    yield request.param
-    native.use(before)
+    with gpu_kernels.serving(request.param):
+        yield request.param
 
 
 def outcome(apply, body: Tensor, sender: Sender) -> Tensor | None:

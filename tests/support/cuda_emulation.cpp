@@ -13,6 +13,11 @@ std::vector<qsdp::Segment> segments_of(const int64_t* table, int64_t rows) {
     return segments;
 }
 
+template <qsdp::Turn turn>
+void run_units(const qsdp::Job& job) {
+    for (int64_t unit = 0; unit < job.num_units + 7; ++unit) qsdp::run_unit<turn>(job, unit);
+}
+
 template <bool Compact>
 void emulate_spans(const uint8_t* from, const int64_t* table, int64_t rows, const uint8_t* bitmap,
                    uint8_t* to, bool strict) {
@@ -42,20 +47,17 @@ extern "C" void emulate_expand(const uint8_t* values, const int64_t* table, int6
 extern "C" void emulate_encode(const uint8_t* buffer, const int64_t* table, int64_t rows,
                                uint64_t key, const int64_t* header, uint8_t* payload,
                                int64_t payload_bytes, const float* levels) {
-    qsdp::launch_jobs(qsdp::encode_items(segments_of(table, rows), payload_bytes).all(), levels,
-                      buffer, payload, key, header, false, [](const qsdp::Job& job) {
-                          for (int64_t unit = 0; unit < job.num_units + 7; ++unit) {
-                              qsdp::run_unit<true>(job, unit);
-                          }
-                      });
+    qsdp::launch_jobs(qsdp::encode_items(segments_of(table, rows), payload_bytes), levels, buffer,
+                      payload, key, header, false, run_units<qsdp::Turn::kToCodes>);
 }
 
 extern "C" void emulate_decode(const uint8_t* payload, const int64_t* table, int64_t rows,
                                uint64_t key, uint8_t* buffer, bool add, const float* levels) {
-    qsdp::launch_jobs(qsdp::decode_items(segments_of(table, rows), add).all(), levels, payload,
-                      buffer, key, nullptr, add, [](const qsdp::Job& job) {
-                          for (int64_t unit = 0; unit < job.num_units + 7; ++unit) {
-                              qsdp::run_unit<false>(job, unit);
-                          }
-                      });
+    const std::vector<qsdp::Segment> segments = segments_of(table, rows);
+    qsdp::launch_jobs(qsdp::decode_items(segments, add), levels, payload, buffer, key, nullptr, add,
+                      run_units<qsdp::Turn::kToValues>);
+    const qsdp::Items kept = qsdp::kept_items(segments);
+    if (kept.all().empty()) return;
+    qsdp::launch_jobs(kept, levels, payload, buffer, key, nullptr, add,
+                      run_units<qsdp::Turn::kKeptToValues>);
 }
