@@ -59,10 +59,11 @@ void check_encode_changes(const torch::stable::Tensor& buffer, const torch::stab
                           int64_t key, const torch::stable::Tensor& kept,
                           const torch::stable::Tensor& modes, int64_t step, int64_t redraw_every,
                           double room, const torch::stable::Tensor& frame,
-                          const torch::stable::Tensor& counts, CodecCall& call) {
-    check_bytes("kept row", kept, kCpu);
-    check_bytes("frame", frame, kCpu);
-    check_codec(buffer, table, key, kept, Way::kDecode, std::nullopt, kCpu, call);
+                          const torch::stable::Tensor& counts, Where where, CodecCall& call) {
+    check_bytes("kept row", kept, where);
+    check_bytes("frame", frame, where);
+    check_same_device(buffer, frame);
+    check_codec(buffer, table, key, kept, Way::kDecode, std::nullopt, where, call);
     check_kept(call);
     const std::vector<Segment>& segments = call.tables[0].segments;
     check_modes(modes, static_cast<int64_t>(segments.size()));
@@ -82,9 +83,11 @@ void check_encode_changes(const torch::stable::Tensor& buffer, const torch::stab
 }
 
 void check_apply_changes(const torch::stable::Tensor& frame, const torch::stable::Tensor& table,
-                         int64_t step, const torch::stable::Tensor& kept, CodecCall& call) {
-    check_bytes("frame", frame, kCpu);
-    check_bytes("kept row", kept, kCpu);
+                         int64_t step, const torch::stable::Tensor& kept, Where where,
+                         CodecCall& call) {
+    check_bytes("frame", frame, where);
+    check_bytes("kept row", kept, where);
+    check_same_device(frame, kept);
     check_step(step);
     call.buffer_bytes = kNoBuffer;
     call.payload_bytes = kept.numel();

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/check.h"
 #include "common/codec_call.h"
 
 namespace qsdp {
@@ -16,10 +17,11 @@ void check_encode_changes(const torch::stable::Tensor& buffer, const torch::stab
                           int64_t key, const torch::stable::Tensor& kept,
                           const torch::stable::Tensor& modes, int64_t step, int64_t redraw_every,
                           double room, const torch::stable::Tensor& frame,
-                          const torch::stable::Tensor& counts, CodecCall& call);
+                          const torch::stable::Tensor& counts, Where where, CodecCall& call);
 
 // What a frame says is not looked at.
 void check_apply_changes(const torch::stable::Tensor& frame, const torch::stable::Tensor& table,
-                         int64_t step, const torch::stable::Tensor& kept, CodecCall& call);
+                         int64_t step, const torch::stable::Tensor& kept, Where where,
+                         CodecCall& call);
 
 }  // namespace qsdp

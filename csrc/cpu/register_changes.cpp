@@ -66,7 +66,7 @@ void encode_changes(const Tensor& buffer, const Tensor& table, int64_t key, cons
                     const Tensor& modes, int64_t step, int64_t redraw_every, double room,
                     const Tensor& frame, const Tensor& counts) {
     qsdp::check_encode_changes(buffer, table, key, kept, modes, step, redraw_every, room, frame,
-                               counts, own_call);
+                               counts, qsdp::kCpu, own_call);
     const qsdp::SegmentTable& own = own_call.tables[0];
     const std::vector<Segment>& segments = own.segments;
     std::vector<PlaceInFrame>& places = own_places;
@@ -145,7 +145,7 @@ void take_data(const Segment& segment, const uint8_t* heads, Body& body,
 }
 
 void apply_changes(const Tensor& frame, const Tensor& table, int64_t step, const Tensor& kept) {
-    qsdp::check_apply_changes(frame, table, step, kept, own_call);
+    qsdp::check_apply_changes(frame, table, step, kept, qsdp::kCpu, own_call);
     const std::vector<Segment>& segments = own_call.tables[0].segments;
     std::vector<ChangedBuckets>& changed = own_buckets;
     changed.clear();

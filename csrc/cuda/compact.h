@@ -8,6 +8,7 @@
 #include "common/span.h"
 #include "cuda/jobs.h"
 #include "cuda/memory.h"
+#include "cuda/starts.h"
 #include "cuda/warp.h"
 
 namespace qsdp {
@@ -110,32 +111,8 @@ QSDP_INLINE void count_unit(const SpanJob& job, int64_t unit) {
 QSDP_INLINE void start_units(const SpanJob& job, int64_t number) {
     if (number >= job.num_spans) return;
     const SpanItem& item = job.spans[number];
-    const int64_t units = num_units(item.span);
-    int64_t* starts = job.starts + item.first_unit;
-    int64_t before = 0;
-    for (int64_t first = 0; first < units; first += kRow) {
-        PerLane<int64_t> sums;
-        each_lane([&](int lane) {
-            sums[lane] = 0;
-            for (int i = 0; i < kRun; ++i) {
-                const int64_t unit = first + lane * kRun + i;
-                if (unit < units) sums[lane] += starts[unit];
-            }
-        });
-        const int64_t all = sum_before(sums);
-        each_lane([&](int lane) {
-            int64_t sum = before + sums[lane];
-            for (int i = 0; i < kRun; ++i) {
-                const int64_t unit = first + lane * kRun + i;
-                if (unit >= units) break;
-                const int64_t count = starts[unit];
-                starts[unit] = sum;
-                sum += count;
-            }
-        });
-        before += all;
-    }
-    if (before != item.span.count)
+    const int64_t count = start_from(job.starts + item.first_unit, num_units(item.span), 0);
+    if (count != item.span.count)
         stop("a span does not match its mask: make both from one support.");
 }
 

@@ -9,6 +9,9 @@
 #include "common/magnitude.h"
 #include "common/segment.h"
 #include "common/span.h"
+#include "cuda/apply_changes.h"
+#include "cuda/changes_job.h"
+#include "cuda/encode_changes.h"
 
 namespace qsdp {
 
@@ -36,5 +39,10 @@ void compact_on_gpu(const std::vector<Span>& spans, const uint8_t* dense, const 
 
 void expand_on_gpu(const std::vector<Span>& spans, const uint8_t* values, const uint8_t* bitmap,
                    uint8_t* out, int64_t* starts, cudaStream_t stream);
+
+// What they come to is in the report of the job's board.
+void encode_changes_on_gpu(const ChangesPlan& plan, const EncodeChanges& job, cudaStream_t stream);
+
+void apply_changes_on_gpu(const ChangesPlan& plan, const ApplyChanges& job, cudaStream_t stream);
 
 }  // namespace qsdp

@@ -58,10 +58,10 @@ QSDP_INLINE uint64_t encode_plain(const Run& run, const Plain& plain, Stream str
         float t = (run.x[i] - plain.low) * plain.inverse;
         t = fminf(before_rounding<how>(t, own, i, plain.r), plain.steps);
         raw[i] = round_to_bits<how>(t);
-        if (Zeros && run.x[i] == 0.0f) raw[i] = kWholeBits + plain.last;
+        if (Zeros && run.x[i] == 0.0f) raw[i] = kWholeNumberBits + plain.last;
     }
     const uint32_t base = plain.last + 1;
-    const uint32_t excess = kWholeBits * (((base + 1) * base + 1) * base + 1);
+    const uint32_t excess = kWholeNumberBits * (((base + 1) * base + 1) * base + 1);
     uint32_t half[2];
     QSDP_UNROLL(8)
     for (int h = 0; h < 2; ++h) {

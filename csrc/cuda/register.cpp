@@ -1,51 +1,25 @@
 // The CUDA kernels of the operators whose schemas qsdp/ops defines: check, then launch on the
 // current stream. Nothing here waits for the GPU. LibTorch stable ABI only.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "common/check.h"
 #include "common/codec_call.h"
 #include "cuda/launch.h"
+#include "cuda/place.h"
 
 namespace {
 
+using qsdp::check_launch;
 using qsdp::CodecCall;
 using qsdp::Part;
+using qsdp::Place;
 using torch::stable::Tensor;
-
-// Makes a tensor's GPU the current one; its stream.
-class Place {
-  public:
-    explicit Place(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-        void* stream = nullptr;
-        if (aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) !=
-            AOTI_TORCH_SUCCESS) {
-            throw std::runtime_error("torch knows no current CUDA stream.");
-        }
-        stream_ = static_cast<cudaStream_t>(stream);
-    }
-    cudaStream_t stream() const { return stream_; }
-
-  private:
-    torch::stable::accelerator::DeviceGuard guard_;
-    cudaStream_t stream_;
-};
-
-void check_launch() {
-    if (const cudaError_t error = cudaPeekAtLastError(); error != cudaSuccess) {
-        throw std::runtime_error(std::string("a CUDA kernel could not be launched (") +
-                                 cudaGetErrorString(error) + ").");
-    }
-}
 
 void encode_parts(const CodecCall& call, const int64_t* header, const Tensor& buffers,
                   const Tensor& payloads) {

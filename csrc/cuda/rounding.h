@@ -29,8 +29,8 @@ QSDP_INLINE float before_rounding(float t, const PhiloxBlock& block, int i, floa
     }
 }
 
-constexpr float kWhole = 0x1.8p23f;  // added, leaves a whole number in the low bits
-constexpr uint32_t kWholeBits = 0x4B400000u;
+constexpr float kWholeNumber = 0x1.8p23f;  // added, leaves a whole number in the low bits
+constexpr uint32_t kWholeNumberBits = 0x4B400000u;
 
 QSDP_INLINE float add_down(float a, float b) {
 #if defined(__CUDA_ARCH__)
@@ -40,10 +40,10 @@ QSDP_INLINE float add_down(float a, float b) {
 #endif
 }
 
-// t rounded, plus kWholeBits.
+// t rounded, plus kWholeNumberBits.
 template <Rounding how>
 QSDP_INLINE uint32_t round_to_bits(float t) {
-    return float_bits(rounds_down(how) ? add_down(t, kWhole) : t + kWhole);
+    return float_bits(rounds_down(how) ? add_down(t, kWholeNumber) : t + kWholeNumber);
 }
 
 // What a code stands for. ``r`` is the bucket's shift, or 0 where that is not taken back.
@@ -70,7 +70,7 @@ QSDP_INLINE float before_rounding(int16_t rounding, float t, float r) {
 // Of 0 <= t <= 255.
 QSDP_INLINE uint32_t round_to_code(int16_t rounding, float t) {
     return is_one<rounds_down>(rounding) ? static_cast<uint32_t>(t)
-                                         : float_bits(t + kWhole) & 0xFFu;
+                                         : float_bits(t + kWholeNumber) & 0xFFu;
 }
 
 }  // namespace qsdp

@@ -125,6 +125,13 @@ QSDP_INLINE void from_owners(PerLane<V>& values, int group, PerLane<V>& found) {
 #endif
 }
 
+// What a lane has stored, all lanes see from here on.
+QSDP_INLINE void settle() {
+#if defined(__CUDA_ARCH__)
+    __syncwarp();
+#endif
+}
+
 // Whether ``test`` holds for the value of any lane.
 template <class V, class Test>
 QSDP_INLINE bool any(PerLane<V>& values, const Test& test) {

@@ -16,7 +16,7 @@ from tests.support import patience
 CSRC = Path(__file__).parents[2] / "csrc"
 FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
 HEADERS = [path for path in FILES if path.suffix == ".h"]
-NEEDS_CUDA = ("launch.h",)
+NEEDS_CUDA = ("launch.h", "place.h")
 NEEDS_FLAGS = {
     "simd_avx2.h": ["-mavx2", "-mbmi2", "-mf16c"],
     "pack_x86.h": ["-mavx2", "-mbmi2"],

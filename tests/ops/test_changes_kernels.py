@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import Layout, Segment
+from qsdp.codec.segment_table import Field
 from qsdp.common.dtypes import TORCH_DTYPES, DType
 from qsdp.common.rounding import Rounding
 from qsdp.ops import native
 from qsdp.ops.reference import changes
 from tests.support import gpu_kernels
-from tests.support.kept_sender import FLOATS, ROOM, Sender, layout_of
+from tests.support.kept_sender import FLOATS, ROOM, Sender, layout_of, some
 from tests.support.kernel_inputs import hard_values
 
 COMPILED = [name for name in native.available() if name != native.PYTHON]
@@ -97,6 +98,19 @@ def test_small_steps_have_the_bytes_of_the_specification(kernels, rounding, gene
         assert seen[form].any()
 
 
+def test_thousands_of_buckets_have_the_bytes_of_the_specification(kernels, generator):
+    coded = {"dtype": DType.FP32, "keeps_epochs": True, "rounding": KEEPS[0], "bucket": 8}
+    segments = [Segment(bits=4, padded=8_500 * 8, parameter=0, **coded)]
+    segments.append(Segment(bits=0, dtype=DType.FP32, padded=20_000, parameter=1, wire=DType.BF16))
+    segments.append(Segment(bits=2, padded=333, parameter=2, **coded))
+    layout = Layout(segments, group=1)
+    sender = Sender(layout, torch.randn(layout.num_values, generator=generator), generator)
+    for _ in range(2):
+        sender.send(redraw_every=200)
+        sender.wander(0.05)
+    assert sender.num_changed > 1_000
+
+
 def test_nothing_is_sent_again_in_the_same_step(kernels, generator):
     layout = layout_of(DType.BF16, KEEPS[0], generator)
     x = hard_values(layout.num_values, generator).bfloat16()
@@ -109,6 +123,21 @@ def test_nothing_is_sent_again_in_the_same_step(kernels, generator):
     sender.step += 1
     sender.x.neg_()
     assert sender.send(redraw_every=1).tolist() == body.tolist(), "it was looked at"
+
+
+def test_a_single_raw_value_that_changed_is_sent(kernels, generator):
+    raw = {"bits": 0, "dtype": DType.FP32}
+    segments = [
+        Segment(padded=padded, parameter=i, wire=wire, **raw)
+        for i, (padded, wire) in enumerate(((9_000, DType.FP32), (77, DType.BF16)))
+    ]
+    sender = Sender(Layout(segments, 0), torch.zeros(9_077), generator)
+    sender.send(redraw_every=1)
+    for start, stop in ((0, 9_000), (9_000, 9_040), (4_096, 4_120)):
+        place = start + some(stop - start, generator)
+        if place - start < sender.table[int(start >= 9_000), Field.NUMEL]:
+            sender.x[place] = 2.0  # one byte of it
+            assert len(sender.send(redraw_every=1)) > 1
 
 
 def test_threads_do_not_change_frames(kernels, generator):

@@ -115,6 +115,41 @@ def test_any_bytes_are_refused_or_applied_as_the_specification_does(kernels, gen
     assert 30 < refused < 290
 
 
+WRONG = {
+    "nothing": (b"", "of 0 bytes ends before its byte 1"),
+    "bits of no segment": (b"\2", "has changes of more than 1 segments"),
+    "no counts": (b"\1", "of 1 bytes ends before its byte 3"),
+    "no data": (b"\1\1\0", "of 3 bytes ends before its byte 4"),
+    "bytes left over": (b"\0\0", "of 2 bytes has no more to say after 1"),
+    "a place past the last": (b"\1\0\1\x14", "lists changes of a bucket that are not in order"),
+    "places in no order": (b"\1\2\0\5\4", "lists changes of a bucket that are not in order"),
+    "up and down": (b"\1\2\0\5\x85", "lists changes of a bucket that are not in order"),
+    "below 0": (b"\1\x0f\0" + b"\x85" * 15, "changes a code to one that there is not"),
+    "above the last": (b"\1\x0f\0" + b"\5" * 15, "changes a code to one that there is not"),
+    "more in a map than values": (
+        b"\1\0" + bytes([125 + 21]) + b"\xff\xff\xff" + bytes(6),
+        "has more changes of a bucket than that has values",
+    ),
+    "a map of others": (b"\1\x7e\0\3\0\0\0\0", "maps other changes of a bucket than it counts"),
+    "a map past the last": (b"\1\0\x7e\0\0\x10\0", "maps other changes of a bucket than it counts"),
+    "a map with bits behind": (b"\1\x7e\0\1\0\0\0\x04", "maps other changes of a bucket than it"),
+}
+
+
+@pytest.mark.parametrize(("said", "told"), WRONG.values(), ids=WRONG)
+def test_frames_that_cannot_be_are_refused_in_one_sentence(kernels, said, told):
+    """By kernels in other words than the specification's, which name no values."""
+    kept = {"padded": 52, "parameter": 0, "bucket": 32, "keeps_epochs": True}
+    layout = Layout([Segment(bits=4, dtype=DType.FP32, rounding=KEEPS[0], **kept)], 0)
+    row, whole = off_by(layout.payload_bytes, 3)
+    row.fill_(0x77)
+    body = torch.frombuffer(bytearray(said + b"."), dtype=torch.uint8)[:-1]
+    with pytest.raises(ValueError, match=f"^a frame {told}.*: give what encode_changes wrote"):
+        torch.ops.qsdp.apply_changes(body, torch.tensor(layout.table([52])), 3, row)
+    assert_canaries(whole, row)
+    assert (row == 0x77).all(), "a bucket that was wrongly said has changed"
+
+
 def arguments(**changed: object) -> dict[str, object]:
     """Those of a good encode_changes, but for some; columns of the table by their names."""
     kept = {"padded": 40, "parameter": 0, "bucket": 16, "keeps_epochs": True}

@@ -37,7 +37,7 @@ def test_kernel_bodies_give_the_bytes_of_the_specification(tmp_path: Path) -> No
     # Sanitizers write to stderr, which pytest must leave alone.
     tests = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider"]
     tests += ["tests/ops/test_codec_kernels.py", "tests/ops/test_sparse_codec.py"]
-    tests += ["tests/ops/test_changes_kernels.py"]
+    tests += ["tests/ops/test_changes_kernels.py", "tests/ops/test_changes_refusals.py"]
     tests += ["-k", "emulated and not bad_tensors"]
     done = subprocess.run(
         tests,

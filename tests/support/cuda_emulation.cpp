@@ -1,8 +1,13 @@
 // The bodies of the CUDA kernels, run by the host one warp after another; see gpu_kernels.py here.
+#include "cuda/apply_changes.h"
+#include "cuda/changes_job.h"
 #include "cuda/compact.h"
+#include "cuda/encode_changes.h"
 #include "cuda/unit.h"
 
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace {
@@ -32,7 +37,80 @@ void emulate_spans(const uint8_t* from, const int64_t* table, int64_t rows, cons
     qsdp::launch_spans(spans, from, bitmap, to, starts.data(), strict, run);
 }
 
+// Memory of exactly ``bytes``, so that a sanitizer sees what reaches outside; a board's address is
+// even.
+class Exactly {
+  public:
+    explicit Exactly(int64_t bytes) : bytes_(new uint8_t[static_cast<size_t>(bytes)]) {
+        memset(bytes_, 0xC5, static_cast<size_t>(bytes));
+    }
+    ~Exactly() { delete[] bytes_; }
+    Exactly(const Exactly&) = delete;
+    Exactly& operator=(const Exactly&) = delete;
+    uint8_t* data() { return bytes_; }
+
+  private:
+    uint8_t* bytes_;
+};
+
+template <class Job>
+void each_unit(const Job& job, void (*step)(const Job&, int64_t)) {
+    for (int64_t unit = 0; unit < job.board.num_units + 3; ++unit) step(job, unit);
+}
+
 }  // namespace
+
+extern "C" void emulate_encode_changes(const uint8_t* buffer, const int64_t* table, int64_t rows,
+                                       uint64_t key, const uint8_t* kept, const int64_t* modes,
+                                       int64_t step, int64_t redraw_every, double room,
+                                       uint8_t* frame, int64_t* counts) {
+    const qsdp::ChangesPlan plan(segments_of(table, rows), modes);
+    Exactly board(plan.board_bytes()), said(plan.room_bytes);
+    const qsdp::EncodeChanges job{.board = plan.board(board.data()),
+                                  .buffer = buffer,
+                                  .kept = kept,
+                                  .room = said.data(),
+                                  .frame = frame,
+                                  .key = key,
+                                  .step = static_cast<int32_t>(step),
+                                  .every = qsdp::redraw_steps(redraw_every),
+                                  .grid_room = static_cast<float>(room),
+                                  .twice_grid_room = static_cast<float>(2 * room)};
+    qsdp::deliver(plan.items, job.board, qsdp::take_delivery);
+    each_unit(job, qsdp::say_unit);
+    qsdp::place_said(job);
+    each_unit(job, qsdp::join_unit);
+    counts[0] = job.board.report->body_bytes;
+    counts[1] = job.board.report->num_changed;
+    counts[2] = job.board.report->num_drawn;
+}
+
+// Why the frame is refused, or null.
+extern "C" const char* emulate_apply_changes(const uint8_t* frame, int64_t frame_bytes,
+                                             const int64_t* table, int64_t rows, int64_t step,
+                                             uint8_t* kept) {
+    const qsdp::ChangesPlan plan(segments_of(table, rows), nullptr);
+    Exactly board(plan.board_bytes()), body(frame_bytes);
+    if (frame_bytes > 0) memcpy(body.data(), frame, static_cast<size_t>(frame_bytes));
+    const qsdp::ApplyChanges job{.board = plan.board(board.data()),
+                                 .frame = body.data(),
+                                 .frame_bytes = frame_bytes,
+                                 .kept = kept,
+                                 .step = static_cast<int32_t>(step)};
+    qsdp::deliver(plan.items, job.board, qsdp::take_delivery);
+    qsdp::place_frame(job);
+    each_unit(job, qsdp::count_data);
+    qsdp::start_data(job);
+    each_unit(job, qsdp::apply_unit);
+    static std::string told;
+    try {
+        qsdp::refuse_reported(*job.board.report, frame_bytes);
+    } catch (const std::invalid_argument& refusal) {
+        told = refusal.what();
+        return told.c_str();
+    }
+    return nullptr;
+}
 
 extern "C" void emulate_compact(const uint8_t* dense, const int64_t* table, int64_t rows,
                                 const uint8_t* bitmap, uint8_t* out, bool strict) {

@@ -97,6 +97,8 @@ def _on_gpu() -> dict[str, Callable[..., None]]:
         "decode": run("decode", out=3, stays=(1, 5)),
         "encode_all": run("encode_all", out=4, stays=(1, 2, 5)),
         "decode_all": run("decode_all", out=3, stays=(1, 2, 4)),
+        "encode_changes": run("encode_changes", out=8, stays=(1, 4, 9)),
+        "apply_changes": run("apply_changes", out=3, stays=(1,)),
         "compact": run("compact", out=3, stays=(1,)),
         "expand": run("expand", out=3, stays=(1,)),
         "count_digits": run("count_digits", out=4, stays=()),
@@ -148,6 +150,45 @@ def _emulated() -> dict[str, Callable[..., None]]:
             address(levels),
         )
 
+    def encode_changes(
+        buffer: Tensor,
+        table: Tensor,
+        key: int,
+        kept: Tensor,
+        modes: Tensor,
+        step: int,
+        redraw_every: int,
+        room: float,
+        frame: Tensor,
+        counts: Tensor,
+    ) -> None:
+        library.emulate_encode_changes(
+            address(buffer),
+            address(rows := table.contiguous()),
+            ctypes.c_int64(len(rows)),
+            ctypes.c_uint64(key % (1 << 64)),
+            address(kept),
+            address(modes),
+            ctypes.c_int64(step),
+            ctypes.c_int64(redraw_every),
+            ctypes.c_double(room),
+            address(frame),
+            address(counts),
+        )
+
+    def apply_changes(frame: Tensor, table: Tensor, step: int, kept: Tensor) -> None:
+        library.emulate_apply_changes.restype = ctypes.c_char_p
+        told = library.emulate_apply_changes(
+            address(frame),
+            ctypes.c_int64(frame.numel()),
+            address(rows := table.contiguous()),
+            ctypes.c_int64(len(rows)),
+            ctypes.c_int64(step),
+            address(kept),
+        )
+        if told is not None:
+            raise ValueError(told.decode())
+
     def compact(dense: Tensor, spans: Tensor, bitmap: Tensor, out: Tensor, strict: bool) -> None:
         library.emulate_compact(
             address(dense),
@@ -167,4 +208,11 @@ def _emulated() -> dict[str, Callable[..., None]]:
             address(out),
         )
 
-    return {"encode": encode, "decode": decode, "compact": compact, "expand": expand}
+    return {
+        "encode": encode,
+        "decode": decode,
+        "encode_changes": encode_changes,
+        "apply_changes": apply_changes,
+        "compact": compact,
+        "expand": expand,
+    }
