@@ -77,7 +77,7 @@ void encode_changed_buckets(const Segment& segment, uint64_t key, const ChangesC
     const int bits = static_cast<int>(segment.bits);
     const uint32_t every = is_trained ? redraw_steps(call.redraw_every) : 0;
     const Quantize* kernels = quantizers<T>(segment.rounding);
-    uint8_t codes[kMostKept + 8] = {}, before[kMostKept + 8] = {};
+    uint8_t codes[kMostKept + 8] = {}, unpacked[kMostKept + 8] = {};
     bool expect_zeros = false;
     for (int64_t bucket = first; bucket < last; ++bucket) {
         const int64_t count = values_of(segment, bucket);
@@ -86,7 +86,8 @@ void encode_changed_buckets(const Segment& segment, uint64_t key, const ChangesC
         const Extent extent = measure_once<T>(from, count, expect_zeros);
         const KeptGrid kept = kept_grid(segment, call.kept, bucket);
         KeptGrid own = kept;
-        if (is_drawn_again(extent, kept, segment, bucket, call.step, every)) {
+        const bool again = is_drawn_again(extent, kept, segment, bucket, call.step, every);
+        if (again) {
             own.grid = make_grid(extent.low, extent.high, extent.has_zero, extent.broken, bits);
             if (!extent.broken) own.grid = with_room(own.grid, call.room, call.twice_room, bits);
             own.epoch = call.step;
@@ -106,7 +107,7 @@ void encode_changed_buckets(const Segment& segment, uint64_t key, const ChangesC
             const Quantize run = kernels[static_cast<int>(mode_of(work.grid, has_zero))];
             run(from, count, work, bucket * segment.bucket, codes);
         }
-        if (memcmp(&own, &kept, sizeof own) != 0) {
+        if (again && memcmp(&own, &kept, sizeof own) != 0) {
             uint8_t* said = gathered.next();
             memcpy(said, &own.grid, sizeof own.grid);
             gathered.add(say_codes(codes, count, bits, said + sizeof own.grid), to);
@@ -115,7 +116,9 @@ void encode_changed_buckets(const Segment& segment, uint64_t key, const ChangesC
             continue;
         }
         const uint8_t* row = call.kept + segment.data_byte + codes_start(segment, bucket);
-        kept_codes(row, count, bits, before);
+        const bool is_unpacked = bits == 8 && count == kMostKept;
+        if (!is_unpacked) unpack_codes(row, count, bits, unpacked);
+        const uint8_t* before = is_unpacked ? row : unpacked;
         const Difference found = difference(codes, before, count);
         const int num_changed = count_bits(found.changed);
         uint8_t* said = gathered.next();

@@ -158,6 +158,15 @@ QSDP_INLINE void store(uint8_t* to, Codes codes) {
 QSDP_INLINE Codes load_codes(const uint8_t* from) {
     return {_mm512_loadu_si512(from)};
 }
+QSDP_INLINE Codes add(Codes a, Codes b) {
+    return {_mm512_adds_epu8(a.v, b.v)};
+}
+QSDP_INLINE Codes sub(Codes a, Codes b) {
+    return {_mm512_subs_epu8(a.v, b.v)};
+}
+QSDP_INLINE Codes where(uint64_t bits, Codes codes) {
+    return {_mm512_mask_blend_epi8(bits, _mm512_set1_epi8(0), codes.v)};
+}
 QSDP_INLINE Codes distance(Codes a, Codes b) {
     return {_mm512_or_si512(_mm512_subs_epu8(a.v, b.v), _mm512_subs_epu8(b.v, a.v))};
 }

@@ -165,6 +165,21 @@ QSDP_INLINE Codes load_codes(const uint8_t* from) {
     memcpy(&out, from, sizeof out);
     return out;
 }
+// Sums and differences stop at 255 and at 0.
+QSDP_INLINE Codes add(Codes a, Codes b) {
+    for (int i = 0; i < kBlock; ++i) {
+        const int sum = a.lane[i] + b.lane[i];
+        a.lane[i] = static_cast<uint8_t>(sum < 255 ? sum : 255);
+    }
+    return a;
+}
+QSDP_INLINE Codes sub(Codes a, Codes b) {
+    for (int i = 0; i < kBlock; ++i) {
+        const int apart = a.lane[i] - b.lane[i];
+        a.lane[i] = static_cast<uint8_t>(apart > 0 ? apart : 0);
+    }
+    return a;
+}
 // |a - b|
 QSDP_INLINE Codes distance(Codes a, Codes b) {
     for (int i = 0; i < kBlock; ++i) {
@@ -172,6 +187,11 @@ QSDP_INLINE Codes distance(Codes a, Codes b) {
         a.lane[i] = static_cast<uint8_t>(apart < 0 ? -apart : apart);
     }
     return a;
+}
+// The codes whose bit is set, 0 for the others; bits past the last are left out.
+QSDP_INLINE Codes where(uint64_t bits, Codes codes) {
+    for (int i = 0; i < kBlock; ++i) codes.lane[i] = bits >> i & 1 ? codes.lane[i] : 0;
+    return codes;
 }
 // A bit a code.
 QSDP_INLINE uint64_t not_equal(Codes a, Codes b) {

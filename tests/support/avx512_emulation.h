@@ -219,6 +219,9 @@ constexpr auto least = [](auto a, auto b) { return a < b ? a : b; };
 constexpr auto most = [](auto a, auto b) { return a > b ? a : b; };
 constexpr auto difference = [](float a, float b) { return a - b; };
 constexpr auto excess = [](uint8_t a, uint8_t b) -> uint8_t { return a > b ? a - b : 0; };
+constexpr auto full_sum = [](uint8_t a, uint8_t b) -> uint8_t {
+    return a + b < 255 ? static_cast<uint8_t>(a + b) : 255;
+};
 constexpr auto product = [](float a, float b) { return a * b; };
 constexpr auto both = [](uint64_t a, uint64_t b) { return a & b; };
 constexpr auto either = [](uint64_t a, uint64_t b) { return a | b; };
@@ -271,6 +274,7 @@ EMULATED __m512i mask_add_epi32(__m512i from, uint16_t mask, __m512i a, __m512i 
 #define _mm512_max_ps(a, b) emulation::zip<float>(a, b, emulation::most)
 #define _mm512_min_epu32(a, b) emulation::zip<uint32_t>(a, b, emulation::least)
 #define _mm512_max_epu32(a, b) emulation::zip<uint32_t>(a, b, emulation::most)
+#define _mm512_adds_epu8(a, b) emulation::zip<uint8_t>(a, b, emulation::full_sum)
 #define _mm512_subs_epu8(a, b) emulation::zip<uint8_t>(a, b, emulation::excess)
 #undef _mm512_cmpneq_epu8_mask
 #define _mm512_cmpneq_epu8_mask emulation::cmpneq_epu8
