@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from qsdp.common.rounding import Rounding
+from qsdp.common.rounding import Drawn, Rounding
+from qsdp.common.wire_values import Policy, check_bucket_size, check_values, checked_policy
 
 ROUNDINGS = tuple(rounding.label for rounding in Rounding)
 LEVELS = ("uniform", "learned")
 LEARNED_BITS = (2, 3, 4, 5, 6)
-GATHERS = ("twice", "once")
+GATHERS = ("twice", "once", "delta")
 REDUCES = {
     "auto": "two-hop where nodes are of one size",
     "flat": "one exchange among all ranks",
@@ -18,20 +19,9 @@ REDUCES = {
 }
 """What ``QSDPConfig.reduce`` may be, and over which stages."""
 CODED_BITS = tuple(range(2, 9))
-WIRE_BITS = (*CODED_BITS, 16, 32)
-MAX_BUCKET_SIZE = 1 << 20
+MAX_DELTA_BUCKET = 128
+"""Values of a bucket at most where changed codes are sent, each by a place of seven bits."""
 LEVEL_STEPS = (10, 50, 200, 1000)
-
-
-def check_config_bits(name: str, bits: object) -> None:
-    """Raise ValueError unless ``bits`` is a width that a ``QSDPConfig`` can have."""
-    if type(bits) is not int or bits not in WIRE_BITS:
-        raise ValueError(f"{name} is {bits!r}: choose 2 to 8, 16 (bf16) or 32 (full precision).")
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if type(value) is not int or not least <= value < 1 << 63:
-        raise ValueError(f"{name} holds {value!r}: choose whole numbers from {least} on.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +54,15 @@ class QSDPConfig:
     weights and 256 for gradients.
     """
 
+    weight_bucket_size: int | None = None
+    """Values a bucket of coded weights: a multiple of 8, at most 128 if only changes are gathered.
+    None: ``bucket_size``, or else what that says, and 128 for any bits if only changes are.
+    """
+
     rounding: str | None = None
     """How values become codes: the label of a ``Rounding``, which has it in words.
     The report tells of a biased one. None: shift (the paper's) for 7 and 8 bits, dither below.
+    Where changes are gathered, weights take dither unless it is nearest.
     """
 
     levels: str = "uniform"
@@ -87,7 +83,17 @@ class QSDPConfig:
     ``once``: the payload of the forward gather of modules in training mode is kept until the
     backward pass, and that of frozen parameters until their contents change, on whatever rank and
     by whatever edit.
+    ``delta``: every rank keeps the packed codes of the whole model, on grids that last for many
+    steps, and only codes that changed are sent. Uniform levels, no warm-up and no budget.
     """
+
+    delta_room: float | None = None
+    """Room on both sides of a grid that is kept, as a part of its range: above 0, at most 1.
+    With more, fewer values leave their grids, which are coarser. None: 0.25.
+    """
+
+    delta_redraw_every: int | None = None
+    """Steps for which a grid is kept, unless values leave it before. None: 200."""
 
     reduce: str = "auto"
     """Over which stages ranks exchange, a name in ``REDUCES``.
@@ -121,61 +127,22 @@ class QSDPConfig:
     seed: int = 0
     """The seed of every random number of the wire, 0 to 2**63 - 1; the same on all ranks."""
 
-    policy: tuple[tuple[str, int | tuple[int, int]], ...] = ()
+    policy: Policy = ()
     """Pairs (pattern, bits) or (pattern, (weight bits, gradient bits)).
     The first shell-style pattern to match a parameter's full name sets its bits: only what cannot
     be coded goes first.
     """
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "grad_bits"):
-            check_config_bits(name, getattr(self, name))
-        for name in ("embedding_bits", "local_grad_bits", "warmup_bits"):
-            if getattr(self, name) is not None:
-                check_config_bits(name, getattr(self, name))
-        size = self.bucket_size
-        if size is not None and (
-            type(size) is not int or size % 8 or not 8 <= size <= MAX_BUCKET_SIZE
-        ):
-            raise ValueError(
-                f"bucket_size is {size!r}: choose a multiple of 8 between 8 and {MAX_BUCKET_SIZE}."
-            )
         choices = {"levels": LEVELS, "gather": GATHERS, "reduce": tuple(REDUCES)}
-        if self.rounding is not None:
-            choices["rounding"] = ROUNDINGS
-        for name, allowed in choices.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} is {value!r}: choose one of {', '.join(allowed)}.")
-        if self.ranks_per_node is not None:
-            _check_whole("ranks_per_node", self.ranks_per_node, least=1)
-        _check_whole("warmup_steps", self.warmup_steps, least=0)
+        choices |= {"rounding": ROUNDINGS} if self.rounding is not None else {}
+        check_values(vars(self), choices)
         if self.level_steps is not None:
-            if not isinstance(self.level_steps, list | tuple) or not self.level_steps:
-                raise ValueError(f"level_steps is {self.level_steps!r}: give steps from 1 on.")
-            for step in self.level_steps:
-                _check_whole("level_steps", step, least=1)
             object.__setattr__(self, "level_steps", tuple(sorted(set(self.level_steps))))
-        if self.budget is not None and not (
-            isinstance(self.budget, int | float) and 2 < self.budget <= 9
-        ):
-            raise ValueError(f"budget is {self.budget!r}: choose more than 2 and at most 9 bits.")
-        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"seed is {self.seed!r}: choose an integer from 0 to 2**63 - 1.")
-        if not isinstance(self.policy, list | tuple):
-            raise ValueError(f"policy is {self.policy!r}: give pairs (name pattern, bits).")
-        policy = []
-        for pair in self.policy:
-            if not isinstance(pair, list | tuple) or len(pair) != 2 or type(pair[0]) is not str:
-                raise ValueError(f"policy holds {pair!r}: give pairs (name pattern, bits).")
-            name, bits = pair
-            both = tuple(bits) if isinstance(bits, list | tuple) else (bits, bits)
-            if len(both) != 2:
-                raise ValueError(f"policy for {name!r} is {bits!r}: give bits, or two of them.")
-            for each in both:
-                check_config_bits(f"policy for {name!r}", each)
-            policy.append((name, both if isinstance(bits, list | tuple) else bits))
-        object.__setattr__(self, "policy", tuple(policy))
+        object.__setattr__(self, "policy", checked_policy(self.policy))
         self._check_company()
+        if self.gather == "delta":
+            self._check_delta()
         self._check_widths()
 
     def _check_company(self) -> None:
@@ -184,6 +151,8 @@ class QSDPConfig:
             ("level_steps", self.levels == "learned", "levels='learned'"),
             ("warmup_bits", self.warmup_steps > 0, "warmup_steps=N"),
             ("local_grad_bits", self.reduce != "flat", "reduce='two-hop'"),
+            ("delta_room", self.gather == "delta", "gather='delta'"),
+            ("delta_redraw_every", self.gather == "delta", "gather='delta'"),
         ):
             if getattr(self, name) is not None and not is_heeded:
                 raise ValueError(
@@ -196,10 +165,30 @@ class QSDPConfig:
                 "leave one of the two out."
             )
 
+    def _check_delta(self) -> None:
+        """Raise ValueError for what grids that are kept cannot have."""
+        for name, is_there, why in (
+            ("levels", self.levels == "learned", "keeps uniform grids"),
+            ("budget", self.budget is not None, "keeps each parameter's bits"),
+            ("warmup_steps", self.warmup_steps > 0, "keeps each parameter's bits"),
+        ):
+            if is_there:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r} beside gather='delta', which {why}: leave "
+                    "one of the two out."
+                )
+        if self.weight_bucket_size is not None:
+            check_bucket_size("weight_bucket_size", self.weight_bucket_size, MAX_DELTA_BUCKET)
+        elif self.bucket_size is not None and self.bucket_size > MAX_DELTA_BUCKET:
+            raise ValueError(
+                f"bucket_size is {self.bucket_size} beside gather='delta', for weights too: choose "
+                f"at most {MAX_DELTA_BUCKET}, or add weight_bucket_size=N."
+            )
+
     def _check_widths(self) -> None:
         """Raise ValueError for a field that is for widths that no value has."""
-        grads = {grad for _, grad in self._pairs}
-        first = {weight for weight, _ in self._pairs} | grads
+        weights, grads = ({*column} for column in zip(*self._pairs, strict=True))
+        first = weights | grads
         if self.reduce != "flat" and min(grads) <= 8:
             first.add(self.local_grad_bits or 8)
         # A budget is allotted after the warm-up, so that it waits for the end of one.
@@ -208,22 +197,26 @@ class QSDPConfig:
         if self.warmup_steps:
             sent |= {max(bits, least) for bits in first}
         is_coded, is_raised = self.has_codes, min(first) < least
-        is_learned = self.levels == "learned"
-        own = None if self.rounding == self.rounding_of(LEARNED_BITS[0]) else self.rounding
+        is_learned, is_delta = self.levels == "learned", self.gather == "delta"
+        has_weights, has_grads = (is_allotted or min(bits) <= 8 for bits in (weights, grads))
+        own = None if self.rounding == self.rounding_of(2, is_grad=True) else self.rounding
+        of_grads = self.rounding if is_delta else None
+        of_grads = None if of_grads == self.rounding_of(2, is_grad=False) else of_grads
+        size_of_grads = None if self.weight_bucket_size is None else self.bucket_size
         narrow, below = "values of 8 bits or fewer", f"values of fewer than {least} bits"
+        narrow_weights, narrow_grads = "weights of 8 bits or fewer", "gradients of 8 bits or fewer"
         for name, value, wanted, is_heeded in (
+            ("gather", is_delta or None, narrow_weights, has_weights),
             ("bucket_size", self.bucket_size, narrow, is_coded),
+            ("bucket_size", size_of_grads, narrow_grads, has_grads),
+            ("weight_bucket_size", self.weight_bucket_size, narrow_weights, has_weights),
             ("rounding", self.rounding, narrow, is_coded),
+            ("rounding", of_grads, narrow_grads, has_grads),
             ("rounding", own, "values of 7 or 8 bits beside learned levels", bool(sent & {7, 8})),
             ("levels", is_learned or None, "values of 2 to 6 bits", bool(sent & {*LEARNED_BITS})),
             ("warmup_bits", self.warmup_bits, below, is_raised),
             ("warmup_steps", self.warmup_steps or None, below, is_raised or is_allotted),
-            (
-                "local_grad_bits",
-                self.local_grad_bits,
-                "gradients of 8 bits or fewer",
-                is_allotted or min(grads) <= 8,
-            ),
+            ("local_grad_bits", self.local_grad_bits, narrow_grads, has_grads),
         ):
             if value is not None and not is_heeded:
                 raise ValueError(
@@ -259,17 +252,36 @@ class QSDPConfig:
         """Least bits a value during the warm-up, where there is one."""
         return 32 if self.warmup_bits is None else self.warmup_bits
 
+    @property
+    def room(self) -> float:
+        """Room on both sides of a grid that is kept, as a part of its range."""
+        return 0.25 if self.delta_room is None else float(self.delta_room)
+
+    @property
+    def redraw_every(self) -> int:
+        """Steps for which a grid is kept."""
+        return 200 if self.delta_redraw_every is None else self.delta_redraw_every
+
     def bucket_of(self, bits: int, *, is_grad: bool) -> int:
         """Values a bucket of ``bits``-bit codes of weights, or of gradients."""
+        if not is_grad and self.weight_bucket_size is not None:
+            return self.weight_bucket_size
         if self.bucket_size is not None:
             return self.bucket_size
+        if not is_grad and self.gather == "delta":
+            return MAX_DELTA_BUCKET
         if bits >= 7:
             return 1024
         return 256 if is_grad else 128
 
-    def rounding_of(self, bits: int) -> str:
-        """How values are rounded to ``bits``-bit codes."""
+    def rounding_of(self, bits: int, *, is_grad: bool) -> str:
+        """How values are rounded to ``bits``-bit codes of weights, or of gradients."""
         given = self.rounding
+        if not is_grad and self.gather == "delta":
+            # A grid that is kept goes with one number a value, or with none.
+            if given is None or Rounding.of(given).properties.drawn is not Drawn.NOTHING:
+                return Rounding.DITHER.label
+            return given
         if self.levels == "learned" and bits in LEARNED_BITS:
             if given is None or not Rounding.of(given).properties.has_levels:
                 return Rounding.STOCHASTIC.label

@@ -30,10 +30,11 @@ def test_bits_that_the_wire_does_not_know_are_named_with_what_it_knows(field, bi
         assert allowed in message
 
 
+@pytest.mark.parametrize("field", ["bucket_size", "weight_bucket_size"])
 @pytest.mark.parametrize("size", [0, 12, 1, 7, 1023, -8, (1 << 20) + 8, 1024.0, "1024", True])
-def test_a_bucket_size_that_cannot_be_packed_is_named_with_the_allowed_range(size):
-    message = refusal(bucket_size=size)
-    assert repr(size) in message
+def test_a_bucket_size_that_cannot_be_packed_is_named_with_the_allowed_range(field, size):
+    message = refusal(**{field: size})
+    assert message.startswith(f"{field} is {size!r}")
     for allowed in ("multiple of 8", "8", str(1 << 20)):
         assert allowed in message
 
@@ -84,6 +85,7 @@ RAW = {"weight_bits": 32, "grad_bits": 16}
 LEARNED = {**FOUR, "levels": "learned"}
 ALL_LEARNED = {**LEARNED, "embedding_bits": 6, "reduce": "flat"}
 WIDE = (("*", (7, 16)),)
+DELTA = {**FOUR, "gather": "delta"}
 
 # What nothing would heed, by field, and what is taken although it looks alike.
 UNHEEDED = [
@@ -112,6 +114,29 @@ UNHEEDED = [
     ("levels", {**RAW, "levels": "learned"}, {"levels": "learned", "local_grad_bits": 6}),
     ("levels", {**FOUR, "levels": "learned", "policy": WIDE}, {**FOUR, "levels": "learned"}),
     ("embedding_bits", {"embedding_bits": 4, "policy": WIDE}, {"embedding_bits": 4}),
+    (
+        "weight_bucket_size",
+        {**RAW, "weight_bucket_size": 64},
+        {**RAW, "weight_bucket_size": 64, "embedding_bits": 8},
+    ),
+    (
+        "weight_bucket_size",
+        {"weight_bits": 32, "embedding_bits": 32, "grad_bits": 4, "weight_bucket_size": 64},
+        {"weight_bits": 32, "grad_bits": 4, "weight_bucket_size": 64, "budget": 4},
+    ),
+    (
+        "bucket_size",
+        {"policy": WIDE, "weight_bucket_size": 64, "bucket_size": 256},
+        {"weight_bucket_size": 64, "bucket_size": 256},
+    ),
+    ("gather", {"policy": (("*", (16, 4)),), "gather": "delta"}, {**DELTA, "weight_bits": 8}),
+    (
+        "rounding",
+        {"policy": WIDE, "gather": "delta", "rounding": "shift"},
+        {"policy": WIDE, "gather": "delta", "rounding": "nearest"},
+    ),
+    ("delta_room", {**FOUR, "gather": "once", "delta_room": 0.25}, {**DELTA, "delta_room": 0.25}),
+    ("delta_redraw_every", {"delta_redraw_every": 9}, {**DELTA, "delta_redraw_every": 9}),
 ]
 
 
@@ -121,6 +146,66 @@ def test_a_field_that_nothing_would_heed_is_refused_by_its_name(field, ignored, 
     without = {name: value for name, value in ignored.items() if name != field}
     assert QSDPConfig(**without) == dataclasses.replace(QSDPConfig(), **without)
     assert QSDPConfig(**heeded)
+
+
+@pytest.mark.parametrize("room", [0, 0.0, -0.1, 1.01, float("nan"), float("inf"), "0.25", True])
+def test_a_room_that_a_grid_cannot_have_is_named_with_the_allowed_range(room):
+    message = refusal(**DELTA, delta_room=room)
+    assert message.startswith(f"delta_room is {room!r}: ")
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0, "3", True, 1 << 63])
+def test_steps_for_which_no_grid_can_be_kept_are_named(steps):
+    message = refusal(**DELTA, delta_redraw_every=steps)
+    assert message.startswith(f"delta_redraw_every holds {steps!r}: ")
+
+
+@pytest.mark.parametrize(
+    ("field", "more"),
+    [
+        ("levels", {"levels": "learned"}),
+        ("budget", {"budget": 4.0}),
+        ("warmup_steps", {"warmup_steps": 3}),
+        ("bucket_size", {"bucket_size": 136}),
+        ("weight_bucket_size", {"weight_bucket_size": 136}),
+    ],
+)
+def test_what_kept_grids_cannot_have_is_refused_beside_them_alone(field, more):
+    assert refusal(**DELTA, **more).startswith(f"{field} is {more[field]!r}")
+    assert QSDPConfig(**FOUR, gather="once", **more)
+
+
+def test_kept_grids_have_room_and_last_as_given_or_for_200_steps():
+    config = QSDPConfig(gather="delta")
+    assert (config.room, config.redraw_every) == (0.25, 200)
+    for room in (1, 0.01):
+        config = QSDPConfig(gather="delta", delta_room=room, delta_redraw_every=1)
+        assert (config.room, config.redraw_every) == (room, 1)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 7, 8])
+def test_buckets_and_roundings_of_weights_and_of_gradients_are_found_apart(bits):
+    def found(**settings):
+        config = QSDPConfig(**settings)
+        pairs = [
+            (config.bucket_of(bits, is_grad=is_grad), config.rounding_of(bits, is_grad=is_grad))
+            for is_grad in (False, True)
+        ]
+        return [each for pair in pairs for each in pair]
+
+    weights, how, grads, _ = found()
+    assert [weights, how, grads, how] == found()
+    assert found(bucket_size=512) == [512, how, 512, how]
+    assert found(weight_bucket_size=512) == [512, how, grads, how]
+    assert found(weight_bucket_size=32, bucket_size=64) == [32, how, 64, how]
+    for gather in ("twice", "once"):
+        assert found(gather=gather, rounding="stochastic")[1::2] == ["stochastic", "stochastic"]
+    assert found(gather="delta") == [128, "dither", grads, how]
+    assert found(gather="delta", bucket_size=64) == [64, "dither", 64, how]
+    assert found(gather="delta", bucket_size=512, weight_bucket_size=8) == [8, "dither", 512, how]
+    for rounding in ("shift", "dither", "stochastic", "nearest"):
+        of_weights = "nearest" if rounding == "nearest" else "dither"
+        assert found(gather="delta", rounding=rounding)[1::2] == [of_weights, rounding]
 
 
 def test_a_policy_pattern_that_sets_no_bits_of_a_model_is_refused():
@@ -168,7 +253,7 @@ def test_the_ends_of_the_allowed_ranges_are_accepted():
 def test_the_defaults_are_the_papers_practice():
     config = QSDPConfig()
     assert (config.weight_bits, config.grad_bits, config.bucket_of(8, is_grad=True)) == (8, 8, 1024)
-    assert (config.rounding_of(8), config.seed, config.policy) == ("shift", 0, ())
+    assert (config.rounding_of(8, is_grad=True), config.seed, config.policy) == ("shift", 0, ())
     assert (config.least_warmup_bits, config.learning_steps) == (32, (10, 50, 200, 1000))
 
 

@@ -2,11 +2,11 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <concepts>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 
+#include "common/check_bytes.h"
+#include "common/refuse.h"
 #include "common/rounding.h"
 
 namespace qsdp {
@@ -14,28 +14,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Not by a stream: where the linker finds a static libstdc++ alone, a second set of locales is one
-// too many.
-std::string text(const std::string& part) {
-    return part;
-}
-template <std::integral Integer>
-std::string text(Integer part) {
-    return std::to_string(part);
-}
-
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-    throw std::invalid_argument((std::string() + ... + text(parts)));
-}
-
 bool is_dtype(int64_t dtype) {
     return dtype >= kFp32 && dtype <= kOpaque;
-}
-
-// Whether [start, start + count * size) lies in [lowest, limit); nothing here can overflow.
-bool inside(int64_t start, int64_t count, int64_t size, int64_t lowest, int64_t limit) {
-    return start >= lowest && start <= limit && count <= (limit - start) / size;
 }
 
 void check_segment(const Segment& segment, int64_t buffer_bytes, int64_t payload_bytes) {
@@ -94,45 +74,6 @@ void check_segment_levels(const Segment& segment, int64_t num_levels) {
     }
 }
 
-// "torch.uint8 of shape (4, 2)", but with the C++ name of the type.
-std::string description(const torch::stable::Tensor& tensor) {
-    std::string sizes;
-    for (int64_t d = 0; d < tensor.dim(); ++d) sizes += (d ? ", " : "") + text(tensor.size(d));
-    return torch::headeronly::toString(tensor.scalar_type()) + (" of shape (" + sizes + ")");
-}
-
-bool is_at(const torch::stable::Tensor& tensor, Where where) {
-    return where == kCpu ? tensor.is_cpu() : tensor.is_cuda();
-}
-
-const char* name_of(Where where) {
-    return where == kCpu ? "cpu" : "GPU";
-}
-
-bool is_bytes(const torch::stable::Tensor& tensor, int64_t dim, Where where) {
-    return tensor.scalar_type() == ScalarType::Byte && tensor.dim() == dim &&
-           tensor.is_contiguous() && is_at(tensor, where);
-}
-
-void check_bytes(const char* name, const torch::stable::Tensor& tensor, Where where) {
-    if (is_bytes(tensor, 1, where)) return;
-    refuse("the ", name, " is ", description(tensor), ": give a contiguous 1-D uint8 view on the ",
-           name_of(where), ".");
-}
-
-void check_byte_rows(const char* name, const torch::stable::Tensor& tensor, Where where) {
-    if (is_bytes(tensor, 2, where)) return;
-    refuse("the ", name, " are ", description(tensor), ": give contiguous 2-D uint8 rows on the ",
-           name_of(where), ".");
-}
-
-void check_same_device(const torch::stable::Tensor& a, const torch::stable::Tensor& b) {
-    if (a.is_cuda() && a.get_device_index() != b.get_device_index()) {
-        refuse("buffers lie on the GPUs ", a.get_device_index(), " and ", b.get_device_index(),
-               ": give both on one.");
-    }
-}
-
 void check_levels(const std::optional<torch::stable::Tensor>& levels) {
     if (!levels) return;
     if (levels->scalar_type() != ScalarType::Float || levels->dim() != 1 ||
@@ -142,13 +83,45 @@ void check_levels(const std::optional<torch::stable::Tensor>& levels) {
     }
 }
 
+// Epochs are for what keeps its grids: to encode is to draw fresh ones.
+void check_segment_epochs(const Segment& segment, int64_t payload_bytes, Way way, Where where) {
+    if (segment.epoch_byte == -1) return;
+    if (way == Way::kEncode) {
+        refuse(
+            "a segment has epochs, but encode draws fresh grids: give -1 for none, or call "
+            "encode_changes.");
+    }
+    if (where != kCpu) {
+        refuse(
+            "a segment has epochs, which only CPUs know: give -1 for none, or tensors on the "
+            "cpu.");
+    }
+    if (segment.bits == 0) refuse("a raw segment has epochs: give -1 for none.");
+    if (segment.bucket > kMostKept || !keeps_grids(segment.rounding)) {
+        std::string known;
+        for (int64_t rounding = 0; rounding < kNumRoundings; ++rounding) {
+            if (!keeps_grids(rounding)) continue;
+            known += (known.empty() ? "" : " or ") + text(rounding);
+        }
+        refuse("a segment with epochs has buckets of ", segment.bucket, " and rounding ",
+               segment.rounding, ": give at most ", kMostKept, " and ", known,
+               ", or -1 for no epochs.");
+    }
+    if (segment.epoch_byte % 4 != 0 || !inside(segment.epoch_byte, num_buckets(segment),
+                                               kEpochBytes, kHeaderBytes, payload_bytes)) {
+        refuse("a segment's ", num_buckets(segment), " epochs start at byte ", segment.epoch_byte,
+               " of ", payload_bytes, ": give a multiple of 4 that leaves room for them, or -1.");
+    }
+}
+
 // Where the rows of a table lie, which need not be contiguous.
 struct Rows {
     const int64_t* words;
     int64_t num, row_stride, column_stride;
 };
 
-void check_rows(const Rows& rows, int64_t num_levels, const CodecCall& call, SegmentTable& table) {
+void check_rows(const Rows& rows, int64_t num_levels, Way way, Where where, const CodecCall& call,
+                SegmentTable& table) {
     table.segments.resize(static_cast<size_t>(rows.num));
     table.numel = table.padded = 0;
     table.is_fp32 = true;
@@ -161,6 +134,7 @@ void check_rows(const Rows& rows, int64_t num_levels, const CodecCall& call, Seg
         std::memcpy(&segment, fields, sizeof segment);
         check_segment(segment, call.buffer_bytes, call.payload_bytes);
         check_segment_levels(segment, num_levels);
+        check_segment_epochs(segment, call.payload_bytes, way, where);
         table.numel += segment.numel;
         table.padded += segment.padded;
         table.is_fp32 &= segment.dtype == kFp32;
@@ -170,7 +144,8 @@ void check_rows(const Rows& rows, int64_t num_levels, const CodecCall& call, Seg
 // Of ``num_tables`` tables, whose rows and columns are the last two dimensions. Fills all but the
 // parts.
 void check_tables(const torch::stable::Tensor& tables, int64_t num_tables, int64_t table_stride,
-                  const std::optional<torch::stable::Tensor>& levels, CodecCall& call) {
+                  const std::optional<torch::stable::Tensor>& levels, Way way, Where where,
+                  CodecCall& call) {
     const int64_t dim = tables.dim();
     if (tables.size(dim - 1) != kSegmentFields) {
         refuse("the table has ", tables.size(dim - 1), " columns: give ", kSegmentFields, ".");
@@ -187,7 +162,7 @@ void check_tables(const torch::stable::Tensor& tables, int64_t num_tables, int64
     Rows rows{static_cast<const int64_t*>(tables.data_ptr()), tables.size(dim - 2),
               tables.stride(dim - 2), tables.stride(dim - 1)};
     for (size_t table = 0; table < num; ++table, rows.words += table_stride) {
-        check_rows(rows, num_levels, call, call.tables[table]);
+        check_rows(rows, num_levels, way, where, call, call.tables[table]);
     }
 }
 
@@ -208,26 +183,32 @@ void check_named(const char* name, int64_t which, int64_t count) {
 
 }  // namespace
 
-void check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,
-                 int64_t key, const torch::stable::Tensor& payload, bool add,
-                 const std::optional<torch::stable::Tensor>& levels, Where where, CodecCall& call) {
-    check_bytes("buffer", buffer, where);
-    check_bytes("payload", payload, where);
-    check_same_device(buffer, payload);
+void check_table(const torch::stable::Tensor& table,
+                 const std::optional<torch::stable::Tensor>& levels, Way way, Where where,
+                 CodecCall& call) {
     if (table.scalar_type() != ScalarType::Long || !table.is_cpu() || table.dim() != 2) {
         refuse("the table is ", torch::headeronly::toString(table.scalar_type()), " of ",
                table.dim(), " dimensions: give int64 rows on the cpu.");
     }
+    check_tables(table, 1, 0, levels, way, where, call);
+}
+
+void check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,
+                 int64_t key, const torch::stable::Tensor& payload, Way way,
+                 const std::optional<torch::stable::Tensor>& levels, Where where, CodecCall& call) {
+    check_bytes("buffer", buffer, where);
+    check_bytes("payload", payload, where);
+    check_same_device(buffer, payload);
     call.buffer_bytes = buffer.numel();
     call.payload_bytes = payload.numel();
-    check_tables(table, 1, 0, levels, call);
-    if (add) check_adds(call.tables[0]);
-    call.parts.assign(1, {key, 0, 0, 0, add});
+    check_table(table, levels, way, where, call);
+    if (way == Way::kAdd) check_adds(call.tables[0]);
+    call.parts.assign(1, {key, 0, 0, 0, way == Way::kAdd});
 }
 
 void check_codec_all(const torch::stable::Tensor& buffers, const torch::stable::Tensor& tables,
                      const torch::stable::Tensor& parts, const torch::stable::Tensor& payloads,
-                     bool may_add, const std::optional<torch::stable::Tensor>& levels, Where where,
+                     Way way, const std::optional<torch::stable::Tensor>& levels, Where where,
                      CodecCall& call) {
     check_byte_rows("buffers", buffers, where);
     check_byte_rows("payloads", payloads, where);
@@ -247,7 +228,7 @@ void check_codec_all(const torch::stable::Tensor& buffers, const torch::stable::
     const int64_t num_tables = tables.size(0), num_parts = parts.size(0);
     call.buffer_bytes = buffers.size(1);
     call.payload_bytes = payloads.size(1);
-    check_tables(tables, num_tables, tables.stride(0), levels, call);
+    check_tables(tables, num_tables, tables.stride(0), levels, way, where, call);
     call.parts.resize(static_cast<size_t>(num_parts));
     const auto* words = static_cast<const int64_t*>(parts.data_ptr());
     const int64_t row_stride = parts.stride(0), column_stride = parts.stride(1);
@@ -260,6 +241,7 @@ void check_codec_all(const torch::stable::Tensor& buffers, const torch::stable::
         check_named("table", part.table, num_tables);
         check_named("buffer", part.buffer, num_buffers);
         check_named("payload", part.payload, num_payloads);
+        const bool may_add = way == Way::kAdd;
         if (part.add != 0 && !(may_add && part.add == 1)) {
             refuse("a part has ADD ", part.add, ": give 0",
                    may_add ? " or 1." : ", since nothing adds to a payload.");

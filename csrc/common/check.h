@@ -16,17 +16,26 @@ namespace qsdp {
 enum class Where { kCpu, kCuda };
 constexpr Where kCpu = Where::kCpu, kCuda = Where::kCuda;
 
+// What is done with payloads: values are made codes, or codes values that overwrite, or are added
+// to, what is there.
+enum class Way { kEncode, kDecode, kAdd };
+
 // All raise std::invalid_argument (ValueError in Python), with one sentence.
+
+// One table alone, for the sizes that ``call`` has. Fills its table.
+void check_table(const torch::stable::Tensor& table,
+                 const std::optional<torch::stable::Tensor>& levels, Way way, Where where,
+                 CodecCall& call);
 
 // What encode and decode are given. Fills ``call`` with one part and its table.
 void check_codec(const torch::stable::Tensor& buffer, const torch::stable::Tensor& table,
-                 int64_t key, const torch::stable::Tensor& payload, bool add,
+                 int64_t key, const torch::stable::Tensor& payload, Way way,
                  const std::optional<torch::stable::Tensor>& levels, Where where, CodecCall& call);
 
-// What encode_all and, where parts may add, decode_all are given. Fills ``call``.
+// What encode_all and, whose parts may add, decode_all are given. Fills ``call``.
 void check_codec_all(const torch::stable::Tensor& buffers, const torch::stable::Tensor& tables,
                      const torch::stable::Tensor& parts, const torch::stable::Tensor& payloads,
-                     bool may_add, const std::optional<torch::stable::Tensor>& levels, Where where,
+                     Way way, const std::optional<torch::stable::Tensor>& levels, Where where,
                      CodecCall& call);
 
 // How many words a header has.

@@ -24,16 +24,17 @@ struct RoundingProperties {
     bool is_taken_back = false;  // the receiver adds r to the code
     bool rounds_down = false;    // t + (r + 1/2) is rounded down; else t - r to the nearest
     bool has_levels = false;     // it serves learned levels too
+    bool keeps_grids = false;    // it serves grids that are kept for many steps
 };
 
 QSDP_INLINE constexpr RoundingProperties properties_of(int64_t rounding) {
     switch (rounding) {
         case kDither:
-            return {.drawn = Drawn::kAValue, .is_taken_back = true};
+            return {.drawn = Drawn::kAValue, .is_taken_back = true, .keeps_grids = true};
         case kStochastic:
             return {.drawn = Drawn::kAValue, .rounds_down = true, .has_levels = true};
         case kNearest:
-            return {.drawn = Drawn::kNothing, .has_levels = true};
+            return {.drawn = Drawn::kNothing, .has_levels = true, .keeps_grids = true};
         default:
             return {.drawn = Drawn::kABucket, .is_taken_back = true};
     }
@@ -65,6 +66,11 @@ QSDP_INLINE constexpr bool takes_back_values(int64_t rounding) {
 // Whether learned levels are chosen by numbers.
 QSDP_INLINE constexpr bool draws_for_levels(int64_t rounding) {
     return draws_for_values(rounding) && properties_of(rounding).has_levels;
+}
+
+// Whether it serves grids that are kept.
+QSDP_INLINE constexpr bool keeps_grids(int64_t rounding) {
+    return properties_of(rounding).keeps_grids;
 }
 
 // Whether a rounding that is known at run time alone is ``one``, such as one that rounds_down: a

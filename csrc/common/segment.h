@@ -22,11 +22,13 @@ struct Segment {
     int64_t parameter;    // third counter word of the generator
     int64_t group;        // fourth counter word of the generator
     int64_t levels;       // where its 2**bits learned levels start, in floats; -1: a uniform grid
+    int64_t epoch_byte;   // where the buckets' epochs start in the payload; -1: there are none
 };
 
 constexpr int64_t kSegmentFields = sizeof(Segment) / sizeof(int64_t);
 constexpr int64_t kHeaderBytes = 32;
-constexpr int64_t kMetaBytes = 8;
+constexpr int64_t kMetaBytes = 8, kEpochBytes = 4;  // of a bucket
+constexpr int64_t kMostKept = 128;                  // values of a bucket that has an epoch
 constexpr int64_t kLeastLearnedBits = 2, kMostLearnedBits = 6;
 
 QSDP_INLINE int64_t num_buckets(const Segment& segment) {

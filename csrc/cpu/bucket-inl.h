@@ -24,6 +24,7 @@ struct Work {
     WorkingGrid grid;
     float r;        // the bucket's shift
     Stream stream;  // of the values' own numbers
+    uint64_t base;  // their first block
     int num_codes;  // 2**bits
     bool has_zero;
     int64_t ahead_bytes;   // how far to fetch ahead: the next bucket is measured next
@@ -44,6 +45,11 @@ QSDP_INLINE Mode mode_of(const WorkingGrid& grid, bool has_zero) {
 
 QSDP_INLINE Stream stream_of(const Segment& segment, uint64_t key) {
     return {key, static_cast<uint32_t>(segment.parameter), static_cast<uint32_t>(segment.group)};
+}
+
+// The first block of the numbers that values draw on a grid that is kept from ``epoch`` on.
+QSDP_INLINE uint64_t base_of(int32_t epoch) {
+    return uint64_t{static_cast<uint32_t>(epoch)} << 32;
 }
 
 }  // namespace

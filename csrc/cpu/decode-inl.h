@@ -24,7 +24,7 @@ void dequantize(const uint8_t* codes, int64_t count, const Work& work, int64_t f
                 uint8_t* to) {
     constexpr bool kHasOwn = draws_for_values(how);
     constexpr int kAtOnce = kHasOwn ? 2 : 1;
-    const Draws draws(work.stream);
+    const Draws draws(work.stream, work.base);
     const F low = splat(work.grid.low), step = splat(work.grid.step), r = splat(work.r);
     const F unscale = splat(1.0f / work.grid.factor);
     const F zero_code = splat(work.has_zero ? static_cast<float>(work.num_codes - 1) : 256.0f);
@@ -109,10 +109,16 @@ void decode_buckets(const Segment& segment, uint64_t key, const float* own_level
         Work work{.grid = working_grid(grid),
                   .r = 0.0f,
                   .stream = stream_of(segment, key),
+                  .base = 0,
                   .num_codes = 1 << bits,
                   .has_zero = has_zero,
                   .ahead_bytes = 0,
                   .levels = &levels};
+        if (segment.epoch_byte >= 0) {
+            int32_t epoch;
+            memcpy(&epoch, payload + segment.epoch_byte + bucket * kEpochBytes, sizeof epoch);
+            work.base = base_of(epoch);
+        }
         if (is_one<shifts_buckets_back>(segment.rounding)) work.r = shifts.at(bucket);
         const bool by_levels = own_levels != nullptr && has_learned_levels(grid);
         const Mode mode = by_levels ? Mode::kLevels : mode_of(work.grid, has_zero);

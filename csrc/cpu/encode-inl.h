@@ -56,7 +56,7 @@ void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t firs
               uint8_t* codes) {
     constexpr bool kHasOwn = draws_for_values(how);
     constexpr int kAtOnce = kHasOwn ? 2 : 1;
-    const Draws draws(work.stream);
+    const Draws draws(work.stream, work.base);
     const F factor = splat(work.grid.factor), low = splat(work.grid.low);
     const F inverse =
         splat(mode == Mode::kLevels ? 1.0f / width_of(work) : inverse_step(work.grid));
@@ -147,6 +147,7 @@ void encode_buckets(const Segment& segment, uint64_t key, const float* own_level
         Work work{.grid = working_grid(grid),
                   .r = 0.0f,
                   .stream = stream_of(segment, key),
+                  .base = 0,
                   .num_codes = 1 << bits,
                   .has_zero = extent.has_zero,
                   .ahead_bytes = count * static_cast<int64_t>(sizeof(T)),

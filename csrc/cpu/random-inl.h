@@ -32,10 +32,11 @@ class Shifts {
     PhiloxBlock block_{};
 };
 
-// One number a value, as 128 + k / 2**16. Lanes hold 32-bit words with rubbish above them.
+// One number a value, as 128 + k / 2**16, from the block ``base`` on. Lanes hold 32-bit words with
+// rubbish above them.
 class Draws {
   public:
-    explicit Draws(Stream stream) : stream_(stream) {
+    Draws(Stream stream, uint64_t base) : stream_(stream), base_(base) {
         uint32_t k0 = static_cast<uint32_t>(stream.key);
         uint32_t k1 = static_cast<uint32_t>(stream.key >> 32);
         const uint64_t product1 = uint64_t{stream.parameter} * kPhiloxMultiplier1;
@@ -51,7 +52,7 @@ class Draws {
     template <int Blocks>
     inline __attribute__((always_inline)) void draw(uint64_t first_value,
                                                     F (&out)[Blocks][4]) const {
-        const uint64_t first = first_value / 8;
+        const uint64_t first = base_ + first_value / 8;
         const uint32_t number = static_cast<uint32_t>(first);
         if (number > UINT32_MAX - Blocks * kPhiloxLanes) {
             for (int b = 0; b < Blocks; ++b) draw_slowly(first + b * kPhiloxLanes, out[b]);
@@ -92,6 +93,7 @@ class Draws {
     }
 
     Stream stream_;
+    uint64_t base_;
     uint32_t same0_;
     U same1_, key0_[kPhiloxRounds], key1_[kPhiloxRounds];
 };

@@ -101,28 +101,32 @@ void decode_parts(const CodecCall& call, const Tensor& payloads, const Tensor& b
 void encode(const Tensor& buffer, const Tensor& table, int64_t key,
             torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payload,
             const std::optional<Tensor>& levels) {
-    qsdp::check_codec(buffer, table, key, payload, false, levels, qsdp::kCpu, own_call);
+    qsdp::check_codec(buffer, table, key, payload, qsdp::Way::kEncode, levels, qsdp::kCpu,
+                      own_call);
     qsdp::check_header(static_cast<int64_t>(header.size()));
     encode_parts(own_call, header.data(), buffer, payload);
 }
 
 void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tensor& buffer, bool add,
             const std::optional<Tensor>& levels) {
-    qsdp::check_codec(buffer, table, key, payload, add, levels, qsdp::kCpu, own_call);
+    qsdp::check_codec(buffer, table, key, payload, add ? qsdp::Way::kAdd : qsdp::Way::kDecode,
+                      levels, qsdp::kCpu, own_call);
     decode_parts(own_call, payload, buffer);
 }
 
 void encode_all(const Tensor& buffers, const Tensor& tables, const Tensor& parts,
                 torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payloads,
                 const std::optional<Tensor>& levels) {
-    qsdp::check_codec_all(buffers, tables, parts, payloads, false, levels, qsdp::kCpu, own_call);
+    qsdp::check_codec_all(buffers, tables, parts, payloads, qsdp::Way::kEncode, levels, qsdp::kCpu,
+                          own_call);
     qsdp::check_header(static_cast<int64_t>(header.size()));
     encode_parts(own_call, header.data(), buffers, payloads);
 }
 
 void decode_all(const Tensor& payloads, const Tensor& tables, const Tensor& parts,
                 const Tensor& buffers, const std::optional<Tensor>& levels) {
-    qsdp::check_codec_all(buffers, tables, parts, payloads, true, levels, qsdp::kCpu, own_call);
+    qsdp::check_codec_all(buffers, tables, parts, payloads, qsdp::Way::kAdd, levels, qsdp::kCpu,
+                          own_call);
     decode_parts(own_call, payloads, buffers);
 }
 

@@ -78,7 +78,7 @@ void encode(const Tensor& buffer, const Tensor& table, int64_t key,
             torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payload,
             const std::optional<Tensor>& levels) {
     CodecCall call;
-    qsdp::check_codec(buffer, table, key, payload, false, levels, qsdp::kCuda, call);
+    qsdp::check_codec(buffer, table, key, payload, qsdp::Way::kEncode, levels, qsdp::kCuda, call);
     qsdp::check_header(static_cast<int64_t>(header.size()));
     encode_parts(call, header.data(), buffer, payload);
 }
@@ -86,7 +86,8 @@ void encode(const Tensor& buffer, const Tensor& table, int64_t key,
 void decode(const Tensor& payload, const Tensor& table, int64_t key, const Tensor& buffer, bool add,
             const std::optional<Tensor>& levels) {
     CodecCall call;
-    qsdp::check_codec(buffer, table, key, payload, add, levels, qsdp::kCuda, call);
+    qsdp::check_codec(buffer, table, key, payload, add ? qsdp::Way::kAdd : qsdp::Way::kDecode,
+                      levels, qsdp::kCuda, call);
     decode_parts(call, payload, buffer);
 }
 
@@ -94,7 +95,8 @@ void encode_all(const Tensor& buffers, const Tensor& tables, const Tensor& parts
                 torch::headeronly::HeaderOnlyArrayRef<int64_t> header, const Tensor& payloads,
                 const std::optional<Tensor>& levels) {
     CodecCall call;
-    qsdp::check_codec_all(buffers, tables, parts, payloads, false, levels, qsdp::kCuda, call);
+    qsdp::check_codec_all(buffers, tables, parts, payloads, qsdp::Way::kEncode, levels, qsdp::kCuda,
+                          call);
     qsdp::check_header(static_cast<int64_t>(header.size()));
     encode_parts(call, header.data(), buffers, payloads);
 }
@@ -102,7 +104,8 @@ void encode_all(const Tensor& buffers, const Tensor& tables, const Tensor& parts
 void decode_all(const Tensor& payloads, const Tensor& tables, const Tensor& parts,
                 const Tensor& buffers, const std::optional<Tensor>& levels) {
     CodecCall call;
-    qsdp::check_codec_all(buffers, tables, parts, payloads, true, levels, qsdp::kCuda, call);
+    qsdp::check_codec_all(buffers, tables, parts, payloads, qsdp::Way::kAdd, levels, qsdp::kCuda,
+                          call);
     decode_parts(call, payloads, buffers);
 }
 

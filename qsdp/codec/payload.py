@@ -4,7 +4,8 @@
              payload bytes, plan hash ^ status; the hash is ``payload_hash`` of the version, the
              group and what defines each segment, the status is 0 but where a rank has other
              gradients than were agreed on: [Note: Consensus] in comm/gradient_consensus.py
-    metadata 8 bytes a bucket, segment after segment: fp32 min, fp32 scale
+    metadata 8 bytes a bucket, segment after segment: fp32 min, fp32 scale; where a segment keeps
+             epochs ([Note: Changes]) these follow its buckets', an int32 each
     raw      the uncoded segments, wider elements first
     codes    from a 16-byte boundary on, segment after segment, each ceil(numel * bits / 8) bytes:
              a little-endian bit stream, value i at bits [i * bits, (i + 1) * bits)
@@ -31,6 +32,7 @@ from qsdp.common.dtypes import ITEM_BYTES, DType
 VERSION = 3
 HEADER_BYTES = 32
 META_BYTES = 8
+EPOCH_BYTES = 4
 ALIGN_BYTES = 16
 
 
@@ -57,7 +59,8 @@ class Segment:
     """One parameter's stretch of a payload. ``bits`` 0 is raw: it travels as ``wire``.
 
     ``levels`` is where the segment's learned levels start in the tensor that ``encode`` and
-    ``decode`` are given; -1 stands for the uniform grid.
+    ``decode`` are given; -1 stands for the uniform grid. ``keeps_epochs``: its payload is kept, and
+    each bucket has the step at which its grid was drawn.
     """
 
     bits: int
@@ -68,16 +71,25 @@ class Segment:
     bucket: int = 1024
     rounding: int = 0
     levels: int = -1
+    keeps_epochs: bool = False
 
     @property
     def definition(self) -> tuple[int, ...]:
         """All fields in an order of its own, which is part of the version of payloads."""
         travels = (self.bits, self.dtype, self.wire, self.padded, self.parameter)
-        return (*travels, self.bucket, self.rounding, self.levels)
+        kept = [1] if self.keeps_epochs else []
+        return (*travels, self.bucket, self.rounding, self.levels, *kept)
 
     def meta_bytes(self, count: Count) -> Count:
         """Bytes of the metadata of ``count`` values."""
-        return -(-count // self.bucket) * META_BYTES if self.bits else count * 0
+        a_bucket = META_BYTES + EPOCH_BYTES * self.keeps_epochs
+        return -(-count // self.bucket) * a_bucket if self.bits else count * 0
+
+    def epochs_start(self, meta_start: Count, count: Count) -> Count:
+        """Where the epochs of ``count`` values' buckets start, or -1 where there are none."""
+        if not self.keeps_epochs:
+            return meta_start * 0 - 1
+        return meta_start + -(-count // self.bucket) * META_BYTES
 
     def data_bytes(self, count: Count) -> Count:
         """Bytes of the codes of ``count`` values, or of these as they are."""
@@ -113,7 +125,7 @@ class Layout:
             own = segment.dtype if dtype is None else dtype
             row = [segment.bits, own, segment.wire, buffer_byte, numel, segment.padded]
             row += [segment.bucket, segment.rounding, meta, data, segment.parameter, self.group]
-            row.append(segment.levels)
+            row += [segment.levels, segment.epochs_start(meta, segment.padded)]
             rows.append([int(entry) for entry in row])
             buffer_byte += segment.padded * ITEM_BYTES[own]
         return rows

@@ -2,7 +2,8 @@
 
 [Note: Keys] A ``RandomKey`` names one payload; it is folded into 64 bits. Within the payload the
 generator's 128-bit counter is (block, parameter, group): value or bucket number i takes 16-bit half
-word i % 8 of block i // 8. No generator state exists, so resume and replay are exact.
+word i % 8 of block i // 8. Where a bucket has an epoch, the step at which its grid was drawn, this
+is in the block number's high 32 bits. No generator state exists, so resume and replay are exact.
 
 Philox4x32-7 is the generator of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
 1, 2, 3" (SC 2011), with seven rounds, the fewest that pass BigCrush.
@@ -33,6 +34,8 @@ class KeyDirection(IntEnum):
     REDUCE = 1
     FROZEN = 2
     """The gather of weights that are sent once for all steps."""
+    KEPT = 3
+    """Grids that are kept: their numbers depend on epochs in place of the step."""
 
 
 class KeyStage(IntEnum):
@@ -117,8 +120,21 @@ def philox(block: Tensor, parameter: int, group: int, key: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=1)
 
 
-def uniform(num: int, parameter: int, group: int, key: int, device: torch.device) -> Tensor:
-    """``num`` random numbers in (-1/2, 1/2), fp32 [num]: (k + 1/2) / 2**16 - 1/2, k of 16 bits."""
-    words = philox(torch.arange(-(-num // 8), device=device), parameter, group, key)
+def uniform(
+    num: int,
+    parameter: int,
+    group: int,
+    key: int,
+    device: torch.device,
+    epochs: Tensor | None = None,
+) -> Tensor:
+    """``num`` random numbers in (-1/2, 1/2), fp32 [num]: (k + 1/2) / 2**16 - 1/2, k of 16 bits.
+
+    ``epochs``: int32 [blocks], the high words of the blocks' numbers.
+    """
+    blocks = torch.arange(-(-num // 8), device=device)
+    if epochs is not None:
+        blocks = blocks | epochs.long() << 32
+    words = philox(blocks, parameter, group, key)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[:num]
     return (halves.to(torch.float32) + 0.5) / 65536 - 0.5

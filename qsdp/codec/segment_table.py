@@ -7,11 +7,14 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from qsdp.codec.payload import HEADER_BYTES, META_BYTES
+from qsdp.codec.payload import EPOCH_BYTES, HEADER_BYTES, META_BYTES
 from qsdp.codec.random_numbers import uniform
 from qsdp.common.dtypes import ITEM_BYTES, TORCH_DTYPES, DType
 from qsdp.common.rounding import Rounding
 from qsdp.config import LEARNED_BITS
+
+MOST_KEPT = 128
+"""The most values in a bucket whose grid is kept: a change names its place by seven bits."""
 
 
 class Field(IntEnum):
@@ -30,6 +33,7 @@ class Field(IntEnum):
     PARAMETER = 10  # third counter word of the generator
     GROUP = 11  # fourth counter word of the generator
     LEVELS = 12  # where the segment's 2**bits learned levels start, in floats; -1: a uniform grid
+    EPOCH_BYTE = 13  # where the buckets' epochs start in the payload; -1: there are none
 
 
 class Part(IntEnum):
@@ -197,13 +201,30 @@ class SegmentRow:
             num_buckets = -(-self.numel // self.bucket)
             inside &= row[Field.META_BYTE] >= HEADER_BYTES and row[Field.META_BYTE] % 4 == 0
             inside &= row[Field.META_BYTE] + META_BYTES * num_buckets <= payload_bytes
+            if self.has_epochs:
+                self._check_epochs()
+                start = row[Field.EPOCH_BYTE]
+                inside &= start >= HEADER_BYTES and start % 4 == 0
+                inside &= start + EPOCH_BYTES * num_buckets <= payload_bytes
         elif (row[Field.DTYPE] == DType.OPAQUE) != (row[Field.WIRE] == DType.OPAQUE):
             raise ValueError("a raw segment is opaque on one side only: make both or none opaque.")
+        elif self.has_epochs:
+            self._check_epochs()
         inside &= row[Field.DATA_BYTE] + self.data_bytes <= payload_bytes
         if not inside:
             raise ValueError(
                 f"a segment reaches outside its {buffer_bytes} buffer bytes or "
                 f"{payload_bytes} payload bytes: make table, buffer and payload from one layout."
+            )
+
+    def _check_epochs(self) -> None:
+        """Raise ValueError unless the row may have the epochs of kept grids."""
+        if not self.bits or self.bucket > MOST_KEPT or not self.rounding.properties.keeps_grids:
+            known = [f"{each.label} ({each})" for each in Rounding if each.properties.keeps_grids]
+            raise ValueError(
+                f"a segment with epochs has {self.bits} bits, buckets of {self.bucket} and "
+                f"rounding {self.row[Field.ROUNDING]}: give 2 to 8 bits, at most {MOST_KEPT} "
+                f"values a bucket and {' or '.join(known)}."
             )
 
     def check_levels(self, num_levels: int) -> None:
@@ -228,6 +249,11 @@ class SegmentRow:
     def rounding(self) -> Rounding:
         """The rounding of a coded segment, once it is checked."""
         return Rounding(self.row[Field.ROUNDING])
+
+    @property
+    def has_epochs(self) -> bool:
+        """Whether its grids are kept."""
+        return self.row[Field.EPOCH_BYTE] != -1
 
     @property
     def num_codes(self) -> int:
@@ -262,13 +288,28 @@ class SegmentRow:
             0, self.row[Field.META_BYTE], META_BYTES * -(-self.numel // self.bucket)
         )
 
+    def epochs(self, payload: Tensor) -> Tensor | None:
+        """The bytes of ``payload`` that hold the epochs of the segment's buckets, if any."""
+        if not self.has_epochs:
+            return None
+        num_bytes = EPOCH_BYTES * -(-self.numel // self.bucket)
+        return payload.narrow(0, self.row[Field.EPOCH_BYTE], num_bytes)
+
     def data(self, payload: Tensor) -> Tensor:
         """The bytes of ``payload`` that hold the segment's codes or raw values."""
         return payload.narrow(0, self.row[Field.DATA_BYTE], self.data_bytes)
 
-    def uniform(self, num: int, key: int, device: torch.device) -> Tensor:
-        """``num`` numbers of the segment's own, fp32 [num] in (-1/2, 1/2): [Note: Keys]."""
-        return uniform(num, self.row[Field.PARAMETER], self.row[Field.GROUP], key, device)
+    def uniform(
+        self, num: int, key: int, device: torch.device, epochs: Tensor | None = None
+    ) -> Tensor:
+        """``num`` numbers of the segment's own, fp32 [num] in (-1/2, 1/2): [Note: Keys].
+
+        ``epochs``: int32 [buckets], where values have them.
+        """
+        if epochs is not None:
+            epochs = epochs.repeat_interleave(self.bucket // 8)[: -(-num // 8)]
+        parameter, group = self.row[Field.PARAMETER], self.row[Field.GROUP]
+        return uniform(num, parameter, group, key, device, epochs)
 
     def _span(self, buffer: Tensor, numel: int) -> Tensor:
         return buffer.narrow(0, self.row[Field.BUFFER_BYTE], numel * self.dtype.itemsize)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qsdp.codec.payload import Segment
 from qsdp.common.dtypes import DType
-from qsdp.config import CODED_BITS, QSDPConfig
+from qsdp.config import CODED_BITS, QSDPConfig, config_bits
 
 
 class Claim(NamedTuple):
@@ -37,6 +37,15 @@ def check_budget(weights: Sequence[Claim], grads: Sequence[Claim], config: QSDPC
         )
     for claims, is_grad in ((weights, False), (grads, True)):
         _left(claims, config.budget, config, is_grad)
+
+
+def budget_request(config: QSDPConfig) -> dict[str, Any]:
+    """All of the config that allotted bits depend on, except roundings, in JSON's types."""
+    names = ["budget", "weight_bits", "grad_bits", "embedding_bits", "bucket_size"]
+    if config.weight_bucket_size is not None:  # else as states were without it
+        names.append("weight_bucket_size")
+    policy = [[pattern, *config_bits(bits)] for pattern, bits in config.policy]
+    return {name: getattr(config, name) for name in names} | {"policy": policy}
 
 
 def allot(

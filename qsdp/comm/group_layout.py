@@ -18,7 +18,7 @@ from qsdp.codec.payload import (
     payload_hash,
     payload_offsets,
 )
-from qsdp.codec.segment_table import Field, Part
+from qsdp.codec.segment_table import Field, Part, SegmentRow
 from qsdp.comm.buffers import BufferPool
 from qsdp.comm.pruned_slices import PrunedSlices
 from qsdp.comm.routes import Route, gather_route
@@ -65,6 +65,11 @@ class GroupLayout:
             for segment, at in enumerate(each):
                 starts_of_both[i, segment] = at
         self._meta, self._data = torch.from_numpy(starts_of_both).mT
+        epochs = [
+            segment.epochs_start(self._meta[:, i], self._padded[:, i])
+            for i, segment in enumerate(segments)
+        ]
+        self._epochs = torch.stack(epochs, dim=1) if epochs else self._meta
         self.payload_bytes = int(np.max(payload_bytes))
         """Bytes of every rank's payload."""
         self.tables = self._tables(None)
@@ -88,11 +93,21 @@ class GroupLayout:
             Field.PADDED: self._padded,
             Field.META_BYTE: self._meta,
             Field.DATA_BYTE: self._data,
+            Field.EPOCH_BYTE: self._epochs,
         }
         tables = rows.repeat(len(self._padded), 1, 1)
         for field, values in columns.items():
             tables[:, :, field] = values
         return tables
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The segments of a payload, with the values that all ranks' slices reserve."""
+        return self._layout.segments
+
+    def segment_rows(self, rank: int) -> list[SegmentRow]:
+        """The rows of the table of ``rank``'s slice, with names."""
+        return [SegmentRow(row) for row in self.table(rank).tolist()]
 
     def table(self, rank: int) -> Tensor:
         """The table of ``rank``'s slice: int64 [segments, len(Field)]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -162,10 +163,7 @@ class Plan:
         key = ("gather", places, least_bits, is_frozen, "sparse" if masks else "dense")
         if (layout := self._known(key)) is not None:
             return layout
-        starts, end = [], 0
-        for p in self.parameters:
-            starts.append(end)
-            end += p.padded_numel(self.world_size) * p.dtype.itemsize
+        starts = self._starts()
         kept = [mask is not None for mask in masks] or [False] * len(places)
         segments = []
         for p, is_kept in zip((self.parameters[i] for i in places), kept, strict=True):
@@ -197,6 +195,23 @@ class Plan:
                 bits = self._config.local_grad_bits or 8
             segments.append(self._segment(p, dtype, max(bits, least_bits), LevelKind.GRAD))
         return self._keep(key, self._layout(segments, with_grad, masks))
+
+    def kept(self) -> GroupLayout:
+        """The rows of all ranks' codes that every rank keeps: [Note: Kept] in kept_codes.py."""
+        key = "kept", "dense"
+        if (layout := self._known(key)) is not None:
+            return layout
+        segments = [
+            self._segment(p, p.dtype, p.weight_bits, LevelKind.WEIGHT) for p in self.parameters
+        ]
+        segments = [replace(each, keeps_epochs=each.bits > 0) for each in segments]
+        return self._keep(key, self._layout(segments, self.places, [], self._starts()))
+
+    def _starts(self) -> list[int]:
+        """By place, where a parameter's values start in a rank's slice of the buffer of weights."""
+        sizes = (p.padded_numel(self.world_size) * p.dtype.itemsize for p in self.parameters)
+        *starts, _ = accumulate(sizes, initial=0)
+        return starts
 
     def _known(self, key: tuple[object, ...]) -> GroupLayout | None:
         layout = self._layouts.pop(key, None)
@@ -241,15 +256,15 @@ class Plan:
         self, parameter: Parameter, dtype: torch.dtype, bits: int, kind: LevelKind
     ) -> Segment:
         own = CODEC_DTYPES.get(dtype, DType.OPAQUE)
-        narrow = bits == 16 and own == DType.FP32
+        narrow, is_grad = bits == 16 and own == DType.FP32, kind == LevelKind.GRAD
         return Segment(
             bits=bits if bits <= 8 else 0,
             dtype=own,
             wire=DType.BF16 if narrow else own,
             padded=parameter.padded_numel(self.world_size) * _units(dtype),
             parameter=parameter.index,
-            bucket=self._config.bucket_of(bits, is_grad=kind == LevelKind.GRAD),
-            rounding=Rounding.of(self._config.rounding_of(bits)),
+            bucket=self._config.bucket_of(bits, is_grad=is_grad),
+            rounding=Rounding.of(self._config.rounding_of(bits, is_grad=is_grad)),
             levels=levels_offset(self._config, parameter.index, bits, kind),
         )
 

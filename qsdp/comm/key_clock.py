@@ -67,6 +67,10 @@ class Clock:
         """int64 [ranks], the keys of weights that are sent once for all steps."""
         return self._once_a_step(0, KeyDirection.FROZEN, KeyStage.FLAT, 0, _everyone(num_ranks))
 
+    def kept_keys(self, num_ranks: int) -> Tensor:
+        """int64 [ranks], the keys of kept grids, whose epochs say the step: [Note: Changes]."""
+        return self._once_a_step(0, KeyDirection.KEPT, KeyStage.FLAT, 0, _everyone(num_ranks))
+
     def reduce_keys(self, stage: KeyStage, occurrence: int, route: Route) -> Tensor:
         """int64 [payloads], the keys of what a reduce sends along ``route``.
 

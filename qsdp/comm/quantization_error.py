@@ -78,17 +78,17 @@ class Meter:
         return total.view(-1, 2)
 
     def _measure(self, values: Tensor, row: list[int], bits: int, kind: LevelKind) -> Tensor:
+        is_grad = kind == LevelKind.GRAD
         segment = Segment(
             bits=bits,
             dtype=DType(row[Field.DTYPE]),
             padded=values.numel(),
             parameter=row[Field.PARAMETER],
-            bucket=self._config.bucket_of(bits, is_grad=kind == LevelKind.GRAD),
-            rounding=Rounding.of(self._config.rounding_of(bits)),
+            bucket=self._config.bucket_of(bits, is_grad=is_grad),
+            rounding=Rounding.of(self._config.rounding_of(bits, is_grad=is_grad)),
             levels=levels_offset(self._config, row[Field.PARAMETER], bits, kind),
         )
         layout = Layout([segment], row[Field.GROUP])
-        is_grad = kind == LevelKind.GRAD
         encode, decode = (
             torch.tensor(layout.table([values.numel()], dtype))
             for dtype in (None, DType.FP32 if is_grad else None)

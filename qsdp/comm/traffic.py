@@ -29,11 +29,23 @@ class Traffic:
         self._counts: Counter[str] = Counter()
         self._is_paused = False
 
-    def gathered(self, direction: str, group: dist.ProcessGroup, payload_bytes: int) -> None:
-        """Count an all-gather of ``payload_bytes`` a rank over ``group``."""
+    def gathered(
+        self,
+        direction: str,
+        group: dist.ProcessGroup,
+        payload_bytes: int,
+        *,
+        is_training: bool = False,
+    ) -> None:
+        """Count an all-gather of ``payload_bytes`` a rank over ``group``.
+
+        ``is_training``: what is sent in a validation serves the training after it.
+        """
         ranks = dist.get_process_group_ranks(group)
         neighbour = ranks[(group.rank() + 1) % len(ranks)]
+        is_paused, self._is_paused = self._is_paused, self._is_paused and not is_training
         self.sent(direction, [neighbour], (len(ranks) - 1) * payload_bytes)
+        self._is_paused = is_paused
 
     def summed(self, group: dist.ProcessGroup, num_bytes: int) -> None:
         """Count an all-reduce of ``num_bytes`` over ``group`` as ``other``.
@@ -65,6 +77,16 @@ class Traffic:
         """
         self._counts["other_intra_node_bytes"] += num_bytes
 
+    def changed(self, num_codes: int, num_buckets: int) -> None:
+        """Count what all ranks have said of their weights in a gather of changes.
+
+        Args:
+            num_codes: Codes that have changed, on grids that have not.
+            num_buckets: Buckets that were drawn again.
+        """
+        self._counts["changed_codes"] += num_codes
+        self._counts["redrawn_buckets"] += num_buckets
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, whatever is sent counts as ``other``, for example that of a validation."""
@@ -78,7 +100,8 @@ class Traffic:
         """All counters since install, in bytes.
 
         They are ``<direction>_<link>_bytes``, ``<direction>_sent_bytes`` (both links) and
-        ``<direction>_fp32_bytes``.
+        ``<direction>_fp32_bytes``. With ``gather="delta"`` there are two counts more, of what all
+        ranks sent: ``changed_codes`` and ``redrawn_buckets``, whose codes are not among these.
         """
         counts = {f"{d}_{link}_bytes": 0 for d in DIRECTIONS for link in LINKS}
         counts |= {"gather_fp32_bytes": 0, "reduce_fp32_bytes": 0} | dict(self._counts)

@@ -32,6 +32,8 @@ class Wire:
         self.support = 0
         """The number of the support that holds, 0 where all weights travel."""
         self.late = Late()
+        self.digests: dict[int, int] = {}
+        """By group, what all frames so far come to: [Note: Kept]."""
 
     def observe(self, table: Tensor, flat: Tensor) -> None:
         """Let the meters look at the gradients of a flat slice that ``table`` describes."""

@@ -40,6 +40,11 @@ class Properties:
     nothing to the nearer.
     """
 
+    keeps_grids: bool = False
+    """Whether it serves grids that are kept for many steps: [Note: Changes].
+    What it draws, the receiver draws too, or it draws nothing.
+    """
+
     is_biased: bool = False
     """Whether a value differs, on average over the numbers, from what it is decoded to.
     The report of the handle says so.
@@ -79,12 +84,19 @@ _PROPERTIES = {
         words="one random shift a bucket", drawn=Drawn.A_BUCKET, is_taken_back=True
     ),
     Rounding.DITHER: Properties(
-        words="one random shift a value", drawn=Drawn.A_VALUE, is_taken_back=True
+        words="one random shift a value",
+        drawn=Drawn.A_VALUE,
+        is_taken_back=True,
+        keeps_grids=True,
     ),
     Rounding.STOCHASTIC: Properties(
         words="up or down by a coin flip", drawn=Drawn.A_VALUE, rounds_down=True, has_levels=True
     ),
     Rounding.NEAREST: Properties(
-        words="to the nearer one", drawn=Drawn.NOTHING, has_levels=True, is_biased=True
+        words="to the nearer one",
+        drawn=Drawn.NOTHING,
+        has_levels=True,
+        keeps_grids=True,
+        is_biased=True,
     ),
 }

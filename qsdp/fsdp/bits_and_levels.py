@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qsdp.comm.bit_budget import allot
+from qsdp.comm.bit_budget import allot, budget_request
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.learned_levels import LevelCounts, LevelKind, check_level_rows, levels_offset
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.wire_state import Wire
 from qsdp.common.user_errors import counted
 from qsdp.compat.parameter_group import ParameterGroup
-from qsdp.config import CODED_BITS, QSDPConfig, config_bits
+from qsdp.config import CODED_BITS
 
 
 class Adaptation:
@@ -41,7 +41,7 @@ class Adaptation:
     ) -> None:
         self._plans, self._groups, self._wire, self._everyone = plans, groups, wire, everyone
         self._settled = -1
-        self._request = _request(wire.config)
+        self._request = budget_request(wire.config)
         self._bits: dict[str, tuple[int, int]] = {}
         self._meter: Meter | None = None
         self._counts: LevelCounts | None = None
@@ -311,10 +311,3 @@ def _are_allowed_bits(both: Sequence[Any], allowed: Sequence[tuple[int, ...]]) -
     return len(both) == len(allowed) and all(
         type(bits) is int and bits in own for bits, own in zip(both, allowed, strict=True)
     )
-
-
-def _request(config: QSDPConfig) -> dict[str, Any]:
-    """All of the config that allotted bits depend on, except roundings, in JSON's types."""
-    names = ("budget", "weight_bits", "grad_bits", "embedding_bits", "bucket_size")
-    policy = [[pattern, *config_bits(bits)] for pattern, bits in config.policy]
-    return {name: getattr(config, name) for name in names} | {"policy": policy}

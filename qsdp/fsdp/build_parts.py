@@ -26,9 +26,10 @@ from qsdp.compat.resharding import reshard_module
 from qsdp.config import QSDPConfig
 from qsdp.fsdp import install_agreement
 from qsdp.fsdp.bits_and_levels import Adaptation
-from qsdp.fsdp.hooks import AllGatherHook
+from qsdp.fsdp.gather_hook import AllGatherHook
 from qsdp.fsdp.install_arguments import check_argument_type, refuse_own_comms, replica_group
 from qsdp.fsdp.install_planning import plan_group, plan_nodes, plan_splits, plan_stages
+from qsdp.fsdp.pass_agreement import PassMembers
 from qsdp.fsdp.passes import Passes
 from qsdp.fsdp.quantized_collectives import InstalledComms
 from qsdp.fsdp.report import Row, unsharded_rows
@@ -102,7 +103,7 @@ def build_parts(
     adaptation = Adaptation(plans, groups, wire, everyone)
     passes = Passes(plans, groups, wire, adaptation, replicas)
     comms = InstalledComms(plans, groups, wire, passes, replicas)
-    passes.caches, passes.comms = comms.gathers, comms.given
+    passes.caches, passes.comms = PassMembers(comms.gathers), comms.given
     return BuiltParts(
         plans=plans,
         unsharded=unsharded,

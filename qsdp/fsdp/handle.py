@@ -124,9 +124,9 @@ class Handle:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes that kept payloads (``gather="once"``) take at most on this rank."""
+        """Bytes that kept payloads (``gather="once"``) or codes (``"delta"``) take on this rank."""
         self._check_installed()
-        return sum(gather.cache.num_bytes for gather in self._comms.gathers)
+        return sum(gather.num_bytes for gather in self._comms.gathers)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -206,6 +206,7 @@ class Handle:
         self._adaptation.check_state(state)
         self._passes.mend()
         self._passes.begin_anew()
+        self._passes.caches.forget_codes()
         self._wire.clock.load_state_dict(state)
         self._adaptation.load_state_dict(state)
 

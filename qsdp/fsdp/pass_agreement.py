@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 import torch
@@ -35,11 +35,40 @@ class PassMember(Protocol):
     def forget_frozen(self) -> None:
         """Send them anew with the next gather."""
 
+    def settle(self) -> None:
+        """Apply what has arrived of the weights' changes, if any is under way."""
+
+    def forget_codes(self) -> None:
+        """Draw all weights anew with the next gather, as all ranks do."""
+
     def drop_stale(self, is_due: bool) -> None:
         """Free gathered weights that are not made of the weights, bits and levels of now.
 
         ``is_due``: also those that what is due before the next step would leave as they are.
         """
+
+
+class PassMembers(tuple[PassMember, ...]):
+    """All members of a handle's passes."""
+
+    def settle(self) -> None:
+        """Apply what has arrived of the weights' changes: [Note: Kept]."""
+        for member in self:
+            member.settle()
+
+    def forget_codes(self) -> None:
+        """Let all groups draw their weights anew with the next gather, as all ranks do."""
+        for member in self:
+            member.forget_codes()
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Inside ranks meet: where they do not agree, one may have missed what the others keep."""
+        try:
+            yield
+        except RuntimeError:
+            self.forget_codes()
+            raise
 
 
 class PassMeetings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
@@ -52,6 +53,7 @@ class Facts:
             "weights": "exact" if wire.is_exact else "quantized",
             "bits and levels": self._adaptation.mark,
             "the seed": wire.clock.seed,
+            "kept codes": self._kept_codes(members),
             "masks": f"of call {wire.support} of set_support" if wire.support else "lifted",
             "frozen parameters": tuple(
                 name
@@ -62,6 +64,11 @@ class Facts:
                 if not is_trained
             ),
         }
+
+    def _kept_codes(self, members: Sequence[int]) -> str:
+        """What all that was sent of the weights so far comes to: [Note: Kept]."""
+        digests = [self._wire.digests.get(i, 0) for i in members]
+        return f"of digest {blake2b(repr(digests).encode(), digest_size=4).hexdigest()}"
 
     def of_forward(self, first: Plan, members: Sequence[int], grad_mode: str) -> dict[str, object]:
         """What the gathers of ``members`` in a forward pass depend on, except the step."""

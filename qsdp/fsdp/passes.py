@@ -29,7 +29,7 @@ from qsdp.fsdp.backward_pass import BackwardPass
 from qsdp.fsdp.bits_and_levels import Adaptation
 from qsdp.fsdp.changed_settings import mistake
 from qsdp.fsdp.optimizer_steps import OptimizerSteps
-from qsdp.fsdp.pass_agreement import BACKWARD, FORWARD, PassMeetings, PassMember
+from qsdp.fsdp.pass_agreement import BACKWARD, FORWARD, PassMeetings, PassMembers
 from qsdp.fsdp.pass_facts import Facts
 
 _SWITCH = {True: "on", False: "off"}
@@ -77,8 +77,8 @@ class Passes:
         self._averages = replicas is not None
         # A gather for the backward pass would come before anything that a meeting could lie beside.
         is_alone = len({plan.group for plan in plans}) == 1
-        self._meets_early = wire.config.gather == "once" and is_alone
-        self.caches: Sequence[PassMember] = ()
+        self._meets_early = wire.config.gather != "twice" and is_alone
+        self.caches = PassMembers()
         self.comms: Sequence[tuple[Any, ...]] = ()
         self.facts = Facts(plans, groups, wire, adaptation, averages=self._averages)
         self.meetings = meetings = PassMeetings(plans, groups, wire, self.facts, replicas)
@@ -130,7 +130,8 @@ class Passes:
             return
         members = self.meetings.members(plan.group, self._parts)
         self._open.update(members)
-        with self.meetings.mistakes_reach_replicas():
+        self.caches.settle()
+        with self.caches.agreeing(), self.meetings.mistakes_reach_replicas():
             self.meetings.meet_for_a_forward(plan, members, self._grad_mode, self.caches)
         self._to_come[plan.group] = {*members} - {plan.index}
         self._optimizer_steps.look_again()
@@ -146,11 +147,12 @@ class Passes:
             self._end_what_was_cut_short()
         if not self.backward.is_under_way:
             self._begin_backward(plan.group)
-        self.meetings.end()
         whole = self._whole.get(plan.index, [plan.index])
-        if not self.meetings.has_spoken_of(plan):  # its forward was before another backward pass
-            self._meet_for_a_backward(plan.group, whole)
+        with self.caches.agreeing():
             self.meetings.end()
+            if not self.meetings.has_spoken_of(plan):  # its forward was before another backward
+                self._meet_for_a_backward(plan.group, whole)
+                self.meetings.end()
         self._open.difference_update(whole)
 
     def _begin_backward(self, group: dist.ProcessGroup) -> None:
@@ -179,6 +181,7 @@ class Passes:
         for group in self._groups:
             self._abandon(group.modules[0])
         self._end_what_was_cut_short()
+        self.caches.settle()
         self._grad_mode = "unknown"
 
     def _abandon(self, module: nn.Module) -> None:
@@ -233,14 +236,16 @@ class Passes:
     def abandon_what_is_late(self) -> None:
         """Finish what a pass that was cut short has left under way."""
         self._wire.late.abandon()
+        self.caches.settle()
 
     def settle_what_was_cut_short(self) -> None:
         """Undo what a backward pass that was cut short has counted, if one was."""
         if not is_in_backward():
             self._end_what_was_cut_short()
+            self.caches.settle()
 
     def _end_what_was_cut_short(self) -> None:
-        self.abandon_what_is_late()
+        self._wire.late.abandon()
         if self.backward.is_under_way:
             self.backward.end()
             self._wire.clock.rewind()

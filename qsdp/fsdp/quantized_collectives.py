@@ -9,9 +9,10 @@ import torch.distributed as dist
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
 from qsdp.compat.parameter_group import ParameterGroup
+from qsdp.fsdp.gather_hook import AllGatherHook
 from qsdp.fsdp.grad_recorder import GradRecorder
-from qsdp.fsdp.hooks import AllGatherHook, ReduceScatterHook
 from qsdp.fsdp.passes import Passes
+from qsdp.fsdp.reduce_hook import ReduceScatterHook
 
 
 class InstalledComms:

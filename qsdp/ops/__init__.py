@@ -16,18 +16,22 @@ encode = torch.ops.qsdp.encode
 decode = torch.ops.qsdp.decode
 encode_all = torch.ops.qsdp.encode_all
 decode_all = torch.ops.qsdp.decode_all
+encode_changes = torch.ops.qsdp.encode_changes
+apply_changes = torch.ops.qsdp.apply_changes
 compact = torch.ops.qsdp.compact
 expand = torch.ops.qsdp.expand
 count_digits = torch.ops.qsdp.count_digits
 mark_above = torch.ops.qsdp.mark_above
 
 __all__ = [
+    "apply_changes",
     "compact",
     "count_digits",
     "decode",
     "decode_all",
     "encode",
     "encode_all",
+    "encode_changes",
     "expand",
     "mark_above",
     "native",

@@ -10,13 +10,15 @@ from collections.abc import Callable
 
 import torch
 
-from qsdp.ops.reference import codec, magnitude, sparse
+from qsdp.ops.reference import apply_changes, changes, codec, magnitude, sparse
 
 KERNELS: dict[str, Callable[..., None]] = {
     "encode": codec.encode,
     "decode": codec.decode,
     "encode_all": codec.encode_all,
     "decode_all": codec.decode_all,
+    "encode_changes": changes.encode_changes,
+    "apply_changes": apply_changes.apply_changes,
     "compact": sparse.compact,
     "expand": sparse.expand,
     "count_digits": magnitude.count_digits,
@@ -33,6 +35,9 @@ _SIGNATURES = (
     "Tensor? levels=None) -> ()",
     "decode_all(Tensor payloads, Tensor tables, Tensor parts, Tensor(a!) buffers, "
     "Tensor? levels=None) -> ()",
+    "encode_changes(Tensor buffer, Tensor table, int key, Tensor kept, Tensor modes, int step, "
+    "int redraw_every, float room, Tensor(a!) frame, Tensor(b!) counts) -> ()",
+    "apply_changes(Tensor frame, Tensor table, int step, Tensor(a!) kept) -> ()",
     "compact(Tensor dense, Tensor spans, Tensor bitmap, Tensor(a!) out, bool strict) -> ()",
     "expand(Tensor compact, Tensor spans, Tensor bitmap, Tensor(a!) out) -> ()",
     "count_digits(Tensor values, Tensor prefix, int shift, int width, Tensor(a!) counts) -> ()",

@@ -183,7 +183,7 @@ class SimulatedWire:
             padded=numel if own != DType.OPAQUE else numel * dtype.itemsize,
             parameter=self.numbers.parameters[name],
             bucket=self.config.bucket_of(bits, is_grad=is_grad),
-            rounding=Rounding.of(self.config.rounding_of(bits)),
+            rounding=Rounding.of(self.config.rounding_of(bits, is_grad=is_grad)),
         )
 
     def _claim(self, name: str, whole: Tensor, is_grad: bool, is_embedding: bool) -> Claim:

@@ -15,7 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
-from qsdp.common.flags import Flags
+from qsdp.common.flags import Flags, flag
 from qsdp.config import QSDPConfig
 from qsdp.data.flags import DataFlags
 from qsdp.methods.method import Method
@@ -35,6 +35,8 @@ GROUPS: dict[str, type[Flags]] = {
 }
 """The groups that every run has, by the field of ``TrainConfig``."""
 
+# What is no part of a run where it is unset: names of folders were made without it.
+_LATER = ("qsdp_delta_room", "qsdp_delta_redraw_every", "qsdp_weight_bucket_size")
 # What a run looks at and keeps, and where.
 _RECORDS = (
     *("out", "resume", "keep", "save_every", "save_async", "eval_every"),
@@ -78,6 +80,11 @@ class TrainConfig:
         check_methods(self.methods, self.run.steps)
         self.compression.check(prunes=self.method.PRUNES)
         self.wire.check_steps(self.method.PASSES * self.run.steps)  # and for what it cannot be
+        if self.wire.qsdp_gather == "delta" and self.method.WHY_NO_DELTA:
+            raise ValueError(
+                f"--qsdp-gather is delta beside {flag(self.method.KEY)}, "
+                f"{self.method.WHY_NO_DELTA}: choose another gather, or leave out one of the two."
+            )
         if self.wire.qsdp_bits == AUTO and self.run.replicas > 1:
             raise ValueError(
                 f"--replicas is {self.run.replicas} beside --qsdp-bits {AUTO}, which does not "
@@ -168,6 +175,10 @@ class TrainConfig:
         if self.qsdp is not None:
             found |= {f"qsdp_{name}": value for name, value in asdict(self.qsdp).items()}
             found["qsdp_level_steps"] = list(self.qsdp.learning_steps)
+            if self.qsdp.gather == "delta":
+                found["qsdp_delta_room"] = self.qsdp.room
+                found["qsdp_delta_redraw_every"] = self.qsdp.redraw_every
+            found = {n: v for n, v in found.items() if n not in _LATER or v is not None}
         for each in self.methods:
             if each.is_chosen or each.IS_IN_EVERY_IDENTITY:
                 found |= each.identity()

@@ -290,7 +290,8 @@ def _travels(config: TrainConfig) -> str:
         parts = [f"{wire.weight_bits}-bit weights", f"{wire.grad_bits}-bit gradients"]
         parts += [f"then {wire.budget:g} bits on average"] if wire.budget is not None else []
         parts += ["learned levels"] if wire.levels == "learned" else []
-        parts += ["gathered once"] if wire.gather == "once" else []
+        how = {"once": "gathered once", "delta": "gathered as changes"}
+        parts += [how[wire.gather]] if wire.gather in how else []
     parts += [f"{config.run.replicas} replicas"] if config.run.replicas > 1 else []
     return ", ".join(parts)
 

@@ -12,7 +12,8 @@ import tyro
 from qsdp.common.flags import Flags, flag
 from qsdp.common.rounding import Rounding
 from qsdp.common.user_errors import quoted
-from qsdp.config import REDUCES, QSDPConfig, check_config_bits
+from qsdp.common.wire_values import Policy, check_config_bits
+from qsdp.config import REDUCES, QSDPConfig
 
 AUTO = "auto"
 """The word that has bits measured for, where others are given."""
@@ -20,7 +21,6 @@ BITS_OF_ONE_DIRECTION = ("qsdp_weight_bits", "qsdp_grad_bits")
 CHOSEN = ("qsdp_bits", "qsdp_gather", "qsdp_reduce")
 """What ``auto`` may come to, in flags."""
 _BITS = ("qsdp_bits", *BITS_OF_ONE_DIRECTION)
-Policy = tuple[tuple[str, int | tuple[int, int]], ...]
 _ROUNDING = "; ".join(
     f"{each.label}: {each.properties.words}{', which is biased' * each.properties.is_biased}"
     for each in Rounding
@@ -68,9 +68,17 @@ class WireFlags(Flags):
     Unset: 1024 for 7 and 8 bits; below, 128 for weights and 256 for gradients.
     """
 
+    qsdp_weight_bucket_size: int | None = None
+    """The same of weights alone, in place of --qsdp-bucket-size.
+    Unset: as that says, and 128 with --qsdp-gather delta, which takes no more.
+    """
+
     qsdp_rounding: Annotated[
         str | None,
-        tyro.conf.arg(help=f"{_ROUNDING}. Unset: shift for 7 and 8 bits, dither below."),
+        tyro.conf.arg(
+            help=f"{_ROUNDING}. Unset: shift for 7 and 8 bits, dither below. With --qsdp-gather "
+            "delta weights take dither unless it is nearest."
+        ),
     ] = None
 
     qsdp_levels: str | None = None
@@ -106,8 +114,19 @@ class WireFlags(Flags):
 
     qsdp_gather: str | None = None
     """twice: the backward pass gathers the weights again; once: it does not. Unset: twice.
-    With once, what the forward pass gathered is kept, packed, until the backward pass.
+    With once, what the forward pass gathered is kept, packed, until the backward pass. delta:
+    every rank keeps the whole model, packed, on grids that last for many steps, and only codes
+    that changed are sent. It is for uniform levels, without a budget or --qsdp-warmup-steps, and
+    for AdamW alone.
     """
+
+    qsdp_delta_room: float | None = None
+    """Room on both sides of a grid that is kept, as a part of its range: above 0, at most 1.
+    With more, fewer weights leave their grids, which are coarser. Unset: 0.25.
+    """
+
+    qsdp_delta_redraw_every: int | None = None
+    """Steps for which a grid is kept, unless weights leave it before. Unset: 200."""
 
     qsdp_reduce: Annotated[
         str | None,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from unittest import mock
 
 import pytest
 
 from qsdp.comm import bit_budget
-from qsdp.comm.bit_budget import Claim, allot
+from qsdp.comm.bit_budget import Claim, allot, budget_request
 from qsdp.config import CODED_BITS, QSDPConfig
 
 
@@ -65,6 +66,21 @@ def _errors(draw: random.Random) -> list[float]:
         return [float(draw.randrange(4)) for _ in CODED_BITS]
     scale = draw.choice((1.0, 64.0, draw.random()))
     return [scale / 4.0**bits for bits in CODED_BITS]
+
+
+def test_bits_are_allotted_anew_for_other_buckets_of_weights_and_asked_for_as_ever() -> None:
+    config = QSDPConfig(budget=4.0, policy=(("a.*", 8),))
+    asked = budget_request(config)
+    assert asked == {
+        "budget": 4.0,
+        "weight_bits": 8,
+        "grad_bits": 8,
+        "embedding_bits": None,
+        "bucket_size": None,
+        "policy": [["a.*", 8, 8]],
+    }
+    other = budget_request(dataclasses.replace(config, weight_bucket_size=64))
+    assert other == asked | {"weight_bucket_size": 64}
 
 
 @pytest.mark.parametrize("is_grad", [False, True])

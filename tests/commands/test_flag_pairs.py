@@ -36,6 +36,7 @@ ADAMW: Values = {}
 CRAM, ACDC, GMP, SAM = ({method: True} for method in ("cram", "acdc", "gmp", "sam"))
 WIRE: Values = {"qsdp_bits": 4}
 LEARNED = WIRE | {"qsdp_levels": "learned"}
+DELTA = WIRE | {"qsdp_gather": "delta"}
 
 # By name, what is given, and the company that it cannot do without; a run has 2000 steps.
 SAMPLES: dict[str, tuple[Values, Values]] = {
@@ -106,6 +107,7 @@ SAMPLES: dict[str, tuple[Values, Values]] = {
     "qsdp_embedding_bits": ({"qsdp_embedding_bits": 5}, WIRE),
     "qsdp_local_grad_bits": ({"qsdp_local_grad_bits": 6}, WIRE),
     "qsdp_bucket_size": ({"qsdp_bucket_size": 64}, WIRE),
+    "qsdp_weight_bucket_size": ({"qsdp_weight_bucket_size": 32}, WIRE),
     "qsdp_rounding": ({"qsdp_rounding": "dither"}, WIRE),
     "qsdp_rounding to nearest": ({"qsdp_rounding": "nearest"}, WIRE),
     "qsdp_levels": ({"qsdp_levels": "learned"}, WIRE),
@@ -115,11 +117,19 @@ SAMPLES: dict[str, tuple[Values, Values]] = {
     "qsdp_warmup_steps": ({"qsdp_warmup_steps": 3}, WIRE),
     "qsdp_warmup_bits": ({"qsdp_warmup_bits": 8}, WIRE | {"qsdp_warmup_steps": 3}),
     "qsdp_gather": ({"qsdp_gather": "once"}, WIRE),
+    "qsdp_gather delta": ({"qsdp_gather": "delta"}, WIRE),
+    "qsdp_delta_room": ({"qsdp_delta_room": 0.1}, DELTA),
+    "qsdp_delta_redraw_every": ({"qsdp_delta_redraw_every": 50}, DELTA),
     "qsdp_reduce": ({"qsdp_reduce": "two-hop"}, WIRE),
     "qsdp_reduce flat": ({"qsdp_reduce": "flat"}, WIRE),
     "qsdp_ranks_per_node": ({"qsdp_ranks_per_node": 2}, WIRE),
     "qsdp_errors": ({"qsdp_errors": True}, WIRE),
 }
+
+
+def has_method(name: str) -> bool:
+    """Whether a sample is of a method."""
+    return any(method in SAMPLES[name][0] | SAMPLES[name][1] for method in METHODS)
 
 
 def is_beside_bits(values: Values) -> bool:
@@ -128,7 +138,9 @@ def is_beside_bits(values: Values) -> bool:
 
 
 NEEDS_CODES = ("bucket_size", "rounding", "rounding to nearest", "errors", "local_grad_bits")
-NEEDS_CODES += ("levels", "level_steps", "warmup_bits")
+NEEDS_CODES += ("levels", "level_steps", "warmup_bits", "weight_bucket_size")
+WITH_DELTA = ("qsdp_gather delta", "qsdp_delta_room", "qsdp_delta_redraw_every")
+NO_DELTA = ("levels", "level_steps", "budget", "warmup_steps", "warmup_bits")
 
 # Of two methods all pairs exclude each other; beside these:
 EXCLUDED = {
@@ -147,6 +159,10 @@ EXCLUDED = {
         ("save_async", "save_every 0"),
         ("qsdp_local_grad_bits", "qsdp_reduce flat"),
         *((f"qsdp_{name}", "qsdp_bits without codes") for name in NEEDS_CODES),
+        *((delta, "qsdp_bits without codes") for delta in WITH_DELTA),
+        *((delta, f"qsdp_{name}") for delta in WITH_DELTA for name in NO_DELTA),
+        *((delta, name) for delta in WITH_DELTA for name in SAMPLES if has_method(name)),
+        *((delta, "qsdp_gather") for delta in WITH_DELTA),
         *((name, "qsdp_bits auto") for name, (own, _) in SAMPLES.items() if is_beside_bits(own)),
         ("replicas", "qsdp_bits auto"),
     )
@@ -223,10 +239,12 @@ def wired(wire: QSDPConfig) -> list[Any]:
     rows, warm = travels(wire), travels(wire, wire.least_warmup_bits)
     has_codes = wire.budget is not None or any(row[Field.BITS] for row in rows)
     is_learned = any(row[Field.LEVELS] >= 0 for row in rows)
+    is_delta = wire.gather == "delta"
     is_warmed = wire.warmup_steps > 0 and (warm != rows or wire.budget is not None)
     return [
         *(rows, has_codes, wire.gather, wire.reduce, wire.ranks_per_node, wire.seed, wire.budget),
         *(is_learned, wire.learning_steps if is_learned else ()),
+        (wire.room, wire.redraw_every) if is_delta else (),
         (wire.warmup_steps, warm) if is_warmed else None,
     ]
 

@@ -244,7 +244,7 @@ def make_package(tmp_path: Path, **files: str) -> Path:
     [
         "import qsdp.fsdp",
         "from qsdp import fsdp",
-        "from qsdp.fsdp.hooks import AllGatherHook",
+        "from qsdp.fsdp.gather_hook import AllGatherHook",
         "from .. import fsdp",
         "from ..fsdp import hooks",
         "def later():\n    from qsdp.fsdp import hooks",

@@ -117,7 +117,7 @@ def test_kernels_have_the_same_table() -> None:
             Drawn.A_VALUE: "Drawn::kAValue",
         }[rounding.properties.drawn]
         assert f".drawn = {drawn}" in row, rounding
-        for name in ("is_taken_back", "rounds_down", "has_levels"):
+        for name in ("is_taken_back", "rounds_down", "has_levels", "keeps_grids"):
             assert (f".{name} = true" in row) == getattr(rounding.properties, name), (
                 rounding,
                 name,

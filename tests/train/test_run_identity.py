@@ -76,6 +76,7 @@ OF_THE_WIRE: dict[str, Any] = {
     "qsdp_embedding_bits": 7,
     "qsdp_local_grad_bits": 7,
     "qsdp_bucket_size": 64,
+    "qsdp_weight_bucket_size": 64,
     "qsdp_rounding": "nearest",
     "qsdp_levels": "learned",
     "qsdp_policy": "*=5",
@@ -86,14 +87,20 @@ OF_THE_WIRE: dict[str, Any] = {
 }
 
 
+DELTA: dict[str, Any] = {"qsdp_bits": 8, "qsdp_gather": "delta"}
+OF_DELTA: dict[str, Any] = {"qsdp_delta_room": 0.1, "qsdp_delta_redraw_every": 50}
+
+
 def test_every_setting_is_part_of_a_run_or_changes_no_number() -> None:
     told = {*CHANGES, *NO_CHANGES, *OF_A_METHOD, *OF_THE_WIRE}
-    # Both need two others, which are told.
-    told |= {"qsdp_level_steps", "qsdp_warmup_bits", "qsdp_errors"}
+    # These need two others, which are told.
+    told |= {"qsdp_level_steps", "qsdp_warmup_bits", "qsdp_errors", *OF_DELTA}
     assert told == setting_types().keys()
     plain, coded = TrainConfig(), TrainConfig.of(qsdp_bits=4)
     pairs = [(plain, {name: value}) for name, value in CHANGES.items()]
     pairs += [(coded, {name: value}) for name, value in OF_THE_WIRE.items()]
+    kept = coded.changed(qsdp_gather="delta")
+    pairs += [(coded, {"qsdp_gather": "delta"}), *((kept, {n: v}) for n, v in OF_DELTA.items())]
     for name, (method, value) in OF_A_METHOD.items():
         chosen = {method: value if method == "qsdp_bits" else True}
         pairs.append((TrainConfig.of(**chosen), {name: True if name == "cram" else value}))
@@ -113,6 +120,7 @@ def test_every_setting_is_part_of_a_run_or_changes_no_number() -> None:
     [
         ({"qsdp_bits": 8}, {"qsdp_weight_bits": 8, "qsdp_grad_bits": 8}),
         ({"qsdp_bits": 8}, {"qsdp_bits": 8, "qsdp_gather": "twice", "qsdp_reduce": "auto"}),
+        (DELTA, DELTA | {"qsdp_delta_room": 0.25, "qsdp_delta_redraw_every": 200}),
         ({"cram": True, "cram_sparsity": (0.5,)}, {"cram": True, "cram_targets": ("0.5",)}),
         ({"acdc": True}, {"acdc": True, "acdc_target": "0.9"}),
         ({"acdc": True}, {"acdc": True, "acdc_warmup": 200}),
@@ -121,6 +129,15 @@ def test_every_setting_is_part_of_a_run_or_changes_no_number() -> None:
 )
 def test_the_same_run_may_be_spelled_in_several_ways(one: Any, other: Any) -> None:
     assert TrainConfig.of(**one).identity == TrainConfig.of(**other).identity
+
+
+@pytest.mark.parametrize("gather", ["twice", "once"])
+def test_a_run_is_told_of_flags_that_came_later_only_where_it_has_them(gather: str) -> None:
+    later = {*OF_DELTA, "qsdp_weight_bucket_size"}
+    run = TrainConfig.of(qsdp_bits=8, qsdp_gather=gather)
+    assert later.isdisjoint(run.identity)
+    assert {"qsdp_rounding", "qsdp_bucket_size"} <= run.identity.keys()  # unset, as these are
+    assert run.changed(qsdp_weight_bucket_size=64).identity["qsdp_weight_bucket_size"] == 64
 
 
 def test_what_auto_comes_to_is_the_same_run_as_if_given_by_hand() -> None:

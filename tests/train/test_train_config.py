@@ -25,6 +25,12 @@ FULL_WIRE = [
     *("--qsdp-policy", "blocks.0.*=8,*.attn.*=8/4", "--qsdp-warmup-steps", "2"),
     *("--qsdp-warmup-bits", "8", "--qsdp-gather", "once", "--qsdp-reduce", "two-hop"),
     *("--qsdp-ranks-per-node", "2", "--qsdp-errors", "--replicas", "2"),
+    *("--qsdp-weight-bucket-size", "32"),
+]
+# Those that go with none of these.
+DELTA_WIRE = [
+    *("--qsdp-bits", "4", "--qsdp-gather", "delta", "--qsdp-delta-room", "0.1"),
+    *("--qsdp-delta-redraw-every", "50"),
 ]
 
 
@@ -196,6 +202,7 @@ def test_every_flag_of_the_wire_reaches_its_config(tmp_path: Path) -> None:
         embedding_bits=7,
         local_grad_bits=6,
         bucket_size=64,
+        weight_bucket_size=32,
         rounding="nearest",
         levels="learned",
         level_steps=(3, 20),
@@ -209,14 +216,40 @@ def test_every_flag_of_the_wire_reaches_its_config(tmp_path: Path) -> None:
         seed=0,
     )
     assert (config.run.replicas, config.wire.qsdp_errors) == (2, True)
+    delta = parse([*DELTA_WIRE, "--out", "here"])
+    assert delta.qsdp == QSDPConfig(
+        **dict.fromkeys(("weight_bits", "grad_bits"), 4),
+        gather="delta",
+        delta_room=0.1,
+        delta_redraw_every=50,
+    )
     # A field that no flag sets would be out of reach here, and a flag that sets none is missing.
     settings = {field.name for field in fields(QSDPConfig)} - {"seed"}
     flags = {field.name.removeprefix("qsdp_") for field in fields(WireFlags)} - {"bits", "errors"}
     assert settings == flags
-    assert all(getattr(config.qsdp, name) != getattr(QSDPConfig(), name) for name in settings)
+    wires = (config.qsdp, delta.qsdp)
+    for name in settings:
+        assert any(getattr(wire, name) != getattr(QSDPConfig(), name) for wire in wires), name
     file = tmp_path / "config.toml"
-    file.write_text(config.to_toml(), encoding="utf-8")
-    assert parse(["--config", str(file)]) == config
+    for each in (config, delta):
+        file.write_text(each.to_toml(), encoding="utf-8")
+        assert parse(["--config", str(file)]) == each
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--cram"], "--qsdp-gather is delta beside --cram, whose second pass .*: choose another"),
+        (["--sam"], "--qsdp-gather is delta beside --sam, whose second pass .*: choose another"),
+        (["--acdc"], "--qsdp-gather is delta beside --acdc, whose masks .*: choose another"),
+        (["--gmp"], "--qsdp-gather is delta beside --gmp, whose masks .*: choose another"),
+        (["--qsdp-levels", "learned"], "--qsdp-levels is 'learned' beside --qsdp-gather delta, "),
+        (["--qsdp-bucket-size", "256"], "--qsdp-bucket-size is 256 .* --qsdp-weight-bucket-size N"),
+    ],
+)
+def test_what_goes_with_no_kept_grids_is_refused_by_its_flag(flags: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=f"^{said}"):
+        parse([*DELTA_WIRE, *flags])
 
 
 def test_a_budget_alone_measures_at_8_bits() -> None:
@@ -241,7 +274,7 @@ def test_auto_is_taken_as_a_flag_and_from_a_file_and_has_no_wire_yet(tmp_path: P
 
 @pytest.mark.parametrize("field", [f.name for f in fields(WireFlags)])
 def test_no_flag_of_the_wire_is_ignored_under_stock_fsdp2(field: str) -> None:
-    value = parse(FULL_WIRE).settings()[field]
+    value = parse(DELTA_WIRE if "delta" in field else FULL_WIRE).settings()[field]
     if field in ("qsdp_bits", "qsdp_weight_bits", "qsdp_grad_bits", "qsdp_budget"):
         assert TrainConfig.of(**{field: value or 8}).qsdp is not None
         return
@@ -289,7 +322,7 @@ def test_help_explains_every_flag_of_the_contract(capsys: pytest.CaptureFixture[
         cram cram-sparsity cram-rho no-cram-plus config replicas qsdp-embedding-bits
         qsdp-local-grad-bits qsdp-levels qsdp-level-steps qsdp-policy qsdp-budget qsdp-warmup-steps
         qsdp-warmup-bits qsdp-gather qsdp-reduce qsdp-ranks-per-node qsdp-errors
-        max-bad-steps"""
+        max-bad-steps qsdp-weight-bucket-size qsdp-delta-room qsdp-delta-redraw-every"""
     for flag in flags.split():
         assert f"--{flag}" in text
 

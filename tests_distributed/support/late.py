@@ -38,7 +38,7 @@ def num_under_way(handle: qsdp.Handle) -> int:
 @contextmanager
 def waiting() -> Iterator[None]:
     """Inside, every reduce is waited for at once."""
-    with mock.patch("qsdp.fsdp.hooks.views_may_fill_later", return_value=False):
+    with mock.patch("qsdp.fsdp.reduce_hook.views_may_fill_later", return_value=False):
         yield
 
 

@@ -43,12 +43,17 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import HEADER_BYTES
-from qsdp.codec.segment_table import SegmentRow, check_table, check_tables
+from qsdp.codec.segment_table import Field, SegmentRow, check_table, check_tables
 from qsdp.common.rounding import Drawn, Rounding
-
-HUGE_VALUE = 2.0**120
-HUGE_SCALE = 2.0**112
-HUGE_FACTOR = 2.0**-8
+from qsdp.ops.reference.grid import (
+    Extent,
+    draw_grid,
+    has_learned_levels,
+    huge_factor,
+    measure,
+    place_on_grid,
+)
+from qsdp.ops.reference.packing import convert_values, pack_codes, unpack_codes
 
 
 def encode(
@@ -70,6 +75,7 @@ def encode(
         levels: fp32 [floats] on the CPU, contiguous: what ``Field.LEVELS`` points into.
     """
     check_table(buffer, table, payload, levels)
+    _check_draws(table)
     _check_header(header)
     _encode(buffer, table, key, header, payload, levels)
 
@@ -112,6 +118,7 @@ def encode_all(
         levels: fp32 [floats] on the CPU, contiguous: what ``Field.LEVELS`` points into.
     """
     check_tables(buffers, tables, parts, payloads, levels, may_add=False)
+    _check_draws(tables)
     _check_header(header)
     for key, table, row, payload, _ in parts.tolist():
         _encode(buffers[row], tables[table], key, header, payloads[payload], levels)
@@ -132,6 +139,13 @@ def decode_all(
     check_tables(buffers, tables, parts, payloads, levels, may_add=True)
     for key, table, row, payload, add in parts.tolist():
         _decode(payloads[payload], tables[table], key, buffers[row], bool(add), levels)
+
+
+def _check_draws(tables: Tensor) -> None:
+    if (tables[..., Field.EPOCH_BYTE] != -1).any():
+        raise ValueError(
+            "encode draws all grids anew, and a segment keeps its: use encode_changes."
+        )
 
 
 def _check_header(header: list[int]) -> None:
@@ -173,60 +187,67 @@ def _decode(
             meta = segment.meta(payload).clone().view(torch.float32).view(-1, 2)
             codes = unpack_codes(segment.data(payload), segment.bits, segment.numel)
             limit = torch.finfo(segment.dtype).max
-            own = segment.levels(levels)
-            values = dequantize(codes, meta[:, 0], meta[:, 1], segment, key, own)
+            own, epochs = segment.levels(levels), segment.epochs(payload)
+            if epochs is not None:
+                epochs = epochs.clone().view(torch.int32)
+            values = dequantize(codes, meta[:, 0], meta[:, 1], segment, key, own, epochs)
             values = convert_values(values.clamp(-limit, limit), segment.dtype)
         if add:
             values = segment.values(buffer) + values
         segment.store(buffer, values, keep_padding=add)
 
 
+def codes_on_grid(
+    extent: Extent, low: Tensor, scale: Tensor, segment: SegmentRow, r: Tensor
+) -> Tensor:
+    """The reference codec's codes, fp32 [buckets, bucket], of measured values on a uniform grid."""
+    steps = torch.where(scale.signbit(), segment.num_codes - 2, segment.num_codes - 1).float()
+    t = place_on_grid(extent.values, low[:, None], scale[:, None])
+    codes = unclamped_codes(t, r, segment.rounding)
+    codes = torch.minimum(codes.clamp(min=0), steps[:, None])
+    codes = codes.masked_fill(extent.zero, segment.num_codes - 1)
+    return codes.masked_fill(extent.is_broken[:, None], 0)
+
+
 def quantize(
     x: Tensor, segment: SegmentRow, key: int, levels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The reference codec's codes (uint8 [n]), lows and scales (fp32 [buckets]): [Note: Grid]."""
-    buckets = -(-x.numel() // segment.bucket)
-    x_NB = torch.nn.functional.pad(x, (0, buckets * segment.bucket - x.numel()), value=1.0)
-    x_NB = x_NB.view(buckets, segment.bucket)
-    valid = torch.arange(x_NB.numel(), device=x.device).view_as(x_NB) < x.numel()
-    zero = valid & (x_NB == 0)
-    live = valid & ~zero
-    steps = torch.where(zero.any(1), segment.num_codes - 2, segment.num_codes - 1).float()
-    empty = ~live.any(1)
-    low = x_NB.masked_fill(~live, torch.inf).amin(1).masked_fill(empty, 0.0)
-    high = x_NB.masked_fill(~live, -torch.inf).amax(1).masked_fill(empty, 0.0)
-    broken = (valid & ~x_NB.isfinite()).any(1)
-    d = high / steps - low / steps
-    d = d.masked_fill(broken | (d < torch.finfo(torch.float32).tiny), 0.0)
-    low = low.masked_fill(broken, torch.nan)
-
-    factor = _huge_factor(low, d)
-    inverse = (1 / (d * factor)).masked_fill(d == 0, 0.0)
-    t = (x_NB * factor[:, None] - (low * factor)[:, None]) * inverse[:, None]
-    r = grid_numbers(segment, key, x_NB)
-    codes = unclamped_codes(t, r, segment.rounding)
-    codes = torch.minimum(codes.clamp(min=0), steps[:, None])
-    codes = codes.masked_fill(zero, segment.num_codes - 1).masked_fill(broken[:, None], 0)
-    scale = torch.where(zero.any(1) & ~broken, -d, d)
+    extent = measure(x, segment)
+    low, scale = draw_grid(extent, segment)
+    r = grid_numbers(segment, key, extent.values)
+    codes = codes_on_grid(extent, low, scale, segment, r)
     if levels is not None:
-        t = (x_NB - low[:, None]) * (1 / (d * steps))[:, None]
-        learned = _has_learned_levels(low, scale)[:, None]
+        width = scale.abs() * torch.where(
+            scale.signbit(), segment.num_codes - 2, segment.num_codes - 1
+        )
+        t = (extent.values - low[:, None]) * (1 / width)[:, None]
+        learned = has_learned_levels(low, scale)[:, None]
         codes = torch.where(learned, _level_codes(t, levels, r, segment.rounding), codes)
     return codes.view(-1)[: x.numel()].to(torch.uint8), low, scale
 
 
 def dequantize(
-    codes: Tensor, low: Tensor, scale: Tensor, segment: SegmentRow, key: int, levels: Tensor | None
+    codes: Tensor,
+    low: Tensor,
+    scale: Tensor,
+    segment: SegmentRow,
+    key: int,
+    levels: Tensor | None,
+    epochs: Tensor | None = None,
 ) -> Tensor:
-    """The fp32 [n] values that the reference codec makes of uint8 [n] codes: [Note: Grid]."""
+    """The fp32 [n] values that the reference codec makes of uint8 [n] codes: [Note: Grid].
+
+    ``epochs``: int32 [buckets], where grids are kept.
+    """
     buckets = low.numel()
     c_NB = torch.nn.functional.pad(codes, (0, buckets * segment.bucket - codes.numel()))
     c_NB = c_NB.view(buckets, segment.bucket)
     place = c_NB.float()
     if segment.rounding.properties.is_taken_back:
-        place = place + grid_numbers(segment, key, c_NB)
+        place = place + grid_numbers(segment, key, c_NB, epochs)
     d = scale.abs()
-    factor = _huge_factor(low, d)
+    factor = huge_factor(low, d)
     value = (low * factor)[:, None] + place * (d * factor)[:, None]
     value = value / factor[:, None]
     is_zero = scale.signbit()[:, None] & (c_NB == segment.num_codes - 1)
@@ -234,11 +255,13 @@ def dequantize(
     if levels is not None:
         width = scale * float(segment.num_codes - 1)
         by_level = low[:, None] + levels.to(c_NB.device)[c_NB.long()] * width[:, None]
-        value = torch.where(_has_learned_levels(low, scale)[:, None], by_level, value)
+        value = torch.where(has_learned_levels(low, scale)[:, None], by_level, value)
     return value.view(-1)[: codes.numel()]
 
 
-def grid_numbers(segment: SegmentRow, key: int, like_NB: Tensor) -> Tensor:
+def grid_numbers(
+    segment: SegmentRow, key: int, like_NB: Tensor, epochs: Tensor | None = None
+) -> Tensor:
     """What the reference codec's roundings work with: r of [Note: Grid], fp32, on either side.
 
     It is broadcastable to [buckets, bucket]. A rounding that makes something else of what it draws
@@ -248,7 +271,8 @@ def grid_numbers(segment: SegmentRow, key: int, like_NB: Tensor) -> Tensor:
         case Drawn.A_BUCKET:
             r = segment.uniform(like_NB.shape[0], key, like_NB.device)[:, None]
         case Drawn.A_VALUE:
-            r = segment.uniform(like_NB.numel(), key, like_NB.device).view_as(like_NB)
+            numel, device = like_NB.numel(), like_NB.device
+            r = segment.uniform(numel, key, device, epochs).view_as(like_NB)
         case Drawn.NOTHING:
             r = torch.zeros(1, 1, device=like_NB.device)
     return r
@@ -262,41 +286,6 @@ def unclamped_codes(t_NB: Tensor, r: Tensor, rounding: Rounding) -> Tensor:
     if rounding.properties.rounds_down:
         return torch.floor(t_NB + (r + 0.5))
     return torch.round(t_NB - r)
-
-
-def convert_values(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The reference codec's conversion of ``values`` to ``dtype``, rounded to nearest even.
-
-    A NaN becomes the canonical one, except where its bits are kept (bf16 in fp32).
-    """
-    if values.dtype == dtype or (values.dtype, dtype) == (torch.bfloat16, torch.float32):
-        return values.to(dtype)
-    return values.to(dtype).masked_fill(values.isnan(), torch.nan)
-
-
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """The reference codec's packing of uint8 [n] codes, as a little-endian bit stream.
-
-    Returns uint8 [ceil(n * bits / 8)].
-    """
-    num_bytes = -(-codes.numel() * bits // 8)
-    groups = torch.nn.functional.pad(codes, (0, -codes.numel() % 8)).view(-1, 8).long()
-    words = (groups << bits * torch.arange(8, device=codes.device)).sum(1)
-    return words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)[:num_bytes]
-
-
-def unpack_codes(stream: Tensor, bits: int, num: int) -> Tensor:
-    """The reference codec's unpacking: the ``num`` codes (uint8) that ``pack_codes`` packed."""
-    groups = -(-num // 8)
-    stream = torch.nn.functional.pad(stream, (0, groups * bits - stream.numel()))
-    octets = torch.nn.functional.pad(stream.view(groups, bits), (0, 8 - bits)).contiguous()
-    words = octets.view(torch.int64)
-    codes = words >> bits * torch.arange(8, device=stream.device) & (1 << bits) - 1
-    return codes.view(-1)[:num].to(torch.uint8)
-
-
-def _has_learned_levels(low: Tensor, scale: Tensor) -> Tensor:
-    return (scale > 0) & (_huge_factor(low, scale) == 1)
 
 
 def _level_codes(t: Tensor, levels: Tensor, r: Tensor, rounding: Rounding) -> Tensor:
@@ -313,8 +302,3 @@ def _level_codes(t: Tensor, levels: Tensor, r: Tensor, rounding: Rounding) -> Te
     else:
         up = above - t < t - below
     return (index + up).clamp(max=last)
-
-
-def _huge_factor(low: Tensor, d: Tensor) -> Tensor:
-    huge = (low.abs() > HUGE_VALUE) | (d > HUGE_SCALE)
-    return torch.where(huge, HUGE_FACTOR, 1.0).to(torch.float32)

@@ -102,7 +102,7 @@ def codec_s(
         padded=numel,
         parameter=0,
         bucket=wire.bucket_of(bits, is_grad=False),
-        rounding=Rounding.of(wire.rounding_of(bits)),
+        rounding=Rounding.of(wire.rounding_of(bits, is_grad=False)),
     )
     layout = Layout([segment], 0)
     table, header = torch.tensor(layout.table([numel])), layout.header(0, 0)

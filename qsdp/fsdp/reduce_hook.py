@@ -1,18 +1,15 @@
-"""The objects that FSDP2 calls instead of its own collectives."""
+"""The object that FSDP2 calls for the reduce-scatter of one group."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from qsdp.codec.payload import PayloadStatus
-from qsdp.comm.all_gather import GatheringWork, WeightGather, regather
 from qsdp.comm.all_reduce import all_reduce
 from qsdp.comm.differing_gradients import GradientsDiffer
 from qsdp.comm.gradient_consensus import Consensus, Places
@@ -20,150 +17,22 @@ from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.late_reduce import LateReduce, exhaust
 from qsdp.comm.reduce_scatter import Exchange, reduce, reduce_exchanges
-from qsdp.comm.weight_cache import Source, WeightCache
 from qsdp.comm.wire_state import Wire
-from qsdp.common.checksum import checksum
 from qsdp.common.gpu_streams import reads_on_this_stream
 from qsdp.compat.autograd import is_in_backward
+from qsdp.compat.comm_buffers import CommBuffers
 from qsdp.compat.gradient_views import (
     gradient_views_divider,
     gradients_are_views,
     views_may_fill_later,
 )
 from qsdp.compat.parameter_group import ParameterGroup
-from qsdp.compat.resharding import reshard_module
 from qsdp.fsdp.deferred_average import DeferredAverage
 from qsdp.fsdp.grad_recorder import GradRecorder
 from qsdp.fsdp.passes import Passes
 
 
-class _Comm:
-    """What FSDP2 asks of both objects besides the collective itself."""
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A flat buffer for FSDP2, uninitialised."""
-        return torch.empty(*size, dtype=dtype, device=device)
-
-
-class AllGatherHook(_Comm):
-    """The object that FSDP2 calls for the all-gather of one group.
-
-    The cache of payloads knows no FSDP2: what that and the module alone can say, it is told in
-    values. Those are which parameters are trained, whether weights are needed again, and whether
-    frozen ones were edited: the shards' contents are compared, since not every edit raises torch's
-    counters of versions.
-
-    Args:
-        plan: How the group travels.
-        wire, passes: What the group shares with the others.
-        group: FSDP2's layout of it.
-        recorder: Records the group's gradients.
-        unwatched: What all groups share: the recorders that miss tensors of gathered groups.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        wire: Wire,
-        group: ParameterGroup,
-        recorder: GradRecorder,
-        unwatched: set[GradRecorder],
-        passes: Passes,
-    ) -> None:
-        self._plan, self._wire, self._group = plan, wire, group
-        self._recorder, self._unwatched, self.passes = recorder, unwatched, passes
-        self.cache = WeightCache(plan, wire)
-        self._frozen_sum = 0
-        self._gathered_at: tuple[str, int] | None = None
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        """Gather on the current stream.
-
-        Returning None tells FSDP2 that there is no Work to wait for: its own event, recorded right
-        after this call, orders what follows. With ``async_op`` on a CPU the wire runs beside the
-        computation, and waiting for the Work decodes.
-        """
-        plan, wire = self._plan, self._wire
-        if group.size() == self._group.regather_world_size and group is not plan.group:
-            self.passes.before_collective_in_backward(plan)
-            regather(output_tensor, input_tensor, group, wire.traffic)
-            return None
-        num_bytes = input_tensor.numel() * input_tensor.element_size()
-        if group.size() != plan.world_size or num_bytes != plan.buffer_bytes:
-            raise RuntimeError(
-                f"FSDP2 gathers {num_bytes} bytes over {group.size()} ranks for the group of "
-                f"{plan.name}, but its plan has {plan.buffer_bytes} over {plan.world_size}: "
-                "install qsdp after the model has its final parameters, dtypes and sharding."
-            )
-        self._unwatched.add(self._recorder)
-        self._unwatched -= {recorder for recorder in self._unwatched if recorder.watch()}
-        in_backward = is_in_backward()
-        if not in_backward:
-            self.cache.forget_trained()
-            self._recorder.forget_what_was_dropped()
-            self.passes.before_gather(plan)
-        self._gathered_at = self.passes.now
-        weights = trained, frozen = self.cache.find(self._group.requires_grad())
-        if in_backward and any(each.source is Source.WIRE for each in weights):
-            self.passes.before_collective_in_backward(plan)
-        if frozen.source is Source.WIRE:
-            self._frozen_sum = self._sum_of_frozen()
-        keeps = not wire.is_exact and not in_backward and self._is_needed_again()
-        is_async = async_op and input_tensor.device.type == "cpu"
-        given = input_tensor, output_tensor
-        gather = WeightGather(
-            plan, self.cache, wire, *weights, *given, keeps=keeps, async_op=is_async
-        )
-
-        def finish() -> None:
-            with nullcontext() if in_backward else self.passes.meetings.mistakes_reach_replicas():
-                gather.finish()
-
-        if is_async and trained.source is Source.WIRE:
-            return GatheringWork(finish)
-        finish()
-        return None
-
-    @property
-    def has_frozen(self) -> bool:
-        """Whether payloads of frozen parameters are kept."""
-        return self.cache.has_frozen
-
-    def frozen_changed(self) -> bool:
-        """Whether this rank's frozen shards are other ones than those that were sent."""
-        return self._frozen_sum != self._sum_of_frozen()
-
-    def forget_frozen(self) -> None:
-        """Send the frozen parameters anew with the next gather."""
-        self.cache.forget_frozen()
-
-    def drop_stale(self, is_due: bool) -> None:
-        """Free gathered weights that are not made of the weights, bits and levels of now."""
-        group = self._group
-        is_stale = self._gathered_at is not None and (
-            is_due or self._gathered_at != self.passes.now
-        )
-        if is_stale and group.is_gathered and group.reshards_after_backward:
-            reshard_module(group.module)
-
-    def _sum_of_frozen(self) -> int:
-        pairs = zip(self._group.local_shards(), self._group.requires_grad(), strict=True)
-        return checksum(shard for shard, is_trained in pairs if not is_trained)
-
-    def _is_needed_again(self) -> bool:
-        # FSDP2 gathers with autograd off, and so does reentrant checkpointing compute: only the
-        # module can tell a training forward from a validation.
-        is_training = self._group.modules[0].training
-        return self._wire.config.gather == "once" and is_training and self._group.gathers_again
-
-
-class ReduceScatterHook(_Comm):
+class ReduceScatterHook(CommBuffers):
     """The object that FSDP2 calls for the reduce-scatter of one group.
 
     With ``replicas``, also for the all-reduce between these.

@@ -1,0 +1,64 @@
+"""[Note: Frame] What one rank sends of a group's changes: a header, and a body of [Note: Changes].
+
+    header   56 bytes, seven little-endian int64: (version << 32 | sender), key step, bytes of the
+             frame, hash ^ status, the digest of all frames before, codes that changed, buckets
+             that were drawn again; hash and status are those of [Note: Payload]
+    body     as ``encode_changes`` writes it
+
+An all-gather takes the same number of bytes of each rank, and how many change no rank knows of the
+others. So all send the beginning of their frames, as many bytes as those of before let expect, and
+where any is longer, the rest in one more all-gather: every rank reads every header.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from qsdp.codec.payload import META_BYTES, Segment
+
+FRAME_HEADER_WORDS = 7
+FRAME_HEADER_BYTES = 8 * FRAME_HEADER_WORDS
+_ALIGN = 64
+_REMEMBERED = 4
+
+
+def bitmap_bytes(segments: Sequence[Segment]) -> int:
+    """Bytes of the bitmap of a frame's body."""
+    return -(-len(segments) // 8)
+
+
+def most_frame_bytes(segments: Sequence[Segment]) -> int:
+    """Bytes of a frame that draws every bucket of ``segments``: none is longer."""
+    heads = (-(-each.padded // each.bucket) * (1 + META_BYTES) for each in segments if each.bits)
+    data = sum(each.data_bytes(each.padded) for each in segments)
+    return FRAME_HEADER_BYTES + bitmap_bytes(segments) + sum(heads) + data
+
+
+class FrameSizes:
+    """The frame sizes of one kind of gather, and how long the next are let be.
+
+    A function of what all ranks have read alike.
+
+    Args:
+        first: Bytes that the first frame may be expected to have.
+        most: Bytes that no frame has more of.
+    """
+
+    def __init__(self, first: int, most: int) -> None:
+        self._longest = deque([first], maxlen=_REMEMBERED)
+        self._most = most
+
+    @property
+    def expected(self) -> int:
+        """Bytes that every rank sends at once of its next frame: a little more than of the last."""
+        longest = max(self._longest)
+        return min(_up(longest + longest // 16, _ALIGN), _up(self._most, 16))
+
+    def saw(self, longest: int) -> None:
+        """Learn how long the longest frame of a gather was."""
+        self._longest.append(longest)
+
+
+def _up(num_bytes: int, multiple: int) -> int:
+    return -(-num_bytes // multiple) * multiple

@@ -1,0 +1,179 @@
+"""The all-gather of what has changed of a group's weights: frames of [Note: Frame]."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsdp import ops
+from qsdp.codec.change_frame import FRAME_HEADER_BYTES
+from qsdp.codec.payload import VERSION, PayloadStatus
+from qsdp.comm import transport
+from qsdp.comm.group_layout import GroupLayout
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.wire_state import Wire
+from qsdp.common.collective_errors import collective
+
+
+class Frames(NamedTuple):
+    """What all ranks have sent of their changes in one gather."""
+
+    bodies: Sequence[Tensor]
+    """uint8 [body bytes] each, by rank: valid until ``release``."""
+    longest: int
+    """Bytes of the longest frame."""
+    release: Callable[[], None]
+
+
+class ChangeGather:
+    """The all-gather of one group's changes that is under way.
+
+    Args:
+        plan: How the group travels.
+        layout: That of the kept rows.
+        shard: uint8 [bytes], this rank's flat shard: it is read here.
+        row: uint8 [row bytes], what all ranks keep of it: it stays as it is.
+        modes: int64 [segments], how each parameter is looked at.
+        wire: What the group shares with the others.
+        most: Bytes that no frame has more of.
+        expected: Bytes that all ranks send at once of their frames.
+        is_first: It is the first in a step: its bytes are those of training, in a validation too.
+        async_op: The frames travel beside what this thread does until ``finish``.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        layout: GroupLayout,
+        shard: Tensor,
+        row: Tensor,
+        modes: Tensor,
+        wire: Wire,
+        *,
+        most: int,
+        expected: int,
+        is_first: bool,
+        async_op: bool,
+    ) -> None:
+        self._plan, self._layout, self._wire = plan, layout, wire
+        self._expected, self._most, self._device = expected, most, shard.device
+        self._is_first = is_first
+        self.step = step = wire.clock.step
+        config = wire.config
+        self._mistake: RuntimeError | None = None
+        counts = torch.zeros(3, dtype=torch.int64)
+        frame = wire.buffers.take("frame", most, shard.device)
+        with wire.times.measure("gather", "encode", shard.device):
+            status = PayloadStatus.KEPT
+            try:
+                key = int(wire.clock.kept_keys(plan.world_size)[plan.rank])
+                given = layout.table(plan.rank), key, row, modes, step
+                how = config.redraw_every, config.room
+                ops.encode_changes(shard, *given, *how, frame[FRAME_HEADER_BYTES:], counts)
+            except RuntimeError as error:  # the others wait for a frame
+                self._mistake, status = error, PayloadStatus.FAILED
+            body, changed, drawn = counts.tolist()
+            self._length = FRAME_HEADER_BYTES + body
+            word, _, _, plan_hash = layout.header(plan.rank, step, status)
+            digest = _signed(wire.digests[plan.index])
+            header = [word, step, self._length, plan_hash, digest, changed, drawn]
+            frame[:FRAME_HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
+            self._gathered = wire.buffers.acquire(plan.world_size * expected, shard.device)
+            own = self._gathered.view(-1, expected)[plan.rank]
+            sent = min(expected, self._length)
+            own[:sent] = frame[:sent]
+            own[sent:] = 0
+            self._rest = frame[sent : self._length].clone()
+        with self._on_the_wire():
+            self._arrival = transport.start_all_gather(
+                self._gathered, own, plan.group, async_op=async_op
+            )
+
+    def finish(self) -> Frames:
+        """Wait for the frames.
+
+        Raises RuntimeError where a header is not what is expected.
+        """
+        plan, wire = self._plan, self._wire
+        with self._on_the_wire():
+            seen = self._arrival.wait()
+        gathered = self._gathered.view(plan.world_size, self._expected)
+        headers = (gathered if seen is None else seen.view_as(gathered))[:, :FRAME_HEADER_BYTES]
+        headers = headers.contiguous().view(torch.int64).cpu()
+        wire.traffic.gathered("gather", plan.group, self._expected, is_training=self._is_first)
+        wire.traffic.in_fp32("gather", plan.world_size, self._layout.num_values)
+        mistake, self._mistake = self._mistake, None
+        if mistake is not None:
+            try:
+                raise mistake
+            finally:  # an error that its own traceback holds would keep the process group
+                del mistake
+        self._check(headers)
+        wire.traffic.changed(int(headers[:, 5].sum()), int(headers[:, 6].sum()))
+        lengths = headers[:, 2].tolist()
+        whole = self._with_the_rest(gathered, max(lengths))
+        bodies = [
+            frame[FRAME_HEADER_BYTES:length] for frame, length in zip(whole, lengths, strict=True)
+        ]
+        return Frames(bodies, max(lengths), lambda: wire.buffers.release(self._gathered))
+
+    def _with_the_rest(self, gathered: Tensor, longest: int) -> Sequence[Tensor]:
+        """The whole frames: gathers what did not fit, if anything."""
+        plan, wire = self._plan, self._wire
+        missing = longest - self._expected
+        if missing <= 0:
+            return [*gathered]
+        own = torch.zeros(missing, dtype=torch.uint8, device=self._device)
+        own[: self._rest.numel()] = self._rest
+        rests = own.new_empty(plan.world_size * missing)
+        with self._on_the_wire():
+            transport.start_all_gather(rests, own, plan.group).wait()
+        wire.traffic.gathered("gather", plan.group, missing, is_training=self._is_first)
+        return [*torch.cat([gathered, rests.view(-1, missing)], dim=1)]
+
+    def _check(self, headers: Tensor) -> None:
+        """Raise RuntimeError unless the headers are those of one run, whose frames fit."""
+        plan = self._plan
+        found = headers.tolist()
+        _, _, _, plan_hash = self._layout.header(0, self.step)
+        if PayloadStatus.FAILED in (each[3] ^ plan_hash for each in found):
+            rank = [each[3] ^ plan_hash for each in found].index(PayloadStatus.FAILED)
+            raise RuntimeError(
+                f"rank {rank} cannot send its part of the group of {plan.name}, for which it has "
+                "an error of its own: do the same on every rank."
+            )
+        for rank, (word, step, length, its_hash, *_) in enumerate(found):
+            expected = [VERSION << 32 | rank, self.step, plan_hash]
+            fits = FRAME_HEADER_BYTES <= length <= self._most
+            if [word, step, its_hash] != expected or not fits:
+                raise RuntimeError(
+                    f"rank {rank} sent changes with header {[word, step, its_hash]} and {length} "
+                    f"bytes for the group of {plan.name}, but {expected} and at most {self._most} "
+                    "are expected (version and sender, step, plan): run the same model, config "
+                    "and step on every rank."
+                )
+        digests = [each[4] for each in found]
+        usual, _ = Counter(digests).most_common(1)[0]
+        if odd := [rank for rank, digest in enumerate(digests) if digest != usual]:
+            raise RuntimeError(
+                f"rank {odd[0]} keeps other codes of the group of {plan.name} than the other "
+                "ranks, as it has missed what they have sent: take the step again on every rank."
+            )
+
+    @contextmanager
+    def _on_the_wire(self) -> Iterator[None]:
+        plan, wire = self._plan, self._wire
+        with (
+            collective("gather", plan.names, self.step),
+            wire.times.measure("gather", "wire", self._device),
+        ):
+            yield
+
+
+def _signed(word: int) -> int:
+    return word - (word >> 63 << 64)

@@ -1,0 +1,172 @@
+"""The codes that every rank keeps of a group's weights, and the frames that bring them up to date.
+
+[Note: Kept] Of each rank of the shard group all ranks keep a row: its codes, with the grids that
+they are on. A gather sends what has changed of them, and decodes the rows. A frame is applied
+exactly once on every rank, before the group's next frame: a rank that missed one would decode other
+weights for ever. So a digest of all frames so far is in every header, and in what ranks compare
+where a pass begins. Where digests differ all ranks forget what they keep, as they do with whatever
+error they have in common; the next frame then draws all grids anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qsdp import ops
+from qsdp.codec.change_frame import (
+    FRAME_HEADER_BYTES,
+    FrameSizes,
+    bitmap_bytes,
+    most_frame_bytes,
+)
+from qsdp.comm.buffers import allocate_buffer, as_bytes
+from qsdp.comm.change_gather import ChangeGather, Frames
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.routes import gather_route
+from qsdp.comm.wire_state import Wire
+from qsdp.common.checksum import checksum
+from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
+from qsdp.ops.reference.changes import FROZEN, STILL, TRAINED
+
+
+class KeptCodes:
+    """The kept codes of one group: [Note: Kept].
+
+    Args:
+        plan: How the group travels.
+        wire: What the group shares with the others.
+    """
+
+    def __init__(self, plan: Plan, wire: Wire) -> None:
+        self._plan, self._wire = plan, wire
+        self._rows: Tensor | None = None
+        self._arriving: ChangeGather | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Let the next frame draw all grids anew; all ranks forget together."""
+        plan, self._arriving = self._plan, None
+        self._layout = layout = plan.kept()
+        most = most_frame_bytes(layout.segments)
+        raw = sum(each.data_bytes(each.padded) for each in layout.segments if not each.bits)
+        least = FRAME_HEADER_BYTES + bitmap_bytes(layout.segments)
+        # Few bytes a bucket change in a step; what is left comes behind.
+        self._first, self._more = (
+            FrameSizes(least + raw + most // 16, most),
+            FrameSizes(least, most),
+        )
+        self._is_new, self._step, self._most = True, -1, most
+        self._frozen_sums: dict[int, int] = {}
+        self._sent_sums: dict[int, int] = {}
+        self._sizes: FrameSizes | None = None
+        self._wire.digests[plan.index] = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the kept rows take on this rank."""
+        return 0 if self._rows is None else self._rows.numel()
+
+    def is_of(self, step: int) -> bool:
+        """Whether the last frame was sent in ``step`` of the clock."""
+        return self._step == step
+
+    def begin(
+        self, input: Tensor, trains: Sequence[bool], shards: Sequence[Tensor], *, async_op: bool
+    ) -> None:
+        """Send what has changed of this rank's flat shard ``input``: ``settle`` ends it.
+
+        Args:
+            input: It is read here.
+            trains: By place, which parameters are trained.
+            shards: By place, this rank's shards: frozen ones are looked at where they were edited.
+            async_op: The frames travel beside what this thread does until ``settle``.
+        """
+        self.settle()
+        if self._layout is not self._plan.kept():  # other bits
+            self.forget()
+        rows, step = self._rows_of(input.device), self._wire.clock.step
+        is_first = step != self._step
+        sizes = self._first if is_first else self._more
+        sums = {
+            place: checksum([shards[place]]) for place, trained in enumerate(trains) if not trained
+        }
+        modes = [
+            TRAINED if trained else STILL if sums[i] == self._frozen_sums.get(i) else FROZEN
+            for i, trained in enumerate(trains)
+        ]
+        self._arriving = ChangeGather(
+            self._plan,
+            self._layout,
+            as_bytes(input),
+            rows[self._plan.rank],
+            torch.tensor(modes, dtype=torch.int64),
+            self._wire,
+            most=self._most,
+            expected=self._most if self._is_new else sizes.expected,
+            is_first=is_first,
+            async_op=async_op,
+        )
+        # All the same for whoever waits: what this rank has sent is of this step.
+        self._step, self._sent_sums = step, sums
+        self._sizes = None if self._is_new else sizes
+
+    def settle(self) -> None:
+        """Apply the frames that are under way, if any: once, by whoever comes first.
+
+        Raises RuntimeError, on every rank, where the frames are not those of one run.
+        """
+        arriving, self._arriving = self._arriving, None
+        if arriving is None:
+            return
+        try:
+            frames = arriving.finish()
+        except RuntimeError:
+            self.forget()
+            raise
+        self._apply(frames, arriving.step)
+        if self._sizes is not None:
+            self._sizes.saw(frames.longest)
+        self._is_new, self._frozen_sums = False, self._sent_sums
+
+    def _apply(self, frames: Frames, step: int) -> None:
+        assert self._rows is not None
+        plan, wire, digest = self._plan, self._wire, self._wire.digests[self._plan.index]
+        with wire.times.measure("gather", "decode", self._rows.device):
+            for rank, (body, row) in enumerate(zip(frames.bodies, self._rows, strict=True)):
+                try:
+                    ops.apply_changes(body, self._layout.table(rank), step, row)
+                except ValueError as error:
+                    self.forget()
+                    raise RuntimeError(
+                        f"rank {rank} sent changes for the group of {plan.name} that cannot be: "
+                        f"{error}"
+                    ) from None
+                digest = finalize((digest ^ checksum([body])) + GOLDEN_GAMMA & MASK)
+        wire.digests[plan.index] = digest
+        frames.release()
+
+    def decode(self, output: Tensor) -> None:
+        """Fill the flat buffer ``output`` of all ranks with what the kept codes stand for."""
+        assert self._rows is not None
+        plan, layout, wire = self._plan, self._layout, self._wire
+        keys = wire.clock.kept_keys(plan.world_size)
+        slices = as_bytes(output).view(plan.world_size, plan.buffer_bytes)
+        route = gather_route(tuple(range(plan.world_size)))
+        with wire.times.measure("gather", "decode", output.device):
+            ops.decode_all(self._rows, layout.tables, layout.parts(route, keys), slices)
+
+    def _rows_of(self, device: torch.device) -> Tensor:
+        """uint8 [ranks, row bytes]; before a first frame all zero, with NaN for every minimum."""
+        size, ranks = self._layout.payload_bytes, self._plan.world_size
+        if self._rows is None or self._rows.numel() != ranks * size or self._rows.device != device:
+            self._rows = allocate_buffer(ranks * size, device).view(ranks, size)
+        if self._is_new:
+            self._rows.zero_()
+            for rank, row in enumerate(self._rows):
+                for segment in self._layout.segment_rows(rank):
+                    if segment.bits:
+                        segment.meta(row).view(torch.float32)[::2] = torch.nan
+        return self._rows

@@ -1,0 +1,228 @@
+"""The reference kernel of changes to kept rows: the specification of ``encode_changes``.
+
+[Note: Changes] Every rank keeps the payload of each rank's shard (a row), with an epoch for each
+bucket: the step at which its grid was drawn. A frame brings a row up to the weights of now.
+
+    grid     drawn as in [Note: Grid], then with room r on both sides: d = d0 + (2 r) d0,
+             lo = lo0 - r (steps d0). Where that is not finite, d0 and lo0.
+    code     that of the weight of now on the bucket's grid, with numbers that are drawn by its
+             epoch: a function of weight and grid, without a history
+    again    a grid is drawn again where values leave it, with the bucket's first zero, where it
+             begins or ceases to hold a NaN or an Inf, and every ``redraw_every`` steps, each at
+             another one
+
+Only the sender decides. Of each bucket it sends what differs from its row, in a body of bytes:
+
+    bitmap   a bit a segment: whether any of it has changed
+    raw      the changed uncoded segments, as they are
+    counts   of each changed coded segment: a byte a bucket
+    data     of its buckets, one after the other, as their counts say
+
+    count       data
+    0           none: the bucket is as it was
+    1 to 125    LIST: a byte an entry, in order of place: seven bits place, one bit down. A code
+                that changes by n has n entries
+    126 to 253  MAP: a bit a value, then two bits for each of the count - 125 codes that change:
+                down, and by two
+    254         WHOLE: all codes, packed
+    255         DRAWN: min and scale, fp32, of a new grid whose epoch is the step, and all codes
+
+Of LIST, MAP (for codes that change by two at most) and WHOLE the shortest is taken, the first of
+equals. Nothing is aligned, and unused bits are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qsdp.codec.payload import META_BYTES
+from qsdp.codec.segment_table import Field, SegmentRow, check_table
+from qsdp.ops.reference.grid import measure
+from qsdp.ops.reference.kept_grids import KeptGrids, codes_now, grids_now, kept_grids
+from qsdp.ops.reference.packing import convert_values, pack_codes, unpack_codes
+
+MOST_LISTED = 125
+WHOLE = 254
+DRAWN = 255
+STILL, FROZEN, TRAINED = range(3)
+"""How a segment is looked at: not at all; without a schedule; with one."""
+_NO_BUFFER = 1 << 62
+"""The size of a flat buffer that has no part in a call."""
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def encode_changes(
+    buffer: Tensor,
+    table: Tensor,
+    key: int,
+    kept: Tensor,
+    modes: Tensor,
+    step: int,
+    redraw_every: int,
+    room: float,
+    frame: Tensor,
+    counts: Tensor,
+) -> None:
+    """The specification of ``encode_changes``: write what brings a kept row up to the weights.
+
+    Args:
+        buffer: uint8 [bytes], contiguous: the flat buffer viewed as bytes.
+        table: int64 [segments, len(Field)] on the CPU, of the kept row.
+        key: The folded ``RandomKey``.
+        kept: uint8 [row bytes], contiguous: what all ranks keep of this shard. It stays as it is.
+        modes: int64 [segments] on the CPU: ``STILL``, ``FROZEN`` or ``TRAINED``.
+        step: The epoch of grids that are drawn now, 0 to 2**31 - 1.
+        redraw_every: Steps after which a trained bucket is drawn again.
+        room: What a new grid leaves free on each side, as a part of the range.
+        frame: uint8 [most_body_bytes or more], contiguous: the body of [Note: Changes].
+        counts: int64 [3] on the CPU, overwritten: the body's bytes, codes that changed in buckets
+            that were not drawn again, and buckets that were.
+    """
+    check_table(buffer, table, kept)
+    rows = kept_rows(table, kept)
+    check_step(step)
+    _check_modes(modes, len(rows))
+    if redraw_every < 1 or not 0 < room <= 1:
+        raise ValueError(
+            f"redraw_every is {redraw_every} and room {room}: give at least 1, and more than 0 and "
+            "at most 1."
+        )
+    if frame.dtype != torch.uint8 or frame.dim() != 1 or frame.numel() < _most_bytes(rows):
+        raise ValueError(
+            f"the frame is {frame.dtype} of shape {tuple(frame.shape)}: "
+            f"give a 1-D uint8 buffer of {_most_bytes(rows)} bytes or more."
+        )
+    if counts.dtype != torch.int64 or counts.shape != (3,) or counts.device.type != "cpu":
+        raise ValueError(
+            f"the counts are {counts.dtype} of shape {tuple(counts.shape)}: give int64 [3] on the "
+            "cpu."
+        )
+    bitmap = np.zeros(-(-len(rows) // 8), dtype=np.uint8)
+    raw: list[bytes] = []
+    heads: list[Bytes] = []
+    data: list[bytes] = []
+    num_changed = 0
+    for i, (segment, mode) in enumerate(zip(rows, modes.tolist(), strict=True)):
+        if mode == STILL or not segment.numel:
+            continue
+        values, was = segment.values(buffer), segment.data(kept)
+        if not segment.bits:
+            now = convert_values(values, segment.wire).view(torch.uint8)
+            if torch.equal(now, was):
+                continue
+            raw.append(_bytes_of(now))
+        else:
+            grids = kept_grids(segment, kept)
+            extent = measure(values.float(), segment)
+            new = grids_now(extent, grids, segment, step, redraw_every * (mode == TRAINED), room)
+            codes = codes_now(extent, new, segment, key)
+            old = _in_buckets(unpack_codes(was, segment.bits, segment.numel), segment)
+            head, of_buckets, changed = _say(segment, codes, old, new, grids.differ(new))
+            if not head.any():
+                continue
+            heads.append(head)
+            data += of_buckets
+            num_changed += changed
+        bitmap[i // 8] |= 1 << i % 8
+    body = b"".join([bitmap.tobytes(), *raw, *(head.tobytes() for head in heads), *data])
+    frame[: len(body)].copy_(torch.frombuffer(bytearray(body), dtype=torch.uint8))
+    num_drawn = sum(int((head == DRAWN).sum()) for head in heads)
+    counts.copy_(torch.tensor([len(body), num_changed, num_drawn]))
+
+
+def _say(
+    segment: SegmentRow, codes: Tensor, old: Tensor, new: KeptGrids, is_drawn: Tensor
+) -> tuple[Bytes, list[bytes], int]:
+    """The count bytes of a segment, the data of its buckets, and how many codes have changed.
+
+    ``codes`` and ``old`` are int64 [buckets, bucket], those of now and the kept ones.
+    """
+    delta = (codes - old).cpu().numpy()
+    head = np.zeros(len(delta), dtype=np.uint8)
+    data, num_changed = [], 0
+    drawn = is_drawn.cpu().numpy()
+    for b in np.flatnonzero(drawn | delta.any(1)).tolist():
+        num = min(segment.bucket, segment.numel - b * segment.bucket)
+        packed = _bytes_of(pack_codes(codes[b, :num].to(torch.uint8), segment.bits))
+        if drawn[b]:
+            head[b] = DRAWN
+            grid = torch.stack((new.low[b], new.scale[b])).view(torch.uint8)
+            data += [_bytes_of(grid), packed]
+            continue
+        places = np.flatnonzero(delta[b])
+        by = delta[b, places]
+        num_changed += len(places)
+        forms = [(WHOLE, packed)]
+        if abs(by).max() <= 2:
+            forms.insert(0, (MOST_LISTED + len(places), _map(places, by, num)))
+        if (num_entries := int(abs(by).sum())) <= MOST_LISTED:
+            entries = (places | (by < 0) << 7).astype(np.uint8).repeat(abs(by))
+            forms.insert(0, (num_entries, entries.tobytes()))
+        head[b], shortest = min(forms, key=lambda form: len(form[1]))
+        data.append(shortest)
+    return head, data, num_changed
+
+
+def _map(places: npt.NDArray[np.int64], by: npt.NDArray[np.int64], num: int) -> bytes:
+    where = np.zeros(num, dtype=np.uint8)
+    where[places] = 1
+    how = np.stack((by < 0, abs(by) == 2), axis=1).astype(np.uint8).ravel()
+    both = (np.packbits(each, bitorder="little") for each in (where, how))
+    return b"".join(each.tobytes() for each in both)
+
+
+def kept_rows(table: Tensor, kept: Tensor) -> list[SegmentRow]:
+    """The rows of the table of a kept row; raises ValueError where it is no such table."""
+    if table.dtype != torch.int64 or table.device.type != "cpu" or table.dim() != 2:
+        raise ValueError(
+            f"the table is {table.dtype} on {table.device}: give int64 rows on the cpu."
+        )
+    if table.shape[1] != len(Field):
+        raise ValueError(f"the table has {table.shape[1]} columns: give {len(Field)}.")
+    rows = [SegmentRow(row) for row in table.tolist()]
+    for segment in rows:
+        segment.check(_NO_BUFFER, kept.numel())
+        if segment.bits and not segment.has_epochs:
+            raise ValueError(
+                "a coded segment has no epochs, as none of a kept row has: give the table of a "
+                "layout whose segments keep them."
+            )
+    return rows
+
+
+def _most_bytes(rows: Sequence[SegmentRow]) -> int:
+    """The most bytes of a body: every bucket drawn."""
+    heads = (-(-row.numel // row.bucket) * (1 + META_BYTES) for row in rows if row.bits)
+    return -(-len(rows) // 8) + sum(heads) + sum(row.data_bytes for row in rows)
+
+
+def check_step(step: int) -> None:
+    """Raise ValueError where changes cannot have ``step`` for an epoch."""
+    if not 0 <= step < 1 << 31:
+        raise ValueError(f"step is {step}: give 0 to 2**31 - 1, as epochs are of 32 bits.")
+
+
+def _check_modes(modes: Tensor, num_segments: int) -> None:
+    if modes.dtype != torch.int64 or modes.shape != (num_segments,) or modes.device.type != "cpu":
+        raise ValueError(
+            f"the modes are {modes.dtype} of shape {tuple(modes.shape)}: give int64 "
+            f"[{num_segments}] on the cpu."
+        )
+    if num_segments and not STILL <= int(modes.min()) <= int(modes.max()) <= TRAINED:
+        raise ValueError(f"the modes are {modes.tolist()}: give 0 to {TRAINED} each.")
+
+
+def _in_buckets(codes: Tensor, segment: SegmentRow) -> Tensor:
+    """uint8 [n] codes as int64 [buckets, bucket], 0 behind the last."""
+    padding = -codes.numel() % segment.bucket
+    return torch.nn.functional.pad(codes, (0, padding)).view(-1, segment.bucket).long()
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.cpu().numpy().tobytes()
