@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -64,9 +65,10 @@ def descend(parameters: Iterable[nn.Parameter], rate: float) -> None:
 
 def sent_while(handle: qsdp.Handle, act: Callable[[], object]) -> dict[str, int]:
     """By how much each counter of this rank grows in ``act``."""
-    before = handle.traffic.snapshot()
+    before = Counter(handle.traffic.snapshot())
     act()
-    return {name: count - before[name] for name, count in handle.traffic.snapshot().items()}
+    after = handle.traffic.snapshot()
+    return {name: after[name] - before[name] for name in after}
 
 
 def num_buckets(model: nn.Module, bucket_size: int, num_ranks: int) -> int:
