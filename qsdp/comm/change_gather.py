@@ -64,20 +64,17 @@ class ChangeGather:
         self._expected, self._most, self._device = expected, most, shard.device
         self._is_first = is_first
         self.step = step = wire.clock.step
-        config = wire.config
         self._mistake: RuntimeError | None = None
-        counts = torch.zeros(3, dtype=torch.int64)
+        counts = [0, 0, 0]
         frame = wire.buffers.take("frame", most, shard.device)
         with wire.times.measure("gather", "encode", shard.device):
             status = PayloadStatus.KEPT
             try:
-                key = int(wire.clock.kept_keys(plan.world_size)[plan.rank])
-                given = layout.table(plan.rank), key, row, modes, step
-                how = config.redraw_every, config.room
-                ops.encode_changes(shard, *given, *how, frame[FRAME_HEADER_BYTES:], counts)
+                to = frame[FRAME_HEADER_BYTES:]
+                counts = changes_of(plan, layout, shard, row, modes, wire, step, to)
             except RuntimeError as error:  # the others wait for a frame
                 self._mistake, status = error, PayloadStatus.FAILED
-            body, changed, drawn = counts.tolist()
+            body, changed, drawn = counts
             self._length = FRAME_HEADER_BYTES + body
             word, _, _, plan_hash = layout.header(plan.rank, step, status)
             digest = _signed(wire.digests[plan.index])
@@ -173,6 +170,28 @@ class ChangeGather:
             wire.times.measure("gather", "wire", self._device),
         ):
             yield
+
+
+def changes_of(
+    plan: Plan,
+    layout: GroupLayout,
+    shard: Tensor,
+    row: Tensor,
+    modes: Tensor,
+    wire: Wire,
+    step: int,
+    body: Tensor,
+) -> list[int]:
+    """Write the changes of this rank's flat ``shard``, as a gather in ``step`` would send them.
+
+    Returns the counts of ``encode_changes``, which also says what it is given.
+    """
+    key = int(wire.clock.kept_keys(plan.world_size)[plan.rank])
+    how = wire.config.redraw_every, wire.config.room
+    counts = torch.zeros(3, dtype=torch.int64)
+    table = layout.table(plan.rank)
+    ops.encode_changes(shard, table, key, row, modes, step, *how, body, counts)
+    return [int(each) for each in counts.tolist()]
 
 
 def _signed(word: int) -> int:

@@ -23,8 +23,9 @@ from qsdp.codec.change_frame import (
     most_frame_bytes,
 )
 from qsdp.comm.buffers import allocate_buffer, as_bytes
-from qsdp.comm.change_gather import ChangeGather, Frames
+from qsdp.comm.change_gather import ChangeGather, Frames, changes_of
 from qsdp.comm.group_plan import Plan
+from qsdp.comm.quantization_error import Meter
 from qsdp.comm.routes import gather_route
 from qsdp.comm.wire_state import Wire
 from qsdp.common.checksum import checksum
@@ -157,6 +158,33 @@ class KeptCodes:
         route = gather_route(tuple(range(plan.world_size)))
         with wire.times.measure("gather", "decode", output.device):
             ops.decode_all(self._rows, layout.tables, layout.parts(route, keys), slices)
+
+    def measure(self, meter: Meter, shards: Sequence[Tensor], trains: Sequence[bool]) -> None:
+        """Let ``meter`` compare this rank's ``shards``, by place, with what all would decode now.
+
+        Nothing is sent, and what is kept stays as it is.
+        """
+        self.settle()
+        plan, layout, wire = self._plan, self._layout, self._wire
+        step, device = wire.clock.next_step, shards[0].device
+        row = self._rows_of(device)[plan.rank].clone()
+        exact, decoded = (
+            torch.zeros(plan.buffer_bytes, dtype=torch.uint8, device=device) for _ in range(2)
+        )
+        segments = layout.segment_rows(plan.rank)
+        for segment, shard, p in zip(segments, shards, plan.parameters, strict=True):
+            values = shard.detach().to(p.dtype).reshape(-1)
+            if segment.bits:
+                segment.store(exact, values, keep_padding=True)
+        modes = torch.tensor([TRAINED if trained else FROZEN for trained in trains])
+        body = wire.buffers.take("frame", self._most, device)
+        num_bytes, *_ = changes_of(plan, layout, exact, row, modes, wire, step, body)
+        table, key = layout.table(plan.rank), int(wire.clock.kept_keys(plan.world_size)[plan.rank])
+        ops.apply_changes(body[:num_bytes], table, step, row)
+        ops.decode(row, table, key, decoded)
+        for segment, p in zip(segments, plan.parameters, strict=True):
+            if segment.bits:
+                meter.add_decoded(p.index, segment.values(exact), segment.values(decoded))
 
     def _rows_of(self, device: torch.device) -> Tensor:
         """uint8 [ranks, row bytes]; before a first frame all zero, with NaN for every minimum."""

@@ -51,6 +51,12 @@ class Meter:
                 found = self._sums[key] + found
             self._sums[key] = found
 
+    def add_decoded(self, parameter: int, values: Tensor, decoded: Tensor) -> None:
+        """Measure a parameter's 1-D weights against what they are ``decoded`` to elsewhere."""
+        key = (parameter, False, 0)
+        found = _squares(values.float(), decoded)
+        self._sums[key] = self._sums[key] + found if key in self._sums else found
+
     def copy(self) -> Meter:
         """Another one that has seen the same."""
         other = Meter(self._config, self._levels, self._bits)
@@ -98,6 +104,10 @@ class Meter:
         given = values.contiguous().view(torch.uint8)
         ops.encode(given, encode, 0, layout.header(0, 0), payload, self._levels)
         ops.decode(payload, decode, 0, decoded.view(torch.uint8), levels=self._levels)
-        exact = values.float()
-        error, square = (part.double().square().sum() for part in (decoded.float() - exact, exact))
-        return torch.stack([error, square])
+        return _squares(values.float(), decoded)
+
+
+def _squares(exact: Tensor, decoded: Tensor) -> Tensor:
+    """fp64 [2]: the squares of the error and of what is exact."""
+    error, square = (part.double().square().sum() for part in (decoded.float() - exact, exact))
+    return torch.stack([error, square])

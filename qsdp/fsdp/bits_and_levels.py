@@ -130,7 +130,7 @@ class Adaptation:
     def measure_as_sent(self, meter: Meter) -> None:
         """Let ``meter`` look at this rank's weights as a gather now would send them."""
         config, step = self._wire.config, self._wire.clock.next_step
-        if not self._wire.is_exact:
+        if not self._wire.is_exact and config.gather != "delta":  # those have another measure
             self._look(meter, config.least_warmup_bits if step < config.warmup_steps else 0)
 
     def state_dict(self) -> dict[str, Any]:

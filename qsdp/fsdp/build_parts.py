@@ -27,7 +27,12 @@ from qsdp.config import QSDPConfig
 from qsdp.fsdp import install_agreement
 from qsdp.fsdp.bits_and_levels import Adaptation
 from qsdp.fsdp.gather_hook import AllGatherHook
-from qsdp.fsdp.install_arguments import check_argument_type, refuse_own_comms, replica_group
+from qsdp.fsdp.install_arguments import (
+    check_argument_type,
+    refuse_changes,
+    refuse_own_comms,
+    replica_group,
+)
 from qsdp.fsdp.install_planning import plan_group, plan_nodes, plan_splits, plan_stages
 from qsdp.fsdp.pass_agreement import PassMembers
 from qsdp.fsdp.passes import Passes
@@ -80,6 +85,7 @@ def build_parts(
                 "handle.remove() first."
             )
         refuse_own_comms(groups, replicas)
+        refuse_changes(config, groups, replicas)
         plans = _make_plans(model, config, groups, names, order)
         if (
             node_mesh is not None

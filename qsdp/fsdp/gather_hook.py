@@ -10,6 +10,7 @@ from torch import Tensor
 from qsdp.comm.all_gather import GatheringWork, WeightGather, regather
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.kept_codes import KeptCodes
+from qsdp.comm.quantization_error import Meter
 from qsdp.comm.weight_cache import Source, WeightCache
 from qsdp.comm.wire_state import Wire
 from qsdp.common.checksum import checksum
@@ -139,6 +140,12 @@ class AllGatherHook(CommBuffers):
     def num_bytes(self) -> int:
         """Bytes that kept payloads and codes take on this rank."""
         return self.cache.num_bytes + (0 if self._kept is None else self._kept.num_bytes)
+
+    def measure_codes(self, meter: Meter) -> None:
+        """Let ``meter`` compare this rank's weights with the codes of a gather for training now."""
+        group, plan = self._group, self._plan
+        if self._kept is not None and plan.world_size > 1 and not self._wire.is_exact:
+            self._kept.measure(meter, group.local_shards(), group.requires_grad())
 
     def settle(self) -> None:
         """Apply what has arrived of the weights' changes, if any is under way."""

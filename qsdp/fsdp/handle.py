@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.sparse_support import exchange
 from qsdp.common.rank_agreement import meet, mistakes_shared
+from qsdp.common.user_errors import counted
 from qsdp.compat.interrupted_passes import abandon_pass
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.resharding import reshard_module
@@ -94,7 +95,8 @@ class Handle:
 
         Raises:
             ValueError: A mask is no bool tensor of its parameter's local shape, or is given for
-                what FSDP2 does not shard; or ``with_grads`` is False without masks.
+                what FSDP2 does not shard, or with ``gather="delta"``; or ``with_grads`` is False
+                without masks.
             RuntimeError: Ranks give masks for other parameters; or the handle was removed.
         """
         self._check_installed()
@@ -102,6 +104,12 @@ class Handle:
         with mistakes_shared(call, self._meets):
             if not masks and not with_grads:
                 raise ValueError("with_grads is False without masks: give masks, or leave it out.")
+            if masks and self.config.gather == "delta":
+                raise ValueError(
+                    f"masks of {counted(len(masks), 'parameter')} are given, but with "
+                    "gather='delta' all weights travel: leave them out, or install with gather "
+                    "'once' or 'twice'."
+                )
         self._reshard()
         if not masks:
             self._wire.support = 0
@@ -166,6 +174,8 @@ class Handle:
         meter = weights if self._grad_meter is None else self._grad_meter
         with self._adaptation.settled():
             self._adaptation.measure_as_sent(weights)
+        for gather in self._comms.gathers:
+            gather.measure_codes(weights)
         parameters = [p for plan in self._plans for p in plan.parameters]
         columns = {
             name: [_relative(*pair) for pair in source.totals(keys, self._everyone).tolist()]

@@ -49,6 +49,15 @@ def remarks(
         if frozen:
             how = "whole, on the uniform grid, without a warm-up"
             yield f"gather once: {frozen} frozen parameters are sent once for all steps, {how}"
+    if config.gather == "delta":
+        several = [plan for plan in plans if plan.world_size > 1]
+        num_bytes = sum(plan.world_size * plan.kept().payload_bytes for plan in several)
+        yield (
+            "gather delta: every rank keeps the codes of all weights with their grids, "
+            f"{num_bytes:,} bytes, and is sent those that change"
+        )
+        lasting = f"a room of {config.room:g} and at most {config.redraw_every} steps"
+        yield f"gather delta: grids have {lasting}; after a load all are drawn anew"
     masked = _masked(config, plans, groups)
     if masked:
         num_kept, num_all = (sum(column) for column in zip(*masked, strict=True))

@@ -35,6 +35,8 @@ WIRE_METRICS = (
     *("gather_bytes", "reduce_bytes", "gather_inter_node_bytes", "reduce_inter_node_bytes"),
     *SECONDS,
 )
+CHANGE_METRICS = ("changed_codes", "redrawn_buckets")
+"""And where changes of weights are gathered."""
 _NO_STEP = "no step was taken; the same command begins again"
 
 
@@ -81,7 +83,7 @@ def training_loop(config: TrainConfig) -> None:
                         job.save()
                         job.wait_saved()
                         saved = step
-                    line |= validate_in_loop(job, progress)
+                    validate_in_loop(job, progress, line)
                     companion.after_validation(step, line["val_loss"])
                 if is_measured and job.handle is not None:
                     line["wire_errors"] = job.handle.errors()
@@ -164,6 +166,7 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
     pruned = {}
     if isinstance(optimizer, OptimizerWrapper):
         pruned = {"pruned": optimizer.pruned}
+    changes = job.handle is not None and job.handle.config.gather == "delta"
     step_tokens = world.size * config.run.grad_accum * config.run.batch_size * config.run.seq_len
     return {
         "step": job.steps_done,
@@ -178,6 +181,7 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
         "wire_bytes_other": wire.other_bytes,
         "wire_bytes_fp32": wire.fp32_bytes,
         **{name: _none_if_unknown(getattr(wire, name)) for name in WIRE_METRICS},
+        **{name: getattr(wire, name) for name in CHANGE_METRICS if changes},
         **pruned,
     }
 
@@ -196,8 +200,12 @@ def run_micro_batches(job: Job) -> Tensor:
     return total
 
 
-def validate_in_loop(job: Job, progress: RunProgress) -> dict[str, float]:
-    """Validate within the loop: with exact weights, and with those off a quantized wire."""
+def validate_in_loop(job: Job, progress: RunProgress, line: dict[str, Any]) -> None:
+    """Validate within the loop: with exact weights, and with those off a quantized wire.
+
+    What is found goes into the step's ``line``. So do bytes of changes that the next step would
+    have sent: the first gather in a step sends them, whatever it is for.
+    """
     before = job.wire.total()
     losses = {"val_loss": job.evaluator.loss()}
     text = f"step {job.steps_done}: validation loss {losses['val_loss']:.4f}"
@@ -207,7 +215,11 @@ def validate_in_loop(job: Job, progress: RunProgress) -> dict[str, float]:
         text += f", with quantized weights {losses['val_loss_quantized']:.4f}"
     progress.note(text)
     spent = job.wire.total() - before
-    return losses | {"eval_bytes_sent": spent.other_bytes}
+    line |= losses | {"eval_bytes_sent": spent.other_bytes}
+    if spent.gather_bytes:
+        line["wire_bytes_sent"] += spent.gather_bytes
+        for name in (*CHANGE_METRICS, "gather_bytes", "gather_inter_node_bytes"):
+            line[name] += getattr(spent, name)
 
 
 def _stopped(job: Job) -> str:

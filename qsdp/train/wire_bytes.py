@@ -54,6 +54,10 @@ class WireUse:
     """
     fp32_bytes: float = 0.0
     """The gathers and reduces of training in fp32, each value once: 4 (N - 1) / N bytes a value."""
+    changed_codes: float = 0.0
+    """With --qsdp-gather delta, codes of weights that changed on the grids they were on."""
+    redrawn_buckets: float = 0.0
+    """And buckets whose grids were drawn again. Both are of all ranks."""
     gather_encode_s: float = 0.0
     gather_wire_s: float = 0.0
     gather_decode_s: float = 0.0
@@ -107,6 +111,8 @@ class QuantizedWire:
             reduce_inter_node_bytes=counts["reduce_inter_node_bytes"],
             other_bytes=counts["other_sent_bytes"],
             fp32_bytes=counts["gather_fp32_bytes"] + counts["reduce_fp32_bytes"],
+            changed_codes=counts.get("changed_codes", 0),
+            redrawn_buckets=counts.get("redrawn_buckets", 0),
             **self._handle.times.snapshot(),
         )
 
