@@ -177,6 +177,38 @@ def test_a_lost_frame_is_named_by_all_ranks_and_training_goes_on_after_it(
         assert all(loss == loss for loss in found["losses"])
 
 
+def _other_bytes(odd: int, sender: int) -> str:
+    """What this rank says after rank ``odd`` has applied a frame of ``sender`` with one bit more."""
+    model, _ = installed(6, CONFIG)
+    apply, rank, num_calls = ops.apply_changes, dist.get_rank(), 0
+
+    def apply_damaged(frame: torch.Tensor, *args: Any) -> None:
+        nonlocal num_calls
+        if num_calls == sender:
+            frame = frame.clone()
+            frame[-1] ^= 1  # of the codes of the last bucket, which is new
+        num_calls += 1
+        apply(frame, *args)
+
+    with mock.patch.object(ops, "apply_changes", apply_damaged if rank == odd else apply):
+        take_sgd_step(model, 0, 0.1)
+    try:
+        take_sgd_step(model, 1, 0.1)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("odd", [0, 2])
+def test_codes_that_differ_on_one_rank_are_found_by_all_at_the_next_frame(
+    run: Run, odd: int
+) -> None:
+    for heard in run(3, _other_bytes, odd, 1):
+        assert re.search(r"\brank [0-2]\b", heard)
+        assert heard.endswith(".")
+        assert "\n" not in heard
+
+
 # --- what all ranks do ---------------------------------------------------------------------------
 
 
