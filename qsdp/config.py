@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from qsdp.common.rounding import Drawn, Rounding
+from qsdp.common.rounding import Rounding
 from qsdp.common.wire_values import Policy, check_bucket_size, check_values, checked_policy
 
 ROUNDINGS = tuple(rounding.label for rounding in Rounding)
@@ -278,8 +278,7 @@ class QSDPConfig:
         """How values are rounded to ``bits``-bit codes of weights, or of gradients."""
         given = self.rounding
         if not is_grad and self.gather == "delta":
-            # A grid that is kept goes with one number a value, or with none.
-            if given is None or Rounding.of(given).properties.drawn is not Drawn.NOTHING:
+            if given is None or not Rounding.of(given).properties.keeps_grids:
                 return Rounding.DITHER.label
             return given
         if self.levels == "learned" and bits in LEARNED_BITS:

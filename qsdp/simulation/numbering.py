@@ -26,8 +26,10 @@ class Numbering:
     """The group of each parameter, in the order of ``modules()``."""
     root: int | None
     """The root's group; None if all parameters are in groups of submodules."""
-    modules: tuple[nn.Module, ...]
-    """The modules that ``fully_shard`` is called on."""
+    modules: Mapping[nn.Module, int | None]
+    """The modules that ``fully_shard`` is called on, each with its call's group.
+    None where groups of submodules have all its parameters.
+    """
 
 
 def number_model(model: nn.Module, groups: Sequence[Group]) -> Numbering:
@@ -67,7 +69,7 @@ def number_model(model: nn.Module, groups: Sequence[Group]) -> Numbering:
         {name: index for index, name in enumerate(named)},
         {name: numbers[found[parameter]] for name, parameter in named.items()},
         numbers.get(0),
-        tuple(call_of),
+        {module: numbers.get(call) for module, call in call_of.items()},
     )
 
 

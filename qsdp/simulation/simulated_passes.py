@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class SimulatedPasses:
 
 
 @contextmanager
-def casting_inputs(modules: Sequence[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+def casting_inputs(modules: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
     """Within the context, simulated passes cast inputs of groups to the parameter dtype.
 
     FSDP2 does so by default.
@@ -72,6 +73,28 @@ def casting_inputs(modules: Sequence[nn.Module], dtype: torch.dtype) -> Iterator
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def noting_groups(modules: Mapping[nn.Module, int | None]) -> Iterator[set[int | None]]:
+    """Within the context, groups of which simulated passes run a module are put into what it gives.
+
+    FSDP2 gathers these groups alone.
+    """
+    found: set[int | None] = set()
+    hooks = [
+        module.register_forward_pre_hook(partial(_note, found, group))
+        for module, group in modules.items()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _note(found: set[int | None], group: int | None, *_: Any) -> None:
+    found.add(group)
 
 
 class _Pass(nn.Module):

@@ -6,7 +6,7 @@ Written from the paper (QSDP, arXiv 2302.02390, section 4) and docs/design.md, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qsdp import ops
 from qsdp.codec.payload import Layout, Segment
 from qsdp.codec.random_numbers import KeyDirection, KeyStage, RandomKey
+from qsdp.codec.segment_table import SegmentRow
 from qsdp.comm.bit_budget import Claim
 from qsdp.comm.policy_checks import check_embeddings, check_policy
 from qsdp.common.dtypes import CODEC_DTYPES, DType
@@ -27,6 +28,7 @@ from qsdp.simulation.kept_weights import KeptWeights
 from qsdp.simulation.levels_and_budget import Bits, SimulatedBudget, SimulatedLevels
 from qsdp.simulation.numbering import Numbering
 from qsdp.simulation.ranks import SimulatedRanks
+from qsdp.simulation.simulated_grids import SimulatedGrids
 from qsdp.simulation.simulated_shards import SimulatedSharding
 from qsdp.simulation.stages import simulated_stages
 
@@ -51,7 +53,8 @@ class SimulatedWire:
 
     Raises:
         ValueError: A policy pattern matches no parameter, the budget is too small or has nothing
-            to allot, or ranks do not fill nodes as the reduce needs it.
+            to allot, ranks do not fill nodes as the reduce needs it, or there are replicas where
+            only changes are gathered.
     """
 
     def __init__(
@@ -68,6 +71,15 @@ class SimulatedWire:
         check_policy(config, list(numbers.parameters), aliases)
         self.config, self.world, self.numbers, self.sharding = config, world, numbers, sharding
         self.stages = simulated_stages(world, config)
+        self.grids = None
+        """What all ranks keep; None unless only changes are gathered."""
+        if config.gather == "delta":
+            if world.replicas > 1:
+                raise ValueError(
+                    f"replicas is {world.replicas} beside gather='delta', which is for one shard "
+                    "group: choose another gather, or 1."
+                )
+            self.grids = SimulatedGrids(config.room, config.redraw_every)
         self._codecs: dict[tuple[Segment, int, bool], SimulatedCodec] = {}
         embeddings, named = {clean[name] for name in tables}, named_parameters(model)
         check_embeddings(config, embeddings)
@@ -151,10 +163,25 @@ class SimulatedWire:
             key = RandomKey(self.config.seed, 0, KeyDirection.FROZEN, KeyStage.FLAT, 0, rank).fold()
             bits = self.weight_bits(name, None)
             return self._cross(name, sent, key, bits, is_grad=False, is_frozen=True)
-        key = RandomKey(self.config.seed, step, KeyDirection.GATHER, KeyStage.FLAT, 0, rank).fold()
         bits = self.weight_bits(name, step)
+        if self.grids is not None and bits <= 8 and values.numel():
+            segment = self.segment(name, values.numel(), values.dtype, bits, is_grad=False)
+            row = SegmentRow(
+                Layout([segment], self.numbers.groups[name]).table([values.numel()])[0]
+            )
+            key = RandomKey(self.config.seed, 0, KeyDirection.KEPT, KeyStage.FLAT, 0, rank).fold()
+            return self.grids.gather((name, rank), values, row, key, step, shard)
+        key = RandomKey(self.config.seed, step, KeyDirection.GATHER, KeyStage.FLAT, 0, rank).fold()
         decoded = self._cross(name, sent, key, bits, is_grad=False)
         return self.kept_weights.spread(name, decoded, rank)
+
+    def rewind_point(self) -> Callable[[Collection[int | None]], None]:
+        """A function that takes back gathers since, but of the groups that it is given."""
+        grids, groups = self.grids, self.numbers.groups
+        if grids is None:
+            return lambda _: None
+        rewind = grids.rewind_point()
+        return lambda gathered: rewind(lambda name: groups[name] not in gathered)
 
     def grad(
         self, name: str, row: Tensor, stage: KeyStage, step: int, sender: int, receiver: int

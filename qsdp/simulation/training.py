@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qsdp.compat.parameter_names import named_buffers, named_parameters
 from qsdp.simulation.kept_weights import check_kept_masks
 from qsdp.simulation.reduction import Reduction
-from qsdp.simulation.simulated_passes import SimulatedPasses, casting_inputs
+from qsdp.simulation.simulated_passes import SimulatedPasses, casting_inputs, noting_groups
 from qsdp.simulation.simulated_wire import SimulatedWire
 from qsdp.simulation.volume import SimulatedVolume, count_bytes
 
@@ -128,13 +128,15 @@ class Simulation:
         """Every parameter as all ranks compute with it in this step of the clock.
 
         They are decoded, in the parameter dtype: for validation as the run would see it without
-        ``handle.exact()``.
+        ``handle.exact()``. With ``gather="delta"`` they are those of the next step once gradients
+        were reduced, and grids are drawn for these if they have to be.
         """
+        step = self.clock + (self._has_reduced and self._wire.grids is not None)
         return {
             name: self._wire.sharding.join(
                 name,
                 [
-                    self._wire.weight(name, shards[name], rank, self.clock)
+                    self._wire.weight(name, shards[name], rank, step)
                     for rank, shards in enumerate(self.shards)
                 ],
             )
@@ -184,8 +186,14 @@ class Simulation:
             with_grads: False sends all gradients.
 
         Raises:
-            ValueError: A mask is no bool tensor of a parameter's shape.
+            ValueError: A mask is no bool tensor of a parameter's shape, or codes are kept, which
+                follow no mask.
         """
+        if masks and self._wire.grids is not None:
+            raise ValueError(
+                "masks are given beside gather='delta', whose kept codes are those of all weights: "
+                "choose another gather, or leave them out."
+            )
         if not masks and not with_grads:
             raise ValueError("with_grads is False without masks: give masks, or leave it out.")
         check_kept_masks(masks or {}, self._shapes)
@@ -209,7 +217,15 @@ class Simulation:
             micro_batches: How many are accumulated before one reduce: each gathers anew.
             reshard_after_forward: As given to ``fully_shard``: None gathers the root's group once
                 and all others twice, False gathers all once.
+
+        Raises:
+            ValueError: An argument is not as above, a support is set, or only changes are gathered.
         """
+        if self._wire.grids is not None:
+            raise ValueError(
+                "wire_bytes is arithmetic on layouts, but what gather='delta' sends depends on the "
+                "weights: choose another gather, or read the counters of a run."
+            )
         if self._wire.kept_weights:
             raise ValueError(
                 "wire_bytes is for whole weights, but a support is set: call it before set_support."
@@ -237,21 +253,27 @@ class Simulation:
         if self._has_reduced:
             self.clock, self._has_reduced = self.clock + 1, False
             self._wire.advance(self.clock, self.shards)
+        rewind = self._wire.rewind_point()
         weights = self.weights()
         trained = {name for name, shard in self.shards[0].items() if shard.requires_grad}
         reduction = Reduction(self._wire, self.clock)
         losses: list[list[float]] = [[] for _ in window]
-        for rank in range(self._wire.world.num_ranks):
-            kept: dict[str, Tensor] = {}
-            for micro, per_rank in enumerate(window):
-                loss, grads = self._passes.loss_and_grads(weights, trained, per_rank[rank], scale)
-                losses[micro].append(loss)
-                for name, grad in grads.items():
-                    if name in kept:
-                        kept[name] += grad  # rounded once, as FSDP2 adds it
-                    else:
-                        kept[name] = grad.to(self._wire.world.reduce_dtype)
-            reduction.add(kept)
+        looked_at = self._wire.numbers.modules if self._wire.grids is not None else {}
+        with noting_groups(looked_at) as gathered:
+            for rank in range(self._wire.world.num_ranks):
+                kept: dict[str, Tensor] = {}
+                for micro, per_rank in enumerate(window):
+                    loss, grads = self._passes.loss_and_grads(
+                        weights, trained, per_rank[rank], scale
+                    )
+                    losses[micro].append(loss)
+                    for name, grad in grads.items():
+                        if name in kept:
+                            kept[name] += grad  # rounded once, as FSDP2 adds it
+                        else:
+                            kept[name] = grad.to(self._wire.world.reduce_dtype)
+                reduction.add(kept)
+        rewind(gathered)
         for name, rank, grad in reduction.results():
             shard = self.shards[rank][name]
             grad = grad.to(shard.dtype)

@@ -1,0 +1,144 @@
+"""The grids that the simulated ranks keep when only changed codes are sent (``gather="delta"``).
+
+Written from [Note: Changes] in ops/reference/changes.py, apart from its kernels but for the
+arithmetic of a value on a grid. No codes are kept: they are made of weight, grid and epoch each
+time. A run that decodes the same has no more in its codes either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qsdp.codec.segment_table import Field, SegmentRow
+from qsdp.common.checksum import checksum
+from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
+from qsdp.ops.reference.codec import codes_on_grid, dequantize, grid_numbers
+from qsdp.ops.reference.grid import Extent, draw_grid, measure, place_on_grid
+from qsdp.ops.reference.packing import convert_values
+
+
+class ShardGrids(NamedTuple):
+    """The simulated grids of a shard's buckets: 12 bytes a bucket."""
+
+    low: Tensor
+    """fp32 [buckets]: the value of the least code; NaN where a bucket has what is not finite."""
+    scale: Tensor
+    """fp32 [buckets]: from a code to the next, with the sign bit where the last one is for +0.0."""
+    epoch: Tensor
+    """int32 [buckets]: the step at which each was drawn."""
+
+
+Place = tuple[str, int]
+"""A parameter, and a rank in the shard group."""
+
+
+class SimulatedGrids:
+    """The simulated grids of all shards, which every rank would keep.
+
+    Args:
+        room: What is left free on both sides of a grid that is drawn, as a part of its range.
+        redraw_every: Steps for which one is kept at most.
+    """
+
+    def __init__(self, room: float, redraw_every: int) -> None:
+        self._room, self._redraw_every = room, redraw_every
+        self._kept: dict[Place, tuple[ShardGrids, int | None]] = {}
+        """With grids, a checksum of the shard that was gathered if it is frozen."""
+
+    def gather(
+        self, place: Place, values: Tensor, segment: SegmentRow, key: int, step: int, shard: Tensor
+    ) -> Tensor:
+        """What all ranks decode in ``step`` of the ``values`` of a ``shard``, in their dtype.
+
+        Grids are drawn first where they have to be. A frozen shard that nobody has edited since it
+        was gathered is not looked at.
+        """
+        extent = measure(values.reshape(-1).float(), segment)
+        scale = torch.zeros_like(extent.low)
+        unsent = ShardGrids(scale + torch.nan, scale, scale.int())
+        grids, seen = self._kept.get(place, (unsent, None))
+        content = None if shard.requires_grad else checksum([shard])
+        if content is None or content != seen:
+            every = self._redraw_every if content is None else None
+            grids = self._drawn_anew(grids, extent, segment, step, every)
+        self._kept[place] = grids, content
+        r = grid_numbers(segment, key, extent.values, grids.epoch)
+        codes = codes_on_grid(extent, grids.low, grids.scale, segment, r).to(torch.uint8)
+        decoded = dequantize(
+            codes.view(-1)[: segment.numel], *grids[:2], segment, key, None, grids.epoch
+        )
+        limit = torch.finfo(values.dtype).max
+        return convert_values(decoded.clamp(-limit, limit), values.dtype).view(values.shape)
+
+    def rewind_point(self) -> Callable[[Callable[[str], bool]], None]:
+        """A function that takes back what was drawn since, of the parameters that it is told."""
+        kept = dict(self._kept)
+
+        def rewind(is_of: Callable[[str], bool]) -> None:
+            for place in [place for place in self._kept if is_of(place[0])]:
+                del self._kept[place]
+            self._kept.update({place: was for place, was in kept.items() if is_of(place[0])})
+
+        return rewind
+
+    def _drawn_anew(
+        self,
+        kept: ShardGrids,
+        extent: Extent,
+        segment: SegmentRow,
+        step: int,
+        redraw_every: int | None,
+    ) -> ShardGrids:
+        """The grids with those drawn anew that do not fit what was measured, or are due."""
+        is_held = _holds(kept, extent, segment)
+        if redraw_every is not None:
+            is_held &= ~_is_due(kept.epoch, segment, step, redraw_every)
+        # A grid of NaN, which holds no number, is all that a bucket with one of these has.
+        is_held = torch.where(extent.is_broken, kept.low.isnan(), is_held)
+        low, scale = self._draw(extent, segment)
+        epoch = torch.full_like(kept.epoch, step)
+        return ShardGrids(
+            torch.where(is_held, kept.low, low),
+            torch.where(is_held, kept.scale, scale),
+            torch.where(is_held, kept.epoch, epoch),
+        )
+
+    def _draw(self, extent: Extent, segment: SegmentRow) -> tuple[Tensor, Tensor]:
+        """Lows and scales of grids with room on both sides, where that is finite."""
+        low, scale = draw_grid(extent, segment)
+        once, twice = (torch.tensor(n * self._room, dtype=torch.float32) for n in (1, 2))
+        narrow = scale.abs()
+        wide = narrow + twice * narrow
+        lower = low - once * (_steps(scale, segment) * narrow)
+        is_finite = torch.isfinite(wide) & torch.isfinite(lower)
+        wide = torch.where(is_finite, wide, narrow)
+        return torch.where(is_finite, lower, low), wide.copysign(scale)
+
+
+def _steps(scale: Tensor, segment: SegmentRow) -> Tensor:
+    """fp32 [buckets]: how many steps a grid has between its least code and its greatest."""
+    return torch.full_like(scale, segment.num_codes - 1) - scale.signbit().float()
+
+
+def _holds(kept: ShardGrids, extent: Extent, segment: SegmentRow) -> Tensor:
+    """bool [buckets]: whether kept grids have a code for each of the values that are finite."""
+    first, last = (place_on_grid(end, *kept[:2]) for end in (extent.low, extent.high))
+    has_live = (first >= 0) & (last <= _steps(kept.scale, segment))
+    # A grid of one value holds nothing else.
+    is_flat = kept.scale.abs() == 0
+    has_live[is_flat] = ((extent.low == kept.low) & (extent.high == kept.low))[is_flat]
+    return (has_live | extent.is_empty) & (kept.scale.signbit() | ~extent.has_zero)
+
+
+def _is_due(epoch: Tensor, segment: SegmentRow, step: int, redraw_every: int) -> Tensor:
+    """bool [buckets]: whether kept grids are due to be drawn: those of a shard at many steps."""
+    first = np.uint64((segment.row[Field.PARAMETER] << 32) + GOLDEN_GAMMA & MASK)
+    hashes = finalize(np.arange(epoch.numel(), dtype=np.uint64) + first)
+    phase = (hashes >> np.uint64(33)).astype(np.int64)
+    due = (step + phase) // redraw_every > (epoch.cpu().numpy() + phase) // redraw_every
+    return torch.from_numpy(due).to(epoch.device)
