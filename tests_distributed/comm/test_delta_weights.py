@@ -180,8 +180,8 @@ AGAIN = {
     "recomputed and called again": Case(
         options={"again": True, "checkpointing": True}, micro_batches=2, config={"weight_bits": 8}
     ),
-    "recomputed and called again, re-entrant": Case(
-        options={"again": True, "checkpointing": True, "reentrant": True}, config={"weight_bits": 4}
+    "called again, never resharded": Case(
+        options={"again": True, "frozen": True}, reshard=False, config={"weight_bits": 4}
     ),
 }
 

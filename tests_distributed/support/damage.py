@@ -12,9 +12,9 @@ from qsdp.comm import transport
 from tests_distributed.support.helpers import make_batch, make_model, shard
 
 
-def damaged(direction: str, byte: int, bit: int, gather: str = "twice") -> str:
+def damaged(direction: str, byte: int, bit: int) -> str:
     model = shard(make_model())
-    qsdp.install(model, qsdp.QSDPConfig(gather=gather))
+    qsdp.install(model)
     torch.autograd.backward(model(*make_batch(model, 0)))
 
     def damage(received: Tensor) -> None:
