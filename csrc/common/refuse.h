@@ -13,8 +13,9 @@ namespace qsdp {
 inline std::string text(const std::string& part) {
     return part;
 }
-template <std::integral Integer>
-inline std::string text(Integer part) {
+template <class Number>
+    requires std::integral<Number> || std::floating_point<Number>
+inline std::string text(Number part) {
     return std::to_string(part);
 }
 

@@ -43,6 +43,11 @@ QSDP_INLINE Mode mode_of(const WorkingGrid& grid, bool has_zero) {
     return has_zero ? Mode::kZeros : Mode::kPlain;
 }
 
+// How many buckets have their first value before value ``end``.
+QSDP_INLINE int64_t buckets_before(const Segment& segment, int64_t end) {
+    return end / segment.bucket + (end % segment.bucket != 0);
+}
+
 QSDP_INLINE Stream stream_of(const Segment& segment, uint64_t key) {
     return {key, static_cast<uint32_t>(segment.parameter), static_cast<uint32_t>(segment.group)};
 }

@@ -9,7 +9,10 @@
 
 #include "common/dtype.h"
 #include "common/segment.h"
+#include "cpu/apply-changes-inl.h"
+#include "cpu/bucket-inl.h"
 #include "cpu/decode-inl.h"
+#include "cpu/encode-changes-inl.h"
 #include "cpu/encode-inl.h"
 #include "cpu/kernels.h"
 #include "cpu/magnitude-inl.h"
@@ -20,11 +23,6 @@ static_assert(std::endian::native == std::endian::little, "payloads are little-e
 
 namespace qsdp::QSDP_ISA {
 namespace {
-
-// How many buckets have their first value before value ``end``.
-QSDP_INLINE int64_t buckets_before(const Segment& segment, int64_t end) {
-    return end / segment.bucket + (end % segment.bucket != 0);
-}
 
 // The segment's learned levels, or null.
 QSDP_INLINE const float* levels_of(const Segment& segment, const Table& table) {

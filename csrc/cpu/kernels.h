@@ -15,10 +15,45 @@ struct Table {
     const float* levels;  // what the segments' ``levels`` point into
 };
 
+// Where a segment's bytes start in a frame that says all that it can: raw values or count bytes,
+// and the data of its buckets.
+struct PlaceInFrame {
+    int64_t start, data;
+};
+
+// What encode_changes is given, besides the table.
+struct ChangesCall {
+    const uint8_t *buffer, *kept;
+    const int64_t* looks;  // a Look a segment
+    int32_t step;
+    int64_t redraw_every;
+    float room, twice_room;
+    const PlaceInFrame* places;  // a segment
+    uint8_t* frame;
+    uint8_t* is_changed;  // a byte a segment, set to 1 where it is
+};
+
+// What a range of values came to: the data of its buckets, which follow each other.
+struct Changes {
+    uint8_t* data;
+    int64_t data_bytes, num_changed, num_drawn;
+};
+
+// Buckets [first, last) of a segment that a frame has changes of.
+struct ChangedBuckets {
+    const Segment* segment;
+    const uint8_t *heads, *data;  // the segment's count bytes; the data of these buckets
+    int64_t first, last;
+};
+
+// What may be wrong with a bucket's data.
+enum class Fault { kNone, kTooMany, kList, kMap, kCode };
+
 // encode and decode work on the values [begin, end) of the table's segments laid end to end, so
 // that a call can be split between threads: a bucket belongs to the range that its first value lies
 // in. encode counts ``numel`` values a segment, decode ``padded`` ones (padding becomes zero, or
-// stays if add).
+// stays if add). encode_changes counts as encode does; each bucket has its place in the frame, from
+// which the caller moves it to where it belongs.
 struct Kernels {
     const char* name;
     void (*encode)(const Table& table, const uint8_t* buffer, uint8_t* payload, int64_t begin,
@@ -29,6 +64,9 @@ struct Kernels {
                          int64_t prefix, int shift, int width, int64_t* counts);
     void (*mark_above)(KeyType type, const void* values, int64_t begin, int64_t end, int64_t key,
                        uint8_t* out);
+    Changes (*encode_changes)(const Table& table, const ChangesCall& call, int64_t begin,
+                              int64_t end);
+    Fault (*apply_changes)(const ChangedBuckets& changed, int32_t step, uint8_t* kept);
 };
 
 extern const Kernels kScalarKernels;

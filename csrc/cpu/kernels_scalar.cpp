@@ -2,7 +2,8 @@
 
 namespace qsdp {
 
-extern const Kernels kScalarKernels{"scalar", scalar::encode, scalar::decode, scalar::count_digits,
-                                    scalar::mark_above};
+extern const Kernels kScalarKernels{
+    "scalar",           scalar::encode,         scalar::decode,       scalar::count_digits,
+    scalar::mark_above, scalar::encode_changes, scalar::apply_changes};
 
 }  // namespace qsdp

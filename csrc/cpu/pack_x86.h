@@ -19,6 +19,13 @@ QSDP_INLINE uint64_t unpack8(uint64_t stream) {
     return _pdep_u64(stream, 0x0101010101010101u * ((1u << Bits) - 1));
 }
 
+QSDP_INLINE uint64_t gather_bits(uint64_t bits, uint64_t mask) {
+    return _pext_u64(bits, mask);
+}
+QSDP_INLINE uint64_t scatter_bits(uint64_t bits, uint64_t mask) {
+    return _pdep_u64(bits, mask);
+}
+
 QSDP_INLINE void pack32_nibbles(const uint8_t* codes, uint8_t* to) {
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
     const __m256i bytes = _mm256_maddubs_epi16(pairs, _mm256_set1_epi16(0x1001));

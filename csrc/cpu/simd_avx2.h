@@ -157,6 +157,15 @@ QSDP_INLINE Codes mark_zeros(Codes codes, const F (&x)[4], Codes last) {
 QSDP_INLINE void store(uint8_t* to, Codes codes) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), codes.v);
 }
+QSDP_INLINE Codes load_codes(const uint8_t* from) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))};
+}
+QSDP_INLINE Codes distance(Codes a, Codes b) {
+    return {_mm256_or_si256(_mm256_subs_epu8(a.v, b.v), _mm256_subs_epu8(b.v, a.v))};
+}
+QSDP_INLINE uint64_t not_equal(Codes a, Codes b) {
+    return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(a.v, b.v)));
+}
 QSDP_INLINE I widen_indices(const uint8_t* from) {
     return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))};
 }
@@ -214,6 +223,7 @@ QSDP_INLINE void half_floats(U w0, U w1, U w2, U w3, F (&out)[4]) {
     out[3].v = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, exponent));
 }
 
+using x86::gather_bits, x86::scatter_bits;
 using x86::pack32_nibbles, x86::pack8, x86::unpack32_nibbles, x86::unpack8;
 
 }  // namespace qsdp::avx2

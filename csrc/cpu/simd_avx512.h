@@ -155,6 +155,15 @@ QSDP_INLINE Codes mark_zeros(Codes codes, const F (&x)[4], Codes last) {
 QSDP_INLINE void store(uint8_t* to, Codes codes) {
     _mm512_storeu_si512(to, codes.v);
 }
+QSDP_INLINE Codes load_codes(const uint8_t* from) {
+    return {_mm512_loadu_si512(from)};
+}
+QSDP_INLINE Codes distance(Codes a, Codes b) {
+    return {_mm512_or_si512(_mm512_subs_epu8(a.v, b.v), _mm512_subs_epu8(b.v, a.v))};
+}
+QSDP_INLINE uint64_t not_equal(Codes a, Codes b) {
+    return _mm512_cmpneq_epu8_mask(a.v, b.v);
+}
 QSDP_INLINE I widen_indices(const uint8_t* from) {
     return {_mm512_cvtepu8_epi32(load128(from))};
 }
@@ -218,6 +227,7 @@ QSDP_INLINE void half_floats(U w0, U w1, U w2, U w3, F (&out)[4]) {
     }
 }
 
+using x86::gather_bits, x86::scatter_bits;
 using x86::pack32_nibbles, x86::pack8, x86::unpack32_nibbles, x86::unpack8;
 
 }  // namespace qsdp::avx512

@@ -160,6 +160,25 @@ QSDP_INLINE Codes mark_zeros(Codes codes, const F (&x)[4], Codes last) {
 QSDP_INLINE void store(uint8_t* to, Codes codes) {
     memcpy(to, &codes, sizeof codes);
 }
+QSDP_INLINE Codes load_codes(const uint8_t* from) {
+    Codes out;
+    memcpy(&out, from, sizeof out);
+    return out;
+}
+// |a - b|
+QSDP_INLINE Codes distance(Codes a, Codes b) {
+    for (int i = 0; i < kBlock; ++i) {
+        const int apart = a.lane[i] - b.lane[i];
+        a.lane[i] = static_cast<uint8_t>(apart < 0 ? -apart : apart);
+    }
+    return a;
+}
+// A bit a code.
+QSDP_INLINE uint64_t not_equal(Codes a, Codes b) {
+    uint64_t bits = 0;
+    for (int i = 0; i < kBlock; ++i) bits |= uint64_t{a.lane[i] != b.lane[i]} << i;
+    return bits;
+}
 QSDP_INLINE F widen_codes(const uint8_t* from) {
     F out;
     QSDP_LANES(i) out.lane[i] = static_cast<float>(from[i]);
@@ -241,6 +260,19 @@ QSDP_INLINE uint64_t unpack8(uint64_t stream) {
     uint64_t codes = 0;
     for (int i = 0; i < 8; ++i) codes |= (stream >> Bits * i & ((1u << Bits) - 1)) << 8 * i;
     return codes;
+}
+// The bits of ``bits`` where ``mask`` has ones, next to each other; and back.
+QSDP_INLINE uint64_t gather_bits(uint64_t bits, uint64_t mask) {
+    uint64_t out = 0;
+    for (int i = 0; mask != 0; mask &= mask - 1, ++i) {
+        out |= uint64_t{(bits & mask & (0 - mask)) != 0} << i;
+    }
+    return out;
+}
+QSDP_INLINE uint64_t scatter_bits(uint64_t bits, uint64_t mask) {
+    uint64_t out = 0;
+    for (; mask != 0; mask &= mask - 1, bits >>= 1) out |= bits & 1 ? mask & (0 - mask) : 0;
+    return out;
 }
 // 32 codes of four bits.
 QSDP_INLINE void pack32_nibbles(const uint8_t* codes, uint8_t* to) {

@@ -11,10 +11,7 @@ from qsdp.codec.payload import EPOCH_BYTES, HEADER_BYTES, META_BYTES
 from qsdp.codec.random_numbers import uniform
 from qsdp.common.dtypes import ITEM_BYTES, TORCH_DTYPES, DType
 from qsdp.common.rounding import Rounding
-from qsdp.config import LEARNED_BITS
-
-MOST_KEPT = 128
-"""The most values in a bucket whose grid is kept: a change names its place by seven bits."""
+from qsdp.config import LEARNED_BITS, MAX_DELTA_BUCKET
 
 
 class Field(IntEnum):
@@ -219,12 +216,16 @@ class SegmentRow:
 
     def _check_epochs(self) -> None:
         """Raise ValueError unless the row may have the epochs of kept grids."""
-        if not self.bits or self.bucket > MOST_KEPT or not self.rounding.properties.keeps_grids:
+        if (
+            not self.bits
+            or self.bucket > MAX_DELTA_BUCKET
+            or not self.rounding.properties.keeps_grids
+        ):
             known = [f"{each.label} ({each})" for each in Rounding if each.properties.keeps_grids]
             raise ValueError(
                 f"a segment with epochs has {self.bits} bits, buckets of {self.bucket} and "
-                f"rounding {self.row[Field.ROUNDING]}: give 2 to 8 bits, at most {MOST_KEPT} "
-                f"values a bucket and {' or '.join(known)}."
+                f"rounding {self.row[Field.ROUNDING]}: give 2 to 8 bits, at most "
+                f"{MAX_DELTA_BUCKET} values a bucket and {' or '.join(known)}."
             )
 
     def check_levels(self, num_levels: int) -> None:

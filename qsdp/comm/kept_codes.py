@@ -30,6 +30,7 @@ from qsdp.comm.routes import gather_route
 from qsdp.comm.wire_state import Wire
 from qsdp.common.checksum import checksum
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
+from qsdp.common.user_errors import quoted
 from qsdp.ops.reference.changes import FROZEN, STILL, TRAINED
 
 
@@ -142,8 +143,8 @@ class KeptCodes:
                 except ValueError as error:
                     self.forget()
                     raise RuntimeError(
-                        f"rank {rank} sent changes for the group of {plan.name} that cannot be: "
-                        f"{error}"
+                        f"rank {rank} sent changes for the group of {plan.name} that cannot be "
+                        f"({quoted(error)}): run the same version of qsdp on every rank."
                     ) from None
                 digest = finalize((digest ^ checksum([body])) + GOLDEN_GAMMA & MASK)
         wire.digests[plan.index] = digest

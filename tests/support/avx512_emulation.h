@@ -151,6 +151,12 @@ EMULATED uint16_t test_epi32(__m512i a, __m512i b) {
     for (int i = 0; i < 16; ++i) mask |= uint32_t{(x.lane[i] & y.lane[i]) != 0} << i;
     return static_cast<uint16_t>(mask);
 }
+EMULATED uint64_t cmpneq_epu8(__m512i a, __m512i b) {
+    const auto x = lanes<uint8_t>(a), y = lanes<uint8_t>(b);
+    uint64_t mask = 0;
+    for (int i = 0; i < 64; ++i) mask |= uint64_t{x.lane[i] != y.lane[i]} << i;
+    return mask;
+}
 EMULATED __m512i unpack(__m512i a, __m512i b, int odd) {
     const auto x = lanes<uint64_t>(a), y = lanes<uint64_t>(b);
     Lanes<uint64_t> out;
@@ -212,6 +218,7 @@ EMULATED __m512i setr(Lane... values) {
 constexpr auto least = [](auto a, auto b) { return a < b ? a : b; };
 constexpr auto most = [](auto a, auto b) { return a > b ? a : b; };
 constexpr auto difference = [](float a, float b) { return a - b; };
+constexpr auto excess = [](uint8_t a, uint8_t b) -> uint8_t { return a > b ? a - b : 0; };
 constexpr auto product = [](float a, float b) { return a * b; };
 constexpr auto both = [](uint64_t a, uint64_t b) { return a & b; };
 constexpr auto either = [](uint64_t a, uint64_t b) { return a | b; };
@@ -264,6 +271,9 @@ EMULATED __m512i mask_add_epi32(__m512i from, uint16_t mask, __m512i a, __m512i 
 #define _mm512_max_ps(a, b) emulation::zip<float>(a, b, emulation::most)
 #define _mm512_min_epu32(a, b) emulation::zip<uint32_t>(a, b, emulation::least)
 #define _mm512_max_epu32(a, b) emulation::zip<uint32_t>(a, b, emulation::most)
+#define _mm512_subs_epu8(a, b) emulation::zip<uint8_t>(a, b, emulation::excess)
+#undef _mm512_cmpneq_epu8_mask
+#define _mm512_cmpneq_epu8_mask emulation::cmpneq_epu8
 #define _mm512_min_epu8(a, b) emulation::zip<uint8_t>(a, b, emulation::least)
 #define _mm512_add_epi32(a, b) emulation::zip<uint32_t>(a, b, emulation::sum)
 #define _mm512_add_epi64(a, b) emulation::zip<uint64_t>(a, b, emulation::sum)

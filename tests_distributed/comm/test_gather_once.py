@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import qsdp
 from qsdp.comm.all_gather import GatheringWork
-from qsdp.fsdp import hooks
+from qsdp.fsdp import gather_hook
 from tests_distributed.support.helpers import full_grads, full_state, make_batch, make_model, shard
 from tests_distributed.support.running import Run
 from tests_distributed.support.training import assert_same_run, train
@@ -139,7 +139,7 @@ def _ahead(is_ahead: bool, gather: str, hops: str) -> Any:
 
     for block in model.blocks:
         block.get_submodule("qkv").register_forward_pre_hook(enter)
-    with mock.patch.object(hooks, "GatheringWork", start):
+    with mock.patch.object(gather_hook, "GatheringWork", start):
         result = train(model)
     return result, under_way
 

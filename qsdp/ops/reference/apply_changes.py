@@ -36,7 +36,7 @@ def apply_changes(frame: Tensor, table: Tensor, step: int, kept: Tensor) -> None
     body = _Body(frame.cpu().numpy())
     is_changed = np.unpackbits(body.take(-(-len(rows) // 8)), bitorder="little")
     if is_changed[len(rows) :].any():
-        raise ValueError(f"a frame has changes of more than {len(rows)} segments{_ADVICE}")
+        raise _refusal(f"has changes of more than {len(rows)} segments")
     changed = [segment for segment, bit in zip(rows, is_changed, strict=False) if bit]
     for segment in changed:
         if not segment.bits:
@@ -49,7 +49,8 @@ def apply_changes(frame: Tensor, table: Tensor, step: int, kept: Tensor) -> None
     body.end()
 
 
-_ADVICE = ": give what encode_changes wrote for this table."
+def _refusal(fault: str) -> ValueError:
+    return ValueError(f"a frame {fault}: give what encode_changes wrote for this table.")
 
 
 class _Body:
@@ -62,9 +63,7 @@ class _Body:
         """The next ``num`` bytes, a copy."""
         end = self._at + num
         if end > len(self._frame):
-            raise ValueError(
-                f"a frame of {len(self._frame)} bytes ends before its byte {end}{_ADVICE}"
-            )
+            raise _refusal(f"of {len(self._frame)} bytes ends before its byte {end}")
         taken = self._frame[self._at : end].copy()
         self._at = end
         return taken
@@ -72,9 +71,7 @@ class _Body:
     def end(self) -> None:
         """Raise ValueError unless all bytes were taken."""
         if self._at != len(self._frame):
-            raise ValueError(
-                f"a frame of {len(self._frame)} bytes has no more to say after {self._at}{_ADVICE}"
-            )
+            raise _refusal(f"of {len(self._frame)} bytes has no more to say after {self._at}")
 
 
 def _apply(body: _Body, segment: SegmentRow, head: Bytes, step: int, kept: Tensor) -> None:
@@ -101,9 +98,7 @@ def _apply(body: _Body, segment: SegmentRow, head: Bytes, step: int, kept: Tenso
             else _mapped(body, int(head[b]) - MOST_LISTED, num)
         )
         if codes.min() < 0 or codes.max() >= segment.num_codes:
-            raise ValueError(
-                f"a frame changes a code of {segment.bits} bits to one that there is not{_ADVICE}"
-            )
+            raise _refusal(f"changes a code of {segment.bits} bits to one that there is not")
         own[:] = pack_codes(torch.from_numpy(codes.astype(np.uint8)), segment.bits).numpy()
     for part, now in zip(
         (segment.data(kept), segment.meta(kept), segment.epochs(kept)),
@@ -120,9 +115,9 @@ def _listed(body: _Body, num_entries: int, num: int) -> npt.NDArray[np.int64]:
     places, downs = entries & 127, entries >> 7
     steps = np.diff(places)
     if places[-1] >= num or (steps < 0).any() or (np.diff(downs)[steps == 0] != 0).any():
-        raise ValueError(
-            f"a frame lists changes {entries.tolist()} of a bucket of {num} values, in no order "
-            f"of place, or up and down{_ADVICE}"
+        raise _refusal(
+            f"lists changes {entries.tolist()} of a bucket of {num} values, in no order "
+            f"of place, or up and down"
         )
     return np.bincount(places, 1 - 2 * downs, num).astype(int)
 
@@ -130,13 +125,11 @@ def _listed(body: _Body, num_entries: int, num: int) -> npt.NDArray[np.int64]:
 def _mapped(body: _Body, num_changed: int, num: int) -> npt.NDArray[np.int64]:
     """int64 [num]: by what the codes of a bucket change, as a MAP says."""
     if num_changed > num:
-        raise ValueError(f"a frame has {num_changed} changes of {num} values{_ADVICE}")
+        raise _refusal(f"has {num_changed} changes of {num} values")
     where = np.unpackbits(body.take(-(-num // 8)), bitorder="little")
     how = np.unpackbits(body.take(-(-num_changed // 4)), bitorder="little")
     if where[num:].any() or where.sum() != num_changed or how[2 * num_changed :].any():
-        raise ValueError(
-            f"a frame has {num_changed} changes of {num} values, but bits of others{_ADVICE}"
-        )
+        raise _refusal(f"has {num_changed} changes of {num} values, but bits of others")
     down, by_two = how[: 2 * num_changed].astype(int).reshape(-1, 2).T
     changes = np.zeros(num, dtype=int)
     changes[where[:num] == 1] = (1 - 2 * down) * (1 + by_two)

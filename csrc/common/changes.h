@@ -1,0 +1,109 @@
+// Changes to a kept row: when a grid is drawn again, and what a count byte says of a bucket's data;
+// see [Note: Changes] in qsdp/ops/reference/changes.py, which this follows operation by operation.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "common/grid.h"
+#include "common/half.h"
+#include "common/portable.h"
+#include "common/segment.h"
+
+namespace qsdp {
+
+// How a segment is looked at: not at all; without a schedule; with one.
+enum class Look : int64_t { kStill = 0, kFrozen = 1, kTrained = 2 };
+
+// Count bytes: 0 is unchanged, then come a list's entries, kMostListed and the changes of a map.
+constexpr int kMostListed = 125, kWhole = 254, kDrawn = 255;
+
+// Values of bucket ``bucket``.
+QSDP_INLINE int64_t values_of(const Segment& segment, int64_t bucket) {
+    const int64_t left = segment.numel - bucket * segment.bucket;
+    return left < segment.bucket ? left : segment.bucket;
+}
+
+QSDP_INLINE int64_t packed_bytes(int64_t num_values, int64_t bits) {
+    return (num_values * bits + 7) / 8;
+}
+
+// Where bucket ``bucket``'s codes start among those of its segment.
+QSDP_INLINE int64_t codes_start(const Segment& segment, int64_t bucket) {
+    return bucket * segment.bucket / 8 * segment.bits;
+}
+
+// Bytes of a map of ``num_changed`` codes among ``num_values``.
+QSDP_INLINE int64_t map_bytes(int64_t num_values, int64_t num_changed) {
+    return (num_values + 7) / 8 + (num_changed + 3) / 4;
+}
+
+// Bytes of the data of a bucket of ``num_values``.
+QSDP_INLINE int64_t bytes_said(int count, int64_t num_values, int64_t bits) {
+    if (count <= kMostListed) return count;
+    if (count < kWhole) return map_bytes(num_values, count - kMostListed);
+    return packed_bytes(num_values, bits) + (count == kDrawn ? kMetaBytes : 0);
+}
+
+// The most bytes of a body: all has changed, and every grid is drawn again.
+inline int64_t most_body_bytes(const std::vector<Segment>& segments) {
+    int64_t sum = (static_cast<int64_t>(segments.size()) + 7) / 8;
+    for (const Segment& segment : segments) {
+        sum += data_bytes(segment);
+        if (segment.bits != 0) sum += num_buckets(segment) * (1 + kMetaBytes);
+    }
+    return sum;
+}
+
+// At which steps a bucket is due, besides how often: 31 bits that look random.
+QSDP_INLINE uint32_t due_offset(const Segment& segment, int64_t bucket) {
+    uint64_t x = (static_cast<uint64_t>(segment.parameter) << 32) + static_cast<uint64_t>(bucket) +
+                 0x9E3779B97F4A7C15u;
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    return static_cast<uint32_t>((x ^ x >> 31) >> 33);
+}
+
+// Whether a multiple of ``every`` lies between a grid's epoch and the step, both shifted by the
+// offset. The sum of two numbers of 31 bits has 32.
+QSDP_INLINE bool is_due(uint32_t offset, int32_t epoch, int32_t step, uint32_t every) {
+    const int64_t then = int64_t{epoch} + offset;
+    if (then < 0) return true;
+    return (static_cast<uint32_t>(step) + offset) / every > static_cast<uint32_t>(then) / every;
+}
+
+// Steps as is_due takes them: more than it can count are never over.
+QSDP_INLINE uint32_t redraw_steps(int64_t every) {
+    return every < UINT32_MAX ? static_cast<uint32_t>(every) : UINT32_MAX;
+}
+
+QSDP_INLINE bool keeps_zero(Grid grid) {
+    return float_bits(grid.scale) >> 31;
+}
+
+QSDP_INLINE float steps_of(bool has_zero, int bits) {
+    return static_cast<float>((1 << bits) - (has_zero ? 2 : 1));
+}
+
+// Whether values from ``low`` to ``high`` have left the grid.
+QSDP_INLINE bool has_left(Grid grid, float low, float high, int bits) {
+    if (grid.scale == 0.0f) return low != grid.low || high != grid.low;
+    const WorkingGrid working = working_grid(grid);
+    const float inverse = 1.0f / working.step;
+    const float least = (low * working.factor - working.low) * inverse;
+    const float most = (high * working.factor - working.low) * inverse;
+    return !(least >= 0.0f && most <= steps_of(keeps_zero(grid), bits));
+}
+
+// The grid with a part of its range left free on both sides, if that is finite.
+QSDP_INLINE Grid with_room(Grid grid, float room, float twice_room, int bits) {
+    const float step = fabsf(grid.scale);
+    const float wider = step + twice_room * step;
+    const float lower = grid.low - room * (steps_of(keeps_zero(grid), bits) * step);
+    if (!(wider <= FLT_MAX && fabsf(lower) <= FLT_MAX)) return grid;
+    return {lower, copysignf(wider, grid.scale)};
+}
+
+}  // namespace qsdp
