@@ -20,7 +20,7 @@ from tests_distributed.support.interruptions import bytes_of
 from tests_distributed.support.running import Run, selection
 from tests_distributed.support.training import adamw, exact_state
 
-STEPS = 4
+STEPS = 3
 MICRO_BATCHES = 2
 NUM_GROUPS = 3
 SEED = 100

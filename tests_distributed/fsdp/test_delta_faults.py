@@ -137,6 +137,8 @@ def _lost(error: type[BaseException], odd: int, trains: bool) -> dict[str, Any]:
             assert failed
         else:
             model(*make_batch(model, 2))
+    if error is KeyboardInterrupt:  # of which torch's modules tell no hook: the pass is not over
+        handle.abandon_step()
     try:
         take_sgd_step(model, 3, 0.1)
         heard = "nothing"
@@ -170,10 +172,8 @@ def test_a_lost_frame_is_named_by_all_ranks_and_training_goes_on_after_it(
 ) -> None:
     everyone = run(3, _lost, error, odd, trains)
     for found in everyone:
-        assert re.search(rf"\brank {odd}\b", found["heard"])
-        assert found["heard"].endswith(".")
-        assert "\n" not in found["heard"]
-        assert found["heard"].count(". ") == 0
+        kept = f"rank {odd or 1} is at a forward pass with kept codes .*, but rank 0 with .*\\."
+        assert re.fullmatch(kept, found["heard"])
         assert found["same"]
         assert found["near"] < 0.3
         assert all(loss == loss for loss in found["losses"])

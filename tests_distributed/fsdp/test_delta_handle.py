@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import qsdp
+from tests.support.growth import grown_since, held
 from tests_distributed.support.delta import (
     decoded,
     installed,
@@ -27,6 +28,7 @@ from tests_distributed.support.delta import (
     wide,
 )
 from tests_distributed.support.helpers import full_state, make_batch, make_model, shard
+from tests_distributed.support.interruptions import Fault, hooked
 from tests_distributed.support.running import Run
 from tests_distributed.support.training import State
 from tests_distributed.support.trainings import Case, simulation_of
@@ -91,6 +93,41 @@ def test_a_removed_wire_is_freed_and_a_new_one_starts_anew(run: Run) -> None:
     for alive, losses, expected in run(2, _removed):
         assert alive == []
         assert losses == expected
+
+
+# --- what grows --------------------------------------------------------------------------------
+
+
+def _round(model: Any, handle: qsdp.Handle) -> None:
+    """Steps beside which everything happens that can, and which end as they began."""
+    state = handle.state_dict()
+    for step in range(5):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(step % 2 == 0 or "mlp" in name)
+        take_sgd_step(model, step, 0.1)
+        with torch.no_grad():
+            model(*make_batch(model, 50))
+        with handle.exact(), torch.inference_mode():
+            model(*make_batch(model, 51))
+    with hooked(model, "forward"), pytest.raises(Fault):
+        model(*make_batch(model, 52))
+    handle.abandon_step()
+    model.blocks[0].unshard(async_op=True)
+    handle.load_state_dict(state)
+
+
+def _grown() -> dict[str, tuple[int, int]]:
+    model, handle = installed(2, {**CONFIG, "weight_bucket_size": 16})
+    for _ in range(2):
+        _round(model, handle)
+    before = held()
+    for _ in range(2):
+        _round(model, handle)
+    return grown_since(before)
+
+
+def test_nothing_that_is_kept_grows(run: Run) -> None:
+    assert run(2, _grown) == [{}, {}]
 
 
 # --- states -------------------------------------------------------------------------------------
@@ -188,16 +225,46 @@ def test_replicas_are_refused(run: Run, native: bool) -> None:
         assert "\n" not in sentence
 
 
+def _disagreement(odd: int, config: dict[str, Any]) -> str:
+    own = {**CONFIG, **(config if dist.get_rank() == odd else {})}
+    with pytest.raises(RuntimeError) as raised:
+        qsdp.install(shard(make_model()), qsdp.QSDPConfig(**{"gather": "delta", **own}))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"delta_room": 0.5}, {"delta_redraw_every": 4}, {"weight_bucket_size": 64}, {"seed": 1}],
+    ids=str,
+)
+def test_ranks_that_disagree_are_refused(run: Run, config: dict[str, Any]) -> None:
+    odd = random.randrange(2)
+    for sentence in run(2, _disagreement, odd, config):
+        assert "every rank" in sentence
+        assert "\n" not in sentence
+
+
 # --- one rank -----------------------------------------------------------------------------------
 
 
-def _alone() -> tuple[State, State, dict[str, int]]:
+def _alone() -> tuple[State, State, int]:
     model, handle = installed(6, CONFIG)
     torch.autograd.backward(model(*make_batch(model, 0)))
-    return decoded(model), full_state(model), handle.traffic.snapshot()
+    sent = handle.traffic.snapshot()["gather_sent_bytes"]
+    return decoded(model), full_state(model), sent
 
 
 def test_one_rank_computes_with_its_own_weights(run: Run) -> None:
-    ((found, exact, counts),) = run(1, _alone)
+    ((found, exact, sent),) = run(1, _alone)
     assert all(torch.equal(found[name], exact[name]) for name in exact)
-    assert counts["gather_sent_bytes"] == counts["changed_codes"] == counts["redrawn_buckets"] == 0
+    assert sent == 0
+
+
+def _counters_at_first() -> dict[str, int]:
+    return installed(6, CONFIG)[1].traffic.snapshot()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_there_are_counters_before_anything_was_sent(run: Run, ranks: int) -> None:
+    for counts in run(ranks, _counters_at_first):
+        assert counts["changed_codes"] == counts["redrawn_buckets"] == 0
