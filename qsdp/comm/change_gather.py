@@ -40,6 +40,7 @@ class ChangeGather:
         row: uint8 [row bytes], what all ranks keep of it: it stays as it is.
         modes: int64 [segments], how each parameter is looked at.
         wire: What the group shares with the others.
+        digest: That of all frames before.
         most: Bytes that no frame has more of.
         expected: Bytes that all ranks send at once of their frames.
         is_first: It is the first in a step: its bytes are those of training, in a validation too.
@@ -55,6 +56,7 @@ class ChangeGather:
         modes: Tensor,
         wire: Wire,
         *,
+        digest: int,
         most: int,
         expected: int,
         is_first: bool,
@@ -77,8 +79,7 @@ class ChangeGather:
             body, changed, drawn = counts
             self._length = FRAME_HEADER_BYTES + body
             word, _, _, plan_hash = layout.header(plan.rank, step, status)
-            digest = _signed(wire.digests[plan.index])
-            header = [word, step, self._length, plan_hash, digest, changed, drawn]
+            header = [word, step, self._length, plan_hash, _signed(digest), changed, drawn]
             frame[:FRAME_HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
             self._gathered = wire.buffers.acquire(plan.world_size * expected, shard.device)
             own = self._gathered.view(-1, expected)[plan.rank]
