@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qsdp import ops
-from qsdp.codec.change_frame import FRAME_HEADER_BYTES
+from qsdp.codec.change_frame import FRAME_HEADER_BYTES, bitmap_bytes
 from qsdp.codec.payload import VERSION, PayloadStatus
 from qsdp.comm import transport
 from qsdp.comm.group_layout import GroupLayout
@@ -27,6 +28,8 @@ class Frames(NamedTuple):
     """uint8 [body bytes] each, by rank: valid until ``release``."""
     longest: int
     """Bytes of the longest frame."""
+    has_changes: bool
+    """Whether any of them says more than that nothing has changed."""
     release: Callable[[], None]
 
 
@@ -64,7 +67,7 @@ class ChangeGather:
     ) -> None:
         self._plan, self._layout, self._wire = plan, layout, wire
         self._expected, self._most, self._device = expected, most, shard.device
-        self._is_first = is_first
+        self.is_first = is_first
         self.step = step = wire.clock.step
         self._mistake: RuntimeError | None = None
         counts = [0, 0, 0]
@@ -103,7 +106,7 @@ class ChangeGather:
         gathered = self._gathered.view(plan.world_size, self._expected)
         headers = (gathered if seen is None else seen.view_as(gathered))[:, :FRAME_HEADER_BYTES]
         headers = headers.contiguous().view(torch.int64).cpu()
-        wire.traffic.gathered("gather", plan.group, self._expected, is_training=self._is_first)
+        wire.traffic.gathered("gather", plan.group, self._expected, is_training=self.is_first)
         wire.traffic.in_fp32("gather", plan.world_size, self._layout.num_values)
         mistake, self._mistake = self._mistake, None
         if mistake is not None:
@@ -118,7 +121,9 @@ class ChangeGather:
         bodies = [
             frame[FRAME_HEADER_BYTES:length] for frame, length in zip(whole, lengths, strict=True)
         ]
-        return Frames(bodies, max(lengths), lambda: wire.buffers.release(self._gathered))
+        least = FRAME_HEADER_BYTES + bitmap_bytes(self._layout.segments)
+        release = partial(wire.buffers.release, self._gathered)
+        return Frames(bodies, max(lengths), max(lengths) > least, release)
 
     def _with_the_rest(self, gathered: Tensor, longest: int) -> Sequence[Tensor]:
         """The whole frames: gathers what did not fit, if anything."""
@@ -131,7 +136,7 @@ class ChangeGather:
         rests = own.new_empty(plan.world_size * missing)
         with self._on_the_wire():
             transport.start_all_gather(rests, own, plan.group).wait()
-        wire.traffic.gathered("gather", plan.group, missing, is_training=self._is_first)
+        wire.traffic.gathered("gather", plan.group, missing, is_training=self.is_first)
         return [*torch.cat([gathered, rests.view(-1, missing)], dim=1)]
 
     def _check(self, headers: Tensor) -> None:

@@ -65,13 +65,13 @@ class KeptCodes:
         self._frozen_sums: dict[int, int] = {}
         self._sent_sums: dict[int, int] = {}
         self._sizes: FrameSizes | None = None
-        self._digest, self._is_applying = 0, False
+        self._digest, self._is_applying, self._has_moved = 0, False, False
 
     @property
     def state(self) -> tuple[object, ...]:
         """What is the same on all ranks as long as none has missed a frame."""
         sizes = (self._first.expected, self._more.expected)
-        return self._digest, self._step, self._is_new, *sizes
+        return self._digest, self._step, self._is_new, self._has_moved, *sizes
 
     @property
     def is_cut_short(self) -> bool:
@@ -84,8 +84,13 @@ class KeptCodes:
         return 0 if self._rows is None else self._rows.numel()
 
     def is_of(self, step: int) -> bool:
-        """Whether the last frame was sent in ``step`` of the clock."""
-        return self._step == step
+        """Whether the codes are those of the forward passes in ``step`` of the clock.
+
+        Not where a further frame in the step has changed some: others' weights may have been
+        evaluated in between, and what this rank's are now has to be sent.
+        """
+        self.settle()
+        return self._step == step and not self._has_moved
 
     def begin(
         self, input: Tensor, trains: Sequence[bool], shards: Sequence[Tensor], *, async_op: bool
@@ -148,6 +153,7 @@ class KeptCodes:
         if self._sizes is not None:
             self._sizes.saw(frames.longest)
         self._is_new, self._frozen_sums = False, self._sent_sums
+        self._has_moved = frames.has_changes and not arriving.is_first
         self._digest, self._is_applying = digest, False
 
     def _apply(self, frames: Frames, step: int) -> int:

@@ -12,6 +12,9 @@ from qsdp.comm.wire_state import Wire
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.fsdp.bits_and_levels import Adaptation
 
+KEPT_CODES = "the digest of kept codes"
+"""What the fact is called by which a rank that has missed a frame is found."""
+
 
 class Facts:
     """The facts of a pass: one handle's model as it is now, in words to compare: [Note: Meeting].
@@ -55,7 +58,7 @@ class Facts:
             "weights": "exact" if wire.is_exact else "quantized",
             "bits and levels": self._adaptation.mark,
             "the seed": wire.clock.seed,
-            "the digest of kept codes": self._kept_codes(members),
+            KEPT_CODES: self._kept_codes(members),
             "masks": f"of call {wire.support} of set_support" if wire.support else "lifted",
             "frozen parameters": tuple(
                 name
