@@ -236,7 +236,7 @@ QSDP_INLINE void half_floats(U w0, U w1, U w2, U w3, F (&out)[4]) {
     }
 }
 
-using x86::gather_bits, x86::scatter_bits;
+using x86::even_bits, x86::gather_bits, x86::scatter_bits, x86::to_even_bits;
 using x86::pack32_nibbles, x86::pack8, x86::unpack32_nibbles, x86::unpack8;
 
 }  // namespace qsdp::avx512
