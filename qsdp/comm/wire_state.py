@@ -32,6 +32,8 @@ class Wire:
         self.support = 0
         """The number of the support that holds, 0 where all weights travel."""
         self.late = Late()
+        if config.gather == "delta":
+            traffic.changed(0, 0)  # there to be read before anything was sent
         self.digests: dict[int, int] = {}
         """By group, what all frames so far come to: [Note: Kept]."""
 
