@@ -336,6 +336,11 @@ QSDP_INLINE void unpack32_nibbles(const uint8_t* from, uint8_t* codes) {
     for (int i = 0; i < 32; ++i) codes[i] = from[i / 2] >> i % 2 * 4 & 0xF;
 }
 
+// A block of them.
+QSDP_INLINE void unpack_nibbles(const uint8_t* from, uint8_t* codes) {
+    unpack32_nibbles(from, codes);
+}
+
 #undef QSDP_LANES
 
 }  // namespace qsdp::scalar
