@@ -43,7 +43,6 @@ QSDP_INLINE uint64_t bits_from(const uint8_t* stream, int at) {
 
 // What a map says, or what is wrong with it.
 QSDP_INLINE Fault read_map(const uint8_t* data, int num_changed, int64_t count, Difference& said) {
-    constexpr uint64_t kEven = 0x5555555555555555u;
     if (num_changed > count) return Fault::kTooMany;
     const int64_t mask_bytes = (count + 7) / 8, how_bytes = (num_changed + 3) / 4;
     memcpy(said.changed, data, mask_bytes);
@@ -57,11 +56,10 @@ QSDP_INLINE Fault read_map(const uint8_t* data, int num_changed, int64_t count, 
     for (int word = 0; word < kMaskWords; ++word) {
         const uint64_t changed = said.changed[word];
         const uint64_t low = bits_from(how, at), high = bits_from(how, at + 64);
-        const auto of_values = [&](uint64_t which) {
-            const uint64_t all = gather_bits(low, which) | gather_bits(high, which) << 32;
-            return scatter_bits(all, changed);
-        };
-        said.down[word] = of_values(kEven), said.by_two[word] = of_values(kEven << 1);
+        const uint64_t down = even_bits(low) | even_bits(high) << 32;
+        const uint64_t by_two = even_bits(low >> 1) | even_bits(high >> 1) << 32;
+        said.down[word] = scatter_bits(down, changed);
+        said.by_two[word] = scatter_bits(by_two, changed);
         at += 2 * std::popcount(changed);
     }
     return Fault::kNone;

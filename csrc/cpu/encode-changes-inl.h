@@ -45,6 +45,10 @@ QSDP_INLINE bool is_drawn_again(const Extent& extent, const KeptGrid& kept, cons
     return has_live && has_left(kept.grid, extent.low, extent.high, static_cast<int>(segment.bits));
 }
 
+// After how many buckets that have not changed it is worth a branch whether the next one has: if
+// only some have, it would be foretold wrongly, and cost more than what it saves.
+constexpr int64_t kLongStill = 8;
+
 // The data of a range of buckets, gathered in cache: what a bucket says may be written in a few
 // long strokes that end behind it.
 class Gathered {
@@ -79,6 +83,7 @@ void encode_changed_buckets(const Segment& segment, uint64_t key, const ChangesC
     const Quantize* kernels = quantizers<T>(segment.rounding);
     uint8_t codes[kMostKept + 8] = {}, unpacked[kMostKept + 8] = {};
     bool expect_zeros = false;
+    int64_t still = 0;  // buckets since one that has changed
     for (int64_t bucket = first; bucket < last; ++bucket) {
         const int64_t count = values_of(segment, bucket);
         const uint8_t* from =
@@ -119,7 +124,13 @@ void encode_changed_buckets(const Segment& segment, uint64_t key, const ChangesC
         const bool is_unpacked = bits == 8 && count == kMostKept;
         if (!is_unpacked) unpack_codes(row, count, bits, unpacked);
         const uint8_t* before = is_unpacked ? row : unpacked;
-        const Difference found = difference(codes, before, count);
+        Difference found;
+        still = find_changed(codes, before, count, found.changed) ? 0 : still + 1;
+        if (still >= kLongStill) {
+            heads[bucket] = 0;
+            continue;
+        }
+        find_how(codes, before, found);
         const int num_changed = count_bits(found.changed);
         uint8_t* said = gathered.next();
         heads[bucket] =

@@ -77,7 +77,6 @@ QSDP_INLINE uint8_t* say_list(const Difference& found, const uint8_t* now, const
 
 // Two bits for each changed value: down, and by two.
 QSDP_INLINE uint8_t* say_map(const Difference& found, int64_t count, int num_changed, uint8_t* to) {
-    constexpr uint64_t kEven = 0x5555555555555555u;
     memcpy(to, found.changed, sizeof found.changed);
     uint8_t* const how = to + (count + 7) / 8;
     *how = 0;
@@ -87,8 +86,8 @@ QSDP_INLINE uint8_t* say_map(const Difference& found, int64_t count, int num_cha
         const uint64_t by_two = gather_bits(found.by_two[word], found.changed[word]);
         const int size = 2 * std::popcount(found.changed[word]);
         for (int half = 0; 64 * half < size; ++half) {
-            const uint64_t both = scatter_bits(down >> 32 * half, kEven) |
-                                  scatter_bits(by_two >> 32 * half, kEven << 1);
+            const uint64_t both =
+                to_even_bits(down >> 32 * half) | to_even_bits(by_two >> 32 * half) << 1;
             uint8_t* const byte = how + at / 8 + 8 * half;
             const uint64_t low = *byte | both << at % 8;
             memcpy(byte, &low, sizeof low);
@@ -99,10 +98,10 @@ QSDP_INLINE uint8_t* say_map(const Difference& found, int64_t count, int num_cha
     return how + (num_changed + 3) / 4;
 }
 
-// Writes the shortest at ``to``, which moves behind it, and returns the bucket's count byte.
+// Writes the shortest at ``to``, which moves behind it, and returns the bucket's count byte. Where
+// nothing has changed that is a list of nothing.
 QSDP_INLINE int say_changes(const Difference& found, int num_changed, uint8_t* now,
                             const uint8_t* kept, int64_t count, int bits, uint8_t*& to) {
-    if (num_changed == 0) return 0;
     int64_t num_entries = num_changed + count_bits(found.by_two);
     if (found.by_more) {
         num_entries = 0;

@@ -238,7 +238,11 @@ QSDP_INLINE void half_floats(U w0, U w1, U w2, U w3, F (&out)[4]) {
     out[3].v = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, exponent));
 }
 
-using x86::gather_bits, x86::scatter_bits;
+QSDP_INLINE void unpack_nibbles(const uint8_t* from, uint8_t* codes) {
+    x86::unpack32_nibbles(from, codes);
+}
+
+using x86::even_bits, x86::gather_bits, x86::scatter_bits, x86::to_even_bits;
 using x86::pack32_nibbles, x86::pack8, x86::unpack32_nibbles, x86::unpack8;
 
 }  // namespace qsdp::avx2

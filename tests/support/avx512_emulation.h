@@ -102,6 +102,13 @@ EMULATED __m512i cvtepu8_epi32(__m128i a) {
     for (int i = 0; i < 16; ++i) x.lane[i] = bytes[i];
     return vector<__m512i>(x);
 }
+EMULATED __m512i cvtepu8_epi16(__m256i a) {
+    uint8_t x[32];
+    memcpy(x, &a, 32);
+    Lanes<uint16_t> out;
+    for (int i = 0; i < 32; ++i) out.lane[i] = x[i];
+    return vector<__m512i>(out);
+}
 EMULATED __m256i cvtepi32_epi16(__m512i a) {
     const auto x = lanes<uint32_t>(a);
     uint16_t low[16];
@@ -243,6 +250,7 @@ EMULATED __m512i mask_add_epi32(__m512i from, uint16_t mask, __m512i a, __m512i 
 #define _mm512_cvtps_ph(a, nearest) emulation::nearest_ph(a)
 #define _mm512_cvtepu16_epi32 emulation::cvtepu16_epi32
 #define _mm512_cvtepu8_epi32 emulation::cvtepu8_epi32
+#define _mm512_cvtepu8_epi16 emulation::cvtepu8_epi16
 #define _mm512_cvtepi32_epi16 emulation::cvtepi32_epi16
 #define _mm512_packs_epi32 emulation::packs_epi32
 #define _mm512_packus_epi16 emulation::packus_epi16
@@ -284,6 +292,7 @@ EMULATED __m512i mask_add_epi32(__m512i from, uint16_t mask, __m512i a, __m512i 
 #define _mm512_and_si512(a, b) emulation::zip<uint64_t>(a, b, emulation::both)
 #define _mm512_or_si512(a, b) emulation::zip<uint64_t>(a, b, emulation::either)
 #define _mm512_mul_epu32(a, b) emulation::zip<uint64_t>(a, b, emulation::low_product)
+#define _mm512_slli_epi16(a, n) emulation::shift_left<uint16_t>(a, n)
 #define _mm512_slli_epi32(a, n) emulation::shift_left<uint32_t>(a, n)
 #define _mm512_srli_epi32(a, n) emulation::shift_right<uint32_t>(a, n)
 #undef _mm512_slli_epi64
