@@ -98,12 +98,11 @@ QSDP_INLINE uint32_t due_offset(const Segment& segment, int64_t bucket) {
     return static_cast<uint32_t>((x ^ x >> 31) >> 33);
 }
 
-// Whether a multiple of ``every`` lies between a grid's epoch and the step, both shifted by the
-// offset. The sum of two numbers of 31 bits has 32.
+// Whether the steps since a grid's epoch, shifted by the offset, reach a multiple of ``every``. The
+// sum of two numbers of 31 bits has 32.
 QSDP_INLINE bool is_due(uint32_t offset, int32_t epoch, int32_t step, uint32_t every) {
-    const int64_t then = int64_t{epoch} + offset;
-    if (then < 0) return true;
-    return (static_cast<uint32_t>(step) + offset) / every > static_cast<uint32_t>(then) / every;
+    const int64_t elapsed = int64_t{step} - epoch;
+    return elapsed >= every || (static_cast<uint32_t>(step) + offset) % every < elapsed;
 }
 
 // Steps as is_due takes them: more than it can count are never over.

@@ -17,14 +17,7 @@
 namespace qsdp::QSDP_ISA {
 namespace {
 
-// A code changed by ``by``; its highest bits say whether it is none of ``last`` + 1.
-QSDP_INLINE Fault change_code(uint8_t& code, int by, int last) {
-    const int now = code + by;
-    if (now < 0 || now > last) return Fault::kCode;
-    code = static_cast<uint8_t>(now);
-    return Fault::kNone;
-}
-
+// ``last``: the greatest code.
 QSDP_INLINE Fault apply_list(const uint8_t* data, int num_entries, int64_t count, int last,
                              uint8_t* codes) {
     int before = -1, before_down = 0;
@@ -33,34 +26,65 @@ QSDP_INLINE Fault apply_list(const uint8_t* data, int num_entries, int64_t count
         if (place < before || place >= count) return Fault::kList;
         if (place == before && down != before_down) return Fault::kList;
         before = place, before_down = down;
-        const Fault fault = change_code(codes[place], down ? -1 : 1, last);
-        if (fault != Fault::kNone) return fault;
+        const int now = codes[place] + (down ? -1 : 1);
+        if (now < 0 || now > last) return Fault::kCode;
+        codes[place] = static_cast<uint8_t>(now);
+    }
+    return Fault::kNone;
+}
+
+// 64 bits from bit ``at`` on, of nine bytes that may be read.
+QSDP_INLINE uint64_t bits_from(const uint8_t* stream, int at) {
+    uint64_t low;
+    memcpy(&low, stream + at / 8, sizeof low);
+    const uint64_t high = stream[at / 8 + 8];
+    return low >> at % 8 | high << 1 << (63 - at % 8);
+}
+
+// What a map says, or what is wrong with it.
+QSDP_INLINE Fault read_map(const uint8_t* data, int num_changed, int64_t count, Difference& said) {
+    if (num_changed > count) return Fault::kTooMany;
+    const int64_t mask_bytes = (count + 7) / 8, how_bytes = (num_changed + 3) / 4;
+    memcpy(said.changed, data, mask_bytes);
+    if (count_bits(said.changed) != num_changed) return Fault::kMap;
+    if (count % 8 != 0 && data[mask_bytes - 1] >> count % 8 != 0) return Fault::kMap;
+    // Two bits for each of kMostKept values at most, and what bits_from may read behind them.
+    uint8_t how[kMostKept / 4 + 32] = {};
+    memcpy(how, data + mask_bytes, how_bytes);
+    if (how[num_changed / 4] >> 2 * (num_changed % 4) != 0) return Fault::kMap;
+    int at = 0;
+    for (int word = 0; word < kMaskWords; ++word) {
+        const uint64_t changed = said.changed[word];
+        const uint64_t low = bits_from(how, at), high = bits_from(how, at + 64);
+        const uint64_t down = even_bits(low) | even_bits(high) << 32;
+        const uint64_t by_two = even_bits(low >> 1) | even_bits(high >> 1) << 32;
+        said.down[word] = scatter_bits(down, changed);
+        said.by_two[word] = scatter_bits(by_two, changed);
+        at += 2 * std::popcount(changed);
     }
     return Fault::kNone;
 }
 
 QSDP_INLINE Fault apply_map(const uint8_t* data, int num_changed, int64_t count, int last,
                             uint8_t* codes) {
-    if (num_changed > count) return Fault::kTooMany;
-    const int64_t mask_bytes = (count + 7) / 8, how_bytes = (num_changed + 3) / 4;
-    Mask changed = {};
-    memcpy(changed, data, mask_bytes);
-    const uint8_t* how = data + mask_bytes;
-    if (count_bits(changed) != num_changed) return Fault::kMap;
-    if (count % 8 != 0 && data[mask_bytes - 1] >> count % 8 != 0) return Fault::kMap;
-    if (num_changed % 4 != 0 && how[how_bytes - 1] >> 2 * (num_changed % 4) != 0) {
-        return Fault::kMap;
+    Difference said{};
+    const Fault fault = read_map(data, num_changed, count, said);
+    if (fault != Fault::kNone) return fault;
+    const Codes one = splat_codes(1), most = splat_codes(last);
+    uint64_t wrong = 0;
+    for (int i = 0; i < kMostKept; i += kBlock) {
+        const uint64_t changed = said.changed[i / 64] >> i % 64;
+        const uint64_t by_two = said.by_two[i / 64] >> i % 64;
+        const uint64_t down = said.down[i / 64] >> i % 64;
+        const Codes before = load_codes(codes + i);
+        const Codes more = add(where(changed & ~down, one), where(by_two & ~down, one));
+        const Codes less = add(where(changed & down, one), where(by_two & down, one));
+        const Codes now = sub(add(before, more), less);
+        // Sums stop at 0 and at 255.
+        wrong |= not_equal(distance(now, before), add(more, less)) | not_equal(min(now, most), now);
+        store(codes + i, now);
     }
-    int i = 0;
-    for (int word = 0; word < kMaskWords; ++word) {
-        for (uint64_t left = changed[word]; left != 0; left &= left - 1, ++i) {
-            const int bits = how[i / 4] >> i % 4 * 2, by = bits & 2 ? 2 : 1;
-            uint8_t& code = codes[64 * word + std::countr_zero(left)];
-            const Fault fault = change_code(code, bits & 1 ? -by : by, last);
-            if (fault != Fault::kNone) return fault;
-        }
-    }
-    return Fault::kNone;
+    return wrong == 0 ? Fault::kNone : Fault::kCode;
 }
 
 Fault apply_changes(const ChangedBuckets& changed, int32_t step, uint8_t* kept) {
@@ -84,7 +108,7 @@ Fault apply_changes(const ChangedBuckets& changed, int32_t step, uint8_t* kept) 
             memcpy(row, own, packed_bytes(count, bits));
             continue;
         }
-        kept_codes(row, count, bits, codes);
+        unpack_codes(row, count, bits, codes);
         const Fault fault = head <= kMostListed
                                 ? apply_list(own, head, count, last, codes)
                                 : apply_map(own, head - kMostListed, count, last, codes);

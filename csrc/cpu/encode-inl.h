@@ -25,8 +25,9 @@ struct Extent {
 };
 
 // ``SkipZeros`` leaves zeros out of low and high; without it they are wrong if has_zero comes back.
+// Inline, as a call would keep buckets from overlapping.
 template <class T, bool SkipZeros>
-Extent measure(const uint8_t* from, int64_t count) {
+QSDP_INLINE Extent measure(const uint8_t* from, int64_t count) {
     const F infinity = splat(INFINITY), minus_infinity = splat(-INFINITY);
     F low[2] = {infinity, infinity}, high[2] = {minus_infinity, minus_infinity};
     I least_bits[2] = {splat_bits(~0u), splat_bits(~0u)};
@@ -53,8 +54,11 @@ Extent measure(const uint8_t* from, int64_t count) {
 // Of a bucket. Sparse buckets come in runs: where ``expect_zeros`` says so, they are measured once.
 template <class T>
 QSDP_INLINE Extent measure_once(const uint8_t* from, int64_t count, bool& expect_zeros) {
-    Extent extent = expect_zeros ? measure<T, true>(from, count) : measure<T, false>(from, count);
-    if (extent.has_zero && !expect_zeros) extent = measure<T, true>(from, count);
+    if (!expect_zeros) {
+        const Extent extent = measure<T, false>(from, count);
+        if (!extent.has_zero) return extent;
+    }
+    const Extent extent = measure<T, true>(from, count);
     expect_zeros = extent.has_zero;
     return extent;
 }

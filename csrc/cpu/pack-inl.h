@@ -36,6 +36,7 @@ void unpack(const uint8_t* from, int64_t count, uint8_t* codes) {
     const int64_t num_bytes = (count * Bits + 7) / 8;
     int64_t i = 0;
     if constexpr (Bits == 4) {
+        for (; i + kBlock <= count; i += kBlock) unpack_nibbles(from + i / 2, codes + i);
         for (; i + 32 <= count; i += 32) unpack32_nibbles(from + i / 2, codes + i);
     }
     uint64_t word;

@@ -26,6 +26,13 @@ QSDP_INLINE uint64_t scatter_bits(uint64_t bits, uint64_t mask) {
     return _pdep_u64(bits, mask);
 }
 
+QSDP_INLINE uint64_t even_bits(uint64_t bits) {
+    return _pext_u64(bits, 0x5555555555555555u);
+}
+QSDP_INLINE uint64_t to_even_bits(uint64_t bits) {
+    return _pdep_u64(bits, 0x5555555555555555u);
+}
+
 QSDP_INLINE void pack32_nibbles(const uint8_t* codes, uint8_t* to) {
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
     const __m256i bytes = _mm256_maddubs_epi16(pairs, _mm256_set1_epi16(0x1001));

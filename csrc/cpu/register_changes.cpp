@@ -45,7 +45,7 @@ int64_t join(const std::vector<Segment>& segments, const std::vector<PlaceInFram
     std::memset(frame, 0, static_cast<size_t>(qsdp::bitmap_bytes(segments)));
     uint8_t* end = frame + qsdp::bitmap_bytes(segments);
     const auto append = [&](const uint8_t* from, int64_t count) {
-        std::memmove(end, from, static_cast<size_t>(count));
+        if (from != end && count != 0) std::memmove(end, from, static_cast<size_t>(count));
         end += count;
     };
     for (const bool is_raw : {true, false}) {
@@ -56,9 +56,7 @@ int64_t join(const std::vector<Segment>& segments, const std::vector<PlaceInFram
             append(frame + places[s].start, is_raw ? data_bytes(segment) : num_buckets(segment));
         }
     }
-    for (const Changes& each : changes) {
-        if (each.data_bytes != 0) append(each.data, each.data_bytes);
-    }
+    for (const Changes& each : changes) append(each.data, each.data_bytes);
     return end - frame;
 }
 

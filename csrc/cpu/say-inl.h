@@ -17,8 +17,11 @@ namespace {
 // By what a change names its direction, in an entry of a list.
 constexpr uint8_t kDownBit = 0x80;
 
-// The codes of a bucket that was kept, one a byte.
-QSDP_INLINE void kept_codes(const uint8_t* from, int64_t count, int bits, uint8_t* codes) {
+// The most bytes that are written of a bucket, which are more than it says.
+constexpr int64_t kMostSaid = kMostKept + 64;
+
+// The codes of a bucket, one a byte.
+QSDP_INLINE void unpack_codes(const uint8_t* from, int64_t count, int bits, uint8_t* codes) {
     if (bits == 8) {
         memcpy(codes, from, count);
     } else {
@@ -37,49 +40,68 @@ QSDP_INLINE uint8_t* say_codes(uint8_t* codes, int64_t count, int bits, uint8_t*
     return to + packed_bytes(count, bits);
 }
 
-// ``is_by_one``: whether all changes are.
+// The changes of a bucket that are all by one. Two entries at a time, as most buckets have few: a
+// branch for each would be foretold wrongly.
+QSDP_INLINE uint8_t* say_ones(const Difference& found, uint8_t* to) {
+    const auto take_entry = [](uint64_t& left, uint64_t down, int word) {
+        const int bit = std::countr_zero(left | uint64_t{1} << 63);
+        left &= left - 1;
+        return static_cast<uint16_t>(64 * word + bit + (down >> bit & 1) * kDownBit);
+    };
+    for (int word = 0; word < kMaskWords; ++word) {
+        uint8_t* entry = to;
+        uint64_t left = found.changed[word];
+        do {
+            const uint16_t first = take_entry(left, found.down[word], word);
+            const uint16_t second = take_entry(left, found.down[word], word);
+            const uint16_t both = static_cast<uint16_t>(first | second << 8);
+            memcpy(entry, &both, sizeof both);
+            entry += sizeof both;
+        } while (left != 0);
+        to += std::popcount(found.changed[word]);
+    }
+    return to;
+}
+
 QSDP_INLINE uint8_t* say_list(const Difference& found, const uint8_t* now, const uint8_t* kept,
-                              bool is_by_one, uint8_t* to) {
+                              uint8_t* to) {
     for (int word = 0; word < kMaskWords; ++word) {
         for (uint64_t left = found.changed[word]; left != 0; left &= left - 1) {
-            const int bit = std::countr_zero(left), place = 64 * word + bit;
-            const bool down = found.down[word] >> bit & 1;
-            const uint8_t entry = static_cast<uint8_t>(place | (down ? kDownBit : 0));
-            *to++ = entry;
-            if (is_by_one) continue;
-            for (int more = std::abs(now[place] - kept[place]) - 1; more > 0; --more) *to++ = entry;
+            const int place = 64 * word + std::countr_zero(left), by = now[place] - kept[place];
+            const int entry = by < 0 ? place | kDownBit : place;
+            for (int i = 0; i < std::abs(by); ++i) *to++ = static_cast<uint8_t>(entry);
         }
     }
     return to;
 }
 
+// Two bits for each changed value: down, and by two.
 QSDP_INLINE uint8_t* say_map(const Difference& found, int64_t count, int num_changed, uint8_t* to) {
-    constexpr uint64_t kEven = 0x5555555555555555u;
-    uint64_t how[2 * kMaskWords + 1] = {};
+    memcpy(to, found.changed, sizeof found.changed);
+    uint8_t* const how = to + (count + 7) / 8;
+    *how = 0;
     int at = 0;
     for (int word = 0; word < kMaskWords; ++word) {
         const uint64_t down = gather_bits(found.down[word], found.changed[word]);
         const uint64_t by_two = gather_bits(found.by_two[word], found.changed[word]);
         const int size = 2 * std::popcount(found.changed[word]);
         for (int half = 0; 64 * half < size; ++half) {
-            const uint64_t both = scatter_bits(down >> 32 * half, kEven) |
-                                  scatter_bits(by_two >> 32 * half, kEven << 1);
-            const int start = at + 64 * half;
-            how[start / 64] |= both << start % 64;
-            if (start % 64 != 0) how[start / 64 + 1] |= both >> (64 - start % 64);
+            const uint64_t both =
+                to_even_bits(down >> 32 * half) | to_even_bits(by_two >> 32 * half) << 1;
+            uint8_t* const byte = how + at / 8 + 8 * half;
+            const uint64_t low = *byte | both << at % 8;
+            memcpy(byte, &low, sizeof low);
+            byte[8] = static_cast<uint8_t>(both >> 1 >> (63 - at % 8));
         }
         at += size;
     }
-    const int64_t mask_bytes = (count + 7) / 8, how_bytes = (num_changed + 3) / 4;
-    memcpy(to, found.changed, mask_bytes);
-    memcpy(to + mask_bytes, how, how_bytes);
-    return to + mask_bytes + how_bytes;
+    return how + (num_changed + 3) / 4;
 }
 
-// Writes the shortest at ``to``, which moves behind it, and returns the bucket's count byte.
+// Writes the shortest at ``to``, which moves behind it, and returns the bucket's count byte. Where
+// nothing has changed that is a list of nothing.
 QSDP_INLINE int say_changes(const Difference& found, int num_changed, uint8_t* now,
                             const uint8_t* kept, int64_t count, int bits, uint8_t*& to) {
-    if (num_changed == 0) return 0;
     int64_t num_entries = num_changed + count_bits(found.by_two);
     if (found.by_more) {
         num_entries = 0;
@@ -88,7 +110,7 @@ QSDP_INLINE int say_changes(const Difference& found, int num_changed, uint8_t* n
     const int64_t whole = packed_bytes(count, bits);
     const int64_t map = found.by_more ? whole + 1 : map_bytes(count, num_changed);
     if (num_entries <= kMostListed && num_entries <= map && num_entries <= whole) {
-        to = say_list(found, now, kept, num_entries == num_changed, to);
+        to = num_entries == num_changed ? say_ones(found, to) : say_list(found, now, kept, to);
         return static_cast<int>(num_entries);
     }
     if (map <= whole) {

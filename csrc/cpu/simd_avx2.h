@@ -160,6 +160,21 @@ QSDP_INLINE void store(uint8_t* to, Codes codes) {
 QSDP_INLINE Codes load_codes(const uint8_t* from) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))};
 }
+QSDP_INLINE Codes add(Codes a, Codes b) {
+    return {_mm256_adds_epu8(a.v, b.v)};
+}
+QSDP_INLINE Codes sub(Codes a, Codes b) {
+    return {_mm256_subs_epu8(a.v, b.v)};
+}
+QSDP_INLINE Codes where(uint64_t bits, Codes codes) {
+    // Each byte of the bits eight times, of which each takes another bit.
+    const __m256i low =
+        _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i all = _mm256_set1_epi32(static_cast<int>(bits));
+    const __m256i own_bit = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201u));
+    const __m256i own = _mm256_and_si256(_mm256_shuffle_epi8(all, low), own_bit);
+    return {_mm256_and_si256(_mm256_cmpeq_epi8(own, own_bit), codes.v)};
+}
 QSDP_INLINE Codes distance(Codes a, Codes b) {
     return {_mm256_or_si256(_mm256_subs_epu8(a.v, b.v), _mm256_subs_epu8(b.v, a.v))};
 }
@@ -223,7 +238,11 @@ QSDP_INLINE void half_floats(U w0, U w1, U w2, U w3, F (&out)[4]) {
     out[3].v = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high, exponent));
 }
 
-using x86::gather_bits, x86::scatter_bits;
+QSDP_INLINE void unpack_nibbles(const uint8_t* from, uint8_t* codes) {
+    x86::unpack32_nibbles(from, codes);
+}
+
+using x86::even_bits, x86::gather_bits, x86::scatter_bits, x86::to_even_bits;
 using x86::pack32_nibbles, x86::pack8, x86::unpack32_nibbles, x86::unpack8;
 
 }  // namespace qsdp::avx2

@@ -158,6 +158,15 @@ QSDP_INLINE void store(uint8_t* to, Codes codes) {
 QSDP_INLINE Codes load_codes(const uint8_t* from) {
     return {_mm512_loadu_si512(from)};
 }
+QSDP_INLINE Codes add(Codes a, Codes b) {
+    return {_mm512_adds_epu8(a.v, b.v)};
+}
+QSDP_INLINE Codes sub(Codes a, Codes b) {
+    return {_mm512_subs_epu8(a.v, b.v)};
+}
+QSDP_INLINE Codes where(uint64_t bits, Codes codes) {
+    return {_mm512_mask_blend_epi8(bits, _mm512_set1_epi8(0), codes.v)};
+}
 QSDP_INLINE Codes distance(Codes a, Codes b) {
     return {_mm512_or_si512(_mm512_subs_epu8(a.v, b.v), _mm512_subs_epu8(b.v, a.v))};
 }
@@ -227,7 +236,14 @@ QSDP_INLINE void half_floats(U w0, U w1, U w2, U w3, F (&out)[4]) {
     }
 }
 
-using x86::gather_bits, x86::scatter_bits;
+// A block of codes of four bits.
+QSDP_INLINE void unpack_nibbles(const uint8_t* from, uint8_t* codes) {
+    const __m512i bytes = _mm512_cvtepu8_epi16(load256(from));
+    const __m512i pairs = _mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 4));
+    _mm512_storeu_si512(codes, _mm512_and_si512(pairs, _mm512_set1_epi8(0x0F)));
+}
+
+using x86::even_bits, x86::gather_bits, x86::scatter_bits, x86::to_even_bits;
 using x86::pack32_nibbles, x86::pack8, x86::unpack32_nibbles, x86::unpack8;
 
 }  // namespace qsdp::avx512

@@ -165,6 +165,21 @@ QSDP_INLINE Codes load_codes(const uint8_t* from) {
     memcpy(&out, from, sizeof out);
     return out;
 }
+// Sums and differences stop at 255 and at 0.
+QSDP_INLINE Codes add(Codes a, Codes b) {
+    for (int i = 0; i < kBlock; ++i) {
+        const int sum = a.lane[i] + b.lane[i];
+        a.lane[i] = static_cast<uint8_t>(sum < 255 ? sum : 255);
+    }
+    return a;
+}
+QSDP_INLINE Codes sub(Codes a, Codes b) {
+    for (int i = 0; i < kBlock; ++i) {
+        const int apart = a.lane[i] - b.lane[i];
+        a.lane[i] = static_cast<uint8_t>(apart > 0 ? apart : 0);
+    }
+    return a;
+}
 // |a - b|
 QSDP_INLINE Codes distance(Codes a, Codes b) {
     for (int i = 0; i < kBlock; ++i) {
@@ -173,10 +188,32 @@ QSDP_INLINE Codes distance(Codes a, Codes b) {
     }
     return a;
 }
+// The highest bit of each of eight bytes: whether it is not 0.
+QSDP_INLINE uint64_t nonzero_bytes(uint64_t bytes) {
+    constexpr uint64_t kLowBits = 0x7F7F7F7F7F7F7F7Fu;
+    return (((bytes & kLowBits) + kLowBits) | bytes) & ~kLowBits;
+}
+// The codes whose bit is set, 0 for the others; bits past the last are left out.
+QSDP_INLINE Codes where(uint64_t bits, Codes codes) {
+    for (int i = 0; i < kBlock; i += 8) {
+        const uint64_t all = (bits >> i & 0xFF) * 0x0101010101010101u;
+        const uint64_t mask = (nonzero_bytes(all & 0x8040201008040201u) >> 7) * 0xFF;
+        uint64_t eight;
+        memcpy(&eight, codes.lane + i, 8);
+        eight &= mask;
+        memcpy(codes.lane + i, &eight, 8);
+    }
+    return codes;
+}
 // A bit a code.
 QSDP_INLINE uint64_t not_equal(Codes a, Codes b) {
     uint64_t bits = 0;
-    for (int i = 0; i < kBlock; ++i) bits |= uint64_t{a.lane[i] != b.lane[i]} << i;
+    for (int i = 0; i < kBlock; i += 8) {
+        uint64_t x, y;
+        memcpy(&x, a.lane + i, 8);
+        memcpy(&y, b.lane + i, 8);
+        bits |= (nonzero_bytes(x ^ y) >> 7) * 0x0102040810204080u >> 56 << i;
+    }
     return bits;
 }
 QSDP_INLINE F widen_codes(const uint8_t* from) {
@@ -271,8 +308,25 @@ QSDP_INLINE uint64_t gather_bits(uint64_t bits, uint64_t mask) {
 }
 QSDP_INLINE uint64_t scatter_bits(uint64_t bits, uint64_t mask) {
     uint64_t out = 0;
-    for (; mask != 0; mask &= mask - 1, bits >>= 1) out |= bits & 1 ? mask & (0 - mask) : 0;
+    for (; mask != 0; mask &= mask - 1, bits >>= 1) out |= mask & (0 - mask) & (0 - (bits & 1));
     return out;
+}
+// Bits 0, 2 to 62, next to each other; and back from bits 0 to 31.
+QSDP_INLINE uint64_t even_bits(uint64_t bits) {
+    uint64_t x = bits & 0x5555555555555555u;
+    x = (x | x >> 1) & 0x3333333333333333u;
+    x = (x | x >> 2) & 0x0F0F0F0F0F0F0F0Fu;
+    x = (x | x >> 4) & 0x00FF00FF00FF00FFu;
+    x = (x | x >> 8) & 0x0000FFFF0000FFFFu;
+    return (x | x >> 16) & 0x00000000FFFFFFFFu;
+}
+QSDP_INLINE uint64_t to_even_bits(uint64_t bits) {
+    uint64_t x = bits & 0x00000000FFFFFFFFu;
+    x = (x | x << 16) & 0x0000FFFF0000FFFFu;
+    x = (x | x << 8) & 0x00FF00FF00FF00FFu;
+    x = (x | x << 4) & 0x0F0F0F0F0F0F0F0Fu;
+    x = (x | x << 2) & 0x3333333333333333u;
+    return (x | x << 1) & 0x5555555555555555u;
 }
 // 32 codes of four bits.
 QSDP_INLINE void pack32_nibbles(const uint8_t* codes, uint8_t* to) {
@@ -280,6 +334,11 @@ QSDP_INLINE void pack32_nibbles(const uint8_t* codes, uint8_t* to) {
 }
 QSDP_INLINE void unpack32_nibbles(const uint8_t* from, uint8_t* codes) {
     for (int i = 0; i < 32; ++i) codes[i] = from[i / 2] >> i % 2 * 4 & 0xF;
+}
+
+// A block of them.
+QSDP_INLINE void unpack_nibbles(const uint8_t* from, uint8_t* codes) {
+    unpack32_nibbles(from, codes);
 }
 
 #undef QSDP_LANES

@@ -102,6 +102,13 @@ EMULATED __m512i cvtepu8_epi32(__m128i a) {
     for (int i = 0; i < 16; ++i) x.lane[i] = bytes[i];
     return vector<__m512i>(x);
 }
+EMULATED __m512i cvtepu8_epi16(__m256i a) {
+    uint8_t x[32];
+    memcpy(x, &a, 32);
+    Lanes<uint16_t> out;
+    for (int i = 0; i < 32; ++i) out.lane[i] = x[i];
+    return vector<__m512i>(out);
+}
 EMULATED __m256i cvtepi32_epi16(__m512i a) {
     const auto x = lanes<uint32_t>(a);
     uint16_t low[16];
@@ -219,6 +226,9 @@ constexpr auto least = [](auto a, auto b) { return a < b ? a : b; };
 constexpr auto most = [](auto a, auto b) { return a > b ? a : b; };
 constexpr auto difference = [](float a, float b) { return a - b; };
 constexpr auto excess = [](uint8_t a, uint8_t b) -> uint8_t { return a > b ? a - b : 0; };
+constexpr auto full_sum = [](uint8_t a, uint8_t b) -> uint8_t {
+    return a + b < 255 ? static_cast<uint8_t>(a + b) : 255;
+};
 constexpr auto product = [](float a, float b) { return a * b; };
 constexpr auto both = [](uint64_t a, uint64_t b) { return a & b; };
 constexpr auto either = [](uint64_t a, uint64_t b) { return a | b; };
@@ -240,6 +250,7 @@ EMULATED __m512i mask_add_epi32(__m512i from, uint16_t mask, __m512i a, __m512i 
 #define _mm512_cvtps_ph(a, nearest) emulation::nearest_ph(a)
 #define _mm512_cvtepu16_epi32 emulation::cvtepu16_epi32
 #define _mm512_cvtepu8_epi32 emulation::cvtepu8_epi32
+#define _mm512_cvtepu8_epi16 emulation::cvtepu8_epi16
 #define _mm512_cvtepi32_epi16 emulation::cvtepi32_epi16
 #define _mm512_packs_epi32 emulation::packs_epi32
 #define _mm512_packus_epi16 emulation::packus_epi16
@@ -271,6 +282,7 @@ EMULATED __m512i mask_add_epi32(__m512i from, uint16_t mask, __m512i a, __m512i 
 #define _mm512_max_ps(a, b) emulation::zip<float>(a, b, emulation::most)
 #define _mm512_min_epu32(a, b) emulation::zip<uint32_t>(a, b, emulation::least)
 #define _mm512_max_epu32(a, b) emulation::zip<uint32_t>(a, b, emulation::most)
+#define _mm512_adds_epu8(a, b) emulation::zip<uint8_t>(a, b, emulation::full_sum)
 #define _mm512_subs_epu8(a, b) emulation::zip<uint8_t>(a, b, emulation::excess)
 #undef _mm512_cmpneq_epu8_mask
 #define _mm512_cmpneq_epu8_mask emulation::cmpneq_epu8
@@ -280,6 +292,7 @@ EMULATED __m512i mask_add_epi32(__m512i from, uint16_t mask, __m512i a, __m512i 
 #define _mm512_and_si512(a, b) emulation::zip<uint64_t>(a, b, emulation::both)
 #define _mm512_or_si512(a, b) emulation::zip<uint64_t>(a, b, emulation::either)
 #define _mm512_mul_epu32(a, b) emulation::zip<uint64_t>(a, b, emulation::low_product)
+#define _mm512_slli_epi16(a, n) emulation::shift_left<uint16_t>(a, n)
 #define _mm512_slli_epi32(a, n) emulation::shift_left<uint32_t>(a, n)
 #define _mm512_srli_epi32(a, n) emulation::shift_right<uint32_t>(a, n)
 #undef _mm512_slli_epi64

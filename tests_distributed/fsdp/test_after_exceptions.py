@@ -108,7 +108,8 @@ def pass_between(job: Job, where: str, *, fails: bool) -> None:
 
 def gathers_ahead(job: Job, *_: Any) -> None:
     """All groups are being gathered when somebody asks for exact, then for compressed weights."""
-    for context in ("exact", "compressed"):
+    contexts = ("exact", "compressed")
+    for context in contexts[: 1 + (job.setting.gather != "delta")]:
         for module in (*job.model.blocks, job.model):
             module.unshard(async_op=True)  # type: ignore[operator]
         pass_between(job, context, fails=False)
@@ -139,6 +140,8 @@ def points(setting: Setting) -> dict[str, tuple[int, Disturb]]:
         for where in BETWEEN:
             if where == "inference" and setting.gather is None and not step:
                 continue  # torch's own FSDP2 cannot train after such a first pass
+            if "compressed" in where and setting.gather == "delta":
+                continue  # other weights in the same step draw other grids, which stay
             for fails in (False, True):
                 found[f"{where}{' fails' * fails}, before step {step}"] = (
                     step,
@@ -182,7 +185,7 @@ WAYS = {
     for method in METHODS
     for gather in ("twice", "once", None)
     if (method, gather) != ("AdamW", None)
-}
+} | {"AdamW-delta": ("AdamW", "delta")}
 
 
 @selection(
@@ -190,6 +193,8 @@ WAYS = {
     [
         ("AdamW-twice", None, 1, 0),
         ("AdamW-once", None, 2, 3),
+        ("AdamW-delta", None, 1, 4),
+        ("AdamW-delta", False, 2, 7),
         ("CrAM+-once", None, 1, 5),
         ("GMP-twice", False, 2, 9),
         ("SAM-None", None, 1, 0),

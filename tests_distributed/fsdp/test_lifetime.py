@@ -129,6 +129,7 @@ WAYS = {
     "tied, frozen and unused": Way(options={"tied": True, "frozen": True, "unused": True}),
     "re-computation": Way(options={"checkpointing": True}),
     "gather once": Way(config={"gather": "once"}, options={"frozen": True}),
+    "gather delta": Way(config={"gather": "delta"}, options={"frozen": True}),
     "learned levels": Way(config={"weight_bits": 4, "levels": "learned", "level_steps": (1, 2)}),
     "budget": Way(config={"budget": 5.0}),
     "two hops": Way(ranks=4, config={"reduce": "two-hop", "ranks_per_node": 2}),
@@ -144,7 +145,9 @@ WAYS = {
     "an exception in forward": Way(act=_fails_in_forward),
     "an exception in backward": Way(act=_fails_in_backward),
     "an exception in backward, gather once": Way(act=_fails_in_backward, config={"gather": "once"}),
+    "an exception in forward, gather delta": Way(act=_fails_in_forward, config={"gather": "delta"}),
     "gathers under way": Way(act=_stays_gathered),
+    "gathers under way, gather delta": Way(act=_stays_gathered, config={"gather": "delta"}),
     "torch.compile": Way(act=_compile),
     "removed": Way(act=lambda model, handle: handle.remove()),
 }

@@ -22,7 +22,8 @@ from tests_distributed.support.running import Run, selection
 
 PACKAGE = str(Path(qsdp.__file__).parent)
 WIDTH = 4
-WAYS = ["gathered twice", "gathered once", "no root", "no root, blocks in parts", "local losses"]
+GATHERS = {"gathered once": "once", "changes gathered": "delta"}
+WAYS = ["gathered twice", *GATHERS, "no root", "no root, blocks in parts", "local losses"]
 
 
 class Adapted(nn.Module):
@@ -67,7 +68,7 @@ def _counts(way: str, num_blocks: int) -> list[int]:
     modules = wholes.get(way, [*model, model])
     for module in modules:
         fully_shard(module, mesh=all_ranks())
-    qsdp.install(model, qsdp.QSDPConfig(gather="once" if way == "gathered once" else "twice"))
+    qsdp.install(model, qsdp.QSDPConfig(gather=GATHERS.get(way, "twice")))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizers = [torch.optim.SGD([p], lr=0.1) for p in trained]
     found = []

@@ -10,6 +10,7 @@ import gc
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
@@ -52,8 +53,18 @@ class ToyConfig:
     """The first block's attention output, and one of its norms, need no gradient."""
     unused: bool = False
     """Every block has a linear layer that the forward pass does not use."""
+    trained: str = "*"
+    """The pattern of the names of all that needs a gradient, if anything is frozen beside that."""
+    zeros: bool = False
+    """The blocks' attention outputs begin as zeros, as adapters do."""
+    bf16: bool = False
+    """All parameters are bf16."""
+    again: bool = False
+    """The first block is passed through once more, after the last."""
     checkpointing: bool = False
     """Blocks are recomputed in the backward pass."""
+    reentrant: bool = False
+    """They are in the way that torch knew first."""
     conv1d: bool = False
     """The blocks' linear layers store their weights as [in, out]."""
 
@@ -129,14 +140,18 @@ class Toy(nn.Module):
             assert isinstance(first, Block)
             for parameter in [*first.out.parameters(), first.norm1.weight]:
                 parameter.requires_grad_(False)
+        for name, parameter in self.named_parameters():
+            if not fnmatchcase(name, config.trained):
+                parameter.requires_grad_(False)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the mean cross-entropy of ``targets_BT`` (int64) in nats, a scalar."""
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTC = self.embed(tokens_BT) + self.position(positions_T)
-        for block in self.blocks:
+        blocks = [*self.blocks]
+        for block in blocks + blocks[: self.config.again]:
             if self.config.checkpointing:
-                x_BTC = checkpoint(block, x_BTC, use_reentrant=False)
+                x_BTC = checkpoint(block, x_BTC, use_reentrant=self.config.reentrant)
             else:
                 x_BTC = block(x_BTC)
         logits_BTV = self.head(self.norm(x_BTC))
@@ -154,7 +169,9 @@ def make_model(seed: int = 0, **options: Any) -> Toy:
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("gain"):
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return model
+            if model.config.zeros and name.endswith("out.weight"):
+                parameter.data.zero_()
+    return model.bfloat16() if model.config.bf16 else model
 
 
 def make_batch(model: Toy, seed: int, rank: int | None = None, batch_size: int = 3) -> list[Tensor]:

@@ -52,13 +52,17 @@ class Case:
     """Shard the MLP's down-projection by columns: ``shard_placement_fn``, even sizes only."""
     sparse: bool = False
     """Matrices of the blocks are pruned, and the wire knows it."""
+    steps: int | None = None
+    """None: two, or three where the wire is another at a later step."""
     config: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     """Of the model."""
 
     @property
     def num_steps(self) -> int:
-        """Three where the wire is another at a later step."""
+        """How many steps are taken."""
+        if self.steps is not None:
+            return self.steps
         changing = {"levels", "budget", "warmup_steps"}
         return 2 + bool(changing & self.config.keys())
 

@@ -1,0 +1,283 @@
+"""Where one rank has lost a frame of changes, or differs, all ranks say so, and can go on."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from qsdp import ops
+from qsdp.comm import transport
+from tests_distributed.support.delta import (
+    decoded,
+    installed,
+    same_on_all_ranks,
+    take_sgd_step,
+)
+from tests_distributed.support.helpers import full_state, make_batch
+from tests_distributed.support.one_rank import (
+    FORWARD,
+    UP,
+    Point,
+    Stage,
+    assert_said,
+    differs,
+    forward,
+    say_at_each,
+    train,
+)
+from tests_distributed.support.running import Run, selection
+
+CONFIG = {"weight_bits": 4, "grad_bits": 8, "delta_redraw_every": 3}
+DELTA = {"gather": "delta"}
+
+
+def _thaw(stage: Stage) -> None:
+    stage.parameter(UP).requires_grad_(True)
+    stage.forward()
+
+
+def _freeze(stage: Stage) -> None:
+    stage.parameter(UP).requires_grad_(False)
+    stage.forward()
+
+
+def _freeze_before(stage: Stage) -> None:
+    stage.parameter(UP).requires_grad_(False)
+    stage.train()
+
+
+def _load_another_step(stage: Stage) -> None:
+    stage.handle.load_state_dict(stage.handle.state_dict() | {"step": 7, "reduced": 0})
+    stage.forward()
+
+
+POINTS = {
+    "frozen before the first step": Point(
+        there=_freeze,
+        elsewhere=forward,
+        says=differs(FORWARD, "frozen parameters", UP, "none"),
+        config=DELTA,
+    ),
+    "frozen": Point(
+        before=train,
+        there=_freeze,
+        elsewhere=train,
+        says=differs(FORWARD, "frozen parameters", UP, "none"),
+        config=DELTA,
+    ),
+    "trained again": Point(
+        before=_freeze_before,
+        there=_thaw,
+        elsewhere=forward,
+        says=differs(FORWARD, "frozen parameters", "none", UP),
+        config=DELTA,
+    ),
+    "a state loaded": Point(
+        before=train,
+        there=_load_another_step,
+        elsewhere=forward,
+        says=differs(FORWARD, "step", "7", "1"),
+        config=DELTA,
+    ),
+}
+
+
+def said(odd: int) -> dict[str, str]:
+    """What this rank says at each point."""
+    return say_at_each(POINTS, odd)
+
+
+@selection("ranks,odd", [(3, -1)], [2, 3], [0, -1])
+def test_when_one_rank_differs_all_raise_one_sentence(run: Run, ranks: int, odd: int) -> None:
+    assert_said(POINTS, run(ranks, said, odd), odd)
+
+
+# --- a frame that is lost ---------------------------------------------------------------------
+
+
+@contextmanager
+def _fails_to_apply(model: Any, error: type[BaseException]) -> Iterator[list[str]]:
+    """Inside, the first frame of the forward pass's last group cannot be applied."""
+    apply, failed, is_armed = ops.apply_changes, [], False
+
+    def apply_or_fail(*args: Any) -> None:
+        if is_armed and not failed:
+            failed.append("here")
+            raise error("an interruption")
+        apply(*args)
+
+    def arm(*_: object) -> None:
+        nonlocal is_armed
+        is_armed = True
+
+    hook = model.blocks[-1].norm2.register_forward_hook(arm)
+    with mock.patch.object(ops, "apply_changes", apply_or_fail):
+        yield failed
+    hook.remove()
+
+
+def _lost(error: type[BaseException], odd: int, trains: bool) -> dict[str, Any]:
+    """What this rank says after a frame that rank ``odd`` loses, and how it goes on."""
+    model, handle = installed(6, CONFIG)
+    for step in range(2):
+        take_sgd_step(model, step, 0.1)
+    is_odd = dist.get_rank() == odd
+    with torch.set_grad_enabled(trains):
+        if is_odd:
+            with _fails_to_apply(model, error) as failed, pytest.raises(error):
+                model(*make_batch(model, 2))
+            assert failed
+        else:
+            model(*make_batch(model, 2))
+    if error is KeyboardInterrupt:  # of which torch's modules tell no hook: the pass is not over
+        handle.abandon_step()
+    try:
+        take_sgd_step(model, 3, 0.1)
+        heard = "nothing"
+    except RuntimeError as found:
+        heard = str(found)
+    present = torch.ones(())
+    dist.all_reduce(present)  # no collective is half done
+    assert present == dist.get_world_size()
+    model.zero_grad()
+    handle.abandon_step()
+    losses = [take_sgd_step(model, step, 0.1) for step in range(4, 6)]
+    weights, exact = decoded(model), full_state(model)
+    name = "blocks.1.mlp.up.weight"
+    return {
+        "heard": heard,
+        "same": same_on_all_ranks(weights),
+        "near": float((weights[name] - exact[name]).abs().max() / exact[name].abs().max()),
+        "losses": losses,
+    }
+
+
+@selection(
+    ("error", "odd", "trains"),
+    [(KeyboardInterrupt, 1, True), (RuntimeError, 0, False), (LookupError, 2, True)],
+    (KeyboardInterrupt, RuntimeError, LookupError),
+    (0, 1, 2),
+    (False, True),
+)
+def test_a_lost_frame_is_named_by_all_ranks_and_training_goes_on_after_it(
+    run: Run, error: type[BaseException], odd: int, trains: bool
+) -> None:
+    everyone = run(3, _lost, error, odd, trains)
+    for found in everyone:
+        kept = rf"rank {odd or 1} is at a forward pass with the digest of kept codes .*"
+        assert re.match(kept, found["heard"])
+        assert f"lost in an interruption of rank {odd}" in found["heard"]
+        assert found["same"]
+        assert found["near"] < 0.3
+        assert all(loss == loss for loss in found["losses"])
+
+
+def _interrupted_everywhere() -> tuple[list[str], list[bool]]:
+    """Every rank is interrupted while it applies frames of the same group, each at another one."""
+    model, handle = installed(6, {**CONFIG, "delta_redraw_every": 1000})
+    take_sgd_step(model, 0, 0.1)
+    apply, num_calls = ops.apply_changes, 0
+
+    def apply_or_fail(*args: Any) -> None:
+        nonlocal num_calls
+        if num_calls == dist.get_rank():
+            raise KeyboardInterrupt
+        num_calls += 1
+        apply(*args)
+
+    with mock.patch.object(ops, "apply_changes", apply_or_fail), pytest.raises(KeyboardInterrupt):
+        model(*make_batch(model, 1))
+    handle.abandon_step()
+    said, same = [], []
+    for step in range(3):
+        try:
+            take_sgd_step(model, step, 0.1)
+            same.append(same_on_all_ranks(decoded(model)))
+        except RuntimeError as error:
+            said.append(str(error))
+            model.zero_grad()
+    return said, same
+
+
+def test_ranks_that_are_interrupted_at_other_frames_do_not_part_in_silence(run: Run) -> None:
+    for said, same in run(3, _interrupted_everywhere):
+        assert all("kept codes" in sentence for sentence in said)
+        assert len(same) >= 2
+        assert all(same)
+
+
+def _other_bytes(odd: int, byte: int, bit: int) -> list[str]:
+    """What this rank says in each step; ``odd`` sees the first frame with a bit flipped."""
+    model, _ = installed(6, CONFIG)
+    wait, is_damaged = transport.Arrival.wait, False
+
+    def damaged_on_the_way(arrival: Any) -> torch.Tensor | None:
+        nonlocal is_damaged
+        seen = wait(arrival)
+        # Not what ranks agree on before they send frames.
+        if seen is not None and seen.dtype == torch.uint8 and not is_damaged:
+            seen.view(-1)[byte] ^= 1 << bit
+            is_damaged = True
+        return seen
+
+    said = []
+    sees = damaged_on_the_way if dist.get_rank() == odd else wait
+    with mock.patch.object(transport.Arrival, "wait", sees):
+        for step in range(2):
+            try:
+                take_sgd_step(model, step, 0.1)
+            except RuntimeError as error:
+                said.append(str(error))
+                model.zero_grad()
+    assert is_damaged == (dist.get_rank() == odd)
+    return said
+
+
+@selection("where,odd", [("raw", 1), ("codes", 0)], ["raw", "codes"], [0, 1, 2])
+def test_bytes_that_one_rank_alone_has_otherwise_are_found_by_all(
+    run: Run, where: str, odd: int
+) -> None:
+    # Behind the header and the bitmap of rank 0's frame come a norm, then counts, then data.
+    begin, end = {"raw": (60, 80), "codes": (150, 230)}[where]
+    byte, bit = random.randrange(begin, end), random.randrange(8)
+    for said in run(3, _other_bytes, odd, byte, bit):
+        assert len(said) == 1, (byte, bit)  # the step after it is whole again
+        assert re.fullmatch(rf"rank {odd or 1} .*\.", said[0])
+        assert "kept codes" in said[0]
+
+
+# --- a frame that cannot be made ----------------------------------------------------------------
+
+
+def _cannot_encode(odd: int) -> tuple[str, list[bool]]:
+    """What this rank says where the codec fails on rank ``odd``, and how it goes on."""
+    model, _ = installed(6, CONFIG)
+    take_sgd_step(model, 0, 0.1)
+    said = "nothing"
+    fails = mock.patch.object(ops, "encode_changes", side_effect=RuntimeError("no memory."))
+    with fails if dist.get_rank() == odd else nullcontext():
+        try:
+            model(*make_batch(model, 1))
+        except RuntimeError as error:
+            said = str(error)
+    same = []
+    for step in range(1, 3):
+        take_sgd_step(model, step, 0.1)
+        same.append(same_on_all_ranks(decoded(model)))
+    return said, same
+
+
+@pytest.mark.parametrize("odd", [0, 2])
+def test_all_ranks_hear_of_one_that_cannot_make_its_frame(run: Run, odd: int) -> None:
+    for rank, (said, same) in enumerate(run(3, _cannot_encode, odd)):
+        told = f"rank {odd} cannot send its part of the group of .*\\."
+        assert re.fullmatch("no memory." if rank == odd else told, said)
+        assert same == [True, True]

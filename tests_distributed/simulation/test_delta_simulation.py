@@ -1,0 +1,95 @@
+"""Training whose gathers send changes alone equals its simulation, bit for bit.
+
+The simulation keeps grids and no codes: what the ranks keep has no history that shows. Grids are
+drawn anew every third step. AdamW moves weights out of grids of little room before that.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from tests_distributed.support.running import Run, selection
+from tests_distributed.support.trainings import (
+    BF16,
+    FP32,
+    Case,
+    assert_training_equals_its_simulation,
+)
+
+STEPS = 7
+
+
+def _case(config: dict[str, Any] | None = None, **settings: Any) -> Case:
+    delta = {"gather": "delta", "delta_redraw_every": 3, "weight_bits": 4}
+    return Case(**settings, steps=STEPS, config=delta | (config or {}))
+
+
+EIGHT = {"weight_bits": 8}
+CASES = {
+    "alone": _case(ranks=1),
+    "plain": _case(),
+    "not resharded": _case(EIGHT, ranks=3, reshard=False, options={"frozen": True}),
+    "as FSDP2 reshards": _case({"grad_bits": 4}, ranks=3, reshard=None, adamw=True),
+    "empty shards": _case(
+        {"weight_bucket_size": 16, "delta_room": 0.02, "delta_redraw_every": 50},
+        ranks=4,
+        adamw=True,
+    ),
+    "eight bits, small buckets": _case(
+        EIGHT | {"bucket_size": 8, "delta_room": 0.05}, ranks=4, nested=False, adamw=True
+    ),
+    "large buckets": _case({"weight_bucket_size": 128, "rounding": "shift"}, ranks=3),
+    "nearest": _case({"rounding": "nearest"}, ranks=3),
+    "nearest at eight bits": _case(EIGHT | {"rounding": "nearest"}, options={"zeros": True}),
+    "tied": _case({"embedding_bits": 4}, ranks=3, options={"tied": True}),
+    "tied, one group": _case(EIGHT, nested=False, options={"tied": True}),
+    "frozen and unused": _case(options={"frozen": True, "unused": True}, reshard=None),
+    "most is frozen": _case(ranks=3, options={"trained": "*.mlp.up.weight"}),
+    "most is frozen, re-computed": _case(
+        options={"trained": "*.norm1.*", "checkpointing": True}, micro_batches=2
+    ),
+    "from zeros": _case(ranks=3, options={"zeros": True}, adamw=True),
+    "accumulated": _case(EIGHT, micro_batches=3, reshard=None),
+    "accumulated after reduce": _case(ranks=3, micro_batches=2, sync_every=True),
+    "re-computed": _case(ranks=4, options={"checkpointing": True, "frozen": True}),
+    "re-computed, re-entrant": _case(
+        micro_batches=2, options={"checkpointing": True, "reentrant": True}
+    ),
+    "gathered in bf16": _case(ranks=3, dtypes=(BF16, FP32), options={"frozen": True}),
+    "bf16": _case(EIGHT, ranks=4, dtypes=(BF16, BF16), options={"bf16": True, "tied": True}),
+    "many widths": _case(
+        {
+            "policy": (
+                *(("*.mlp.up.weight", 3), ("head.*", 16), ("embed.*", 32), ("*norm1*", 5)),
+                *(("*.qkv.weight", (2, 4)), ("*.out.weight", (16, 3))),
+            ),
+        },
+        ranks=3,
+    ),
+    "much room": _case({"delta_room": 1.0, "delta_redraw_every": 200}, adamw=True),
+    "little room": _case({"delta_room": 2.0**-10, "delta_redraw_every": 1000}, ranks=3, adamw=True),
+    "anew in each step": _case({"delta_redraw_every": 1}, options={"frozen": True}),
+    "by columns and a large seed": _case(
+        {"seed": 2**62 + 12345}, columns=True, nested=False, options={"hidden": 6}
+    ),
+    "all that is odd": _case(
+        {"bucket_size": 16, "rounding": "stochastic", "grad_bits": 6},
+        ranks=3,
+        reshard=False,
+        micro_batches=2,
+        max_norm=0.1,
+        options={"tied": True, "frozen": True, "unused": True, "checkpointing": True},
+    ),
+}
+# Of these, others have the same in other company.
+HEAVY = {
+    *("plain", "as FSDP2 reshards", "tied, one group", "frozen and unused", "re-computed"),
+    *("large buckets", "much room", "anew in each step", "nearest at eight bits"),
+    *("not resharded", "most is frozen", "tied", "accumulated", "eight bits, small buckets"),
+}
+
+
+@selection("name", [(name,) for name in CASES if name not in HEAVY], tuple(CASES))
+def test_training_with_kept_codes_equals_the_simulation(run: Run, name: str) -> None:
+    assert_training_equals_its_simulation(run, CASES[name], random.randrange(1 << 30))
