@@ -59,16 +59,8 @@ def refuse_own_comms(groups: list[ParameterGroup], replicas: dist.ProcessGroup |
 def refuse_changes(
     config: QSDPConfig, groups: list[ParameterGroup], replicas: dist.ProcessGroup | None
 ) -> None:
-    """Raise ValueError if the arguments of ``install`` ask for changes where codes are not kept.
-
-    That is on GPUs, and with replicas.
-    """
+    """Raise ValueError if the arguments of ``install`` ask for changes of a model with replicas."""
     for group in groups if config.gather == "delta" else ():
-        if group.mesh.device_type != "cpu":
-            raise ValueError(
-                f"gather is 'delta' and {module_name(group)} is on {group.mesh.device_type}, which "
-                "has no kernels for it: train on CPUs, or choose gather 'once' or 'twice'."
-            )
         if replicas is not None or group.replicas > 1:
             raise ValueError(
                 f"gather is 'delta' and {module_name(group)} has replicas, whose kept codes "

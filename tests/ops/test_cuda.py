@@ -12,8 +12,9 @@ from torch import Tensor
 from qsdp.codec.payload import Layout, Segment
 from qsdp.common import bitmask
 from qsdp.common.dtypes import DType
+from qsdp.common.rounding import Rounding
 from qsdp.ops import native
-from qsdp.ops.reference import codec
+from qsdp.ops.reference import changes, codec
 from tests.support import patience
 from tests.support.gpu_kernels import NO_GPU
 
@@ -147,6 +148,88 @@ def test_offsets_above_2_to_the_31() -> None:
     tail = Sent(1 << 20)
     tail.values.copy_(sent.values[-(1 << 20) :])
     assert not torch.equal(sent.decoded[-(1 << 20) :], torch.zeros_like(tail.values))
+
+
+class Keeper:
+    """A shard on the GPU and the row that is kept of it, and both again on the CPU."""
+
+    def __init__(self, numels: dict[int, int]) -> None:
+        segments = [
+            Segment(
+                bits=bits,
+                dtype=DType.FP32,
+                padded=numel,
+                parameter=bits,
+                bucket=128,
+                rounding=Rounding.DITHER,
+                keeps_epochs=True,
+            )
+            for bits, numel in numels.items()
+        ]
+        segments.append(Segment(bits=0, dtype=DType.FP32, padded=99_999, parameter=0))
+        layout = Layout(segments, group=2)
+        self.table = torch.tensor(layout.table([segment.padded for segment in segments]))
+        rows = changes.kept_rows(self.table, torch.empty(layout.payload_bytes, dtype=torch.uint8))
+        self.x = torch.randn(layout.num_values)
+        self.kept = torch.zeros(layout.payload_bytes, dtype=torch.uint8)
+        for row in rows:
+            if row.bits:
+                row.meta(self.kept).view(torch.float32)[::2] = torch.nan
+        self.most_bytes = changes._most_bytes(rows)
+        self.gpu_kept = self.kept.cuda()
+
+    def encode(self, x: Tensor, kept: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        frame = torch.empty(self.most_bytes, dtype=torch.uint8, device=x.device)
+        counts, modes = torch.zeros(3, dtype=torch.int64), torch.full((len(self.table),), 2)
+        given = (kept, modes, step, 200, 0.25, frame, counts)
+        torch.ops.qsdp.encode_changes(x.view(torch.uint8), self.table, 7, *given)
+        return frame[: counts[0]], counts
+
+    def step(self, number: int) -> Tensor:
+        """Both alike; returns the counts."""
+        body, counts = self.encode(self.x, self.kept, number)
+        gpu_body, gpu_counts = self.encode(self.x.cuda(), self.gpu_kept, number)
+        assert torch.equal(gpu_counts, counts)
+        assert torch.equal(gpu_body.cpu(), body)
+        torch.ops.qsdp.apply_changes(body, self.table, number, self.kept)
+        torch.ops.qsdp.apply_changes(gpu_body, self.table, number, self.gpu_kept)
+        assert torch.equal(self.gpu_kept.cpu(), self.kept)
+        return counts
+
+
+def test_changes_of_millions_of_values_are_those_of_cpus() -> None:
+    keeper = Keeper({4: 20_000_001, 8: 3_000_000, 2: 77})
+    assert keeper.step(0)[2] > 100_000
+    for number in range(1, 4):
+        keeper.x += torch.randn_like(keeper.x).mul_(0.02)
+        assert keeper.step(number)[1] > 100_000
+
+
+def test_changes_wait_for_their_own_stream_alone() -> None:
+    keeper = Keeper({4: 1_000_000})
+    own, other = torch.cuda.Stream(), torch.cuda.Stream()
+    want, _ = keeper.encode(keeper.x, keeper.kept, 0)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(2_000_000_000)
+    with torch.cuda.stream(own):
+        torch.cuda._sleep(100_000_000)
+        x = keeper.x.cuda()
+        body, _ = keeper.encode(x, keeper.gpu_kept, 0)
+        torch.ops.qsdp.apply_changes(body, keeper.table, 0, keeper.gpu_kept)
+    assert own.query()  # the host has waited
+    assert not other.query()
+    assert torch.equal(body.cpu(), want)
+
+
+@pytest.mark.parametrize("said", [b"", b"\4", b"\1\2", b"\1" + b"\3" * 8])
+def test_a_frame_that_cannot_be_leaves_the_gpu_in_use(said: bytes) -> None:
+    keeper = Keeper({4: 1024})
+    body = torch.tensor(list(said), dtype=torch.uint8, device="cuda")
+    with pytest.raises(ValueError, match=r"^a frame [^:]+: give what encode_changes wrote"):
+        torch.ops.qsdp.apply_changes(body, keeper.table, 0, keeper.gpu_kept)
+    assert torch.equal(keeper.gpu_kept.cpu(), keeper.kept)
+    keeper.step(0)
 
 
 _STOPS = """

@@ -1,4 +1,4 @@
-"""The bodies of the CUDA kernels on the host, under sanitizers: the whole matrix of the codec."""
+"""The bodies of the CUDA kernels, of the codec and of changes, on the host, under sanitizers."""
 
 from __future__ import annotations
 

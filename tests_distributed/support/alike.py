@@ -234,11 +234,14 @@ def delayed(seed: int, step: int) -> Iterator[None]:
         yield
 
 
+CODEC = ("encode", "decode", "encode_all", "decode_all", "encode_changes", "apply_changes")
+
+
 @contextmanager
 def _codec_calls(changed: Callable[[Any], Any]) -> Iterator[None]:
     """Inside, the codec's operators are what ``changed`` makes of them."""
     with ExitStack() as patches:
-        for name in ("encode", "decode", "encode_all", "decode_all"):
+        for name in CODEC:
             patches.enter_context(mock.patch.object(ops, name, changed(getattr(ops, name))))
         yield
 
@@ -267,6 +270,8 @@ MORE_CASES = {
     "micro-batches": Case(micro_batches=3, config={"grad_bits": 2}),
     "raw": Case(config={"weight_bits": 32, "grad_bits": 16}),
     "sparse, kept": Case(sparse=True, config={"gather": "once", "weight_bits": 4}),
+    "changes": Case(ranks=3, micro_batches=2, config={"gather": "delta", "weight_bits": 4}),
+    "changes, bf16": Case(is_bf16=True, prefetch=True, config={"gather": "delta"}),
 }
 
 
@@ -275,6 +280,10 @@ RACES = {
     "prefetched": Case(rows=4096, prefetch=True, micro_batches=2, config={"weight_bits": 4}),
     "kept": Case(rows=4096, config={"gather": "once", "grad_bits": 4}),
     "kept, asked for early": Case(rows=4096, early=True, config={"gather": "once"}),
+    "changes": Case(rows=4096, prefetch=True, config={"gather": "delta", "weight_bits": 4}),
+    "changes, asked for early": Case(
+        rows=4096, early=True, micro_batches=2, config={"gather": "delta", "delta_redraw_every": 2}
+    ),
     "replicas, bf16": Case(ranks=4, replicas=2, rows=4096, is_bf16=True),
     # FSDP2 casts what was averaged, and drops it: the next group's reduce is given its memory.
     "replicas, reduced in bf16": Case(
