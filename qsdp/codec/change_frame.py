@@ -47,7 +47,7 @@ class FrameSizes:
 
     def __init__(self, first: int, most: int) -> None:
         self._longest = deque([first], maxlen=_REMEMBERED)
-        self._most = most
+        self._is_guess, self._most = True, most
 
     @property
     def expected(self) -> int:
@@ -57,6 +57,9 @@ class FrameSizes:
 
     def saw(self, longest: int) -> None:
         """Learn how long the longest frame of a gather was."""
+        if self._is_guess:
+            self._longest.clear()
+        self._is_guess = False
         self._longest.append(longest)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qsdp import ops
-from qsdp.codec.change_frame import FRAME_HEADER_BYTES
+from qsdp.codec.change_frame import FRAME_HEADER_BYTES, bitmap_bytes
 from qsdp.codec.payload import VERSION, PayloadStatus
 from qsdp.comm import transport
 from qsdp.comm.group_layout import GroupLayout
@@ -27,6 +28,8 @@ class Frames(NamedTuple):
     """uint8 [body bytes] each, by rank: valid until ``release``."""
     longest: int
     """Bytes of the longest frame."""
+    has_changes: bool
+    """Whether any of them says more than that nothing has changed."""
     release: Callable[[], None]
 
 
@@ -40,6 +43,7 @@ class ChangeGather:
         row: uint8 [row bytes], what all ranks keep of it: it stays as it is.
         modes: int64 [segments], how each parameter is looked at.
         wire: What the group shares with the others.
+        digest: That of all frames before.
         most: Bytes that no frame has more of.
         expected: Bytes that all ranks send at once of their frames.
         is_first: It is the first in a step: its bytes are those of training, in a validation too.
@@ -55,6 +59,7 @@ class ChangeGather:
         modes: Tensor,
         wire: Wire,
         *,
+        digest: int,
         most: int,
         expected: int,
         is_first: bool,
@@ -62,7 +67,7 @@ class ChangeGather:
     ) -> None:
         self._plan, self._layout, self._wire = plan, layout, wire
         self._expected, self._most, self._device = expected, most, shard.device
-        self._is_first = is_first
+        self.is_first = is_first
         self.step = step = wire.clock.step
         self._mistake: RuntimeError | None = None
         counts = [0, 0, 0]
@@ -77,8 +82,7 @@ class ChangeGather:
             body, changed, drawn = counts
             self._length = FRAME_HEADER_BYTES + body
             word, _, _, plan_hash = layout.header(plan.rank, step, status)
-            digest = _signed(wire.digests[plan.index])
-            header = [word, step, self._length, plan_hash, digest, changed, drawn]
+            header = [word, step, self._length, plan_hash, _signed(digest), changed, drawn]
             frame[:FRAME_HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
             self._gathered = wire.buffers.acquire(plan.world_size * expected, shard.device)
             own = self._gathered.view(-1, expected)[plan.rank]
@@ -102,7 +106,7 @@ class ChangeGather:
         gathered = self._gathered.view(plan.world_size, self._expected)
         headers = (gathered if seen is None else seen.view_as(gathered))[:, :FRAME_HEADER_BYTES]
         headers = headers.contiguous().view(torch.int64).cpu()
-        wire.traffic.gathered("gather", plan.group, self._expected, is_training=self._is_first)
+        wire.traffic.gathered("gather", plan.group, self._expected, is_training=self.is_first)
         wire.traffic.in_fp32("gather", plan.world_size, self._layout.num_values)
         mistake, self._mistake = self._mistake, None
         if mistake is not None:
@@ -117,7 +121,9 @@ class ChangeGather:
         bodies = [
             frame[FRAME_HEADER_BYTES:length] for frame, length in zip(whole, lengths, strict=True)
         ]
-        return Frames(bodies, max(lengths), lambda: wire.buffers.release(self._gathered))
+        least = FRAME_HEADER_BYTES + bitmap_bytes(self._layout.segments)
+        release = partial(wire.buffers.release, self._gathered)
+        return Frames(bodies, max(lengths), max(lengths) > least, release)
 
     def _with_the_rest(self, gathered: Tensor, longest: int) -> Sequence[Tensor]:
         """The whole frames: gathers what did not fit, if anything."""
@@ -130,7 +136,7 @@ class ChangeGather:
         rests = own.new_empty(plan.world_size * missing)
         with self._on_the_wire():
             transport.start_all_gather(rests, own, plan.group).wait()
-        wire.traffic.gathered("gather", plan.group, missing, is_training=self._is_first)
+        wire.traffic.gathered("gather", plan.group, missing, is_training=self.is_first)
         return [*torch.cat([gathered, rests.view(-1, missing)], dim=1)]
 
     def _check(self, headers: Tensor) -> None:

@@ -44,6 +44,7 @@ class KeptCodes:
 
     def __init__(self, plan: Plan, wire: Wire) -> None:
         self._plan, self._wire = plan, wire
+        wire.kept[plan.index] = self
         self._rows: Tensor | None = None
         self._arriving: ChangeGather | None = None
         self.forget()
@@ -64,7 +65,18 @@ class KeptCodes:
         self._frozen_sums: dict[int, int] = {}
         self._sent_sums: dict[int, int] = {}
         self._sizes: FrameSizes | None = None
-        self._wire.digests[plan.index] = 0
+        self._digest, self._is_applying, self._has_moved = 0, False, False
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """What is the same on all ranks as long as none has missed a frame."""
+        sizes = (self._first.expected, self._more.expected)
+        return self._digest, self._step, self._is_new, self._has_moved, *sizes
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether this rank was interrupted while it applied frames: its rows may be anything."""
+        return self._is_applying
 
     @property
     def num_bytes(self) -> int:
@@ -72,8 +84,13 @@ class KeptCodes:
         return 0 if self._rows is None else self._rows.numel()
 
     def is_of(self, step: int) -> bool:
-        """Whether the last frame was sent in ``step`` of the clock."""
-        return self._step == step
+        """Whether the codes are those of the forward passes in ``step`` of the clock.
+
+        Not where a further frame in the step has changed some: others' weights may have been
+        evaluated in between, and what this rank's are now has to be sent.
+        """
+        self.settle()
+        return self._step == step and not self._has_moved
 
     def begin(
         self, input: Tensor, trains: Sequence[bool], shards: Sequence[Tensor], *, async_op: bool
@@ -99,6 +116,10 @@ class KeptCodes:
             TRAINED if trained else STILL if sums[i] == self._frozen_sums.get(i) else FROZEN
             for i, trained in enumerate(trains)
         ]
+        expected = self._most if self._is_new else sizes.expected
+        # Before the frame: a rank that was interrupted here has another step than the others.
+        self._step, self._sent_sums = step, sums
+        self._sizes = None if self._is_new else sizes
         self._arriving = ChangeGather(
             self._plan,
             self._layout,
@@ -106,14 +127,12 @@ class KeptCodes:
             rows[self._plan.rank],
             torch.tensor(modes, dtype=torch.int64),
             self._wire,
+            digest=self._digest,
             most=self._most,
-            expected=self._most if self._is_new else sizes.expected,
+            expected=expected,
             is_first=is_first,
             async_op=async_op,
         )
-        # All the same for whoever waits: what this rank has sent is of this step.
-        self._step, self._sent_sums = step, sums
-        self._sizes = None if self._is_new else sizes
 
     def settle(self) -> None:
         """Apply the frames that are under way, if any: once, by whoever comes first.
@@ -128,14 +147,19 @@ class KeptCodes:
         except RuntimeError:
             self.forget()
             raise
-        self._apply(frames, arriving.step)
+        # Whoever is interrupted from here on may have applied a part, others all of it or nothing.
+        self._is_applying = True
+        digest = self._apply(frames, arriving.step)
         if self._sizes is not None:
             self._sizes.saw(frames.longest)
         self._is_new, self._frozen_sums = False, self._sent_sums
+        self._has_moved = frames.has_changes and not arriving.is_first
+        self._digest, self._is_applying = digest, False
 
-    def _apply(self, frames: Frames, step: int) -> None:
+    def _apply(self, frames: Frames, step: int) -> int:
+        """Bring all rows up to date. Returns the digest of all frames so far."""
         assert self._rows is not None
-        plan, wire, digest = self._plan, self._wire, self._wire.digests[self._plan.index]
+        plan, wire, digest = self._plan, self._wire, self._digest
         with wire.times.measure("gather", "decode", self._rows.device):
             for rank, (body, row) in enumerate(zip(frames.bodies, self._rows, strict=True)):
                 try:
@@ -147,8 +171,8 @@ class KeptCodes:
                         f"({quoted(error)}): run the same version of qsdp on every rank."
                     ) from None
                 digest = finalize((digest ^ checksum([body])) + GOLDEN_GAMMA & MASK)
-        wire.digests[plan.index] = digest
         frames.release()
+        return digest
 
     def decode(self, output: Tensor) -> None:
         """Fill the flat buffer ``output`` of all ranks with what the kept codes stand for."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,18 @@ from qsdp.comm.phase_times import Times
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.traffic import Traffic
 from qsdp.config import QSDPConfig
+
+
+class KeptState(Protocol):
+    """How the codes stand that all ranks keep of one group."""
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """What is the same on all ranks as long as none has missed a frame."""
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether this rank was interrupted while it applied frames."""
 
 
 class Wire:
@@ -34,8 +48,8 @@ class Wire:
         self.late = Late()
         if config.gather == "delta":
             traffic.changed(0, 0)  # there to be read before anything was sent
-        self.digests: dict[int, int] = {}
-        """By group, what all frames so far come to: [Note: Kept]."""
+        self.kept: dict[int, KeptState] = {}
+        """By group, how what all ranks keep of it stands: [Note: Kept]."""
 
     def observe(self, table: Tensor, flat: Tensor) -> None:
         """Let the meters look at the gradients of a flat slice that ``table`` describes."""

@@ -91,6 +91,24 @@ def warn(text: str) -> None:
             return
 
 
+class FactsDiffer(RuntimeError):
+    """Ranks met at one call and did not agree: all of them know the facts of all.
+
+    ``found`` are these by global rank.
+    """
+
+    def __init__(self, told: str, found: Mapping[int, Mapping[str, object]]) -> None:
+        super().__init__(told)
+        self.found = found
+
+    def is_about(self, name: str) -> bool:
+        """Whether ranks differ in the fact ``name``, and none has a mistake of its own."""
+        facts = self.found.values()
+        return len({repr(each.get(name)) for each in facts}) > 1 and not any(
+            "mistake" in each for each in facts
+        )
+
+
 class Meeting:
     """An agreement of ranks that has begun: other work, except collectives, may go on beside it.
 
@@ -117,7 +135,7 @@ class Meeting:
         """Wait for all ranks. Returns whether any has news; raises as ``meet`` does."""
         found, news = self.compare()
         if found is not None:
-            raise RuntimeError(_difference(self._call, found))
+            raise FactsDiffer(_difference(self._call, found), found)
         return news
 
     def compare(self) -> tuple[dict[int, Any] | None, bool]:

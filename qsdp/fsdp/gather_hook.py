@@ -119,7 +119,6 @@ class AllGatherHook(CommBuffers):
         """
         if is_in_backward():
             if kept.is_of(self._wire.clock.step):
-                kept.settle()
                 kept.decode(output)
                 return None
             self.passes.before_collective_in_backward(self._plan)

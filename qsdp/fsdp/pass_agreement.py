@@ -12,11 +12,11 @@ import torch.distributed as dist
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import collective
-from qsdp.common.rank_agreement import Meeting, meet, mistakes_shared
+from qsdp.common.rank_agreement import FactsDiffer, Meeting, meet, mistakes_shared
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.process_groups import control_device
 from qsdp.compat.torch_collectives import all_gather_single
-from qsdp.fsdp.pass_facts import Facts
+from qsdp.fsdp.pass_facts import KEPT_CODES, Facts
 
 FORWARD, BACKWARD = "a forward pass", "a backward pass"
 """What the calls of these meetings are called."""
@@ -63,11 +63,12 @@ class PassMembers(tuple[PassMember, ...]):
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """Inside ranks meet: where they do not agree, one may have missed what the others keep."""
+        """Inside ranks meet: where they keep other codes than each other, all forget them."""
         try:
             yield
-        except RuntimeError:
-            self.forget_codes()
+        except FactsDiffer as error:
+            if error.is_about(KEPT_CODES):
+                self.forget_codes()
             raise
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import blake2b
 
+import torch.distributed as dist
+
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.fsdp.bits_and_levels import Adaptation
+
+KEPT_CODES = "the digest of kept codes"
+"""What the fact is called by which a rank that has missed a frame is found."""
 
 
 class Facts:
@@ -53,7 +58,7 @@ class Facts:
             "weights": "exact" if wire.is_exact else "quantized",
             "bits and levels": self._adaptation.mark,
             "the seed": wire.clock.seed,
-            "kept codes": self._kept_codes(members),
+            KEPT_CODES: self._kept_codes(members),
             "masks": f"of call {wire.support} of set_support" if wire.support else "lifted",
             "frozen parameters": tuple(
                 name
@@ -67,8 +72,11 @@ class Facts:
 
     def _kept_codes(self, members: Sequence[int]) -> str:
         """What all that was sent of the weights so far comes to: [Note: Kept]."""
-        digests = [self._wire.digests.get(i, 0) for i in members]
-        return f"of digest {blake2b(repr(digests).encode(), digest_size=4).hexdigest()}"
+        kept = [self._wire.kept[i] for i in members if i in self._wire.kept]
+        if any(each.is_cut_short for each in kept):
+            return f"lost in an interruption of rank {dist.get_rank()}"
+        states = repr([each.state for each in kept]).encode()
+        return blake2b(states, digest_size=4).hexdigest()
 
     def of_forward(self, first: Plan, members: Sequence[int], grad_mode: str) -> dict[str, object]:
         """What the gathers of ``members`` in a forward pass depend on, except the step."""

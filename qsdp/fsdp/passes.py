@@ -242,7 +242,6 @@ class Passes:
         """Undo what a backward pass that was cut short has counted, if one was."""
         if not is_in_backward():
             self._end_what_was_cut_short()
-            self.caches.settle()
 
     def _end_what_was_cut_short(self) -> None:
         self._wire.late.abandon()

@@ -72,6 +72,7 @@ NEAREST: dict[str, Any] = {"rounding": "nearest", "weight_bits": 4, "grad_bits":
 EIGHT: dict[str, Any] = {**NEAREST, "weight_bits": 8}
 ONCE: dict[str, Any] = {**NEAREST, "gather": "once"}
 LEARNED: dict[str, Any] = {"levels": "learned", "level_steps": (1,)}
+DELTA: dict[str, Any] = {"weight_bits": 4, "gather": "delta", "delta_redraw_every": 2}
 
 
 @pytest.mark.parametrize(
@@ -85,10 +86,11 @@ LEARNED: dict[str, Any] = {"levels": "learned", "level_steps": (1,)}
         (Case(config={**NEAREST, **LEARNED}), 1, False),
         (Case(config={**NEAREST, **LEARNED, "budget": 5.5}), 1, False),
         (Case(dtypes=(torch.bfloat16, torch.bfloat16), config=EIGHT), 1, False),
+        (Case(ranks=3, options={"frozen": True}, config=DELTA), 3, False),
     ],
     ids=[
         *("masks", "masks-gathered-once", "masks-in-a-warm-up", "exact", "one-rank"),
-        *("levels-due", "budget-due", "bf16"),
+        *("levels-due", "budget-due", "bf16", "changes"),
     ],
 )
 def test_the_errors_said_are_those_of_the_weights_that_a_gather_brings(
