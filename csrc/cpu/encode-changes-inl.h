@@ -83,7 +83,7 @@ void encode_changed_buckets(const Segment& segment, uint64_t key, const ChangesC
     const Quantize* kernels = quantizers<T>(segment.rounding);
     uint8_t codes[kMostKept + 8] = {}, unpacked[kMostKept + 8] = {};
     bool expect_zeros = false;  // as where buckets are encoded
-    int64_t still = 0;  // buckets since one that has changed
+    int64_t still = 0;          // buckets since one that has changed
     for (int64_t bucket = first; bucket < last; ++bucket) {
         const int64_t count = values_of(segment, bucket);
         const uint8_t* from =
