@@ -206,7 +206,7 @@ class QSDPConfig:
         narrow, below = "values of 8 bits or fewer", f"values of fewer than {least} bits"
         narrow_weights, narrow_grads = "weights of 8 bits or fewer", "gradients of 8 bits or fewer"
         for name, value, wanted, is_heeded in (
-            ("gather", is_delta or None, narrow_weights, has_weights),
+            ("gather='delta'", is_delta or None, narrow_weights, has_weights),
             ("bucket_size", self.bucket_size, narrow, is_coded),
             ("bucket_size", size_of_grads, narrow_grads, has_grads),
             ("weight_bucket_size", self.weight_bucket_size, narrow_weights, has_weights),

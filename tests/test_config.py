@@ -142,7 +142,7 @@ UNHEEDED = [
 
 @pytest.mark.parametrize(("field", "ignored", "heeded"), UNHEEDED)
 def test_a_field_that_nothing_would_heed_is_refused_by_its_name(field, ignored, heeded):
-    assert refusal(**ignored).startswith(f"{field} is ")
+    assert refusal(**ignored).startswith((f"{field} is ", f"{field}='delta' is "))
     without = {name: value for name, value in ignored.items() if name != field}
     assert QSDPConfig(**without) == dataclasses.replace(QSDPConfig(), **without)
     assert QSDPConfig(**heeded)

@@ -66,13 +66,16 @@ void encode_changed_buckets(const Segment& segment, uint64_t key, const ChangesC
     const uint32_t every = is_trained ? redraw_steps(call.redraw_every) : 0;
     const Quantize* kernels = quantizers<T>(segment.rounding);
     uint8_t codes[kMostKept + 8] = {}, unpacked[kMostKept + 8] = {};
-    bool expect_zeros = false;
-    int64_t still = 0;  // buckets since one that has changed
+    bool expect_zeros = false;  // as where buckets are encoded
+    int64_t still = 0;          // buckets since one that has changed
     for (int64_t bucket = first; bucket < last; ++bucket) {
         const int64_t count = values_of(segment, bucket);
         const uint8_t* from =
             call.buffer + segment.buffer_byte + bucket * segment.bucket * sizeof(T);
-        const Extent extent = measure_once<T>(from, count, expect_zeros);
+        Extent extent =
+            expect_zeros ? measure<T, true>(from, count) : measure<T, false>(from, count);
+        if (extent.has_zero && !expect_zeros) extent = measure<T, true>(from, count);
+        expect_zeros = extent.has_zero;
         const KeptGrid kept = kept_grid(segment, call.kept, bucket);
         KeptGrid own = kept;
         const bool again = is_drawn_again(extent, kept, segment, bucket, call.step, every);

@@ -51,18 +51,6 @@ QSDP_INLINE Extent measure(const uint8_t* from, int64_t count) {
             greatest(max(most_bits[0], most_bits[1])) >= 0x7F800000u};
 }
 
-// Of a bucket. Sparse buckets come in runs: where ``expect_zeros`` says so, they are measured once.
-template <class T>
-QSDP_INLINE Extent measure_once(const uint8_t* from, int64_t count, bool& expect_zeros) {
-    if (!expect_zeros) {
-        const Extent extent = measure<T, false>(from, count);
-        if (!extent.has_zero) return extent;
-    }
-    const Extent extent = measure<T, true>(from, count);
-    expect_zeros = extent.has_zero;
-    return extent;
-}
-
 // Codes, one a byte, of ``count`` values; ``first_value`` numbers the first in its segment.
 template <class T, Rounding how, Mode mode>
 void quantize(const uint8_t* from, int64_t count, const Work& work, int64_t first_value,
@@ -139,7 +127,7 @@ void encode_buckets(const Segment& segment, uint64_t key, const float* own_level
     Levels levels;
     if (own_levels != nullptr) levels.fill(own_levels, bits);
     uint8_t codes[kChunk + 8];
-    bool expect_zeros = false;
+    bool expect_zeros = false;  // sparse buckets come in runs: measure those once
     for (int64_t bucket = first; bucket < last; ++bucket) {
         const int64_t start = bucket * segment.bucket;
         const int64_t left = segment.numel - start;
@@ -147,7 +135,10 @@ void encode_buckets(const Segment& segment, uint64_t key, const float* own_level
         const uint8_t* from = buffer + segment.buffer_byte + start * sizeof(T);
         uint8_t* to = payload + segment.data_byte + start / 8 * bits;
 
-        const Extent extent = measure_once<T>(from, count, expect_zeros);
+        Extent extent =
+            expect_zeros ? measure<T, true>(from, count) : measure<T, false>(from, count);
+        if (extent.has_zero && !expect_zeros) extent = measure<T, true>(from, count);
+        expect_zeros = extent.has_zero;
         const Grid grid = make_grid(extent.low, extent.high, extent.has_zero, extent.broken, bits);
         memcpy(payload + segment.meta_byte + bucket * kMetaBytes, &grid, sizeof grid);
         if (extent.broken) {

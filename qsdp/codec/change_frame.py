@@ -19,6 +19,8 @@ from qsdp.codec.payload import META_BYTES, Segment
 
 FRAME_HEADER_WORDS = 7
 FRAME_HEADER_BYTES = 8 * FRAME_HEADER_WORDS
+MOST_STEPS = 1 << 31
+"""Steps of the keys' clock for which there are epochs, of 32 bits."""
 _ALIGN = 64
 _REMEMBERED = 4
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -115,7 +114,8 @@ class ChangeGather:
             finally:  # an error that its own traceback holds would keep the process group
                 del mistake
         self._check(headers)
-        wire.traffic.changed(int(headers[:, 5].sum()), int(headers[:, 6].sum()))
+        changed, drawn = headers[:, 5:].sum(0).tolist()
+        wire.traffic.changed(changed, drawn, is_training=self.is_first)
         lengths = headers[:, 2].tolist()
         whole = self._with_the_rest(gathered, max(lengths))
         bodies = [
@@ -161,11 +161,10 @@ class ChangeGather:
                     "and step on every rank."
                 )
         digests = [each[4] for each in found]
-        usual, _ = Counter(digests).most_common(1)[0]
-        if odd := [rank for rank, digest in enumerate(digests) if digest != usual]:
+        if odd := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
             raise RuntimeError(
-                f"rank {odd[0]} keeps other codes of the group of {plan.name} than the other "
-                "ranks, as it has missed what they have sent: take the step again on every rank."
+                f"ranks 0 and {odd[0]} keep other codes of the group of {plan.name}, as one of "
+                "them has missed what was sent: take the step again on every rank."
             )
 
     @contextmanager

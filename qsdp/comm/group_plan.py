@@ -196,7 +196,7 @@ class Plan:
             segments.append(self._segment(p, dtype, max(bits, least_bits), LevelKind.GRAD))
         return self._keep(key, self._layout(segments, with_grad, masks))
 
-    def kept(self) -> GroupLayout:
+    def kept_rows(self) -> GroupLayout:
         """The rows of all ranks' codes that every rank keeps: [Note: Kept] in kept_codes.py."""
         key = "kept", "dense"
         if (layout := self._known(key)) is not None:

@@ -4,8 +4,8 @@
 they are on. A gather sends what has changed of them, and decodes the rows. A frame is applied
 exactly once on every rank, before the group's next frame: a rank that missed one would decode other
 weights for ever. So a digest of all frames so far is in every header, and in what ranks compare
-where a pass begins. Where digests differ all ranks forget what they keep, as they do with whatever
-error they have in common; the next frame then draws all grids anew.
+where a pass begins. Where digests differ all ranks forget what they keep, and the next frame draws
+all grids anew.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class KeptCodes:
     def forget(self) -> None:
         """Let the next frame draw all grids anew; all ranks forget together."""
         plan, self._arriving = self._plan, None
-        self._layout = layout = plan.kept()
+        self._layout = layout = plan.kept_rows()
         most = most_frame_bytes(layout.segments)
         raw = sum(each.data_bytes(each.padded) for each in layout.segments if not each.bits)
         least = FRAME_HEADER_BYTES + bitmap_bytes(layout.segments)
@@ -104,7 +104,7 @@ class KeptCodes:
             async_op: The frames travel beside what this thread does until ``settle``.
         """
         self.settle()
-        if self._layout is not self._plan.kept():  # other bits
+        if self._layout is not self._plan.kept_rows():  # other bits
             self.forget()
         rows, step = self._rows_of(input.device), self._wire.clock.step
         is_first = step != self._step

@@ -77,15 +77,17 @@ class Traffic:
         """
         self._counts["other_intra_node_bytes"] += num_bytes
 
-    def changed(self, num_codes: int, num_buckets: int) -> None:
+    def changed(self, num_codes: int, num_buckets: int, *, is_training: bool) -> None:
         """Count what all ranks have said of their weights in a gather of changes.
 
         Args:
             num_codes: Codes that have changed, on grids that have not.
             num_buckets: Buckets that were drawn again.
+            is_training: As for ``gathered``.
         """
-        self._counts["changed_codes"] += num_codes
-        self._counts["redrawn_buckets"] += num_buckets
+        if is_training or not self._is_paused:
+            self._counts["changed_codes"] += num_codes
+            self._counts["redrawn_buckets"] += num_buckets
 
     @contextmanager
     def paused(self) -> Iterator[None]:

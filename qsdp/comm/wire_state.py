@@ -47,7 +47,7 @@ class Wire:
         """The number of the support that holds, 0 where all weights travel."""
         self.late = Late()
         if config.gather == "delta":
-            traffic.changed(0, 0)  # there to be read before anything was sent
+            traffic.changed(0, 0, is_training=True)  # there to be read before anything was sent
         self.kept: dict[int, KeptState] = {}
         """By group, how what all ranks keep of it stands: [Note: Kept]."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qsdp.codec.change_frame import MOST_STEPS
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.sparse_support import exchange
 from qsdp.common.rank_agreement import meet, mistakes_shared
@@ -206,6 +207,8 @@ class Handle:
         otherwise the config's own hold, and a budget is allotted by the errors of the next step.
         Levels are taken over if they are learned here.
 
+        With ``gather="delta"`` all weights are drawn anew by the next gather.
+
         Raises ValueError, and loads nothing, if the state is not such as ``state_dict`` gives, or
         if there are bits or levels to take over and the state is of a model whose parameters have
         other names or shapes: a head was replaced, say. With empty "bits" and "levels" such a state
@@ -214,6 +217,11 @@ class Handle:
         self._check_installed()
         check_form(state)
         self._adaptation.check_state(state)
+        if self.config.gather == "delta" and state["step"] >= MOST_STEPS:
+            raise ValueError(
+                f"the state's step is {state['step']}, but with gather='delta' a step is less than "
+                f"{MOST_STEPS}: choose gather 'once' or 'twice'."
+            )
         self._passes.mend()
         self._passes.begin_anew()
         self._passes.caches.forget_codes()
@@ -256,6 +264,7 @@ class Handle:
                     "backward pass that averages first, or call handle.abandon_step()."
                 )
         self._is_removed = True
+        self._passes.caches.settle()
         self._passes.remove()
         self._comms.remove()
         self._reshard()

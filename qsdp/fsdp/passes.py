@@ -181,7 +181,6 @@ class Passes:
         for group in self._groups:
             self._abandon(group.modules[0])
         self._end_what_was_cut_short()
-        self.caches.settle()
         self._grad_mode = "unknown"
 
     def _abandon(self, module: nn.Module) -> None:

@@ -51,7 +51,7 @@ def remarks(
             yield f"gather once: {frozen} frozen parameters are sent once for all steps, {how}"
     if config.gather == "delta":
         several = [plan for plan in plans if plan.world_size > 1]
-        num_bytes = sum(plan.world_size * plan.kept().payload_bytes for plan in several)
+        num_bytes = sum(plan.world_size * plan.kept_rows().payload_bytes for plan in several)
         yield (
             "gather delta: every rank keeps the codes of all weights with their grids, "
             f"{num_bytes:,} bytes, and is sent those that change"

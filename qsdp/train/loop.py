@@ -166,7 +166,6 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
     pruned = {}
     if isinstance(optimizer, OptimizerWrapper):
         pruned = {"pruned": optimizer.pruned}
-    changes = job.handle is not None and job.handle.config.gather == "delta"
     step_tokens = world.size * config.run.grad_accum * config.run.batch_size * config.run.seq_len
     return {
         "step": job.steps_done,
@@ -181,7 +180,7 @@ def train_step(job: Job, *, is_measured: bool = False) -> dict[str, Any]:
         "wire_bytes_other": wire.other_bytes,
         "wire_bytes_fp32": wire.fp32_bytes,
         **{name: _none_if_unknown(getattr(wire, name)) for name in WIRE_METRICS},
-        **{name: getattr(wire, name) for name in CHANGE_METRICS if changes},
+        **{name: getattr(wire, name) for name in CHANGE_METRICS if _gathers_changes(job)},
         **pruned,
     }
 
@@ -216,10 +215,16 @@ def validate_in_loop(job: Job, progress: RunProgress, line: dict[str, Any]) -> N
     progress.note(text)
     spent = job.wire.total() - before
     line |= losses | {"eval_bytes_sent": spent.other_bytes}
-    if spent.gather_bytes:
-        line["wire_bytes_sent"] += spent.gather_bytes
-        for name in (*CHANGE_METRICS, "gather_bytes", "gather_inter_node_bytes"):
-            line[name] += getattr(spent, name)
+    if _gathers_changes(job):
+        names = ("gather_bytes", "gather_inter_node_bytes", *CHANGE_METRICS)
+        early = job.world.sum(*(getattr(spent, name) for name in names))
+        for name, total in zip(names, early, strict=True):
+            line[name] += total / job.world.size
+        line["wire_bytes_sent"] = line["gather_bytes"] + line["reduce_bytes"]
+
+
+def _gathers_changes(job: Job) -> bool:
+    return job.handle is not None and job.handle.config.gather == "delta"
 
 
 def _stopped(job: Job) -> str:

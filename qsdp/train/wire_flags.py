@@ -242,12 +242,13 @@ class WireFlags(Flags):
 
 def _with_flags(error: ValueError) -> str:
     """A message of ``QSDPConfig``, which begins with a field's name, for the command line."""
-    name, _, rest = quoted(error).partition(" ")
+    first, _, rest = quoted(error).partition(" ")
+    name, _, value = first.replace("'", "").partition("=")
     names = "|".join(each.name for each in fields(QSDPConfig))
     rest = re.sub(
         rf"\b({names})='?([\w-]+)'?", lambda found: f"{flag('qsdp_' + found[1])} {found[2]}", rest
     )
-    return f"{flag('qsdp_' + name)} {rest}."
+    return f"{' '.join(filter(None, (flag('qsdp_' + name), value, rest)))}."
 
 
 def parse_policy(text: str) -> Policy:

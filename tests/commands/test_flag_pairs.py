@@ -162,6 +162,7 @@ EXCLUDED = {
         *((delta, "qsdp_bits without codes") for delta in WITH_DELTA),
         *((delta, f"qsdp_{name}") for delta in WITH_DELTA for name in NO_DELTA),
         *((delta, name) for delta in WITH_DELTA for name in SAMPLES if has_method(name)),
+        *((delta, "replicas") for delta in WITH_DELTA),
         *((delta, "qsdp_gather") for delta in WITH_DELTA),
         *((name, "qsdp_bits auto") for name, (own, _) in SAMPLES.items() if is_beside_bits(own)),
         ("replicas", "qsdp_bits auto"),

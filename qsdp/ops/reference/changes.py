@@ -40,6 +40,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qsdp.codec.change_frame import MOST_STEPS
 from qsdp.codec.payload import META_BYTES
 from qsdp.codec.segment_table import Field, SegmentRow, check_table
 from qsdp.ops.reference.grid import measure
@@ -204,7 +205,7 @@ def _most_bytes(rows: Sequence[SegmentRow]) -> int:
 
 def check_step(step: int) -> None:
     """Raise ValueError where changes cannot have ``step`` for an epoch."""
-    if not 0 <= step < 1 << 31:
+    if not 0 <= step < MOST_STEPS:
         raise ValueError(f"step is {step}: give 0 to 2**31 - 1, as epochs are of 32 bits.")
 
 
