@@ -29,6 +29,7 @@ from qsdp.comm.quantization_error import Meter
 from qsdp.comm.routes import gather_route
 from qsdp.comm.wire_state import Wire
 from qsdp.common.checksum import checksum
+from qsdp.common.gpu_streams import reads_on_this_stream, written_on_this_stream
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
 from qsdp.common.user_errors import quoted
 from qsdp.ops.reference.changes import FROZEN, STILL, TRAINED
@@ -46,6 +47,7 @@ class KeptCodes:
         self._plan, self._wire = plan, wire
         wire.kept[plan.index] = self
         self._rows: Tensor | None = None
+        self._used: torch.Event | None = None
         self._arriving: ChangeGather | None = None
         self.forget()
 
@@ -160,6 +162,7 @@ class KeptCodes:
         """Bring all rows up to date. Returns the digest of all frames so far."""
         assert self._rows is not None
         plan, wire, digest = self._plan, self._wire, self._digest
+        self._wait_for_others()
         with wire.times.measure("gather", "decode", self._rows.device):
             for rank, (body, row) in enumerate(zip(frames.bodies, self._rows, strict=True)):
                 try:
@@ -171,6 +174,7 @@ class KeptCodes:
                         f"({quoted(error)}): run the same version of qsdp on every rank."
                     ) from None
                 digest = finalize((digest ^ checksum([body])) + GOLDEN_GAMMA & MASK)
+        self._used = written_on_this_stream(self._rows.device)
         frames.release()
         return digest
 
@@ -181,8 +185,10 @@ class KeptCodes:
         keys = wire.clock.kept_keys(plan.world_size)
         slices = as_bytes(output).view(plan.world_size, plan.buffer_bytes)
         route = gather_route(tuple(range(plan.world_size)))
+        self._wait_for_others()
         with wire.times.measure("gather", "decode", output.device):
             ops.decode_all(self._rows, layout.tables, layout.parts(route, keys), slices)
+        self._used = written_on_this_stream(output.device)
 
     def measure(self, meter: Meter, shards: Sequence[Tensor], trains: Sequence[bool]) -> None:
         """Let ``meter`` compare this rank's ``shards``, by place, with what all would decode now.
@@ -211,8 +217,15 @@ class KeptCodes:
             if segment.bits:
                 meter.add_decoded(p.index, segment.values(exact), segment.values(decoded))
 
+    def _wait_for_others(self) -> None:
+        """Let a GPU's current stream use the rows after the last one that did."""
+        if self._used is not None and self._rows is not None:
+            self._used.wait()
+            reads_on_this_stream(self._rows)
+
     def _rows_of(self, device: torch.device) -> Tensor:
         """uint8 [ranks, row bytes]; before a first frame all zero, with NaN for every minimum."""
+        self._wait_for_others()
         size, ranks = self._layout.payload_bytes, self._plan.world_size
         if self._rows is None or self._rows.numel() != ranks * size or self._rows.device != device:
             self._rows = allocate_buffer(ranks * size, device).view(ranks, size)
