@@ -48,20 +48,17 @@ class FrameSizes:
     """
 
     def __init__(self, first: int, most: int) -> None:
-        self._longest = deque([first], maxlen=_REMEMBERED)
-        self._is_guess, self._most = True, most
+        self._longest = deque[int](maxlen=_REMEMBERED)
+        self._first, self._most = first, most
 
     @property
     def expected(self) -> int:
         """Bytes that every rank sends at once of its next frame: a little more than of the last."""
-        longest = max(self._longest)
+        longest = max(self._longest, default=self._first)
         return min(_up(longest + longest // 16, _ALIGN), _up(self._most, 16))
 
     def saw(self, longest: int) -> None:
         """Learn how long the longest frame of a gather was."""
-        if self._is_guess:
-            self._longest.clear()
-        self._is_guess = False
         self._longest.append(longest)
 
 

@@ -13,6 +13,8 @@ from qsdp.common.dtypes import ITEM_BYTES, TORCH_DTYPES, DType
 from qsdp.common.rounding import Rounding
 from qsdp.config import LEARNED_BITS, MAX_DELTA_BUCKET
 
+_NO_BUFFER = 1 << 62  # bytes: more than any row can ask for
+
 
 class Field(IntEnum):
     """Columns of the int64 segment table that one codec call works through."""
@@ -44,7 +46,7 @@ class Part(IntEnum):
 
 
 def check_table(
-    buffer: Tensor,
+    buffer: Tensor | None,
     table: Tensor,
     payload: Tensor,
     levels: Tensor | None = None,
@@ -52,10 +54,11 @@ def check_table(
 ) -> None:
     """Raise ValueError unless the segment table of ``encode`` or ``decode`` fits what is beside it.
 
+    ``buffer`` is None where a call has no part in one.
     What the levels hold is not looked at: a codec call is safe whatever it is.
     """
     for name, tensor in (("buffer", buffer), ("payload", payload)):
-        if not _is_bytes(tensor, 1):
+        if tensor is not None and not _is_bytes(tensor, 1):
             raise ValueError(
                 f"the {name} is {tensor.dtype} of shape {tuple(tensor.shape)}: "
                 "give a contiguous 1-D uint8 view."
@@ -65,7 +68,7 @@ def check_table(
             f"the table is {table.dtype} on {table.device}: give int64 rows on the cpu."
         )
     _check_sizes(table, payload, levels)
-    _check_rows(table, buffer.numel(), payload.numel(), levels)
+    _check_rows(table, _NO_BUFFER if buffer is None else buffer.numel(), payload.numel(), levels)
     if add:
         _check_adds(table)
 

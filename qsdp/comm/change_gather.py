@@ -16,6 +16,7 @@ from qsdp.codec.payload import VERSION, PayloadStatus
 from qsdp.comm import transport
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
+from qsdp.comm.headers import check_none_failed
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import collective
 
@@ -79,16 +80,16 @@ class ChangeGather:
             except RuntimeError as error:  # the others wait for a frame
                 self._mistake, status = error, PayloadStatus.FAILED
             body, changed, drawn = counts
-            self._length = FRAME_HEADER_BYTES + body
+            length = FRAME_HEADER_BYTES + body
             word, _, _, plan_hash = layout.header(plan.rank, step, status)
-            header = [word, step, self._length, plan_hash, _signed(digest), changed, drawn]
+            header = [word, step, length, plan_hash, _signed(digest), changed, drawn]
             frame[:FRAME_HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
             self._gathered = wire.buffers.acquire(plan.world_size * expected, shard.device)
             own = self._gathered.view(-1, expected)[plan.rank]
-            sent = min(expected, self._length)
+            sent = min(expected, length)
             own[:sent] = frame[:sent]
             own[sent:] = 0
-            self._rest = frame[sent : self._length].clone()
+            self._rest = frame[sent:length].clone()
         with self._on_the_wire():
             self._arrival = transport.start_all_gather(
                 self._gathered, own, plan.group, async_op=async_op
@@ -144,12 +145,7 @@ class ChangeGather:
         plan = self._plan
         found = headers.tolist()
         _, _, _, plan_hash = self._layout.header(0, self.step)
-        if PayloadStatus.FAILED in (each[3] ^ plan_hash for each in found):
-            rank = [each[3] ^ plan_hash for each in found].index(PayloadStatus.FAILED)
-            raise RuntimeError(
-                f"rank {rank} cannot send its part of the group of {plan.name}, for which it has "
-                "an error of its own: do the same on every rank."
-            )
+        check_none_failed([each[3] ^ plan_hash for each in found], range(len(found)), plan)
         for rank, (word, step, length, its_hash, *_) in enumerate(found):
             expected = [VERSION << 32 | rank, self.step, plan_hash]
             fits = FRAME_HEADER_BYTES <= length <= self._most
@@ -196,7 +192,8 @@ def changes_of(
     counts = torch.zeros(3, dtype=torch.int64)
     table = layout.table(plan.rank)
     ops.encode_changes(shard, table, key, row, modes, step, *how, body, counts)
-    return [int(each) for each in counts.tolist()]
+    found: list[int] = counts.tolist()
+    return found
 
 
 def _signed(word: int) -> int:

@@ -37,11 +37,7 @@ def check_headers(
     difference = found ^ expected
     heard = difference[:, 3].tolist()
     difference[:, 3] = torch.tensor([each not in list(PayloadStatus) for each in heard])
-    if PayloadStatus.FAILED in heard:
-        raise RuntimeError(
-            f"rank {senders[heard.index(PayloadStatus.FAILED)]} cannot send its part of the group "
-            f"of {plan.name}, for which it has an error of its own: do the same on every rank."
-        )
+    check_none_failed(heard, senders, plan)
     if difference.any():
         row = int(difference.any(1).nonzero()[0])
         raise RuntimeError(
@@ -50,6 +46,15 @@ def check_headers(
             "step, bytes, plan): run the same model, config and step on every rank."
         )
     return status if set(heard) == {status} else PayloadStatus.MIXED
+
+
+def check_none_failed(heard: Sequence[int], senders: Sequence[int], plan: Plan) -> None:
+    """Raise RuntimeError if a status that was ``heard`` in a header says that its sender failed."""
+    if PayloadStatus.FAILED in heard:
+        raise RuntimeError(
+            f"rank {senders[heard.index(PayloadStatus.FAILED)]} cannot send its part of the group "
+            f"of {plan.name}, for which it has an error of its own: do the same on every rank."
+        )
 
 
 def only_header(layout: GroupLayout, sender: int, step: int, status: PayloadStatus) -> Tensor:

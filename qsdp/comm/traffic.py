@@ -39,13 +39,12 @@ class Traffic:
     ) -> None:
         """Count an all-gather of ``payload_bytes`` a rank over ``group``.
 
-        ``is_training``: what is sent in a validation serves the training after it.
+        ``is_training``: as for ``sent``.
         """
         ranks = dist.get_process_group_ranks(group)
         neighbour = ranks[(group.rank() + 1) % len(ranks)]
-        is_paused, self._is_paused = self._is_paused, self._is_paused and not is_training
-        self.sent(direction, [neighbour], (len(ranks) - 1) * payload_bytes)
-        self._is_paused = is_paused
+        num_bytes = (len(ranks) - 1) * payload_bytes
+        self.sent(direction, [neighbour], num_bytes, is_training=is_training)
 
     def summed(self, group: dist.ProcessGroup, num_bytes: int) -> None:
         """Count an all-reduce of ``num_bytes`` over ``group`` as ``other``.
@@ -56,9 +55,19 @@ class Traffic:
         neighbour = ranks[(group.rank() + 1) % len(ranks)]
         self.sent("other", [neighbour], 2 * (len(ranks) - 1) * num_bytes // len(ranks))
 
-    def sent(self, direction: str, receivers: Iterable[int], payload_bytes: int) -> None:
-        """Count ``payload_bytes`` to each of the global ranks ``receivers``."""
-        kind = "other" if self._is_paused else direction
+    def sent(
+        self,
+        direction: str,
+        receivers: Iterable[int],
+        payload_bytes: int,
+        *,
+        is_training: bool = False,
+    ) -> None:
+        """Count ``payload_bytes`` to each of the global ranks ``receivers``.
+
+        ``is_training``: also while paused, as what is sent then serves the training after it.
+        """
+        kind = "other" if self._is_paused and not is_training else direction
         here = [self._nodes.is_here(receiver) for receiver in receivers]
         for link, num in zip(LINKS, (sum(here), len(here) - sum(here)), strict=True):
             if num:
@@ -83,7 +92,7 @@ class Traffic:
         Args:
             num_codes: Codes that have changed, on grids that have not.
             num_buckets: Buckets that were drawn again.
-            is_training: As for ``gathered``.
+            is_training: As for ``sent``.
         """
         if is_training or not self._is_paused:
             self._counts["changed_codes"] += num_codes

@@ -70,7 +70,7 @@ def damaged(body: Tensor, generator: torch.Generator) -> Tensor:
 def made_up(sender: Sender, generator: torch.Generator) -> Tensor:
     """A body of the right length for its count bytes, which says anything."""
     parts, heads = [torch.tensor([255], dtype=torch.uint8)], []
-    for segment in changes.kept_rows(sender.table, sender.kept):
+    for segment in changes.kept_rows(sender.table):
         for start in range(0, segment.numel, segment.bucket):
             num = min(segment.bucket, segment.numel - start)
             head = (0, 0, 0, 1, 1 + some(3, generator), 254, 255, 126 + some(128, generator))

@@ -169,7 +169,7 @@ class Keeper:
         segments.append(Segment(bits=0, dtype=DType.FP32, padded=99_999, parameter=0))
         layout = Layout(segments, group=2)
         self.table = torch.tensor(layout.table([segment.padded for segment in segments]))
-        rows = changes.kept_rows(self.table, torch.empty(layout.payload_bytes, dtype=torch.uint8))
+        rows = changes.kept_rows(self.table)
         self.x = torch.randn(layout.num_values)
         self.kept = torch.zeros(layout.payload_bytes, dtype=torch.uint8)
         for row in rows:

@@ -60,7 +60,7 @@ class Sender:
         self.table = torch.tensor(layout.table(numels))
         self.kept, self.whole = off_by(layout.payload_bytes, 3)
         self.kept.zero_()
-        rows = changes.kept_rows(self.table, self.kept)
+        rows = changes.kept_rows(self.table)
         for row in rows:
             if row.bits:
                 low_and_scale = torch.tensor([torch.nan, 0.0])

@@ -96,10 +96,12 @@ def sent_and_predicted(precision: str, bits: int) -> tuple[Any, Any]:
     sent: Counter[tuple[str, int]] = Counter()
     send = Traffic.sent
 
-    def seen(self: Traffic, direction: str, receivers: Iterable[int], num_bytes: int) -> None:
+    def seen(
+        self: Traffic, direction: str, receivers: Iterable[int], num_bytes: int, **others: Any
+    ) -> None:
         receivers = [*receivers]
         sent[direction, num_bytes] += len(receivers)
-        send(self, direction, receivers, num_bytes)
+        send(self, direction, receivers, num_bytes, **others)
 
     tokens = torch.zeros((2, 16), dtype=torch.long)
     with mock.patch.object(Traffic, "sent", seen):

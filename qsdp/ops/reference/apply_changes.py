@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qsdp.codec.payload import META_BYTES
-from qsdp.codec.segment_table import SegmentRow
+from qsdp.codec.segment_table import SegmentRow, check_table
 from qsdp.ops.reference.changes import DRAWN, MOST_LISTED, WHOLE, Bytes, check_step, kept_rows
 from qsdp.ops.reference.packing import pack_codes, unpack_codes
 
@@ -25,13 +25,13 @@ def apply_changes(frame: Tensor, table: Tensor, step: int, kept: Tensor) -> None
         kept: uint8 [row bytes], contiguous: the row, which is changed. After an error a part may
             be.
     """
-    for name, tensor in (("frame", frame), ("kept row", kept)):
-        if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
-            raise ValueError(
-                f"the {name} is {tensor.dtype} of shape {tuple(tensor.shape)}: "
-                "give a contiguous 1-D uint8 view."
-            )
-    rows = kept_rows(table, kept)
+    if frame.dtype != torch.uint8 or frame.dim() != 1 or not frame.is_contiguous():
+        raise ValueError(
+            f"the frame is {frame.dtype} of shape {tuple(frame.shape)}: "
+            "give a contiguous 1-D uint8 view."
+        )
+    check_table(None, table, kept)
+    rows = kept_rows(table)
     check_step(step)
     body = _Body(frame.cpu().numpy())
     is_changed = np.unpackbits(body.take(-(-len(rows) // 8)), bitorder="little")

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from qsdp.codec.change_frame import MOST_STEPS
 from qsdp.codec.payload import META_BYTES
-from qsdp.codec.segment_table import Field, SegmentRow, check_table
+from qsdp.codec.segment_table import SegmentRow, check_table
 from qsdp.ops.reference.grid import measure
 from qsdp.ops.reference.kept_grids import KeptGrids, codes_now, grids_now, kept_grids
 from qsdp.ops.reference.packing import convert_values, pack_codes, unpack_codes
@@ -52,8 +52,6 @@ WHOLE = 254
 DRAWN = 255
 STILL, FROZEN, TRAINED = range(3)
 """How a segment is looked at: not at all; without a schedule; with one."""
-_NO_BUFFER = 1 << 62
-"""The size of a flat buffer that has no part in a call."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -86,7 +84,7 @@ def encode_changes(
             that were not drawn again, and buckets that were.
     """
     check_table(buffer, table, kept)
-    rows = kept_rows(table, kept)
+    rows = kept_rows(table)
     check_step(step)
     _check_modes(modes, len(rows))
     if redraw_every < 1 or not 0 < room <= 1:
@@ -178,17 +176,10 @@ def _map(places: npt.NDArray[np.int64], by: npt.NDArray[np.int64], num: int) -> 
     return b"".join(each.tobytes() for each in both)
 
 
-def kept_rows(table: Tensor, kept: Tensor) -> list[SegmentRow]:
-    """The rows of the table of a kept row; raises ValueError where it is no such table."""
-    if table.dtype != torch.int64 or table.device.type != "cpu" or table.dim() != 2:
-        raise ValueError(
-            f"the table is {table.dtype} on {table.device}: give int64 rows on the cpu."
-        )
-    if table.shape[1] != len(Field):
-        raise ValueError(f"the table has {table.shape[1]} columns: give {len(Field)}.")
+def kept_rows(table: Tensor) -> list[SegmentRow]:
+    """The rows of a checked table; raises ValueError where it is not one of a kept row."""
     rows = [SegmentRow(row) for row in table.tolist()]
     for segment in rows:
-        segment.check(_NO_BUFFER, kept.numel())
         if segment.bits and not segment.has_epochs:
             raise ValueError(
                 "a coded segment has no epochs, as none of a kept row has: give the table of a "

@@ -48,6 +48,7 @@ from qsdp.common.rounding import Drawn, Rounding
 from qsdp.ops.reference.grid import (
     Extent,
     draw_grid,
+    grid_steps,
     has_learned_levels,
     huge_factor,
     measure,
@@ -201,7 +202,7 @@ def codes_on_grid(
     extent: Extent, low: Tensor, scale: Tensor, segment: SegmentRow, r: Tensor
 ) -> Tensor:
     """The reference codec's codes, fp32 [buckets, bucket], of measured values on a uniform grid."""
-    steps = torch.where(scale.signbit(), segment.num_codes - 2, segment.num_codes - 1).float()
+    steps = grid_steps(scale.signbit(), segment)
     t = place_on_grid(extent.values, low[:, None], scale[:, None])
     codes = unclamped_codes(t, r, segment.rounding)
     codes = torch.minimum(codes.clamp(min=0), steps[:, None])
@@ -218,9 +219,7 @@ def quantize(
     r = grid_numbers(segment, key, extent.values)
     codes = codes_on_grid(extent, low, scale, segment, r)
     if levels is not None:
-        width = scale.abs() * torch.where(
-            scale.signbit(), segment.num_codes - 2, segment.num_codes - 1
-        )
+        width = scale.abs() * grid_steps(scale.signbit(), segment)
         t = (extent.values - low[:, None]) * (1 / width)[:, None]
         learned = has_learned_levels(low, scale)[:, None]
         codes = torch.where(learned, _level_codes(t, levels, r, segment.rounding), codes)

@@ -46,12 +46,17 @@ def measure(x: Tensor, segment: SegmentRow) -> Extent:
     return Extent(x_NB, zero, low, high, zero.any(1), empty, broken)
 
 
+def grid_steps(keeps_zero: Tensor, segment: SegmentRow) -> Tensor:
+    """fp32 [buckets]: the steps of a grid, one less where it keeps its last code for +0.0."""
+    return torch.where(keeps_zero, segment.num_codes - 2, segment.num_codes - 1).float()
+
+
 def draw_grid(extent: Extent, segment: SegmentRow, room: float = 0.0) -> tuple[Tensor, Tensor]:
     """The lows and scales, fp32 [buckets], that the reference codec gives to measured buckets.
 
     ``room`` is left free on both sides, as a part of the range: [Note: Changes].
     """
-    steps = torch.where(extent.has_zero, segment.num_codes - 2, segment.num_codes - 1).float()
+    steps = grid_steps(extent.has_zero, segment)
     low, broken = extent.low, extent.is_broken
     d = extent.high / steps - low / steps
     d = d.masked_fill(broken | (d < torch.finfo(torch.float32).tiny), 0.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from qsdp.codec.segment_table import Field, SegmentRow
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, finalize
 from qsdp.ops.reference.codec import codes_on_grid, grid_numbers
-from qsdp.ops.reference.grid import Extent, draw_grid, place_on_grid
+from qsdp.ops.reference.grid import Extent, draw_grid, grid_steps, place_on_grid
 
 
 class KeptGrids(NamedTuple):
@@ -86,7 +86,7 @@ def codes_now(extent: Extent, grids: KeptGrids, segment: SegmentRow, key: int) -
 
 def _has_left(extent: Extent, kept: KeptGrids, segment: SegmentRow) -> Tensor:
     """bool [buckets]: whether values have left their kept grid, or have their first zero."""
-    steps = torch.where(kept.scale.signbit(), segment.num_codes - 2, segment.num_codes - 1)
+    steps = grid_steps(kept.scale.signbit(), segment)
     least, most = (place_on_grid(x, kept.low, kept.scale) for x in (extent.low, extent.high))
     is_inside = torch.where(
         kept.scale == 0,
