@@ -130,6 +130,8 @@ class AllGatherHook(CommBuffers):
                 kept.decode(output)
                 return None
             self.passes.before_collective_in_backward(self._plan)
+        if self._wire.clock.step == self._wire.config.warmup_steps:
+            self.cache.free()  # what the warm-up kept is as large as it sent
         is_async = async_op and input.device.type == "cpu"
         shards = self._group.local_shards()
         kept.begin(input, self._group.requires_grad(), shards, async_op=is_async)
