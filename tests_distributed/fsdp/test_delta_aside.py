@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import qsdp
 from tests_distributed.support.delta import (
@@ -41,6 +40,7 @@ from tests_distributed.support.one_rank import (
 )
 from tests_distributed.support.running import Run, selection
 from tests_distributed.support.training import State, adamw, exact_state
+from tests_distributed.support.two_replicas import refusal_of
 
 SEED = 100
 
@@ -98,7 +98,6 @@ def test_a_training_inside_is_that_of_a_wire_that_gathers_once(
 # --- what is kept is as if nobody had been inside ------------------------------------------------
 
 Inside = Callable[[Any, qsdp.Handle], None]
-"""What is done inside an aside, or in its place in a run without one: inside ``exact``."""
 
 
 def _evaluate(model: Any, _: qsdp.Handle) -> None:
@@ -130,83 +129,74 @@ def _raise(where: str) -> Inside:
 
 
 def _prune(model: Any, handle: qsdp.Handle) -> None:
-    """As ``_train``, of which a part is pruned meanwhile: the wire hears of it in an aside."""
+    """As ``_train``, where a part is pruned meanwhile, and the wire hears of it."""
     with other_weights(model):
         masks = masks_of(model, 0.5)
         prune(model, masks)
-        if not handle._wire.is_exact:
-            handle.set_support(support(model, masks))
+        handle.set_support(support(model, masks))
         torch.autograd.backward(model(*make_batch(model, SEED)))
-        if not handle._wire.is_exact:
-            handle.set_support(None)
+        handle.set_support(None)
     model.zero_grad()
 
 
 def _nest(model: Any, handle: qsdp.Handle) -> None:
-    context = handle.exact if handle._wire.is_exact else handle.aside
-    with context():
+    with handle.aside():
         _evaluate(model, handle)
     _train(model, handle)
     with handle.exact():
         _evaluate(model, handle)
 
 
-def _do_nothing(_: Any, __: qsdp.Handle) -> None:
-    pass
-
-
-INSIDE: dict[str, Inside] = {
-    "nothing": _do_nothing,
-    "evaluation": _evaluate,
-    "training": _train,
-    "passes of both kinds": _train_twice,
-    "another support": _prune,
-    "others inside": _nest,
-    "an exception in a forward pass": _raise("forward"),
-    "an exception in a backward pass": _raise("backward"),
+INSIDE: dict[str, tuple[Inside, int]] = {
+    "nothing": (lambda *_: None, 0),
+    "evaluation": (_evaluate, 0),
+    "training": (_train, 1),
+    "passes of both kinds": (_train_twice, 2),
+    "another support": (_prune, 1),
+    "others inside": (_nest, 1),
+    "an exception in a forward pass": (_raise("forward"), 0),
+    "an exception in a backward pass": (_raise("backward"), 0),
 }
+"""What is done, and how many steps of the keys' clock it takes."""
 DELTA: dict[str, Any] = {"weight_bits": 4, "bucket_size": 64, "delta_redraw_every": 3}
 STEPS = 4
 
 
-def _run(how: str | None, is_aside: bool, reshard: bool | None) -> list[Any]:
-    """All that a training leaves before whose steps something happens: its bytes too."""
-    model, handle = installed(2, DELTA, reshard=reshard, num_layers=1, frozen=True)
+def _run(how: str | None, ticks: int, reshard: bool | None) -> list[Any]:
+    """All that a training leaves before whose steps something happens, its bytes too.
+
+    Or nothing does, except that the clock goes on.
+    """
+    model, handle = installed(2, DELTA, reshard=reshard, frozen=True)
     optimizer = adamw(model)
     found: list[Any] = []
     for step in range(STEPS):
         if how is not None:
-            context = handle.aside if is_aside else handle.exact
-            with pytest.raises(Fault) if "exception" in how else nullcontext(), context():
-                INSIDE[how](model, handle)
+            with pytest.raises(Fault) if "exception" in how else nullcontext(), handle.aside():
+                INSIDE[how][0](model, handle)
             model.zero_grad()
-        loss: Tensor = torch.zeros(())
-
-        def act(seed: int = step) -> None:
-            nonlocal loss
-            loss = model(*make_batch(model, seed))
-            torch.autograd.backward(loss)
-
-        found += [sent_while(handle, act), float(loss.detach())]
+        else:
+            for _ in range(ticks):
+                handle._wire.clock.before_forward()
+                handle._wire.clock.before_reduce(0)
+        losses = list[float]()
+        found += [sent_while(handle, partial(_take, model, step, losses)), losses]
         optimizer.step()
         optimizer.zero_grad()
     weights = bits_of(decoded(model))
     return [*found, weights, bits_of(exact_state(model)), handle.state_dict()]
 
 
+def _take(model: Any, step: int, losses: list[float]) -> None:
+    loss = model(*make_batch(model, step))
+    torch.autograd.backward(loss)
+    losses.append(float(loss.detach()))
+
+
 def _differing(reshard: bool | None) -> list[str]:
     """After which passes aside a training, or a byte of it, is not as without."""
-    plain = _run(None, False, reshard)
-    found = []
-    for how in INSIDE:
-        # A pass with gradients takes a step of the keys' clock, wherever it is taken.
-        expected = _run(how, False, reshard) if INSIDE[how] not in _CLOCK_STAYS else plain
-        if _run(how, True, reshard) != expected:
-            found.append(how)
-    return found
-
-
-_CLOCK_STAYS = (_do_nothing, _evaluate)
+    plain = [_run(None, ticks, reshard) for ticks in range(3)]
+    return [how for how, (_, n) in INSIDE.items() if _run(how, n, reshard) != plain[n]]
 
 
 @selection("reshard", [(True,)], [True, None, False])
@@ -301,17 +291,14 @@ def _half_inside(begins_inside: bool) -> tuple[str, list[bool], list[float]]:
     take_sgd_step(model, 0, 0.1)
     with handle.aside() if begins_inside else nullcontext():
         loss = model(*make_batch(model, 1))
-    with (
-        nullcontext() if begins_inside else handle.aside(),
-        pytest.raises(RuntimeError) as raised,
-    ):
-        torch.autograd.backward(loss)
+    with nullcontext() if begins_inside else handle.aside():
+        said = refusal_of(lambda: torch.autograd.backward(loss))
     model.zero_grad()
     same, losses = [], []
     for step in range(1, 4):
         losses.append(take_sgd_step(model, step, 0.1))
         same.append(same_on_all_ranks(decoded(model)))
-    return str(raised.value), same, losses
+    return said, same, losses
 
 
 @pytest.mark.parametrize("begins_inside", [True, False])

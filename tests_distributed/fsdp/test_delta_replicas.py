@@ -72,7 +72,7 @@ def test_replicas_decode_the_same_weights_also_where_one_validates_alone(
         assert found == expected
 
 
-def _parted(native: bool, how: str, odds: list[int]) -> dict[str, Any]:
+def _parted(native: bool, how: str, odds: tuple[int, ...]) -> dict[str, Any]:
     """What this rank says after a replica has lost its codes, and how all go on."""
     model, handle = _replicated(native)
     for step in range(2):
@@ -106,16 +106,16 @@ def _parted(native: bool, how: str, odds: list[int]) -> dict[str, Any]:
 
 @selection(
     ("native", "how", "odds"),
-    [(False, "loses", [1]), (True, "loses", [2, 3]), (False, "loads", [2, 3])],
+    [(False, "loses", (1,)), (True, "loses", (2, 3)), (False, "loads", (2, 3))],
     (False, True),
     ("loses", "loads"),
-    ([1], [2, 3]),
+    ((1,), (2, 3)),
 )
 def test_all_replicas_hear_of_one_that_has_lost_its_codes_and_go_on_alike(
-    run: Run, native: bool, how: str, odds: list[int]
+    run: Run, native: bool, how: str, odds: tuple[int, ...]
 ) -> None:
     if how == "loads":  # a state is loaded by a whole replica
-        odds = [odds[0] // 2 * 2, odds[0] // 2 * 2 + 1]
+        odds = (odds[0] // 2 * 2, odds[0] // 2 * 2 + 1)
     everyone = run(4, _parted, native, how, odds)
     for found in everyone:
         # Whoever has lost some says so; then all that have others are asked to forget theirs.

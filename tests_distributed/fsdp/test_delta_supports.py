@@ -33,6 +33,7 @@ from tests_distributed.support.delta import (
 from tests_distributed.support.helpers import full_grads, full_state, make_batch
 from tests_distributed.support.running import Run, selection
 from tests_distributed.support.training import State, take_step
+from tests_distributed.support.two_replicas import refusal_of
 
 NEVER = 1 << 30
 """No schedule draws anew so seldom."""
@@ -53,7 +54,7 @@ def _bytes_by_share(shares: list[float]) -> list[tuple[int, int, int]]:
         prune(model, masks)
         handle.set_support(support(model, masks))
         counts = []
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
         for step in range(1, SETTLED):
             counts.append(sent_while(handle, partial(take_step, model, optimizer, step)))
         drawn, last = counts[0], counts[-1]
@@ -268,7 +269,7 @@ def test_frozen_weights_under_a_support_are_sent_once(run: Run) -> None:
     for same, far, sent in run(3, _frozen_and_pruned):
         assert same
         assert far < 0.35
-        assert sent[0] > 2 * 2 * HEADER_BYTES
+        assert sent[0] > 1.5 * 2 * HEADER_BYTES
         assert sent[-1] <= 2 * HEADER_BYTES
 
 
@@ -283,14 +284,13 @@ def _stray(odd: int) -> tuple[str, list[bool]]:
     if dist.get_rank() == odd:
         with torch.no_grad():
             values[~masks["blocks.1.qkv.weight"]] = 0.25
-    with pytest.raises(RuntimeError) as raised:
-        model(*make_batch(model, 1))
+    said = refusal_of(lambda: model(*make_batch(model, 1)))
     prune(model, masks)
     same = []
     for step in range(1, 3):
         take_sgd_step(model, step, 0.0)
         same.append(same_on_all_ranks(decoded(model)))
-    return str(raised.value), same
+    return said, same
 
 
 @pytest.mark.parametrize("odd", [0, 2])

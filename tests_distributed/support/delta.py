@@ -89,6 +89,9 @@ def num_buckets(model: nn.Module, bucket_size: int, num_ranks: int) -> int:
 @contextmanager
 def other_weights(model: nn.Module) -> Iterator[None]:
     """Inside, the weights are others, some of them zero; then they are as before, bit for bit."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # or these would be what is gathered, and not the shards
     with torch.no_grad():
         shards = [local_shard(p).values for p in model.parameters()]
         before = [values.clone() for values in shards]
