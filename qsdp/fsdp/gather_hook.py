@@ -87,7 +87,8 @@ class AllGatherHook(CommBuffers):
             self.cache.forget_trained()
             self._recorder.forget_what_was_dropped()
             self.passes.before_gather(plan)
-            self._was_aside = wire.is_aside
+            if self.passes.trains:  # others may be evaluated before its backward pass
+                self._was_aside = wire.is_aside
         elif self._kept is not None and self._was_aside != wire.is_aside:
             forward, backward = ("inside", "outside")[:: 1 if self._was_aside else -1]
             raise RuntimeError(
