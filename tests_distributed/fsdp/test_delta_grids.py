@@ -44,7 +44,10 @@ SETTINGS = {
     "under a support": Setting(share=0.4, options={"frozen": True}),
     "8 bits": Setting(config={"weight_bits": 8, "bucket_size": 64, "delta_room": 0.02}),
     "nearest": Setting(config={"rounding": "nearest", "weight_bits": 3, "embedding_bits": 4}),
-    "a budget": Setting(config={"budget": 5.0, "weight_bits": 8}),
+    "a budget": Setting(
+        config={"budget": 5.0, "weight_bits": 8, "bucket_size": 64},
+        options={"width": 32, "hidden": 32, "num_layers": 1},
+    ),
     "after a warm-up": Setting(config={"warmup_steps": 2}),
     "in a warm-up": Setting(config={"warmup_steps": 4}),
     "bf16": Setting(options={"bf16": True}),
@@ -150,7 +153,7 @@ def _looked_at(replicas: int) -> tuple[list[str], dict[str, str], dict[str, int]
             odd.append(f"{key} has {value.to_local().shape} of {value.shape}")
         used = -(-local_shard(parameter).values.numel() // 16)
         local = value.to_local()[:used]
-        if kind == "epoch" and not ((local >= 0) & (local < 2)).all():
+        if kind == "epoch" and not ((local >= 0) & (local <= 2)).all():
             odd.append(f"{key} has {local}")
         if kind != "epoch" and not local.isfinite().all():
             odd.append(f"{key} is not finite")
@@ -296,7 +299,8 @@ def _refused(odd: int | None) -> tuple[dict[str, tuple[str, str]], list[bool], f
             handle.load_grids(given)
             said[name] = ("nothing", "")
         except (ValueError, RuntimeError) as error:
-            said[name] = (type(error).__name__, str(error))
+            kind = "ValueError" if isinstance(error, ValueError) else "RuntimeError"
+            said[name] = (kind, str(error))
     same = []
     for step in range(2, 4):
         take_sgd_step(model, step, 0.1)
