@@ -194,10 +194,11 @@ def _looked_at(replicas: int) -> tuple[list[str], dict[str, str], dict[str, int]
     return odd, forms, buckets
 
 
-@selection(("ranks", "replicas"), [(4, 1)], (2, 4), (1, 2))
+@selection("ranks_and_replicas", [((4, 1),)], [(4, 1), (2, 1), (4, 2)])
 def test_grids_are_tensors_that_are_sharded_as_their_parameters(
-    run: Run, ranks: int, replicas: int
+    run: Run, ranks_and_replicas: tuple[int, int]
 ) -> None:
+    ranks, replicas = ranks_and_replicas
     for odd, forms, buckets in run(ranks, _looked_at, replicas):
         assert odd == []
         kinds = {"min": "torch.float32", "scale": "torch.float32", "epoch": "torch.int32"}
