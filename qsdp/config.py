@@ -167,11 +167,7 @@ class QSDPConfig:
 
     def _check_delta(self) -> None:
         """Raise ValueError for what grids that are kept cannot have."""
-        for name, is_there, why in (
-            ("levels", self.levels == "learned", "keeps uniform grids"),
-            ("budget", self.budget is not None, "keeps each parameter's bits"),
-            ("warmup_steps", self.warmup_steps > 0, "keeps each parameter's bits"),
-        ):
+        for name, is_there, why in (("levels", self.levels == "learned", "keeps uniform grids"),):
             if is_there:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r} beside gather='delta', which {why}: leave "

@@ -68,6 +68,7 @@ def test_grids_are_those_of_the_kernels_whatever_becomes_of_the_values(
     )
     group, key = random.randrange(9), random.randrange(1 << 60)
     kernels, simulated = Kernels(segment, group), SimulatedGrids(room, every)
+    simulated.fit(group, ())
     row = SegmentRow(Layout([segment], group).table([num])[0])
     exact, is_trained = torch.randn(num) * 10.0 ** torch.randint(-6, 6, (num,)), True
     exact[40:80] *= 1e30
@@ -87,9 +88,9 @@ def test_grids_are_those_of_the_kernels_whatever_becomes_of_the_values(
         values = shard.detach()
         mode = TRAINED if is_trained else STILL if is_same else FROZEN
         expected = kernels.gather(values, key, mode, step, every, room)
-        found = simulated.gather(("shard", 0), values, row, key, step, shard)
+        found = simulated.gather(group, ("shard", 0), values, row, key, step, shard)
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), step
-        kept, _ = simulated._kept["shard", 0]
+        kept, _ = simulated._kept[group].shards["shard", 0]
         torch.testing.assert_close(
             kept, (kernels.low, kernels.scale, kernels.epoch), rtol=0, atol=0, equal_nan=True
         )
@@ -120,7 +121,8 @@ def test_numbers_are_drawn_by_seed_epoch_and_sender() -> None:
 def grids(simulated: qsdp.Simulation) -> dict[tuple[str, int], ShardGrids]:
     """The kept grids, by parameter and rank."""
     assert simulated._wire.grids is not None
-    return {place: kept for place, (kept, _) in simulated._wire.grids._kept.items()}
+    groups = simulated._wire.grids._kept.values()
+    return {place: kept for group in groups for place, (kept, _) in group.shards.items()}
 
 
 def epochs(simulated: qsdp.Simulation, name: str) -> Tensor:
