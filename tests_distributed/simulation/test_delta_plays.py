@@ -32,7 +32,7 @@ def second_passes(side: Side) -> None:
         with side.aside():
             side.set_support(masks)
             if step in (0, 3):
-                side.look()
+                side.validate(step)
             side.take_pass(2 * step + 1)
             side.set_support(None)
         side.put_back(was)
@@ -93,8 +93,9 @@ def whatever_comes(side: Side) -> None:
             side.move(step, only=dice.choice(("blocks.0.out", "norm1", "embed")))
             side.prune(masks)
         if dice.random() < 0.2:
-            side.look()
-        side.take_pass(2 * step)
+            side.validate(step)
+        resting = [dice.randrange(2)] if dice.random() < 0.3 else []
+        side.take_pass(2 * step, resting=resting)
         if dice.random() < 0.5:
             was, inside = side.copy(), masks
             side.move(step)
@@ -105,8 +106,8 @@ def whatever_comes(side: Side) -> None:
                     side.prune(inside)
                     side.set_support(inside)
                 if dice.random() < 0.3:
-                    side.look()
-                side.take_pass(2 * step + 1)
+                    side.validate(step)
+                side.take_pass(2 * step + 1, resting=resting)
                 if inside is not masks:
                     side.set_support(masks or None)
             side.put_back(was)

@@ -8,10 +8,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from tests_distributed.support.delta import decoded
 from tests_distributed.support.helpers import Toy, full_grads, full_state, make_batch, make_model
@@ -53,12 +54,19 @@ class Side(ABC):
         """Let what whole ``masks`` keep travel alone."""
 
     @abstractmethod
-    def take_pass(self, number: int) -> None:
-        """Forward and backward, of batches that follow from ``number``; losses are recorded."""
+    def take_pass(self, number: int, *, resting: Iterable[int] = ()) -> None:
+        """Forward and backward, of batches that follow from ``number``; losses are recorded.
+
+        Blocks that are ``resting`` are left out, and not gathered.
+        """
 
     @abstractmethod
     def look(self) -> None:
         """Record the weights as gathers bring them now, without a pass."""
+
+    @abstractmethod
+    def validate(self, number: int) -> None:
+        """Record the losses of a forward pass without gradients."""
 
     @abstractmethod
     def update(self) -> None:
@@ -137,13 +145,19 @@ class RealSide(Side):
         own = {parameters[n]: own_part(mask, parameters[n]) for n, mask in (masks or {}).items()}
         self._handle.set_support(own, with_grads=with_grads)
 
-    def take_pass(self, number: int) -> None:
+    def take_pass(self, number: int, *, resting: Iterable[int] = ()) -> None:
+        self._model.resting = frozenset(resting)
         loss = self._model(*make_batch(self._model, self.seed % 1000 * 100 + number))
         torch.autograd.backward(loss)
+        self._model.resting = frozenset()
         self.record.append(float(loss.detach()))
 
     def look(self) -> None:
         self.record.append(decoded(self._model))
+
+    def validate(self, number: int) -> None:
+        with torch.no_grad():
+            self.record.append(float(self._model(*make_batch(self._model, self.seed + number))))
 
     def update(self) -> None:
         self.record.append(full_grads(self._model))
@@ -171,13 +185,24 @@ class SimulatedSide(Side):
     def set_support(self, masks: Masks | None, *, with_grads: bool = True) -> None:
         self._simulation.set_support(masks, with_grads=with_grads)
 
-    def take_pass(self, number: int) -> None:
+    def take_pass(self, number: int, *, resting: Iterable[int] = ()) -> None:
         num_ranks, seed = self.case.ranks * self.case.replicas, self.seed % 1000 * 100 + number
         batches = [[make_batch(self._toy, seed, rank) for rank in range(num_ranks)]]
+        model = cast(Toy, self._simulation._model)
+        model.resting = frozenset(resting)
         self.record += self._simulation.pass_(batches)
+        model.resting = frozenset()
 
     def look(self) -> None:
         self.record.append(self._simulation.weights())
+
+    def validate(self, number: int) -> None:
+        weights, losses = self._simulation.weights(), []
+        with torch.no_grad():
+            for rank in range(self.case.ranks * self.case.replicas):
+                batch = make_batch(self._toy, self.seed + number, rank)
+                losses.append(float(functional_call(self._toy, weights, tuple(batch))))
+        self.record.append(losses)
 
     def update(self) -> None:
         self.record.append(self._simulation.grads())
