@@ -126,7 +126,7 @@ HEAVY = {
     *("large buckets", "much room", "anew in each step", "nearest at eight bits"),
     *("not resharded", "most is frozen", "tied", "accumulated", "eight bits, small buckets"),
     *("sparse", "warm-up at eight bits", "two hops", "two hops, large buckets, in bf16"),
-    *("native replicas, budget", "replicas", "sparse, at eight bits, gathered in bf16"),
+    *("native replicas, budget", "replicas", "budget", "sparse, at eight bits, gathered in bf16"),
 }
 
 
