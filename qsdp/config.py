@@ -84,7 +84,7 @@ class QSDPConfig:
     backward pass, and that of frozen parameters until their contents change, on whatever rank and
     by whatever edit.
     ``delta``: every rank keeps the packed codes of the whole model, on grids that last for many
-    steps, and only codes that changed are sent. Uniform levels, no warm-up and no budget.
+    steps, and only codes that changed are sent, once a warm-up is over. Uniform levels alone.
     """
 
     delta_room: float | None = None
@@ -167,16 +167,11 @@ class QSDPConfig:
 
     def _check_delta(self) -> None:
         """Raise ValueError for what grids that are kept cannot have."""
-        for name, is_there, why in (
-            ("levels", self.levels == "learned", "keeps uniform grids"),
-            ("budget", self.budget is not None, "keeps each parameter's bits"),
-            ("warmup_steps", self.warmup_steps > 0, "keeps each parameter's bits"),
-        ):
-            if is_there:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r} beside gather='delta', which {why}: leave "
-                    "one of the two out."
-                )
+        if self.levels == "learned":
+            raise ValueError(
+                f"levels is {self.levels!r} beside gather='delta', which keeps uniform grids: "
+                "leave one of the two out."
+            )
         if self.weight_bucket_size is not None:
             check_bucket_size("weight_bucket_size", self.weight_bucket_size, MAX_DELTA_BUCKET)
         elif self.bucket_size is not None and self.bucket_size > MAX_DELTA_BUCKET:

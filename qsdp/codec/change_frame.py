@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from qsdp.codec.payload import META_BYTES, Segment
+from qsdp.codec.payload import META_BYTES
+from qsdp.codec.segment_table import SegmentRow
 
 FRAME_HEADER_WORDS = 7
 FRAME_HEADER_BYTES = 8 * FRAME_HEADER_WORDS
@@ -25,16 +26,15 @@ _ALIGN = 64
 _REMEMBERED = 4
 
 
-def bitmap_bytes(segments: Sequence[Segment]) -> int:
+def bitmap_bytes(num_segments: int) -> int:
     """Bytes of the bitmap of a frame's body."""
-    return -(-len(segments) // 8)
+    return -(-num_segments // 8)
 
 
-def most_frame_bytes(segments: Sequence[Segment]) -> int:
-    """Bytes of a frame that draws every bucket of ``segments``: none is longer."""
-    heads = (-(-each.padded // each.bucket) * (1 + META_BYTES) for each in segments if each.bits)
-    data = sum(each.data_bytes(each.padded) for each in segments)
-    return FRAME_HEADER_BYTES + bitmap_bytes(segments) + sum(heads) + data
+def most_body_bytes(rows: Sequence[SegmentRow]) -> int:
+    """Bytes of a body that draws every bucket of a kept row: none is longer."""
+    heads = sum(-(-row.numel // row.bucket) * (1 + META_BYTES) for row in rows if row.bits)
+    return bitmap_bytes(len(rows)) + heads + sum(row.data_bytes for row in rows)
 
 
 class FrameSizes:

@@ -17,6 +17,7 @@ from qsdp.comm.buffers import allocate_buffer, as_bytes
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_headers
+from qsdp.comm.staged_gather import StagedGather
 from qsdp.comm.topology import gathered_ranks
 from qsdp.comm.traffic import Traffic
 from qsdp.comm.weight_cache import CacheablePayloads, FoundWeights, Source, WeightCache
@@ -94,8 +95,7 @@ class PayloadGather:
     """The all-gather of one layout's payloads that is under way.
 
     1. Encode this rank's shard. The input may be a view into the output: it is read first.
-    2. One all-gather of payloads a stage, from the outermost to the innermost, of all that this
-       rank has by then: [Note: Stages].
+    2. All-gather the payloads over all stages: [Note: Stages].
     3. Check every header: version, step, sender, size, plan.
     """
 
@@ -122,9 +122,9 @@ class PayloadGather:
         step = 0 if is_frozen else clock.step
         self._plan, self._wire = plan, wire
         self._payloads = CacheablePayloads(layout, buffer, step, keys)
-        size, group = layout.payload_bytes, plan.stages[-1].group
-        self._gathered = self._room(group.size() * size)
-        own = self._gathered.narrow(0, group.rank() * size, size)
+        size = layout.payload_bytes
+        self._gather = StagedGather(plan.stages, buffer, size, wire.buffers)
+        own = self._gather.own
         header = layout.header(plan.rank, step)
         self._mistake: RuntimeError | None = None
         with wire.times.measure("gather", "encode", buffer.device):
@@ -137,9 +137,7 @@ class PayloadGather:
                 header = layout.header(plan.rank, step, PayloadStatus.FAILED)
                 own[:HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
         with self._on_the_wire():
-            self._arrival = transport.start_all_gather(
-                self._gathered, own, group, async_op=async_op
-            )
+            self._gather.start(async_op=async_op)
 
     def finish(self) -> CacheablePayloads:
         """Wait for the payloads.
@@ -147,17 +145,9 @@ class PayloadGather:
         Raises RuntimeError when a header is not what is expected, or a pruned weight is not zero.
         """
         plan, wire, payloads = self._plan, self._wire, self._payloads
-        size = payloads.layout.payload_bytes
         with self._on_the_wire():
-            seen = self._arrival.wait()
-            for stage in reversed(plan.stages[:-1]):
-                handed_on = self._gathered
-                self._gathered = self._room(stage.size * handed_on.numel())
-                seen = transport.start_all_gather(self._gathered, handed_on, stage.group).wait()
-                wire.buffers.release(handed_on)
-        for stage in reversed(plan.stages):
-            wire.traffic.gathered("gather", stage.group, size)
-            size *= stage.size
+            seen = self._gather.wait()
+        self._gather.count(wire.traffic)
         wire.traffic.in_fp32("gather", plan.world_size, payloads.layout.num_values)
         mistake, self._mistake = self._mistake, None
         if mistake is not None:
@@ -168,13 +158,6 @@ class PayloadGather:
         senders = gathered_ranks(plan.stages)
         check_headers(seen, payloads.layout, senders, payloads.step, plan)
         return payloads._replace(written=written_on_this_stream(payloads.buffer.device))
-
-    def _room(self, num_bytes: int) -> Tensor:
-        """Room for the payloads of one stage: what the last one leaves is what is asked for."""
-        buffer = self._payloads.buffer
-        if num_bytes == buffer.numel():
-            return buffer
-        return self._wire.buffers.acquire(num_bytes, buffer.device)
 
     @contextmanager
     def _on_the_wire(self) -> Iterator[None]:

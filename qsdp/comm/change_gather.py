@@ -13,10 +13,12 @@ from torch import Tensor
 from qsdp import ops
 from qsdp.codec.change_frame import FRAME_HEADER_BYTES, bitmap_bytes
 from qsdp.codec.payload import VERSION, PayloadStatus
-from qsdp.comm import transport
+from qsdp.comm.buffers import allocate_buffer
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_none_failed
+from qsdp.comm.staged_gather import StagedGather
+from qsdp.comm.topology import gathered_ranks
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import collective
 
@@ -75,8 +77,9 @@ class ChangeGather:
         with wire.times.measure("gather", "encode", shard.device):
             status = PayloadStatus.KEPT
             try:
+                values = layout.coded(plan.rank, shard, wire.buffers)
                 to = frame[FRAME_HEADER_BYTES:]
-                counts = changes_of(plan, layout, shard, row, modes, wire, step, to)
+                counts = changes_of(plan, layout, values, row, modes, wire, step, to)
             except RuntimeError as error:  # the others wait for a frame
                 self._mistake, status = error, PayloadStatus.FAILED
             body, changed, drawn = counts
@@ -85,15 +88,13 @@ class ChangeGather:
             header = [word, step, length, plan_hash, _signed(digest), changed, drawn]
             frame[:FRAME_HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
             self._gathered = wire.buffers.acquire(plan.world_size * expected, shard.device)
-            own = self._gathered.view(-1, expected)[plan.rank]
-            sent = min(expected, length)
+            self._gather = StagedGather(plan.stages, self._gathered, expected, wire.buffers)
+            own, sent = self._gather.own, min(expected, length)
             own[:sent] = frame[:sent]
             own[sent:] = 0
             self._rest = frame[sent:length].clone()
         with self._on_the_wire():
-            self._arrival = transport.start_all_gather(
-                self._gathered, own, plan.group, async_op=async_op
-            )
+            self._gather.start(async_op=async_op)
 
     def finish(self) -> Frames:
         """Wait for the frames.
@@ -102,11 +103,12 @@ class ChangeGather:
         """
         plan, wire = self._plan, self._wire
         with self._on_the_wire():
-            seen = self._arrival.wait()
+            seen = self._gather.wait()
         gathered = self._gathered.view(plan.world_size, self._expected)
         headers = (gathered if seen is None else seen.view_as(gathered))[:, :FRAME_HEADER_BYTES]
-        headers = headers.contiguous().view(torch.int64).cpu()
-        wire.traffic.gathered("gather", plan.group, self._expected, is_training=self.is_first)
+        places = torch.tensor(gathered_ranks(plan.stages)).argsort()  # by rank
+        headers = headers.contiguous().view(torch.int64).cpu()[places]
+        self._gather.count(wire.traffic, is_training=self.is_first)
         wire.traffic.in_fp32("gather", plan.world_size, self._layout.num_values)
         mistake, self._mistake = self._mistake, None
         if mistake is not None:
@@ -120,9 +122,10 @@ class ChangeGather:
         lengths = headers[:, 2].tolist()
         whole = self._with_the_rest(gathered, max(lengths))
         bodies = [
-            frame[FRAME_HEADER_BYTES:length] for frame, length in zip(whole, lengths, strict=True)
+            whole[place][FRAME_HEADER_BYTES:length]
+            for place, length in zip(places.tolist(), lengths, strict=True)
         ]
-        least = FRAME_HEADER_BYTES + bitmap_bytes(self._layout.segments)
+        least = FRAME_HEADER_BYTES + bitmap_bytes(len(self._layout.segments))
         release = partial(wire.buffers.release, self._gathered)
         return Frames(bodies, max(lengths), max(lengths) > least, release)
 
@@ -132,12 +135,14 @@ class ChangeGather:
         missing = longest - self._expected
         if missing <= 0:
             return [*gathered]
-        own = torch.zeros(missing, dtype=torch.uint8, device=self._device)
-        own[: self._rest.numel()] = self._rest
-        rests = own.new_empty(plan.world_size * missing)
+        rests = allocate_buffer(plan.world_size * missing, self._device)
+        gather = StagedGather(plan.stages, rests, missing, wire.buffers)
+        gather.own[: self._rest.numel()] = self._rest
+        gather.own[self._rest.numel() :] = 0
         with self._on_the_wire():
-            transport.start_all_gather(rests, own, plan.group).wait()
-        wire.traffic.gathered("gather", plan.group, missing, is_training=self.is_first)
+            gather.start()
+            gather.wait()
+        gather.count(wire.traffic, is_training=self.is_first)
         return [*torch.cat([gathered, rests.view(-1, missing)], dim=1)]
 
     def _check(self, headers: Tensor) -> None:
@@ -176,14 +181,14 @@ class ChangeGather:
 def changes_of(
     plan: Plan,
     layout: GroupLayout,
-    shard: Tensor,
+    values: Tensor,
     row: Tensor,
     modes: Tensor,
     wire: Wire,
     step: int,
     body: Tensor,
 ) -> list[int]:
-    """Write the changes of this rank's flat ``shard``, as a gather in ``step`` would send them.
+    """Write the changes of what is coded of this rank's shard, as a gather in ``step`` sends them.
 
     Returns the counts of ``encode_changes``, which also says what it is given.
     """
@@ -191,7 +196,7 @@ def changes_of(
     how = wire.config.redraw_every, wire.config.room
     counts = torch.zeros(3, dtype=torch.int64)
     table = layout.table(plan.rank)
-    ops.encode_changes(shard, table, key, row, modes, step, *how, body, counts)
+    ops.encode_changes(values, table, key, row, modes, step, *how, body, counts)
     found: list[int] = counts.tolist()
     return found
 

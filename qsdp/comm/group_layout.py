@@ -138,6 +138,11 @@ class GroupLayout:
         """The four int64 words that open a payload."""
         return [VERSION << 32 | sender, step, self.payload_bytes, self._hash ^ status]
 
+    def is_like(self, other: GroupLayout) -> bool:
+        """Whether payloads of ``other`` are laid out as this one's, of the same kept values."""
+        masks, others = (each and each.bits for each in (self.pruned, other.pruned))
+        return self.segments == other.segments and masks is others
+
     def expected_headers(self, senders: Sequence[int], step: int) -> Tensor:
         """int64 [senders, 4]: what each payload must open with."""
         headers = torch.tensor([self.header(0, step)]).repeat(len(senders), 1)
@@ -158,11 +163,18 @@ class GroupLayout:
 
         Raises RuntimeError where a pruned value is not zero.
         """
-        values = dense
-        if self.pruned is not None:
-            slices = dense.view(1, -1)
-            values = self.pruned.compact(slices, rank, pool, strict=True).view(-1)
+        values = self.coded(rank, dense, pool)
         ops.encode(values, self.table(rank), key, header, payload, levels)
+
+    def coded(self, rank: int, dense: Tensor, pool: BufferPool) -> Tensor:
+        """What is coded of ``rank``'s slice of weights ``dense``, both uint8 [bytes].
+
+        Valid until the next call with this pool. Raises RuntimeError where a pruned value is not
+        zero.
+        """
+        if self.pruned is None:
+            return dense
+        return self.pruned.compact(dense.view(1, -1), rank, pool, strict=True).view(-1)
 
     def decode(
         self,

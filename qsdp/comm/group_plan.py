@@ -198,14 +198,15 @@ class Plan:
 
     def kept_rows(self) -> GroupLayout:
         """The rows of all ranks' codes that every rank keeps: [Note: Kept] in kept_codes.py."""
-        key = "kept", "dense"
+        masks = self._masks(self.places)
+        key = "kept", "sparse" if masks else "dense"
         if (layout := self._known(key)) is not None:
             return layout
         segments = [
             self._segment(p, p.dtype, p.weight_bits, LevelKind.WEIGHT) for p in self.parameters
         ]
         segments = [replace(each, keeps_epochs=each.bits > 0) for each in segments]
-        return self._keep(key, self._layout(segments, self.places, [], self._starts()))
+        return self._keep(key, self._layout(segments, self.places, masks, self._starts()))
 
     def _starts(self) -> list[int]:
         """By place, where a parameter's values start in a rank's slice of the buffer of weights."""

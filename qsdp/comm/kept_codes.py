@@ -5,7 +5,7 @@ they are on. A gather sends what has changed of them, and decodes the rows. A fr
 exactly once on every rank, before the group's next frame: a rank that missed one would decode other
 weights for ever. So a digest of all frames so far is in every header, and in what ranks compare
 where a pass begins. Where digests differ all ranks forget what they keep, and the next frame draws
-all grids anew.
+all grids anew. So it does where other bits or masks give the rows another layout.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from qsdp.codec.change_frame import (
     FRAME_HEADER_BYTES,
     FrameSizes,
     bitmap_bytes,
-    most_frame_bytes,
+    most_body_bytes,
 )
 from qsdp.comm.buffers import allocate_buffer, as_bytes
 from qsdp.comm.change_gather import ChangeGather, Frames, changes_of
+from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.quantization_error import Meter
-from qsdp.comm.routes import gather_route
 from qsdp.comm.wire_state import Wire
 from qsdp.common.checksum import checksum
 from qsdp.common.gpu_streams import reads_on_this_stream, written_on_this_stream
@@ -55,15 +55,17 @@ class KeptCodes:
         """Let the next frame draw all grids anew; all ranks forget together."""
         plan, self._arriving = self._plan, None
         self._layout = layout = plan.kept_rows()
-        most = most_frame_bytes(layout.segments)
-        raw = sum(each.data_bytes(each.padded) for each in layout.segments if not each.bits)
-        least = FRAME_HEADER_BYTES + bitmap_bytes(layout.segments)
+        rows = [layout.segment_rows(rank) for rank in range(plan.world_size)]
+        most = FRAME_HEADER_BYTES + max(map(most_body_bytes, rows))
+        raw = max(sum(each.data_bytes for each in row if not each.bits) for row in rows)
+        least = FRAME_HEADER_BYTES + bitmap_bytes(len(layout.segments))
         # Few bytes a bucket change in a step; what is left comes behind.
         self._first, self._more = (
             FrameSizes(least + raw + most // 16, most),
             FrameSizes(least, most),
         )
-        self._is_new, self._step, self._most = True, -1, most
+        self._is_new, self._has_rows, self._step, self._most = True, False, -1, most
+        self._begun = -1
         self._frozen_sums: dict[int, int] = {}
         self._sent_sums: dict[int, int] = {}
         self._sizes: FrameSizes | None = None
@@ -74,6 +76,14 @@ class KeptCodes:
         """What is the same on all ranks as long as none has missed a frame."""
         sizes = (self._first.expected, self._more.expected)
         return self._digest, self._step, self._is_new, self._has_moved, *sizes
+
+    @property
+    def begun(self) -> int:
+        """The step in which all grids were drawn the last time; -1 before.
+
+        All replicas have the same, unless ranks of one had to forget.
+        """
+        return self._begun
 
     @property
     def is_cut_short(self) -> bool:
@@ -106,9 +116,11 @@ class KeptCodes:
             async_op: The frames travel beside what this thread does until ``settle``.
         """
         self.settle()
-        if self._layout is not self._plan.kept_rows():  # other bits
+        if not self._layout.is_like(self._plan.kept_rows()):
             self.forget()
         rows, step = self._rows_of(input.device), self._wire.clock.step
+        if self._is_new:
+            self._begun = step
         is_first = step != self._step
         sizes = self._first if is_first else self._more
         sums = {
@@ -184,10 +196,10 @@ class KeptCodes:
         plan, layout, wire = self._plan, self._layout, self._wire
         keys = wire.clock.kept_keys(plan.world_size)
         slices = as_bytes(output).view(plan.world_size, plan.buffer_bytes)
-        route = gather_route(tuple(range(plan.world_size)))
+        order = tuple(range(plan.world_size))
         self._wait_for_others()
         with wire.times.measure("gather", "decode", output.device):
-            ops.decode_all(self._rows, layout.tables, layout.parts(route, keys), slices)
+            layout.decode(self._rows, order, keys, slices, wire.buffers, None)
         self._used = written_on_this_stream(output.device)
 
     def measure(self, meter: Meter, shards: Sequence[Tensor], trains: Sequence[bool]) -> None:
@@ -196,19 +208,26 @@ class KeptCodes:
         Nothing is sent, and what is kept stays as it is.
         """
         self.settle()
-        plan, layout, wire = self._plan, self._layout, self._wire
+        plan, layout, wire = self._plan, self._plan.kept_rows(), self._wire
         step, device = wire.clock.next_step, shards[0].device
-        row = self._rows_of(device)[plan.rank].clone()
+        row = torch.empty(layout.payload_bytes, dtype=torch.uint8, device=device)
+        if layout.is_like(self._layout):
+            row.copy_(self._rows_of(device)[plan.rank])
+        else:
+            clear(row, layout, plan.rank)
         exact, decoded = (
             torch.zeros(plan.buffer_bytes, dtype=torch.uint8, device=device) for _ in range(2)
         )
         segments = layout.segment_rows(plan.rank)
-        for segment, shard, p in zip(segments, shards, plan.parameters, strict=True):
+        for place, (segment, shard, p) in enumerate(
+            zip(segments, shards, plan.parameters, strict=True)
+        ):
             values = shard.detach().to(p.dtype).reshape(-1)
             if segment.bits:
-                segment.store(exact, values, keep_padding=True)
+                sent = layout.kept(plan.rank, place, values)
+                segment.store(exact, sent, keep_padding=True)
         modes = torch.tensor([TRAINED if trained else FROZEN for trained in trains])
-        body = wire.buffers.take("frame", self._most, device)
+        body = wire.buffers.take("frame", most_body_bytes(segments), device)
         num_bytes, *_ = changes_of(plan, layout, exact, row, modes, wire, step, body)
         table, key = layout.table(plan.rank), int(wire.clock.kept_keys(plan.world_size)[plan.rank])
         ops.apply_changes(body[:num_bytes], table, step, row)
@@ -224,15 +243,21 @@ class KeptCodes:
             reads_on_this_stream(self._rows)
 
     def _rows_of(self, device: torch.device) -> Tensor:
-        """uint8 [ranks, row bytes]; before a first frame all zero, with NaN for every minimum."""
+        """uint8 [ranks, row bytes]."""
         self._wait_for_others()
         size, ranks = self._layout.payload_bytes, self._plan.world_size
         if self._rows is None or self._rows.numel() != ranks * size or self._rows.device != device:
             self._rows = allocate_buffer(ranks * size, device).view(ranks, size)
-        if self._is_new:
-            self._rows.zero_()
+        if not self._has_rows:
             for rank, row in enumerate(self._rows):
-                for segment in self._layout.segment_rows(rank):
-                    if segment.bits:
-                        segment.meta(row).view(torch.float32)[::2] = torch.nan
+                clear(row, self._layout, rank)
+            self._has_rows = True
         return self._rows
+
+
+def clear(row: Tensor, layout: GroupLayout, rank: int) -> None:
+    """Make ``row`` that of a rank which has sent nothing: zero, with NaN for every minimum."""
+    row.zero_()
+    for segment in layout.segment_rows(rank):
+        if segment.bits:
+            segment.meta(row).view(torch.float32)[::2] = torch.nan

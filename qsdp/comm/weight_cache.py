@@ -95,7 +95,7 @@ class WeightCache:
         """
         plan, wire = self._plan, self._wire
         kept, self._trained = self._trained, None
-        if wire.is_exact or wire.config.gather == "twice":
+        if wire.is_exact or wire.gathers(wire.clock.step) == "twice":
             return FoundWeights(Source.WIRE, plan.places), FoundWeights(Source.NOWHERE)
         places = tuple(i for i in plan.places if trains[i])
         if kept is not None:

@@ -26,6 +26,10 @@ class KeptState(Protocol):
         """What is the same on all ranks as long as none has missed a frame."""
 
     @property
+    def begun(self) -> int:
+        """The step in which all grids were drawn the last time."""
+
+    @property
     def is_cut_short(self) -> bool:
         """Whether this rank was interrupted while it applied frames."""
 
@@ -40,6 +44,8 @@ class Wire:
         self.times = Times()
         self.buffers = BufferPool()
         self.is_exact = False
+        self.is_aside = False
+        """Whether weights are other ones for a while, so that kept codes stay as they are."""
         self.meters: list[Meter | LevelCounts] = []
         """What looks at the gradients that are sent."""
         self.levels: LearnedLevels | None = None
@@ -64,6 +70,16 @@ class Wire:
     def level_values(self) -> Tensor | None:
         """The learned levels, as the codec takes them."""
         return None if self.levels is None else self.levels.values
+
+    def gathers(self, step: int) -> str:
+        """How weights are gathered in ``step`` of the clock, as ``QSDPConfig.gather`` has it.
+
+        Changes wait for the end of the warm-up, and of an aside: until then payloads travel, as
+        with ``once``.
+        """
+        config = self.config
+        is_put_off = self.is_aside or step < config.warmup_steps
+        return "once" if config.gather == "delta" and is_put_off else config.gather
 
     @property
     def least_bits(self) -> int:

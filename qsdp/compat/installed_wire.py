@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -25,6 +26,15 @@ def adapt_now(model: nn.Module) -> None:
     """Let the wire installed on ``model`` learn what is pending, before weights are edited."""
     for passes in passes_of(model):
         passes.settle()
+
+
+@contextmanager
+def aside(model: nn.Module) -> Iterator[None]:
+    """Inside, the wire installed on ``model`` sends other weights for a while: ``Handle.aside``."""
+    with ExitStack() as stack:
+        for passes in passes_of(model):
+            stack.enter_context(passes.with_weights("is_aside"))
+        yield
 
 
 def rewind_point(model: nn.Module) -> Callable[[], None]:

@@ -130,7 +130,8 @@ class Adaptation:
     def measure_as_sent(self, meter: Meter) -> None:
         """Let ``meter`` look at this rank's weights as a gather now would send them."""
         config, step = self._wire.config, self._wire.clock.next_step
-        if not self._wire.is_exact and config.gather != "delta":  # those have another measure
+        # Kept codes have another measure.
+        if not self._wire.is_exact and self._wire.gathers(step) != "delta":
             self._look(meter, config.least_warmup_bits if step < config.warmup_steps else 0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -263,7 +264,7 @@ class Adaptation:
 
     def _look(self, meter: Meter | LevelCounts, least_bits: int = 0) -> None:
         """Let ``meter`` look at what this rank's gathers send, at no fewer than ``least_bits``."""
-        once = self._wire.config.gather == "once"
+        once = self._wire.gathers(self._wire.clock.next_step) == "once"
         for plan, group in zip(self._plans, self._groups, strict=True):
             trains, shards, masked = group.requires_grad(), group.local_shards(), plan.num_kept
             for is_frozen in (False, True):

@@ -29,7 +29,6 @@ from qsdp.fsdp.bits_and_levels import Adaptation
 from qsdp.fsdp.gather_hook import AllGatherHook
 from qsdp.fsdp.install_arguments import (
     check_argument_type,
-    refuse_changes,
     refuse_own_comms,
     replica_group,
 )
@@ -85,7 +84,6 @@ def build_parts(
                 "handle.remove() first."
             )
         refuse_own_comms(groups, replicas)
-        refuse_changes(config, groups, replicas)
         plans = _make_plans(model, config, groups, names, order)
         if (
             node_mesh is not None
@@ -109,7 +107,7 @@ def build_parts(
     adaptation = Adaptation(plans, groups, wire, everyone)
     passes = Passes(plans, groups, wire, adaptation, replicas)
     comms = InstalledComms(plans, groups, wire, passes, replicas)
-    passes.caches, passes.comms = PassMembers(comms.gathers), comms.given
+    passes.caches, passes.meetings.comms = PassMembers(comms.gathers), comms.given
     return BuiltParts(
         plans=plans,
         unsharded=unsharded,

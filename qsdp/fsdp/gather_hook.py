@@ -53,6 +53,7 @@ class AllGatherHook(CommBuffers):
         self._kept = KeptCodes(plan, wire) if wire.config.gather == "delta" else None
         self._frozen_sum = 0
         self._gathered_at: tuple[str, int] | None = None
+        self._was_aside = False
 
     def __call__(
         self,
@@ -86,8 +87,15 @@ class AllGatherHook(CommBuffers):
             self.cache.forget_trained()
             self._recorder.forget_what_was_dropped()
             self.passes.before_gather(plan)
+            self._was_aside = wire.is_aside
+        elif self._kept is not None and self._was_aside != wire.is_aside:
+            forward, backward = ("inside", "outside")[:: 1 if self._was_aside else -1]
+            raise RuntimeError(
+                f"the forward pass of {plan.name} was {forward} handle.aside(), where weights are "
+                f"others, and its backward pass is {backward}: take both on one side."
+            )
         self._gathered_at = self.passes.now
-        if self._kept is not None and not wire.is_exact:
+        if self._kept is not None and not wire.is_exact and self._gathers == "delta":
             return self._gather_changes(self._kept, input_tensor, output_tensor, async_op)
         weights = trained, frozen = self.cache.find(self._group.requires_grad())
         if in_backward and any(each.source is Source.WIRE for each in weights):
@@ -136,14 +144,19 @@ class AllGatherHook(CommBuffers):
         return None
 
     @property
+    def _gathers(self) -> str:
+        return self._wire.gathers(self._wire.clock.step)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes that kept payloads and codes take on this rank."""
         return self.cache.num_bytes + (0 if self._kept is None else self._kept.num_bytes)
 
     def measure_codes(self, meter: Meter) -> None:
         """Let ``meter`` compare this rank's weights with the codes of a gather for training now."""
-        group, plan = self._group, self._plan
-        if self._kept is not None and plan.world_size > 1 and not self._wire.is_exact:
+        group, plan, wire = self._group, self._plan, self._wire
+        is_due = wire.gathers(wire.clock.next_step) == "delta" and not wire.is_exact
+        if self._kept is not None and plan.world_size > 1 and is_due:
             self._kept.measure(meter, group.local_shards(), group.requires_grad())
 
     def settle(self) -> None:
@@ -186,4 +199,4 @@ class AllGatherHook(CommBuffers):
         # FSDP2 gathers with autograd off, and so does reentrant checkpointing compute: only the
         # module can tell a training forward from a validation.
         is_training = self._group.modules[0].training
-        return self._wire.config.gather == "once" and is_training and self._group.gathers_again
+        return self._gathers == "once" and is_training and self._group.gathers_again

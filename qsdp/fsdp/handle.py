@@ -13,10 +13,8 @@ from qsdp.codec.change_frame import MOST_STEPS
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.sparse_support import exchange
 from qsdp.common.rank_agreement import meet, mistakes_shared
-from qsdp.common.user_errors import counted
 from qsdp.compat.interrupted_passes import abandon_pass
 from qsdp.compat.parameter_group import ParameterGroup
-from qsdp.compat.resharding import reshard_module
 from qsdp.config import QSDPConfig
 from qsdp.fsdp.build_parts import BuiltParts
 from qsdp.fsdp.handle_state import check_form
@@ -71,13 +69,23 @@ class Handle:
         Gathered weights are dropped on entry and on exit, so that neither layout sees the other's.
         """
         self._check_installed()
-        self._reshard()
-        before, self._wire.is_exact = self._wire.is_exact, True
-        try:
+        with self._passes.with_weights("is_exact"):
             yield
-        finally:
-            self._reshard()
-            self._wire.is_exact = before
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, weights may be other ones for a while: compressed, or averaged, to evaluate them.
+
+        With ``gather="delta"`` they travel whole meanwhile, as with ``"once"``, and the codes and
+        grids that all ranks keep stay those of the weights outside, which are to be back at the
+        end. With other gathers it drops gathered weights on entry and on exit, as ``exact`` does.
+        ``qsdp.compressed``, and the second pass of ``CrAM`` and ``SAM``, enter it by themselves.
+
+        A backward pass is on the same side as its forward pass, or raises RuntimeError.
+        """
+        self._check_installed()
+        with self._passes.with_weights("is_aside"):
+            yield
 
     def set_support(
         self, masks: Mapping[nn.Parameter, Tensor] | None, *, with_grads: bool = True
@@ -96,8 +104,7 @@ class Handle:
 
         Raises:
             ValueError: A mask is no bool tensor of its parameter's local shape, or is given for
-                what FSDP2 does not shard, or with ``gather="delta"``; or ``with_grads`` is False
-                without masks.
+                what FSDP2 does not shard; or ``with_grads`` is False without masks.
             RuntimeError: Ranks give masks for other parameters; or the handle was removed.
         """
         self._check_installed()
@@ -105,13 +112,7 @@ class Handle:
         with mistakes_shared(call, self._meets):
             if not masks and not with_grads:
                 raise ValueError("with_grads is False without masks: give masks, or leave it out.")
-            if masks and self.config.gather == "delta":
-                raise ValueError(
-                    f"masks of {counted(len(masks), 'parameter')} are given, but with "
-                    "gather='delta' all weights travel: leave them out, or install with gather "
-                    "'once' or 'twice'."
-                )
-        self._reshard()
+        self._passes.reshard()
         if not masks:
             self._wire.support = 0
             exchange(self._plans, [{}] * len(self._plans), self._wire, with_grads=with_grads)
@@ -175,8 +176,8 @@ class Handle:
         meter = weights if self._grad_meter is None else self._grad_meter
         with self._adaptation.settled():
             self._adaptation.measure_as_sent(weights)
-        for gather in self._comms.gathers:
-            gather.measure_codes(weights)
+            for gather in self._comms.gathers:
+                gather.measure_codes(weights)
         parameters = [p for plan in self._plans for p in plan.parameters]
         columns = {
             name: [_relative(*pair) for pair in source.totals(keys, self._everyone).tolist()]
@@ -242,7 +243,7 @@ class Handle:
             self._meet("handle.abandon_step", {})
         for group in self._groups:
             abandon_pass(group.modules[0])
-        self._reshard()
+        self._passes.reshard()
 
     def remove(self) -> None:
         """Give FSDP2 back the collectives it had before ``install``.
@@ -267,7 +268,7 @@ class Handle:
         self._passes.caches.settle()
         self._passes.remove()
         self._comms.remove()
-        self._reshard()
+        self._passes.reshard()
         for stage in self._stages:
             stage.close()
 
@@ -284,13 +285,6 @@ class Handle:
     def _check_installed(self) -> None:
         if self._is_removed:
             raise RuntimeError("this handle was removed already: call qsdp.install again.")
-
-    def _reshard(self) -> None:
-        """Make the next pass gather everything anew: what gathers bring is about to change."""
-        self._passes.mend()
-        self._passes.begin_anew()
-        for group in self._groups:
-            reshard_module(group.module)
 
 
 def _relative(error: float, square: float) -> float | None:

@@ -42,7 +42,7 @@ def install(
             own; a policy pattern, or ``embedding_bits``, sets the bits of no parameter; the budget
             is less than 2 bits and their metadata take, or has nothing to allot; the shard group
             does not split into nodes as the config's reduce needs; or replicate_mesh is not such a
-            mesh; or a model with replicas is to gather changes (``gather="delta"``).
+            mesh.
         RuntimeError: The ranks do not have the same model, config and meshes.
     """
     groups = parameter_groups(model)

@@ -56,18 +56,6 @@ def refuse_own_comms(groups: list[ParameterGroup], replicas: dist.ProcessGroup |
             )
 
 
-def refuse_changes(
-    config: QSDPConfig, groups: list[ParameterGroup], replicas: dist.ProcessGroup | None
-) -> None:
-    """Raise ValueError if the arguments of ``install`` ask for changes of a model with replicas."""
-    for group in groups if config.gather == "delta" else ():
-        if replicas is not None or group.replicas > 1:
-            raise ValueError(
-                f"gather is 'delta' and {module_name(group)} has replicas, whose kept codes "
-                "nothing compares: shard over one axis alone, or choose gather 'once' or 'twice'."
-            )
-
-
 def check_argument_type(name: str, given: object, wanted: Any) -> None:
     """Raise ValueError unless an argument of ``install`` is a ``wanted``, or None if it may be."""
     if not isinstance(given, wanted):

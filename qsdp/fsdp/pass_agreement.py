@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from qsdp.common.rank_agreement import FactsDiffer, Meeting, meet, mistakes_shar
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.process_groups import control_device
 from qsdp.compat.torch_collectives import all_gather_single
+from qsdp.fsdp.changed_settings import mistake
 from qsdp.fsdp.pass_facts import KEPT_CODES, Facts
 
 FORWARD, BACKWARD = "a forward pass", "a backward pass"
@@ -75,6 +76,8 @@ class PassMembers(tuple[PassMember, ...]):
 class PassMeetings:
     """Where ranks meet in one handle's passes, to agree: [Note: Passes] says when.
 
+    ``comms`` is set once it is made: by plan, what FSDP2 was given.
+
     Args:
         plans, groups: Those of the handle; members are places in these.
         wire: What the groups share.
@@ -91,6 +94,8 @@ class PassMeetings:
         replicas: dist.ProcessGroup | None,
     ) -> None:
         self._plans, self._groups, self._wire, self._facts = plans, groups, wire, facts
+        self._averages = replicas is not None
+        self.comms: Sequence[tuple[Any, ...]] = ()
         axes = {group.replica_group for group in groups} if replicas is None else {replicas}
         # Elsewhere nobody would read what is said.
         self._replicas = [
@@ -111,6 +116,26 @@ class PassMeetings:
         """Inside, outside a backward pass, a mistake also reaches the replicas that wait there."""
         return mistakes_shared(BACKWARD, self._replicas)
 
+    def refuse(self, call: str, places: Iterable[int], group: dist.ProcessGroup | None) -> None:
+        """Refuse what takes a group at ``places`` off the wire, or its gradients to other sums.
+
+        The ranks of ``group`` are about to meet at ``call``; None where nobody would hear.
+        """
+        found = (
+            mistake(
+                self._plans[place],
+                self._groups[place],
+                self.comms[place],
+                averages=self._averages,
+                in_backward=call == BACKWARD,
+            )
+            for place in places
+        )
+        if first := next(filter(None, found), ""):
+            told = [] if group is None or control_device(group).type != "cpu" else [group]
+            with self.mistakes_reach_replicas(), mistakes_shared(call, told):
+                raise RuntimeError(first)
+
     def meet_for_a_forward(
         self, first: Plan, members: list[int], grad_mode: str, caches: Sequence[PassMember]
     ) -> None:
@@ -127,7 +152,7 @@ class PassMeetings:
         wire, group = self._wire, first.group
         facts = self._facts.of_forward(first, members, grad_mode)
         has_news, is_needed = False, False
-        if wire.config.gather == "once":
+        if wire.gathers(wire.clock.next_step) == "once":
             kept = [i for i in members if caches[i].has_frozen]
             evaluated = [i for i in members if not self._groups[i].modules[0].training]
             facts["groups in eval mode"] = tuple(self._plans[i].name for i in evaluated)

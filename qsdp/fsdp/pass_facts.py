@@ -55,7 +55,7 @@ class Facts:
         """What payloads of ``members`` depend on, in both directions."""
         wire = self._wire
         return {
-            "weights": "exact" if wire.is_exact else "quantized",
+            "weights": "exact" if wire.is_exact else "aside" if wire.is_aside else "quantized",
             "bits and levels": self._adaptation.mark,
             "the seed": wire.clock.seed,
             KEPT_CODES: self._kept_codes(members),
@@ -97,6 +97,10 @@ class Facts:
         """What the average over the replicas depends on."""
         facts = self.of_backward(range(len(self._plans)))
         own = ("step", "bits and levels", "the seed", "masks") if self._averages else ()
+        # Frames are of each shard group's own number: a replica may have validated alone.
+        begun = [each.begun for each in self._wire.kept.values()]
+        facts[KEPT_CODES] = f"drawn anew in step {max(begun)}" if begun else ""
+        own = (*own, KEPT_CODES) if begun else own
         words = (*own, "frozen parameters", "groups that are not reduced")
         return {each: facts[each] for each in (*words, "groups that are not averaged")}
 

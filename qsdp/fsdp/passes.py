@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,18 +17,15 @@ from torch.utils.hooks import RemovableHandle
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import CollectiveError
-from qsdp.common.rank_agreement import mistakes_shared
 from qsdp.common.replicas import replicated
 from qsdp.compat.autograd import is_in_backward
 from qsdp.compat.fsdp_state import all_states, becomes_root, is_root, stays_gathered_by_default
 from qsdp.compat.interrupted_passes import abandon_pass, is_backward_interrupted
 from qsdp.compat.parameter_group import ParameterGroup
-from qsdp.compat.process_groups import control_device
 from qsdp.compat.pytree import tensors_in
 from qsdp.compat.resharding import reshard_module
 from qsdp.fsdp.backward_pass import BackwardPass
 from qsdp.fsdp.bits_and_levels import Adaptation
-from qsdp.fsdp.changed_settings import mistake
 from qsdp.fsdp.optimizer_steps import OptimizerSteps
 from qsdp.fsdp.pass_agreement import BACKWARD, FORWARD, PassMeetings, PassMembers
 from qsdp.fsdp.pass_facts import Facts
@@ -53,8 +51,8 @@ class Passes:
     are dropped. Only what is seen to raise, or not to end, counts as cut short: a root may be
     called inside its own pass, from a method that FSDP2 was told to take for a forward.
 
-    ``caches`` and ``comms`` are set once they are made: by plan, its cache and what FSDP2 was
-    given. ``facts`` is what ranks compare where they meet, ``meetings`` those of the passes.
+    ``caches``, by plan, are set once they are made. ``facts`` is what ranks compare where they
+    meet, ``meetings`` those of the passes.
 
     Args:
         plans, groups: Those of the handle.
@@ -79,7 +77,6 @@ class Passes:
         is_alone = len({plan.group for plan in plans}) == 1
         self._meets_early = wire.config.gather != "twice" and is_alone
         self.caches = PassMembers()
-        self.comms: Sequence[tuple[Any, ...]] = ()
         self.facts = Facts(plans, groups, wire, adaptation, averages=self._averages)
         self.meetings = meetings = PassMeetings(plans, groups, wire, self.facts, replicas)
         self._to_come = to_come = dict[dist.ProcessGroup, set[int]]()
@@ -164,7 +161,7 @@ class Passes:
 
     def _meet_for_a_backward(self, group: dist.ProcessGroup, places: Sequence[int]) -> None:
         """Begin a meeting on behalf of those of ``places`` that travel over ``group``."""
-        self._refuse(BACKWARD, places, group)
+        self.meetings.refuse(BACKWARD, places, group)
         self.meetings.begin_for_a_backward(group, places)
 
     @property
@@ -182,6 +179,25 @@ class Passes:
             self._abandon(group.modules[0])
         self._end_what_was_cut_short()
         self._grad_mode = "unknown"
+
+    def reshard(self) -> None:
+        """Make the next pass gather everything anew: what gathers bring is about to change."""
+        self.mend()
+        self.begin_anew()
+        for group in self._groups:
+            reshard_module(group.module)
+
+    @contextmanager
+    def with_weights(self, which: str) -> Iterator[None]:
+        """Inside, gathers bring other weights: ``which`` of the wire's switches is on."""
+        self.reshard()
+        before = getattr(self._wire, which)
+        setattr(self._wire, which, True)
+        try:
+            yield
+        finally:
+            self.reshard()
+            setattr(self._wire, which, before)
 
     def _abandon(self, module: nn.Module) -> None:
         if is_backward_interrupted(module):
@@ -212,26 +228,6 @@ class Passes:
         """What optimizers hold of the groups."""
         return [p for group in self._groups for p in group.sharded_parameters()]
 
-    def _refuse(self, call: str, places: Iterable[int], group: dist.ProcessGroup | None) -> None:
-        """Refuse what takes a group at ``places`` off the wire, or its gradients to other sums.
-
-        The ranks of ``group`` are about to meet at ``call``; None where nobody would hear.
-        """
-        found = (
-            mistake(
-                self._plans[place],
-                self._groups[place],
-                self.comms[place],
-                averages=self._averages,
-                in_backward=call == BACKWARD,
-            )
-            for place in places
-        )
-        if first := next(filter(None, found), ""):
-            told = [] if group is None or control_device(group).type != "cpu" else [group]
-            with self.meetings.mistakes_reach_replicas(), mistakes_shared(call, told):
-                raise RuntimeError(first)
-
     def abandon_what_is_late(self) -> None:
         """Finish what a pass that was cut short has left under way."""
         self._wire.late.abandon()
@@ -255,7 +251,7 @@ class Passes:
         if not becomes_root(module):
             group = self._plans[place].group
             is_spoken_of = place in self._to_come.get(group, ())
-            self._refuse(FORWARD, [place], None if is_spoken_of else group)
+            self.meetings.refuse(FORWARD, [place], None if is_spoken_of else group)
             return
         self._abandon(module)
         self._end_what_was_cut_short()
@@ -265,7 +261,7 @@ class Passes:
         self._parts = parts
         self._whole.update(dict.fromkeys(parts, parts))
         self._open.update(parts)  # without gradients too: it may be recomputed in a backward pass
-        self._refuse(FORWARD, parts, self._plans[parts[0]].group if parts else None)
+        self.meetings.refuse(FORWARD, parts, self._plans[parts[0]].group if parts else None)
         is_inference = torch.is_inference_mode_enabled()
         self._grad_mode = "in inference mode" if is_inference else _SWITCH[torch.is_grad_enabled()]
         # What is due with all ranks waits for a gather, so that they have met before.

@@ -53,8 +53,6 @@ class Method(Flags):
     """Fields that count by the ``schedule`` that they come to."""
     FOLDERS: ClassVar[tuple[str, ...]] = ()
     """Folders of OUT in which it keeps models, which nothing else has; see ``MethodCheckpoint``."""
-    WHY_NO_DELTA: ClassVar[str] = ""
-    """What speaks against --qsdp-gather delta, as a clause after a comma; empty for nothing."""
     IS_IN_EVERY_IDENTITY: ClassVar[bool] = False
     """Whether its flags tell runs without it apart too: the names of their folders were made so."""
 

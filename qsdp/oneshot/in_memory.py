@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qsdp.common.bitmask import PackedMask
 from qsdp.common.meshes import groups_of
 from qsdp.common.rank_agreement import meet, mistakes_shared
-from qsdp.compat.installed_wire import adapt_now, pending_adaptation
+from qsdp.compat.installed_wire import adapt_now, aside, pending_adaptation
 from qsdp.compat.interrupted_passes import abandon_interrupted_pass
 from qsdp.compat.module_buffers import snapshot_buffers
 from qsdp.compat.resharding import reshard
@@ -74,19 +74,20 @@ def compressed(
     solver, chosen, prunable = _meet("qsdp.compressed", model, target, patterns, method, tokens)
     shards = prunable.shards()
     before, restore_buffers = [shard.values.clone() for shard in shards], snapshot_buffers(model)
-    try:
-        with torch.no_grad():
-            solver.compress_(model, prunable, chosen, tokens)
-        yield dict(zip(prunable.names, prunable.parameters, strict=True))
-    except BaseException:
-        abandon_interrupted_pass(model)
-        raise
-    finally:
-        reshard(model)
-        with torch.no_grad():
-            for shard, values in zip(shards, before, strict=True):
-                shard.values.copy_(values)
-        restore_buffers()
+    with aside(model):
+        try:
+            with torch.no_grad():
+                solver.compress_(model, prunable, chosen, tokens)
+            yield dict(zip(prunable.names, prunable.parameters, strict=True))
+        except BaseException:
+            abandon_interrupted_pass(model)
+            raise
+        finally:
+            reshard(model)
+            with torch.no_grad():
+                for shard, values in zip(shards, before, strict=True):
+                    shard.values.copy_(values)
+            restore_buffers()
 
 
 def _meet(

@@ -15,7 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Self, get_type_hints
 
-from qsdp.common.flags import Flags, flag
+from qsdp.common.flags import Flags
 from qsdp.config import QSDPConfig
 from qsdp.data.flags import DataFlags
 from qsdp.methods.method import Method
@@ -80,22 +80,10 @@ class TrainConfig:
         check_methods(self.methods, self.run.steps)
         self.compression.check(prunes=self.method.PRUNES)
         self.wire.check_steps(self.method.PASSES * self.run.steps)  # and for what it cannot be
-        self._check_delta()
         if self.wire.qsdp_bits == AUTO and self.run.replicas > 1:
             raise ValueError(
                 f"--replicas is {self.run.replicas} beside --qsdp-bits {AUTO}, which does not "
                 "measure what replicas average: give bits, or leave out one of the two."
-            )
-
-    def _check_delta(self) -> None:
-        """Raise ValueError for what cannot go with codes that all ranks keep."""
-        beside, why = flag(self.method.KEY), self.method.WHY_NO_DELTA
-        if self.run.replicas > 1:
-            beside, why = f"--replicas {self.run.replicas}", "whose kept codes nothing compares"
-        if self.wire.qsdp_gather == "delta" and why:
-            raise ValueError(
-                f"--qsdp-gather is delta beside {beside}, {why}: choose another gather, or leave "
-                "out one of the two."
             )
 
     @classmethod

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from qsdp.codec.change_frame import FrameSizes, most_frame_bytes
-from qsdp.codec.payload import Segment
+from qsdp.codec.change_frame import FrameSizes, most_body_bytes
+from qsdp.codec.payload import Layout, Segment
+from qsdp.codec.segment_table import SegmentRow
 from qsdp.common.dtypes import DType
 
 
@@ -30,4 +31,6 @@ def test_a_frame_that_draws_all_is_the_longest() -> None:
         Segment(bits=0, dtype=DType.FP32, padded=7, parameter=1),
         Segment(bits=8, padded=128, parameter=2, **kept),
     ]
-    assert most_frame_bytes(segments) == 56 + 1 + (8 * 9 + 500) + 28 + (9 + 128)
+    table = Layout(segments, 0).table([1000, 7, 128])
+    rows = [SegmentRow(row) for row in table]
+    assert most_body_bytes(rows) == 1 + (8 * 9 + 500) + 28 + (9 + 128)

@@ -127,11 +127,6 @@ SAMPLES: dict[str, tuple[Values, Values]] = {
 }
 
 
-def has_method(name: str) -> bool:
-    """Whether a sample is of a method."""
-    return any(method in SAMPLES[name][0] | SAMPLES[name][1] for method in METHODS)
-
-
 def is_beside_bits(values: Values) -> bool:
     """Whether a sample is of the wire, and not of the bits that are given for all of it."""
     return all(name.startswith("qsdp_") and name != "qsdp_bits" for name in values)
@@ -140,7 +135,7 @@ def is_beside_bits(values: Values) -> bool:
 NEEDS_CODES = ("bucket_size", "rounding", "rounding to nearest", "errors", "local_grad_bits")
 NEEDS_CODES += ("levels", "level_steps", "warmup_bits", "weight_bucket_size")
 WITH_DELTA = ("qsdp_gather delta", "qsdp_delta_room", "qsdp_delta_redraw_every")
-NO_DELTA = ("levels", "level_steps", "budget", "warmup_steps", "warmup_bits")
+NO_DELTA = ("levels", "level_steps")
 
 # Of two methods all pairs exclude each other; beside these:
 EXCLUDED = {
@@ -161,8 +156,6 @@ EXCLUDED = {
         *((f"qsdp_{name}", "qsdp_bits without codes") for name in NEEDS_CODES),
         *((delta, "qsdp_bits without codes") for delta in WITH_DELTA),
         *((delta, f"qsdp_{name}") for delta in WITH_DELTA for name in NO_DELTA),
-        *((delta, name) for delta in WITH_DELTA for name in SAMPLES if has_method(name)),
-        *((delta, "replicas") for delta in WITH_DELTA),
         *((delta, "qsdp_gather") for delta in WITH_DELTA),
         *((name, "qsdp_bits auto") for name, (own, _) in SAMPLES.items() if is_beside_bits(own)),
         ("replicas", "qsdp_bits auto"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.codec.change_frame import most_frame_bytes
+from qsdp.codec.change_frame import most_body_bytes
 from qsdp.codec.payload import Layout, Segment
 from qsdp.codec.segment_table import SegmentRow
 from qsdp.common.dtypes import DType
@@ -40,7 +40,7 @@ class Kept:
         self, x: Tensor, step: int, mode: int = TRAINED, every: int = EVERY
     ) -> tuple[bytes, list[int]]:
         """The body that brings the row up to ``x``, and its counts; the row stays."""
-        frame = torch.zeros(most_frame_bytes(self.layout.segments), dtype=torch.uint8)
+        frame = torch.zeros(most_body_bytes(self.segments), dtype=torch.uint8)
         counts = torch.zeros(3, dtype=torch.int64)
         before, modes = self.row.clone(), torch.full((len(self.segments),), mode)
         given = x.view(torch.uint8), self.table, KEY, self.row, modes, step, every, ROOM

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qsdp.codec.change_frame import most_body_bytes
 from qsdp.codec.payload import Layout, Segment
 from qsdp.common import bitmask
 from qsdp.common.dtypes import DType
@@ -175,7 +176,7 @@ class Keeper:
         for row in rows:
             if row.bits:
                 row.meta(self.kept).view(torch.float32)[::2] = torch.nan
-        self.most_bytes = changes._most_bytes(rows)
+        self.most_bytes = most_body_bytes(rows)
         self.gpu_kept = self.kept.cuda()
 
     def encode(self, x: Tensor, kept: Tensor, step: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from qsdp.codec.change_frame import most_body_bytes
 from qsdp.codec.payload import Layout, Segment
 from qsdp.common.dtypes import DType
 from qsdp.ops.reference import changes, codec
@@ -66,7 +67,7 @@ class Sender:
                 low_and_scale = torch.tensor([torch.nan, 0.0])
                 num_buckets = row.meta(self.kept).numel() // 8
                 row.meta(self.kept).copy_(low_and_scale.repeat(num_buckets).view(torch.uint8))
-        self.most_bytes = changes._most_bytes(rows)
+        self.most_bytes = most_body_bytes(rows)
         self.modes = torch.full((len(rows),), changes.TRAINED)
         self.num_sent, self.num_changed, self.num_drawn = 0, 0, 0
 

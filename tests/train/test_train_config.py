@@ -239,11 +239,6 @@ def test_every_flag_of_the_wire_reaches_its_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--cram"], "--qsdp-gather is delta beside --cram, whose second pass .*: choose another"),
-        (["--sam"], "--qsdp-gather is delta beside --sam, whose second pass .*: choose another"),
-        (["--acdc"], "--qsdp-gather is delta beside --acdc, whose masks .*: choose another"),
-        (["--gmp"], "--qsdp-gather is delta beside --gmp, whose masks .*: choose another"),
-        (["--replicas", "2"], "--qsdp-gather is delta beside --replicas 2, whose kept codes "),
         (["--qsdp-weight-bits", "16"], "--qsdp-gather delta is for weights of 8 bits or fewer, "),
         (["--qsdp-levels", "learned"], "--qsdp-levels is 'learned' beside --qsdp-gather delta, "),
         (["--qsdp-bucket-size", "256"], "--qsdp-bucket-size is 256 .* --qsdp-weight-bucket-size N"),

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
 import qsdp
 from tests.support.growth import grown_since, held
@@ -178,51 +176,6 @@ def test_all_ranks_draw_anew_alike_after_a_state_is_loaded(run: Run, other_seed:
 
 
 # --- refusals -----------------------------------------------------------------------------------
-
-
-def _masked() -> tuple[list[str], bool]:
-    """What ``set_support`` says of masks, and whether training goes on after it."""
-    model, handle = installed(5, CONFIG)
-    take_sgd_step(model, 0, 0.1)
-    handle.set_support(None)
-    weight: Any = model.get_parameter("blocks.0.qkv.weight")
-    masks: dict[nn.Parameter, torch.Tensor] = {
-        weight: torch.ones_like(weight.to_local(), dtype=torch.bool)
-    }
-    said = []
-    for options in ({}, {"with_grads": False}):
-        with pytest.raises(ValueError) as raised:
-            handle.set_support(masks, **options)
-        said.append(str(raised.value))
-    take_sgd_step(model, 1, 0.1)
-    return said, same_on_all_ranks(decoded(model))
-
-
-def test_masks_are_refused(run: Run) -> None:
-    for said, same in run(2, _masked):
-        for sentence in said:
-            assert "delta" in sentence
-            assert sentence.endswith(".")
-        assert same
-
-
-def _installs_on_replicas(native: bool) -> str:
-    names = ("replicate", "shard")
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
-    model = shard(make_model(), mesh=mesh if native else mesh["shard"])
-    config = qsdp.QSDPConfig(gather="delta", **CONFIG)
-    with pytest.raises(ValueError) as raised:
-        qsdp.install(model, config, replicate_mesh=None if native else mesh["replicate"])
-    return str(raised.value)
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_replicas_are_refused(run: Run, native: bool) -> None:
-    for sentence in run(4, _installs_on_replicas, native):
-        assert "delta" in sentence
-        assert "replica" in sentence
-        assert sentence.endswith(".")
-        assert "\n" not in sentence
 
 
 def _disagreement(odd: int, config: dict[str, Any]) -> str:

@@ -24,7 +24,6 @@ class ACDCFlags(Method):
     KEY = "acdc"
     NAME = "AC/DC"
     PRUNES = True
-    WHY_NO_DELTA = "whose masks codes that are kept do not follow"
     IS_TIMED_BY_VALIDATION = True  # the twin is the best that a validation has seen
     INSTEAD: ClassVar = {"acdc_sparsity": "acdc_target"}
     OF_THE_SCHEDULE = ("acdc_warmup", "acdc_phase", "acdc_last_dense", "acdc_last_sparse")

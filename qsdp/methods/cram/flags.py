@@ -22,7 +22,6 @@ class CrAMFlags(Method):
     KEY = "cram"
     NAME = "CrAM"
     PASSES = 2
-    WHY_NO_DELTA = "whose second pass would send nearly all codes anew in each step"
     PRUNES = True
     INSTEAD: ClassVar = {"cram_sparsity": "cram_targets"}
     IS_IN_EVERY_IDENTITY = True

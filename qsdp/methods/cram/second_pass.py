@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qsdp.common.bitmask import PackedMask
 from qsdp.common.model_structure import unique_tensors
+from qsdp.compat.installed_wire import aside
 from qsdp.compat.interrupted_passes import abandon_passes
 from qsdp.compat.resharding import reshard_all
 from qsdp.methods.optimizer_wrapper import SupportCallback
@@ -55,31 +56,32 @@ def second_pass(
     shards = [local_shard(parameter) for parameter in edited]
     before = [shard.values.clone() for shard in shards]
     restore = snapshot_buffers_and_grads(model, parameters)
-    try:
-        # A group that had no backward pass is still gathered, and would hide the edit.
-        reshard_all(model)
-        for parameter, grad in ascents:
-            local_shard(parameter).values.add_(local_shard(grad).values, alpha=scale)
-        masks: list[PackedMask] = []
-        if target.fraction or target.bits is not None:  # SAM compresses nothing
-            masks = prune_and_round_(prunable.shards(), target, prunable.dims)
-        if tell is not None:
-            tell(_unpacked(prunable.parameters, masks), with_grads=sparse_grad)
-        loss = run_pass(closure, parameters)
-        if sparse_grad and target.fraction:
-            _mask_grads(prunable.parameters, masks)
-        return loss
-    except BaseException:
-        abandon_passes(model)
-        raise
-    finally:
-        # A forward pass without a backward one left weights gathered: the compressed ones.
-        reshard_all(model)
-        for shard, values in zip(shards, before, strict=True):
-            shard.values.copy_(values)
-        if tell is not None:
-            tell(None)
-        restore()
+    with aside(model):
+        try:
+            # A group that had no backward pass is still gathered, and would hide the edit.
+            reshard_all(model)
+            for parameter, grad in ascents:
+                local_shard(parameter).values.add_(local_shard(grad).values, alpha=scale)
+            masks: list[PackedMask] = []
+            if target.fraction or target.bits is not None:  # SAM compresses nothing
+                masks = prune_and_round_(prunable.shards(), target, prunable.dims)
+            if tell is not None:
+                tell(_unpacked(prunable.parameters, masks), with_grads=sparse_grad)
+            loss = run_pass(closure, parameters)
+            if sparse_grad and target.fraction:
+                _mask_grads(prunable.parameters, masks)
+            return loss
+        except BaseException:
+            abandon_passes(model)
+            raise
+        finally:
+            # A forward pass without a backward one left weights gathered: the compressed ones.
+            reshard_all(model)
+            for shard, values in zip(shards, before, strict=True):
+                shard.values.copy_(values)
+            if tell is not None:
+                tell(None)
+            restore()
 
 
 def run_pass(closure: Callable[[], Any], parameters: Sequence[Tensor]) -> Any:

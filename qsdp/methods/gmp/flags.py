@@ -21,7 +21,6 @@ class GMPFlags(Method):
     KEY = "gmp"
     NAME = "GMP"
     PRUNES = True
-    WHY_NO_DELTA = "whose masks codes that are kept do not follow"
     OF_THE_SCHEDULE = ("gmp_sparsity", "gmp_initial", "gmp_start", "gmp_every", "gmp_end")
     IS_IN_EVERY_IDENTITY = True
 

@@ -20,7 +20,6 @@ class SAMFlags(Method):
     KEY = "sam"
     NAME = "SAM"
     PASSES = 2
-    WHY_NO_DELTA = "whose second pass would send nearly all codes anew in each step"
     IS_IN_EVERY_IDENTITY = True
 
     sam: bool = False

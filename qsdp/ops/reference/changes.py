@@ -33,15 +33,12 @@ equals. Nothing is aligned, and unused bits are 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qsdp.codec.change_frame import MOST_STEPS
-from qsdp.codec.payload import META_BYTES
+from qsdp.codec.change_frame import MOST_STEPS, most_body_bytes
 from qsdp.codec.segment_table import SegmentRow, check_table
 from qsdp.ops.reference.grid import measure
 from qsdp.ops.reference.kept_grids import KeptGrids, codes_now, grids_now, kept_grids
@@ -92,10 +89,10 @@ def encode_changes(
             f"redraw_every is {redraw_every} and room {room}: give at least 1, and more than 0 and "
             "at most 1."
         )
-    if frame.dtype != torch.uint8 or frame.dim() != 1 or frame.numel() < _most_bytes(rows):
+    if frame.dtype != torch.uint8 or frame.dim() != 1 or frame.numel() < most_body_bytes(rows):
         raise ValueError(
             f"the frame is {frame.dtype} of shape {tuple(frame.shape)}: "
-            f"give a 1-D uint8 buffer of {_most_bytes(rows)} bytes or more."
+            f"give a 1-D uint8 buffer of {most_body_bytes(rows)} bytes or more."
         )
     if counts.dtype != torch.int64 or counts.shape != (3,) or counts.device.type != "cpu":
         raise ValueError(
@@ -186,12 +183,6 @@ def kept_rows(table: Tensor) -> list[SegmentRow]:
                 "layout whose segments keep them."
             )
     return rows
-
-
-def _most_bytes(rows: Sequence[SegmentRow]) -> int:
-    """The most bytes of a body: every bucket drawn."""
-    heads = (-(-row.numel // row.bucket) * (1 + META_BYTES) for row in rows if row.bits)
-    return -(-len(rows) // 8) + sum(heads) + sum(row.data_bytes for row in rows)
 
 
 def check_step(step: int) -> None:
