@@ -25,7 +25,7 @@ from tests_distributed.support.running import Run
 
 CONFIG: dict[str, Any] = {"gather": "delta", "weight_bits": 4, "grad_bits": 8}
 CONFIG |= {"weight_bucket_size": 16, "delta_redraw_every": 4}
-WIDE = {"num_layers": 1, "width": 32, "hidden": 64}
+WIDE = {"width": 32, "hidden": 64}
 BEFORE, AFTER = 5, 4
 
 
@@ -51,7 +51,7 @@ class Training:
             mesh = init_device_mesh("cpu", (2, case.ranks // 2), mesh_dim_names=names)
             if case.replicas == "qsdp":
                 mesh, replicate = mesh["shard"], mesh["replicate"]
-        self.model = shard(make_model(1, **case.model), mesh=mesh)
+        self.model = shard(make_model(1, **{"num_layers": 1, **case.model}), mesh=mesh)
         config = qsdp.QSDPConfig(**{**CONFIG, **case.config})
         self.handle = qsdp.install(self.model, config, replicate_mesh=replicate)
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -148,7 +148,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+HEAVY = ("frozen and tied", "warm-up", "native replicas")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.heavy] * (n in HEAVY)) for n in CASES]
+)
 def test_a_run_goes_on_bit_for_bit_with_the_grids_of_its_checkpoint(
     run: Run, tmp_path: Path, name: str
 ) -> None:
