@@ -164,8 +164,6 @@ def test_steps_for_which_no_grid_can_be_kept_are_named(steps):
     ("field", "more"),
     [
         ("levels", {"levels": "learned"}),
-        ("budget", {"budget": 4.0}),
-        ("warmup_steps", {"warmup_steps": 3}),
         ("bucket_size", {"bucket_size": 136}),
         ("weight_bucket_size", {"weight_bucket_size": 136}),
     ],

@@ -50,7 +50,7 @@ class StagedGather:
             self._pool.release(handed_on)
         return seen
 
-    def count(self, traffic: Traffic, *, is_training: bool = True) -> None:
+    def count(self, traffic: Traffic, *, is_training: bool = False) -> None:
         """Tell ``traffic`` of the bytes that this rank has sent."""
         size = self._size
         for stage in reversed(self._stages):

@@ -80,6 +80,10 @@ class WeightCache:
         """Let the next gather send the frozen weights again."""
         self._frozen = None
 
+    def free(self) -> None:
+        """Free all that is kept: nothing will ask for it soon."""
+        self._trained = self._frozen = self._memory = None
+
     def forget_trained(self) -> None:
         """Let no backward pass decode what an earlier forward pass has kept."""
         self._trained = None

@@ -102,11 +102,11 @@ class FactsDiffer(RuntimeError):
         self.found = found
 
     def is_about(self, name: str) -> bool:
-        """Whether ranks differ in the fact ``name``, and none has a mistake of its own."""
+        """Whether ranks differ in the fact ``name``, or some have told the others that they do."""
         facts = self.found.values()
-        return len({repr(each.get(name)) for each in facts}) > 1 and not any(
-            "mistake" in each for each in facts
-        )
+        if mistakes := [str(each["mistake"]) for each in facts if "mistake" in each]:
+            return any(name in mistake for mistake in mistakes)
+        return len({repr(each.get(name)) for each in facts}) > 1
 
 
 class Meeting:

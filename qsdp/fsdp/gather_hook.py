@@ -89,7 +89,8 @@ class AllGatherHook(CommBuffers):
             self.cache.forget_trained()
             self._recorder.forget_what_was_dropped()
             self.passes.before_gather(plan)
-            self._was_aside = wire.is_aside
+            if self.passes.trains:  # others may be evaluated before its backward pass
+                self._was_aside = wire.is_aside
         elif self._kept is not None and self._was_aside != wire.is_aside:
             forward, backward = ("inside", "outside")[:: 1 if self._was_aside else -1]
             raise RuntimeError(
@@ -132,6 +133,8 @@ class AllGatherHook(CommBuffers):
                 kept.decode(output)
                 return None
             self.passes.before_collective_in_backward(self._plan)
+        if self._wire.clock.step == self._wire.config.warmup_steps:
+            self.cache.free()  # what the warm-up kept is as large as it sent
         is_async = async_op and input.device.type == "cpu"
         shards = self._group.local_shards()
         kept.begin(input, self._group.requires_grad(), shards, async_op=is_async)

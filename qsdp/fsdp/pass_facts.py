@@ -75,8 +75,7 @@ class Facts:
         kept = [self._wire.kept[i] for i in members if i in self._wire.kept]
         if any(each.is_cut_short for each in kept):
             return f"lost in an interruption of rank {dist.get_rank()}"
-        states = repr([each.state for each in kept]).encode()
-        return blake2b(states, digest_size=4).hexdigest()
+        return _digest([each.state for each in kept])
 
     def of_forward(self, first: Plan, members: Sequence[int], grad_mode: str) -> dict[str, object]:
         """What the gathers of ``members`` in a forward pass depend on, except the step."""
@@ -98,9 +97,8 @@ class Facts:
         facts = self.of_backward(range(len(self._plans)))
         own = ("step", "bits and levels", "the seed", "masks") if self._averages else ()
         # Frames are of each shard group's own number: a replica may have validated alone.
-        begun = [each.begun for each in self._wire.kept.values()]
-        facts[KEPT_CODES] = f"drawn anew in step {max(begun)}" if begun else ""
-        own = (*own, KEPT_CODES) if begun else own
+        if begun := [each.begun for each in self._wire.kept.values()]:
+            facts[KEPT_CODES], own = _digest(begun), (*own, KEPT_CODES)
         words = (*own, "frozen parameters", "groups that are not reduced")
         return {each: facts[each] for each in (*words, "groups that are not averaged")}
 
@@ -138,3 +136,7 @@ class Facts:
     def _name_of(self, state: object) -> str:
         place = self._indices.get(id(state))
         return "another" if place is None else self._plans[place].name
+
+
+def _digest(states: Sequence[object]) -> str:
+    return blake2b(repr(states).encode(), digest_size=4).hexdigest()

@@ -113,6 +113,11 @@ class Passes:
         """What gathered weights belong to: bits and levels, and how often optimizers stepped."""
         return self._adaptation.mark, self._optimizer_steps.num
 
+    @property
+    def trains(self) -> bool:
+        """Whether a backward pass may follow the forward pass that is under way."""
+        return self._grad_mode in ("on", "unknown")
+
     def begin_anew(self) -> None:
         """Let the next gather begin a pass."""
         self._to_come.clear()
@@ -134,7 +139,7 @@ class Passes:
         self._optimizer_steps.look_again()
         if not wire.is_exact:
             # Not in a validation: its weights may be other ones, compressed or averaged.
-            if self._grad_mode in ("on", "unknown"):
+            if self.trains:
                 self._adaptation.settle()
             wire.clock.before_forward()
 

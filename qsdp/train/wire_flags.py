@@ -116,8 +116,8 @@ class WireFlags(Flags):
     """twice: the backward pass gathers the weights again; once: it does not. Unset: twice.
     With once, what the forward pass gathered is kept, packed, until the backward pass. delta:
     every rank keeps the whole model, packed, on grids that last for many steps, and only codes
-    that changed are sent. It is for uniform levels, without a budget or --qsdp-warmup-steps, and
-    for AdamW alone.
+    that changed are sent. It is for uniform levels. A method's second passes, and warm-up
+    steps, send whole weights, as once does.
     """
 
     qsdp_delta_room: float | None = None
