@@ -22,13 +22,13 @@ FLAGS += ["--one-shot", "none", "--qsdp-bits", "4", "--qsdp-gather", "delta"]
 FLAGS += ["--qsdp-delta-redraw-every", "5"]
 ANEW = "all grids of the weights are drawn anew, as the"
 METHODS = {
-    "none": ["--qsdp-errors"],
+    "none": ["--qsdp-errors", "--save-async"],
     "acdc": [
         # Compressed: step 2, and from 4 on.
         *("--acdc", "--acdc-warmup", "1", "--acdc-phase", "1", "--acdc-last-dense", "1"),
         *("--acdc-last-sparse", "7"),
     ],
-    "cram": ["--cram", "--grad-accum", "2", "--save-async"],
+    "cram": ["--cram", "--grad-accum", "2"],
     "budget": ["--qsdp-budget", "5", "--qsdp-warmup-steps", "2"],
 }
 
@@ -41,7 +41,8 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(n, marks=[pytest.mark.heavy] * (n == "budget")) for n in METHODS]
+    "method",
+    [pytest.param(n, marks=[pytest.mark.heavy] * (n in ("cram", "budget"))) for n in METHODS],
 )
 def test_a_killed_run_ends_with_weights_and_grids_of_an_uninterrupted_one(
     run_jobs: Jobs, text: Path, method: str
