@@ -25,7 +25,7 @@ from qsdp import checkpoint
 from qsdp.common.user_errors import quoted
 
 # Of a line of metrics, what two runs of one command have in common.
-SAME = ("step", "loss", "lr", "grad_norm", "tokens", "wire_bytes_sent")
+SAME = ("step", "loss", "lr", "grad_norm", "tokens")
 HOWS = ("a flipped byte", "truncated", "missing")
 _GOING_ON = re.compile(r"Going on from .*step-(\d{8,})")
 Line = tuple[Any, ...]
@@ -319,7 +319,9 @@ def _mount(*arguments: str) -> None:
 def _line(text: str) -> Line:
     try:
         found = json.loads(text)
-        return tuple(found[name] for name in SAME)
+        # Where changes are sent, a run that goes on sends all codes first.
+        more = [] if "changed_codes" in found else ["wire_bytes_sent"]
+        return tuple(found[name] for name in (*SAME, *more))
     except (ValueError, KeyError, TypeError):
         return ("torn", text[:40])
 

@@ -53,6 +53,7 @@ FULL = "root and mount"
 FLAGS = ["--model", "tiny", "--tokenizer", "byte", "--seq-len", "8", "--batch-size", "2"]
 FLAGS += ["--eval-batches", "1", "--eval-every", "0", "--one-shot", "none", "--warmup-steps", "1"]
 FLAGS += ["--qsdp-bits", "8", "--cram", "--save-every", str(SAVE_EVERY)]
+DELTA = ("--qsdp-bits", "4", "--qsdp-gather", "delta", "--qsdp-delta-redraw-every", "50")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +91,8 @@ class Part:
     make: Callable[[Stage, Whole, random.Random], list[Row]]
     flags: tuple[str, ...] = ()
     needs_mount: bool = False
+    wire: tuple[str, ...] = ()
+    """Flags that change its numbers, and those of the undisturbed run that it is compared with."""
 
 
 def main(options: Options) -> int:
@@ -114,7 +117,7 @@ def main(options: Options) -> int:
         theatre = Theatre(Path(folder), options)
         if missing:
             console.print("undisturbed runs first")
-            theatre.rehearse({part.ranks for part in missing})
+            theatre.rehearse(missing)
 
         def take(run: Run, processes: Processes) -> Record:
             return run.settings | theatre.take(all_parts[run.name], processes)
@@ -223,6 +226,7 @@ def parts(options: Options) -> list[Part]:
     together = [
         Part("kills, two ranks", 2, killed),
         Part("kills, two ranks, async", 2, killed, late),
+        Part("kills, two ranks, async, delta", 2, killed, late, wire=DELTA),
         Part("signals, two ranks", 2, signalled),
         Part("signals, two ranks, async", 2, signalled, late),
         Part("restarts by torchrun", 2, restarted),
@@ -240,7 +244,7 @@ def plan(options: Options, wanted: list[Part]) -> list[Run]:
         if part.needs_mount and not can_mount():
             continue
         settings = {"kind": part.name, "ranks": part.ranks, "steps": STEPS[part.ranks]}
-        settings |= {"seed": options.seed, "flags": [*FLAGS, *part.flags]}
+        settings |= {"seed": options.seed, "flags": [*FLAGS, *part.flags, *part.wire]}
         if "kills" in part.name:
             settings["kills"] = options.kills or (3 if options.short else 20)
         runs.append(Run(part.name, settings, []))
@@ -248,35 +252,35 @@ def plan(options: Options, wanted: list[Part]) -> list[Run]:
 
 
 class Theatre:
-    """The undisturbed runs, by their ranks, and the stages on which others are disturbed."""
+    """The undisturbed runs, by ranks and wire, and the stages on which others are disturbed."""
 
     def __init__(self, folder: Path, options: Options) -> None:
         self._folder, self._options = folder, options
         self._text = folder / "text.txt"
         rng = random.Random(0)
         self._text.write_text("".join(rng.choice("abcdefgh \n") for _ in range(20_000)))
-        self._wholes: dict[int, Whole] = {}
+        self._wholes: dict[tuple[int, tuple[str, ...]], Whole] = {}
 
-    def rehearse(self, ranks: set[int]) -> None:
+    def rehearse(self, parts: list[Part]) -> None:
         """Make the undisturbed runs. Raises RuntimeError if one fails."""
-        for size in sorted(ranks):
-            out = self._folder / f"whole-{size}"
-            with self._stage(f"rehearsal-{size}", size, ()) as stage:
+        for number, (size, wire) in enumerate(sorted({(p.ranks, p.wire) for p in parts})):
+            out = self._folder / f"whole-{number}"
+            with self._stage(f"rehearsal-{number}", size, wire) as stage:
                 end = stage.run(out, "--keep", "6")
             if end.status:
                 raise SystemExit(
                     f"error: the undisturbed run failed ({quoted(' '.join(end.said)[-2000:])})."
                 )
-            self._wholes[size] = Whole.of(out)
+            self._wholes[size, wire] = Whole.of(out)
 
     def take(self, part: Part, processes: Any) -> Record:
         """Make the rows of a part."""
         started = time.monotonic()
         rng = random.Random(f"{self._options.seed} {part.name}")
-        with self._stage(part.name, part.ranks, part.flags) as stage:
+        with self._stage(part.name, part.ranks, (*part.flags, *part.wire)) as stage:
             processes.add(stage)
             try:
-                rows = part.make(stage, self._wholes[part.ranks], rng)
+                rows = part.make(stage, self._wholes[part.ranks, part.wire], rng)
             except Exception:
                 raise RuntimeError(traceback.format_exc()) from None
             processes.discard(stage)

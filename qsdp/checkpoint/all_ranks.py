@@ -25,8 +25,12 @@ def all_ranks() -> dist.ProcessGroup:
 def meet_all_ranks(call: str, *, has_news: bool = False, **facts: object) -> bool:
     """Meet all ranks at ``call``, a function of checkpoints, with the same facts: see ``meet``."""
     world = all_ranks()
-    told = {
-        name: str(value.resolve() if isinstance(value, Path) else value)
-        for name, value in facts.items()
-    }
+    told = {name: _plain(value) for name, value in facts.items()}
     return meet(f"checkpoint.{call}", told, [world], has_news=has_news)
+
+
+def _plain(value: object) -> object:
+    """A fact that equals another rank's where it is the same; tuples are lists of names."""
+    if isinstance(value, tuple):
+        return value
+    return str(value.resolve() if isinstance(value, Path) else value)

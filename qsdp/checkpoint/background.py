@@ -64,6 +64,7 @@ class AsyncSaver:
         optimizer: torch.optim.Optimizer | None,
         meta: Mapping[str, Any],
         *,
+        tensors: Mapping[str, Tensor] | None = None,
         files: Mapping[str, str] | None = None,
         keep: int = 2,
         damaged: Collection[Path] = (),
@@ -83,10 +84,10 @@ class AsyncSaver:
         if self._group is None:
             raise RuntimeError("the saver is closed: make another one.")
         request = Request(root, step, meta, files, keep, damaged, may_appear)
-        request = agreed_request(request, model, optimizer)
+        request, more = agreed_request(request, model, optimizer, tensors)
         with contextlib.ExitStack() as claim:
             folder = claim.enter_context(folder_to_save_in(request))
-            state = state_to_save(model, optimizer)
+            state = state_to_save(model, optimizer, more)
             with mistakes_shared("checkpoint.save", [all_ranks()]):
                 staged = _copied(state, "", {})
             meet_all_ranks("save", step=step)

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -18,11 +19,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from qsdp.checkpoint.all_ranks import meet_all_ranks
+from qsdp.checkpoint.all_ranks import all_ranks, meet_all_ranks
 from qsdp.checkpoint.dcp_failures import first_failure, raise_refused
 from qsdp.checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
-from qsdp.checkpoint.state_dicts import renamed_state
+from qsdp.checkpoint.state_dicts import TENSORS, checked_tensors, renamed_state
 from qsdp.checkpoint.verifying import verified_reader
+from qsdp.common.rank_agreement import mistakes_shared
 from qsdp.common.user_errors import names_for_user
 from qsdp.compat.parameter_names import checkpoint_names
 from qsdp.compat.sharded_parameters import sharded_parameters
@@ -97,6 +99,53 @@ def load_model(path: Path, model: nn.Module) -> None:
         set_model_state_dict(model, state["model"])
 
 
+def load_tensors(path: Path, tensors: Mapping[str, Tensor], *, is_checked: bool = False) -> None:
+    """Load what the checkpoint at ``path`` keeps of further tensors, into ``tensors`` in place.
+
+    Those are what ``save`` was given beside model and optimizer, by the same names. Others that it
+    keeps are left out. The number of ranks may be another than that which saved them.
+
+    Raises:
+        Damaged: As ``check``.
+        RuntimeError: As ``check``; or ranks give other names.
+        ValueError: As ``check``; on every rank, if any is missing, or of another shape or dtype.
+    """
+    call, given = "checkpoint.load_tensors", dict[str, Tensor]()
+    with mistakes_shared(call, [all_ranks()]):
+        given = checked_tensors(tensors)
+    meet_all_ranks("load_tensors", folder=path, is_checked=is_checked, tensors=tuple(given))
+    reader = verified_reader(path, is_checked=is_checked)
+    with mistakes_shared(call, [all_ranks()]):
+        _check_are_stored(reader, given)
+    meet_all_ranks("load_tensors")
+    if given:
+        with _fitting(path):
+            _read(reader, {TENSORS: given})
+
+
+def _check_are_stored(reader: SafeReader, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the checkpoint has ``tensors`` of these shapes and dtypes."""
+    stored = reader.metadata.state_dict_metadata
+    missing = [name for name in tensors if f"{TENSORS}.{name}" not in stored]
+    if missing:
+        raise ValueError(
+            f"{reader.path} has nothing of {names_for_user(missing)} beside model and optimizer: "
+            "name a checkpoint that was saved with them."
+        )
+    for name, tensor in tensors.items():
+        held = stored[f"{TENSORS}.{name}"]
+        found = (
+            (held.properties.dtype, tuple(held.size))
+            if isinstance(held, TensorStorageMetadata)
+            else ("no tensor", ())
+        )
+        if found != (tensor.dtype, tuple(tensor.shape)):
+            raise ValueError(
+                f"{reader.path} has {name} as {found[0]} of shape {found[1]}, but {tensor.dtype} "
+                f"of shape {tuple(tensor.shape)} is asked for: name another checkpoint."
+            )
+
+
 @contextlib.contextmanager
 def _fitting(path: Path) -> Iterator[None]:
     """Inside, torch stumbling over values of another kind than it expects is a ValueError."""
@@ -117,14 +166,19 @@ def _load(reader: SafeReader, state: dict[str, Any], model: nn.Module) -> dict[s
         _want_no_more(reader, loaded["optimizer"]["state"])
     frozen = {n for n, p in sharded_parameters(model).items() if not p.requires_grad}
     _check_all_is_taken(reader, loaded, frozen)
+    _read(reader, loaded)
+    return renamed_state(loaded, {clean: name for name, clean in names.items()})
+
+
+def _read(reader: SafeReader, state: dict[str, Any]) -> None:
+    """Let DCP read what the checkpoint holds into ``state``."""
     try:
-        dcp.load(loaded, storage_reader=reader, planner=SafeLoadPlanner())
+        dcp.load(state, storage_reader=reader, planner=SafeLoadPlanner())
     except CheckpointException as error:
         raise_refused(error)
         raise ValueError(
             f"{reader.path} cannot be loaded ({first_failure(error)}): name another checkpoint."
         ) from error
-    return renamed_state(loaded, {clean: name for name, clean in names.items()})
 
 
 def _want_no_more(reader: SafeReader, states: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from qsdp.checkpoint.dcp_table import TABLE
 from qsdp.checkpoint.folders import META, clear_killed, publish, writing
 from qsdp.checkpoint.meta_json import sealed
 from qsdp.checkpoint.safe_dcp import SafeSavePlanner
-from qsdp.checkpoint.state_dicts import state_to_save
+from qsdp.checkpoint.state_dicts import TENSORS, checked_tensors, state_to_save
 from qsdp.common.atomic_files import is_file_name, sync
 from qsdp.common.checksum import checksum
 from qsdp.common.meshes import ranks_of
@@ -100,6 +100,7 @@ def save(
     optimizer: torch.optim.Optimizer | None,
     meta: Mapping[str, Any],
     *,
+    tensors: Mapping[str, Tensor] | None = None,
     files: Mapping[str, str] | None = None,
     keep: int = 2,
     damaged: Collection[Path] = (),
@@ -119,6 +120,8 @@ def save(
         model: Its parameters and buffers are saved, sharded or not.
         optimizer: Its state is saved; None for the model alone.
         meta: JSON values to keep with it.
+        tensors: Further tensors to keep with it, by name, the same names on all ranks: DTensors, or
+            such as are the same on all ranks. ``load_tensors`` reads them.
         files: Texts to keep with it, by file name.
         keep: How many checkpoints stay, this one and those before it; later ones stay.
         damaged: Real paths of checkpoints that are known to be damaged, on rank 0: those in
@@ -134,26 +137,32 @@ def save(
             code could load, or an argument is not as above.
     """
     request = Request(root, step, meta, files, keep, damaged, may_appear)
-    request = agreed_request(request, model, optimizer)
+    request, more = agreed_request(request, model, optimizer, tensors)
     with folder_to_save_in(request) as folder:
-        state = state_to_save(model, optimizer)
+        state = state_to_save(model, optimizer, more)
         with written(request):
             dcp.save(state, checkpoint_id=folder, planner=SafeSavePlanner())
         return finished(request, folder)
 
 
 def agreed_request(
-    request: Request, model: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> Request:
-    """What all ranks ask a save for, ``checked``. Raises, on all, where it cannot be kept."""
+    request: Request,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    tensors: Mapping[str, Tensor] | None,
+) -> tuple[Request, dict[str, Tensor]]:
+    """What all ranks ask a save for, ``checked``, and the further tensors.
+
+    Raises, on all ranks, where it cannot be kept.
+    """
     with mistakes_shared("checkpoint.save", [all_ranks()]):
-        request = request.checked()
-    shards = _spread_shards(model)
+        request, more = request.checked(), checked_tensors(tensors)
+    shards = _spread_shards(model, more)
     facts = {"step": request.step, "folder": request.root, "optimizer": optimizer is not None}
     facts |= {"keep": request.keep}
-    if meet_all_ranks("save", has_news=bool(shards), **facts):
+    if meet_all_ranks("save", has_news=bool(shards), tensors=tuple(more), **facts):
         _check_names(shards)
-    return request
+    return request, more
 
 
 @contextlib.contextmanager
@@ -207,13 +216,17 @@ def cannot_save(said: str) -> RuntimeError:
     return RuntimeError(f"a checkpoint cannot be written ({said}): choose another --out.")
 
 
-def _spread_shards(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...], Tensor]]:
+def _spread_shards(
+    model: nn.Module, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[int, tuple[int, ...], Tensor]]:
     """What is sharded over some of the ranks, by name.
 
     It gives the first of these ranks, this rank's place among them, and what it holds. Others may
     have the same, or a tensor of their own.
     """
-    named = {n: p for n, p in sharded_parameters(model).items() if isinstance(p, DTensor)}
+    every: dict[str, Tensor] = {f"{TENSORS}.{name}": each for name, each in tensors.items()}
+    every |= sharded_parameters(model)
+    named = {n: p for n, p in every.items() if isinstance(p, DTensor)}
     try:
         spread = spread_of(named.values())
     except ValueError:  # some ranks have nothing in common

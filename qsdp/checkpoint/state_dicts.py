@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from reprlib import repr as shown
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -15,14 +16,37 @@ from torch.distributed.checkpoint.state_dict import (
 
 from qsdp.compat.parameter_names import checkpoint_names
 
+TENSORS = "tensors"
+"""The part of a checkpoint that further tensors are in, beside "model" and "optimizer"."""
 
-def state_to_save(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """The state dict of model and optimizer to save: the tensors themselves, by clean names."""
+
+def state_to_save(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, tensors: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The state dict to save of model, optimizer and further ``tensors``.
+
+    It holds the tensors themselves, by clean names.
+    """
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     if optimizer is not None:
         with _seen_by_dcp(optimizer):
             state["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    return renamed_state(state, checkpoint_names(model))
+    state = renamed_state(state, checkpoint_names(model))
+    return state | ({TENSORS: dict(tensors)} if tensors else {})
+
+
+def checked_tensors(tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Further tensors of a checkpoint by name; an empty dict for None.
+
+    Raises ValueError for what are no tensors by name.
+    """
+    given = {} if tensors is None else tensors
+    is_right = isinstance(given, Mapping) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in given.items()
+    )
+    if not is_right:
+        raise ValueError(f"tensors is {shown(tensors)}: give tensors by name.")
+    return dict(given)
 
 
 @contextlib.contextmanager

@@ -6,11 +6,14 @@ exactly once on every rank, before the group's next frame: a rank that missed on
 weights for ever. So a digest of all frames so far is in every header, and in what ranks compare
 where a pass begins. Where digests differ all ranks forget what they keep, and the next frame draws
 all grids anew. So it does where other bits or masks give the rows another layout.
+
+Codes have no history, grids have one. So grids are what a checkpoint must have: where they are
+restored, the next frame says all codes, on these, and all goes on bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ from qsdp.codec.change_frame import (
 )
 from qsdp.comm.buffers import allocate_buffer, as_bytes
 from qsdp.comm.change_gather import ChangeGather, Frames, changes_of
+from qsdp.comm.grid_exchange import exchange_grids, fill_grids, grids_of_row, kept_buckets
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.quantization_error import Meter
@@ -33,6 +37,7 @@ from qsdp.common.gpu_streams import reads_on_this_stream, written_on_this_stream
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
 from qsdp.common.user_errors import quoted
 from qsdp.ops.reference.changes import FROZEN, STILL, TRAINED
+from qsdp.ops.reference.kept_grids import KeptGrids
 
 
 class KeptCodes:
@@ -235,6 +240,34 @@ class KeptCodes:
         for segment, p in zip(segments, plan.parameters, strict=True):
             if segment.bits:
                 meter.add_decoded(p.index, segment.values(exact), segment.values(decoded))
+
+    def own_grids(self, device: torch.device) -> dict[int, KeptGrids]:
+        """By place, copies of this rank's kept grids: fp32, fp32 and int32 [``kept_buckets``] each.
+
+        A minimum is NaN where nothing was sent, or where the next frame draws all anew.
+        """
+        self.settle()
+        self._wait_for_others()
+        rank, layout = self._plan.rank, self._plan.kept_rows()
+        is_kept = self._has_rows and layout.is_like(self._layout)
+        row = self._rows[rank] if is_kept and self._rows is not None else None
+        found = grids_of_row(row, layout.segment_rows(rank), kept_buckets(self._plan), device)
+        self._used = written_on_this_stream(device)
+        return found
+
+    def restore(self, own: Mapping[int, KeptGrids]) -> None:
+        """Let the next frame send all codes on grids that ``own_grids`` gave: a collective.
+
+        ``own`` is this rank's by place, of all ``kept_buckets``.
+        """
+        self.forget()
+        if not own:
+            return
+        everyone, buckets = exchange_grids(self._plan, self._wire, own), kept_buckets(self._plan)
+        for rank, row in enumerate(self._rows_of(everyone.device)):
+            fill_grids(row, self._layout.segment_rows(rank), buckets, everyone[rank])
+        self._used = written_on_this_stream(everyone.device)
+        self._digest = checksum([everyone])
 
     def _wait_for_others(self) -> None:
         """Let a GPU's current stream use the rows after the last one that did."""

@@ -83,6 +83,16 @@ class Meter:
                 total += part
         return total.view(-1, 2)
 
+    def relative(
+        self, parameters: Sequence[int], groups: Iterable[dist.ProcessGroup], *, is_grad: bool
+    ) -> list[float | None]:
+        """The relative errors of ``parameters``, at the bits that they travel at. A collective.
+
+        None where nothing was measured. The ``groups`` are those of ``totals``.
+        """
+        totals = self.totals([(each, is_grad, 0) for each in parameters], groups).tolist()
+        return [(error / square) ** 0.5 if square else None for error, square in totals]
+
     def _measure(self, values: Tensor, row: list[int], bits: int, kind: LevelKind) -> Tensor:
         is_grad = kind == LevelKind.GRAD
         segment = Segment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.resharding import reshard_module
 from qsdp.fsdp.grad_recorder import GradRecorder
 from qsdp.fsdp.passes import Passes
+from qsdp.ops.reference.kept_grids import KeptGrids
 
 
 class AllGatherHook(CommBuffers):
@@ -171,6 +173,16 @@ class AllGatherHook(CommBuffers):
         """Draw all weights anew with the next gather, as all ranks do."""
         if self._kept is not None:
             self._kept.forget()
+
+    def own_grids(self) -> dict[int, KeptGrids]:
+        """By place, copies of this rank's kept grids; none where no changes are sent."""
+        device = self._group.local_shards()[0].device
+        return {} if self._kept is None else self._kept.own_grids(device)
+
+    def restore_codes(self, own: Mapping[int, KeptGrids]) -> None:
+        """Send all codes with the next gather, on grids of which this rank's ``own`` are given."""
+        if self._kept is not None:
+            self._kept.restore(own)
 
     @property
     def has_frozen(self) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qsdp.codec.change_frame import MOST_STEPS
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.sparse_support import exchange
 from qsdp.common.rank_agreement import meet, mistakes_shared
@@ -17,6 +16,7 @@ from qsdp.compat.interrupted_passes import abandon_pass
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.config import QSDPConfig
 from qsdp.fsdp.build_parts import BuiltParts
+from qsdp.fsdp.grid_tensors import checked_grids, grid_tensors, rows_hash
 from qsdp.fsdp.handle_state import check_form
 from qsdp.fsdp.report import Report, sharded_rows
 from qsdp.fsdp.report_remarks import remarks
@@ -45,6 +45,9 @@ class Handle:
         shard_groups = {plan.group for plan in self._plans}
         self._meets = sorted(self._everyone, key=lambda group: group not in shard_groups)
         self._num_shard_groups = sum(group in shard_groups for group in self._everyone)
+        is_kept = config.gather == "delta"
+        self._kept = [*zip(self._plans, groups, strict=True)] if is_kept else []
+        """The groups whose codes are kept."""
         self._grad_meter: Meter | None = None
         self._num_supports = 0
         self._is_removed = False
@@ -178,16 +181,13 @@ class Handle:
             self._adaptation.measure_as_sent(weights)
             for gather in self._comms.gathers:
                 gather.measure_codes(weights)
-        parameters = [p for plan in self._plans for p in plan.parameters]
-        columns = {
-            name: [_relative(*pair) for pair in source.totals(keys, self._everyone).tolist()]
-            for name, source, is_grad in (("weight", weights, False), ("grad", meter, True))
-            for keys in [[(p.index, is_grad, 0) for p in parameters]]
-        }
-        return {
-            p.name: {name: column[i] for name, column in columns.items()}
-            for i, p in enumerate(parameters)
-        }
+        names = {p.index: p.name for plan in self._plans for p in plan.parameters}
+        both = (
+            source.relative([*names], self._everyone, is_grad=is_grad)
+            for source, is_grad in ((weights, False), (meter, True))
+        )
+        rows = zip(names.values(), *both, strict=True)
+        return {name: {"weight": weight, "grad": grad} for name, weight, grad in rows}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to send the same bytes, in JSON's types.
@@ -196,10 +196,9 @@ class Handle:
         done now. Of a backward pass that was cut short it waits for what is under way.
         """
         self._check_installed()
-        self._passes.settle_what_was_cut_short()
-        if self.config.budget is not None or self.config.levels == "learned":
-            self._meet("handle.state_dict", self._passes.facts.of_step())
-        return self._wire.clock.state_dict() | self._adaptation.state_dict()
+        self._settle("handle.state_dict")
+        state = self._wire.clock.state_dict() | self._adaptation.state_dict()
+        return state | {"grids": rows_hash(self._kept)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken, on any number of ranks, each with the same state.
@@ -208,7 +207,8 @@ class Handle:
         otherwise the config's own hold, and a budget is allotted by the errors of the next step.
         Levels are taken over if they are learned here.
 
-        With ``gather="delta"`` all weights are drawn anew by the next gather.
+        With ``gather="delta"`` all weights are drawn anew by the next gather, unless ``load_grids``
+        is called before it.
 
         Raises ValueError, and loads nothing, if the state is not such as ``state_dict`` gives, or
         if there are bits or levels to take over and the state is of a model whose parameters have
@@ -216,18 +216,45 @@ class Handle:
         is loaded, and both are found anew.
         """
         self._check_installed()
-        check_form(state)
+        check_form(state, self.config)
         self._adaptation.check_state(state)
-        if self.config.gather == "delta" and state["step"] >= MOST_STEPS:
-            raise ValueError(
-                f"the state's step is {state['step']}, but with gather='delta' a step is less than "
-                f"{MOST_STEPS}: choose gather 'once' or 'twice'."
-            )
         self._passes.mend()
         self._passes.begin_anew()
         self._passes.caches.forget_codes()
         self._wire.clock.load_state_dict(state)
         self._adaptation.load_state_dict(state)
+
+    def grids(self) -> dict[str, Tensor]:
+        """The grids of ``gather="delta"``, for a checkpoint: with them a run goes on bit for bit.
+
+        By the name of each coded parameter that several ranks share: "NAME.min" and "NAME.scale",
+        fp32, and "NAME.epoch", int32, of each bucket. They are DTensors of one dimension, cut as
+        the parameter is, and copies; NaN, 0 and 0 where the next gather draws anew. An empty dict
+        with other gathers. Like ``state_dict`` it may be a collective.
+        """
+        self._check_installed()
+        self._settle("handle.grids")
+        self._adaptation.settle()
+        return grid_tensors(self._kept, [each.own_grids() for each in self._comms.gathers])
+
+    def load_grids(self, grids: Mapping[str, Tensor]) -> None:
+        """Go on with the ``grids`` of as many ranks, after ``load_state_dict``: a collective.
+
+        Weights, optimizer and support are as they will be. Whether the grids are of the same bits,
+        buckets, roundings and masked parameters, ``state_dict()["grids"]`` says. The next gather
+        sends all codes on them. Without any, an empty dict, all are drawn anew.
+
+        Raises ValueError, on all ranks, for names, shapes or dtypes that are not those of ``grids``
+        here, so for any with another gather, and for grids that are later than the state.
+        """
+        self._check_installed()
+        call = "handle.load_grids"
+        with mistakes_shared(call, self._meets):
+            own = checked_grids(grids, self._kept, self._wire.clock.next_step)
+        self._meet(call, {"grids": tuple(grids), **self._passes.facts.of_step()})
+        self._passes.reshard()
+        for gather, its_own in zip(self._comms.gathers, own, strict=False):
+            gather.restore_codes(its_own)
 
     def abandon_step(self) -> None:
         """Give up a step between two of its passes.
@@ -282,11 +309,12 @@ class Handle:
             meet(call, facts, own)
         meet(call, facts, others)
 
+    def _settle(self, call: str) -> None:
+        """End what was cut short, and meet at ``call`` where what is due is about to be done."""
+        self._passes.settle_what_was_cut_short()
+        if self.config.budget is not None or self.config.levels == "learned":
+            self._meet(call, self._passes.facts.of_step())
+
     def _check_installed(self) -> None:
         if self._is_removed:
             raise RuntimeError("this handle was removed already: call qsdp.install again.")
-
-
-def _relative(error: float, square: float) -> float | None:
-    """The relative error; None where nothing was measured."""
-    return (error / square) ** 0.5 if square else None

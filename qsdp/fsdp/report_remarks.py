@@ -57,7 +57,7 @@ def remarks(
             f"{num_bytes:,} bytes, and is sent those that change"
         )
         lasting = f"a room of {config.room:g} and at most {config.redraw_every} steps"
-        yield f"gather delta: grids have {lasting}; after a load all are drawn anew"
+        yield f"gather delta: grids have {lasting}; load_grids goes on with those of a checkpoint"
     masked = _masked(config, plans, groups)
     if masked:
         num_kept, num_all = (sum(column) for column in zip(*masked, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ class KeptWeights:
 
     def __contains__(self, name: str) -> bool:
         return name in self._rows
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The parameters that have masks."""
+        return self._rows.keys()
 
     def pick(self, name: str, row: Tensor, rank: int) -> Tensor:
         """What travels of a row that ``rank`` owns: all, or the kept values, 1-D."""

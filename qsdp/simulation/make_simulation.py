@@ -56,8 +56,7 @@ def simulate(
             names, or lists of these for one call on several modules. Groups number random keys.
         ranks_per_node: Consecutive ranks on one node, where ``config.ranks_per_node`` does not say
             it; None is 1.
-        replicas: Ranks of the replicate axis (HSDP), of which each has a shard group. 1 where
-            ``config`` gathers only changes.
+        replicas: Ranks of the replicate axis (HSDP), of which each has a shard group.
         quantized_replicas: Average over replicas as ``install`` does with a ``replicate_mesh``.
         param_dtype: What gathered parameters are cast to, as in ``MixedPrecisionPolicy``.
         reduce_dtype: The dtype of gradients in the reduce.

@@ -7,7 +7,7 @@ time. A run that decodes the same has no more in its codes either.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -35,10 +35,21 @@ class ShardGrids(NamedTuple):
 
 Place = tuple[str, int]
 """A parameter, and a rank in the shard group."""
+Form = tuple[int, ...]
+"""What a group's grids depend on beside values: which support, and the bits of each parameter."""
+
+
+class _Kept(NamedTuple):
+    """What is kept of one group."""
+
+    form: Form
+    """At its last gather."""
+    shards: dict[Place, tuple[ShardGrids, int | None]]
+    """With grids, a checksum of the shard that was gathered if it is frozen."""
 
 
 class SimulatedGrids:
-    """The simulated grids of all shards, which every rank would keep.
+    """The simulated grids of all shards, which every rank would keep, in every replica the same.
 
     Args:
         room: What is left free on both sides of a grid that is drawn, as a part of its range.
@@ -47,11 +58,22 @@ class SimulatedGrids:
 
     def __init__(self, room: float, redraw_every: int) -> None:
         self._room, self._redraw_every = room, redraw_every
-        self._kept: dict[Place, tuple[ShardGrids, int | None]] = {}
-        """With grids, a checksum of the shard that was gathered if it is frozen."""
+        self._kept: dict[int, _Kept] = {}
+
+    def fit(self, group: int, form: Form) -> None:
+        """Begin a gather of ``group``, which forgets its grids if they are of another ``form``."""
+        if group not in self._kept or self._kept[group].form != form:
+            self._kept[group] = _Kept(form, {})
 
     def gather(
-        self, place: Place, values: Tensor, segment: SegmentRow, key: int, step: int, shard: Tensor
+        self,
+        group: int,
+        place: Place,
+        values: Tensor,
+        segment: SegmentRow,
+        key: int,
+        step: int,
+        shard: Tensor,
     ) -> Tensor:
         """What all ranks decode in ``step`` of the ``values`` of a ``shard``, in their dtype.
 
@@ -61,12 +83,13 @@ class SimulatedGrids:
         extent = measure(values.reshape(-1).float(), segment)
         scale = torch.zeros_like(extent.low)
         unsent = ShardGrids(scale + torch.nan, scale, scale.int())
-        grids, seen = self._kept.get(place, (unsent, None))
+        shards = self._kept[group].shards
+        grids, seen = shards.get(place, (unsent, None))
         content = None if shard.requires_grad else checksum([shard])
         if content is None or content != seen:
             every = self._redraw_every if content is None else None
             grids = self._drawn_anew(grids, extent, segment, step, every)
-        self._kept[place] = grids, content
+        shards[place] = grids, content
         r = grid_numbers(segment, key, extent.values, grids.epoch)
         codes = codes_on_grid(extent, grids.low, grids.scale, segment, r).to(torch.uint8)
         decoded = dequantize(
@@ -75,14 +98,14 @@ class SimulatedGrids:
         limit = torch.finfo(values.dtype).max
         return convert_values(decoded.clamp(-limit, limit), values.dtype).view(values.shape)
 
-    def rewind_point(self) -> Callable[[Callable[[str], bool]], None]:
-        """A function that takes back what was drawn since, of the parameters that it is told."""
-        kept = dict(self._kept)
+    def rewind_point(self) -> Callable[[Collection[int | None]], None]:
+        """A function that takes back what was drawn since, but of the groups that it is given."""
+        before = {group: _Kept(own.form, {**own.shards}) for group, own in self._kept.items()}
 
-        def rewind(is_of: Callable[[str], bool]) -> None:
-            for place in [place for place in self._kept if is_of(place[0])]:
-                del self._kept[place]
-            self._kept.update({place: was for place, was in kept.items() if is_of(place[0])})
+        def rewind(gathered: Collection[int | None]) -> None:
+            since = {group: own for group, own in self._kept.items() if group in gathered}
+            resting = {group: own for group, own in before.items() if group not in gathered}
+            self._kept = since | resting
 
         return rewind
 

@@ -7,38 +7,24 @@ Written from the paper (QSDP, arXiv 2302.02390, section 4) and docs/design.md, a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qsdp import ops
-from qsdp.codec.payload import Layout, Segment
 from qsdp.codec.random_numbers import KeyDirection, KeyStage, RandomKey
-from qsdp.codec.segment_table import SegmentRow
 from qsdp.comm.bit_budget import Claim
 from qsdp.comm.policy_checks import check_embeddings, check_policy
-from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.common.model_structure import embedding_names, tied_names
-from qsdp.common.rounding import Rounding
 from qsdp.compat.parameter_names import clean_names, named_parameters
 from qsdp.config import CODED_BITS, QSDPConfig
 from qsdp.simulation.kept_weights import KeptWeights
 from qsdp.simulation.levels_and_budget import Bits, SimulatedBudget, SimulatedLevels
 from qsdp.simulation.numbering import Numbering
 from qsdp.simulation.ranks import SimulatedRanks
+from qsdp.simulation.simulated_codec import SimulatedCodec
 from qsdp.simulation.simulated_grids import SimulatedGrids
 from qsdp.simulation.simulated_shards import SimulatedSharding
 from qsdp.simulation.stages import simulated_stages
-
-
-class SimulatedCodec(NamedTuple):
-    """The operators' arguments for the values of one parameter on the simulated wire."""
-
-    layout: Layout
-    encode_table: Tensor
-    decode_table: Tensor
 
 
 class SimulatedWire:
@@ -53,8 +39,7 @@ class SimulatedWire:
 
     Raises:
         ValueError: A policy pattern matches no parameter, the budget is too small or has nothing
-            to allot, ranks do not fill nodes as the reduce needs it, or there are replicas where
-            only changes are gathered.
+            to allot, or ranks do not fill nodes as the reduce needs it.
     """
 
     def __init__(
@@ -71,16 +56,13 @@ class SimulatedWire:
         check_policy(config, list(numbers.parameters), aliases)
         self.config, self.world, self.numbers, self.sharding = config, world, numbers, sharding
         self.stages = simulated_stages(world, config)
+        self.codec = SimulatedCodec(config, numbers)
         self.grids = None
-        """What all ranks keep; None unless only changes are gathered."""
+        """What all ranks of a shard group keep; None unless only changes are gathered."""
         if config.gather == "delta":
-            if world.replicas > 1:
-                raise ValueError(
-                    f"replicas is {world.replicas} beside gather='delta', which is for one shard "
-                    "group: choose another gather, or 1."
-                )
             self.grids = SimulatedGrids(config.room, config.redraw_every)
-        self._codecs: dict[tuple[Segment, int, bool], SimulatedCodec] = {}
+        self.is_aside = False
+        """Whether weights travel fresh, so that what is kept stays as it is."""
         embeddings, named = {clean[name] for name in tables}, named_parameters(model)
         check_embeddings(config, embeddings)
         self._bits: Bits = {
@@ -88,6 +70,7 @@ class SimulatedWire:
             for name, parameter in named.items()
         }
         self.kept_weights = self.kept_grads = KeptWeights({}, sharding)
+        self._num_supports = 0
         order = sorted(self._bits, key=lambda n: (numbers.groups[n], numbers.parameters[n]))
         weights, grads = (
             {
@@ -113,13 +96,14 @@ class SimulatedWire:
             for rank in range(world.num_ranks):
                 own = rank % world.world_size
                 for name, shard in shards[own].items():
-                    sent, is_frozen = self._sent(name, shard, own), self.is_sent_once(shard)
+                    is_frozen = self.is_sent_once(shard, step)
+                    sent = self._sent(name, shard, own, is_whole=is_frozen)
                     self._measure(name, sent, rank, is_grad=False, is_frozen=is_frozen)
             self._bits = self._budget.allot(self._bits)
         if step in config.learning_steps:
             for rank, parameters in list(enumerate(shards)) * world.replicas:
                 for name, shard in parameters.items():
-                    if not self.is_sent_once(shard):  # on the uniform grid
+                    if not self.is_sent_once(shard, step):  # on the uniform grid
                         place = (name, self._kind(name), self.weight_bits(name, None))
                         self._levels.observe(place, self._sent(name, shard, rank))
             self._levels.learn()
@@ -132,7 +116,8 @@ class SimulatedWire:
         """
         self.kept_weights = KeptWeights(masks, self.sharding)
         self.kept_grads = KeptWeights(masks if with_grads else {}, self.sharding)
-        self._codecs.clear()  # what other masks leave has other sizes
+        self._num_supports += 1
+        self.codec.forget()
 
     def weight_dtype(self, shard: Tensor) -> torch.dtype:
         """The dtype of the parameter once gathered."""
@@ -149,39 +134,54 @@ class SimulatedWire:
             bits = self.config.local_grad_bits or max(bits, 8)
         return self._warm(bits, step)
 
-    def is_sent_once(self, shard: Tensor) -> bool:
-        """Whether the payload of a parameter is kept for good."""
-        return self.config.gather == "once" and not shard.requires_grad
+    def keeps_codes(self, step: int | None) -> bool:
+        """Whether weights are decoded from kept codes in ``step``, None as above; else fresh."""
+        return self.grids is not None and not self.is_aside and not self._is_warm_up(step)
+
+    def is_sent_once(self, shard: Tensor, step: int | None) -> bool:
+        """Whether a payload of ``step``, None as above, is kept until the parameter is edited."""
+        is_cached = self.config.gather != "twice" and not self.keeps_codes(step)
+        return is_cached and not shard.requires_grad
+
+    def begin_gather(self, step: int) -> None:
+        """Let all grids that fit bits and support no longer be drawn anew in a gather in ``step``.
+
+        They are those of a whole group.
+        """
+        if self.grids is None or not self.keeps_codes(step):
+            return
+        groups = self.numbers.groups
+        masked = {groups[name] for name in self.kept_weights.names}
+        forms = {group: [self._num_supports * (group in masked)] for group in groups.values()}
+        for name, group in groups.items():
+            forms[group].append(self._bits[name][0])
+        for group, form in forms.items():
+            self.grids.fit(group, tuple(form))
 
     def weight(self, name: str, shard: Tensor, rank: int, step: int) -> Tensor:
         """What all ranks compute with of the shard of ``rank`` in the shard group."""
-        values, sent = self._gathered(shard), self._sent(name, shard, rank)
+        values, seed = self._gathered(shard), self.config.seed
         if self.world.world_size == 1:
             return values  # FSDP2 calls no collective
-        if self.is_sent_once(shard):
+        if self.is_sent_once(shard, step):
             # Whichever step it is sent in: a resumed run sends it again and must decode the same.
-            key = RandomKey(self.config.seed, 0, KeyDirection.FROZEN, KeyStage.FLAT, 0, rank).fold()
+            key = RandomKey(seed, 0, KeyDirection.FROZEN, KeyStage.FLAT, 0, rank).fold()
             bits = self.weight_bits(name, None)
-            return self._cross(name, sent, key, bits, is_grad=False, is_frozen=True)
-        bits = self.weight_bits(name, step)
-        if self.grids is not None and bits <= 8 and values.numel():
-            segment = self.segment(name, values.numel(), values.dtype, bits, is_grad=False)
-            row = SegmentRow(
-                Layout([segment], self.numbers.groups[name]).table([values.numel()])[0]
-            )
-            key = RandomKey(self.config.seed, 0, KeyDirection.KEPT, KeyStage.FLAT, 0, rank).fold()
-            return self.grids.gather((name, rank), values, row, key, step, shard)
-        key = RandomKey(self.config.seed, step, KeyDirection.GATHER, KeyStage.FLAT, 0, rank).fold()
-        decoded = self._cross(name, sent, key, bits, is_grad=False)
+            return self._cross(name, values, key, bits, is_grad=False, is_frozen=True)
+        bits, sent = self.weight_bits(name, step), self._sent(name, shard, rank)
+        if self.grids is not None and self.keeps_codes(step) and bits <= 8 and sent.numel():
+            row = self.codec.kept_row(name, sent, bits)
+            key = RandomKey(seed, 0, KeyDirection.KEPT, KeyStage.FLAT, 0, rank).fold()
+            group = self.numbers.groups[name]
+            decoded = self.grids.gather(group, (name, rank), sent, row, key, step, shard)
+        else:
+            key = RandomKey(seed, step, KeyDirection.GATHER, KeyStage.FLAT, 0, rank).fold()
+            decoded = self._cross(name, sent, key, bits, is_grad=False)
         return self.kept_weights.spread(name, decoded, rank)
 
     def rewind_point(self) -> Callable[[Collection[int | None]], None]:
         """A function that takes back gathers since, but of the groups that it is given."""
-        grids, groups = self.grids, self.numbers.groups
-        if grids is None:
-            return lambda _: None
-        rewind = grids.rewind_point()
-        return lambda gathered: rewind(lambda name: groups[name] not in gathered)
+        return (lambda _: None) if self.grids is None else self.grids.rewind_point()
 
     def grad(
         self, name: str, row: Tensor, stage: KeyStage, step: int, sender: int, receiver: int
@@ -198,21 +198,6 @@ class SimulatedWire:
             self._measure(name, row, sender, is_grad=True)
         return self._cross(name, row, key.fold(), bits, is_grad=True)
 
-    def segment(
-        self, name: str, numel: int, dtype: torch.dtype, bits: int, *, is_grad: bool
-    ) -> Segment:
-        """``numel`` values of a parameter, in ``dtype``, as ``bits`` a value."""
-        own = CODEC_DTYPES.get(dtype, DType.OPAQUE)
-        return Segment(
-            bits=bits if bits <= 8 else 0,
-            dtype=own,
-            wire=DType.BF16 if bits == 16 and own == DType.FP32 else own,
-            padded=numel if own != DType.OPAQUE else numel * dtype.itemsize,
-            parameter=self.numbers.parameters[name],
-            bucket=self.config.bucket_of(bits, is_grad=is_grad),
-            rounding=Rounding.of(self.config.rounding_of(bits, is_grad=is_grad)),
-        )
-
     def _claim(self, name: str, whole: Tensor, is_grad: bool, is_embedding: bool) -> Claim:
         """The claim of one parameter: every rank's payload has room for the first rank's shard."""
         kept = self._bits[name][is_grad] if self.config.keeps_bits(name, is_embedding) else None
@@ -222,15 +207,13 @@ class SimulatedWire:
     def _gathered(self, shard: Tensor) -> Tensor:
         return shard.detach().to(self.weight_dtype(shard))
 
-    def _sent(self, name: str, shard: Tensor, rank: int) -> Tensor:
+    def _sent(self, name: str, shard: Tensor, rank: int, *, is_whole: bool = False) -> Tensor:
         """What travels of the shard of ``rank`` in the shard group: all, or the kept values, 1-D.
 
-        What is sent once is sent whole.
+        ``is_whole``: it is sent once, so whole.
         """
         values = self._gathered(shard)
-        if self.is_sent_once(shard):
-            return values
-        return self.kept_weights.pick(name, values, rank)
+        return values if is_whole else self.kept_weights.pick(name, values, rank)
 
     def _kind(self, name: str, is_grad: bool = False) -> str:
         """Which levels serve a parameter's values: kept weights have few near zero."""
@@ -258,38 +241,15 @@ class SimulatedWire:
         is_grad: bool,
         is_frozen: bool = False,
     ) -> Tensor:
-        """Encode and decode: weights in their own dtype, gradients into fp32."""
-        dtype = torch.float32 if is_grad else values.dtype
-        if bits == 32 or not values.numel():
-            return values.to(dtype)
-        segment = self.segment(name, values.numel(), values.dtype, bits, is_grad=is_grad)
         # What is sent once keeps the uniform grid: levels may be learned anew.
         levels = None if is_frozen else self._levels.of((name, self._kind(name, is_grad), bits))
-        if levels is not None:
-            segment = replace(segment, levels=0)
-        layout, encode_table, decode_table = self._codec(name, segment, is_grad)
-        payload = torch.empty(layout.payload_bytes, dtype=torch.uint8, device=values.device)
-        sent = values.contiguous().view(-1).view(torch.uint8)
-        ops.encode(sent, encode_table, key, layout.header(0, 0), payload, levels)
-        received = torch.empty(values.shape, dtype=dtype, device=values.device)
-        buffer = received.view(-1).view(torch.uint8)
-        ops.decode(payload, decode_table, key, buffer, levels=levels)
-        return received
-
-    def _codec(self, name: str, segment: Segment, is_grad: bool) -> SimulatedCodec:
-        place = (segment, self.numbers.groups[name], is_grad)
-        if place not in self._codecs:
-            layout = Layout([segment], self.numbers.groups[name])
-            encode, decode = (
-                torch.tensor(layout.table([segment.padded], dtype))
-                for dtype in (None, DType.FP32 if is_grad else None)
-            )
-            self._codecs[place] = SimulatedCodec(layout, encode, decode)
-        return self._codecs[place]
+        return self.codec.cross(name, values, key, bits, is_grad=is_grad, levels=levels)
 
     def _warm(self, bits: int, step: int | None) -> int:
-        is_warm_up = step is not None and step < self.config.warmup_steps
-        return max(bits, self.config.least_warmup_bits) if is_warm_up else bits
+        return max(bits, self.config.least_warmup_bits) if self._is_warm_up(step) else bits
+
+    def _is_warm_up(self, step: int | None) -> bool:
+        return step is not None and step < self.config.warmup_steps
 
 
 def _bits(name: str, parameter: Tensor, config: QSDPConfig, is_embedding: bool) -> tuple[int, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -124,14 +125,28 @@ class Simulation:
             optimizer.step()
             optimizer.zero_grad()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, weights travel fresh and kept grids stay as they are, as in ``Handle.aside()``.
+
+        For passes with weights that are other ones for a while. It matters to ``gather="delta"``
+        alone.
+        """
+        before, self._wire.is_aside = self._wire.is_aside, True
+        try:
+            yield
+        finally:
+            self._wire.is_aside = before
+
     def weights(self) -> dict[str, Tensor]:
         """Every parameter as all ranks compute with it in this step of the clock.
 
         They are decoded, in the parameter dtype: for validation as the run would see it without
         ``handle.exact()``. With ``gather="delta"`` they are those of the next step once gradients
-        were reduced, and grids are drawn for these if they have to be.
+        were reduced, and grids are drawn for these if they have to be, but for ``aside()``.
         """
         step = self.clock + (self._has_reduced and self._wire.grids is not None)
+        self._wire.begin_gather(step)
         return {
             name: self._wire.sharding.join(
                 name,
@@ -186,14 +201,8 @@ class Simulation:
             with_grads: False sends all gradients.
 
         Raises:
-            ValueError: A mask is no bool tensor of a parameter's shape, or codes are kept, which
-                follow no mask.
+            ValueError: A mask is no bool tensor of a parameter's shape.
         """
-        if masks and self._wire.grids is not None:
-            raise ValueError(
-                "masks are given beside gather='delta', whose kept codes are those of all weights: "
-                "choose another gather, or leave them out."
-            )
         if not masks and not with_grads:
             raise ValueError("with_grads is False without masks: give masks, or leave it out.")
         check_kept_masks(masks or {}, self._shapes)

@@ -62,7 +62,7 @@ def count_bytes(
     replicas = range(rank % size, world.num_ranks, size) if world.quantized_replicas else ()
     for group in sorted(set(wire.numbers.groups.values())) if size > 1 else ():
         members = {n: shard for n, shard in shards.items() if wire.numbers.groups[n] == group}
-        gathered = {n: shard for n, shard in members.items() if not wire.is_sent_once(shard)}
+        gathered = {n: shard for n, shard in members.items() if not wire.is_sent_once(shard, None)}
         is_kept = reshard_after_forward is False or wire.config.gather == "once"
         is_kept |= reshard_after_forward is None and group == wire.numbers.root
         num_bytes = _weight_payload_bytes(wire, gathered) * micro_batches * (1 if is_kept else 2)
@@ -106,7 +106,7 @@ class _Sent:
 def _weight_payload_bytes(wire: SimulatedWire, shards: Mapping[str, Tensor]) -> int:
     """Bytes of one payload; nothing is sent for no parameters."""
     segments = [
-        wire.segment(
+        wire.codec.segment(
             name,
             shard.numel(),
             wire.weight_dtype(shard),
@@ -122,7 +122,9 @@ def _gradient_payload_bytes(
     wire: SimulatedWire, shards: Mapping[str, Tensor], stage: KeyStage, dtype: torch.dtype
 ) -> int:
     segments = [
-        wire.segment(name, shard.numel(), dtype, wire.grad_bits(name, stage, None), is_grad=True)
+        wire.codec.segment(
+            name, shard.numel(), dtype, wire.grad_bits(name, stage, None), is_grad=True
+        )
         for name, shard in shards.items()
     ]
     return Layout(segments, 0).payload_bytes if segments else 0

@@ -253,6 +253,7 @@ class Job:
         with _failures_told():
             save(
                 *(root, steps_done, self.model, optimizer, meta | more),
+                tensors={} if optimizer is None or self.handle is None else self.handle.grids(),
                 files=files,
                 keep=keep,
                 damaged=damaged,

@@ -38,6 +38,7 @@ from qsdp.train.resume import (
     pace_since,
     told_as_damaged,
 )
+from qsdp.train.resumed_grids import take_grids
 from qsdp.train.validate import Evaluator
 from qsdp.train.wire_bytes import QuantizedWire, StockWire
 from qsdp.train.wire_flags import AUTO
@@ -96,13 +97,15 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     optimizer = world.together(lambda: make_optimizer(config, model))
     if handle is not None and isinstance(optimizer, OptimizerWrapper):
         optimizer.share_support(handle.set_support)
-    steps_done = 0
+    steps_done, why_anew = 0, None
     if source is not None and meta is not None:
         world.all_alike(lambda: checkpoint.load(source, model, optimizer, is_checked=True))
         steps_done = meta["step"]
         if handle is not None and meta["wire"] is not None:
             load, state = handle.load_state_dict, meta["wire"]
             world.all_alike(lambda: load(state))
+        if handle is not None:
+            why_anew = take_grids(handle, source, meta, world)
     comment = "" if choice is None else choice.comment
     results = HistoryFolder(config.out_dir, comment + config.to_toml(), start)
     removed = world.on_main(results.begin)
@@ -128,7 +131,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
         bad_in_row=0 if meta is None else meta["bad_in_row"],
         pace_since=0 if meta is None else pace_since(config, world, meta),
     )
-    _announce(job, source, meta, removed)
+    _announce(job, source, meta, removed, why_anew)
     return job
 
 
@@ -246,7 +249,11 @@ def _fingerprint(
 
 
 def _announce(
-    job: Job, source: Path | None, meta: dict[str, Any] | None, removed: list[str]
+    job: Job,
+    source: Path | None,
+    meta: dict[str, Any] | None,
+    removed: list[str],
+    why_anew: str | None,
 ) -> None:
     config, world = job.config, job.world
     num_parameters = sum(p.numel() for p in job.model.parameters())
@@ -279,6 +286,8 @@ def _announce(
         changes.append(f"ranks {meta.get('world_size')} -> {world.size}")
     noted = f" with other settings than before: {', '.join(changes)}" if changes else ""
     job.say(f"Going on from {source}, {job.steps_done} of {config.run.steps} steps done{noted}")
+    if why_anew is not None:
+        job.say(f"  all grids of the weights are drawn anew, as {why_anew}")
 
 
 def _travels(config: TrainConfig) -> str:

@@ -38,6 +38,7 @@ from tests.support.tricks import TRICKS, Evil, named, text
 pytestmark = pytest.mark.usefixtures("world_of_one")
 TENSOR = MetadataIndex("model.weight", torch.Size([0, 0]))
 VALUE = MetadataIndex("optimizer.param_groups.0.lr")
+FURTHER = MetadataIndex("tensors.grid", torch.Size([0]))
 
 
 @contextmanager
@@ -61,7 +62,8 @@ def make(lr: Any = 0.1, **options: Any) -> tuple[nn.Module, torch.optim.Optimize
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with a_world():
-        return checkpoint.save(tmp_path_factory.mktemp("saved"), 1, *make(), {})
+        grids = {"grid": torch.ones(3)}
+        return checkpoint.save(tmp_path_factory.mktemp("saved"), 1, *make(), {}, tensors=grids)
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +123,11 @@ def trick_an_entry(folder: Path, index: MetadataIndex, blob: bytes) -> None:
     change_table(folder, point_there)
 
 
-def refused(folder: Path, *, whole: bool = True) -> str:
+def refused(folder: Path, *, whole: bool = True, further: bool = False) -> str:
     """What every way of loading says of the checkpoint.
 
-    ``whole``: also those that read no more than the model.
+    ``whole``: also those that read no more than the model. ``further``: those alone that read what
+    is beside model and optimizer.
     """
     model, optimizer = make()
     said = []
@@ -133,6 +136,8 @@ def refused(folder: Path, *, whole: bool = True) -> str:
         if whole:
             ways.append(lambda: checkpoint.load_model(folder, model))
             ways.append(lambda: checkpoint.TensorReader(folder).read("weight"))
+        if further:
+            ways = [lambda: checkpoint.load_tensors(folder, {"grid": torch.zeros(3)})]
         for load in ways:
             with pytest.raises(ValueError, match=folder.name) as error:
                 load()
@@ -176,7 +181,7 @@ def test_a_table_cannot_change_the_classes_that_it_names(copy: Path) -> None:
     assert not hasattr(StorageMeta, "stained")
 
 
-@pytest.mark.parametrize("index", [VALUE, TENSOR], ids=["value", "tensor"])
+@pytest.mark.parametrize("index", [VALUE, TENSOR, FURTHER], ids=["value", "tensor", "further"])
 @pytest.mark.parametrize("form", ["torch.save", "pickle", "dotted", "bytes"])
 def test_an_entry_that_calls_is_refused(copy: Path, index: MetadataIndex, form: str) -> None:
     canary = copy.parent / "canary"
@@ -189,7 +194,7 @@ def test_an_entry_that_calls_is_refused(copy: Path, index: MetadataIndex, form: 
         "bytes": b"\x80\x04" + TRICKS["torch.storage"](canary) + b".",
     }
     trick_an_entry(copy, index, written[form])
-    said = refused(copy, whole=index is TENSOR)
+    said = refused(copy, whole=index is TENSOR, further=index is FURTHER)
     if form == "torch.save":
         assert "posix.system" in said
         assert "run code" in said

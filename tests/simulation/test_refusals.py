@@ -45,10 +45,6 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"config": {"ranks_per_node": 2}, "ranks_per_node": 4},
         "ranks_per_node is 4, and that of the config is 2",
     ),
-    "replicas of kept codes": (
-        {"config": {"gather": "delta"}, "replicas": 2},
-        "replicas is 2 beside gather='delta'",
-    ),
     "one replica": ({"quantized_replicas": True}, "1 replicas"),
     "one rank a replica": (
         {"quantized_replicas": True, "replicas": 2, "world_size": 1},
@@ -119,12 +115,9 @@ def test_wrong_calls_of_a_simulation_are_named_in_one_sentence() -> None:
     )
 
 
-def test_what_kept_codes_cannot_have_is_refused_in_one_sentence() -> None:
+def test_bytes_of_changes_are_refused_in_one_sentence() -> None:
     simulated = simulation({"gather": "delta"})
-    masks = {"out.weight": torch.ones(5, 12, dtype=torch.bool)}
     assert "wire_bytes is arithmetic on layouts" in refusal(simulated.wire_bytes)
-    assert "masks are given beside gather='delta'" in refusal(lambda: simulated.set_support(masks))
-    simulated.set_support(None)
 
 
 @pytest.mark.parametrize(

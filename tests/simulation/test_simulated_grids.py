@@ -9,15 +9,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import qsdp
 from qsdp import ops
 from qsdp.codec.payload import HEADER_BYTES, Layout, Segment
 from qsdp.codec.random_numbers import KeyDirection, KeyStage, RandomKey
 from qsdp.codec.segment_table import SegmentRow
 from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.ops.reference.changes import FROZEN, STILL, TRAINED
-from qsdp.simulation.simulated_grids import ShardGrids, SimulatedGrids
-from tests.support.simulated import Net, assert_same, batches, error, run, simulation, train_plainly
+from qsdp.simulation.simulated_grids import SimulatedGrids
+from tests.support.simulated import (
+    Net,
+    Resting,
+    assert_same,
+    batches,
+    epochs,
+    error,
+    grids,
+    rate,
+    rest,
+    run,
+    simulation,
+    train_plainly,
+)
 
 DELTA: dict[str, Any] = {"weight_bits": 4, "grad_bits": 8, "gather": "delta", "bucket_size": 8}
 
@@ -68,6 +80,7 @@ def test_grids_are_those_of_the_kernels_whatever_becomes_of_the_values(
     )
     group, key = random.randrange(9), random.randrange(1 << 60)
     kernels, simulated = Kernels(segment, group), SimulatedGrids(room, every)
+    simulated.fit(group, ())
     row = SegmentRow(Layout([segment], group).table([num])[0])
     exact, is_trained = torch.randn(num) * 10.0 ** torch.randint(-6, 6, (num,)), True
     exact[40:80] *= 1e30
@@ -87,9 +100,9 @@ def test_grids_are_those_of_the_kernels_whatever_becomes_of_the_values(
         values = shard.detach()
         mode = TRAINED if is_trained else STILL if is_same else FROZEN
         expected = kernels.gather(values, key, mode, step, every, room)
-        found = simulated.gather(("shard", 0), values, row, key, step, shard)
+        found = simulated.gather(group, ("shard", 0), values, row, key, step, shard)
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), step
-        kept, _ = simulated._kept["shard", 0]
+        kept, _ = simulated._kept[group].shards["shard", 0]
         torch.testing.assert_close(
             kept, (kernels.low, kernels.scale, kernels.epoch), rtol=0, atol=0, equal_nan=True
         )
@@ -115,21 +128,6 @@ def test_numbers_are_drawn_by_seed_epoch_and_sender() -> None:
             with torch.no_grad():
                 shards["weight"][:8] *= 1.5 - step  # out of their grids
     assert not torch.equal(decoded[0], decoded[2])
-
-
-def grids(simulated: qsdp.Simulation) -> dict[tuple[str, int], ShardGrids]:
-    """The kept grids, by parameter and rank."""
-    assert simulated._wire.grids is not None
-    return {place: kept for place, (kept, _) in simulated._wire.grids._kept.items()}
-
-
-def epochs(simulated: qsdp.Simulation, name: str) -> Tensor:
-    """The epochs of all buckets of a parameter, all ranks' together."""
-    return torch.cat([kept.epoch for (own, _), kept in grids(simulated).items() if own == name])
-
-
-def rate(lr: float) -> Any:
-    return lambda parameters: torch.optim.SGD(parameters, lr=lr)
 
 
 class Matrix(nn.Module):
@@ -273,16 +271,10 @@ def test_frozen_weights_are_drawn_anew_where_they_are_edited_alone() -> None:
 
 
 def test_a_group_that_rests_is_not_gathered_and_keeps_its_grids() -> None:
-    class Resting(Net):
-        def forward(self, tokens_BT: Tensor, is_used: bool) -> Tensor:
-            x_BTC = self.embed(tokens_BT)
-            x_BTC = self.block(x_BTC) if is_used else x_BTC
-            return self.out(self.norm(x_BTC)).square().mean()
-
     simulated = simulation({**DELTA, "delta_redraw_every": 1}, Resting())
     found = []
     for step, is_used in enumerate([False, True, False, False, True]):
-        simulated.step([[[own[0], is_used] for own in batches(step, 4)[0]]])
+        rest(simulated, step, is_used)
         is_there = ("block.0.weight", 0) in grids(simulated)
         block = set(epochs(simulated, "block.0.weight").tolist()) if is_there else None
         found.append((set(epochs(simulated, "embed.weight").tolist()), block))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import qsdp
+from qsdp.simulation.simulated_grids import ShardGrids
 
 SGD = 0.1
 
@@ -34,6 +35,21 @@ class Net(nn.Module):
         else:
             x_BTC = x_BTC + self.block(x_BTC)
         return F.cross_entropy(self.out(self.norm(x_BTC).mean(1)), targets_B)
+
+
+class Resting(Net):
+    """Leaves its block out where it is told to."""
+
+    def forward(self, tokens_BT: Tensor, is_used: Any) -> Tensor:
+        x_BTC = self.embed(tokens_BT)
+        x_BTC = self.block(x_BTC) if is_used else x_BTC
+        loss: Tensor = self.out(self.norm(x_BTC)).square().mean()
+        return loss
+
+
+def rest(simulated: qsdp.Simulation, seed: int, is_used: bool) -> None:
+    """A step of a ``Resting`` on 4 ranks."""
+    simulated.step([[[own[0], is_used] for own in batches(seed, 4)[0]]])
 
 
 def batch(seed: int) -> list[Tensor]:
@@ -87,3 +103,19 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: fl
 
 def error(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     return sum(float((left[name] - right[name]).square().sum()) for name in left)
+
+
+def rate(lr: float) -> Any:
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr)
+
+
+def grids(simulated: qsdp.Simulation) -> dict[tuple[str, int], ShardGrids]:
+    """The kept grids, by parameter and rank."""
+    assert simulated._wire.grids is not None
+    groups = simulated._wire.grids._kept.values()
+    return {place: kept for group in groups for place, (kept, _) in group.shards.items()}
+
+
+def epochs(simulated: qsdp.Simulation, name: str) -> Tensor:
+    """The epochs of all buckets of a parameter, all ranks' together."""
+    return torch.cat([kept.epoch for (own, _), kept in grids(simulated).items() if own == name])

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from qsdp.checkpoint import latest, save
 from tests_distributed.support.expert_methods import NAMES
@@ -63,27 +64,29 @@ class _Student(nn.Module):
             self.extra = nn.Linear(6, 6)
 
 
-def _save_beside_a_teacher(folder: Path, differs: bool) -> str:
+def _save_beside_a_teacher(folder: Path, differs: str) -> str:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "gpu"))
     rank = dist.get_rank()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _Student(rank, 1.0 + (differs and rank // 2))
+        model = _Student(rank, 1.0 + (differs == "teacher.weight" and rank // 2))
     for name, module in model.named_children():
         fully_shard(module, mesh=all_ranks() if name == "student" else mesh["gpu"])
+    mine = torch.full((2,), float(differs == "tensors.grid" and rank // 2))
+    tensors = {"grid": DTensor.from_local(mine, mesh["gpu"], [Shard(0)])}
     try:
-        save(folder, 1, model, None, {})
+        save(folder, 1, model, None, {}, tensors=tensors)
     except ValueError as error:
         return str(error)
     return "saved"
 
 
-@pytest.mark.parametrize("differs", [False, True])
+@pytest.mark.parametrize("differs", ["", "teacher.weight", "tensors.grid"])
 def test_copies_on_submeshes_are_saved_and_different_ones_are_not(
-    run: Run, tmp_path: Path, differs: bool
+    run: Run, tmp_path: Path, differs: str
 ) -> None:
     for text in run(4, _save_beside_a_teacher, tmp_path, differs):
-        assert text.startswith("teacher.weight is sharded over some of" if differs else "saved")
+        assert text.startswith(f"{differs} is sharded over some of" if differs else "saved")
 
 
 def _save_after_a_validation(folder: Path) -> str:

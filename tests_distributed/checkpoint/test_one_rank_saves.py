@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from qsdp.checkpoint import load, save
+from qsdp.checkpoint import load, load_tensors, save
 from tests_distributed.support.one_rank import (
     FORWARD,
     Act,
@@ -35,6 +36,12 @@ def _load_step(step: int) -> Act:
     return lambda stage: load(stage.folder / f"step-{step:08d}", stage.model, stage.optimizer)
 
 
+def _load_tensors(*names: str) -> Act:
+    tensors = {name: torch.zeros(2) for name in names}
+    return lambda stage: load_tensors(stage.folder / "step-00000002", tensors)
+
+
+GRIDS = {"grid": torch.ones(2), "room": torch.ones(2)}
 CHECKPOINTS = {
     "step": (_save(4), _save(3), differs("checkpoint.save", "step", "4", "3")),
     "folder": (_save(3, folder="b"), _save(3), differs("checkpoint.save", "folder", r".*b", ".*")),
@@ -51,6 +58,26 @@ CHECKPOINTS = {
     ),
     "missing": (_load_step(9), _load_step(2), differs("checkpoint.load", "folder", ".*9", ".*2")),
     "loaded while saved": (_load_step(1), _save(3), apart("checkpoint.load", "checkpoint.save")),
+    "tensors": (
+        _save(3, tensors={"grid": torch.ones(2)}),
+        _save(3, tensors=GRIDS),
+        differs("checkpoint.save", "tensors", "1 others", "room"),
+    ),
+    "no tensors": (
+        _save(3),
+        _save(3, tensors=GRIDS),
+        differs("checkpoint.save", "tensors", "none", "grid and room"),
+    ),
+    "loaded tensors": (
+        _load_tensors("grid", "room"),
+        _load_tensors("grid"),
+        differs("checkpoint.load_tensors", "tensors", "room", "1 others"),
+    ),
+    "no tensors loaded": (
+        forward,
+        _load_tensors("grid"),
+        apart(FORWARD, "checkpoint.load_tensors"),
+    ),
     "not saved": (forward, _save(3), apart(FORWARD, "checkpoint.save")),
 }
 
@@ -65,7 +92,7 @@ def go_through_checkpoints(folder: Path, odd: int) -> dict[str, str]:
         if not folder.exists():
             dist.barrier()
             _save(1)(stage)
-            _save(2)(stage)
+            _save(2, tensors=GRIDS)(stage)
 
     return {
         name: say(Point(there=there, elsewhere=elsewhere, says=says, before=before), odd)

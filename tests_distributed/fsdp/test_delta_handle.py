@@ -111,7 +111,11 @@ def _round(model: Any, handle: qsdp.Handle) -> None:
         model(*make_batch(model, 52))
     handle.abandon_step()
     model.blocks[0].unshard(async_op=True)
+    grids = handle.grids()
     handle.load_state_dict(state)
+    with pytest.raises(ValueError, match="the clock is at step"):
+        handle.load_grids(grids)  # which are later
+    handle.load_grids(handle.grids())
 
 
 def _grown() -> dict[str, tuple[int, int]]:

@@ -69,7 +69,14 @@ def _asks_for_errors(change: Act) -> Act:
     return act
 
 
+def _load_own_grids(stage: Stage) -> None:
+    stage.handle.load_grids(stage.handle.grids())
+    stage.forward()
+
+
 ERRORS = "handle.errors"
+LOAD_GRIDS = "handle.load_grids"
+DELTA = {"gather": "delta", "weight_bits": 4}
 LEARNED = {"levels": "learned", "weight_bits": 4}
 
 HANDLE = {
@@ -178,6 +185,34 @@ HANDLE = {
         elsewhere=_then_forward("state_dict"),
         says=differs("handle.state_dict", "step", "4", "1"),
         config={"budget": 5},
+    ),
+    "grids with a budget": Point(
+        before=train,
+        there=_then_forward("grids"),
+        elsewhere=_then_forward("state_dict"),
+        says=apart("handle.grids", "handle.state_dict"),
+        config={"budget": 5},
+    ),
+    "load_grids on one rank alone": Point(
+        before=train,
+        there=_load_own_grids,
+        elsewhere=forward,
+        says=apart(LOAD_GRIDS, FORWARD),
+        config=DELTA,
+    ),
+    "load_grids at another step": Point(
+        before=train,
+        there=lambda stage: (load_state(stage, step=4, reduced=0), _load_own_grids(stage)),
+        elsewhere=_load_own_grids,
+        says=differs(LOAD_GRIDS, "step", "4", "1"),
+        config=DELTA,
+    ),
+    "load_grids without any": Point(
+        before=train,
+        there=_then_forward("load_grids", {}),
+        elsewhere=_load_own_grids,
+        says=differs(LOAD_GRIDS, "grids", "none", r"embed\.weight\.min, .* more"),
+        config=DELTA,
     ),
     "remove": Point(
         there=_then_forward("remove"), elsewhere=forward, says=apart("handle.remove", FORWARD)

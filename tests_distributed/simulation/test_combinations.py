@@ -23,7 +23,7 @@ from tests_distributed.support.trainings import (
 )
 
 FACTORS: dict[str, tuple[Any, ...]] = {
-    "gather": ("twice", "once"),
+    "gather": ("twice", "once", "delta"),
     "reduce": ("flat", "two-hop", "hsdp"),
     "checkpointing": (False, True),
     "micro_batches": (1, 2),
@@ -84,7 +84,7 @@ def test_the_selection_has_every_pair_and_is_small() -> None:
     assert covered == pairs - impossible
     assert set(PAIRWISE) <= set(ALL)
     assert len(PAIRWISE) <= 16
-    assert len(ALL) == 2**5 * (3 + 2 + 1)
+    assert len(ALL) == 3 * 2**4 * (3 + 2 + 1)
 
 
 def test_a_combination_equals_its_simulation_bit_for_bit(

@@ -26,6 +26,9 @@ def _case(config: dict[str, Any] | None = None, **settings: Any) -> Case:
 
 
 EIGHT = {"weight_bits": 8}
+TWO_HOPS = {"reduce": "two-hop", "ranks_per_node": 2}
+REPLICAS: dict[str, Any] = {"ranks": 2, "replicas": 2}
+QUANTIZED = REPLICAS | {"quantized_replicas": True}
 CASES = {
     "alone": _case(ranks=1),
     "plain": _case(),
@@ -82,11 +85,48 @@ CASES = {
         options={"tied": True, "frozen": True, "unused": True, "checkpointing": True},
     ),
 }
+# What changes bits and layouts, and other topologies.
+CASES |= {
+    "sparse": _case(ranks=3, sparse=True, options={"frozen": True}),
+    "sparse, at eight bits, gathered in bf16": _case(
+        EIGHT | {"bucket_size": 16}, ranks=4, sparse=True, dtypes=(BF16, FP32), adamw=True
+    ),
+    "warm-up": _case({"warmup_steps": 3}, options={"frozen": True, "checkpointing": True}),
+    "warm-up at 16 bits": _case(
+        {"warmup_steps": 2, "warmup_bits": 16},
+        ranks=3,
+        micro_batches=2,
+        sync_every=True,
+        options={"frozen": True, "unused": True},
+    ),
+    "warm-up at eight bits": _case(
+        {"warmup_steps": 3, "warmup_bits": 8, "rounding": "nearest"}, ranks=3, reshard=False
+    ),
+    "budget": _case({"budget": 4.5}, ranks=3, micro_batches=2, options={"frozen": True}),
+    "budget behind a warm-up, sparse": _case(
+        TWO_HOPS | {"budget": 5.0, "warmup_steps": 2, "warmup_bits": 6, "bucket_size": 64},
+        ranks=4,
+        sparse=True,
+        options={"frozen": True},
+    ),
+    "two hops": _case(TWO_HOPS, ranks=4, adamw=True, options={"frozen": True}),
+    "two hops, large buckets, in bf16": _case(
+        EIGHT | TWO_HOPS, ranks=4, dtypes=(BF16, BF16), micro_batches=2
+    ),
+    "native replicas": _case(**REPLICAS, adamw=True, options={"frozen": True, "unused": True}),
+    "native replicas, budget": _case({"budget": 4.5}, **REPLICAS, sync_every=True),
+    "replicas": _case(**QUANTIZED, max_norm=0.1, options={"frozen": True}),
+    "replicas, sparse, warm-up, budget": _case(
+        {"budget": 5.0, "warmup_steps": 1, "bucket_size": 64}, **QUANTIZED, sparse=True
+    ),
+}
 # Of these, others have the same in other company.
 HEAVY = {
     *("plain", "as FSDP2 reshards", "tied, one group", "frozen and unused", "re-computed"),
     *("large buckets", "much room", "anew in each step", "nearest at eight bits"),
     *("not resharded", "most is frozen", "tied", "accumulated", "eight bits, small buckets"),
+    *("sparse", "warm-up at eight bits", "two hops", "two hops, large buckets, in bf16"),
+    *("native replicas, budget", "replicas", "budget", "sparse, at eight bits, gathered in bf16"),
 }
 
 

@@ -123,11 +123,14 @@ class Block(nn.Module):
 
 
 class Toy(nn.Module):
-    """A GPT of a few thousand parameters."""
+    """A GPT of a few thousand parameters.
+
+    ``resting`` are the numbers of blocks that the forward pass leaves out.
+    """
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.resting = config, frozenset[int]()
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -148,7 +151,7 @@ class Toy(nn.Module):
         """Return the mean cross-entropy of ``targets_BT`` (int64) in nats, a scalar."""
         positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         x_BTC = self.embed(tokens_BT) + self.position(positions_T)
-        blocks = [*self.blocks]
+        blocks = [block for i, block in enumerate(self.blocks) if i not in self.resting]
         for block in blocks + blocks[: self.config.again]:
             if self.config.checkpointing:
                 x_BTC = checkpoint(block, x_BTC, use_reentrant=self.config.reentrant)

@@ -85,8 +85,8 @@ def assert_training_equals_its_simulation(run: Run, case: Case, seed: int) -> No
         where = f"rank {rank}, seed {seed}"
         assert result.losses == simulation.losses, where
         for step in range(case.num_steps):
-            _assert_equal(result.grads[step], simulation.grads[step], f"step {step}, {where}")
-        _assert_equal(result.state, simulation.state, where)
+            assert_equal(result.grads[step], simulation.grads[step], f"step {step}, {where}")
+        assert_equal(result.state, simulation.state, where)
 
 
 def installed(case: Case, seed: int) -> tuple[Toy, qsdp.Handle]:
@@ -115,8 +115,8 @@ def installed(case: Case, seed: int) -> tuple[Toy, qsdp.Handle]:
         parameters = dict(model.named_parameters())
         handle.set_support(
             {
-                parameters[name]: _own_part(mask, parameters[name])
-                for name, mask in _masks(seed, model)
+                parameters[name]: own_part(mask, parameters[name])
+                for name, mask in masks_of_blocks(seed, model)
             }
         )
     return model, handle
@@ -127,12 +127,12 @@ def _pruned(case: Case, seed: int) -> Toy:
     model = make_model(seed, **case.options)
     if case.sparse:
         parameters = dict(model.named_parameters())
-        for name, mask in _masks(seed, model):
+        for name, mask in masks_of_blocks(seed, model):
             parameters[name].data.masked_fill_(~mask, 0)
     return model
 
 
-def _masks(seed: int, model: Toy) -> list[tuple[str, Tensor]]:
+def masks_of_blocks(seed: int, model: Toy) -> list[tuple[str, Tensor]]:
     """By the names of the blocks' matrices: a fifth of each is kept, and nothing of one."""
     generator = torch.Generator().manual_seed(seed)
     return [
@@ -142,7 +142,8 @@ def _masks(seed: int, model: Toy) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _own_part(mask: Tensor, parameter: Tensor) -> Tensor:
+def own_part(mask: Tensor, parameter: Tensor) -> Tensor:
+    """What is this rank's of the ``mask`` of a whole parameter."""
     shard = local_shard(parameter)
     for dim, (start, size) in enumerate(zip(shard.offset, shard.values.shape, strict=True)):
         mask = mask.narrow(dim, start, size)
@@ -152,7 +153,7 @@ def _own_part(mask: Tensor, parameter: Tensor) -> Tensor:
 def trained(case: Case, seed: int) -> Outcome:
     """The real thing, on one rank of it."""
     model, _ = installed(case, seed)
-    optimizer = _optimizer(case, model.parameters())
+    optimizer = make_optimizer(case, model.parameters())
     losses, grads = [], []
     for step in range(case.num_steps):
         for micro in range(case.micro_batches):
@@ -197,7 +198,7 @@ def simulation_of(case: Case, seed: int) -> qsdp.Simulation:
         model,
         _config(case, seed),
         world_size=case.ranks,
-        optimizer=partial(_optimizer, case),
+        optimizer=partial(make_optimizer, case),
         groups=groups,
         replicas=case.replicas,
         quantized_replicas=case.quantized_replicas,
@@ -206,7 +207,7 @@ def simulation_of(case: Case, seed: int) -> qsdp.Simulation:
         shard_dims=dict.fromkeys(by_columns, 1) if case.columns else None,
     )
     if case.sparse:
-        simulation.set_support(dict(_masks(seed, model)))
+        simulation.set_support(dict(masks_of_blocks(seed, model)))
     return simulation
 
 
@@ -237,7 +238,8 @@ def _config(case: Case, seed: int) -> qsdp.QSDPConfig:
     return wire_config(64, **{"seed": seed, **case.config})
 
 
-def _optimizer(case: Case, parameters: Any) -> torch.optim.Optimizer:
+def make_optimizer(case: Case, parameters: Any) -> torch.optim.Optimizer:
+    """That of the case."""
     if case.adamw:
         return torch.optim.AdamW(parameters, lr=3e-2, weight_decay=0.1, betas=(0.9, 0.95))
     return torch.optim.SGD(parameters, lr=0.3, momentum=0.9, weight_decay=0.1, foreach=True)
@@ -247,7 +249,8 @@ def _batch_seed(seed: int, step: int, micro: int) -> int:
     return seed % 1000 * 100 + step * 10 + micro
 
 
-def _assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    """The same tensors by the same names, bit for bit but for NaN and the sign of zeros."""
     assert found.keys() == expected.keys(), where
     for name, value in expected.items():
         assert torch.equal(found[name], value), f"{name}, {where}"
