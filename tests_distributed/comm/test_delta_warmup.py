@@ -64,7 +64,7 @@ def _warmed(
 
 @selection(
     ("ranks", "bits", "validates"),
-    [(2, None, False), (3, 8, True)],
+    [(2, None, True), (3, 8, False)],
     (2, 3),
     (None, 6, 8),
     (False, True),

@@ -75,23 +75,18 @@ def _going_on(name: str) -> dict[str, bool]:
     return {what: each == expected for what, each in found.items()}
 
 
-CHOSEN = [(1, "plain"), (2, "frozen and tied"), (3, "under a support"), (2, "8 bits")]
-CHOSEN += [(3, "a budget")]
+WAYS = {
+    f"{name}, on {ranks}": (ranks, name)
+    for name, setting in SETTINGS.items()
+    for ranks in ((1, 2, 3, 4) if setting.replicas == 1 else (4,))
+}
 
 
-@selection(
-    "way",
-    [(way,) for way in CHOSEN],
-    [
-        (ranks, name)
-        for name, setting in SETTINGS.items()
-        for ranks in ((1, 2, 3, 4) if setting.replicas == 1 else (4,))
-    ],
-)
+@selection("way", [("frozen and tied, on 2",), ("under a support, on 3",)], WAYS)
 def test_a_training_that_goes_on_with_its_grids_is_as_if_it_had_not_stopped(
-    run: Run, way: tuple[int, str]
+    run: Run, way: str
 ) -> None:
-    ranks, name = way
+    ranks, name = WAYS[way]
     for found in run(ranks, _going_on, name):
         assert found == dict.fromkeys(found, True)
 
@@ -194,64 +189,65 @@ def _looked_at(replicas: int) -> tuple[list[str], dict[str, str], dict[str, int]
     return odd, forms, buckets
 
 
-@selection("ranks_and_replicas", [((4, 1),)], [(4, 1), (2, 1), (4, 2)])
-def test_grids_are_tensors_that_are_sharded_as_their_parameters(
-    run: Run, ranks_and_replicas: tuple[int, int]
-) -> None:
-    ranks, replicas = ranks_and_replicas
+GRIDS = {"4 ranks": (4, 1), "2 ranks": (2, 1), "two replicas": (4, 2)}
+
+
+@selection("way", [("4 ranks",)], GRIDS)
+def test_grids_are_tensors_that_are_sharded_as_their_parameters(run: Run, way: str) -> None:
+    ranks, replicas = GRIDS[way]
     for odd, forms, buckets in run(ranks, _looked_at, replicas):
         assert odd == []
         kinds = {"min": "torch.float32", "scale": "torch.float32", "epoch": "torch.int32"}
         assert forms == {f"{n}.{kind}": of for n in buckets for kind, of in kinds.items()}
 
 
-def _state_and_grids(config: dict[str, Any], is_masked: bool) -> tuple[Any, bool, int]:
-    """The layout in the state, whether that is text alike on all ranks, and how many grids."""
-    wire = qsdp.QSDPConfig(**config)
-    model = shard(make_model(1))
-    handle = qsdp.install(model, wire)
-    if is_masked:
-        masks = masks_of(model, 0.5)
-        prune(model, masks)
-        handle.set_support(support(model, masks))
-    before = handle.state_dict()
-    take_sgd_step(model, 0, 0.1)
-    state = json.loads(json.dumps(handle.state_dict()))
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, state)
-    same = all(each == state for each in everyones) and before["grids"] == state["grids"]
-    older = {name: value for name, value in state.items() if name != "grids"}
-    handle.load_state_dict(older)
-    handle.load_grids({})
-    take_sgd_step(model, 1, 0.1)
-    return state["grids"], same, len(handle.grids())
-
-
 OTHERS: dict[str, tuple[dict[str, Any], bool]] = {
     "the same": ({}, False),
+    "again": ({}, False),
     "bits": ({"weight_bits": 5}, False),
     "buckets": ({"bucket_size": 32}, False),
     "rounding": ({"rounding": "nearest"}, False),
     "a support": ({}, True),
+    "another gather": ({"gather": "once"}, False),
 }
 
 
-def test_the_state_tells_layouts_of_grids_apart(run: Run) -> None:
-    base: dict[str, Any] = {"weight_bits": 4, "bucket_size": 16, "gather": "delta"}
+def _layouts(names: tuple[str, ...]) -> dict[str, tuple[Any, list[bool]]]:
+    """The layout in each wire's state, and whether it is as it should be."""
     found = {}
-    for name, (config, is_masked) in OTHERS.items():
-        for layout, same, number in run(2, _state_and_grids, {**base, **config}, is_masked):
-            assert same
-            assert number > 0
-            assert isinstance(layout, str)
-            assert layout
-            found[name] = layout
-    (found["ranks"], *_), *_ = run(3, _state_and_grids, base, False)
-    (again, *_), *_ = run(2, _state_and_grids, base, False)
-    assert found["the same"] == again
-    assert len({*found.values()}) == len(found)
-    for layout, _, number in run(2, _state_and_grids, {**base, "gather": "once"}, False):
-        assert (layout, number) == ("", 0)
+    for name in names:
+        config, is_masked = OTHERS[name]
+        wire = {"weight_bits": 4, "bucket_size": 16, "gather": "delta", **config}
+        model = shard(make_model(1, num_layers=1))
+        handle = qsdp.install(model, qsdp.QSDPConfig(**wire))
+        if is_masked:
+            masks = masks_of(model, 0.5)
+            prune(model, masks)
+            handle.set_support(support(model, masks))
+        before = handle.state_dict()
+        take_sgd_step(model, 0, 0.0)
+        state = json.loads(json.dumps(handle.state_dict()))
+        everyones: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, state)
+        # As a version that kept no grids has left it.
+        handle.load_state_dict({name: value for name, value in state.items() if name != "grids"})
+        handle.load_grids({})
+        take_sgd_step(model, 1, 0.0)
+        has_grids = bool(handle.grids()) == (wire["gather"] == "delta")
+        same = all(each == state for each in everyones)
+        found[name] = (state["grids"], [same, before["grids"] == state["grids"], has_grids])
+    return found
+
+
+def test_the_state_tells_layouts_of_grids_apart(run: Run) -> None:
+    found, *_ = run(2, _layouts, tuple(OTHERS))
+    found |= {"ranks": run(3, _layouts, ("the same",))[0]["the same"]}
+    assert all(as_it_should == [True] * 3 for _, as_it_should in found.values())
+    texts = {name: layout for name, (layout, _) in found.items()}
+    assert texts.pop("again") == texts["the same"]
+    assert texts["another gather"] == ""
+    assert all(isinstance(layout, str) for layout in texts.values())
+    assert len({*texts.values()}) == len(texts)
 
 
 def _alone() -> dict[str, Tensor]:
