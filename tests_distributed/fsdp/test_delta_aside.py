@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import qsdp
 from tests_distributed.support.delta import (
@@ -180,7 +181,7 @@ def _run(how: str | None, ticks: int, reshard: bool | None) -> list[Any]:
                 INSIDE[how][0](model, handle)
             model.zero_grad()
         else:
-            for _ in range(ticks):
+            for _ in range(ticks if dist.get_world_size() > 1 else 0):
                 handle._wire.clock.before_forward()
                 handle._wire.clock.before_reduce(0)
         losses = list[float]()
@@ -203,11 +204,11 @@ def _differing(reshard: bool | None) -> list[str]:
     return [how for how, (_, n) in INSIDE.items() if _run(how, n, reshard) != plain[n]]
 
 
-@selection("reshard", [(True,)], [True, None, False])
+@selection(("ranks", "reshard"), [(2, True)], (1, 2, 3), (True, None, False))
 def test_a_training_is_bit_for_bit_as_if_nobody_had_been_inside(
-    run: Run, reshard: bool | None
+    run: Run, ranks: int, reshard: bool | None
 ) -> None:
-    assert run(2, _differing, reshard) == [[], []]
+    assert run(ranks, _differing, reshard) == [[]] * ranks
 
 
 def _compressed_between(how: str | None) -> list[Any]:
