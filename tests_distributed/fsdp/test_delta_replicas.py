@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tests_distributed.support.delta import (
 from tests_distributed.support.helpers import full_state, make_batch, make_model, shard
 from tests_distributed.support.running import Run, selection
 from tests_distributed.support.training import exact_state
+from tests_distributed.support.two_replicas import refusal_of
 
 CONFIG: dict[str, Any] = {"weight_bits": 4, "grad_bits": 8, "bucket_size": 64}
 
@@ -127,6 +129,44 @@ def test_all_replicas_hear_of_one_that_has_lost_its_codes_and_go_on_alike(
         assert found["same"]
         assert len(found["losses"]) >= 3
         assert all(map(math.isfinite, found["losses"]))
+
+
+def _train_inside_alone(native: bool, odds: tuple[int, ...], crosses: bool) -> tuple[str, bool]:
+    """What is said where ranks ``odds`` alone train inside an aside, or enter one halfway."""
+    model, handle = _replicated(native)
+    take_sgd_step(model, 0, 0.1)
+    is_odd = dist.get_rank() in odds
+
+    def act() -> None:
+        with handle.aside() if is_odd and not crosses else nullcontext():
+            loss = model(*make_batch(model, 1))
+            with handle.aside() if is_odd and crosses else nullcontext():
+                torch.autograd.backward(loss)
+
+    said = refusal_of(act)
+    present = torch.ones(())
+    dist.all_reduce(present)  # no collective is half done
+    assert present == 4
+    model.zero_grad()
+    for step in range(2, 4):
+        take_sgd_step(model, step, 0.1)
+    return said, same_on_all_ranks(decoded(model))
+
+
+@selection(
+    ("native", "odds", "crosses"),
+    [(False, (2, 3), False), (True, (0,), True)],
+    (False, True),
+    ((0,), (2, 3)),
+    (False, True),
+)
+def test_all_replicas_hear_of_ranks_that_train_inside_an_aside_alone(
+    run: Run, native: bool, odds: tuple[int, ...], crosses: bool
+) -> None:
+    for said, same in run(4, _train_inside_alone, native, odds, crosses):
+        assert "aside" in said
+        assert re.fullmatch(r"[^\n]+[^.\n]\.", said)
+        assert same
 
 
 def _masked(native: bool) -> list[bool]:
