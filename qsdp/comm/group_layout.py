@@ -140,8 +140,9 @@ class GroupLayout:
 
     def is_like(self, other: GroupLayout) -> bool:
         """Whether payloads of ``other`` are laid out as this one's, of the same kept values."""
-        masks, others = (each and each.bits for each in (self.pruned, other.pruned))
-        return self.segments == other.segments and masks is others
+        if self.pruned is None or other.pruned is None:
+            return self.segments == other.segments and self.pruned is other.pruned
+        return self.segments == other.segments and self.pruned.has_masks_of(other.pruned)
 
     def expected_headers(self, senders: Sequence[int], step: int) -> Tensor:
         """int64 [senders, 4]: what each payload must open with."""

@@ -91,12 +91,6 @@ class AllGatherHook(CommBuffers):
             self.passes.before_gather(plan)
             if self.passes.trains:  # others may be evaluated before its backward pass
                 self._was_aside = wire.is_aside
-        elif self._kept is not None and self._was_aside != wire.is_aside:
-            forward, backward = ("inside", "outside")[:: 1 if self._was_aside else -1]
-            raise RuntimeError(
-                f"the forward pass of {plan.name} was {forward} handle.aside(), where weights are "
-                f"others, and its backward pass is {backward}: take both on one side."
-            )
         self._gathered_at = self.passes.now
         if self._kept is not None and not wire.is_exact and self._gathers == "delta":
             return self._gather_changes(self._kept, input_tensor, output_tensor, async_op)
@@ -147,6 +141,11 @@ class AllGatherHook(CommBuffers):
             return GatheringWork(finish)
         finish()
         return None
+
+    @property
+    def has_changed_sides(self) -> bool:
+        """Whether weights are others than in the last forward pass: one was in an aside."""
+        return self._kept is not None and self._was_aside != self._wire.is_aside
 
     @property
     def _gathers(self) -> str:

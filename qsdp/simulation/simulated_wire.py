@@ -22,7 +22,7 @@ from qsdp.simulation.levels_and_budget import Bits, SimulatedBudget, SimulatedLe
 from qsdp.simulation.numbering import Numbering
 from qsdp.simulation.ranks import SimulatedRanks
 from qsdp.simulation.simulated_codec import SimulatedCodec
-from qsdp.simulation.simulated_grids import SimulatedGrids
+from qsdp.simulation.simulated_grids import Form, SimulatedGrids
 from qsdp.simulation.simulated_shards import SimulatedSharding
 from qsdp.simulation.stages import simulated_stages
 
@@ -70,7 +70,6 @@ class SimulatedWire:
             for name, parameter in named.items()
         }
         self.kept_weights = self.kept_grads = KeptWeights({}, sharding)
-        self._num_supports = 0
         order = sorted(self._bits, key=lambda n: (numbers.groups[n], numbers.parameters[n]))
         weights, grads = (
             {
@@ -116,7 +115,6 @@ class SimulatedWire:
         """
         self.kept_weights = KeptWeights(masks, self.sharding)
         self.kept_grads = KeptWeights(masks if with_grads else {}, self.sharding)
-        self._num_supports += 1
         self.codec.forget()
 
     def weight_dtype(self, shard: Tensor) -> torch.dtype:
@@ -150,13 +148,12 @@ class SimulatedWire:
         """
         if self.grids is None or not self.keeps_codes(step):
             return
-        groups = self.numbers.groups
-        masked = {groups[name] for name in self.kept_weights.names}
-        forms = {group: [self._num_supports * (group in masked)] for group in groups.values()}
-        for name, group in groups.items():
-            forms[group].append(self._bits[name][0])
-        for group, form in forms.items():
-            self.grids.fit(group, tuple(form))
+        forms: dict[int, Form] = {}
+        for name, group in self.numbers.groups.items():
+            form = self._bits[name][0], self.kept_weights.sums.get(name)
+            forms[group] = (*forms.get(group, ()), form)
+        for group, form_of_group in forms.items():
+            self.grids.fit(group, form_of_group)
 
     def weight(self, name: str, shard: Tensor, rank: int, step: int) -> Tensor:
         """What all ranks compute with of the shard of ``rank`` in the shard group."""

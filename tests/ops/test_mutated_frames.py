@@ -2,7 +2,7 @@
 
     python -m pytest tests/ops/test_mutated_frames.py
 
-runs a hundred thousand of them under sanitizers too, in five minutes, as `make test-all` does.
+runs a hundred thousand of them under sanitizers too, in five minutes, as ``make test-all`` does.
 """
 
 from __future__ import annotations
