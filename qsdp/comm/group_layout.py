@@ -140,8 +140,11 @@ class GroupLayout:
 
     def is_like(self, other: GroupLayout) -> bool:
         """Whether payloads of ``other`` are laid out as this one's, of the same kept values."""
-        masks, others = (each and each.bits for each in (self.pruned, other.pruned))
-        return self.segments == other.segments and masks is others
+        if self is other:
+            return True
+        masks, others = self.pruned, other.pruned
+        have_same = masks is others or bool(masks and others and masks.is_like(others))
+        return self.segments == other.segments and have_same
 
     def expected_headers(self, senders: Sequence[int], step: int) -> Tensor:
         """int64 [senders, 4]: what each payload must open with."""

@@ -121,7 +121,10 @@ class KeptCodes:
             async_op: The frames travel beside what this thread does until ``settle``.
         """
         self.settle()
-        if not self._layout.is_like(self._plan.kept_rows()):
+        layout = self._plan.kept_rows()
+        if self._layout.is_like(layout):
+            self._layout = layout  # masks that were set again are compared once
+        else:
             self.forget()
         rows, step = self._rows_of(input.device), self._wire.clock.step
         if self._is_new:

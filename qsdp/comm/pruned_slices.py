@@ -79,6 +79,11 @@ class PrunedSlices:
         )
         self._shifted: dict[tuple[int, int, int], Tensor] = {}
 
+    def is_like(self, other: PrunedSlices) -> bool:
+        """Whether ``other`` keeps the same values: a GPU's stream is waited for to see that."""
+        same = self.bits is other.bits or torch.equal(self.bits, other.bits)
+        return same and torch.equal(self._spans, other._spans)
+
     def kept(self, rank: int, place: int, values: Tensor) -> Tensor:
         """What is kept of one segment's ``values``, the 1-D shard of ``rank``."""
         mask, num = self._masks[place], values.numel()

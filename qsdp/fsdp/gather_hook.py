@@ -55,7 +55,7 @@ class AllGatherHook(CommBuffers):
         self._kept = KeptCodes(plan, wire) if wire.config.gather == "delta" else None
         self._frozen_sum = 0
         self._gathered_at: tuple[str, int] | None = None
-        self._was_aside = False
+        self._was_aside = self._was_warm = False
 
     def __call__(
         self,
@@ -92,6 +92,7 @@ class AllGatherHook(CommBuffers):
             if self.passes.trains:  # others may be evaluated before its backward pass
                 self._was_aside = wire.is_aside
         elif self._kept is not None and self._was_aside != wire.is_aside:
+            self.passes.before_collective_in_backward(plan)  # all hear of a rank that is alone
             forward, backward = ("inside", "outside")[:: 1 if self._was_aside else -1]
             raise RuntimeError(
                 f"the forward pass of {plan.name} was {forward} handle.aside(), where weights are "
@@ -100,6 +101,7 @@ class AllGatherHook(CommBuffers):
         self._gathered_at = self.passes.now
         if self._kept is not None and not wire.is_exact and self._gathers == "delta":
             return self._gather_changes(self._kept, input_tensor, output_tensor, async_op)
+        self._was_warm |= wire.clock.step < wire.config.warmup_steps
         weights = trained, frozen = self.cache.find(self._group.requires_grad())
         if in_backward and any(each.source is Source.WIRE for each in weights):
             self.passes.before_collective_in_backward(plan)
@@ -133,8 +135,9 @@ class AllGatherHook(CommBuffers):
                 kept.decode(output)
                 return None
             self.passes.before_collective_in_backward(self._plan)
-        if self._wire.clock.step == self._wire.config.warmup_steps:
+        if self._was_warm:
             self.cache.free()  # what the warm-up kept is as large as it sent
+            self._was_warm = False
         is_async = async_op and input.device.type == "cpu"
         shards = self._group.local_shards()
         kept.begin(input, self._group.requires_grad(), shards, async_op=is_async)

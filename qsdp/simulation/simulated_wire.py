@@ -7,6 +7,7 @@ Written from the paper (QSDP, arXiv 2302.02390, section 4) and docs/design.md, a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class SimulatedWire:
             for name, parameter in named.items()
         }
         self.kept_weights = self.kept_grads = KeptWeights({}, sharding)
-        self._num_supports = 0
+        self._support = 0
         order = sorted(self._bits, key=lambda n: (numbers.groups[n], numbers.parameters[n]))
         weights, grads = (
             {
@@ -116,7 +117,7 @@ class SimulatedWire:
         """
         self.kept_weights = KeptWeights(masks, self.sharding)
         self.kept_grads = KeptWeights(masks if with_grads else {}, self.sharding)
-        self._num_supports += 1
+        self._support = _number_of(masks)
         self.codec.forget()
 
     def weight_dtype(self, shard: Tensor) -> torch.dtype:
@@ -152,7 +153,7 @@ class SimulatedWire:
             return
         groups = self.numbers.groups
         masked = {groups[name] for name in self.kept_weights.names}
-        forms = {group: [self._num_supports * (group in masked)] for group in groups.values()}
+        forms = {group: [self._support * (group in masked)] for group in groups.values()}
         for name, group in groups.items():
             forms[group].append(self._bits[name][0])
         for group, form in forms.items():
@@ -250,6 +251,14 @@ class SimulatedWire:
 
     def _is_warm_up(self, step: int | None) -> bool:
         return step is not None and step < self.config.warmup_steps
+
+
+def _number_of(masks: Mapping[str, Tensor]) -> int:
+    """A number that the same masks have again, and hardly any others."""
+    digest = blake2b(digest_size=8)
+    for name, mask in sorted(masks.items()):
+        digest.update(name.encode() + bytes(1) + mask.contiguous().cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _bits(name: str, parameter: Tensor, config: QSDPConfig, is_embedding: bool) -> tuple[int, int]:
