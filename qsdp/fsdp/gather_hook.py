@@ -89,8 +89,8 @@ class AllGatherHook(CommBuffers):
             self.cache.forget_trained()
             self._recorder.forget_what_was_dropped()
             self.passes.before_gather(plan)
-            if self.passes.trains:  # others may be evaluated before its backward pass
-                self._was_aside = wire.is_aside
+            if self.passes.trains:
+                self.note_side()
         elif self._kept is not None and self._was_aside != wire.is_aside:
             self.passes.before_collective_in_backward(plan)  # all hear of a rank that is alone
             forward, backward = ("inside", "outside")[:: 1 if self._was_aside else -1]
@@ -208,6 +208,13 @@ class AllGatherHook(CommBuffers):
         )
         if is_stale and group.is_gathered and group.reshards_after_backward:
             reshard_module(group.module)
+
+    def note_side(self) -> None:
+        """Remember whether a forward pass that a backward pass may follow is in an aside.
+
+        Not of others: weights may be evaluated in between. What is gathered already is not again.
+        """
+        self._was_aside = self._wire.is_aside
 
     def _sum_of_frozen(self) -> int:
         pairs = zip(self._group.local_shards(), self._group.requires_grad(), strict=True)

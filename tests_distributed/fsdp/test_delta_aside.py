@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import qsdp
+from qsdp.fsdp import passes
 from tests_distributed.support.delta import installed, sent_while, take_sgd_step
 from tests_distributed.support.helpers import make_batch
 from tests_distributed.support.one_rank import (
@@ -102,6 +104,47 @@ def test_a_backward_pass_on_the_other_side_is_refused_and_training_goes_on(run: 
         assert re.search("was inside .* is outside: ", said[1])
         assert len(losses) == 2
     assert [said for said, _ in everyone] == [everyone[0][0]] * 2
+
+
+def _validated_before() -> list[float]:
+    """Losses of passes of weights that a validation has gathered, and that stay so for a while.
+
+    The block that is used twice is gathered again between its backward passes.
+    """
+    model, handle = installed(4, CONFIG, reshard=False, again=True)
+    losses = []
+    for aside in (nullcontext, handle.aside, nullcontext):
+        with aside():
+            with torch.no_grad():
+                model(*make_batch(model, 1))
+            losses.append(take_sgd_step(model, 2, 0.0))
+    return losses
+
+
+def test_a_pass_is_on_the_side_of_weights_that_were_gathered_before_it(run: Run) -> None:
+    for losses in run(2, _validated_before):
+        assert losses == pytest.approx([losses[0]] * 3, rel=0.1)
+
+
+def _interrupted_exit() -> tuple[dict[str, str], float]:
+    """What a pass is told of the weights after asides whose ends were interrupted."""
+    model, handle = installed(5, CONFIG)
+    take_sgd_step(model, 0, 0.1)
+    sides = {"aside": handle.aside, "exact": handle.exact}
+    found = {}
+    for name, side in sides.items():
+        with pytest.raises(KeyboardInterrupt), side():
+            interrupted = mock.patch.object(passes, "reshard_module", side_effect=KeyboardInterrupt)
+            interrupted.start()
+        interrupted.stop()
+        found[name] = str(handle._passes.facts.of_payloads([0])["weights"])
+    return found, take_sgd_step(model, 1, 0.1)
+
+
+def test_an_aside_whose_end_is_interrupted_ends(run: Run) -> None:
+    for found, loss in run(2, _interrupted_exit):
+        assert found == {"aside": "quantized", "exact": "quantized"}
+        assert loss == loss
 
 
 def _drawn_again() -> list[int]:
