@@ -55,7 +55,7 @@ class AllGatherHook(CommBuffers):
         self._kept = KeptCodes(plan, wire) if wire.config.gather == "delta" else None
         self._frozen_sum = 0
         self._gathered_at: tuple[str, int] | None = None
-        self._was_aside = False
+        self._was_aside = self._was_warm = False
 
     def __call__(
         self,
@@ -89,11 +89,12 @@ class AllGatherHook(CommBuffers):
             self.cache.forget_trained()
             self._recorder.forget_what_was_dropped()
             self.passes.before_gather(plan)
-            if self.passes.trains:  # others may be evaluated before its backward pass
-                self._was_aside = wire.is_aside
+            if self.passes.trains:
+                self.note_side()
         self._gathered_at = self.passes.now
         if self._kept is not None and not wire.is_exact and self._gathers == "delta":
             return self._gather_changes(self._kept, input_tensor, output_tensor, async_op)
+        self._was_warm |= wire.clock.step < wire.config.warmup_steps
         weights = trained, frozen = self.cache.find(self._group.requires_grad())
         if in_backward and any(each.source is Source.WIRE for each in weights):
             self.passes.before_collective_in_backward(plan)
@@ -127,8 +128,9 @@ class AllGatherHook(CommBuffers):
                 kept.decode(output)
                 return None
             self.passes.before_collective_in_backward(self._plan)
-        if self._wire.clock.step == self._wire.config.warmup_steps:
+        if self._was_warm:
             self.cache.free()  # what the warm-up kept is as large as it sent
+            self._was_warm = False
         is_async = async_op and input.device.type == "cpu"
         shards = self._group.local_shards()
         kept.begin(input, self._group.requires_grad(), shards, async_op=is_async)
@@ -141,6 +143,13 @@ class AllGatherHook(CommBuffers):
             return GatheringWork(finish)
         finish()
         return None
+
+    def note_side(self) -> None:
+        """Remember whether a forward pass that a backward pass may follow is in an aside.
+
+        Not of others: weights may be evaluated in between. What is gathered already is not again.
+        """
+        self._was_aside = self._wire.is_aside
 
     @property
     def has_changed_sides(self) -> bool:

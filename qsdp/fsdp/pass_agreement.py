@@ -48,6 +48,9 @@ class PassMember(Protocol):
         ``is_due``: also those that what is due before the next step would leave as they are.
         """
 
+    def note_side(self) -> None:
+        """Remember whether a forward pass that a backward pass may follow is in an aside."""
+
 
 class PassMembers(tuple[PassMember, ...]):
     """All members of a handle's passes."""

@@ -201,8 +201,10 @@ class Passes:
         try:
             yield
         finally:
-            self.reshard()
-            setattr(self._wire, which, before)
+            try:
+                self.reshard()
+            finally:
+                setattr(self._wire, which, before)
 
     def _abandon(self, module: nn.Module) -> None:
         if is_backward_interrupted(module):
@@ -276,6 +278,8 @@ class Passes:
             self.settle()
         for i in parts:
             self.caches[i].drop_stale(is_due)
+            if self.trains:
+                self.caches[i].note_side()
             if is_inference:
                 self._groups[i].init_unsharded_parameters()
 
