@@ -148,7 +148,7 @@ CASES = {
 }
 
 
-HEAVY = ("frozen and tied", "warm-up", "native replicas")
+HEAVY = ("plain", "masks", "frozen and tied", "warm-up", "native replicas")
 
 
 @pytest.mark.parametrize(
