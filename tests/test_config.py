@@ -171,6 +171,7 @@ def test_steps_for_which_no_grid_can_be_kept_are_named(steps):
 def test_what_kept_grids_cannot_have_is_refused_beside_them_alone(field, more):
     assert refusal(**DELTA, **more).startswith(f"{field} is {more[field]!r}")
     assert QSDPConfig(**FOUR, gather="once", **more)
+    assert QSDPConfig(**DELTA, budget=4.0, warmup_steps=3, warmup_bits=8)
 
 
 def test_kept_grids_have_room_and_last_as_given_or_for_200_steps():

@@ -1,4 +1,4 @@
-// Values to changes of a kept row: measure a bucket, decide on its grid, quantize it, say what
+// Values to changes of a kept row: measure buckets, decide on their grids, quantize them, say what
 // differs from the kept codes.
 #pragma once
 
@@ -29,10 +29,6 @@ QSDP_INLINE KeptGrid kept_grid(const Segment& segment, const uint8_t* row, int64
     return kept;
 }
 
-// After how many buckets that have not changed it is worth a branch whether the next one has: if
-// only some have, it would be foretold wrongly, and cost more than what it saves.
-constexpr int64_t kLongStill = 8;
-
 // The data of a range of buckets, gathered in cache: what a bucket says may be written in a few
 // long strokes that end behind it.
 class Gathered {
@@ -57,6 +53,73 @@ class Gathered {
     int64_t size_ = 0;
 };
 
+// How many buckets take each step together. A bucket's steps wait for each other, and other
+// buckets' can be worked on meanwhile if they are few instructions away.
+constexpr int64_t kGroup = 16;
+
+// A bucket as it is now, beside what is kept of it.
+struct Current {
+    // A byte a code, 0 behind the last.
+    alignas(64) uint8_t codes[kMostKept + 64] = {}, unpacked[kMostKept + 64] = {};
+    const uint8_t* before;  // the kept codes
+    int64_t count;
+    KeptGrid own;
+    bool is_drawn;
+    Quantize run;  // null if the bucket is broken
+    Work work;
+    Difference found;
+};
+
+// Decides on a bucket's grid.
+template <class Extent>
+QSDP_INLINE void decide(const Extent& extent, const Segment& segment, uint64_t key,
+                        const ChangesCall& call, int64_t bucket, uint32_t every,
+                        const Quantize* kernels, Current& now) {
+    const int bits = static_cast<int>(segment.bits);
+    const KeptGrid kept = kept_grid(segment, call.kept, bucket);
+    KeptGrid own = kept;
+    const bool again = is_drawn_again(extent, kept, segment, bucket, call.step, every);
+    if (again) {
+        own.grid = make_grid(extent.low, extent.high, extent.has_zero, extent.broken, bits);
+        if (!extent.broken) own.grid = with_room(own.grid, call.room, call.twice_room, bits);
+        own.epoch = call.step;
+    }
+    now.own = own;
+    now.is_drawn = again && memcmp(&own, &kept, sizeof own) != 0;
+    now.run = nullptr;
+    if (extent.broken) return;
+    const bool has_zero = keeps_zero(own.grid);
+    now.work = {.grid = working_grid(own.grid),
+                .r = 0.0f,
+                .stream = stream_of(segment, key),
+                .base = base_of(own.epoch),
+                .num_codes = 1 << bits,
+                .has_zero = has_zero,
+                .ahead_bytes = kGroup * segment.bucket * item_bytes(segment.dtype),
+                .levels = nullptr};
+    now.run = kernels[static_cast<int>(mode_of(now.work.grid, has_zero))];
+}
+
+// Writes the data of a bucket, and returns its count byte.
+QSDP_INLINE int say_bucket(Current& now, int bits, Gathered& gathered, uint8_t*& to,
+                           Changes& changes) {
+    uint8_t* said = gathered.next();
+    if (now.is_drawn) {
+        memcpy(said, &now.own.grid, sizeof now.own.grid);
+        said = say_codes(now.codes, now.count, bits, said + sizeof now.own.grid);
+        gathered.add(said, to);
+        ++changes.num_drawn;
+        return kDrawn;
+    }
+    find_how(now.codes, now.before, now.found);
+    const int num_changed = count_bits(now.found.changed);
+    const int head =
+        say_changes(now.found, num_changed, now.codes, now.before, now.count, bits, said);
+    gathered.add(said, to);
+    changes.num_changed += num_changed;
+    return head;
+}
+
 // Buckets [first, last) of a coded segment, whose data go to ``to``.
 template <class T>
 void encode_changed_buckets(const Segment& segment, uint64_t key, const ChangesCall& call,
@@ -65,65 +128,56 @@ void encode_changed_buckets(const Segment& segment, uint64_t key, const ChangesC
     const int bits = static_cast<int>(segment.bits);
     const uint32_t every = is_trained ? redraw_steps(call.redraw_every) : 0;
     const Quantize* kernels = quantizers<T>(segment.rounding);
-    uint8_t codes[kMostKept + 8] = {}, unpacked[kMostKept + 8] = {};
+    const auto values_at = [&](int64_t bucket) {
+        return call.buffer + segment.buffer_byte + bucket * segment.bucket * sizeof(T);
+    };
+    const auto row_at = [&](int64_t bucket) {
+        return call.kept + segment.data_byte + codes_start(segment, bucket);
+    };
+    Current group[kGroup];
     bool expect_zeros = false;  // as where buckets are encoded
-    int64_t still = 0;          // buckets since one that has changed
-    for (int64_t bucket = first; bucket < last; ++bucket) {
-        const int64_t count = values_of(segment, bucket);
-        const uint8_t* from =
-            call.buffer + segment.buffer_byte + bucket * segment.bucket * sizeof(T);
-        Extent extent =
-            expect_zeros ? measure<T, true>(from, count) : measure<T, false>(from, count);
-        if (extent.has_zero && !expect_zeros) extent = measure<T, true>(from, count);
-        expect_zeros = extent.has_zero;
-        const KeptGrid kept = kept_grid(segment, call.kept, bucket);
-        KeptGrid own = kept;
-        const bool again = is_drawn_again(extent, kept, segment, bucket, call.step, every);
-        if (again) {
-            own.grid = make_grid(extent.low, extent.high, extent.has_zero, extent.broken, bits);
-            if (!extent.broken) own.grid = with_room(own.grid, call.room, call.twice_room, bits);
-            own.epoch = call.step;
+    for (int64_t start = first; start < last; start += kGroup) {
+        const int64_t num = last - start < kGroup ? last - start : kGroup;
+        for (int64_t i = 0; i < num; ++i) {
+            const int64_t bucket = start + i, count = values_of(segment, bucket);
+            const uint8_t* from = values_at(bucket);
+            Extent extent =
+                expect_zeros ? measure<T, true>(from, count) : measure<T, false>(from, count);
+            if (extent.has_zero && !expect_zeros) extent = measure<T, true>(from, count);
+            expect_zeros = extent.has_zero;
+            group[i].count = count;
+            decide(extent, segment, key, call, bucket, every, kernels, group[i]);
+            for (int64_t line = 0; line < packed_bytes(count, bits); line += 64) {
+                __builtin_prefetch(row_at(bucket) + line);
+            }
         }
-        if (extent.broken) {
-            memset(codes, 0, count);
-        } else {
-            const bool has_zero = keeps_zero(own.grid);
-            const Work work{.grid = working_grid(own.grid),
-                            .r = 0.0f,
-                            .stream = stream_of(segment, key),
-                            .base = base_of(own.epoch),
-                            .num_codes = 1 << bits,
-                            .has_zero = has_zero,
-                            .ahead_bytes = count * static_cast<int64_t>(sizeof(T)),
-                            .levels = nullptr};
-            const Quantize run = kernels[static_cast<int>(mode_of(work.grid, has_zero))];
-            run(from, count, work, bucket * segment.bucket, codes);
+        for (int64_t i = 0; i < num; ++i) {
+            Current& now = group[i];
+            const int64_t bucket = start + i;
+            if (now.run == nullptr) {
+                memset(now.codes, 0, now.count);
+            } else {
+                now.run(values_at(bucket), now.count, now.work, bucket * segment.bucket, now.codes);
+            }
         }
-        if (again && memcmp(&own, &kept, sizeof own) != 0) {
-            uint8_t* said = gathered.next();
-            memcpy(said, &own.grid, sizeof own.grid);
-            gathered.add(say_codes(codes, count, bits, said + sizeof own.grid), to);
-            heads[bucket] = kDrawn;
-            ++changes.num_drawn;
+        bool any = false;
+        for (int64_t i = 0; i < num; ++i) {
+            Current& now = group[i];
+            now.before = kept_codes(row_at(start + i), now.count, bits, now.unpacked);
+            if (now.count < segment.bucket) {
+                memset(now.codes + now.count, 0, kMostKept - now.count);
+                memset(now.unpacked + now.count, 0, kMostKept - now.count);
+            }
+            any |= find_changed(now.codes, now.before, now.found.changed) | now.is_drawn;
+        }
+        if (!any) {
+            memset(heads + start, 0, num);
             continue;
         }
-        const uint8_t* row = call.kept + segment.data_byte + codes_start(segment, bucket);
-        const bool is_unpacked = bits == 8 && count == kMostKept;
-        if (!is_unpacked) unpack_codes(row, count, bits, unpacked);
-        const uint8_t* before = is_unpacked ? row : unpacked;
-        Difference found;
-        still = find_changed(codes, before, count, found.changed) ? 0 : still + 1;
-        if (still >= kLongStill) {
-            heads[bucket] = 0;
-            continue;
+        for (int64_t i = 0; i < num; ++i) {
+            const int head = say_bucket(group[i], bits, gathered, to, changes);
+            heads[start + i] = static_cast<uint8_t>(head);
         }
-        find_how(codes, before, found);
-        const int num_changed = count_bits(found.changed);
-        uint8_t* said = gathered.next();
-        heads[bucket] =
-            static_cast<uint8_t>(say_changes(found, num_changed, codes, before, count, bits, said));
-        gathered.add(said, to);
-        changes.num_changed += num_changed;
     }
 }
 

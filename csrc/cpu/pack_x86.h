@@ -32,6 +32,9 @@ QSDP_INLINE uint64_t even_bits(uint64_t bits) {
 QSDP_INLINE uint64_t to_even_bits(uint64_t bits) {
     return _pdep_u64(bits, 0x5555555555555555u);
 }
+QSDP_INLINE uint32_t to_highest_bits(uint64_t bits) {
+    return _pdep_u32(static_cast<uint32_t>(bits), 0x80808080u);
+}
 
 QSDP_INLINE void pack32_nibbles(const uint8_t* codes, uint8_t* to) {
     const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));

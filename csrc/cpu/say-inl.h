@@ -29,6 +29,17 @@ QSDP_INLINE void unpack_codes(const uint8_t* from, int64_t count, int bits, uint
     }
 }
 
+// The kept codes of a bucket, one a byte: in place, or in ``codes``.
+QSDP_INLINE const uint8_t* kept_codes(const uint8_t* row, int64_t count, int bits, uint8_t* codes) {
+    if (count == kMostKept && bits == 8) return row;
+    if (count == kMostKept && bits == 4) {
+        for (int i = 0; i < kMostKept; i += kBlock) unpack_nibbles(row + i / 2, codes + i);
+    } else {
+        unpack_codes(row, count, bits, codes);
+    }
+    return codes;
+}
+
 // All codes of a bucket, which may be read, and are overwritten, up to a multiple of eight.
 QSDP_INLINE uint8_t* say_codes(uint8_t* codes, int64_t count, int bits, uint8_t* to) {
     if (bits == 8) {
@@ -40,25 +51,23 @@ QSDP_INLINE uint8_t* say_codes(uint8_t* codes, int64_t count, int bits, uint8_t*
     return to + packed_bytes(count, bits);
 }
 
-// The changes of a bucket that are all by one. Two entries at a time, as most buckets have few: a
-// branch for each would be foretold wrongly.
+// The changes of a bucket that are all by one. Four entries of a word at a time, as most buckets
+// have few: a branch for each would be foretold wrongly.
 QSDP_INLINE uint8_t* say_ones(const Difference& found, uint8_t* to) {
-    const auto take_entry = [](uint64_t& left, uint64_t down, int word) {
-        const int bit = std::countr_zero(left | uint64_t{1} << 63);
-        left &= left - 1;
-        return static_cast<uint16_t>(64 * word + bit + (down >> bit & 1) * kDownBit);
-    };
     for (int word = 0; word < kMaskWords; ++word) {
+        uint64_t left = found.changed[word], down = gather_bits(found.down[word], left);
         uint8_t* entry = to;
-        uint64_t left = found.changed[word];
+        to += std::popcount(left);
         do {
-            const uint16_t first = take_entry(left, found.down[word], word);
-            const uint16_t second = take_entry(left, found.down[word], word);
-            const uint16_t both = static_cast<uint16_t>(first | second << 8);
-            memcpy(entry, &both, sizeof both);
-            entry += sizeof both;
+            uint32_t four = 0x01010101u * (64 * word) | to_highest_bits(down);
+            for (int i = 0; i < 4; ++i) {
+                const int bit = std::countr_zero(left | uint64_t{1} << 63);
+                four |= static_cast<uint32_t>(bit) << 8 * i;
+                left &= left - 1;
+            }
+            memcpy(entry, &four, sizeof four);
+            entry += sizeof four, down >>= 4;
         } while (left != 0);
-        to += std::popcount(found.changed[word]);
     }
     return to;
 }
@@ -79,22 +88,18 @@ QSDP_INLINE uint8_t* say_list(const Difference& found, const uint8_t* now, const
 QSDP_INLINE uint8_t* say_map(const Difference& found, int64_t count, int num_changed, uint8_t* to) {
     memcpy(to, found.changed, sizeof found.changed);
     uint8_t* const how = to + (count + 7) / 8;
-    *how = 0;
-    int at = 0;
-    for (int word = 0; word < kMaskWords; ++word) {
-        const uint64_t down = gather_bits(found.down[word], found.changed[word]);
-        const uint64_t by_two = gather_bits(found.by_two[word], found.changed[word]);
-        const int size = 2 * std::popcount(found.changed[word]);
-        for (int half = 0; 64 * half < size; ++half) {
-            const uint64_t both =
-                to_even_bits(down >> 32 * half) | to_even_bits(by_two >> 32 * half) << 1;
-            uint8_t* const byte = how + at / 8 + 8 * half;
-            const uint64_t low = *byte | both << at % 8;
-            memcpy(byte, &low, sizeof low);
-            byte[8] = static_cast<uint8_t>(both >> 1 >> (63 - at % 8));
+    Mask down, by_two;
+    gather_words(found.down, found.changed, down);
+    gather_words(found.by_two, found.changed, by_two);
+    int word = 0;
+    do {
+        uint64_t both[2];
+        for (int half = 0; half < 2; ++half) {
+            both[half] = to_even_bits(down[word] >> 32 * half) |
+                         to_even_bits(by_two[word] >> 32 * half) << 1;
         }
-        at += size;
-    }
+        memcpy(how + word * sizeof both, both, sizeof both);
+    } while (64 * ++word < num_changed);
     return how + (num_changed + 3) / 4;
 }
 
@@ -102,7 +107,13 @@ QSDP_INLINE uint8_t* say_map(const Difference& found, int64_t count, int num_cha
 // nothing has changed that is a list of nothing.
 QSDP_INLINE int say_changes(const Difference& found, int num_changed, uint8_t* now,
                             const uint8_t* kept, int64_t count, int bits, uint8_t*& to) {
-    int64_t num_entries = num_changed + count_bits(found.by_two);
+    const int num_by_two = count_bits(found.by_two);
+    // No form is shorter than a bit a value.
+    if (num_by_two == 0 && 8 * num_changed <= count) {
+        to = say_ones(found, to);
+        return num_changed;
+    }
+    int64_t num_entries = num_changed + num_by_two;
     if (found.by_more) {
         num_entries = 0;
         for (int64_t i = 0; i < count; ++i) num_entries += std::abs(now[i] - kept[i]);

@@ -242,7 +242,7 @@ QSDP_INLINE void unpack_nibbles(const uint8_t* from, uint8_t* codes) {
     x86::unpack32_nibbles(from, codes);
 }
 
-using x86::even_bits, x86::gather_bits, x86::scatter_bits, x86::to_even_bits;
+using x86::even_bits, x86::gather_bits, x86::scatter_bits, x86::to_even_bits, x86::to_highest_bits;
 using x86::pack32_nibbles, x86::pack8, x86::unpack32_nibbles, x86::unpack8;
 
 }  // namespace qsdp::avx2

@@ -328,6 +328,10 @@ QSDP_INLINE uint64_t to_even_bits(uint64_t bits) {
     x = (x | x << 2) & 0x3333333333333333u;
     return (x | x << 1) & 0x5555555555555555u;
 }
+// Bits 0 to 3, each as the highest bit of a byte.
+QSDP_INLINE uint32_t to_highest_bits(uint64_t bits) {
+    return (static_cast<uint32_t>(bits & 0xF) * 0x00204081u & 0x01010101u) << 7;
+}
 // 32 codes of four bits.
 QSDP_INLINE void pack32_nibbles(const uint8_t* codes, uint8_t* to) {
     for (int i = 0; i < 16; ++i) to[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);

@@ -140,11 +140,9 @@ class GroupLayout:
 
     def is_like(self, other: GroupLayout) -> bool:
         """Whether payloads of ``other`` are laid out as this one's, of the same kept values."""
-        if self is other:
-            return True
-        masks, others = self.pruned, other.pruned
-        have_same = masks is others or bool(masks and others and masks.is_like(others))
-        return self.segments == other.segments and have_same
+        if self.pruned is None or other.pruned is None:
+            return self.segments == other.segments and self.pruned is other.pruned
+        return self.segments == other.segments and self.pruned.has_masks_of(other.pruned)
 
     def expected_headers(self, senders: Sequence[int], step: int) -> Tensor:
         """int64 [senders, 4]: what each payload must open with."""

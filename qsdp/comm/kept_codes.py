@@ -121,11 +121,11 @@ class KeptCodes:
             async_op: The frames travel beside what this thread does until ``settle``.
         """
         self.settle()
-        layout = self._plan.kept_rows()
-        if self._layout.is_like(layout):
-            self._layout = layout  # masks that were set again are compared once
-        else:
-            self.forget()
+        if (layout := self._plan.kept_rows()) is not self._layout:
+            if layout.is_like(self._layout):
+                self._layout = layout  # to be known by itself from now on
+            else:
+                self.forget()
         rows, step = self._rows_of(input.device), self._wire.clock.step
         if self._is_new:
             self._begun = step

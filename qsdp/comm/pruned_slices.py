@@ -34,7 +34,7 @@ class PrunedSlices:
     """What is kept of each rank's pruned slice: one segment after another, without a gap.
 
     ``counts``, int64 [ranks, segments], are the values that are kept; ``width`` is the bytes that
-    the longest takes, a whole number of blocks of 16; ``bits`` are the masks of their exchange.
+    the longest takes, a whole number of blocks of 16.
 
     Args:
         segments: Those of a whole slice.
@@ -48,9 +48,9 @@ class PrunedSlices:
         starts: Sequence[int] | None,
         masks: Sequence[SliceMasks | None],
     ) -> None:
-        self.bits = next(each.bits for each in masks if each is not None)
-        self._masks = masks
-        ranks = len(self.bits)
+        self._bits = next(each.bits for each in masks if each is not None)
+        self._masks, self._segments = masks, segments
+        ranks = len(self._bits)
         self.counts = torch.stack(
             [
                 torch.full((ranks,), segment.padded) if each is None else torch.tensor(each.counts)
@@ -79,17 +79,26 @@ class PrunedSlices:
         )
         self._shifted: dict[tuple[int, int, int], Tensor] = {}
 
-    def is_like(self, other: PrunedSlices) -> bool:
-        """Whether ``other`` keeps the same values: a GPU's stream is waited for to see that."""
-        same = self.bits is other.bits or torch.equal(self.bits, other.bits)
-        return same and torch.equal(self._spans, other._spans)
+    def has_masks_of(self, other: PrunedSlices) -> bool:
+        """Whether the same is kept as of ``other``, whose segments are the same."""
+        pairs = zip(self._own_masks(), other._own_masks(), strict=True)
+        return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+    def _own_masks(self) -> list[Tensor]:
+        """uint8 [ranks, bytes] of each segment, of none where all is kept."""
+        return [
+            self._bits[:, :0]
+            if mask is None
+            else self._bits[:, mask.start : mask.start + -(-segment.padded // 8)]
+            for mask, segment in zip(self._masks, self._segments, strict=True)
+        ]
 
     def kept(self, rank: int, place: int, values: Tensor) -> Tensor:
         """What is kept of one segment's ``values``, the 1-D shard of ``rank``."""
         mask, num = self._masks[place], values.numel()
         if mask is None:
             return values
-        own = self.bits[rank, mask.start : mask.start + -(-num // 8)]
+        own = self._bits[rank, mask.start : mask.start + -(-num // 8)]
         return values[bitmask.unpack(own, num)]
 
     def compact(
@@ -103,14 +112,14 @@ class PrunedSlices:
         """
         num, size = slices.shape
         out = pool.take("compact", num * self.width, slices.device).view(num, self.width)
-        spans, bits = self._spans_of(first, num, size), self.bits[first : first + num].view(-1)
+        spans, bits = self._spans_of(first, num, size), self._bits[first : first + num].view(-1)
         ops.compact(slices.view(-1), spans, bits, out.view(-1), strict)
         return out
 
     def expand(self, compact: Tensor, first: int, slices: Tensor) -> None:
         """Fill ``slices`` from what ``compact`` gives, with zeros where values are pruned."""
         num, size = slices.shape
-        spans, bits = self._spans_of(first, num, size), self.bits[first : first + num].view(-1)
+        spans, bits = self._spans_of(first, num, size), self._bits[first : first + num].view(-1)
         ops.expand(compact.view(-1), spans, bits, slices.view(-1))
 
     @property
@@ -130,6 +139,6 @@ class PrunedSlices:
             found[:, :, Span.DENSE_BYTE] += rows * size
             found[:, :, Span.COMPACT_BYTE] += rows * self.width
             masked = found[:, :, Span.BITMAP_BYTE]
-            masked += rows * self.bits.shape[1] * (masked >= 0)
+            masked += rows * self._bits.shape[1] * (masked >= 0)
             found = self._shifted[first, num, size] = found.flatten(0, 1)
         return found

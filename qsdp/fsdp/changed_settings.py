@@ -1,4 +1,4 @@
-"""What a user told FSDP2 after ``qsdp.install`` that would take a group off the wire."""
+"""What a user did after ``qsdp.install`` that would take a group off the wire, or its weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mistake(
     averages: bool,
     in_backward: bool,
 ) -> str:
-    """Which changed setting takes ``group`` off the wire, or its gradients to other sums.
+    """What takes ``group`` off the wire, its gradients to other sums, or its weights to others.
 
     It is one sentence; an empty text if nothing does.
 
@@ -51,6 +51,11 @@ def mistake(
             f"set_separate_reduce_scatter_group was called on the group of {plan.name}, which "
             "reduces in several hops, over process groups of qsdp's own: leave it out, or take "
             'QSDPConfig(reduce="flat").'
+        )
+    if in_backward and installed[0].has_changed_sides:
+        return (
+            f"the forward pass of {plan.name} was on the other side of handle.aside(), where "
+            "weights are others, than its backward pass is: take both inside, or both outside."
         )
     puts_off = in_backward and averages and group.reduces and not group.all_reduces
     if puts_off and (hooked := group.parameters_with_hooks()):

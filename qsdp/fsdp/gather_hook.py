@@ -91,13 +91,6 @@ class AllGatherHook(CommBuffers):
             self.passes.before_gather(plan)
             if self.passes.trains:
                 self.note_side()
-        elif self._kept is not None and self._was_aside != wire.is_aside:
-            self.passes.before_collective_in_backward(plan)  # all hear of a rank that is alone
-            forward, backward = ("inside", "outside")[:: 1 if self._was_aside else -1]
-            raise RuntimeError(
-                f"the forward pass of {plan.name} was {forward} handle.aside(), where weights are "
-                f"others, and its backward pass is {backward}: take both on one side."
-            )
         self._gathered_at = self.passes.now
         if self._kept is not None and not wire.is_exact and self._gathers == "delta":
             return self._gather_changes(self._kept, input_tensor, output_tensor, async_op)
@@ -150,6 +143,18 @@ class AllGatherHook(CommBuffers):
             return GatheringWork(finish)
         finish()
         return None
+
+    def note_side(self) -> None:
+        """Remember whether a forward pass that a backward pass may follow is in an aside.
+
+        Not of others: weights may be evaluated in between. What is gathered already is not again.
+        """
+        self._was_aside = self._wire.is_aside
+
+    @property
+    def has_changed_sides(self) -> bool:
+        """Whether weights are others than in the last forward pass: one was in an aside."""
+        return self._kept is not None and self._was_aside != self._wire.is_aside
 
     @property
     def _gathers(self) -> str:
@@ -208,13 +213,6 @@ class AllGatherHook(CommBuffers):
         )
         if is_stale and group.is_gathered and group.reshards_after_backward:
             reshard_module(group.module)
-
-    def note_side(self) -> None:
-        """Remember whether a forward pass that a backward pass may follow is in an aside.
-
-        Not of others: weights may be evaluated in between. What is gathered already is not again.
-        """
-        self._was_aside = self._wire.is_aside
 
     def _sum_of_frozen(self) -> int:
         pairs = zip(self._group.local_shards(), self._group.requires_grad(), strict=True)

@@ -98,7 +98,7 @@ class Facts:
         own = ("step", "bits and levels", "the seed", "masks") if self._averages else ()
         # Frames are of each shard group's own number: a replica may have validated alone.
         if begun := [each.begun for each in self._wire.kept.values()]:
-            facts[KEPT_CODES], own = _digest(begun), (*own, KEPT_CODES)
+            facts[KEPT_CODES], own = _digest(begun), (*own, KEPT_CODES, "weights")
         words = (*own, "frozen parameters", "groups that are not reduced")
         return {each: facts[each] for each in (*words, "groups that are not averaged")}
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from qsdp.common.checksum import checksum
 from qsdp.simulation.simulated_shards import SimulatedSharding
 
 
@@ -20,17 +21,14 @@ class KeptWeights:
 
     def __init__(self, masks: Mapping[str, Tensor], sharding: SimulatedSharding) -> None:
         self._rows = {name: sharding.cut(name, mask) for name, mask in masks.items()}
+        self.sums = {name: checksum([mask]) for name, mask in masks.items()}
+        """By the name of a parameter that has a mask, what tells that from others."""
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __contains__(self, name: str) -> bool:
         return name in self._rows
-
-    @property
-    def names(self) -> Iterable[str]:
-        """The parameters that have masks."""
-        return self._rows.keys()
 
     def pick(self, name: str, row: Tensor, rank: int) -> Tensor:
         """What travels of a row that ``rank`` owns: all, or the kept values, 1-D."""

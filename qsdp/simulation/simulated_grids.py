@@ -35,8 +35,8 @@ class ShardGrids(NamedTuple):
 
 Place = tuple[str, int]
 """A parameter, and a rank in the shard group."""
-Form = tuple[int, ...]
-"""What a group's grids depend on beside values: which support, and the bits of each parameter."""
+Form = tuple[tuple[int, int | None], ...]
+"""What a group's grids depend on beside values: of each parameter the bits, and which mask."""
 
 
 class _Kept(NamedTuple):

@@ -7,7 +7,6 @@ Written from the paper (QSDP, arXiv 2302.02390, section 4) and docs/design.md, a
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from qsdp.simulation.levels_and_budget import Bits, SimulatedBudget, SimulatedLe
 from qsdp.simulation.numbering import Numbering
 from qsdp.simulation.ranks import SimulatedRanks
 from qsdp.simulation.simulated_codec import SimulatedCodec
-from qsdp.simulation.simulated_grids import SimulatedGrids
+from qsdp.simulation.simulated_grids import Form, SimulatedGrids
 from qsdp.simulation.simulated_shards import SimulatedSharding
 from qsdp.simulation.stages import simulated_stages
 
@@ -71,7 +70,6 @@ class SimulatedWire:
             for name, parameter in named.items()
         }
         self.kept_weights = self.kept_grads = KeptWeights({}, sharding)
-        self._support = 0
         order = sorted(self._bits, key=lambda n: (numbers.groups[n], numbers.parameters[n]))
         weights, grads = (
             {
@@ -117,7 +115,6 @@ class SimulatedWire:
         """
         self.kept_weights = KeptWeights(masks, self.sharding)
         self.kept_grads = KeptWeights(masks if with_grads else {}, self.sharding)
-        self._support = _number_of(masks)
         self.codec.forget()
 
     def weight_dtype(self, shard: Tensor) -> torch.dtype:
@@ -151,13 +148,12 @@ class SimulatedWire:
         """
         if self.grids is None or not self.keeps_codes(step):
             return
-        groups = self.numbers.groups
-        masked = {groups[name] for name in self.kept_weights.names}
-        forms = {group: [self._support * (group in masked)] for group in groups.values()}
-        for name, group in groups.items():
-            forms[group].append(self._bits[name][0])
-        for group, form in forms.items():
-            self.grids.fit(group, tuple(form))
+        forms: dict[int, Form] = {}
+        for name, group in self.numbers.groups.items():
+            form = self._bits[name][0], self.kept_weights.sums.get(name)
+            forms[group] = (*forms.get(group, ()), form)
+        for group, form_of_group in forms.items():
+            self.grids.fit(group, form_of_group)
 
     def weight(self, name: str, shard: Tensor, rank: int, step: int) -> Tensor:
         """What all ranks compute with of the shard of ``rank`` in the shard group."""
@@ -251,14 +247,6 @@ class SimulatedWire:
 
     def _is_warm_up(self, step: int | None) -> bool:
         return step is not None and step < self.config.warmup_steps
-
-
-def _number_of(masks: Mapping[str, Tensor]) -> int:
-    """A number that the same masks have again, and hardly any others."""
-    digest = blake2b(digest_size=8)
-    for name, mask in sorted(masks.items()):
-        digest.update(name.encode() + bytes(1) + mask.contiguous().cpu().numpy().tobytes())
-    return int.from_bytes(digest.digest(), "little")
 
 
 def _bits(name: str, parameter: Tensor, config: QSDPConfig, is_embedding: bool) -> tuple[int, int]:

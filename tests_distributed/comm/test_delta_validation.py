@@ -14,7 +14,13 @@ import torch
 import torch.distributed as dist
 
 import qsdp
-from tests_distributed.support.delta import HEADER_BYTES, decoded, installed, sent_while
+from tests_distributed.support.delta import (
+    HEADER_BYTES,
+    decoded,
+    installed,
+    other_weights,
+    sent_while,
+)
 from tests_distributed.support.helpers import make_batch
 from tests_distributed.support.interruptions import bytes_of
 from tests_distributed.support.running import Run, selection
@@ -56,6 +62,13 @@ def _exact(model: Any, handle: qsdp.Handle) -> int:
     return 0
 
 
+def _aside(model: Any, handle: qsdp.Handle) -> int:
+    """Other weights are evaluated: a moving average, say."""
+    with handle.aside(), torch.no_grad(), other_weights(model):
+        model(*make_batch(model, SEED))
+    return 0
+
+
 def _exact_and_not(model: Any, handle: qsdp.Handle) -> int:
     return _in(torch.no_grad)(model, handle) + _exact(model, handle)
 
@@ -70,6 +83,7 @@ PASSES: dict[str, Callable[[Any, qsdp.Handle], int]] = {
     "evaluation": _evaluate,
     "three batches": _in(torch.no_grad, num_batches=3),
     "exact": _exact,
+    "aside": _aside,
     "no gradients, then exact": _exact_and_not,
     "unshard": _look,
 }
@@ -87,10 +101,10 @@ def _trained(when: str, how: str, reshard: bool) -> dict[str, Any]:
     )
     optimizer = adamw(model)
     losses = []
-    passes, in_exact, in_backward = 0, 0, 0
+    passes, apart, in_backward = 0, 0, 0
 
     def beside(now: str) -> None:
-        nonlocal passes, in_exact
+        nonlocal passes, apart
         if now == when:
             num = 0
 
@@ -100,7 +114,7 @@ def _trained(when: str, how: str, reshard: bool) -> dict[str, Any]:
 
             sent = sent_while(handle, act)["gather_sent_bytes"]
             passes += num
-            in_exact += 0 if num else sent
+            apart += 0 if num else sent
 
     for step in range(STEPS):
         for micro in range(MICRO_BATCHES):
@@ -119,7 +133,7 @@ def _trained(when: str, how: str, reshard: bool) -> dict[str, Any]:
     state = {name: bytes_of(value) for name, value in exact_state(model).items()}
     return {
         "numbers": (losses, state),
-        "sent": sent - in_exact,
+        "sent": sent - apart,
         "passes": passes,
         "in backward": in_backward,
     }

@@ -87,10 +87,14 @@ DELTA: dict[str, Any] = {"weight_bits": 4, "gather": "delta", "delta_redraw_ever
         (Case(config={**NEAREST, **LEARNED, "budget": 5.5}), 1, False),
         (Case(dtypes=(torch.bfloat16, torch.bfloat16), config=EIGHT), 1, False),
         (Case(ranks=3, options={"frozen": True}, config=DELTA), 3, False),
+        (Case(ranks=3, sparse=True, config=DELTA), 2, False),
+        (Case(config={**NEAREST, **DELTA, "warmup_steps": 4, "warmup_bits": 6}), 2, False),
+        (Case(config={**DELTA, "budget": 5.5}), 1, False),
     ],
     ids=[
         *("masks", "masks-gathered-once", "masks-in-a-warm-up", "exact", "one-rank"),
-        *("levels-due", "budget-due", "bf16", "changes"),
+        *("levels-due", "budget-due", "bf16", "changes", "changes-under-masks"),
+        *("changes-in-a-warm-up", "changes-with-a-budget-due"),
     ],
 )
 def test_the_errors_said_are_those_of_the_weights_that_a_gather_brings(

@@ -84,6 +84,7 @@ BETWEEN: dict[str, Callable[[Job], AbstractContextManager[Any]]] = {
     "evaluation": lambda job: _evaluating(job.model),
     "no backward pass": lambda _: nullcontext(),
     "exact": lambda job: job.handle.exact() if job.handle else nullcontext(),
+    "aside": lambda job: job.handle.aside() if job.handle else nullcontext(),
     "measuring": lambda job: job.handle.measuring() if job.handle else nullcontext(),
     "compressed": lambda job: qsdp.compressed(job.model, 0.5),
     "compressed evaluation": lambda job: _compressed_evaluation(job.model),
@@ -108,8 +109,7 @@ def pass_between(job: Job, where: str, *, fails: bool) -> None:
 
 def gathers_ahead(job: Job, *_: Any) -> None:
     """All groups are being gathered when somebody asks for exact, then for compressed weights."""
-    contexts = ("exact", "compressed")
-    for context in contexts[: 1 + (job.setting.gather != "delta")]:
+    for context in ("exact", "compressed"):
         for module in (*job.model.blocks, job.model):
             module.unshard(async_op=True)  # type: ignore[operator]
         pass_between(job, context, fails=False)
@@ -140,8 +140,6 @@ def points(setting: Setting) -> dict[str, tuple[int, Disturb]]:
         for where in BETWEEN:
             if where == "inference" and setting.gather is None and not step:
                 continue  # torch's own FSDP2 cannot train after such a first pass
-            if "compressed" in where and setting.gather == "delta":
-                continue  # other weights in the same step draw other grids, which stay
             for fails in (False, True):
                 found[f"{where}{' fails' * fails}, before step {step}"] = (
                     step,
@@ -183,9 +181,9 @@ METHODS = ("AdamW", "CrAM", "CrAM+", "SAM", "ACDC", "GMP")
 WAYS = {
     f"{method}-{gather}": (method, gather)
     for method in METHODS
-    for gather in ("twice", "once", None)
+    for gather in ("twice", "once", "delta", None)
     if (method, gather) != ("AdamW", None)
-} | {"AdamW-delta": ("AdamW", "delta")}
+}
 
 
 @selection(
@@ -195,6 +193,8 @@ WAYS = {
         ("AdamW-once", None, 2, 3),
         ("AdamW-delta", None, 1, 4),
         ("AdamW-delta", False, 2, 7),
+        ("CrAM+-delta", None, 1, 10),
+        ("ACDC-delta", None, 2, 12),
         ("CrAM+-once", None, 1, 5),
         ("GMP-twice", False, 2, 9),
         ("SAM-None", None, 1, 0),

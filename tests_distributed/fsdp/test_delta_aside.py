@@ -1,198 +1,412 @@
-"""What ``handle.aside()`` promises where changes are sent: sides, supports, memory."""
+"""Inside ``handle.aside()`` weights travel fresh; what is kept of them stays as it is."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import qsdp
-from qsdp.fsdp import passes
-from tests_distributed.support.delta import installed, sent_while, take_sgd_step
+from tests_distributed.support.delta import (
+    bits_of,
+    decoded,
+    installed,
+    masks_of,
+    other_weights,
+    prune,
+    same_on_all_ranks,
+    sent_while,
+    support,
+    take_sgd_step,
+)
 from tests_distributed.support.helpers import make_batch
+from tests_distributed.support.interruptions import Fault, hooked
 from tests_distributed.support.one_rank import (
-    BACKWARD,
     FORWARD,
+    Act,
     Point,
     Stage,
     assert_said,
+    both,
     differs,
+    forward,
     say_at_each,
     train,
 )
-from tests_distributed.support.running import Run
+from tests_distributed.support.running import Run, selection
+from tests_distributed.support.training import State, adamw, exact_state
+from tests_distributed.support.two_replicas import refusal_of
 
-CONFIG: dict[str, Any] = {"weight_bits": 4, "grad_bits": 8}
-DELTA = {"gather": "delta", **CONFIG}
+SEED = 100
+
+# --- weights inside are those of gather once ----------------------------------------------------
+
+FRESH: dict[str, Any] = {"weight_bits": 4, "grad_bits": 4, "weight_bucket_size": 128}
+FRESH |= {"rounding": "dither"}
+INSIDE_ALONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "frozen": ({}, {"frozen": True, "unused": True}),
+    "nearest": ({"rounding": "nearest"}, {"tied": True}),
+    "called again, re-computed": ({"weight_bits": 8}, {"again": True, "checkpointing": True}),
+    "in a warm-up": ({"warmup_steps": 2, "warmup_bits": 6}, {"frozen": True}),
+    "a budget": ({"budget": 6.0}, {"width": 32, "hidden": 32}),
+}
+"""Settings of wires, and of models."""
 
 
-def _train_aside(stage: Stage) -> None:
-    with stage.handle.aside():
-        stage.train()
+def _inside(gather: str, name: str) -> tuple[list[float], dict[str, bytes], list[tuple[int, int]]]:
+    """Losses, weights, and bytes of forward and backward gathers, of steps inside asides."""
+    config, options = INSIDE_ALONE[name]
+    model, handle = installed(1, {**FRESH, **config, "gather": gather}, **options)
+    losses, sent = [], []
+
+    def step(seed: int) -> None:
+        loss: Any = []
+        there = sent_while(handle, lambda: loss.append(model(*make_batch(model, seed))))
+        back = sent_while(handle, lambda: torch.autograd.backward(loss[0]))
+        losses.append(float(loss[0].detach()))
+        sent.append((there["gather_sent_bytes"], back["gather_sent_bytes"]))
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-0.1)
+                p.grad = None
+
+    with handle.aside():
+        step(0)
+        model.eval()
+        with torch.no_grad():
+            losses.append(float(model(*make_batch(model, SEED))))
+        model.train()
+        step(1)
+    with handle.aside():
+        step(2)
+    return losses, bits_of(dict(model.named_parameters())), sent
 
 
-def _go_back_aside(stage: Stage) -> None:
-    loss = stage.forward()
-    with stage.handle.aside():
-        torch.autograd.backward(loss)
+@selection("name", [("frozen",)], INSIDE_ALONE)
+def test_a_training_inside_is_that_of_a_wire_that_gathers_once(run: Run, name: str) -> None:
+    once = run(3, _inside, "once", name)
+    for found, expected in zip(run(3, _inside, "delta", name), once, strict=True):
+        assert found == expected
+        *_, sent = found
+        if name != "called again, re-computed":  # whose blocks are computed three times a pass
+            assert all(back == 0 for _, back in sent)
+        if name == "frozen":  # which is sent once
+            assert sent[0] > sent[1] == sent[2]
 
 
-def _go_back_outside(stage: Stage) -> None:
+# --- what is kept is as if nobody had been inside ------------------------------------------------
+
+Inside = Callable[[Any, qsdp.Handle], None]
+
+
+def _evaluate(model: Any, _: qsdp.Handle) -> None:
+    model.eval()
+    with torch.no_grad(), other_weights(model):
+        model(*make_batch(model, SEED))
+        model(*make_batch(model, SEED + 1))
+    model.train()
+
+
+def _train(model: Any, _: qsdp.Handle) -> None:
+    with other_weights(model):
+        torch.autograd.backward(model(*make_batch(model, SEED)))
+    model.zero_grad()
+
+
+def _train_twice(model: Any, handle: qsdp.Handle) -> None:
+    _train(model, handle)
+    _evaluate(model, handle)
+    _train(model, handle)
+
+
+def _raise(where: str) -> Inside:
+    def act(model: Any, _: qsdp.Handle) -> None:
+        with other_weights(model), hooked(model, where):
+            torch.autograd.backward(model(*make_batch(model, SEED)))
+
+    return act
+
+
+def _prune(model: Any, handle: qsdp.Handle) -> None:
+    """As ``_train``, where a part is pruned meanwhile, and the wire hears of it."""
+    with other_weights(model):
+        masks = masks_of(model, 0.5)
+        prune(model, masks)
+        handle.set_support(support(model, masks))
+        torch.autograd.backward(model(*make_batch(model, SEED)))
+        handle.set_support(None)
+    model.zero_grad()
+
+
+def _nest(model: Any, handle: qsdp.Handle) -> None:
+    with handle.aside():
+        _evaluate(model, handle)
+    _train(model, handle)
+    with handle.exact():
+        _evaluate(model, handle)
+
+
+INSIDE: dict[str, tuple[Inside, int]] = {
+    "nothing": (lambda *_: None, 0),
+    "evaluation": (_evaluate, 0),
+    "passes of both kinds": (_train_twice, 2),
+    "another support": (_prune, 1),
+    "others inside": (_nest, 1),
+    "an exception in a forward pass": (_raise("forward"), 0),
+    "an exception in a backward pass": (_raise("backward"), 0),
+}
+"""What is done, and how many steps of the keys' clock it takes."""
+DELTA: dict[str, Any] = {"weight_bits": 4, "bucket_size": 64, "delta_redraw_every": 3}
+STEPS = 3
+
+
+def _run(how: str | None, ticks: int, reshard: bool | None) -> list[Any]:
+    """All that a training leaves before whose steps something happens, its bytes too.
+
+    Or nothing does, except that the clock goes on.
+    """
+    model, handle = installed(2, DELTA, reshard=reshard, frozen=True)
+    optimizer = adamw(model)
+    found: list[Any] = []
+    for step in range(STEPS):
+        if how is not None:
+            with pytest.raises(Fault) if "exception" in how else nullcontext(), handle.aside():
+                INSIDE[how][0](model, handle)
+            model.zero_grad()
+        else:
+            for _ in range(ticks if dist.get_world_size() > 1 else 0):
+                handle._wire.clock.before_forward()
+                handle._wire.clock.before_reduce(0)
+        losses = list[float]()
+        found += [sent_while(handle, partial(_take, model, step, losses)), losses]
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = bits_of(decoded(model))
+    return [*found, weights, bits_of(exact_state(model)), handle.state_dict()]
+
+
+def _take(model: Any, step: int, losses: list[float]) -> None:
+    loss = model(*make_batch(model, step))
+    torch.autograd.backward(loss)
+    losses.append(float(loss.detach()))
+
+
+def _differing(reshard: bool | None) -> list[str]:
+    """After which passes aside a training, or a byte of it, is not as without."""
+    plain = [_run(None, ticks, reshard) for ticks in range(3)]
+    return [how for how, (_, n) in INSIDE.items() if _run(how, n, reshard) != plain[n]]
+
+
+@selection(("ranks", "reshard"), [(2, True)], (1, 2, 3), (True, None, False))
+def test_a_training_is_bit_for_bit_as_if_nobody_had_been_inside(
+    run: Run, ranks: int, reshard: bool | None
+) -> None:
+    assert run(ranks, _differing, reshard) == [[]] * ranks
+
+
+def _compressed_between(how: str | None) -> list[Any]:
+    """The same, where the model is compressed for a while: no aside is asked for by name."""
+    model, handle = installed(3, DELTA, num_layers=1)
+    found: list[Any] = []
+    for step in range(STEPS):
+        if how is not None:
+            with qsdp.compressed(model, how), torch.no_grad():
+                found.append(None)
+                model(*make_batch(model, SEED))
+        found.append(sent_while(handle, partial(take_sgd_step, model, step, 0.1)))
+    found = [each for each in found if each is not None]
+    return [*found, bits_of(decoded(model)), bits_of(exact_state(model))]
+
+
+def _compressed_leaves_no_trace() -> list[bool]:
+    plain = _compressed_between(None)
+    return [_compressed_between(how) == plain for how in ("0.5", "2:5", "4bit")]
+
+
+def test_a_model_that_is_compressed_between_steps_trains_as_if_it_had_not_been(run: Run) -> None:
+    assert run(2, _compressed_leaves_no_trace) == [[True] * 3] * 2
+
+
+# --- what it is for other wires, inside others, and at its ends ----------------------------------
+
+
+def _weights_inside(gather: str) -> tuple[list[State], State]:
+    """What gathers bring in, inside and around asides, and the exact weights."""
+    model, handle = installed(4, {**FRESH, "gather": gather})
+    for step in range(2):
+        take_sgd_step(model, step, 0.0)
+    found = []
+    with handle.aside():
+        found.append(decoded(model))
+        with handle.aside():
+            found.append(decoded(model))
+            with handle.exact():
+                found.append(decoded(model))
+            found.append(decoded(model))
+        found.append(decoded(model))
+    found.append(decoded(model))
+    return found, exact_state(model)
+
+
+def test_exact_inside_is_exact_and_an_aside_inside_another_is_the_same(run: Run) -> None:
+    once = run(2, _weights_inside, "once")
+    for (found, exact), (fresh, _) in zip(run(2, _weights_inside, "delta"), once, strict=True):
+        inside, nested, really_exact, again, last, outside = map(bits_of, found)
+        assert inside == nested == again == last == bits_of(fresh[0])
+        assert really_exact == bits_of(exact)
+        differing = [name for name in inside if inside[name] != outside[name]]
+        assert len(differing) == sum(value.ndim > 1 for value in exact.values())
+
+
+def _with_another(gather: str, is_aside: bool) -> list[Any]:
+    """All that a training leaves that takes its validations, or its second step, inside."""
+    model, handle = installed(5, {"weight_bits": 4, "bucket_size": 64, "gather": gather})
+    inside = handle.aside if is_aside else nullcontext
+    found: list[Any] = []
+    for step in range(3):
+        with inside() if step == 1 else nullcontext():
+            found.append(take_sgd_step(model, step, 0.1))
+        with inside(), torch.no_grad():
+            found.append(float(model(*make_batch(model, SEED))))
+        found.append(handle.traffic.snapshot())
+    return [*found, bits_of(exact_state(model)), handle.state_dict()]
+
+
+def _changes_nothing() -> list[bool]:
+    return [_with_another(gather, True) == _with_another(gather, False) for gather in _OTHERS]
+
+
+_OTHERS = ("once", "twice")
+
+
+def test_without_kept_codes_an_aside_changes_nothing(run: Run) -> None:
+    assert run(2, _changes_nothing) == [[True, True]] * 2
+
+
+def _half_inside(begins_inside: bool) -> tuple[str, list[bool], list[float]]:
+    """What is said of a backward pass that is not where its forward pass was; what comes then."""
+    model, handle = installed(6, DELTA)
+    take_sgd_step(model, 0, 0.1)
+    with handle.aside() if begins_inside else nullcontext():
+        loss = model(*make_batch(model, 1))
+    with nullcontext() if begins_inside else handle.aside():
+        said = refusal_of(lambda: torch.autograd.backward(loss))
+    model.zero_grad()
+    same, losses = [], []
+    for step in range(1, 4):
+        losses.append(take_sgd_step(model, step, 0.1))
+        same.append(same_on_all_ranks(decoded(model)))
+    return said, same, losses
+
+
+@pytest.mark.parametrize("begins_inside", [True, False])
+def test_a_backward_pass_elsewhere_than_its_forward_pass_is_refused(
+    run: Run, begins_inside: bool
+) -> None:
+    everyone = run(2, _half_inside, begins_inside)
+    for said, same, losses in everyone:
+        assert said == everyone[0][0]
+        assert "aside" in said
+        assert re.fullmatch(r"[^\n]+[^.\n]\.", said)
+        assert same == [True] * 3
+        assert all(loss == loss for loss in losses)
+
+
+def _removed() -> list[str]:
+    """What is said of an aside after ``remove``, and of exact weights."""
+    model, handle = installed(7, DELTA)
+    take_sgd_step(model, 0, 0.1)
+    handle.remove()
+    said = []
+    for context in (handle.aside, handle.exact):
+        with pytest.raises(RuntimeError) as raised, context():
+            pass
+        said.append(str(raised.value))
+    return said
+
+
+def test_after_remove_an_aside_is_refused_as_exact_weights_are(run: Run) -> None:
+    for aside, exact in run(2, _removed):
+        assert aside == exact
+
+
+# --- one rank alone ------------------------------------------------------------------------------
+
+
+def _in(context: str, act: Act) -> Act:
+    def acts(stage: Stage) -> None:
+        with getattr(stage.handle, context)():
+            act(stage)
+
+    return acts
+
+
+def _leave_before_backward(stage: Stage) -> None:
     with stage.handle.aside():
         loss = stage.forward()
     torch.autograd.backward(loss)
 
 
+def _enter_before_backward(stage: Stage) -> None:
+    loss = stage.forward()
+    with stage.handle.aside():
+        torch.autograd.backward(loss)
+
+
+WIRE = {"gather": "delta"}
+ALONE = r"rank \d [^\n]*(aside|quantized)[^\n]*|[^\n]*aside[^\n]*"
 POINTS = {
-    "a pass aside": Point(
-        before=train,
-        there=_train_aside,
-        elsewhere=train,
+    "inside": Point(
+        there=_in("aside", forward),
+        elsewhere=forward,
         says=differs(FORWARD, "weights", "aside", "quantized"),
-        config=DELTA,
+        config=WIRE,
     ),
-    "a backward pass aside": Point(
+    "outside": Point(
         before=train,
-        there=_go_back_aside,
+        there=train,
+        elsewhere=_in("aside", train),
+        says=differs(FORWARD, "weights", "quantized", "aside"),
+        config=WIRE,
+    ),
+    "inside, where others have exact weights": Point(
+        before=train,
+        there=_in("aside", forward),
+        elsewhere=_in("exact", forward),
+        says=differs(FORWARD, "weights", "aside", "exact"),
+        config=WIRE,
+    ),
+    "left before the backward pass": Point(
+        before=train,
+        there=_leave_before_backward,
+        elsewhere=_in("aside", train),
+        says=both(ALONE),
+        config=WIRE,
+    ),
+    "entered before the backward pass": Point(
+        before=train,
+        there=_enter_before_backward,
         elsewhere=train,
-        says=differs(BACKWARD, "weights", "aside", "quantized"),
-        config=DELTA,
-    ),
-    "a backward pass outside": Point(
-        before=train,
-        there=_go_back_outside,
-        elsewhere=_train_aside,
-        says=differs(BACKWARD, "weights", "quantized", "aside"),
-        config=DELTA,
+        says=both(ALONE),
+        config=WIRE,
     ),
 }
 
 
-def _said(odd: int) -> dict[str, str]:
+def said(odd: int) -> dict[str, str]:
+    """What this rank says at each point."""
     return say_at_each(POINTS, odd)
 
 
-def test_when_one_rank_alone_is_aside_all_raise_one_sentence(run: Run) -> None:
-    assert_said(POINTS, run(2, _said, 1), 1)
-
-
-def _crossed() -> tuple[list[str], list[float]]:
-    """What is said where a backward pass is on the other side, and losses of steps after it."""
-    model, handle = installed(1, CONFIG)
-    said, losses = [], []
-    for step, sides in enumerate([(nullcontext, handle.aside), (handle.aside, nullcontext)]):
-        forward, backward = sides
-        with forward():
-            loss: Any = model(*make_batch(model, step))
-        with pytest.raises(RuntimeError) as raised, backward():
-            loss.backward()
-        said.append(str(raised.value))
-        model.zero_grad()
-        losses.append(take_sgd_step(model, step, 0.1))
-    del loss, raised
-    return said, losses
-
-
-def test_a_backward_pass_on_the_other_side_is_refused_and_training_goes_on(run: Run) -> None:
-    everyone = run(2, _crossed)
-    for said, losses in everyone:
-        assert re.search("was outside .* is inside: ", said[0])
-        assert re.search("was inside .* is outside: ", said[1])
-        assert len(losses) == 2
-    assert [said for said, _ in everyone] == [everyone[0][0]] * 2
-
-
-def _validated_before() -> list[float]:
-    """Losses of passes of weights that a validation has gathered, and that stay so for a while.
-
-    The block that is used twice is gathered again between its backward passes.
-    """
-    model, handle = installed(4, CONFIG, reshard=False, again=True)
-    losses = []
-    for aside in (nullcontext, handle.aside, nullcontext):
-        with aside():
-            with torch.no_grad():
-                model(*make_batch(model, 1))
-            losses.append(take_sgd_step(model, 2, 0.0))
-    return losses
-
-
-def test_a_pass_is_on_the_side_of_weights_that_were_gathered_before_it(run: Run) -> None:
-    for losses in run(2, _validated_before):
-        assert losses == pytest.approx([losses[0]] * 3, rel=0.1)
-
-
-def _interrupted_exit() -> tuple[dict[str, str], float]:
-    """What a pass is told of the weights after asides whose ends were interrupted."""
-    model, handle = installed(5, CONFIG)
-    take_sgd_step(model, 0, 0.1)
-    sides = {"aside": handle.aside, "exact": handle.exact}
-    found = {}
-    for name, side in sides.items():
-        with pytest.raises(KeyboardInterrupt), side():
-            interrupted = mock.patch.object(passes, "reshard_module", side_effect=KeyboardInterrupt)
-            interrupted.start()
-        interrupted.stop()
-        found[name] = str(handle._passes.facts.of_payloads([0])["weights"])
-    return found, take_sgd_step(model, 1, 0.1)
-
-
-def test_an_aside_whose_end_is_interrupted_ends(run: Run) -> None:
-    for found, loss in run(2, _interrupted_exit):
-        assert found == {"aside": "quantized", "exact": "quantized"}
-        assert loss == loss
-
-
-def _drawn_again() -> list[int]:
-    """Buckets that are drawn after another support aside, and after a part of the old one."""
-    model, handle = installed(2, CONFIG)
-    masks = {}
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.startswith("blocks.") and p.dim() == 2:
-                masks[p] = p.to_local().abs() > 0.15
-                p.to_local().masked_fill_(~masks[p], 0.0)
-    handle.set_support(masks)
-    take_sgd_step(model, 0, 0.0)
-    with handle.aside():
-        handle.set_support(None)
-        with torch.no_grad():
-            model(*make_batch(model, 1))
-        handle.set_support({p: mask.clone() for p, mask in masks.items()})
-    found = []
-    for step, chosen in enumerate((masks, dict(list(masks.items())[1:]))):
-        handle.set_support(chosen)
-        counts = sent_while(handle, lambda step=step: take_sgd_step(model, step, 0.0))  # type: ignore[misc]
-        found.append(counts["redrawn_buckets"])
-    return found
-
-
-def test_masks_that_hold_again_after_an_aside_draw_nothing_anew(run: Run) -> None:
-    for same, fewer in run(2, _drawn_again):
-        assert same == 0
-        assert fewer > 0
-
-
-def _kept_behind_a_warm_up(warmup_steps: int) -> int:
-    """Bytes that are kept after steps of CrAM, of which each takes two of the clock."""
-    warm_up = {"warmup_steps": warmup_steps, "warmup_bits": 32} if warmup_steps else {}
-    model, handle = installed(3, CONFIG | warm_up)
-    optimizer = qsdp.CrAM(model, torch.optim.SGD(model.parameters(), lr=0.1), sparsity=0.5)
-
-    def closure() -> Any:
-        loss = model(*make_batch(model, 0))
-        loss.backward()
-        return loss
-
-    for _ in range(3):
-        optimizer.step(closure)
-    return handle.kept_bytes
-
-
-def test_what_a_warm_up_kept_is_freed_behind_it(run: Run) -> None:
-    sizes = [run(2, _kept_behind_a_warm_up, steps) for steps in (0, 1, 2)]
-    assert sizes[1] == sizes[2] == sizes[0]
+@selection("ranks,odd", [(2, 0)], [2, 3], [0, -1])
+def test_when_one_rank_alone_is_inside_all_raise_one_sentence(
+    run: Run, ranks: int, odd: int
+) -> None:
+    assert_said(POINTS, run(ranks, said, odd), odd)

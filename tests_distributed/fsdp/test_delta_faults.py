@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -17,6 +16,7 @@ from qsdp import ops
 from qsdp.comm import transport
 from tests_distributed.support.delta import (
     decoded,
+    fails_to_apply,
     installed,
     same_on_all_ranks,
     take_sgd_step,
@@ -103,27 +103,6 @@ def test_when_one_rank_differs_all_raise_one_sentence(run: Run, ranks: int, odd:
 # --- a frame that is lost ---------------------------------------------------------------------
 
 
-@contextmanager
-def _fails_to_apply(model: Any, error: type[BaseException]) -> Iterator[list[str]]:
-    """Inside, the first frame of the forward pass's last group cannot be applied."""
-    apply, failed, is_armed = ops.apply_changes, [], False
-
-    def apply_or_fail(*args: Any) -> None:
-        if is_armed and not failed:
-            failed.append("here")
-            raise error("an interruption")
-        apply(*args)
-
-    def arm(*_: object) -> None:
-        nonlocal is_armed
-        is_armed = True
-
-    hook = model.blocks[-1].norm2.register_forward_hook(arm)
-    with mock.patch.object(ops, "apply_changes", apply_or_fail):
-        yield failed
-    hook.remove()
-
-
 def _lost(error: type[BaseException], odd: int, trains: bool) -> dict[str, Any]:
     """What this rank says after a frame that rank ``odd`` loses, and how it goes on."""
     model, handle = installed(6, CONFIG)
@@ -132,7 +111,7 @@ def _lost(error: type[BaseException], odd: int, trains: bool) -> dict[str, Any]:
     is_odd = dist.get_rank() == odd
     with torch.set_grad_enabled(trains):
         if is_odd:
-            with _fails_to_apply(model, error) as failed, pytest.raises(error):
+            with fails_to_apply(model, error) as failed, pytest.raises(error):
                 model(*make_batch(model, 2))
             assert failed
         else:

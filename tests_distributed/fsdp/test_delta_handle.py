@@ -19,9 +19,13 @@ from tests.support.growth import grown_since, held
 from tests_distributed.support.delta import (
     decoded,
     installed,
+    masks_of,
     num_buckets,
+    other_weights,
+    prune,
     same_on_all_ranks,
     sent_while,
+    support,
     take_sgd_step,
     wide,
 )
@@ -107,6 +111,16 @@ def _round(model: Any, handle: qsdp.Handle) -> None:
             model(*make_batch(model, 50))
         with handle.exact(), torch.inference_mode():
             model(*make_batch(model, 51))
+        masks = masks_of(model, 0.5, seed=step)
+        with handle.aside(), other_weights(model):
+            prune(model, masks)
+            handle.set_support(support(model, masks))
+            model(*make_batch(model, 53)).backward()
+            handle.set_support(None)
+    prune(model, masks)
+    handle.set_support(support(model, masks))
+    take_sgd_step(model, 5, 0.0)
+    handle.set_support(None)
     with hooked(model, "forward"), pytest.raises(Fault):
         model(*make_batch(model, 52))
     handle.abandon_step()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 import qsdp
+from qsdp import ops
+from qsdp.sparsity.local_shards import local_shard
 from tests_distributed.support.helpers import Toy, make_batch, make_model, shard
 from tests_distributed.support.training import State
 
@@ -80,6 +84,112 @@ def num_buckets(model: nn.Module, bucket_size: int, num_ranks: int) -> int:
             mine = min(-(-rows // num_ranks), max(0, rows - rank * -(-rows // num_ranks)))
             found += math.ceil(mine * math.prod(rest) / bucket_size)
     return found
+
+
+@contextmanager
+def other_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, the weights are others, some of them zero; then they are as before, bit for bit."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # or these would be what is gathered, and not the shards
+    with torch.no_grad():
+        shards = [local_shard(p).values for p in model.parameters()]
+        before = [values.clone() for values in shards]
+        for values in shards:
+            values.mul_(1.5)[:1] = 0.0
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for values, old in zip(shards, before, strict=True):
+                values.copy_(old)
+
+
+@contextmanager
+def fails_to_apply(model: Any, error: type[BaseException]) -> Iterator[list[str]]:
+    """Inside, the first frame of the forward pass's last group cannot be applied."""
+    apply, failed, is_armed = ops.apply_changes, [], False
+
+    def apply_or_fail(*args: Any) -> None:
+        if is_armed and not failed:
+            failed.append("here")
+            raise error("an interruption")
+        apply(*args)
+
+    def arm(*_: object) -> None:
+        nonlocal is_armed
+        is_armed = True
+
+    hook = model.blocks[-1].norm2.register_forward_hook(arm)
+    with mock.patch.object(ops, "apply_changes", apply_or_fail):
+        yield failed
+    hook.remove()
+
+
+Masks = dict[str, Tensor]
+"""By the names of parameters, what this rank keeps of its shards."""
+
+
+def masks_of(model: nn.Module, share: float, seed: int = 0) -> Masks:
+    """Masks of the blocks' matrices, which keep about a ``share`` of this rank's shards."""
+    generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
+    return {
+        name: torch.rand(local_shard(p).values.shape, generator=generator) < share
+        for name, p in model.named_parameters()
+        if "blocks" in name and p.ndim == 2
+    }
+
+
+@torch.no_grad()
+def prune(model: nn.Module, masks: Masks) -> None:
+    """Set to +0.0 what ``masks`` do not keep."""
+    for name, mask in masks.items():
+        local_shard(model.get_parameter(name)).values.masked_fill_(~mask, 0.0)
+
+
+def support(model: nn.Module, masks: Masks) -> dict[nn.Parameter, Tensor]:
+    """``masks`` as ``Handle.set_support`` takes them."""
+    return {model.get_parameter(name): mask for name, mask in masks.items()}
+
+
+def num_kept_buckets(model: nn.Module, masks: Masks, bucket_size: int, names: Iterable[str]) -> int:
+    """Buckets of all ranks' shards of the matrices among ``names`` under ``masks``. A collective.
+
+    Shards are as torch.chunk cuts them along dim 0.
+    """
+    mine = 0
+    for name in names:
+        parameter = model.get_parameter(name)
+        if parameter.ndim > 1:
+            kept = masks.get(name)
+            values = local_shard(parameter).values
+            mine += math.ceil((values.numel() if kept is None else int(kept.sum())) / bucket_size)
+    total = torch.tensor(mine)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def named_in_groups(handle: qsdp.Handle) -> dict[int, list[str]]:
+    """The names of parameters by the group that they travel in."""
+    found: dict[int, list[str]] = {}
+    for row in handle.report().rows:
+        if row.group is not None:
+            found.setdefault(row.group, []).append(row.name)
+    return found
+
+
+def bits_of(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """The very bits of this rank's parts."""
+    return {
+        name: local_shard(value)
+        .values.detach()
+        .contiguous()
+        .view(-1)
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+        for name, value in tensors.items()
+    }
 
 
 def same_on_all_ranks(state: State) -> bool:

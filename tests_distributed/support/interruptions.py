@@ -18,7 +18,7 @@ NUM_STEPS = 4
 LEARNED = qsdp.QSDPConfig(weight_bits=4, grad_bits=4, levels="learned", level_steps=(1, 3), seed=3)
 BUDGET = qsdp.QSDPConfig(budget=5.0, warmup_steps=1)
 PLAIN = qsdp.QSDPConfig(weight_bits=4, grad_bits=4, seed=3)
-"""Which goes with delta."""
+"""As kept codes have no learned levels."""
 
 Between = Callable[[Tensor], Any]
 
@@ -62,12 +62,14 @@ class Job:
         self.model = shard(make_model(frozen=True), nested=False, reshard=setting.reshard)
         self.handle: qsdp.Handle | None = None
         if setting.gather is not None:
-            config = LEARNED if setting.num_micro == 1 else BUDGET
-            config = PLAIN if setting.gather == "delta" else config
+            single = PLAIN if setting.gather == "delta" else LEARNED
+            config = single if setting.num_micro == 1 else BUDGET
             self.handle = qsdp.install(self.model, replace(config, gather=setting.gather))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.base = torch.optim.AdamW(trained, lr=1e-2, foreach=True)
         self.optimizer = _optimizer(setting.method, self.model, self.base)
+        if self.handle is not None and setting.gather == "delta" and setting.method != "AdamW":
+            self.optimizer.share_support(self.handle.set_support)
         self.losses: list[float] = []
 
     def take(
