@@ -119,6 +119,8 @@ def checked_grids(grids: Mapping[str, Tensor], kept: Kept, step: int) -> list[Ow
     for each in coded:
         names = [f"{each.name}.{part}" for part in _PARTS]
         own = KeptGrids(*(_own_part(each, name, grids[name]) for name in names))
+        if own.scale.isinf().any():
+            raise ValueError(f"{names[1]} holds an inf, which no grid has: {_ADVICE}.")
         first, last = (int(steps) for steps in own.epoch.aminmax())
         if not 0 <= first <= last <= step:
             odd_step = first if first < 0 else last

@@ -84,7 +84,7 @@ class Handle:
         end. With other gathers it drops gathered weights on entry and on exit, as ``exact`` does.
         ``qsdp.compressed``, and the second pass of ``CrAM`` and ``SAM``, enter it by themselves.
 
-        A backward pass is on the same side as its forward pass, or raises RuntimeError.
+        A backward pass on another side than the last forward pass raises RuntimeError.
         """
         self._check_installed()
         with self._passes.with_weights("is_aside"):
