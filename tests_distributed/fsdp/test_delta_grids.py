@@ -280,9 +280,7 @@ CHANGES: dict[str, Change] = {
     "an odd name": lambda grids: grids | {"blocks.0.mlp.upp.weight.min": grids[f"{UP}.min"]},
     "another dtype": _put(f"{UP}.epoch", lambda v: _like(v, v.to_local().long())),
     "another shape": _put(f"{UP}.min", lambda v: _like(v, v.to_local().repeat(2))),
-    "a scale of inf": _put(
-        f"{UP}.scale", lambda v: _like(v, v.to_local().masked_fill(v.to_local() != 0, math.inf))
-    ),
+    "a scale of inf": _put(f"{UP}.scale", lambda v: _like(v, v.to_local() + math.inf)),
     "no DTensor": _put(f"{UP}.min", lambda v: v.to_local()),
     "no tensor": _put(f"{UP}.min", lambda v: v.to_local().tolist()),
 }
