@@ -64,7 +64,7 @@ train: setup  ## train the nano GPT on two processes: 8-bit wire, CrAM; results 
 
 quick: lint test-quick test-smoke  ## lint and the quick tests, for the minute after an edit
 
-test: test-quick test-rest  ## run every test but recipes and the heavy variants of some
+test: test-quick test-rest  ## run every test but recipes, emulated kernels and the heavy variants of some
 
 # What runs under pytest, with its report: $(call pytest,NAME,ARGUMENTS).
 pytest = $(BIN)/python -m pytest --dist worksteal --junit-xml $(QSDP_TEST_REPORT)/$(1).xml $(2)
@@ -76,7 +76,7 @@ test-smoke: setup  ## one training step of two ranks
 	$(call pytest,smoke,"$(SMOKE)")
 
 test-rest: setup
-	$(call pytest,slow,tests tests_distributed -m "slow and not recipe" -n $(JOBS))
+	$(call pytest,slow,tests tests_distributed -m "slow and not recipe and not emulated" -n $(JOBS))
 
 test-recipes: setup  ## add one extension of each kind by its recipe in docs/extend
 	$(call pytest,recipes,tests -m recipe -n $(JOBS))
@@ -114,8 +114,9 @@ lint: setup  ## formatting, lint rules and types
 	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
 	$(BIN)/mypy
 
-cuda-check: setup  ## compile the CUDA sources for GPUS with warnings as errors (no GPU needed)
+cuda-check: setup  ## compile the CUDA sources for GPUS, run their kernels on the host (no GPU needed)
 	@sh .ci/cuda-check $(BIN)/python "$(GPUS)" $(CUDA_FILES)
+	$(call pytest,emulated,tests -m emulated)
 
 gpu: setup  ## on a machine with a GPU: build the CUDA kernels, run their tests, measure
 	@.ci/gpu $(abspath $(BIN)/python)

@@ -21,6 +21,7 @@ FLAGS += ["-Dalways_inline=unused"]
 
 
 @pytest.mark.slow
+@pytest.mark.emulated
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the emulation with")
 def test_kernel_bodies_give_the_bytes_of_the_specification(tmp_path: Path) -> None:
     library = tmp_path / "emulation.so"

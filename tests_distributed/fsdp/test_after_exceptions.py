@@ -191,11 +191,9 @@ WAYS = {
     [
         ("AdamW-twice", None, 1, 0),
         ("AdamW-once", None, 2, 3),
-        ("AdamW-delta", None, 1, 4),
         ("AdamW-delta", False, 2, 7),
         ("CrAM+-delta", None, 1, 10),
         ("ACDC-delta", None, 2, 12),
-        ("CrAM+-once", None, 1, 5),
         ("GMP-twice", False, 2, 9),
         ("SAM-None", None, 1, 0),
     ],

@@ -127,7 +127,8 @@ HEAVY = {
     *("not resharded", "most is frozen", "tied", "accumulated", "eight bits, small buckets"),
     *("sparse", "warm-up at eight bits", "two hops", "two hops, large buckets, in bf16"),
     *("native replicas, budget", "replicas", "budget", "sparse, at eight bits, gathered in bf16"),
-    *("warm-up", "little room", "re-computed, re-entrant"),
+    *("warm-up", "little room", "re-computed, re-entrant", "gathered in bf16"),
+    *("budget behind a warm-up, sparse", "by columns and a large seed"),
 }
 
 

@@ -42,7 +42,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(n, marks=[pytest.mark.heavy] * (n in ("cram", "budget"))) for n in METHODS],
+    [pytest.param(n, marks=[pytest.mark.heavy] * (n != "acdc")) for n in METHODS],
 )
 def test_a_killed_run_ends_with_weights_and_grids_of_an_uninterrupted_one(
     run_jobs: Jobs, text: Path, method: str
