@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -122,8 +120,7 @@ class PayloadGather:
         step = 0 if is_frozen else clock.step
         self._plan, self._wire = plan, wire
         self._payloads = CacheablePayloads(layout, buffer, step, keys)
-        size = layout.payload_bytes
-        self._gather = StagedGather(plan.stages, buffer, size, wire.buffers)
+        self._gather = StagedGather(plan, buffer, wire)
         own = self._gather.own
         header = layout.header(plan.rank, step)
         self._mistake: RuntimeError | None = None
@@ -136,8 +133,7 @@ class PayloadGather:
                 self._mistake = error
                 header = layout.header(plan.rank, step, PayloadStatus.FAILED)
                 own[:HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
-        with self._on_the_wire():
-            self._gather.start(async_op=async_op)
+        self._gather.start(async_op=async_op)
 
     def finish(self) -> CacheablePayloads:
         """Wait for the payloads.
@@ -145,9 +141,7 @@ class PayloadGather:
         Raises RuntimeError when a header is not what is expected, or a pruned weight is not zero.
         """
         plan, wire, payloads = self._plan, self._wire, self._payloads
-        with self._on_the_wire():
-            seen = self._gather.wait()
-        self._gather.count(wire.traffic)
+        seen = self._gather.wait()
         wire.traffic.in_fp32("gather", plan.world_size, payloads.layout.num_values)
         mistake, self._mistake = self._mistake, None
         if mistake is not None:
@@ -158,16 +152,6 @@ class PayloadGather:
         senders = gathered_ranks(plan.stages)
         check_headers(seen, payloads.layout, senders, payloads.step, plan)
         return payloads._replace(written=written_on_this_stream(payloads.buffer.device))
-
-    @contextmanager
-    def _on_the_wire(self) -> Iterator[None]:
-        plan, wire = self._plan, self._wire
-        device = self._payloads.buffer.device
-        with (
-            collective("gather", plan.names, wire.clock.step),
-            wire.times.measure("gather", "wire", device),
-        ):
-            yield
 
 
 class GatheringWork(dist.Work):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -17,10 +16,10 @@ from qsdp.comm.buffers import allocate_buffer
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_none_failed
+from qsdp.comm.routes import gather_route
 from qsdp.comm.staged_gather import StagedGather
 from qsdp.comm.topology import gathered_ranks
 from qsdp.comm.wire_state import Wire
-from qsdp.common.collective_errors import collective
 
 
 class Frames(NamedTuple):
@@ -88,13 +87,12 @@ class ChangeGather:
             header = [word, step, length, plan_hash, _signed(digest), changed, drawn]
             frame[:FRAME_HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
             self._gathered = wire.buffers.acquire(plan.world_size * expected, shard.device)
-            self._gather = StagedGather(plan.stages, self._gathered, expected, wire.buffers)
+            self._gather = StagedGather(plan, self._gathered, wire, is_training=is_first)
             own, sent = self._gather.own, min(expected, length)
             own[:sent] = frame[:sent]
             own[sent:] = 0
             self._rest = frame[sent:length].clone()
-        with self._on_the_wire():
-            self._gather.start(async_op=async_op)
+        self._gather.start(async_op=async_op)
 
     def finish(self) -> Frames:
         """Wait for the frames.
@@ -102,13 +100,11 @@ class ChangeGather:
         Raises RuntimeError where a header is not what is expected.
         """
         plan, wire = self._plan, self._wire
-        with self._on_the_wire():
-            seen = self._gather.wait()
+        seen = self._gather.wait()
         gathered = self._gathered.view(plan.world_size, self._expected)
         headers = (gathered if seen is None else seen.view_as(gathered))[:, :FRAME_HEADER_BYTES]
-        places = torch.tensor(gathered_ranks(plan.stages)).argsort()  # by rank
+        places = gather_route(gathered_ranks(plan.stages)).payloads  # by rank
         headers = headers.contiguous().view(torch.int64).cpu()[places]
-        self._gather.count(wire.traffic, is_training=self.is_first)
         wire.traffic.in_fp32("gather", plan.world_size, self._layout.num_values)
         mistake, self._mistake = self._mistake, None
         if mistake is not None:
@@ -131,18 +127,16 @@ class ChangeGather:
 
     def _with_the_rest(self, gathered: Tensor, longest: int) -> Sequence[Tensor]:
         """The whole frames: gathers what did not fit, if anything."""
-        plan, wire = self._plan, self._wire
+        plan = self._plan
         missing = longest - self._expected
         if missing <= 0:
             return [*gathered]
         rests = allocate_buffer(plan.world_size * missing, self._device)
-        gather = StagedGather(plan.stages, rests, missing, wire.buffers)
+        gather = StagedGather(plan, rests, self._wire, is_training=self.is_first)
         gather.own[: self._rest.numel()] = self._rest
         gather.own[self._rest.numel() :] = 0
-        with self._on_the_wire():
-            gather.start()
-            gather.wait()
-        gather.count(wire.traffic, is_training=self.is_first)
+        gather.start()
+        gather.wait()
         return [*torch.cat([gathered, rests.view(-1, missing)], dim=1)]
 
     def _check(self, headers: Tensor) -> None:
@@ -167,15 +161,6 @@ class ChangeGather:
                 f"ranks 0 and {odd[0]} keep other codes of the group of {plan.name}, as one of "
                 "them has missed what was sent: take the step again on every rank."
             )
-
-    @contextmanager
-    def _on_the_wire(self) -> Iterator[None]:
-        plan, wire = self._plan, self._wire
-        with (
-            collective("gather", plan.names, self.step),
-            wire.times.measure("gather", "wire", self._device),
-        ):
-            yield
 
 
 def changes_of(

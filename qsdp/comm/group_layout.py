@@ -140,9 +140,11 @@ class GroupLayout:
 
     def is_like(self, other: GroupLayout) -> bool:
         """Whether payloads of ``other`` are laid out as this one's, of the same kept values."""
+        if self.segments != other.segments:
+            return False
         if self.pruned is None or other.pruned is None:
-            return self.segments == other.segments and self.pruned is other.pruned
-        return self.segments == other.segments and self.pruned.has_masks_of(other.pruned)
+            return self.pruned is other.pruned
+        return self.pruned.has_masks_of(other.pruned)
 
     def expected_headers(self, senders: Sequence[int], step: int) -> Tensor:
         """int64 [senders, 4]: what each payload must open with."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
 from qsdp.comm import transport
-from qsdp.comm.buffers import BufferPool
-from qsdp.comm.topology import StageGroup
-from qsdp.comm.traffic import Traffic
+from qsdp.comm.group_plan import Plan
+from qsdp.comm.wire_state import Wire
+from qsdp.common.collective_errors import collective
 
 
 class StagedGather:
@@ -19,46 +20,52 @@ class StagedGather:
     written before ``start``.
 
     Args:
-        stages: Those of the plan.
+        plan: How the group travels.
         whole: uint8 [ranks * bytes of a part]: filled, in the order of ``gathered_ranks``.
-        size: Bytes of a part.
-        pool: Buffers for what is handed on.
+        wire: What the group shares with the others.
+        is_training: As for ``Traffic.sent``.
     """
 
-    def __init__(
-        self, stages: Sequence[StageGroup], whole: Tensor, size: int, pool: BufferPool
-    ) -> None:
-        self._stages, self._whole, self._size, self._pool = stages, whole, size, pool
-        group = stages[-1].group
-        self._gathered = self._room(group.size() * size)
-        self.own = self._gathered.narrow(0, group.rank() * size, size)
+    def __init__(self, plan: Plan, whole: Tensor, wire: Wire, *, is_training: bool = False) -> None:
+        self._plan, self._whole, self._wire, self._is_training = plan, whole, wire, is_training
+        self._size, self._step = whole.numel() // plan.world_size, wire.clock.step
+        group = plan.stages[-1].group
+        self._gathered = self._room(group.size() * self._size)
+        self.own = self._gathered.narrow(0, group.rank() * self._size, self._size)
 
     def start(self, *, async_op: bool = False) -> None:
         """Start the first stage. ``async_op``: it runs beside this thread until ``wait``."""
-        group = self._stages[-1].group
-        self._arrival = transport.start_all_gather(
-            self._gathered, self.own, group, async_op=async_op
-        )
+        group = self._plan.stages[-1].group
+        with self._on_the_wire():
+            self._arrival = transport.start_all_gather(
+                self._gathered, self.own, group, async_op=async_op
+            )
 
     def wait(self) -> Tensor | None:
-        """Go through all stages; returns the whole where the host can read it at once."""
-        seen = self._arrival.wait()
-        for stage in reversed(self._stages[:-1]):
-            handed_on = self._gathered
-            self._gathered = self._room(stage.size * handed_on.numel())
-            seen = transport.start_all_gather(self._gathered, handed_on, stage.group).wait()
-            self._pool.release(handed_on)
-        return seen
-
-    def count(self, traffic: Traffic, *, is_training: bool = False) -> None:
-        """Tell ``traffic`` of the bytes that this rank has sent."""
-        size = self._size
-        for stage in reversed(self._stages):
-            traffic.gathered("gather", stage.group, size, is_training=is_training)
+        """Go through all stages, and count them; returns the whole where the host can read it."""
+        stages, size = self._plan.stages, self._size
+        with self._on_the_wire():
+            seen = self._arrival.wait()
+            for stage in reversed(stages[:-1]):
+                handed_on = self._gathered
+                self._gathered = self._room(stage.size * handed_on.numel())
+                seen = transport.start_all_gather(self._gathered, handed_on, stage.group).wait()
+                self._wire.buffers.release(handed_on)
+        for stage in reversed(stages):
+            self._wire.traffic.gathered("gather", stage.group, size, is_training=self._is_training)
             size *= stage.size
+        return seen
 
     def _room(self, num_bytes: int) -> Tensor:
         """Room for the parts of one stage: the last one fills the whole."""
         if num_bytes == self._whole.numel():
             return self._whole
-        return self._pool.acquire(num_bytes, self._whole.device)
+        return self._wire.buffers.acquire(num_bytes, self._whole.device)
+
+    @contextmanager
+    def _on_the_wire(self) -> Iterator[None]:
+        with (
+            collective("gather", self._plan.names, self._step),
+            self._wire.times.measure("gather", "wire", self._whole.device),
+        ):
+            yield

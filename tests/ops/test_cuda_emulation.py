@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import patience
+from tests.support import patience, sanitizers
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++20", "-Og", "-g1", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra"]
@@ -29,12 +29,6 @@ def test_kernel_bodies_give_the_bytes_of_the_specification(tmp_path: Path) -> No
     source = str(ROOT / "tests/support/cuda_emulation.cpp")
     build = ["g++", *FLAGS, *includes, source, "-o", str(library)]
     subprocess.run(build, check=True, timeout=patience.seconds())
-    runtimes = [
-        subprocess.run(
-            ["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
     # Sanitizers write to stderr, which pytest must leave alone.
     tests = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider"]
     tests += ["tests/ops/test_codec_kernels.py", "tests/ops/test_sparse_codec.py"]
@@ -44,7 +38,7 @@ def test_kernel_bodies_give_the_bytes_of_the_specification(tmp_path: Path) -> No
         tests,
         cwd=ROOT,
         env=os.environ
-        | {"QSDP_EMULATED_CUDA": str(library), "LD_PRELOAD": " ".join(runtimes)}
+        | {"QSDP_EMULATED_CUDA": str(library), "LD_PRELOAD": sanitizers.runtimes()}
         | {"ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

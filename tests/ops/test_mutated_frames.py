@@ -28,7 +28,7 @@ from qsdp.common.rounding import Rounding
 from qsdp.ops import native
 from qsdp.ops.reference import changes, codec
 from qsdp.ops.reference.apply_changes import apply_changes
-from tests.support import patience, recipes
+from tests.support import patience, recipes, sanitizers
 from tests.support.kept_sender import BUCKETS, FLOATS, LENGTHS, Sender, some
 from tests.support.kernel_inputs import assert_canaries, assert_same_values, off_by
 
@@ -224,14 +224,8 @@ def test_mutated_frames_do_no_harm(tmp_path: Path) -> None:
     link = ["g++", "-shared", *SANITIZE, *map(str, objects), "-o", str(library)]
     link += [f"-L{torch_dir / 'lib'}", "-ltorch_cpu"]
     subprocess.run(link, check=True, timeout=patience.seconds())
-    runtimes = [
-        subprocess.run(
-            ["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True
-        ).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
     # Python's own allocations too end where a sanitizer sees it, which writes to stderr.
-    under = ["env", f"LD_PRELOAD={' '.join(runtimes)}", "ASAN_OPTIONS=detect_leaks=0"]
+    under = ["env", f"LD_PRELOAD={sanitizers.runtimes()}", "ASAN_OPTIONS=detect_leaks=0"]
     under += ["PYTHONMALLOC=malloc", f"QSDP_MUTATED_FRAMES={A_RUN}"]
     tests = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider"]
     tests += ["tests/ops/test_mutated_frames.py", "-k", "specification"]
