@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from qsdp.common.rounding import Rounding
-from qsdp.common.wire_values import Policy, check_bucket_size, check_values, checked_policy
+from qsdp.common.wire_company import MAX_DELTA_BUCKET, check_company
+from qsdp.common.wire_values import Policy, check_values, checked_policy
 
 ROUNDINGS = tuple(rounding.label for rounding in Rounding)
 LEVELS = ("uniform", "learned")
@@ -19,8 +20,6 @@ REDUCES = {
 }
 """What ``QSDPConfig.reduce`` may be, and over which stages."""
 CODED_BITS = tuple(range(2, 9))
-MAX_DELTA_BUCKET = 128
-"""Values of a bucket at most where changed codes are sent, each by a place of seven bits."""
 LEVEL_STEPS = (10, 50, 200, 1000)
 
 
@@ -140,45 +139,8 @@ class QSDPConfig:
         if self.level_steps is not None:
             object.__setattr__(self, "level_steps", tuple(sorted(set(self.level_steps))))
         object.__setattr__(self, "policy", checked_policy(self.policy))
-        self._check_company()
-        if self.gather == "delta":
-            self._check_delta()
+        check_company(vars(self))
         self._check_widths()
-
-    def _check_company(self) -> None:
-        """Raise ValueError for a field that another one's value leaves without effect."""
-        for name, is_heeded, needed in (
-            ("level_steps", self.levels == "learned", "levels='learned'"),
-            ("warmup_bits", self.warmup_steps > 0, "warmup_steps=N"),
-            ("local_grad_bits", self.reduce != "flat", "reduce='two-hop'"),
-            ("delta_room", self.gather == "delta", "gather='delta'"),
-            ("delta_redraw_every", self.gather == "delta", "gather='delta'"),
-        ):
-            if getattr(self, name) is not None and not is_heeded:
-                raise ValueError(
-                    f"{name} is given without {needed}, so that nothing would heed it: add that, "
-                    "or leave it out."
-                )
-        if self.embedding_bits is not None and any(name == "*" for name, _ in self.policy):
-            raise ValueError(
-                "embedding_bits is given beside a policy for '*', which is for embeddings too: "
-                "leave one of the two out."
-            )
-
-    def _check_delta(self) -> None:
-        """Raise ValueError for what grids that are kept cannot have."""
-        if self.levels == "learned":
-            raise ValueError(
-                f"levels is {self.levels!r} beside gather='delta', which keeps uniform grids: "
-                "leave one of the two out."
-            )
-        if self.weight_bucket_size is not None:
-            check_bucket_size("weight_bucket_size", self.weight_bucket_size, MAX_DELTA_BUCKET)
-        elif self.bucket_size is not None and self.bucket_size > MAX_DELTA_BUCKET:
-            raise ValueError(
-                f"bucket_size is {self.bucket_size} beside gather='delta', for weights too: choose "
-                f"at most {MAX_DELTA_BUCKET}, or add weight_bucket_size=N."
-            )
 
     def _check_widths(self) -> None:
         """Raise ValueError for a field that is for widths that no value has."""

@@ -24,7 +24,14 @@ FP32 = MixedPrecisionPolicy()
 FLOOR, YARDSTICK, RIVAL, OURS = "floor", "yardstick", "rival", "ours"
 """What a contestant is for: a yardstick explains others' time, and stands in no comparison."""
 
-SHORT = ("alone-fp32", "fsdp-fp32", "ddp-fp32", "ddp-powersgd-fp32", "qsdp-w4g4-once-fp32")
+SHORT = (
+    "alone-fp32",
+    "fsdp-fp32",
+    "ddp-fp32",
+    "ddp-powersgd-fp32",
+    "qsdp-w4g4-once-fp32",
+    "qsdp-w4g4-delta-fp32",
+)
 """Who is in the short form, beside ZeRO-3 or, where it is not installed, qsdp with 8 bits."""
 
 
@@ -86,7 +93,8 @@ def contestants(powersgd_rank: int = 4) -> list[Contestant]:
         of_qsdp(bits, gather, precision)
         for precision in ("fp32", "bf16")
         for bits in (32, 16, 8, 4)
-        for gather in ("twice", "once")
+        for gather in ("twice", "once", "delta")
+        if bits <= 8 or gather != "delta"
         if (bits, precision) != (16, "bf16")  # at 32 bf16 values travel as they are
     ]
     for bits, gather in ((8, "twice"), (8, "once"), (4, "once")):
