@@ -70,7 +70,7 @@ class QSDPConfig:
     Learned levels are fitted to each parameter's normalised values at ``level_steps`` (QSDP,
     section 5), apart for its gradients, for its whole weights and for those that a mask keeps, as
     each of them travels then. They round stochastically between neighbours; wider parameters keep
-    the uniform grid.
+    the uniform grid, and so do all weights where changes are gathered.
     """
 
     level_steps: tuple[int, ...] | None = None
@@ -84,7 +84,8 @@ class QSDPConfig:
     backward pass, and that of frozen parameters until their contents change, on whatever rank and
     by whatever edit.
     ``delta``: every rank keeps the packed codes of the whole model, on grids that last for many
-    steps, and only codes that changed are sent, once a warm-up is over. Uniform levels alone.
+    steps, and only codes that changed are sent, once a warm-up is over. Levels of weights
+    are uniform.
     """
 
     delta_room: float | None = None
@@ -130,6 +131,9 @@ class QSDPConfig:
     allocation.
     """
 
+    grad_budget: float | None = None
+    """``budget`` of gradients alone: all weights keep their bits. Not beside ``budget``."""
+
     seed: int = 0
     """The seed of every random number of the wire, 0 to 2**63 - 1; the same on all ranks."""
 
@@ -153,17 +157,22 @@ class QSDPConfig:
     def _check_widths(self) -> None:
         """Raise ValueError for a field that is for widths that no value has."""
         weights, grads = ({*column} for column in zip(*self._pairs, strict=True))
-        first = weights | grads
         if self.reduce != "flat" and min(grads) <= 8:
-            first.add(self.local_grad_bits or 8)
+            grads.add(self.local_grad_bits or 8)
+        first = weights | grads
         # A budget is allotted after the warm-up, so that it waits for the end of one.
-        is_allotted, least = self.budget is not None, self.least_warmup_bits
-        sent = {*first, *(CODED_BITS if is_allotted else ())}
-        if self.warmup_steps:
-            sent |= {max(bits, least) for bits in first}
-        is_coded, is_raised = self.has_codes, min(first) < least
+        is_allotted, least = self.has_budget, self.least_warmup_bits
         is_learned, is_delta = self.levels == "learned", self.gather == "delta"
-        has_weights, has_grads = (is_allotted or min(bits) <= 8 for bits in (weights, grads))
+        # What may have learned levels, and what the rounding is for beside those.
+        sent, whose = (grads, "gradients") if is_delta else (first, "values")
+        warmed = {max(bits, least) for bits in sent} if self.warmup_steps else set()
+        allotted = CODED_BITS if is_allotted and min(sent) <= 8 else ()
+        sent = {*sent, *warmed, *allotted}
+        is_coded, is_raised = self.has_codes, min(first) < least
+        has_weights, has_grads = (
+            self.budget_of(is_grad=is_grad) is not None or min(bits) <= 8
+            for is_grad, bits in ((False, weights), (True, grads))
+        )
         own = None if self.rounding == self.rounding_of(2, is_grad=True) else self.rounding
         of_grads = self.rounding if is_delta else None
         of_grads = None if of_grads == self.rounding_of(2, is_grad=False) else of_grads
@@ -177,8 +186,8 @@ class QSDPConfig:
             ("weight_bucket_size", self.weight_bucket_size, narrow_weights, has_weights),
             ("rounding", self.rounding, narrow, is_coded),
             ("rounding", of_grads, narrow_grads, has_grads),
-            ("rounding", own, "values of 7 or 8 bits beside learned levels", bool(sent & {7, 8})),
-            ("levels", is_learned or None, "values of 2 to 6 bits", bool(sent & {*LEARNED_BITS})),
+            ("rounding", own, f"{whose} of 7 or 8 bits beside learned levels", bool(sent & {7, 8})),
+            ("levels", is_learned or None, f"{whose} of 2 to 6 bits", bool(sent & {*LEARNED_BITS})),
             ("warmup_bits", self.warmup_bits, below, is_raised),
             ("warmup_steps", self.warmup_steps or None, below, is_raised or is_allotted),
             ("local_grad_bits", self.local_grad_bits, narrow_grads, has_grads),
@@ -200,7 +209,16 @@ class QSDPConfig:
     @property
     def has_codes(self) -> bool:
         """Whether any value may travel at 8 bits or fewer."""
-        return self.budget is not None or min(map(min, self._pairs)) <= 8
+        return self.has_budget or min(map(min, self._pairs)) <= 8
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a budget gives gradients their bits, and perhaps weights."""
+        return self.budget_of(is_grad=True) is not None
+
+    def budget_of(self, *, is_grad: bool) -> float | None:
+        """The budget of coded weights, or of gradients; None where none gives them bits."""
+        return self.grad_budget if is_grad and self.budget is None else self.budget
 
     @property
     def needs_nodes(self) -> bool:
@@ -239,6 +257,11 @@ class QSDPConfig:
             return 1024
         return 256 if is_grad else 128
 
+    def has_levels(self, bits: int, *, is_grad: bool) -> bool:
+        """Whether levels are learned for ``bits``-bit codes of weights, or of gradients."""
+        is_uniform = self.levels == "uniform" or (not is_grad and self.gather == "delta")
+        return not is_uniform and bits in LEARNED_BITS
+
     def rounding_of(self, bits: int, *, is_grad: bool) -> str:
         """How values are rounded to ``bits``-bit codes of weights, or of gradients."""
         given = self.rounding
@@ -246,7 +269,7 @@ class QSDPConfig:
             if given is None or not Rounding.of(given).properties.keeps_grids:
                 return Rounding.DITHER.label
             return given
-        if self.levels == "learned" and bits in LEARNED_BITS:
+        if self.has_levels(bits, is_grad=is_grad):
             if given is None or not Rounding.of(given).properties.has_levels:
                 return Rounding.STOCHASTIC.label
         elif given is None:

@@ -86,6 +86,7 @@ LEARNED = {**FOUR, "levels": "learned"}
 ALL_LEARNED = {**LEARNED, "embedding_bits": 6, "reduce": "flat"}
 WIDE = (("*", (7, 16)),)
 DELTA = {**FOUR, "gather": "delta"}
+OF_WEIGHTS = (("*.up.*", (4, 16)),)
 
 # What nothing would heed, by field, and what is taken although it looks alike.
 UNHEEDED = [
@@ -113,6 +114,27 @@ UNHEEDED = [
     ("levels", {"levels": "learned"}, {"levels": "learned", "budget": 4}),
     ("levels", {**RAW, "levels": "learned"}, {"levels": "learned", "local_grad_bits": 6}),
     ("levels", {**FOUR, "levels": "learned", "policy": WIDE}, {**FOUR, "levels": "learned"}),
+    ("levels", {**DELTA, "grad_bits": 8, "levels": "learned"}, {**DELTA, "levels": "learned"}),
+    (
+        "levels",
+        {**DELTA, "grad_bits": 16, "embedding_bits": 16, "levels": "learned", "policy": OF_WEIGHTS},
+        {**DELTA, "grad_bits": 8, "levels": "learned", "local_grad_bits": 4},
+    ),
+    (
+        "rounding",
+        {**ALL_LEARNED, "gather": "delta", "weight_bits": 8, "rounding": "dither"},
+        {**ALL_LEARNED, "gather": "delta", "weight_bits": 8, "rounding": "nearest"},
+    ),
+    (
+        "levels",
+        {"weight_bits": 4, "grad_bits": 8, "gather": "delta", "levels": "learned"},
+        {**DELTA, "grad_bits": 8, "levels": "learned", "grad_budget": 4},
+    ),
+    (
+        "gather",
+        {"policy": (("*", (16, 4)),), "gather": "delta", "grad_budget": 4},
+        {**DELTA, "grad_budget": 4},
+    ),
     ("embedding_bits", {"embedding_bits": 4, "policy": WIDE}, {"embedding_bits": 4}),
     (
         "weight_bucket_size",
@@ -163,7 +185,6 @@ def test_steps_for_which_no_grid_can_be_kept_are_named(steps):
 @pytest.mark.parametrize(
     ("field", "more"),
     [
-        ("levels", {"levels": "learned"}),
         ("bucket_size", {"bucket_size": 136}),
         ("weight_bucket_size", {"weight_bucket_size": 136}),
     ],
@@ -172,6 +193,32 @@ def test_what_kept_grids_cannot_have_is_refused_beside_them_alone(field, more):
     assert refusal(**DELTA, **more).startswith(f"{field} is {more[field]!r}")
     assert QSDPConfig(**FOUR, gather="once", **more)
     assert QSDPConfig(**DELTA, budget=4.0, warmup_steps=3, warmup_bits=8)
+
+
+@pytest.mark.parametrize("field", ["budget", "grad_budget"])
+@pytest.mark.parametrize("budget", [2, 2.0, 9.01, float("nan"), float("inf"), "4", (4,)])
+def test_a_budget_that_no_bits_can_keep_is_named_with_the_allowed_range(field, budget):
+    assert refusal(**{field: budget}).startswith(f"{field} is {budget!r}: choose more than 2 and")
+
+
+def test_a_budget_is_of_both_directions_or_of_gradients_alone():
+    both, grads = QSDPConfig(budget=4.5), QSDPConfig(grad_budget=4.5)
+    assert [both.budget_of(is_grad=is_grad) for is_grad in (False, True)] == [4.5, 4.5]
+    assert [grads.budget_of(is_grad=is_grad) for is_grad in (False, True)] == [None, 4.5]
+    assert refusal(budget=4, grad_budget=3.6).startswith("budget is 4 beside grad_budget=3.6, ")
+
+
+def test_learned_levels_beside_kept_grids_are_for_gradients():
+    for gather in ("twice", "once", "delta"):
+        config = QSDPConfig(**LEARNED, gather=gather)
+        found = [
+            [config.has_levels(bits, is_grad=is_grad) for bits in (2, 6, 7, 16)]
+            for is_grad in (False, True)
+        ]
+        assert found == [[gather != "delta"] * 2 + [False] * 2, [True, True, False, False]]
+        weights = "stochastic" if gather != "delta" else "dither"
+        assert config.rounding_of(3, is_grad=False) == weights
+        assert config.rounding_of(3, is_grad=True) == "stochastic"
 
 
 def test_kept_grids_have_room_and_last_as_given_or_for_200_steps():

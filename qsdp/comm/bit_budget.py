@@ -27,23 +27,28 @@ class Claim(NamedTuple):
 
 def check_budget(weights: Sequence[Claim], grads: Sequence[Claim], config: QSDPConfig) -> None:
     """Raise ValueError if there is a bit budget and nothing to allot, or too little for 2 bits."""
-    if config.budget is None:
+    given = config.budget_of(is_grad=True)
+    if given is None:
         return
     if all(claim.kept_bits is not None for claim in (*weights, *grads)):
+        which = "grad_bits" if config.budget is None else "weight_bits or grad_bits"
         raise ValueError(
-            f"the budget is {config.budget:g} bits a value, but there is nothing to allot: give "
-            "weight_bits or grad_bits of 2 to 8 to some parameter that neither policy nor "
-            "embedding_bits is for, or leave the budget out."
+            f"the budget is {given:g} bits a value, but there is nothing to allot: give "
+            f"{which} of 2 to 8 to some parameter that neither policy nor embedding_bits is for, "
+            "or leave the budget out."
         )
     for claims, is_grad in ((weights, False), (grads, True)):
-        _left(claims, config.budget, config, is_grad)
+        budget = config.budget_of(is_grad=is_grad)
+        if budget is not None:
+            _left(claims, budget, config, is_grad)
 
 
 def budget_request(config: QSDPConfig) -> dict[str, Any]:
     """All of the config that allotted bits depend on, except roundings, in JSON's types."""
     names = ["budget", "weight_bits", "grad_bits", "embedding_bits", "bucket_size"]
-    if config.weight_bucket_size is not None:  # else as states were without it
-        names.append("weight_bucket_size")
+    # Where these are unset, as states were without them.
+    later = ("weight_bucket_size", "grad_budget")
+    names += [name for name in later if getattr(config, name) is not None]
     policy = [[pattern, *config_bits(bits)] for pattern, bits in config.policy]
     return {name: getattr(config, name) for name in names} | {"policy": policy}
 

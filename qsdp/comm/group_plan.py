@@ -108,12 +108,12 @@ class Plan:
 
     def claims(self, *, is_grad: bool) -> list[tuple[Parameter, Claim]]:
         """What coded weights, or gradients, take of a budget."""
-        found = []
+        found, is_allotted = [], self._config.budget_of(is_grad=is_grad) is not None
         for p in self.parameters:
             bits = p.grad_bits if is_grad else p.weight_bits
             if bits <= 8:
                 padded = p.padded_numel(self.world_size)
-                kept = bits if p.keeps_bits else None
+                kept = bits if p.keeps_bits or not is_allotted else None
                 found.append((p, Claim(p.shape.numel(), padded, self.world_size, kept)))
         return found
 

@@ -37,7 +37,8 @@ _STRIDE = sum(1 << bits for bits in LEARNED_BITS)
 
 def levels_offset(config: QSDPConfig, parameter: int, bits: int, kind: LevelKind) -> int:
     """Where a parameter's learned levels start in ``LearnedLevels.values``; -1: uniform ones."""
-    if config.levels == "uniform" or bits not in LEARNED_BITS or kind == LevelKind.FROZEN:
+    is_grad = kind == LevelKind.GRAD
+    if kind == LevelKind.FROZEN or not config.has_levels(bits, is_grad=is_grad):
         return -1
     return _start_of_levels(parameter, bits, kind)
 

@@ -30,6 +30,11 @@ def check_company(values: Mapping[str, Any]) -> None:
                 f"{name} is given without {needed}, so that nothing would heed it: add that, "
                 "or leave it out."
             )
+    if None not in (values["budget"], values["grad_budget"]):
+        raise ValueError(
+            f"budget is {values['budget']:g} beside grad_budget={values['grad_budget']:g}, but it "
+            "is for both weights and gradients: leave one of the two out."
+        )
     if values["embedding_bits"] is not None and any(name == "*" for name, _ in values["policy"]):
         raise ValueError(
             "embedding_bits is given beside a policy for '*', which is for embeddings too: "
@@ -45,11 +50,6 @@ def _check_delta(values: Mapping[str, Any]) -> None:
         raise ValueError(
             "delta_codes is 'node' beside reduce='flat', which knows no nodes: leave one of the "
             "two out."
-        )
-    if values["levels"] == "learned":
-        raise ValueError(
-            f"levels is {values['levels']!r} beside gather='delta', which keeps uniform grids: "
-            "leave one of the two out."
         )
     if values["weight_bucket_size"] is not None:
         check_bucket_size("weight_bucket_size", values["weight_bucket_size"], MAX_DELTA_BUCKET)

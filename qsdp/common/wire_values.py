@@ -39,9 +39,11 @@ def check_values(values: Mapping[str, Any], choices: Mapping[str, tuple[str, ...
             raise ValueError(f"level_steps is {steps!r}: give steps from 1 on.")
         for step in steps:
             _check_whole("level_steps", step, least=1)
-    budget, seed, room = (values[name] for name in ("budget", "seed", "delta_room"))
-    if budget is not None and not (isinstance(budget, int | float) and 2 < budget <= 9):
-        raise ValueError(f"budget is {budget!r}: choose more than 2 and at most 9 bits.")
+    seed, room = values["seed"], values["delta_room"]
+    for name in ("budget", "grad_budget"):
+        budget = values[name]
+        if budget is not None and not (isinstance(budget, int | float) and 2 < budget <= 9):
+            raise ValueError(f"{name} is {budget!r}: choose more than 2 and at most 9 bits.")
     if room is not None and not (
         isinstance(room, int | float) and not isinstance(room, bool) and 0 < room <= 1
     ):

@@ -196,7 +196,10 @@ class Adaptation:
         bits, levels = self._to_take_over(state)
         self._set_bits({name: (weight, grad) for name, (weight, grad) in bits.items()})
         if self._wire.levels is not None:
-            self._wire.levels.load(levels)
+            has = self._wire.config.has_levels
+            self._wire.levels.load(
+                row for row in levels if has(row[2], is_grad=row[1] == LevelKind.GRAD.name.lower())
+            )
         self._mark()
         self._watch(self._settled)
 
@@ -245,7 +248,7 @@ class Adaptation:
         if config.levels == "learned" and step + 1 in config.learning_steps:
             self._counts = self._new_counts()
             self._wire.meters.append(self._counts)
-        if config.budget is not None and step >= config.warmup_steps and not self._bits:
+        if config.has_budget and step >= config.warmup_steps and not self._bits:
             self._meter = Meter(config, self._wire.level_values, CODED_BITS)
             self._wire.meters.append(self._meter)
 
@@ -283,20 +286,21 @@ class Adaptation:
     def _allot(self, meter: Meter) -> None:
         """Set the bits by the errors of the last step; leave them where one is not finite."""
         config = self._wire.config
-        assert config.budget is not None
-        self._look(meter)
+        if config.budget is not None:
+            self._look(meter)
         found: dict[str, list[int]] = {}
         for is_grad in (False, True):
             coded = [pair for plan in self._plans for pair in plan.claims(is_grad=is_grad)]
             chosen = [p for p, claim in coded if claim.kept_bits is None]
-            if not chosen:
+            budget = config.budget_of(is_grad=is_grad)
+            if budget is None or not chosen:
                 continue
             keys = [(p.index, is_grad, b) for p in chosen for b in CODED_BITS]
             errors = meter.totals(keys, self._everyone)[:, 0]
             if not errors.isfinite().all():
                 return
             claims, rows = [claim for _, claim in coded], errors.view(len(chosen), -1).tolist()
-            bits = allot(claims, rows, config.budget, config, is_grad=is_grad)
+            bits = allot(claims, rows, budget, config, is_grad=is_grad)
             for p, b in zip(chosen, bits, strict=True):
                 found.setdefault(p.name, [p.weight_bits, p.grad_bits])[is_grad] = b
         self._set_bits({name: (weight, grad) for name, (weight, grad) in found.items()})

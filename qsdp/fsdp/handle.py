@@ -312,7 +312,7 @@ class Handle:
     def _settle(self, call: str) -> None:
         """End what was cut short, and meet at ``call`` where what is due is about to be done."""
         self._passes.settle_what_was_cut_short()
-        if self.config.budget is not None or self.config.levels == "learned":
+        if self.config.has_budget or self.config.levels == "learned":
             self._meet(call, self._passes.facts.of_step())
 
     def _check_installed(self) -> None:

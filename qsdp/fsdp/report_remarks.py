@@ -80,13 +80,16 @@ def remarks(
             yield f"{split.words} would save nothing: reduces and gathers are flat"
     if config.levels == "learned":
         steps = ", ".join(map(str, config.learning_steps))
-        yield f"learned levels for 2 to 6 bits, fitted before steps {steps}"
+        whose = "gradients of " * (config.gather == "delta")
+        yield f"learned levels for {whose}2 to 6 bits, fitted before steps {steps}"
     if config.warmup_steps:
         least = f"at least {config.least_warmup_bits} bits"
         yield f"warm-up: {least} in the first {config.warmup_steps} steps"
-    if config.budget is not None:
+    budget = config.budget_of(is_grad=True)
+    if budget is not None:
         when = "allotted" if is_allotted else "to be allotted when measured"
-        yield f"budget: {config.budget:g} bits a coded value, {when}"
+        what = "gradient value" if config.budget is None else "value"
+        yield f"budget: {budget:g} bits a coded {what}, {when}"
 
 
 def _masked(

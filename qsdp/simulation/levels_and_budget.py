@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qsdp.codec.level_fitting import BINS, fit_levels, level_histogram, uniform_levels
 from qsdp.comm.bit_budget import Claim, allot, check_budget
-from qsdp.config import CODED_BITS, LEARNED_BITS, QSDPConfig
+from qsdp.config import CODED_BITS, QSDPConfig
 from qsdp.simulation.ranks import SimulatedRanks
 
 Place = tuple[str, bool, int]
@@ -36,7 +36,7 @@ class SimulatedLevels:
 
     def of(self, place: LevelPlace) -> Tensor | None:
         """fp32 [2**bits]: the levels of ``place``; None stands for the uniform grid."""
-        if self._config.levels == "uniform" or place[2] not in LEARNED_BITS:
+        if not self._is_learned(place):
             return None
         return self._values.get(place, uniform_levels(place[2]))
 
@@ -46,11 +46,15 @@ class SimulatedLevels:
         if self._config.levels == "uniform" or step + 1 not in self._config.learning_steps:
             return
         local = self._config.local_grad_bits or 8
-        self._counts = {
-            (name, kind, b): torch.zeros(BINS, dtype=torch.int64)
+        places = [
+            (name, kind, b)
             for name, (weight, grad) in bits.items()
             for kind, b in (("weight", weight), ("kept", weight), ("grad", grad), ("grad", local))
-            if b in LEARNED_BITS
+        ]
+        self._counts = {
+            place: torch.zeros(BINS, dtype=torch.int64)
+            for place in places
+            if self._is_learned(place)
         }
 
     def observe(self, place: LevelPlace, values: Tensor) -> None:
@@ -65,6 +69,9 @@ class SimulatedLevels:
             self._values[place] = fit_levels(
                 self._values.get(place, uniform_levels(place[2])), counts
             )
+
+    def _is_learned(self, place: LevelPlace) -> bool:
+        return self._config.has_levels(place[2], is_grad=place[1] == "grad")
 
 
 class SimulatedBudget:
@@ -95,7 +102,7 @@ class SimulatedBudget:
     def is_open(self, step: int) -> bool:
         """Whether ``step`` is one to measure in."""
         is_warm = step >= self._config.warmup_steps
-        return self._config.budget is not None and is_warm and not self._is_allotted
+        return self._config.has_budget and is_warm and not self._is_allotted
 
     def add(self, place: Place, rank: int, error: float) -> None:
         """Add an ``error`` to those that ``rank`` has at ``place``."""
@@ -106,7 +113,6 @@ class SimulatedBudget:
 
         Those given where an error is infinite or NaN.
         """
-        assert self._config.budget is not None
         totals = {
             (name, is_grad): [self._total((name, is_grad, b)) for b in CODED_BITS]
             for is_grad, claims in zip((False, True), self._claims, strict=True)
@@ -120,10 +126,13 @@ class SimulatedBudget:
         found = {name: list(both) for name, both in bits.items()}
         for is_grad, claims in zip((False, True), self._claims, strict=True):
             names = [name for name in claims if (name, is_grad) in totals]
+            budget = self._config.budget_of(is_grad=is_grad)
+            if budget is None:
+                continue
             chosen = allot(
                 list(claims.values()),
                 [totals[name, is_grad] for name in names],
-                self._config.budget,
+                budget,
                 self._config,
                 is_grad=is_grad,
             )

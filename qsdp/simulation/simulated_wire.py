@@ -90,17 +90,12 @@ class SimulatedWire:
 
         ``shards`` are those of the ranks of the shard group, which all replicas have alike.
         """
-        config, world = self.config, self.world
         if self._budget.is_open(step - 1):
-            for rank in range(world.num_ranks):
-                own = rank % world.world_size
-                for name, shard in shards[own].items():
-                    is_frozen = self.is_sent_once(shard, step)
-                    sent = self._sent(name, shard, own, is_whole=is_frozen)
-                    self._measure(name, sent, rank, is_grad=False, is_frozen=is_frozen)
+            if self.config.budget is not None:
+                self._measure_weights(step, shards)
             self._bits = self._budget.allot(self._bits)
-        if step in config.learning_steps:
-            for rank, parameters in list(enumerate(shards)) * world.replicas:
+        if step in self.config.learning_steps:
+            for rank, parameters in list(enumerate(shards)) * self.world.replicas:
                 for name, shard in parameters.items():
                     if not self.is_sent_once(shard, step):  # on the uniform grid
                         place = (name, self._kind(name), self.weight_bits(name, None))
@@ -197,7 +192,9 @@ class SimulatedWire:
 
     def _claim(self, name: str, whole: Tensor, is_grad: bool, is_embedding: bool) -> Claim:
         """The claim of one parameter: every rank's payload has room for the first rank's shard."""
-        kept = self._bits[name][is_grad] if self.config.keeps_bits(name, is_embedding) else None
+        is_allotted = self.config.budget_of(is_grad=is_grad) is not None
+        is_kept = not is_allotted or self.config.keeps_bits(name, is_embedding)
+        kept = self._bits[name][is_grad] if is_kept else None
         padded = self.sharding.cut(name, whole)[0].numel()
         return Claim(whole.numel(), padded, self.world.world_size, kept)
 
@@ -215,6 +212,15 @@ class SimulatedWire:
     def _kind(self, name: str, is_grad: bool = False) -> str:
         """Which levels serve a parameter's values: kept weights have few near zero."""
         return "grad" if is_grad else "kept" if name in self.kept_weights else "weight"
+
+    def _measure_weights(self, step: int, shards: Sequence[Mapping[str, Tensor]]) -> None:
+        """Add the squared errors of the weights of ``advance`` at all bits, of all ranks."""
+        for rank in range(self.world.num_ranks):
+            own = rank % self.world.world_size
+            for name, shard in shards[own].items():
+                is_frozen = self.is_sent_once(shard, step)
+                sent = self._sent(name, shard, own, is_whole=is_frozen)
+                self._measure(name, sent, rank, is_grad=False, is_frozen=is_frozen)
 
     def _measure(
         self, name: str, values: Tensor, rank: int, *, is_grad: bool, is_frozen: bool = False

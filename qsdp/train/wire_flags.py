@@ -83,7 +83,8 @@ class WireFlags(Flags):
 
     qsdp_levels: str | None = None
     """uniform, or learned for parameters of 2 to 6 bits. Unset: uniform.
-    Learned levels are fitted to each parameter's values.
+    Learned levels are fitted to each parameter's values. With --qsdp-gather delta they are for
+    gradients.
     """
 
     qsdp_level_steps: tuple[int, ...] | None = None
@@ -104,6 +105,11 @@ class WireFlags(Flags):
     rest. A run that resumes with another budget, or with other bits, measures anew.
     """
 
+    qsdp_grad_budget: float | None = None
+    """--qsdp-budget of gradients alone: weights keep their bits.
+    Without bits of gradients the step that is measured sends them at 8 bits.
+    """
+
     qsdp_warmup_steps: int | None = None
     """First steps that travel with at least --qsdp-warmup-bits.
     Where a method takes two passes a step, each counts.
@@ -116,8 +122,8 @@ class WireFlags(Flags):
     """twice: the backward pass gathers the weights again; once: it does not. Unset: twice.
     With once, what the forward pass gathered is kept, packed, until the backward pass. delta:
     every rank keeps the whole model, packed, on grids that last for many steps, and only codes
-    that changed are sent. It is for uniform levels. A method's second passes, and warm-up
-    steps, send whole weights, as once does.
+    that changed are sent. A method's second passes, and warm-up steps, send whole weights, as
+    once does.
     """
 
     qsdp_delta_room: float | None = None
@@ -163,6 +169,8 @@ class WireFlags(Flags):
             if getattr(self, name) is not None:
                 check_config_bits(flag(name), getattr(self, name))
         both, weights, grads = (getattr(self, name) for name in _BITS)
+        if both is None and grads is None and self.qsdp_grad_budget is not None:
+            grads = 8
         is_given = any(bits is not None for bits in (both, weights, grads))
         fallback = both if both is not None else 32 if is_given else 8
         settings = {name.removeprefix("qsdp_"): value for name, value in self._details().items()}
@@ -234,9 +242,10 @@ class WireFlags(Flags):
         wire = self.config(0)
         if wire is None:
             return
-        if wire.budget is not None and wire.warmup_steps >= num_passes:
+        if wire.has_budget and wire.warmup_steps >= num_passes:
+            name = flag("qsdp_grad_budget" if wire.budget is None else "qsdp_budget")
             raise ValueError(
-                f"--qsdp-budget is allotted after a warm-up of {wire.warmup_steps} steps, but the "
+                f"{name} is allotted after a warm-up of {wire.warmup_steps} steps, but the "
                 f"run takes {num_passes}: shorten --qsdp-warmup-steps, or leave the budget out."
             )
         if self.qsdp_level_steps is not None and min(wire.learning_steps) >= num_passes:

@@ -81,6 +81,8 @@ def test_bits_are_allotted_anew_for_other_buckets_of_weights_and_asked_for_as_ev
     }
     other = budget_request(dataclasses.replace(config, weight_bucket_size=64))
     assert other == asked | {"weight_bucket_size": 64}
+    other = budget_request(dataclasses.replace(config, budget=None, grad_budget=4.0))
+    assert other == asked | {"budget": None, "grad_budget": 4.0}
 
 
 @pytest.mark.parametrize("is_grad", [False, True])

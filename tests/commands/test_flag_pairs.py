@@ -114,6 +114,7 @@ SAMPLES: dict[str, tuple[Values, Values]] = {
     "qsdp_level_steps": ({"qsdp_level_steps": (7,)}, LEARNED),
     "qsdp_policy": ({"qsdp_policy": "blocks.0.*=6/5"}, WIRE),
     "qsdp_budget": ({"qsdp_budget": 5.0}, ADAMW),
+    "qsdp_grad_budget": ({"qsdp_grad_budget": 5.0}, ADAMW),
     "qsdp_warmup_steps": ({"qsdp_warmup_steps": 3}, WIRE),
     "qsdp_warmup_bits": ({"qsdp_warmup_bits": 8}, WIRE | {"qsdp_warmup_steps": 3}),
     "qsdp_gather": ({"qsdp_gather": "once"}, WIRE),
@@ -137,7 +138,6 @@ NEEDS_CODES = ("bucket_size", "rounding", "rounding to nearest", "errors", "loca
 NEEDS_CODES += ("levels", "level_steps", "warmup_bits", "weight_bucket_size")
 WITH_DELTA = ("qsdp_gather delta", "qsdp_delta_room", "qsdp_delta_redraw_every")
 WITH_DELTA += ("qsdp_delta_codes",)
-NO_DELTA = ("levels", "level_steps")
 
 # Of two methods all pairs exclude each other; beside these:
 EXCLUDED = {
@@ -157,9 +157,9 @@ EXCLUDED = {
         ("qsdp_local_grad_bits", "qsdp_reduce flat"),
         *((f"qsdp_{name}", "qsdp_bits without codes") for name in NEEDS_CODES),
         *((delta, "qsdp_bits without codes") for delta in WITH_DELTA),
-        *((delta, f"qsdp_{name}") for delta in WITH_DELTA for name in NO_DELTA),
         *((delta, "qsdp_gather") for delta in WITH_DELTA),
         ("qsdp_delta_codes", "qsdp_reduce flat"),
+        ("qsdp_budget", "qsdp_grad_budget"),
         *((name, "qsdp_bits auto") for name, (own, _) in SAMPLES.items() if is_beside_bits(own)),
         ("replicas", "qsdp_bits auto"),
     )
@@ -234,12 +234,13 @@ def travels(wire: QSDPConfig, least_bits: int = 0) -> list[list[int]]:
 def wired(wire: QSDPConfig) -> list[Any]:
     """What is read of the wire."""
     rows, warm = travels(wire), travels(wire, wire.least_warmup_bits)
-    has_codes = wire.budget is not None or any(row[Field.BITS] for row in rows)
+    has_codes = wire.has_budget or any(row[Field.BITS] for row in rows)
     is_learned = any(row[Field.LEVELS] >= 0 for row in rows)
     is_delta = wire.gather == "delta"
-    is_warmed = wire.warmup_steps > 0 and (warm != rows or wire.budget is not None)
+    is_warmed = wire.warmup_steps > 0 and (warm != rows or wire.has_budget)
     return [
-        *(rows, has_codes, wire.gather, wire.reduce, wire.ranks_per_node, wire.seed, wire.budget),
+        *(rows, has_codes, wire.gather, wire.reduce, wire.ranks_per_node, wire.seed),
+        *(wire.budget_of(is_grad=is_grad) for is_grad in (False, True)),
         *(is_learned, wire.learning_steps if is_learned else ()),
         (wire.room, wire.redraw_every, wire.delta_codes) if is_delta else (),
         (wire.warmup_steps, warm) if is_warmed else None,

@@ -58,6 +58,14 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         "embedding_bits is 4, for embeddings and the head, of which the model has none",
     ),
     "small budget": ({"config": {"budget": 2.2}}, "the budget is 2.2 bits"),
+    "small budget of gradients": (
+        {"config": {"grad_budget": 2.1, "weight_bits": 3, "grad_bits": 3}},
+        "the budget is 2.1 bits a value, but gradients take",
+    ),
+    "budget for no gradients": (
+        {"config": {"grad_budget": 4, "grad_bits": 16, "embedding_bits": 8}},
+        "there is nothing to allot: give grad_bits of 2 to 8",
+    ),
     "budget for nothing": (
         {"config": {"budget": 4, "policy": (("*", 4),)}},
         "there is nothing to allot",

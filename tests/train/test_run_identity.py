@@ -35,6 +35,7 @@ CHANGES: dict[str, Any] = {
     "qsdp_weight_bits": 4,
     "qsdp_grad_bits": 5,
     "qsdp_budget": 4.0,
+    "qsdp_grad_budget": 4.0,
 }
 NO_CHANGES: dict[str, Any] = {
     "out": "elsewhere",

@@ -31,6 +31,7 @@ FULL_WIRE = [
 DELTA_WIRE = [
     *("--qsdp-bits", "4", "--qsdp-gather", "delta", "--qsdp-delta-room", "0.1"),
     *("--qsdp-delta-redraw-every", "50", "--qsdp-delta-codes", "node"),
+    *("--qsdp-grad-budget", "3.5"),
 ]
 
 
@@ -223,6 +224,7 @@ def test_every_flag_of_the_wire_reaches_its_config(tmp_path: Path) -> None:
         delta_room=0.1,
         delta_redraw_every=50,
         delta_codes="node",
+        grad_budget=3.5,
     )
     # A field that no flag sets would be out of reach here, and a flag that sets none is missing.
     settings = {field.name for field in fields(QSDPConfig)} - {"seed"}
@@ -241,7 +243,6 @@ def test_every_flag_of_the_wire_reaches_its_config(tmp_path: Path) -> None:
     ("flags", "said"),
     [
         (["--qsdp-weight-bits", "16"], "--qsdp-gather delta is for weights of 8 bits or fewer, "),
-        (["--qsdp-levels", "learned"], "--qsdp-levels is 'learned' beside --qsdp-gather delta, "),
         (["--qsdp-reduce", "flat"], "--qsdp-delta-codes is 'node' beside --qsdp-reduce flat, "),
         (["--qsdp-bucket-size", "256"], "--qsdp-bucket-size is 256 .* --qsdp-weight-bucket-size N"),
     ],
@@ -261,6 +262,23 @@ def test_a_budget_alone_measures_at_8_bits() -> None:
     )
 
 
+def test_a_budget_of_gradients_takes_the_place_of_their_bits() -> None:
+    budget = ["--qsdp-grad-budget", "3"]
+    assert parse(budget).qsdp == parse([*budget, "--qsdp-grad-bits", "8"]).qsdp
+    assert parse(budget).qsdp == QSDPConfig(weight_bits=32, grad_bits=8, grad_budget=3.0)
+    assert parse([*budget, "--qsdp-weight-bits", "4"]).qsdp == QSDPConfig(
+        weight_bits=4, grad_bits=8, grad_budget=3.0
+    )
+    assert parse([*budget, "--qsdp-bits", "5"]).qsdp == QSDPConfig(
+        weight_bits=5, grad_bits=5, grad_budget=3.0
+    )
+    with pytest.raises(UserError, match=r"^--qsdp-budget is 4 beside --qsdp-grad-budget 3, "):
+        parse([*budget, "--qsdp-budget", "4"])
+    late = ["--qsdp-warmup-steps", "9", "--steps", "9"]
+    with pytest.raises(UserError, match=r"^--qsdp-grad-budget is allotted after"):
+        parse([*budget, *late])
+
+
 def test_auto_is_taken_as_a_flag_and_from_a_file_and_has_no_wire_yet(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(parse(["--qsdp-bits", "auto"]).to_toml(), encoding="utf-8")
@@ -274,7 +292,8 @@ def test_auto_is_taken_as_a_flag_and_from_a_file_and_has_no_wire_yet(tmp_path: P
 @pytest.mark.parametrize("field", [f.name for f in fields(WireFlags)])
 def test_no_flag_of_the_wire_is_ignored_under_stock_fsdp2(field: str) -> None:
     value = parse(DELTA_WIRE if "delta" in field else FULL_WIRE).settings()[field]
-    if field in ("qsdp_bits", "qsdp_weight_bits", "qsdp_grad_bits", "qsdp_budget"):
+    bits = ("qsdp_bits", "qsdp_weight_bits", "qsdp_grad_bits")
+    if field in (*bits, "qsdp_budget", "qsdp_grad_budget"):
         assert TrainConfig.of(**{field: value or 8}).qsdp is not None
         return
     with pytest.raises(ValueError, match=f"--{field.replace('_', '-')} is given without"):
@@ -321,7 +340,8 @@ def test_help_explains_every_flag_of_the_contract(capsys: pytest.CaptureFixture[
         cram cram-sparsity cram-rho no-cram-plus config replicas qsdp-embedding-bits
         qsdp-local-grad-bits qsdp-levels qsdp-level-steps qsdp-policy qsdp-budget qsdp-warmup-steps
         qsdp-warmup-bits qsdp-gather qsdp-reduce qsdp-ranks-per-node qsdp-errors
-        max-bad-steps qsdp-weight-bucket-size qsdp-delta-room qsdp-delta-redraw-every"""
+        max-bad-steps qsdp-weight-bucket-size qsdp-delta-room qsdp-delta-redraw-every
+        qsdp-grad-budget"""
     for flag in flags.split():
         assert f"--{flag}" in text
 

@@ -121,6 +121,15 @@ def test_a_budget_is_kept_and_survives_interruptions_at_any_step(run: Run) -> No
             assert found_rows == rows
 
 
+def test_a_budget_of_gradients_leaves_weights_their_bits(run: Run) -> None:
+    options = {"grad_budget": 4.5, "weight_bits": 5}
+    for _, rows, state in run(2, _adapted, options, None):
+        assert {row[2] for row in rows if len(row[1]) > 1} == {"5 bits", "8 bits"}
+        assert 4.0 < _bits_a_value(rows, 3, 2) <= 4.5
+        assert len({row[3] for row in rows if "bits" in row[3]}) > 1
+        assert {weight for weight, _ in state["bits"].values()} == {5, 8}
+
+
 @pytest.mark.parametrize("options", [{"weight_bits": 32}, {"grad_bits": 16}], ids=str)
 def test_a_direction_without_codes_takes_no_budget(run: Run, options: dict[str, Any]) -> None:
     raw = 2 if "weight_bits" in options else 3
@@ -230,6 +239,7 @@ def _asked_anew(before: dict[str, Any], after: dict[str, Any], forgets: bool) ->
 
 
 SIX = {"budget": 6.0}
+SIX_OF_GRADS = {"grad_budget": 6.0}
 POLICY: dict[str, Any] = {"policy": (("*.qkv.weight", 4), ("*.up.weight", (5, 6)))}
 
 
@@ -241,6 +251,9 @@ POLICY: dict[str, Any] = {"policy": (("*.qkv.weight", 4), ("*.up.weight", (5, 6)
         ({}, SIX, False),
         (SIX, {"budget": 7.0}, False),
         pytest.param(SIX, {**SIX, "grad_bits": 6}, False, marks=pytest.mark.heavy),
+        pytest.param(SIX, SIX_OF_GRADS, False, marks=pytest.mark.heavy),
+        pytest.param(SIX_OF_GRADS, SIX_OF_GRADS, False, marks=pytest.mark.heavy),
+        pytest.param(SIX_OF_GRADS, {"grad_budget": 5.0}, False, marks=pytest.mark.heavy),
         pytest.param(SIX, {**SIX, "embedding_bits": 4}, False, marks=pytest.mark.heavy),
         (SIX, {**SIX, **POLICY}, False),
         (SIX, SIX, True),
@@ -251,15 +264,18 @@ POLICY: dict[str, Any] = {"policy": (("*.qkv.weight", 4), ("*.up.weight", (5, 6)
 def test_allotted_bits_are_taken_over_for_the_same_request_alone(
     run: Run, before: dict[str, Any], after: dict[str, Any], forgets: bool
 ) -> None:
+    was_allotted, is_allotted = (
+        not each.keys().isdisjoint(SIX | SIX_OF_GRADS) for each in (before, after)
+    )
     for old, loaded, later, back, fresh in run(2, _asked_anew, before, after, forgets):
-        assert any(why == "budget" for *_, why in old) == ("budget" in before)
+        assert any(why == "budget" for *_, why in old) == was_allotted
         assert not any(why == "budget" for *_, why in back)
         if before == after and not forgets:
             assert loaded == later == old
             continue
         assert loaded == fresh
-        assert any(why == "budget" for *_, why in later) == ("budget" in after)
-        if "budget" not in after:
+        assert any(why == "budget" for *_, why in later) == is_allotted
+        if not is_allotted:
             assert later == fresh
         else:
             assert len({grad for _, grad, why in later if why == "budget"}) > 1

@@ -55,6 +55,10 @@ INSIDE_ALONE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "called again, re-computed": ({"weight_bits": 8}, {"again": True, "checkpointing": True}),
     "in a warm-up": ({"warmup_steps": 2, "warmup_bits": 6}, {"frozen": True}),
     "a budget": ({"budget": 6.0}, {"width": 32, "hidden": 32}),
+    "learned levels of gradients": (
+        {"weight_bits": 8, "grad_bits": 3, "levels": "learned", "level_steps": (1, 2)},
+        {"width": 32, "hidden": 32},
+    ),
 }
 """Settings of wires, and of models."""
 

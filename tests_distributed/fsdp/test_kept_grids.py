@@ -142,6 +142,9 @@ CASES = {
     "frozen and tied": Case(2, {"rounding": "nearest"}, {"frozen": True, "tied": True}),
     "masks": Case(2, {"weight_bits": 3}, masks=True),
     "budget": Case(2, {"weight_bucket_size": 128, "budget": 5.5, "warmup_steps": 1}, WIDE),
+    "what gradients learn": Case(
+        2, {"grad_budget": 4.5, "levels": "learned", "level_steps": (2, BEFORE + 2)}
+    ),
     "warm-up": Case(2, {"warmup_steps": BEFORE + 1}),
     "native replicas": Case(4, replicas="native"),
     "replicas": Case(4, {"reduce": "two-hop", "ranks_per_node": 1}, replicas="qsdp"),

@@ -120,6 +120,30 @@ CASES |= {
         {"budget": 5.0, "warmup_steps": 1, "bucket_size": 64}, **QUANTIZED, sparse=True
     ),
 }
+# What gradients learn: weights are coded as ever.
+LEARNED = {"grad_bits": 3, "levels": "learned"}
+CASES |= {
+    "learned levels and a budget of gradients in two hops, behind a warm-up": _case(
+        TWO_HOPS
+        | LEARNED
+        | {"local_grad_bits": 6, "level_steps": (1, 3, 6), "grad_budget": 6.0}
+        | {"warmup_steps": 1, "warmup_bits": 5},
+        ranks=4,
+        adamw=True,
+        options={"frozen": True, "tied": True},
+    ),
+    "learned levels, sparse": _case(
+        LEARNED | {"level_steps": (2, 3)}, ranks=3, sparse=True, micro_batches=2
+    ),
+    "a budget of gradients and learned levels": _case(
+        LEARNED | {"grad_budget": 4.5, "level_steps": (1, 4), "weight_bits": 3},
+        ranks=3,
+        options={"frozen": True},
+    ),
+    "a budget of gradients, replicas": _case(
+        {"grad_budget": 4.5, "embedding_bits": 5, "warmup_steps": 2}, **QUANTIZED
+    ),
+}
 # Of these, others have the same in other company.
 HEAVY = {
     *("plain", "as FSDP2 reshards", "tied, one group", "frozen and unused", "re-computed"),
@@ -129,6 +153,8 @@ HEAVY = {
     *("native replicas, budget", "replicas", "budget", "sparse, at eight bits, gathered in bf16"),
     *("warm-up", "little room", "re-computed, re-entrant", "gathered in bf16"),
     *("budget behind a warm-up, sparse", "by columns and a large seed"),
+    *("learned levels, sparse", "a budget of gradients, replicas"),
+    "a budget of gradients and learned levels",
 }
 
 

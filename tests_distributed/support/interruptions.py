@@ -17,8 +17,6 @@ from tests_distributed.support.helpers import Toy, make_batch, make_model, shard
 NUM_STEPS = 4
 LEARNED = qsdp.QSDPConfig(weight_bits=4, grad_bits=4, levels="learned", level_steps=(1, 3), seed=3)
 BUDGET = qsdp.QSDPConfig(budget=5.0, warmup_steps=1)
-PLAIN = qsdp.QSDPConfig(weight_bits=4, grad_bits=4, seed=3)
-"""As kept codes have no learned levels."""
 
 Between = Callable[[Tensor], Any]
 
@@ -62,8 +60,7 @@ class Job:
         self.model = shard(make_model(frozen=True), nested=False, reshard=setting.reshard)
         self.handle: qsdp.Handle | None = None
         if setting.gather is not None:
-            single = PLAIN if setting.gather == "delta" else LEARNED
-            config = single if setting.num_micro == 1 else BUDGET
+            config = LEARNED if setting.num_micro == 1 else BUDGET
             self.handle = qsdp.install(self.model, replace(config, gather=setting.gather))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.base = torch.optim.AdamW(trained, lr=1e-2, foreach=True)
