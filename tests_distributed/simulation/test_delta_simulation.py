@@ -141,7 +141,7 @@ CASES |= {
         options={"frozen": True},
     ),
     "a budget of gradients, replicas": _case(
-        {"grad_budget": 4.5, "embedding_bits": 5, "warmup_steps": 2}, **QUANTIZED
+        {"grad_budget": 5.0, "embedding_bits": 5, "warmup_steps": 2}, **QUANTIZED
     ),
 }
 # Of these, others have the same in other company.
