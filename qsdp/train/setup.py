@@ -297,11 +297,9 @@ def _travels(config: TrainConfig) -> str:
         parts = ["stock FSDP2"]
     else:
         parts = [f"{wire.weight_bits}-bit weights", f"{wire.grad_bits}-bit gradients"]
-        budget, of_grads = wire.budget_of(is_grad=True), " of gradients"
-        whose = of_grads * (wire.budget is None)
+        budget, whose = wire.budget_of(is_grad=True), " of gradients" * (wire.budget is None)
         parts += [f"then {budget:g} bits{whose} on average"] if budget is not None else []
-        whose = of_grads * (wire.gather == "delta")
-        parts += [f"learned levels{whose}"] if wire.levels == "learned" else []
+        parts += ["learned levels"] if wire.levels == "learned" else []
         how = {"once": "gathered once", "delta": "gathered as changes"}
         parts += [how[wire.gather]] if wire.gather in how else []
     parts += [f"{config.run.replicas} replicas"] if config.run.replicas > 1 else []
