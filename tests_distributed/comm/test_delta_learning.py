@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 
 from tests_distributed.support.delta import (
@@ -25,6 +26,7 @@ def _learned() -> tuple[list[dict[str, int]], int, list[dict[str, tuple[str, str
     """What each step of weights that stay sends; all buckets; bits before each; the state.
 
     And whether that is taken over without the levels that weights had beside another gather.
+    With other bits of weights it is refused.
     """
     model, handle = installed(2, CONFIG, width=32, hidden=32)
     counts, travels = [], []
@@ -32,6 +34,9 @@ def _learned() -> tuple[list[dict[str, int]], int, list[dict[str, tuple[str, str
         counts.append(sent_while(handle, partial(take_sgd_step, model, step, 0.0)))
         travels.append({row.name: (row.weight, row.grad) for row in handle.report().rows})
     state = handle.state_dict()
+    odd = {**state, "bits": state["bits"] | {UP: [5, 4]}}
+    with pytest.raises(ValueError, match=rf"bits of {UP} are \[5, 4\]: give \[4, 2 to 8\]"):
+        handle.load_state_dict(odd)
     others = [[UP, kind, 4, *torch.linspace(0, 1, 16).tolist()] for kind in ("weight", "kept")]
     handle.load_state_dict({**state, "levels": [*others, *state["levels"]]})
     buckets = num_kept_buckets(model, {}, 64, [name for name, _ in model.named_parameters()])
