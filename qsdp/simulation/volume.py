@@ -1,4 +1,4 @@
-"""How many bytes the simulated ranks would send: arithmetic on layouts."""
+"""How many bytes the simulated ranks would send: arithmetic on layouts, or on frames."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qsdp.codec.payload import Layout
 from qsdp.codec.random_numbers import KeyStage
+from qsdp.simulation.simulated_frames import SimulatedFrames
 from qsdp.simulation.simulated_wire import SimulatedWire
 
 
@@ -62,10 +63,14 @@ def count_bytes(
     replicas = range(rank % size, world.num_ranks, size) if world.quantized_replicas else ()
     for group in sorted(set(wire.numbers.groups.values())) if size > 1 else ():
         members = {n: shard for n, shard in shards.items() if wire.numbers.groups[n] == group}
-        gathered = {n: shard for n, shard in members.items() if not wire.is_sent_once(shard, None)}
-        is_kept = reshard_after_forward is False or wire.config.gather == "once"
-        is_kept |= reshard_after_forward is None and group == wire.numbers.root
-        num_bytes = _weight_payload_bytes(wire, gathered) * micro_batches * (1 if is_kept else 2)
+        if wire.grids is not None:
+            num_bytes = _frame_bytes(wire.grids.frames, group, micro_batches)
+        else:
+            gathered = {n: each for n, each in members.items() if not wire.is_sent_once(each, None)}
+            is_kept = reshard_after_forward is False or wire.config.gather == "once"
+            is_kept |= reshard_after_forward is None and group == wire.numbers.root
+            num_gathers = micro_batches * (1 if is_kept else 2)
+            num_bytes = _weight_payload_bytes(wire, gathered) * num_gathers
         for each in reversed(wire.stages):
             # What a rank got in a stage it hands on in the next.
             sent.to("gather", each.peers(rank), num_bytes)
@@ -101,6 +106,17 @@ class _Sent:
         for peer in ranks:
             if peer != self._rank:
                 self.bytes[direction, peer // self._ranks_per_node == node] += num_bytes
+
+
+def _frame_bytes(frames: SimulatedFrames, group: int, micro_batches: int) -> int:
+    """Bytes of one rank's frames: a backward pass sends none. Raises ValueError before the first"""
+    found = frames.sent_bytes(group, micro_batches)
+    if found is None:
+        raise ValueError(
+            "wire_bytes is of the last step that has sent changes with gather='delta', but none "
+            "has: take a step first, behind a warm-up and outside aside()."
+        )
+    return found
 
 
 def _weight_payload_bytes(wire: SimulatedWire, shards: Mapping[str, Tensor]) -> int:
