@@ -19,6 +19,7 @@ REDUCES = {
     "two-hop": "inside each node, then between nodes",
 }
 """What ``QSDPConfig.reduce`` may be, and over which stages."""
+DELTA_CODES = ("rank", "node")
 CODED_BITS = tuple(range(2, 9))
 LEVEL_STEPS = (10, 50, 200, 1000)
 
@@ -94,6 +95,12 @@ class QSDPConfig:
     delta_redraw_every: int | None = None
     """Steps for which a grid is kept, unless values leave it before. None: 200."""
 
+    delta_codes: str | None = None
+    """Where codes are kept. ``rank``: on every rank those of the whole model.
+    ``node``: the ranks of a node keep them between them, and gather them from each other inside the
+    node in each forward and backward pass. It takes several nodes of several ranks. None: rank.
+    """
+
     reduce: str = "auto"
     """Over which stages ranks exchange, a name in ``REDUCES``.
     Gathers follow suit, so that each shard comes to a node once. All are flat unless there are
@@ -135,6 +142,7 @@ class QSDPConfig:
     def __post_init__(self) -> None:
         choices = {"levels": LEVELS, "gather": GATHERS, "reduce": tuple(REDUCES)}
         choices |= {"rounding": ROUNDINGS} if self.rounding is not None else {}
+        choices |= {"delta_codes": DELTA_CODES} if self.delta_codes is not None else {}
         check_values(vars(self), choices)
         if self.level_steps is not None:
             object.__setattr__(self, "level_steps", tuple(sorted(set(self.level_steps))))

@@ -120,7 +120,7 @@ class PayloadGather:
         step = 0 if is_frozen else clock.step
         self._plan, self._wire = plan, wire
         self._payloads = CacheablePayloads(layout, buffer, step, keys)
-        self._gather = StagedGather(plan, buffer, wire)
+        self._gather = StagedGather(plan, plan.stages, buffer, wire)
         own = self._gather.own
         header = layout.header(plan.rank, step)
         self._mistake: RuntimeError | None = None

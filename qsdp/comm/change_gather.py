@@ -17,20 +17,18 @@ from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import check_none_failed
 from qsdp.comm.routes import gather_route
+from qsdp.comm.shared_rows import News, SharedRows, signed
 from qsdp.comm.staged_gather import StagedGather
-from qsdp.comm.topology import gathered_ranks
 from qsdp.comm.wire_state import Wire
 
 
 class Frames(NamedTuple):
-    """What all ranks have sent of their changes in one gather."""
+    """What ranks have sent of their changes in one gather."""
 
     bodies: Sequence[Tensor]
-    """uint8 [body bytes] each, by rank: valid until ``release``."""
-    longest: int
-    """Bytes of the longest frame."""
-    has_changes: bool
-    """Whether any of them says more than that nothing has changed."""
+    """uint8 [body bytes] each, in the order of the rows: valid until ``release``."""
+    news: News
+    """What they say; the digest is that of all frames before."""
     release: Callable[[], None]
 
 
@@ -39,7 +37,8 @@ class ChangeGather:
 
     Args:
         plan: How the group travels.
-        layout: That of the kept rows.
+        shared: Where its rows are.
+        layout: That of the rows.
         shard: uint8 [bytes], this rank's flat shard: it is read here.
         row: uint8 [row bytes], what all ranks keep of it: it stays as it is.
         modes: int64 [segments], how each parameter is looked at.
@@ -54,6 +53,7 @@ class ChangeGather:
     def __init__(
         self,
         plan: Plan,
+        shared: SharedRows,
         layout: GroupLayout,
         shard: Tensor,
         row: Tensor,
@@ -66,9 +66,9 @@ class ChangeGather:
         is_first: bool,
         async_op: bool,
     ) -> None:
-        self._plan, self._layout, self._wire = plan, layout, wire
-        self._expected, self._most, self._device = expected, most, shard.device
-        self.is_first = is_first
+        self._plan, self._shared, self._layout, self._wire = plan, shared, layout, wire
+        self._expected, self._most, self.device = expected, most, shard.device
+        self._digest, self.is_first = digest, is_first
         self.step = step = wire.clock.step
         self._mistake: RuntimeError | None = None
         counts = [0, 0, 0]
@@ -84,10 +84,10 @@ class ChangeGather:
             body, changed, drawn = counts
             length = FRAME_HEADER_BYTES + body
             word, _, _, plan_hash = layout.header(plan.rank, step, status)
-            header = [word, step, length, plan_hash, _signed(digest), changed, drawn]
+            header = [word, step, length, plan_hash, signed(digest), changed, drawn]
             frame[:FRAME_HEADER_BYTES] = torch.tensor(header).view(torch.uint8)
-            self._gathered = wire.buffers.acquire(plan.world_size * expected, shard.device)
-            self._gather = StagedGather(plan, self._gathered, wire, is_training=is_first)
+            self._gathered = wire.buffers.acquire(len(shared.owners) * expected, shard.device)
+            self._gather = self._over_stages(self._gathered)
             own, sent = self._gather.own, min(expected, length)
             own[:sent] = frame[:sent]
             own[sent:] = 0
@@ -101,9 +101,9 @@ class ChangeGather:
         """
         plan, wire = self._plan, self._wire
         seen = self._gather.wait()
-        gathered = self._gathered.view(plan.world_size, self._expected)
+        gathered = self._gathered.view(-1, self._expected)
         headers = (gathered if seen is None else seen.view_as(gathered))[:, :FRAME_HEADER_BYTES]
-        places = gather_route(gathered_ranks(plan.stages)).payloads  # by rank
+        places = gather_route(self._shared.order).payloads  # by row
         headers = headers.contiguous().view(torch.int64).cpu()[places]
         wire.traffic.in_fp32("gather", plan.world_size, self._layout.num_values)
         mistake, self._mistake = self._mistake, None
@@ -114,7 +114,6 @@ class ChangeGather:
                 del mistake
         self._check(headers)
         changed, drawn = headers[:, 5:].sum(0).tolist()
-        wire.traffic.changed(changed, drawn, is_training=self.is_first)
         lengths = headers[:, 2].tolist()
         whole = self._with_the_rest(gathered, max(lengths))
         bodies = [
@@ -122,17 +121,22 @@ class ChangeGather:
             for place, length in zip(places.tolist(), lengths, strict=True)
         ]
         least = FRAME_HEADER_BYTES + bitmap_bytes(len(self._layout.segments))
-        release = partial(wire.buffers.release, self._gathered)
-        return Frames(bodies, max(lengths), max(lengths) > least, release)
+        longest = max(lengths)
+        news = News(self._digest, longest, longest > least, changed, drawn)
+        return Frames(bodies, news, partial(wire.buffers.release, self._gathered))
+
+    def _over_stages(self, whole: Tensor) -> StagedGather:
+        """The all-gather of parts of frames into ``whole``."""
+        stages = self._shared.stages
+        return StagedGather(self._plan, stages, whole, self._wire, is_training=self.is_first)
 
     def _with_the_rest(self, gathered: Tensor, longest: int) -> Sequence[Tensor]:
         """The whole frames: gathers what did not fit, if anything."""
-        plan = self._plan
         missing = longest - self._expected
         if missing <= 0:
             return [*gathered]
-        rests = allocate_buffer(plan.world_size * missing, self._device)
-        gather = StagedGather(plan, rests, self._wire, is_training=self.is_first)
+        rests = allocate_buffer(len(gathered) * missing, self.device)
+        gather = self._over_stages(rests)
         gather.own[: self._rest.numel()] = self._rest
         gather.own[self._rest.numel() :] = 0
         gather.start()
@@ -141,11 +145,10 @@ class ChangeGather:
 
     def _check(self, headers: Tensor) -> None:
         """Raise RuntimeError unless the headers are those of one run, whose frames fit."""
-        plan = self._plan
-        found = headers.tolist()
+        plan, senders, found = self._plan, self._shared.owners, headers.tolist()
         _, _, _, plan_hash = self._layout.header(0, self.step)
-        check_none_failed([each[3] ^ plan_hash for each in found], range(len(found)), plan)
-        for rank, (word, step, length, its_hash, *_) in enumerate(found):
+        check_none_failed([each[3] ^ plan_hash for each in found], senders, plan)
+        for rank, (word, step, length, its_hash, *_) in zip(senders, found, strict=True):
             expected = [VERSION << 32 | rank, self.step, plan_hash]
             fits = FRAME_HEADER_BYTES <= length <= self._most
             if [word, step, its_hash] != expected or not fits:
@@ -156,10 +159,12 @@ class ChangeGather:
                     "and step on every rank."
                 )
         digests = [each[4] for each in found]
-        if odd := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        same = [digest == digests[0] for digest in digests]
+        if not all(same):
             raise RuntimeError(
-                f"ranks 0 and {odd[0]} keep other codes of the group of {plan.name}, as one of "
-                "them has missed what was sent: take the step again on every rank."
+                f"ranks {senders[0]} and {senders[same.index(False)]} keep other codes of the "
+                f"group of {plan.name}, as one of them has missed what was sent: take the step "
+                "again on every rank."
             )
 
 
@@ -184,7 +189,3 @@ def changes_of(
     ops.encode_changes(values, table, key, row, modes, step, *how, body, counts)
     found: list[int] = counts.tolist()
     return found
-
-
-def _signed(word: int) -> int:
-    return word - (word >> 63 << 64)

@@ -1,11 +1,12 @@
 """The codes that every rank keeps of a group's weights, and the frames that bring them up to date.
 
-[Note: Kept] Of each rank of the shard group all ranks keep a row: its codes, with the grids that
-they are on. A gather sends what has changed of them, and decodes the rows. A frame is applied
-exactly once on every rank, before the group's next frame: a rank that missed one would decode other
-weights for ever. So a digest of all frames so far is in every header, and in what ranks compare
-where a pass begins. Where digests differ all ranks forget what they keep, and the next frame draws
-all grids anew. So it does where other bits or masks give the rows another layout.
+[Note: Kept] Of each rank of the shard group all ranks keep a row, or the ranks of a node between
+them (``shared_rows.py``): its codes, with the grids that they are on. A gather sends what has
+changed of them, and decodes the rows. A frame is applied exactly once on every rank that keeps the
+row, before the group's next frame: a rank that missed one would decode other weights for ever. So a
+digest of all frames so far is in every header, and in what ranks compare where a pass begins. Where
+digests differ all ranks forget what they keep, and the next frame draws all grids anew. So it does
+where other bits or masks give the rows another layout.
 
 Codes have no history, grids have one. So grids are what a checkpoint must have: where they are
 restored, the next frame says all codes, on these, and all goes on bit for bit.
@@ -14,6 +15,8 @@ restored, the next frame says all codes, on these, and all goes on bit for bit.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -26,15 +29,15 @@ from qsdp.codec.change_frame import (
     most_body_bytes,
 )
 from qsdp.comm.buffers import allocate_buffer, as_bytes
-from qsdp.comm.change_gather import ChangeGather, Frames, changes_of
+from qsdp.comm.change_gather import ChangeGather, changes_of
 from qsdp.comm.grid_exchange import exchange_grids, fill_grids, grids_of_row, kept_buckets
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.quantization_error import Meter
+from qsdp.comm.shared_rows import News, SharedRows, ToldMistake, added
 from qsdp.comm.wire_state import Wire
 from qsdp.common.checksum import checksum
 from qsdp.common.gpu_streams import reads_on_this_stream, written_on_this_stream
-from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
 from qsdp.common.user_errors import quoted
 from qsdp.ops.reference.changes import FROZEN, STILL, TRAINED
 from qsdp.ops.reference.kept_grids import KeptGrids
@@ -51,6 +54,7 @@ class KeptCodes:
     def __init__(self, plan: Plan, wire: Wire) -> None:
         self._plan, self._wire = plan, wire
         wire.kept[plan.index] = self
+        self._shared = SharedRows(plan, wire)
         self._rows: Tensor | None = None
         self._used: torch.Event | None = None
         self._arriving: ChangeGather | None = None
@@ -94,6 +98,11 @@ class KeptCodes:
     def is_cut_short(self) -> bool:
         """Whether this rank was interrupted while it applied frames: its rows may be anything."""
         return self._is_applying
+
+    @property
+    def is_by_node(self) -> bool:
+        """Whether to decode them is a collective of the node's ranks."""
+        return self._shared.is_by_node
 
     @property
     def num_bytes(self) -> int:
@@ -144,9 +153,10 @@ class KeptCodes:
         self._sizes = None if self._is_new else sizes
         self._arriving = ChangeGather(
             self._plan,
+            self._shared,
             self._layout,
             as_bytes(input),
-            rows[self._plan.rank],
+            rows[self._shared.own],
             torch.tensor(modes, dtype=torch.int64),
             self._wire,
             digest=self._digest,
@@ -165,38 +175,43 @@ class KeptCodes:
         if arriving is None:
             return
         try:
+            news = self._shared.tell(partial(self._take, arriving), arriving.device)
+        except ToldMistake:
+            self.forget()
+            raise
+        if self._sizes is not None:
+            self._sizes.saw(news.longest)
+        self._wire.traffic.changed(news.changed, news.drawn, is_training=arriving.is_first)
+        self._is_new, self._frozen_sums = False, self._sent_sums
+        self._has_moved = news.has_changes and not arriving.is_first
+        self._digest, self._is_applying = news.digest, False
+
+    def _take(self, arriving: ChangeGather) -> News:
+        """Bring this rank's rows up to date with the frames that come to it."""
+        try:
             frames = arriving.finish()
         except RuntimeError:
             self.forget()
             raise
         # Whoever is interrupted from here on may have applied a part, others all of it or nothing.
         self._is_applying = True
-        digest = self._apply(frames, arriving.step)
-        if self._sizes is not None:
-            self._sizes.saw(frames.longest)
-        self._is_new, self._frozen_sums = False, self._sent_sums
-        self._has_moved = frames.has_changes and not arriving.is_first
-        self._digest, self._is_applying = digest, False
-
-    def _apply(self, frames: Frames, step: int) -> int:
-        """Bring all rows up to date. Returns the digest of all frames so far."""
         assert self._rows is not None
-        plan, wire, digest = self._plan, self._wire, self._digest
+        plan, wire, digest = self._plan, self._wire, frames.news.digest
         self._wait_for_others()
         with wire.times.measure("gather", "decode", self._rows.device):
-            for rank, (body, row) in enumerate(zip(frames.bodies, self._rows, strict=True)):
+            for rank, body, row in zip(self._shared.owners, frames.bodies, self._rows, strict=True):
                 try:
-                    ops.apply_changes(body, self._layout.table(rank), step, row)
+                    ops.apply_changes(body, self._layout.table(rank), arriving.step, row)
                 except ValueError as error:
                     self.forget()
                     raise RuntimeError(
                         f"rank {rank} sent changes for the group of {plan.name} that cannot be "
                         f"({quoted(error)}): run the same version of qsdp on every rank."
                     ) from None
-                digest = finalize((digest ^ checksum([body])) + GOLDEN_GAMMA & MASK)
+                digest = added(digest, checksum([body]))
         self._used = written_on_this_stream(self._rows.device)
         frames.release()
-        return digest
+        return frames.news._replace(digest=digest)
 
     def decode(self, output: Tensor) -> None:
         """Fill the flat buffer ``output`` of all ranks with what the kept codes stand for."""
@@ -204,10 +219,12 @@ class KeptCodes:
         plan, layout, wire = self._plan, self._layout, self._wire
         keys = wire.clock.kept_keys(plan.world_size)
         slices = as_bytes(output).view(plan.world_size, plan.buffer_bytes)
-        order = tuple(range(plan.world_size))
         self._wait_for_others()
-        with wire.times.measure("gather", "decode", output.device):
-            layout.decode(self._rows, order, keys, slices, wire.buffers, None)
+        with (
+            self._shared.all_rows(self._rows) as (rows, order),
+            wire.times.measure("gather", "decode", output.device),
+        ):
+            layout.decode(rows, order, keys, slices, wire.buffers, None)
         self._used = written_on_this_stream(output.device)
 
     def measure(self, meter: Meter, shards: Sequence[Tensor], trains: Sequence[bool]) -> None:
@@ -220,7 +237,7 @@ class KeptCodes:
         step, device = wire.clock.next_step, shards[0].device
         row = torch.empty(layout.payload_bytes, dtype=torch.uint8, device=device)
         if layout.is_like(self._layout):
-            row.copy_(self._rows_of(device)[plan.rank])
+            row.copy_(self._rows_of(device)[self._shared.own])
         else:
             clear(row, layout, plan.rank)
         exact, decoded = (
@@ -253,7 +270,7 @@ class KeptCodes:
         self._wait_for_others()
         rank, layout = self._plan.rank, self._plan.kept_rows()
         is_kept = self._has_rows and layout.is_like(self._layout)
-        row = self._rows[rank] if is_kept and self._rows is not None else None
+        row = self._rows[self._shared.own] if is_kept and self._rows is not None else None
         found = grids_of_row(row, layout.segment_rows(rank), kept_buckets(self._plan), device)
         self._used = written_on_this_stream(device)
         return found
@@ -267,7 +284,7 @@ class KeptCodes:
         if not own:
             return
         everyone, buckets = exchange_grids(self._plan, self._wire, own), kept_buckets(self._plan)
-        for rank, row in enumerate(self._rows_of(everyone.device)):
+        for rank, row in zip(self._shared.owners, self._rows_of(everyone.device), strict=True):
             fill_grids(row, self._layout.segment_rows(rank), buckets, everyone[rank])
         self._used = written_on_this_stream(everyone.device)
         self._digest = checksum([everyone])
@@ -279,13 +296,13 @@ class KeptCodes:
             reads_on_this_stream(self._rows)
 
     def _rows_of(self, device: torch.device) -> Tensor:
-        """uint8 [ranks, row bytes]."""
+        """uint8 [owners, row bytes]."""
         self._wait_for_others()
-        size, ranks = self._layout.payload_bytes, self._plan.world_size
-        if self._rows is None or self._rows.numel() != ranks * size or self._rows.device != device:
-            self._rows = allocate_buffer(ranks * size, device).view(ranks, size)
+        shape = len(self._shared.owners), self._layout.payload_bytes
+        if self._rows is None or self._rows.shape != shape or self._rows.device != device:
+            self._rows = allocate_buffer(prod(shape), device).view(shape)
         if not self._has_rows:
-            for rank, row in enumerate(self._rows):
+            for rank, row in zip(self._shared.owners, self._rows, strict=True):
                 clear(row, self._layout, rank)
             self._has_rows = True
         return self._rows

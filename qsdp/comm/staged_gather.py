@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 
 from torch import Tensor
 
 from qsdp.comm import transport
 from qsdp.comm.group_plan import Plan
+from qsdp.comm.topology import StageGroup
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import collective
 
@@ -21,21 +23,31 @@ class StagedGather:
 
     Args:
         plan: How the group travels.
+        stages: The stages, innermost first.
         whole: uint8 [ranks * bytes of a part]: filled, in the order of ``gathered_ranks``.
         wire: What the group shares with the others.
         is_training: As for ``Traffic.sent``.
     """
 
-    def __init__(self, plan: Plan, whole: Tensor, wire: Wire, *, is_training: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        stages: Sequence[StageGroup],
+        whole: Tensor,
+        wire: Wire,
+        *,
+        is_training: bool = False,
+    ) -> None:
         self._plan, self._whole, self._wire, self._is_training = plan, whole, wire, is_training
-        self._size, self._step = whole.numel() // plan.world_size, wire.clock.step
-        group = plan.stages[-1].group
+        self._stages, self._step = stages, wire.clock.step
+        self._size = whole.numel() // prod(stage.size for stage in stages)
+        group = stages[-1].group
         self._gathered = self._room(group.size() * self._size)
         self.own = self._gathered.narrow(0, group.rank() * self._size, self._size)
 
     def start(self, *, async_op: bool = False) -> None:
         """Start the first stage. ``async_op``: it runs beside this thread until ``wait``."""
-        group = self._plan.stages[-1].group
+        group = self._stages[-1].group
         with self._on_the_wire():
             self._arrival = transport.start_all_gather(
                 self._gathered, self.own, group, async_op=async_op
@@ -43,7 +55,7 @@ class StagedGather:
 
     def wait(self) -> Tensor | None:
         """Go through all stages, and count them; returns the whole where the host can read it."""
-        stages, size = self._plan.stages, self._size
+        stages, size = self._stages, self._size
         with self._on_the_wire():
             seen = self._arrival.wait()
             for stage in reversed(stages[:-1]):

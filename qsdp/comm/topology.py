@@ -81,6 +81,19 @@ def split(
 
     Raises ValueError where the config asks for stages that cannot be.
     """
+    found = _split(group, nodes, mesh, config)
+    if config.delta_codes == "node" and found.is_flat:
+        ranks = dist.get_process_group_ranks(group)
+        raise ValueError(
+            f"delta_codes is 'node', but the shard group's ranks {ranks} do not fill several nodes "
+            "of several ranks each: set ranks_per_node so that they do, or leave delta_codes out."
+        )
+    return found
+
+
+def _split(
+    group: dist.ProcessGroup, nodes: Nodes, mesh: DeviceMesh | None, config: QSDPConfig
+) -> TopologySplit:
     flat = {KeyStage.FLAT: group.size()}
     if config.reduce == "flat":
         return TopologySplit(flat)

@@ -23,6 +23,7 @@ def check_company(values: Mapping[str, Any]) -> None:
         ("local_grad_bits", values["reduce"] != "flat", "reduce='two-hop'"),
         ("delta_room", is_delta, "gather='delta'"),
         ("delta_redraw_every", is_delta, "gather='delta'"),
+        ("delta_codes", is_delta, "gather='delta'"),
     ):
         if values[name] is not None and not is_heeded:
             raise ValueError(
@@ -40,6 +41,11 @@ def check_company(values: Mapping[str, Any]) -> None:
 
 def _check_delta(values: Mapping[str, Any]) -> None:
     """Raise ValueError for what grids that are kept cannot have."""
+    if values["delta_codes"] == "node" and values["reduce"] == "flat":
+        raise ValueError(
+            "delta_codes is 'node' beside reduce='flat', which knows no nodes: leave one of the "
+            "two out."
+        )
     if values["levels"] == "learned":
         raise ValueError(
             f"levels is {values['levels']!r} beside gather='delta', which keeps uniform grids: "
@@ -49,6 +55,6 @@ def _check_delta(values: Mapping[str, Any]) -> None:
         check_bucket_size("weight_bucket_size", values["weight_bucket_size"], MAX_DELTA_BUCKET)
     elif values["bucket_size"] is not None and values["bucket_size"] > MAX_DELTA_BUCKET:
         raise ValueError(
-            f"bucket_size is {values['bucket_size']} beside gather='delta', for weights too: choose "
-            f"at most {MAX_DELTA_BUCKET}, or add weight_bucket_size=N."
+            f"bucket_size is {values['bucket_size']} beside gather='delta', for weights too: "
+            f"choose at most {MAX_DELTA_BUCKET}, or add weight_bucket_size=N."
         )

@@ -125,6 +125,8 @@ class AllGatherHook(CommBuffers):
         """
         if is_in_backward():
             if kept.is_of(self._wire.clock.step):
+                if kept.is_by_node:
+                    self.passes.before_collective_in_backward(self._plan)
                 kept.decode(output)
                 return None
             self.passes.before_collective_in_backward(self._plan)

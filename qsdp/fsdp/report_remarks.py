@@ -51,11 +51,18 @@ def remarks(
             yield f"gather once: {frozen} frozen parameters are sent once for all steps, {how}"
     if config.gather == "delta":
         several = [plan for plan in plans if plan.world_size > 1]
-        num_bytes = sum(plan.world_size * plan.kept_rows().payload_bytes for plan in several)
-        yield (
-            "gather delta: every rank keeps the codes of all weights with their grids, "
-            f"{num_bytes:,} bytes, and is sent those that change"
+        is_by_node = config.delta_codes == "node"
+        num_bytes = sum(
+            plan.kept_rows().payload_bytes * plan.world_size // plan.stages[0].size ** is_by_node
+            for plan in several
         )
+        whose = "its share of a node's codes" if is_by_node else "the codes of all weights"
+        yield (
+            f"gather delta: every rank keeps {whose} with their grids, {num_bytes:,} bytes, and is "
+            "sent those that change"
+        )
+        if is_by_node:
+            yield "gather delta: codes are gathered inside a node in each forward and backward pass"
         lasting = f"a room of {config.room:g} and at most {config.redraw_every} steps"
         yield f"gather delta: grids have {lasting}; load_grids goes on with those of a checkpoint"
     masked = _masked(config, plans, groups)

@@ -45,6 +45,16 @@ def simulated_stages(world: SimulatedRanks, config: QSDPConfig) -> list[Simulate
     Those of one rank have nothing to do; if fewer than two are left, all ranks exchange at once.
     Raises ValueError where the config asks for stages that cannot be.
     """
+    found = _stages(world, config)
+    if config.delta_codes == "node" and len(found) == 1:
+        raise ValueError(
+            f"delta_codes is 'node', but {world.world_size} ranks do not fill several nodes of "
+            "several ranks each: choose ranks_per_node so that they do, or leave delta_codes out."
+        )
+    return found
+
+
+def _stages(world: SimulatedRanks, config: QSDPConfig) -> list[SimulatedStage]:
     flat = [SimulatedStage(KeyStage.FLAT, world.world_size, 1)]
     if config.reduce == "flat":
         return flat

@@ -174,6 +174,7 @@ class TrainConfig:
                 found["qsdp_delta_room"] = self.qsdp.room
                 found["qsdp_delta_redraw_every"] = self.qsdp.redraw_every
             found = {n: v for n, v in found.items() if n not in _LATER or v is not None}
+            found.pop("qsdp_delta_codes")  # the same codes, wherever they are
         for each in self.methods:
             if each.is_chosen or each.IS_IN_EVERY_IDENTITY:
                 found |= each.identity()

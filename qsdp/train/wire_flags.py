@@ -128,6 +128,12 @@ class WireFlags(Flags):
     qsdp_delta_redraw_every: int | None = None
     """Steps for which a grid is kept, unless weights leave it before. Unset: 200."""
 
+    qsdp_delta_codes: str | None = None
+    """Where the codes that are kept lie. Unset: rank.
+    rank: on every rank those of the whole model; node: the ranks of a node keep them between them
+    and gather them from each other, inside the node, in each forward and backward pass.
+    """
+
     qsdp_reduce: Annotated[
         str | None,
         tyro.conf.arg(

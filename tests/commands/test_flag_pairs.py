@@ -120,6 +120,7 @@ SAMPLES: dict[str, tuple[Values, Values]] = {
     "qsdp_gather delta": ({"qsdp_gather": "delta"}, WIRE),
     "qsdp_delta_room": ({"qsdp_delta_room": 0.1}, DELTA),
     "qsdp_delta_redraw_every": ({"qsdp_delta_redraw_every": 50}, DELTA),
+    "qsdp_delta_codes": ({"qsdp_delta_codes": "node"}, DELTA),
     "qsdp_reduce": ({"qsdp_reduce": "two-hop"}, WIRE),
     "qsdp_reduce flat": ({"qsdp_reduce": "flat"}, WIRE),
     "qsdp_ranks_per_node": ({"qsdp_ranks_per_node": 2}, WIRE),
@@ -135,6 +136,7 @@ def is_beside_bits(values: Values) -> bool:
 NEEDS_CODES = ("bucket_size", "rounding", "rounding to nearest", "errors", "local_grad_bits")
 NEEDS_CODES += ("levels", "level_steps", "warmup_bits", "weight_bucket_size")
 WITH_DELTA = ("qsdp_gather delta", "qsdp_delta_room", "qsdp_delta_redraw_every")
+WITH_DELTA += ("qsdp_delta_codes",)
 NO_DELTA = ("levels", "level_steps")
 
 # Of two methods all pairs exclude each other; beside these:
@@ -157,6 +159,7 @@ EXCLUDED = {
         *((delta, "qsdp_bits without codes") for delta in WITH_DELTA),
         *((delta, f"qsdp_{name}") for delta in WITH_DELTA for name in NO_DELTA),
         *((delta, "qsdp_gather") for delta in WITH_DELTA),
+        ("qsdp_delta_codes", "qsdp_reduce flat"),
         *((name, "qsdp_bits auto") for name, (own, _) in SAMPLES.items() if is_beside_bits(own)),
         ("replicas", "qsdp_bits auto"),
     )
@@ -238,7 +241,7 @@ def wired(wire: QSDPConfig) -> list[Any]:
     return [
         *(rows, has_codes, wire.gather, wire.reduce, wire.ranks_per_node, wire.seed, wire.budget),
         *(is_learned, wire.learning_steps if is_learned else ()),
-        (wire.room, wire.redraw_every) if is_delta else (),
+        (wire.room, wire.redraw_every, wire.delta_codes) if is_delta else (),
         (wire.warmup_steps, warm) if is_warmed else None,
     ]
 

@@ -13,6 +13,7 @@ NAMES = {"LOCAL", "ACROSS", "is_two_hop"}
 TEXTS = {"two-hop", "two hops"}
 MAY_SAY = {
     "config.py": {"two-hop"},  # a user's word
+    "common/wire_company.py": {"two-hop"},  # in advice
     "codec/random_numbers.py": {"LOCAL", "ACROSS"},  # where they are numbered
     "comm/topology.py": {"LOCAL", "ACROSS", "two-hop", "two hops"},
     "simulation/stages.py": {"LOCAL", "ACROSS", "two-hop"},

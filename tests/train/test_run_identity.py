@@ -94,7 +94,7 @@ OF_DELTA: dict[str, Any] = {"qsdp_delta_room": 0.1, "qsdp_delta_redraw_every": 5
 def test_every_setting_is_part_of_a_run_or_changes_no_number() -> None:
     told = {*CHANGES, *NO_CHANGES, *OF_A_METHOD, *OF_THE_WIRE}
     # These need two others, which are told.
-    told |= {"qsdp_level_steps", "qsdp_warmup_bits", "qsdp_errors", *OF_DELTA}
+    told |= {"qsdp_level_steps", "qsdp_warmup_bits", "qsdp_errors", "qsdp_delta_codes", *OF_DELTA}
     assert told == setting_types().keys()
     plain, coded = TrainConfig(), TrainConfig.of(qsdp_bits=4)
     pairs = [(plain, {name: value}) for name, value in CHANGES.items()]
@@ -111,6 +111,7 @@ def test_every_setting_is_part_of_a_run_or_changes_no_number() -> None:
     for name, value in NO_CHANGES.items():
         assert plain.changed(**{name: value}).identity == plain.identity, name
     assert coded.changed(qsdp_errors=True).identity == coded.identity
+    assert kept.changed(qsdp_delta_codes="node").identity == kept.identity
     for name in ("data", "tokenizer"):
         assert plain.changed(**{name: "else"}).out_dir != plain.out_dir
 

@@ -30,7 +30,7 @@ FULL_WIRE = [
 # Those that go with none of these.
 DELTA_WIRE = [
     *("--qsdp-bits", "4", "--qsdp-gather", "delta", "--qsdp-delta-room", "0.1"),
-    *("--qsdp-delta-redraw-every", "50"),
+    *("--qsdp-delta-redraw-every", "50", "--qsdp-delta-codes", "node"),
 ]
 
 
@@ -222,6 +222,7 @@ def test_every_flag_of_the_wire_reaches_its_config(tmp_path: Path) -> None:
         gather="delta",
         delta_room=0.1,
         delta_redraw_every=50,
+        delta_codes="node",
     )
     # A field that no flag sets would be out of reach here, and a flag that sets none is missing.
     settings = {field.name for field in fields(QSDPConfig)} - {"seed"}
@@ -241,6 +242,7 @@ def test_every_flag_of_the_wire_reaches_its_config(tmp_path: Path) -> None:
     [
         (["--qsdp-weight-bits", "16"], "--qsdp-gather delta is for weights of 8 bits or fewer, "),
         (["--qsdp-levels", "learned"], "--qsdp-levels is 'learned' beside --qsdp-gather delta, "),
+        (["--qsdp-reduce", "flat"], "--qsdp-delta-codes is 'node' beside --qsdp-reduce flat, "),
         (["--qsdp-bucket-size", "256"], "--qsdp-bucket-size is 256 .* --qsdp-weight-bucket-size N"),
     ],
 )
