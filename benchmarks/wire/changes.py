@@ -34,7 +34,6 @@ from benchmarks.support.namespaces import Hosts, exit_on_termination
 from benchmarks.support.runs import Mistake, Run, ends_on_error, read_records
 from benchmarks.wire.changes_table import name_of, plot, table, verdicts
 from qsdp.common.json_files import write_json
-from qsdp.common.user_errors import quoted
 
 NUM_HOSTS = 2
 LR, STEPS = 1e-3, 1000
@@ -138,7 +137,10 @@ def plan(arguments: argparse.Namespace) -> list[Run]:
 
 
 def train(hosts: Hosts, run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The record of one case. Raises RuntimeError with the end of the first host's log."""
+    """The record of one case.
+
+    Raises RuntimeError if it fails, and prints the end of the first host's log.
+    """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="qsdp-changes-") as folder:
         out = Path(folder, "found.json")
@@ -150,9 +152,9 @@ def train(hosts: Hosts, run: Run, arguments: argparse.Namespace) -> dict[str, An
                 timeout=arguments.timeout,
                 output=Path(folder),
             )
-        except RuntimeError as error:
-            log = Path(folder, "host0.log").read_text()[-3000:]
-            raise RuntimeError(f"{quoted(error)}: {log}") from None
+        except RuntimeError:
+            print(Path(folder, "host0.log").read_text()[-3000:], file=sys.stderr)
+            raise
         found: dict[str, Any] = json.loads(out.read_text())
     seconds = round(time.monotonic() - started, 1)
     return run.settings | found | {"seconds": seconds, "machine": machine.describe()}

@@ -31,6 +31,9 @@ from qsdp.train.parallelize import parallelize
 from qsdp.train.world import World, open_world
 
 PRESET = "nano"
+CHANGES = ("changed_codes", "redrawn_buckets")
+AVERAGED = 10
+"""Steps whose means are one line of the series."""
 
 
 def main() -> None:
@@ -61,7 +64,11 @@ def parse() -> argparse.Namespace:
 
 
 def train(world: World, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Take the steps. Returns bytes between the readings, means over ranks, and rank 0's series."""
+    """Take the steps.
+
+    Returns what was used between the readings, means over ranks, and this rank's series: means of
+    ten steps each, from the second on, for the first sends all.
+    """
     torch.set_num_threads(1)
     keep_freed_memory()
     corpus = load_corpus(arguments.data)
@@ -84,10 +91,11 @@ def train(world: World, arguments: argparse.Namespace) -> dict[str, Any]:
     model, handle = sharded.model, cast(qsdp.Handle, sharded.handle)
     optimizer = make_optimizer(config, model)
     batches = Batches(corpus.train, run.batch_size, run.seq_len, run.seed, world.rank, world.size)
-    rows, before = [], state(handle)
+    rows: list[dict[str, float]] = []
+    before = read(handle)
     for step in range(arguments.to):
         if step == arguments.since:
-            before = state(handle)
+            before = read(handle)
         counts = handle.traffic.snapshot()
         rate = learning_rate(config, step)
         for group in optimizer.param_groups:
@@ -98,7 +106,7 @@ def train(world: World, arguments: argparse.Namespace) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         rows.append({"step": step + 1, "lr": rate, "loss": loss.item(), **used(counts, handle)})
-    after = state(handle)
+    after = read(handle)
     names = list(after)
     means = [each / world.size for each in world.sum(*(after[n] - before[n] for n in names))]
     parameters = list(model.parameters())
@@ -108,15 +116,30 @@ def train(world: World, arguments: argparse.Namespace) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in parameters),
         # What has one dimension travels as it is.
         "coded": sum(p.numel() for p in parameters if p.dim() > 1),
-        "series": rows,
+        "first_gather_bytes": rows[0]["gather_sent_bytes"],
+        "series": [
+            mean_of(rows[begin : begin + AVERAGED]) for begin in range(1, len(rows), AVERAGED)
+        ],
     }
+
+
+def read(handle: qsdp.Handle) -> dict[str, int]:
+    """What this host's interface and the counters say when all ranks have come so far."""
+    counts = handle.traffic.snapshot()
+    return state(handle) | {name: counts.get(name, 0) for name in CHANGES}
 
 
 def used(before: dict[str, int], handle: qsdp.Handle) -> dict[str, int]:
     """What a step has taken: bytes that this rank sent, and what all ranks said has changed."""
     after = handle.traffic.snapshot()
-    names = ("gather_sent_bytes", "reduce_sent_bytes", "changed_codes", "redrawn_buckets")
+    names = ("gather_sent_bytes", "reduce_sent_bytes", *CHANGES)
     return {name: after.get(name, 0) - before.get(name, 0) for name in names}
+
+
+def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Means over steps, by the number of the last."""
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return means | {"step": rows[-1]["step"]}
 
 
 if __name__ == "__main__":

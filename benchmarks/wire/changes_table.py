@@ -19,7 +19,6 @@ GATHER_AT_MOST = {("nano", 4): 0.36, ("nano", 8): 2.5, ("19m", 4): 0.30, ("19m",
 """Bits a weight a step, by model and bits of weights."""
 STEP_AT_MOST = {("nano", 4): 0.62, ("nano", 3): 0.50, ("19m", 4): 0.60, ("19m", 3): 0.47}
 """Bytes a parameter a step where weights have 4 bits, by model and bits of gradients."""
-SMOOTHED = 20
 
 
 def per_parameter(record: Record, num_bytes: float) -> float:
@@ -45,8 +44,8 @@ def difference(record: Record) -> float:
 
 def changed_share(record: Record) -> float:
     """Which part of the coded weights changes its code in a step, on a grid that stays."""
-    lines = record["series"][record["since"] :]
-    return float(sum(line["changed_codes"] for line in lines) / len(lines) / record["coded"])
+    steps = record["to"] - record["since"]
+    return float(record["changed_codes"] / steps / record["coded"])
 
 
 def name_of(record: Record) -> str:
@@ -120,13 +119,12 @@ def plot(records: Sequence[Record], path: Path) -> bool:
             "linewidth": 1.2,
             "label": f"{record['weight_bits']} bits, rate {record['lr']:g}",
         }
+        steps = [line["step"] for line in record["series"]]
         changed = [line["changed_codes"] / record["coded"] for line in record["series"]]
         factor = 8 * record["ranks"] / (record["ranks"] - 1) / record["parameters"]
         sent = [factor * line["gather_sent_bytes"] for line in record["series"]]
-        # The first step sends all.
-        for axes, values in ((left, changed[1:]), (right, sent[1:])):
-            means = smoothed(values)
-            axes.plot(range(2, 2 + len(means)), means, **style)
+        left.plot(steps, changed, **style)
+        right.plot(steps, sent, **style)
     left.set(ylabel="codes that change in a step, of all")
     right.set(ylabel="bits a weight a step, frames whole")
     for axes in (left, right):
@@ -137,14 +135,8 @@ def plot(records: Sequence[Record], path: Path) -> bool:
     left.legend(fontsize=7, frameon=False)
     figure.suptitle(
         f'gather="delta" over a training: nano, {shown[0]["steps"]} steps, rates rise for a '
-        f"tenth and fall to a tenth, means of {SMOOTHED} steps",
+        f"tenth and fall to a tenth, means of 10 steps",
         fontsize=9,
     )
     save_png(figure, path)
     return True
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """The mean of each value and those before it, ``SMOOTHED`` at most."""
-    windows = (values[max(0, end - SMOOTHED) : end] for end in range(1, len(values) + 1))
-    return [sum(window) / len(window) for window in windows]

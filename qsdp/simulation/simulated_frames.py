@@ -7,7 +7,7 @@ from codes and grids, and no frame is made. How many bytes ranks send of frames 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from copy import copy, deepcopy
 from typing import Any, NamedTuple
 
@@ -36,8 +36,10 @@ class _Sent(NamedTuple):
     """In which its last frames were that brought changes: those of the step's first gather."""
     sizes: FrameSizes
     """What the next ones are let be; it is not changed any more."""
-    first: int
-    """Bytes that each rank sent of the last one."""
+    expected: int
+    """Bytes that each rank sent at once of its last one."""
+    lengths: dict[int, int]
+    """Of the last ones, by rank of the shard group."""
     more: int
     """Bytes that each sends of a further frame in a step, by which nothing has changed."""
 
@@ -92,25 +94,29 @@ class SimulatedFrames:
             # Of rows with no more than these the bitmap has no byte more than the group's.
             most = max(most_body_bytes(each) - bitmap_bytes(len(each)) for each in rows) + head
             raw = max(sum(row.data_bytes for row in each if not row.bits) for each in rows)
-            longest = head + max(sum(num for _, num in said) for said in by_rank.values())
+            lengths = {rank: head + sum(num for _, num in said) for rank, said in by_rank.items()}
             sent, more = self._sent.get(group), FrameSizes(head, most).expected
             if sent is None:
                 sizes = FrameSizes(head + raw + most // 16, most)
-                self._sent[group] = _Sent(step, sizes, most, more)
+                self._sent[group] = _Sent(step, sizes, most, lengths, more)
             elif sent.step != step:
                 sizes = deepcopy(sent.sizes)
-                first = max(sizes.expected, longest)
-                sizes.saw(longest)
-                self._sent[group] = _Sent(step, sizes, first, more)
+                expected = sizes.expected
+                sizes.saw(max(lengths.values()))
+                self._sent[group] = _Sent(step, sizes, expected, lengths, more)
         self._said = {}
 
-    def sent_bytes(self, group: int, gathers: int) -> int | None:
-        """Bytes that each rank sends of its frames in a step with so many gathers of a group.
+    def sent_bytes(self, group: int, gathers: int, ranks: Iterable[int]) -> int | None:
+        """Bytes that each of ``ranks`` sends of its frames in a step with so many gathers.
 
-        The first is the last one that there was; None before.
+        The first is the last one of the group that there was; None before. What does not fit is
+        sent behind by all ranks that exchange frames, which are ``ranks`` of the shard group.
         """
         sent = self._sent.get(group)
-        return None if sent is None else sent.first + (gathers - 1) * sent.more
+        if sent is None:
+            return None
+        longest = max(sent.lengths.get(rank, 0) for rank in ranks)
+        return max(sent.expected, longest) + (gathers - 1) * sent.more
 
     def rewind_point(self) -> Callable[[Collection[int | None]], None]:
         """A function that takes back what was sent since, but of the groups that it is given."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from qsdp.codec.payload import Layout
+from qsdp.codec.payload import Layout, Segment
 from qsdp.codec.random_numbers import KeyStage
 from qsdp.simulation.simulated_frames import SimulatedFrames
 from qsdp.simulation.simulated_wire import SimulatedWire
+
+_NEWS_BYTES = 48
+"""What a rank tells those of its node of the frames that it has seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +66,24 @@ def count_bytes(
     replicas = range(rank % size, world.num_ranks, size) if world.quantized_replicas else ()
     for group in sorted(set(wire.numbers.groups.values())) if size > 1 else ():
         members = {n: shard for n, shard in shards.items() if wire.numbers.groups[n] == group}
-        if wire.grids is not None:
-            num_bytes = _frame_bytes(wire.grids.frames, group, micro_batches)
-        else:
+        is_kept = reshard_after_forward is False or wire.config.gather == "once"
+        is_kept |= reshard_after_forward is None and group == wire.numbers.root
+        num_gathers = micro_batches * (1 if is_kept else 2)
+        stages, num_bytes = wire.stages, 0
+        if wire.grids is None:
             gathered = {n: each for n, each in members.items() if not wire.is_sent_once(each, None)}
-            is_kept = reshard_after_forward is False or wire.config.gather == "once"
-            is_kept |= reshard_after_forward is None and group == wire.numbers.root
-            num_gathers = micro_batches * (1 if is_kept else 2)
             num_bytes = _weight_payload_bytes(wire, gathered) * num_gathers
-        for each in reversed(wire.stages):
+        else:
+            place, ranks_per_node = rank % size, 1
+            if wire.config.delta_codes == "node":
+                ranks_per_node, stages = stages[0].size, stages[1:]
+                # All rows of a place, and what each rank has heard of frames.
+                rows = _kept_row_bytes(wire, members) * size // ranks_per_node
+                told = rows * num_gathers + _NEWS_BYTES * micro_batches
+                sent.to("gather", wire.stages[0].peers(rank), told)
+            owners = range(place % ranks_per_node, size, ranks_per_node)
+            num_bytes = _frame_bytes(wire.grids.frames, group, micro_batches, owners)
+        for each in reversed(stages):
             # What a rank got in a stage it hands on in the next.
             sent.to("gather", each.peers(rank), num_bytes)
             num_bytes *= each.size
@@ -108,9 +120,14 @@ class _Sent:
                 self.bytes[direction, peer // self._ranks_per_node == node] += num_bytes
 
 
-def _frame_bytes(frames: SimulatedFrames, group: int, micro_batches: int) -> int:
-    """Bytes of one rank's frames: a backward pass sends none. Raises ValueError before the first"""
-    found = frames.sent_bytes(group, micro_batches)
+def _frame_bytes(
+    frames: SimulatedFrames, group: int, micro_batches: int, owners: Iterable[int]
+) -> int:
+    """Bytes of one rank's frames, that go with those of ``owners``: a backward pass sends none.
+
+    Raises ValueError before the first.
+    """
+    found = frames.sent_bytes(group, micro_batches, owners)
     if found is None:
         raise ValueError(
             "wire_bytes is of the last step that has sent changes with gather='delta', but none "
@@ -121,7 +138,19 @@ def _frame_bytes(frames: SimulatedFrames, group: int, micro_batches: int) -> int
 
 def _weight_payload_bytes(wire: SimulatedWire, shards: Mapping[str, Tensor]) -> int:
     """Bytes of one payload; nothing is sent for no parameters."""
-    segments = [
+    segments = _weight_segments(wire, shards)
+    return Layout(segments, 0).payload_bytes if segments else 0
+
+
+def _kept_row_bytes(wire: SimulatedWire, shards: Mapping[str, Tensor]) -> int:
+    """Bytes of one kept row."""
+    segments = _weight_segments(wire, shards)
+    kept = [replace(segment, keeps_epochs=segment.bits > 0) for segment in segments]
+    return Layout(kept, 0).payload_bytes
+
+
+def _weight_segments(wire: SimulatedWire, shards: Mapping[str, Tensor]) -> list[Segment]:
+    return [
         wire.codec.segment(
             name,
             shard.numel(),
@@ -131,7 +160,6 @@ def _weight_payload_bytes(wire: SimulatedWire, shards: Mapping[str, Tensor]) -> 
         )
         for name, shard in shards.items()
     ]
-    return Layout(segments, 0).payload_bytes if segments else 0
 
 
 def _gradient_payload_bytes(

@@ -206,7 +206,9 @@ def _sent_bytes(handle: qsdp.Handle) -> tuple[int, ...]:
 
 
 def _simulated_bytes(simulation: qsdp.Simulation, case: Case, rank: int) -> tuple[int, ...]:
-    found = simulation.wire_bytes(rank=rank, micro_batches=case.micro_batches)
+    found = simulation.wire_bytes(
+        rank=rank, micro_batches=case.micro_batches, reshard_after_forward=case.reshard
+    )
     directions = ("gather", "reduce")
     return tuple(getattr(found, f"{d}_{link}") for d in directions for link in LINKS)
 
