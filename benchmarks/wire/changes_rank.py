@@ -1,4 +1,4 @@
-"""One host's rank of changes.py: a run on ``gather="delta"``, with its bytes at two of its steps.
+"""One host's rank of changes.py: a run on gather="delta", with its bytes at two of its steps.
 
 Training is that of launch/train_gpt.py, by its own parts, with nothing between the steps: no
 validation, no checkpoint. Before the first and after the last step that is asked for, all ranks

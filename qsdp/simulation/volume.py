@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from qsdp.codec.payload import Layout, Segment
 from qsdp.codec.random_numbers import KeyStage
 from qsdp.simulation.simulated_frames import SimulatedFrames
 from qsdp.simulation.simulated_wire import SimulatedWire
+from qsdp.simulation.stages import SimulatedStage
 
 _NEWS_BYTES = 48
 """What a rank tells those of its node of the frames that it has seen."""
@@ -68,25 +69,14 @@ def count_bytes(
         members = {n: shard for n, shard in shards.items() if wire.numbers.groups[n] == group}
         is_kept = reshard_after_forward is False or wire.config.gather == "once"
         is_kept |= reshard_after_forward is None and group == wire.numbers.root
-        num_gathers = micro_batches * (1 if is_kept else 2)
-        stages, num_bytes = wire.stages, 0
+        decodes = micro_batches * (1 if is_kept else 2)
         if wire.grids is None:
             gathered = {n: each for n, each in members.items() if not wire.is_sent_once(each, None)}
-            num_bytes = _weight_payload_bytes(wire, gathered) * num_gathers
+            num_bytes = _weight_payload_bytes(wire, gathered) * decodes
+            sent.over("gather", wire.stages, rank, num_bytes)
         else:
-            place, ranks_per_node = rank % size, 1
-            if wire.config.delta_codes == "node":
-                ranks_per_node, stages = stages[0].size, stages[1:]
-                # All rows of a place, and what each rank has heard of frames.
-                rows = _kept_row_bytes(wire, members) * size // ranks_per_node
-                told = rows * num_gathers + _NEWS_BYTES * micro_batches
-                sent.to("gather", wire.stages[0].peers(rank), told)
-            owners = range(place % ranks_per_node, size, ranks_per_node)
-            num_bytes = _frame_bytes(wire.grids.frames, group, micro_batches, owners)
-        for each in reversed(stages):
-            # What a rank got in a stage it hands on in the next.
-            sent.to("gather", each.peers(rank), num_bytes)
-            num_bytes *= each.size
+            frames = wire.grids.frames
+            _count_changes(sent, wire, frames, group, members, rank, micro_batches, decodes)
         trained = {n: shard for n, shard in members.items() if shard.requires_grad}
         num_rows, dtype = size, world.reduce_dtype
         for each in wire.stages:
@@ -118,6 +108,35 @@ class _Sent:
         for peer in ranks:
             if peer != self._rank:
                 self.bytes[direction, peer // self._ranks_per_node == node] += num_bytes
+
+    def over(
+        self, direction: str, stages: Sequence[SimulatedStage], rank: int, num_bytes: int
+    ) -> None:
+        """Count an all-gather of ``num_bytes`` a rank: what it got in a stage it hands on."""
+        for each in reversed(stages):
+            self.to(direction, each.peers(rank), num_bytes)
+            num_bytes *= each.size
+
+
+def _count_changes(
+    sent: _Sent,
+    wire: SimulatedWire,
+    frames: SimulatedFrames,
+    group: int,
+    members: Mapping[str, Tensor],
+    rank: int,
+    micro_batches: int,
+    decodes: int,
+) -> None:
+    """Count the gathers of a group's changes in a step, which decodes the rows so many times."""
+    size, stages, ranks_per_node = wire.world.world_size, wire.stages, 1
+    if wire.config.delta_codes == "node":
+        ranks_per_node, stages = stages[0].size, stages[1:]
+        # The rows of a rank's place in all nodes, and what it has heard of frames.
+        rows = _kept_row_bytes(wire, members) * size // ranks_per_node
+        sent.over("gather", wire.stages[:1], rank, rows * decodes + _NEWS_BYTES * micro_batches)
+    owners = range(rank % size % ranks_per_node, size, ranks_per_node)
+    sent.over("gather", stages, rank, _frame_bytes(frames, group, micro_batches, owners))
 
 
 def _frame_bytes(
