@@ -2,10 +2,12 @@
 
     python -m benchmarks.quality.quality --data tinyshakespeare.txt
     python -m benchmarks.quality.quality --data wikitext2.valid.txt --preset larger
+    python -m benchmarks.quality.quality --data tinyshakespeare.txt --preset delta
 
-Trains once a wire and seed, 12 sequences a step over all ranks. A wire's bytes are counted in its
-own training; those of the other way to gather in a run of a few steps. Every run leaves one small
-JSON file in --out, and the same command goes on where it stopped.
+Trains once a wire and seed, 12 sequences a step over all ranks. A wire's bytes are the mean over
+all steps of its own training; those of the other way to gather are counted in a run of a few steps,
+for there all steps are alike. With delta they are not: its first step sends all weights. Every run
+leaves one small JSON file in --out, and the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks.quality.quality_table import as_json, make_rows, make_table, plot, verdicts
-from benchmarks.quality.quality_wires import GATHERS, PRESETS, WIRES
+from benchmarks.quality.quality_wires import COUNTED_APART, PRESETS, WIRES
 from benchmarks.support import machine
 from benchmarks.support.namespaces import exit_on_termination
 from benchmarks.support.runs import (
@@ -55,14 +57,16 @@ class Options:
     """Text file: the first 90 % of its characters train, the rest validates."""
 
     preset: str = "nano"
-    """nano or larger: which model, wires and seeds.
-    nano: all wires, three seeds. larger: the mini model, fp32 and the defaults, one seed.
+    """nano, larger or delta: which model, wires and seeds.
+    nano: all wires that send whole weights, three seeds. larger: the mini model, fp32 and the
+    defaults, one seed. delta: the nano model, changed codes beside whole weights, three seeds.
     """
 
     wires: tuple[str, ...] | None = None
     """Which wires, if not the preset's.
     They are fp32, w4g4-default, w8g8-default, or weight and gradient bits (8/8, 6/6, 5/4, 4/4, 3/3)
-    and method, as w5g4-dither: shift, dither, learned.
+    and method, as w5g4-dither: shift, dither, learned. Changed codes alone send w8g8-delta,
+    w4g4-delta and w4g3-delta.
     """
 
     seeds: tuple[int, ...] | None = None
@@ -77,7 +81,7 @@ class Options:
     jobs: int = 1
     """Trainings side by side. Losses do not depend on it; seconds do."""
 
-    gathers: tuple[str, ...] = GATHERS
+    gathers: tuple[str, ...] = COUNTED_APART
     """Count the bytes gathered twice and once, or one of them."""
 
     out: Path | None = None
@@ -116,7 +120,11 @@ def main(options: Options) -> int:
             f"{'met' if verdict['is_met'] else 'MISSED'}",
             highlight=False,
         )
-    console.print("losses with exact weights; fp32's bytes with each value moved once")
+    console.print(
+        "losses with exact weights; fp32's bytes with each value moved once; gathered delta: the "
+        "mean of all steps of the training, its first included",
+        highlight=False,
+    )
     described = machine.describe()
     console.print(machine.one_line(described), highlight=False)
     result = {"title": title, "machine": described, "wires": as_json(rows), "targets": found}
@@ -136,9 +144,9 @@ def plan(options: Options) -> list[Run]:
         raise Mistake(
             f"--wires holds {', '.join(sorted(unknown))}: choose among {', '.join(WIRES)}."
         )
-    if wrong := set(options.gathers) - set(GATHERS):
+    if wrong := set(options.gathers) - set(COUNTED_APART):
         raise Mistake(
-            f"--gathers holds {', '.join(sorted(wrong))}: choose among {', '.join(GATHERS)}."
+            f"--gathers holds {', '.join(sorted(wrong))}: choose among {', '.join(COUNTED_APART)}."
         )
     if options.ranks < 2 or SEQUENCES % options.ranks:
         raise Mistake(f"--ranks is {options.ranks}: choose 2, 3, 4, 6 or 12.")

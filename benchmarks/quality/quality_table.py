@@ -26,7 +26,7 @@ class Row:
     minus_fp32: list[float] | None
     """The same less fp32's with the same seed; None where fp32 was not run."""
     bytes_per_parameter: dict[str, float]
-    """Bytes a parameter a step, by how the wire gathers: ``twice``, ``once``."""
+    """Bytes a parameter a step, by how the wire gathers: ``twice``, ``once``, ``delta``."""
 
     @property
     def mean_gap(self) -> float | None:
@@ -132,6 +132,13 @@ def verdicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
         ]
     if eight is not None:
         found += [("W8G8 minus fp32, nats", eight.mean_gap, 0.005)]
+    for name, what, whole, its in (
+        ("w4g4-delta", "W4 delta with G4", four or by_wire.get("w4g4-dither"), "W4G4"),
+        ("w8g8-delta", "W8 delta with G8", eight, "W8G8"),
+    ):
+        if name in by_wire and whole is not None:
+            above = statistics.mean(by_wire[name].val_loss) - statistics.mean(whole.val_loss)
+            found += [(f"{what} minus {its}, nats", above, 0.005)]
     return [
         {"what": what, "measured": value, "at_most": most, "is_met": value <= most}
         for what, value, most in found
@@ -151,7 +158,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> bool:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for number, method in enumerate(dict.fromkeys(row.method for row in shown)):
-        gather = "once" if method == "default" else "twice"
+        gather = {"default": "once", "delta": "delta"}.get(method, "twice")
         points = sorted(
             (row.bytes_per_parameter[gather], row.mean_gap or 0.0, row.spread or 0.0, row.wire)
             for row in shown

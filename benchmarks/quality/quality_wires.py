@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GATHERS = ("twice", "once")
+COUNTED_APART = ("twice", "once")
+"""Ways to gather that train alike: one trains, the bytes of both are counted."""
+GATHERS = (*COUNTED_APART, "delta")
 METHODS = {
     "shift": ("--qsdp-rounding", "shift"),
     "dither": ("--qsdp-rounding", "dither"),
@@ -12,6 +14,12 @@ METHODS = {
 }
 BITS = ((8, 8), (6, 6), (5, 4), (4, 4), (3, 3))  # of weights, of gradients
 _LEARNED_AT_MOST = 6
+DELTA = {
+    "w8g8-delta": ("--qsdp-bits", "8"),
+    "w4g4-delta": ("--qsdp-bits", "4"),
+    "w4g3-delta": ("--qsdp-weight-bits", "4", "--qsdp-grad-bits", "3"),
+}
+"""Flags of the wires that send changed codes, beside the gather, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,20 +28,23 @@ class Wire:
 
     name: str
     method: str
-    """fp32, a key of METHODS, or default: what --qsdp-bits alone selects."""
+    """fp32, a key of METHODS, default (what --qsdp-bits alone selects) or delta."""
     flags: tuple[str, ...] = ()
     """Flags of launch/train_gpt.py, except the gather."""
     gather: str = "twice"
-    """How the trainings gather; the bytes are measured both ways."""
+    """How the trainings gather."""
 
     def all_flags(self, gather: str) -> list[str]:
-        """Flags of a run that gathers ``twice`` or ``once``; stock FSDP2 knows only the former."""
-        return [*self.flags, *(["--qsdp-gather", "once"] if gather == "once" else [])]
+        """Flags of a run that gathers so: see ``gathers``."""
+        return [*self.flags, *(["--qsdp-gather", gather] if gather != "twice" else [])]
 
     @property
     def gathers(self) -> tuple[str, ...]:
-        """How this wire can gather."""
-        return GATHERS[:1] if self.method == "fp32" else GATHERS
+        """In which ways the bytes of this wire are counted.
+
+        Stock FSDP2 gathers twice. Bytes of changes depend on the training, and are counted there.
+        """
+        return (self.gather,) if self.method in ("fp32", "delta") else COUNTED_APART
 
 
 def _wires() -> list[Wire]:
@@ -50,6 +61,10 @@ def _wires() -> list[Wire]:
         name = f"w{bits_}g{bits_}-default"
         flags = ("--qsdp-bits", bits_)
         wires.append(Wire(name=name, method="default", flags=flags, gather=gather))
+    wires += [
+        Wire(name=name, method="delta", flags=flags, gather="delta")
+        for name, flags in DELTA.items()
+    ]
     return wires
 
 
@@ -69,7 +84,12 @@ PRESETS = {
     # w8g8-default is w8g8-shift: 8 bits round by shift.
     "nano": Preset(
         model="nano",
-        wires=tuple(name for name in WIRES if name != "w8g8-default"),
+        wires=tuple(name for name in WIRES if name not in ("w8g8-default", *DELTA)),
+        seeds=(0, 1, 2),
+    ),
+    "delta": Preset(
+        model="nano",
+        wires=("fp32", "w8g8-default", "w8g8-delta", "w4g4-default", "w4g4-delta", "w4g3-delta"),
         seeds=(0, 1, 2),
     ),
     "larger": Preset(model="mini", wires=("fp32", "w8g8-default", "w4g4-default"), seeds=(0,)),

@@ -11,7 +11,7 @@ on them, in turns (turns.py): no communication, FSDP2, DDP, DDP with PowerSGD, D
 its loss stands beside its time (losses.py). In the end a table, link.json and link.png are in
 --out. Killed, the same command goes on after the last finished round or training; more --rounds add
 to those that are there. --rate loopback compares in plain processes, without hosts or root;
---short is 100 Mbit/s with the floor and five contestants; --report makes one table of several
+--short is 100 Mbit/s with the floor and six contestants; --report makes one table of several
 finished --out.
 
 With a command every host runs it once, and ranks meet through the environment (RANK, WORLD_SIZE,
@@ -108,7 +108,7 @@ def parse() -> argparse.Namespace:
 
 
 def short_list() -> list[str]:
-    """The floor and five, in the fifth place a rival that shards if there is one to run."""
+    """The floor and six, in the last place a rival that shards if there is one to run."""
     return [*SHORT, "zero3-fp32" if find_spec("deepspeed") else "qsdp-w8g8-once-fp32"]
 
 

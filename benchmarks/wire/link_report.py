@@ -17,6 +17,7 @@ COLUMNS = {
     "ddp-powersgd-fp32": "DDP PowerSGD",
     "qsdp-w8g8-once-fp32": "qsdp W8G8",
     "qsdp-w4g4-once-fp32": "qsdp W4G4",
+    "qsdp-w4g4-delta-fp32": "qsdp W4G4, changes",
 }
 OURS = "qsdp-w4g4-once-fp32"
 AGAINST = {
@@ -68,7 +69,8 @@ def report(folders: list[Path]) -> str:
         "",
         f"Seconds a training step, fp32, {first['parameters'] / 1e6:.1f}M parameters, "
         f"{first['tokens']} tokens a rank and step, {first['ranks']} ranks on {first['hosts']} "
-        f"hosts; medians; qsdp gathers once; PowerSGD of rank {settings['powersgd_rank']}; "
+        "hosts; medians; qsdp gathers once, and changes where it says so; PowerSGD of rank "
+        f"{settings['powersgd_rank']}; "
         f"{machine.one_line(first['machine'])}.",
     ]
     losses = next((record["losses"] for record in records if record.get("losses")), None)

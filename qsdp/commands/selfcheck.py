@@ -11,7 +11,7 @@ Every check runs on every rank; rank 0 prints the table. Exit status 0 if all ho
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,28 +25,18 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import qsdp
-from qsdp.codec.payload import Layout, Segment
-from qsdp.codec.random_numbers import KeyDirection, KeyStage, RandomKey
 from qsdp.comm import transport
+from qsdp.commands.codec_checks import Failed, check_changes, check_codec
 from qsdp.commands.exit import one_sentence_at_the_end
 from qsdp.commands.parsing import one_sentence
-from qsdp.common.dtypes import TORCH_DTYPES, DType
 from qsdp.common.printing import printable
-from qsdp.common.rounding import Rounding
 from qsdp.common.user_errors import UserError, quoted
-from qsdp.config import CODED_BITS
 from qsdp.models.language_model import LanguageModel
 from qsdp.models.registry import DEFAULT_PRESET, family_of
-from qsdp.ops import native
-from qsdp.ops.reference import codec
 from qsdp.train.run_flags import BACKENDS
 from qsdp.train.world import World, open_world
 
 STEPS = 10
-
-
-class Failed(Exception):
-    """A promise that does not hold on this rank."""
 
 
 def main() -> None:
@@ -71,11 +61,14 @@ class SelfcheckFlags:
 def _run_checks(world: World) -> int:
     checks: list[tuple[str, Callable[[World], str]]] = [
         ("codec: this device's bytes are the specification's", check_codec),
+        ("codec: and so are its changes to kept codes", check_changes),
         ("all-gather of payloads", check_all_gather),
         ("all-to-all of uneven payloads", check_all_to_all),
         ("hooks: every rank computes with the same weights", check_same_weights),
         ("hooks: 32 bits train as stock FSDP2", check_full_precision),
         ("hooks: 8 bits train as 32 bits do", check_eight_bits),
+        ("hooks: every rank keeps the same codes of weights", check_kept_codes),
+        ("hooks: changed codes alone train as 32 bits do", check_changed_codes),
     ]
     table = Table(title=f"{world.size} ranks, {world.backend}, {world.device.type}")
     for column in ("check", "result", "seconds", "what was seen on rank 0, or went wrong"):
@@ -102,44 +95,6 @@ def _run_checks(world: World) -> int:
         if world.size == 1:
             console.print("one rank: FSDP2 bypasses the hooks; run under torchrun to prove them")
     return 0 if all_hold else 1
-
-
-def check_codec(world: World) -> str:
-    """Bits 2 to 8, all roundings, three dtypes: equal bytes and equal values."""
-    count = 0
-    for bits in CODED_BITS:
-        for rounding in Rounding:
-            for dtype in (DType.FP32, DType.BF16, DType.FP16):
-                segment = Segment(
-                    bits=bits, dtype=dtype, padded=5000, parameter=3, rounding=rounding
-                )
-                layout = Layout([segment], group=1)
-                table = torch.tensor(layout.table([4993]))
-                values = torch.randn(5000, generator=torch.Generator().manual_seed(count))
-                values[::97] = 0.0
-                values = values.to(TORCH_DTYPES[dtype])
-                key = RandomKey(0, count, KeyDirection.GATHER, KeyStage.FLAT, 0, world.rank).fold()
-                expected, back = _encode_and_decode(codec, values, layout, table, key)
-                found, found_back = _encode_and_decode(
-                    torch.ops.qsdp, values.to(world.device), layout, table, key
-                )
-                told = f"{dtype.name} in {bits} bits by {rounding.label}"
-                if not torch.equal(found.cpu(), expected):
-                    raise Failed(f"{told} becomes other bytes than plain PyTorch's.")
-                if not torch.equal(found_back.cpu(), back):
-                    raise Failed(f"{told} becomes other values than plain PyTorch's.")
-                count += 1
-    return f"{count} combinations, {native.remark(world.device)}"
-
-
-def _encode_and_decode(
-    kernels: Any, values: Tensor, layout: Layout, table: Tensor, key: int
-) -> tuple[Tensor, Tensor]:
-    payload = torch.empty(layout.payload_bytes, dtype=torch.uint8, device=values.device)
-    kernels.encode(values.view(torch.uint8), table, key, layout.header(0, 0), payload)
-    back = torch.empty_like(values)
-    kernels.decode(payload, table, key, back.view(torch.uint8), False)
-    return payload, back.view(torch.uint8)
 
 
 def check_all_gather(world: World) -> str:
@@ -171,7 +126,29 @@ def check_all_to_all(world: World) -> str:
 
 def check_same_weights(world: World) -> str:
     """The gathered weights of one forward pass have one hash on all ranks."""
-    model, handle = _make_model(world, 4)
+    model, handle = _make_model(world, _config(4))
+    sums = _fingerprints_of(model)
+    model(*_make_batch(world, 0))
+    num = _check_equal(world, torch.cat(sums))
+    return f"{num} tensors, {_gathered_bytes(handle)} bytes sent"
+
+
+def check_kept_codes(world: World) -> str:
+    """With changes alone sent, the weights of some steps have one hash on all ranks."""
+    model, handle = _make_model(world, _config(4, "delta"))
+    sums = _fingerprints_of(model)
+    sent: list[int] = []
+    for _ in _train(world, model, 4):
+        sent.append(_gathered_bytes(handle) - sum(sent))
+    _check_equal(world, torch.cat(sums))
+    num_changed = handle.traffic.snapshot().get("changed_codes", 0)
+    if world.size > 1 and not num_changed:
+        raise Failed("no code has changed in training.")
+    return f"{', '.join(map(str, sent))} bytes sent a step, {num_changed} codes changed"
+
+
+def _fingerprints_of(model: LanguageModel) -> list[Tensor]:
+    """A list that takes, whenever a block runs, what its gathered weights are known by."""
     sums: list[Tensor] = []
     for block in model.blocks:
         block.register_forward_pre_hook(
@@ -179,48 +156,66 @@ def check_same_weights(world: World) -> str:
                 torch.stack([_fingerprint(p.detach()) for p in block.parameters()])
             )
         )
-    model(*_make_batch(world, 0))
-    own = torch.cat(sums)
+    return sums
+
+
+def _check_equal(world: World, own: Tensor) -> int:
+    """Raise Failed where a rank has other numbers. Returns how many there are."""
     others = torch.empty(world.size * own.numel(), dtype=own.dtype, device=own.device)
     transport.start_all_gather(others, own, world.mesh.get_group()).wait()
     for rank, found in enumerate(others.split(own.numel())):
         if not torch.equal(found, own):
             raise Failed(f"rank {rank} computes with other weights.")
-    return f"{own.numel()} tensors, {handle.traffic.snapshot()['gather_sent_bytes']} bytes sent"
+    return own.numel()
+
+
+def _gathered_bytes(handle: qsdp.Handle) -> int:
+    return handle.traffic.snapshot()["gather_sent_bytes"]
 
 
 def check_full_precision(world: World) -> str:
     """Losses through qsdp's own collectives at 32 bits are stock FSDP2's to 1e-4."""
-    return _compare_losses(world, None, 32, 1e-4)
+    return _compare_losses(world, None, _config(32), 1e-4)
 
 
 def check_eight_bits(world: World) -> str:
     """Losses at 8 bits follow those at 32 bits to 0.02 nats."""
-    return _compare_losses(world, 32, 8, 0.02)
+    return _compare_losses(world, _config(32), _config(8), 0.02)
 
 
-def _compare_losses(world: World, one: int | None, other: int, tolerance: float) -> str:
-    first, second = _train_losses(world, one), _train_losses(world, other)
+def check_changed_codes(world: World) -> str:
+    """The same where changes of weights alone are sent."""
+    return _compare_losses(world, _config(32), _config(8, "delta"), 0.02)
+
+
+def _config(bits: int, gather: str = "twice") -> qsdp.QSDPConfig:
+    return qsdp.QSDPConfig(weight_bits=bits, grad_bits=bits, gather=gather)
+
+
+def _compare_losses(
+    world: World, one: qsdp.QSDPConfig | None, other: qsdp.QSDPConfig, tolerance: float
+) -> str:
+    first, second = (
+        list(_train(world, _make_model(world, config)[0], STEPS)) for config in (one, other)
+    )
     gap = max(abs(a - b) for a, b in zip(first, second, strict=True))
     if not gap <= tolerance:
         raise Failed(f"losses differ by {gap:.3g}, more than {tolerance}.")
     return f"losses differ by at most {gap:.1e} in {STEPS} steps"
 
 
-def _train_losses(world: World, bits: int | None) -> list[float]:
-    model, _ = _make_model(world, bits)
+def _train(world: World, model: LanguageModel, steps: int) -> Iterator[float]:
+    """Train, and give the loss of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         _, loss = model(*_make_batch(world, step))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(world.sum(loss)[0] / world.size)
-    return losses
+        yield world.sum(loss)[0] / world.size
 
 
-def _make_model(world: World, bits: int | None) -> tuple[LanguageModel, Any]:
+def _make_model(world: World, config: qsdp.QSDPConfig | None) -> tuple[LanguageModel, Any]:
     family = family_of(DEFAULT_PRESET)
     model = family.build(family.size_of_preset(DEFAULT_PRESET, 101)).to(world.device)
     for block in model.blocks:
@@ -230,7 +225,6 @@ def _make_model(world: World, bits: int | None) -> tuple[LanguageModel, Any]:
         # As qsdp has it: not every gloo averages.
         cast(FSDPModule, module).set_force_sum_reduction_for_comms(True)
     family.init_weights(model, 0)
-    config = None if bits is None else qsdp.QSDPConfig(weight_bits=bits, grad_bits=bits)
     return model, None if config is None else qsdp.install(model, config)
 
 

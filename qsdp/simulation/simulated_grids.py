@@ -1,8 +1,9 @@
 """The grids that the simulated ranks keep when only changed codes are sent (``gather="delta"``).
 
 Written from [Note: Changes] in ops/reference/changes.py, apart from its kernels but for the
-arithmetic of a value on a grid. No codes are kept: they are made of weight, grid and epoch each
-time. A run that decodes the same has no more in its codes either.
+arithmetic of a value on a grid. Codes are made of weight, grid and epoch each time, and what is
+kept of them serves to count bytes alone. A run that decodes the same has no more in its codes
+either.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
 from qsdp.ops.reference.codec import codes_on_grid, dequantize, grid_numbers
 from qsdp.ops.reference.grid import Extent, draw_grid, measure, place_on_grid
 from qsdp.ops.reference.packing import convert_values
+from qsdp.simulation.simulated_frames import Place, SimulatedFrames
 
 
 class ShardGrids(NamedTuple):
@@ -32,9 +34,12 @@ class ShardGrids(NamedTuple):
     epoch: Tensor
     """int32 [buckets]: the step at which each was drawn."""
 
+    def differ(self, others: ShardGrids) -> Tensor:
+        """bool [buckets]: which are not the same, bit by bit."""
+        pairs = zip(self, others, strict=True)
+        return torch.stack([a.view(torch.int32) != b.view(torch.int32) for a, b in pairs]).any(0)
 
-Place = tuple[str, int]
-"""A parameter, and a rank in the shard group."""
+
 Form = tuple[tuple[int, int | None], ...]
 """What a group's grids depend on beside values: of each parameter the bits, and which mask."""
 
@@ -59,11 +64,14 @@ class SimulatedGrids:
     def __init__(self, room: float, redraw_every: int) -> None:
         self._room, self._redraw_every = room, redraw_every
         self._kept: dict[int, _Kept] = {}
+        self.frames = SimulatedFrames()
+        """What is sent of changes."""
 
     def fit(self, group: int, form: Form) -> None:
         """Begin a gather of ``group``, which forgets its grids if they are of another ``form``."""
         if group not in self._kept or self._kept[group].form != form:
             self._kept[group] = _Kept(form, {})
+            self.frames.forget(group)
 
     def gather(
         self,
@@ -84,7 +92,8 @@ class SimulatedGrids:
         scale = torch.zeros_like(extent.low)
         unsent = ShardGrids(scale + torch.nan, scale, scale.int())
         shards = self._kept[group].shards
-        grids, seen = shards.get(place, (unsent, None))
+        before, seen = shards.get(place, (unsent, None))
+        grids = before
         content = None if shard.requires_grad else checksum([shard])
         if content is None or content != seen:
             every = self._redraw_every if content is None else None
@@ -92,6 +101,7 @@ class SimulatedGrids:
         shards[place] = grids, content
         r = grid_numbers(segment, key, extent.values, grids.epoch)
         codes = codes_on_grid(extent, grids.low, grids.scale, segment, r).to(torch.uint8)
+        self.frames.say_codes(group, place, segment, codes, grids.differ(before))
         decoded = dequantize(
             codes.view(-1)[: segment.numel], *grids[:2], segment, key, None, grids.epoch
         )
@@ -101,11 +111,13 @@ class SimulatedGrids:
     def rewind_point(self) -> Callable[[Collection[int | None]], None]:
         """A function that takes back what was drawn since, but of the groups that it is given."""
         before = {group: _Kept(own.form, {**own.shards}) for group, own in self._kept.items()}
+        rewind_frames = self.frames.rewind_point()
 
         def rewind(gathered: Collection[int | None]) -> None:
             since = {group: own for group, own in self._kept.items() if group in gathered}
             resting = {group: own for group, own in before.items() if group not in gathered}
             self._kept = since | resting
+            rewind_frames(gathered)
 
         return rewind
 

@@ -6,6 +6,7 @@ Written from the paper (QSDP, arXiv 2302.02390, section 4) and docs/design.md, a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -150,6 +151,12 @@ class SimulatedWire:
         for group, form_of_group in forms.items():
             self.grids.fit(group, form_of_group)
 
+    def end_gather(self, step: int) -> None:
+        """Count what all ranks have sent of changes since a gather in ``step`` was begun."""
+        if self.grids is not None:
+            sizes = Counter(self.numbers.groups.values())
+            self.grids.frames.end_gather(step, sizes.__getitem__)
+
     def weight(self, name: str, shard: Tensor, rank: int, step: int) -> Tensor:
         """What all ranks compute with of the shard of ``rank`` in the shard group."""
         values, seed = self._gathered(shard), self.config.seed
@@ -169,6 +176,9 @@ class SimulatedWire:
         else:
             key = RandomKey(seed, step, KeyDirection.GATHER, KeyStage.FLAT, 0, rank).fold()
             decoded = self._cross(name, sent, key, bits, is_grad=False)
+            if self.grids is not None and self.keeps_codes(step) and sent.numel():
+                row = self.codec.kept_row(name, sent, bits)
+                self.grids.frames.say_raw(self.numbers.groups[name], (name, rank), row, decoded)
         return self.kept_weights.spread(name, decoded, rank)
 
     def rewind_point(self) -> Callable[[Collection[int | None]], None]:

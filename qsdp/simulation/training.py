@@ -147,7 +147,7 @@ class Simulation:
         """
         step = self.clock + (self._has_reduced and self._wire.grids is not None)
         self._wire.begin_gather(step)
-        return {
+        weights = {
             name: self._wire.sharding.join(
                 name,
                 [
@@ -157,6 +157,8 @@ class Simulation:
             )
             for name in self.shards[0]
         }
+        self._wire.end_gather(step)
+        return weights
 
     def state(self) -> dict[str, Tensor]:
         """Every whole parameter, exact, tied ones once: copies."""
@@ -219,7 +221,8 @@ class Simulation:
 
         All trained parameters are taken to get gradients. Not counted are weights that are sent
         once for all steps (``gather="once"``, frozen), and what FSDP2 sends by itself: the
-        all-reduce of native HSDP.
+        all-reduce of native HSDP. With ``gather="delta"`` bytes depend on the weights: gathers are
+        those of the last step that has sent changes, all of which its first one is taken to bring.
 
         Args:
             rank: The sender; all ranks send the same sizes, to the same node or to others.
@@ -228,13 +231,8 @@ class Simulation:
                 and all others twice, False gathers all once.
 
         Raises:
-            ValueError: An argument is not as above, a support is set, or only changes are gathered.
+            ValueError: An argument is not as above, a support is set, or no changes were sent yet.
         """
-        if self._wire.grids is not None:
-            raise ValueError(
-                "wire_bytes is arithmetic on layouts, but what gather='delta' sends depends on the "
-                "weights: choose another gather, or read the counters of a run."
-            )
         if self._wire.kept_weights:
             raise ValueError(
                 "wire_bytes is for whole weights, but a support is set: call it before set_support."

@@ -61,6 +61,33 @@ def test_a_speed_up_is_taken_round_by_round(load: Any, ours: float, is_met: bool
     assert targets.verdicts(_race("100mbit", *rows, hosts=4)) == []
 
 
+@pytest.mark.parametrize(
+    ("link", "parameters", "limits"),
+    [
+        ("100mbit", 19.2e6, [9.0, 1.0, 1.35]),
+        ("20mbit", 4.87e6, [20.0]),
+        ("20mbit", 19.2e6, []),
+        ("100mbit", 4.87e6, []),
+    ],
+)
+def test_changed_codes_have_targets_of_their_own_by_link_and_model(
+    load: Any, link: str, parameters: float, limits: list[float]
+) -> None:
+    rows = [
+        _raced("alone-fp32", 1.0),
+        _raced("fsdp-fp32", 7.0),
+        _raced("qsdp-w4g4-once-fp32", 1.6),
+        _raced("qsdp-w4g4-delta-fp32", 1.4),
+    ]
+    record = _race(link, *rows) | {"parameters": parameters}
+    found = load("wire.link_targets").verdicts(record)
+    ours = [verdict for verdict in found if "delta" in verdict["what"]]
+    assert [verdict["limit"] for verdict in ours] == limits
+    if len(limits) == 3:
+        assert [verdict["value"] for verdict in ours] == pytest.approx([5.0, 1.6 / 1.4, 1.4])
+        assert [verdict["is_met"] for verdict in ours] == [False, True, False]
+
+
 @pytest.mark.parametrize(("ours", "is_met"), [(1.09, True), (1.11, False)])
 def test_a_slow_down_is_against_the_best_that_shards(load: Any, ours: float, is_met: bool) -> None:
     rows = [
@@ -206,14 +233,15 @@ def test_names_are_unique_and_the_default_computes_in_fp32(load: Any) -> None:
     assert {one.what.rpartition(" ")[2] for one in chosen} == {"fp32"}
     ours = {one.name for one in chosen if one.role == "ours"}
     bits, gathers = (32, 16, 8, 4), ("once", "twice")
-    assert ours == {f"qsdp-w{b}g{b}-{gather}-fp32" for b in bits for gather in gathers}
+    whole = {f"qsdp-w{b}g{b}-{gather}-fp32" for b in bits for gather in gathers}
+    assert ours == whole | {f"qsdp-w{b}g{b}-delta-fp32" for b in (8, 4)}
     assert "DDP PowerSGD rank 7, fp32" in {one.what for one in chosen}
     arguments.device = "cuda"
     assert len(contestants.chosen(arguments)) == len(everyone)
 
 
 @pytest.mark.parametrize("has_deepspeed", [True, False])
-def test_the_short_form_is_a_floor_and_five(
+def test_the_short_form_is_a_floor_and_six(
     load: Any, monkeypatch: pytest.MonkeyPatch, has_deepspeed: bool
 ) -> None:
     link = load("wire.link")
@@ -224,7 +252,7 @@ def test_the_short_form_is_a_floor_and_five(
     arguments.device = "cpu"
     roles = [one.role for one in load("support.contestants").chosen(arguments)]
     assert sorted(roles)[0] == "floor"
-    assert len(roles) == 6
+    assert len(roles) == 7
 
 
 # What cannot be run.

@@ -81,7 +81,7 @@ def test_quality_refuses_what_it_cannot_run_in_one_sentence(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["nano", "larger"])
+@pytest.mark.parametrize("preset", ["nano", "larger", "delta"])
 def test_every_training_of_quality_is_one_that_the_job_takes(
     load: Any, text: Path, preset: str
 ) -> None:
@@ -95,6 +95,7 @@ def test_every_training_of_quality_is_one_that_the_job_takes(
         if config.qsdp is not None:
             assert wire.startswith(f"w{config.qsdp.weight_bits}g{config.qsdp.grad_bits}")
             assert config.qsdp.gather == run.settings["gather"]
+            assert (config.qsdp.gather == "delta") == ("delta" in wire)
             assert (config.qsdp.levels == "learned") == wire.endswith("learned")
 
 
@@ -121,6 +122,33 @@ def test_every_wire_but_stock_is_counted_gathered_twice_and_once(load: Any, text
         counted.setdefault(run.settings["wire"], set()).add(run.settings["gather"])
     assert counted.pop("fp32") == {"twice"}
     assert all(gathers == {"twice", "once"} for gathers in counted.values())
+
+
+def test_bytes_of_changed_codes_are_those_of_their_own_training(load: Any, text: Path) -> None:
+    quality = load("quality.quality")
+    wires = ("w4g4-default", "w4g4-delta", "w8g8-default", "w8g8-delta")
+    runs = quality.plan(quality.Options(data=text, wires=wires, seeds=(0,)))
+    kinds = [(run.settings["kind"], run.settings["gather"]) for run in runs if "delta" in run.name]
+    assert kinds == [("training", "delta")] * 2
+    assert {run.settings["steps"] for run in runs if run.is_training} == {2000}
+
+
+@pytest.mark.parametrize(("above", "is_met"), [(0.0049, True), (0.0051, False)])
+def test_changed_codes_are_held_against_whole_weights_of_the_same_seeds(
+    load: Any, above: float, is_met: bool
+) -> None:
+    table = load("quality.quality_table")
+    losses = {"w4g4-default": 2.0, "w4g4-delta": 2.0 + above}
+    losses |= {"w8g8-default": 1.9, "w8g8-delta": 1.9 - above}
+    gathers = {"w4g4-default": "once", "w8g8-default": "twice"}
+    records = [
+        a_record(wire, seed, loss + seed, gather=gathers.get(wire, "delta"))
+        for wire, loss in losses.items()
+        for seed in (0, 1)
+    ]
+    four, eight = table.verdicts(table.make_rows(records, []))[-2:]
+    assert (four["measured"], four["is_met"]) == (pytest.approx(above), is_met)
+    assert (eight["measured"], eight["is_met"]) == (pytest.approx(-above), True)
 
 
 def test_quality_goes_on_from_its_records_and_from_no_others(

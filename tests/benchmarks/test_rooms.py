@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 ROOMS = ROOT / "benchmarks"
 FILES = [path for path in ROOMS.rglob("*.py") if path.name != "__init__.py"]
-RUN_BY_OTHERS = {"crash_rank", "losses", "passes", "turns"}
+RUN_BY_OTHERS = {"changes_rank", "crash_rank", "losses", "passes", "turns"}
 """Programs that are nothing without the one that starts them."""
 
 

@@ -123,9 +123,11 @@ def test_wrong_calls_of_a_simulation_are_named_in_one_sentence() -> None:
     )
 
 
-def test_bytes_of_changes_are_refused_in_one_sentence() -> None:
+def test_bytes_of_changes_are_refused_before_there_are_any() -> None:
     simulated = simulation({"gather": "delta"})
-    assert "wire_bytes is arithmetic on layouts" in refusal(simulated.wire_bytes)
+    assert "take a step first" in refusal(simulated.wire_bytes)
+    simulated.step(batches(0, 4))
+    assert simulated.wire_bytes().gather > 0
 
 
 @pytest.mark.parametrize(

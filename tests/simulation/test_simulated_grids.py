@@ -51,7 +51,8 @@ class Kernels:
     def gather(
         self, values: Tensor, key: int, mode: int, step: int, every: int, room: float
     ) -> Tensor:
-        given, counts = values.view(torch.uint8), torch.zeros(3, dtype=torch.int64)
+        given, self.counts = values.view(torch.uint8), torch.zeros(3, dtype=torch.int64)
+        counts = self.counts
         modes = torch.tensor([mode])
         ops.encode_changes(
             given, self.table, key, self.row, modes, step, every, room, self.frame, counts
@@ -102,6 +103,8 @@ def test_grids_are_those_of_the_kernels_whatever_becomes_of_the_values(
         expected = kernels.gather(values, key, mode, step, every, room)
         found = simulated.gather(group, ("shard", 0), values, row, key, step, shard)
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8)), step
+        ((_, num_bytes),) = simulated.frames._said.pop(group)[0]
+        assert 1 + num_bytes == kernels.counts[0], step  # with a byte of bitmap
         kept, _ = simulated._kept[group].shards["shard", 0]
         torch.testing.assert_close(
             kept, (kernels.low, kernels.scale, kernels.epoch), rtol=0, atol=0, equal_nan=True

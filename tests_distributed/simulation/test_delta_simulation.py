@@ -113,6 +113,12 @@ CASES |= {
     "two hops, large buckets, in bf16": _case(
         EIGHT | TWO_HOPS, ranks=4, dtypes=(BF16, BF16), micro_batches=2
     ),
+    "codes by node": _case(
+        TWO_HOPS | {"delta_codes": "node"}, ranks=4, micro_batches=2, options={"frozen": True}
+    ),
+    "codes by node, not resharded": _case(
+        EIGHT | TWO_HOPS | {"delta_codes": "node"}, ranks=4, reshard=None, adamw=True
+    ),
     "native replicas": _case(**REPLICAS, adamw=True, options={"frozen": True, "unused": True}),
     "native replicas, budget": _case({"budget": 4.5}, **REPLICAS, sync_every=True),
     "replicas": _case(**QUANTIZED, max_norm=0.1, options={"frozen": True}),
@@ -152,6 +158,7 @@ HEAVY = {
     *("sparse", "warm-up at eight bits", "two hops", "two hops, large buckets, in bf16"),
     *("native replicas, budget", "replicas", "budget", "sparse, at eight bits, gathered in bf16"),
     *("warm-up", "little room", "re-computed, re-entrant", "gathered in bf16"),
+    *("codes by node", "codes by node, not resharded"),
     *("budget behind a warm-up, sparse", "by columns and a large seed"),
     *("learned levels, sparse", "a budget of gradients, replicas"),
     "a budget of gradients and learned levels",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -59,6 +58,12 @@ class Case:
     """Of the model."""
 
     @property
+    def counts_changes(self) -> bool:
+        """Whether bytes of changes are compared, step by step."""
+        is_plain = not self.sparse and not self.sync_every and "warmup_steps" not in self.config
+        return self.config.get("gather") == "delta" and is_plain
+
+    @property
     def num_steps(self) -> int:
         """How many steps are taken."""
         if self.steps is not None:
@@ -75,6 +80,8 @@ class Outcome:
     grads: list[dict[str, Tensor]]
     """Whole and before clipping, by step."""
     state: dict[str, Tensor]
+    sent: list[tuple[int, ...]]
+    """As ``counted``, by step: of cases that send changes whose bytes are to be compared."""
 
 
 def assert_training_equals_its_simulation(run: Run, case: Case, seed: int) -> None:
@@ -87,6 +94,10 @@ def assert_training_equals_its_simulation(run: Run, case: Case, seed: int) -> No
         for step in range(case.num_steps):
             assert_equal(result.grads[step], simulation.grads[step], f"step {step}, {where}")
         assert_equal(result.state, simulation.state, where)
+        # What gets no gradient is not reduced, which the simulation's count does not look at.
+        num = 2 if case.options.get("unused") else 4
+        found, expected_bytes = ([b[:num] for b in each.sent] for each in (result, simulation))
+        assert found == expected_bytes, where
 
 
 def installed(case: Case, seed: int) -> tuple[Toy, qsdp.Handle]:
@@ -152,22 +163,26 @@ def own_part(mask: Tensor, parameter: Tensor) -> Tensor:
 
 def trained(case: Case, seed: int) -> Outcome:
     """The real thing, on one rank of it."""
-    model, _ = installed(case, seed)
+    model, handle = installed(case, seed)
     optimizer = make_optimizer(case, model.parameters())
-    losses, grads = [], []
+    losses, grads, sent = [], [], []
     for step in range(case.num_steps):
+        before = _sent_bytes(handle)
         for micro in range(case.micro_batches):
             is_last = micro == case.micro_batches - 1
             model.set_requires_gradient_sync(case.sync_every or is_last)
             loss = model(*make_batch(model, _batch_seed(seed, step, micro)))
             torch.autograd.backward(loss * (1 / case.micro_batches))
             losses.append(float(loss.detach()))
+        if case.counts_changes:
+            after = _sent_bytes(handle)
+            sent.append(tuple(a - b for a, b in zip(after, before, strict=True)))
         grads.append(full_grads(model))
         if case.max_norm is not None:
             qsdp.clip_grad_norm_(model.parameters(), case.max_norm)
         optimizer.step()
         optimizer.zero_grad()
-    return Outcome(losses=losses, grads=grads, state=full_state(model))
+    return Outcome(losses=losses, grads=grads, state=full_state(model), sent=sent)
 
 
 def counted(case: Case, seed: int) -> tuple[int, ...]:
@@ -176,15 +191,26 @@ def counted(case: Case, seed: int) -> tuple[int, ...]:
     They are those of gathers and reduces, inside and outside its node.
     """
     model, handle = installed(case, seed)
-    before = Counter[str]()
+    before: tuple[int, ...] = ()
     for step in range(2):
-        before = Counter(handle.traffic.snapshot())
+        before = _sent_bytes(handle)
         for micro in range(case.micro_batches):
             model.set_requires_gradient_sync(micro == case.micro_batches - 1)
             model(*make_batch(model, _batch_seed(seed, step, micro))).backward()
-    sent = handle.traffic.snapshot()
-    names = [f"{d}_{link}_bytes" for d in ("gather", "reduce") for link in LINKS]
-    return tuple(sent[name] - before[name] for name in names)
+    return tuple(a - b for a, b in zip(_sent_bytes(handle), before, strict=True))
+
+
+def _sent_bytes(handle: qsdp.Handle) -> tuple[int, ...]:
+    counts = handle.traffic.snapshot()
+    return tuple(counts[f"{d}_{link}_bytes"] for d in ("gather", "reduce") for link in LINKS)
+
+
+def _simulated_bytes(simulation: qsdp.Simulation, case: Case, rank: int) -> tuple[int, ...]:
+    found = simulation.wire_bytes(
+        rank=rank, micro_batches=case.micro_batches, reshard_after_forward=case.reshard
+    )
+    directions = ("gather", "reduce")
+    return tuple(getattr(found, f"{d}_{link}") for d in directions for link in LINKS)
 
 
 def simulation_of(case: Case, seed: int) -> qsdp.Simulation:
@@ -216,6 +242,7 @@ def simulated(case: Case, seed: int) -> list[Outcome]:
     simulation, model = simulation_of(case, seed), make_model(seed, **case.options)
     num_ranks = case.ranks * case.replicas
     losses: list[list[float]] = [[] for _ in range(num_ranks)]
+    sent: list[list[tuple[int, ...]]] = [[] for _ in range(num_ranks)]
     grads = []
     for step in range(case.num_steps):
         batches = [
@@ -225,13 +252,18 @@ def simulated(case: Case, seed: int) -> list[Outcome]:
         for per_rank in simulation.pass_(batches, sync_every=case.sync_every):
             for rank, loss in enumerate(per_rank):
                 losses[rank].append(loss)
+        for rank in range(num_ranks if case.counts_changes else 0):
+            sent[rank].append(_simulated_bytes(simulation, case, rank))
         grads.append(simulation.grads())
         if case.max_norm is not None:
             norm = simulation.clip(case.max_norm)
             assert norm > case.max_norm, "nothing is clipped: the case shows nothing"
         simulation.update()
     state = simulation.state()
-    return [Outcome(losses=losses[rank], grads=grads, state=state) for rank in range(num_ranks)]
+    return [
+        Outcome(losses=losses[rank], grads=grads, state=state, sent=sent[rank])
+        for rank in range(num_ranks)
+    ]
 
 
 def _config(case: Case, seed: int) -> qsdp.QSDPConfig:
