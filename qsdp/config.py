@@ -13,6 +13,7 @@ ROUNDINGS = tuple(rounding.label for rounding in Rounding)
 LEVELS = ("uniform", "learned")
 LEARNED_BITS = (2, 3, 4, 5, 6)
 GATHERS = ("twice", "once", "delta")
+GRAD_ROTATIONS = ("none", "hadamard")
 REDUCES = {
     "auto": "two-hop where nodes are of one size",
     "flat": "one exchange among all ranks",
@@ -77,6 +78,12 @@ class QSDPConfig:
     Until the first the grid is uniform. None: 10, 50, 200 and 1000.
     """
 
+    grad_rotation: str = "none"
+    """``none``, or ``hadamard`` for gradients of 2 to 6 bits, and all that a budget gives bits.
+    A reduce adds up signed Hadamard transforms of their buckets, which are nearly normal and have
+    few outliers, and transforms the sum back (SDP4Bit, arXiv 2410.15526).
+    """
+
     gather: str = "twice"
     """``twice``: the backward pass gathers again, and memory stays low.
     ``once``: the payload of the forward gather of modules in training mode is kept until the
@@ -134,6 +141,7 @@ class QSDPConfig:
 
     def __post_init__(self) -> None:
         choices = {"levels": LEVELS, "gather": GATHERS, "reduce": tuple(REDUCES)}
+        choices["grad_rotation"] = GRAD_ROTATIONS
         choices |= {"rounding": ROUNDINGS} if self.rounding is not None else {}
         check_values(vars(self), choices)
         if self.level_steps is not None:
@@ -156,6 +164,8 @@ class QSDPConfig:
         is_coded, is_raised = self.has_codes, min(first) < least
         is_learned, is_delta = self.levels == "learned", self.gather == "delta"
         has_weights, has_grads = (is_allotted or min(bits) <= 8 for bits in (weights, grads))
+        is_rotated = self.grad_rotation != "none"
+        has_narrow = is_allotted or bool(grads & {*LEARNED_BITS})
         own = None if self.rounding == self.rounding_of(2, is_grad=True) else self.rounding
         of_grads = self.rounding if is_delta else None
         of_grads = None if of_grads == self.rounding_of(2, is_grad=False) else of_grads
@@ -171,6 +181,7 @@ class QSDPConfig:
             ("rounding", of_grads, narrow_grads, has_grads),
             ("rounding", own, "values of 7 or 8 bits beside learned levels", bool(sent & {7, 8})),
             ("levels", is_learned or None, "values of 2 to 6 bits", bool(sent & {*LEARNED_BITS})),
+            ("grad_rotation", is_rotated or None, "gradients of 2 to 6 bits", has_narrow),
             ("warmup_bits", self.warmup_bits, below, is_raised),
             ("warmup_steps", self.warmup_steps or None, below, is_raised or is_allotted),
             ("local_grad_bits", self.local_grad_bits, narrow_grads, has_grads),
@@ -244,6 +255,14 @@ class QSDPConfig:
         elif given is None:
             return Rounding.SHIFT.label if bits >= 7 else Rounding.DITHER.label
         return given
+
+    def rotates(self, grad_bits: int, *, keeps_bits: bool) -> bool:
+        """Whether gradients of ``grad_bits`` are rotated; ``keeps_bits``: no budget changes them.
+
+        Where a budget may, they are at any bits: it measures errors of what is sent.
+        """
+        widest = max(LEARNED_BITS if keeps_bits or self.budget is None else CODED_BITS)
+        return self.grad_rotation != "none" and grad_bits <= widest
 
     def bits_of(self, name: str, is_embedding: bool) -> tuple[int, int]:
         """Weight and gradient bits of a parameter ``name`` that can be coded."""

@@ -37,6 +37,7 @@ GROUPS: dict[str, type[Flags]] = {
 
 # What is no part of a run where it is unset: names of folders were made without it.
 _LATER = ("qsdp_delta_room", "qsdp_delta_redraw_every", "qsdp_weight_bucket_size")
+_LATER += ("qsdp_grad_rotation",)
 # What a run looks at and keeps, and where.
 _RECORDS = (
     *("out", "resume", "keep", "save_every", "save_async", "eval_every"),
@@ -173,7 +174,7 @@ class TrainConfig:
             if self.qsdp.gather == "delta":
                 found["qsdp_delta_room"] = self.qsdp.room
                 found["qsdp_delta_redraw_every"] = self.qsdp.redraw_every
-            found = {n: v for n, v in found.items() if n not in _LATER or v is not None}
+            found = {n: v for n, v in found.items() if n not in _LATER or v not in (None, "none")}
         for each in self.methods:
             if each.is_chosen or each.IS_IN_EVERY_IDENTITY:
                 found |= each.identity()
