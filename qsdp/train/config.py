@@ -36,8 +36,10 @@ GROUPS: dict[str, type[Flags]] = {
 """The groups that every run has, by the field of ``TrainConfig``."""
 
 # What is no part of a run where it is unset: names of folders were made without it.
-_LATER = ("qsdp_delta_room", "qsdp_delta_redraw_every", "qsdp_weight_bucket_size")
-_LATER += ("qsdp_grad_rotation",)
+_LATER = (
+    *("qsdp_delta_room", "qsdp_delta_redraw_every", "qsdp_weight_bucket_size"),
+    "qsdp_grad_rotation",
+)
 # What a run looks at and keeps, and where.
 _RECORDS = (
     *("out", "resume", "keep", "save_every", "save_async", "eval_every"),

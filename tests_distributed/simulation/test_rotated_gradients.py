@@ -22,11 +22,10 @@ def _case(config: dict[str, Any] | None = None, **settings: Any) -> Case:
 
 TWO_HOPS = {"reduce": "two-hop", "ranks_per_node": 2}
 CASES = {
-    "uneven, frozen and unused": _case(ranks=3, options={"frozen": True, "unused": True}),
-    "empty shards, tied, gathered by changes": _case(
+    "uneven and empty, tied, frozen and unused, gathered by changes": _case(
         {"gather": "delta", "weight_bits": 4, "embedding_bits": 3},
         ranks=4,
-        options={"tied": True},
+        options={"tied": True, "frozen": True, "unused": True},
     ),
     "two hops of pruned gradients in bf16, after a warm-up": _case(
         TWO_HOPS | {"warmup_steps": 1, "warmup_bits": 8},
@@ -56,7 +55,7 @@ CASES = {
 
 
 # Of these, others have the same in other company.
-HEAVY = list(CASES)[5:]
+HEAVY = list(CASES)[4:]
 
 
 @selection("name", [(name,) for name in CASES if name not in HEAVY], tuple(CASES))
