@@ -81,7 +81,8 @@ class QSDPConfig:
     grad_rotation: str = "none"
     """``none``, or ``hadamard`` for gradients of 2 to 6 bits, and all that a budget gives bits.
     A reduce adds up signed Hadamard transforms of their buckets, which are nearly normal and have
-    few outliers, and transforms the sum back (SDP4Bit, arXiv 2410.15526).
+    few outliers, and transforms the sum back (SDP4Bit, arXiv 2410.15526). Exact zeros of a
+    gradient are kept no more.
     """
 
     gather: str = "twice"
