@@ -7,12 +7,13 @@ from fnmatch import fnmatchcase
 
 from qsdp.common.rounding import Rounding
 from qsdp.common.wire_company import MAX_DELTA_BUCKET, check_company
-from qsdp.common.wire_values import Policy, check_values, checked_policy
+from qsdp.common.wire_values import Policy, bits_of_both, check_values, checked_policy
 
 ROUNDINGS = tuple(rounding.label for rounding in Rounding)
 LEVELS = ("uniform", "learned")
 LEARNED_BITS = (2, 3, 4, 5, 6)
 GATHERS = ("twice", "once", "delta")
+GRAD_ROTATIONS = ("none", "hadamard")
 REDUCES = {
     "auto": "two-hop where nodes are of one size",
     "flat": "one exchange among all ranks",
@@ -78,14 +79,20 @@ class QSDPConfig:
     Until the first the grid is uniform. None: 10, 50, 200 and 1000.
     """
 
+    grad_rotation: str = "none"
+    """``none``, or ``hadamard`` for gradients of 2 to 6 bits, and all that a budget gives bits.
+    A reduce adds up signed Hadamard transforms of their buckets, which are nearly normal and have
+    few outliers, and transforms the sum back (SDP4Bit, arXiv 2410.15526). Exact zeros of a
+    gradient are kept no more.
+    """
+
     gather: str = "twice"
     """``twice``: the backward pass gathers again, and memory stays low.
     ``once``: the payload of the forward gather of modules in training mode is kept until the
     backward pass, and that of frozen parameters until their contents change, on whatever rank and
     by whatever edit.
     ``delta``: every rank keeps the packed codes of the whole model, on grids that last for many
-    steps, and only codes that changed are sent, once a warm-up is over. Levels of weights
-    are uniform.
+    steps, and only codes that changed are sent, once a warm-up is over.
     """
 
     delta_room: float | None = None
@@ -145,6 +152,7 @@ class QSDPConfig:
 
     def __post_init__(self) -> None:
         choices = {"levels": LEVELS, "gather": GATHERS, "reduce": tuple(REDUCES)}
+        choices["grad_rotation"] = GRAD_ROTATIONS
         choices |= {"rounding": ROUNDINGS} if self.rounding is not None else {}
         choices |= {"delta_codes": DELTA_CODES} if self.delta_codes is not None else {}
         check_values(vars(self), choices)
@@ -157,6 +165,7 @@ class QSDPConfig:
     def _check_widths(self) -> None:
         """Raise ValueError for a field that is for widths that no value has."""
         weights, grads = ({*column} for column in zip(*self._pairs, strict=True))
+        has_narrow = self.has_budget or bool(grads & {*LEARNED_BITS})
         if self.reduce != "flat" and min(grads) <= 8:
             grads.add(self.local_grad_bits or 8)
         first = weights | grads
@@ -173,6 +182,7 @@ class QSDPConfig:
             self.budget_of(is_grad=is_grad) is not None or min(bits) <= 8
             for is_grad, bits in ((False, weights), (True, grads))
         )
+        is_rotated = self.grad_rotation != "none"
         own = None if self.rounding == self.rounding_of(2, is_grad=True) else self.rounding
         of_grads = self.rounding if is_delta else None
         of_grads = None if of_grads == self.rounding_of(2, is_grad=False) else of_grads
@@ -188,6 +198,7 @@ class QSDPConfig:
             ("rounding", of_grads, narrow_grads, has_grads),
             ("rounding", own, f"{whose} of 7 or 8 bits beside learned levels", bool(sent & {7, 8})),
             ("levels", is_learned or None, f"{whose} of 2 to 6 bits", bool(sent & {*LEARNED_BITS})),
+            ("grad_rotation", is_rotated or None, "gradients of 2 to 6 bits", has_narrow),
             ("warmup_bits", self.warmup_bits, below, is_raised),
             ("warmup_steps", self.warmup_steps or None, below, is_raised or is_allotted),
             ("local_grad_bits", self.local_grad_bits, narrow_grads, has_grads),
@@ -201,7 +212,7 @@ class QSDPConfig:
     @property
     def _pairs(self) -> list[tuple[int, int]]:
         """Weight and gradient bits that parameters may have before a budget gives them others."""
-        by_policy = [config_bits(bits) for _, bits in self.policy]
+        by_policy = [bits_of_both(bits) for _, bits in self.policy]
         if any(pattern == "*" for pattern, _ in self.policy):
             return by_policy
         return [*by_policy, *(self._bits_by_kind(is_embedding) for is_embedding in (False, True))]
@@ -276,6 +287,14 @@ class QSDPConfig:
             return Rounding.SHIFT.label if bits >= 7 else Rounding.DITHER.label
         return given
 
+    def rotates(self, grad_bits: int, *, keeps_bits: bool) -> bool:
+        """Whether gradients of ``grad_bits`` are rotated; ``keeps_bits``: no budget changes them.
+
+        Where a budget may, they are at any bits: it measures errors of what is sent.
+        """
+        widest = max(LEARNED_BITS if keeps_bits or not self.has_budget else CODED_BITS)
+        return self.grad_rotation != "none" and grad_bits <= widest
+
     def bits_of(self, name: str, is_embedding: bool) -> tuple[int, int]:
         """Weight and gradient bits of a parameter ``name`` that can be coded."""
         return self.bits_by_policy(name) or self._bits_by_kind(is_embedding)
@@ -297,10 +316,5 @@ class QSDPConfig:
         """Weight and gradient bits that the first matching pattern gives to ``name``, if any."""
         for pattern, bits in self.policy:
             if fnmatchcase(name, pattern):
-                return config_bits(bits)
+                return bits_of_both(bits)
         return None
-
-
-def config_bits(bits: int | tuple[int, int]) -> tuple[int, int]:
-    """Weight and gradient bits of what a ``QSDPConfig`` has: one number for both, or two."""
-    return bits if isinstance(bits, tuple) else (bits, bits)

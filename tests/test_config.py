@@ -135,6 +135,12 @@ UNHEEDED = [
         {"policy": (("*", (16, 4)),), "gather": "delta", "grad_budget": 4},
         {**DELTA, "grad_budget": 4},
     ),
+    ("grad_rotation", {"grad_rotation": "hadamard"}, {"grad_rotation": "hadamard", "budget": 4}),
+    (
+        "grad_rotation",
+        {"weight_bits": 4, "grad_bits": 7, "grad_rotation": "hadamard"},
+        {"weight_bits": 7, "grad_bits": 6, "grad_rotation": "hadamard"},
+    ),
     ("embedding_bits", {"embedding_bits": 4, "policy": WIDE}, {"embedding_bits": 4}),
     (
         "weight_bucket_size",
@@ -227,6 +233,22 @@ def test_kept_grids_have_room_and_last_as_given_or_for_200_steps():
     for room in (1, 0.01):
         config = QSDPConfig(gather="delta", delta_room=room, delta_redraw_every=1)
         assert (config.room, config.redraw_every) == (room, 1)
+
+
+def test_a_budget_has_all_gradients_rotated_that_it_gives_bits():
+    def rotated(**settings):
+        config = QSDPConfig(**FOUR, **settings)
+        return [config.rotates(b, keeps_bits=k) for b in (2, 6, 7, 8, 32) for k in (True, False)]
+
+    narrow = [True] * 4 + [False] * 6
+    assert rotated() == rotated(budget=4) == [False] * 10
+    assert rotated(grad_rotation="hadamard") == narrow
+    assert rotated(grad_rotation="hadamard", budget=4) == [
+        *([True] * 4),
+        *([False, True] * 2),
+        *([False] * 2),
+    ]
+    assert refusal(grad_rotation="random").startswith("grad_rotation is 'random': choose one of")
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 7, 8])

@@ -291,6 +291,36 @@ std::vector<Span> check_spans(const torch::stable::Tensor& dense,
     return found;
 }
 
+std::vector<RotatedStretch> check_stretches(const torch::stable::Tensor& buffer,
+                                            const torch::stable::Tensor& stretches, Where where) {
+    check_bytes("buffer", buffer, where);
+    if (stretches.scalar_type() != ScalarType::Long || !stretches.is_cpu() ||
+        stretches.dim() != 2 || !stretches.is_contiguous()) {
+        refuse("the stretches are ", description(stretches),
+               ": give contiguous int64 rows on the cpu.");
+    }
+    if (stretches.size(1) != kStretchFields) {
+        refuse("the stretches have ", stretches.size(1), " columns: give ", kStretchFields, ".");
+    }
+    std::vector<RotatedStretch> found(static_cast<size_t>(stretches.size(0)));
+    std::memcpy(found.data(), stretches.data_ptr(), found.size() * sizeof(RotatedStretch));
+    int64_t end = 0;
+    for (const RotatedStretch& each : found) {
+        if (each.dtype < 0 || each.dtype >= kOpaque || each.bucket < 8 || each.bucket % 8 != 0) {
+            refuse("a stretch has DTYPE ", each.dtype, " and buckets of ", each.bucket,
+                   ": give 0 to 2 and a positive multiple of 8.");
+        }
+        const int64_t item = item_bytes(each.dtype);
+        if (each.numel < 0 || !inside(each.byte, each.numel, item, end, buffer.numel())) {
+            refuse("a stretch of ", each.numel, " values at byte ", each.byte,
+                   " reaches outside the buffer, or into the one before: give stretches in the "
+                   "order of the buffer.");
+        }
+        end = each.byte + each.numel * item;
+    }
+    return found;
+}
+
 KeyType check_keys(const torch::stable::Tensor& values, Where where) {
     if (is_at(values, where) && values.dim() == 1 && values.is_contiguous()) {
         switch (values.scalar_type()) {

@@ -9,6 +9,7 @@
 
 #include "common/codec_call.h"
 #include "common/magnitude.h"
+#include "common/rotation.h"
 #include "common/span.h"
 
 namespace qsdp {
@@ -45,6 +46,11 @@ std::vector<Span> check_spans(const torch::stable::Tensor& dense,
                               const torch::stable::Tensor& spans,
                               const torch::stable::Tensor& bitmap,
                               const torch::stable::Tensor& compact, Where where = kCpu);
+
+// The table of stretches, after checking that they lie in the buffer one after another.
+std::vector<RotatedStretch> check_stretches(const torch::stable::Tensor& buffer,
+                                            const torch::stable::Tensor& stretches,
+                                            Where where = kCpu);
 
 // What the values of count_digits and mark_above are.
 KeyType check_keys(const torch::stable::Tensor& values, Where where = kCpu);

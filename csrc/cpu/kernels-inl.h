@@ -17,6 +17,7 @@
 #include "cpu/kernels.h"
 #include "cpu/magnitude-inl.h"
 #include "cpu/raw-inl.h"
+#include "cpu/rotate-inl.h"
 #include "cpu/simd.h"
 
 static_assert(std::endian::native == std::endian::little, "payloads are little-endian");

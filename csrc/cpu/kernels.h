@@ -6,6 +6,7 @@
 #include "common/changes.h"
 #include "common/frame_fault.h"
 #include "common/magnitude.h"
+#include "common/rotation.h"
 #include "common/segment.h"
 
 namespace qsdp {
@@ -46,7 +47,7 @@ struct ChangedBuckets {
 // that a call can be split between threads: a bucket belongs to the range that its first value lies
 // in. encode counts ``numel`` values a segment, decode ``padded`` ones (padding becomes zero, or
 // stays if add). encode_changes counts as encode does; each bucket has its place in the frame, from
-// which the caller moves it to where it belongs.
+// which the caller moves it to where it belongs. rotate takes the values of stretches so.
 struct Kernels {
     const char* name;
     void (*encode)(const Table& table, const uint8_t* buffer, uint8_t* payload, int64_t begin,
@@ -60,6 +61,8 @@ struct Kernels {
     Changes (*encode_changes)(const Table& table, const ChangesCall& call, int64_t begin,
                               int64_t end);
     Fault (*apply_changes)(const ChangedBuckets& changed, int32_t step, uint8_t* kept);
+    void (*rotate)(const RotatedStretch* stretches, int64_t num_stretches, uint8_t* buffer,
+                   int64_t begin, int64_t end);
 };
 
 extern const Kernels kScalarKernels;

@@ -3,7 +3,7 @@
 namespace qsdp {
 
 extern const Kernels kScalarKernels{
-    "scalar",           scalar::encode,         scalar::decode,       scalar::count_digits,
-    scalar::mark_above, scalar::encode_changes, scalar::apply_changes};
+    "scalar",           scalar::encode,         scalar::decode,        scalar::count_digits,
+    scalar::mark_above, scalar::encode_changes, scalar::apply_changes, scalar::rotate};
 
 }  // namespace qsdp

@@ -202,6 +202,17 @@ void mark_above(const Tensor& values, int64_t key, const Tensor& out) {
     });
 }
 
+void rotate(const Tensor& buffer, const Tensor& stretches) {
+    const std::vector<qsdp::RotatedStretch> rows = qsdp::check_stretches(buffer, stretches);
+    int64_t num_values = 0;
+    for (const qsdp::RotatedStretch& row : rows) num_values += row.numel;
+    auto* values = static_cast<uint8_t*>(buffer.data_ptr());
+    const qsdp::Kernels& kernels = qsdp::kernels_in_use();
+    torch::stable::parallel_for(0, num_values, kGrain, [&](int64_t begin, int64_t end) {
+        kernels.rotate(rows.data(), static_cast<int64_t>(rows.size()), values, begin, end);
+    });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qsdp, CPU, library) {
@@ -213,4 +224,5 @@ STABLE_TORCH_LIBRARY_IMPL(qsdp, CPU, library) {
     library.impl("expand", TORCH_BOX(&expand));
     library.impl("count_digits", TORCH_BOX(&count_digits));
     library.impl("mark_above", TORCH_BOX(&mark_above));
+    library.impl("rotate", TORCH_BOX(&rotate));
 }

@@ -85,6 +85,21 @@ QSDP_INLINE F replace_zeros(F x, F other) {
 QSDP_INLINE F zero_where_equal(F value, F a, F b) {
     return {_mm256_andnot_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ), value.v)};
 }
+QSDP_INLINE F flip(F x, const uint32_t* signs) {
+    return {_mm256_xor_ps(x.v, _mm256_loadu_ps(reinterpret_cast<const float*>(signs)))};
+}
+template <int H>
+QSDP_INLINE F sum_and_difference(F x) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), bit = _mm256_set1_epi32(H);
+    const __m256i is_second = _mm256_cmpeq_epi32(_mm256_and_si256(lane, bit), bit);
+    const __m256 sign = _mm256_castsi256_ps(_mm256_slli_epi32(is_second, 31));
+    const __m256 other = _mm256_permutevar8x32_ps(x.v, _mm256_xor_si256(lane, bit));
+    return {_mm256_add_ps(other, _mm256_xor_ps(x.v, sign))};
+}
+QSDP_INLINE F canonical(F x) {
+    const __m256 quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000));
+    return {_mm256_blendv_ps(x.v, quiet, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q))};
+}
 QSDP_INLINE float least(F x) {
     __m128 m = _mm_min_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
     m = _mm_min_ps(m, _mm_movehl_ps(m, m));

@@ -100,6 +100,22 @@ QSDP_INLINE F zero_where_equal(F value, F a, F b) {
     const __mmask16 equal = _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ);
     return {_mm512_mask_blend_ps(equal, value.v, _mm512_setzero_ps())};
 }
+QSDP_INLINE F flip(F x, const uint32_t* signs) {
+    const __m512i mask = _mm512_loadu_si512(signs);
+    return {_mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(x.v), mask))};
+}
+template <int H>
+QSDP_INLINE F sum_and_difference(F x) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i bit = _mm512_set1_epi32(H);
+    const __mmask16 is_second = _mm512_test_epi32_mask(lane, bit);
+    const __m512 other = _mm512_permutexvar_ps(_mm512_xor_si512(lane, bit), x.v);
+    return {_mm512_mask_blend_ps(is_second, _mm512_add_ps(other, x.v), _mm512_sub_ps(other, x.v))};
+}
+QSDP_INLINE F canonical(F x) {
+    const __m512 quiet = _mm512_castsi512_ps(_mm512_set1_epi32(0x7FC00000));
+    return {_mm512_mask_blend_ps(is_nan(x), x.v, quiet)};
+}
 QSDP_INLINE float least(F x) {
     return _mm512_reduce_min_ps(x.v);
 }

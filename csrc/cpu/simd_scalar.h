@@ -7,6 +7,7 @@
 
 #include "common/half.h"
 #include "common/portable.h"
+#include "common/rotation.h"
 
 namespace qsdp::scalar {
 
@@ -74,6 +75,22 @@ QSDP_INLINE F replace_zeros(F x, F other) {
 QSDP_INLINE F zero_where_equal(F value, F a, F b) {
     QSDP_LANES(i) value.lane[i] = a.lane[i] == b.lane[i] ? 0.0f : value.lane[i];
     return value;
+}
+// With each bit of ``signs`` flipped, one a lane.
+QSDP_INLINE F flip(F x, const uint32_t* signs) {
+    QSDP_LANES(i) x.lane[i] = bits_float(float_bits(x.lane[i]) ^ signs[i]);
+    return x;
+}
+// Of the lanes i and i + H, where i has no bit H, their sum and the first less the second.
+template <int H>
+QSDP_INLINE F sum_and_difference(F x) {
+    F out;
+    QSDP_LANES(i) out.lane[i] = i & H ? x.lane[i ^ H] - x.lane[i] : x.lane[i] + x.lane[i ^ H];
+    return out;
+}
+QSDP_INLINE F canonical(F x) {
+    QSDP_LANES(i) x.lane[i] = qsdp::canonical(x.lane[i]);
+    return x;
 }
 QSDP_INLINE float least(F x) {
     float out = x.lane[0];

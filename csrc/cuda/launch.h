@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/magnitude.h"
+#include "common/rotation.h"
 #include "common/segment.h"
 #include "common/span.h"
 #include "cuda/apply_changes.h"
@@ -39,6 +40,9 @@ void compact_on_gpu(const std::vector<Span>& spans, const uint8_t* dense, const 
 
 void expand_on_gpu(const std::vector<Span>& spans, const uint8_t* values, const uint8_t* bitmap,
                    uint8_t* out, int64_t* starts, cudaStream_t stream);
+
+void rotate_on_gpu(const std::vector<RotatedStretch>& stretches, uint8_t* buffer,
+                   cudaStream_t stream);
 
 // What they come to is in the report of the job's board.
 void encode_changes_on_gpu(const ChangesPlan& plan, const EncodeChanges& job, cudaStream_t stream);

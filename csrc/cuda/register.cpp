@@ -133,6 +133,14 @@ void mark_above(const Tensor& values, int64_t key, const Tensor& out) {
     check_launch();
 }
 
+void rotate(const Tensor& buffer, const Tensor& stretches) {
+    const std::vector<qsdp::RotatedStretch> rows =
+        qsdp::check_stretches(buffer, stretches, qsdp::kCuda);
+    const Place place(buffer);
+    qsdp::rotate_on_gpu(rows, static_cast<uint8_t*>(buffer.data_ptr()), place.stream());
+    check_launch();
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qsdp, CUDA, library) {
@@ -144,4 +152,5 @@ STABLE_TORCH_LIBRARY_IMPL(qsdp, CUDA, library) {
     library.impl("expand", TORCH_BOX(&expand));
     library.impl("count_digits", TORCH_BOX(&count_digits));
     library.impl("mark_above", TORCH_BOX(&mark_above));
+    library.impl("rotate", TORCH_BOX(&rotate));
 }

@@ -52,6 +52,16 @@ QSDP_INLINE V across(V value, int offset) {
 }
 #endif
 
+// Gives each lane the value of the lane whose number differs by the bit ``offset``.
+template <class V>
+QSDP_INLINE void from_across(PerLane<V>& values, int offset, PerLane<V>& found) {
+#if defined(__CUDA_ARCH__)
+    found.own = across(values.own, offset);
+#else
+    for (int lane = 0; lane < kWarp; ++lane) found[lane] = values[lane ^ offset];
+#endif
+}
+
 // Combines, by ``a.merge(b)``, the values of ``Width`` consecutive lanes into each of theirs. V is
 // made of 32-bit words.
 template <int Width, class V>

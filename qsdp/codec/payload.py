@@ -60,7 +60,8 @@ class Segment:
 
     ``levels`` is where the segment's learned levels start in the tensor that ``encode`` and
     ``decode`` are given; -1 stands for the uniform grid. ``keeps_epochs``: its payload is kept, and
-    each bucket has the step at which its grid was drawn.
+    each bucket has the step at which its grid was drawn. ``rotates_in`` is in how large buckets its
+    values are rotated before they are coded ([Note: Rotation]); 0: they are coded as they are.
     """
 
     bits: int
@@ -72,13 +73,15 @@ class Segment:
     rounding: int = 0
     levels: int = -1
     keeps_epochs: bool = False
+    rotates_in: int = 0
 
     @property
     def definition(self) -> tuple[int, ...]:
         """All fields in an order of its own, which is part of the version of payloads."""
         travels = (self.bits, self.dtype, self.wire, self.padded, self.parameter)
         kept = [1] if self.keeps_epochs else []
-        return (*travels, self.bucket, self.rounding, self.levels, *kept)
+        rotated = [2, self.rotates_in] if self.rotates_in else []
+        return (*travels, self.bucket, self.rounding, self.levels, *kept, *rotated)
 
     def meta_bytes(self, count: Count) -> Count:
         """Bytes of the metadata of ``count`` values."""

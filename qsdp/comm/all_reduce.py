@@ -40,6 +40,7 @@ def all_reduce(
     layout = plan.reduce(with_grad, tensor.dtype, wire.least_bits)
     size, clock, device = layout.payload_bytes, wire.clock, tensor.device
     values = layout.compact(tensor.view(1, -1), wire.buffers, plan.rank)[0]
+    layout.rotate(values[None], plan.rank)
     levels = wire.level_values
     ranks = dist.get_process_group_ranks(group)
     payloads = wire.buffers.take("receive", group.size() * size, device)
@@ -65,4 +66,6 @@ def all_reduce(
     with wire.times.measure("reduce", "decode", device):
         given, parts = payloads.view(-1, size), layout.parts(route, keys)
         ops.decode_all(given, layout.fp32_tables, parts, total[None], levels)
-    layout.expand(plan.rank, total.view(torch.float32).div_(divisor), tensor)
+    sums = total.view(torch.float32)
+    layout.rotate(sums[None], plan.rank)
+    layout.expand(plan.rank, sums.div_(divisor), tensor)

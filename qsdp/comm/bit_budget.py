@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from qsdp.codec.payload import Segment
 from qsdp.common.dtypes import DType
-from qsdp.config import CODED_BITS, QSDPConfig, config_bits
+from qsdp.common.wire_values import bits_of_both
+from qsdp.config import CODED_BITS, QSDPConfig
 
 
 class Claim(NamedTuple):
@@ -49,7 +50,7 @@ def budget_request(config: QSDPConfig) -> dict[str, Any]:
     # Where these are unset, as states were without them.
     later = ("weight_bucket_size", "grad_budget")
     names += [name for name in later if getattr(config, name) is not None]
-    policy = [[pattern, *config_bits(bits)] for pattern, bits in config.policy]
+    policy = [[pattern, *bits_of_both(bits)] for pattern, bits in config.policy]
     return {name: getattr(config, name) for name in names} | {"policy": policy}
 
 

@@ -22,7 +22,8 @@ from qsdp.codec.segment_table import Field, Part, SegmentRow
 from qsdp.comm.buffers import BufferPool
 from qsdp.comm.pruned_slices import PrunedSlices
 from qsdp.comm.routes import Route, gather_route
-from qsdp.common.dtypes import ITEM_BYTES, DType
+from qsdp.common.dtypes import CODEC_DTYPES, ITEM_BYTES, DType
+from qsdp.ops.reference.rotation import RotatedStretch
 
 
 class GroupLayout:
@@ -50,6 +51,8 @@ class GroupLayout:
         self._hash = self._layout.hash
         self.pruned = pruned
         self._parts: dict[Route, Tensor] = {}
+        self._stretches: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+        self._rotated = [i for i, each in enumerate(segments) if each.rotates_in]
         self.num_values = int(numels.sum())
         """Values of all ranks together, padding left out; pruned ones count."""
         padded = torch.tensor([segment.padded for segment in segments])
@@ -230,6 +233,38 @@ class GroupLayout:
             self.pruned.expand(values, rank, dense.view(torch.uint8).view(1, -1))
         elif compact.data_ptr() != dense.data_ptr():
             dense.copy_(compact)
+
+    def rotate(self, rows: Tensor, first: int = 0) -> None:
+        """Rotate gradients in place, or back: [Note: Rotation] in ``ops/reference/rotation.py``.
+
+        ``rows``: [ranks, values], contiguous, what is coded of the slices of ranks from ``first``
+        on, in the layout's type or in fp32.
+        """
+        if not self._rotated:
+            return
+        place = (first, rows.shape, rows.dtype)
+        stretches = self._stretches.get(place)
+        if stretches is None:
+            row_bytes = rows.shape[1] * rows.element_size()
+            stretches = self._stretches[place] = self._stretches_of(*place, row_bytes)
+        ops.rotate(rows.view(-1).view(torch.uint8), stretches)
+
+    def _stretches_of(
+        self, first: int, shape: torch.Size, dtype: torch.dtype, row_bytes: int
+    ) -> Tensor:
+        """int64 [ranks * rotated segments, len(RotatedStretch)]."""
+        num = shape[0]
+        tables = self.fp32_tables if dtype == torch.float32 else self.tables
+        rows = tables[self._kinds[first : first + num]][:, self._rotated]
+        buckets = torch.tensor([self.segments[i].rotates_in for i in self._rotated])
+        columns = {
+            RotatedStretch.BYTE: rows[..., Field.BUFFER_BYTE]
+            + row_bytes * torch.arange(num)[:, None],
+            RotatedStretch.NUMEL: rows[..., Field.NUMEL],
+            RotatedStretch.BUCKET: buckets.expand(num, -1),
+            RotatedStretch.DTYPE: torch.full(rows.shape[:2], CODEC_DTYPES[dtype]),
+        }
+        return torch.stack([columns[each] for each in RotatedStretch], dim=2).flatten(0, 1)
 
     def kept(self, rank: int, place: int, values: Tensor) -> Tensor:
         """What is coded of one segment's ``values``, the 1-D shard of ``rank``."""

@@ -190,11 +190,22 @@ class Plan:
             return layout
         segments = []
         for p in (self.parameters[i] for i in with_grad):
-            bits = p.grad_bits
+            bits, rotates_in = p.grad_bits, self.rotates_in(p, least_bits)
             if is_local and bits <= 8:
                 bits = self._config.local_grad_bits or 8
-            segments.append(self._segment(p, dtype, max(bits, least_bits), LevelKind.GRAD))
+            segment = self._segment(p, dtype, max(bits, least_bits), LevelKind.GRAD)
+            segments.append(replace(segment, rotates_in=rotates_in))
         return self._keep(key, self._layout(segments, with_grad, masks))
+
+    def rotates_in(self, parameter: Parameter, least_bits: int = 0) -> int:
+        """In how large buckets a parameter's gradients are rotated, in all stages; 0: not at all.
+
+        It follows from the bits outside of nodes, which are no fewer than ``least_bits``.
+        """
+        bits = max(parameter.grad_bits, least_bits)
+        if not self._config.rotates(bits, keeps_bits=parameter.keeps_bits):
+            return 0
+        return self._config.bucket_of(bits, is_grad=True)
 
     def kept_rows(self) -> GroupLayout:
         """The rows of all ranks' codes that every rank keeps: [Note: Kept] in kept_codes.py."""

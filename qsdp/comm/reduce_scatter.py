@@ -85,7 +85,7 @@ def reduce(
     Args:
         plan: How the group travels.
         exchanges: See ``reduce_exchanges``.
-        output, input: Of one dtype.
+        output, input: Of one dtype. Gradients of ``input`` that are rotated are so in place.
         wire: With the step, counters and buffers.
         slot: A slot of buffers that no other reduce may use meanwhile.
         is_late: ``input`` is not needed after the last stop: what is left of it is copied.
@@ -100,6 +100,7 @@ def reduce(
     occurrence = wire.clock.before_reduce(plan.index)
     layout, status = exchanges[0].layout, PayloadStatus.KEPT
     values = layout.compact(input.view(plan.world_size, output.numel()), wire.buffers)
+    layout.rotate(values)
     rows = _Rows(values, tuple(range(plan.world_size)))
     del input, values
     for exchange in exchanges:
@@ -109,6 +110,7 @@ def reduce(
         status = yield from _take(plan, exchange, rows, occurrence, wire, slot, into, status, keeps)
     if status != PayloadStatus.KEPT:
         raise GradientsDiffer
+    layout.rotate(rows.values, plan.rank)
     layout.expand(plan.rank, rows.values[0], output)
     wire.traffic.in_fp32("reduce", plan.world_size, exchanges[-1].layout.num_values)
     return occurrence

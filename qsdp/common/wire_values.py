@@ -85,3 +85,8 @@ def checked_policy(given: object) -> Policy:
             check_config_bits(f"policy for {name!r}", each)
         policy.append((name, both if isinstance(bits, list | tuple) else bits))
     return tuple(policy)
+
+
+def bits_of_both(bits: int | tuple[int, int]) -> tuple[int, int]:
+    """Weight and gradient bits of what a policy has: one number for both, or two."""
+    return bits if isinstance(bits, tuple) else (bits, bits)

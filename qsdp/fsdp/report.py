@@ -23,7 +23,10 @@ class Row:
     weight: str
     """How it travels in the gather: ``8 bits``, ``raw float32``, ...; ``none`` when it does not."""
     grad: str
-    """How its gradient travels in the reduce; ``none`` when it is frozen or not sharded."""
+    """How its gradient travels in the reduce: ``4 bits, rotated``, ...
+
+    ``none`` when it is frozen or not sharded.
+    """
     why: str
 
 
@@ -56,6 +59,7 @@ def sharded_rows(plans: Sequence[Plan], groups: Sequence[ParameterGroup]) -> dic
         for p, is_trained in zip(plan.parameters, group.requires_grad(), strict=True):
             weight = _travels_as(p.weight_bits, p.dtype)
             grad = _travels_as(p.grad_bits, group.reduce_dtype or p.dtype, is_grad=True)
+            grad += ", rotated" if plan.rotates_in(p) else ""
             why = p.why if is_trained else f"{p.why}, frozen"
             row = Row(p.name, tuple(p.shape), plan.index, weight, grad, why)
             rows[p.index] = row if is_trained else replace(row, grad="none")

@@ -82,6 +82,9 @@ def remarks(
         steps = ", ".join(map(str, config.learning_steps))
         whose = "gradients of " * (config.gather == "delta")
         yield f"learned levels for {whose}2 to 6 bits, fitted before steps {steps}"
+    if config.grad_rotation != "none":
+        which = "of 2 to 6 bits" if not config.has_budget else "of 2 to 6 bits or by the budget"
+        yield f"rotation: gradients {which} are coded as Hadamard transforms, undone on their sums"
     if config.warmup_steps:
         least = f"at least {config.least_warmup_bits} bits"
         yield f"warm-up: {least} in the first {config.warmup_steps} steps"

@@ -1,4 +1,4 @@
-"""The operators on payloads, sparse buffers and magnitudes, as ``schema`` lists them.
+"""The operators on payloads, sparse buffers, magnitudes and rotations, as ``schema`` lists them.
 
 A call reaches the best kernel for its tensors: those of csrc/, or the specification in
 ``reference``.
@@ -22,6 +22,7 @@ compact = torch.ops.qsdp.compact
 expand = torch.ops.qsdp.expand
 count_digits = torch.ops.qsdp.count_digits
 mark_above = torch.ops.qsdp.mark_above
+rotate = torch.ops.qsdp.rotate
 
 __all__ = [
     "apply_changes",
@@ -35,5 +36,6 @@ __all__ = [
     "expand",
     "mark_above",
     "native",
+    "rotate",
     "schema",
 ]

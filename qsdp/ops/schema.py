@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from qsdp.ops.reference import apply_changes, changes, codec, magnitude, sparse
+from qsdp.ops.reference import apply_changes, changes, codec, magnitude, rotation, sparse
 
 KERNELS: dict[str, Callable[..., None]] = {
     "encode": codec.encode,
@@ -23,6 +23,7 @@ KERNELS: dict[str, Callable[..., None]] = {
     "expand": sparse.expand,
     "count_digits": magnitude.count_digits,
     "mark_above": magnitude.mark_above,
+    "rotate": rotation.rotate,
 }
 """The specification of each operator, by its name. All write into what they are given."""
 
@@ -42,6 +43,7 @@ _SIGNATURES = (
     "expand(Tensor compact, Tensor spans, Tensor bitmap, Tensor(a!) out) -> ()",
     "count_digits(Tensor values, Tensor prefix, int shift, int width, Tensor(a!) counts) -> ()",
     "mark_above(Tensor values, int key, Tensor(a!) out) -> ()",
+    "rotate(Tensor(a!) buffer, Tensor stretches) -> ()",
 )
 
 

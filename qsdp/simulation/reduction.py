@@ -14,6 +14,8 @@ from qsdp.simulation.simulated_wire import SimulatedWire
 class Reduction:
     """The reduction of all simulated ranks, which bring gradients in the order of their ranks.
 
+    rotation  rows are rotated before they are quantized first, and what is summed is rotated back;
+              between quantized replicas once more
     stages    in the first every row is quantized for that rank of the sender's unit that has its
               destination's place there; each unit then quantizes its fp32 sum for that unit of the
               next larger one which has the destination's place, and so on. Rows and sums are added
@@ -57,6 +59,7 @@ class Reduction:
         for name, grad in grads.items():
             for receiver, whole in enumerate(self._wire.sharding.cut(name, grad.div(self._before))):
                 row = self._wire.kept_grads.pick(name, whole, receiver)
+                row = self._wire.rotated(name, row, self._step)
                 self._exchange(0, name, row, sender, receiver)
         for place, each in enumerate(self._wire.stages[1:], start=1):
             if (rank + 1) % each.stride == 0:
@@ -70,6 +73,7 @@ class Reduction:
         assert self._num_added == world.num_ranks
         for (name, receiver), total in self._replicas.items():
             if world.quantized_replicas:
+                total = self._wire.rotated(name, total, self._step)
                 total = total.div(float(world.replicas)).to(world.reduce_dtype)
             mean = total.div(self._divisor / self._before)
             yield name, receiver, self._wire.kept_grads.spread(name, mean, receiver)
@@ -95,8 +99,9 @@ class Reduction:
         world = self._wire.world
         for place, total in self._sums[-1].items():
             name, receiver = place
-            total = total.to(world.reduce_dtype)
+            total = self._wire.rotated(name, total, self._step).to(world.reduce_dtype)
             if world.quantized_replicas:
+                total = self._wire.rotated(name, total, self._step)
                 sender = replica * world.world_size + receiver
                 self._add(self._replicas, name, total, KeyStage.REPLICAS, sender, receiver, False)
             elif place in self._replicas:

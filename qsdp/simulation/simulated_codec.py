@@ -14,6 +14,7 @@ from qsdp.codec.segment_table import SegmentRow
 from qsdp.common.dtypes import CODEC_DTYPES, DType
 from qsdp.common.rounding import Rounding
 from qsdp.config import QSDPConfig
+from qsdp.ops.reference.rotation import RotatedStretch
 from qsdp.simulation.numbering import Numbering
 
 
@@ -91,6 +92,20 @@ class SimulatedCodec:
         buffer = received.view(-1).view(torch.uint8)
         ops.decode(payload, tables.decode, key, buffer, levels=levels)
         return received
+
+    def rotated(self, values: Tensor, bucket: int) -> Tensor:
+        """A copy of gradients ``values``, rotated in buckets: [Note: Rotation]."""
+        found = values.clone(memory_format=torch.contiguous_format)
+        dtype = CODEC_DTYPES[values.dtype]
+        columns = {
+            RotatedStretch.BYTE: 0,
+            RotatedStretch.NUMEL: values.numel(),
+            RotatedStretch.BUCKET: bucket,
+            RotatedStretch.DTYPE: int(dtype),
+        }
+        stretches = torch.tensor([[columns[each] for each in RotatedStretch]])
+        ops.rotate(found.view(-1).view(torch.uint8), stretches)
+        return found
 
     def _tables_of(self, name: str, segment: Segment, is_grad: bool) -> _Tables:
         place = (segment, self._numbers.groups[name], is_grad)

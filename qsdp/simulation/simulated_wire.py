@@ -65,6 +65,7 @@ class SimulatedWire:
         self.is_aside = False
         """Whether weights travel fresh, so that what is kept stays as it is."""
         embeddings, named = {clean[name] for name in tables}, named_parameters(model)
+        self._keeps_bits = {n for n in named if config.keeps_bits(n, n in embeddings)}
         check_embeddings(config, embeddings)
         self._bits: Bits = {
             name: _bits(name, parameter, config, name in embeddings)
@@ -199,6 +200,14 @@ class SimulatedWire:
         if bits <= 8 and self._budget.is_open(step):
             self._measure(name, row, sender, is_grad=True)
         return self._cross(name, row, key.fold(), bits, is_grad=True)
+
+    def rotated(self, name: str, row: Tensor, step: int) -> Tensor:
+        """What a reduce in ``step`` adds up in place of a gradient's ``row``; and the way back."""
+        bits = self.grad_bits(name, KeyStage.FLAT, step)
+        keeps_bits = name in self._keeps_bits
+        if self.world.world_size == 1 or not self.config.rotates(bits, keeps_bits=keeps_bits):
+            return row
+        return self.codec.rotated(row, self.config.bucket_of(bits, is_grad=True))
 
     def _claim(self, name: str, whole: Tensor, is_grad: bool, is_embedding: bool) -> Claim:
         """The claim of one parameter: every rank's payload has room for the first rank's shard."""

@@ -39,6 +39,7 @@ GROUPS: dict[str, type[Flags]] = {
 _LATER = (
     *("qsdp_delta_room", "qsdp_delta_redraw_every", "qsdp_weight_bucket_size"),
     "qsdp_grad_budget",
+    "qsdp_grad_rotation",
 )
 # What a run looks at and keeps, and where.
 _RECORDS = (
@@ -176,7 +177,7 @@ class TrainConfig:
             if self.qsdp.gather == "delta":
                 found["qsdp_delta_room"] = self.qsdp.room
                 found["qsdp_delta_redraw_every"] = self.qsdp.redraw_every
-            found = {n: v for n, v in found.items() if n not in _LATER or v is not None}
+            found = {n: v for n, v in found.items() if n not in _LATER or v not in (None, "none")}
             found.pop("qsdp_delta_codes")  # the same codes, wherever they are
         for each in self.methods:
             if each.is_chosen or each.IS_IN_EVERY_IDENTITY:

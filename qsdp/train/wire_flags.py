@@ -92,6 +92,11 @@ class WireFlags(Flags):
     Where a method takes two passes a step, each counts. Unset: 10,50,200,1000.
     """
 
+    qsdp_grad_rotation: str | None = None
+    """none, or hadamard for gradients of 2 to 6 bits and those that a budget gives bits.
+    They are coded as Hadamard transforms of their buckets, which have few outliers. Unset: none.
+    """
+
     qsdp_policy: str | None = None
     """Bits by parameter name, PATTERN=BITS or PATTERN=WEIGHT/GRADIENT with commas between.
     The first shell-style pattern that matches wins, as in "blocks.0.*=8,*.attn.*=8/4".

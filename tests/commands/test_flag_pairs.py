@@ -111,6 +111,7 @@ SAMPLES: dict[str, tuple[Values, Values]] = {
     "qsdp_rounding": ({"qsdp_rounding": "dither"}, WIRE),
     "qsdp_rounding to nearest": ({"qsdp_rounding": "nearest"}, WIRE),
     "qsdp_levels": ({"qsdp_levels": "learned"}, WIRE),
+    "qsdp_grad_rotation": ({"qsdp_grad_rotation": "hadamard"}, WIRE),
     "qsdp_level_steps": ({"qsdp_level_steps": (7,)}, LEARNED),
     "qsdp_policy": ({"qsdp_policy": "blocks.0.*=6/5"}, WIRE),
     "qsdp_budget": ({"qsdp_budget": 5.0}, ADAMW),
@@ -135,7 +136,7 @@ def is_beside_bits(values: Values) -> bool:
 
 
 NEEDS_CODES = ("bucket_size", "rounding", "rounding to nearest", "errors", "local_grad_bits")
-NEEDS_CODES += ("levels", "level_steps", "warmup_bits", "weight_bucket_size")
+NEEDS_CODES += ("levels", "level_steps", "warmup_bits", "weight_bucket_size", "grad_rotation")
 WITH_DELTA = ("qsdp_gather delta", "qsdp_delta_room", "qsdp_delta_redraw_every")
 WITH_DELTA += ("qsdp_delta_codes",)
 
@@ -201,7 +202,7 @@ class Ranks:
 
 @cache
 def travels(wire: QSDPConfig, least_bits: int = 0) -> list[list[int]]:
-    """What the codec reads of the tables that it is given, and whether it has learned levels."""
+    """What the codec reads of the tables that it is given, and what is rotated before."""
     names = {"embed.weight": True, "blocks.0.up.weight": False, "blocks.1.up.weight": False}
     parameters = [
         Parameter(
@@ -224,7 +225,11 @@ def travels(wire: QSDPConfig, least_bits: int = 0) -> list[list[int]]:
         plan.reduce(places, torch.float32, least_bits, is_local=is_local)
         for is_local in (False, *([True] if wire.reduce != "flat" else []))
     ]
-    rows: list[list[int]] = [row for layout in layouts for row in layout.tables[0].tolist()]
+    rows: list[list[int]] = [
+        [*row, segment.rotates_in]
+        for layout in layouts
+        for row, segment in zip(layout.tables[0].tolist(), layout.segments, strict=True)
+    ]
     for row in rows:
         if row[Field.BITS] == 0:
             row[Field.BUCKET] = row[Field.ROUNDING] = 0

@@ -1,4 +1,4 @@
-"""The bodies of the CUDA kernels, of the codec and of changes, on the host, under sanitizers."""
+"""The bodies of the CUDA kernels, codec, changes and rotation, on the host, under sanitizers."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def test_kernel_bodies_give_the_bytes_of_the_specification(tmp_path: Path) -> No
     tests = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider"]
     tests += ["tests/ops/test_codec_kernels.py", "tests/ops/test_sparse_codec.py"]
     tests += ["tests/ops/test_changes_kernels.py", "tests/ops/test_changes_refusals.py"]
+    tests += ["tests/ops/test_rotation_kernels.py"]
     tests += ["-k", "emulated and not bad_tensors"]
     done = subprocess.run(
         tests,

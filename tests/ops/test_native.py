@@ -21,7 +21,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LIBRARIES = (native.LIBRARY.name, native.CUDA_LIBRARY.name)
 OPERATORS = (
     *("encode", "decode", "encode_all", "decode_all", "encode_changes", "apply_changes"),
-    *("compact", "expand", "count_digits", "mark_above"),
+    *("compact", "expand", "count_digits", "mark_above", "rotate"),
 )
 
 

@@ -231,6 +231,7 @@ constexpr auto full_sum = [](uint8_t a, uint8_t b) -> uint8_t {
 };
 constexpr auto product = [](float a, float b) { return a * b; };
 constexpr auto both = [](uint64_t a, uint64_t b) { return a & b; };
+constexpr auto differing = [](uint64_t a, uint64_t b) { return a ^ b; };
 constexpr auto either = [](uint64_t a, uint64_t b) { return a | b; };
 constexpr auto low_product = [](uint64_t a, uint64_t b) { return (a & ~0u) * (b & ~0u); };
 constexpr auto sum = [](auto a, auto b) { return static_cast<decltype(a)>(a + b); };
@@ -290,6 +291,7 @@ EMULATED __m512i mask_add_epi32(__m512i from, uint16_t mask, __m512i a, __m512i 
 #define _mm512_add_epi32(a, b) emulation::zip<uint32_t>(a, b, emulation::sum)
 #define _mm512_add_epi64(a, b) emulation::zip<uint64_t>(a, b, emulation::sum)
 #define _mm512_and_si512(a, b) emulation::zip<uint64_t>(a, b, emulation::both)
+#define _mm512_xor_si512(a, b) emulation::zip<uint64_t>(a, b, emulation::differing)
 #define _mm512_or_si512(a, b) emulation::zip<uint64_t>(a, b, emulation::either)
 #define _mm512_mul_epu32(a, b) emulation::zip<uint64_t>(a, b, emulation::low_product)
 #define _mm512_slli_epi16(a, n) emulation::shift_left<uint16_t>(a, n)

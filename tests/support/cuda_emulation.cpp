@@ -3,6 +3,7 @@
 #include "cuda/changes_job.h"
 #include "cuda/compact.h"
 #include "cuda/encode_changes.h"
+#include "cuda/rotate.h"
 #include "cuda/unit.h"
 
 #include <cstring>
@@ -138,4 +139,12 @@ extern "C" void emulate_decode(const uint8_t* payload, const int64_t* table, int
     if (kept.all().empty()) return;
     qsdp::launch_jobs(kept, levels, payload, buffer, key, nullptr, add,
                       run_units<qsdp::Turn::kKeptToValues>);
+}
+
+extern "C" void emulate_rotate(uint8_t* buffer, const int64_t* table, int64_t rows) {
+    std::vector<qsdp::RotatedStretch> stretches(static_cast<size_t>(rows));
+    if (rows > 0) memcpy(stretches.data(), table, stretches.size() * sizeof(qsdp::RotatedStretch));
+    qsdp::launch_stretches(stretches, buffer, [](const qsdp::RotationJob& job) {
+        for (int64_t unit = 0; unit < job.num_units + 7; ++unit) qsdp::rotate_unit(job, unit);
+    });
 }

@@ -103,6 +103,7 @@ def _on_gpu() -> dict[str, Callable[..., None]]:
         "expand": run("expand", out=3, stays=(1,)),
         "count_digits": run("count_digits", out=4, stays=()),
         "mark_above": run("mark_above", out=2, stays=()),
+        "rotate": run("rotate", out=0, stays=(1,)),
     }
 
 
@@ -208,6 +209,9 @@ def _emulated() -> dict[str, Callable[..., None]]:
             address(out),
         )
 
+    def rotate(buffer: Tensor, stretches: Tensor) -> None:
+        library.emulate_rotate(address(buffer), address(stretches), ctypes.c_int64(len(stretches)))
+
     return {
         "encode": encode,
         "decode": decode,
@@ -215,4 +219,5 @@ def _emulated() -> dict[str, Callable[..., None]]:
         "apply_changes": apply_changes,
         "compact": compact,
         "expand": expand,
+        "rotate": rotate,
     }

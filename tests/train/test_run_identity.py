@@ -80,6 +80,7 @@ OF_THE_WIRE: dict[str, Any] = {
     "qsdp_weight_bucket_size": 64,
     "qsdp_rounding": "nearest",
     "qsdp_levels": "learned",
+    "qsdp_grad_rotation": "hadamard",
     "qsdp_policy": "*=5",
     "qsdp_warmup_steps": 9,
     "qsdp_gather": "once",
@@ -122,6 +123,7 @@ def test_every_setting_is_part_of_a_run_or_changes_no_number() -> None:
     [
         ({"qsdp_bits": 8}, {"qsdp_weight_bits": 8, "qsdp_grad_bits": 8}),
         ({"qsdp_bits": 8}, {"qsdp_bits": 8, "qsdp_gather": "twice", "qsdp_reduce": "auto"}),
+        ({"qsdp_bits": 4}, {"qsdp_bits": 4, "qsdp_grad_rotation": "none"}),
         (DELTA, DELTA | {"qsdp_delta_room": 0.25, "qsdp_delta_redraw_every": 200}),
         ({"cram": True, "cram_sparsity": (0.5,)}, {"cram": True, "cram_targets": ("0.5",)}),
         ({"acdc": True}, {"acdc": True, "acdc_target": "0.9"}),
@@ -135,7 +137,7 @@ def test_the_same_run_may_be_spelled_in_several_ways(one: Any, other: Any) -> No
 
 @pytest.mark.parametrize("gather", ["twice", "once"])
 def test_a_run_is_told_of_flags_that_came_later_only_where_it_has_them(gather: str) -> None:
-    later = {*OF_DELTA, "qsdp_weight_bucket_size"}
+    later = {*OF_DELTA, "qsdp_weight_bucket_size", "qsdp_grad_rotation"}
     run = TrainConfig.of(qsdp_bits=8, qsdp_gather=gather)
     assert later.isdisjoint(run.identity)
     assert {"qsdp_rounding", "qsdp_bucket_size"} <= run.identity.keys()  # unset, as these are

@@ -25,7 +25,7 @@ FULL_WIRE = [
     *("--qsdp-policy", "blocks.0.*=8,*.attn.*=8/4", "--qsdp-warmup-steps", "2"),
     *("--qsdp-warmup-bits", "8", "--qsdp-gather", "once", "--qsdp-reduce", "two-hop"),
     *("--qsdp-ranks-per-node", "2", "--qsdp-errors", "--replicas", "2"),
-    *("--qsdp-weight-bucket-size", "32"),
+    *("--qsdp-weight-bucket-size", "32", "--qsdp-grad-rotation", "hadamard"),
 ]
 # Those that go with none of these.
 DELTA_WIRE = [
@@ -206,6 +206,7 @@ def test_every_flag_of_the_wire_reaches_its_config(tmp_path: Path) -> None:
         weight_bucket_size=32,
         rounding="nearest",
         levels="learned",
+        grad_rotation="hadamard",
         level_steps=(3, 20),
         policy=(("blocks.0.*", 8), ("*.attn.*", (8, 4))),
         budget=3.5,
@@ -341,7 +342,7 @@ def test_help_explains_every_flag_of_the_contract(capsys: pytest.CaptureFixture[
         qsdp-local-grad-bits qsdp-levels qsdp-level-steps qsdp-policy qsdp-budget qsdp-warmup-steps
         qsdp-warmup-bits qsdp-gather qsdp-reduce qsdp-ranks-per-node qsdp-errors
         max-bad-steps qsdp-weight-bucket-size qsdp-delta-room qsdp-delta-redraw-every
-        qsdp-grad-budget"""
+        qsdp-grad-budget qsdp-grad-rotation"""
     for flag in flags.split():
         assert f"--{flag}" in text
 

@@ -27,6 +27,7 @@ def test_the_report_lists_every_parameter_with_how_and_why(run: Run) -> None:
     config = {
         "weight_bits": 6,
         "grad_bits": 4,
+        "grad_rotation": "hadamard",
         "rounding": "nearest",
         "policy": (("*.up.weight", 3), ("head.*", 16), ("*.gain", 32), ("*norm2.bias", 8)),
     }
@@ -34,25 +35,31 @@ def test_the_report_lists_every_parameter_with_how_and_why(run: Run) -> None:
         assert [row.name for row in report.rows] == names
         rows = {row.name: row for row in report.rows}
         default = rows["blocks.1.qkv.weight"]
-        assert (default.weight, default.grad, default.why) == ("6 bits", "4 bits", "default")
+        assert (default.weight, default.why) == ("6 bits", "default")
+        assert default.grad == "4 bits, rotated"
         assert default.shape == (30, 10)
         frozen = rows["blocks.0.out.weight"]
         assert (frozen.weight, frozen.grad) == ("6 bits", "none")
         assert "frozen" in frozen.why
         policy = rows["blocks.0.mlp.up.weight"]
-        assert (policy.weight, policy.grad, policy.why) == ("3 bits", "3 bits", "policy")
+        assert (policy.weight, policy.grad, policy.why) == (
+            "3 bits",
+            "3 bits, rotated",
+            "policy",
+        )
         assert rows["head.weight"].weight == "bfloat16"
         assert (rows["blocks.0.mlp.gain"].weight, rows["blocks.0.mlp.gain"].why) == (
             "raw float32",
             "policy",
         )
-        assert rows["blocks.0.norm2.bias"].weight == "8 bits"
+        assert rows["blocks.0.norm2.bias"].weight == rows["blocks.0.norm2.bias"].grad == "8 bits"
         norm = rows["norm.weight"]
         assert (norm.weight, norm.grad) == ("raw float32", "raw")
         assert "norm or bias" in norm.why
         assert rows["blocks.0.mlp.gain"].group != rows["blocks.0.qkv.weight"].group
         assert len({row.group for row in report.rows}) == 5
         assert any("biased" in remark for remark in report.remarks)
+        assert any("rotation: gradients of 2 to 6 bits" in remark for remark in report.remarks)
         for row in report.rows:
             assert any(row.name in line and row.why in line for line in text.splitlines())
         assert all(remark in text for remark in report.remarks)
