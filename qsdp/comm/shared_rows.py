@@ -79,19 +79,19 @@ class SharedRows:
 
         ``device``: that of the rows.
 
-        Raises RuntimeError on all ranks of a node where ``take`` raises one on any: its own there,
-        and ToldMistake on the others.
+        Where ``take`` raises on any rank of a node, an interruption too, all raise: that one what
+        it has raised, the others ToldMistake.
         """
         if self._node is None:
             return take()
-        mistake: RuntimeError | None = None
+        mistake: BaseException | None = None
         words = [0] * (1 + len(News._fields))
         try:
             news = take()
             words = [1, signed(news.digest), *map(int, news[1:])]
         except CollectiveError:
             raise
-        except RuntimeError as error:  # the others of the node wait for what it says
+        except BaseException as error:  # whatever it is, the others of the node wait to hear of it
             mistake = error
         said = torch.tensor(words, device=device)
         heard = torch.empty(self._node.size * len(words), dtype=torch.int64, device=device)
