@@ -27,6 +27,7 @@ def _case(config: dict[str, Any] | None = None, **settings: Any) -> Case:
 
 EIGHT = {"weight_bits": 8}
 TWO_HOPS = {"reduce": "two-hop", "ranks_per_node": 2}
+BY_NODE = TWO_HOPS | {"delta_codes": "node"}
 REPLICAS: dict[str, Any] = {"ranks": 2, "replicas": 2}
 QUANTIZED = REPLICAS | {"quantized_replicas": True}
 CASES = {
@@ -120,6 +121,41 @@ CASES |= {
         {"budget": 5.0, "warmup_steps": 1, "bucket_size": 64}, **QUANTIZED, sparse=True
     ),
 }
+# Codes that the ranks of a node keep between them.
+CASES |= {
+    "by node": _case(BY_NODE, ranks=4, adamw=True, options={"frozen": True, "unused": True}),
+    "by node, re-computed, accumulated": _case(
+        BY_NODE | {"bucket_size": 16, "grad_bits": 4},
+        ranks=4,
+        micro_batches=2,
+        options={"tied": True, "checkpointing": True, "reentrant": True},
+    ),
+    "by node, at eight bits, in bf16, not resharded": _case(
+        EIGHT | BY_NODE | {"rounding": "nearest"},
+        ranks=4,
+        reshard=False,
+        dtypes=(BF16, BF16),
+        micro_batches=2,
+        sync_every=True,
+    ),
+    "by node, gathered in bf16, sparse": _case(
+        BY_NODE | {"bucket_size": 16}, ranks=4, sparse=True, dtypes=(BF16, FP32), adamw=True
+    ),
+    "by node, behind a warm-up, budget, sparse": _case(
+        BY_NODE | {"budget": 5.0, "warmup_steps": 2, "warmup_bits": 6, "bucket_size": 64},
+        ranks=4,
+        sparse=True,
+        options={"frozen": True},
+    ),
+    "by node, many widths, as FSDP2 reshards": _case(
+        BY_NODE
+        | {"policy": (("*.mlp.up.weight", 3), ("head.*", 16), ("embed.*", 32), ("*norm1*", 5))},
+        ranks=4,
+        reshard=None,
+        nested=False,
+        options={"again": True},
+    ),
+}
 # Of these, others have the same in other company.
 HEAVY = {
     *("plain", "as FSDP2 reshards", "tied, one group", "frozen and unused", "re-computed"),
@@ -129,6 +165,7 @@ HEAVY = {
     *("native replicas, budget", "replicas", "budget", "sparse, at eight bits, gathered in bf16"),
     *("warm-up", "little room", "re-computed, re-entrant", "gathered in bf16"),
     *("budget behind a warm-up, sparse", "by columns and a large seed"),
+    *(name for name in CASES if name.startswith("by node")),
 }
 
 
