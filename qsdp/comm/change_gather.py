@@ -15,7 +15,7 @@ from qsdp.codec.payload import VERSION, PayloadStatus
 from qsdp.comm.buffers import allocate_buffer
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
-from qsdp.comm.headers import check_none_failed
+from qsdp.comm.headers import Misheard, check_none_failed
 from qsdp.comm.routes import gather_route
 from qsdp.comm.shared_rows import News, SharedRows, signed
 from qsdp.comm.staged_gather import StagedGather
@@ -144,7 +144,7 @@ class ChangeGather:
         return [*torch.cat([gathered, rests.view(-1, missing)], dim=1)]
 
     def _check(self, headers: Tensor) -> None:
-        """Raise RuntimeError unless the headers are those of one run, whose frames fit."""
+        """Raise Misheard unless the headers are those of one run, whose frames fit."""
         plan, senders, found = self._plan, self._shared.owners, headers.tolist()
         _, _, _, plan_hash = self._layout.header(0, self.step)
         check_none_failed([each[3] ^ plan_hash for each in found], senders, plan)
@@ -152,7 +152,7 @@ class ChangeGather:
             expected = [VERSION << 32 | rank, self.step, plan_hash]
             fits = FRAME_HEADER_BYTES <= length <= self._most
             if [word, step, its_hash] != expected or not fits:
-                raise RuntimeError(
+                raise Misheard(
                     f"rank {rank} sent changes with header {[word, step, its_hash]} and {length} "
                     f"bytes for the group of {plan.name}, but {expected} and at most {self._most} "
                     "are expected (version and sender, step, plan): run the same model, config "
@@ -161,7 +161,7 @@ class ChangeGather:
         digests = [each[4] for each in found]
         same = [digest == digests[0] for digest in digests]
         if not all(same):
-            raise RuntimeError(
+            raise Misheard(
                 f"ranks {senders[0]} and {senders[same.index(False)]} keep other codes of the "
                 f"group of {plan.name}, as one of them has missed what was sent: take the step "
                 "again on every rank."

@@ -12,6 +12,10 @@ from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
 
 
+class Misheard(RuntimeError):
+    """Others have sent what ranks of one run do not: all whom it reaches say the same."""
+
+
 def check_headers(
     payloads: Tensor | None,
     layout: GroupLayout,
@@ -40,7 +44,7 @@ def check_headers(
     check_none_failed(heard, senders, plan)
     if difference.any():
         row = int(difference.any(1).nonzero()[0])
-        raise RuntimeError(
+        raise Misheard(
             f"rank {senders[row]} sent a payload with header {found[row].tolist()} for the group "
             f"of {plan.name}, but {expected[row].tolist()} is expected (version and sender, "
             "step, bytes, plan): run the same model, config and step on every rank."
@@ -49,12 +53,17 @@ def check_headers(
 
 
 def check_none_failed(heard: Sequence[int], senders: Sequence[int], plan: Plan) -> None:
-    """Raise RuntimeError if a status that was ``heard`` in a header says that its sender failed."""
+    """Raise Misheard if a status that was ``heard`` in a header says that its sender failed."""
     if PayloadStatus.FAILED in heard:
-        raise RuntimeError(
-            f"rank {senders[heard.index(PayloadStatus.FAILED)]} cannot send its part of the group "
-            f"of {plan.name}, for which it has an error of its own: do the same on every rank."
-        )
+        raise Misheard(mistake_of(senders[heard.index(PayloadStatus.FAILED)], plan))
+
+
+def mistake_of(rank: int, plan: Plan) -> str:
+    """What the others say where ``rank`` has an error of its own."""
+    return (
+        f"rank {rank} cannot send its part of the group of {plan.name}, for which it has an error "
+        "of its own: do the same on every rank."
+    )
 
 
 def only_header(layout: GroupLayout, sender: int, step: int, status: PayloadStatus) -> Tensor:

@@ -33,6 +33,7 @@ from qsdp.comm.change_gather import ChangeGather, changes_of
 from qsdp.comm.grid_exchange import exchange_grids, fill_grids, grids_of_row, kept_buckets
 from qsdp.comm.group_layout import GroupLayout
 from qsdp.comm.group_plan import Plan
+from qsdp.comm.headers import Misheard
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.shared_rows import News, SharedRows, ToldMistake, added
 from qsdp.comm.wire_state import Wire
@@ -204,7 +205,7 @@ class KeptCodes:
                     ops.apply_changes(body, self._layout.table(rank), arriving.step, row)
                 except ValueError as error:
                     self.forget()
-                    raise RuntimeError(
+                    raise Misheard(
                         f"rank {rank} sent changes for the group of {plan.name} that cannot be "
                         f"({quoted(error)}): run the same version of qsdp on every rank."
                     ) from None

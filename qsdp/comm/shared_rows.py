@@ -18,6 +18,7 @@ from torch import Tensor
 from qsdp.comm import transport
 from qsdp.comm.buffers import as_bytes
 from qsdp.comm.group_plan import Plan
+from qsdp.comm.headers import Misheard, mistake_of
 from qsdp.comm.topology import gathered_ranks
 from qsdp.comm.wire_state import Wire
 from qsdp.common.collective_errors import CollectiveError, collective
@@ -37,6 +38,9 @@ class News(NamedTuple):
     """Codes that have changed, on grids that have not."""
     drawn: int
     """Buckets that were drawn again."""
+
+
+_SENTENCE_BYTES = 1024
 
 
 class ToldMistake(RuntimeError):
@@ -79,41 +83,56 @@ class SharedRows:
 
         ``device``: that of the rows.
 
-        Raises RuntimeError on all ranks of a node where ``take`` raises one on any: its own there,
-        and ToldMistake on the others.
+        Where ``take`` raises on any rank of a node, an interruption too, all raise: that one what
+        it has raised, the others ToldMistake: of a frame all of them say the same.
         """
         if self._node is None:
             return take()
-        mistake: RuntimeError | None = None
+        mistake: BaseException | None = None
         words = [0] * (1 + len(News._fields))
         try:
             news = take()
             words = [1, signed(news.digest), *map(int, news[1:])]
         except CollectiveError:
             raise
-        except RuntimeError as error:  # the others of the node wait for what it says
+        except BaseException as error:  # whatever it is, the others of the node wait to hear of it
             mistake = error
-        said = torch.tensor(words, device=device)
-        heard = torch.empty(self._node.size * len(words), dtype=torch.int64, device=device)
         try:
-            self._gather(as_bytes(heard), as_bytes(said))
+            found: list[list[int]] = self._exchange(torch.tensor(words, device=device)).tolist()
+            failed = [place for place, (went_well, *_) in enumerate(found) if not went_well]
+            if failed:
+                own = torch.tensor([*self._sentence(mistake)], dtype=torch.uint8, device=device)
+                told = bytes(self._exchange(own)[failed[0]].tolist())
+                raise ToldMistake(told.decode(errors="replace").rstrip("\0"))
+        except RuntimeError:
+            if mistake is None:
+                raise
+        try:
             if mistake is not None:
                 raise mistake
         finally:  # an error that its own traceback holds would keep the process group
             del mistake
-        found = heard.view(self._node.size, -1).tolist()
-        for place, (went_well, *_) in enumerate(found):
-            if not went_well:
-                rank = self._plan.rank - self._node.group.rank() + place
-                raise ToldMistake(
-                    f"rank {rank} cannot take what has changed of the group of {self._plan.name}, "
-                    "for which it has an error of its own: do the same on every rank."
-                )
         _, digests, longest, has_changes, changed, drawn = zip(*found, strict=True)
         digest = 0
         for each in digests:
             digest = added(digest, each)
         return News(digest, max(longest), any(has_changes), sum(changed), sum(drawn))
+
+    def _sentence(self, mistake: BaseException | None) -> bytes:
+        """What the others of the node say of a ``mistake`` of this rank."""
+        said = (
+            str(mistake)
+            if isinstance(mistake, Misheard)
+            else mistake_of(self._plan.rank, self._plan)
+        )
+        return said.encode()[:_SENTENCE_BYTES].ljust(_SENTENCE_BYTES, b"\0")
+
+    def _exchange(self, own: Tensor) -> Tensor:
+        """What each rank of the node has for its ``own``, [ranks, values]."""
+        assert self._node is not None
+        everyones = own.new_empty(self._node.size, own.numel())
+        self._gather(as_bytes(everyones.view(-1)), as_bytes(own))
+        return everyones
 
     @contextmanager
     def all_rows(self, rows: Tensor) -> Iterator[tuple[Tensor, tuple[int, ...]]]:

@@ -253,7 +253,9 @@ def test_a_plan_hash_is_one_of_plain_integers_in_an_order_of_its_own():
     assert layout.hash == struct.unpack("<q", digest)[0]
     kept = dataclasses.replace(layout.segments[0], keeps_epochs=True)
     assert kept.definition == (*layout.segments[0].definition, 1)
-    assert len(kept.definition) == len(dataclasses.fields(Segment))
+    turned = dataclasses.replace(kept, rotates_in=256)
+    assert turned.definition == (*kept.definition, 2, 256)
+    assert len(turned.definition) == len(dataclasses.fields(Segment)) + 1  # which field it is of
 
 
 @pytest.mark.parametrize("how", ROUNDINGS)

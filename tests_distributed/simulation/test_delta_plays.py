@@ -13,6 +13,8 @@ from tests_distributed.support.trainings import Case
 
 TWO_HOPS = {"reduce": "two-hop", "ranks_per_node": 2}
 
+BY_NODE = TWO_HOPS | {"delta_codes": "node"}
+
 
 def _case(config: dict[str, Any] | None = None, **settings: Any) -> Case:
     delta = {"gather": "delta", "delta_redraw_every": 3, "weight_bits": 4, "bucket_size": 16}
@@ -64,6 +66,7 @@ CASES = {
     "plain": _case(options={"frozen": True}),
     "uneven": _case({"weight_bits": 8}, ranks=3, adamw=True, options={"frozen": True}),
     "empty shards, two hops": _case(TWO_HOPS, ranks=4, options={"checkpointing": True}),
+    "empty shards, by node": _case(BY_NODE, ranks=4, options={"tied": True, "frozen": True}),
     "native replicas": _case(ranks=2, replicas=2, options={"tied": True, "unused": True}),
     "replicas": _case(ranks=2, replicas=2, quantized_replicas=True, options={"frozen": True}),
 }
@@ -119,6 +122,7 @@ def whatever_comes(side: Side) -> None:
 WORLDS: dict[str, dict[str, Any]] = {
     "flat": {"ranks": 3},
     "two hops": {"ranks": 4, "config": TWO_HOPS},
+    "by node": {"ranks": 4, "config": BY_NODE},
     "native replicas": {"ranks": 2, "replicas": 2},
     "replicas": {"ranks": 2, "replicas": 2, "quantized_replicas": True},
 }

@@ -27,6 +27,7 @@ def _case(config: dict[str, Any] | None = None, **settings: Any) -> Case:
 
 EIGHT = {"weight_bits": 8}
 TWO_HOPS = {"reduce": "two-hop", "ranks_per_node": 2}
+BY_NODE = TWO_HOPS | {"delta_codes": "node"}
 REPLICAS: dict[str, Any] = {"ranks": 2, "replicas": 2}
 QUANTIZED = REPLICAS | {"quantized_replicas": True}
 CASES = {
@@ -126,6 +127,7 @@ CASES |= {
         {"budget": 5.0, "warmup_steps": 1, "bucket_size": 64}, **QUANTIZED, sparse=True
     ),
 }
+<<<<<<< HEAD
 # What gradients learn: weights are coded as ever.
 LEARNED = {"grad_bits": 3, "levels": "learned"}
 CASES |= {
@@ -148,6 +150,41 @@ CASES |= {
     ),
     "a budget of gradients, replicas": _case(
         {"grad_budget": 5.0, "embedding_bits": 5, "warmup_steps": 2}, **QUANTIZED
+=======
+# Codes that the ranks of a node keep between them.
+CASES |= {
+    "by node": _case(BY_NODE, ranks=4, adamw=True, options={"frozen": True, "unused": True}),
+    "by node, re-computed, accumulated": _case(
+        BY_NODE | {"bucket_size": 16, "grad_bits": 4},
+        ranks=4,
+        micro_batches=2,
+        options={"tied": True, "checkpointing": True, "reentrant": True},
+    ),
+    "by node, at eight bits, in bf16, not resharded": _case(
+        EIGHT | BY_NODE | {"rounding": "nearest"},
+        ranks=4,
+        reshard=False,
+        dtypes=(BF16, BF16),
+        micro_batches=2,
+        sync_every=True,
+    ),
+    "by node, gathered in bf16, sparse": _case(
+        BY_NODE | {"bucket_size": 16}, ranks=4, sparse=True, dtypes=(BF16, FP32), adamw=True
+    ),
+    "by node, behind a warm-up, budget, sparse": _case(
+        BY_NODE | {"budget": 5.0, "warmup_steps": 2, "warmup_bits": 6, "bucket_size": 64},
+        ranks=4,
+        sparse=True,
+        options={"frozen": True},
+    ),
+    "by node, many widths, as FSDP2 reshards": _case(
+        BY_NODE
+        | {"policy": (("*.mlp.up.weight", 3), ("head.*", 16), ("embed.*", 32), ("*norm1*", 5))},
+        ranks=4,
+        reshard=None,
+        nested=False,
+        options={"again": True},
+>>>>>>> DT
     ),
 }
 # Of these, others have the same in other company.
@@ -160,8 +197,12 @@ HEAVY = {
     *("warm-up", "little room", "re-computed, re-entrant", "gathered in bf16"),
     *("codes by node", "codes by node, not resharded"),
     *("budget behind a warm-up, sparse", "by columns and a large seed"),
+<<<<<<< HEAD
     *("learned levels, sparse", "a budget of gradients, replicas"),
     "a budget of gradients and learned levels",
+=======
+    *(name for name in CASES if name.startswith("by node")),
+>>>>>>> DT
 }
 
 
