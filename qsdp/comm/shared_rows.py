@@ -8,7 +8,7 @@ learns from its frames it tells the others of the node, so that all know the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -98,13 +98,9 @@ class SharedRows:
         except BaseException as error:  # whatever it is, the others of the node wait to hear of it
             mistake = error
         try:
-            found: list[list[int]] = self._exchange(torch.tensor(words, device=device)).tolist()
-            failed = [place for place, (went_well, *_) in enumerate(found) if not went_well]
-            if failed:
-                own = torch.tensor([*self._sentence(mistake)], dtype=torch.uint8, device=device)
-                told = bytes(self._exchange(own)[failed[0]].tolist())
-                raise ToldMistake(told.decode(errors="replace").rstrip("\0"))
-        except RuntimeError:
+            found = self._exchange(torch.tensor(words, device=device)).tolist()
+            told = self._told([bool(went_well) for went_well, *_ in found], mistake, device)
+        except CollectiveError:
             if mistake is None:
                 raise
         try:
@@ -112,20 +108,29 @@ class SharedRows:
                 raise mistake
         finally:  # an error that its own traceback holds would keep the process group
             del mistake
+        if told is not None:
+            raise ToldMistake(told)
         _, digests, longest, has_changes, changed, drawn = zip(*found, strict=True)
         digest = 0
         for each in digests:
             digest = added(digest, each)
         return News(digest, max(longest), any(has_changes), sum(changed), sum(drawn))
 
-    def _sentence(self, mistake: BaseException | None) -> bytes:
-        """What the others of the node say of a ``mistake`` of this rank."""
-        said = (
-            str(mistake)
-            if isinstance(mistake, Misheard)
-            else mistake_of(self._plan.rank, self._plan)
-        )
-        return said.encode()[:_SENTENCE_BYTES].ljust(_SENTENCE_BYTES, b"\0")
+    def _told(
+        self, went_well: Sequence[bool], mistake: BaseException | None, device: torch.device
+    ) -> str | None:
+        """The sentence of the first rank of the node that it did not go well for, if there is one.
+
+        ``mistake`` is this rank's.
+        """
+        if all(went_well):
+            return None
+        is_heard = isinstance(mistake, Misheard)
+        sentence = str(mistake) if is_heard else mistake_of(self._plan.rank, self._plan)
+        said = sentence.encode()[:_SENTENCE_BYTES].ljust(_SENTENCE_BYTES, b"\0")
+        everyones = self._exchange(torch.tensor([*said], dtype=torch.uint8, device=device))
+        told = bytes(everyones[[*went_well].index(False)].tolist())
+        return told.decode(errors="replace").rstrip("\0")
 
     def _exchange(self, own: Tensor) -> Tensor:
         """What each rank of the node has for its ``own``, [ranks, values]."""

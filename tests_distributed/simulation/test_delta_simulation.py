@@ -114,12 +114,6 @@ CASES |= {
     "two hops, large buckets, in bf16": _case(
         EIGHT | TWO_HOPS, ranks=4, dtypes=(BF16, BF16), micro_batches=2
     ),
-    "codes by node": _case(
-        TWO_HOPS | {"delta_codes": "node"}, ranks=4, micro_batches=2, options={"frozen": True}
-    ),
-    "codes by node, not resharded": _case(
-        EIGHT | TWO_HOPS | {"delta_codes": "node"}, ranks=4, reshard=None, adamw=True
-    ),
     "native replicas": _case(**REPLICAS, adamw=True, options={"frozen": True, "unused": True}),
     "native replicas, budget": _case({"budget": 4.5}, **REPLICAS, sync_every=True),
     "replicas": _case(**QUANTIZED, max_norm=0.1, options={"frozen": True}),
@@ -127,7 +121,6 @@ CASES |= {
         {"budget": 5.0, "warmup_steps": 1, "bucket_size": 64}, **QUANTIZED, sparse=True
     ),
 }
-<<<<<<< HEAD
 # What gradients learn: weights are coded as ever.
 LEARNED = {"grad_bits": 3, "levels": "learned"}
 CASES |= {
@@ -150,7 +143,8 @@ CASES |= {
     ),
     "a budget of gradients, replicas": _case(
         {"grad_budget": 5.0, "embedding_bits": 5, "warmup_steps": 2}, **QUANTIZED
-=======
+    ),
+}
 # Codes that the ranks of a node keep between them.
 CASES |= {
     "by node": _case(BY_NODE, ranks=4, adamw=True, options={"frozen": True, "unused": True}),
@@ -184,7 +178,6 @@ CASES |= {
         reshard=None,
         nested=False,
         options={"again": True},
->>>>>>> DT
     ),
 }
 # Of these, others have the same in other company.
@@ -195,14 +188,10 @@ HEAVY = {
     *("sparse", "warm-up at eight bits", "two hops", "two hops, large buckets, in bf16"),
     *("native replicas, budget", "replicas", "budget", "sparse, at eight bits, gathered in bf16"),
     *("warm-up", "little room", "re-computed, re-entrant", "gathered in bf16"),
-    *("codes by node", "codes by node, not resharded"),
     *("budget behind a warm-up, sparse", "by columns and a large seed"),
-<<<<<<< HEAD
     *("learned levels, sparse", "a budget of gradients, replicas"),
     "a budget of gradients and learned levels",
-=======
     *(name for name in CASES if name.startswith("by node")),
->>>>>>> DT
 }
 
 
