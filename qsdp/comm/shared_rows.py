@@ -129,7 +129,7 @@ class SharedRows:
         sentence = str(mistake) if is_heard else mistake_of(self._plan.rank, self._plan)
         said = sentence.encode()[:_SENTENCE_BYTES].ljust(_SENTENCE_BYTES, b"\0")
         everyones = self._exchange(torch.tensor([*said], dtype=torch.uint8, device=device))
-        told = bytes(everyones[[*went_well].index(False)].tolist())
+        told = bytes(everyones[went_well.index(False)].tolist())
         return told.decode(errors="replace").rstrip("\0")
 
     def _exchange(self, own: Tensor) -> Tensor:
