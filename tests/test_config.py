@@ -165,6 +165,12 @@ UNHEEDED = [
     ),
     ("delta_room", {**FOUR, "gather": "once", "delta_room": 0.25}, {**DELTA, "delta_room": 0.25}),
     ("delta_redraw_every", {"delta_redraw_every": 9}, {**DELTA, "delta_redraw_every": 9}),
+    ("delta_codes", {**FOUR, "delta_codes": "rank"}, {**DELTA, "delta_codes": "rank"}),
+    (
+        "delta_codes",
+        {**DELTA, "delta_codes": "node", "reduce": "flat"},
+        {**DELTA, "delta_codes": "node"},
+    ),
 ]
 
 

@@ -50,19 +50,29 @@ def check_replicas(config: TrainConfig, world: World) -> None:
 def check_nodes(config: TrainConfig, world: World) -> None:
     """Raise ValueError unless a parallelized model's replicas fill nodes of a given size evenly.
 
-    Only where the reduce needs that.
+    Only where the reduce needs that, or codes that are kept between the ranks of a node.
     """
     wire = config.qsdp
-    if wire is None or not wire.needs_nodes or wire.ranks_per_node is None:
+    if wire is None or wire.ranks_per_node is None:
         return
     size = world.size // config.run.replicas
+    ranks = f"{size} ranks {'of a replica ' if config.run.replicas > 1 else ''}"
     for first in range(0, world.size, size):
-        nodes = Counter(rank // wire.ranks_per_node for rank in range(first, first + size))
-        if len(set(nodes.values())) > 1:
+        found = Counter(rank // wire.ranks_per_node for rank in range(first, first + size))
+        nodes = list(found.values())
+        if wire.needs_nodes and len(set(nodes)) > 1:
             raise ValueError(
-                f"--qsdp-ranks-per-node is {wire.ranks_per_node}, which does not split the {size} "
-                f"ranks {'of a replica ' if config.run.replicas > 1 else ''}evenly as "
-                f"--qsdp-reduce {wire.reduce} needs it: choose a divisor, or --qsdp-reduce flat."
+                f"--qsdp-ranks-per-node is {wire.ranks_per_node}, which does not split the {ranks}"
+                f"evenly as --qsdp-reduce {wire.reduce} needs it: choose a divisor, or "
+                "--qsdp-reduce flat."
+            )
+        if wire.delta_codes == "node" and (len(set(nodes)) > 1 or nodes[0] in (1, size)):
+            allowed = [str(n) for n in range(2, size) if size % n == 0]
+            choice = f"choose {' or '.join(allowed)}, or " if allowed else ""
+            raise ValueError(
+                f"--qsdp-ranks-per-node is {wire.ranks_per_node}, which does not split the {ranks}"
+                "into several nodes of several ranks each as --qsdp-delta-codes node needs it: "
+                f"{choice}leave out --qsdp-delta-codes."
             )
 
 

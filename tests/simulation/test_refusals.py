@@ -45,6 +45,22 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"config": {"ranks_per_node": 2}, "ranks_per_node": 4},
         "ranks_per_node is 4, and that of the config is 2",
     ),
+    "no nodes for codes": (
+        {"config": {"gather": "delta", "delta_codes": "node"}},
+        "delta_codes is 'node', but 4 ranks do not fill several nodes",
+    ),
+    "replicas of a node": (
+        {
+            "config": {"gather": "delta", "delta_codes": "node", "ranks_per_node": 2},
+            "world_size": 2,
+            "replicas": 2,
+        },
+        "delta_codes is 'node', but 2 ranks do not fill several nodes",
+    ),
+    "a rank a node": (
+        {"config": {"gather": "delta", "delta_codes": "node", "ranks_per_node": 1}},
+        "of several ranks each",
+    ),
     "one replica": ({"quantized_replicas": True}, "1 replicas"),
     "one rank a replica": (
         {"quantized_replicas": True, "replicas": 2, "world_size": 1},

@@ -39,3 +39,26 @@ def test_nodes_that_do_not_split_the_ranks_evenly_are_refused() -> None:
     check(4, qsdp_ranks_per_node=2, **flags)
     check(4, qsdp_ranks_per_node=8, **flags)
     check(4, qsdp_ranks_per_node=3, **flags | {"qsdp_reduce": "flat"})
+
+
+def test_nodes_between_whose_ranks_there_is_nothing_to_keep_are_refused() -> None:
+    flags: dict[str, Any] = {
+        "qsdp_bits": 4,
+        "qsdp_gather": "delta",
+        "qsdp_delta_codes": "node",
+    }
+    for size, per_node in ((4, 1), (4, 3), (4, 4), (4, 8), (2, 2)):
+        with pytest.raises(ValueError) as raised:
+            check(size, qsdp_ranks_per_node=per_node, **flags)
+        message = str(raised.value)
+        assert message.startswith(f"--qsdp-ranks-per-node is {per_node}, ")
+        assert "--qsdp-delta-codes node" in message
+        assert ("choose 2, or" in message) == (size == 4)
+    with pytest.raises(ValueError, match=r"the 2 ranks of a replica"):
+        check(4, replicas=2, qsdp_ranks_per_node=2, **flags)
+    with pytest.raises(ValueError, match=r"choose 2 or 3, or leave out --qsdp-delta-codes\.$"):
+        check(6, qsdp_ranks_per_node=4, **flags)
+    check(4, qsdp_ranks_per_node=2, **flags)
+    check(8, replicas=2, qsdp_ranks_per_node=2, **flags)
+    check(4, **flags)  # whatever nodes there are
+    check(4, qsdp_ranks_per_node=3, **flags | {"qsdp_delta_codes": "rank"})

@@ -190,7 +190,7 @@ def test_frames_cross_between_nodes_as_before_and_rows_travel_inside_them(
             assert each["alive"] == 0
 
 
-# --- ranks ------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 def _supports() -> list[bool]:

@@ -259,12 +259,18 @@ def test_nodes_that_do_not_divide_the_ranks_are_refused_by_the_flags_name(
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     flags = ["--data", str(text), "--out", str(tmp_path / "out"), *SMALL, "--qsdp-bits", "8"]
-    flags += ["--qsdp-reduce", "two-hop", "--qsdp-ranks-per-node", "3"]
-    [ends] = run_jobs.ends((4,), flags)
-    assert [end.status for end in ends] == [2, 2, 2, 2]
-    first, *others = (end.complaint for end in ends)
-    assert re.fullmatch(r"error: --qsdp-ranks-per-node is 3, .*split the 4 ranks.*\n", first)
-    assert others == ["", "", ""]
+    by_node = [*flags, "--qsdp-gather", "delta", "--qsdp-delta-codes", "node"]
+    uneven = r"--qsdp-ranks-per-node is 3, .*split the 4 ranks.*"
+    wrong = {
+        uneven: [*flags, "--qsdp-reduce", "two-hop", "--qsdp-ranks-per-node", "3"],
+        rf"{uneven} --qsdp-delta-codes node.*": [*by_node, "--qsdp-ranks-per-node", "3"],
+        r"delta_codes is 'node', but .* do not fill several nodes of several ranks.*": by_node,
+    }
+    for said, ends in zip(wrong, run_jobs.ends((4,), *wrong.values()), strict=True):
+        assert [end.status for end in ends] == [2, 2, 2, 2]
+        first, *others = (end.complaint for end in ends)
+        assert re.fullmatch(rf"error: {said}\.\n", first), first
+        assert others == ["", "", ""]
 
 
 def test_two_hops_halve_what_leaves_a_node(run_jobs: Jobs, tmp_path: Path) -> None:

@@ -47,16 +47,41 @@ def text(tmp_path: Path) -> Path:
 def test_a_killed_run_ends_with_weights_and_grids_of_an_uninterrupted_one(
     run_jobs: Jobs, text: Path, method: str
 ) -> None:
+    _assert_going_on_changes_nothing(run_jobs, text, 2, *[METHODS[method]] * 3)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("first", "second"), [("rank", "node"), ("node", "rank")])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_goes_on_as_if_its_codes_had_been_kept_elsewhere(
+    run_jobs: Jobs, text: Path, method: str, first: str, second: str
+) -> None:
+    ways = [
+        [*METHODS[method], "--qsdp-ranks-per-node", "2", "--qsdp-delta-codes", codes]
+        for codes in ("rank", first, second)
+    ]
+    _assert_going_on_changes_nothing(run_jobs, text, 4, *ways)
+
+
+def _assert_going_on_changes_nothing(
+    run_jobs: Jobs, text: Path, ranks: int, plain: list[str], before: list[str], after: list[str]
+) -> None:
+    """A run with the flags ``before`` that is killed and goes on with ``after`` ends as ``plain``.
+
+    Weights, moments and grids are equal bit for bit, and so are the losses.
+    """
     home = text.parent
 
-    def flags(name: str) -> list[str]:
-        return ["--data", str(text), "--out", str(home / name), *FLAGS, *METHODS[method]]
+    def flags(name: str, own: list[str]) -> list[str]:
+        return ["--data", str(text), "--out", str(home / name), *FLAGS, *own]
 
     whole, killed = home / "whole", home / "killed"
-    assert ANEW not in run_jobs.succeed((2,), flags("whole"))
+    assert ANEW not in run_jobs.succeed((ranks,), flags("whole", plain))
     last_step = random.randint(3, STEPS - 2)  # by then there is a checkpoint of step 2
-    run_jobs.killed((2,), flags("killed"), has_logged(killed, last_step), last_step=last_step)
-    printed = run_jobs.succeed((2,), flags("killed"))
+    run_jobs.killed(
+        (ranks,), flags("killed", before), has_logged(killed, last_step), last_step=last_step
+    )
+    printed = run_jobs.succeed((ranks,), flags("killed", after))
     assert "Going on from" in printed
     assert ANEW not in printed
     expected = tensors(whole / LAST, home / "whole.pt")
