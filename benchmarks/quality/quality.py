@@ -66,7 +66,7 @@ class Options:
     """Which wires, if not the preset's.
     They are fp32, w4g4-default, w8g8-default, or weight and gradient bits (8/8, 6/6, 5/4, 4/4, 3/3)
     and method, as w5g4-dither: shift, dither, learned. Changed codes alone send w8g8-delta,
-    w4g4-delta and w4g3-delta.
+    w4g4-delta and w4g3-delta, the last also with -rotated or -learned behind it, of gradients.
     """
 
     seeds: tuple[int, ...] | None = None

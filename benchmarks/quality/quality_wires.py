@@ -14,10 +14,13 @@ METHODS = {
 }
 BITS = ((8, 8), (6, 6), (5, 4), (4, 4), (3, 3))  # of weights, of gradients
 _LEARNED_AT_MOST = 6
+_THREE = ("--qsdp-weight-bits", "4", "--qsdp-grad-bits", "3")
 DELTA = {
     "w8g8-delta": ("--qsdp-bits", "8"),
     "w4g4-delta": ("--qsdp-bits", "4"),
-    "w4g3-delta": ("--qsdp-weight-bits", "4", "--qsdp-grad-bits", "3"),
+    "w4g3-delta": _THREE,
+    "w4g3-delta-rotated": (*_THREE, "--qsdp-grad-rotation", "hadamard"),
+    "w4g3-delta-learned": (*_THREE, "--qsdp-levels", "learned"),
 }
 """Flags of the wires that send changed codes, beside the gather, by name."""
 
@@ -89,7 +92,7 @@ PRESETS = {
     ),
     "delta": Preset(
         model="nano",
-        wires=("fp32", "w8g8-default", "w8g8-delta", "w4g4-default", "w4g4-delta", "w4g3-delta"),
+        wires=("fp32", "w8g8-default", "w4g4-default", *DELTA),
         seeds=(0, 1, 2),
     ),
     "larger": Preset(model="mini", wires=("fp32", "w8g8-default", "w4g4-default"), seeds=(0,)),
