@@ -18,7 +18,7 @@ import qsdp
 from qsdp.compat.parameter_group import parameter_groups
 from tests_distributed.support import leftovers
 from tests_distributed.support.helpers import Toy, make_batch, make_model, shard, wire_config
-from tests_distributed.support.running import Run
+from tests_distributed.support.running import Run, selection
 
 STEPS = 3
 SCHEDULE = qsdp.ACDCSchedule(steps=STEPS, warmup=1, phase=1, last_dense=0, last_sparse=1)
@@ -121,6 +121,7 @@ def _compile(model: Toy, handle: qsdp.Handle) -> None:
     _backward(model, STEPS)
 
 
+BY_NODE: dict[str, Any] = {"gather": "delta", "delta_codes": "node", "ranks_per_node": 2}
 WAYS = {
     "plain": Way(),
     "alone": Way(ranks=1),
@@ -148,6 +149,9 @@ WAYS = {
     "an exception in forward, gather delta": Way(act=_fails_in_forward, config={"gather": "delta"}),
     "gathers under way": Way(act=_stays_gathered),
     "gathers under way, gather delta": Way(act=_stays_gathered, config={"gather": "delta"}),
+    "codes by node": Way(ranks=4, config=BY_NODE, options={"frozen": True}),
+    "an exception in forward, codes by node": Way(ranks=4, act=_fails_in_forward, config=BY_NODE),
+    "gathers under way, codes by node": Way(ranks=4, act=_stays_gathered, config=BY_NODE),
     "torch.compile": Way(act=_compile),
     "removed": Way(act=lambda model, handle: handle.remove()),
 }
@@ -207,7 +211,7 @@ def _alive(name: str) -> list[str]:
     return [name for name, thing in made.items() if thing() is not None]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@selection("way", [(way,) for way in WAYS if "by node" not in way], tuple(WAYS))
 def test_what_was_dropped_is_freed(run: Run, way: str) -> None:
     for alive in run(WAYS[way].ranks, _alive, way):
         assert alive == []

@@ -72,7 +72,7 @@ CASES = {
 }
 CHOSEN = {
     *(("uneven", "second passes"), ("replicas", "second passes"), ("plain", "supports")),
-    ("empty shards, two hops", "supports"),
+    ("empty shards, by node", "supports"),
 }
 
 
