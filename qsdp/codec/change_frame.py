@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from math import isqrt
 
 from qsdp.codec.payload import META_BYTES
 from qsdp.codec.segment_table import SegmentRow
@@ -53,9 +54,13 @@ class FrameSizes:
 
     @property
     def expected(self) -> int:
-        """Bytes that every rank sends at once of its next frame: a little more than of the last."""
+        """Bytes that every rank sends at once of its next frame: a little more than of the last.
+
+        Counts of changes scatter by their square root.
+        """
         longest = max(self._longest, default=self._first)
-        return min(_up(longest + longest // 16, _ALIGN), _up(self._most, 16))
+        more = min(longest // 16, 4 * isqrt(longest))
+        return min(_up(longest + more, _ALIGN), _up(self._most, 16))
 
     def saw(self, longest: int) -> None:
         """Learn how long the longest frame of a gather was."""
