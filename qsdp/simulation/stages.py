@@ -47,7 +47,7 @@ def simulated_stages(world: SimulatedRanks, config: QSDPConfig) -> list[Simulate
     """
     found = _stages(world, config)
     is_by_node = len(found) > 1 and found[0].stage == KeyStage.LOCAL
-    if config.delta_codes == "node" and not is_by_node:
+    if config.delta_codes == "node" and world.world_size > 1 and not is_by_node:
         raise ValueError(
             f"delta_codes is 'node', but {world.world_size} ranks do not fill several nodes of "
             "several ranks each: choose ranks_per_node so that they do, or leave delta_codes out."

@@ -145,6 +145,10 @@ def test_codes_by_node_are_refused_where_the_innermost_stage_is_between_nodes(
         simulated = {each.stage: each.size for each in simulated_stages(world, config)}
         return [simulated, split(*given).sizes]
 
+    alone = simulated_stages(SimulatedRanks(world_size=1), config)
+    assert [each.stage for each in alone] == [
+        KeyStage.FLAT
+    ]  # as a run of one rank, which sends nothing
     with (
         mock.patch.dict(TOPOLOGIES, {"auto": Topology("racks", racks)}),
         mock.patch.dict(SIZES, {"auto": racks}),
