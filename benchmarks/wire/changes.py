@@ -36,7 +36,7 @@ from benchmarks.wire.changes_table import name_of, plot, table, verdicts
 from qsdp.common.json_files import write_json
 
 NUM_HOSTS = 2
-LR, STEPS = 1e-3, 1000
+LR, STEPS, SINCE = 1e-3, 1000, 100
 PARTS = ("bytes", "rates")
 MEASURED = ((4, 4), (4, 3), (8, 4))  # bits of weights and gradients
 RATES = {3e-3: (3, 4, 8), LR: (3,), 3e-4: (3, 4, 8)}  # bits of weights
@@ -62,7 +62,7 @@ def main() -> None:
                     print(f"{name_of(record)}: {record['seconds']:.0f} s", flush=True)
     done = [records[run.name] for run in runs]
     print(table(done))
-    found = verdicts(done, LR, STEPS)
+    found = verdicts(done, LR, STEPS, SINCE)
     for each in found:
         state = "met" if each["is_met"] else "MISSED"
         print(f"{each['what']}: {each['measured']:.3f}, at most {each['at_most']}: {state}")
@@ -82,7 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=("nano", "19m"), default=["nano", "19m"])
     parser.add_argument("--steps", type=int, default=STEPS, help="that the rate is planned for")
-    parser.add_argument("--since", type=int, default=100, help="steps before the first reading")
+    parser.add_argument("--since", type=int, default=SINCE, help="steps before the first reading")
     parser.add_argument("--batch-size", type=int, default=6, help="sequences of 64 a rank")
     parser.add_argument("--rate", help="what each host may send at most, as 100mbit; else no limit")
     parser.add_argument("--short", action="store_true", help="nano alone, 60 steps, no limits")

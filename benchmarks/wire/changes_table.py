@@ -72,11 +72,11 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def verdicts(records: Sequence[Record], lr: float, steps: int) -> list[dict[str, Any]]:
-    """What the cases with this rate, whose schedule has so many steps, are to come to at most."""
+def verdicts(records: Sequence[Record], lr: float, steps: int, since: int) -> list[dict[str, Any]]:
+    """What the cases with this rate, schedule and first reading are to come to at most."""
     found: list[tuple[str, float, float]] = []
     for record in records:
-        if (record["lr"], record["steps"]) != (lr, steps):
+        if (record["lr"], record["steps"], record["since"]) != (lr, steps, since):
             continue
         model, weights, grads = (record[key] for key in ("model", "weight_bits", "grad_bits"))
         name = f"{model} W{weights}G{grads}"

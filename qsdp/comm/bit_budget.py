@@ -50,6 +50,7 @@ def budget_request(config: QSDPConfig) -> dict[str, Any]:
     # Where these are unset, as states were without them.
     later = ("weight_bucket_size", "grad_budget")
     names += [name for name in later if getattr(config, name) is not None]
+    names += ["grad_rotation"] if config.grad_rotation != "none" else []
     policy = [[pattern, *bits_of_both(bits)] for pattern, bits in config.policy]
     return {name: getattr(config, name) for name in names} | {"policy": policy}
 

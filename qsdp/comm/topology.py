@@ -82,7 +82,8 @@ def split(
     Raises ValueError where the config asks for stages that cannot be.
     """
     found = _split(group, nodes, mesh, config)
-    if config.delta_codes == "node" and found.is_flat:
+    is_by_node = len(found.sizes) > 1 and KeyStage.LOCAL in found.sizes
+    if config.delta_codes == "node" and not is_by_node:
         ranks = dist.get_process_group_ranks(group)
         raise ValueError(
             f"delta_codes is 'node', but the shard group's ranks {ranks} do not fill several nodes "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch.distributed as dist
 from torch import Tensor
@@ -108,7 +108,7 @@ class AllGatherHook(CommBuffers):
         )
 
         def finish() -> None:
-            with nullcontext() if in_backward else self.passes.meetings.mistakes_reach_replicas():
+            with self._mistakes_reach_replicas(in_backward):
                 gather.finish()
 
         if is_async and trained.source is Source.WIRE:
@@ -123,7 +123,8 @@ class AllGatherHook(CommBuffers):
 
         A backward pass decodes what its forward pass has seen.
         """
-        if is_in_backward():
+        in_backward = is_in_backward()
+        if in_backward:
             if kept.is_of(self._wire.clock.step):
                 if kept.is_by_node:
                     self.passes.before_collective_in_backward(self._plan)
@@ -138,13 +139,18 @@ class AllGatherHook(CommBuffers):
         kept.begin(input, self._group.requires_grad(), shards, async_op=is_async)
 
         def finish() -> None:
-            kept.settle()
+            with self._mistakes_reach_replicas(in_backward):
+                kept.settle()
             kept.decode(output)
 
         if is_async:
             return GatheringWork(finish)
         finish()
         return None
+
+    def _mistakes_reach_replicas(self, in_backward: bool) -> AbstractContextManager[None]:
+        """Inside, a mistake reaches replicas that wait for an average: not from a backward pass."""
+        return nullcontext() if in_backward else self.passes.meetings.mistakes_reach_replicas()
 
     def note_side(self) -> None:
         """Remember whether a forward pass that a backward pass may follow is in an aside.

@@ -192,7 +192,7 @@ class Handle:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to send the same bytes, in JSON's types.
 
-        With a ``budget`` or learned levels it is a collective: what is due before the next step is
+        With a budget or learned levels it is a collective: what is due before the next step is
         done now. Of a backward pass that was cut short it waits for what is under way.
         """
         self._check_installed()
@@ -203,7 +203,7 @@ class Handle:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state_dict`` was taken, on any number of ranks, each with the same state.
 
-        Allotted bits are taken over if budget, bits, bucket size and policy are those of then;
+        Allotted bits are taken over if budget, bits, buckets, policy and rotation are the same;
         otherwise the config's own hold, and a budget is allotted by the errors of the next step.
         Levels are taken over if they are learned here.
 

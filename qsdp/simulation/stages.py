@@ -46,7 +46,8 @@ def simulated_stages(world: SimulatedRanks, config: QSDPConfig) -> list[Simulate
     Raises ValueError where the config asks for stages that cannot be.
     """
     found = _stages(world, config)
-    if config.delta_codes == "node" and len(found) == 1:
+    is_by_node = len(found) > 1 and found[0].stage == KeyStage.LOCAL
+    if config.delta_codes == "node" and world.world_size > 1 and not is_by_node:
         raise ValueError(
             f"delta_codes is 'node', but {world.world_size} ranks do not fill several nodes of "
             "several ranks each: choose ranks_per_node so that they do, or leave delta_codes out."

@@ -57,15 +57,20 @@ def test_limits_are_of_the_cases_that_have_them(
     load: Any, case: dict[str, Any], limits: list[float]
 ) -> None:
     table = load("wire.changes_table")
-    found = table.verdicts([case], 1e-3, 1000)
+    found = table.verdicts([case], 1e-3, 1000, 100)
     assert [verdict["at_most"] for verdict in found] == limits
     assert table.name_of(case) in table.table([case])
 
 
 def test_more_than_a_limit_misses_it(load: Any) -> None:
-    gather, step = load("wire.changes_table").verdicts([a_case(0.37, 0.58)], 1e-3, 1000)
+    gather, step = load("wire.changes_table").verdicts([a_case(0.37, 0.58)], 1e-3, 1000, 100)
     assert not gather["is_met"]
     assert not step["is_met"]
+
+
+def test_readings_from_another_step_on_have_no_limits(load: Any) -> None:
+    late = a_case(0.1, 0.1) | {"since": 900}
+    assert load("wire.changes_table").verdicts([late], 1e-3, 1000, 100) == []
 
 
 def test_cases_have_names_of_their_own_and_stop_where_they_are_to(load: Any) -> None:

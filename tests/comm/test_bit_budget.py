@@ -83,6 +83,8 @@ def test_bits_are_allotted_anew_for_other_buckets_of_weights_and_asked_for_as_ev
     assert other == asked | {"weight_bucket_size": 64}
     other = budget_request(dataclasses.replace(config, budget=None, grad_budget=4.0))
     assert other == asked | {"budget": None, "grad_budget": 4.0}
+    other = budget_request(dataclasses.replace(config, grad_rotation="hadamard"))
+    assert other == asked | {"grad_rotation": "hadamard"}
 
 
 @pytest.mark.parametrize("is_grad", [False, True])

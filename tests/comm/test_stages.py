@@ -9,15 +9,18 @@ from functools import partial
 from math import prod
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from qsdp.codec.random_numbers import KeyStage
 from qsdp.comm.reduce_scatter import reduce_exchanges
-from qsdp.comm.topology import TOPOLOGIES, gathered_ranks
-from qsdp.config import REDUCES
-from qsdp.simulation.stages import SIZES, SimulatedStage
+from qsdp.comm.topology import TOPOLOGIES, Topology, gathered_ranks, split
+from qsdp.config import REDUCES, QSDPConfig
+from qsdp.simulation.ranks import SimulatedRanks
+from qsdp.simulation.stages import SIZES, SimulatedStage, simulated_stages
 
 LISTS = [
     {KeyStage.FLAT: 5},
@@ -121,3 +124,39 @@ def test_every_name_of_a_reduce_stands_in_both_tables() -> None:
 
 def test_no_two_stages_have_the_same_word_in_the_keys() -> None:
     assert len(KeyStage.__members__) == len({*KeyStage})
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2])
+def test_codes_by_node_are_refused_where_the_innermost_stage_is_between_nodes(
+    ranks_per_node: int,
+) -> None:
+    """As in a topology of three stages whose nodes have one rank each."""
+
+    def racks(num_nodes: int, local: int) -> dict[KeyStage, int]:
+        return {KeyStage.LOCAL: local, KeyStage.REPLICAS: 2, KeyStage.ACROSS: num_nodes // 2}
+
+    group: Any = SimpleNamespace(size=lambda: 8)
+    nodes: Any = SimpleNamespace(shape=(8 // ranks_per_node, ranks_per_node))
+    config = QSDPConfig(weight_bits=4, gather="delta", delta_codes="node")
+    world = SimulatedRanks(world_size=8, ranks_per_node=ranks_per_node)
+    given = group, nodes, nodes, config
+
+    def found() -> list[dict[KeyStage, int]]:
+        simulated = {each.stage: each.size for each in simulated_stages(world, config)}
+        return [simulated, split(*given).sizes]
+
+    alone = simulated_stages(SimulatedRanks(world_size=1), config)
+    assert [each.stage for each in alone] == [
+        KeyStage.FLAT
+    ]  # as a run of one rank, which sends nothing
+    with (
+        mock.patch.dict(TOPOLOGIES, {"auto": Topology("racks", racks)}),
+        mock.patch.dict(SIZES, {"auto": racks}),
+        mock.patch.object(dist, "get_process_group_ranks", return_value=[*range(8)]),
+    ):
+        if ranks_per_node == 2:
+            assert found() == [racks(4, 2)] * 2
+            return
+        for find in (lambda: simulated_stages(world, config), lambda: split(*given)):
+            with pytest.raises(ValueError, match=r"delta_codes is 'node', but .*\.$"):
+                find()

@@ -34,9 +34,13 @@ from tests_distributed.support.one_rank import (
     train,
 )
 from tests_distributed.support.running import Run, selection
+from tests_distributed.support.two_replicas import refusal_of
 
 CONFIG = {"weight_bits": 4, "grad_bits": 8, "delta_redraw_every": 3}
 DELTA = {"gather": "delta"}
+NODES = {"reduce": "two-hop", "ranks_per_node": 2, "delta_codes": "node"}
+CODES: dict[str, dict[str, Any]] = {"rank": CONFIG, "node": CONFIG | NODES}
+"""Configs by where codes are kept."""
 
 
 def _thaw(stage: Stage) -> None:
@@ -103,19 +107,20 @@ def test_when_one_rank_differs_all_raise_one_sentence(run: Run, ranks: int, odd:
 # --- a frame that is lost ---------------------------------------------------------------------
 
 
-def _lost(error: type[BaseException], odd: int, trains: bool) -> dict[str, Any]:
+def _lost(error: type[BaseException], odd: int, trains: bool, codes: str) -> dict[str, Any]:
     """What this rank says after a frame that rank ``odd`` loses, and how it goes on."""
-    model, handle = installed(6, CONFIG)
+    model, handle = installed(6, CODES[codes])
     for step in range(2):
         take_sgd_step(model, step, 0.1)
-    is_odd = dist.get_rank() == odd
+    is_odd, is_mate = dist.get_rank() == odd, codes == "node" and dist.get_rank() == odd ^ 1
     with torch.set_grad_enabled(trains):
         if is_odd:
             with fails_to_apply(model, error) as failed, pytest.raises(error):
                 model(*make_batch(model, 2))
             assert failed
-        else:
-            model(*make_batch(model, 2))
+        else:  # the other rank of a node has its rows from the odd one
+            told = refusal_of(lambda: model(*make_batch(model, 2)))
+            assert f"rank {odd} cannot" in told if is_mate else told == "nothing"
     if error is KeyboardInterrupt:  # of which torch's modules tell no hook: the pass is not over
         handle.abandon_step()
     try:
@@ -140,16 +145,20 @@ def _lost(error: type[BaseException], odd: int, trains: bool) -> dict[str, Any]:
 
 
 @selection(
-    ("error", "odd", "trains"),
-    [(KeyboardInterrupt, 1, True), (RuntimeError, 0, False), (LookupError, 2, True)],
+    ("error", "odd", "trains", "codes"),
+    [
+        *((KeyboardInterrupt, 1, True, "rank"), (RuntimeError, 0, False, "rank")),
+        *((LookupError, 2, True, "rank"), (KeyboardInterrupt, 2, True, "node")),
+    ],
     (KeyboardInterrupt, RuntimeError, LookupError),
     (0, 1, 2),
     (False, True),
+    tuple(CODES),
 )
 def test_a_lost_frame_is_named_by_all_ranks_and_training_goes_on_after_it(
-    run: Run, error: type[BaseException], odd: int, trains: bool
+    run: Run, error: type[BaseException], odd: int, trains: bool, codes: str
 ) -> None:
-    everyone = run(3, _lost, error, odd, trains)
+    everyone = run(4 if codes == "node" else 3, _lost, error, odd, trains, codes)
     for found in everyone:
         kept = rf"rank {odd or 1} is at a forward pass with the digest of kept codes .*"
         assert re.match(kept, found["heard"])
@@ -236,9 +245,9 @@ def test_bytes_that_one_rank_alone_has_otherwise_are_found_by_all(
 # --- a frame that cannot be made ----------------------------------------------------------------
 
 
-def _cannot_encode(odd: int) -> tuple[str, list[bool]]:
+def _cannot_encode(odd: int, codes: str) -> tuple[str, list[bool]]:
     """What this rank says where the codec fails on rank ``odd``, and how it goes on."""
-    model, _ = installed(6, CONFIG)
+    model, _ = installed(6, CODES[codes])
     take_sgd_step(model, 0, 0.1)
     said = "nothing"
     fails = mock.patch.object(ops, "encode_changes", side_effect=RuntimeError("no memory."))
@@ -254,9 +263,13 @@ def _cannot_encode(odd: int) -> tuple[str, list[bool]]:
     return said, same
 
 
-@pytest.mark.parametrize("odd", [0, 2])
-def test_all_ranks_hear_of_one_that_cannot_make_its_frame(run: Run, odd: int) -> None:
-    for rank, (said, same) in enumerate(run(3, _cannot_encode, odd)):
+@pytest.mark.parametrize(
+    ("ranks", "odd", "codes"), [(3, 0, "rank"), (3, 2, "rank"), (4, 1, "node")]
+)
+def test_all_ranks_hear_of_one_that_cannot_make_its_frame(
+    run: Run, ranks: int, odd: int, codes: str
+) -> None:
+    for rank, (said, same) in enumerate(run(ranks, _cannot_encode, odd, codes)):
         told = f"rank {odd} cannot send its part of the group of .*\\."
         assert re.fullmatch("no memory." if rank == odd else told, said)
         assert same == [True, True]

@@ -6,6 +6,7 @@ import math
 import re
 from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import qsdp
+from qsdp import ops
 from tests_distributed.support.delta import (
     bits_of,
     decoded,
@@ -194,3 +196,21 @@ def _masked(native: bool) -> list[bool]:
 @selection("native", [(False,)], (False, True))
 def test_replicas_are_alike_under_a_support(run: Run, native: bool) -> None:
     assert run(4, _masked, native) == [[True, True]] * 4
+
+
+def _cannot_encode(native: bool) -> str:
+    """What this rank says where the codec fails on rank 0 in a forward pass."""
+    model, _ = _replicated(native)
+    take_sgd_step(model, 0, 0.1)
+    fails = mock.patch.object(ops, "encode_changes", side_effect=RuntimeError("no memory."))
+    with fails if dist.get_rank() == 0 else nullcontext():
+        return refusal_of(lambda: take_sgd_step(model, 1, 0.1))
+
+
+@selection("native", [(False,)], (False, True))
+def test_replicas_hear_of_a_rank_that_cannot_make_its_frame(run: Run, native: bool) -> None:
+    own, mate, *others = run(4, _cannot_encode, native)
+    assert own == "no memory."
+    assert re.fullmatch(r"rank 0 cannot send its part of the group of .*\.", mate)
+    for rank, said in enumerate(others):
+        assert said.startswith(f"rank {rank} cannot do what the others do at a backward pass: ")

@@ -15,11 +15,12 @@
 A bucket of gradients is heavy-tailed: few values say its range, and with it the step of its grid.
 What it is transformed to are sums of all of them, nearly normal, whose range is smaller. The signs
 keep what neighbours have in common, as the values of one row have, from adding up in a few of the
-sums: the transform of any row of the Hadamard matrix under these signs is flat. The transform is
-linear, orthogonal and its own inverse, so that sums of transformed gradients, once transformed
-back, are sums of gradients, and errors stay as large as they were made. SDP4Bit (arXiv 2410.15526)
-sends gradients so; the idea is QuaRot's (arXiv 2404.00456). Nothing is random. Where a value of a
-block is not finite none is, nor where sums overflow.
+sums: in a block of 256 the transform of any row of the Hadamard matrix under these signs is flat.
+The transform is linear, orthogonal and its own inverse, so that sums of transformed gradients, once
+transformed back, are sums of gradients, and errors stay as large as they were made. SDP4Bit (arXiv
+2410.15526) sends gradients so; the idea is QuaRot's (arXiv 2404.00456). Nothing is random. Where a
+value of a block is not finite none is, nor where sums overflow: in fp16 those of gradients that are
+all below 4094 do not.
 
 This is the specification in plain PyTorch; csrc/ gives the same bytes.
 """
