@@ -196,10 +196,11 @@ class Adaptation:
         bits, levels = self._to_take_over(state)
         self._set_bits({name: (weight, grad) for name, (weight, grad) in bits.items()})
         if self._wire.levels is not None:
-            has = self._wire.config.has_levels
-            self._wire.levels.load(
-                row for row in levels if has(row[2], is_grad=row[1] == LevelKind.GRAD.name.lower())
-            )
+            has, grad = self._wire.config.has_levels, LevelKind.GRAD.name.lower()
+            # Levels fit what travels, which is another thing where it is rotated.
+            mine, its = (each.get("grad_rotation") for each in (self._request, state["request"]))
+            taken = (row for row in levels if mine == its or row[1] != grad)
+            self._wire.levels.load(row for row in taken if has(row[2], is_grad=row[1] == grad))
         self._mark()
         self._watch(self._settled)
 

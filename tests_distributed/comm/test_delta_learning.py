@@ -26,7 +26,7 @@ def _learned() -> tuple[list[dict[str, int]], int, list[dict[str, tuple[str, str
     """What each step of weights that stay sends; all buckets; bits before each; the state.
 
     And whether that is taken over without the levels that weights had beside another gather.
-    With other bits of weights it is refused.
+    With other bits of weights it is refused, and levels of gradients that were rotated are left out.
     """
     model, handle = installed(2, CONFIG, width=32, hidden=32)
     counts, travels = [], []
@@ -40,7 +40,11 @@ def _learned() -> tuple[list[dict[str, int]], int, list[dict[str, tuple[str, str
     others = [[UP, kind, 4, *torch.linspace(0, 1, 16).tolist()] for kind in ("weight", "kept")]
     handle.load_state_dict({**state, "levels": [*others, *state["levels"]]})
     buckets = num_kept_buckets(model, {}, 64, [name for name, _ in model.named_parameters()])
-    return counts, buckets, travels, state, handle.state_dict() == state
+    is_taken_over = handle.state_dict() == state
+    rotated = state["request"] | {"grad_rotation": "hadamard"}
+    handle.load_state_dict({**state, "request": rotated})
+    is_taken_over &= not handle.state_dict()["levels"]
+    return counts, buckets, travels, state, is_taken_over
 
 
 def test_what_gradients_learn_draws_no_weight_anew(run: Run) -> None:

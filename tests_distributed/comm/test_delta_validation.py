@@ -158,7 +158,7 @@ def _compared(when: str, reshard: bool) -> tuple[list[str], list[str], list[int]
 
 @selection(
     ("when", "reshard"),
-    [("between steps", True), ("between micro-batches", False), ("before the backward pass", True)],
+    [("between steps", False), ("before the backward pass", True)],
     TIMES,
     (True, False),
 )

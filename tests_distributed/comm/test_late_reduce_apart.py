@@ -110,8 +110,8 @@ def _odd_cases(ranks: int, odd: int, by_the_odd: bool, is_root: bool) -> dict[st
 @selection(
     "ranks, odd, gather, by_the_odd, is_root",
     [
-        *((3, 1, "twice", False, is_root) for is_root in (False, True)),
-        *((3, 0, "once", True, is_root) for is_root in (False, True)),
+        (3, 1, "twice", False, False),
+        (3, 0, "once", True, True),
         (4, 1, "twice", False, False),  # in two hops
     ],
     (2, 3, 4),

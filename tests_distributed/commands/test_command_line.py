@@ -273,6 +273,7 @@ def test_nodes_that_do_not_divide_the_ranks_are_refused_by_the_flags_name(
         assert others == ["", "", ""]
 
 
+@pytest.mark.heavy  # tests_distributed/comm/test_nodes.py counts the same
 def test_two_hops_halve_what_leaves_a_node(run_jobs: Jobs, tmp_path: Path) -> None:
     flags = ["--steps", "2", "--one-shot", "0.5", "--qsdp-bits", "8", "--qsdp-ranks-per-node", "2"]
     flags += ["--qsdp-reduce"]

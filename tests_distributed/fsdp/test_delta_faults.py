@@ -148,7 +148,7 @@ def _lost(error: type[BaseException], odd: int, trains: bool, codes: str) -> dic
     ("error", "odd", "trains", "codes"),
     [
         *((KeyboardInterrupt, 1, True, "rank"), (RuntimeError, 0, False, "rank")),
-        *((LookupError, 2, True, "rank"), (KeyboardInterrupt, 2, True, "node")),
+        (LookupError, 2, True, "rank"),
     ],
     (KeyboardInterrupt, RuntimeError, LookupError),
     (0, 1, 2),

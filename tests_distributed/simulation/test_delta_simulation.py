@@ -188,6 +188,7 @@ HEAVY = {
     *("sparse", "warm-up at eight bits", "two hops", "two hops, large buckets, in bf16"),
     *("native replicas, budget", "replicas", "budget", "sparse, at eight bits, gathered in bf16"),
     *("warm-up", "little room", "re-computed, re-entrant", "gathered in bf16"),
+    *("accumulated after reduce", "warm-up at 16 bits", "native replicas"),
     *("budget behind a warm-up, sparse", "by columns and a large seed"),
     *("learned levels, sparse", "a budget of gradients, replicas"),
     "a budget of gradients and learned levels",

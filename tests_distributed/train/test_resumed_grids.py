@@ -40,10 +40,8 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(n, marks=[pytest.mark.heavy] * (n != "acdc")) for n in METHODS],
-)
+@pytest.mark.heavy  # within one process tests_distributed/fsdp/test_kept_grids.py has the same
+@pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_ends_with_weights_and_grids_of_an_uninterrupted_one(
     run_jobs: Jobs, text: Path, method: str
 ) -> None:
