@@ -26,7 +26,7 @@ def _learned() -> tuple[list[dict[str, int]], int, list[dict[str, tuple[str, str
     """What each step of weights that stay sends; all buckets; bits before each; the state.
 
     And whether that is taken over without the levels that weights had beside another gather.
-    With other bits of weights it is refused, and levels of gradients that were rotated are left out.
+    With other bits of weights it is refused; levels of rotated gradients are left out.
     """
     model, handle = installed(2, CONFIG, width=32, hidden=32)
     counts, travels = [], []
