@@ -110,7 +110,7 @@ def plot(records: Sequence[Record], path: Path) -> bool:
         return False
     bits = sorted({record["weight_bits"] for record in shown})
     rates = sorted({record["lr"] for record in shown}, reverse=True)
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True)
     for record in sorted(shown, key=lambda each: (each["weight_bits"], -each["lr"])):
         style = {
@@ -132,7 +132,7 @@ def plot(records: Sequence[Record], path: Path) -> bool:
         axes.grid(alpha=0.3)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    left.legend(fontsize=7, frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right", fontsize=7, frameon=False)
     figure.suptitle(
         f'gather="delta" over a training: nano, {shown[0]["steps"]} steps, rates rise for a '
         f"tenth and fall to a tenth, means of 10 steps",
