@@ -29,6 +29,11 @@ QSDP_INLINE float bits_float(uint32_t bits) {
     return value;
 }
 
+// The value, where a NaN becomes the one that all kernels give.
+QSDP_INLINE float canonical(float value) {
+    return value == value ? value : bits_float(0x7FC00000u);
+}
+
 QSDP_INLINE float widen(float value) {
     return value;
 }

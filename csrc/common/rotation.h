@@ -44,8 +44,4 @@ QSDP_INLINE float block_scale(int size) {
     return bits_float((127u - (log2 + 1) / 2) << 23 | (log2 % 2 ? 0x3504F3u : 0u));
 }
 
-QSDP_INLINE float canonical(float value) {
-    return value == value ? value : bits_float(0x7FC00000u);
-}
-
 }  // namespace qsdp

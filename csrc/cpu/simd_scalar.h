@@ -7,7 +7,6 @@
 
 #include "common/half.h"
 #include "common/portable.h"
-#include "common/rotation.h"
 
 namespace qsdp::scalar {
 

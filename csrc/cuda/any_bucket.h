@@ -115,10 +115,9 @@ QSDP_INLINE Run decode_run(uint64_t stream, const Coder& coder, uint64_t block, 
                 (coder.working.low + (static_cast<float>(code) + r) * coder.working.step) * unscale;
             if (coder.has_zero && code == last) value = 0.0f;
         }
-        // NaN stays, as the one that all kernels give.
         value = value > limit ? limit : value;
         value = value < -limit ? -limit : value;
-        run.x[i] = value == value ? value : bits_float(0x7FC00000u);
+        run.x[i] = canonical(value);  // NaN stays
     }
     return run;
 }

@@ -10,6 +10,7 @@
 #include "common/changes.h"
 #include "common/frame_fault.h"
 #include "common/segment.h"
+#include "cuda/find_item.h"
 #include "cuda/memory.h"
 #include "cuda/raw.h"
 #include "cuda/starts.h"
@@ -126,12 +127,7 @@ QSDP_INLINE void take_delivery(const ChangesDelivery& delivery) {
 }
 
 QSDP_INLINE int64_t item_of(const ChangesBoard& board, int64_t unit) {
-    int64_t low = 0, high = board.num_items;  // items [low, high) may hold it
-    while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        (board.items[middle].first_unit <= unit ? low : high) = middle;
-    }
-    return low;
+    return find_item(board.items, board.num_items, unit);
 }
 
 // The part of an item that a unit has: buckets, or raw values.

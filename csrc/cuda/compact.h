@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "common/span.h"
+#include "cuda/find_item.h"
 #include "cuda/jobs.h"
 #include "cuda/memory.h"
 #include "cuda/starts.h"
@@ -71,12 +72,7 @@ QSDP_INLINE void stop(const char* why) {
 }
 
 QSDP_INLINE const SpanItem& span_of(const SpanJob& job, int64_t unit) {
-    int low = 0, high = job.num_spans;  // spans [low, high) may hold it
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        (job.spans[middle].first_unit <= unit ? low : high) = middle;
-    }
-    return job.spans[low];
+    return job.spans[find_item(job.spans, job.num_spans, unit)];
 }
 
 // Which of the values [first, first + 8) are kept: bit i stands for first + i.

@@ -9,6 +9,7 @@
 #include "common/dtype.h"
 #include "common/half.h"
 #include "common/rotation.h"
+#include "cuda/find_item.h"
 #include "cuda/jobs.h"
 #include "cuda/memory.h"
 #include "cuda/run.h"
@@ -56,15 +57,6 @@ void launch_stretches(const std::vector<RotatedStretch>& stretches, uint8_t* buf
         }
         if (job.num_units > 0) launch(job);
     }
-}
-
-QSDP_INLINE const RotatedItem& stretch_of(const RotationJob& job, int64_t unit) {
-    int low = 0, high = job.num_stretches;  // stretches [low, high) may hold it
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        (job.stretches[middle].first_unit <= unit ? low : high) = middle;
-    }
-    return job.stretches[low];
 }
 
 // A run's values change their signs as those from ``first`` on in their block do. ``count`` values
@@ -170,7 +162,7 @@ QSDP_INLINE void rotate_values(uint8_t* values, int count) {
 // Unit number ``unit`` of a job, by one warp.
 QSDP_INLINE void rotate_unit(const RotationJob& job, int64_t unit) {
     if (unit >= job.num_units) return;
-    const RotatedItem& item = stretch_of(job, unit);
+    const RotatedItem& item = job.stretches[find_item(job.stretches, job.num_stretches, unit)];
     const RotatedStretch& stretch = item.stretch;
     const int64_t own = unit - item.first_unit, a_bucket = units_of_values(stretch.bucket);
     const int64_t before = own % a_bucket * kMostBlock;

@@ -6,21 +6,13 @@
 #include "common/segment.h"
 #include "cuda/decode.h"
 #include "cuda/encode.h"
+#include "cuda/find_item.h"
 #include "cuda/jobs.h"
 #include "cuda/memory.h"
 #include "cuda/raw.h"
 #include "cuda/warp.h"
 
 namespace qsdp {
-
-QSDP_INLINE int item_of(const Job& job, int64_t unit) {
-    int low = 0, high = job.num_items;  // items [low, high) may hold it
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        (job.items[middle].first_unit <= unit ? low : high) = middle;
-    }
-    return low;
-}
 
 // What a job turns into what. The last is for coded items that have epochs, the others for those
 // that have none.
@@ -37,7 +29,7 @@ QSDP_INLINE void run_unit(const Job& job, int64_t unit) {
         });
     }
     if (unit >= job.num_units) return;
-    const int number = item_of(job, unit);
+    const int number = find_item(job.items, job.num_items, unit);
     const Item& item = job.items[number];
     const Work work{&item,
                     job.levels,
