@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qsdp.comm import transport
 from qsdp.comm.buffers import as_bytes
 from qsdp.comm.group_plan import Plan
 from qsdp.comm.headers import Misheard, mistake_of
+from qsdp.comm.staged_gather import StagedGather
 from qsdp.comm.topology import gathered_ranks
 from qsdp.comm.wire_state import Wire
-from qsdp.common.collective_errors import CollectiveError, collective
+from qsdp.common.collective_errors import CollectiveError
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
 
 
@@ -158,13 +158,10 @@ class SharedRows:
     def _gather(self, output: Tensor, input: Tensor) -> None:
         """All-gather bytes inside the node."""
         assert self._node is not None
-        wire, group = self._wire, self._node.group
-        with (
-            collective("gather inside the node", self._plan.names, wire.clock.step),
-            wire.times.measure("gather", "wire", output.device),
-        ):
-            transport.start_all_gather(output, input, group).wait()
-        wire.traffic.gathered("gather", group, input.numel())
+        gather = StagedGather(self._plan, [self._node], output, self._wire)
+        gather.own.copy_(input)
+        gather.start()
+        gather.wait()
 
 
 def added(digest: int, word: int) -> int:

@@ -205,7 +205,7 @@ class Handle:
 
         Allotted bits are taken over if budget, bits, buckets, policy and rotation are the same;
         otherwise the config's own hold, and a budget is allotted by the errors of the next step.
-        Levels are taken over if they are learned here.
+        Levels are taken over if they are learned here, of gradients with the same rotation alone.
 
         With ``gather="delta"`` all weights are drawn anew by the next gather, unless ``load_grids``
         is called before it.

@@ -53,7 +53,8 @@ def remarks(
         several = [plan for plan in plans if plan.world_size > 1]
         is_by_node = config.delta_codes == "node"
         num_bytes = sum(
-            plan.kept_rows().payload_bytes * plan.world_size // plan.stages[0].size ** is_by_node
+            plan.kept_rows().payload_bytes
+            * (plan.world_size // plan.stages[0].size if is_by_node else plan.world_size)
             for plan in several
         )
         whose = "its share of a node's codes" if is_by_node else "the codes of all weights"

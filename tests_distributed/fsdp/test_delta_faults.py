@@ -18,6 +18,7 @@ from tests_distributed.support.delta import (
     decoded,
     fails_to_apply,
     installed,
+    interrupted_at,
     same_on_all_ranks,
     take_sgd_step,
 )
@@ -171,28 +172,7 @@ def test_a_lost_frame_is_named_by_all_ranks_and_training_goes_on_after_it(
 def _interrupted_everywhere() -> tuple[list[str], list[bool]]:
     """Every rank is interrupted while it applies frames of the same group, each at another one."""
     model, handle = installed(6, {**CONFIG, "delta_redraw_every": 1000})
-    take_sgd_step(model, 0, 0.1)
-    apply, num_calls = ops.apply_changes, 0
-
-    def apply_or_fail(*args: Any) -> None:
-        nonlocal num_calls
-        if num_calls == dist.get_rank():
-            raise KeyboardInterrupt
-        num_calls += 1
-        apply(*args)
-
-    with mock.patch.object(ops, "apply_changes", apply_or_fail), pytest.raises(KeyboardInterrupt):
-        model(*make_batch(model, 1))
-    handle.abandon_step()
-    said, same = [], []
-    for step in range(3):
-        try:
-            take_sgd_step(model, step, 0.1)
-            same.append(same_on_all_ranks(decoded(model)))
-        except RuntimeError as error:
-            said.append(str(error))
-            model.zero_grad()
-    return said, same
+    return interrupted_at(model, handle, dist.get_rank())
 
 
 def test_ranks_that_are_interrupted_at_other_frames_do_not_part_in_silence(run: Run) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -124,6 +125,35 @@ def fails_to_apply(model: Any, error: type[BaseException]) -> Iterator[list[str]
     with mock.patch.object(ops, "apply_changes", apply_or_fail):
         yield failed
     hook.remove()
+
+
+def interrupted_at(model: Any, handle: qsdp.Handle, frame: int) -> tuple[list[str], list[bool]]:
+    """What this rank says in three steps, and whether all decode the same after those that end.
+
+    In the second step of the training it is interrupted while it applies the ``frame``-th frame.
+    """
+    take_sgd_step(model, 0, 0.1)
+    apply, num_calls = ops.apply_changes, 0
+
+    def apply_or_fail(*args: Any) -> None:
+        nonlocal num_calls
+        if num_calls == frame:
+            raise KeyboardInterrupt
+        num_calls += 1
+        apply(*args)
+
+    with mock.patch.object(ops, "apply_changes", apply_or_fail), pytest.raises(KeyboardInterrupt):
+        model(*make_batch(model, 1))
+    handle.abandon_step()
+    said, same = [], []
+    for step in range(3):
+        try:
+            take_sgd_step(model, step, 0.1)
+            same.append(same_on_all_ranks(decoded(model)))
+        except RuntimeError as error:
+            said.append(str(error))
+            model.zero_grad()
+    return said, same
 
 
 Masks = dict[str, Tensor]
