@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.support.contestants import chosen, contestants
 from benchmarks.support.race import LOOPBACK, device_of
 from benchmarks.support.runs import Mistake
+from qsdp.common.flags import flag
 from qsdp.common.folder_locks import unlocked_folder
 
 
@@ -21,7 +22,7 @@ def check_least(arguments: argparse.Namespace, least: Mapping[str, int]) -> None
     for name, limit in least.items():
         value = getattr(arguments, name)
         if value < limit:
-            raise Mistake(f"{_flag(name)} is {value}: give at least {limit}.")
+            raise Mistake(f"{flag(name)} is {value}: give at least {limit}.")
 
 
 def check_each_least(flag: str, values: Sequence[float], limit: float) -> None:
@@ -37,7 +38,7 @@ def check_whole_sequences(arguments: argparse.Namespace, contexts: Mapping[str, 
         value = getattr(arguments, name)
         if value % context:
             raise Mistake(
-                f"{_flag(name)} is {value}: give a multiple of {context}, the tokens of a sequence."
+                f"{flag(name)} is {value}: give a multiple of {context}, the tokens of a sequence."
             )
 
 
@@ -54,7 +55,7 @@ def check_hosts(arguments: argparse.Namespace) -> None:
     for name in ("hosts", "nproc_per_node"):
         value = getattr(arguments, name)
         if value is not None and not 1 <= value <= 250:
-            raise Mistake(f"{_flag(name)} is {value}: give 1 to 250.")
+            raise Mistake(f"{flag(name)} is {value}: give 1 to 250.")
 
 
 def check_rate(flag: str, rate: str | None) -> None:
@@ -94,7 +95,3 @@ def claimed(out: Path) -> Iterator[None]:
         if not is_ours:
             raise Mistake(f"--out is {out}, where another comparison runs: wait, or give another.")
         yield
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -20,6 +20,7 @@ from benchmarks.support.namespaces import Hosts, torchrun
 from benchmarks.support.paths import ROOT
 from benchmarks.support.rounds import Record, due, kept, read, seconds_of
 from benchmarks.support.runs import Mistake
+from qsdp.common.flags import flag
 from qsdp.data.corpus import load_corpus
 
 LOOPBACK = "loopback"
@@ -170,7 +171,7 @@ def run_on_hosts(command: list[str], arguments: argparse.Namespace) -> None:
 def _flags(arguments: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
     flags = []
     for name in (*BOTH, *names):
-        flags += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+        flags += [flag(name), str(getattr(arguments, name))]
     return [*flags, "--contestants", *(one.name for one in chosen(arguments))]
 
 

@@ -45,6 +45,7 @@ from benchmarks.support.steps import size_of
 from benchmarks.wire.link_table import median_of, ratio
 from benchmarks.wire.link_targets import at_most, in_words
 from qsdp.commands.exit import end_process
+from qsdp.common.flags import flag
 from qsdp.common.json_files import write_json
 from qsdp.train.auto.choose import choose
 from qsdp.train.config import TrainConfig
@@ -134,7 +135,7 @@ def choices(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if not record["choices"]:
         command = ["-m", "benchmarks.wire.auto", "--worker", str(path)]
         for name in (*SHARED, "threads", "precision", "choices", "device"):
-            command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+            command += [flag(name), str(getattr(arguments, name))]
         run = run_here if arguments.rate == LOOPBACK else run_on_hosts
         run(command, arguments)
         record = read(path)

@@ -33,6 +33,7 @@ from benchmarks.support.asked import check_least, check_rate
 from benchmarks.support.namespaces import Hosts, exit_on_termination
 from benchmarks.support.runs import Mistake, Run, ends_on_error, read_records
 from benchmarks.wire.changes_table import name_of, plot, table, verdicts
+from qsdp.common.flags import flag
 from qsdp.common.json_files import write_json
 
 NUM_HOSTS = 2
@@ -129,7 +130,7 @@ def plan(arguments: argparse.Namespace) -> list[Run]:
             "to": min(to, arguments.steps),
             "batch_size": arguments.batch_size,
         }
-        flags = [text for key, value in settings.items() for text in (_flag(key), str(value))]
+        flags = [text for key, value in settings.items() for text in (flag(key), str(value))]
         flags += ["--data", arguments.data]
         settings["data"] = Path(arguments.data).name
         runs.append(Run(f"{model}-w{weight_bits}g{grad_bits}-lr{lr:g}", settings, flags))
@@ -158,10 +159,6 @@ def train(hosts: Hosts, run: Run, arguments: argparse.Namespace) -> dict[str, An
         found: dict[str, Any] = json.loads(out.read_text())
     seconds = round(time.monotonic() - started, 1)
     return run.settings | found | {"seconds": seconds, "machine": machine.describe()}
-
-
-def _flag(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
 
 
 if __name__ == "__main__":

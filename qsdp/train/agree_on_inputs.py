@@ -9,6 +9,7 @@ import numpy as np
 import torch.distributed as dist
 
 from qsdp.common.collective_errors import collective
+from qsdp.common.flags import flag
 from qsdp.common.user_errors import UserError
 from qsdp.data.corpus import Corpus
 from qsdp.data.tokenizer import hash_of
@@ -25,7 +26,7 @@ def agree_on_config(config: TrainConfig, world: World) -> None:
     if difference is not None:
         name, values = difference
         raise UserError(
-            f"--{name.replace('_', '-')} is {values}: give every launcher the same flags.",
+            f"{flag(name)} is {values}: give every launcher the same flags.",
             is_shared=True,
         )
 
