@@ -17,8 +17,11 @@ namespace qsdp {
 // How a segment is looked at: not at all; without a schedule; with one.
 enum class Look : int64_t { kStill = 0, kFrozen = 1, kTrained = 2 };
 
-// Count bytes: 0 is unchanged, then come a list's entries, kMostListed and the changes of a map.
+// Count bytes: 0 is unchanged, then come a list's entries, kMostListed and the room of a map. At
+// kNibbleBits and fewer nibbles stand for some of them: 0 to kMostInNibble for themselves, the next
+// two for maps, the last two for the last two.
 constexpr int kMostListed = 125, kWhole = 254, kDrawn = 255;
+constexpr int kNibbleBits = 5, kMostInNibble = 11, kSmallMap = 24, kLargeMap = 64;
 
 // Values of bucket ``bucket``.
 QSDP_INLINE int64_t values_of(const Segment& segment, int64_t bucket) {
@@ -35,9 +38,58 @@ QSDP_INLINE int64_t codes_start(const Segment& segment, int64_t bucket) {
     return bucket * segment.bucket / 8 * segment.bits;
 }
 
-// Bytes of a map of ``num_changed`` codes among ``num_values``.
-QSDP_INLINE int64_t map_bytes(int64_t num_values, int64_t num_changed) {
-    return (num_values + 7) / 8 + (num_changed + 3) / 4;
+QSDP_INLINE int count_of(int nibble) {
+    if (nibble <= kMostInNibble) return nibble;
+    if (nibble > kMostInNibble + 2) return nibble + kDrawn - 15;
+    return kMostListed + (nibble == kMostInNibble + 1 ? kSmallMap : kLargeMap);
+}
+
+QSDP_INLINE int nibble_of(int count) {
+    if (count <= kMostInNibble) return count;
+    if (count >= kWhole) return count + 15 - kDrawn;
+    return kMostInNibble + (count == kMostListed + kSmallMap ? 1 : 2);
+}
+
+// Bytes of ``num_buckets`` counts.
+QSDP_INLINE int64_t counts_bytes(int64_t num_buckets, int64_t bits) {
+    return bits <= kNibbleBits ? (num_buckets + 1) / 2 : num_buckets;
+}
+
+// The count byte of a bucket, whose segment's counts are in a frame.
+QSDP_INLINE int count_at(const uint8_t* counts, int64_t bucket, int64_t bits) {
+    if (bits > kNibbleBits) return counts[bucket];
+    return count_of(counts[bucket / 2] >> bucket % 2 * 4 & 15);
+}
+
+// Byte ``number`` of the counts in a frame, of a segment's count bytes.
+QSDP_INLINE uint8_t counts_byte(const uint8_t* heads, int64_t number, const Segment& segment) {
+    if (segment.bits > kNibbleBits) return heads[number];
+    const int64_t first = 2 * number;
+    const int high = first + 1 < num_buckets(segment) ? nibble_of(heads[first + 1]) : 0;
+    return static_cast<uint8_t>(nibble_of(heads[first]) | high << 4);
+}
+
+// Whether the counts have one more than the segment has buckets.
+QSDP_INLINE bool counts_too_many(const uint8_t* counts, const Segment& segment) {
+    const int64_t num = num_buckets(segment);
+    return segment.bits <= kNibbleBits && num % 2 != 0 && counts[num / 2] >> 4 != 0;
+}
+
+// Whether there is a count of a list of so many entries.
+QSDP_INLINE bool can_list(int64_t num_entries, int bits) {
+    return num_entries <= (bits <= kNibbleBits ? kMostInNibble : kMostListed);
+}
+
+// The room of a map of so many changes, or more than any has.
+QSDP_INLINE int map_room(int num_changed, int bits) {
+    if (bits > kNibbleBits) return num_changed;
+    if (num_changed > kLargeMap) return kMostKept + 1;
+    return num_changed <= kSmallMap ? kSmallMap : kLargeMap;
+}
+
+// Bytes of a map with room for ``room`` changes among ``num_values``.
+QSDP_INLINE int64_t map_bytes(int64_t num_values, int64_t room) {
+    return (num_values + 7) / 8 + (room + 3) / 4;
 }
 
 // Bytes of the data of a bucket of ``num_values``.
@@ -51,8 +103,8 @@ inline int64_t bitmap_bytes(const std::vector<Segment>& segments) {
     return (static_cast<int64_t>(segments.size()) + 7) / 8;
 }
 
-// Where a segment's bytes start in a frame that says all that it can: raw values or count bytes,
-// and the data of its buckets.
+// Where a segment's bytes start in a frame that says all that it can, its counts in bytes: raw
+// values or count bytes, and the data of its buckets.
 struct PlaceInFrame {
     int64_t start, data;
 };
@@ -79,7 +131,7 @@ inline int64_t set_places(const std::vector<Segment>& segments, std::vector<Plac
     return end;
 }
 
-// The most bytes of a body: all has changed, and every grid is drawn again.
+// Bytes of such a frame: no body has more.
 inline int64_t most_body_bytes(const std::vector<Segment>& segments) {
     int64_t sum = bitmap_bytes(segments);
     for (const Segment& segment : segments) {

@@ -7,8 +7,8 @@
 
 namespace qsdp {
 
-// The last four are of a bucket's data.
-enum class Fault { kNone, kEndsEarly, kBytesLeft, kSegments, kTooMany, kList, kMap, kCode };
+// The last three are of a bucket's data.
+enum class Fault { kNone, kEndsEarly, kBytesLeft, kSegments, kCounts, kList, kMap, kCode };
 
 struct FrameFault {
     Fault fault;
@@ -30,14 +30,14 @@ struct FrameFault {
         case Fault::kSegments:
             refuse_as("has changes of more than ", found.number, " segments");
             break;
-        case Fault::kTooMany:
-            refuse_as("has more changes of a bucket than that has values");
+        case Fault::kCounts:
+            refuse_as("counts changes of a bucket that there is not");
             break;
         case Fault::kList:
             refuse_as("lists changes of a bucket that are not in order of place, or outside it");
             break;
         case Fault::kMap:
-            refuse_as("maps other changes of a bucket than it counts");
+            refuse_as("maps more changes of a bucket than there is room for, or outside it");
             break;
         default:
             break;

@@ -42,16 +42,19 @@ QSDP_INLINE uint64_t bits_from(const uint8_t* stream, int at) {
 }
 
 // What a map says, or what is wrong with it.
-QSDP_INLINE Fault read_map(const uint8_t* data, int num_changed, int64_t count, Difference& said) {
-    if (num_changed > count) return Fault::kTooMany;
-    const int64_t mask_bytes = (count + 7) / 8, how_bytes = (num_changed + 3) / 4;
+QSDP_INLINE Fault read_map(const uint8_t* data, int room, int64_t count, Difference& said) {
+    const int64_t mask_bytes = (count + 7) / 8, how_bytes = (room + 3) / 4;
     memcpy(said.changed, data, mask_bytes);
-    if (count_bits(said.changed) != num_changed) return Fault::kMap;
+    const int num_changed = count_bits(said.changed);
+    if (num_changed > room) return Fault::kMap;
     if (count % 8 != 0 && data[mask_bytes - 1] >> count % 8 != 0) return Fault::kMap;
     // Two bits for each of kMostKept values at most, and what bits_from may read behind them.
     uint8_t how[kMostKept / 4 + 32] = {};
     memcpy(how, data + mask_bytes, how_bytes);
     if (how[num_changed / 4] >> 2 * (num_changed % 4) != 0) return Fault::kMap;
+    for (int i = num_changed / 4 + 1; i < how_bytes; ++i) {
+        if (how[i] != 0) return Fault::kMap;
+    }
     int at = 0;
     for (int word = 0; word < kMaskWords; ++word) {
         const uint64_t changed = said.changed[word];
@@ -65,10 +68,10 @@ QSDP_INLINE Fault read_map(const uint8_t* data, int num_changed, int64_t count, 
     return Fault::kNone;
 }
 
-QSDP_INLINE Fault apply_map(const uint8_t* data, int num_changed, int64_t count, int last,
+QSDP_INLINE Fault apply_map(const uint8_t* data, int room, int64_t count, int last,
                             uint8_t* codes) {
     Difference said{};
-    const Fault fault = read_map(data, num_changed, count, said);
+    const Fault fault = read_map(data, room, count, said);
     if (fault != Fault::kNone) return fault;
     const Codes one = splat_codes(1), most = splat_codes(last);
     uint64_t wrong = 0;
@@ -93,7 +96,7 @@ Fault apply_changes(const ChangedBuckets& changed, int32_t step, uint8_t* kept) 
     const uint8_t* data = changed.data;
     uint8_t codes[kMostKept + 8] = {};
     for (int64_t bucket = changed.first; bucket < changed.last; ++bucket) {
-        const int head = changed.heads[bucket];
+        const int head = count_at(changed.counts, bucket, segment.bits);
         if (head == 0) continue;
         const int64_t count = values_of(segment, bucket);
         uint8_t* row = kept + segment.data_byte + codes_start(segment, bucket);

@@ -39,7 +39,7 @@ struct Changes {
 // Buckets [first, last) of a segment that a frame has changes of.
 struct ChangedBuckets {
     const Segment* segment;
-    const uint8_t *heads, *data;  // the segment's count bytes; the data of these buckets
+    const uint8_t *counts, *data;  // the segment's counts in a frame; the data of these buckets
     int64_t first, last;
 };
 

@@ -53,7 +53,13 @@ int64_t join(const std::vector<Segment>& segments, const std::vector<PlaceInFram
             const Segment& segment = segments[s];
             if (!is_changed[s] || (segment.bits == 0) != is_raw) continue;
             frame[s / 8] |= static_cast<uint8_t>(1u << s % 8);
-            append(frame + places[s].start, is_raw ? data_bytes(segment) : num_buckets(segment));
+            const uint8_t* from = frame + places[s].start;
+            if (is_raw) {
+                append(from, data_bytes(segment));
+                continue;
+            }
+            const int64_t count = qsdp::counts_bytes(num_buckets(segment), segment.bits);
+            for (int64_t i = 0; i < count; ++i) *end++ = qsdp::counts_byte(from, i, segment);
         }
     }
     for (const Changes& each : changes) append(each.data, each.data_bytes);
@@ -125,7 +131,7 @@ class Body {
 };
 
 // Takes the data of a segment's buckets, in stretches that threads may share.
-void take_data(const Segment& segment, const uint8_t* heads, Body& body,
+void take_data(const Segment& segment, const uint8_t* counts, Body& body,
                std::vector<ChangedBuckets>& changed) {
     const int64_t num = num_buckets(segment);
     int64_t bytes_of[256];
@@ -134,11 +140,12 @@ void take_data(const Segment& segment, const uint8_t* heads, Body& body,
     }
     for (int64_t first = 0; first < num; first += kBucketsAtOnce) {
         const int64_t last = std::min(num, first + kBucketsAtOnce);
-        int64_t count = 0;
-        for (int64_t bucket = first; bucket < last - 1; ++bucket) count += bytes_of[heads[bucket]];
-        count +=
-            qsdp::bytes_said(heads[last - 1], qsdp::values_of(segment, last - 1), segment.bits);
-        if (count != 0) changed.push_back({&segment, heads, body.take(count), first, last});
+        int64_t bytes = qsdp::bytes_said(qsdp::count_at(counts, last - 1, segment.bits),
+                                         qsdp::values_of(segment, last - 1), segment.bits);
+        for (int64_t bucket = first; bucket < last - 1; ++bucket) {
+            bytes += bytes_of[qsdp::count_at(counts, bucket, segment.bits)];
+        }
+        if (bytes != 0) changed.push_back({&segment, counts, body.take(bytes), first, last});
     }
 }
 
@@ -160,12 +167,17 @@ void apply_changes(const Tensor& frame, const Tensor& table, int64_t step, const
         const int64_t count = data_bytes(segments[s]);
         std::memcpy(row + segments[s].data_byte, body.take(count), static_cast<size_t>(count));
     }
-    std::vector<const uint8_t*> heads(num_segments);
+    std::vector<const uint8_t*> counts(num_segments);
     for (size_t s = 0; s < num_segments; ++s) {
-        if (segments[s].bits != 0 && has_changed(s)) heads[s] = body.take(num_buckets(segments[s]));
+        const Segment& segment = segments[s];
+        if (segment.bits == 0 || !has_changed(s)) continue;
+        counts[s] = body.take(qsdp::counts_bytes(num_buckets(segment), segment.bits));
+        if (qsdp::counts_too_many(counts[s], segment)) {
+            refuse_frame({Fault::kCounts, frame.numel(), 0});
+        }
     }
     for (size_t s = 0; s < num_segments; ++s) {
-        if (heads[s] != nullptr) take_data(segments[s], heads[s], body, changed);
+        if (counts[s] != nullptr) take_data(segments[s], counts[s], body, changed);
     }
     body.end();
     const qsdp::Kernels& kernels = qsdp::kernels_in_use();

@@ -44,7 +44,7 @@ inline void refuse_reported(const ChangesReport& report, int64_t frame_bytes) {
     if (fault != Fault::kNone) refuse_frame({fault, frame_bytes, report.fault_number});
 }
 
-// Which segments have changed, and where their raw values and count bytes lie.
+// Which segments have changed, and where their raw values and counts lie.
 QSDP_INLINE void place_frame(const ApplyChanges& job) {
     const ChangesBoard& board = job.board;
     const int64_t num = board.num_items, bitmap = (num + 7) / 8;
@@ -61,6 +61,12 @@ QSDP_INLINE void place_frame(const ApplyChanges& job) {
     if (end > job.frame_bytes) return report_fault(board, Fault::kEndsEarly, end);
     each_lane([&](int lane) {
         if (lane == 0) board.report->body_bytes = end;
+        for (int64_t i = lane; i < num; i += kWarp) {
+            const Segment& segment = board.items[i].segment;
+            if (segment.bits == 0 || board.has_changed[i] == 0) continue;
+            if (!counts_too_many(job.frame + board.starts[i], segment)) continue;
+            board.report->fault = static_cast<int64_t>(Fault::kCounts);
+        }
     });
 }
 
@@ -78,7 +84,7 @@ QSDP_INLINE void count_data(const ApplyChanges& job, int64_t unit) {
         bytes[lane] = 0;
         const int64_t bucket = own.first + lane;
         if (!has_data || bucket >= own.last) return;
-        const int head = job.frame[board.starts[number] + bucket];
+        const int head = count_at(job.frame + board.starts[number], bucket, segment.bits);
         bytes[lane] = bytes_said(head, values_of(segment, bucket), segment.bits);
     });
     const int64_t all = sum_before(bytes);
@@ -131,10 +137,9 @@ QSDP_INLINE void apply_list(const uint8_t* data, int num_entries, int count, int
     });
 }
 
-QSDP_INLINE Fault apply_map(const uint8_t* data, int num_changed, int count, int bits,
+QSDP_INLINE Fault apply_map(const uint8_t* data, int room, int count, int bits,
                             PerLane<ChangingRun>& runs) {
-    if (num_changed > count) return Fault::kTooMany;
-    const int mask_bytes = (count + 7) / 8, how_bytes = (num_changed + 3) / 4;
+    const int mask_bytes = (count + 7) / 8, how_bytes = (room + 3) / 4;
     const uint8_t* how = data + mask_bytes;
     PerLane<uint32_t> changed;
     PerLane<int64_t> before;
@@ -143,11 +148,11 @@ QSDP_INLINE Fault apply_map(const uint8_t* data, int num_changed, int count, int
         before[lane] = num_bits(changed[lane]);
         if (changed[lane] >> valid_of(lane, count) != 0) runs[lane].fault = Fault::kMap;
     });
-    if (sum_before(before) != num_changed) return Fault::kMap;
-    if (num_changed % 4 != 0 && how[how_bytes - 1] >> 2 * (num_changed % 4) != 0) {
-        return Fault::kMap;
-    }
+    const int64_t num_changed = sum_before(before);
+    if (num_changed > room) return Fault::kMap;
     each_lane([&](int lane) {
+        const int64_t said = num_changed - 4 * lane, own = said < 0 ? 0 : said < 4 ? said : 4;
+        if (lane < how_bytes && how[lane] >> 2 * own != 0) runs[lane].fault = Fault::kMap;
         int64_t i = before[lane];
         for (int place = 0; place < kRun; ++place) {
             if ((changed[lane] >> place & 1) == 0) continue;
@@ -219,7 +224,7 @@ QSDP_INLINE void apply_unit(const ApplyChanges& job, int64_t unit) {
     }
     const uint8_t* data = job.frame + board.data[unit];
     for (int64_t bucket = own.first; bucket < own.last; ++bucket) {
-        const int head = start[bucket];
+        const int head = count_at(start, bucket, segment.bits);
         if (head == 0) continue;
         const Fault fault = apply_bucket(job, segment, bucket, head, data);
         if (fault != Fault::kNone) {

@@ -45,7 +45,7 @@ struct ChangesReport {
 struct ChangesBoard {
     ChangesReport* report;
     ChangesItem* items;
-    int64_t* starts;       // by item that has changed: of its raw values or count bytes in the body
+    int64_t* starts;       // by item that has changed: of its raw values or counts in the body
     int64_t* data;         // by unit: bytes of its buckets' data, then their start; last: their end
     uint8_t* has_changed;  // by item
     int64_t num_items, num_units;
@@ -156,7 +156,8 @@ QSDP_INLINE int64_t place_items(const ChangesBoard& board, bool are_raw, int64_t
             before[lane] = 0;
             if (!is_one(first + lane)) return;
             const Segment& segment = board.items[first + lane].segment;
-            before[lane] = are_raw ? data_bytes(segment) : num_buckets(segment);
+            before[lane] =
+                are_raw ? data_bytes(segment) : counts_bytes(num_buckets(segment), segment.bits);
         });
         const int64_t all = sum_before(before);
         each_lane([&](int lane) {

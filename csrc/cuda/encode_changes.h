@@ -217,11 +217,19 @@ QSDP_INLINE void join_unit(const EncodeChanges& job, int64_t unit) {
     if (board.has_changed[number] == 0) return;
     const ChangesItem& item = board.items[number];
     const Stretch own = stretch_of(item, unit);
-    const bool is_raw = item.segment.bits == 0;
-    const int64_t size = is_raw ? item_bytes(item.segment.wire) : 1;
-    copy_bytes(job.room + item.place.start, job.frame + board.starts[number], own.first * size,
-               own.last * size);
-    if (is_raw) return;
+    const Segment& segment = item.segment;
+    const uint8_t* from = job.room + item.place.start;
+    uint8_t* to = job.frame + board.starts[number];
+    if (segment.bits == 0) {
+        const int64_t size = item_bytes(segment.wire);
+        return copy_bytes(from, to, own.first * size, own.last * size);
+    }
+    const int64_t last = counts_bytes(own.last, segment.bits);
+    each_lane([&](int lane) {
+        for (int64_t i = counts_bytes(own.first, segment.bits) + lane; i < last; i += kWarp) {
+            to[i] = counts_byte(from, i, segment);
+        }
+    });
     const int64_t start = board.data[unit];
     copy_bytes(data_in_room(job, item, own.first), job.frame + start, 0,
                board.data[unit + 1] - start);

@@ -70,8 +70,8 @@ struct MapBits {
 
 // ``before``: how many codes of the lanes before a lane's have changed.
 QSDP_INLINE void say_map(PerLane<RunDifference>& found, PerLane<int64_t>& before, int count,
-                         int num_changed, uint8_t* to) {
-    const int mask_bytes = (count + 7) / 8, how_bytes = (num_changed + 3) / 4;
+                         int room, uint8_t* to) {
+    const int mask_bytes = (count + 7) / 8, how_bytes = (room + 3) / 4;
     PerLane<MapBits> how;
     each_lane([&](int lane) {
         const RunDifference& own = found[lane];
@@ -116,8 +116,9 @@ QSDP_INLINE Said say_changes(PerLane<uint64_t>& now, const uint8_t* row, int cou
     const int64_t num_changed = sum_before(changed), num_entries = sum_before(entries);
     const bool by_more = any(found, [](const RunDifference& own) { return own.most > 2; });
     const int64_t whole = packed_bytes(count, bits);
-    const int64_t map = by_more ? whole + 1 : map_bytes(count, num_changed);
-    if (num_entries <= kMostListed && num_entries <= map && num_entries <= whole) {
+    const int room = map_room(static_cast<int>(num_changed), bits);
+    const int64_t map = by_more || room > kMostKept ? whole + 1 : map_bytes(count, room);
+    if (can_list(num_entries, bits) && num_entries <= map && num_entries <= whole) {
         each_lane([&](int lane) {
             uint8_t* own = to + entries[lane];
             for (int i = 0; i < kRun; ++i) {
@@ -131,8 +132,8 @@ QSDP_INLINE Said say_changes(PerLane<uint64_t>& now, const uint8_t* row, int cou
         return {static_cast<int>(num_entries), num_entries, num_changed};
     }
     if (map <= whole) {
-        say_map(found, changed, count, static_cast<int>(num_changed), to);
-        return {kMostListed + static_cast<int>(num_changed), map, num_changed};
+        say_map(found, changed, count, room, to);
+        return {kMostListed + room, map, num_changed};
     }
     say_codes(now, count, bits, to);
     return {kWhole, whole, num_changed};

@@ -25,6 +25,8 @@ MOST_STEPS = 1 << 31
 """Steps of the keys' clock for which there are epochs, of 32 bits."""
 _ALIGN = 64
 _REMEMBERED = 4
+_NIBBLE_BITS = 5
+"""Of codes, of which so few change in a bucket that half a byte counts them: see docs/delta.md."""
 
 
 def bitmap_bytes(num_segments: int) -> int:
@@ -32,8 +34,19 @@ def bitmap_bytes(num_segments: int) -> int:
     return -(-num_segments // 8)
 
 
+def counts_in_nibbles(row: SegmentRow) -> bool:
+    """Whether a body has half a byte for the count of a bucket of a coded segment."""
+    return row.bits <= _NIBBLE_BITS
+
+
+def counts_bytes(row: SegmentRow) -> int:
+    """Bytes of the counts of a coded segment that has changed."""
+    num_buckets = -(-row.numel // row.bucket)
+    return -(-num_buckets // 2) if counts_in_nibbles(row) else num_buckets
+
+
 def most_body_bytes(rows: Sequence[SegmentRow]) -> int:
-    """Bytes of a body that draws every bucket of a kept row: none is longer."""
+    """Bytes that ``encode_changes`` works in: a body that draws every bucket has no more."""
     heads = sum(-(-row.numel // row.bucket) * (1 + META_BYTES) for row in rows if row.bits)
     return bitmap_bytes(len(rows)) + heads + sum(row.data_bytes for row in rows)
 

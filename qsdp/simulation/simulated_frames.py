@@ -18,6 +18,8 @@ from qsdp.codec.change_frame import (
     FRAME_HEADER_BYTES,
     FrameSizes,
     bitmap_bytes,
+    counts_bytes,
+    counts_in_nibbles,
     most_body_bytes,
 )
 from qsdp.codec.segment_table import SegmentRow
@@ -26,7 +28,10 @@ from qsdp.common.checksum import checksum
 Place = tuple[str, int]
 """A parameter, and a rank in the shard group."""
 _GRID_BYTES = 8
-_MOST_LISTED = 125
+_MOST_LISTED = {False: 125, True: 11}
+"""Entries of a list, by whether nibbles count them."""
+_MAPS = (24, 64)
+"""Changes that maps have room for where nibbles count them."""
 
 
 class _Sent(NamedTuple):
@@ -157,12 +162,20 @@ def changed_bytes(row: SegmentRow, codes: Tensor, before: Tensor, is_drawn: Tens
     places[-1] = numel - (num - 1) * bucket
     entries, changed = by.sum(1), (by > 0).sum(1)
     whole = _up(places * row.bits)
-    too_long = whole + 1
-    listed = torch.where(entries <= _MOST_LISTED, entries, too_long)
-    mapped = torch.where(by.amax(1) <= 2, _up(places) + _up(2 * changed), too_long)
+    too_long, nibbles = whole + 1, counts_in_nibbles(row)
+    listed = torch.where(entries <= _MOST_LISTED[nibbles], entries, too_long)
+    is_mapped = by.amax(1) <= 2
+    if nibbles:
+        small, large = _MAPS
+        room = torch.where(changed <= small, small, large)
+        is_mapped &= changed <= large
+    else:
+        room = changed
+    mapped = torch.where(is_mapped, _up(places) + _up(2 * room), too_long)
     data = torch.where(entries > 0, torch.minimum(torch.minimum(listed, mapped), whole), 0)
     data = torch.where(is_drawn, _GRID_BYTES + whole, data)
-    return num + int(data.sum()) if bool(is_drawn.any()) or bool(changed.any()) else 0
+    is_said = bool(is_drawn.any()) or bool(changed.any())
+    return counts_bytes(row) + int(data.sum()) if is_said else 0
 
 
 def _up(bits: Tensor) -> Tensor:

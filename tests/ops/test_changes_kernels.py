@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 from qsdp.codec.payload import Layout, Segment
 from qsdp.codec.segment_table import Field
@@ -15,6 +14,7 @@ from qsdp.common.rounding import Rounding
 from qsdp.ops import native
 from qsdp.ops.reference import changes
 from tests.support import gpu_kernels
+from tests.support.frame_body import parts_of
 from tests.support.kept_sender import FLOATS, ROOM, Sender, layout_of, some
 from tests.support.kernel_inputs import hard_values
 
@@ -72,27 +72,18 @@ def test_long_segments_are_decoded_as_the_specification_does(kernels, dtype, rou
     sender.assert_decoded_alike()
 
 
-def heads_of(body: Tensor, table: Tensor) -> Tensor:
-    """The count bytes of a frame's body."""
-    rows = changes.kept_rows(table)
-    start = -(-len(rows) // 8)
-    changed = [row for i, row in enumerate(rows) if int(body[i // 8]) >> i % 8 & 1]
-    start += sum(row.data_bytes for row in changed if not row.bits)
-    num_heads = sum(-(-row.numel // row.bucket) for row in changed if row.bits)
-    return body[start : start + num_heads]
-
-
 @every_rounding
 def test_small_steps_have_the_bytes_of_the_specification(kernels, rounding, generator):
     """Dozens of them, past many a schedule, in each form that changes have."""
     layout = layout_of(DType.FP32, rounding, generator, lengths=(200, 128))
     sender = Sender(layout, torch.randn(layout.num_values, generator=generator), generator)
-    heads = []
+    heads: list[int] = []
+    rows = changes.kept_rows(sender.table)
     for i in range(30):
-        heads.append(heads_of(sender.send(redraw_every=7), sender.table))
+        heads += parts_of(sender.send(redraw_every=7).tolist(), rows).heads
         sender.wander(0.01 if i % 8 else 0.1)
     sender.assert_decoded_alike()
-    seen = torch.cat(heads).bincount(minlength=256)
+    seen = torch.tensor(heads).bincount(minlength=256)
     lists, maps = slice(1, changes.MOST_LISTED + 1), slice(changes.MOST_LISTED + 1, changes.WHOLE)
     for form in (slice(0, 1), lists, maps, slice(changes.WHOLE, 255), slice(changes.DRAWN, 256)):
         assert seen[form].any()

@@ -18,6 +18,14 @@ from qsdp.ops.reference import changes, codec
 from qsdp.ops.reference.apply_changes import apply_changes
 from qsdp.ops.reference.changes import encode_changes
 from tests.support import gpu_kernels
+from tests.support.frame_body import (
+    BAD,
+    BAD_LENGTH,
+    NIBBLES,
+    counts_of,
+    data_bytes,
+    nums_of,
+)
 from tests.support.kept_sender import ROOM, Sender, some
 from tests.support.kernel_inputs import assert_canaries, off_by
 
@@ -68,25 +76,23 @@ def damaged(body: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def made_up(sender: Sender, generator: torch.Generator) -> Tensor:
-    """A body of the right length for its count bytes, which says anything."""
-    parts, heads = [torch.tensor([255], dtype=torch.uint8)], []
+    """A body of the right length for its counts, which says anything."""
+    counts, data = b"\xff", []
     for segment in changes.kept_rows(sender.table):
-        for start in range(0, segment.numel, segment.bucket):
-            num = min(segment.bucket, segment.numel - start)
-            head = (0, 0, 0, 1, 1 + some(3, generator), 254, 255, 126 + some(128, generator))
-            heads.append(head[some(8, generator)])
-            whole = -(-num * segment.bits // 8)
-            if heads[-1] >= changes.WHOLE:
-                size = whole + 8 * (heads[-1] == changes.DRAWN)
-            elif heads[-1] > changes.MOST_LISTED:
-                size = -(-num // 8) + -(-(heads[-1] - changes.MOST_LISTED) // 4)
-            else:
-                size = heads[-1]
-            data = torch.randint(256, (size,), generator=generator, dtype=torch.uint8)
-            if heads[-1] <= changes.MOST_LISTED and some(4, generator):
-                data = (data % num).sort().values
-            parts.append(data)
-    return torch.cat((parts[0], torch.tensor(heads, dtype=torch.uint8), *parts[1:]))
+        heads = []
+        for num in nums_of(segment):
+            least = (0, 0, 0, 1, 1 + some(3, generator), 254, 255, 126 + some(128, generator))
+            head = least[some(8, generator)]
+            if segment.bits <= 5:
+                head = next(each for each in NIBBLES if each >= head)
+            heads.append(head)
+            size = data_bytes(head, segment.bits, num)
+            own = torch.randint(256, (size,), generator=generator, dtype=torch.uint8)
+            if head <= changes.MOST_LISTED and some(4, generator):
+                own = (own % num).sort().values
+            data.append(own)
+        counts += counts_of(segment, heads)
+    return torch.cat((torch.tensor(list(counts), dtype=torch.uint8), *data))
 
 
 def test_any_bytes_are_refused_or_applied_as_the_specification_does(kernels, generator):
@@ -115,37 +121,16 @@ def test_any_bytes_are_refused_or_applied_as_the_specification_does(kernels, gen
     assert 30 < refused < 290
 
 
-WRONG = {
-    "nothing": (b"", "of 0 bytes ends before its byte 1"),
-    "bits of no segment": (b"\2", "has changes of more than 1 segments"),
-    "no counts": (b"\1", "of 1 bytes ends before its byte 3"),
-    "no data": (b"\1\1\0", "of 3 bytes ends before its byte 4"),
-    "bytes left over": (b"\0\0", "of 2 bytes has no more to say after 1"),
-    "a place past the last": (b"\1\0\1\x14", "lists changes of a bucket that are not in order"),
-    "places in no order": (b"\1\2\0\5\4", "lists changes of a bucket that are not in order"),
-    "up and down": (b"\1\2\0\5\x85", "lists changes of a bucket that are not in order"),
-    "below 0": (b"\1\x0f\0" + b"\x85" * 15, "changes a code to one that there is not"),
-    "above the last": (b"\1\x0f\0" + b"\5" * 15, "changes a code to one that there is not"),
-    "more in a map than values": (
-        b"\1\0" + bytes([125 + 21]) + b"\xff\xff\xff" + bytes(6),
-        "has more changes of a bucket than that has values",
-    ),
-    "a map of others": (b"\1\x7e\0\3\0\0\0\0", "maps other changes of a bucket than it counts"),
-    "a map past the last": (b"\1\0\x7e\0\0\x10\0", "maps other changes of a bucket than it counts"),
-    "a map with bits behind": (b"\1\x7e\0\1\0\0\0\x04", "maps other changes of a bucket than it"),
-}
-
-
-@pytest.mark.parametrize(("said", "told"), WRONG.values(), ids=WRONG)
-def test_frames_that_cannot_be_are_refused_in_one_sentence(kernels, said, told):
+@pytest.mark.parametrize(("bits", "body", "told"), BAD.values(), ids=BAD)
+def test_frames_that_cannot_be_are_refused_in_one_sentence(kernels, bits, body, told):
     """By kernels in other words than the specification's, which name no values."""
-    kept = {"padded": 52, "parameter": 0, "bucket": 32, "keeps_epochs": True}
-    layout = Layout([Segment(bits=4, dtype=DType.FP32, rounding=KEEPS[0], **kept)], 0)
+    kept = {"padded": BAD_LENGTH, "parameter": 0, "bucket": 32, "keeps_epochs": True}
+    layout = Layout([Segment(bits=bits, dtype=DType.FP32, rounding=KEEPS[0], **kept)], 0)
     row, whole = off_by(layout.payload_bytes, 3)
     row.fill_(0x77)
-    body = torch.frombuffer(bytearray(said + b"."), dtype=torch.uint8)[:-1]
-    with pytest.raises(ValueError, match=f"^a frame {told}.*: give what encode_changes wrote"):
-        torch.ops.qsdp.apply_changes(body, torch.tensor(layout.table([52])), 3, row)
+    frame = torch.frombuffer(bytearray(body + b"."), dtype=torch.uint8)[:-1]
+    with pytest.raises(ValueError, match=f"^a frame .*{told}.*: give what encode_changes wrote"):
+        torch.ops.qsdp.apply_changes(frame, torch.tensor(layout.table([BAD_LENGTH])), 3, row)
     assert_canaries(whole, row)
     assert (row == 0x77).all(), "a bucket that was wrongly said has changed"
 

@@ -19,6 +19,7 @@ from qsdp.ops.reference.apply_changes import apply_changes
 from qsdp.ops.reference.changes import FROZEN, STILL, TRAINED, encode_changes
 from qsdp.ops.reference.codec import decode, encode
 from qsdp.ops.reference.packing import pack_codes, unpack_codes
+from tests.support.frame_body import BAD, BAD_LENGTH
 
 KEY = 77
 ROOM, EVERY = 0.25, 200
@@ -108,9 +109,9 @@ def test_a_first_frame_draws_every_bucket_with_room_on_both_sides() -> None:
     low, high = x[:32].min(), x[:32].max()
     d = high / 15 - low / 15
     grid = low - 0.25 * (15 * d), d + 0.5 * d
-    assert body[:4] == bytes([1, 255, 255, 255])
-    assert body[4:12] == struct.pack("<2f", *grid)
-    assert counts == [1 + 3 + 3 * 8 + 35, 0, 3]
+    assert body[:3] == bytes([1, 0xFF, 0x0F])
+    assert body[3:11] == struct.pack("<2f", *grid)
+    assert counts == [1 + 2 + 3 * 8 + 35, 0, 3]
     kept.apply(body, 9)
     assert kept.epochs() == [9, 9, 9]
     assert (kept.values() - x).abs().max() <= 0.5 * d * 1.5
@@ -139,33 +140,41 @@ def test_codes_have_no_history() -> None:
     assert torch.equal(roundabout.row, straight.row)
 
 
+SOME = {0: -1, 1: 1, 2: -2, 3: 2, 31: -1, 8: -1, 9: 1}
+AS_MAP = b"\x0f\x03\0\x80" + bytes([0b10110001, 0b00010001])
+
+
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("bits", "changes", "expected"),
     [
-        ({}, b"\0"),
-        ({5: 1}, b"\1\1\5"),
-        ({5: -1, 9: 2}, b"\1\3\x85\x09\x09"),
+        (4, {}, b"\0"),
+        (4, {5: 1}, b"\1\1\5"),
+        (4, {5: -1, 9: 2}, b"\1\3\x85\x09\x09"),
+        (6, {5: -1, 9: 2}, b"\1\3\x85\x09\x09"),
         # Of 32 values a map takes 4 bytes, and one for four changes: of equals the list is taken.
-        (dict.fromkeys(range(6), 1), b"\1\6\0\1\2\3\4\5"),
-        ({0: -1, 1: 1, 2: -2, 3: 2, 31: -1, 8: -1, 9: 1},
-         b"\1" + bytes([125 + 7]) + b"\x0f\x03\0\x80" + bytes([0b10110001, 0b00010001])),
-        (dict.fromkeys(range(6), 3), None),  # 16 bytes of codes, less than 18 entries
+        (6, dict.fromkeys(range(6), 1), b"\1\6\0\1\2\3\4\5"),
+        (6, SOME, b"\1" + bytes([125 + 7]) + AS_MAP),
+        # Where nibbles count, it has six bytes for 24 changes: as many as ten entries.
+        (5, SOME, b"\1\x09\x80\x01\x82\x82\x03\x03\x88\x09\x9f"),
+        (5, SOME | {10: 2}, b"\1\x0c\x0f\x07\0\x80" + bytes([0b10110001, 0b01100001]) + bytes(4)),
+        (4, dict.fromkeys(range(25), 1), None),  # 16 bytes of codes, less than room for 64
+        (4, dict.fromkeys(range(6), 3), None),  # and less than 18 entries
     ],
 )  # fmt: skip
 def test_changes_of_a_bucket_take_their_shortest_form(
-    changes: dict[int, int], expected: bytes | None
+    bits: int, changes: dict[int, int], expected: bytes | None
 ) -> None:
-    kept, x = Kept(coded(32)), normal(32)
+    kept, x = Kept(coded(32, bits=bits)), normal(32)
     kept.update(x, 0)
     now = kept.codes()
     before = now.clone()
     for place, by in changes.items():
-        room = 15 - int(now[place]) if by < 0 else int(now[place])
+        room = 2**bits - 1 - int(now[place]) if by < 0 else int(now[place])
         assert room >= abs(by), "the kept code would not be one"
         before[place] = int(now[place]) - by
     kept.set_codes(before)
     body, counts = kept.changes(x, 0)
-    whole = b"\1\xfe" + bytes(pack_codes(now, 4).tolist())
+    whole = b"\1\x0e" + bytes(pack_codes(now, bits).tolist())
     assert body == (whole if expected is None else expected)
     assert counts == [len(body), len(changes), 0]
     kept.apply(body)
@@ -202,7 +211,7 @@ def test_what_a_grid_cannot_hold_has_its_bucket_drawn_again(
     kept, x = Kept(coded(64)), normal(64)
     kept.update(x, 0)
     happens(x)
-    assert kept.update(x, 1) == [1 + 2 + 8 + 16, 0, 1]
+    assert kept.update(x, 1) == [1 + 1 + 8 + 16, 0, 1]
     assert kept.epochs() == [1, 0]
     if happens is broken:
         assert kept.values()[:32].isnan().all()
@@ -248,29 +257,13 @@ def test_a_room_that_is_not_finite_is_left_out() -> None:
     assert kept.values().isfinite().all()
 
 
-BAD = {
-    "nothing": (b"", "ends before its byte 1"),
-    "bits of no segment": (b"\2", "changes of more than 1 segments"),
-    "no counts": (b"\1", "ends before its byte 3"),
-    "no data": (b"\1\1\0", "ends before its byte 4"),
-    "bytes left over": (b"\0\0", "has no more to say after 1"),
-    "a place past the last": (b"\1\0\1\x14", r"lists changes \[20\] of a bucket of 20"),
-    "places in no order": (b"\1\2\0\5\4", "no order of place"),
-    "up and down": (b"\1\2\0\5\x85", "or up and down"),
-    "below 0": (b"\1\x0f\0" + b"\x85" * 15, "to one that there is not"),
-    "above the last": (b"\1\x0f\0" + b"\5" * 15, "to one that there is not"),
-    "more in a map than values": (b"\1\0" + bytes([125 + 21]), "has 21 changes of 20 values"),
-    "a map of others": (b"\1\x7e\0\3\0\0\0\0", "has 1 changes of 32 values, but bits of others"),
-    "a map past the last": (b"\1\0\x7e" + b"\0\0\x10" + b"\0", "but bits of others"),
-    "a map with bits behind": (b"\1\x7e\0\1\0\0\0\x04", "but bits of others"),
-}
-
-
-@pytest.mark.parametrize(("body", "told"), BAD.values(), ids=BAD)
-def test_frames_that_cannot_be_are_refused_in_one_sentence(body: bytes, told: str) -> None:
-    kept = Kept(coded(52))  # of 32 and 20 values
-    kept.update(normal(52), 0)
-    kept.set_codes(torch.full((52,), 7, dtype=torch.uint8))
+@pytest.mark.parametrize(("bits", "body", "told"), BAD.values(), ids=BAD)
+def test_frames_that_cannot_be_are_refused_in_one_sentence(
+    bits: int, body: bytes, told: str
+) -> None:
+    kept = Kept(coded(BAD_LENGTH, bits=bits))
+    kept.update(normal(BAD_LENGTH), 0)
+    kept.set_codes(torch.full((BAD_LENGTH,), 7, dtype=torch.uint8))
     with pytest.raises(ValueError, match=rf"^a frame .*{told}.*: give what encode_changes wrote"):
         kept.apply(body)
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qsdp.codec.payload import META_BYTES, Layout, Segment
+from qsdp.codec.payload import Layout, Segment
 from qsdp.codec.segment_table import SegmentRow
 from qsdp.common.dtypes import DType
 from qsdp.common.rounding import Rounding
@@ -29,6 +29,7 @@ from qsdp.ops import native
 from qsdp.ops.reference import changes, codec
 from qsdp.ops.reference.apply_changes import apply_changes
 from tests.support import patience, recipes, sanitizers
+from tests.support.frame_body import parts_of
 from tests.support.kept_sender import BUCKETS, FLOATS, LENGTHS, Sender, some
 from tests.support.kernel_inputs import assert_canaries, assert_same_values, off_by
 
@@ -68,37 +69,14 @@ def small_layout(generator: torch.Generator) -> Layout:
     return Layout(segments, group=1)
 
 
-def parts_of(body: bytes, rows: list[SegmentRow]) -> tuple[slice, int]:
-    """Where the count bytes of a frame's body are, and how many bytes it says that it has."""
-    start = -(-len(rows) // 8)
-    changed = [row for i, row in enumerate(rows) if body[i // 8 : i // 8 + 1][0] >> i % 8 & 1]
-    start += sum(row.data_bytes for row in changed if not row.bits)
-    nums = [
-        (row.bits, min(row.bucket, row.numel - first))
-        for row in changed
-        if row.bits
-        for first in range(0, row.numel, row.bucket)
-    ]
-    heads = slice(start, start + len(nums))
-    said = heads.stop
-    for head, (bits, num) in zip(body[heads], nums, strict=False):
-        if head >= changes.WHOLE:
-            said += -(-num * bits // 8) + META_BYTES * (head == changes.DRAWN)
-        elif head > changes.MOST_LISTED:
-            said += -(-num // 8) + -(-(head - changes.MOST_LISTED) // 4)
-        else:
-            said += head
-    return heads, said
-
-
 def mutated(body: bytes, other: bytes, rows: list[SegmentRow], chance: random.Random) -> bytes:
     """A body with something wrong, or other changes than it had; ``other`` is of the same table."""
     out = bytearray(body)
-    heads, _ = parts_of(body, rows)
+    counts = parts_of(body, rows).counts
     kind = chance.randrange(8)
     aimed = range(len(out))
     if kind in (0, 1):  # the bitmap or the counts
-        aimed = (range(-(-len(rows) // 8)), range(heads.start, heads.stop) or aimed)[kind]
+        aimed = (range(-(-len(rows) // 8)), range(counts.start, counts.stop) or aimed)[kind]
     if kind <= 3:
         for _ in range(chance.randint(1, 3)):
             at = chance.choice(aimed)
@@ -120,7 +98,7 @@ def mutated(body: bytes, other: bytes, rows: list[SegmentRow], chance: random.Ra
     if len(out) >= -(-len(rows) // 8) and chance.randrange(4):
         # Made as long as it says, so that more than its length is looked at.
         for _ in range(2):
-            missing = parts_of(out, rows)[1] - len(out)
+            missing = parts_of(out, rows).num_bytes - len(out)
             out = out + chance.randbytes(missing) if missing > 0 else out[: len(out) + missing]
     return bytes(out)
 
@@ -173,7 +151,7 @@ def test_mutated_frames_are_refused_or_applied_as_the_specification_does(generat
             rows = changes.kept_rows(sender.table)
             frames = list(sent(sender))
             for _, body in frames:
-                heads.update(body[parts_of(body, rows)[0]])
+                heads.update(parts_of(body, rows).heads)
             for seed in range(num_done, num_done := num_done + A_ROUND):
                 row, body = chance.choice(frames)
                 other = mutated(body, chance.choice(frames)[1], rows, chance)

@@ -7,9 +7,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qsdp.codec.change_frame import counts_bytes, counts_in_nibbles
 from qsdp.codec.payload import META_BYTES
 from qsdp.codec.segment_table import SegmentRow, check_table
-from qsdp.ops.reference.changes import DRAWN, MOST_LISTED, WHOLE, Bytes, check_step, kept_rows
+from qsdp.ops.reference.changes import (
+    DRAWN,
+    MOST_LISTED,
+    OF_NIBBLE,
+    WHOLE,
+    Bytes,
+    check_step,
+    kept_rows,
+)
 from qsdp.ops.reference.packing import pack_codes, unpack_codes
 
 
@@ -43,7 +52,7 @@ def apply_changes(frame: Tensor, table: Tensor, step: int, kept: Tensor) -> None
             values = torch.from_numpy(body.take(segment.data_bytes))
             segment.data(kept).copy_(values)
     coded = [segment for segment in changed if segment.bits]
-    heads = [body.take(-(-segment.numel // segment.bucket)) for segment in coded]
+    heads = [_counts(body, segment) for segment in coded]
     for segment, head in zip(coded, heads, strict=True):
         _apply(body, segment, head, step, kept)
     body.end()
@@ -72,6 +81,17 @@ class _Body:
         """Raise ValueError unless all bytes were taken."""
         if self._at != len(self._frame):
             raise _refusal(f"of {len(self._frame)} bytes has no more to say after {self._at}")
+
+
+def _counts(body: _Body, segment: SegmentRow) -> Bytes:
+    """The count bytes of a segment's buckets."""
+    taken, num = body.take(counts_bytes(segment)), -(-segment.numel // segment.bucket)
+    if not counts_in_nibbles(segment):
+        return taken
+    nibbles = np.stack((taken & 15, taken >> 4), axis=1).ravel()
+    if nibbles[num:].any():
+        raise _refusal("counts changes of a bucket that there is not")
+    return OF_NIBBLE[nibbles[:num]]
 
 
 def _apply(body: _Body, segment: SegmentRow, head: Bytes, step: int, kept: Tensor) -> None:
@@ -122,14 +142,16 @@ def _listed(body: _Body, num_entries: int, num: int) -> npt.NDArray[np.int64]:
     return np.bincount(places, 1 - 2 * downs, num).astype(int)
 
 
-def _mapped(body: _Body, num_changed: int, num: int) -> npt.NDArray[np.int64]:
-    """int64 [num]: by what the codes of a bucket change, as a MAP says."""
-    if num_changed > num:
-        raise _refusal(f"has {num_changed} changes of {num} values")
+def _mapped(body: _Body, room: int, num: int) -> npt.NDArray[np.int64]:
+    """int64 [num]: by what the codes of a bucket change, as a MAP with room for some says."""
     where = np.unpackbits(body.take(-(-num // 8)), bitorder="little")
-    how = np.unpackbits(body.take(-(-num_changed // 4)), bitorder="little")
-    if where[num:].any() or where.sum() != num_changed or how[2 * num_changed :].any():
-        raise _refusal(f"has {num_changed} changes of {num} values, but bits of others")
+    how = np.unpackbits(body.take(-(-room // 4)), bitorder="little")
+    num_changed = int(where.sum())
+    if where[num:].any() or num_changed > room or how[2 * num_changed :].any():
+        raise _refusal(
+            f"maps {num_changed} changes of a bucket of {num} values, with room for {room}, or "
+            "outside it"
+        )
     down, by_two = how[: 2 * num_changed].astype(int).reshape(-1, 2).T
     changes = np.zeros(num, dtype=int)
     changes[where[:num] == 1] = (1 - 2 * down) * (1 + by_two)

@@ -15,20 +15,23 @@ Only the sender decides. Of each bucket it sends what differs from its row, in a
 
     bitmap   a bit a segment: whether any of it has changed
     raw      the changed uncoded segments, as they are
-    counts   of each changed coded segment: a byte a bucket
+    counts   of each changed coded segment: a byte a bucket, or a nibble (half a byte, the lower one
+             first) where codes have 5 bits or fewer, of which few change
     data     of its buckets, one after the other, as their counts say
 
-    count       data
-    0           none: the bucket is as it was
-    1 to 125    LIST: a byte an entry, in order of place: seven bits place, one bit down. A code
-                that changes by n has n entries
-    126 to 253  MAP: a bit a value, then two bits for each of the count - 125 codes that change:
-                down, and by two
-    254         WHOLE: all codes, packed
-    255         DRAWN: min and scale, fp32, of a new grid whose epoch is the step, and all codes
+    byte        nibble   data
+    0           0        none: the bucket is as it was
+    1 to 125    1 to 11  LIST: a byte an entry, in order of place: seven bits place, one bit down.
+                         A code that changes by n has n entries
+    126 to 253  12, 13   MAP: a bit a value; two bits, down and by two, for each that changes; and
+                         0 for others, up to as many as the byte is above 125. Nibbles stand for
+                         the bytes of 24 and 64
+    254         14       WHOLE: all codes, packed
+    255         15       DRAWN: min and scale, fp32, of a new grid whose epoch is the step, and all
+                         codes
 
-Of LIST, MAP (for codes that change by two at most) and WHOLE the shortest is taken, the first of
-equals. Nothing is aligned, and unused bits are 0.
+Of LIST, MAP (for codes that change by two at most) and WHOLE the shortest that has a count is
+taken, the first of equals. Nothing is aligned, and unused bits are 0.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qsdp.codec.change_frame import MOST_STEPS, most_body_bytes
+from qsdp.codec.change_frame import MOST_STEPS, counts_in_nibbles, most_body_bytes
 from qsdp.codec.segment_table import SegmentRow, check_table
 from qsdp.ops.reference.grid import measure
 from qsdp.ops.reference.kept_grids import KeptGrids, codes_now, grids_now, kept_grids
@@ -47,6 +50,8 @@ from qsdp.ops.reference.packing import convert_values, pack_codes, unpack_codes
 MOST_LISTED = 125
 WHOLE = 254
 DRAWN = 255
+OF_NIBBLE = np.array([*range(12), MOST_LISTED + 24, MOST_LISTED + 64, WHOLE, DRAWN], np.uint8)
+"""The count byte that a nibble stands for."""
 STILL, FROZEN, TRAINED = range(3)
 """How a segment is looked at: not at all; without a schedule; with one."""
 
@@ -103,7 +108,7 @@ def encode_changes(
     raw: list[bytes] = []
     heads: list[Bytes] = []
     data: list[bytes] = []
-    num_changed = 0
+    num_changed = num_drawn = 0
     for i, (segment, mode) in enumerate(zip(rows, modes.tolist(), strict=True)):
         if mode == STILL or not segment.numel:
             continue
@@ -122,13 +127,13 @@ def encode_changes(
             head, of_buckets, changed = _say(segment, codes, old, new, grids.differ(new))
             if not head.any():
                 continue
-            heads.append(head)
+            num_drawn += int((head == DRAWN).sum())
+            heads.append(_nibbles(head) if counts_in_nibbles(segment) else head)
             data += of_buckets
             num_changed += changed
         bitmap[i // 8] |= 1 << i % 8
     body = b"".join([bitmap.tobytes(), *raw, *(head.tobytes() for head in heads), *data])
     frame[: len(body)].copy_(torch.frombuffer(bytearray(body), dtype=torch.uint8))
-    num_drawn = sum(int((head == DRAWN).sum()) for head in heads)
     counts.copy_(torch.tensor([len(body), num_changed, num_drawn]))
 
 
@@ -141,6 +146,7 @@ def _say(
     """
     delta = (codes - old).cpu().numpy()
     head = np.zeros(len(delta), dtype=np.uint8)
+    counts = OF_NIBBLE.tolist() if counts_in_nibbles(segment) else range(DRAWN)
     data, num_changed = [], 0
     drawn = is_drawn.cpu().numpy()
     for b in np.flatnonzero(drawn | delta.any(1)).tolist():
@@ -155,9 +161,10 @@ def _say(
         by = delta[b, places]
         num_changed += len(places)
         forms = [(WHOLE, packed)]
-        if abs(by).max() <= 2:
-            forms.insert(0, (MOST_LISTED + len(places), _map(places, by, num)))
-        if (num_entries := int(abs(by).sum())) <= MOST_LISTED:
+        maps = [count for count in counts if MOST_LISTED + len(places) <= count < WHOLE]
+        if maps and abs(by).max() <= 2:
+            forms.insert(0, (maps[0], _map(places, by, num, room=maps[0] - MOST_LISTED)))
+        if (num_entries := int(abs(by).sum())) <= MOST_LISTED and num_entries in counts:
             entries = (places | (by < 0) << 7).astype(np.uint8).repeat(abs(by))
             forms.insert(0, (num_entries, entries.tobytes()))
         head[b], shortest = min(forms, key=lambda form: len(form[1]))
@@ -165,12 +172,19 @@ def _say(
     return head, data, num_changed
 
 
-def _map(places: npt.NDArray[np.int64], by: npt.NDArray[np.int64], num: int) -> bytes:
-    where = np.zeros(num, dtype=np.uint8)
+def _map(places: npt.NDArray[np.int64], by: npt.NDArray[np.int64], num: int, room: int) -> bytes:
+    where, how = np.zeros(num, dtype=np.uint8), np.zeros((room, 2), dtype=np.uint8)
     where[places] = 1
-    how = np.stack((by < 0, abs(by) == 2), axis=1).astype(np.uint8).ravel()
+    how[: len(by)] = np.stack((by < 0, abs(by) == 2), axis=1)
     both = (np.packbits(each, bitorder="little") for each in (where, how))
     return b"".join(each.tobytes() for each in both)
+
+
+def _nibbles(head: Bytes) -> Bytes:
+    """Count bytes as nibbles, two a byte."""
+    found = np.zeros(len(head) + len(head) % 2, dtype=np.uint8)
+    found[: len(head)] = np.searchsorted(OF_NIBBLE, head)
+    return (found[::2] + 16 * found[1::2]).astype(np.uint8)
 
 
 def kept_rows(table: Tensor) -> list[SegmentRow]:
