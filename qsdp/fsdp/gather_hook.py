@@ -72,7 +72,8 @@ class AllGatherHook(CommBuffers):
         """
         plan, wire = self._plan, self._wire
         if group.size() == self._group.regather_world_size and group is not plan.group:
-            self.passes.before_collective_in_backward(plan)
+            if is_in_backward():
+                self.passes.before_collective_in_backward(plan)
             regather(output_tensor, input_tensor, group, wire.traffic)
             return None
         num_bytes = input_tensor.numel() * input_tensor.element_size()

@@ -94,7 +94,7 @@ CASES |= {
         reshard=False, options={"frozen": True}, micro_batches=2, config={"gather": "once"}
     ),
     "kept-payloads-regathered-by-two": Case(
-        ranks=4, reshard=2, options={"frozen": True}, config={"gather": "once"}
+        ranks=4, reshard=2, options={"frozen": True, "again": True}, config={"gather": "once"}
     ),
     "two-hop": Case(ranks=4, max_norm=0.1, config={**TWO_HOPS, "grad_bits": 4}),
     "two-hop-by-itself": Case(
