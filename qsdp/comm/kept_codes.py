@@ -113,7 +113,7 @@ class KeptCodes:
     def is_of(self, step: int) -> bool:
         """Whether the codes are those of the forward passes in ``step`` of the clock.
 
-        Not where a further frame in the step has changed some: others' weights may have been
+        Not behind a further frame in the step that has changed some: others' weights may have been
         evaluated in between, and what this rank's are now has to be sent.
         """
         self.settle()
@@ -184,7 +184,7 @@ class KeptCodes:
             self._sizes.saw(news.longest)
         self._wire.traffic.changed(news.changed, news.drawn, is_training=arriving.is_first)
         self._is_new, self._frozen_sums = False, self._sent_sums
-        self._has_moved = news.has_changes and not arriving.is_first
+        self._has_moved = not arriving.is_first and (self._has_moved or news.has_changes)
         self._digest, self._is_applying = news.digest, False
 
     def _take(self, arriving: ChangeGather) -> News:

@@ -34,18 +34,19 @@ def test_ranks_that_were_at_different_calls_go_on_at_once(run: Run, gather: str)
     run(2, _apart_once, gather)
 
 
-def _gradients(gather: str, sees_others: bool) -> dict[str, Tensor]:
-    """Gradients of a pass; others' weights may be evaluated between its two halves."""
+def _gradients(gather: str, num_others: int) -> dict[str, Tensor]:
+    """Gradients of a pass; others' weights may be evaluated so often between its two halves."""
     model, _ = installed(4, {**CONFIG, "weight_bits": 8, "gather": gather})
     loss: Any = model(*make_batch(model, 0))
-    if sees_others:
+    if num_others:
         model.eval()
         model.reshard()
         before = [p.detach().to_local().clone() for p in model.parameters()]
         with torch.no_grad():
             for p in model.parameters():
                 p.to_local().mul_(0.5)
-            model(*make_batch(model, 1))
+            for seed in range(num_others):
+                model(*make_batch(model, seed))
             model.reshard()
             for p, values in zip(model.parameters(), before, strict=True):
                 p.to_local().copy_(values)
@@ -57,7 +58,7 @@ def _gradients(gather: str, sees_others: bool) -> dict[str, Tensor]:
 
 
 def _furthest(gather: str) -> float:
-    plain, other = (_gradients(gather, sees_others) for sees_others in (False, True))
+    plain, other = (_gradients(gather, num_others) for num_others in (0, 2))
     return max(float((plain[n] - other[n]).abs().max() / plain[n].abs().max()) for n in plain)
 
 
