@@ -38,15 +38,16 @@ QSDP_INLINE int64_t codes_start(const Segment& segment, int64_t bucket) {
     return bucket * segment.bucket / 8 * segment.bits;
 }
 
+// The count byte that a nibble stands for, and the other way.
 QSDP_INLINE int count_of(int nibble) {
     if (nibble <= kMostInNibble) return nibble;
-    if (nibble > kMostInNibble + 2) return nibble + kDrawn - 15;
+    if (nibble > kMostInNibble + 2) return nibble | 0xF0;
     return kMostListed + (nibble == kMostInNibble + 1 ? kSmallMap : kLargeMap);
 }
 
 QSDP_INLINE int nibble_of(int count) {
     if (count <= kMostInNibble) return count;
-    if (count >= kWhole) return count + 15 - kDrawn;
+    if (count >= kWhole) return count & 0x0F;
     return kMostInNibble + (count == kMostListed + kSmallMap ? 1 : 2);
 }
 
@@ -61,11 +62,10 @@ QSDP_INLINE int count_at(const uint8_t* counts, int64_t bucket, int64_t bits) {
     return count_of(counts[bucket / 2] >> bucket % 2 * 4 & 15);
 }
 
-// Byte ``number`` of the counts in a frame, of a segment's count bytes.
-QSDP_INLINE uint8_t counts_byte(const uint8_t* heads, int64_t number, const Segment& segment) {
-    if (segment.bits > kNibbleBits) return heads[number];
+// Byte ``number`` of the counts in a frame, of the count bytes of ``num`` buckets.
+QSDP_INLINE uint8_t counts_byte(const uint8_t* heads, int64_t number, int64_t num) {
     const int64_t first = 2 * number;
-    const int high = first + 1 < num_buckets(segment) ? nibble_of(heads[first + 1]) : 0;
+    const int high = first + 1 < num ? nibble_of(heads[first + 1]) : 0;
     return static_cast<uint8_t>(nibble_of(heads[first]) | high << 4);
 }
 
@@ -73,18 +73,6 @@ QSDP_INLINE uint8_t counts_byte(const uint8_t* heads, int64_t number, const Segm
 QSDP_INLINE bool counts_too_many(const uint8_t* counts, const Segment& segment) {
     const int64_t num = num_buckets(segment);
     return segment.bits <= kNibbleBits && num % 2 != 0 && counts[num / 2] >> 4 != 0;
-}
-
-// Whether there is a count of a list of so many entries.
-QSDP_INLINE bool can_list(int64_t num_entries, int bits) {
-    return num_entries <= (bits <= kNibbleBits ? kMostInNibble : kMostListed);
-}
-
-// The room of a map of so many changes, or more than any has.
-QSDP_INLINE int map_room(int num_changed, int bits) {
-    if (bits > kNibbleBits) return num_changed;
-    if (num_changed > kLargeMap) return kMostKept + 1;
-    return num_changed <= kSmallMap ? kSmallMap : kLargeMap;
 }
 
 // Bytes of a map with room for ``room`` changes among ``num_values``.
@@ -97,6 +85,21 @@ QSDP_INLINE int64_t bytes_said(int count, int64_t num_values, int64_t bits) {
     if (count <= kMostListed) return count;
     if (count < kWhole) return map_bytes(num_values, count - kMostListed);
     return packed_bytes(num_values, bits) + (count == kDrawn ? kMetaBytes : 0);
+}
+
+// The count byte of the shortest data that say how ``num_changed`` codes of a bucket have changed.
+QSDP_INLINE int shortest(int64_t num_entries, int num_changed, bool by_more, int64_t num_values,
+                         int bits) {
+    const bool in_nibbles = bits <= kNibbleBits;
+    const int64_t whole = packed_bytes(num_values, bits);
+    const int room = !in_nibbles ? num_changed : num_changed <= kSmallMap ? kSmallMap : kLargeMap;
+    const bool can_map = num_changed <= room && !by_more;
+    const int64_t map = can_map ? map_bytes(num_values, room) : whole + 1;
+    if (num_entries <= (in_nibbles ? kMostInNibble : kMostListed) && num_entries <= map &&
+        num_entries <= whole) {
+        return static_cast<int>(num_entries);
+    }
+    return map <= whole ? kMostListed + room : kWhole;
 }
 
 inline int64_t bitmap_bytes(const std::vector<Segment>& segments) {
@@ -162,6 +165,9 @@ QSDP_INLINE uint32_t redraw_steps(int64_t every) {
     return every < UINT32_MAX ? static_cast<uint32_t>(every) : UINT32_MAX;
 }
 
+// Which part of a kept grid its values reach over at least.
+constexpr float kLeastReach = 0.25f;
+
 QSDP_INLINE bool keeps_zero(Grid grid) {
     return float_bits(grid.scale) >> 31;
 }
@@ -170,14 +176,15 @@ QSDP_INLINE float steps_of(bool has_zero, int bits) {
     return static_cast<float>((1 << bits) - (has_zero ? 2 : 1));
 }
 
-// Whether values from ``low`` to ``high`` have left the grid.
-QSDP_INLINE bool has_left(Grid grid, float low, float high, int bits) {
+// Whether values from ``low`` to ``high`` have left the grid, or reach over too little of it.
+QSDP_INLINE bool has_outlived(Grid grid, float low, float high, int bits) {
     if (grid.scale == 0.0f) return low != grid.low || high != grid.low;
     const WorkingGrid working = working_grid(grid);
     const float inverse = 1.0f / working.step;
     const float least = (low * working.factor - working.low) * inverse;
     const float most = (high * working.factor - working.low) * inverse;
-    return !(least >= 0.0f && most <= steps_of(keeps_zero(grid), bits));
+    const float steps = steps_of(keeps_zero(grid), bits);
+    return !(least >= 0.0f && most <= steps && most - least >= kLeastReach * steps);
 }
 
 struct KeptGrid {
@@ -196,7 +203,8 @@ QSDP_INLINE bool is_drawn_again(const Extent& extent, const KeptGrid& kept, cons
     if (extent.has_zero && !keeps_zero(kept.grid)) return true;
     if (every != 0 && is_due(due_offset(segment, bucket), kept.epoch, step, every)) return true;
     const bool has_live = extent.low <= extent.high;
-    return has_live && has_left(kept.grid, extent.low, extent.high, static_cast<int>(segment.bits));
+    return has_live &&
+           has_outlived(kept.grid, extent.low, extent.high, static_cast<int>(segment.bits));
 }
 
 // The grid with a part of its range left free on both sides, if that is finite.

@@ -37,7 +37,7 @@ struct FrameFault {
             refuse_as("lists changes of a bucket that are not in order of place, or outside it");
             break;
         case Fault::kMap:
-            refuse_as("maps more changes of a bucket than there is room for, or outside it");
+            refuse_as("maps more changes of a bucket than it has room for, or bits of others");
             break;
         default:
             break;

@@ -53,13 +53,17 @@ int64_t join(const std::vector<Segment>& segments, const std::vector<PlaceInFram
             const Segment& segment = segments[s];
             if (!is_changed[s] || (segment.bits == 0) != is_raw) continue;
             frame[s / 8] |= static_cast<uint8_t>(1u << s % 8);
-            const uint8_t* from = frame + places[s].start;
+            uint8_t* from = frame + places[s].start;
             if (is_raw) {
                 append(from, data_bytes(segment));
                 continue;
             }
-            const int64_t count = qsdp::counts_bytes(num_buckets(segment), segment.bits);
-            for (int64_t i = 0; i < count; ++i) *end++ = qsdp::counts_byte(from, i, segment);
+            const int64_t num = num_buckets(segment);
+            const int64_t count = qsdp::counts_bytes(num, segment.bits);
+            if (segment.bits <= qsdp::kNibbleBits) {  // in place: each is read before it is written
+                for (int64_t i = 0; i < count; ++i) from[i] = qsdp::counts_byte(from, i, num);
+            }
+            append(from, count);
         }
     }
     for (const Changes& each : changes) append(each.data, each.data_bytes);

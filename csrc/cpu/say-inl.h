@@ -84,8 +84,8 @@ QSDP_INLINE uint8_t* say_list(const Difference& found, const uint8_t* now, const
     return to;
 }
 
-// Two bits for each changed value: down, and by two. All room that is left is in the last of the
-// words that are written.
+// Two bits for each changed value: down, and by two. What room is left lies within the words that
+// are written.
 QSDP_INLINE uint8_t* say_map(const Difference& found, int64_t count, int num_changed, int room,
                              uint8_t* to) {
     memcpy(to, found.changed, sizeof found.changed);
@@ -111,7 +111,7 @@ QSDP_INLINE int say_changes(const Difference& found, int num_changed, uint8_t* n
                             const uint8_t* kept, int64_t count, int bits, uint8_t*& to) {
     const int num_by_two = count_bits(found.by_two);
     // No form is shorter than a bit a value.
-    if (num_by_two == 0 && 8 * num_changed <= count && can_list(num_changed, bits)) {
+    if (num_by_two == 0 && 8 * num_changed <= count && num_changed <= kMostInNibble) {
         to = say_ones(found, to);
         return num_changed;
     }
@@ -120,19 +120,14 @@ QSDP_INLINE int say_changes(const Difference& found, int num_changed, uint8_t* n
         num_entries = 0;
         for (int64_t i = 0; i < count; ++i) num_entries += std::abs(now[i] - kept[i]);
     }
-    const int64_t whole = packed_bytes(count, bits);
-    const int room = map_room(num_changed, bits);
-    const int64_t map = found.by_more || room > kMostKept ? whole + 1 : map_bytes(count, room);
-    if (can_list(num_entries, bits) && num_entries <= map && num_entries <= whole) {
-        to = num_entries == num_changed ? say_ones(found, to) : say_list(found, now, kept, to);
-        return static_cast<int>(num_entries);
+    const int head = shortest(num_entries, num_changed, found.by_more, count, bits);
+    if (head > kMostListed) {
+        to = head == kWhole ? say_codes(now, count, bits, to)
+                            : say_map(found, count, num_changed, head - kMostListed, to);
+    } else {
+        to = head == num_changed ? say_ones(found, to) : say_list(found, now, kept, to);
     }
-    if (map <= whole) {
-        to = say_map(found, count, num_changed, room, to);
-        return kMostListed + room;
-    }
-    to = say_codes(now, count, bits, to);
-    return kWhole;
+    return head;
 }
 
 }  // namespace

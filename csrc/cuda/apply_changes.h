@@ -63,9 +63,10 @@ QSDP_INLINE void place_frame(const ApplyChanges& job) {
         if (lane == 0) board.report->body_bytes = end;
         for (int64_t i = lane; i < num; i += kWarp) {
             const Segment& segment = board.items[i].segment;
-            if (segment.bits == 0 || board.has_changed[i] == 0) continue;
-            if (!counts_too_many(job.frame + board.starts[i], segment)) continue;
-            board.report->fault = static_cast<int64_t>(Fault::kCounts);
+            if (segment.bits != 0 && board.has_changed[i] != 0 &&
+                counts_too_many(job.frame + board.starts[i], segment)) {
+                board.report->fault = static_cast<int64_t>(Fault::kCounts);
+            }
         }
     });
 }
@@ -151,7 +152,7 @@ QSDP_INLINE Fault apply_map(const uint8_t* data, int room, int count, int bits,
     const int64_t num_changed = sum_before(before);
     if (num_changed > room) return Fault::kMap;
     each_lane([&](int lane) {
-        const int64_t said = num_changed - 4 * lane, own = said < 0 ? 0 : said < 4 ? said : 4;
+        const int64_t left = num_changed - 4 * lane, own = left < 0 ? 0 : left < 4 ? left : 4;
         if (lane < how_bytes && how[lane] >> 2 * own != 0) runs[lane].fault = Fault::kMap;
         int64_t i = before[lane];
         for (int place = 0; place < kRun; ++place) {

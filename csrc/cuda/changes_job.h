@@ -19,6 +19,7 @@
 namespace qsdp {
 
 constexpr int64_t kUnitBuckets = 32, kUnitRaw = 4 * kUnit;  // buckets or raw values of a unit
+static_assert(kUnitBuckets % 2 == 0, "a byte of two counts is of one unit");
 
 struct ChangesItem {
     Segment segment;

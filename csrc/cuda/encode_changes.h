@@ -224,12 +224,14 @@ QSDP_INLINE void join_unit(const EncodeChanges& job, int64_t unit) {
         const int64_t size = item_bytes(segment.wire);
         return copy_bytes(from, to, own.first * size, own.last * size);
     }
-    const int64_t last = counts_bytes(own.last, segment.bits);
-    each_lane([&](int lane) {
-        for (int64_t i = counts_bytes(own.first, segment.bits) + lane; i < last; i += kWarp) {
-            to[i] = counts_byte(from, i, segment);
-        }
-    });
+    if (segment.bits > kNibbleBits) {
+        copy_bytes(from, to, own.first, own.last);
+    } else {
+        each_lane([&](int lane) {  // an even number of buckets, but for the last unit
+            const int64_t i = own.first / 2 + lane;
+            if (2 * i < own.last) to[i] = counts_byte(from, i, own.last);
+        });
+    }
     const int64_t start = board.data[unit];
     copy_bytes(data_in_room(job, item, own.first), job.frame + start, 0,
                board.data[unit + 1] - start);

@@ -115,10 +115,12 @@ QSDP_INLINE Said say_changes(PerLane<uint64_t>& now, const uint8_t* row, int cou
     if (!any(changed, [](int64_t own) { return own != 0; })) return {0, 0, 0};
     const int64_t num_changed = sum_before(changed), num_entries = sum_before(entries);
     const bool by_more = any(found, [](const RunDifference& own) { return own.most > 2; });
-    const int64_t whole = packed_bytes(count, bits);
-    const int room = map_room(static_cast<int>(num_changed), bits);
-    const int64_t map = by_more || room > kMostKept ? whole + 1 : map_bytes(count, room);
-    if (can_list(num_entries, bits) && num_entries <= map && num_entries <= whole) {
+    const int head = shortest(num_entries, static_cast<int>(num_changed), by_more, count, bits);
+    if (head == kWhole) {
+        say_codes(now, count, bits, to);
+    } else if (head > kMostListed) {
+        say_map(found, changed, count, head - kMostListed, to);
+    } else {
         each_lane([&](int lane) {
             uint8_t* own = to + entries[lane];
             for (int i = 0; i < kRun; ++i) {
@@ -129,14 +131,8 @@ QSDP_INLINE Said say_changes(PerLane<uint64_t>& now, const uint8_t* row, int cou
                 }
             }
         });
-        return {static_cast<int>(num_entries), num_entries, num_changed};
     }
-    if (map <= whole) {
-        say_map(found, changed, count, room, to);
-        return {kMostListed + room, map, num_changed};
-    }
-    say_codes(now, count, bits, to);
-    return {kWhole, whole, num_changed};
+    return {head, bytes_said(head, count, bits), num_changed};
 }
 
 }  // namespace qsdp

@@ -26,7 +26,7 @@ MOST_STEPS = 1 << 31
 _ALIGN = 64
 _REMEMBERED = 4
 _NIBBLE_BITS = 5
-"""Of codes, of which so few change in a bucket that half a byte counts them: see docs/delta.md."""
+"""Of codes, of which so few change in a bucket that half a byte counts them."""
 
 
 def bitmap_bytes(num_segments: int) -> int:
@@ -46,7 +46,7 @@ def counts_bytes(row: SegmentRow) -> int:
 
 
 def most_body_bytes(rows: Sequence[SegmentRow]) -> int:
-    """Bytes that ``encode_changes`` works in: a body that draws every bucket has no more."""
+    """Bytes that ``encode_changes`` works in: no body has more."""
     heads = sum(-(-row.numel // row.bucket) * (1 + META_BYTES) for row in rows if row.bits)
     return bitmap_bytes(len(rows)) + heads + sum(row.data_bytes for row in rows)
 

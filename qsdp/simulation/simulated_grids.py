@@ -161,9 +161,10 @@ def _steps(scale: Tensor, segment: SegmentRow) -> Tensor:
 
 
 def _holds(kept: ShardGrids, extent: Extent, segment: SegmentRow) -> Tensor:
-    """bool [buckets]: whether kept grids have a code for each of the values that are finite."""
+    """bool [buckets]: whether kept grids have codes for the values that are finite, and enough."""
     first, last = (place_on_grid(end, *kept[:2]) for end in (extent.low, extent.high))
-    has_live = (first >= 0) & (last <= _steps(kept.scale, segment))
+    steps = _steps(kept.scale, segment)
+    has_live = (first >= 0) & (last <= steps) & (4 * (last - first) >= steps)
     # A grid of one value holds nothing else.
     is_flat = kept.scale.abs() == 0
     has_live[is_flat] = ((extent.low == kept.low) & (extent.high == kept.low))[is_flat]

@@ -95,7 +95,7 @@ def _counts(body: _Body, segment: SegmentRow) -> Bytes:
 
 
 def _apply(body: _Body, segment: SegmentRow, head: Bytes, step: int, kept: Tensor) -> None:
-    """Apply the data of one segment's buckets, whose counts are ``head``."""
+    """Apply the data of one segment's buckets, whose count bytes are ``head``."""
     packed, meta, epochs = (
         part.clone().cpu().numpy()
         for part in (segment.data(kept), segment.meta(kept), segment.epochs(kept))
@@ -149,8 +149,8 @@ def _mapped(body: _Body, room: int, num: int) -> npt.NDArray[np.int64]:
     num_changed = int(where.sum())
     if where[num:].any() or num_changed > room or how[2 * num_changed :].any():
         raise _refusal(
-            f"maps {num_changed} changes of a bucket of {num} values, with room for {room}, or "
-            "outside it"
+            f"maps {num_changed} changes of a bucket of {num} values, with room for {room}, or has "
+            "bits of others"
         )
     down, by_two = how[: 2 * num_changed].astype(int).reshape(-1, 2).T
     changes = np.zeros(num, dtype=int)

@@ -7,9 +7,9 @@ bucket: the step at which its grid was drawn. A frame brings a row up to the wei
              lo = lo0 - r (steps d0). Where that is not finite, d0 and lo0.
     code     that of the weight of now on the bucket's grid, with numbers that are drawn by its
              epoch: a function of weight and grid, without a history
-    again    a grid is drawn again where values leave it, with the bucket's first zero, where it
-             begins or ceases to hold a NaN or an Inf, and every ``redraw_every`` steps, each at
-             another one
+    again    a grid is drawn again where values leave it or reach over less than a quarter of it,
+             with the bucket's first zero, where it begins or ceases to hold a NaN or an Inf, and
+             every ``redraw_every`` steps, each at another one
 
 Only the sender decides. Of each bucket it sends what differs from its row, in a body of bytes:
 
@@ -23,9 +23,9 @@ Only the sender decides. Of each bucket it sends what differs from its row, in a
     0           0        none: the bucket is as it was
     1 to 125    1 to 11  LIST: a byte an entry, in order of place: seven bits place, one bit down.
                          A code that changes by n has n entries
-    126 to 253  12, 13   MAP: a bit a value; two bits, down and by two, for each that changes; and
-                         0 for others, up to as many as the byte is above 125. Nibbles stand for
-                         the bytes of 24 and 64
+    126 to 253  12, 13   MAP with room for byte - 125 changes: a bit a value; two bits, down and by
+                         two, for each that changes; 0 for the room that is left. Of nibbles the
+                         room is 24, 64
     254         14       WHOLE: all codes, packed
     255         15       DRAWN: min and scale, fp32, of a new grid whose epoch is the step, and all
                          codes

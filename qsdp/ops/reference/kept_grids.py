@@ -16,6 +16,9 @@ from qsdp.common.splitmix64 import GOLDEN_GAMMA, finalize
 from qsdp.ops.reference.codec import codes_on_grid, grid_numbers
 from qsdp.ops.reference.grid import Extent, draw_grid, grid_steps, place_on_grid
 
+LEAST_REACH = 0.25
+"""Which part of a kept grid its values reach over at least: of a new one two thirds or so."""
+
 
 class KeptGrids(NamedTuple):
     """The kept grids of a segment's buckets."""
@@ -54,7 +57,7 @@ def grids_now(
 
     ``redraw_every`` is 0 for weights that are never due.
     """
-    again = _has_left(extent, kept, segment)
+    again = _has_outlived(extent, kept, segment)
     if redraw_every:
         again |= is_due(segment, kept.epoch, step, redraw_every)
     was_broken = kept.low.isnan()
@@ -84,13 +87,13 @@ def codes_now(extent: Extent, grids: KeptGrids, segment: SegmentRow, key: int) -
     return codes
 
 
-def _has_left(extent: Extent, kept: KeptGrids, segment: SegmentRow) -> Tensor:
-    """bool [buckets]: whether values have left their kept grid, or have their first zero."""
+def _has_outlived(extent: Extent, kept: KeptGrids, segment: SegmentRow) -> Tensor:
+    """bool [buckets]: whether values do not fit their kept grid, or have their first zero."""
     steps = grid_steps(kept.scale.signbit(), segment)
     least, most = (place_on_grid(x, kept.low, kept.scale) for x in (extent.low, extent.high))
-    is_inside = torch.where(
+    fits = torch.where(
         kept.scale == 0,
         (extent.low == kept.low) & (extent.high == kept.low),
-        (least >= 0) & (most <= steps),
+        (least >= 0) & (most <= steps) & (most - least >= LEAST_REACH * steps),
     )
-    return extent.has_zero & ~kept.scale.signbit() | ~extent.is_empty & ~is_inside
+    return extent.has_zero & ~kept.scale.signbit() | ~extent.is_empty & ~fits
