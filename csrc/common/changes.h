@@ -165,9 +165,6 @@ QSDP_INLINE uint32_t redraw_steps(int64_t every) {
     return every < UINT32_MAX ? static_cast<uint32_t>(every) : UINT32_MAX;
 }
 
-// Which part of a kept grid its values reach over at least.
-constexpr float kLeastReach = 0.25f;
-
 QSDP_INLINE bool keeps_zero(Grid grid) {
     return float_bits(grid.scale) >> 31;
 }
@@ -175,6 +172,9 @@ QSDP_INLINE bool keeps_zero(Grid grid) {
 QSDP_INLINE float steps_of(bool has_zero, int bits) {
     return static_cast<float>((1 << bits) - (has_zero ? 2 : 1));
 }
+
+// Which part of a kept grid its values reach over at least.
+constexpr float kLeastReach = 0.25f;
 
 // Whether values from ``low`` to ``high`` have left the grid, or reach over too little of it.
 QSDP_INLINE bool has_outlived(Grid grid, float low, float high, int bits) {
