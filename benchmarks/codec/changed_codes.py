@@ -21,7 +21,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +54,28 @@ With a bit less a grid is twice as coarse, and half as many change.
 """
 
 
-@dataclass
 class Row:
-    """A kept row and its table, of which frames are made."""
+    """A kept row that nobody has sent, of so many values."""
 
-    table: Tensor
-    bytes: Tensor
+    def __init__(self, bits: int, numel: int) -> None:
+        layout = layout_of(bits, numel, keeps_epochs=True)
+        self.table = torch.tensor(layout.table([numel]))
+        self.bytes = torch.zeros(layout.payload_bytes, dtype=torch.uint8)
+        segment = SegmentRow(self.table[0].tolist())
+        self.grids = segment.meta(self.bytes).view(torch.float32).view(-1, 2)
+        self.grids[:, 0] = torch.nan
+        self._frame = torch.zeros(most_body_bytes([segment]), dtype=torch.uint8)
+        self._counts, self._modes = torch.zeros(3, dtype=torch.int64), torch.tensor([TRAINED])
 
     def frame(self, values: Tensor, step: int) -> tuple[Tensor, int]:
         """What brings the row up to ``values``, and how many codes that changes."""
-        row = SegmentRow(self.table[0].tolist())
-        frame = torch.zeros(most_body_bytes([row]), dtype=torch.uint8)
-        counts = torch.zeros(3, dtype=torch.int64)
-        self.encode(values, step, frame, counts)
-        return frame[: int(counts[0])].clone(), int(counts[1])
+        self.encode(values, step)
+        return self._frame[: int(self._counts[0])].clone(), int(self._counts[1])
 
-    def encode(self, values: Tensor, step: int, frame: Tensor, counts: Tensor) -> None:
+    def encode(self, values: Tensor, step: int) -> None:
         """``encode_changes`` of ``values``."""
-        given = (values.view(torch.uint8), self.table, KEY, self.bytes, torch.tensor([TRAINED]))
-        ops.encode_changes(*given, step, EVERY, ROOM, frame, counts)
+        given = (values.view(torch.uint8), self.table, KEY, self.bytes, self._modes)
+        ops.encode_changes(*given, step, EVERY, ROOM, self._frame, self._counts)
 
     def apply(self, frame: Tensor, step: int) -> None:
         """``apply_changes`` of a frame."""
@@ -98,17 +100,14 @@ def operations(
     bits: int, numel: int, changed: float
 ) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
     """A call of each operation, and what of the row is said of all of them."""
-    layout, plain = (layout_of(bits, numel, keeps) for keeps in (True, False))
-    row = Row(torch.tensor(layout.table([numel])), torch.zeros(layout.payload_bytes).byte())
-    grids = SegmentRow(row.table[0].tolist()).meta(row.bytes).view(torch.float32).view(-1, 2)
-    grids[:, 0] = torch.nan  # as of a row that nobody has sent
+    row, other = Row(bits, numel), Row(bits, numel)
     before = torch.randn(numel)
     row.apply(row.frame(before, 0)[0], 0)
     # On a dithered grid a value passes a border in the share of cases that it moves of a step.
     moves = torch.randn(numel) * changed * (torch.pi / 2) ** 0.5
-    values = before + moves * grids[:, 1].abs().repeat_interleave(BUCKET)[:numel]
+    values = before + moves * row.grids[:, 1].abs().repeat_interleave(BUCKET)[:numel]
     there, num_changed = row.frame(values, 1)
-    other = Row(row.table, row.bytes.clone())
+    other.bytes.copy_(row.bytes)
     other.apply(there, 1)
     back, _ = other.frame(before, 1)
 
@@ -116,12 +115,12 @@ def operations(
         other.apply(back, 1)
         other.apply(there, 1)
 
+    plain = layout_of(bits, numel, keeps_epochs=False)
     table, header = torch.tensor(plain.table([numel])), plain.header(0, 0)
     payload, target = torch.zeros(plain.payload_bytes).byte(), torch.zeros(4 * numel).byte()
-    frame, counts = torch.zeros(2 * numel + (1 << 12)).byte(), torch.zeros(3, dtype=torch.int64)
     calls: dict[str, Callable[[], object]] = {
         "encode": lambda: ops.encode(values.view(torch.uint8), table, KEY, header, payload),
-        "encode_changes": lambda: row.encode(values, 1, frame, counts),
+        "encode_changes": lambda: row.encode(values, 1),
         "decode": lambda: ops.decode(payload, table, KEY, target),
         "decode kept": lambda: ops.decode(row.bytes, row.table, KEY, target),
         "apply_changes": apply_both,
@@ -166,11 +165,8 @@ def main() -> None:
     described = machine.describe()
     print(machine.one_line(described))
     print(f"{arguments.values} values in buckets of {BUCKET}, one thread")
-    print(
-        f"{'kernels':8}{'bits':>5}{'changed':>9}{'bits/value':>11}  {'operation':15}{'ms':>8}",
-        end="",
-    )
-    print("  of dither's  spread")
+    print(f"{'kernels':8}{'bits':>5}{'changed':>9}{'bits/value':>11}  {'operation':15}", end="")
+    print(f"{'ms':>8}  of dither's  spread")
     rows = []
     for kernels, bits in itertools.product(arguments.kernels, arguments.bits):
         native.use(kernels)

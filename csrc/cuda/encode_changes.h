@@ -108,7 +108,7 @@ QSDP_INLINE Said say_bucket(const EncodeChanges& job, const ChangesItem& item, i
         if (lane == 0) store_grid(to, now.grid);
     });
     say_codes(codes, count, bits, to + kMetaBytes);
-    return {kDrawn, kMetaBytes + packed_bytes(count, bits), 0};
+    return {kDrawn, 0};
 }
 
 // Where the data of a unit's buckets, the first of them ``first``, lie in the room.
@@ -130,7 +130,7 @@ QSDP_INLINE int64_t say_buckets(const EncodeChanges& job, int64_t number, Stretc
         each_lane([&](int lane) {
             if (lane == 0) heads[bucket] = static_cast<uint8_t>(said.head);
         });
-        bytes += said.bytes;
+        bytes += bytes_said(said.head, values_of(item.segment, bucket), item.segment.bits);
         num_changed += said.num_changed;
         num_drawn += said.head == kDrawn;
         has_changed |= said.head != 0;

@@ -12,7 +12,7 @@ namespace qsdp {
 
 struct Said {
     int head;  // the count byte
-    int64_t bytes, num_changed;
+    int64_t num_changed;
 };
 
 // How the codes of a run differ from the kept ones: a bit a code, and by how much.
@@ -112,7 +112,7 @@ QSDP_INLINE Said say_changes(PerLane<uint64_t>& now, const uint8_t* row, int cou
         entries[lane] = found[lane].num_entries;
         changed[lane] = num_bits(found[lane].changed);
     });
-    if (!any(changed, [](int64_t own) { return own != 0; })) return {0, 0, 0};
+    if (!any(changed, [](int64_t own) { return own != 0; })) return {0, 0};
     const int64_t num_changed = sum_before(changed), num_entries = sum_before(entries);
     const bool by_more = any(found, [](const RunDifference& own) { return own.most > 2; });
     const int head = shortest(num_entries, static_cast<int>(num_changed), by_more, count, bits);
@@ -132,7 +132,7 @@ QSDP_INLINE Said say_changes(PerLane<uint64_t>& now, const uint8_t* row, int cou
             }
         });
     }
-    return {head, bytes_said(head, count, bits), num_changed};
+    return {head, num_changed};
 }
 
 }  // namespace qsdp

@@ -41,13 +41,12 @@ def counts_in_nibbles(row: SegmentRow) -> bool:
 
 def counts_bytes(row: SegmentRow) -> int:
     """Bytes of the counts of a coded segment that has changed."""
-    num_buckets = -(-row.numel // row.bucket)
-    return -(-num_buckets // 2) if counts_in_nibbles(row) else num_buckets
+    return -(-row.num_buckets // 2) if counts_in_nibbles(row) else row.num_buckets
 
 
 def most_body_bytes(rows: Sequence[SegmentRow]) -> int:
     """Bytes that ``encode_changes`` works in: no body has more."""
-    heads = sum(-(-row.numel // row.bucket) * (1 + META_BYTES) for row in rows if row.bits)
+    heads = sum(row.num_buckets * (1 + META_BYTES) for row in rows if row.bits)
     return bitmap_bytes(len(rows)) + heads + sum(row.data_bytes for row in rows)
 
 

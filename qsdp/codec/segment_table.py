@@ -198,14 +198,13 @@ class SegmentRow:
                 )
             if row[Field.DTYPE] == DType.OPAQUE:
                 raise ValueError("a coded segment is opaque: code fp32, bf16 or fp16.")
-            num_buckets = -(-self.numel // self.bucket)
             inside &= row[Field.META_BYTE] >= HEADER_BYTES and row[Field.META_BYTE] % 4 == 0
-            inside &= row[Field.META_BYTE] + META_BYTES * num_buckets <= payload_bytes
+            inside &= row[Field.META_BYTE] + META_BYTES * self.num_buckets <= payload_bytes
             if self.has_epochs:
                 self._check_epochs()
                 start = row[Field.EPOCH_BYTE]
                 inside &= start >= HEADER_BYTES and start % 4 == 0
-                inside &= start + EPOCH_BYTES * num_buckets <= payload_bytes
+                inside &= start + EPOCH_BYTES * self.num_buckets <= payload_bytes
         elif (row[Field.DTYPE] == DType.OPAQUE) != (row[Field.WIRE] == DType.OPAQUE):
             raise ValueError("a raw segment is opaque on one side only: make both or none opaque.")
         elif self.has_epochs:
@@ -276,6 +275,11 @@ class SegmentRow:
             return -(-self.numel * self.bits // 8)
         return self.numel * ITEM_BYTES[DType(self.row[Field.WIRE])]
 
+    @property
+    def num_buckets(self) -> int:
+        """Buckets of a coded segment."""
+        return -(-self.numel // self.bucket)
+
     def values(self, buffer: Tensor) -> Tensor:
         """The segment's valid values: its dtype, [numel], a copy (offsets may be unaligned)."""
         return self._span(buffer, self.numel).clone().view(self.dtype)
@@ -288,16 +292,13 @@ class SegmentRow:
 
     def meta(self, payload: Tensor) -> Tensor:
         """The bytes of ``payload`` that hold the metadata of the segment's buckets."""
-        return payload.narrow(
-            0, self.row[Field.META_BYTE], META_BYTES * -(-self.numel // self.bucket)
-        )
+        return payload.narrow(0, self.row[Field.META_BYTE], META_BYTES * self.num_buckets)
 
     def epochs(self, payload: Tensor) -> Tensor | None:
         """The bytes of ``payload`` that hold the epochs of the segment's buckets, if any."""
         if not self.has_epochs:
             return None
-        num_bytes = EPOCH_BYTES * -(-self.numel // self.bucket)
-        return payload.narrow(0, self.row[Field.EPOCH_BYTE], num_bytes)
+        return payload.narrow(0, self.row[Field.EPOCH_BYTE], EPOCH_BYTES * self.num_buckets)
 
     def data(self, payload: Tensor) -> Tensor:
         """The bytes of ``payload`` that hold the segment's codes or raw values."""

@@ -70,9 +70,9 @@ class AllGatherHook(CommBuffers):
         after this call, orders what follows. With ``async_op`` on a CPU the wire runs beside the
         computation, and waiting for the Work decodes.
         """
-        plan, wire = self._plan, self._wire
+        plan, wire, in_backward = self._plan, self._wire, is_in_backward()
         if group.size() == self._group.regather_world_size and group is not plan.group:
-            if is_in_backward():
+            if in_backward:
                 self.passes.before_collective_in_backward(plan)
             regather(output_tensor, input_tensor, group, wire.traffic)
             return None
@@ -85,7 +85,6 @@ class AllGatherHook(CommBuffers):
             )
         self._unwatched.add(self._recorder)
         self._unwatched -= {recorder for recorder in self._unwatched if recorder.watch()}
-        in_backward = is_in_backward()
         if not in_backward:
             self.cache.forget_trained()
             self._recorder.forget_what_was_dropped()

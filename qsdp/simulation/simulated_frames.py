@@ -28,10 +28,6 @@ from qsdp.common.checksum import checksum
 Place = tuple[str, int]
 """A parameter, and a rank in the shard group."""
 _GRID_BYTES = 8
-_MOST_LISTED = {False: 125, True: 11}
-"""Entries of a list, by whether nibbles count them."""
-_MAPS = (24, 64)
-"""Changes that maps have room for where nibbles count them."""
 
 
 class _Sent(NamedTuple):
@@ -162,16 +158,13 @@ def changed_bytes(row: SegmentRow, codes: Tensor, before: Tensor, is_drawn: Tens
     places[-1] = numel - (num - 1) * bucket
     entries, changed = by.sum(1), (by > 0).sum(1)
     whole = _up(places * row.bits)
-    too_long, nibbles = whole + 1, counts_in_nibbles(row)
-    listed = torch.where(entries <= _MOST_LISTED[nibbles], entries, too_long)
-    is_mapped = by.amax(1) <= 2
-    if nibbles:
-        small, large = _MAPS
-        room = torch.where(changed <= small, small, large)
-        is_mapped &= changed <= large
+    if counts_in_nibbles(row):
+        most_listed, room = 11, torch.where(changed <= 24, 24, 64)
     else:
-        room = changed
-    mapped = torch.where(is_mapped, _up(places) + _up(2 * room), too_long)
+        most_listed, room = 125, changed
+    can_map = (by.amax(1) <= 2) & (changed <= room)
+    listed = torch.where(entries <= most_listed, entries, whole + 1)
+    mapped = torch.where(can_map, _up(places) + _up(2 * room), whole + 1)
     data = torch.where(entries > 0, torch.minimum(torch.minimum(listed, mapped), whole), 0)
     data = torch.where(is_drawn, _GRID_BYTES + whole, data)
     is_said = bool(is_drawn.any()) or bool(changed.any())

@@ -85,7 +85,7 @@ class _Body:
 
 def _counts(body: _Body, segment: SegmentRow) -> Bytes:
     """The count bytes of a segment's buckets."""
-    taken, num = body.take(counts_bytes(segment)), -(-segment.numel // segment.bucket)
+    taken, num = body.take(counts_bytes(segment)), segment.num_buckets
     if not counts_in_nibbles(segment):
         return taken
     nibbles = np.stack((taken & 15, taken >> 4), axis=1).ravel()

@@ -36,6 +36,8 @@ taken, the first of equals. Nothing is aligned, and unused bits are 0.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -161,9 +163,9 @@ def _say(
         by = delta[b, places]
         num_changed += len(places)
         forms = [(WHOLE, packed)]
-        maps = [count for count in counts if MOST_LISTED + len(places) <= count < WHOLE]
-        if maps and abs(by).max() <= 2:
-            forms.insert(0, (maps[0], _map(places, by, num, room=maps[0] - MOST_LISTED)))
+        of_map = counts[bisect_left(counts, MOST_LISTED + len(places))]
+        if of_map < WHOLE and abs(by).max() <= 2:
+            forms.insert(0, (of_map, _map(places, by, num, room=of_map - MOST_LISTED)))
         if (num_entries := int(abs(by).sum())) <= MOST_LISTED and num_entries in counts:
             entries = (places | (by < 0) << 7).astype(np.uint8).repeat(abs(by))
             forms.insert(0, (num_entries, entries.tobytes()))
