@@ -59,7 +59,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(NATIVE)
 	@touch $@
 
 train: setup  ## train the nano GPT on two processes: 8-bit wire, CrAM; results in out/
-	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) launch/train_gpt.py \
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) -m qsdp train \
 	  --model nano --data stdlib --steps 1000 --qsdp-bits 8 --cram --out $(OUT) $(TRAIN_FLAGS)
 
 quick: lint test-quick test-smoke  ## lint and the quick tests, for the minute after an edit

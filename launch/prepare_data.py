@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from qsdp.commands.exit import run
 from qsdp.commands.prepare import main
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,8 +1,7 @@
-"""The command line of launch/compress.py."""
+"""The command line of ``qsdp compress``."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from qsdp.commands.exit import one_sentence_at_the_end
-from qsdp.commands.parsing import one_sentence
+from qsdp.commands.parsing import check_one_process, one_sentence
 from qsdp.common.allocator import return_freed_memory
 from qsdp.common.user_errors import UserError, quoted, sentence
 from qsdp.oneshot.registry import SOLVERS, by_method, chosen_method
@@ -28,7 +27,7 @@ class CompressFlags:
     One process, one tensor in memory at a time: the model may be larger than memory, and the
     checkpoint may come from any number of ranks. OUT then holds model.safetensors (dense, pruned
     weights exactly 0), masks.safetensors (1 bit a prunable weight), compression.json (what was
-    done, with the zeros counted) and the tokenizer. launch/evaluate.py reads it.
+    done, with the zeros counted) and the tokenizer. qsdp evaluate reads it.
     """
 
     checkpoint: tyro.conf.Positional[Path]
@@ -133,8 +132,7 @@ def parse_compress_flags(argv: Sequence[str] | None = None) -> CompressFlags:
         raise UserError(str(error)) from None
     if not 0 < flags.max_file_gib < 1 << 20:
         raise UserError(f"--max-file-gib is {flags.max_file_gib}: choose a number above 0.")
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("this command is one process: start it with python, not with torchrun.")
+    check_one_process()
     return flags
 
 

@@ -1,4 +1,4 @@
-"""The command line of launch/evaluate.py."""
+"""The command line of ``qsdp evaluate``."""
 
 from __future__ import annotations
 

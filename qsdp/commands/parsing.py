@@ -1,10 +1,11 @@
-"""The flags of launch/train_gpt.py: over a TOML file over the model's preset."""
+"""The flags of ``qsdp train``: over a TOML file over the model's preset."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -193,6 +194,12 @@ def one_sentence(read_flags: Callable[[], T]) -> T:
             raise UserError(_first_paragraph(complaint.getvalue())) from None
         flush_output()
         raise
+
+
+def check_one_process() -> None:
+    """Raise UserError where a launcher has started several ranks of a command that is for one."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("this command is one process: start it without torchrun.")
 
 
 def _check_number(name: str, text: str | None, hint: Any) -> None:

@@ -1,11 +1,11 @@
 """Encode text files into a folder of memory-mapped token shards, which --data takes.
 
-python launch/prepare_data.py --texts a.txt b.txt --out shards --tokenizer tokenizer.json
+qsdp prepare --texts a.txt b.txt --out shards --tokenizer tokenizer.json
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from qsdp.commands.exit import EXIT_STATUS
-from qsdp.commands.parsing import one_sentence
-from qsdp.common.printing import flush_output, forgiving_output, print_error
-from qsdp.common.user_errors import UserError, quoted
+from qsdp.commands.exit import one_sentence_at_the_end
+from qsdp.commands.parsing import check_one_process, one_sentence
+from qsdp.common.user_errors import UserError, sentence
 from qsdp.data.corpus import TRAIN_FRACTION
 from qsdp.data.tokenize_corpus import prepare_shards
 
@@ -45,16 +44,15 @@ class PrepareFlags:
     """Text appended to each file, such as <|endoftext|>: the tokenizer's end of a text."""
 
 
-def main() -> None:
-    """Prepare token shards as the command line says. Exits with 2 on a user's mistake."""
-    try:
-        with forgiving_output():
-            prepare(one_sentence(lambda: tyro.cli(PrepareFlags, description=__doc__)))
-    except (UserError, ValueError, OSError) as error:
-        print_error(f"error: {quoted(error)}.")
-        sys.exit(EXIT_STATUS)
-    finally:
-        flush_output()
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prepare token shards as ``argv`` says. Exits with 2, in one sentence, on a user's mistake."""
+    with one_sentence_at_the_end("nothing was written"):
+        flags = one_sentence(lambda: tyro.cli(PrepareFlags, args=argv, description=__doc__))
+        check_one_process()
+        try:
+            prepare(flags)
+        except (ValueError, OSError) as error:
+            raise UserError(sentence(error)) from None
 
 
 def prepare(options: PrepareFlags) -> None:

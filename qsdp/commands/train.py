@@ -1,4 +1,4 @@
-"""The command line of launch/train_gpt.py: flags over a TOML file over the model's preset."""
+"""The command line of ``qsdp train``: flags over a TOML file over the model's preset."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     with one_sentence_at_the_end("the same command goes on from the newest checkpoint"):
         config = parse(argv)
-        from qsdp.train.loop import (
-            training_loop,  # loads torch: only after the flags have been checked
-        )
+        from qsdp.ops import native  # loads torch: only after the flags have been checked
+        from qsdp.train.loop import training_loop
 
+        native.say_no_more()
         training_loop(config)

@@ -94,7 +94,7 @@ class TokenShards:
             self.mistake = self.mistake or (
                 f"{self._origin} holds the token id {ids[largest]} (token {start + largest}), but "
                 f"meta.json states a vocab_size of {self._vocab_size}: correct its dtype or "
-                "vocab_size, or prepare the folder again with launch/prepare_data.py."
+                "vocab_size, or prepare the folder again with qsdp prepare."
             )
             ids = np.where(ids < self._vocab_size, ids, ids.dtype.type(0))
         return ids
@@ -118,7 +118,7 @@ def read_shards(folder: Path) -> tuple[Tokens, Tokens, Tokenizer | None, int]:
         if missing or not names:
             raise ValueError(
                 f"{folder} lacks {missing[0] if missing else f'{split}-*.bin'}: copy it again, or "
-                "prepare it again with launch/prepare_data.py."
+                "prepare it again with qsdp prepare."
             )
         splits[split] = TokenShards(
             [
@@ -186,14 +186,14 @@ def _map_tokens(
     if not file.is_file():
         raise ValueError(
             f"{file} is not a file of token ids: copy the folder again, or prepare it again with "
-            "launch/prepare_data.py."
+            "qsdp prepare."
         )
     size = file.stat().st_size
     if size % dtype.itemsize or (num_tokens is not None and size != num_tokens * dtype.itemsize):
         stated = f"{num_tokens} ids of" if num_tokens is not None else "a whole number of ids of"
         raise ValueError(
             f"{file} has {size} bytes, but should hold {stated} {dtype.itemsize} bytes: copy it "
-            "again, or prepare it again with launch/prepare_data.py."
+            "again, or prepare it again with qsdp prepare."
         )
     if not size:  # mmap refuses an empty file
         return np.empty(0, dtype=dtype)
@@ -213,7 +213,7 @@ def _read_shards_meta(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(
             f"{folder} has no meta.json, so it is no complete folder of token shards: make one "
-            "with launch/prepare_data.py."
+            "with qsdp prepare."
         )
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -232,5 +232,5 @@ def _read_shards_meta(folder: Path) -> dict[str, Any]:
     raise ValueError(
         f"{path} lacks a dtype 'uint16' or 'uint32' or a vocab_size from 1 to the number of ids "
         "that the dtype holds, or its num_tokens are not numbers: write it again, or prepare the "
-        "folder again with launch/prepare_data.py."
+        "folder again with qsdp prepare."
     )

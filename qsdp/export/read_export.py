@@ -50,7 +50,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     if is_whole and "method" in facts:
         parts["method"] = str
     if not is_whole or not all(isinstance(facts.get(n), kind) for n, kind in parts.items()):
-        raise ValueError(f"{path} was not written by launch/compress.py: export the model again.")
+        raise ValueError(f"{path} was not written by qsdp compress: export the model again.")
     return facts
 
 

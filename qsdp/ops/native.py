@@ -2,7 +2,8 @@
 
 ``load`` runs when ``qsdp.ops`` is imported. Kernels are, best first, "avx512", "avx2", "scalar"
 (plain C++) and "python" (qsdp/ops/reference, always there). All give the same bytes. GPUs have
-those of csrc/cuda, where they were built, or else Python's, which are many times slower.
+those of csrc/cuda, where they were built, or else Python's, which are many times slower: where they
+serve since others are missing, the first call says so, in the log ``qsdp``.
 
 Environment: ``QSDP_REQUIRE_NATIVE=1`` refuses to go on without the library, and to work on a GPU
 without that of CUDA, which a machine without a GPU need not have;
@@ -12,9 +13,13 @@ without that of CUDA, which a machine without a GPU need not have;
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,10 +31,12 @@ CUDA_LIBRARY = LIBRARY.with_name("_qsdp_cuda.so")
 PYTHON = "python"
 _CAPABILITIES = {"default": "scalar", "avx2": "avx2", "avx512": "avx512"}
 
+_log = logging.getLogger("qsdp")
 _library: ctypes.CDLL | None = None
 _has_cuda_kernels = False
 _override: torch.library.Library | None = None  # while it lives, Python serves the CPU
-_refusal: torch.library.Library | None = None  # while it lives, nothing serves GPUs
+_stand_ins: list[torch.library.Library] = []  # while they live, they serve what lacks kernels
+_told: set[str] = set()  # types of devices whose slow kernels were told of
 
 
 def load() -> None:
@@ -39,7 +46,7 @@ def load() -> None:
         RuntimeError: The library is required but absent, or does not fit this torch.
         ValueError: QSDP_CPU_CAPABILITY names kernels that are unknown or cannot run here.
     """
-    global _library, _has_cuda_kernels, _refusal
+    global _library, _has_cuda_kernels
     wanted = os.environ.get("QSDP_CPU_CAPABILITY", "")
     if wanted and wanted not in _CAPABILITIES:
         allowed = ", ".join(_CAPABILITIES)
@@ -49,14 +56,14 @@ def load() -> None:
         _library = _with_signatures(ctypes.CDLL(str(LIBRARY)))
     elif _is_required():
         raise RuntimeError(f"QSDP_REQUIRE_NATIVE is 1, but {_missing('cpu')}, or unset it.")
+    else:
+        _stand_in("cpu", _say_and_serve)
     if torch.version.cuda is not None and CUDA_LIBRARY.exists():
         _register_library(CUDA_LIBRARY)
         _has_cuda_kernels = True
-    elif _is_required():
+    else:
         # Not an error yet: whether tensors on a GPU will come is not known.
-        _refusal = torch.library.Library("qsdp", "IMPL")
-        for name in KERNELS:
-            _refusal.impl(name, _refuse_gpu_tensors, "CUDA")
+        _stand_in("cuda", _refuse_gpu_tensors if _is_required() else _say_and_serve)
     if wanted and _CAPABILITIES[wanted] not in available():
         raise ValueError(
             f"QSDP_CPU_CAPABILITY is {wanted}, which cannot run here: "
@@ -118,6 +125,12 @@ def remark(device: torch.device) -> str:
     return f"SLOW kernels: plain PyTorch's, many times slower than compiled ones ({why})"
 
 
+def say_no_more() -> None:
+    """On rank 0, which then prints ``remark``, log no line of native kernels that are missing."""
+    if os.environ.get("RANK", "0") == "0":
+        _told.update(("cpu", "cuda"))
+
+
 def use(capability: str) -> None:
     """Choose native kernels, for tests and benchmarks; not while the codec runs in another thread.
 
@@ -151,10 +164,29 @@ def _missing(device_type: str) -> str:
     library, tools = LIBRARY, "torch and a C++20 compiler are"
     if device_type != "cpu":
         library, tools = CUDA_LIBRARY, "nvcc and a torch that knows CUDA are"
-    return f"{library.name} is not installed: install qsdp where {tools}"
+    return (
+        f"{library.name} is not in {library.parent}: install qsdp from a wheel that has it, or "
+        f"with pip's --no-build-isolation where {tools}"
+    )
 
 
-def _refuse_gpu_tensors(*_: object) -> None:
+def _stand_in(device_type: str, serve: Callable[..., None]) -> None:
+    """Have ``serve`` called with a device's type, a kernel, and the arguments for that."""
+    library = torch.library.Library("qsdp", "IMPL")
+    for name, kernel in KERNELS.items():
+        library.impl(name, partial(serve, device_type, kernel), device_type.upper())
+    _stand_ins.append(library)
+
+
+def _say_and_serve(device_type: str, kernel: Callable[..., None], *args: Any, **more: Any) -> None:
+    if device_type not in _told:
+        _told.add(device_type)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
+            _log.warning("qsdp: %s", remark(torch.device(device_type)))
+    kernel(*args, **more)
+
+
+def _refuse_gpu_tensors(*_: object, **__: object) -> None:
     raise RuntimeError(f"QSDP_REQUIRE_NATIVE is 1, but {_missing('cuda')}, or unset it.")
 
 

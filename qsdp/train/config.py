@@ -1,4 +1,4 @@
-"""What a training run is told: groups of settings, the flags of launch/train_gpt.py.
+"""What a training run is told: groups of settings, the flags of ``qsdp train``.
 
 No torch here: a mistake on the command line is answered before torch is loaded.
 """

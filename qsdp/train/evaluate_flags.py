@@ -1,4 +1,4 @@
-"""The flags of launch/evaluate.py, and the targets that they come to. No torch here."""
+"""The flags of ``qsdp evaluate``, and the targets that they come to. No torch here."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class EvaluateFlags:
     whole model and a copy of its prunable weights. A model too large for that runs under torchrun,
     sharded over the ranks by FSDP2:
 
-    torchrun --nproc-per-node 8 launch/evaluate.py CHECKPOINT --out DIR
+    torchrun --nproc-per-node 8 -m qsdp evaluate CHECKPOINT --out DIR
 
     The figures are of the same sequences on any number of ranks.
     """
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint's folder step-..., a run's folder (its newest checkpoint), or an export.
-    An export is what launch/compress.py wrote.
+    An export is what qsdp compress wrote.
     """
 
     targets: str | None = None

@@ -88,7 +88,7 @@ def open_trained_model(path: Path) -> TrainedModel:
         )
     except (UserError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"{path} was not written by this version of launch/train_gpt.py ({quoted(error)}): "
+            f"{path} was not written by this version of qsdp train ({quoted(error)}): "
             "name another checkpoint."
         ) from None
 

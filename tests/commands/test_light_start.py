@@ -8,25 +8,30 @@ from pathlib import Path
 
 import pytest
 
+from qsdp.__main__ import COMMANDS
 from tests.support import patience
+from tests.support.command_line import assert_is_one_sentence
 
 pytestmark = pytest.mark.slow  # it starts programs
 ROOT = Path(__file__).parents[2]
 CODE = """
 import runpy, sys
-program, *sys.argv[1:] = sys.argv[1:]
-try:
-    runpy.run_path(program, run_name="__main__")
-except SystemExit as stop:
-    print("ended with", stop.code)
-print("torch" in sys.modules)
+for flag, status in ("--help", 0), ("--no-such-flag", 2):
+    sys.argv[1:] = [name, flag]
+    try:
+        runpy.run_module("qsdp", run_name="__main__")
+    except SystemExit as stop:
+        assert stop.code == status, stop
+    assert "torch" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("flag", ["--help", "--no-such-flag"])
-@pytest.mark.parametrize("program", ["train_gpt", "compress", "evaluate"])
-def test_help_and_a_wrong_flag_import_no_torch(program: str, flag: str) -> None:
-    command = [sys.executable, "-c", CODE, str(ROOT / "launch" / f"{program}.py"), flag]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=patience.seconds())
-    status = 0 if flag == "--help" else 2
-    assert ended.stdout.endswith(f"ended with {status}\nFalse\n"), ended
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_and_a_wrong_flag_import_no_torch(name: str) -> None:
+    command = [sys.executable, "-c", f"name = {name!r}\n{CODE}"]
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=patience.seconds()
+    )
+    assert ended.returncode == 0, ended
+    assert ended.stdout.startswith(f"usage: qsdp {name} [-h]"), ended
+    assert_is_one_sentence(ended.stderr)

@@ -1,4 +1,4 @@
-"""What launch/selfcheck.py says of a machine on which something is wrong."""
+"""What ``qsdp selfcheck`` says of a machine on which something is wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from qsdp.commands import selfcheck
+from qsdp.commands import hook_checks
 
 CHECKS = (
     *("codec", "changes", "all_gather", "all_to_all", "same_weights", "full_precision"),
@@ -24,10 +24,12 @@ def test_an_error_is_shown_as_it_is(
         raise RuntimeError("[/gloo/pair.cc:5] \x1b[2J closed")
 
     for name in CHECKS:
-        monkeypatch.setattr(selfcheck, f"check_{name}", fails if name == "codec" else lambda _: "x")
+        monkeypatch.setattr(
+            hook_checks, f"check_{name}", fails if name == "codec" else lambda _: "x"
+        )
     monkeypatch.setenv("COLUMNS", "200")
     world: Any = SimpleNamespace(size=1, backend="gloo", device=torch.device("cpu"), is_main=True)
-    assert selfcheck._run_checks(world) == 1
+    assert hook_checks.run_all_checks(world) == 1
     printed = capsys.readouterr().out
     assert "rank 0: [/gloo/pair.cc:5] \ufffd[2J closed" in printed
     assert (printed.count("failed"), printed.count("holds")) == (1, len(CHECKS) - 1)

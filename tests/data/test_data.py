@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from qsdp.commands.prepare import main
 from qsdp.data import tokenize_corpus
 from qsdp.data.batches import Batches, eval_batches
 from qsdp.data.corpus import load_corpus
@@ -422,11 +422,9 @@ class TestEvalBatches:
 
 
 class TestCommandLine:
-    PROGRAM = ROOT / "launch" / "prepare_data.py"
-
     def prepare(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, self.PROGRAM, *arguments],
+            [sys.executable, "-m", "qsdp", "prepare", *arguments],
             capture_output=True,
             text=True,
             timeout=patience.seconds(),
@@ -466,15 +464,12 @@ class TestCommandLine:
         tmp_path: Path,
         flags: list[str],
         said: str,
-        monkeypatch: pytest.MonkeyPatch,
         capfd: pytest.CaptureFixture[str],
     ) -> None:
         (tmp_path / "a.txt").write_text("abc" * 100)
         flags = [flag.format(tmp_path) for flag in flags]
-        program = str(self.PROGRAM)
-        monkeypatch.setattr(sys, "argv", [program, "--texts", str(tmp_path / "a.txt"), *flags])
         with pytest.raises(SystemExit) as stop:
-            runpy.run_path(program, run_name="__main__")
+            main(["--texts", str(tmp_path / "a.txt"), *flags])
         assert stop.value.code == 2
         told = capfd.readouterr().err
         assert re.search(said, told)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qsdp.__main__ import COMMANDS
 from tests.support import patience
 
 ROOT = Path(__file__).parents[2]
@@ -77,8 +78,10 @@ def test_slurm_starts_one_launcher_a_node_and_they_meet_on_the_first(tmp_path: P
         "--rdzv-endpoint": "node-7:29500",
         "--signals-to-handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     }
-    script, *flags = started[0][12:]
-    assert (ROOT / script).is_file()
+    *module, command = started[0][12:15]
+    assert module == ["-m", "qsdp"]
+    assert command in COMMANDS
+    flags = started[0][15:]
     assert flags[-2:] == ["--out", "a folder"]
 
 
@@ -219,7 +222,7 @@ def test_a_pod_has_completed_when_the_run_has(tmp_path: Path, name: str) -> None
         (tmp_path / "out" / "summary.json").touch()
     is_news = "summary.json" in end
     pod = subprocess.Popen(
-        ["bash", POD, "--nnodes=2", "launch/train_gpt.py", "--out=out"],
+        ["bash", POD, "--nnodes=2", "-m", "qsdp", "train", "--out=out"],
         env=environment(tmp_path) | {"PATIENCE_S": "30" if is_news or is_told else "0"},
         cwd=tmp_path,
     )
@@ -264,12 +267,13 @@ def test_kubernetes_pods_find_the_first_by_the_name_of_the_service() -> None:
     }
 
 
-def test_kubernetes_starts_a_script_that_exists_and_not_as_root() -> None:
+def test_kubernetes_starts_a_command_that_exists_and_not_as_root() -> None:
     _service, job = yaml.safe_load_all(K8S.read_text())
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    (script,) = [arg for arg in container["args"] if arg.endswith(".py")]
-    assert (ROOT / script).is_file()
+    at = container["args"].index("-m")
+    assert container["args"][at + 1] == "qsdp"
+    assert container["args"][at + 2] in COMMANDS
     assert pod["securityContext"]["runAsNonRoot"] is True
     lines = (ROOT / "docker" / "Dockerfile.cuda").read_text().splitlines()
     assert any(f"--uid {pod['securityContext']['runAsUser']} " in line for line in lines)

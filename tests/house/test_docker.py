@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qsdp.__main__ import COMMANDS
 from tests.support import patience
 
 ROOT = Path(__file__).parents[2]
@@ -76,12 +77,12 @@ def test_it_runs_as_someone_else_than_root(dockerfile: Path) -> None:
     assert any(re.search(rf"\b{users[-1]}$", rest) for rest in made)
 
 
-def test_it_starts_torchrun_on_a_script_that_exists(dockerfile: Path) -> None:
+def test_it_starts_torchrun_on_a_command_that_exists(dockerfile: Path) -> None:
     stage = dict(last_stage(dockerfile))
     assert json.loads(stage["ENTRYPOINT"]) == ["torchrun"]
-    scripts = [word for word in json.loads(stage["CMD"]) if word.endswith(".py")]
-    assert len(scripts) == 1
-    assert (ROOT / scripts[0]).is_file()
+    command = re.search(r" -m qsdp (\w+) ", " ".join(json.loads(stage["CMD"])))
+    assert command is not None
+    assert command[1] in COMMANDS
 
 
 def test_the_shared_script_holds_every_step_but_the_system_packages(dockerfile: Path) -> None:

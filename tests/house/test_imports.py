@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "",
         ),
     },
+    "__main__": {"commands", ""},
     "integrations": {"fsdp", "methods", "export", ""},
     # Rooms to come.
     "fisher": {"sparsity"},

@@ -34,7 +34,7 @@ def misleading(sources: dict[Path, str]) -> list[str]:
     """The public functions and classes that have the name of files which they do not stand in."""
     stems: dict[str, set[Path]] = {}
     for path in sources:
-        if path.stem != "__init__":
+        if path.stem not in ("__init__", "__main__"):
             stems.setdefault(snake(path.stem), set()).add(path)
     return [
         f"{name} in {path}"

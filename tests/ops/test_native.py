@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qsdp.ops import native
+from qsdp.ops.schema import KERNELS
 from tests.support import patience
 from tests.support.gpu_kernels import NO_GPU
 
@@ -51,7 +53,8 @@ def test_what_serves_the_cpu_is_named() -> None:
 def test_a_missing_library_is_slow_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_library", None)
     assert native.remark(CPU).startswith("SLOW kernels: plain PyTorch's")
-    assert "_qsdp_native.so is not installed: install qsdp where" in native.remark(CPU)
+    where = native.LIBRARY.parent
+    assert f"_qsdp_native.so is not in {where}: install qsdp from a wheel" in native.remark(CPU)
 
 
 @pytest.mark.usefixtures("with_gpu")
@@ -73,7 +76,8 @@ def test_python_on_a_gpu_is_said_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert not native.has_cuda_kernels()
     assert native.serving(GPU) == native.PYTHON
     assert native.remark(GPU).startswith("SLOW kernels: plain PyTorch's")
-    assert "_qsdp_cuda.so is not installed: install qsdp where nvcc" in native.remark(GPU)
+    where = native.CUDA_LIBRARY.parent
+    assert f"_qsdp_cuda.so is not in {where}: install qsdp from a wheel" in native.remark(GPU)
     monkeypatch.setenv("QSDP_REQUIRE_NATIVE", "1")
     with pytest.raises(RuntimeError, match=r"QSDP_REQUIRE_NATIVE is 1, but _qsdp_cuda\.so is not"):
         native.serving(GPU)
@@ -82,22 +86,73 @@ def test_python_on_a_gpu_is_said_or_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library is required here")
 @pytest.mark.skipif(native.CUDA_LIBRARY.exists(), reason="the CUDA library is here")
-@pytest.mark.parametrize("required", ["0", "1"])
+@pytest.mark.parametrize(
+    ("required", "serves"), [("0", "_say_and_serve"), ("1", "_refuse_gpu_tensors")]
+)
 def test_a_tensor_on_a_gpu_is_refused_where_its_kernels_are_required_but_absent(
-    required: str,
+    required: str, serves: str
 ) -> None:
     # A process of its own: what is registered at import stays.
     code = (
-        "import torch; from qsdp.ops.schema import KERNELS; "
-        "has = torch._C._dispatch_has_kernel_for_dispatch_key; "
-        "print([has('qsdp::' + name, 'CUDA') for name in KERNELS])"
+        "import torch; made = torch.library.Library; found = {}\n"
+        "class Library(made):\n"
+        "    def impl(self, name, kernel, key, **more):\n"
+        "        if key == 'CUDA': found[name] = kernel.func.__name__\n"
+        "        made.impl(self, name, kernel, key, **more)\n"
+        "torch.library.Library = Library\n"
+        "import qsdp.ops; print(found)"
     )
     command = [sys.executable, "-c", code]
     env = os.environ | {"QSDP_REQUIRE_NATIVE": required}
     printed = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
-    assert printed.strip() == str([required == "1"] * len(OPERATORS))
+    assert printed.strip() == str(dict.fromkeys(OPERATORS, serves))
     with pytest.raises(RuntimeError, match=r"QSDP_REQUIRE_NATIVE is 1, but _qsdp_cuda\.so is not"):
-        native._refuse_gpu_tensors(torch.ones(1), 0)
+        native._refuse_gpu_tensors("cuda", KERNELS["encode"], torch.ones(1), 0)
+
+
+@pytest.mark.slow
+def test_that_no_compiled_kernels_serve_is_logged_once_at_first_use() -> None:
+    code = (
+        "import pathlib, sys, torch; exists = pathlib.Path.exists\n"
+        "pathlib.Path.exists = lambda path: path.suffix != '.so' and exists(path)\n"
+        "import qsdp, qsdp.ops; out = torch.zeros(3, dtype=torch.bool)\n"
+        "print('imported', file=sys.stderr)\n"
+        "for _ in range(2): torch.ops.qsdp.mark_above(torch.ones(3), 0, out)\n"
+        "print('served', out.tolist(), file=sys.stderr)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "QSDP_REQUIRE_NATIVE"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    begun, line, end = done.stderr.splitlines()
+    assert (begun, end) == ("imported", "served [True, True, True]")
+    assert line.startswith("qsdp: SLOW kernels: plain PyTorch's")
+    assert "_qsdp_native.so is not in" in line
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"), [({}, 1), ({"RANK": "8", "LOCAL_RANK": "0"}, 1), ({"LOCAL_RANK": "1"}, 0)]
+)
+def test_one_rank_of_a_machine_logs_it(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ranks: dict[str, str],
+    said: int,
+) -> None:
+    monkeypatch.setattr(native, "_library", None)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    for prints_remark in (False, True):
+        monkeypatch.setattr(native, "_told", set())
+        caplog.clear()
+        served: list[Any] = []
+        if prints_remark:
+            native.say_no_more()
+        for number in range(3):
+            native._say_and_serve("cpu", served.append, number)
+        assert served == [0, 1, 2]
+        is_told = prints_remark and "RANK" not in ranks
+        assert len(caplog.messages) == (0 if is_told else said)
 
 
 @pytest.mark.gpu
