@@ -229,9 +229,7 @@ def test_a_pipe_is_refused_and_not_waited_for(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the text is the system's")
-@pytest.mark.parametrize(
-    "program", ["train_gpt.py", "prepare_data.py", "compress.py", "evaluate.py"]
-)
+@pytest.mark.parametrize("program", [path.name for path in (ROOT / "launch").glob("*.py")])
 def test_help_for_a_reader_who_has_gone_is_no_error(program: str) -> None:
     read, write = os.pipe()
     os.close(read)
