@@ -29,6 +29,7 @@ from qsdp.common.user_errors import quoted
 from qsdp.models.load_safetensors import fill, find_tensors
 
 FACTS = "compression.json"
+TOKENIZER = "tokenizer.json"
 FORMAT = "qsdp-compressed-1"
 MASKS_FORMAT = "qsdp-masks-1"
 
