@@ -87,7 +87,8 @@ def export_huggingface(
     Args:
         model: Its parameters are written.
         folder: To be made, empty, or of a model of the same configuration.
-        files: Further texts to write, by file name: the tokenizer.json of the model's tokenizer.
+        files: Further texts to write, by file name: those of the tokenizer, of which
+            ``qsdp.data.transformers_tokenizer`` makes what the library loads.
 
     Raises:
         ValueError: ``folder`` holds anything else, or cannot be written, or the library has no such
