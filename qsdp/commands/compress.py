@@ -11,13 +11,12 @@ from typing import Annotated, Any
 import tyro
 
 from qsdp.commands.exit import one_sentence_at_the_end
-from qsdp.commands.parsing import check_one_process, one_sentence
+from qsdp.commands.parsing import one_sentence
+from qsdp.commands.streaming_bar import GIB, check_streaming, streaming_bar
 from qsdp.common.allocator import return_freed_memory
 from qsdp.common.user_errors import UserError, quoted, sentence
 from qsdp.oneshot.registry import SOLVERS, by_method, chosen_method
 from qsdp.sparsity.compression_target import Compression
-
-_GIB = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,15 +129,12 @@ def parse_compress_flags(argv: Sequence[str] | None = None) -> CompressFlags:
         _ = flags.target, flags.chosen_method
     except ValueError as error:
         raise UserError(str(error)) from None
-    if not 0 < flags.max_file_gib < 1 << 20:
-        raise UserError(f"--max-file-gib is {flags.max_file_gib}: choose a number above 0.")
-    check_one_process()
+    check_streaming(flags.max_file_gib)
     return flags
 
 
 def _compress(flags: CompressFlags) -> None:
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from qsdp.export import export_compressed
     from qsdp.train.trained_model import open_trained_model
@@ -152,9 +148,7 @@ def _compress(flags: CompressFlags) -> None:
     of_run = source.config.compression.patterns
     patterns = of_run if flags.prunable is None else flags.prunable.split(",")
     console = Console()
-    columns = (TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
+    with streaming_bar(console) as progress:
         facts = export_compressed(
             source.path,
             source.size,
@@ -162,8 +156,8 @@ def _compress(flags: CompressFlags) -> None:
             flags.out,
             patterns=patterns,
             method=flags.chosen_method,
-            file_bytes=round(flags.max_file_gib * _GIB),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            file_bytes=round(flags.max_file_gib * GIB),
+            progress=progress,
         )
     by = by_method(flags.chosen_method)
     console.print(

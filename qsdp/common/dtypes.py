@@ -29,5 +29,5 @@ CODEC_DTYPES = {torch.float32: DType.FP32, torch.bfloat16: DType.BF16, torch.flo
 
 
 def of_precision(name: str) -> torch.dtype:
-    """The type that a model computes in at ``--precision`` fp32 or bf16."""
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    """The type that flags call fp32, bf16 or fp16."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

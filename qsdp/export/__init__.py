@@ -1,8 +1,16 @@
-"""Compressed models on disk: dense safetensors with exact zeros, masks, and how they were made."""
+"""Models on disk: compressed, with masks and how they were made, and as transformers has them."""
 
 from __future__ import annotations
 
 from qsdp.export.compressed_model import export_compressed
 from qsdp.export.read_export import FACTS, load_export, read_facts, read_mask
+from qsdp.export.transformers_folder import export_transformers
 
-__all__ = ["FACTS", "export_compressed", "load_export", "read_facts", "read_mask"]
+__all__ = [
+    "FACTS",
+    "export_compressed",
+    "export_transformers",
+    "load_export",
+    "read_facts",
+    "read_mask",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,8 @@ from torch import Tensor
 from qsdp.checkpoint import TensorReader, lists, read_meta, verify
 from qsdp.common.atomic_files import atomic_folder
 from qsdp.data.tokenizer import hash_of
-from qsdp.export.read_export import FACTS, FORMAT, MASKS_FORMAT
+from qsdp.export.counted_bytes import CountedBytes, Progress
+from qsdp.export.read_export import FACTS, FORMAT, MASKS_FORMAT, TOKENIZER
 from qsdp.export.tensor_files import TensorFiles
 from qsdp.models.language_model import LanguageModel
 from qsdp.models.registry import family_of_size
@@ -26,9 +27,6 @@ from qsdp.oneshot.solver import Solver
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.prunable import Prunable
 from qsdp.sparsity.streaming import StoredTensor
-
-TOKENIZER = "tokenizer.json"
-Progress = Callable[[int, int], None]
 
 
 def export_compressed(
@@ -74,10 +72,10 @@ def export_compressed(
     prunable = Prunable.of(model, patterns)
     prunable.check(target)
     with atomic_folder(out) as folder:
-        counted = _Counted(progress)
-        files = [checkpoint / name for name in meta["checksums"]]
-        counted.total = sum(file.stat().st_size for file in files if file.is_file())
-        counted.total += _read_bytes(model, prunable, solver.num_reads(target))
+        num_bytes = _read_bytes(model, prunable, solver.num_reads(target))
+        counted = CountedBytes(
+            progress, num_bytes, [checkpoint / name for name in meta["checksums"]]
+        )
         verify(checkpoint, progress=counted.add)
         reader = TensorReader(checkpoint)
         for name, parameter in model.named_parameters():
@@ -114,7 +112,7 @@ def _write(
     target: Compression,
     solver: Solver,
     file_bytes: int,
-    counted: _Counted,
+    counted: CountedBytes,
 ) -> dict[str, tuple[int, int]]:
     """Write weights and masks. Returns (zeros, values) of each parameter, by name."""
 
@@ -172,17 +170,3 @@ def _read_bytes(model: LanguageModel, prunable: Prunable, num_reads: int) -> int
     once = sum(parameter.nbytes for parameter in model.parameters())
     again = sum(parameter.nbytes for parameter in prunable.parameters)
     return once + (num_reads - 1) * again
-
-
-class _Counted:
-    """Bytes read so far, of how many."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._done = 0
-        self.total = 0
-
-    def add(self, num_bytes: int) -> None:
-        """Note that ``num_bytes`` more have been read."""
-        self._done += num_bytes
-        self._progress(self._done, max(self._done, self.total))

@@ -29,6 +29,7 @@ from qsdp.common.user_errors import quoted
 from qsdp.models.load_safetensors import fill, find_tensors
 
 FACTS = "compression.json"
+TOKENIZER = "tokenizer.json"
 FORMAT = "qsdp-compressed-1"
 MASKS_FORMAT = "qsdp-masks-1"
 
@@ -61,6 +62,39 @@ def load_export(folder: Path, model: nn.Module) -> None:
     shape.
     """
     fill(model, folder, find_tensors(folder), lambda name: (name, False))
+
+
+class ExportReader:
+    """Reads an export tensor by tensor, as ``checkpoint.TensorReader`` reads a checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError for a file that is missing or not readable."""
+        self._folder = folder
+        self._files = find_tensors(folder)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of the parameter ``name``."""
+        with safe_open(self._files[name], framework="pt") as tensors:
+            first: Tensor = tensors.get_slice(name)[:1]
+        return first.dtype
+
+    def check(self, name: str, shape: torch.Size) -> None:
+        """Raise ValueError unless there is a parameter ``name`` of this shape."""
+        stored = None
+        if name in self._files:
+            with safe_open(self._files[name], framework="pt") as tensors:
+                stored = tuple(tensors.get_slice(name).get_shape())
+        if stored != shape:
+            raise ValueError(
+                f"{self._folder} holds no tensor {name} of shape {tuple(shape)}: export the model "
+                "again."
+            )
+
+    def read(self, name: str) -> Tensor:
+        """The whole parameter ``name``, on the CPU."""
+        with safe_open(self._files[name], framework="pt") as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+        return tensor
 
 
 def read_mask(folder: Path, name: str) -> Tensor:

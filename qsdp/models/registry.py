@@ -9,6 +9,7 @@ from qsdp.common.registered import held_by_registered
 from qsdp.common.user_errors import quoted
 from qsdp.models.size import ModelSize
 from qsdp.models.spec import ModelSpec
+from qsdp.models.transformers_form import TransformersForm
 
 # The module that holds a family's FAMILY, a ``ModelSpec``.
 FAMILIES = {
@@ -102,3 +103,17 @@ def family_of_size(size: ModelSize) -> ModelSpec[Any]:
         f"a {type(size).__name__} is the size of no registered model: choose one of a family in "
         f"{list(FAMILIES)}."
     )
+
+
+def form_of_size(size: ModelSize) -> TransformersForm[Any]:
+    """How the transformers library keeps models of ``size``.
+
+    Raises ValueError if it has none such.
+    """
+    form = family_of_size(size).transformers
+    if form is None:
+        raise ValueError(
+            f"models of a {type(size).__name__} have no form in the transformers library: keep a "
+            "checkpoint or an export of qsdp's own."
+        )
+    return form

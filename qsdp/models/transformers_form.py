@@ -5,14 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from qsdp.models.size import ModelSize
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 S = TypeVar("S", bound=ModelSize)
+Shape = tuple[int, ...]
 
 
 class TransformersForm(ABC, Generic[S]):
@@ -39,5 +37,9 @@ class TransformersForm(ABC, Generic[S]):
     def tensor_name(self, parameter: str) -> tuple[str, bool]:
         """The tensor that keeps a parameter, and whether it is kept transposed."""
 
-    def add_tensors(self, size: S, tensors: dict[str, Tensor]) -> None:
-        """Add what the library needs besides those of our parameters: by default nothing."""
+    def zero_tensors(self, size: S, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """The tensors of zeros that the library needs besides those of our parameters.
+
+        By default there are none. ``shapes`` are those of our parameters' tensors as it keeps them.
+        """
+        return {}

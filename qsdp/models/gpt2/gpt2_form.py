@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qsdp.models.gpt2.config import GPTConfig
-from qsdp.models.transformers_form import TransformersForm
+from qsdp.models.transformers_form import Shape, TransformersForm
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+_VOCABULARY = 50257
 # Settings that change the function which a checkpoint's weights compute, with the only values
 # that our GPT computes. The first value is the one that Hugging Face assumes when it is absent.
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -75,6 +73,9 @@ class GPT2Form(TransformersForm[GPTConfig]):
 
     def settings(self, size: GPTConfig) -> dict[str, Any]:
         """The config.json of a GPT2LMHeadModel."""
+        # The last token of GPT-2's own vocabulary ends a text. In another it may be any character,
+        # at which ``generate`` would stop.
+        end_of_text = _VOCABULARY - 1 if size.vocab_size == _VOCABULARY else None
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -88,10 +89,8 @@ class GPT2Form(TransformersForm[GPTConfig]):
             "attn_pdrop": size.dropout,
             "resid_pdrop": size.dropout,
             "tie_word_embeddings": size.tie_weights,
-            # GPT-2's end-of-text token is the last of its vocabulary. Hugging Face's default,
-            # 50256, would lie outside a smaller one.
-            "bos_token_id": size.vocab_size - 1,
-            "eos_token_id": size.vocab_size - 1,
+            "bos_token_id": end_of_text,
+            "eos_token_id": end_of_text,
             **{name: allowed[0] for name, allowed in _SUPPORTED.items()},
         }
 
@@ -104,11 +103,12 @@ class GPT2Form(TransformersForm[GPTConfig]):
         transposed = kind == "weight" and not inner.startswith("norm")
         return f"transformer.h.{index}.{_BLOCK_MODULES[inner]}.{kind}", transposed
 
-    def add_tensors(self, size: GPTConfig, tensors: dict[str, Tensor]) -> None:
-        """Add zero biases to a model that has none."""
+    def zero_tensors(self, size: GPTConfig, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """The biases of a model that has none."""
         if size.bias:
-            return
-        for name, weight in list(tensors.items()):
-            if name.startswith(("transformer.h.", "transformer.ln_f.")):
-                bias_name = name.removesuffix("weight") + "bias"
-                tensors[bias_name] = weight.new_zeros(weight.shape[-1])
+            return {}
+        return {
+            name.removesuffix("weight") + "bias": shape[-1:]
+            for name, shape in shapes.items()
+            if name.startswith(("transformer.h.", "transformer.ln_f."))
+        }

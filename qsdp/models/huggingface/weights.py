@@ -27,7 +27,7 @@ from qsdp.compat.torch_collectives import full_tensor
 from qsdp.models.huggingface.config import config_from_huggingface, form_of
 from qsdp.models.language_model import LanguageModel
 from qsdp.models.load_safetensors import fill, find_tensors
-from qsdp.models.registry import family_of_size
+from qsdp.models.registry import family_of_size, form_of_size
 from qsdp.models.size import ModelSize
 from qsdp.models.transformers_form import TransformersForm
 
@@ -58,7 +58,7 @@ def load_huggingface_weights(model: nn.Module, folder: str | Path) -> None:
     another shape than the model's.
     """
     size = getattr(model, "config", None)
-    form = form_of(Path(folder)) if size is None else _form_of_size(size)
+    form = form_of(Path(folder)) if size is None else form_of_size(size)
     files = find_tensors(Path(folder))
 
     def stored(name: str) -> tuple[str, bool]:
@@ -87,7 +87,8 @@ def export_huggingface(
     Args:
         model: Its parameters are written.
         folder: To be made, empty, or of a model of the same configuration.
-        files: Further texts to write, by file name: the tokenizer.json of the model's tokenizer.
+        files: Further texts to write, by file name: those of the tokenizer, of which
+            ``qsdp.data.transformers_tokenizer`` makes what the library loads.
 
     Raises:
         ValueError: ``folder`` holds anything else, or cannot be written, or the library has no such
@@ -98,7 +99,7 @@ def export_huggingface(
     world = [dist.group.WORLD] if dist.group.WORLD is not None else []
     with mistakes_shared("export_huggingface", world):
         _check_texts(path, files or {})
-        form = _form_of_size(model.config)
+        form = form_of_size(model.config)
         is_there = _is_there(path, form, model.config)
     meet("export_huggingface", {}, world)
     writes = not world or dist.get_rank() == 0
@@ -113,7 +114,9 @@ def export_huggingface(
                 .cpu()
                 .clone(memory_format=torch.contiguous_format)
             )
-    form.add_tensors(model.config, tensors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name, shape in form.zero_tensors(model.config, shapes).items():
+        tensors[name] = torch.zeros(shape, dtype=next(iter(tensors.values())).dtype)
     with mistakes_shared("export_huggingface", world):
         if writes:
             _write_checkpoint(path, form.settings(model.config), tensors, files or {}, is_there)
@@ -132,16 +135,6 @@ def _check_texts(path: Path, files: Mapping[str, str]) -> None:
             raise ValueError(
                 f"files holds no text for {name} ({quoted(error)}): give one."
             ) from None
-
-
-def _form_of_size(size: ModelSize) -> TransformersForm[Any]:
-    form = family_of_size(size).transformers
-    if form is None:
-        raise ValueError(
-            f"models of a {type(size).__name__} have no form in the transformers library: keep a "
-            "checkpoint or an export of qsdp's own."
-        )
-    return form
 
 
 def _is_there(path: Path, form: TransformersForm[Any], size: ModelSize) -> bool:
