@@ -37,7 +37,7 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CUDA_FILES := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp)
 
-.PHONY: help setup train quick test test-quick test-smoke test-rest test-recipes test-all test-torch lint cuda-check gpu clean
+.PHONY: help setup train quick test test-quick test-smoke test-rest test-recipes test-all test-torch lint cuda-check gpu wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -120,6 +120,23 @@ cuda-check: setup  ## compile the CUDA sources for GPUS, run their kernels on th
 
 gpu: setup  ## on a machine with a GPU: build the CUDA kernels, run their tests, measure
 	@.ci/gpu $(abspath $(BIN)/python)
+
+# What `make wheel` installs besides what builds.
+RELEASE_TOOLS := import tomllib; \
+  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["release"])
+
+# The environments of the proof stay in build/proof for the next one: 10 GB with torch for CUDA, which pip
+# finds by itself. Small ones come with TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu".
+wheel: $(VENV)/.torch  ## build dist/, and prove the wheel with the oldest and the newest torch
+	$(BIN)/pip install --quiet $$($(BIN)/python -c '$(RELEASE_TOOLS)')
+	rm -rf build/wheel dist
+	QSDP_REQUIRE_NATIVE=1 $(BIN)/python -m build --no-isolation --outdir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	  --wheel-dir dist build/wheel/qsdp-*.whl
+	cp build/wheel/qsdp-*.tar.gz dist
+	PYTHON="$(PYTHON)" .ci/prove-wheel dist/qsdp-*.whl oldest newest
+	PYTHON="$(PYTHON)" .ci/prove-wheel dist/qsdp-*.tar.gz newest
+	@ls -l dist
 
 clean:  ## remove .venv, build leftovers and results
 	rm -rf $(VENV) .venv-torch-* build dist $(OUT) qsdp/_qsdp_native.so qsdp/_qsdp_cuda.so
