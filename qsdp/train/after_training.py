@@ -119,7 +119,7 @@ def finish(job: Job, companion: Companion, history: History) -> bool:
         if plots:
             print(f"Plots: {', '.join(str(path) for path in plots)}")
         else:
-            print("No plots: matplotlib is not installed.")
+            print("No plots: matplotlib is not installed (pip install matplotlib).")
         if stale := remove_stale(job.out / "plots", plots):
             print(f"Removed, of an earlier state of the run: {', '.join(stale)}")
 

@@ -231,7 +231,7 @@ def _report(results: dict[str, Any], out: Path | None) -> None:
     plot = out / "evaluation.png"
     noted = ""
     if may_fail(f"{plot}", lambda: write_target_plot(plot, losses, name.lower())) is False:
-        noted = "; no plot: matplotlib is not installed"
+        noted = "; no plot: matplotlib is not installed (pip install matplotlib)"
         if plot.exists():
             plot.unlink()
             noted += ", and the one of an earlier evaluation is removed"
