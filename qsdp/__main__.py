@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from typing import NoReturn
 
 import qsdp
-from qsdp.commands.exit import leave, run
-from qsdp.common.printing import forgiving_output
+from qsdp.commands.exit import one_sentence_at_the_end, run
 from qsdp.common.user_errors import UserError
 
 COMMANDS = {
@@ -39,15 +39,15 @@ def main() -> NoReturn:
 
 def _run_command() -> None:
     name, *flags = sys.argv[1:] or [""]
-    if name in ("-h", "--help", "--version"):
-        with forgiving_output():
+    with one_sentence_at_the_end("nothing was begun"):
+        if name in COMMANDS:
+            sys.argv[:] = [f"qsdp {name}", *flags]  # as its --help has it
+            import_module(f"qsdp.commands.{name}").main()
+        elif flags or name not in ("-h", "--help", "--version"):
+            given = f"{name[:99]!r} is no command" if name else "no command is given"
+            raise UserError(f"{given}: choose {', '.join(COMMANDS)}, or see qsdp --help alone.")
+        elif os.environ.get("RANK", "0") == "0":
             print(f"qsdp {qsdp.__version__}" if name == "--version" else _ABOUT)
-        return
-    if name not in COMMANDS:
-        given = f"{name!r} is no command" if name else "no command is given"
-        leave(UserError(f"{given}: choose {', '.join(COMMANDS)}, or see qsdp --help."))
-    sys.argv[:] = [f"qsdp {name}", *flags]  # as its --help has it
-    import_module(f"qsdp.commands.{name}").main()
 
 
 if __name__ == "__main__":

@@ -67,7 +67,9 @@ def resolve(path: Path, without: Collection[Path] = ()) -> Path:
     if found is None and step_of(path) is not None and path.is_dir():
         return path  # which is damaged
     if found is None:
-        raise ValueError(f"{path} holds no complete checkpoint: give a folder named step-N.")
+        raise ValueError(
+            f"{path} holds no complete checkpoint: give a folder step-N, or that of a run."
+        )
     return found
 
 

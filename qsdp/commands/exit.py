@@ -54,8 +54,8 @@ def leave(error: UserError) -> NoReturn:
     seconds, and leave with the same status when the launcher's SIGTERM comes. If it does not come,
     the mistake may be this rank's alone (a file that one node lacks), and it speaks for itself.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == 0:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
         print_error(f"error: {quoted(error)}.")
         raise SystemExit(EXIT_STATUS)
     signal.signal(signal.SIGTERM, _leave_now)

@@ -183,11 +183,15 @@ def _parse_flags(argv: Sequence[str] | None, defaults: dict[str, Any]) -> dict[s
 def one_sentence(read_flags: Callable[[], T]) -> T:
     """What a call of tyro's reads. Raises UserError for what it refuses, SystemExit after --help.
 
-    A reader of the help who has seen enough, as ``head`` has, is no error.
+    A reader of the help who has seen enough, as ``head`` has, is no error. Rank 0 alone shows it.
     """
     complaint = io.StringIO()
+    is_heard = os.environ.get("RANK", "0") == "0"
+    help_goes_to = (
+        contextlib.nullcontext() if is_heard else contextlib.redirect_stdout(io.StringIO())
+    )
     try:
-        with forgiving_output(), contextlib.redirect_stderr(complaint):
+        with forgiving_output(), contextlib.redirect_stderr(complaint), help_goes_to:
             return read_flags()
     except SystemExit as stop:
         if stop.code:

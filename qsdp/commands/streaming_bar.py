@@ -17,8 +17,8 @@ GIB = 1 << 30
 
 def check_streaming(max_file_gib: float) -> None:
     """Raise UserError for files of no size, and in one process of several."""
-    if not 0 < max_file_gib < 1 << 20:
-        raise UserError(f"--max-file-gib is {max_file_gib}: choose a number above 0.")
+    if not 1 / GIB <= max_file_gib < 1 << 20:
+        raise UserError(f"--max-file-gib is {max_file_gib}: choose a number of GiB, such as 2.")
     check_one_process()
 
 

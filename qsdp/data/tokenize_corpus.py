@@ -85,7 +85,8 @@ def _tokenizer(spec: str | Path, texts: Sequence[Path], document_end: str) -> To
 
 def _file_bytes(path: Path) -> int:
     if not path.is_file():
-        raise ValueError(f"there is no text file {path}: give files that exist.")
+        state = "is not a file" if path.exists() else "does not exist"
+        raise ValueError(f"the text {path} {state}: give files that exist.")
     size = path.stat().st_size
     if not size:  # which mmap refuses
         raise ValueError(f"{path} is empty: leave it out.")

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from qsdp.common.user_errors import quoted
+from qsdp.common.user_errors import UserError, quoted
 from qsdp.ops.schema import KERNELS
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_qsdp_native.so"
@@ -39,23 +39,29 @@ _stand_ins: list[torch.library.Library] = []  # while they live, they serve what
 _told: set[str] = set()  # types of devices whose slow kernels were told of
 
 
+class UnusableKernels(UserError, RuntimeError):
+    """Kernels that are asked for, by the environment or a GPU, and cannot serve."""
+
+
 def load() -> None:
     """Load the library of native kernels if it is installed, and choose kernels.
 
     Raises:
-        RuntimeError: The library is required but absent, or does not fit this torch.
-        ValueError: QSDP_CPU_CAPABILITY names kernels that are unknown or cannot run here.
+        UnusableKernels: The library is required but absent, or does not fit this torch, or
+            QSDP_CPU_CAPABILITY names kernels that are unknown or cannot run here.
     """
     global _library, _has_cuda_kernels
     wanted = os.environ.get("QSDP_CPU_CAPABILITY", "")
     if wanted and wanted not in _CAPABILITIES:
         allowed = ", ".join(_CAPABILITIES)
-        raise ValueError(f"QSDP_CPU_CAPABILITY is {wanted}: give one of {allowed}, or unset it.")
+        raise UnusableKernels(
+            f"QSDP_CPU_CAPABILITY is {wanted}: give one of {allowed}, or unset it."
+        )
     if LIBRARY.exists():
         _register_library(LIBRARY)
         _library = _with_signatures(ctypes.CDLL(str(LIBRARY)))
     elif _is_required():
-        raise RuntimeError(f"QSDP_REQUIRE_NATIVE is 1, but {_missing('cpu')}, or unset it.")
+        raise UnusableKernels(f"QSDP_REQUIRE_NATIVE is 1, but {_missing('cpu')}, or unset it.")
     else:
         _stand_in("cpu", _say_and_serve)
     if torch.version.cuda is not None and CUDA_LIBRARY.exists():
@@ -65,7 +71,7 @@ def load() -> None:
         # Not an error yet: whether tensors on a GPU will come is not known.
         _stand_in("cuda", _refuse_gpu_tensors if _is_required() else _say_and_serve)
     if wanted and _CAPABILITIES[wanted] not in available():
-        raise ValueError(
+        raise UnusableKernels(
             f"QSDP_CPU_CAPABILITY is {wanted}, which cannot run here: "
             f"give one of {', '.join(available())}, or unset it."
         )
@@ -98,7 +104,7 @@ def serving(device: torch.device) -> str:
     As ``capability`` has it; on a GPU "cuda sm_90" or the like, or "python".
 
     Raises:
-        RuntimeError: The CUDA library cannot serve this GPU, or is required but absent.
+        UnusableKernels: The CUDA library cannot serve this GPU, or is required but absent.
     """
     if device.type == "cpu":
         return capability()
@@ -108,7 +114,7 @@ def serving(device: torch.device) -> str:
         return PYTHON
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     if not _runs_on(device):
-        raise RuntimeError(
+        raise UnusableKernels(
             f"{CUDA_LIBRARY.name} has no kernels for this GPU ({architecture}): install qsdp again "
             "with CUDAARCHS=native in the environment."
         )
@@ -181,13 +187,14 @@ def _stand_in(device_type: str, serve: Callable[..., None]) -> None:
 def _say_and_serve(device_type: str, kernel: Callable[..., None], *args: Any, **more: Any) -> None:
     if device_type not in _told:
         _told.add(device_type)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine
+        # Once a machine, where the launcher says which rank of it this is.
+        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
             _log.warning("qsdp: %s", remark(torch.device(device_type)))
     kernel(*args, **more)
 
 
 def _refuse_gpu_tensors(*_: object, **__: object) -> None:
-    raise RuntimeError(f"QSDP_REQUIRE_NATIVE is 1, but {_missing('cuda')}, or unset it.")
+    raise UnusableKernels(f"QSDP_REQUIRE_NATIVE is 1, but {_missing('cuda')}, or unset it.")
 
 
 def _runs_on(device: torch.device) -> bool:
@@ -204,7 +211,7 @@ def _register_library(library: Path) -> None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        raise RuntimeError(
+        raise UnusableKernels(
             f"{library.name} does not load with torch {torch.__version__} ({quoted(error)}): "
             "install qsdp again with this torch."
         ) from error

@@ -34,7 +34,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 @pytest.mark.usefixtures("world_of_one")
-@pytest.mark.parametrize("arguments", [[], [""], ["trian"], ["--steps", "3"], ["exit"], ["-v"]])
+@pytest.mark.parametrize(
+    "arguments", [[], [""], 99 * ["trian"], ["--steps", "3"], ["exit"], ["-v"], ["--help", "train"]]
+)
 def test_what_is_no_command_is_refused_in_one_sentence(
     run: Callable[..., int], capfd: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
@@ -59,6 +61,7 @@ def test_only_rank_0_says_it(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.usefixtures("world_of_one")
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_lists_every_command(
     run: Callable[..., int], capfd: pytest.CaptureFixture[str], flag: str
@@ -68,6 +71,30 @@ def test_help_lists_every_command(
     assert listed[: len(program.COMMANDS)] == [*program.COMMANDS]
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
+def test_only_rank_0_helps(
+    run: Callable[..., int],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run(*arguments) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_interrupt_while_a_command_is_loaded_is_one_line(
+    run: Callable[..., int], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "import_module", interrupt)
+    assert run("train") == 130
+    assert re.fullmatch(r"interrupted, and .*\.\n", capfd.readouterr().err)
+
+
+@pytest.mark.usefixtures("world_of_one")
 def test_the_version_is_the_packages(
     run: Callable[..., int], capfd: pytest.CaptureFixture[str]
 ) -> None:

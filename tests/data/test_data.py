@@ -311,7 +311,7 @@ class TestShards:
         (tmp_path / "b.txt").write_bytes(b"\xff" * 100)
         for paths, message in (
             (["a.txt", "b.txt"], r"b.txt is not UTF-8 text \(byte 0\)"),
-            (["a.txt", "c.txt"], "there is no text file"),
+            (["a.txt", "c.txt"], "the text .* does not exist"),
             ([], "no text file was given"),
         ):
             with pytest.raises(ValueError, match=message):
@@ -452,10 +452,15 @@ class TestCommandLine:
             (["--out", "{}/a.txt/below"], r"below cannot be made .*: choose a folder"),
             (["--out", "{}/out", "--shard-tokens", "x"], "--shard-tokens"),
             (["--out", "{}/out", "--shardz", "1"], "--shardz"),
+            (["--out", "{}/out", "--shard-tokens", "0"], "--shard-tokens is 0"),
+            (["--out", "{}/out", "--val-fraction", "2"], r"--val-fraction is 2\.0"),
+            (["--out", "{}/out", "--texts", "{}/b.txt"], "--texts is given twice"),
+            (["--out", "{}/out", "--texts={}/b.txt"], "--texts is given twice"),
             ([], "--out"),
+            (["{}", "--out", "{}/out"], "is not a file: give files that exist"),
             (
                 ["{}/absent.txt", "--out", "{}/out"],
-                r"there is no text file .*absent\.txt: give files that exist\.",
+                r"the text .*absent\.txt does not exist: give files that exist\.",
             ),
         ],
     )

@@ -21,6 +21,7 @@ from qsdp.ops import native
 from qsdp.ops.reference import codec
 from tests.support import gpu_kernels, patience
 from tests.support.codec_wire import segments_of_sizes
+from tests.support.command_line import assert_is_one_sentence
 from tests.support.kernel_inputs import (
     CANARY,
     assert_canaries,
@@ -440,12 +441,13 @@ def test_the_environment_is_obeyed_or_refused(variable: str, value: str, sentenc
     if value == "avx512" and "avx512" in COMPILED:
         pytest.skip(f"{variable}={value} is fine on this machine")
     environment = {**os.environ, variable: value}
-    command = [sys.executable, "-c", "import qsdp.ops"]
+    command = [sys.executable, "-m", "qsdp", "selfcheck"]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=patience.seconds()
     )
-    assert done.returncode == 1
-    assert sentence in done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert_is_one_sentence(done.stderr)
+    assert sentence in done.stderr
 
 
 def test_a_missing_library_is_an_error_where_it_is_required(
@@ -453,5 +455,5 @@ def test_a_missing_library_is_an_error_where_it_is_required(
 ) -> None:
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "_qsdp_native.so")
     monkeypatch.setenv("QSDP_REQUIRE_NATIVE", "1")
-    with pytest.raises(RuntimeError, match="QSDP_REQUIRE_NATIVE is 1, but"):
+    with pytest.raises(native.UnusableKernels, match="QSDP_REQUIRE_NATIVE is 1, but"):
         native.load()

@@ -16,6 +16,8 @@ import torch
 from qsdp.ops import native
 from qsdp.ops.schema import KERNELS
 from tests.support import patience
+from tests.support.bad_inputs import TEXT
+from tests.support.command_line import small_run
 from tests.support.gpu_kernels import NO_GPU
 
 ROOT = Path(__file__).parents[2]
@@ -110,26 +112,55 @@ def test_a_tensor_on_a_gpu_is_refused_where_its_kernels_are_required_but_absent(
         native._refuse_gpu_tensors("cuda", KERNELS["encode"], torch.ones(1), 0)
 
 
+# A process in which no library of native kernels is found.
+PLAIN = """
+import pathlib, runpy, sys
+exists = pathlib.Path.exists
+pathlib.Path.exists = lambda path: path.suffix != ".so" and exists(path)
+"""
+
+
+def run_plain(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "QSDP_REQUIRE_NATIVE"}
+    command = [sys.executable, "-c", PLAIN + code, *arguments]
+    return subprocess.run(
+        command, env=env, check=True, capture_output=True, text=True, timeout=patience.seconds()
+    )
+
+
 @pytest.mark.slow
 def test_that_no_compiled_kernels_serve_is_logged_once_at_first_use() -> None:
-    code = (
-        "import pathlib, sys, torch; exists = pathlib.Path.exists\n"
-        "pathlib.Path.exists = lambda path: path.suffix != '.so' and exists(path)\n"
-        "import qsdp, qsdp.ops; out = torch.zeros(3, dtype=torch.bool)\n"
+    done = run_plain(
+        "import qsdp, qsdp.ops, torch; out = torch.zeros(3, dtype=torch.bool)\n"
         "print('imported', file=sys.stderr)\n"
         "for _ in range(2): torch.ops.qsdp.mark_above(torch.ones(3), 0, out)\n"
         "print('served', out.tolist(), file=sys.stderr)"
     )
-    env = {name: value for name, value in os.environ.items() if name != "QSDP_REQUIRE_NATIVE"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     begun, line, end = done.stderr.splitlines()
     assert (begun, end) == ("imported", "served [True, True, True]")
     assert line.startswith("qsdp: SLOW kernels: plain PyTorch's")
     assert "_qsdp_native.so is not in" in line
 
 
+@pytest.mark.slow
+def test_a_training_without_compiled_kernels_says_so_once(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    done = run_plain(
+        "runpy.run_module('qsdp', run_name='__main__')",
+        *("train", "--cram", "--one-shot", "none", *small_run(tmp_path)),
+    )
+    assert (done.stdout + done.stderr).count("SLOW") == 1
+    assert "  SLOW kernels: plain PyTorch's" in done.stdout
+
+
 @pytest.mark.parametrize(
-    ("ranks", "said"), [({}, 1), ({"RANK": "8", "LOCAL_RANK": "0"}, 1), ({"LOCAL_RANK": "1"}, 0)]
+    ("ranks", "said"),
+    [
+        ({}, 1),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, 1),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, 0),
+        ({"RANK": "1"}, 0),
+    ],
 )
 def test_one_rank_of_a_machine_logs_it(
     monkeypatch: pytest.MonkeyPatch,
@@ -146,11 +177,15 @@ def test_one_rank_of_a_machine_logs_it(
         monkeypatch.setattr(native, "_told", set())
         caplog.clear()
         served: list[Any] = []
+
+        def kernel(*given: Any, served: list[Any] = served, **more: Any) -> None:
+            served.append((given, more))
+
         if prints_remark:
             native.say_no_more()
         for number in range(3):
-            native._say_and_serve("cpu", served.append, number)
-        assert served == [0, 1, 2]
+            native._say_and_serve("cpu", kernel, number, add=True)
+        assert served == [((number,), {"add": True}) for number in range(3)]
         is_told = prints_remark and "RANK" not in ranks
         assert len(caplog.messages) == (0 if is_told else said)
 
