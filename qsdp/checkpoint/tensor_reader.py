@@ -11,6 +11,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from qsdp.checkpoint.plain_values import Refused
 from qsdp.checkpoint.safe_dcp import SafeLoadPlanner, SafeReader
 
+_MODEL = "model."
+
 
 class TensorReader:
     """Reads one checkpoint's model tensor by tensor, each in memory only while someone holds it."""
@@ -24,6 +26,11 @@ class TensorReader:
         self._reader = SafeReader(path)
         self._metadata = self._reader.metadata
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def names(self) -> list[str]:
+        """The names of all that it holds of the model: parameters, and buffers that are kept."""
+        stored = self._metadata.state_dict_metadata
+        return [name.removeprefix(_MODEL) for name in stored if name.startswith(_MODEL)]
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of the parameter ``name``. Raises ValueError if there is none."""
@@ -75,4 +82,4 @@ class TensorReader:
 
 
 def _stored_name(name: str) -> str:
-    return f"model.{name}"
+    return f"{_MODEL}{name}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -13,6 +14,8 @@ from qsdp.checkpoint.damaged import Damaged
 from qsdp.checkpoint.folders import META
 from qsdp.checkpoint.meta_json import read_meta
 from qsdp.checkpoint.safe_dcp import SafeReader
+
+T = TypeVar("T")
 
 
 def verify(
@@ -29,11 +32,25 @@ def verify(
         Damaged: A file is not as it was left.
         ValueError: A file cannot be read.
     """
-    stated = read_meta(path)["checksums"]
+    verify_files(path, read_meta(path)["checksums"], META, rank, size, progress)
+
+
+def verify_files(
+    path: Path,
+    stated: Mapping[str, str],
+    record: str,
+    rank: int = 0,
+    size: int = 1,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Verify this rank's part of the files in a folder, by their ``stated`` checksums.
+
+    Those stand in the file ``record``. The rest is as in ``verify``.
+    """
     for name in sorted(stated)[rank::size]:
         try:
             if crc32_of_file(path / name) != stated[name]:
-                raise Damaged(path, name, f"its checksum is not the one in {META}")
+                raise Damaged(path, name, f"its checksum is not the one in {record}")
             progress((path / name).stat().st_size)
         except FileNotFoundError:
             raise Damaged(path, name, "it is missing") from None
@@ -60,12 +77,24 @@ def verified_reader(path: Path, *, is_checked: bool = False) -> SafeReader:
 
     It is not verified again where it ``is_checked``.
     """
+
+    def read(rank: int, size: int) -> SafeReader:
+        if not is_checked:
+            verify(path, rank, size)
+        return SafeReader(path)
+
+    return on_all_ranks(read)
+
+
+def on_all_ranks(work: Callable[[int, int], T]) -> T:
+    """Call ``work`` with this rank and their number, on every rank, and return its result.
+
+    It must not communicate. What one rank finds damaged or cannot read raises on every rank.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     mistake = None
     try:
-        if not is_checked:
-            verify(path, rank, size)
-        reader = SafeReader(path)
+        result = work(rank, size)
     except ValueError as error:
         mistake = error if isinstance(error, Damaged) else str(error)
     mistakes: list[Damaged | str | None] = [None] * size
@@ -73,4 +102,4 @@ def verified_reader(path: Path, *, is_checked: bool = False) -> SafeReader:
     # What cannot be read may be whole: it is not passed over because another file is damaged.
     for first in sorted(filter(None, mistakes), key=lambda each: isinstance(each, Damaged)):
         raise first if isinstance(first, Damaged) else ValueError(first)
-    return reader
+    return result

@@ -7,6 +7,7 @@ from typing import Any
 
 from qsdp.data.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer
 
+# The first of these that a tokenizer has.
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _BYTES = 256
 
@@ -38,7 +39,10 @@ def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, str]:
 
 
 def end_of_text(tokenizer: Tokenizer) -> int | None:
-    """The id of the special token that ends a text, by its usual names; None if there is none."""
+    """The id of the added token that ends a text, by its usual names; None if there is none.
+
+    Of several it is the first of these names. Whether it is marked as special is not asked.
+    """
     end = _end_of_text(_library_definition(tokenizer))
     return None if end is None else int(end["id"])
 

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsdp.checkpoint import TensorReader, lists, read_meta, verify
+from qsdp.checkpoint import TensorReader, crc32_of_bytes, lists, read_meta, sealed, verify
 from qsdp.common.atomic_files import atomic_folder
 from qsdp.data.tokenizer import hash_of
 from qsdp.export.counted_bytes import CountedBytes, Progress
-from qsdp.export.read_export import FACTS, FORMAT, MASKS_FORMAT, TOKENIZER
-from qsdp.export.tensor_files import TensorFiles
+from qsdp.export.read_export import CHECKSUMS, FACTS, FORMAT, MASKS_FORMAT, TOKENIZER
+from qsdp.export.tensor_files import TensorFiles, check_dtypes
 from qsdp.models.language_model import LanguageModel
+from qsdp.models.load_safetensors import check_all_is_taken
 from qsdp.models.registry import family_of_size
 from qsdp.models.size import ModelSize
 from qsdp.oneshot.registry import DEFAULT, solver_of
@@ -80,11 +81,16 @@ def export_compressed(
         reader = TensorReader(checkpoint)
         for name, parameter in model.named_parameters():
             reader.check(name, parameter.shape)
-        zeros = _write(folder, reader, model, prunable, target, solver, file_bytes, counted)
+        check_all_is_taken(checkpoint, reader.names(), model.state_dict())
+        check_dtypes(checkpoint, {name: reader.dtype(name) for name, _ in model.named_parameters()})
+        zeros, checksums = _write(
+            folder, reader, model, prunable, target, solver, file_bytes, counted
+        )
         tokenizer = None
         if lists(meta, TOKENIZER) and (checkpoint / TOKENIZER).is_file():
             shutil.copyfile(checkpoint / TOKENIZER, folder / TOKENIZER)
             tokenizer = hash_of((folder / TOKENIZER).read_text(encoding="utf-8"))
+            checksums[TOKENIZER] = crc32_of_bytes((folder / TOKENIZER).read_bytes())
         facts = {
             "format": FORMAT,
             "target": str(target),
@@ -99,9 +105,12 @@ def export_compressed(
             "model": asdict(size),
             "config": meta.get("config"),
             "tokenizer": tokenizer,
+            CHECKSUMS: checksums,
         }
-        (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return facts
+        text_of_facts = sealed(facts)
+        (folder / FACTS).write_text(text_of_facts, encoding="utf-8")
+    written: dict[str, Any] = json.loads(text_of_facts)
+    return written
 
 
 def _write(
@@ -113,8 +122,11 @@ def _write(
     solver: Solver,
     file_bytes: int,
     counted: CountedBytes,
-) -> dict[str, tuple[int, int]]:
-    """Write weights and masks. Returns (zeros, values) of each parameter, by name."""
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Write weights and masks.
+
+    Returns (zeros, values) of each parameter, and the checksum of each file, by name.
+    """
 
     def read(name: str) -> Tensor:
         tensor = reader.read(name)
@@ -148,7 +160,7 @@ def _write(
     finally:
         weights.close()
         masks.close()
-    return zeros
+    return zeros, weights.checksums | masks.checksums
 
 
 def _count_zeros(zeros: dict[str, tuple[int, int]], prunable: set[str]) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from qsdp.checkpoint import Crc32, crc32_of_bytes
+from qsdp.common.dtypes import CODEC_DTYPES
+
 _NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -48,6 +51,7 @@ class TensorFiles:
             form: The ``format`` that each file's header states.
         """
         self._folder, self._kinds, self._form = folder, dict(kinds), form
+        self._crcs: dict[str, Crc32 | str] = {}
         groups = _split(kinds, file_bytes)
         numbers = range(1, len(groups) + 1)
         names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in numbers]
@@ -60,20 +64,27 @@ class TensorFiles:
                 "weight_map": {name: file for file, group in pairs for name in group},
             }
             text = json.dumps(index, indent=1) + "\n"
-            (folder / f"{stem}.safetensors.index.json").write_text(text)
+            index_name = f"{stem}.safetensors.index.json"
+            (folder / index_name).write_text(text, encoding="utf-8")
+            self._crcs[index_name] = crc32_of_bytes(text.encode())
         self._files = list(zip(names, groups, strict=True))
         self._expected: list[str] = []
         self._file: BinaryIO | None = None
+        self._crc = Crc32()
+
+    @property
+    def checksums(self) -> dict[str, str]:
+        """The CRC-32 of each file by its name, as checkpoints state it, once all is written."""
+        return {name: str(crc) for name, crc in self._crcs.items()}
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor."""
         if not self._expected:
             self._open_next()
-        assert self._file is not None
         expected = self._expected.pop(0)
         assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, *self._kinds[name])
         values = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        self._file.write(values.numpy().data)
+        self._append(values.numpy().data)
 
     def close(self) -> None:
         """Put the last file on disk."""
@@ -88,7 +99,13 @@ class TensorFiles:
         file_name, group = self._files.pop(0)
         self._expected = list(group)
         self._file = (self._folder / file_name).open("wb")
-        self._file.write(self._header(group))
+        self._crcs[file_name] = self._crc = Crc32()
+        self._append(self._header(group))
+
+    def _append(self, data: bytes | memoryview) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._crc.add(data)
 
     def _header(self, group: Sequence[str]) -> bytes:
         header: dict[str, Any] = {"__metadata__": {"format": self._form}}
@@ -105,6 +122,27 @@ class TensorFiles:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
         return len(text).to_bytes(8, "little") + text
+
+
+def check_dtypes(
+    source: Path, stored: Mapping[str, torch.dtype], chosen: torch.dtype | None = None
+) -> None:
+    """Raise ValueError unless parameters ``stored`` in ``source`` can be written as ``chosen``.
+
+    None writes them as they are stored. fp64 must be cast; what is no floating-point number, or has
+    a scale elsewhere, is no weight.
+    """
+    allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in CODEC_DTYPES)
+    if chosen not in (None, *CODEC_DTYPES):
+        raise ValueError(f"dtype is {chosen}: choose one of {allowed}.")
+    for name, dtype in stored.items():
+        if dtype in CODEC_DTYPES or (dtype == torch.float64 and chosen is not None):
+            continue
+        remedy = "choose one of these" if dtype == torch.float64 else "name a model of such weights"
+        raise ValueError(
+            f"{source} holds {name} as {str(dtype).removeprefix('torch.')}, but weights are "
+            f"written as {allowed}: {remedy}."
+        )
 
 
 def _split(kinds: Mapping[str, Kind], file_bytes: int) -> list[list[str]]:

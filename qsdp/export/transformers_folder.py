@@ -24,8 +24,16 @@ from qsdp.common.atomic_files import atomic_folder
 from qsdp.data.tokenizer import Tokenizer, tokenizer_from_json
 from qsdp.data.transformers_tokenizer import end_of_text, tokenizer_files
 from qsdp.export.counted_bytes import CountedBytes, Progress
-from qsdp.export.read_export import FACTS, TOKENIZER, ExportReader
-from qsdp.export.tensor_files import TensorFiles
+from qsdp.export.read_export import (
+    CHECKSUMS,
+    FACTS,
+    TOKENIZER,
+    ExportReader,
+    read_record,
+    verify_export,
+)
+from qsdp.export.tensor_files import TensorFiles, check_dtypes
+from qsdp.models.load_safetensors import check_all_is_taken
 from qsdp.models.registry import family_of_size, form_of_size
 from qsdp.models.size import ModelSize
 from qsdp.models.transformers_form import TransformersForm
@@ -53,7 +61,8 @@ def export_transformers(
         source: A checkpoint's folder step-..., written by any number of ranks, or an export's.
         size: The size of the model in it.
         out: The folder to make; it must not exist, or be empty.
-        dtype: Of all tensors. None is the stored one, the widest if there are several.
+        dtype: Of all tensors: fp32, bf16 or fp16. None is the stored one, the widest if there are
+            several.
         file_bytes: The most bytes of tensors in one file.
         progress: Called with the bytes read so far, and those to read in all.
 
@@ -62,26 +71,32 @@ def export_transformers(
 
     Raises:
         ValueError: ``source`` is damaged or of another model, the library has no such model,
-            ``dtype`` cannot hold a weight, or ``out`` is in use.
+            ``dtype`` is none of weights or cannot hold one, or ``out`` is in use.
     """
     if file_bytes < 1:
         raise ValueError(f"file_bytes is {file_bytes}: choose 1 or more.")
     form = form_of_size(size)
     with torch.device("meta"):
-        parameters = dict(family_of_size(size).build(size).named_parameters())
+        model = family_of_size(size).build(size)
+    parameters = dict(model.named_parameters())
     is_compressed = (source / FACTS).is_file()
-    meta = {} if is_compressed else read_meta(source)
+    meta = read_record(source) if is_compressed else read_meta(source)
     with atomic_folder(out) as folder:
         num_bytes = sum(parameter.nbytes for parameter in parameters.values())
-        files = [source / name for name in meta.get("checksums", ())]
+        files = [source / name for name in meta.get(CHECKSUMS, ())]
         counted = CountedBytes(progress, num_bytes, files)
-        if not is_compressed:
-            verify(source, progress=counted.add)
+        verify_source = verify_export if is_compressed else verify
+        verify_source(source, progress=counted.add)
         reader = ExportReader(source) if is_compressed else TensorReader(source)
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         for name, shape in shapes.items():
             reader.check(name, shape)
-        chosen = dtype or reduce(torch.promote_types, map(reader.dtype, shapes))
+        # A checkpoint keeps buffers too, and tied parameters under all their names.
+        known = parameters if is_compressed else model.state_dict()
+        check_all_is_taken(source, reader.names(), known)
+        stored = {name: reader.dtype(name) for name in shapes}
+        check_dtypes(source, stored, dtype)
+        chosen = dtype or reduce(torch.promote_types, stored.values())
         settings = form.settings(size)
         # Older versions of the library know the second name alone.
         settings |= dict.fromkeys(("dtype", "torch_dtype"), str(chosen).removeprefix("torch."))
@@ -134,7 +149,7 @@ def _write(
 def _tokenizer_of(source: Path, meta: Mapping[str, Any]) -> Tokenizer | None:
     """The tokenizer beside the weights, if one was saved there."""
     path = source / TOKENIZER
-    if not path.is_file() or (meta and not lists(meta, TOKENIZER)):
+    if not path.is_file() or not lists(meta, TOKENIZER):
         return None
     return tokenizer_from_json(path.read_text(encoding="utf-8"), str(path))
 
@@ -143,8 +158,9 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` in ``dtype``. Raises ValueError for a value that it cannot hold."""
     cast = tensor.to(dtype)
     if (cast.isinf() & tensor.isfinite()).any():
+        largest = tensor[tensor.isfinite()].abs().max()
         raise ValueError(
-            f"{name} has a weight of magnitude {tensor.abs().max():.3g}, which "
+            f"{name} has a weight of magnitude {largest:.3g}, which "
             f"{str(dtype).removeprefix('torch.')} cannot hold: choose a dtype of a wider range."
         )
     return cast

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ from torch.distributed.tensor import DTensor
 
 from qsdp.common.atomic_files import is_file_name
 from qsdp.common.sharding import local_slices
-from qsdp.common.user_errors import quoted
+from qsdp.common.user_errors import names_for_user, quoted
 from qsdp.compat.parameter_names import named_parameters
+
+_DTYPES = ("F64", "F32", "BF16", "F16")
+"""Of weights, as safetensors has them. Others are codes, which need a scale from elsewhere."""
 
 
 @torch.no_grad()
@@ -24,6 +27,7 @@ def fill(
     folder: str | Path,
     files: Mapping[str, Path],
     stored: Callable[[str], tuple[str, bool]],
+    spare: Iterable[str] = (),
 ) -> None:
     """Fill a model in place, plain or sharded by FSDP2, from safetensors; each rank its slices.
 
@@ -32,12 +36,17 @@ def fill(
         folder: What messages name.
         files: As ``find_tensors`` returns it.
         stored: Gives the tensor's name of a parameter's, and whether it is kept transposed.
+        spare: Tensors that the model does without.
 
     Raises:
-        ValueError: A tensor is missing or of another shape than the model's.
+        ValueError: A tensor is missing, of another shape than the model's or of codes, or would be
+            lost.
     """
-    for name, parameter in named_parameters(model).items():
-        their_name, transposed = stored(name)
+    parameters = named_parameters(model)
+    theirs = {name: stored(name) for name in parameters}
+    check_all_is_taken(folder, files, {*spare, *(name for name, _ in theirs.values())})
+    for name, parameter in parameters.items():
+        their_name, transposed = theirs[name]
         if their_name not in files:
             raise ValueError(
                 f"{folder} holds no tensor for parameter {name}: choose a complete "
@@ -54,10 +63,24 @@ def fill(
                     f"tensor {their_name} in {folder} has shape {list(tensor.get_shape())}, but "
                     f"the model needs {shape}: build the model from this checkpoint's config."
                 )
+            if tensor.get_dtype() not in _DTYPES:
+                raise ValueError(
+                    f"tensor {their_name} in {folder} is of dtype {tensor.get_dtype()}, but "
+                    f"weights are {', '.join(_DTYPES)}: choose a model that is not quantized."
+                )
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             if local.numel():
                 values = tensor[tuple(slices)]
                 local.copy_(values.t() if transposed else values)
+
+
+def check_all_is_taken(folder: str | Path, stored: Iterable[str], taken: Collection[str]) -> None:
+    """Raise ValueError if ``folder`` has a tensor ``stored`` that is not ``taken``, but lost."""
+    if lost := sorted(name for name in stored if name not in taken):
+        raise ValueError(
+            f"{folder} holds {names_for_user(lost)}, which would be lost, as the model has no such "
+            "parameter: build the model that was saved, or copy the folder again."
+        )
 
 
 def find_tensors(folder: Path, stem: str = "model") -> dict[str, Path]:
@@ -84,8 +107,7 @@ def find_tensors(folder: Path, stem: str = "model") -> dict[str, Path]:
     for file in sorted(files):
         if not file.is_file():
             raise ValueError(
-                f"there is no {file}: choose a checkpoint saved as safetensors (in transformers, "
-                "model.save_pretrained(folder))."
+                f"there is no {file}: choose a complete folder of a model saved as safetensors."
             )
         try:
             with safe_open(file, framework="pt") as tensors:

@@ -20,6 +20,10 @@ class TransformersForm(ABC, Generic[S]):
     """What config.json calls the family; no other family has it."""
     base_prefix: ClassVar[str] = ""
     """What the tensors of a model with a head begin with, and those of the bare model do not."""
+    buffers: ClassVar[str] = ""
+    """A regular expression of tensors that are constants, which older versions of it have saved."""
+    tied: ClassVar[Mapping[str, str]] = {}
+    """Which tensor each one equals that a model of tied weights may hold besides."""
 
     @abstractmethod
     def size(self, settings: Mapping[str, Any], path: Path) -> S:

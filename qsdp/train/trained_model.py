@@ -11,7 +11,7 @@ from torch import nn
 from qsdp import checkpoint
 from qsdp.common.user_errors import UserError, quoted
 from qsdp.data.tokenizer import hash_of
-from qsdp.export import FACTS, load_export, read_facts
+from qsdp.export import FACTS, check_export, load_export, read_facts
 from qsdp.models.registry import family_of
 from qsdp.models.size import ModelSize
 from qsdp.oneshot.registry import DEFAULT
@@ -51,11 +51,15 @@ class TrainedModel:
         return self.config.data.chosen_tokenizer
 
     def load(self, model: nn.Module) -> None:
-        """Fill a sharded ``model``. A collective for a checkpoint; raises ValueError."""
+        """Fill a sharded ``model``. A collective, which raises ValueError.
+
+        Each file of an export is verified by one rank before any reads weights.
+        """
         if self.target is None:
             checkpoint.load_model(self.path, model)
         else:
-            load_export(self.path, model)
+            check_export(self.path)
+            load_export(self.path, model, is_checked=True)
 
 
 def open_trained_model(path: Path) -> TrainedModel:
@@ -68,7 +72,8 @@ def open_trained_model(path: Path) -> TrainedModel:
         source, target = facts["source"], facts["target"]
         config, size = facts["config"], facts["model"]
         step, world_size = source.get("step"), source.get("world_size")
-        tokenizer, has_tokenizer = facts.get("tokenizer"), True
+        tokenizer = facts.get("tokenizer")
+        has_tokenizer = checkpoint.lists(facts, "tokenizer.json")
         method = facts.get("method", DEFAULT)
     else:
         path, target, method = checkpoint.resolve(path), None, None

@@ -159,3 +159,78 @@ def test_an_export_takes_no_place_that_is_taken(folder: Path) -> None:
             export_huggingface(our_model(), folder, files={name: "text"})
     export_huggingface(our_model(), folder, files={"tokenizer.json": "{}"})
     assert (folder / "tokenizer.json").read_text() == "{}"
+
+
+def add_tensors(folder: Path, **tensors: torch.Tensor) -> None:
+    path = folder / "model.safetensors"
+    added = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    save_file(load_file(path) | added, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer.h.2.ln_1.bias",
+        "score.weight",
+        "transformer.h.0.attn.c_attn.scale",
+        "wte.weight",
+    ],
+)
+def test_a_tensor_that_would_be_lost_is_refused(folder: Path, name: str) -> None:
+    add_tensors(folder, **{name: torch.randn(2, 3)})
+    with pytest.raises(ValueError, match=f"{name}, which would be lost, as the model has no such"):
+        load_huggingface(folder)
+
+
+def test_a_config_of_fewer_layers_than_are_there_is_refused(folder: Path) -> None:
+    edit_config(folder, n_layer=1)
+    with pytest.raises(ValueError, match=r"transformer\.h\.1\..* and 9 more, which would be lost"):
+        load_huggingface(folder)
+
+
+@pytest.mark.parametrize("is_bare", [True, False])
+def test_tensors_that_change_nothing_are_left_out(tmp_path: Path, is_bare: bool) -> None:
+    export_huggingface(ours := our_model(), tmp_path)
+    prefix = "" if is_bare else "transformer."
+    path = tmp_path / "model.safetensors"
+    stored = {
+        name.removeprefix("transformer." if is_bare else ""): tensor
+        for name, tensor in load_file(path).items()
+    }
+    for layer in range(2):
+        # As versions of the library before 4.30 saved them.
+        stored[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 6, 6).tril().bool()
+        stored[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    stored["lm_head.weight"] = stored[f"{prefix}wte.weight"].clone()
+    save_file(stored, path, metadata={"format": "pt"})
+    again = load_huggingface(tmp_path)
+    torch.testing.assert_close(again.state_dict(), ours.state_dict(), rtol=0, atol=0)
+    for other in (stored["lm_head.weight"] + 1, stored["lm_head.weight"].double()[:3]):
+        add_tensors(tmp_path, lm_head__weight=other)
+        with pytest.raises(ValueError, match=r"lm_head\.weight, which would be lost"):
+            load_huggingface(tmp_path)
+
+
+@pytest.mark.parametrize("is_bare", [True, False])
+def test_biases_are_left_out_only_where_they_are_zeros(tmp_path: Path, is_bare: bool) -> None:
+    export_huggingface(ours := our_model(bias=False), tmp_path)
+    path = tmp_path / "model.safetensors"
+    prefix = "transformer." if is_bare else ""
+    stored = {name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()}
+    save_file(stored, path, metadata={"format": "pt"})
+    again = our_model(bias=False)
+    load_huggingface_weights(again, tmp_path)
+    torch.testing.assert_close(again.state_dict(), ours.state_dict(), rtol=0, atol=0)
+    name = next(name for name in stored if name.endswith("h.1.mlp.c_fc.bias"))
+    stored[name][5] = 1e-3
+    save_file(stored, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{name}, which would be lost"):
+        load_huggingface_weights(again, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_codes_are_no_weights(folder: Path, dtype: torch.dtype) -> None:
+    name = "transformer.h.1.mlp.c_fc.bias"
+    add_tensors(folder, **{name: torch.zeros(32).to(dtype)})
+    with pytest.raises(ValueError, match=f"tensor {name} in .* is of dtype"):
+        load_huggingface(folder)

@@ -15,7 +15,7 @@ from qsdp.train.config import TrainConfig
 SIZE = GPTConfig(vocab_size=11, num_layers=3, num_heads=2, width=16, context=8)
 
 
-def save_model(folder: Path, size: GPTConfig = SIZE) -> GPT:
+def save_model(folder: Path, size: GPTConfig = SIZE, tokenizer: str = "{}") -> GPT:
     """A model of few distinct magnitudes, and its checkpoint in ``folder``/checkpoints.
 
     Thresholds cut through ties of such magnitudes.
@@ -29,5 +29,6 @@ def save_model(folder: Path, size: GPTConfig = SIZE) -> GPT:
         "fingerprint": {"model": asdict(size)},
         "world_size": 1,
     }
-    checkpoint.save(folder / "checkpoints", 7, model, None, meta, files={"tokenizer.json": "{}"})
+    files = {"tokenizer.json": tokenizer}
+    checkpoint.save(folder / "checkpoints", 7, model, None, meta, files=files)
     return model

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from qsdp.models.gpt2.config import GPTConfig
 from qsdp.models.transformers_form import Shape, TransformersForm
@@ -46,6 +46,8 @@ class GPT2Form(TransformersForm[GPTConfig]):
 
     model_type = "gpt2"
     base_prefix = "transformer."
+    buffers = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
+    tied: ClassVar[Mapping[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
 
     def size(self, settings: Mapping[str, Any], path: Path) -> GPTConfig:
         """The size of a GPT2LMHeadModel with these settings. Raises as ``TransformersForm``."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -54,8 +54,10 @@ def load_huggingface_weights(model: nn.Module, folder: str | Path) -> None:
     """Fill a model in place, plain or sharded by FSDP2, with the checkpoint in ``folder``.
 
     Every rank reads only its own slices. ``model`` must be built from ``config_from_huggingface``.
-    Raises ValueError for a missing or unreadable file, and for a tensor that is missing or of
-    another shape than the model's.
+    Tensors that change nothing may lie beside the parameters: see ``_spare``.
+
+    Raises ValueError for a missing or unreadable file, for a tensor that is missing, of another
+    shape than the model's or of codes, and for one that would be lost.
     """
     size = getattr(model, "config", None)
     form = form_of(Path(folder)) if size is None else form_of_size(size)
@@ -67,7 +69,46 @@ def load_huggingface_weights(model: nn.Module, folder: str | Path) -> None:
         bare_name = their_name.removeprefix(form.base_prefix)
         return bare_name if their_name not in files else their_name, transposed
 
-    fill(model, folder, files, stored)
+    fill(model, folder, files, stored, _spare(model, form, files, stored))
+
+
+def _spare(
+    model: nn.Module,
+    form: TransformersForm[Any],
+    files: Mapping[str, Path],
+    stored: Callable[[str], tuple[str, bool]],
+) -> set[str]:
+    """The tensors without which the model computes the same.
+
+    These are constants, what equals the weights that it is tied to, and biases of zeros where our
+    model has none.
+    """
+    prefix, size = form.base_prefix, getattr(model, "config", None)
+    shapes = {form.tensor_name(n)[0]: tuple(p.shape) for n, p in named_parameters(model).items()}
+    zeros = {} if size is None else form.zero_tensors(size, shapes)
+    zero_names = {name if name in files else name.removeprefix(prefix) for name in zeros}
+    taken = {stored(name)[0] for name in named_parameters(model)}
+    spare = set()
+    for name in files.keys() - taken:
+        tie = form.tied.get(name, "")
+        tie = tie if tie in files else tie.removeprefix(prefix)
+        if (
+            re.fullmatch(form.buffers, name)
+            or (name in zero_names and not _read(files, name).any())
+            or (tie in files and _are_equal(_read(files, name), _read(files, tie)))
+        ):
+            spare.add(name)
+    return spare
+
+
+def _read(files: Mapping[str, Path], name: str) -> Tensor:
+    with safe_open(files[name], framework="pt") as tensors:
+        tensor: Tensor = tensors.get_tensor(name)
+    return tensor
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 @torch.no_grad()
