@@ -147,7 +147,7 @@ def test_a_training_without_compiled_kernels_says_so_once(tmp_path: Path) -> Non
     (tmp_path / "text.txt").write_text(TEXT)
     done = run_plain(
         "runpy.run_module('qsdp', run_name='__main__')",
-        *("train", "--cram", "--one-shot", "none", *small_run(tmp_path)),
+        *("train", *small_run(tmp_path, "--steps", "1", "--one-shot", "0.5")),
     )
     assert (done.stdout + done.stderr).count("SLOW") == 1
     assert "  SLOW kernels: plain PyTorch's" in done.stdout
