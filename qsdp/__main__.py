@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 from typing import NoReturn
 
 import qsdp
 from qsdp.commands.exit import one_sentence_at_the_end, run
+from qsdp.common.printing import is_rank_0
 from qsdp.common.user_errors import UserError
 
 COMMANDS = {
@@ -46,7 +46,7 @@ def _run_command() -> None:
         elif flags or name not in ("-h", "--help", "--version"):
             given = f"{name[:99]!r} is no command" if name else "no command is given"
             raise UserError(f"{given}: choose {', '.join(COMMANDS)}, or see qsdp --help alone.")
-        elif os.environ.get("RANK", "0") == "0":
+        elif is_rank_0():
             print(f"qsdp {qsdp.__version__}" if name == "--version" else _ABOUT)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from qsdp.commands.exit import one_sentence_at_the_end
-from qsdp.commands.parsing import one_sentence
+from qsdp.commands.parsing import one_sentence, with_flag
 from qsdp.commands.streaming_bar import GIB, check_streaming, streaming_bar
 from qsdp.common.allocator import return_freed_memory
 from qsdp.common.user_errors import UserError, quoted, sentence
@@ -104,9 +104,8 @@ class CompressFlags:
                 block=1 if self.block is None else self.block,
             )
         except ValueError as error:
-            text = quoted(error)
-            is_named = text.split()[0] in ("sparsity", "pattern", "bits", "scope", "block")
-            raise ValueError(f"{'--' * is_named}{text}.") from None
+            names = ("sparsity", "pattern", "bits", "scope", "block")
+            raise ValueError(f"{with_flag(quoted(error), names)}.") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

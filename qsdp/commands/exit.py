@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from qsdp.common.printing import flush_output, forgiving_output, print_error
+from qsdp.common.printing import flush_output, forgiving_output, is_rank_0, print_error
 from qsdp.common.user_errors import UserError, quoted
 from qsdp.train.signals import process_ends, stop_was_requested
 
@@ -54,8 +54,7 @@ def leave(error: UserError) -> NoReturn:
     seconds, and leave with the same status when the launcher's SIGTERM comes. If it does not come,
     the mistake may be this rank's alone (a file that one node lacks), and it speaks for itself.
     """
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
+    if is_rank_0():
         print_error(f"error: {quoted(error)}.")
         raise SystemExit(EXIT_STATUS)
     signal.signal(signal.SIGTERM, _leave_now)
@@ -65,7 +64,7 @@ def leave(error: UserError) -> NoReturn:
         raise SystemExit(EXIT_STATUS)
     time.sleep(_PATIENCE_S)
     if not error.is_shared:
-        print_error(f"error on rank {rank}: {quoted(error)}.")
+        print_error(f"error on rank {os.environ['RANK']}: {quoted(error)}.")
     raise SystemExit(EXIT_STATUS)
 
 
@@ -92,7 +91,7 @@ def one_sentence_at_the_end(if_interrupted: str) -> Iterator[None]:
             raise
         leave(error)
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if is_rank_0():
             print_error(f"interrupted, and {if_interrupted}.")
         raise SystemExit(_INTERRUPTED) from None
 

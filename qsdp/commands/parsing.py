@@ -8,13 +8,13 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from qsdp.common.flags import flag
-from qsdp.common.printing import flush_output, forgiving_output
+from qsdp.common.printing import flush_output, forgiving_output, is_rank_0
 from qsdp.common.user_errors import UserError, quoted
 from qsdp.methods.registry import (
     FOLDERS_OF_EVERY_RUN,
@@ -60,7 +60,7 @@ def parse(argv: Sequence[str] | None = None) -> TrainConfig:
     for name, hint in numbers.items():
         _check_number(name, getattr(known, name), hint)
     from_file = {} if known.config is None else read_config_file(Path(known.config))
-    given = _given(argv)
+    given = given_flags(argv)
     _drop_replaced(from_file, given)
     if known.qsdp_bits == AUTO:
         _leave_to_auto(known.config, from_file, given)
@@ -93,7 +93,7 @@ def _defaults_of(model: str) -> dict[str, Any]:
     return defaults
 
 
-def _given(argv: Sequence[str] | None) -> list[str]:
+def given_flags(argv: Sequence[str] | None) -> list[str]:
     """The fields whose flags stand in ``argv``, whatever their values."""
     texts = sys.argv[1:] if argv is None else argv
     names = (text[2:].partition("=")[0].replace("-", "_") for text in texts if text[:2] == "--")
@@ -186,9 +186,8 @@ def one_sentence(read_flags: Callable[[], T]) -> T:
     A reader of the help who has seen enough, as ``head`` has, is no error. Rank 0 alone shows it.
     """
     complaint = io.StringIO()
-    is_heard = os.environ.get("RANK", "0") == "0"
     help_goes_to = (
-        contextlib.nullcontext() if is_heard else contextlib.redirect_stdout(io.StringIO())
+        contextlib.nullcontext() if is_rank_0() else contextlib.redirect_stdout(io.StringIO())
     )
     try:
         with forgiving_output(), contextlib.redirect_stderr(complaint), help_goes_to:
@@ -198,6 +197,12 @@ def one_sentence(read_flags: Callable[[], T]) -> T:
             raise UserError(_first_paragraph(complaint.getvalue())) from None
         flush_output()
         raise
+
+
+def with_flag(text: str, names: Collection[str]) -> str:
+    """``text``, in which a flag stands for one of the settings ``names`` that it begins with."""
+    name = text.partition(" ")[0]
+    return text.replace(name, flag(name), 1) if name in names else text
 
 
 def check_one_process() -> None:

@@ -5,7 +5,6 @@ qsdp prepare --texts a.txt b.txt --out shards --tokenizer tokenizer.json
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,7 @@ from rich.progress import (
 )
 
 from qsdp.commands.exit import one_sentence_at_the_end
-from qsdp.commands.parsing import check_one_process, one_sentence
-from qsdp.common.flags import flag
+from qsdp.commands.parsing import check_one_process, given_flags, one_sentence, with_flag
 from qsdp.common.user_errors import UserError, sentence
 from qsdp.data.corpus import TRAIN_FRACTION
 from qsdp.data.tokenize_corpus import prepare_shards
@@ -51,17 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prepare token shards as ``argv`` says. Exits with 2, in one sentence, on a user's mistake."""
     with one_sentence_at_the_end("nothing was written"):
         flags = one_sentence(lambda: tyro.cli(PrepareFlags, args=argv, description=__doc__))
-        given = sys.argv[1:] if argv is None else argv
-        if sum(text.partition("=")[0] == "--texts" for text in given) > 1:
+        if given_flags(argv).count("texts") > 1:
             raise UserError("--texts is given twice: name all files after one.")
         check_one_process()
         try:
             prepare(flags)
         except (ValueError, OSError) as error:
-            text = sentence(error)
-            name = text.partition(" ")[0]
-            is_flag = name in ("val_fraction", "shard_tokens")
-            raise UserError(text.replace(name, flag(name), 1) if is_flag else text) from None
+            text = with_flag(sentence(error), ("val_fraction", "shard_tokens"))
+            raise UserError(text) from None
 
 
 def prepare(options: PrepareFlags) -> None:

@@ -32,6 +32,11 @@ def forgiving_output() -> Iterator[None]:
                     setattr(sys, name, stream)
 
 
+def is_rank_0() -> bool:
+    """Whether this process is the one that speaks for all: rank 0, or one without a launcher."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_error(text: str) -> None:
     """Print one line on standard error, if that can be written."""
     if sys.stderr is not None:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsdp.checkpoint import TensorReader, crc32_of_bytes, lists, read_meta, sealed, verify
+from qsdp.checkpoint import TensorReader, crc32_of_bytes, lists, read_meta, sealed
 from qsdp.common.atomic_files import atomic_folder
 from qsdp.data.tokenizer import hash_of
+from qsdp.export.checked_reader import checked_reader
 from qsdp.export.counted_bytes import CountedBytes, Progress
-from qsdp.export.read_export import CHECKSUMS, FACTS, FORMAT, MASKS_FORMAT, TOKENIZER
-from qsdp.export.tensor_files import TensorFiles, check_dtypes
+from qsdp.export.read_export import CHECKSUMS, FACTS, FORMAT, MASKS_FORMAT, TOKENIZER, ExportReader
+from qsdp.export.tensor_files import TensorFiles
 from qsdp.models.language_model import LanguageModel
-from qsdp.models.load_safetensors import check_all_is_taken
 from qsdp.models.registry import family_of_size
 from qsdp.models.size import ModelSize
 from qsdp.oneshot.registry import DEFAULT, solver_of
@@ -77,12 +77,7 @@ def export_compressed(
         counted = CountedBytes(
             progress, num_bytes, [checkpoint / name for name in meta["checksums"]]
         )
-        verify(checkpoint, progress=counted.add)
-        reader = TensorReader(checkpoint)
-        for name, parameter in model.named_parameters():
-            reader.check(name, parameter.shape)
-        check_all_is_taken(checkpoint, reader.names(), model.state_dict())
-        check_dtypes(checkpoint, {name: reader.dtype(name) for name, _ in model.named_parameters()})
+        reader = checked_reader(checkpoint, model, None, counted.add)
         zeros, checksums = _write(
             folder, reader, model, prunable, target, solver, file_bytes, counted
         )
@@ -115,7 +110,7 @@ def export_compressed(
 
 def _write(
     folder: Path,
-    reader: TensorReader,
+    reader: TensorReader | ExportReader,
     model: LanguageModel,
     prunable: Prunable,
     target: Compression,

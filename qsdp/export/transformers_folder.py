@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsdp.checkpoint import TensorReader, lists, read_meta, verify
+from qsdp.checkpoint import TensorReader, lists, read_meta
 from qsdp.common.atomic_files import atomic_folder
 from qsdp.data.tokenizer import Tokenizer, tokenizer_from_json
 from qsdp.data.transformers_tokenizer import end_of_text, tokenizer_files
+from qsdp.export.checked_reader import checked_reader
 from qsdp.export.counted_bytes import CountedBytes, Progress
 from qsdp.export.read_export import (
     CHECKSUMS,
@@ -30,10 +31,8 @@ from qsdp.export.read_export import (
     TOKENIZER,
     ExportReader,
     read_record,
-    verify_export,
 )
-from qsdp.export.tensor_files import TensorFiles, check_dtypes
-from qsdp.models.load_safetensors import check_all_is_taken
+from qsdp.export.tensor_files import TensorFiles
 from qsdp.models.registry import family_of_size, form_of_size
 from qsdp.models.size import ModelSize
 from qsdp.models.transformers_form import TransformersForm
@@ -85,18 +84,9 @@ def export_transformers(
         num_bytes = sum(parameter.nbytes for parameter in parameters.values())
         files = [source / name for name in meta.get(CHECKSUMS, ())]
         counted = CountedBytes(progress, num_bytes, files)
-        verify_source = verify_export if is_compressed else verify
-        verify_source(source, progress=counted.add)
-        reader = ExportReader(source) if is_compressed else TensorReader(source)
+        reader = checked_reader(source, model, dtype, counted.add)
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        for name, shape in shapes.items():
-            reader.check(name, shape)
-        # A checkpoint keeps buffers too, and tied parameters under all their names.
-        known = parameters if is_compressed else model.state_dict()
-        check_all_is_taken(source, reader.names(), known)
-        stored = {name: reader.dtype(name) for name in shapes}
-        check_dtypes(source, stored, dtype)
-        chosen = dtype or reduce(torch.promote_types, stored.values())
+        chosen = dtype or reduce(torch.promote_types, map(reader.dtype, shapes))
         settings = form.settings(size)
         # Older versions of the library know the second name alone.
         settings |= dict.fromkeys(("dtype", "torch_dtype"), str(chosen).removeprefix("torch."))

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from qsdp.common.printing import is_rank_0
 from qsdp.common.user_errors import UserError, quoted
 from qsdp.ops.schema import KERNELS
 
@@ -133,7 +134,7 @@ def remark(device: torch.device) -> str:
 
 def say_no_more() -> None:
     """On rank 0, which then prints ``remark``, log no line of native kernels that are missing."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_0():
         _told.update(("cpu", "cuda"))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from qsdp.models.gpt2.model import GPT
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.prunable import Prunable
 from qsdp.sparsity.prune_and_round import prune_and_round_
-from tests.support import patience
+from tests.support import command_line, patience
 from tests.support.bad_inputs import BadInput
 from tests.support.small_gpt import SIZE, save_model
 
@@ -216,11 +215,5 @@ def test_a_folder_in_use_a_damaged_checkpoint_and_many_processes_are_refused(
 
 
 def refused(flags: list[str], out: Path, capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line that ``main`` prints on standard error."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([*flags, "--out", str(out)])
-    assert stop.value.code == 2
-    said = capfd.readouterr().err
-    assert re.fullmatch(r"error: \S.*\n", said), said
-    return said
+    """What the command says, in one sentence, of these ``flags`` and this ``--out``."""
+    return command_line.refused([*flags, "--out", str(out)], capfd, main)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import weakref
@@ -29,7 +28,7 @@ from qsdp.models.gpt2.model import GPT
 from qsdp.models.huggingface.config import config_from_huggingface
 from qsdp.models.huggingface.weights import export_huggingface
 from qsdp.train.config import TrainConfig
-from tests.support import patience
+from tests.support import command_line, patience
 from tests.support.bad_inputs import BadInput
 
 pytestmark = pytest.mark.usefixtures("gloo_of_one")
@@ -319,11 +318,5 @@ def test_what_is_damaged_in_use_or_of_another_kind_is_refused(
 
 
 def refused(flags: list[str], out: Path, capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line that ``main`` prints on standard error."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([*flags, "--out", str(out)])
-    assert stop.value.code == 2
-    said = capfd.readouterr().err
-    assert re.fullmatch(r"error: \S.*\n", said), said
-    return said
+    """What the command says, in one sentence, of these ``flags`` and this ``--out``."""
+    return command_line.refused([*flags, "--out", str(out)], capfd, main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,14 @@ import pytest
 from qsdp.commands.train import main
 
 
-def refused(flags: list[str], capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line that ``main`` prints on standard error for ``flags``."""
+def refused(
+    flags: list[str],
+    capfd: pytest.CaptureFixture[str],
+    command: Callable[[list[str]], None] = main,
+) -> str:
+    """The one line that ``command``, by default the trainer's, prints on standard error."""
     with pytest.raises(SystemExit) as stop:
-        main(flags)
+        command(flags)
     assert stop.value.code == 2
     printed = capfd.readouterr()
     assert_is_one_sentence(printed.err)
