@@ -113,7 +113,10 @@ class MaskedOptimizer(OptimizerWrapper):
             RuntimeError: The base optimizer has other parameters than the model; FSDP2 keeps
                 its weights gathered after the backward pass; or ranks are not at the same step.
         """
-        facts = {"step": self.num_steps, "closure": closure is not None, "state": bool(self.state)}
+        if self._leaves_steps_out:
+            return None
+        facts: dict[str, Any] = {"step": self.num_steps, "closure": closure is not None}
+        facts["state"] = bool(self.state)
         if not self.state:
             facts["learning rates of 0"] = self._has_no_rate()
         self.meet(self._check_begin, **facts)

@@ -17,6 +17,7 @@ from qsdp.methods.grad_norm import norm_among
 from qsdp.methods.nonfinite import name_not_finite, scalar_loss
 from qsdp.methods.tracked_parameters import TrackedParameters
 from qsdp.methods.weak_hooks import register_weak_hook
+from qsdp.methods.wrapped_optimizer import leaves_steps_out, unwrapped
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.prunable import Prunable
 
@@ -70,13 +71,15 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
         Args:
             model: Has the parameters.
-            base: Steps them.
+            base: Steps them. Of one that Accelerate or Lightning has wrapped, the one inside does.
             prunable: Name patterns of the prunable set.
             remembered: Keys of the parameter groups with initial values.
 
         Raises:
-            ValueError: The base takes closures or sparse gradients, or lacks parameters.
+            ValueError: The base takes closures or sparse gradients, or lacks parameters; or it is
+                a wrapped one whose gradients are scaled.
         """
+        self._given, base = base, unwrapped(base)
         if not isinstance(base, torch.optim.Optimizer):
             raise ValueError(
                 f"the base optimizer is a {type(base).__name__}: give a torch.optim.Optimizer."
@@ -173,10 +176,23 @@ class OptimizerWrapper(torch.optim.Optimizer):
                 "set_reshard_after_backward(False) would hide from the second: leave it at True."
             )
 
-    def meet(self, check: Callable[[], None] | None, **facts: object) -> None:
+    @property
+    def _leaves_steps_out(self) -> bool:
+        """Whether the optimizer that this was made of would do nothing now: it accumulates."""
+        return leaves_steps_out(self._given)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, unless the optimizer that this was made of would accumulate them."""
+        if not self._leaves_steps_out:
+            super().zero_grad(set_to_none)
+
+    def meet(
+        self, check: Callable[[], None] | None, *, has_news: bool = False, **facts: object
+    ) -> bool:
         """Make sure that all ranks are about to take the same step, of the parameters of now.
 
-        A collective when sharded. ``check`` raises what else stands against it.
+        A collective when sharded. ``check`` raises what else stands against it. Returns whether any
+        rank ``has_news``.
         """
         call = f"{type(self).__name__}.step"
         is_current = self._tracked.is_current
@@ -193,7 +209,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         own = {"trained parameters": sum(p.requires_grad for p in self.parameters())}
         # Where the model was plain when this was made, no rank has heard of the others' arguments.
         now = {"trained": self._tracked.trained_names, "prunable parameters": self.prunable.names}
-        meet(call, own | self.made_with | now | facts, groups)
+        return meet(call, own | self.made_with | now | facts, groups, has_news=has_news)
 
     def _grad_norm(self, loss: Any = None) -> float:
         """The norm over all parameters of the base, each once: see ``global_grad_norm``.

@@ -40,10 +40,11 @@ def prunable_parameters(
         patterns: Shell-style patterns of full parameter names as the model was written, whatever
             wraps it or its blocks by now (``torch.compile``, activation checkpointing, DDP), for
             instance ``["blocks.*.mlp.*.weight"]``. By default, inside an ``nn.ModuleList`` (the
-            blocks), the weights of ``nn.Linear`` and of Hugging Face's ``Conv1D``, and all
-            parameters of three dimensions above 1 (experts), but those of convolutions,
-            parametrized ones and biases, unless an embedding owns them too. A UserWarning names the
-            weights of blocks that the default leaves out, if they are more than a tenth.
+            blocks), or an ``nn.ModuleDict`` of numbered ones, the weights of ``nn.Linear`` and of
+            Hugging Face's ``Conv1D``, and all parameters of three dimensions above 1 (experts), but
+            those of convolutions, parametrized ones and biases, unless an embedding owns them too.
+            A UserWarning names the weights of blocks that the default leaves out, if they are more
+            than a tenth.
 
     Returns:
         Parameters by such a name, in the order of ``named_parameters``, tied ones once.
@@ -76,7 +77,7 @@ def prunable_parameters(
     in_blocks = {
         id(parameter): (module, name, parameter)
         for blocks in model.modules()
-        if isinstance(blocks, nn.ModuleList)
+        if _is_blocks(blocks)
         for module in blocks.modules()
         for name, parameter in module.named_parameters(recurse=False)
     }
@@ -86,7 +87,7 @@ def prunable_parameters(
     if not chosen:
         raise ValueError(
             f"{type(model).__name__} has no linear layers and no experts inside an nn.ModuleList "
-            "of blocks: name the parameters to prune by patterns."
+            "of blocks, or a numbered nn.ModuleDict: name the parameters to prune by patterns."
         )
     weights = {
         name: p
@@ -95,6 +96,12 @@ def prunable_parameters(
     }
     _warn_of_the_rest(model, weights, chosen)
     return chosen
+
+
+def _is_blocks(module: nn.Module) -> bool:
+    """Whether ``module`` holds a model's blocks, by numbers; torchtitan's is a dictionary."""
+    is_numbered = isinstance(module, nn.ModuleDict) and all(n[-1:].isdigit() for n in module)
+    return isinstance(module, nn.ModuleList) or is_numbered
 
 
 def _is_matrix(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:

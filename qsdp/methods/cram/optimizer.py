@@ -7,30 +7,26 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qsdp.common.model_structure import unique_tensors
 from qsdp.common.rank_agreement import warn
 from qsdp.common.splitmix64 import GOLDEN_GAMMA, MASK, finalize
 from qsdp.common.user_errors import counted
-from qsdp.compat.fsdp_state import with_enclosing_roots
-from qsdp.compat.interrupted_passes import abandon_interrupted_pass
 from qsdp.compat.parameter_group import groups_have_pending_gradients
 from qsdp.compat.resharding import reshard_all
-from qsdp.methods.clip_grad import check_max_norm, scale_grads_
+from qsdp.methods.clip_grad import check_max_norm
 from qsdp.methods.construct_on_all_ranks import collective_constructor
-from qsdp.methods.cram.second_pass import run_pass, second_pass
-from qsdp.methods.optimizer_wrapper import OptimizerWrapper
+from qsdp.methods.cram.compressed_point import add_grads, clear_grads, run_closure, take_grad
+from qsdp.methods.cram.two_passes import STEP, TwoPassOptimizer
 from qsdp.methods.rollback import rollback_on_exception, snapshot_buffers_and_grads
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import local_shard
 
 Target = float | str | Compression
-_STEP = "cram_step"
-_TINY = 1e-12
 
 
-class CrAM(OptimizerWrapper):
+class CrAM(TwoPassOptimizer):
     """CrAM minimizes the loss of the compressed model: min_w max_|d| <= rho L(C(w + d)).
 
     C keeps the largest magnitudes of the prunable set, globally and exactly, whatever the sharding,
@@ -58,7 +54,8 @@ class CrAM(OptimizerWrapper):
     ``skipped_steps`` counts it, and ``last_bad`` says what it was and in which pass. Works on plain
     modules, under DDP (where gradients alone decide) and under FSDP2;
     ``set_reshard_after_backward(False)`` is refused, because the second pass would see the weights
-    of the first. ``torch.amp.GradScaler`` refuses closures: train in bf16, which needs no scaling.
+    of the first. Loops that run their own backward passes, and ``torch.amp.GradScaler``, have no
+    closure: see ``second_pass``.
 
     ``last_target`` is the target drawn for the second pass of the last step; None before, and if
     the step was skipped without one. ``last_grad_norm`` is the norm of what the base optimizer was
@@ -124,7 +121,7 @@ class CrAM(OptimizerWrapper):
                 raise ValueError(
                     f"{name} is given where nothing would heed it: give {wanted}, or leave it out."
                 )
-        super().__init__(model, base_optimizer, prunable, {_STEP: 0})
+        super().__init__(model, base_optimizer, prunable, {STEP: 0})
         self.rho = rho
         self.plus = plus
         self.normalize = normalize
@@ -140,11 +137,6 @@ class CrAM(OptimizerWrapper):
         """The fraction of the prunable weights that was pruned in the last step's second pass."""
         return 0.0 if self.last_target is None else self.last_target.fraction
 
-    @property
-    def num_steps(self) -> int:
-        """Steps taken with a closure, skipped ones included; saved in ``state_dict``."""
-        return self._recall(_STEP)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; a collective when the model is sharded.
@@ -152,35 +144,40 @@ class CrAM(OptimizerWrapper):
         An exception in the closure is passed on, and the step may be tried again: it was not begun.
 
         Args:
-            closure: See the class. Without it nothing is done after a step with one, as long as
-                there are no gradients.
+            closure: See the class. Without it the step follows a ``second_pass``; or nothing is
+                done, where one was taken and there are no gradients.
 
         Returns:
             What the closure returned at the unperturbed weights.
 
         Raises:
-            RuntimeError: There is no closure, or there are gradients of earlier micro-batches
-                beside it; the base optimizer has other parameters than the model;
-                FSDP2 keeps its weights gathered after the backward pass; or ranks are not at the
-                same step.
+            RuntimeError: There is neither a closure nor a second pass, or there are gradients of
+                earlier micro-batches beside the closure; the base optimizer has other parameters
+                than the model; FSDP2 keeps its weights gathered after the backward pass; or ranks
+                are not at the same step.
         """
-        target = self.targets[cram_random_bits(self.seed, self.num_steps) % len(self.targets)]
-        facts = {"step": self.num_steps, "closure": closure is not None, "target": str(target)}
+        if self._leaves_steps_out:
+            return None
+        target, name = self._next_target(), type(self).__name__
+        facts: dict[str, Any] = {"step": self.num_steps, "target": str(target)}
+        facts |= {"closure": closure is not None, "second pass": self._second_pass}
         if closure is None:
-            self.meet(None, **facts)
+            self.meet(self._check_outside, **facts)
+            if self._second_pass:
+                return self._step_on_both()
             if self.num_steps and not self._on_any_rank(self._has_grads()):
                 return None  # a trainer's own call after step(closure), which left nothing to do
             is_used = bool(self.state) or not self._has_no_rate()
             if not self._on_any_rank(is_used) and self._only_makes_state():
                 return self.base.step()
-            name = type(self).__name__
             raise RuntimeError(
                 f"{name}.step() was called without a closure and would be a plain step of "
                 f"{type(self.base).__name__}: give one that runs forward and backward, "
-                f"{name}.step(closure), or call {name}.base.step() where a plain step is meant."
+                f"{name}.step(closure), run both once more in {name}.second_pass() before it, or "
+                f"call {name}.base.step() where a plain step is meant."
             )
         self.meet(self._check_begin, **facts)
-        self.last_target, self.last_bad = None, None
+        self._second_pass, self.last_target, self.last_bad = "", None, None
         try:
             undo = snapshot_buffers_and_grads(self.model, self.parameters())
             with rollback_on_exception(self.model, undo):
@@ -191,7 +188,7 @@ class CrAM(OptimizerWrapper):
                     undo()
         finally:
             self.zero_grad()
-        self._remember(_STEP, self.num_steps + 1)
+        self._remember(STEP, self.num_steps + 1)
         reshard_all(self.model)
         return loss
 
@@ -205,11 +202,13 @@ class CrAM(OptimizerWrapper):
                 "optimizer of all parameters for these to take part."
             )
 
+    def _next_target(self) -> Compression:
+        """The target of the next step."""
+        return self.targets[cram_random_bits(self.seed, self.num_steps) % len(self.targets)]
+
     def _check_begin(self) -> None:
         """Raise RuntimeError if the two passes would not be all that the step is made of."""
-        self.check_reshards()
-        for whole in with_enclosing_roots(self.model):
-            abandon_interrupted_pass(whole)
+        self._check_passes()
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         if groups_have_pending_gradients(self.model) or any(
             local_shard(g).values.any() for g in grads
@@ -225,34 +224,19 @@ class CrAM(OptimizerWrapper):
     def _compute_grads(self, closure: Callable[[], Any], target: Compression) -> tuple[Any, bool]:
         """Run both passes; leave the step's gradient in place and say whether it is finite."""
         parameters = unique_tensors(self.parameters())
-        loss = run_pass(closure, parameters)
+        clear_grads(parameters)
+        loss = run_closure(closure)
         norm = self.last_grad_norm = self._grad_norm(loss)
         if not math.isfinite(norm):
             self._count_skipped(loss, ", in the first pass")
             return loss, False
         self.last_target = target
-        scale = self.rho / (norm + _TINY) if self.normalize else self.rho
-        grads = [_take_grad(parameter) for parameter in parameters]
-        second_loss = second_pass(
-            closure,
-            self.model,
-            parameters,
-            grads,
-            scale=scale,
-            prunable=self.prunable,
-            target=target,
-            sparse_grad=self.sparse_grad,
-            on_support_change=self._on_support_change,
-        )
+        grads = [take_grad(parameter) for parameter in parameters]
+        with self._compressed(parameters, grads, target, norm):
+            second_loss = run_closure(closure)
         if self.plus:
-            _add_grads(parameters, grads)
-        norm = self.last_grad_norm = self._grad_norm(second_loss)
-        if not math.isfinite(norm):
-            self._count_skipped(second_loss, ", in the second pass")
-            return loss, False
-        if self.max_norm is not None:
-            scale_grads_(parameters, self.max_norm * (2 if self.plus else 1), norm)
-        return loss, True
+            add_grads(parameters, grads)
+        return loss, self._takes(self._grad_norm(second_loss), second_loss)
 
 
 def cram_random_bits(seed: int, step: int) -> int:
@@ -261,21 +245,3 @@ def cram_random_bits(seed: int, step: int) -> int:
     for word in (seed, step):
         bits = finalize(bits + word + GOLDEN_GAMMA & MASK)
     return bits
-
-
-def _take_grad(parameter: Tensor) -> Tensor | None:
-    """Detach the gradient from its parameter, so that the next pass starts a new one."""
-    grad, parameter.grad = parameter.grad, None
-    if grad is None:
-        return None
-    # DDP's gradient_as_bucket_view hands out views of buckets that the next pass overwrites, and
-    # nothing tells such a gradient from one that is its parameter's own.
-    return grad if local_shard(grad).groups else grad.clone()
-
-
-def _add_grads(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    for parameter, grad in zip(parameters, grads, strict=True):
-        if parameter.grad is None:
-            parameter.grad = grad
-        elif grad is not None:
-            local_shard(parameter.grad).values.add_(local_shard(grad).values)

@@ -1,0 +1,40 @@
+"""Optimizers that Accelerate and Lightning have wrapped are seen through to the one that steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_WRAPPERS = {"AcceleratedOptimizer", "_FabricOptimizer", "LightningOptimizer"}
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside of those that only pass on what they are asked: their ``.optimizer``.
+
+    Raises ValueError where one scales gradients, which would not be unscaled beside it.
+    """
+    while _is_wrapper(optimizer):
+        strategy = getattr(optimizer, "_strategy", None)
+        holders = (optimizer, getattr(strategy, "precision", None))
+        if any(getattr(holder, "scaler", None) is not None for holder in holders):
+            raise ValueError(
+                f"the base optimizer is a {type(optimizer).__name__} whose gradients a GradScaler "
+                "scales: wrap its .optimizer before it is prepared, or put the qsdp optimizer in "
+                "the place of its .optimizer."
+            )
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def leaves_steps_out(optimizer: Any) -> bool:
+    """Whether ``optimizer``, a wrapped one, would leave a step out now: Accelerate accumulates."""
+    state = getattr(optimizer, "gradient_state", None)
+    return state is not None and _is_wrapper(optimizer) and not state.sync_gradients
+
+
+def _is_wrapper(optimizer: Any) -> bool:
+    # By name, so that the libraries need not be installed. Others of that form may do more.
+    names = {cls.__name__ for cls in type(optimizer).__mro__}
+    inner = getattr(optimizer, "optimizer", None)
+    return bool(names & _WRAPPERS) and isinstance(inner, torch.optim.Optimizer)
