@@ -191,7 +191,8 @@ HEAVY = {
     *("accumulated after reduce", "warm-up at 16 bits", "native replicas"),
     *("budget behind a warm-up, sparse", "by columns and a large seed"),
     *("learned levels, sparse", "a budget of gradients, replicas"),
-    "a budget of gradients and learned levels",
+    *("a budget of gradients and learned levels", "from zeros", "many widths"),
+    "replicas, sparse, warm-up, budget",
     *(name for name in CASES if name.startswith("by node")),
 }
 

@@ -210,7 +210,8 @@ HEAVY = {
     *("learned-levels-sparse", "budget-sparse-hsdp", "budget-and-learned-levels-two-hop", "budget"),
     *("tied", "frozen", "two-hop-accumulated-after-reduce", "learned-levels-two-hop"),
     *("warm-up", "kept-payloads", "two-hop", "quantized-replicas", "two-hop-on-one-node"),
-    *("plain", "learned-levels"),
+    *("plain", "learned-levels", "learned-levels-hsdp", "embeddings-at-three-bits"),
+    *("budget-and-learned-levels-sparse-two-hop", "kept-payloads-regathered-by-two"),
 }
 
 
