@@ -121,3 +121,12 @@ class Traffic:
                 counts[f"{direction}_{link}_bytes"] for link in LINKS
             )
         return counts
+
+    def megabytes(self) -> dict[str, float]:
+        """What training has sent, in 10^6 bytes, as trackers show it: in all, and between nodes."""
+        counts = self.snapshot()
+        links = {"wire_sent_mb": "sent", "wire_between_nodes_mb": "inter_node"}
+        return {
+            name: (counts[f"gather_{link}_bytes"] + counts[f"reduce_{link}_bytes"]) / 1e6
+            for name, link in links.items()
+        }

@@ -27,6 +27,13 @@ def unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
+def put_inside(prepared: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Let Accelerate's ``prepared`` pass on to ``optimizer``, which wraps the one inside it."""
+    prepared.optimizer = optimizer
+    # With a GradScaler it calls the step that it has bound as it was made.
+    prepared.__setstate__(prepared.__getstate__())
+
+
 def leaves_steps_out(optimizer: Any) -> bool:
     """Whether ``optimizer``, a wrapped one, would leave a step out now: Accelerate accumulates."""
     state = getattr(optimizer, "gradient_state", None)
