@@ -1,0 +1,83 @@
+"""The wire's state in a file of its own, for checkpoints of libraries that have no place for it."""
+
+from __future__ import annotations
+
+import io
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qsdp.common.atomic_files import replacing
+from qsdp.common.rank_agreement import meet, mistakes_shared, warn
+from qsdp.common.user_errors import quoted
+from qsdp.fsdp.handle import Handle
+from qsdp.fsdp.whole_state import load_whole_state, whole_state
+
+_NAME = "qsdp_wire.bin"
+_DIGEST_BYTES = 16
+
+
+def save_wire(handle: Handle, folder: Path, *, is_writer: bool) -> None:
+    """Write ``whole_state`` of the wire to a file of ``folder``, all or nothing. A collective.
+
+    Args:
+        handle: Of the wire.
+        folder: A checkpoint of another library, which is there.
+        is_writer: Whether this rank writes it: one of each file system does.
+    """
+    state = whole_state(handle)
+    if not is_writer:
+        return
+    archive = io.BytesIO()
+    torch.save(state, archive)
+    with replacing(folder / _NAME) as temporary, temporary.open("wb") as file:
+        file.write(_digest(archive.getbuffer()))
+        file.write(archive.getbuffer())
+
+
+def load_wire(handle: Handle, folder: Path) -> None:
+    """Load what ``save_wire`` has written, as ``load_whole_state`` does. A collective.
+
+    Where the file is missing a UserWarning says that the wire begins anew.
+
+    Raises:
+        ValueError: The file is damaged; or as ``load_whole_state``.
+        RuntimeError: Ranks do not find the same.
+    """
+    path = folder / _NAME
+    call, everyone = "load_wire", [dist.group.WORLD] if dist.group.WORLD is not None else []
+    with mistakes_shared(call, everyone):
+        digest, state = _read(path)
+    meet(call, {f"the digest of {path.name}": digest or "missing"}, everyone)
+    if state is not None:
+        load_whole_state(handle, state)
+        return
+    warn(
+        f"{path} is missing, the state of the wire, which begins anew: restore it where the "
+        "training shall go on bit for bit."
+    )
+
+
+def _read(path: Path) -> tuple[str, Any]:
+    """The digest of the file ``path`` and the state in it; nothing if there is no such file."""
+    if not path.is_file():
+        return "", None
+    raw = path.read_bytes()
+    digest, archive = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
+    try:
+        if _digest(archive) != digest:
+            raise ValueError("its digest does not match")
+        state = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises of an archive that is none is not documented
+        raise ValueError(
+            f"{path} is damaged ({quoted(error, 100)}): restore it, or remove it to go on with a "
+            "wire that begins anew."
+        ) from error
+    return digest.hex(), state
+
+
+def _digest(archive: bytes | memoryview) -> bytes:
+    return blake2b(archive, digest_size=_DIGEST_BYTES).digest()

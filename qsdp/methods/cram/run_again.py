@@ -1,0 +1,152 @@
+"""What makes a second pass the twin of the first: its inputs, its random numbers, no new counts."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+
+class _RandomState(NamedTuple):
+    """The states of all generators that a forward pass may draw from."""
+
+    python: Any
+    numpy: Any
+    cpu: Tensor
+    devices: tuple[Any, ...]
+    device_type: str
+
+    @classmethod
+    def now(cls, device: torch.device) -> _RandomState:
+        """The states as they are, of ``device`` too."""
+        devices = get_device_states(torch.empty(0, device=device))
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        return cls(*states, devices, device.type)
+
+    def restore(self) -> None:
+        """Let all generators draw the same numbers once more."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        set_device_states(*self.devices, device_type=self.device_type)
+
+
+@dataclass
+class _MicroBatch:
+    run: Callable[[], object]
+    before_again: Callable[[], object]
+    inputs: Any = None
+    state: _RandomState | None = None
+
+
+class MicroBatches:
+    """The micro-batches of one step, which a trainer runs one by one and then all again.
+
+    Where it prepares the inputs of one it asks ``prepared``.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[_MicroBatch] = []
+        self._current: _MicroBatch | None = None
+        self.is_again = False
+        """Whether this is the second pass."""
+
+    def first(self, run: Callable[[], Any], before_again: Callable[[], object]) -> Any:
+        """The result of ``run``, the forward and backward pass of a micro-batch.
+
+        It is kept for ``again``, which calls ``before_again`` before it.
+        """
+        current = self._current = _MicroBatch(run, before_again)
+        result = run()
+        assert current.state is not None, "nothing was prepared"
+        self._kept.append(current)
+        return result
+
+    def prepared(self, prepare: Callable[[], Any], device: torch.device) -> Any:
+        """What ``prepare`` gives; in the second pass what it gave in the first.
+
+        What a forward pass on ``device`` draws after it is then the same, too.
+        """
+        current, self._current = self._current, None
+        if current is None:
+            return prepare()
+        if self.is_again:
+            assert current.state is not None
+            current.state.restore()
+            return current.inputs
+        inputs = prepare()
+        current.inputs, current.state = _copied(inputs), _RandomState.now(device)
+        return inputs
+
+    def again(self, set_is_last: Callable[[bool], object], device: torch.device) -> None:
+        """Run all once more; ``set_is_last`` hears before each whether it is the last."""
+        kept, self._kept = self._kept, []
+        after, self.is_again = _RandomState.now(device), True
+        try:
+            for left in reversed(range(len(kept))):
+                self._current = kept.pop(0)
+                set_is_last(not left)
+                self._current.before_again()
+                self._current.run()
+        finally:
+            self.is_again, self._current = False, None
+            set_is_last(True)
+            after.restore()
+
+
+def accelerate_sync(accelerator: Any, model: Any) -> Callable[[bool], None]:
+    """Says to Accelerate and FSDP2 whether the next backward pass is the last of its step.
+
+    ``sync_each_batch``, of Accelerate's plugin for accumulation, has each of them reduced.
+    """
+    state = accelerator.gradient_state
+    syncs_each = state.plugin_kwargs.get("sync_each_batch", False)
+
+    def set_is_last(is_last: bool) -> None:
+        state._set_sync_gradients(is_last)
+        model.set_requires_gradient_sync(is_last or syncs_each)
+
+    return set_is_last
+
+
+@contextmanager
+def counting_aside(counter: object) -> Iterator[None]:
+    """Inside, ``counter`` may count in its attributes, which are as before in the end.
+
+    They are numbers, tensors, lists, sets and dictionaries, in one another too: others see none of
+    it. What an attribute that is another object counts stays, and so do data sets, by their names.
+    """
+    attributes = vars(counter)
+    before = dict(attributes)
+    attributes |= {
+        name: _copied(value) for name, value in before.items() if not name.endswith("_dataset")
+    }
+    try:
+        yield
+    finally:
+        attributes.update(before)
+
+
+def _copied(value: Any) -> Any:
+    """``value`` with copies of tensors and containers; other objects are the same ones."""
+    if isinstance(value, Tensor):
+        return value if value.requires_grad else value.clone()
+    if isinstance(value, tuple):
+        items = map(_copied, value)
+        return value._make(items) if hasattr(value, "_make") else tuple(items)
+    if isinstance(value, set | np.ndarray):
+        return copy.copy(value)
+    if not isinstance(value, MutableMapping | MutableSequence):
+        return value
+    copied = copy.copy(value)
+    for key in copied.keys() if isinstance(copied, MutableMapping) else range(len(copied)):
+        copied[key] = _copied(copied[key])
+    return copied
