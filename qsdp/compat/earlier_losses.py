@@ -11,8 +11,9 @@ from qsdp.compat.parameter_group import parameter_groups
 def invalidate_losses(model: nn.Module) -> None:
     """Make autograd refuse the backward pass of every loss that was made of ``model`` so far.
 
-    Its weights are about to change. Edits of a shard do not show in the gathered weights that
-    autograd has seen, whose numbers of versions FSDP2 keeps.
+    Its weights are about to change. It refuses where it has kept a weight for the backward pass,
+    which a lone linear layer and layers that are recomputed do not ask for. Edits of a shard do not
+    show in the gathered weights that autograd has seen, whose numbers of versions FSDP2 keeps.
     """
     gathered = [p for group in parameter_groups(model) for p in group.unsharded_parameters()]
     seen: list[Tensor] = [p for p in (*gathered, *model.parameters()) if p is not None]

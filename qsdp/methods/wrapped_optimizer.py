@@ -20,8 +20,7 @@ def unwrapped(optimizer: Any) -> Any:
         if any(getattr(holder, "scaler", None) is not None for holder in holders):
             raise ValueError(
                 f"the base optimizer is a {type(optimizer).__name__} whose gradients a GradScaler "
-                "scales: wrap its .optimizer before it is prepared, or put the qsdp optimizer in "
-                "the place of its .optimizer."
+                "scales: wrap the optimizer before that prepares it."
             )
         optimizer = optimizer.optimizer
     return optimizer

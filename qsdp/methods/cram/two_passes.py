@@ -22,10 +22,11 @@ from qsdp.methods.cram.loss_scale import LossScale, check_loss_scale, loss_scale
 from qsdp.methods.optimizer_wrapper import OptimizerWrapper
 from qsdp.methods.rollback import rollback_on_exception, snapshot_buffers_and_grads
 from qsdp.sparsity.compression_target import Compression
+from qsdp.sparsity.local_shards import local_shard
 
 STEP = "cram_step"
 _TINY = 1e-12
-_MARK = "is_of_two_passes"
+_MARK = "version_after_second_pass"
 
 
 class TwoPassOptimizer(OptimizerWrapper):
@@ -81,8 +82,8 @@ class TwoPassOptimizer(OptimizerWrapper):
 
         Raises:
             ValueError: ``scale`` is something else.
-            RuntimeError: There is no gradient of a first pass, or one that was not reduced, or is
-                unscaled already, or of an earlier step too; a loss that was made outside is sent
+            RuntimeError: There is no gradient of a first pass, or one that was not reduced, is
+                unscaled already, or is of another second pass; a loss that was made outside is sent
                 backward inside; no backward pass is run inside, or its gradients are not reduced;
                 this is one inside another; or as ``step``.
         """
@@ -134,26 +135,11 @@ class TwoPassOptimizer(OptimizerWrapper):
             self._second_pass = "done"
             self.skipped_steps += 1  # until the step is taken
             self.last_bad = "something after the second pass, which no step has followed"
-        for parameter in parameters:
-            if parameter.grad is not None:
-                setattr(parameter.grad, _MARK, True)
+            self.last_grad_norm = math.nan
+        for grad in [p.grad for p in parameters if p.grad is not None]:
+            setattr(grad, _MARK, _version(grad))
         self._remember(STEP, self.num_steps + 1)
         reshard_all(self.model)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; see ``OptimizerWrapper.zero_grad``."""
-        super().zero_grad(set_to_none)
-        for grad in self._marked_grads():
-            delattr(grad, _MARK)
-
-    def _marked_grads(self) -> list[Tensor]:
-        """The gradients that a second pass has left, and nobody has cleared."""
-        grads = [parameter.grad for parameter in self.parameters()]
-        return [
-            grad
-            for grad in unique_tensors(g for g in grads if g is not None)
-            if hasattr(grad, _MARK)
-        ]
 
     def _step_on_both(self) -> None:
         """Let the base step on what both passes have left in ``.grad``, once."""
@@ -191,10 +177,11 @@ class TwoPassOptimizer(OptimizerWrapper):
         self._check_passes()
         self._check_reduced("begins")
         check_loss_scale(scale, [self, self.base])
-        if self._marked_grads():
+        grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        if grads and all(getattr(grad, _MARK, None) == _version(grad) for grad in grads):
             raise RuntimeError(
-                f"the gradients of the last step are there as second_pass() begins: call "
-                f"{type(self).__name__}.zero_grad() after each step."
+                "second_pass() follows another one, whose gradients are still there: run forward "
+                "and backward, the first pass, before each."
             )
 
     def _check_second_pass(
@@ -247,3 +234,8 @@ class TwoPassOptimizer(OptimizerWrapper):
         if self.max_norm is not None:
             scale_grads_(self.parameters(), self.max_norm * (2 if self.plus else 1), norm)
         return True
+
+
+def _version(grad: Tensor) -> int:
+    """How often ``grad`` was edited."""
+    return local_shard(grad).values._version
