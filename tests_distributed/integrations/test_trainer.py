@@ -5,6 +5,8 @@ Numbers are compared with loops written here, in one process or with the whole m
 
 from __future__ import annotations
 
+import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 import qsdp
 from tests_distributed.support.accelerate_on_cpus import fsdp2_on_cpus
@@ -42,7 +45,8 @@ def _acdc(model: Any, base: Any, steps: int) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Inside, Accelerate shards on CPUs, and the libraries warn of nothing."""
     import transformers
 
     with warnings.catch_warnings(), fsdp2_on_cpus():
@@ -99,6 +103,7 @@ def _counting() -> Any:
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             given = {name: value.clone() for name, value in inputs.items()}
             self.seen.batches.append((given, torch.get_rng_state()))
+            self.seen.sizes.append(self.current_gradient_accumulation_steps)
             loss = super().compute_loss(model, dict(given), *args, **kwargs)
             inputs.pop("labels")
             inputs["input_ids"].zero_()
@@ -115,6 +120,8 @@ class _Seen:
 
     def __init__(self) -> None:
         self.batches: list[tuple[dict[str, Tensor], Tensor]] = []
+        self.sizes: list[int] = []
+        """How many micro-batches ``Trainer`` said there were."""
 
 
 def _prunable(model: nn.Module) -> list[Tensor]:
@@ -179,7 +186,7 @@ def _steps_of(seen: list[Any], sizes: list[int]) -> tuple[list[list[Any]], list[
 
 def _cram_with_accumulation(folder: Path, num: int, sizes: list[int]) -> dict[str, Any]:
     rho, max_norm, rate = 0.05, 0.4, 0.2
-    with _quiet():
+    with quiet():
         trainer = _trainer(
             folder,
             lambda model, base, steps: qsdp.CrAM(model, base, sparsity=0.5, rho=rho),
@@ -196,8 +203,7 @@ def _cram_with_accumulation(folder: Path, num: int, sizes: list[int]) -> dict[st
         )
         trainer.train()
         first, second = _steps_of(trainer.seen.batches, sizes)
-        for one, other in zip(sum(first, []), sum(second, []), strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=0)
+        torch.testing.assert_close(second, first, rtol=0, atol=0)
         weights, norms = _cram_by_hand(first, rho, max_norm, rate)
         torch.testing.assert_close(whole_weights(trainer.model), weights, rtol=2e-4, atol=2e-5)
         assert _of(trainer, "grad_norm") == pytest.approx(norms, rel=1e-3)
@@ -208,6 +214,35 @@ def _cram_with_accumulation(folder: Path, num: int, sizes: list[int]) -> dict[st
         assert trainer._made.num_steps == len(sizes)
         assert trainer.args.max_grad_norm == max_norm
         return {key: _of(trainer, key)[-1] for key in ("pruned", "skipped_steps")}
+
+
+class _Stream(IterableDataset[Any]):
+    """A data set that does not say how long it is."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(Tokens(12))
+
+
+def _cram_over_the_end_of_a_stream(folder: Path) -> list[int]:
+    with quiet():
+        trainer = _trainer(
+            folder,
+            _cram,
+            kind=_counting(),
+            data=_Stream(),
+            gradient_accumulation_steps=2,
+            max_steps=2,
+        )
+        trainer.train()
+        first, second = _steps_of(trainer.seen.batches, [2, 3])
+        torch.testing.assert_close(second, first, rtol=0, atol=0)
+        return trainer.seen.sizes
+
+
+def test_cram_keeps_micro_batches_that_wait_for_a_later_step(run: Run, tmp_path: Path) -> None:
+    # Of 3 micro-batches a rank the last one waits for those of the next epoch.
+    for sizes in run(2, _cram_over_the_end_of_a_stream, tmp_path):
+        assert sizes == [2, 2] * 2 + [1, 2, 2] * 2
 
 
 def test_cram_takes_every_micro_batch_into_both_passes_and_counts_it_once(
@@ -231,7 +266,7 @@ def _resumed(folder: Path, method: Method | None, wire: dict[str, Any]) -> tuple
 
 
 def _resume(folder: Path, method: Method | None, wire: dict[str, Any]) -> None:
-    with _quiet():
+    with quiet():
         whole, later = _resumed(folder, method, wire)
         weights = whole_weights(whole.model)
         torch.testing.assert_close(whole_weights(later.model), weights, rtol=0, atol=0)
@@ -254,3 +289,224 @@ def test_a_training_goes_on_from_its_middle_bit_for_bit(
     run: Run, tmp_path: Path, method: Method | None, wire: dict[str, Any]
 ) -> None:
     run(2, _resume, tmp_path, method, wire)
+
+
+def _long(folder: Path) -> dict[str, Any]:
+    """AC/DC for 30 steps, in which every tracker hears of the wire."""
+    from transformers import TrainerCallback
+
+    class Tracker(TrainerCallback):
+        heard: list[dict[str, Any]] = []  # noqa: RUF012
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            self.heard.append(dict(logs))
+
+    with quiet():
+        trainer = _trainer(folder, _acdc, max_steps=30, logging_steps=10)
+        trainer.add_callback(tracker := Tracker())
+        trainer.train()
+        weights = torch.cat([p.flatten() for p in _prunable(_whole(trainer.model))])
+        sent = trainer.handle.traffic.snapshot()
+        evaluated = trainer.evaluate()
+        after = trainer.handle.traffic.snapshot()
+    assert {key: after[key] for key in sent if "other" not in key} == {
+        key: sent[key] for key in sent if "other" not in key
+    }
+    assert after["other_sent_bytes"] > sent["other_sent_bytes"]
+    return {
+        "zeros": float((weights == 0).float().mean()),
+        "losses": [line["loss"] for line in tracker.heard if "loss" in line],
+        "sent": [line["wire_sent_mb"] for line in tracker.heard if "loss" in line],
+        "in all": (sent["gather_sent_bytes"] + sent["reduce_sent_bytes"]) / 1e6,
+        "pruned": [line["pruned"] for line in tracker.heard if "loss" in line],
+        "evaluated": {*evaluated} & {"wire_sent_mb", "pruned"},
+    }
+
+
+def _whole(model: Any) -> Any:
+    plain = tiny_llama()
+    plain.load_state_dict(whole_weights(model))
+    return plain
+
+
+def test_acdc_prunes_and_every_tracker_hears_of_it_and_of_bytes(run: Run, tmp_path: Path) -> None:
+    for told in run(2, _long, tmp_path):
+        assert told["zeros"] == pytest.approx(0.5, abs=1e-3)
+        assert told["losses"][-1] < told["losses"][0] - 0.3
+        assert 0 < told["sent"][0] < told["sent"][1] < told["sent"][2] == told["in all"]
+        assert told["pruned"][-1] == pytest.approx(0.5, abs=1e-3)
+        # A hyperparameter search takes the sum of what evaluate() returns.
+        assert told["evaluated"] == set()
+
+
+def _scaled(folder: Path) -> None:
+    """Gradients of both passes are unscaled and clipped once; infinite ones are skipped."""
+    from qsdp.integrations.transformers import QSDPTrainer
+
+    calls = itertools.count(1)
+
+    class Overflowing(QSDPTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            factor = float("inf") if next(calls) in (3, 6) else 1.0  # of steps 2 and 3
+            return super().compute_loss(*args, **kwargs) * factor
+
+    def trained(method: Method, kind: Any, *, is_scaled: bool) -> Any:
+        trainer = _trainer(
+            folder, method, kind=kind, wire=FULL, optim="sgd", learning_rate=0.1, max_steps=4
+        )
+        if is_scaled:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            trainer.accelerator.unscale_gradients = lambda: trainer.accelerator.scaler.unscale_(
+                trainer.optimizer.optimizer
+            )
+        trainer.train()
+        return trainer
+
+    with quiet():
+        for method in (_cram, _acdc):
+            plain, scaled = (trained(method, None, is_scaled=each) for each in (False, True))
+            close = {"rtol": 1e-5, "atol": 1e-6}
+            expected = whole_weights(plain.model)
+            torch.testing.assert_close(whole_weights(scaled.model), expected, **close)
+            norms = pytest.approx(_of(plain, "grad_norm"), rel=1e-4)
+            assert _of(scaled, "grad_norm") == norms
+            assert scaled._made.num_steps == plain._made.num_steps == 4
+        skipping = trained(_cram, Overflowing, is_scaled=True)
+        assert _of(skipping, "skipped_steps")[:4] == [0, 1, 2, 2], _of(skipping, "skipped_steps")
+        assert skipping.accelerator.scaler.get_scale() == 256.0
+
+
+def test_gradients_that_a_grad_scaler_scales_are_those_of_both_passes(
+    run: Run, tmp_path: Path
+) -> None:
+    run(2, _scaled, tmp_path)
+
+
+def _again(folder: Path) -> None:
+    """train() once more, with the model of before or another, and after a lack of memory."""
+    from qsdp.integrations.transformers import QSDPTrainer
+
+    calls = itertools.count(1)
+
+    class Short(QSDPTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            if next(calls) == 4:  # the second pass of the second step
+                raise RuntimeError("CUDA out of memory.")
+            return super().compute_loss(*args, **kwargs)
+
+    with quiet():
+        trainer = _trainer(folder, _acdc)
+        trainer.train()
+        first, made = trainer.handle, trainer._made
+        trainer.train()
+        assert trainer.handle is first
+        assert trainer._made is not made
+        assert trainer._made.num_steps == made.num_steps == 6
+
+        short = _trainer(folder, _cram, kind=Short, auto_find_batch_size=True)
+        short.train()
+        assert short._train_batch_size == 1
+        assert short._made.num_steps == 6
+
+        trainer.model_init = lambda: tiny_llama()  # its arguments are counted
+        losses = []
+        for _ in range(2):
+            trainer.train()
+            assert trainer.handle is not first
+            first = trainer.handle
+            losses.append(_of(trainer, "loss"))
+        assert losses[0] == losses[1]
+
+
+def test_training_again_goes_over_one_wire_and_begins_a_method_anew(
+    run: Run, tmp_path: Path
+) -> None:
+    run(2, _again, tmp_path)
+
+
+def _exact(folder: Path) -> None:
+    with quiet():
+        trainer = _trainer(folder, wire={"weight_bits": 3, "bucket_size": 64})
+        trainer.train()
+        by_hand = _whole(trainer.model).eval()
+        with torch.no_grad():
+            batch = torch.stack([Tokens(8)[i]["input_ids"] for i in range(8)])
+            expected = float(by_hand(input_ids=batch, labels=batch).loss)
+        quantized = trainer.evaluate()["eval_loss"]
+        trainer.exact_evaluation = True
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
+        assert abs(quantized - expected) > 1e-4
+
+
+def test_evaluation_may_be_of_exact_weights(run: Run, tmp_path: Path) -> None:
+    run(2, _exact, tmp_path)
+
+
+def _message(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except (ValueError, TypeError, RuntimeError) as error:
+        return str(error)
+    return "not refused"
+
+
+def _refusals(folder: Path) -> dict[str, str]:
+    from transformers import Trainer
+
+    from qsdp.integrations.transformers import QSDPMixin
+
+    found = {}
+    with quiet():
+        found["unsharded"] = _message(_trainer(folder, fsdp=None).train)
+        found["no function"] = _message(lambda: _trainer(folder, "cram"))  # type: ignore[arg-type]
+        found["nothing made"] = _message(_trainer(folder, lambda *_: None).train)
+        clipping = _trainer(folder, lambda m, base, _: qsdp.CrAM(m, base, max_norm=1.0))
+        found["clipped twice"] = _message(clipping.train)
+        clipping.args.max_grad_norm = 0.0
+        clipping.train()
+        found["order"] = _message(lambda: type("Mine", (Trainer, QSDPMixin), {}))
+
+        saving = _trainer(folder, save_strategy="steps", save_steps=3)
+        saving.train()
+        path = folder / "checkpoint-3" / "qsdp_wire.bin"
+        raw = bytearray(path.read_bytes())
+
+        def damage(content: bytes | None) -> None:
+            dist.barrier()
+            if dist.get_rank() == 0:
+                path.unlink() if content is None else path.write_bytes(content)
+            dist.barrier()
+
+        def resume() -> None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("error", ".*the state of the wire")
+                _trainer(folder).train(resume_from_checkpoint=str(path.parent))
+
+        raw[len(raw) // 2] ^= 1
+        damage(bytes(raw))
+        found["damaged"] = _message(resume)
+        damage(None)
+        try:
+            resume()
+        except UserWarning as warning:
+            found["missing"] = str(warning)
+    return found
+
+
+def test_what_cannot_be_trained_or_resumed_is_said_in_one_sentence(
+    run: Run, tmp_path: Path
+) -> None:
+    words = {
+        "unsharded": r"LlamaForCausalLM is not sharded by FSDP2: set fsdp=True",
+        "no function": r"^method is a str: give a function",
+        "nothing made": r"^method has made None: return CrAM, ",
+        "clipped twice": r"^CrAM clips at its max_norm, and Trainer at max_grad_norm 1.0: leave",
+        "order": r"^Mine has QSDPMixin after its trainer: name it first\.$",
+        "damaged": r"qsdp_wire.bin is damaged \(its digest does not match\): restore it, or",
+        "missing": r"qsdp_wire.bin is missing, the state of the wire, which begins anew: restore",
+    }
+    for found in run(2, _refusals, tmp_path):
+        assert found.keys() == words.keys()
+        for kind, pattern in words.items():
+            assert re.search(pattern, found[kind]), (kind, found[kind])
