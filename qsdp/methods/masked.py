@@ -73,6 +73,13 @@ class MaskedOptimizer(OptimizerWrapper):
         self.max_norm = max_norm
         self._loaded_masks: list[tuple[Tensor, Tensor]] = []
         self.before_pruning: Callable[[], None] | None = None
+        if not self.prunable.names:
+            warn(
+                f"{type(self).__name__} prunes nothing, because all of its prunable weights are "
+                "frozen and could not grow back: unfreeze some before masks are renewed, prune "
+                "them before training by compress_, or take CrAM, which compresses frozen weights "
+                "in its second pass."
+            )
 
     def attach(self) -> None:
         """Hook on to the base, and remember the plan of masks in its groups."""
@@ -93,7 +100,7 @@ class MaskedOptimizer(OptimizerWrapper):
     @property
     def pruned(self) -> float:
         """The fraction of the prunable weights that the masks prune now."""
-        return self._pruned_fraction(self.num_steps)
+        return self._pruned_fraction(self.num_steps) if self.prunable.names else 0.0
 
     def masks(self) -> dict[str, Tensor]:
         """Which weights are trained, by name: bool, DTensors where the parameters are."""

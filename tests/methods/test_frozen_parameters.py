@@ -183,3 +183,17 @@ def test_what_is_trained_anew_under_masks_is_named() -> None:
     model.get_parameter(WEIGHT).requires_grad_(True)
     with pytest.warns(UserWarning, match=f"GMP trains {WEIGHT}, and prunes nothing of it"):
         train(optimizer, model, model, range(2, 3))
+
+
+@pytest.mark.parametrize("method", MASKED)
+def test_a_set_that_is_frozen_as_a_whole_is_said_and_not_counted(method: str) -> None:
+    model = make_model(1)
+    for parameter in _prunable(model).values():
+        parameter.requires_grad_(False)
+    with pytest.warns(UserWarning, match="prunes nothing, because all of its prunable weights are"):
+        optimizer = RARELY_RENEWED[method](model, adamw(model))
+    before = weights(model)
+    train(optimizer, model, model, range(6))
+    assert optimizer.pruned == 0.0
+    assert all(weights(model)[name] == before[name] for name in _prunable(model))
+    assert optimizer.masks() == {}
