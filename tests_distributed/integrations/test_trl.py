@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import qsdp
-from tests_distributed.integrations.test_trainer import quiet
+from tests_distributed.integrations.test_transformers import quiet
 from tests_distributed.support import leftovers
 from tests_distributed.support.running import Run
 from tests_distributed.support.trainer_toy import VOCAB, Tokens, arguments, tiny_llama

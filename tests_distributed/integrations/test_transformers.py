@@ -508,7 +508,7 @@ def test_what_cannot_be_trained_or_resumed_is_said_in_one_sentence(
         "nothing made": r"^method has made None: return CrAM, ",
         "clipped twice": r"^CrAM clips at its max_norm, and Trainer at max_grad_norm 1.0: leave",
         "order": r"^Mine has QSDPMixin after its trainer: name it first\.$",
-        "damaged": r"qsdp_wire.bin is damaged \(its digest does not match\): restore it, or",
+        "damaged": r"qsdp_wire.bin is damaged: restore it, or",
         "missing": r"qsdp_wire.bin is missing, the state of the wire, which begins anew: restore",
     }
     for found in run(2, _refusals, tmp_path):
