@@ -111,7 +111,7 @@ def _hook_checkpoints(accelerator: Accelerator, model: Any, handle: qsdp.Handle)
     weakref.finalize(model, accelerator.register_load_state_pre_hook(load).remove)
 
 
-class Passes:
+class StepPasses:
     """The passes of each batch: forward and backward, and ``CrAM``'s or ``SAM``'s second ones.
 
     Where gradients are whole these run all micro-batches of the step once more, on the same inputs

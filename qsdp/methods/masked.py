@@ -77,8 +77,8 @@ class MaskedOptimizer(OptimizerWrapper):
             warn(
                 f"{type(self).__name__} prunes nothing, because all of its prunable weights are "
                 "frozen and could not grow back: unfreeze some before masks are renewed, prune "
-                "them before training by compress_, or take CrAM, which compresses frozen weights "
-                "in its second pass."
+                "them before training by qsdp.oneshot.compress_, or take CrAM, which compresses "
+                "frozen weights in its second pass."
             )
 
     def attach(self) -> None:

@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         ),
     },
     "__main__": {"commands", ""},
-    "integrations": {"fsdp", "methods", "export", ""},
+    "integrations": {"fsdp", "methods", "export", "sparsity", ""},
     # Rooms to come.
     "fisher": {"sparsity"},
     "structured": {"models", "sparsity"},

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 QSDP = Path(__file__).parents[2] / "qsdp"
-# A public name whose first line says where it stands.
-ELSEWHERE = {"compress_"}
+# Public names whose first lines say where they stand; ``prepare`` is Accelerate's.
+ELSEWHERE = {"compress_", "prepare"}
 
 Found = tuple[str, ast.FunctionDef | ast.ClassDef]
 

@@ -116,7 +116,9 @@ class Trained:
         self.model, self.optimizer, self.scheduler, self.handle = accelerate.prepare(
             self.accelerator, model, optimizer, scheduler, wire=config, method=later
         )
-        self.passes = accelerate.Passes(self.accelerator, self.model, self.optimizer, self._loss_of)
+        self.passes = accelerate.StepPasses(
+            self.accelerator, self.model, self.optimizer, self._loss_of
+        )
         self.zeros: list[int] = []
         """What is pruned of this rank's shards in each pass."""
         self.losses: list[float] = []

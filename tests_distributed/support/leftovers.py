@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -80,20 +81,20 @@ class Leftovers:
         gc.collect()
         gc.freeze()  # what is left is here to stay: the next collection need not look at it
         self.max_threads = max(self.max_threads, _threads().total())
-        if more := (kept_open | _cuda()) - self._kept_open:
+        if more := (kept_open | _for_good()) - self._kept_open:
             self._kept_open |= more
             self._limit = held()
         if added := added_since(self._limit):
             raise AssertionError(f"{call} left behind: {', '.join(added)}")
 
 
-def _cuda() -> set[str]:
-    """CUDA's threads and files, which are for good.
+def _for_good() -> set[str]:
+    """Whose threads and files are for good: CUDA's, and the thread by which tqdm's bars move on.
 
-    They are those of the driver, which autograd asks for GPUs in a backward pass on the CPU too,
+    CUDA's are those of the driver, which autograd asks for GPUs in a backward pass on the CPU too,
     and those of a GPU that is used.
     """
-    found = set()
+    found = {thread.name for thread in threading.enumerate() if thread.name == "tqdm_monitor"}
     if any(name.startswith("/dev/nvidia") for name in _files()):
         found.add("driver")
     if torch.cuda.is_initialized():
