@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 import qsdp
@@ -180,6 +181,13 @@ def _refuse_stale_losses(kind: str, toy: dict[str, Any], how: str) -> None:
     _refuse(send_backward, match="before the second pass")
     _unchanged(mine, before)
     _end_alike(mine, undisturbed)
+    if isinstance(mine.called, FSDPModule):
+        mine.run_pass(3)
+        with mine.optimizer.second_pass():
+            late = mine.called(*mine.batch(30))
+            mine.run_pass(3)
+        with pytest.raises(RuntimeError):
+            late.backward()
 
 
 @selection(
@@ -227,9 +235,10 @@ def _misuse(kind: str) -> None:
 
             def wait_inside(mine: Training = mine) -> None:
                 with mine.optimizer.second_pass():
+                    mine.run_pass(1)
                     _wait(mine)
 
-            _refuse(wait_inside)
+            _refuse(wait_inside, match="not reduced")
         elif misuse == "gathered":
             mine.model.set_reshard_after_backward(False)
             _refuse(lambda mine=mine: mine.second(1))
