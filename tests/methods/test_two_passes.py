@@ -247,6 +247,21 @@ def _enter_twice(mine: Training) -> None:
     mine.second(0)
 
 
+def _enter_twice_and_clip(mine: Training) -> None:
+    mine.run_pass(0)
+    mine.second(0)
+    qsdp.clip_grad_norm_(mine.model.parameters(), 0.05)
+    mine.second(0)
+
+
+def _enter_twice_and_unscale(mine: Training) -> None:
+    mine.run_pass(0)
+    mine.second(0)
+    mine.scaler.scale(torch.ones(1))
+    mine.scaler.unscale_(mine.optimizer)
+    mine.second(0)
+
+
 def _closure_after(mine: Training) -> None:
     mine.run_pass(0)
     mine.second(0)
@@ -272,6 +287,8 @@ MISUSES = {
     "a step with a closure inside": _closure_inside,
     "a step alone": _step_alone,
     "a second pass after another": _enter_twice,
+    "a second pass after another, which was clipped": _enter_twice_and_clip,
+    "a second pass after another, which was unscaled": _enter_twice_and_unscale,
     "a closure after a second pass": _closure_after,
     "no pass inside": _run_nothing_inside,
     "unscaled already": _enter_unscaled,

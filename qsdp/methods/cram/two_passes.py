@@ -141,6 +141,12 @@ class TwoPassOptimizer(OptimizerWrapper):
         self._remember(STEP, self.num_steps + 1)
         reshard_all(self.model)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; see ``OptimizerWrapper.zero_grad``."""
+        super().zero_grad(set_to_none)
+        if not self._leaves_steps_out:
+            self._second_pass = ""
+
     def _step_on_both(self) -> None:
         """Let the base step on what both passes have left in ``.grad``, once."""
         was, self._second_pass = self._second_pass, ""
@@ -178,10 +184,15 @@ class TwoPassOptimizer(OptimizerWrapper):
         self._check_reduced("begins")
         check_loss_scale(scale, [self, self.base])
         grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        if grads and all(getattr(grad, _MARK, None) == _version(grad) for grad in grads):
+        # A GradScaler leaves steps out, after which gradients may be cleared where they stand.
+        is_left = self._second_pass and not isinstance(scale, torch.amp.GradScaler)
+        if grads and all(
+            hasattr(grad, _MARK) and (is_left or getattr(grad, _MARK) == _version(grad))
+            for grad in grads
+        ):
             raise RuntimeError(
-                "second_pass() follows another one, whose gradients are still there: run forward "
-                "and backward, the first pass, before each."
+                "second_pass() follows another one, whose gradients are still there: take its step "
+                f"or call {type(self).__name__}.zero_grad(), and run the first pass again."
             )
 
     def _check_second_pass(
