@@ -17,7 +17,7 @@ from qsdp.methods.grad_norm import norm_among
 from qsdp.methods.nonfinite import name_not_finite, scalar_loss
 from qsdp.methods.tracked_parameters import TrackedParameters
 from qsdp.methods.weak_hooks import register_weak_hook
-from qsdp.methods.wrapped_optimizer import leaves_steps_out, unwrapped
+from qsdp.methods.wrapped_optimizer import leaves_steps_out, unwrapped, wrapped_by
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.prunable import Prunable
 
@@ -162,7 +162,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
         For instance ``Handle.set_support``, so that a pruned weight costs nothing on the wire.
         """
-        self._on_support_change = tell
+        own = self if wrapped_by(self) is None else wrapped_by(self)
+        own._on_support_change = tell
 
     def parameters(self) -> list[Tensor]:
         """All parameters of the base optimizer, in its order."""

@@ -44,3 +44,12 @@ def _is_wrapper(optimizer: Any) -> bool:
     names = {cls.__name__ for cls in type(optimizer).__mro__}
     inner = getattr(optimizer, "optimizer", None)
     return bool(names & _WRAPPERS) and isinstance(inner, torch.optim.Optimizer)
+
+
+def wrapped_by(optimizer: Any) -> Any:
+    """The optimizer that a wrapper passes on what it is asked to; None where this is none itself.
+
+    Fabric and Lightning give their wrappers the class of what is inside: methods that set
+    attributes must do so there.
+    """
+    return optimizer.optimizer if _is_wrapper(optimizer) else None

@@ -625,6 +625,17 @@ def test_a_wrapped_optimizer_with_a_scaler_is_refused(accelerate: Any, method: s
     assert is_advice(str(caught.value)), str(caught.value)
 
 
+def test_fabrics_wrapper_takes_second_passes(fabric: Any) -> None:
+    mine, plain = _training(TOY), _training(TOY)
+    inner = mine.optimizer
+    mine.optimizer = fabric.setup_optimizers(inner)
+    for step in range(3):
+        mine.take(step)
+        plain.take(step)
+    mine.optimizer = inner
+    assert differing(mine.found(), plain.found()) == []
+
+
 def test_fabrics_optimizer_with_a_scaler_is_refused(fabric: Any) -> None:
     model = make_model(1)
     outer = fabric.setup_optimizers(adamw(model.parameters()))

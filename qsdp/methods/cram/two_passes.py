@@ -21,6 +21,7 @@ from qsdp.methods.cram.compressed_point import add_grads, at_compressed_point, t
 from qsdp.methods.cram.loss_scale import LossScale, check_loss_scale, loss_scale
 from qsdp.methods.optimizer_wrapper import OptimizerWrapper
 from qsdp.methods.rollback import rollback_on_exception, snapshot_buffers_and_grads
+from qsdp.methods.wrapped_optimizer import wrapped_by
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.local_shards import local_shard
 
@@ -87,6 +88,11 @@ class TwoPassOptimizer(OptimizerWrapper):
                 backward inside; no backward pass is run inside, or its gradients are not reduced;
                 this is one inside another; or as ``step``.
         """
+        own = wrapped_by(self)
+        if own is not None:
+            with own.second_pass(scale):
+                yield
+            return
         target, factor = self._next_target(), loss_scale(scale)
         facts: dict[str, Any] = {"step": self.num_steps, "target": str(target), "scale": factor}
         has_first = self.meet(
