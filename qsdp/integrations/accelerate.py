@@ -19,6 +19,7 @@ from qsdp.fsdp.wire_file import load_wire, save_wire
 from qsdp.methods.cram.run_again import MicroBatches, accelerate_sync
 from qsdp.methods.cram.two_passes import TwoPassOptimizer
 from qsdp.methods.optimizer_wrapper import OptimizerWrapper
+from qsdp.methods.wrapped_optimizer import put_inside
 
 _Optimizer = torch.optim.Optimizer
 
@@ -60,8 +61,7 @@ def prepare(
         model, optimizer, *rest = accelerator.prepare(model, optimizer, *others)
     inner = inner if method is None else method(model, inner)
     handle = qsdp.install(model, wire)
-    # .optimizer alone would leave the step that Accelerate has bound, which a GradScaler calls.
-    optimizer.__setstate__({"optimizer": inner})
+    put_inside(optimizer, inner)
     if isinstance(inner, OptimizerWrapper):
         inner.share_support(handle.set_support)
     _hook_checkpoints(accelerator, model, handle)
