@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+_OF_MODULES = {"_parameters", "_buffers", "_modules"}
+"""What a module itself keeps: FSDP2 puts parameters in there, and CrAM restores buffers."""
+
 
 class _RandomState(NamedTuple):
     """The states of all generators that a forward pass may draw from."""
@@ -127,7 +130,9 @@ def counting_aside(counter: object) -> Iterator[None]:
     attributes = vars(counter)
     before = dict(attributes)
     attributes |= {
-        name: _copied(value) for name, value in before.items() if not name.endswith("_dataset")
+        name: _copied(value)
+        for name, value in before.items()
+        if not name.endswith("_dataset") and name not in _OF_MODULES
     }
     try:
         yield
