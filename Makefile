@@ -37,11 +37,11 @@ NATIVE := CMakeLists.txt $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CXX_FILES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 CUDA_FILES := $(wildcard csrc/cuda/*.cu csrc/cuda/*.cpp)
 
-.PHONY: help setup train quick test test-quick test-smoke test-rest test-recipes test-all test-torch lint cuda-check gpu wheel clean
+.PHONY: help setup train quick test test-quick test-smoke test-rest test-recipes test-all test-torch test-integrations lint cuda-check gpu wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 setup: $(VENV)/.installed  ## make .venv with torch, qsdp and its tools
 
@@ -108,6 +108,20 @@ test-torch:  ## training and resume with another torch: make test-torch TORCH="t
 	  $(OTHER_BIN)/python -m pytest $(OTHER_WHOLE) -n $(JOBS) \
 	  && $(OTHER_BIN)/python -m pytest $(OTHER_TESTS) -k "$(OTHER_CHOICE)" -n $(JOBS)
 
+# What adapters are for lies over .venv, which stays as it is: the tests of the library import nothing
+# of it but what the dev extra has. pip takes torch, and all else that .venv has, from there.
+OVERLAY := $(CURDIR)/.venv-integrations
+ADAPTED := import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+  print(*sorted({each for name in "accelerate transformers peft lightning torchtitan".split() for each in extras[name]}))
+
+test-integrations: setup  ## train under every library that has an adapter: they go into .venv-integrations
+	test -x $(OVERLAY)/bin/pip || $(BIN)/python -m venv $(OVERLAY)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(OVERLAY)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beneath.pth
+	$(OVERLAY)/bin/pip install --quiet $(OWN_TORCH) $$($(BIN)/python -c '$(ADAPTED)') trl
+	$(OVERLAY)/bin/python -m pytest --dist worksteal --junit-xml $(QSDP_TEST_REPORT)/integrations.xml \
+	  tests_distributed/integrations --all-combinations -n $(JOBS)
+
 lint: setup  ## formatting, lint rules and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -139,4 +153,4 @@ wheel: $(VENV)/.torch  ## build dist/, and prove the wheel with the oldest and t
 	@ls -l dist
 
 clean:  ## remove .venv, build leftovers and results
-	rm -rf $(VENV) .venv-torch-* build dist $(OUT) qsdp/_qsdp_native.so qsdp/_qsdp_cuda.so
+	rm -rf $(VENV) .venv-torch-* .venv-integrations build dist $(OUT) qsdp/_qsdp_native.so qsdp/_qsdp_cuda.so
