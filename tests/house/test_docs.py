@@ -88,7 +88,13 @@ def missing_attributes() -> Iterator[str]:
 
 
 def exists(dotted: str) -> bool:
-    """Whether qsdp has it: an attribute, or a module."""
+    """Whether qsdp has it: an attribute, or a module; of an adapter the library may be absent."""
+    if dotted.startswith("integrations."):
+        _, adapter, *names = dotted.split(".")
+        source = TEXTS.get(f"qsdp/integrations/{adapter}.py", "")
+        return bool(source) and all(
+            f"\ndef {n}(" in source or f"\nclass {n}" in source for n in names
+        )
     whole: object = qsdp
     path = "qsdp"
     for part in dotted.split("."):
