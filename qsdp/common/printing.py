@@ -38,9 +38,12 @@ def is_rank_0() -> bool:
 
 
 def print_error(text: str) -> None:
-    """Print one line on standard error, if that can be written."""
+    """Print one line on standard error, if that can be written.
+
+    In one write: torchrun starts Python unbuffered, and what it says itself would come in between.
+    """
     if sys.stderr is not None:
-        print(printable(text), file=_forgiving(sys.stderr), flush=True)
+        print(f"{printable(text)}\n", end="", file=_forgiving(sys.stderr), flush=True)
 
 
 def printable(text: str) -> str:
