@@ -17,7 +17,7 @@ import qsdp
 from qsdp.compat.installed_wire import passes_of
 from qsdp.fsdp.wire_file import load_wire, save_wire
 from qsdp.methods.cram.run_again import MicroBatches, accelerate_sync
-from qsdp.methods.cram.two_passes import TwoPassOptimizer
+from qsdp.methods.cram.two_passes import TwoPassOptimizer, num_gradients
 from qsdp.methods.optimizer_wrapper import OptimizerWrapper
 from qsdp.methods.wrapped_optimizer import put_inside
 
@@ -146,5 +146,5 @@ class StepPasses:
         """Clip gradients that are whole, at twice ``max_norm`` where CrAM+ has added two."""
         if not self.accelerator.sync_gradients:
             return None
-        max_norm *= 2 if getattr(self.optimizer, "plus", False) else 1
+        max_norm *= num_gradients(self.optimizer)
         return self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)

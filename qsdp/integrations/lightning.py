@@ -19,7 +19,7 @@ from qsdp.fsdp.install import install
 from qsdp.fsdp.sharding_function import ShardingFunction
 from qsdp.fsdp.whole_state import load_whole_state, whole_state
 from qsdp.methods.cram.run_again import MicroBatches, counting_aside
-from qsdp.methods.cram.two_passes import TwoPassOptimizer
+from qsdp.methods.cram.two_passes import TwoPassOptimizer, num_gradients
 from qsdp.methods.optimizer_wrapper import OptimizerWrapper
 from qsdp.methods.wrapped_optimizer import unwrapped
 
@@ -137,7 +137,7 @@ class _BothPasses(LightningOptimizer):
             return loss
 
         clip_val, self._is_asked = trainer.gradient_clip_val, True
-        trainer.gradient_clip_val = clip_val and clip_val * (2 if optimizer.plus else 1)
+        trainer.gradient_clip_val = clip_val and clip_val * num_gradients(optimizer)
         try:
             return trainer.strategy.optimizer_step(self, both_passes, **options)
         finally:

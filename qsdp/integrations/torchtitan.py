@@ -16,7 +16,7 @@ from torchtitan.trainer import Trainer
 from qsdp.config import QSDPConfig
 from qsdp.fsdp.sharding_function import ShardingFunction
 from qsdp.methods.cram.run_again import MicroBatches
-from qsdp.methods.cram.two_passes import TwoPassOptimizer
+from qsdp.methods.cram.two_passes import TwoPassOptimizer, num_gradients
 from qsdp.methods.optimizer_wrapper import OptimizerWrapper
 
 Method = Callable[[nn.Module, torch.optim.Optimizer], OptimizerWrapper]
@@ -84,7 +84,7 @@ class QSDPTrainer(Trainer):
         """Take a step, and clip the sum of two gradients at twice the norm."""
         training, self._micro_batches, self._num_run = self.config.training, MicroBatches(), 0
         given = training.max_norm
-        training.max_norm *= 2 if getattr(self._own, "plus", False) else 1
+        training.max_norm *= num_gradients(self._own)
         try:
             super().train_step(data_iterator)
         finally:

@@ -16,7 +16,7 @@ import qsdp
 from qsdp.compat.installed_wire import passes_of
 from qsdp.fsdp.wire_file import load_wire, save_wire
 from qsdp.methods.cram.run_again import MicroBatches, accelerate_sync, counting_aside
-from qsdp.methods.cram.two_passes import TwoPassOptimizer
+from qsdp.methods.cram.two_passes import TwoPassOptimizer, num_gradients
 from qsdp.methods.optimizer_wrapper import OptimizerWrapper
 from qsdp.methods.wrapped_optimizer import put_inside
 
@@ -113,7 +113,7 @@ class QSDPMixin(_Base):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         given = self.args.max_grad_norm
-        self.args.max_grad_norm *= 1 + getattr(self._made, "plus", False)
+        self.args.max_grad_norm *= num_gradients(self._made)
         try:
             return super()._clip_grad_norm(model)
         finally:

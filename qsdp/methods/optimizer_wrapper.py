@@ -162,8 +162,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
         For instance ``Handle.set_support``, so that a pruned weight costs nothing on the wire.
         """
-        own = self if wrapped_by(self) is None else wrapped_by(self)
-        own._on_support_change = tell
+        wrapped_by(self)._on_support_change = tell
 
     def parameters(self) -> list[Tensor]:
         """All parameters of the base optimizer, in its order."""

@@ -47,9 +47,9 @@ def _is_wrapper(optimizer: Any) -> bool:
 
 
 def wrapped_by(optimizer: Any) -> Any:
-    """The optimizer that a wrapper passes on what it is asked to; None where this is none itself.
+    """The optimizer that a wrapper passes on what it is asked to; itself where this is none.
 
     Fabric and Lightning give their wrappers the class of what is inside: methods that set
     attributes must do so there.
     """
-    return optimizer.optimizer if _is_wrapper(optimizer) else None
+    return optimizer.optimizer if _is_wrapper(optimizer) else optimizer

@@ -89,7 +89,7 @@ class TwoPassOptimizer(OptimizerWrapper):
                 this is one inside another; or as ``step``.
         """
         own = wrapped_by(self)
-        if own is not None:
+        if own is not self:
             with own.second_pass(scale):
                 yield
             return
@@ -110,10 +110,8 @@ class TwoPassOptimizer(OptimizerWrapper):
             norm = self.last_grad_norm = self._grad_norm() / factor
             grads = [take_grad(parameter) for parameter in parameters]
         is_finite = math.isfinite(norm)
-        undo, rewind = snapshot_buffers_and_grads(self.model, parameters), rewind_point(self.model)
 
         def back_to_the_first() -> None:
-            undo()
             for parameter, grad in zip(parameters, grads, strict=True):
                 parameter.grad = grad
 
@@ -125,7 +123,12 @@ class TwoPassOptimizer(OptimizerWrapper):
                         yield
                         self._check_second_pass(parameters, grads)
                 else:
-                    yield
+                    undo = snapshot_buffers_and_grads(self.model, parameters)
+                    rewind = rewind_point(self.model)
+                    try:
+                        yield
+                    finally:
+                        undo()
                     rewind()
                     back_to_the_first()
         finally:
@@ -249,8 +252,16 @@ class TwoPassOptimizer(OptimizerWrapper):
             self._count_skipped(loss, ", in the second pass")
             return False
         if self.max_norm is not None:
-            scale_grads_(self.parameters(), self.max_norm * (2 if self.plus else 1), norm)
+            scale_grads_(self.parameters(), self.max_norm * num_gradients(self), norm)
         return True
+
+
+def num_gradients(optimizer: object) -> int:
+    """How many gradients a step of ``optimizer`` adds up, and how often the norm to clip at counts.
+
+    They are two in CrAM+, and one in any other.
+    """
+    return 2 if isinstance(optimizer, TwoPassOptimizer) and optimizer.plus else 1
 
 
 def _version(grad: Tensor) -> int:
