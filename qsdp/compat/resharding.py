@@ -1,9 +1,10 @@
-"""Freeing gathered weights, so that modules show their shards again."""
+"""Freeing gathered weights, so that modules show their shards again, and the next pass them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -24,12 +25,14 @@ def reshards_after_backward(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free every gathered weight of ``model``; does nothing where FSDP2 is not used.
+    """Free every gathered weight of ``model``, and autocast's copies of weights.
 
     A group that stays gathered after a forward pass (the root does) would hide its shards from
     ``model.parameters()``, and the next forward pass would not see an edit of them; nor would one
-    whose gather is under way, since FSDP2 takes that for the next forward pass.
+    whose gather is under way, since FSDP2 takes that for the next forward pass. Nor would one in
+    the same region of ``torch.autocast``, sharded or not: that keeps what it has cast.
     """
+    torch.clear_autocast_cache()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             reshard_module(module)

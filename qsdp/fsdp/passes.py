@@ -189,6 +189,7 @@ class Passes:
         """Make the next pass gather everything anew: what gathers bring is about to change."""
         self.mend()
         self.begin_anew()
+        torch.clear_autocast_cache()
         for group in self._groups:
             reshard_module(group.module)
 

@@ -286,8 +286,11 @@ class OptimizerWrapper(torch.optim.Optimizer):
         """Whether something is so on any rank. A collective when sharded."""
         return meet(f"{type(self).__name__}.step", {}, self._tracked.groups, has_news=is_here)
 
+    def _grads(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+
     def _has_grads(self) -> bool:
-        return any(parameter.grad is not None for parameter in self.parameters())
+        return bool(self._grads())
 
     def _has_no_rate(self) -> bool:
         return not any(float(group.get("lr", 1)) for group in self.param_groups)

@@ -116,6 +116,18 @@ def test_a_loop_may_clip_by_itself(form: str, plus: bool) -> None:
         assert {"last_grad_norm"}.issuperset(differing(mine.found(), plain.found()))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", ["CrAM+", "SAM"])
+def test_one_region_of_autocast_may_hold_steps(case: str, form: str) -> None:
+    """Though it keeps what it has cast of the weights, which are others in each pass."""
+    mine, plain = (_training(CASES[case], form, num_micro=2) for _ in range(2))
+    for each, keeps in ((mine, True), (plain, False)):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=keeps):
+            for step in range(3):
+                each.take(step)
+    assert differing(mine.found(), plain.found()) == []
+
+
 # --- steps that are left out ---------------------------------------------------------------------
 
 
@@ -274,6 +286,31 @@ def _run_nothing_inside(mine: Training) -> None:
         pass
 
 
+def _step_on_a_first_pass_alone(mine: Training) -> None:
+    mine.run_pass(0)
+    mine.second(0)
+    mine.model.zero_grad()
+    mine.run_pass(0)
+    mine.optimizer.step()
+
+
+def _step_on_a_first_pass_alone_of_a_step_left_out(mine: Training) -> None:
+    mine.spoilt = (0, 1)
+    mine.run_pass(0)
+    mine.second(0)
+    mine.spoilt = None
+    mine.model.zero_grad()
+    mine.run_pass(0)
+    mine.optimizer.step()
+
+
+def _step_on_nothing(mine: Training) -> None:
+    mine.run_pass(0)
+    mine.second(0)
+    mine.model.zero_grad()
+    mine.optimizer.step()
+
+
 def _enter_unscaled(mine: Training) -> None:
     mine.scaler.scale(mine.called(*mine.batch(0))).backward()
     mine.scaler.unscale_(mine.optimizer)
@@ -292,6 +329,9 @@ MISUSES = {
     "a closure after a second pass": _closure_after,
     "no pass inside": _run_nothing_inside,
     "unscaled already": _enter_unscaled,
+    "a step on another first pass": _step_on_a_first_pass_alone,
+    "a step on another, the second was left out": _step_on_a_first_pass_alone_of_a_step_left_out,
+    "a step on nothing": _step_on_nothing,
 }
 
 

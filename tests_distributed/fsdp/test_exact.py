@@ -77,6 +77,23 @@ def test_exact_shows_the_exact_weights_and_leaves_no_trace(run: Run, reshard: bo
         assert_identical(after_error, before)
 
 
+def _losses_in_a_region(keeps: bool) -> list[float]:
+    model = shard(make_model(4))
+    handle = qsdp.install(model, qsdp.QSDPConfig(bucket_size=64, weight_bits=3))
+    losses = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, cache_enabled=keeps):
+        for context in (nullcontext(), handle.exact(), nullcontext()):
+            with context:
+                losses.append(float(model(*make_batch(model, 1))))
+    return losses
+
+
+def test_a_region_of_autocast_that_keeps_its_casts_shows_exact_weights_too(run: Run) -> None:
+    seen = [run(2, _losses_in_a_region, keeps) for keeps in (True, False)]
+    assert seen[0] == seen[1]
+    assert all(losses[0] == losses[2] != losses[1] for losses in seen[0])
+
+
 def _train_validated(validation: str, reshard: bool) -> tuple[list[float], State]:
     model = shard(make_model(5), reshard=reshard)
     handle = qsdp.install(model, qsdp.QSDPConfig(**CONFIG))

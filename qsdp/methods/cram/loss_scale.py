@@ -22,14 +22,15 @@ def loss_scale(scale: LossScale) -> float | str:
     return float(scale) if is_number else repr(scale)
 
 
-def check_loss_scale(scale: LossScale, optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Check what gradients of ``optimizers`` were scaled by.
+def check_loss_scale(
+    scale: LossScale, factor: float | str, optimizers: Iterable[torch.optim.Optimizer]
+) -> None:
+    """Check what gradients of ``optimizers`` were scaled by: ``scale``, which is ``factor``.
 
     Raises:
-        ValueError: ``scale`` is no number above 0 and no GradScaler.
+        ValueError: It is no number above 0 and no GradScaler.
         RuntimeError: The GradScaler has unscaled them already.
     """
-    factor = loss_scale(scale)
     if isinstance(factor, str) or not 0 < factor < math.inf:
         raise ValueError(f"scale is {factor}: give a number above 0, or a torch.amp.GradScaler.")
     if isinstance(scale, torch.amp.GradScaler) and has_unscaled(scale, optimizers):

@@ -162,7 +162,7 @@ class CrAM(TwoPassOptimizer):
         facts: dict[str, Any] = {"step": self.num_steps, "target": str(target)}
         facts |= {"closure": closure is not None, "second pass": self._second_pass}
         if closure is None:
-            self.meet(self._check_outside, **facts)
+            self.meet(self._check_step, **facts)
             if self._second_pass:
                 return self._step_on_both()
             if self.num_steps and not self._on_any_rank(self._has_grads()):
@@ -209,9 +209,8 @@ class CrAM(TwoPassOptimizer):
     def _check_begin(self) -> None:
         """Raise RuntimeError if the two passes would not be all that the step is made of."""
         self._check_passes()
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
         if groups_have_pending_gradients(self.model) or any(
-            local_shard(g).values.any() for g in grads
+            local_shard(grad).values.any() for grad in self._grads()
         ):
             name = type(self).__name__
             raise RuntimeError(

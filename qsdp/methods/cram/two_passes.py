@@ -43,6 +43,7 @@ class TwoPassOptimizer(OptimizerWrapper):
     max_norm: float | None
     _second_pass = ""
     """``done`` or ``not finite`` between a second pass and its step."""
+    _left_grads = False
     _is_inside = False
 
     @property
@@ -96,7 +97,7 @@ class TwoPassOptimizer(OptimizerWrapper):
         target, factor = self._next_target(), loss_scale(scale)
         facts: dict[str, Any] = {"step": self.num_steps, "target": str(target), "scale": factor}
         has_first = self.meet(
-            lambda: self._check_first_pass(scale), has_news=self._has_grads(), **facts
+            lambda: self._check_first_pass(scale, factor), has_news=self._has_grads(), **facts
         )
         if not has_first:
             raise RuntimeError(
@@ -145,8 +146,9 @@ class TwoPassOptimizer(OptimizerWrapper):
             self.skipped_steps += 1  # until the step is taken
             self.last_bad = "something after the second pass, which no step has followed"
             self.last_grad_norm = math.nan
-        for grad in [p.grad for p in parameters if p.grad is not None]:
+        for grad in self._grads():
             setattr(grad, _MARK, _version(grad))
+        self._left_grads = self._has_grads()
         self._remember(STEP, self.num_steps + 1)
         reshard_all(self.model)
 
@@ -175,6 +177,16 @@ class TwoPassOptimizer(OptimizerWrapper):
                 "the with statement of second_pass() before step() or another one."
             )
 
+    def _check_step(self) -> None:
+        """Raise RuntimeError where a step would not be that of the second pass before it."""
+        self._check_outside()
+        is_theirs = any(hasattr(grad, _MARK) for grad in self._grads())
+        if self._second_pass and self._left_grads and not is_theirs:
+            raise RuntimeError(
+                f"the gradients that second_pass() has left are gone as {type(self).__name__}."
+                "step() begins, and others would be those of a plain step: run both passes again."
+            )
+
     def _check_passes(self) -> None:
         """Raise RuntimeError where passes would not show what they are taken at."""
         self._check_outside()
@@ -182,7 +194,7 @@ class TwoPassOptimizer(OptimizerWrapper):
         for whole in with_enclosing_roots(self.model):
             abandon_interrupted_pass(whole)
 
-    def _check_first_pass(self, scale: LossScale) -> None:
+    def _check_first_pass(self, scale: LossScale, factor: float | str) -> None:
         """Raise an error if a second pass cannot be entered."""
         if self._leaves_steps_out:
             raise RuntimeError(
@@ -191,8 +203,8 @@ class TwoPassOptimizer(OptimizerWrapper):
             )
         self._check_passes()
         self._check_reduced("begins")
-        check_loss_scale(scale, [self, self.base])
-        grads = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        check_loss_scale(scale, factor, [self, self.base])
+        grads = self._grads()
         # A GradScaler leaves steps out, after which gradients may be cleared where they stand.
         is_left = self._second_pass and not isinstance(scale, torch.amp.GradScaler)
         if grads and all(
