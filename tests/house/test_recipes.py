@@ -71,6 +71,15 @@ def test_a_recipe_adds_what_it_says(recipe: Recipe, tmp_path: Path) -> None:
         assert ended.returncode == 0, f"{use.place} ended so:\n{ended.stdout[-6000:]}"
 
 
+def test_ranks_that_a_recipe_starts_leave_as_those_of_commands_do() -> None:
+    """Where they tear Python down while gloo's threads hold tensors, torch 2.13 may abort."""
+    starting = [
+        use for recipe in RECIPES for use in recipe.uses if "torch.multiprocessing" in use.text
+    ]
+    assert len(starting) >= 2
+    assert [use.place for use in starting if "end_process(0)" not in use.text] == []
+
+
 def test_the_table_says_how_many_files_each_recipe_touches_and_which_are_there_before() -> None:
     rows = table(DOCUMENT.read_text())
     counts = {name: count for name, (count, _) in rows.items()}
