@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.adaption_prompt.layer import AdaptedAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -61,12 +62,9 @@ def base_weights(model: nn.Module) -> list[str]:
 
 def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that peft has added to ``model``, or that are trained, by name."""
-    parts = [
-        getattr(module, name, None)
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        for name in module.adapter_layer_names
-    ]
+    named_parts = ((module, name) for module in model.modules() for name in _parts_of(module))
+    found = [getattr(module, name, None) for module, name in named_parts]
+    parts = [part for part in found if isinstance(part, nn.Module | nn.Parameter)]
     added = {id(p) for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
     added |= {id(part) for part in parts}
     named = named_parameters(model)
@@ -76,6 +74,20 @@ def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
             f"{type(model).__name__} has no adapters: give what peft.get_peft_model has returned."
         )
     return adapters
+
+
+def _parts_of(module: nn.Module) -> Sequence[str]:
+    """The attributes in which ``module`` may have what peft has added."""
+    match module:
+        case BaseTunerLayer():
+            return (*module.adapter_layer_names, *module.other_param_names)
+        case AuxiliaryTrainingWrapper():
+            return module.adapter_layer_names
+        case PeftModel():
+            return ("prompt_encoder",)  # of prompt and prefix tuning
+        case AdaptedAttention():
+            return ("adaption_prompt", "adaption_gate")
+    return ()
 
 
 def _patterns(

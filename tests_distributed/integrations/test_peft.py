@@ -104,6 +104,48 @@ def test_adapters_of_every_kind_travel_at_eight_bits(run: Run, kinds: list[str])
             assert pattern.endswith(".weight")
 
 
+MORE_KINDS: dict[str, dict[str, Any]] = {
+    "PrefixTuningConfig": {"num_virtual_tokens": 4},
+    "PromptEncoderConfig": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
+    "MultitaskPromptTuningConfig": {"num_virtual_tokens": 4, "num_tasks": 2},
+    "CPTConfig": {"cpt_token_ids": [1, 2], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]},
+    "AdaptionPromptConfig": {"adapter_len": 4, "adapter_layers": 1},
+    "AdaLoraConfig": {"target_modules": ["q_proj"], "total_step": 10},
+    "TrainableTokensConfig": {"token_indices": [1, 2]},
+    "VBLoRAConfig": {
+        "target_modules": ["q_proj"],
+        "r": 4,
+        "num_vectors": 8,
+        "vector_length": 8,
+        "topk": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", [*ADAPTERS, *MORE_KINDS])
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_what_the_base_lacks_is_an_adapter_trained_or_not(kind: str, is_trained: bool) -> None:
+    import peft as library
+
+    from qsdp.integrations import peft
+
+    base = adapters.lora(4).unload()
+    own = {id(parameter) for parameter in base.parameters()}
+    settings = MORE_KINDS[kind] if kind in MORE_KINDS else ADAPTERS[kind][0]
+    made = getattr(library, kind)(**{"task_type": "CAUSAL_LM", **settings})
+    model: Any = library.get_peft_model(base, made)
+    if not is_trained:
+        model.requires_grad_(False)
+    config = peft.wire(model)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            expected = None if id(parameter) in own else (peft.ADAPTER_BITS,) * 2
+            assert config.bits_by_policy(name) == expected, name
+    assert not {*peft.base_weights(model)} & {
+        n for n, p in model.named_parameters() if id(p) not in own
+    }
+
+
 def _choices() -> tuple[Any, Any, Any]:
     """A policy of the user's; a second adapter, frozen; what is trained beside adapters."""
     from peft import LoraConfig
