@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qsdp.comm.quantization_error import Meter
 from qsdp.comm.sparse_support import exchange
 from qsdp.common.rank_agreement import meet, mistakes_shared
-from qsdp.compat.interrupted_passes import abandon_pass
+from qsdp.compat.interrupted_passes import abandon_passes
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.config import QSDPConfig
 from qsdp.fsdp.build_parts import BuiltParts
@@ -269,7 +269,7 @@ class Handle:
         if sys.exc_info()[1] is None:
             self._meet("handle.abandon_step", {})
         for group in self._groups:
-            abandon_pass(group.modules[0])
+            abandon_passes(group.modules[0])
         self._passes.reshard()
 
     def remove(self) -> None:
