@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from qsdp.common.atomic_files import replacing
 from qsdp.common.rank_agreement import meet, mistakes_shared, warn
+from qsdp.compat.interrupted_passes import abandon_passes
 from qsdp.fsdp.handle import Handle
 from qsdp.fsdp.whole_state import load_whole_state, whole_state
 
@@ -58,6 +61,31 @@ def load_wire(handle: Handle, folder: Path) -> None:
         f"{path} is missing, the state of the wire, which begins anew: restore it where the "
         "training shall go on bit for bit."
     )
+
+
+def save_wires(models: Iterable[nn.Module], folder: str) -> None:
+    """Save the wires of ``models`` to a checkpoint of Accelerate's. A collective.
+
+    Each model's ``_qsdp_handle`` has its wire, whose folder bears the number of the model.
+    """
+    for _, handle, path in _wires(models, folder):
+        path.mkdir(exist_ok=True)
+        save_wire(handle, path, is_writer=dist.get_rank() == 0)
+
+
+def load_wires(models: Iterable[nn.Module], folder: str) -> None:
+    """Load what ``save_wires`` has saved. Gradients that were accumulated before are dropped."""
+    for model, handle, path in _wires(models, folder):
+        abandon_passes(model)
+        model.zero_grad()
+        load_wire(handle, path)
+
+
+def _wires(models: Iterable[Any], folder: str) -> Iterator[tuple[nn.Module, Handle, Path]]:
+    for index, model in enumerate(models):
+        handle = getattr(model, "_qsdp_handle", None)
+        if handle is not None and not handle._is_removed:
+            yield model, handle, Path(folder, f"qsdp_{index}")
 
 
 def _read(path: Path) -> tuple[str, Any]:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 import qsdp
 from qsdp.compat.installed_wire import passes_of
-from qsdp.fsdp.wire_file import load_wire, save_wire
+from qsdp.fsdp.wire_file import load_wires, save_wires
 from qsdp.methods.cram.run_again import MicroBatches, accelerate_sync
 from qsdp.methods.cram.two_passes import TwoPassOptimizer, num_gradients
+from qsdp.methods.made_method import check_clipped_once, check_method, made_by
 from qsdp.methods.optimizer_wrapper import OptimizerWrapper
 from qsdp.methods.wrapped_optimizer import put_inside
 
 _Optimizer = torch.optim.Optimizer
+_hooked: weakref.WeakSet[Accelerator] = weakref.WeakSet()
 
 
 def prepare(
@@ -52,6 +52,7 @@ def prepare(
         ValueError: This is not one new model with its optimizer and FSDP2; or as ``qsdp.install``.
     """
     _check(accelerator, model, optimizer, others)
+    check_method(method)
     inner = getattr(optimizer, "optimizer", optimizer)
     if method is not None and isinstance(inner, OptimizerWrapper):
         raise ValueError(f"method would wrap a {type(inner).__name__}: leave out one of the two.")
@@ -59,12 +60,13 @@ def prepare(
         rest = [accelerator.prepare(each) for each in others]
     else:
         model, optimizer, *rest = accelerator.prepare(model, optimizer, *others)
-    inner = inner if method is None else method(model, inner)
+    inner = inner if method is None else made_by(method, model, inner)
     handle = qsdp.install(model, wire)
     put_inside(optimizer, inner)
     if isinstance(inner, OptimizerWrapper):
         inner.share_support(handle.set_support)
-    _hook_checkpoints(accelerator, model, handle)
+    model._qsdp_handle = handle  # for checkpoints
+    _hook_checkpoints(accelerator)
     return model, optimizer, *rest, handle
 
 
@@ -91,24 +93,14 @@ def _check(accelerator: Accelerator, model: Any, optimizer: Any, others: Any) ->
         )
 
 
-def _hook_checkpoints(accelerator: Accelerator, model: Any, handle: qsdp.Handle) -> None:
-    """Put the wire's state into ``accelerator``'s checkpoints, as long as ``model`` is there."""
-    model._qsdp_handle = handle  # hooks that held it would keep the model
-    name = f"qsdp_{[*map(id, accelerator._models)].index(id(model))}"
-    held = weakref.ref(model)
-
-    def save(models: Any, weights: Any, folder: str) -> None:
-        if (model := held()) is not None and passes_of(model):
-            path = Path(folder, name)
-            path.mkdir(exist_ok=True)
-            save_wire(model._qsdp_handle, path, is_writer=dist.get_rank() == 0)
-
-    def load(models: Any, folder: str) -> None:
-        if (model := held()) is not None and passes_of(model):
-            load_wire(model._qsdp_handle, Path(folder, name))
-
-    weakref.finalize(model, accelerator.register_save_state_pre_hook(save).remove)
-    weakref.finalize(model, accelerator.register_load_state_pre_hook(load).remove)
+def _hook_checkpoints(accelerator: Accelerator) -> None:
+    """Put the wires of ``accelerator``'s models into its checkpoints, numbered as these are."""
+    if accelerator in _hooked:
+        return
+    _hooked.add(accelerator)
+    held = weakref.proxy(accelerator)
+    accelerator.register_save_state_pre_hook(lambda models, _, folder: save_wires(models, folder))
+    accelerator.register_load_state_pre_hook(lambda _, folder: load_wires(held._models, folder))
 
 
 class StepPasses:
@@ -134,16 +126,23 @@ class StepPasses:
             accelerator.backward(loss)
             return loss.detach()
 
-        if not isinstance(self.optimizer, TwoPassOptimizer):
-            return once()
-        loss = kept.first(once, lambda: None)
-        if accelerator.sync_gradients:
-            with self.optimizer.second_pass(accelerator.scaler):
-                kept.again(accelerate_sync(accelerator, self.model), accelerator.device)
+        with kept.kept_with_grads(self.model, self.optimizer):
+            if not isinstance(self.optimizer, TwoPassOptimizer):
+                return once()
+            loss = kept.first(once, lambda: None)
+            if accelerator.sync_gradients:
+                with self.optimizer.second_pass(accelerator.scaler):
+                    kept.again(accelerate_sync(accelerator, self.model), accelerator.device)
         return loss
+
+    def reset(self) -> None:
+        """Give the step up: drop its micro-batches so far, and their gradients."""
+        self._kept.give_up(self.model, self.optimizer)
 
     def clip_grad_norm_(self, max_norm: float) -> Any:
         """Clip gradients that are whole, at twice ``max_norm`` where CrAM+ has added two."""
+        given = f"clip_grad_norm_ at {max_norm}"
+        check_clipped_once(self.optimizer, given, "leave out one of the two")
         if not self.accelerator.sync_gradients:
             return None
         max_norm *= num_gradients(self.optimizer)

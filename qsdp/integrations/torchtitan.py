@@ -17,6 +17,7 @@ from qsdp.config import QSDPConfig
 from qsdp.fsdp.sharding_function import ShardingFunction
 from qsdp.methods.cram.run_again import MicroBatches
 from qsdp.methods.cram.two_passes import TwoPassOptimizer, num_gradients
+from qsdp.methods.made_method import check_method, made_by
 from qsdp.methods.optimizer_wrapper import OptimizerWrapper
 
 Method = Callable[[nn.Module, torch.optim.Optimizer], OptimizerWrapper]
@@ -38,6 +39,7 @@ def wrap_spec(
         used with it refuses by a ValueError: CUDA graphs, and ``method`` with pipelines or several
         optimizers.
     """
+    check_method(method)
     parallelize = _Parallelize(spec.parallelize_fn, wire)
 
     def after_build(optimizers: Any, model_parts: list[nn.Module], parallel_dims: Any) -> None:
@@ -50,7 +52,7 @@ def wrap_spec(
                 "an optimizer of qsdp wraps one optimizer of a whole model: choose param_groups of "
                 "one optimizer_name, and no pipeline."
             )
-        own = method(model_parts[0], optimizers.optimizers[0])
+        own = made_by(method, model_parts[0], optimizers.optimizers[0])
         own.share_support(parallelize.handle.set_support)
         optimizers.optimizers[0] = own
 

@@ -14,10 +14,11 @@ from transformers import Trainer
 
 import qsdp
 from qsdp.compat.installed_wire import passes_of
+from qsdp.compat.interrupted_passes import abandon_passes
 from qsdp.fsdp.wire_file import load_wire, save_wire
 from qsdp.methods.cram.run_again import MicroBatches, accelerate_sync, counting_aside
 from qsdp.methods.cram.two_passes import TwoPassOptimizer, num_gradients
-from qsdp.methods.optimizer_wrapper import OptimizerWrapper
+from qsdp.methods.made_method import check_clipped_once, check_method, made_by
 from qsdp.methods.wrapped_optimizer import put_inside
 
 Method = Callable[[torch.nn.Module, torch.optim.Optimizer, int], torch.optim.Optimizer]
@@ -47,8 +48,7 @@ class QSDPMixin(_Base):
                 ``lambda model, base, steps: qsdp.CrAM(model, base)``, at each ``train()``.
             exact_evaluation: Evaluate exact weights, not those that training gathers.
         """
-        if method is not None and not callable(method):
-            raise ValueError(f"method is a {type(method).__name__}: give a function that makes it.")
+        check_method(method)
         self.wire, self.method, self.exact_evaluation = wire, method, exact_evaluation
         self.handle: Any = None
         self._made: Any = None
@@ -62,6 +62,7 @@ class QSDPMixin(_Base):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._micro_batches = MicroBatches()
+        abandon_passes(self.model)  # Trainer clears gradients, but not those that wait in FSDP2
         if self.handle is not None and not passes_of(self.model):
             self.handle = None  # of a model that model_init has replaced
         if self._made is not None:  # it counts steps: base and method begin anew
@@ -78,14 +79,10 @@ class QSDPMixin(_Base):
                 "in fsdp_config, and start with torchrun on GPUs (on CPUs Accelerate takes DDP)."
             )
         if self.method is not None:
-            made: Any = self.method(model, self.optimizer.optimizer, num_training_steps)
-            if not isinstance(made, OptimizerWrapper):
-                raise ValueError(f"method has made {made!r:.50}: return CrAM, ACDC, GMP or SAM.")
-            if getattr(made, "max_norm", None) is not None and self.args.max_grad_norm > 0:
-                raise ValueError(
-                    f"{type(made).__name__} clips at its max_norm, and Trainer at max_grad_norm "
-                    f"{self.args.max_grad_norm}: leave out the first, or set the second to 0."
-                )
+            made = made_by(self.method, model, self.optimizer.optimizer, num_training_steps)
+            if self.args.max_grad_norm > 0:
+                trainers = f"Trainer at max_grad_norm {self.args.max_grad_norm}"
+                check_clipped_once(made, trainers, "leave out the first, or set the second to 0")
             put_inside(self.optimizer, made)
             self._made = made
         if self.handle is None:
@@ -100,11 +97,12 @@ class QSDPMixin(_Base):
         if not isinstance(self._made, TwoPassOptimizer):
             return run()
         num = "current_gradient_accumulation_steps"
-        loss = self._micro_batches.first(run, partial(setattr, self, num, getattr(self, num)))
-        if self.accelerator.sync_gradients:
-            with counting_aside(self), self._made.second_pass(self.accelerator.scaler):
-                set_is_last = accelerate_sync(self.accelerator, model)
-                self._micro_batches.again(set_is_last, self.args.device)
+        with self._micro_batches.kept_with_grads(model, self._made):
+            loss = self._micro_batches.first(run, partial(setattr, self, num, getattr(self, num)))
+            if self.accelerator.sync_gradients:
+                with counting_aside(self), self._made.second_pass(self.accelerator.scaler):
+                    set_is_last = accelerate_sync(self.accelerator, model)
+                    self._micro_batches.again(set_is_last, self.args.device)
         return loss
 
     def _prepare_inputs(self, inputs: Any) -> Any:

@@ -96,12 +96,13 @@ class Trained:
         num_micro_batches: int = 1,
         mixed_precision: str = "no",
         settings: dict[str, Any] | None = None,
+        accelerator: Any = None,
         **plugin: Any,
     ) -> None:
         from qsdp.integrations import accelerate
 
         self.num_micro_batches = num_micro_batches
-        self.accelerator = _accelerator(num_micro_batches, mixed_precision, **plugin)
+        self.accelerator = accelerator or _accelerator(num_micro_batches, mixed_precision, **plugin)
         model: Any = _model(**(settings or {}))
         optimizer, make = _adamw(model), METHODS[method]
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.99)
@@ -123,12 +124,15 @@ class Trained:
         """What is pruned of this rank's shards in each pass."""
         self.losses: list[float] = []
         """Of each pass."""
+        self.failure: Callable[[], Any] = contextlib.nullcontext
+        """What the next passes are spoilt by."""
         self.left_out = 0
         """Steps that a GradScaler has left out."""
 
     def _loss_of(self, tokens: Tensor) -> Tensor:
         self.zeros.append(_num_zeros(self))
-        loss = _loss(self.model, tokens)
+        with self.failure():
+            loss = _loss(self.model, tokens)
         self.losses.append(float(loss.detach()))
         return loss
 
@@ -338,6 +342,100 @@ def test_the_second_pass_draws_the_random_numbers_of_the_first(run: Run) -> None
         assert torch.equal(after, after_plain)
 
 
+def _fail(*_: object) -> None:
+    raise KeyError("spoilt")
+
+
+@contextlib.contextmanager
+def _failing(model: Any, where: str) -> Any:
+    """Inside, a forward pass fails, or the backward pass of what it gives, or what follows it."""
+    layer = model.model.layers[0]
+    hooks: dict[str, Callable[[], Any]] = {
+        "forward": lambda: layer.mlp.register_forward_pre_hook(_fail),
+        "backward": lambda: layer.register_forward_hook(
+            lambda *args: args[-1].register_hook(_fail) and None
+        ),
+    }
+    hook = hooks[where]() if where in hooks else None
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
+    if where in ("loss", "second"):
+        _fail()
+
+
+def _give_up(trained: Trained, way: str, folder: str) -> None:
+    """Take one micro-batch of two, and give the step up."""
+    accelerator, model, passes = trained.accelerator, trained.model, trained.passes
+    if way == "load_state":
+        accelerator.save_state(folder)
+    raises = way in ("loss", "forward", "backward", "second")
+    spared = iter([contextlib.nullcontext()] * 2 if way == "second" else [])
+    for index in (90, 91)[: 1 + raises]:
+        if index == 91:
+            trained.failure = lambda: next(spared, None) or _failing(model, way)
+        failed = False
+        with contextlib.suppress(KeyError), accelerator.accumulate(model):
+            failed = index == 91
+            passes.run(_batch(index))
+            failed = False
+        assert failed == (index == 91)
+    trained.failure = contextlib.nullcontext
+    if way == "load_state":
+        accelerator.load_state(folder)
+    elif way == "abandon_step":
+        trained.handle.abandon_step()
+        model.zero_grad()
+    elif way == "reset":
+        passes.reset()
+    elif way == "evaluation":  # which the wire notices, and drops what was not reduced
+        with contextlib.suppress(KeyError), _failing(model, "forward"):
+            _loss(model, _batch(0))
+    accelerator.step = 0
+
+
+WAYS = ["loss", "forward", "backward", "second", "load_state", "abandon_step", "reset"]
+
+
+def _given_up(folder: str, *, syncs_each: bool) -> list[str]:
+    """The ways of giving a step up after which the next one is another than without it."""
+    ways = [*WAYS, *["evaluation"] * (not syncs_each)]
+    steps: list[Any] = []
+    wrong = []
+    for gives_up in (False, True):
+        with fsdp2_on_cpus():
+            trained = Trained(
+                "unclipped", num_micro_batches=2, wire={"weight_bits": 32, "grad_bits": 32}
+            )
+            trained.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = syncs_each
+            for step, way in enumerate(ways):
+                if gives_up:
+                    _give_up(trained, way, f"{folder}/{way}-{syncs_each}")
+                trained.take(range(step, step + 1))
+                steps.append((trained.losses[-4:], _weights(trained.model)))
+                if gives_up and not _are_equal(steps[step], steps[-1]):
+                    wrong.append(f"{way}, {syncs_each=}")
+    return wrong
+
+
+def _are_equal(left: object, right: object) -> bool:
+    try:
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
+    except AssertionError:
+        return False
+    return True
+
+
+def _given_up_in_all_ways(folder: str) -> list[str]:
+    return [each for syncs in (False, True) for each in _given_up(folder, syncs_each=syncs)]
+
+
+def test_a_step_that_was_given_up_leaves_nothing_to_the_next(run: Run, tmp_path: Path) -> None:
+    assert run(2, _given_up_in_all_ways, str(tmp_path)) == [[], []]
+
+
 def _clipped() -> dict[str, float]:
     """By method, the norm of the gradient that the base is given."""
     norms = {}
@@ -356,22 +454,69 @@ def test_cram_plus_is_clipped_at_twice_the_norm(run: Run) -> None:
         assert norms == pytest.approx({"plain": 0.01, "unclipped": 0.02}, rel=1e-3)
 
 
-def _left() -> tuple[bool, list[int], list[int]]:
-    """Whether the model lives on, and how many hooks there are, before and after."""
+def _one_after_another(folder: str) -> dict[str, Any]:
+    """Two models of one accelerator, the second with two wires, and the first freed meanwhile."""
+    from qsdp.integrations import accelerate
+
     with fsdp2_on_cpus():
-        trained = Trained("acdc")
-        trained.take(range(4))
-        accelerator, model = trained.accelerator, weakref.ref(trained.model)
-        hooks = accelerator._save_model_state_pre_hook, accelerator._load_model_state_pre_hook
-        before = [*map(len, hooks)]
-        del trained
+        first = Trained("acdc")
+        accelerator, model = first.accelerator, weakref.ref(first.model)
+        first.take(range(2))
         accelerator.free_memory()
+        second = Trained("acdc", accelerator=accelerator)
+        second.handle.remove()
+        *_, handle = accelerate.prepare(accelerator, second.model, second.optimizer)
+        second.take(range(3))
+        hooks = accelerator._save_model_state_pre_hook, accelerator._load_model_state_pre_hook
+        saved = first.handle.state_dict(), handle.state_dict()
+        accelerator.save_state(folder)
+        second.take(range(3, 4))
+        gone_on = handle.state_dict() != saved[1]
+        accelerator.load_state(folder)
+        found = {
+            "hooks": [*map(len, hooks)],
+            "folders": sorted(path.name for path in Path(folder).glob("qsdp_*")),
+            "is loaded": gone_on and (first.handle.state_dict(), handle.state_dict()) == saved,
+        }
+        del first
         gc.collect()
-        return model() is not None, before, [*map(len, hooks)]
+        return found | {"first is kept": model() is not None}
 
 
-def test_nothing_keeps_a_model_that_was_freed(run: Run) -> None:
-    assert run(2, _left) == [(False, [1, 1], [0, 0])] * 2
+def test_checkpoints_have_each_wire_once_and_keep_no_model(run: Run, tmp_path: Path) -> None:
+    wanted = {"hooks": [1, 1], "folders": ["qsdp_0"], "is loaded": True, "first is kept": False}
+    assert run(2, _one_after_another, str(tmp_path)) == [wanted] * 2
+
+
+def _over_epochs() -> list[list[int]]:
+    """What each step of two epochs of 3 batches a rank has seen, 2 to be accumulated."""
+    steps: list[list[int]] = []
+    with fsdp2_on_cpus():
+        trained = Trained("unclipped", num_micro_batches=2)
+        passes, loss_of = trained.passes, trained.passes.loss_of
+        rows = torch.arange(10)[:, None].expand(-1, CONTEXT)
+        loader = trained.accelerator.prepare(torch.utils.data.DataLoader(rows, batch_size=2))  # type: ignore[arg-type]
+        for syncs_each in (False, True):
+            trained.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = syncs_each
+            seen: list[int] = []
+            passes.loss_of = lambda tokens, seen=seen: (  # type: ignore[misc]
+                seen.append(int(tokens[0, 0])) or loss_of(tokens)
+            )
+            for tokens in loader:
+                with trained.accelerator.accumulate(trained.model):
+                    passes.run(tokens)
+                    trained.optimizer.step()
+                    trained.optimizer.zero_grad()
+                if trained.accelerator.sync_gradients:
+                    steps.append(seen.copy())
+                    seen.clear()
+        assert trained.optimizer.optimizer.num_steps == len(steps)
+    return steps
+
+
+def test_the_last_step_of_an_epoch_has_what_is_left_in_both_passes(run: Run) -> None:
+    for rank, steps in enumerate(run(2, _over_epochs)):
+        assert steps == [[2 * rank, 2 * rank + 4] * 2, [[8, 0][rank]] * 2] * 2
 
 
 def _refusals() -> dict[str, str]:
@@ -407,14 +552,22 @@ def _refusals() -> dict[str, str]:
         accelerator = _accelerator()
         attempt("swapped", accelerator, optimizer, model)
         attempt("two models", accelerator, model, optimizer, _model())
-        cram = qsdp.CrAM(model, optimizer)
+        cram = METHODS["cram"](model, optimizer)
         attempt("two methods", accelerator, model, cram, method=METHODS["cram"])
         model, prepared, _ = accelerate.prepare(accelerator, model, cram)
         attempt("twice", accelerator, model, prepared)
+        try:
+            accelerate.StepPasses(accelerator, model, prepared, lambda _: _).clip_grad_norm_(2.0)
+        except ValueError as error:
+            said["two norms"] = str(error)
     with fsdp2_on_cpus():
         model = _model()
         accelerator = _accelerator()
+        attempt("no function", accelerator, model, _adamw(model), method="cram")
+        assert accelerator._models == []
         model, prepared = accelerator.prepare(model, _adamw(model))
+        attempt("nothing made", accelerator, model, prepared, method=lambda *_: None)
+        attempt("its base", accelerator, model, prepared, method=METHODS["plain"])
         attempt("one prepared", accelerator, model, _adamw(model))
         attempt("the other", accelerator, _model(), prepared)
     return said
@@ -431,6 +584,10 @@ def test_what_cannot_be_prepared_is_refused_in_one_sentence(run: Run) -> None:
         ("swapped", "AdamW, LlamaForCausalLM are given: give one model, its optimizer"),
         ("two models", "LlamaForCausalLM, AdamW, LlamaForCausalLM are given"),
         ("two methods", "method would wrap a CrAM: leave out one of the two."),
+        ("no function", "method is a str: give a function that makes it."),
+        ("nothing made", "method has made None: return CrAM, ACDC, GMP or SAM."),
+        ("its base", "method has made AdamW: return CrAM, ACDC, GMP or SAM."),
+        ("two norms", "CrAM clips at its max_norm, and clip_grad_norm_ at 2.0: leave out one of"),
         ("twice", "LlamaForCausalLM has the wire already: prepare it once."),
         ("one prepared", "only the model of the two is prepared: give both"),
         ("the other", "only the optimizer of the two is prepared: give both"),

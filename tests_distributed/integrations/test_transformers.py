@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 import qsdp
+from qsdp.compat.parameter_group import groups_have_pending_gradients
 from tests_distributed.support.accelerate_on_cpus import fsdp2_on_cpus
 from tests_distributed.support.running import Run
 from tests_distributed.support.trainer_toy import Tokens, arguments, tiny_llama, whole_weights
@@ -427,6 +428,55 @@ def test_training_again_goes_over_one_wire_and_begins_a_method_anew(
     run: Run, tmp_path: Path
 ) -> None:
     run(2, _again, tmp_path)
+
+
+def _given_up(folder: Path) -> None:
+    """A callback stops a training between micro-batches, and a subclass goes on after an error."""
+    from transformers import TrainerCallback
+
+    class Stopping(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = True
+
+    counting = _counting()
+    had_some: list[bool] = []
+
+    class Lenient(counting):  # type: ignore[misc]
+        def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return super().training_step(model, *args, **kwargs)
+            except KeyError:
+                self.seen.batches.clear()
+                return torch.zeros(())
+
+        def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+            had_some.append(groups_have_pending_gradients(model))
+            loss = super().compute_loss(model, *args, **kwargs)
+            if len(self.seen.sizes) == 2:
+                raise KeyError("spoilt")
+            return loss
+
+    options: dict[str, Any] = {"wire": FULL, "gradient_accumulation_steps": 2, "max_steps": 1}
+    with quiet():
+        plain, stopped = (_trainer(folder, _cram, **options) for _ in range(2))
+        plain.train()
+        stopped.add_callback(Stopping)
+        stopped.train()
+        stopped.remove_callback(Stopping)
+        stopped.train()
+        lenient = _trainer(
+            folder, _cram, kind=Lenient, **options | {"gradient_accumulation_steps": 3}
+        )
+        lenient.train()
+        (first, _), (second, _) = lenient.seen.batches
+        assert had_some == [False, True, False, False]
+        torch.testing.assert_close(second, first, rtol=0, atol=0)
+        expected = whole_weights(plain.model)
+        torch.testing.assert_close(whole_weights(stopped.model), expected, rtol=0, atol=0)
+
+
+def test_a_step_that_was_given_up_leaves_nothing_to_the_next(run: Run, tmp_path: Path) -> None:
+    run(2, _given_up, tmp_path)
 
 
 def _exact(folder: Path) -> None:

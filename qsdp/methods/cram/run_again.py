@@ -11,8 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.checkpoint import get_device_states, set_device_states
+
+from qsdp.compat.fsdp_state import with_enclosing_roots
+from qsdp.compat.interrupted_passes import abandon_interrupted_pass, abandon_passes
+from qsdp.compat.parameter_group import groups_have_pending_gradients
 
 _OF_MODULES = {"_parameters", "_buffers", "_modules"}
 """What a module itself keeps: FSDP2 puts parameters in there, and CrAM restores buffers."""
@@ -62,6 +67,30 @@ class MicroBatches:
         self.is_again = False
         """Whether this is the second pass."""
 
+    @contextmanager
+    def kept_with_grads(self, model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+        """Inside, passes of a micro-batch are run: what is kept is what gradients are there of.
+
+        Where those of the micro-batches before were dropped, the step was given up in between.
+        An exception inside gives it up.
+        """
+        for whole in with_enclosing_roots(model):
+            abandon_interrupted_pass(whole)
+        if self._kept and not _has_grads(model, optimizer):
+            self._kept.clear()
+        try:
+            yield
+        except BaseException:
+            self.give_up(model, optimizer)
+            raise
+
+    def give_up(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Drop what is kept and the gradients of ``optimizer``, those that wait in FSDP2 too."""
+        self._kept.clear()
+        self._current = None
+        abandon_passes(model)
+        optimizer.zero_grad()
+
     def first(self, run: Callable[[], Any], before_again: Callable[[], object]) -> Any:
         """The result of ``run``, the forward and backward pass of a micro-batch.
 
@@ -103,6 +132,11 @@ class MicroBatches:
             self.is_again, self._current = False, None
             set_is_last(True)
             after.restore()
+
+
+def _has_grads(model: nn.Module, optimizer: Optimizer) -> bool:
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return groups_have_pending_gradients(model) or any(p.grad is not None for p in parameters)
 
 
 def accelerate_sync(accelerator: Any, model: Any) -> Callable[[bool], None]:
