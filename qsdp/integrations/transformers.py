@@ -18,7 +18,7 @@ from qsdp.compat.interrupted_passes import abandon_passes
 from qsdp.fsdp.wire_file import load_wire, save_wire
 from qsdp.methods.cram.run_again import MicroBatches, accelerate_sync, counting_aside
 from qsdp.methods.cram.two_passes import TwoPassOptimizer, num_gradients
-from qsdp.methods.made_method import check_clipped_once, check_method, made_by
+from qsdp.methods.made_method import check_clipped_once, check_method, check_whole_batch, made_by
 from qsdp.methods.wrapped_optimizer import put_inside
 
 Method = Callable[[torch.nn.Module, torch.optim.Optimizer, int], torch.optim.Optimizer]
@@ -80,6 +80,7 @@ class QSDPMixin(_Base):
             )
         if self.method is not None:
             made = made_by(self.method, model, self.optimizer.optimizer, num_training_steps)
+            check_whole_batch(made, self.accelerator)
             if self.args.max_grad_norm > 0:
                 trainers = f"Trainer at max_grad_norm {self.args.max_grad_norm}"
                 check_clipped_once(made, trainers, "leave out the first, or set the second to 0")

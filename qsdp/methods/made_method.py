@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qsdp.methods.cram.two_passes import TwoPassOptimizer
 from qsdp.methods.optimizer_wrapper import OptimizerWrapper
 
 
@@ -20,6 +21,17 @@ def made_by(method: Any, *args: Any) -> OptimizerWrapper:
         name = None if made is None else type(made).__name__
         raise ValueError(f"method has made {name}: return CrAM, ACDC, GMP or SAM.")
     return made
+
+
+def check_whole_batch(optimizer: object, accelerator: Any) -> None:
+    """Raise ValueError for two passes where ``accelerator`` cuts the sequences of a batch."""
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    is_cut = any(getattr(parallelism, f"{way}_enabled", False) for way in ("cp", "sp"))
+    if is_cut and isinstance(optimizer, TwoPassOptimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} is given beside context or sequence parallelism, whose "
+            "parts of a batch its second pass would not see: leave out one of the two."
+        )
 
 
 def check_clipped_once(optimizer: object, other: str, advice: str) -> None:

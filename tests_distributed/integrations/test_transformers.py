@@ -11,7 +11,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -508,7 +510,7 @@ def _message(call: Callable[[], object]) -> str:
 def _refusals(folder: Path) -> dict[str, str]:
     from transformers import Trainer
 
-    from qsdp.integrations.transformers import QSDPMixin
+    from qsdp.integrations.transformers import QSDPMixin, QSDPTrainer
 
     found = {}
     with quiet():
@@ -519,6 +521,15 @@ def _refusals(folder: Path) -> dict[str, str]:
         found["clipped twice"] = _message(clipping.train)
         clipping.args.max_grad_norm = 0.0
         clipping.train()
+        cuts = SimpleNamespace(cp_enabled=True)
+        cutting = mock.patch("accelerate.Accelerator.parallelism_config", cuts, create=True)
+        late = _trainer(folder, lambda *made: (cutting.start(), _cram(*made))[1])
+        found["cut sequences"] = _message(late.train)
+        cutting.stop()
+        own = {"_prepare_inputs": Trainer._prepare_inputs}
+        found["own inputs"] = _message(
+            _trainer(folder, _cram, kind=type("Own", (QSDPTrainer,), own)).train
+        )
         found["order"] = _message(lambda: type("Mine", (Trainer, QSDPMixin), {}))
 
         saving = _trainer(folder, save_strategy="steps", save_steps=3)
@@ -557,6 +568,8 @@ def test_what_cannot_be_trained_or_resumed_is_said_in_one_sentence(
         "no function": r"^method is a str: give a function",
         "nothing made": r"^method has made None: return CrAM, ",
         "clipped twice": r"^CrAM clips at its max_norm, and Trainer at max_grad_norm 1.0: leave",
+        "cut sequences": r"^CrAM is given beside context or sequence parallelism, .*: leave out",
+        "own inputs": r"^inputs of a second pass .*: call super\(\)\._prepare_inputs\(inputs\) in",
         "order": r"^Mine has QSDPMixin after its trainer: name it first\.$",
         "damaged": r"qsdp_wire.bin is damaged: restore it, or",
         "missing": r"qsdp_wire.bin is missing, the state of the wire, which begins anew: restore",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
-from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, Set, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ from qsdp.compat.parameter_group import groups_have_pending_gradients
 
 _OF_MODULES = {"_parameters", "_buffers", "_modules"}
 """What a module itself keeps: FSDP2 puts parameters in there, and CrAM restores buffers."""
+_COUNTS = 1 << 16
+_COPIED = (Tensor, np.ndarray, tuple, Set, MutableMapping, MutableSequence)
 
 
 class _RandomState(NamedTuple):
@@ -98,7 +101,11 @@ class MicroBatches:
         """
         current = self._current = _MicroBatch(run, before_again)
         result = run()
-        assert current.state is not None, "nothing was prepared"
+        if current.state is None:
+            raise RuntimeError(
+                "inputs of a second pass are those of the first, which have not gone through "
+                "QSDPMixin._prepare_inputs: call super()._prepare_inputs(inputs) in your own."
+            )
         self._kept.append(current)
         return result
 
@@ -158,13 +165,14 @@ def accelerate_sync(accelerator: Any, model: Any) -> Callable[[bool], None]:
 def counting_aside(counter: object) -> Iterator[None]:
     """Inside, ``counter`` may count in its attributes, which are as before in the end.
 
-    They are numbers, tensors, lists, sets and dictionaries, in one another too: others see none of
-    it. What an attribute that is another object counts stays, and so do data sets, by their names.
+    They are numbers, tensors, arrays, lists, sets and dictionaries, in one another too: others see
+    none of it. What another object counts stays, and so does what is in a data set, by its name, or
+    in a container or tensor that is larger than counts are: of more than 65,536 values.
     """
     attributes = vars(counter)
     before = dict(attributes)
     attributes |= {
-        name: _copied(value)
+        name: _copied(value, at_most=_COUNTS)
         for name, value in before.items()
         if not name.endswith("_dataset") and name not in _OF_MODULES
     }
@@ -174,18 +182,44 @@ def counting_aside(counter: object) -> Iterator[None]:
         attributes.update(before)
 
 
-def _copied(value: Any) -> Any:
-    """``value`` with copies of tensors and containers; other objects are the same ones."""
+def _copied(value: Any, at_most: float = math.inf, made: dict[int, Any] | None = None) -> Any:
+    """``value`` with copies of tensors, arrays, containers and dataclasses in it.
+
+    Other objects are the same ones, and so are those of more than ``at_most`` values, containers
+    that cannot be copied so, and tensors that gradients go through.
+    """
+    made = {} if made is None else made  # what a circle comes back to, by the id of the original
+    if id(value) in made:
+        return made[id(value)]
+    is_data = is_dataclass(value) and not isinstance(value, type)
+    if not (is_data or isinstance(value, _COPIED)) or _size(value) > at_most:
+        return value
     if isinstance(value, Tensor):
         return value if value.requires_grad else value.clone()
     if isinstance(value, tuple):
-        items = map(_copied, value)
+        items = [_copied(item, at_most, made) for item in value]
         return value._make(items) if hasattr(value, "_make") else tuple(items)
-    if isinstance(value, set | np.ndarray):
-        return copy.copy(value)
-    if not isinstance(value, MutableMapping | MutableSequence):
+    try:
+        copied = made[id(value)] = copy.copy(value)
+        if isinstance(value, MutableMapping):
+            for key in value:
+                copied[key] = _copied(value[key], at_most, made)
+        elif isinstance(value, MutableSequence):
+            for index, item in enumerate(value):
+                copied[index] = _copied(item, at_most, made)
+        elif is_data:
+            for field in fields(value):
+                item = _copied(getattr(value, field.name), at_most, made)
+                object.__setattr__(copied, field.name, item)  # of frozen ones, too
+    except Exception:  # of a class of the user's, which takes no such items
+        made[id(value)] = value
         return value
-    copied = copy.copy(value)
-    for key in copied.keys() if isinstance(copied, MutableMapping) else range(len(copied)):
-        copied[key] = _copied(copied[key])
     return copied
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel()
+    if isinstance(value, np.ndarray):
+        return value.size
+    return len(value) if isinstance(value, Sized) else 1
