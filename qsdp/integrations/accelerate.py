@@ -46,10 +46,12 @@ def prepare(
             ``lambda model, base: qsdp.CrAM(model, base)``.
 
     Returns:
-        Model, optimizer and others, prepared, in this order, and the wire's ``Handle``.
+        Model, optimizer and others, prepared, in this order, and the wire's ``Handle``. The method
+        itself, with its ``second_pass``, is ``optimizer.optimizer``.
 
     Raises:
-        ValueError: This is not one new model with its optimizer and FSDP2; or as ``qsdp.install``.
+        ValueError: This is not one new model with its optimizer and FSDP2, or ``method`` makes none
+            of qsdp's; or as ``qsdp.install``.
     """
     _check(accelerator, model, optimizer, others)
     check_method(method)
@@ -107,7 +109,7 @@ class StepPasses:
     """The passes of each batch: forward and backward, and ``CrAM``'s or ``SAM``'s second ones.
 
     Where gradients are whole these run all micro-batches of the step once more, on the same inputs
-    and random numbers.
+    and random numbers. An exception in a pass gives the step up, as ``reset`` does.
     """
 
     def __init__(
@@ -141,8 +143,7 @@ class StepPasses:
 
     def clip_grad_norm_(self, max_norm: float) -> Any:
         """Clip gradients that are whole, at twice ``max_norm`` where CrAM+ has added two."""
-        given = f"clip_grad_norm_ at {max_norm}"
-        check_clipped_once(self.optimizer, given, "leave out one of the two")
+        check_clipped_once(self.optimizer, f"clip_grad_norm_ at {max_norm}", "leave one out")
         if not self.accelerator.sync_gradients:
             return None
         max_norm *= num_gradients(self.optimizer)

@@ -587,7 +587,7 @@ def test_what_cannot_be_prepared_is_refused_in_one_sentence(run: Run) -> None:
         ("no function", "method is a str: give a function that makes it."),
         ("nothing made", "method has made None: return CrAM, ACDC, GMP or SAM."),
         ("its base", "method has made AdamW: return CrAM, ACDC, GMP or SAM."),
-        ("two norms", "CrAM clips at its max_norm, and clip_grad_norm_ at 2.0: leave out one of"),
+        ("two norms", "CrAM clips at its max_norm, and clip_grad_norm_ at 2.0: leave one out."),
         ("twice", "LlamaForCausalLM has the wire already: prepare it once."),
         ("one prepared", "only the model of the two is prepared: give both"),
         ("the other", "only the optimizer of the two is prepared: give both"),

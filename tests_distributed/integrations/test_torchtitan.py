@@ -264,8 +264,17 @@ def test_all_micro_batches_are_in_both_passes(run: Run, tmp_path: Path, kind: st
 
 def _refusals(folder: str) -> list[str]:
     found = []
-    for options in ({"disable_cuda_graphs": False}, {"spec": model_registry("debugmodel")}):
+    for options in (
+        {"disable_cuda_graphs": False},
+        {"spec": model_registry("debugmodel")},
+        {"method": "cram"},
+        {"method": lambda *_: None},
+    ):
         try:
+            if "method" in options:
+                made: Any = options.pop("method")
+                spec = model_registry("debugmodel")
+                options["spec"] = torchtitan.wrap_spec(spec, qsdp.QSDPConfig(), made)
             trainer_of("plain", folder, is_tracked=False, **options)
         except ValueError as error:
             found.append(str(error))
@@ -273,6 +282,10 @@ def _refusals(folder: str) -> list[str]:
 
 
 def test_what_would_go_wrong_is_refused(run: Run, tmp_path: Path) -> None:
-    for graphs, spec in run(2, _refusals, str(tmp_path)):
+    for graphs, spec, *methods in run(2, _refusals, str(tmp_path)):
+        assert methods == [
+            "method is a str: give a function that makes it.",
+            "method has made None: return CrAM, ACDC, GMP or SAM.",
+        ]
         assert graphs.startswith("training.disable_cuda_graphs is False")
         assert spec == "the model_spec has no wire: give that of wrap_spec(spec, wire)."
