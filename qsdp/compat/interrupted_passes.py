@@ -18,14 +18,6 @@ from qsdp.compat.fsdp_state import (
 from qsdp.compat.installed_wire import passes_of
 
 
-def is_backward_interrupted(module: nn.Module) -> bool:
-    """Whether the last backward pass through ``module``, a root, has begun but not ended.
-
-    To be asked outside a backward pass.
-    """
-    return is_root(module) and bool(state_of(module)._state_ctx.post_backward_final_callback_queued)
-
-
 def abandon_pass(model: nn.Module) -> None:
     """Make FSDP2 forget an interrupted forward or backward pass, cut short by an exception.
 
@@ -48,6 +40,15 @@ def abandon_pass(model: nn.Module) -> None:
                 parameter.unsharded_accumulated_grad = None
                 if hasattr(parameter, "_unsharded_param"):
                     parameter._unsharded_param.grad = None
+
+
+def abandon_interrupted_backward(module: nn.Module) -> None:
+    """Call ``abandon_pass`` where ``module`` is a root whose last backward pass has not ended.
+
+    To be called outside a backward pass.
+    """
+    if is_root(module) and state_of(module)._state_ctx.post_backward_final_callback_queued:
+        abandon_pass(module)
 
 
 def abandon_passes(model: nn.Module) -> None:

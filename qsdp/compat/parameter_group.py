@@ -295,6 +295,12 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
     return list(groups.values())
 
 
+def modules_without_group(model: nn.Module) -> list[nn.Module]:
+    """The FSDPModules in ``model`` that have no parameters of their own, a root maybe."""
+    sharded = (module for module in model.modules() if isinstance(module, FSDPModule))
+    return [module for module in sharded if not param_groups_of(state_of(module))]
+
+
 def groups_have_pending_gradients(model: nn.Module) -> bool:
     """Whether a parameter group of ``model`` holds gradients that FSDP2 did not reduce yet."""
     return any(group.pending_gradients() for group in parameter_groups(model))

@@ -20,7 +20,7 @@ from qsdp.comm.traffic import Traffic
 from qsdp.comm.wire_state import Wire
 from qsdp.common.model_structure import embedding_names, tied_names
 from qsdp.common.rank_agreement import mistakes_shared
-from qsdp.compat.parameter_group import ParameterGroup
+from qsdp.compat.parameter_group import ParameterGroup, modules_without_group
 from qsdp.compat.parameter_names import clean_names, named_parameters
 from qsdp.compat.resharding import reshard_module
 from qsdp.config import QSDPConfig
@@ -105,7 +105,7 @@ def build_parts(
     if config.levels == "learned":
         wire.levels = LearnedLevels(order)
     adaptation = Adaptation(plans, groups, wire, everyone)
-    passes = Passes(plans, groups, wire, adaptation, replicas)
+    passes = Passes(plans, groups, modules_without_group(model), wire, adaptation, replicas)
     comms = InstalledComms(plans, groups, wire, passes, replicas)
     passes.caches, passes.meetings.comms = PassMembers(comms.gathers), comms.given
     return BuiltParts(

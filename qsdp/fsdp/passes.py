@@ -20,7 +20,7 @@ from qsdp.common.collective_errors import CollectiveError
 from qsdp.common.replicas import replicated
 from qsdp.compat.autograd import is_in_backward
 from qsdp.compat.fsdp_state import all_states, becomes_root, is_root, stays_gathered_by_default
-from qsdp.compat.interrupted_passes import abandon_pass, is_backward_interrupted
+from qsdp.compat.interrupted_passes import abandon_interrupted_backward, abandon_pass
 from qsdp.compat.parameter_group import ParameterGroup
 from qsdp.compat.pytree import tensors_in
 from qsdp.compat.resharding import reshard_module
@@ -56,6 +56,7 @@ class Passes:
 
     Args:
         plans, groups: Those of the handle.
+        others: Modules that may be roots, and have no group.
         wire: What the groups share.
         adaptation: What sets bits and levels.
         replicas: The ranks that hold the same shards, where qsdp averages over them.
@@ -65,14 +66,14 @@ class Passes:
         self,
         plans: Sequence[Plan],
         groups: Sequence[ParameterGroup],
+        others: Sequence[nn.Module],
         wire: Wire,
         adaptation: Adaptation,
         replicas: dist.ProcessGroup | None,
     ) -> None:
         self._plans, self._groups = plans, groups
         self._wire, self._adaptation = wire, adaptation
-        self.replicas = replicas
-        self._averages = replicas is not None
+        self.replicas, self._averages = replicas, replicas is not None
         # A gather for the backward pass would come before anything that a meeting could lie beside.
         is_alone = len({plan.group for plan in plans}) == 1
         self._meets_early = wire.config.gather != "twice" and is_alone
@@ -97,12 +98,13 @@ class Passes:
             replicated.add(self)
         self._handles: list[RemovableHandle] = []
         # A block's compiler shall not look inside. [Note: Hooks] says why the reference is weak.
-        for place, group in enumerate(groups):
+        self._roots = [*(group.modules[0] for group in groups), *others]
+        for place, modules in [*enumerate(group.modules for group in groups), (None, others)]:
             before, after = (
                 torch.compiler.disable(partial(_call_if_alive, weakref.ref(self), method, place))
                 for method in (Passes._before_forward, Passes._after_forward)
             )
-            for module in group.modules:
+            for module in modules:
                 self._handles += [
                     module.register_forward_pre_hook(before, prepend=True),
                     module.register_forward_hook(after, always_call=True),
@@ -180,8 +182,8 @@ class Passes:
 
     def mend(self) -> None:
         """Undo what a pass that was cut short has left behind; no pass may be under way."""
-        for group in self._groups:
-            self._abandon(group.modules[0])
+        for module in self._roots:
+            abandon_interrupted_backward(module)
         self._end_what_was_cut_short()
         self._grad_mode = "unknown"
 
@@ -206,10 +208,6 @@ class Passes:
                 self.reshard()
             finally:
                 setattr(self._wire, which, before)
-
-    def _abandon(self, module: nn.Module) -> None:
-        if is_backward_interrupted(module):
-            abandon_pass(module)
 
     def rewind_point(self) -> Callable[[], None]:
         """A function that makes what is counted as it is now, for the second try of a step."""
@@ -253,15 +251,17 @@ class Passes:
             self._wire.clock.rewind()
             self._adaptation.watch_again()
 
-    def _before_forward(self, place: int, module: nn.Module, *_: object) -> None:
+    def _before_forward(self, place: int | None, module: nn.Module, *_: object) -> None:
         if is_in_backward():
             return
         if not becomes_root(module):
+            if place is None:
+                return
             group = self._plans[place].group
             is_spoken_of = place in self._to_come.get(group, ())
             self.meetings.refuse(FORWARD, [place], None if is_spoken_of else group)
             return
-        self._abandon(module)
+        abandon_interrupted_backward(module)
         self._end_what_was_cut_short()
         states = map(id, all_states(module))
         parts = [self._indices[state] for state in states if state in self._indices]
@@ -285,7 +285,7 @@ class Passes:
                 self._groups[i].init_unsharded_parameters()
 
     def _after_forward(
-        self, _: int, module: nn.Module, args: object = None, output: object = None
+        self, _: int | None, module: nn.Module, args: object = None, output: object = None
     ) -> None:
         if is_in_backward() or not is_root(module):
             return

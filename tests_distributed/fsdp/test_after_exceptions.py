@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import qsdp
@@ -292,3 +294,39 @@ def _reshard(model: Toy) -> None:
 
 def test_no_pass_is_made_with_weights_of_an_earlier_step(run: Run) -> None:
     assert run(2, stale_root) == [True, True]
+
+
+# --- a root that has no parameters of its own ----------------------------------------------------
+
+
+def _cut_short_under_a_bare_root(where: str | None) -> list[Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(3)))
+    for part in model:
+        fully_shard(part)
+    fully_shard(model)
+    qsdp.install(model, qsdp.QSDPConfig(weight_bits=4, grad_bits=4, bucket_size=64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for step in range(3):
+        batch = torch.randn(4, 64, generator=torch.Generator().manual_seed(step))
+        if where is not None and step == 1:
+            with pytest.raises(Fault), hooked(SimpleNamespace(blocks=model), where):
+                model(batch).square().mean().backward()
+            optimizer.zero_grad()
+        loss = model(batch).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return [losses, full_state(model)]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_pass_of_a_root_without_parameters_is_taken_again(run: Run, where: str) -> None:
+    expected = run(2, _cut_short_under_a_bare_root, None)
+    for (losses, state), (plain, whole) in zip(
+        run(2, _cut_short_under_a_bare_root, where), expected, strict=True
+    ):
+        assert losses == plain
+        torch.testing.assert_close(state, whole, rtol=0, atol=0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import qsdp
-from tests_distributed.support.helpers import Toy, make_batch, make_model, shard
+from tests_distributed.support.helpers import make_batch, make_model, shard
 
 NUM_STEPS = 4
 LEARNED = qsdp.QSDPConfig(weight_bits=4, grad_bits=4, levels="learned", level_steps=(1, 3), seed=3)
@@ -122,7 +122,7 @@ def _optimizer(method: str, model: nn.Module, base: torch.optim.Optimizer) -> An
 
 
 @contextmanager
-def hooked(model: Toy, where: str) -> Iterator[None]:
+def hooked(model: Any, where: str) -> Iterator[None]:
     """Inside, a forward pass of ``model`` raises in its middle, or its backward pass will."""
     in_backward = where == "backward"
     hook = model.blocks[not in_backward].register_forward_hook(
