@@ -72,6 +72,19 @@ def test_a_pass_whose_inputs_were_not_prepared_is_refused() -> None:
         batches.first(lambda: None, lambda: None)
 
 
+class Accumulating(torch.optim.SGD):
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As Accelerate's do between micro-batches."""
+
+
+def test_a_step_that_is_given_up_leaves_no_gradients_whatever_its_optimizer_clears() -> None:
+    model, batches = torch.nn.Linear(2, 2), MicroBatches()
+    optimizer = Accumulating(model.parameters(), lr=0.1)
+    model(torch.ones(1, 2)).sum().backward()
+    batches.give_up(model, optimizer)
+    assert [parameter.grad for parameter in model.parameters()] == [None, None]
+
+
 class WriteOnce(dict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         if key in self:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from qsdp.compat.fsdp_state import with_enclosing_roots
 from qsdp.compat.interrupted_passes import abandon_interrupted_pass, abandon_passes
 from qsdp.compat.parameter_group import groups_have_pending_gradients
+from qsdp.methods.cram.compressed_point import clear_grads
 
 _OF_MODULES = {"_parameters", "_buffers", "_modules"}
 """What a module itself keeps: FSDP2 puts parameters in there, and CrAM restores buffers."""
@@ -92,7 +93,7 @@ class MicroBatches:
         self._kept.clear()
         self._current = None
         abandon_passes(model)
-        optimizer.zero_grad()
+        clear_grads(_parameters(optimizer))  # its zero_grad may leave them, as Accelerate's does
 
     def first(self, run: Callable[[], Any], before_again: Callable[[], object]) -> Any:
         """The result of ``run``, the forward and backward pass of a micro-batch.
@@ -141,9 +142,13 @@ class MicroBatches:
             after.restore()
 
 
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _has_grads(model: nn.Module, optimizer: Optimizer) -> bool:
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    return groups_have_pending_gradients(model) or any(p.grad is not None for p in parameters)
+    is_there = any(parameter.grad is not None for parameter in _parameters(optimizer))
+    return is_there or groups_have_pending_gradients(model)
 
 
 def accelerate_sync(accelerator: Any, model: Any) -> Callable[[bool], None]:
