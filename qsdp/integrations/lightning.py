@@ -5,16 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature as takes
-from torch import nn
 from torchmetrics import Metric
 
 from qsdp.config import QSDPConfig
-from qsdp.fsdp.handle import Handle
 from qsdp.fsdp.install import install
 from qsdp.fsdp.sharding_function import ShardingFunction
 from qsdp.fsdp.whole_state import load_whole_state, whole_state
@@ -42,12 +41,13 @@ class QSDPCallback(Callback):
     nor in numbers, tensors, lists and dictionaries that are its attributes.
     """
 
-    handle: Handle | None = None
+    handle: Any = None
+    """That of the wire, a ``qsdp.Handle``, from the beginning of the first fit on."""
 
     def __init__(self, wire: QSDPConfig | None = None) -> None:
         """``wire`` says how the model is to travel."""
         self.config, self._kept = wire, MicroBatches()
-        self._model: Callable[[], nn.Module | None] = lambda: None
+        self._model: Any = None
 
     @property
     def is_second_pass(self) -> bool:
@@ -56,7 +56,7 @@ class QSDPCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the wire, once for each module."""
-        if self.handle is None or self._model() is not pl_module:
+        if self.handle is None or self.handle._is_removed or self._model() is not pl_module:
             self.handle, self._model = install(pl_module, self.config), weakref.ref(pl_module)
         if optimizer := _own_optimizer(trainer):
             optimizer.share_support(self.handle.set_support)
@@ -72,34 +72,34 @@ class QSDPCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put both passes where Lightning steps CrAM or SAM."""
-        optimizer = _own_optimizer(trainer)
+        strategy: Any = trainer.strategy
+        vars(strategy).pop("training_step", None)  # an earlier fit has left it, and micro-batches
+        self._kept, optimizer = MicroBatches(), _own_optimizer(trainer)
         if pl_module.automatic_optimization and isinstance(optimizer, TwoPassOptimizer):
             if takes(pl_module.training_step, "dataloader_iter", explicit=True):
                 raise ValueError("training_step takes dataloader_iter: let it take batches.")
             trainer.optimizers = list[Any]([_BothPasses(optimizer, trainer, self)])
+            strategy.training_step = partial(self._training_step, trainer, strategy.training_step)
 
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Keep a micro-batch for the second pass."""
-        if batch_idx % trainer.accumulate_grad_batches == 0:  # where Lightning clears gradients
-            self._kept = MicroBatches()
-        has_index, kept = takes(pl_module.training_step, "batch_idx", min_args=2), self._kept
+    def _training_step(self, trainer: Any, step: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a micro-batch, as callbacks and module have left it, and keep it for the second."""
+        if trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0:
+            self._kept = MicroBatches()  # where Lightning clears gradients
 
-        def run() -> None:
-            arguments = kept.prepared(lambda: [batch, *[batch_idx] * has_index], pl_module.device)
-            if kept.is_again:  # Lightning itself runs the first pass
-                output = trainer.strategy.training_step(*arguments)
-                loss = output["loss"] if isinstance(output, Mapping) else output
+        def run() -> Any:
+            output = step(*self._kept.prepared(lambda: arguments, trainer.lightning_module.device))
+            loss = output.get("loss") if isinstance(output, Mapping) else output
+            if loss is None:
+                raise ValueError("training_step has no loss for a second pass: return one.")
+            if self.is_second_pass:  # Lightning itself sends back the first
                 part = loss / trainer.accumulate_grad_batches
                 trainer.strategy.backward(part, trainer.optimizers[0])
+            return output
 
-        if isinstance(trainer.optimizers[0], _BothPasses):
-            kept.first(run, lambda: None)
+        return self._kept.first(run, lambda: None)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log what was sent, and what is pruned."""
-        assert self.handle is not None
         pl_module.log_dict(self.handle.traffic.megabytes())
         if optimizer := _own_optimizer(trainer):
             pl_module.log("pruned", float(optimizer.pruned))

@@ -261,6 +261,21 @@ class Seeds(Callback):
             trainer.save_checkpoint(self.path)
 
 
+def trainer_of(callbacks: list[Callback], **options: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        devices=dist.get_world_size(),
+        strategy=TrainerStrategy(dist.get_world_size(), 1),
+        plugins=[Ranks()],
+        max_epochs=1,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"logger": False, **options},
+    )
+
+
 def fit(
     kind: str,
     *,
@@ -272,20 +287,12 @@ def fit(
 ) -> tuple[Module, Kept]:
     random.seed(5)
     callback, logger = lightning.QSDPCallback(WIRE), Kept()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=dist.get_world_size(),
-        strategy=TrainerStrategy(dist.get_world_size(), 1),
-        plugins=[Ranks()],
-        max_epochs=1,
+    trainer = trainer_of(
+        [Seeds(path), callback],
         accumulate_grad_batches=accumulate,
         gradient_clip_val=clip,
         logger=logger,
         log_every_n_steps=1,
-        callbacks=[Seeds(path), callback],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     module = Module(kind, callback)
     trainer.fit(module, Batches(steps * accumulate), ckpt_path=resume)
@@ -331,14 +338,16 @@ def test_trainer_does_what_a_loop_does_and_resumes_bit_for_bit(
         assert found["zeros"] == pytest.approx(0.5 if kind == "acdc" else 0.0, abs=1e-3)
 
 
+def draws_by_pass() -> dict[bool, list[float]]:
+    return {again: [drawn for was, drawn in DRAWS if was == again] for again in (False, True)}
+
+
 def _accumulated(clip: float) -> dict[str, Any]:
     options: dict[str, Any] = {"steps": 3, "accumulate": 2, "clip": clip}
     DRAWS.clear()
     module, logger = fit("cram", **options)
     weights, losses = by_hand("cram", **options)
-    draws: dict[bool, list[float]] = {True: [], False: []}
-    for is_second, drawn in DRAWS:
-        draws[is_second].append(drawn)
+    draws = draws_by_pass()
     random.seed(5)
     return {
         "as by hand": same(weights_of(module), weights),
@@ -363,6 +372,66 @@ def test_all_micro_batches_are_in_both_passes_and_nothing_else_is(run: Run) -> N
         assert found["logged"] == pytest.approx(found["losses"][1::2])
         assert found["of the epoch"] == pytest.approx([sum(found["losses"]) / 6])
         assert found["steps"] == (3, 3)
+
+
+class Changes(Callback):
+    """Changes a batch where it begins, and draws random numbers."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        batch["tokens"] += int(torch.randint(2, ()))
+
+
+class Seen(Module):
+    """Notes what its steps are given and draw; ``ends`` gives what they return."""
+
+    def __init__(self, callback: Any, ends: Any = None) -> None:
+        super().__init__("cram", callback)
+        self.ends = ends or (lambda index, loss: loss)
+
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        Changes().on_train_batch_start(None, None, batch, index)
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Any:
+        drawn = batch["tokens"].sum().item() + torch.rand(()).item()
+        DRAWS.append((self.callback.is_second_pass, drawn))
+        return self.ends(index, self.core(batch["tokens"] % VOCAB))
+
+
+class ByHand(Seen):
+    """Takes no step at all."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return []
+
+
+def _beginnings() -> list[Any]:
+    callback = lightning.QSDPCallback(WIRE)
+    trainer = trainer_of([callback, Changes()], accumulate_grad_batches=2)
+
+    def interrupted(index: int, loss: Tensor) -> Tensor:
+        if index == 3:
+            module.ends = lambda _, loss: loss
+            raise InterruptedError
+        return loss
+
+    module = Seen(callback, interrupted)
+    with pytest.raises(InterruptedError):
+        trainer.fit(module, Batches(6))
+    DRAWS.clear()
+    trainer.fit(module, Batches(6))
+    draws, handle = draws_by_pass(), callback.handle
+    handle.remove()
+    trainer.fit(module, Batches(2))
+    trainer_of([callback]).fit(ByHand(callback), Batches(2))
+    with pytest.raises(ValueError, match="has no loss for a second pass: return one"):
+        trainer_of([callback]).fit(Seen(callback, lambda *_: {"loss": None}), Batches(2))
+    return [draws[True] == draws[False], len(draws[True]), callback.handle is handle]
+
+
+def test_both_passes_and_each_fit_begin_alike(run: Run) -> None:
+    assert run(2, _beginnings) == [[True, 6, False]] * 2
 
 
 def by_fabric(
