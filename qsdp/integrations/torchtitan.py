@@ -45,7 +45,7 @@ def wrap_spec(
     def after_build(optimizers: Any, model_parts: list[nn.Module], parallel_dims: Any) -> None:
         if spec.post_optimizer_build_fn is not None:
             spec.post_optimizer_build_fn(optimizers, model_parts, parallel_dims)
-        if method is None:
+        if method is None or parallelize._handle is None:  # a seed checkpoint is of a whole model
             return
         if parallel_dims.pp_enabled or len(optimizers.optimizers) != 1:
             raise ValueError(
@@ -79,7 +79,7 @@ class QSDPTrainer(Trainer):
         self._micro_batches, self._num_run = MicroBatches(), 0
         self._own = next((o for o in self.optimizers if isinstance(o, OptimizerWrapper)), None)
         self.metrics_processor.logger = _Logger(self.metrics_processor.logger, self)
-        if self.checkpointer.enable:
+        if self.checkpointer.enable and not config.checkpoint.create_seed_checkpoint:
             self.checkpointer.states["wire"] = _Packed(self.wire)
 
     def train_step(self, data_iterator: Any) -> None:

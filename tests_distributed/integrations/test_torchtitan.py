@@ -262,8 +262,22 @@ def test_all_micro_batches_are_in_both_passes(run: Run, tmp_path: Path, kind: st
     assert run(2, _by_hand, kind, str(tmp_path)) == [(True, 3 * 2 * 2 * LENGTH)] * 2
 
 
-def _refusals(folder: str) -> list[str]:
-    found = []
+def _begun_from_a_seed(folder: str) -> bool:
+    """Whether a training begins with the weights of a seed checkpoint, which has no wire."""
+    saves = {"enable": True, "last_save_model_only": False}
+    whole = trainer_of(
+        "cram", folder, checkpoint={**saves, "create_seed_checkpoint": True}, is_tracked=False
+    )
+    whole.checkpointer.save(curr_step=0, last_step=True)
+    whole.close()
+    trainer = trainer_of("cram", folder, checkpoint=saves, is_tracked=False)
+    trainer.checkpointer.load()
+    trainer.close()
+    return same(weights_of(trainer), dict(whole.model_parts[0].named_parameters()))
+
+
+def _beginnings(folder: str) -> list[Any]:
+    found: list[Any] = [_begun_from_a_seed(folder)]
     for options in (
         {"disable_cuda_graphs": False},
         {"spec": model_registry("debugmodel")},
@@ -281,8 +295,11 @@ def _refusals(folder: str) -> list[str]:
     return found
 
 
-def test_what_would_go_wrong_is_refused(run: Run, tmp_path: Path) -> None:
-    for graphs, spec, *methods in run(2, _refusals, str(tmp_path)):
+def test_seeds_begin_a_training_and_what_would_go_wrong_is_refused(
+    run: Run, tmp_path: Path
+) -> None:
+    for is_begun, graphs, spec, *methods in run(2, _beginnings, str(tmp_path)):
+        assert is_begun
         assert methods == [
             "method is a str: give a function that makes it.",
             "method has made None: return CrAM, ACDC, GMP or SAM.",
