@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from peft import PeftModel
-from peft.tuners.adaption_prompt.layer import AdaptedAttention
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.adaption_prompt.layer import AdaptedAttention, AdaptedAttentionGPT
+from peft.tuners.adaption_prompt.model import AdaptionPromptModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -19,6 +20,13 @@ from qsdp.sparsity.prunable import prunable_parameters
 
 ADAPTER_BITS = 8
 _DEFAULTS: dict[str, Any] = {"weight_bits": 4, "gather": "once"}
+_INNER: dict[str, tuple[type, ...]] = {
+    "base_model": (PeftModel, PeftMixedModel),
+    "model": (BaseTuner, AdaptionPromptModel, AdaptedAttention, AdaptedAttentionGPT),
+    "base_layer": (BaseTunerLayer,),
+    "original_module": (AuxiliaryTrainingWrapper,),
+}
+"""What peft puts around a part of a model, by the name that the part has in there."""
 
 
 def wire(model: nn.Module, **settings: Any) -> qsdp.QSDPConfig:
@@ -62,32 +70,22 @@ def base_weights(model: nn.Module) -> list[str]:
 
 def _adapters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that peft has added to ``model``, or that are trained, by name."""
-    named_parts = ((module, name) for module in model.modules() for name in _parts_of(module))
-    found = [getattr(module, name, None) for module, name in named_parts]
-    parts = [part for part in found if isinstance(part, nn.Module | nn.Parameter)]
-    added = {id(p) for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
-    added |= {id(part) for part in parts}
+    wrappers = [
+        (module, getattr(module, inner))
+        for module in model.modules()
+        for inner, kinds in _INNER.items()
+        if isinstance(module, kinds)
+    ]
+    added: set[nn.Parameter] = set()
+    for wrapper, inner in wrappers:
+        added |= {*wrapper.parameters()} - {*inner.parameters()}
     named = named_parameters(model)
-    adapters = {name: p for name, p in named.items() if p.requires_grad or id(p) in added}
-    if not adapters or not (parts or isinstance(model, PeftModel)):
+    adapters = {name: p for name, p in named.items() if p.requires_grad or p in added}
+    if not adapters or not wrappers:
         raise ValueError(
             f"{type(model).__name__} has no adapters: give what peft.get_peft_model has returned."
         )
     return adapters
-
-
-def _parts_of(module: nn.Module) -> Sequence[str]:
-    """The attributes in which ``module`` may have what peft has added."""
-    match module:
-        case BaseTunerLayer():
-            return (*module.adapter_layer_names, *module.other_param_names)
-        case AuxiliaryTrainingWrapper():
-            return module.adapter_layer_names
-        case PeftModel():
-            return ("prompt_encoder",)  # of prompt and prefix tuning
-        case AdaptedAttention():
-            return ("adaption_prompt", "adaption_gate")
-    return ()
 
 
 def _patterns(

@@ -132,9 +132,11 @@ def test_what_is_large_or_takes_no_items_is_left_where_it_is() -> None:
     counter.table, counter.array = torch.zeros(1 << 17), np.zeros(1 << 17)
     counter.rows, counter.once = [[0]] * (1 << 17), WriteOnce(a=[1])
     counter.train_dataset = [{"ids": ones()}]
-    names = ("table", "array", "rows", "once", "train_dataset")
+    names = ("table", "array", "once", "train_dataset")
     before = [id(getattr(counter, name)) for name in names]
     with counting_aside(counter):
         assert [id(getattr(counter, name)) for name in names] == before
         counter.once["b"] = 2
+        counter.rows.append([1])
+    assert len(counter.rows) == 1 << 17
     assert counter.once == {"a": [1], "b": 2}

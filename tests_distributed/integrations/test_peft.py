@@ -111,6 +111,9 @@ MORE_KINDS: dict[str, dict[str, Any]] = {
     "CPTConfig": {"cpt_token_ids": [1, 2], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 2]},
     "AdaptionPromptConfig": {"adapter_len": 4, "adapter_layers": 1},
     "AdaLoraConfig": {"target_modules": ["q_proj"], "total_step": 10},
+    "LNTuningConfig": {"target_modules": ["input_layernorm"]},
+    "LoKrConfig": {"r": 4, "target_modules": ["q_proj"]},
+    "ShadowConfig": {},
     "TrainableTokensConfig": {"token_indices": [1, 2]},
     "VBLoRAConfig": {
         "target_modules": ["q_proj"],

@@ -172,7 +172,8 @@ def counting_aside(counter: object) -> Iterator[None]:
 
     They are numbers, tensors, arrays, lists, sets and dictionaries, in one another too: others see
     none of it. What another object counts stays, and so does what is in a data set, by its name, or
-    in a container or tensor that is larger than counts are: of more than 65,536 values.
+    in what is larger than counts are, of more than 65,536 values: in a tensor, or in the items of a
+    container, which are not copied.
     """
     attributes = vars(counter)
     before = dict(attributes)
@@ -190,14 +191,18 @@ def counting_aside(counter: object) -> Iterator[None]:
 def _copied(value: Any, at_most: float = math.inf, made: dict[int, Any] | None = None) -> Any:
     """``value`` with copies of tensors, arrays, containers and dataclasses in it.
 
-    Other objects are the same ones, and so are those of more than ``at_most`` values, containers
-    that cannot be copied so, and tensors that gradients go through.
+    Other objects are the same ones, and so are the items of a container of more than ``at_most``,
+    tensors and arrays of more values, containers that cannot be copied so, and tensors that
+    gradients go through.
     """
     made = {} if made is None else made  # what a circle comes back to, by the id of the original
     if id(value) in made:
         return made[id(value)]
     is_data = is_dataclass(value) and not isinstance(value, type)
-    if not (is_data or isinstance(value, _COPIED)) or _size(value) > at_most:
+    if not (is_data or isinstance(value, _COPIED)):
+        return value
+    is_large = _size(value) > at_most
+    if isinstance(value, Tensor | np.ndarray) and is_large:
         return value
     if isinstance(value, Tensor):
         return value if value.requires_grad else value.clone()
@@ -206,6 +211,8 @@ def _copied(value: Any, at_most: float = math.inf, made: dict[int, Any] | None =
         return value._make(items) if hasattr(value, "_make") else tuple(items)
     try:
         copied = made[id(value)] = copy.copy(value)
+        if is_large:
+            return copied
         if isinstance(value, MutableMapping):
             for key in value:
                 copied[key] = _copied(value[key], at_most, made)
