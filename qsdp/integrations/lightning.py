@@ -41,8 +41,7 @@ class QSDPCallback(Callback):
     nor in numbers, tensors, lists and dictionaries that are its attributes.
     """
 
-    handle: Any = None
-    """That of the wire, a ``qsdp.Handle``, from the beginning of the first fit on."""
+    handle: Any = None  # that of the wire, a qsdp.Handle, from the first fit on
 
     def __init__(self, wire: QSDPConfig | None = None) -> None:
         """``wire`` says how the model is to travel."""
@@ -58,6 +57,7 @@ class QSDPCallback(Callback):
         """Install the wire, once for each module."""
         if self.handle is None or self.handle._is_removed or self._model() is not pl_module:
             self.handle, self._model = install(pl_module, self.config), weakref.ref(pl_module)
+        self.handle.set_support(None)  # it has the masks of an earlier fit's optimizer
         if optimizer := _own_optimizer(trainer):
             optimizer.share_support(self.handle.set_support)
 

@@ -406,6 +406,17 @@ class ByHand(Seen):
         return []
 
 
+def _zeros_of_fits() -> list[float]:
+    """The zeros after fits of one module: AC/DC prunes in its third step, and is dense before."""
+    callback = lightning.QSDPCallback(WIRE)
+    module, found = Module("acdc", callback), []
+    for kind, steps in (("acdc", 3), ("plain", 1), ("acdc", 3), ("acdc", 1)):
+        module.kind = kind
+        trainer_of([callback]).fit(module, Batches(steps))
+        found.append(zeros_of(weights_of(module)))
+    return found
+
+
 def _beginnings() -> list[Any]:
     callback = lightning.QSDPCallback(WIRE)
     trainer = trainer_of([callback, Changes()], accumulate_grad_batches=2)
@@ -432,6 +443,9 @@ def _beginnings() -> list[Any]:
 
 def test_both_passes_and_each_fit_begin_alike(run: Run) -> None:
     assert run(2, _beginnings) == [[True, 6, False]] * 2
+    for first, plain, second, dense in run(2, _zeros_of_fits):
+        assert first == second == pytest.approx(0.5, abs=1e-3)
+        assert plain == dense == pytest.approx(0.0, abs=1e-3)
 
 
 def by_fabric(
