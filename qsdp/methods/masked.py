@@ -21,7 +21,7 @@ from qsdp.methods.mask_state import (
     split_masks,
     step_without_masks,
 )
-from qsdp.methods.optimizer_wrapper import OptimizerWrapper, SupportCallback
+from qsdp.methods.optimizer_wrapper import OptimizerWrapper
 from qsdp.methods.rollback import rollback_on_exception, snapshot_buffers_and_grads
 from qsdp.methods.weak_hooks import register_weak_hook
 from qsdp.sparsity.compression_target import Compression
@@ -215,11 +215,6 @@ class MaskedOptimizer(OptimizerWrapper):
         for parameter, mask in zip(self.prunable.parameters, masks, strict=True):
             local_shard(mask_of(self.state, parameter)).values.copy_(mask)
         self._apply_masks()
-        self._announce_support()
-
-    def share_support(self, tell: SupportCallback) -> None:
-        """Tell ``tell`` of the masks, now and whenever they change."""
-        super().share_support(tell)
         self._announce_support()
 
     def state_dict(self) -> dict[str, Any]:

@@ -158,11 +158,19 @@ class OptimizerWrapper(torch.optim.Optimizer):
         return 0.0
 
     def share_support(self, tell: SupportCallback) -> None:
-        """Call ``tell`` from now on when the weights that are not zero change.
+        """Call ``tell`` now, and whenever the weights that are not zero change.
 
-        For instance ``Handle.set_support``, so that a pruned weight costs nothing on the wire.
+        For instance ``Handle.set_support``, so that a pruned weight costs nothing on the wire. It
+        is told now, too, since it may have the masks of an optimizer of before.
         """
-        wrapped_by(self)._on_support_change = tell
+        own = wrapped_by(self)
+        own._on_support_change = tell
+        own._announce_support()
+
+    def _announce_support(self) -> None:
+        """Tell who wants to know which weights may be other than zero: here all."""
+        if self._on_support_change is not None:
+            self._on_support_change(None)
 
     def parameters(self) -> list[Tensor]:
         """All parameters of the base optimizer, in its order."""

@@ -676,6 +676,20 @@ def test_fabrics_wrapper_takes_second_passes(fabric: Any) -> None:
     assert differing(mine.found(), plain.found()) == []
 
 
+def test_what_fabrics_wrapper_is_asked_reaches_what_is_inside(fabric: Any) -> None:
+    mine = _training(TOY)
+    mine.optimizer = fabric.setup_optimizers(mine.optimizer)
+    told: list[Any] = []
+    mine.optimizer.share_support(lambda masks, **_: told.append(masks))
+    assert told == [None]  # of the masks of another optimizer, of before
+    mine.run_pass(0)
+    mine.second(0)
+    mine.optimizer.zero_grad()  # and the step is left out
+    mine.run_pass(0)
+    with pytest.raises(RuntimeError, match="would be a plain step"):
+        mine.optimizer.step()
+
+
 def test_fabrics_optimizer_with_a_scaler_is_refused(fabric: Any) -> None:
     model = make_model(1)
     outer = fabric.setup_optimizers(adamw(model.parameters()))

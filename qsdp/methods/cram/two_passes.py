@@ -156,7 +156,7 @@ class TwoPassOptimizer(OptimizerWrapper):
         """Clear the gradients; see ``OptimizerWrapper.zero_grad``."""
         super().zero_grad(set_to_none)
         if not self._leaves_steps_out:
-            self._second_pass = ""
+            wrapped_by(self)._second_pass = ""
 
     def _step_on_both(self) -> None:
         """Let the base step on what both passes have left in ``.grad``, once."""
