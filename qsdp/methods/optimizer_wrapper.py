@@ -160,8 +160,8 @@ class OptimizerWrapper(torch.optim.Optimizer):
     def share_support(self, tell: SupportCallback) -> None:
         """Call ``tell`` now, and whenever the weights that are not zero change.
 
-        For instance ``Handle.set_support``, so that a pruned weight costs nothing on the wire. It
-        is told now, too, since it may have the masks of an optimizer of before.
+        For instance ``Handle.set_support``, so that a pruned weight costs nothing on the wire. Now,
+        too, since it may have the masks of an earlier optimizer.
         """
         own = wrapped_by(self)
         own._on_support_change = tell

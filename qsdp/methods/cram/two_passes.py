@@ -146,9 +146,10 @@ class TwoPassOptimizer(OptimizerWrapper):
             self.skipped_steps += 1  # until the step is taken
             self.last_bad = "something after the second pass, which no step has followed"
             self.last_grad_norm = math.nan
-        for grad in self._grads():
+        left = self._grads()
+        for grad in left:
             setattr(grad, _MARK, _version(grad))
-        self._left_grads = self._has_grads()
+        self._left_grads = bool(left)
         self._remember(STEP, self.num_steps + 1)
         reshard_all(self.model)
 
