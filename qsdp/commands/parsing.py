@@ -235,7 +235,8 @@ def _check_files(config: TrainConfig) -> None:
     if data != "stdlib" and not (Path(data).is_file() or Path(data).is_dir()):
         state = "is neither a file nor a folder" if Path(data).exists() else "does not exist"
         raise UserError(
-            f"--data {data} {state}: give stdlib, a text file or a folder of token shards."
+            f"--data {data} {state}: give stdlib, a file of text, JSONL (.jsonl, "
+            ".jsonl.gz) or parquet (.parquet), or a folder of token shards."
         )
     tokenizer = config.data.tokenizer
     if tokenizer not in (None, "char", "byte") and not Path(str(tokenizer)).is_file():

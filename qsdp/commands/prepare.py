@@ -1,6 +1,6 @@
-"""Encode text files into a folder of memory-mapped token shards, which --data takes.
+"""Encode text, JSONL and parquet into a folder of memory-mapped token shards, for --data.
 
-qsdp prepare --texts a.txt b.txt --out shards --tokenizer tokenizer.json
+qsdp prepare --texts a.txt b.jsonl c.parquet --out shards --tokenizer tokenizer.json
 """
 
 from __future__ import annotations
@@ -32,17 +32,24 @@ class PrepareFlags:
     """The flags of the command that prepares token shards."""
 
     texts: tuple[Path, ...]
-    """UTF-8 text files, encoded in this order."""
+    """Files, encoded in this order: JSONL (.jsonl, .jsonl.gz: one object a line) and parquet
+    (.parquet), in which each record is a document, and UTF-8 text.
+    """
     out: Path
     """The folder to make."""
     tokenizer: str = "byte"
     """char, byte, or the path of a tokenizers JSON file."""
     val_fraction: float = round(1 - TRAIN_FRACTION, 6)
-    """How much of the text, at its end, is for validation."""
+    """How much of the text, at its end, is for validation. Records are cut between documents."""
     shard_tokens: int = 100_000_000
     """The most tokens in one file."""
-    document_end: str = ""
-    """Text appended to each file, such as <|endoftext|>: the tokenizer's end of a text."""
+    document_end: str | None = None
+    """Text appended to each text file and each record, such as <|endoftext|>.
+    Unset: nothing after a text file, and after a record the tokenizer's end of a text (a line end
+    where it has none).
+    """
+    text_field: str | None = None
+    """The field of JSONL or parquet that holds the texts. Unset: text."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             prepare(flags)
         except (ValueError, OSError) as error:
-            text = with_flag(sentence(error), ("val_fraction", "shard_tokens"))
+            text = with_flag(sentence(error), ("val_fraction", "shard_tokens", "text_field"))
             raise UserError(text) from None
 
 
@@ -68,10 +75,9 @@ def prepare(options: PrepareFlags) -> None:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    total = sum(path.stat().st_size for path in options.texts if path.is_file())
     console = Console()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("encoding", total=total)
+        task = progress.add_task("encoding", total=None)
         num_tokens = prepare_shards(
             options.texts,
             options.out,
@@ -79,7 +85,8 @@ def prepare(options: PrepareFlags) -> None:
             val_fraction=options.val_fraction,
             shard_tokens=options.shard_tokens,
             document_end=options.document_end,
-            progress=lambda num_bytes: progress.advance(task, num_bytes),
+            text_field=options.text_field,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     print(
         f"{options.out}: {num_tokens['train']:,} tokens to train on, "

@@ -1,14 +1,19 @@
-"""Where the tokens of a run come from: a text file, the standard library, or token shards."""
+"""Where the tokens of a run come from: text, records, the standard library, or token shards."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qsdp.data.token_shards import Tokens, read_shards
+import numpy as np
+
+from qsdp.data import pieces
+from qsdp.data.records import check_kind, is_records
+from qsdp.data.token_shards import SPLITS, Tokens, read_shards
 from qsdp.data.tokenizer import Tokenizer, load_tokenizer
 
 TRAIN_FRACTION = 0.9
@@ -53,51 +58,87 @@ class Corpus:
 
 
 def load_corpus(
-    spec: str | Path, tokenizer_spec: str | Path | None = None, stdlib_bytes: int = STDLIB_BYTES
+    spec: str | Path,
+    tokenizer_spec: str | Path | None = None,
+    stdlib_bytes: int = STDLIB_BYTES,
+    text_field: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Corpus:
     """The corpus that ``spec`` names.
 
+    What has to be encoded is cut as ``prepare_shards`` cuts it, so that both give the same ids.
+
     Args:
-        spec: "stdlib", a UTF-8 text file, or a folder of token shards. The first 90 % of a text's
-            tokens are the training split, the rest validate.
-        tokenizer_spec: As ``load_tokenizer`` takes it; None is "char" for a text, and for a folder
+        spec: "stdlib", a UTF-8 text file, JSONL, parquet, or a folder of token shards. The first
+            90 % of a text's tokens are the training split, the rest validate; records are split
+            between documents, by their bytes.
+        tokenizer_spec: As ``load_tokenizer`` takes it; None is "char" for a file, and for a folder
             the tokenizer that it was made with, from which no other may be chosen.
         stdlib_bytes: The most bytes of sources that "stdlib" reads.
+        text_field: The field of JSONL or parquet that holds the texts; None is "text".
+        progress: Called with the bytes that are encoded and those of all.
 
     Raises:
-        ValueError: A file is missing, empty or not UTF-8, a folder is damaged, or a tokenizer
-            cannot encode the text or is not the folder's.
+        ValueError: A file is missing, empty, damaged, not UTF-8 or of a kind that is not read, a
+            folder is damaged, or a tokenizer cannot encode the text or is not the folder's.
     """
     path = Path(spec)
-    if spec != "stdlib" and path.is_dir():
-        return _load_folder(path, tokenizer_spec)
-    if spec == "stdlib":
-        text, origin = _stdlib_text(stdlib_bytes), "the standard library"
-    else:
-        text, origin = read_text(path), str(path)
-    if not text:
-        raise ValueError(f"{origin} holds no text: choose another --data.")
-    tokenizer = load_tokenizer("char" if tokenizer_spec is None else tokenizer_spec, text)
-    ids = tokenizer.encode(text)
-    num_train = int(len(ids) * TRAIN_FRACTION)
-    return Corpus(ids[:num_train], ids[num_train:], tokenizer, tokenizer.vocab_size)
-
-
-def read_text(path: Path) -> str:
-    """The text of a corpus in a UTF-8 file, its line ends untouched.
-
-    Raises ValueError if it cannot be read.
-    """
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
+    is_folder = spec != "stdlib" and path.is_dir()
+    has_records = not is_folder and is_records(spec)
+    if text_field is not None and not has_records:
         raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start}): convert it, or choose another file."
-        ) from None
+            f"text_field is {text_field!r}, but {spec} is neither JSONL nor parquet: leave it out."
+        )
+    if is_folder:
+        return _load_folder(path, tokenizer_spec)
+    source = _records(path, text_field) if has_records else _text(spec, stdlib_bytes)
+    tokenizer = pieces.tokenizer_of("char" if tokenizer_spec is None else tokenizer_spec, [source])
+    size = source.num_bytes
+    # A short text stays whole.
+    cut = round(size * TRAIN_FRACTION) if has_records or size > pieces.PIECE_BYTES else 0
+    parts = {split: [tokenizer.encode("")] for split in SPLITS}
+    for split, ids in pieces.encoded([source], tokenizer, cut, progress=progress):
+        parts[split].append(ids)
+    train, val = (np.concatenate(parts[split]) for split in SPLITS)
+    if not has_records:
+        both = np.concatenate([train, val])
+        num_train = int(len(both) * TRAIN_FRACTION)
+        train, val = both[:num_train], both[num_train:]
+    elif not len(train):
+        raise ValueError(
+            f"the first document of {spec} is more than {TRAIN_FRACTION:.0%} of it, so that none "
+            "is left to train on: give more documents."
+        )
+    return Corpus(train, val, tokenizer, tokenizer.vocab_size)
+
+
+def _records(path: Path, text_field: str | None) -> pieces.Source:
+    _look_into(path)
+    return pieces.file_source(path, text_field)
+
+
+def _text(spec: str | Path, stdlib_bytes: int) -> pieces.Source:
+    """The text of the standard library or of a UTF-8 file, its line ends untouched."""
+    if spec == "stdlib":
+        data, origin = _stdlib_text(stdlib_bytes), "the standard library"
+    else:
+        path, origin = Path(spec), str(spec)
+        check_kind(path)
+        _look_into(path)
+        data = path.read_bytes()
+    if not data:
+        raise ValueError(f"{origin} holds no text: choose another --data.")
+    return pieces.text_source(data, origin)
+
+
+def _look_into(path: Path) -> None:
+    """Raise ValueError for a file that cannot be read."""
+    try:
+        path.open("rb").close()
     except OSError as error:
         raise ValueError(
-            f"{path} cannot be read ({error.strerror}): choose 'stdlib', a text file, or a folder "
-            "of token shards."
+            f"{path} cannot be read ({error.strerror}): choose 'stdlib', a file of text, JSONL or "
+            "parquet, or a folder of token shards."
         ) from None
 
 
@@ -124,7 +165,7 @@ def _is_the_tokenizer(stored: Tokenizer | None, vocab_size: int, spec: str | Pat
     return chosen.to_json() == stored.to_json()
 
 
-def _stdlib_text(max_bytes: int) -> str:
+def _stdlib_text(max_bytes: int) -> bytes:
     """Sources of the running Python's standard library, as many whole files as fit.
 
     The files are ordered by a hash of their path, so that what fits, and each split, is a fair
@@ -146,8 +187,9 @@ def _stdlib_text(max_bytes: int) -> str:
         if len(data) > left:
             continue
         try:
-            texts.append(data.decode("utf-8"))
+            data.decode("utf-8")
         except UnicodeDecodeError:  # a source may declare another encoding
             continue
+        texts.append(data)
         left -= len(data)
-    return "".join(texts)
+    return b"".join(texts)

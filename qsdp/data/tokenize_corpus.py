@@ -1,17 +1,14 @@
-"""Text files to a folder of token shards, in pieces: neither ever lies in memory as a whole."""
+"""Files to a folder of token shards, in pieces: neither ever lies in memory as a whole."""
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qsdp.common.atomic_files import atomic_folder
 from qsdp.data.corpus import TRAIN_FRACTION
+from qsdp.data.pieces import encoded, file_source, tokenizer_of
 from qsdp.data.token_shards import ShardWriter
-from qsdp.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
-
-PIECE_BYTES = 1 << 20
 
 
 def prepare_shards(
@@ -21,29 +18,34 @@ def prepare_shards(
     *,
     val_fraction: float = 1 - TRAIN_FRACTION,
     shard_tokens: int = 100_000_000,
-    document_end: str = "",
-    progress: Callable[[int], None] = lambda num_bytes: None,
+    document_end: str | None = None,
+    text_field: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, int]:
-    """Encode text files, in the order given, into the new folder ``out``.
+    """Encode files of text, JSONL or parquet, in the order given, into the new folder ``out``.
 
     The text is encoded in pieces of about a megabyte, cut after a line end where there is one, so a
     token never spans a cut's two lines. A folder that is there is whole: see ``atomic_folder``.
 
     Args:
-        texts: UTF-8 files.
+        texts: UTF-8 text, JSONL or parquet, told apart by their names.
         out: The folder to make; it must not exist, or be empty.
         tokenizer_spec: As ``load_tokenizer`` takes it; "char" reads the files once more.
-        val_fraction: How much of the bytes, at the end, validate.
+        val_fraction: How much of the bytes, at the end, validate; records are cut between
+            documents.
         shard_tokens: The most ids in one file.
-        document_end: Text appended to each file, for example a tokenizer's "<|endoftext|>".
-        progress: Called with the number of bytes that were just encoded.
+        document_end: Text appended to each text file and record, for example a tokenizer's
+            "<|endoftext|>". None is nothing for a text file, and for a record the tokenizer's end
+            of a text, or a line end where it has none.
+        text_field: The field of JSONL or parquet that holds the texts; None is "text".
+        progress: Called with the bytes that are encoded and those of all files.
 
     Returns:
         The number of tokens, of "train" and of "val".
 
     Raises:
-        ValueError: A file is missing, empty or not UTF-8, ``out`` is in use, or a number is out of
-            range.
+        ValueError: A file is missing, empty, damaged, not UTF-8 or of a kind that is not read,
+            ``out`` is in use, or a number is out of range.
     """
     if not texts:
         raise ValueError("no text file was given: give at least one.")
@@ -51,18 +53,18 @@ def prepare_shards(
         raise ValueError(f"val_fraction is {val_fraction}: choose a number between 0 and 1.")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens is {shard_tokens}: choose 1 or more.")
-    sizes = [_file_bytes(path) for path in texts]
-    tokenizer = _tokenizer(tokenizer_spec, texts, document_end)
+    sources = [file_source(path, text_field) for path in texts]
+    if text_field is not None and not any(source.is_records for source in sources):
+        raise ValueError(
+            f"text_field is {text_field!r}, but no file is JSONL or parquet: leave it out."
+        )
+    tokenizer = tokenizer_of(tokenizer_spec, sources, document_end)
+    train_bytes = round(sum(source.num_bytes for source in sources) * (1 - val_fraction))
 
     with atomic_folder(out) as partial:
         writer = ShardWriter(partial, tokenizer, shard_tokens)
-        train_left = round(sum(sizes) * (1 - val_fraction))
-        for path, size in zip(texts, sizes, strict=True):
-            for text, num_bytes, split in _pieces(path, cut=min(max(train_left, 0), size)):
-                writer.append(split, tokenizer.encode(text))
-                progress(num_bytes)
-            train_left -= size
-            writer.append(split, tokenizer.encode(document_end))
+        for split, ids in encoded(sources, tokenizer, train_bytes, document_end, progress):
+            writer.append(split, ids)
         num_tokens = writer.finish()
         if not all(num_tokens.values()):
             raise ValueError(
@@ -71,51 +73,3 @@ def prepare_shards(
                 "another val_fraction."
             )
     return num_tokens
-
-
-def _tokenizer(spec: str | Path, texts: Sequence[Path], document_end: str) -> Tokenizer:
-    if spec != "char":
-        return load_tokenizer(spec)
-    characters = set(document_end)
-    for path in texts:
-        for text, _, _ in _pieces(path, cut=0):
-            characters |= set(text)
-    return CharTokenizer(characters)
-
-
-def _file_bytes(path: Path) -> int:
-    if not path.is_file():
-        state = "is not a file" if path.exists() else "does not exist"
-        raise ValueError(f"the text {path} {state}: give files that exist.")
-    size = path.stat().st_size
-    if not size:  # which mmap refuses
-        raise ValueError(f"{path} is empty: leave it out.")
-    return size
-
-
-def _pieces(path: Path, cut: int) -> Iterator[tuple[str, int, str]]:
-    """(text, its bytes, its split) of pieces in order: "train" up to byte ``cut``, then "val"."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        cut = _character_start(data, cut)
-        for split, start, end in (("train", 0, cut), ("val", cut, len(data))):
-            while start < end:
-                stop = min(start + PIECE_BYTES, end)
-                if stop < end:
-                    stop = data.rfind(b"\n", start, stop) + 1 or _character_start(data, stop)
-                try:
-                    text = data[start:stop].decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise ValueError(
-                        f"{path} is not UTF-8 text (byte {start + error.start}): convert it, or "
-                        "leave it out."
-                    ) from None
-                yield text, stop - start, split
-                start = stop
-
-
-def _character_start(data: mmap.mmap, position: int) -> int:
-    """The last start of a UTF-8 character at or before ``position``, or the end of the data."""
-    for candidate in range(position, max(0, position - 4), -1):
-        if candidate == len(data) or data[candidate] & 0xC0 != 0x80:
-            return candidate
-    return position

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 _LINE_EVERY_S = 10.0
+_LARGE_BYTES = 16 << 20  # of a corpus: less is encoded in seconds
 
 
 class RunProgress:
@@ -68,6 +77,21 @@ class RunProgress:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+
+@contextmanager
+def encoding_bar(*, is_shown: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar that is told the bytes encoded and those of all, on a terminal, for a large corpus."""
+    console = Console()
+    columns = (TextColumn("encoding"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    is_bar = is_shown and console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not is_bar) as bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=total >= _LARGE_BYTES)
+
+        yield show
 
 
 def format_bytes(count: float) -> str:

@@ -1,4 +1,4 @@
-"""That all ranks were told the same: launchers are started one by one, each with its own flags."""
+"""The data of a run, and that all ranks were told the same: launchers have flags of their own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch.distributed as dist
 from qsdp.common.collective_errors import collective
 from qsdp.common.flags import flag
 from qsdp.common.user_errors import UserError
-from qsdp.data.corpus import Corpus
+from qsdp.data.corpus import Corpus, load_corpus
+from qsdp.data.flags import DataFlags
 from qsdp.data.tokenizer import hash_of
+from qsdp.report.progress import encoding_bar
 from qsdp.train.config import TrainConfig
 from qsdp.train.world import World
 
@@ -29,6 +31,12 @@ def agree_on_config(config: TrainConfig, world: World) -> None:
             f"{flag(name)} is {values}: give every launcher the same flags.",
             is_shared=True,
         )
+
+
+def read_corpus(flags: DataFlags, tokenizer: str | None, world: World) -> Corpus:
+    """The corpus of ``flags``, with a bar on rank 0's terminal while a large one is encoded."""
+    with encoding_bar(is_shown=world.is_main) as progress:
+        return load_corpus(flags.data, tokenizer, text_field=flags.text_field, progress=progress)
 
 
 def agree_on_data(corpus: Corpus, world: World) -> dict[str, Any]:

@@ -49,7 +49,12 @@ class EvaluateFlags:
     """
 
     data: str | None = None
-    """As in training: stdlib, a text file or a folder of token shards. Unset: the run's."""
+    """As in training: stdlib, a file of text, JSONL or parquet, or a folder of token shards.
+    Unset: the run's.
+    """
+
+    text_field: str | None = None
+    """As in training: the field of JSONL or parquet that holds the texts. Unset: the run's."""
 
     eval_batches: int | None = None
     """Batches to evaluate, each as large as the run's were over all its ranks.

@@ -17,7 +17,8 @@ import qsdp
 from qsdp.common.json_files import json_value, write_json
 from qsdp.common.printing import printable
 from qsdp.data.batches import eval_batches
-from qsdp.data.corpus import Corpus, load_corpus
+from qsdp.data.corpus import Corpus
+from qsdp.data.records import is_records
 from qsdp.data.token_shards import TokenRange, Tokens
 from qsdp.oneshot.in_memory import compressed
 from qsdp.oneshot.registry import by_method, solver_of
@@ -26,7 +27,7 @@ from qsdp.report.summary_json import Losses
 from qsdp.report.summary_tables import target_in_tables
 from qsdp.sparsity.compression_target import Compression
 from qsdp.sparsity.prunable import Prunable
-from qsdp.train.agree_on_inputs import agree_on_config, agree_on_data
+from qsdp.train.agree_on_inputs import agree_on_config, agree_on_data, read_corpus
 from qsdp.train.config import TrainConfig
 from qsdp.train.evaluate_flags import TARGETS, EvaluateFlags
 from qsdp.train.parallelize import shard_model
@@ -46,7 +47,7 @@ def evaluate_targets(flags: EvaluateFlags) -> None:
         source = world.together(lambda: open_trained_model(flags.checkpoint))
         config = world.together(lambda: _config(flags, source))
         agree_on_config(config, world)
-        corpus = world.together(lambda: _load_corpus(config, source))
+        corpus = world.together(lambda: _load_corpus(config, source, world))
         agree_on_data(corpus, world)
         tokens = world.together(lambda: _tokens(flags, config, source, corpus))
         num_sequences = (len(tokens) - 1) // config.run.seq_len
@@ -83,17 +84,20 @@ def evaluate_targets(flags: EvaluateFlags) -> None:
 
 def _config(flags: EvaluateFlags, source: TrainedModel) -> TrainConfig:
     """What is known of the run's settings, with what the flags change, on stock FSDP2."""
-    given = {"data": flags.data, "prunable": flags.prunable}
+    given = {"data": flags.data, "prunable": flags.prunable, "text_field": flags.text_field}
+    given = {name: value for name, value in given.items() if value is not None}
+    if flags.data is not None and not is_records(flags.data):
+        given.setdefault("text_field", None)  # the run's is not for it
     return source.config.changed(
-        **{name: value for name, value in given.items() if value is not None},
+        **given,
         out=None if flags.out is None else str(flags.out),
         timeout_s=flags.timeout_s,
         backend=flags.backend,
     )
 
 
-def _load_corpus(config: TrainConfig, source: TrainedModel) -> Corpus:
-    corpus = load_corpus(config.data.data, source.tokenizer)
+def _load_corpus(config: TrainConfig, source: TrainedModel, world: World) -> Corpus:
+    corpus = read_corpus(config.data, source.tokenizer, world)
     if corpus.vocab_size > source.size.vocab_size:
         raise ValueError(
             f"--data {config.data.data} has a vocabulary of {corpus.vocab_size}, but the model one "

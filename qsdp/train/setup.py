@@ -16,14 +16,14 @@ from qsdp import checkpoint
 from qsdp.common.printing import print_error
 from qsdp.common.user_errors import counted, quoted
 from qsdp.data.batches import Batches, eval_batches
-from qsdp.data.corpus import Corpus, load_corpus
+from qsdp.data.corpus import Corpus
 from qsdp.data.tokenizer import hash_of
 from qsdp.methods.optimizer_wrapper import OptimizerWrapper
 from qsdp.models.registry import family_of
 from qsdp.models.size import ModelSize
 from qsdp.ops import native
 from qsdp.sparsity.prunable import Prunable
-from qsdp.train.agree_on_inputs import agree_on_config, agree_on_data
+from qsdp.train.agree_on_inputs import agree_on_config, agree_on_data, read_corpus
 from qsdp.train.auto.choose import Choice, choose
 from qsdp.train.config import TrainConfig
 from qsdp.train.history import HistoryFolder, HistoryStart, recover
@@ -61,7 +61,7 @@ def set_up(config: TrainConfig, world: World, held: ExitStack) -> Job | None:
     lock = _take_folder(config, world, held)
     world.together(lambda: check_replicas(config, world))
     world.together(lambda: check_nodes(config, world))
-    corpus = world.together(lambda: load_corpus(config.data.data, config.data.chosen_tokenizer))
+    corpus = world.together(lambda: read_corpus(config.data, config.data.chosen_tokenizer, world))
     data = agree_on_data(corpus, world)
     size = world.together(lambda: _model_size(config, corpus.vocab_size))
     batches = world.together(lambda: _make_batches(config, world, corpus))

@@ -20,7 +20,7 @@ from qsdp.train.config_file import typed_settings
 
 _USED = (
     *("model", "data", "tokenizer", "seq_len", "batch_size", "eval_batches"),
-    *("seed", "precision", "prunable"),
+    *("seed", "precision", "prunable", "text_field"),
 )
 
 

@@ -43,6 +43,7 @@ SAMPLES: dict[str, tuple[Values, Values]] = {
     "model": ({"model": "mini"}, ADAMW),
     "data": ({"data": "text.txt"}, ADAMW),
     "tokenizer": ({"tokenizer": "byte"}, ADAMW),
+    "text_field": ({"text_field": "body"}, {"data": "a.jsonl"}),
     "steps": ({"steps": 3000}, ADAMW),
     "batch_size": ({"batch_size": 3}, ADAMW),
     "grad_accum": ({"grad_accum": 2}, ADAMW),
@@ -163,6 +164,7 @@ EXCLUDED = {
         ("qsdp_budget", "qsdp_grad_budget"),
         *((name, "qsdp_bits auto") for name, (own, _) in SAMPLES.items() if is_beside_bits(own)),
         ("replicas", "qsdp_bits auto"),
+        ("data", "text_field"),  # text has no fields
     )
 }
 
@@ -296,7 +298,7 @@ def seen(values: Values, made: list[Values]) -> list[Any]:
     has_errors = wire is not None and wire[1] and config.wire.qsdp_errors
     names = """model data tokenizer steps batch_size grad_accum seq_len seed precision replicas
         eval_every eval_batches save_every save_async keep resume backend timeout_s tensorboard
-        take_over clip_grad max_bad_steps out"""
+        take_over clip_grad max_bad_steps out text_field"""
     return [
         *(config.settings()[name] for name in names.split()),
         *(

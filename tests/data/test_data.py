@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from qsdp.commands.prepare import main
-from qsdp.data import tokenize_corpus
+from qsdp.data import pieces
 from qsdp.data.batches import Batches, eval_batches
 from qsdp.data.corpus import load_corpus
 from qsdp.data.token_shards import TokenShards
@@ -210,12 +210,12 @@ class TestShards:
     def test_no_token_is_lost_between_pieces_files_and_splits(
         self, tmp_path: Path, library_file: Path, spec: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(tokenize_corpus, "PIECE_BYTES", 16)
+        monkeypatch.setattr(pieces, "PIECE_BYTES", 16)
         texts = [random_text(count) for count in (700, 1, 90)]
         paths = [tmp_path / f"{i}.txt" for i in range(3)]
         for path, text in zip(paths, texts, strict=True):
             path.write_bytes(text.encode())
-        seen: list[int] = []
+        seen: list[tuple[int, int]] = []
         num_tokens = prepare_shards(
             paths,
             tmp_path / "out",
@@ -223,7 +223,7 @@ class TestShards:
             val_fraction=0.25,
             shard_tokens=100,
             document_end="<|endoftext|>",
-            progress=seen.append,
+            progress=lambda *done_and_total: seen.append(done_and_total),
         )
         corpus = load_corpus(tmp_path / "out")
         assert num_tokens == {"train": len(corpus.train), "val": len(corpus.val)}
@@ -231,7 +231,8 @@ class TestShards:
         train, val = (corpus.tokenizer.decode(tokens[:]) for tokens in (corpus.train, corpus.val))
         assert train + val == "".join(text + "<|endoftext|>" for text in texts)
         num_bytes = sum(path.stat().st_size for path in paths)
-        assert sum(seen) == num_bytes
+        assert seen[-1] == (num_bytes, num_bytes)
+        assert seen == sorted(seen)
         assert 0 <= round(0.75 * num_bytes) - len(train.encode()) < 4, "cut at a character's start"
 
     def test_a_large_vocabulary_is_kept_in_four_bytes(self, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_every_setting_is_part_of_a_run_or_changes_no_number() -> None:
     told = {*CHANGES, *NO_CHANGES, *OF_A_METHOD, *OF_THE_WIRE}
     # These need two others, which are told.
     told |= {"qsdp_level_steps", "qsdp_warmup_bits", "qsdp_errors", "qsdp_delta_codes", *OF_DELTA}
+    told |= {"text_field"}  # of data with fields: the test below
     assert told == setting_types().keys()
     plain, coded = TrainConfig(), TrainConfig.of(qsdp_bits=4)
     pairs = [(plain, {name: value}) for name, value in CHANGES.items()]
@@ -116,6 +117,15 @@ def test_every_setting_is_part_of_a_run_or_changes_no_number() -> None:
     assert kept.changed(qsdp_delta_codes="node").identity == kept.identity
     for name in ("data", "tokenizer"):
         assert plain.changed(**{name: "else"}).out_dir != plain.out_dir
+
+
+def test_a_field_of_the_data_tells_runs_apart_only_where_it_is_given() -> None:
+    records = TrainConfig.of(data="a.jsonl", tokenizer="byte")
+    assert records.data.identity.keys() == {"data", "tokenizer"}, "as folders were named before"
+    body, title = (records.changed(text_field=field) for field in ("body", "title"))
+    assert body.data.identity == records.data.identity | {"text_field": "body"}
+    assert len({config.out_dir for config in (records, body, title)}) == 3
+    assert records.identity == body.identity == title.identity
 
 
 @pytest.mark.parametrize(

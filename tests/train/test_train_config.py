@@ -342,7 +342,7 @@ def test_help_explains_every_flag_of_the_contract(capsys: pytest.CaptureFixture[
         qsdp-local-grad-bits qsdp-levels qsdp-level-steps qsdp-policy qsdp-budget qsdp-warmup-steps
         qsdp-warmup-bits qsdp-gather qsdp-reduce qsdp-ranks-per-node qsdp-errors
         max-bad-steps qsdp-weight-bucket-size qsdp-delta-room qsdp-delta-redraw-every
-        qsdp-grad-budget qsdp-grad-rotation"""
+        qsdp-grad-budget qsdp-grad-rotation text-field"""
     for flag in flags.split():
         assert f"--{flag}" in text
 
