@@ -32,8 +32,8 @@ class PrepareFlags:
     """The flags of the command that prepares token shards."""
 
     texts: tuple[Path, ...]
-    """Files, encoded in this order: JSONL (.jsonl, .jsonl.gz: one object a line) and parquet
-    (.parquet), in which each record is a document, and UTF-8 text.
+    """UTF-8 text, JSONL (.jsonl, .jsonl.gz) and parquet files, encoded in this order.
+    JSONL has one object a line. Each record of JSONL and of parquet is a document.
     """
     out: Path
     """The folder to make."""
