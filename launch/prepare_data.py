@@ -1,4 +1,4 @@
-"""Text files to token shards: ``launch/prepare_data.py --help`` explains each flag."""
+"""Text, JSONL and parquet to token shards: ``launch/prepare_data.py --help`` explains each flag."""
 
 from __future__ import annotations
 

@@ -170,8 +170,8 @@ def _pyarrow(path: Path) -> tuple[ModuleType, Any]:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(
-            f"{path} is parquet, for which pyarrow is not installed: run 'pip install datasets', "
-            "which brings it, or give JSONL or plain text."
+            f"{path} is parquet, for which pyarrow is not installed: run 'pip install qsdp[data]', "
+            "or give JSONL or plain text."
         ) from None
     return pyarrow, pyarrow.parquet
 

@@ -361,6 +361,8 @@ BAD: list[tuple[str, bytes | Callable[[Path], None], str]] = [
 def bad_file(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
     name, content, said = request.param
     path = tmp_path / name
+    if path.suffix == ".parquet":
+        pytest.importorskip("pyarrow")
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
@@ -427,10 +429,11 @@ class TestBadInputs:
     def test_without_pyarrow_parquet_says_what_to_install(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        path = write(tmp_path / "a.parquet", TEXTS)
+        path = tmp_path / "a.parquet"
+        path.write_bytes(b"PAR1")
         monkeypatch.setitem(sys.modules, "pyarrow", None)
         told = refused(["--texts", str(path), "--out", str(tmp_path / "out")], capfd, prepare)
-        assert "pyarrow is not installed: run 'pip install datasets', which brings it" in told
+        assert "pyarrow is not installed: run 'pip install qsdp[data]'" in told
 
     def test_one_document_cannot_be_split(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", ["all there is"])
